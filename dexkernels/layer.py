@@ -1,0 +1,311 @@
+"""`DEXLayer`: an image-wise mixture of experts that follows, and is followed by, a director.
+
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import backends, ops, reference
+
+PATHS = ("experts", "director")
+
+
+class Aux(NamedTuple):
+    """What a training step needs of one layer's forward, beside its output."""
+
+    align_loss: Tensor
+    """0-dim, not yet weighted; see `dexkernels.align_loss`."""
+    balance_loss: Tensor
+    """0-dim, not yet weighted, local to this rank."""
+    gate_mass: Tensor
+    """``[E]``, detached: summed gates of this call; what `DEXLayer.update_director` takes."""
+    gates: Tensor
+    """``[B, K]`` (image-wise) or ``[B, N, K]`` (token-wise)."""
+    expert_indices: Tensor
+    """int32, shape of gates, by descending probability."""
+
+
+class MLP(nn.Module):
+    """``fc2(gelu(fc1(x)))``, ``[..., D] -> [..., D]``, exact GELU: the director, or the dense MLP of a ViT."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Experts(nn.Module):
+    """E MLPs stacked: ``fc1_weight [E, H, D]``, ``fc1_bias [E, H]``, ``fc2_weight [E, D, H]``, ``fc2_bias [E, D]``.
+
+    A holder of parameters: `dexkernels.grouped_mlp` computes with them.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
+        self.fc2_weight = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim))
+
+    def extra_repr(self) -> str:
+        E, H, D = self.fc1_weight.shape
+        return f"{E}, {D}, {H}"
+
+
+class DEXLayer(nn.Module):
+    """Replaces the MLP of a transformer block: ``y = layer(x)``, ``[B, N, D] -> [B, N, D]``.
+
+    Every image is sent whole to K of E experts, chosen from its CLS token; the director, an MLP of the same shape,
+    is no expert: it follows them through a group EMA and pulls them together through the align loss.
+
+    Args:
+        dim, hidden_dim: D and H.
+        num_experts, top_k: E and K, ``1 <= K <= E``.
+        routing: ``"image"``, or ``"token"``: the ablation with one decision per token.
+        temperature: of the router's softmax.
+        align: ``"kd"``, ``"cosine"`` (the paper's Eq. 7) or ``"mse"``; see `dexkernels.align_loss`.
+        usage_momentum: of ``usage_ema``, which favours rarely used experts in the exploration noise.
+        route_from: ``"cls"``: token 0; ``"mean"``: the mean token, for hosts without a CLS token.
+        path: ``"experts"``, or ``"director"`` to fine-tune the director alone as a dense MLP. May be set later.
+        backend: None takes the default of `dexkernels.backends`; a name that cannot run raises with the reason.
+
+    Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
+    precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
+
+    Raises: ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        *,
+        routing: str = "image",
+        temperature: float = 0.5,
+        align: str = "kd",
+        usage_momentum: float = 0.99,
+        route_from: str = "cls",
+        path: str = "experts",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        ops.check_top_k(top_k, num_experts)
+        ops.check_choice("routing", routing, ops.ROUTINGS)
+        ops.check_choice("align", align, ops.ALIGN_KINDS)
+        ops.check_choice("route_from", route_from, ops.ROUTE_FROM)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+        if not 0 <= usage_momentum <= 1:
+            raise ValueError(f"usage_momentum: expected a number in [0, 1], got {usage_momentum!r}")
+        backends.check_backend(backend)
+        self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
+        self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
+        self.usage_momentum, self.backend = usage_momentum, backend
+
+        self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.experts = Experts(num_experts, dim, hidden_dim)
+        self.director = MLP(dim, hidden_dim)
+        self.register_buffer("usage_ema", torch.zeros(num_experts))
+        nn.init.xavier_uniform_(self.router_weight)
+        self.copy_director_to_experts_()
+        self.path = path
+
+    @property
+    def path(self) -> str:
+        """``"experts"`` or ``"director"``; setting it makes exactly that path trainable."""
+        return self._path
+
+    @path.setter
+    def path(self, path: str) -> None:
+        ops.check_choice("path", path, PATHS)
+        self._path = path
+        self.director.requires_grad_(path == "director")
+        self.experts.requires_grad_(path == "experts")
+        self.router_weight.requires_grad_(path == "experts")
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        noise_std: float | Tensor = 0.0,
+        router_noise: Tensor | None = None,
+        return_aux: bool = False,
+    ) -> Tensor | tuple[Tensor, Aux]:
+        """``[B, N, D] -> [B, N, D]``; with ``return_aux`` also the `Aux` of this call.
+
+        Args:
+            x: the block's normalised input, any strides.
+            noise_std: exploration noise of the router in training, a float or 0-dim tensor; ignored in evaluation.
+            router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
+            return_aux: without it neither the director nor a loss is computed.
+        """
+        ops.check_noise_std(noise_std)
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
+            got = list(x.shape) if isinstance(x, Tensor) else repr(x)
+            raise ValueError(f"x: expected [B, N, {self.dim}], got {got}")
+        if self._path == "director":
+            if return_aux:
+                raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
+            return self.director(x)
+        routing = ops.route(
+            x,
+            self.router_weight,
+            self.top_k,
+            routing=self.routing,
+            route_from=self.route_from,
+            temperature=self.temperature,
+            noise_std=noise_std if self.training else 0.0,
+            router_noise=router_noise,
+            usage_ema=self.usage_ema,
+            backend=self.backend,
+        )
+        e = self.experts
+        y = ops.grouped_mlp(x, routing, e.fc1_weight, e.fc1_bias, e.fc2_weight, e.fc2_bias, backend=self.backend)
+        if not return_aux:
+            return y
+        with torch.no_grad():
+            director_out = self.director(x)
+        align = ops.align_loss(y, director_out, self.align, backend=self.backend)
+        align = ops.guard_version(align, tuple(self.director.parameters()))
+        return y, Aux(align, routing.balance_loss, routing.gate_mass, routing.gates, routing.expert_indices)
+
+    def update_director(
+        self,
+        gate_mass: Tensor,
+        momentum: float | Tensor,
+        *,
+        skip: Tensor | None = None,
+        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+    ) -> None:
+        """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * expert_e``, ``a = s / (sum(s) + 1e-6)``, in place.
+
+        To be called once a step, after backward and before the optimizer. Also moves ``usage_ema``.
+
+        Args:
+            gate_mass: s, ``aux.gate_mass [E]`` of this rank (summed over micro-batches). A mass that is not finite
+                changes nothing; zero total mass leaves the director as it is.
+            momentum: m, a float in [0, 1] or a 0-dim tensor.
+            skip: 0-dim bool tensor; where true nothing changes.
+            process_group: over whose ranks the mass is summed: None is the default group when torch.distributed is
+                initialised; False says that it is summed already.
+        """
+        update_directors([self], [gate_mass], momentum, skip=skip, process_group=process_group)
+
+    def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights under the published names (``experts.<e>.fc1.weight``, ``router.linear.weight``, ...), strictly.
+
+        Raises: ValueError naming every missing, unknown or mis-shaped key; then nothing was changed.
+        """
+        copy_strictly(state, self.reference_tensors())
+
+    def reference_state_dict(self) -> dict[str, Tensor]:
+        """Copies of all weights under the published names."""
+        return {name: t.detach().clone() for name, t in self.reference_tensors().items()}
+
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """Published name -> the part of this layer's parameters or buffers that holds it (not a copy)."""
+        e = self.experts
+        tensors = {"router.linear.weight": self.router_weight, "expert_activation_count": self.usage_ema}
+        for name, t in self.director.named_parameters():
+            tensors[f"director.{name}"] = t
+        for i in range(self.num_experts):
+            for name, t in (
+                ("fc1.weight", e.fc1_weight),
+                ("fc1.bias", e.fc1_bias),
+                ("fc2.weight", e.fc2_weight),
+                ("fc2.bias", e.fc2_bias),
+            ):
+                tensors[f"experts.{i}.{name}"] = t.detach()[i]
+        return tensors
+
+    @torch.no_grad()
+    def copy_director_to_experts_(self) -> None:
+        """Make every expert a copy of the director: a bare layer's start, and a start from a dense checkpoint."""
+        for director, experts in self.director_pairs():
+            experts.copy_(director.expand_as(experts))
+
+    def director_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """``(director tensor, stacked expert tensor [E, ...])`` of all four parameters."""
+        d, e = self.director, self.experts
+        return [
+            (d.fc1.weight, e.fc1_weight),
+            (d.fc1.bias, e.fc1_bias),
+            (d.fc2.weight, e.fc2_weight),
+            (d.fc2.bias, e.fc2_bias),
+        ]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, {self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"routing={self.routing!r}, align={self.align!r}, path={self._path!r}"
+        )
+
+
+@torch.no_grad()
+def update_directors(
+    layers: Iterable[DEXLayer],
+    gate_mass: Iterable[Tensor],
+    momentum: float | Tensor,
+    *,
+    skip: Tensor | None = None,
+    process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+) -> None:
+    """`DEXLayer.update_director` of many layers: one all-reduce and one `group_ema_` for all of them."""
+    layers, gate_mass = list(layers), list(gate_mass)
+    ops.check_momentum(momentum)
+    ops.check_skip(skip)
+    if len(gate_mass) != len(layers):
+        raise ValueError(f"gate_mass: expected one tensor per layer ({len(layers)}), got {len(gate_mass)}")
+    for i, (layer, mass) in enumerate(zip(layers, gate_mass, strict=True)):
+        if layer.path == "director":
+            raise ValueError("update_director: expected path='experts'; with path='director' the optimizer trains it")
+        if not isinstance(mass, Tensor) or tuple(mass.shape) != (layer.num_experts,):
+            got = list(mass.shape) if isinstance(mass, Tensor) else repr(mass)
+            raise ValueError(f"gate_mass[{i}]: expected [{layer.num_experts}], got {got}")
+    if not layers:
+        return
+    masses = torch.cat([m.detach() for m in gate_mass])
+    if process_group is not False and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(masses, group=process_group)
+    still = ~masses.isfinite().all()
+    if skip is not None:
+        still = still | skip.to(still.device)
+
+    directors, experts, weights = [], [], []
+    shares = [m / (m.sum() + reference.EPS) for m in masses.split([layer.num_experts for layer in layers])]
+    for layer, share in zip(layers, shares, strict=True):
+        for director, stacked in layer.director_pairs():
+            directors.append(director), experts.append(stacked), weights.append(share)
+    ops.group_ema_(directors, experts, weights, momentum, skip=still, backend=layers[0].backend)
+    for layer, share in zip(layers, shares, strict=True):
+        u, m = layer.usage_ema, layer.usage_momentum
+        u.copy_(torch.where(still, u, m * u + (1 - m) * share.to(u.dtype)))
+
+
+@torch.no_grad()
+def copy_strictly(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy each tensor of ``state`` into the target of its name; unless all names and shapes match, nothing changes."""
+    wrong = [f"missing {k}" for k in targets if k not in state] + [f"unknown {k}" for k in state if k not in targets]
+    for k, t in targets.items():
+        if k in state and not isinstance(state[k], Tensor):
+            wrong.append(f"{k}: expected a tensor, got {type(state[k]).__name__}")
+        elif k in state and state[k].shape != t.shape:
+            wrong.append(f"{k}: expected shape {list(t.shape)}, got {list(state[k].shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError("state: " + "; ".join(wrong[:20]) + more)
+    for k, t in targets.items():
+        t.copy_(state[k])

@@ -1,0 +1,258 @@
+"""The specification: every operator in plain torch, with the operators' exact arguments. It is also the CPU backend.
+
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, S = B*K slots.
+Token-wise routing is image-wise routing of ``B * N`` images of one token; `dexkernels.ops` does that reshaping.
+Arguments are validated in `dexkernels.ops`; nothing here checks them again.
+Source of the equations: the DEX paper (arXiv 2605.21861) and the recorded runs of its published code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routing import Routing, sort_slots
+
+EPS = 1e-6
+"""Added to the total gate mass and the total usage before dividing; also the floor of q in the KD align loss."""
+
+ALIGN_TEMPERATURE = 0.5
+"""Temperature of the director's softmax in the KD align loss; the experts' is 1."""
+
+GEMA_CHUNK = 1 << 20
+"""Elements of a director updated at a time: 4 MB of float32 stay in cache while every expert is added to them."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, else the dtype itself: what sums, softmaxes and losses are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    routing: str = "image",
+    route_from: str = "cls",
+    temperature: float = 0.5,
+    noise_std: float | Tensor = 0.0,
+    router_noise: Tensor | None = None,
+    usage_ema: Tensor | None = None,
+) -> Routing:
+    """``p = softmax((r @ Wr.T + noise) / temperature)``; the K most probable experts, renormalised.
+
+    ``r`` is ``x[:, 0]`` (``route_from="cls"``), the mean over tokens (``"mean"``), or, token-wise, every token.
+    ``noise = noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    if routing == "token":
+        r = x
+    else:
+        r = (x[:, 0] if route_from == "cls" else x.mean(1, dtype=dtype)).unsqueeze(1)
+    num_experts = router_weight.shape[0]
+    logits = F.linear(r.to(dtype), router_weight.to(dtype))
+    if router_noise is not None:
+        usage = usage_ema.to(dtype)
+        logits = logits + noise_std * (router_noise.to(dtype) + (1 - usage / (usage.sum() + EPS)))
+    p = (logits / temperature).softmax(-1)
+    # A stable sort, not topk: topk promises no order among ties, and NaN rows must still give distinct indices.
+    indices = p.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    chosen = p.gather(-1, indices)
+    gates = chosen / chosen.sum(-1, keepdim=True)
+
+    rows = p.reshape(-1, num_experts)
+    mean_p = rows.sum(0) / max(rows.shape[0], 1)
+    balance_loss = num_experts * (mean_p * mean_p.detach()).sum()
+    # Scatter into rows and sum them: an index_add_ would add in no fixed order on a GPU.
+    mass = torch.zeros_like(rows, requires_grad=False).scatter_(
+        1, indices.reshape(-1, top_k), gates.detach().reshape(-1, top_k)
+    )
+    slot_order, group_sizes, group_offsets = sort_slots(indices, num_experts)
+    if routing == "image":
+        gates, indices = gates.squeeze(1), indices.squeeze(1)
+    return Routing(gates, indices.int(), balance_loss, mass.sum(0), slot_order, group_sizes, group_offsets)
+
+
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU: one expert, the director, or the dense MLP of a ViT."""
+    return linear(F.gelu(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, ``[..., K]``, ``[M, K]``, ``[M]``.
+
+    Without gradient, float32 on a CPU goes through oneDNN: torch's own float32 products call MKL, which on CPUs that
+    are not Intel's takes about twice as long (it leaves out AVX-512). oneDNN computes in full float32.
+    """
+    on_cpu = x.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and x.numel() > 0
+    if on_cpu and torch.backends.mkldnn.enabled and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def grouped_mlp_forward(
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))``, ``e = expert_indices[b, k]``.
+
+    Returns ``out [B, N, D]`` and ``z [S, N, H]`` = fc1's outputs in slot order, which the backward needs.
+    An expert without slots is not computed.
+    """
+    (B, N, D), (S,), H = x.shape, slot_order.shape, fc1_bias.shape[1]
+    images, slot_gates = _images_and_gates(gates, slot_order)
+    out = x.new_zeros((B, N, D), dtype=accumulation_dtype(x.dtype))
+    z = x.new_empty((S, N, H))
+    for e, start, stop in _groups(group_offsets):
+        z_e = linear(x.index_select(0, images[start:stop]), fc1_weight[e], fc1_bias[e])
+        z[start:stop] = z_e
+        y = linear(F.gelu(z_e), fc2_weight[e], fc2_bias[e])
+        out.index_add_(0, images[start:stop], y.to(out.dtype) * slot_gates[start:stop].to(out.dtype))
+    return out.to(x.dtype), z
+
+
+def grouped_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    z: Tensor,
+    need_x: bool = True,
+    need_gates: bool = True,
+    need_weights: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias; None for what is not needed.
+
+    With ``a = gelu(z)`` and ``da = grad_out[b] @ fc2_weight_e``, of one slot with gate g:
+    ``dg = sum(da * a) + sum_n(grad_out[b]) . fc2_bias_e``, ``dz = g * da * gelu'(z)``,
+    ``dfc2 = (g * grad_out[b]).T @ a``, ``dfc1 = dz.T @ x[b]``, ``dx[b] += dz @ fc1_weight_e``.
+    Nothing is divided by g, which may be 0.
+    An expert without slots gets exact zeros.
+    """
+    (B, N, D), (S, _, H) = x.shape, z.shape
+    images, slot_gates = _images_and_gates(gates, slot_order)
+    acc = accumulation_dtype(x.dtype)
+    dx = x.new_zeros((B, N, D), dtype=acc) if need_x else None
+    dslot = gates.new_zeros(S) if need_gates else None
+    if need_weights:
+        E = fc1_weight.shape[0]
+        d_fc1, d_fc2 = torch.empty_like(fc1_weight), torch.empty_like(fc2_weight)
+        d_b1, d_b2 = fc1_weight.new_zeros(E, H), fc1_weight.new_zeros(E, D)
+        sizes = group_offsets.diff().tolist()
+        for e in (e for e in range(E) if sizes[e] == 0):
+            d_fc1[e].zero_(), d_fc2[e].zero_()
+    for e, start, stop in _groups(group_offsets):
+        dy = grad_out.index_select(0, images[start:stop])
+        g = slot_gates[start:stop].to(acc)
+        z_e = z[start:stop].view(-1, H)
+        a = F.gelu(z_e)
+        da = linear(dy.view(-1, D), fc2_weight[e].t())
+        if need_gates:
+            through_a = torch.linalg.vecdot(da.to(acc), a.to(acc)).view(-1, N).sum(1)
+            dslot[start:stop] = (through_a + dy.to(acc).sum(1) @ fc2_bias[e].to(acc)).to(gates.dtype)
+        if need_weights:
+            dy = (dy.to(acc) * g).to(x.dtype).view(-1, D)
+            d_fc2[e] = linear(dy.t(), a.t())
+            torch.sum(dy, 0, out=d_b2[e])
+        dz = torch.ops.aten.gelu_backward(da, z_e).view(-1, N, H).mul_(g.to(x.dtype)).view(-1, H)
+        if need_weights:
+            d_fc1[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(-1, D).t())
+            torch.sum(dz, 0, out=d_b1[e])
+        if need_x:
+            dx.index_add_(0, images[start:stop], linear(dz, fc1_weight[e].t()).view(-1, N, D).to(acc))
+    dgates = None
+    if need_gates:
+        dgates = torch.empty_like(dslot).index_copy_(0, slot_order, dslot).view(gates.shape)
+    dx = dx.to(x.dtype) if need_x else None
+    return (dx, dgates, d_fc1, d_b1, d_fc2, d_b2) if need_weights else (dx, dgates, None, None, None, None)
+
+
+def _images_and_gates(gates: Tensor, slot_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every slot in slot order: its image ``[S]`` and its gate ``[S, 1, 1]``."""
+    return slot_order // gates.shape[1], gates.reshape(-1)[slot_order].view(-1, 1, 1)
+
+
+def _groups(group_offsets: Tensor) -> list[tuple[int, int, int]]:
+    """``(expert, first slot, end slot)`` of every expert that has slots."""
+    ends = group_offsets.tolist()
+    return [(e, ends[e], ends[e + 1]) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]
+
+
+def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+    """How far the experts' output ``[..., D]`` is from the director's; a mean over all leading dimensions.
+
+    - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
+      Where q is below 1e-6 the gradient is zero.
+    - ``cosine``: ``1 - cos(experts_out, director_out)`` (the paper's Eq. 7).
+    - ``mse``: mean of the squared difference, also over D.
+    """
+    dtype = accumulation_dtype(experts_out.dtype)
+    q, p = experts_out.to(dtype), director_out.detach().to(dtype)
+    rows = max(q[..., 0].numel(), 1)
+    if kind == "kd":
+        return -((p / ALIGN_TEMPERATURE).softmax(-1) * q.softmax(-1).clamp(min=EPS).log()).sum() / rows
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(q, p, dim=-1)).sum() / rows
+    return (q - p).square().sum() / max(q.numel(), 1)
+
+
+@torch.no_grad()
+def group_ema_(
+    directors: list[Tensor],
+    experts: list[Tensor],
+    group_weights: list[Tensor],
+    momentum: float | Tensor,
+    skip: Tensor | None = None,
+) -> None:
+    """``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, for each ``(director, experts, a)``.
+
+    An expert of weight exactly 0 contributes nothing, whatever it holds; when all weights are 0, or ``skip`` is true,
+    the director keeps its bits.
+    """
+    for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
+        if director.device.type == "cpu":
+            if skip is not None and bool(skip):
+                return
+            _group_ema_on_host_(director, stacked, weights.tolist(), float(momentum))
+        else:
+            _group_ema_on_device_(director, stacked, weights, momentum, skip)
+
+
+def _group_ema_on_host_(director: Tensor, stacked: Tensor, weights: list[float], m: float) -> None:
+    used = [e for e, a in enumerate(weights) if a != 0]
+    if not used:
+        return
+    if not (director.is_contiguous() and stacked.is_contiguous()):
+        director.mul_(m)
+        for e in used:
+            director.add_(stacked[e], alpha=(1 - m) * weights[e])
+        return
+    flat, sources = director.view(-1), stacked.view(len(weights), -1)
+    for start in range(0, flat.numel(), GEMA_CHUNK):
+        chunk = flat[start : start + GEMA_CHUNK].mul_(m)
+        for e in used:
+            chunk.add_(sources[e, start : start + GEMA_CHUNK], alpha=(1 - m) * weights[e])
+
+
+def _group_ema_on_device_(
+    director: Tensor, stacked: Tensor, weights: Tensor, momentum: float | Tensor, skip: Tensor | None
+) -> None:
+    """The same without reading a value on the host, so that a GPU is never waited for."""
+    still = (weights == 0).all()
+    if skip is not None:
+        still = still | skip
+    m = torch.where(still, 1.0, torch.as_tensor(momentum, dtype=director.dtype, device=director.device))
+    scale = torch.where(still, 0.0, (1 - m) * weights.to(director.dtype))
+    director.mul_(m)
+    for e in range(stacked.shape[0]):
+        director.add_(torch.where(scale[e] != 0, scale[e] * stacked[e], 0.0))

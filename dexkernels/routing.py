@@ -1,0 +1,41 @@
+"""The routing record and the order of its slots. Letters: B images, N tokens, E experts, K chosen, S slots.
+
+A slot is one (row, choice) pair: there are ``B * K`` of them when routing is image-wise, ``B * N * K`` when it is
+token-wise. Slots are numbered row-major, so slot ``s`` belongs to row ``s // K`` and is its choice ``s % K``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What `route` decided. Only ``gates`` and ``balance_loss`` carry gradient."""
+
+    gates: Tensor
+    """``[B, K]`` or, token-wise, ``[B, N, K]``; renormalised weights of the chosen experts, each row sums to 1."""
+    expert_indices: Tensor
+    """int32, shape of ``gates``; by descending probability, ties to the lower index; distinct within a row."""
+    balance_loss: Tensor
+    """0-dim; ``E * sum_e mean(p_e) * stop_grad(mean(p_e))``, local to this rank."""
+    gate_mass: Tensor
+    """``[E]``, detached; sum of the gates given to each expert."""
+    slot_order: Tensor
+    """int64 ``[S]``; slots stably sorted by expert."""
+    group_sizes: Tensor
+    """int64 ``[E]``; slots of each expert."""
+    group_offsets: Tensor
+    """int64 ``[E + 1]``; expert ``e`` owns ``slot_order[group_offsets[e] : group_offsets[e + 1]]``."""
+
+
+def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``slot_order``, ``group_sizes``, ``group_offsets`` of ``expert_indices`` (any integer dtype and shape)."""
+    flat = expert_indices.reshape(-1).long()
+    slot_order = flat.argsort(stable=True)
+    # A comparison instead of bincount: bincount makes a GPU wait for the host.
+    experts = torch.arange(num_experts, device=flat.device)
+    group_sizes = (flat[:, None] == experts).sum(0)
+    group_offsets = flat.new_zeros(num_experts + 1)
+    group_offsets[1:] = group_sizes.cumsum(0)
+    return slot_order, group_sizes, group_offsets
