@@ -1,0 +1,59 @@
+"""What the experts do: who takes which modality, how even the load is, who gets nothing.
+
+Shape letters: B images, K chosen, E experts, M modalities.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class UnusedExperts(NamedTuple):
+    """Experts of one layer that get next to nothing."""
+
+    dead: tuple[int, ...]
+    """No slot at all."""
+    nearly_dead: tuple[int, ...]
+    """Some, but less than a tenth of an even share, 0.1 / E."""
+
+
+def expert_by_modality(
+    gates: Tensor, expert_indices: Tensor, modality: Tensor, num_experts: int, num_modalities: int
+) -> Tensor:
+    """Gate mass ``[M, E]`` that each modality's images give to each expert; float64.
+
+    gates, expert_indices: ``[B, K]``; modality: int64 ``[B]``. Deterministic on every device.
+    """
+    per_image = torch.zeros(gates.shape[0], num_experts, dtype=torch.float64, device=gates.device)
+    per_image.scatter_(1, expert_indices.long(), gates.detach().double())  # an image's experts are distinct
+    return one_hot(modality, num_modalities).T @ per_image
+
+
+def one_hot(index: Tensor, size: int) -> Tensor:
+    """float64 ``[B, size]``. Unlike the one in torch it never makes a GPU wait for the host."""
+    return (index[:, None] == torch.arange(size, device=index.device)).double()
+
+
+def usage_entropy(counts: Tensor) -> float:
+    """Evenness of the load ``counts [E]``: its entropy over log E; 1 is even, 0 is all to one expert."""
+    total = counts.sum().item()
+    if total == 0 or counts.numel() < 2:
+        return 1.0
+    share = counts.double() / total
+    return float(-(share * share.clamp_min(1e-300).log()).sum() / math.log(counts.numel()))
+
+
+def min_share(counts: Tensor) -> float:
+    """Share of the least used expert of ``counts [E]``; 0 when nothing was counted."""
+    return float(counts.min() / counts.sum().clamp_min(1))
+
+
+def unused_experts(counts: Tensor) -> UnusedExperts:
+    """Experts of ``counts [E]`` (slots of each) with no slot, or with less than a tenth of an even share."""
+    even = counts.sum().item() / counts.numel()
+    slots = counts.tolist()
+    return UnusedExperts(
+        tuple(e for e, n in enumerate(slots) if n == 0), tuple(e for e, n in enumerate(slots) if 0 < n < 0.1 * even)
+    )

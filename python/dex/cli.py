@@ -1,0 +1,233 @@
+"""The `dex` command. Each subcommand is one function that returns an exit code.
+
+Exit codes: 0 done; 1 failed, or `doctor` found that pretraining cannot run; 2 wrong usage or input, one line on stderr;
+3 stopped by non-finite steps; 75 preempted by a signal and resumable.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+_HELP = """usage: dex COMMAND [options]
+
+Pretraining with Director-Experts networks.
+
+commands:
+  pretrain   masked-autoencoder pretraining of a DEX vision transformer
+  doctor     what works on this machine, what does not, and why
+
+options:
+  -h, --help   this help; `dex COMMAND --help` for a command's own
+  --version    version of the installed package
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; wrong usage or input is one line on stderr and exit code 2, never a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dex, from dexkernels {version('dexkernels')}")
+        return 0
+    commands = {"pretrain": _pretrain, "doctor": _doctor}
+    name, *rest = arguments
+    if name not in commands:
+        return _usage("dex", f"command: expected one of {', '.join(commands)}; got {name!r}")
+    try:
+        return commands[name](rest)
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        return _usage(f"dex {name}", str(error))
+    except ModuleNotFoundError as error:
+        return _usage(f"dex {name}", f"{error}; pip install 'dexkernels[train]' brings what the command needs")
+    except OSError as error:
+        print(f"dex {name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:  # argparse's --help
+        return int(error.code or 0)
+
+
+def _pretrain(arguments: list[str]) -> int:
+    import tyro
+
+    from dex import config as configuration
+
+    first = _start_options(arguments)
+    resume, out = _resume_target(first.resume, first.out)
+    base = _base_config(first.preset, first.config, out if resume else None)
+    if base is None and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"preset: expected one of {', '.join(configuration.PRESETS)}, or --config FILE; got neither")
+    base = base or configuration.Config()
+
+    @dataclass(frozen=True)
+    class Pretrain:
+        """Masked-autoencoder pretraining of a DEX vision transformer.
+
+        The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 2 wrong usage or input, 3
+        stopped by three non-finite steps in a row, 75 stopped by SIGTERM or SIGINT, saved and resumable.
+        """
+
+        preset: str | None = None
+        """demo, demo-monolithic, published-code or paper."""
+        config: str | None = None
+        """YAML file with some or all of the fields below."""
+        data: str | None = None
+        """Prepared data set or folder of images; the small set in the package without it. Same as --data.path."""
+        out: str | None = None
+        """Run folder; runs/NAME-DATE without it."""
+        steps: int | None = None
+        """Length of the run. Same as --schedule.steps."""
+        resume: str | None = None
+        """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
+        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Print the configuration and what would run; write nothing."""
+        fields: Annotated[configuration.Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(Pretrain, prog="dex pretrain", args=arguments, default=Pretrain())
+    except SystemExit as error:
+        if not error.code:  # --help
+            return 0
+        raise ValueError(_one_line(complaint.getvalue())) from None
+    config = parsed.fields
+    if parsed.data is not None:
+        config = replace(config, data=replace(config.data, path=parsed.data))
+    if parsed.steps is not None:
+        config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
+    configuration.check(config)
+    if parsed.dry_run:
+        _dry_run(config)
+        return 0
+
+    from dex.pretrain import pretrain
+
+    if out is None:
+        name = first.preset or (Path(first.config).stem if first.config else "pretrain")
+        out = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return pretrain(config, out, resume=resume, command=["dex", "pretrain", *arguments])
+
+
+def _start_options(arguments: list[str]) -> argparse.Namespace:
+    """The options that decide which configuration the others override."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", "out", "resume"):
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(arguments)[0]
+
+
+def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:
+    """What `engine.pretrain` takes as ``resume`` and ``out``."""
+    folder = Path(out) if out is not None else None
+    if resume is None:
+        return None, folder
+    if resume == "auto":
+        if folder is None:
+            raise ValueError("resume: expected --out with the run folder beside --resume auto")
+        return "auto", folder
+    path = Path(resume)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume: expected auto, a run folder or a checkpoint folder; nothing at {path}")
+    is_run = (path / "config.yaml").is_file()
+    run = path if is_run else path.resolve().parent.parent
+    if not is_run and not (run / "config.yaml").is_file():
+        raise ValueError(f"resume: expected auto, a run folder or a checkpoint folder in one; got {path}")
+    if folder is not None and folder.resolve() != run.resolve():
+        raise ValueError(f"out: expected the run that is resumed, {run}; got {folder}")
+    return ("auto" if is_run else path), run
+
+
+def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> Any:
+    from dex import config as configuration
+
+    base = configuration.preset(preset) if preset is not None else None
+    if file is not None:
+        return configuration.read_yaml(file, base or configuration.Config())
+    if base is None and resumed is not None and (resumed / "config.yaml").is_file():
+        base = configuration.read_yaml(resumed / "config.yaml", configuration.Config())
+        return replace(base, run=replace(base.run, stop_at=None))  # where an earlier start was to stop
+    return base
+
+
+def _dry_run(config: Any) -> None:
+    import torch
+
+    from dex.config import to_yaml
+    from dex.data import Loader, open_dataset
+    from dex.engine import build_model, resolve_device, resolve_precision
+    from dex.schedules import total_steps
+
+    dataset = open_dataset(config.data.path)
+    train, held_out = dataset.split("train"), dataset.split("val")
+    with torch.device("meta"):
+        model = build_model(config)
+    parameters = {"experts": 0, "directors": 0, "rest": 0}
+    for name, parameter in model.named_parameters():
+        kind = "directors" if ".director." in name else "experts" if ".experts." in name else "rest"
+        parameters[kind] += parameter.numel()
+    loader = Loader(train, config.data.batch_size, seed=config.run.seed)
+    steps = total_steps(config, loader.batches_per_epoch)
+    device = resolve_device(config)
+    print(to_yaml(config), end="")
+    print(f"# parameters: {sum(parameters.values()):,}; " + ", ".join(f"{k} {n:,}" for k, n in parameters.items()))
+    print(f"# data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images")
+    for name, count in dataset.modality_counts().items():
+        print(f"#   {name}: {count:,}")
+    epochs = steps / loader.batches_per_epoch
+    print(f"# {loader.batches_per_epoch:,} steps per epoch, {steps:,} steps, {epochs:.1f} epochs")
+    print(f"# peak learning rate {config.peak_lr:.3g}; {device.type}, {resolve_precision(config, device)}")
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="dex doctor",
+        description="Versions, devices, kernel backends, codecs, disk, data. Exit code 1 when pretraining cannot run.",
+    )
+    parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
+    parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")
+    options = parser.parse_args(arguments)
+    from dex.doctor import doctor
+
+    return EXIT_FAILED if doctor(options.data, Path(options.out)) else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several lines: its first paragraph, and the options that it thinks were meant."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("\u2500\u2570\u256f-+")
+
+    lines = [line.strip("\u2502| ") for line in box.splitlines()]
+    # The title is the box's upper edge; without Unicode it stands alone, above a rule.
+    title = next((i for i, line in enumerate(lines) if line and not is_rule(line)), 0)
+    first = title + 1 if lines[title].startswith("\u256d") else title + 2
+    end = next((i for i, line in enumerate(lines) if i >= first and is_rule(line)), len(lines))
+    text = " ".join(lines[first:end])
+    if "Perhaps you meant" in box:
+        meant = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
+        text += f"; perhaps {' or '.join(meant)}"
+    return text
+
+
+def _usage(command: str, message: str) -> int:
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE

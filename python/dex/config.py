@@ -1,0 +1,361 @@
+"""Everything that decides a run, as frozen dataclasses; YAML in and out; the presets.
+
+`Config()` holds the values of the published code. A preset or a YAML file changes some of them, the command line the
+rest; `check` refuses what cannot work before anything is built.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The masked autoencoder; `dex.model.MaskedAutoencoder` takes the same names."""
+
+    img_size: int = 256
+    """Side of the square training crop, pixels."""
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    num_experts: int | tuple[int, ...] = 8
+    """Experts of every layer, or one number per layer; 0 is the monolithic control, one MLP of top_k * hidden size."""
+    top_k: int | tuple[int, ...] = 2
+    """Experts an image takes in every layer, or one number per layer."""
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    norm_pix_loss: bool = True
+    """Predict pixels normalised per patch, as the published runs do, instead of the pixels themselves."""
+    mask_ratio: float = 0.75
+    """Share of patches hidden from the encoder."""
+    backend: str | None = None
+    """Kernel backend of every op; none takes each op's default. `dex doctor` lists them."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None
+    """Prepared data set; none is the small set that comes with the package."""
+    batch_size: int = 896
+    """Images per step, over all processes."""
+    num_workers: int = 0
+    """Processes that read ahead; 0 reads in the training process. The order of images does not depend on it."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW over every parameter that takes a gradient."""
+
+    base_lr: float = 1e-4
+    """Learning rate per 512 images: the peak is base_lr * batch_size / 512."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-6
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What changes with the step; every pair is (first step, last step), joined by half a cosine."""
+
+    epochs: float = 200.0
+    steps: int | None = None
+    """Length in steps; overrides epochs."""
+    warmup: float = 0.05
+    """Share of the run over which the learning rate rises linearly; 0.05 is 10 of 200 epochs."""
+    noise_std: tuple[float, float] = (1.0, 0.0)
+    """Exploration noise of the router."""
+    momentum: tuple[float, float] = (0.99, 0.999)
+    """Momentum of the directors (GEMA)."""
+    align_weight: float = 0.01
+    balance_weight: tuple[float, float] = (0.01, 0.01)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is carried out. Except for the seed and the precision, nothing here changes its result."""
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    """bf16 is autocast; auto takes it where the processor computes in it, else fp32."""
+    stop_at: int | None = None
+    """Stop after this step, saved and resumable; the schedules still span the whole run."""
+    log_every: int = 50
+    """Steps between two rows of metrics."""
+    evaluate_every: int = 1000
+    """Steps between two held-out losses, with pictures of reconstructions and experts; 0 for none."""
+    evaluate_images: int = 256
+    """Held-out images, spread evenly over the modalities."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optim.base_lr * self.data.batch_size / 512
+
+
+# Fields that a resumed run may change: they change neither the weights' meaning nor the course of the run.
+FREE_ON_RESUME = frozenset(
+    {"data.path", "data.num_workers", "model.backend"}
+    | {f"run.{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in ("seed", "precision")}
+)
+
+_PUBLISHED = Config()
+_DEMO = Config(
+    model=ModelConfig(
+        embed_dim=192,
+        depth=6,
+        num_heads=3,
+        decoder_embed_dim=128,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        norm_pix_loss=False,
+    ),
+    data=DataConfig(batch_size=32),
+    optim=OptimConfig(base_lr=0.032, betas=(0.9, 0.95)),  # a peak of 2e-3: a few hundred steps must do
+    schedule=ScheduleConfig(steps=320, warmup=0.1),
+    run=RunConfig(
+        precision="auto", log_every=10, evaluate_every=80, evaluate_images=64, checkpoint_every=160, keep_checkpoints=2
+    ),
+)
+
+PRESETS: dict[str, Config] = {
+    "published-code": _PUBLISHED,
+    "paper": replace(
+        _PUBLISHED,
+        data=replace(_PUBLISHED.data, batch_size=448),
+        schedule=replace(_PUBLISHED.schedule, balance_weight=(0.001, 0.0)),
+    ),
+    "demo": _DEMO,
+    "demo-monolithic": replace(_DEMO, model=replace(_DEMO.model, num_experts=0)),
+}
+
+
+def preset(name: str) -> Config:
+    """The preset called ``name``. ValueError: no such preset."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+    return PRESETS[name]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries and lists, as YAML and JSON hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def from_dict(values: Any, base: Config, source: str = "configuration") -> Config:
+    """``base`` with the fields that ``values`` names replaced.
+
+    ValueError, naming the field and ``source``: an unknown key or a value of the wrong type.
+    """
+    return _merge(base, values, source, "")
+
+
+def read_yaml(path: str | Path, base: Config) -> Config:
+    """``base`` with the fields that the file names replaced. FileNotFoundError; ValueError as in `from_dict`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: expected a YAML file; nothing at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"config: expected YAML in {path}; {' '.join(str(error).split())}") from error
+    return from_dict({} if values is None else values, base, str(path))
+
+
+def to_yaml(config: Config) -> str:
+    """Every field; `read_yaml` turns it back into the same configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name of each field that differs -> (old value, new value)."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+
+
+def check(config: Config) -> None:
+    """ValueError, naming the field, what was expected and what came, for values that cannot work."""
+    model, data, optim, schedule, run = config.model, config.data, config.optim, config.schedule, config.run
+
+    def require(good: bool, name: str, expected: str, value: Any) -> None:
+        if not good:
+            raise ValueError(f"{name}: expected {expected}; got {value!r}")
+
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
+    for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
+    for whole, part in (
+        ("img_size", "patch_size"),
+        ("embed_dim", "num_heads"),
+        ("decoder_embed_dim", "decoder_num_heads"),
+    ):
+        value, divisor = getattr(model, whole), getattr(model, part)
+        require(value % divisor == 0, f"model.{whole}", f"a multiple of model.{part} = {divisor}", value)
+    require(model.embed_dim % 4 == 0, "model.embed_dim", "a multiple of 4, for 2-D sine positions", model.embed_dim)
+    require(
+        model.decoder_embed_dim % 4 == 0,
+        "model.decoder_embed_dim",
+        "a multiple of 4, for 2-D sine positions",
+        model.decoder_embed_dim,
+    )
+    for name in ("num_experts", "top_k"):
+        value = getattr(model, name)
+        require(
+            isinstance(value, int) or len(value) == model.depth,
+            f"model.{name}",
+            f"one number or model.depth = {model.depth} numbers",
+            value,
+        )
+    experts, chosen = per_layer(model.num_experts, model.depth), per_layer(model.top_k, model.depth)
+    require(all(k >= 1 for k in chosen), "model.top_k", "at least 1", model.top_k)
+    require(
+        all(e == 0 for e in experts) or all(e >= k for e, k in zip(experts, chosen, strict=True)),
+        "model.num_experts",
+        f"0 in every layer, or at least model.top_k = {model.top_k}",
+        model.num_experts,
+    )
+    require(model.mlp_ratio > 0, "model.mlp_ratio", "above 0", model.mlp_ratio)
+    patches = (model.img_size // model.patch_size) ** 2
+    kept = int(patches * (1 - model.mask_ratio))
+    require(
+        0 < model.mask_ratio < 1 and 1 <= kept < patches,
+        "model.mask_ratio",
+        f"a share that keeps and hides at least one of {patches} patches",
+        model.mask_ratio,
+    )
+    require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
+    require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
+    require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
+    require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
+    require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
+    require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
+    require(optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
+    require(schedule.epochs > 0, "schedule.epochs", "above 0", schedule.epochs)
+    require(schedule.steps is None or schedule.steps >= 1, "schedule.steps", "at least 1", schedule.steps)
+    require(0 <= schedule.warmup < 1, "schedule.warmup", "a share in [0, 1)", schedule.warmup)
+    require(min(schedule.noise_std) >= 0, "schedule.noise_std", "two numbers of at least 0", schedule.noise_std)
+    require(
+        all(0 <= m <= 1 for m in schedule.momentum), "schedule.momentum", "two numbers in [0, 1]", schedule.momentum
+    )
+    require(schedule.align_weight >= 0, "schedule.align_weight", "at least 0", schedule.align_weight)
+    require(
+        min(schedule.balance_weight) >= 0,
+        "schedule.balance_weight",
+        "two numbers of at least 0",
+        schedule.balance_weight,
+    )
+    for name, value in _flat(to_dict(config)).items():
+        numbers = value if isinstance(value, list) else [value]
+        require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
+    require(0 <= run.seed < 2**63, "run.seed", "at least 0, below 2^63", run.seed)
+    require(run.stop_at is None or run.stop_at >= 1, "run.stop_at", "at least 1", run.stop_at)
+    for name in ("log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
+        require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))
+    require(run.evaluate_every >= 0, "run.evaluate_every", "at least 0", run.evaluate_every)
+
+
+def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """One number per layer of a field that may be one number for all."""
+    return (value,) * depth if isinstance(value, int) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _merge(base: Any, values: Any, source: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or source}: expected fields and their values; got {values!r} ({source})")
+    kinds = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            changes[key] = _merge(old, value, source, f"{prefix}{key}.")
+        else:
+            changes[key] = _convert(value, kinds[key], f"{prefix}{key}", source)
+    return replace(base, **changes)
+
+
+def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
+    found = _match(value, kind)
+    if found is _NO:
+        raise ValueError(f"{name}: expected {_words(kind)}; got {value!r} in {source}")
+    return found
+
+
+_NO = object()
+
+
+def _match(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or `_NO`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return next((found for k in arguments if (found := _match(value, k)) is not _NO), _NO)
+    if origin is Literal:
+        return value if value in arguments else _NO
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _NO
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        if not value or len(kinds) != len(value):
+            return _NO
+        found = tuple(_match(v, k) for v, k in zip(value, kinds, strict=True))
+        return _NO if _NO in found else found
+    if kind is types.NoneType:
+        return value if value is None else _NO
+    if kind is float:
+        # YAML 1.1 reads 1e-4 as text.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return _NO
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO
+    return value if type(value) is kind else _NO
+
+
+def _words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(k) for k in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list of {_words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names[kind]

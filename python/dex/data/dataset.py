@@ -1,0 +1,145 @@
+"""What a data set is to the rest of `dex`: numbered samples, a modality each, a fingerprint, two splits.
+
+Shape letters: S side of a stored image in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+SPLITS = ("train", "val")
+IMAGE_SIZE = 256
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+class SampleError(ValueError):
+    """One sample cannot be used. `sample_id` names it, `reason` says why; `Loader` puts another in its place."""
+
+    def __init__(self, sample_id: str, reason: str = ""):
+        super().__init__(f"sample {sample_id!r}: {reason}" if reason else sample_id)
+        self.sample_id = sample_id
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.sample_id, self.reason)
+
+
+class Sample(NamedTuple):
+    """`image` uint8 [3, S, S], RGB; `modality` indexes `Dataset.modalities`; `id` is unique in the data set."""
+
+    image: torch.Tensor
+    modality: int
+    id: str
+
+
+class Dataset:
+    """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
+
+    name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
+    data set knows of and holds no image of; fingerprint: sha256 (hex) of the content's identity; image_size: S.
+
+    A subclass gives `__len__`, `__getitem__`, `sample_id`, `modality_index` and `_in_split`. `__getitem__` raises
+    `SampleError` for a sample it cannot give and `IndexError` outside 0 .. len - 1; negative numbers are not indices.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    empty_modalities: tuple[str, ...] = ()
+    fingerprint: str
+    image_size: int = IMAGE_SIZE
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def sample_id(self, index: int) -> str:
+        """The id of sample `index`, without reading its image."""
+        raise NotImplementedError
+
+    def modality_index(self) -> np.ndarray:
+        """int64 [len]: every sample's index into `modalities`, without reading an image."""
+        raise NotImplementedError
+
+    def modality_counts(self) -> dict[str, int]:
+        """Samples of each name in `modalities`; a view may hold 0 of a name that its whole set has."""
+        counts = np.bincount(self.modality_index(), minlength=len(self.modalities))
+        return {name: int(count) for name, count in zip(self.modalities, counts, strict=True)}
+
+    def split(self, name: str) -> Dataset:
+        """The samples of split `name` ("train" or "val") as a data set of their own; may be empty."""
+        if name not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
+        return View(self, np.flatnonzero(self._in_split(name)), name)
+
+    def _in_split(self, name: str) -> np.ndarray:
+        """bool [len]: the samples of split `name`."""
+        raise NotImplementedError
+
+    def _check_index(self, index: int) -> int:
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 <= index < {len(self)} for data set {self.name!r}, got {index}")
+        return index
+
+
+class View(Dataset):
+    """Some samples of another data set, in its order; numbering of the modalities stays that of the whole."""
+
+    def __init__(self, base: Dataset, indices: Sequence[int] | np.ndarray, label: str):
+        self._base = base
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self.label = label
+        self.name = f"{base.name}/{label}"
+        self.modalities = base.modalities
+        self.empty_modalities = base.empty_modalities
+        self.image_size = base.image_size
+        self.fingerprint = hashlib.sha256(
+            f"{base.fingerprint}/{label}/".encode() + self._indices.astype("<i8").tobytes()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._base[int(self._indices[self._check_index(index)])]
+
+    def sample_id(self, index: int) -> str:
+        return self._base.sample_id(int(self._indices[self._check_index(index)]))
+
+    def modality_index(self) -> np.ndarray:
+        return self._base.modality_index()[self._indices]
+
+    def split(self, name: str) -> Dataset:
+        raise ValueError(f"split: {self.name!r} is already a split; ask the whole data set for {name!r}")
+
+
+def open_dataset(path: str | Path | None = None) -> Dataset:
+    """Open a data set for reading.
+
+    `None` is the small real set that comes with the package; a folder with `manifest.json` is a shard set
+    (`dex.data.shards`); any other folder is a plain one of PNG, JPEG and NPY (`dex.data.folder`).
+    FileNotFoundError when there is nothing at `path`; ValueError when it is not a folder, holds no image, or when
+    its manifest does not fit its files.
+    """
+    from .folder import FolderDataset
+    from .shards import MANIFEST, ShardDataset
+
+    root = EMBEDDED if path is None else Path(path)
+    if not root.exists():
+        if path is None:
+            raise FileNotFoundError("the embedded data set is not in this installation; rebuild it with "
+                                    "scripts/build_embedded_data.py, or pass a folder")
+        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(path)!r}")
+    if not root.is_dir():
+        raise ValueError(f"path: expected a folder of images or shards, got the file {str(path)!r}")
+    if (root / MANIFEST).exists() or path is None:
+        return ShardDataset(root)
+    return FolderDataset(root)

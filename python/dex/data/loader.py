@@ -1,0 +1,210 @@
+"""Batches in an order that is a function of (seed, epoch) alone, from any position, with any number of workers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .dataset import Dataset, SampleError
+
+logger = logging.getLogger("dex.data")
+
+MAX_CORRUPT = 10
+MAX_CORRUPT_SHARE = 0.001
+_ATTEMPTS = 32
+_NAMED = 20
+
+
+class CorruptDataError(ValueError):
+    """More samples of a data set cannot be read than a run may pass over; `samples` maps their ids to reasons."""
+
+    def __init__(self, message: str, samples: dict[str, str] | None = None):
+        super().__init__(message)
+        self.samples = dict(samples or {})
+
+
+class Batch(NamedTuple):
+    """`images` uint8 [B, 3, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B."""
+
+    images: torch.Tensor
+    modality: torch.Tensor
+    ids: tuple[str, ...]
+
+
+class Loader:
+    """An endless iterator over full batches of `dataset`.
+
+    dataset: at least `batch_size` samples; batch_size: images of one *global* batch; seed: of the order, 0 <= seed <
+    2^63; num_workers: processes that read ahead, 0 reads in the caller; start_batch: the first batch to give, counted
+    over all epochs; rank, world_size: this process gets every global batch's rank-th of world_size equal parts, so
+    the global order does not depend on the number of ranks.
+
+    Each epoch is a fresh permutation of the data set, its incomplete last batch is dropped. `position` is the number
+    of the next batch that `next` will give: a loader built with `start_batch=position` goes on exactly there,
+    whatever the workers have read ahead. The global random number generators are neither used nor advanced.
+
+    A sample that raises `SampleError` is replaced by one drawn from (seed, epoch, place in the epoch) and named once
+    in a warning of the logger "dex.data". More than max(10, 0.1 % of the data set) such samples, or none readable in
+    32 draws, raise `CorruptDataError` with their names. `corrupt` holds the ids and reasons met so far.
+
+    `close()` ends the workers; it is called when the loader is deleted, and it is a context manager.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, start_batch: int = 0,
+                 rank: int = 0, world_size: int = 1):
+        _check_int("batch_size", batch_size, 1)
+        _check_int("seed", seed, 0, 2**63)
+        _check_int("num_workers", num_workers, 0)
+        _check_int("start_batch", start_batch, 0)
+        _check_int("world_size", world_size, 1)
+        _check_int("rank", rank, 0, world_size)
+        if batch_size % world_size:
+            raise ValueError(f"batch_size: expected a multiple of world_size {world_size}, got {batch_size}")
+        if len(dataset) < batch_size:
+            raise ValueError(f"batch_size: expected at most the {len(dataset)} samples of data set {dataset.name!r}, "
+                             f"got {batch_size}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.batches_per_epoch = len(dataset) // batch_size
+        self.corrupt: dict[str, str] = {}
+        self._position = start_batch
+        self._reader = _BatchReader(dataset, batch_size, seed, rank, world_size)
+        self._worker_batches: Iterator | None = None
+
+    @property
+    def position(self) -> int:
+        """The number, over all epochs, of the next batch to be given."""
+        return self._position
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.num_workers == 0:
+            batch, corrupt = self._reader[self._position]
+        else:
+            if self._worker_batches is None:
+                self._worker_batches = self._start_workers()
+            batch, corrupt = next(self._worker_batches)
+        self._report(corrupt)
+        if batch is None:
+            raise CorruptDataError(f"batch {self._position}: no readable replacement in {_ATTEMPTS} draws; "
+                                   f"unreadable: {_name(self.corrupt)}", self.corrupt)
+        self._position += 1
+        return batch
+
+    def _start_workers(self) -> Iterator:
+        loader = torch.utils.data.DataLoader(
+            self._reader, batch_size=None, sampler=_Count(self._position), num_workers=self.num_workers,
+            collate_fn=_same, generator=torch.Generator().manual_seed(0),  # otherwise it advances the global generator
+        )
+        return iter(loader)
+
+    def _report(self, corrupt: list[tuple[str, str]]) -> None:
+        for sample_id, reason in corrupt:
+            if sample_id not in self.corrupt:
+                self.corrupt[sample_id] = reason
+                logger.warning("sample %r cannot be read and was replaced: %s", sample_id, reason)
+        limit = max(MAX_CORRUPT, int(MAX_CORRUPT_SHARE * len(self.dataset)))
+        if len(self.corrupt) > limit:
+            raise CorruptDataError(f"data set {self.dataset.name!r}: more than {limit} of {len(self.dataset)} samples "
+                                   f"cannot be read: {_name(self.corrupt)}", self.corrupt)
+
+    def close(self) -> None:
+        """End the workers. `next` would start new ones at `position`."""
+        batches, self._worker_batches = self._worker_batches, None
+        if batches is not None:
+            batches._shutdown_workers()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """int64 [count]: the order of epoch `epoch`. Defined by arithmetic alone, so no library's version changes it."""
+    keys = _mix(np.arange(count, dtype=np.uint64) + _stream(seed, epoch))
+    return np.argsort(keys, kind="stable")
+
+
+def replacement(seed: int, epoch: int, place: int, attempt: int, count: int) -> int:
+    """The sample that takes place `place` of epoch `epoch` in attempt 0, 1, ... when its own cannot be read."""
+    key = _mix(_stream(seed, epoch) ^ _mix(np.uint64(place)) ^ _mix(np.uint64(attempt) + np.uint64(1 << 40)))
+    return int(key % np.uint64(count))
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    # the finaliser of splitmix64: a bijection of 64-bit words whose every output bit depends on every input bit
+    with np.errstate(over="ignore"):
+        x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(0xFFFFFFFFFFFFFFFF)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _stream(seed: int, epoch: int) -> np.uint64:
+    return _mix(_mix(np.uint64(seed)) ^ np.uint64(epoch))
+
+
+class _BatchReader(torch.utils.data.Dataset):
+    """Global batch number -> (this rank's part of it, or None, and the samples that could not be read)."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.part = batch_size // world_size
+        self.first = rank * self.part
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __getitem__(self, number: int) -> tuple[Batch | None, list[tuple[str, str]]]:
+        epoch, batch = divmod(number, len(self.dataset) // self.batch_size)
+        if self._order[0] != epoch:
+            self._order = (epoch, permutation(self.seed, epoch, len(self.dataset)))
+        start = batch * self.batch_size + self.first
+        samples, corrupt = [], []
+        for place in range(start, start + self.part):
+            index = int(self._order[1][place])
+            for attempt in range(_ATTEMPTS):
+                try:
+                    samples.append(self.dataset[index])
+                    break
+                except SampleError as error:
+                    corrupt.append((error.sample_id, error.reason))
+                    index = replacement(self.seed, epoch, place, attempt, len(self.dataset))
+            else:
+                return None, corrupt
+        return Batch(torch.stack([sample.image for sample in samples]),
+                     torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
+                     tuple(sample.id for sample in samples)), corrupt
+
+
+class _Count(torch.utils.data.Sampler):
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def _same(item: object) -> object:
+    return item
+
+
+def _name(samples: dict[str, str]) -> str:
+    named = "; ".join(f"{sample_id} ({reason})" for sample_id, reason in itertools.islice(samples.items(), _NAMED))
+    return named + (f"; and {len(samples) - _NAMED} more" if len(samples) > _NAMED else "")
+
+
+def _check_int(name: str, value: object, low: int, end: int | None = None) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < low or (end is not None and value >= end):
+        expected = f"a whole number >= {low}" + (f" and < {end}" if end is not None else "")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

@@ -1,0 +1,491 @@
+"""Shard sets: WebDataset tars with an own index, hashed throughout, read and written without pickle.
+
+A set is a folder:
+
+    manifest.json             what the set is; names and hashes every other file, and itself
+    shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR: any WebDataset reader takes them
+    shard-00000.index.jsonl   one line a sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
+                              image's bytes, which lie at `offset` in the tar)
+
+`group` names what must not be torn apart by a split: a patient, a series, a slide.
+Reading goes by the index alone: tar headers are for others. Opening a set checks the manifest against itself, every
+index against its hash and every offset against the shard's size; each image is checked against its hash when it is
+read; `verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from . import images
+from .dataset import IMAGE_SIZE, SPLITS, Dataset, Sample, SampleError
+
+MANIFEST = "manifest.json"
+FORMAT = "dex-shards"
+VERSION = 1
+KINDS = ("jpg", "png", "npy")
+
+_FILE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_DOCUMENT_NAME = re.compile(r"(?!.*\.\.)([A-Za-z0-9][A-Za-z0-9._-]{0,199}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_MAX_TABLE_BYTES = 512 * 2**20
+_PARTIAL = ".partial"
+
+
+class ShardDataset(Dataset):
+    """A shard set, opened for reading; see `open_dataset`.
+
+    ValueError names the file and what is wrong with it when manifest, indices and shards do not fit each other.
+    What is kept per sample is a few numbers in arrays: some 130 bytes, shared by the workers of a loader.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).resolve(strict=True)
+        manifest, raw = read_manifest(self.root)
+        self.manifest = manifest
+        self.name = manifest["name"]
+        self.image_size = manifest["image_size"]
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        rows = manifest["modalities"]
+        self.modalities = tuple(row["name"] for row in rows if not row["empty"])
+        self.empty_modalities = tuple(row["name"] for row in rows if row["empty"])
+
+        number = {name: index for index, name in enumerate(self.modalities)}
+        shard, offset, size, modality, val, kind, digests, ids = [], [], [], [], [], [], [], []
+        for shard_number, entry in enumerate(manifest["shards"]):
+            _check_file_size(self.root, entry["file"], entry["bytes"])
+            for line in read_index(self.root, entry):
+                if line["modality"] not in number:
+                    raise ValueError(f"{entry['index']}: modality {line['modality']!r} is not in the manifest")
+                shard.append(shard_number)
+                offset.append(line["offset"])
+                size.append(line["size"])
+                modality.append(number[line["modality"]])
+                val.append(line["split"] == "val")
+                kind.append(KINDS.index(line["kind"]))
+                digests.append(bytes.fromhex(line["sha256"]))
+                ids.append(line["id"].encode())
+        self._shard = np.array(shard, np.int32)
+        self._offset, self._size = np.array(offset, np.int64), np.array(size, np.int64)
+        self._modality = np.array(modality, np.int64)
+        self._val = np.array(val, bool)
+        self._kind = np.array(kind, np.int8)
+        self._digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        self._ids = b"".join(ids)
+        self._id_ends = np.cumsum([len(sample_id) for sample_id in ids], dtype=np.int64)
+        for row in rows:
+            for split in SPLITS:
+                here = int(((self._modality == number.get(row["name"], -1)) & (self._val == (split == "val"))).sum())
+                if here != row[split]:
+                    raise ValueError(f"{MANIFEST}: {row[split]} {split} samples of {row['name']!r} declared, "
+                                     f"the indices hold {here}")
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def sample_id(self, index: int) -> str:
+        index = self._check_index(index)
+        start = int(self._id_ends[index - 1]) if index else 0
+        return self._ids[start : int(self._id_ends[index])].decode()
+
+    def modality_index(self) -> np.ndarray:
+        return self._modality
+
+    def _in_split(self, name: str) -> np.ndarray:
+        return self._val if name == "val" else ~self._val
+
+    def image_bytes(self, index: int) -> bytes:
+        """The encoded image of sample `index`, checked against its hash; SampleError when it is not what it was."""
+        index = self._check_index(index)
+        entry = self.manifest["shards"][int(self._shard[index])]
+        try:
+            data = _read(self.root, entry["file"], int(self._offset[index]), int(self._size[index]))
+        except (OSError, ValueError) as error:
+            raise SampleError(self.sample_id(index), f"{entry['file']}: {_reason(error)}") from error
+        if hashlib.sha256(data).digest() != self._digests[index].tobytes():
+            raise SampleError(self.sample_id(index), f"{entry['file']}: sha256 of its bytes differs from the index")
+        return data
+
+    def __getitem__(self, index: int) -> Sample:
+        data = self.image_bytes(index)
+        try:
+            image = images.decode(data, KINDS[int(self._kind[index])])
+            if image.size != (self.image_size, self.image_size):
+                raise ValueError(f"size: expected {self.image_size} x {self.image_size}, "
+                                 f"got {image.width} x {image.height}")
+        except ValueError as error:
+            raise SampleError(self.sample_id(index), str(error)) from error
+        return Sample(images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]),
+                      self.sample_id(index))
+
+
+def verify(path: str | Path | None = None) -> list[str]:
+    """Read every byte of a shard set (None: the embedded one) and say, one line each, what is not as it was written.
+
+    An empty list: manifest, indices, shards and documents have their sizes and hashes, every index line points at the
+    image it describes, and the tars hold nothing but those samples. FileNotFoundError when there is no manifest.
+    """
+    from .dataset import EMBEDDED
+
+    root = Path(EMBEDDED if path is None else path)
+    if not (root / MANIFEST).exists():
+        raise FileNotFoundError(f"path: expected a folder with {MANIFEST}, got {str(root)!r}")
+    root = root.resolve()
+    try:
+        manifest, _ = read_manifest(root)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    seen: set[str] = set()
+    for document in manifest["documents"]:
+        problems += _verify_file(root, document["file"], document["bytes"], document["sha256"])
+    for entry in manifest["shards"]:
+        found = _verify_file(root, entry["file"], entry["bytes"], entry["sha256"])
+        try:
+            lines = read_index(root, entry)
+            if not found:
+                found = _verify_members(root, entry, lines)
+            for line in lines:
+                if line["id"] in seen:
+                    found.append(f"{entry['index']}: id {line['id']!r} occurs twice")
+                seen.add(line["id"])
+        except ValueError as error:
+            found.append(str(error))
+        problems += found
+    if not problems:
+        try:
+            ShardDataset(root)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+class ShardWriter:
+    """Write a shard set to the folder `root`; the set exists only once `close()` has renamed its manifest into place.
+
+    name: of the set; modalities: all names it knows of, in order; those that stay without a sample are written down as
+    empty. samples_per_shard: a new shard is begun after so many.
+
+    Until `close()` every file has the suffix ".partial"; an error inside the `with` block, or in `close()`, removes
+    what was written. The same calls give the same bytes: nothing of the time, the user or the machine is stored.
+    ValueError when the folder already holds a manifest.
+
+        with ShardWriter(folder, name="mine", modalities=("CT", "MR")) as writer:
+            writer.add("patient-3/slice-12", jpeg, kind="jpg", modality="CT", split="train", group="patient-3")
+    """
+
+    def __init__(self, root: str | Path, *, name: str, modalities: Iterable[str], image_size: int = IMAGE_SIZE,
+                 samples_per_shard: int = 10_000):
+        self.root = Path(root)
+        self.name, self.modalities, self.image_size = name, tuple(modalities), image_size
+        self.samples_per_shard = samples_per_shard
+        if len(set(self.modalities)) != len(self.modalities) or not self.modalities:
+            raise ValueError(f"modalities: expected one or more different names, got {self.modalities}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        if (self.root / MANIFEST).exists():
+            raise ValueError(f"root: expected a folder without {MANIFEST}, got {str(root)!r}")
+        for leftover in self.root.glob(f"*{_PARTIAL}"):  # of a writer that was killed
+            leftover.unlink()
+        self._counts = {modality: dict.fromkeys(SPLITS, 0) for modality in self.modalities}
+        self._ids: set[str] = set()
+        self._shards: list[dict] = []
+        self._documents: list[dict] = []
+        self._begun: list[str] = [MANIFEST]  # every name that discard() may have to remove, the manifest first
+        self._tar = None
+        self._lines: list[bytes] = []
+        self._closed = False
+
+    def add(self, sample_id: str, data: bytes, *, kind: str, modality: str, split: str, group: str,
+            meta: dict | None = None) -> None:
+        """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member."""
+        if sample_id in self._ids or not sample_id:
+            raise ValueError(f"sample_id: expected a new, non-empty id, got {sample_id!r}")
+        if modality not in self._counts:
+            raise ValueError(f"modality: expected one of {self.modalities}, got {modality!r}")
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        image = images.decode(data, kind)
+        if image.size != (self.image_size, self.image_size):
+            raise ValueError(f"data: expected an image of {self.image_size} x {self.image_size}, "
+                             f"got {image.width} x {image.height}")
+        if self._tar is not None and len(self._lines) == self.samples_per_shard:
+            self._finish_shard()
+        if self._tar is None:
+            names = [f"shard-{len(self._shards):05d}.tar", f"shard-{len(self._shards):05d}.index.jsonl"]
+            self._begun += names
+            self._tar = open(self._partial(names[0]), "wb")
+        key = f"{len(self._ids):08d}"
+        common = {"id": sample_id, "modality": modality, "split": split, "group": group}
+        offset = self._member(f"{key}.{kind}", data)
+        self._member(f"{key}.json", _json_line({**common, **(meta or {})}))
+        self._lines.append(_json_line({**common, "key": key, "kind": kind, "offset": offset, "size": len(data),
+                                       "sha256": hashlib.sha256(data).hexdigest()}))
+        self._ids.add(sample_id)
+        self._counts[modality][split] += 1
+
+    def add_document(self, file: str, data: bytes) -> None:
+        """Put a card, a table or a licence (`folder/name` or `name`) beside the shards, hashed like them."""
+        if not _DOCUMENT_NAME.fullmatch(file):
+            raise ValueError(f"file: expected a plain name, or one in one folder, got {file!r}")
+        (self.root / file).parent.mkdir(exist_ok=True)
+        self._begun.append(file)
+        _write_synced(self._partial(file), data)
+        self._documents.append({"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+
+    def close(self) -> None:
+        """Finish the last shard, move all files into place, the manifest last."""
+        if self._closed:
+            return
+        try:
+            if not self._ids:
+                raise ValueError("a shard set needs at least one sample, none was added")
+            self._finish_shard()
+            body = {
+                "format": FORMAT, "version": VERSION, "name": self.name, "image_size": self.image_size,
+                "samples": len(self._ids),
+                "modalities": [{"name": name, **counts, "empty": not any(counts.values())}
+                               for name, counts in self._counts.items()],
+                "shards": self._shards, "documents": sorted(self._documents, key=lambda entry: entry["file"]),
+            }
+            _write_synced(self._partial(MANIFEST), _manifest_bytes(body))
+            for file in self._files():
+                os.replace(self._partial(file), self.root / file)
+            _sync_folder(self.root)
+            os.replace(self._partial(MANIFEST), self.root / MANIFEST)
+            _sync_folder(self.root)
+            self._closed = True
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove everything written so far; the writer is of no use afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._tar is not None:
+            self._tar.close()
+        for file in self._begun:
+            self._partial(file).unlink(missing_ok=True)
+            (self.root / file).unlink(missing_ok=True)  # there was no manifest: files of this name are ours
+            if "/" in file and not any((self.root / file).parent.iterdir()):
+                (self.root / file).parent.rmdir()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close() if kind is None else self.discard()
+
+    def _files(self) -> list[str]:
+        return [name for entry in self._shards for name in (entry["file"], entry["index"])] + [
+            entry["file"] for entry in self._documents]
+
+    def _partial(self, file: str) -> Path:
+        return self.root / f"{file}{_PARTIAL}"
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
+        info.size = len(data)
+        self._tar.write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._tar.tell()
+        self._tar.write(data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def _finish_shard(self) -> None:
+        file = f"shard-{len(self._shards):05d}.tar"
+        index = f"shard-{len(self._shards):05d}.index.jsonl"
+        self._tar.write(b"\0" * (2 * tarfile.BLOCKSIZE))
+        self._tar.flush()
+        os.fsync(self._tar.fileno())
+        self._tar.close()
+        self._tar = None
+        table = b"".join(self._lines)
+        _write_synced(self._partial(index), table)
+        size, digest = _hash_file(self._partial(file))
+        self._shards.append({"file": file, "bytes": size, "sha256": digest, "samples": len(self._lines), "index": index,
+                             "index_bytes": len(table), "index_sha256": hashlib.sha256(table).hexdigest()})
+        self._lines = []
+
+
+def read_manifest(root: Path) -> tuple[dict, bytes]:
+    """The manifest and its bytes; ValueError when it is not exactly what a writer wrote, or names files elsewhere."""
+    try:
+        raw = _read(root, MANIFEST, 0, None)
+        manifest = json.loads(raw)
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise ValueError(f"expected {FORMAT} version {VERSION}, "
+                             f"got {manifest['format']!r} version {manifest['version']!r}")
+        if _manifest_bytes(body) != raw:
+            raise ValueError("its own sha256 does not fit: it was edited or damaged")
+        _check_fields(manifest, {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list,
+                                 "documents": list})
+        for row in manifest["modalities"]:
+            _check_fields(row, {"name": str, "train": int, "val": int, "empty": bool})
+            if row["empty"] != (row["train"] + row["val"] == 0):
+                raise ValueError(f"modality {row['name']!r}: 'empty' contradicts its counts")
+        for entry in manifest["shards"]:
+            _check_fields(entry, {"file": str, "bytes": int, "sha256": str, "samples": int, "index": str,
+                                  "index_bytes": int, "index_sha256": str})
+            _check_names(_FILE_NAME, entry["file"], entry["index"])
+        for entry in manifest["documents"]:
+            _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
+            _check_names(_DOCUMENT_NAME, entry["file"])
+        if sum(entry["samples"] for entry in manifest["shards"]) != manifest["samples"]:
+            raise ValueError("'samples' is not the sum over the shards")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST}: {_reason(error)}") from error
+    return manifest, raw
+
+
+def read_index(root: Path, entry: dict) -> list[dict]:
+    """The lines of one shard's index, hash, fields and bounds checked; ValueError names the file and the fault."""
+    try:
+        raw = _read(root, entry["index"], 0, None)
+        if len(raw) != entry["index_bytes"] or hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
+            raise ValueError("size or sha256 differs from the manifest")
+        lines = [json.loads(line) for line in raw.splitlines()]
+        if len(lines) != entry["samples"]:
+            raise ValueError(f"expected {entry['samples']} lines, got {len(lines)}")
+        for line in lines:
+            _check_fields(line, {"id": str, "key": str, "kind": str, "modality": str, "split": str, "group": str,
+                                 "offset": int, "size": int, "sha256": str})
+            if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
+                raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
+            if line["offset"] < 0 or not 0 < line["size"] <= images.MAX_FILE_BYTES or (
+                    line["offset"] + line["size"] > entry["bytes"]):
+                raise ValueError(f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
+                                 f"the {entry['bytes']} bytes of {entry['file']}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ValueError(f"{entry['index']}: {_reason(error)}") from error
+    return lines
+
+
+def _check_fields(record: dict, types: dict[str, type]) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    for key, kind in types.items():
+        if type(record.get(key)) is not kind or (kind is int and record[key] < 0):
+            raise ValueError(f"{key}: expected {kind.__name__}, got {record.get(key)!r}")
+
+
+def _check_names(pattern: re.Pattern, *names: str) -> None:
+    for name in names:
+        if not pattern.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"file name: expected a plain name within the folder, got {name!r}")
+
+
+def _check_file_size(root: Path, file: str, size: int) -> None:
+    try:
+        status = os.lstat(root / file)
+    except OSError as error:
+        raise ValueError(f"{file}: {_reason(error)}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise ValueError(f"{file}: expected a regular file of {size} bytes, got {status.st_size}")
+
+
+def _read(root: Path, file: str, offset: int, size: int | None) -> bytes:
+    """`size` bytes at `offset`, or the whole of a table; never through a symbolic link."""
+    descriptor = os.open(root / file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("expected a regular file")
+        if size is None:
+            size = status.st_size
+            if size > _MAX_TABLE_BYTES:
+                raise ValueError(f"expected at most {_MAX_TABLE_BYTES} bytes, got {size}")
+        elif offset + size > status.st_size:
+            raise ValueError(f"{size} bytes at {offset} do not lie within its {status.st_size} bytes")
+        parts, end = [], offset + size
+        while offset < end:
+            part = os.pread(descriptor, end - offset, offset)
+            if not part:
+                raise ValueError("the file ended early")
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_file(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _verify_file(root: Path, file: str, size: int, digest: str) -> list[str]:
+    try:
+        here_size, here_digest = _hash_file(root / file)
+    except OSError as error:
+        return [f"{file}: {_reason(error)}"]
+    if here_size != size:
+        return [f"{file}: expected {size} bytes, got {here_size}"]
+    return [] if here_digest == digest else [f"{file}: sha256 differs from the manifest"]
+
+
+def _verify_members(root: Path, entry: dict, lines: list[dict]) -> list[str]:
+    problems = []
+    expected = {f"{line['key']}.{line['kind']}": line for line in lines}
+    try:
+        with tarfile.open(root / entry["file"], "r:") as tar:
+            members = {member.name: member for member in tar}
+    except (tarfile.TarError, OSError) as error:
+        return [f"{entry['file']}: {_reason(error)}"]
+    allowed = set(expected) | {f"{line['key']}.json" for line in lines}
+    for name in sorted(set(members) ^ allowed):
+        problems.append(f"{entry['file']}: member {name!r} is {'missing' if name in allowed else 'not in the index'}")
+    for name, line in expected.items():
+        member = members.get(name)
+        if member and (not member.isreg() or (member.offset_data, member.size) != (line["offset"], line["size"])):
+            problems.append(f"{entry['file']}: member {name!r} is not where the index says")
+        data = _read(root, entry["file"], line["offset"], line["size"])
+        if hashlib.sha256(data).hexdigest() != line["sha256"]:
+            problems.append(f"{entry['file']}: sample {line['id']!r}: sha256 of its bytes differs from the index")
+    return problems
+
+
+def _json_line(record: dict) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _manifest_bytes(body: dict) -> bytes:
+    # the hash covers every other field; the exact layout is compared too, so no byte of the file can change unseen
+    digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1).encode() + b"\n"
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"field {error}" if isinstance(error, KeyError) else str(error)

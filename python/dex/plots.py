@@ -1,0 +1,133 @@
+"""Pictures of a run, as matplotlib figures that need no display; `pixels` draws one, `save` writes it.
+
+Shape letters: R rows (images), S side in pixels, E experts, M modalities.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+_INK = "#333333"
+
+
+def reconstructions(
+    original: np.ndarray, masked: np.ndarray, reconstruction: np.ndarray, labels: Sequence[str], title: str
+) -> Figure:
+    """Rows of original | masked | reconstruction, two rows side by side; arrays ``[R, S, S, 3]`` in [0, 1]."""
+    count = len(labels)
+    across = 2 if count > 4 else 1
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(1.75 * 3 * across + 0.35 * across, 1.95 * down + 0.75), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=11, color=_INK)
+    blocks = figure.subfigures(1, across, wspace=0.03, squeeze=False)[0]
+    for b, block in enumerate(blocks):
+        axes = block.subplots(down, 3, squeeze=False)
+        for r in range(down):
+            i = b * down + r
+            for axis, images, name in zip(
+                axes[r], (original, masked, reconstruction), ("original", "masked", "reconstruction"), strict=True
+            ):
+                axis.set_axis_off()
+                if i < count:
+                    axis.imshow(np.clip(images[i], 0, 1), interpolation="nearest")
+                    axis.set_title(labels[i] if axis is axes[r][0] else name, fontsize=8, color=_INK, pad=3)
+                    if axis is axes[r][0]:
+                        axis.title.set_fontweight("bold")
+    return figure
+
+
+def expert_heatmap(mass: Sequence[np.ndarray], modalities: Sequence[str], title: str) -> Figure:
+    """One panel per layer: the share of each modality's gate mass that each expert takes; ``mass``: ``[M, E]`` each.
+
+    Modalities without an image are left out. All panels share one scale, from 0 to the largest share.
+    """
+    present = [m for m in range(len(modalities)) if any(layer[m].sum() > 0 for layer in mass)]
+    shares = [layer[present] / np.maximum(layer[present].sum(1, keepdims=True), 1e-12) for layer in mass]
+    across = min(len(mass), 3 if len(mass) <= 6 else 4)
+    down = math.ceil(len(mass) / across)
+    experts = max(s.shape[1] for s in shares)
+    width = across * max(2.2, 0.3 * experts + 0.3) + 2.2
+    height = max(2.6, down * (0.27 * len(present) + 0.75) + 0.8)  # the colour bar's label needs 2.6
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=11, color=_INK)
+    axes = figure.subplots(down, across, squeeze=False, sharey=True)
+    top = max(float(s.max(initial=0.0)) for s in shares) or 1.0
+    image = None
+    for layer, axis in enumerate(axes.flat):
+        if layer >= len(shares):
+            axis.set_axis_off()
+            continue
+        image = axis.imshow(shares[layer], cmap="viridis", vmin=0.0, vmax=top, aspect="auto")
+        axis.set_title(f"layer {layer}", fontsize=9, color=_INK)
+        columns = shares[layer].shape[1]
+        axis.set_xticks(range(0, columns, max(1, columns // 8)))
+        axis.set_yticks(range(len(present)), [modalities[m] for m in present])
+        axis.tick_params(labelsize=8, length=2, colors=_INK)
+        if layer + across >= len(shares):
+            axis.set_xlabel("expert", fontsize=8, color=_INK)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=30)
+    bar.set_label("share of the modality's gate mass", fontsize=8, color=_INK)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def loss_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Masked loss, held-out loss, the two auxiliary losses, gradient norm and schedules, from ``metrics.jsonl``."""
+    train = [r for r in rows if "loss" in r]
+    held_out = [r for r in rows if "val_loss" in r]
+    figure = Figure(figsize=(11, 6.2), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=11, color=_INK)
+    axes = figure.subplots(2, 3)
+
+    def draw(axis: Any, name: str, lines: Sequence[tuple[str, Sequence[Mapping[str, Any]], str]]) -> None:
+        for key, source, label in lines:
+            points = [(r["step"], r[key]) for r in source if r.get(key) is not None]
+            if points:
+                mark = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.4, marker=mark, markersize=3)
+        _style(axis, name, legend=len(lines) > 1)
+
+    draw(axes[0, 0], "masked loss", [("loss", train, "training"), ("val_loss", held_out, "held out")])
+    draw(axes[0, 1], "align loss", [("align_loss", train, "align")])
+    draw(axes[0, 2], "balance loss", [("balance_loss", train, "balance")])
+    by_modality = sorted({m for r in train for m in r["modality_loss"]})
+    for name in by_modality:
+        points = [(r["step"], r["modality_loss"][name]) for r in train if r["modality_loss"].get(name) is not None]
+        axes[1, 0].plot(*zip(*points, strict=True), label=name, linewidth=1.1)
+    _style(axes[1, 0], "masked loss by modality", legend=bool(by_modality))
+    draw(axes[1, 1], "gradient norm before clipping", [("grad_norm", train, "norm")])
+    draw(axes[1, 2], "learning rate", [("lr", train, "lr")])
+    for axis in axes[1]:
+        axis.set_xlabel("step", fontsize=8, color=_INK)
+    return figure
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """uint8 ``[height, width, 3]``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    """Write `pixels` as a PNG, so that a reader never sees half of one."""
+    work = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture).save(work, "PNG")
+    os.replace(work, path)
+
+
+def _style(axis: Any, name: str, legend: bool) -> None:
+    axis.set_title(name, fontsize=9, color=_INK)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.tick_params(labelsize=8, colors=_INK)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    if legend and axis.lines:
+        axis.legend(fontsize=7, frameon=False, ncols=2 if len(axis.lines) > 5 else 1)

@@ -1,0 +1,272 @@
+"""One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dex import checkpoint
+from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
+from dex.data import open_dataset
+from dex.data.dataset import Dataset
+from dex.engine import NonFinite, Trainer
+from dex.runlog import Progress, RunLog, describe_machine, now
+
+EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
+NONFINITE_IN_A_ROW = 3
+"""A run stops after so many non-finite steps one after another."""
+
+
+def refuse_other_run(saved: checkpoint.Checkpoint, trainer: Trainer) -> None:
+    """ValueError naming every field in which the saved run is another run than the trainer's."""
+    state = saved.state
+    old = from_dict(state["config"], Config(), str(saved.folder / "state.json"))
+    changed = {k: v for k, v in differences(old, trainer.config).items() if k not in FREE_ON_RESUME}
+    for name, before, after in (
+        ("data", state["data_fingerprint"], trainer.fingerprint),
+        ("steps", state["steps"], trainer.steps),
+        ("precision", state["precision"], trainer.precision),
+    ):
+        if before != after:
+            changed.setdefault(name, (before, after))
+    if changed:
+        listed = "; ".join(f"{name}: expected {before!r}, got {after!r}" for name, (before, after) in changed.items())
+        raise ValueError(f"resume: {saved.folder} belongs to another run: {listed}")
+
+
+def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> int:
+    """Run to the end, to ``run.stop_at`` or to a signal; returns the process's exit code.
+
+    out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
+    good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
+    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, before a folder is made.
+    """
+    check(config)
+    log = RunLog(out)
+    saved, notes = _find_start(log, resume)
+    dataset = open_dataset(config.data.path)
+    trainer = Trainer(config, dataset, start_batch=saved.state["data_position"] if saved else 0)
+    if saved:
+        refuse_other_run(saved, trainer)
+        trainer.restore(saved)
+    with _stop_signals() as signals:
+        try:
+            log.open(config, _start_entry(trainer, dataset, command, saved))
+            if saved:
+                notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
+            return _Loop(trainer, log, signals, notes, saved).run()
+        except BaseException:
+            if saved is None and trainer.step == 0:
+                log.discard()
+            raise
+        finally:
+            log.close()
+
+
+class _Loop:
+    """`pretrain` once everything is ready: steps, and what happens between them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        log: RunLog,
+        signals: list[int],
+        notes: list[str],
+        saved: checkpoint.Checkpoint | None,
+    ):
+        self.trainer, self.log, self.signals, self.notes, self.saved = trainer, log, signals, notes, saved
+        self.run_config = trainer.config.run
+        self.progress = Progress(trainer.steps, trainer.step)
+        self._saved_step = saved.state["step"] if saved else None
+        self._unreadable = 0
+
+    def run(self) -> int:
+        with self.progress.shown():
+            for note in self.notes:
+                self.progress.say(note)
+            self.progress.say(f"run folder {self.log.folder}")
+            if self.saved:
+                self.progress.say(f"resumed from {self.saved.folder.name}, {self.trainer.step} steps done")
+                self.log.event(self.trainer.step, "resumed", notes=self.notes)
+            return self._steps()
+
+    def _steps(self) -> int:
+        trainer, run = self.trainer, self.run_config
+        last = min(trainer.steps, run.stop_at or trainer.steps)
+        if trainer.step == 0 and run.evaluate_every:
+            self._evaluate()
+        self._restart_clock()
+        while trainer.step < last:
+            bad = trainer.train_step()
+            done = trainer.step
+            stopping = bool(self.signals)  # read once: a signal may come at any moment below
+            saving = stopping or done == last or done % run.checkpoint_every == 0
+            if saving:
+                bad += trainer.flush()
+            self.progress.step(done)
+            self._report(bad)
+            if trainer.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
+                return self._stop_nonfinite(bad)
+            if done % run.log_every == 0 or done == trainer.steps:
+                self._row()
+            if run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps):
+                self._paused(self._evaluate)
+            if saving:
+                self._paused(self._save)
+            if stopping and done < last:
+                name = signal.Signals(self.signals[0]).name
+                self.log.event(done, "preempted", signal=name)
+                self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
+                return EXIT_PREEMPTED
+        word = "done" if trainer.step == trainer.steps else "stopped as asked"
+        self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
+        return EXIT_DONE
+
+    def _row(self) -> None:
+        trainer = self.trainer
+        row = trainer.row()
+        seconds = time.perf_counter() - self._clock
+        images = (trainer.step - self._clock_step) * trainer.config.data.batch_size
+        row |= {"images_per_s": images / seconds, "data_wait_s": trainer.data_wait}
+        self._restart_clock()
+        self.log.row(row)
+        self.progress.row(row)
+        for layer, unused in trainer.newly_unused():
+            self.log.event(trainer.step, "unused experts", layer=layer, **unused._asdict())
+            for word, experts in (("no image", unused.dead), ("almost no image", unused.nearly_dead)):
+                if experts:
+                    listed = ", ".join(map(str, experts))
+                    self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
+
+    def _evaluate(self) -> None:
+        from dex import plots
+
+        trainer, step, log = self.trainer, self.trainer.step, self.log
+        found = trainer.evaluate()
+        if found is None:
+            if step == 0:
+                self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
+        else:
+            log.row({"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss})
+            self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}")
+            images = [
+                t.permute(0, 2, 3, 1).float().numpy() for t in (found.original, found.masked, found.reconstruction)
+            ]
+            title = f"step {step}: held-out masked loss {found.loss:.4f}"
+            figure = plots.reconstructions(*images, found.labels, title)
+            log.picture(f"reconstructions-step-{step:06d}.png", "reconstructions", figure, step)
+            if found.mass:
+                title = f"step {step}: experts by modality, held-out images"
+                figure = plots.expert_heatmap([m.numpy() for m in found.mass], trainer.modalities, title)
+                log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
+        rows = log.rows()
+        if any("loss" in row for row in rows):
+            log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        if trainer.step == self._saved_step:
+            return
+        moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.named_parameters)
+        keep = self.run_config.keep_checkpoints
+        checkpoint.save(self.log.checkpoints, trainer.step, trainer.model.state_dict(), moments, trainer.state(), keep)
+        self._saved_step = trainer.step
+
+    def _report(self, bad: Sequence[NonFinite]) -> None:
+        unreadable = list(self.trainer.loader.corrupt.items())
+        for sample, reason in unreadable[self._unreadable :]:
+            self.log.event(self.trainer.step, "unreadable sample", sample=sample, reason=reason)
+        self._unreadable = len(unreadable)
+        for step in bad:
+            what = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
+            self.progress.say(
+                f"warning: step {step.step + 1} changed nothing: {what}; samples {_list(step.samples, 5)}"
+            )
+            self.log.event(
+                step.step + 1,
+                "non-finite step",
+                loss=str(step.loss),
+                grad_norm=str(step.grad_norm),
+                samples=step.samples,
+            )
+
+    def _stop_nonfinite(self, bad: Sequence[NonFinite]) -> int:
+        # Saved with the count at 0, so that resuming goes on behind these batches instead of into them again.
+        trainer = self.trainer
+        self._report(trainer.flush())
+        trainer.nonfinite_in_a_row = 0
+        self._save()
+        self.log.event(trainer.step, "stopped", reason=f"{NONFINITE_IN_A_ROW} non-finite steps in a row")
+        print(
+            f"dex pretrain: stopped at step {trainer.step}: {NONFINITE_IN_A_ROW} non-finite steps in a row; "
+            f"samples of the last: {_list(bad[-1].samples, 20)}",
+            file=sys.stderr,
+        )
+        return EXIT_NONFINITE
+
+    def _paused(self, action: Callable[[], None]) -> None:
+        """Run ``action`` without counting its time against images per second."""
+        began = time.perf_counter()
+        action()
+        self._clock += time.perf_counter() - began
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_step, self.trainer.data_wait = time.perf_counter(), self.trainer.step, 0.0
+
+
+def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, or None, and what is to be said about it."""
+    out = log.folder
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder; {out} is a file")
+    if resume is None or (resume == "auto" and not log.holds_run()):
+        if log.holds_run():
+            raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
+        return None, []
+    if resume != "auto":
+        return checkpoint.load(Path(resume)), []
+    saved, passed_over = checkpoint.newest_good(log.checkpoints)
+    notes = [f"passed over {reason}" for reason in passed_over]
+    return saved, notes if saved else ["no checkpoint yet in this run folder: starting at step 0"]
+
+
+def _start_entry(
+    trainer: Trainer, dataset: Dataset, command: Sequence[str], saved: checkpoint.Checkpoint | None
+) -> dict[str, Any]:
+    return {
+        "started": now(),
+        "step": trainer.step,
+        "resumed_from": saved.folder.name if saved else None,
+        "command": list(command),
+        "steps": trainer.steps,
+        "precision": trainer.precision,
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": dataset.modality_counts()},
+        **describe_machine(trainer.device),
+    }
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _list(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
