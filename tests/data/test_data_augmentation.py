@@ -1,0 +1,260 @@
+"""Crop, flip and rotation against independent implementations on single images."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dex.data import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
+from dex.data.augmentation import Crop, brightness, draw, render
+
+MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+
+
+def noise(batch=1, height=64, width=64, seed=0):
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def crop(box, flip=False, angle=0.0):
+    return Crop(torch.tensor([box]), torch.tensor([0]), torch.tensor([flip]), torch.tensor([angle]))
+
+
+def pixels(result):
+    """float64 [S, S, 3] in units of 0 .. 255."""
+    return denormalize(result)[0].permute(1, 2, 0).double().numpy() * 255
+
+
+def slow(image, box, flip, angle, size):
+    """The definition, pixel by pixel, in float64; image uint8 [H, W, 3]; no antialiasing."""
+    height, width = image.shape[:2]
+    top, left, h, w = box
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    out = np.zeros((size, size, 3))
+    for row in range(size):
+        for column in range(size):
+            x, y = (2 * column + 1) / size - 1, (2 * row + 1) / size - 1
+            u, v = cos * x - sin * y, sin * x + cos * y
+            if max(abs(u), abs(v)) > 1 + 1e-5:  # the margin that render documents
+                continue
+            u = -u if flip else u
+            px = min(max(left + (u + 1) / 2 * w - 0.5, 0), width - 1)
+            py = min(max(top + (v + 1) / 2 * h - 0.5, 0), height - 1)
+            x0, y0 = int(px), int(py)
+            x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
+            fx, fy = px - x0, py - y0
+            out[row, column] = ((1 - fy) * ((1 - fx) * image[y0, x0] + fx * image[y0, x1])
+                                + fy * ((1 - fx) * image[y1, x0] + fx * image[y1, x1]))
+    return (out / 255 - MEAN) / STD
+
+
+@pytest.mark.parametrize("box, flip, angle", [
+    ((0, 0, 256, 256), False, 0.0), ((0, 0, 256, 256), True, 0.0), ((20, 31, 200, 190), False, 7.3),
+    ((5, 66, 230, 180), True, -14.9), ((0, 0, 190, 254), True, 15.0)])
+def test_against_the_definition(box, flip, angle):
+    image = noise(1, 256, 256)
+    expected = slow(image[0].permute(1, 2, 0).numpy(), box, flip, angle, 192)
+    got = render(image, crop(box, flip, angle), 192)[0].permute(1, 2, 0).double().numpy()
+    # a pixel within rounding of the rotated edge may fall on either side
+    off = np.abs(got - expected).max(axis=2)
+    assert (off > 2e-4).sum() <= 2 and np.sort(off.ravel())[-3] <= 2e-4
+
+
+def test_identity():
+    image = noise(3)
+    boxes = torch.tensor([[0, 0, 64, 64]] * 3)
+    still = Crop(boxes, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.bool), torch.zeros(3))
+    got = denormalize(render(image, still, 64)) * 255
+    assert (got - image).abs().max() < 5e-3
+    # exactly the box where no resampling is needed
+    image = noise(1, 80, 80)
+    box = render(image, crop((10, 5, 64, 64)), 64)
+    assert np.abs(pixels(box) - image[0, :, 10:74, 5:69].permute(1, 2, 0).numpy()).max() < 5e-3
+
+
+def test_flip_is_that_of_pillow():
+    image = noise(1)
+    flipped = Image.fromarray(image[0].permute(1, 2, 0).numpy()).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    got = pixels(render(image, crop((0, 0, 64, 64), flip=True), 64))
+    assert np.abs(got - np.asarray(flipped, float)).max() < 5e-3
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_flip_then_rotation_is_that_of_pillow(flip):
+    # smooth, so that interpolation rounding hides neither the order nor the direction of the turn
+    y, x = np.mgrid[:128, :128] / 127
+    picture = Image.fromarray(np.stack([255 * x, 255 * y, 255 * x * y], 2).astype(np.uint8))
+    tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    expected = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+    expected = np.asarray(expected.rotate(12.0, Image.Resampling.BILINEAR), float)
+    got = pixels(render(tensor, crop((0, 0, 128, 128), flip, 12.0), 128))
+    inside = np.asarray(Image.new("L", (128, 128), 255).rotate(12.0)) > 0
+    inside[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+    assert np.abs(got - expected)[inside].max() < 2.5
+
+
+def test_rotated_corners_are_black_even_inside_a_larger_image():
+    white = torch.full((1, 3, 100, 100), 255, dtype=torch.uint8)
+    got = pixels(render(white, crop((20, 20, 60, 60), angle=15.0), 60))
+    for row, column in ((0, 0), (0, 59), (59, 0), (59, 59)):
+        assert np.abs(got[row, column]).max() < 1e-3
+    assert got[30, 30].min() > 254.9
+    # the share that a square loses when it turns by t about its centre
+    t = math.radians(15)
+    # four right triangles, whose hypotenuse on the square's side is what 1 = a + a cos t + a sin t leaves
+    hypotenuse = 1 / (1 + math.cos(t) + math.sin(t))
+    lost = 4 * 0.5 * hypotenuse**2 * math.cos(t) * math.sin(t)
+    assert abs((got[:, :, 0] < 1).mean() - lost) < 0.01
+
+
+def test_downsampling_is_antialiased():
+    board = ((torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255).to(torch.uint8).expand(1, 3, 256, 256)
+    for size in (128, 64, 32):
+        got = pixels(render(board, crop((0, 0, 256, 256)), size))
+        assert np.abs(got - 127.5).max() < 2
+        assert np.abs(pixels(center(board, size))[4:-4, 4:-4] - 127.5).max() < 8
+
+
+def test_box_statistics():
+    image = torch.full((1, 3, 256, 256), 200, dtype=torch.uint8)
+    parts = [draw(image.expand(100, 3, 256, 256), generator(seed)) for seed in range(20)]
+    chosen = Crop(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    top, left, h, w = chosen.boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 256).all() and (left + w <= 256).all()
+    taken = chosen.tries < 10
+    area, aspect = (h * w).double() / 65536, w / h
+    # whole pixels: half a pixel a side
+    assert area[taken].min() > 0.5 - 0.006 and area[taken].max() <= 1
+    assert aspect.min() > 0.75 - 0.01 and aspect.max() < 4 / 3 + 0.01
+    assert (chosen.boxes[~taken] == torch.tensor([0, 0, 256, 256])).all()
+    assert abs(aspect.log().mean()) < 0.015
+    assert abs(chosen.flip.double().mean() - 0.5) < 0.04
+    assert chosen.angle.abs().max() <= 15 and abs(chosen.angle.mean()) < 0.7 and abs(chosen.angle.std() - 8.66) < 0.3
+    # uniform over the places that the box leaves
+    place = (top[taken & (h < 240)].double() + 0.5) / (257 - h[taken & (h < 240)])
+    assert abs(place.mean() - 0.5) < 0.02 and abs(place.std() - 12**-0.5) < 0.02
+
+
+@pytest.mark.parametrize("height, width, low", [(256, 256, 32768), (512, 512, 0.2 * 512**2), (300, 300, 32768),
+                                                (64, 64, 2048), (200, 120, 12000)])
+def test_smallest_area(height, width, low):
+    image = torch.full((1, 3, height, width), 200, dtype=torch.uint8)
+    chosen = draw(image.expand(150, 3, height, width), generator())
+    taken = chosen.tries < 10
+    area = (chosen.boxes[:, 2] * chosen.boxes[:, 3])[taken].double()
+    assert low * 0.98 <= area.min() <= low * 1.1 and taken.any()
+
+
+def test_brightness_is_exact():
+    images = noise(4, 40, 56)
+    boxes = draw(images, generator()).boxes[:, None]
+    for data in (images, images.double() / 255):
+        got = brightness(data, boxes)
+        for image, box, value in zip(images, boxes[:, 0], got[:, 0], strict=True):
+            top, left, h, w = box.tolist()
+            assert abs(value - image[:, top : top + h, left : left + w].double().mean() / 255) < 1e-12
+
+
+def test_near_black_crops_are_drawn_again():
+    images = torch.zeros(100, 3, 256, 256, dtype=torch.uint8)
+    images[:, :, :, 128:] = 26  # mean 0.051 of the whole right half: only boxes wholly within it pass
+    images[:50, :, :, 128:] = 60
+    chosen = draw(images, generator())
+    boxes = chosen.boxes[:, None]
+    taken = chosen.tries < 10
+    assert (brightness(images, boxes)[:, 0][taken] >= 0.05).all()
+    assert (chosen.tries[:50] > 0).any() and (chosen.tries[:50] < 10).all()
+    # the same numbers without the rule: the first box that fits was passed over exactly when it was too dark
+    bright = draw(torch.full_like(images, 255), generator())
+    again = chosen.tries != bright.tries
+    assert again.any() and (brightness(images, bright.boxes[:, None])[:, 0][again] < 0.05).all()
+    assert (brightness(images, bright.boxes[:, None])[:, 0][~again & taken] >= 0.05).all()
+    # nothing bright at all: the centre square
+    dark = draw(torch.zeros(5, 3, 30, 50, dtype=torch.uint8), generator())
+    assert (dark.boxes == torch.tensor([0, 10, 30, 30])).all() and (dark.tries == 10).all()
+
+
+def test_determinism_and_independence_of_the_batch():
+    images = noise(6)
+    one, two = augment(images, 48, generator(1)), augment(images, 48, generator(1))
+    assert torch.equal(one, two) and one.shape == (6, 3, 48, 48) and one.dtype == torch.float32
+    assert not torch.equal(one, augment(images, 48, generator(2)))
+    assert torch.equal(one[:4], augment(images[:4], 48, generator(1)))  # a longer batch changes no earlier image
+    torch.manual_seed(5)
+    first = augment(images, 48)
+    torch.manual_seed(5)
+    assert torch.equal(first, augment(images, 48))
+    before = images.clone()
+    augment(images.float(), 48)
+    center(images, 64)
+    assert torch.equal(images, before)
+
+
+def test_float_and_uint8_agree():
+    images = noise(4)
+    eight = augment(images, 64, generator(3))
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-4), (torch.float16, 5e-3)):
+        assert (augment((images.double() / 255).to(dtype), 64, generator(3)) - eight).abs().max() < bound
+    untouched = images.float() / 255
+    copy = untouched.clone()
+    assert (center(untouched, 64) - center(images, 64)).abs().max() < 1e-5 and torch.equal(untouched, copy)
+
+
+def test_strided_input():
+    images = noise(4, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(augment(images, 64, generator(3)), augment(images.contiguous(), 64, generator(3)))
+
+
+def test_every_shape_is_traced_without_values():
+    # on "meta" there are no values: whatever looked at one, which on a GPU means waiting for it, would raise
+    images = torch.empty(5, 3, 256, 256, dtype=torch.uint8, device="meta")
+    assert augment(images, 224).shape == center(images, 224).shape == (5, 3, 224, 224)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees():
+    images = noise(8, 256, 256)
+    here, there = augment(images, 224, generator(4)), augment(images.cuda(), 224, generator(4))
+    assert ((here - there.cpu()).abs() > 2e-3).sum() < 50
+    assert augment(images.cuda(), 224, torch.Generator("cuda").manual_seed(0)).is_cuda
+
+
+def test_centre():
+    images = noise(2)
+    expected = (images.permute(0, 2, 3, 1).double().numpy() / 255 - MEAN) / STD
+    assert np.abs(center(images, 64).permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6
+    wide = noise(1, 40, 70)
+    assert torch.equal(center(wide, 40), center(wide[:, :, :, 15:55].contiguous(), 40))
+    halved = center(noise(1, 128, 128), 64)
+    pillow = Image.fromarray(noise(1, 128, 128)[0].permute(1, 2, 0).numpy()).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.abs(pixels(halved) - np.asarray(pillow, float)).max() < 1.01
+
+
+def test_empty_batch():
+    empty = torch.empty(0, 3, 64, 64, dtype=torch.uint8)
+    assert augment(empty, 32).shape == center(empty, 32).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("images, size, name", [
+    (torch.zeros(3, 64, 64), 32, "images"), (torch.zeros(2, 1, 64, 64), 32, "images"),
+    (np.zeros((2, 3, 8, 8)), 32, "images"),
+    (torch.zeros(2, 3, 64, 64, dtype=torch.int32), 32, "images"), (torch.zeros(2, 3, 0, 8), 32, "images"),
+    (torch.zeros(2, 3, 64, 64), 0, "size"), (torch.zeros(2, 3, 64, 64), 32.0, "size")])
+def test_arguments(images, size, name):
+    for function in (augment, center):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            function(images, size)
+
+
+def test_denormalize():
+    images = noise(2)
+    assert (denormalize(center(images, 64)) * 255 - images).abs().max() < 1e-4
+    assert denormalize(center(images, 64)[0]).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="^images: expected a float tensor"):
+        denormalize(images)
