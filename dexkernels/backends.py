@@ -1,5 +1,6 @@
 """Which implementation runs an operator: a literal table, what is available, and why the rest is not."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,21 @@ from . import reference
 OPS = ("route", "grouped_mlp", "align_loss", "group_ema_")
 BACKENDS = ("reference", "triton", "cuda")
 
+
+class Launcher(NamedTuple):
+    """The two halves of a differentiable operator; their arguments and results are those of `dexkernels.reference`."""
+
+    forward: Callable
+    backward: Callable
+
+
 LAUNCHERS = {
-    ("route", "reference"): reference.route,
-    ("grouped_mlp", "reference"): (reference.grouped_mlp_forward, reference.grouped_mlp_backward),
-    ("align_loss", "reference"): reference.align_loss,
+    ("route", "reference"): Launcher(reference.route_forward, reference.route_backward),
+    ("grouped_mlp", "reference"): Launcher(reference.grouped_mlp_forward, reference.grouped_mlp_backward),
+    ("align_loss", "reference"): Launcher(reference.align_loss_forward, reference.align_loss_backward),
     ("group_ema_", "reference"): reference.group_ema_,
 }
-"""(op, backend) -> launcher; `grouped_mlp` has one for forward and one for backward."""
+"""(op, backend) -> what runs it."""
 
 DEFAULTS = {
     ("route", "cpu"): "reference",
@@ -60,15 +69,15 @@ def check_backend(backend: str | None) -> None:
             raise ValueError(f"backend: {backend!r} cannot run: {reason}")
 
 
-def launcher(op: str, backend: str | None, device: torch.device):
-    """The implementation of ``op`` for tensors on ``device``; ``backend=None`` takes the default of the table."""
+def choose(op: str, backend: str | None, device: torch.device) -> str:
+    """The backend of ``op`` for tensors on ``device``: the one asked for, or the default of the table."""
     if backend is None:
-        backend = DEFAULTS.get((op, device.type), "reference")
+        return DEFAULTS.get((op, device.type), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if reason := why_not(op, backend):
         raise ValueError(f"backend: {backend!r} cannot run {op}: {reason}")
-    return LAUNCHERS[op, backend]
+    return backend
 
 
 def report() -> list[BackendStatus]:

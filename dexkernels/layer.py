@@ -160,9 +160,14 @@ class DEXLayer(nn.Module):
             if return_aux:
                 raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
             return self.director(x)
-        routing = ops.route(
+        e = self.experts
+        y, routing = ops.routed_mlp(
             x,
             self.router_weight,
+            e.fc1_weight,
+            e.fc1_bias,
+            e.fc2_weight,
+            e.fc2_bias,
             self.top_k,
             routing=self.routing,
             route_from=self.route_from,
@@ -172,8 +177,6 @@ class DEXLayer(nn.Module):
             usage_ema=self.usage_ema,
             backend=self.backend,
         )
-        e = self.experts
-        y = ops.grouped_mlp(x, routing, e.fc1_weight, e.fc1_bias, e.fc2_weight, e.fc2_bias, backend=self.backend)
         if not return_aux:
             return y
         with torch.no_grad():

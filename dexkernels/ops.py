@@ -1,13 +1,16 @@
-"""The operators: validation, autocast and autograd, written once for all backends.
+"""The operators: validation, autocast, torch.library registration and autograd, written once for all backends.
 
-Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
+Every operator is a function of this module that checks its arguments and calls a `torch.library` operator of the
+namespace ``dexkernels``; that one calls the launcher which `backends.LAUNCHERS` names. Backwards are operators too,
+so that `torch.compile` never looks into either.
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, R decisions (B, or B*N token-wise),
+S = R*K slots.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import backends, reference
 from .routing import Routing
 
 ROUTINGS = ("image", "token")
@@ -46,41 +49,11 @@ def route(
     Returns: a `Routing`. Its ``gates`` and ``balance_loss`` are differentiable in x and router_weight.
     Raises: ValueError naming the argument.
     """
-    _check_x(x)
-    check_choice("routing", routing, ROUTINGS)
-    check_choice("route_from", route_from, ROUTE_FROM)
-    B, N, D = x.shape
-    _check_tensor("router_weight", router_weight, (None, D), like=x, same_dtype=False)
-    E = router_weight.shape[0]
-    check_top_k(top_k, E)
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
-    if N == 0:
-        raise ValueError("x: expected at least one token to route from, got shape " + _shape(x))
-    check_noise_std(noise_std)
-    if isinstance(noise_std, Tensor) or noise_std > 0:
-        shape = (B, 1 if routing == "image" else N, E)
-        if usage_ema is None:
-            raise ValueError("usage_ema: expected a tensor [E] when noise_std is not 0, got None")
-        _check_tensor("usage_ema", usage_ema, (E,), like=x, same_dtype=False)
-        if router_noise is None:
-            router_noise = torch.randn(shape, device=x.device)
-        _check_tensor("router_noise", router_noise, shape, like=x, same_dtype=False)
-    else:
-        router_noise = None
-    run = backends.launcher("route", backend, x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return run(
-            x,
-            router_weight,
-            top_k,
-            routing=routing,
-            route_from=route_from,
-            temperature=temperature,
-            noise_std=noise_std,
-            router_noise=router_noise,
-            usage_ema=usage_ema,
-        )
+    noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
+    backend = backends.choose("route", backend, x.device)
+    r = _router_rows(x, routing, route_from)
+    p, *fields = torch.ops.dexkernels.route(r, router_weight, noise, top_k, temperature, backend)
+    return _routing(x, routing, *fields)
 
 
 def grouped_mlp(
@@ -104,52 +77,61 @@ def grouped_mlp(
     Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
     Raises: ValueError naming the argument.
     """
-    _check_x(x)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _check_mlp(x, weights)
     B, N, D = x.shape
-    autocast = torch.is_autocast_enabled(x.device.type)
-    _check_tensor("fc1_weight", fc1_weight, (None, None, D), like=x, same_dtype=not autocast)
-    E, H, _ = fc1_weight.shape
-    for name, t, shape in (
-        ("fc1_bias", fc1_bias, (E, H)),
-        ("fc2_weight", fc2_weight, (E, D, H)),
-        ("fc2_bias", fc2_bias, (E, D)),
-    ):
-        _check_tensor(name, t, shape, like=x, same_dtype=not autocast)
     gates = routing.gates
     if tuple(gates.shape[:-1]) not in ((B,), (B, N)):
         raise ValueError(f"routing.gates: expected [{B}, K] or [{B}, {N}, K] for this x, got {_shape(gates)}")
-    _check_tensor("routing.group_sizes", routing.group_sizes, (E,), like=x, same_dtype=False)
+    _check_tensor("routing.group_sizes", routing.group_sizes, (fc1_weight.shape[0],), like=x, same_dtype=False)
     _check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
-    launch = backends.launcher("grouped_mlp", backend, x.device)
-    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = tuple(t.to(dtype) for t in tensors)
-    x, *weights = tensors
-    by_token = gates.dim() == 3
-    if by_token:
+    backend = backends.choose("grouped_mlp", backend, x.device)
+    x, *weights = _autocast(x, *weights)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
+    if gates.dim() == 3:
         x, gates = x.reshape(B * N, 1, D), gates.flatten(0, 1)
-    with torch.autocast(x.device.type, enabled=False):
-        out = _GroupedMLP.apply(launch, x, gates, routing.slot_order, routing.group_offsets, *weights)
-    return out.view(B, N, D) if by_token else out
+    out, _ = torch.ops.dexkernels.grouped_mlp(
+        x, gates, routing.slot_order, routing.group_offsets, *weights, save, backend
+    )
+    return out.view(B, N, D)
 
 
-class _GroupedMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, launch, x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        forward, ctx.backward_of_backend = launch
-        out, z = forward(x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        ctx.save_for_backward(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
-        return out
+def routed_mlp(
+    x: Tensor,
+    router_weight: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    top_k: int,
+    *,
+    routing: str = "image",
+    route_from: str = "cls",
+    temperature: float = 0.5,
+    noise_std: float | Tensor = 0.0,
+    router_noise: Tensor | None = None,
+    usage_ema: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Routing]:
+    """`route`, then `grouped_mlp`, as one autograd node: the router's gradient of x is added to the rows it read.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        _, need_x, need_gates, _, _, *need_weights = ctx.needs_input_grad
-        dx, dgates, *dweights = ctx.backward_of_backend(
-            grad_out, *ctx.saved_tensors, need_x=need_x, need_gates=need_gates, need_weights=any(need_weights)
-        )
-        return None, dx, dgates, None, None, *dweights
+    Two nodes would fill an ``[B, N, D]`` tensor with zeros but for the CLS rows and add it. Arguments, results and
+    errors are those of the two.
+    """
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
+    _check_mlp(x, weights)
+    _check_tensor("router_weight", router_weight, (fc1_weight.shape[0], x.shape[2]), like=x, same_dtype=False)
+    route_backend = backends.choose("route", backend, x.device)
+    mlp_backend = backends.choose("grouped_mlp", backend, x.device)
+    # The router reads x as it came; only the experts compute in autocast's dtype.
+    compute = _autocast_dtype(x)
+    weights = tuple(w.to(compute) for w in weights)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_weight, *weights))
+    out, _, _, *fields = torch.ops.dexkernels.routed_mlp(
+        x, router_weight, noise, *weights, top_k, temperature, routing, route_from, save, route_backend, mlp_backend
+    )
+    return out, _routing(x, routing, *fields)
 
 
 def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, backend: str | None = None) -> Tensor:
@@ -168,9 +150,8 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, b
     if experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
         raise ValueError(f"experts_out: expected floats [..., D], got {experts_out.dtype} {_shape(experts_out)}")
     _check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
-    run = backends.launcher("align_loss", backend, experts_out.device)
-    with torch.autocast(experts_out.device.type, enabled=False):
-        return run(experts_out, director_out, kind)
+    backend = backends.choose("align_loss", backend, experts_out.device)
+    return torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), kind, backend)
 
 
 def group_ema_(
@@ -208,17 +189,23 @@ def group_ema_(
             )
         _check_tensor(f"experts[{i}]", e, (None, *d.shape), like=d)
         _check_tensor(f"group_weights[{i}]", a, (e.shape[0],), like=d, same_dtype=False)
-    if directors:
-        backends.launcher("group_ema_", backend, directors[0].device)(directors, experts, group_weights, momentum, skip)
+    if not directors:
+        return
+    device = directors[0].device
+    if not isinstance(momentum, Tensor):
+        # A kernel that fills, not a copy from the host: nobody waits. float64: 1 - m is exact to the last bit.
+        momentum = torch.full((), momentum, dtype=torch.float64, device=device)
+    backend = backends.choose("group_ema_", backend, device)
+    torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
 
 
 def guard_version(loss: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """``loss`` itself, whose backward raises RuntimeError when one of ``tensors`` was changed in place since.
 
     Without it, a layer that is recomputed in backward (activation checkpointing) after an early `update_director`
-    would silently use the new director.
+    would silently use the new director. Compiled graphs go without: there is no version to read while tracing.
     """
-    return _GuardVersion.apply(loss, tensors)
+    return loss if torch.compiler.is_compiling() else _GuardVersion.apply(loss, tensors)
 
 
 class _GuardVersion(torch.autograd.Function):
@@ -236,6 +223,455 @@ class _GuardVersion(torch.autograd.Function):
                 "(the losses of a step use the director before its update)"
             )
         return grad, None
+
+
+# --- torch.library: one operator for each forward and each backward ---------------------------------------------------
+
+
+def _plain(device: torch.device):
+    """Autocast off: an operator's dtypes are decided before it is called, also when backward runs under autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.library.custom_op("dexkernels::route", mutates_args=())
+def _route(
+    r: Tensor, router_weight: Tensor, noise: Tensor | None, top_k: int, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _plain(r.device):
+        return backends.LAUNCHERS["route", backend].forward(r, router_weight, noise, top_k, temperature)
+
+
+@_route.register_fake
+def _(r, router_weight, noise, top_k, temperature, backend):
+    return _route_shapes(r, r.shape[0], router_weight.shape[0], top_k)
+
+
+def _route_shapes(like, R, E, K):
+    real = reference.accumulation_dtype(like.dtype)
+    p, gates, mass = (like.new_empty(s, dtype=real) for s in ((R, E), (R, K), (E,)))
+    indices = like.new_empty((R, K), dtype=torch.int32)
+    order, sizes, offsets = (like.new_empty(n, dtype=torch.int64) for n in (R * K, E, E + 1))
+    return p, gates, indices, like.new_empty((), dtype=real), mass, order, sizes, offsets
+
+
+@torch.library.custom_op("dexkernels::route_backward", mutates_args=())
+def _route_backward(
+    grad_gates: Tensor,
+    grad_balance: Tensor,
+    p: Tensor,
+    gates: Tensor,
+    expert_indices: Tensor,
+    r: Tensor,
+    router_weight: Tensor,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _plain(r.device):
+        return backends.LAUNCHERS["route", backend].backward(
+            grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temperature
+        )
+
+
+@_route_backward.register_fake
+def _(grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temperature, backend):
+    return r.new_empty(r.shape), router_weight.new_empty(router_weight.shape)
+
+
+def _route_save(ctx, inputs, output):
+    r, router_weight, _, _, ctx.temperature, ctx.backend = inputs
+    p, gates, indices, _, mass, *_ = output
+    ctx.mark_non_differentiable(p, mass)
+    ctx.save_for_backward(p, gates, indices, r, router_weight)
+
+
+def _route_grad(ctx, _, grad_gates, __, grad_balance, *___):
+    dr, drouter = torch.ops.dexkernels.route_backward(
+        grad_gates, grad_balance, *ctx.saved_tensors, ctx.temperature, ctx.backend
+    )
+    return dr, drouter, None, None, None, None
+
+
+_route.register_autograd(_route_grad, setup_context=_route_save)
+
+
+@torch.library.custom_op("dexkernels::grouped_mlp", mutates_args=())
+def _grouped_mlp(
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _plain(x.device):
+        return backends.LAUNCHERS["grouped_mlp", backend].forward(
+            x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save
+        )
+
+
+@_grouped_mlp.register_fake
+def _(x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save, backend):
+    return x.new_empty(x.shape), _z_shape(x, slot_order.shape[0], fc1_bias.shape[1], save)
+
+
+def _z_shape(x, S, H, save):
+    return x.new_empty((S, x.shape[1], H) if save else (0, x.shape[1], H))
+
+
+@torch.library.custom_op("dexkernels::grouped_mlp_backward", mutates_args=())
+def _grouped_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    z: Tensor,
+    need_x: bool,
+    need_gates: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An empty tensor stands for a gradient that is not needed: operators do not return None."""
+    with _plain(x.device):
+        grads = backends.LAUNCHERS["grouped_mlp", backend].backward(
+            grad_out,
+            x,
+            gates,
+            slot_order,
+            group_offsets,
+            fc1_weight,
+            fc2_weight,
+            fc2_bias,
+            z,
+            need_x=need_x,
+            need_gates=need_gates,
+            need_weights=need_weights,
+        )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@_grouped_mlp_backward.register_fake
+def _(
+    grad_out, x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z,
+    need_x, need_gates, need_weights, backend,
+):  # fmt: skip
+    E, D, H = fc2_weight.shape
+    shapes = (
+        (need_x, x, x.shape),
+        (need_gates, gates, gates.shape),
+        (need_weights, fc1_weight, (E, H, D)),
+        (need_weights, fc1_weight, (E, H)),
+        (need_weights, fc1_weight, (E, D, H)),
+        (need_weights, fc1_weight, (E, D)),
+    )
+    return tuple(like.new_empty(shape) if need else x.new_empty(0) for need, like, shape in shapes)
+
+
+def _grouped_mlp_save(ctx, inputs, output):
+    x, gates, slot_order, group_offsets, fc1_weight, _, fc2_weight, fc2_bias, _, ctx.backend = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
+
+
+def _grouped_mlp_grad(ctx, grad_out, _):
+    need_x, need_gates, _, _, *need_weights = ctx.needs_input_grad[:8]
+    grads = torch.ops.dexkernels.grouped_mlp_backward(
+        grad_out, *ctx.saved_tensors, need_x, need_gates, any(need_weights), ctx.backend
+    )
+    dx, dgates, *dweights = _needed(grads, (need_x, need_gates, *need_weights))
+    return dx, dgates, None, None, *dweights, None, None
+
+
+_grouped_mlp.register_autograd(_grouped_mlp_grad, setup_context=_grouped_mlp_save)
+
+
+def _needed(grads, needs):
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+@torch.library.custom_op("dexkernels::routed_mlp", mutates_args=())
+def _routed_mlp(
+    x: Tensor,
+    router_weight: Tensor,
+    noise: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    top_k: int,
+    temperature: float,
+    routing: str,
+    route_from: str,
+    save: bool,
+    route_backend: str,
+    mlp_backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, z, then what `_route` returns."""
+    with _plain(x.device):
+        r = _router_rows(x, routing, route_from)
+        routed = backends.LAUNCHERS["route", route_backend].forward(r, router_weight, noise, top_k, temperature)
+        _, gates, _, _, _, slot_order, _, group_offsets = routed
+        out, z = backends.LAUNCHERS["grouped_mlp", mlp_backend].forward(
+            _images(x, routing).to(fc1_weight.dtype),
+            gates,
+            slot_order,
+            group_offsets,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            save,
+        )
+    return out.view(x.shape), z, *routed
+
+
+@_routed_mlp.register_fake
+def _(
+    x, router_weight, noise, fc1_weight, fc1_bias, fc2_weight, fc2_bias, top_k, temperature, routing, route_from, save,
+    route_backend, mlp_backend,
+):  # fmt: skip
+    rows = _images(x, routing)
+    routed = _route_shapes(x, rows.shape[0], router_weight.shape[0], top_k)
+    z = _z_shape(rows, rows.shape[0] * top_k, fc1_bias.shape[1], save).to(fc1_weight.dtype)
+    return x.new_empty(x.shape, dtype=fc1_weight.dtype), z, *routed
+
+
+@torch.library.custom_op("dexkernels::routed_mlp_backward", mutates_args=())
+def _routed_mlp_backward(
+    grad_out: Tensor,
+    grad_gates: Tensor,
+    grad_balance: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    z: Tensor,
+    p: Tensor,
+    gates: Tensor,
+    expert_indices: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    temperature: float,
+    routing: str,
+    route_from: str,
+    need_x: bool,
+    need_router: bool,
+    need_weights: bool,
+    route_backend: str,
+    mlp_backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _plain(x.device):
+        dx, dgates, *dweights = backends.LAUNCHERS["grouped_mlp", mlp_backend].backward(
+            _images(grad_out, routing),
+            _images(x, routing).to(fc1_weight.dtype),
+            gates,
+            slot_order,
+            group_offsets,
+            fc1_weight,
+            fc2_weight,
+            fc2_bias,
+            z,
+            need_x=need_x,
+            need_gates=need_x or need_router,
+            need_weights=need_weights,
+        )
+        drouter = None
+        if need_x or need_router:
+            dr, drouter = backends.LAUNCHERS["route", route_backend].backward(
+                dgates + grad_gates,
+                grad_balance,
+                p,
+                gates,
+                expert_indices,
+                _router_rows(x, routing, route_from),
+                router_weight,
+                temperature,
+            )
+        if need_x:
+            dx = dx.view(x.shape).to(x.dtype)
+            if routing == "token":
+                dx += dr.view(x.shape)
+            elif route_from == "cls":
+                dx[:, 0] += dr
+            else:
+                dx += dr[:, None] / x.shape[1]
+    return tuple(x.new_empty(0) if g is None else g for g in (dx, drouter, *dweights))
+
+
+@_routed_mlp_backward.register_fake
+def _(
+    grad_out, grad_gates, grad_balance, x, router_weight, fc1_weight, fc2_weight, fc2_bias, z, p, gates, expert_indices,
+    slot_order, group_offsets, temperature, routing, route_from, need_x, need_router, need_weights, route_backend,
+    mlp_backend,
+):  # fmt: skip
+    E, D, H = fc2_weight.shape
+    shapes = (
+        (need_x, x, x.shape),
+        (need_x or need_router, router_weight, router_weight.shape),
+        (need_weights, fc1_weight, (E, H, D)),
+        (need_weights, fc1_weight, (E, H)),
+        (need_weights, fc1_weight, (E, D, H)),
+        (need_weights, fc1_weight, (E, D)),
+    )
+    return tuple(like.new_empty(shape) if need else x.new_empty(0) for need, like, shape in shapes)
+
+
+def _routed_mlp_save(ctx, inputs, output):
+    x, router_weight, _, fc1_weight, _, fc2_weight, fc2_bias, _, *ctx.settings = inputs
+    _, z, p, gates, indices, _, mass, slot_order, _, group_offsets = output
+    ctx.mark_non_differentiable(z, p, mass)
+    ctx.save_for_backward(
+        x, router_weight, fc1_weight, fc2_weight, fc2_bias, z, p, gates, indices, slot_order, group_offsets
+    )
+
+
+def _routed_mlp_grad(ctx, grad_out, _, __, grad_gates, ___, grad_balance, *____):
+    need_x, need_router, _, *need_weights = ctx.needs_input_grad[:7]
+    temperature, routing, route_from, _, route_backend, mlp_backend = ctx.settings
+    grads = torch.ops.dexkernels.routed_mlp_backward(
+        grad_out, grad_gates, grad_balance, *ctx.saved_tensors, temperature, routing, route_from,
+        need_x, need_router, any(need_weights), route_backend, mlp_backend,
+    )  # fmt: skip
+    dx, drouter, *dweights = _needed(grads, (need_x, need_router, *need_weights))
+    return dx, drouter, None, *dweights, None, None, None, None, None, None, None
+
+
+_routed_mlp.register_autograd(_routed_mlp_grad, setup_context=_routed_mlp_save)
+
+
+@torch.library.custom_op("dexkernels::align_loss", mutates_args=())
+def _align_loss(experts_out: Tensor, director_out: Tensor, kind: str, backend: str) -> Tensor:
+    with _plain(experts_out.device):
+        return backends.LAUNCHERS["align_loss", backend].forward(experts_out, director_out, kind)
+
+
+@_align_loss.register_fake
+def _(experts_out, director_out, kind, backend):
+    return experts_out.new_empty((), dtype=reference.accumulation_dtype(experts_out.dtype))
+
+
+@torch.library.custom_op("dexkernels::align_loss_backward", mutates_args=())
+def _align_loss_backward(
+    grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, kind: str, backend: str
+) -> Tensor:
+    with _plain(experts_out.device):
+        return backends.LAUNCHERS["align_loss", backend].backward(grad_loss, experts_out, director_out, kind)
+
+
+@_align_loss_backward.register_fake
+def _(grad_loss, experts_out, director_out, kind, backend):
+    return experts_out.new_empty(experts_out.shape)
+
+
+def _align_loss_save(ctx, inputs, output):
+    experts_out, director_out, ctx.kind, ctx.backend = inputs
+    ctx.save_for_backward(experts_out, director_out)
+
+
+def _align_loss_grad(ctx, grad_loss):
+    grad = torch.ops.dexkernels.align_loss_backward(grad_loss, *ctx.saved_tensors, ctx.kind, ctx.backend)
+    return grad, None, None, None
+
+
+_align_loss.register_autograd(_align_loss_grad, setup_context=_align_loss_save)
+
+
+@torch.library.custom_op("dexkernels::group_ema_", mutates_args=("directors",))
+def _group_ema_(
+    directors: list[Tensor],
+    experts: list[Tensor],
+    group_weights: list[Tensor],
+    momentum: Tensor,
+    skip: Tensor | None,
+    backend: str,
+) -> None:
+    backends.LAUNCHERS["group_ema_", backend](directors, experts, group_weights, momentum, skip)
+
+
+@_group_ema_.register_fake
+def _(directors, experts, group_weights, momentum, skip, backend):
+    return None
+
+
+# --- what the operators above share -----------------------------------------------------------------------------------
+
+
+def _router_rows(x: Tensor, routing: str, route_from: str) -> Tensor:
+    """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token."""
+    if routing == "token":
+        return x.reshape(-1, x.shape[2])
+    return x[:, 0] if route_from == "cls" else x.mean(1, dtype=reference.accumulation_dtype(x.dtype)).to(x.dtype)
+
+
+def _images(x: Tensor, routing: str) -> Tensor:
+    """``[B, N, D]``, or token-wise ``[B*N, 1, D]``: to the experts a token is then an image of its own."""
+    return x.reshape(-1, 1, x.shape[2]) if routing == "token" else x
+
+
+def _routing(x, routing, gates, indices, balance_loss, mass, slot_order, group_sizes, group_offsets) -> Routing:
+    if routing == "token":
+        gates, indices = gates.view(*x.shape[:2], -1), indices.view(*x.shape[:2], -1)
+    return Routing(gates, indices, balance_loss, mass, slot_order, group_sizes, group_offsets)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = _autocast_dtype(x)
+    return tuple(t.to(dtype) for t in (x, *tensors))
+
+
+def _check_route(
+    x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema
+) -> Tensor | None:
+    """Validate; returns what is added to the logits, ``[R, E]``, or None."""
+    _check_x(x)
+    check_choice("routing", routing, ROUTINGS)
+    check_choice("route_from", route_from, ROUTE_FROM)
+    B, N, D = x.shape
+    _check_tensor("router_weight", router_weight, (None, D), like=x, same_dtype=False)
+    E = router_weight.shape[0]
+    check_top_k(top_k, E)
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+    if N == 0:
+        raise ValueError("x: expected at least one token to route from, got shape " + _shape(x))
+    check_noise_std(noise_std)
+    if not isinstance(noise_std, Tensor) and noise_std == 0:
+        return None
+    shape = (B, 1 if routing == "image" else N, E)
+    if usage_ema is None:
+        raise ValueError("usage_ema: expected a tensor [E] when noise_std is not 0, got None")
+    _check_tensor("usage_ema", usage_ema, (E,), like=x, same_dtype=False)
+    if router_noise is None:
+        router_noise = torch.randn(shape, device=x.device)
+    _check_tensor("router_noise", router_noise, shape, like=x, same_dtype=False)
+    with torch.no_grad():
+        noise = reference.expert_usage_noise(noise_std, router_noise, usage_ema)
+    return noise.reshape(-1, E)
+
+
+def _check_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _check_x(x)
+    same_dtype = not torch.is_autocast_enabled(x.device.type)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    _check_tensor("fc1_weight", fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
+    E, H, D = fc1_weight.shape
+    _check_tensor("fc1_bias", fc1_bias, (E, H), like=x, same_dtype=same_dtype)
+    _check_tensor("fc2_weight", fc2_weight, (E, D, H), like=x, same_dtype=same_dtype)
+    _check_tensor("fc2_bias", fc2_bias, (E, D), like=x, same_dtype=same_dtype)
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routing import Routing, sort_slots
+from .routing import sort_slots
 
 EPS = 1e-6
 """Added to the total gate mass and the total usage before dividing; also the floor of q in the KD align loss."""
 
 ALIGN_TEMPERATURE = 0.5
 """Temperature of the director's softmax in the KD align loss; the experts' is 1."""
+
+COSINE_EPS = 1e-8
+"""Smallest norm in the cosine align loss."""
 
 GEMA_CHUNK = 1 << 20
 """Elements of a director updated at a time: 4 MB of float32 stay in cache while every expert is added to them."""
@@ -27,50 +30,63 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def route(
-    x: Tensor,
-    router_weight: Tensor,
-    top_k: int,
-    *,
-    routing: str = "image",
-    route_from: str = "cls",
-    temperature: float = 0.5,
-    noise_std: float | Tensor = 0.0,
-    router_noise: Tensor | None = None,
-    usage_ema: Tensor | None = None,
-) -> Routing:
-    """``p = softmax((r @ Wr.T + noise) / temperature)``; the K most probable experts, renormalised.
+def route_forward(
+    r: Tensor, router_weight: Tensor, noise: Tensor | None, top_k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``p = softmax((r @ router_weight.T + noise) / temperature)``; the K most probable experts, renormalised.
 
-    ``r`` is ``x[:, 0]`` (``route_from="cls"``), the mean over tokens (``"mean"``), or, token-wise, every token.
-    ``noise = noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain.
+    ``r [R, D]`` holds one row per decision, ``noise [R, E]`` what is added to the logits.
+    Returns ``p [R, E]``, ``gates [R, K]``, ``expert_indices`` int32 ``[R, K]``, ``balance_loss``, ``gate_mass [E]``,
+    and the slot order as `sort_slots` gives it.
     """
-    dtype = accumulation_dtype(x.dtype)
-    if routing == "token":
-        r = x
-    else:
-        r = (x[:, 0] if route_from == "cls" else x.mean(1, dtype=dtype)).unsqueeze(1)
-    num_experts = router_weight.shape[0]
+    dtype, num_experts = accumulation_dtype(r.dtype), router_weight.shape[0]
     logits = F.linear(r.to(dtype), router_weight.to(dtype))
-    if router_noise is not None:
-        usage = usage_ema.to(dtype)
-        logits = logits + noise_std * (router_noise.to(dtype) + (1 - usage / (usage.sum() + EPS)))
+    if noise is not None:
+        logits = logits + noise.to(dtype)
     p = (logits / temperature).softmax(-1)
     # A stable sort, not topk: topk promises no order among ties, and NaN rows must still give distinct indices.
-    indices = p.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    indices = p.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen = p.gather(-1, indices)
     gates = chosen / chosen.sum(-1, keepdim=True)
-
-    rows = p.reshape(-1, num_experts)
-    mean_p = rows.sum(0) / max(rows.shape[0], 1)
-    balance_loss = num_experts * (mean_p * mean_p.detach()).sum()
+    mean_p = p.sum(0) / max(p.shape[0], 1)
+    balance_loss = num_experts * mean_p.square().sum()
     # Scatter into rows and sum them: an index_add_ would add in no fixed order on a GPU.
-    mass = torch.zeros_like(rows, requires_grad=False).scatter_(
-        1, indices.reshape(-1, top_k), gates.detach().reshape(-1, top_k)
-    )
-    slot_order, group_sizes, group_offsets = sort_slots(indices, num_experts)
-    if routing == "image":
-        gates, indices = gates.squeeze(1), indices.squeeze(1)
-    return Routing(gates, indices.int(), balance_loss, mass.sum(0), slot_order, group_sizes, group_offsets)
+    mass = torch.zeros_like(p).scatter_(1, indices, gates).sum(0)
+    return p, gates, indices.int(), balance_loss, mass, *sort_slots(indices, num_experts)
+
+
+def route_backward(
+    grad_gates: Tensor | None,
+    grad_balance: Tensor | None,
+    p: Tensor,
+    gates: Tensor,
+    expert_indices: Tensor,
+    r: Tensor,
+    router_weight: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of r and router_weight.
+
+    Gates are ``g_k = p_k / sum_j p_j`` over the chosen, so ``dp_k = (dg_k - sum_j dg_j g_j) / sum_j p_j``; the balance
+    loss is ``E * sum_e mean(p_e) * stop_grad(mean(p_e))``; then the softmax.
+    """
+    indices = expert_indices.long()
+    dp = torch.zeros_like(p)
+    if grad_gates is not None:
+        centred = grad_gates - (grad_gates * gates).sum(-1, keepdim=True)
+        dp.scatter_(1, indices, centred / p.gather(-1, indices).sum(-1, keepdim=True))
+    if grad_balance is not None:
+        R, E = p.shape
+        dp += grad_balance * E / max(R, 1) * (p.sum(0) / max(R, 1))
+    dlogits = p * (dp - (p * dp).sum(-1, keepdim=True)) / temperature
+    dr = (dlogits @ router_weight.to(p.dtype)).to(r.dtype)
+    return dr, (dlogits.t() @ r.to(p.dtype)).to(router_weight.dtype)
+
+
+def expert_usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_ema: Tensor) -> Tensor:
+    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain."""
+    usage = usage_ema.to(router_noise.dtype)
+    return noise_std * (router_noise + (1 - usage / (usage.sum() + EPS)))
 
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -99,19 +115,22 @@ def grouped_mlp_forward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))``, ``e = expert_indices[b, k]``.
 
-    Returns ``out [B, N, D]`` and ``z [S, N, H]`` = fc1's outputs in slot order, which the backward needs.
+    Returns ``out [B, N, D]`` and ``z [S, N, H]`` = fc1's outputs in slot order, which the backward needs; ``[0, N, H]``
+    without ``save``.
     An expert without slots is not computed.
     """
     (B, N, D), (S,), H = x.shape, slot_order.shape, fc1_bias.shape[1]
     images, slot_gates = _images_and_gates(gates, slot_order)
     out = x.new_zeros((B, N, D), dtype=accumulation_dtype(x.dtype))
-    z = x.new_empty((S, N, H))
+    z = x.new_empty((S if save else 0, N, H))
     for e, start, stop in _groups(group_offsets):
         z_e = linear(x.index_select(0, images[start:stop]), fc1_weight[e], fc1_bias[e])
-        z[start:stop] = z_e
+        if save:
+            z[start:stop] = z_e
         y = linear(F.gelu(z_e), fc2_weight[e], fc2_bias[e])
         out.index_add_(0, images[start:stop], y.to(out.dtype) * slot_gates[start:stop].to(out.dtype))
     return out.to(x.dtype), z
@@ -188,8 +207,8 @@ def _groups(group_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, ends[e], ends[e + 1]) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]
 
 
-def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
-    """How far the experts' output ``[..., D]`` is from the director's; a mean over all leading dimensions.
+def align_loss_forward(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+    """How far the experts' output ``[..., D]`` is from the director's; a 0-dim mean over all leading dimensions.
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
       Where q is below 1e-6 the gradient is zero.
@@ -197,13 +216,39 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> T
     - ``mse``: mean of the squared difference, also over D.
     """
     dtype = accumulation_dtype(experts_out.dtype)
-    q, p = experts_out.to(dtype), director_out.detach().to(dtype)
-    rows = max(q[..., 0].numel(), 1)
+    y, d = experts_out.to(dtype), director_out.to(dtype)
+    rows = max(y[..., 0].numel(), 1)
     if kind == "kd":
-        return -((p / ALIGN_TEMPERATURE).softmax(-1) * q.softmax(-1).clamp(min=EPS).log()).sum() / rows
+        return -((d / ALIGN_TEMPERATURE).softmax(-1) * y.softmax(-1).clamp(min=EPS).log()).sum() / rows
     if kind == "cosine":
-        return (1 - F.cosine_similarity(q, p, dim=-1)).sum() / rows
-    return (q - p).square().sum() / max(q.numel(), 1)
+        return (1 - F.cosine_similarity(y, d, dim=-1)).sum() / rows
+    return (y - d).square().sum() / max(y.numel(), 1)
+
+
+def align_loss_backward(grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+    """Gradient of experts_out; none flows into director_out.
+
+    - ``kd``: with ``w = p`` where ``q >= 1e-6`` and 0 elsewhere: ``q * sum_D(w) - w``.
+    - ``cosine``: ``-(d / |d| - cos * y / |y|) / |y|``; norms below 1e-8 count as 1e-8.
+    - ``mse``: ``2 (y - d) / D``.
+    """
+    dtype = accumulation_dtype(experts_out.dtype)
+    y, d = experts_out.to(dtype), director_out.to(dtype)
+    scale = grad_loss.to(dtype) / max(y[..., 0].numel(), 1)
+    if kind == "kd":
+        q = y.softmax(-1)
+        w = (d / ALIGN_TEMPERATURE).softmax(-1).masked_fill(q < EPS, 0)
+        grad = q * w.sum(-1, keepdim=True) - w
+    elif kind == "cosine":
+        norm = y.norm(dim=-1, keepdim=True)
+        y_norm, d_norm = norm.clamp(min=COSINE_EPS), d.norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS)
+        unit = d / d_norm
+        cos = (y / y_norm * unit).sum(-1, keepdim=True)
+        # Below the floor the norm is a constant, and nothing flows through it.
+        grad = -(unit - torch.where(norm < COSINE_EPS, 0, cos) * y / y_norm) / y_norm
+    else:
+        grad = 2 * (y - d) / y.shape[-1]
+    return (scale * grad).to(experts_out.dtype)
 
 
 @torch.no_grad()
