@@ -106,10 +106,8 @@ class DEXLayer(nn.Module):
         ops.check_choice("routing", routing, ops.ROUTINGS)
         ops.check_choice("align", align, ops.ALIGN_KINDS)
         ops.check_choice("route_from", route_from, ops.ROUTE_FROM)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
-        if not 0 <= usage_momentum <= 1:
-            raise ValueError(f"usage_momentum: expected a number in [0, 1], got {usage_momentum!r}")
+        ops.check_temperature(temperature)
+        ops.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
         self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
         self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
@@ -278,6 +276,8 @@ def update_directors(
         if not isinstance(mass, Tensor) or tuple(mass.shape) != (layer.num_experts,):
             got = list(mass.shape) if isinstance(mass, Tensor) else repr(mass)
             raise ValueError(f"gate_mass[{i}]: expected [{layer.num_experts}], got {got}")
+        if mass.device != layer.usage_ema.device:
+            raise ValueError(f"gate_mass[{i}]: expected device {layer.usage_ema.device}, got {mass.device}")
     if not layers:
         return
     masses = torch.cat([m.detach() for m in gate_mass])

@@ -52,7 +52,7 @@ def route(
     noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
     backend = backends.choose("route", backend, x.device)
     r = _router_rows(x, routing, route_from)
-    p, *fields = torch.ops.dexkernels.route(r, router_weight, noise, top_k, temperature, backend)
+    p, *fields = torch.ops.dexkernels.route(r, router_weight, noise, usage_ema, top_k, temperature, backend)
     return _routing(x, routing, *fields)
 
 
@@ -85,6 +85,7 @@ def grouped_mlp(
         raise ValueError(f"routing.gates: expected [{B}, K] or [{B}, {N}, K] for this x, got {_shape(gates)}")
     _check_tensor("routing.group_sizes", routing.group_sizes, (fc1_weight.shape[0],), like=x, same_dtype=False)
     _check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
+    _check_tensor("routing.group_offsets", routing.group_offsets, (fc1_weight.shape[0] + 1,), like=x, same_dtype=False)
     backend = backends.choose("grouped_mlp", backend, x.device)
     x, *weights = _autocast(x, *weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -129,8 +130,9 @@ def routed_mlp(
     weights = tuple(w.to(compute) for w in weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_weight, *weights))
     out, _, _, *fields = torch.ops.dexkernels.routed_mlp(
-        x, router_weight, noise, *weights, top_k, temperature, routing, route_from, save, route_backend, mlp_backend
-    )
+        x, router_weight, noise, usage_ema, *weights, top_k, temperature, routing, route_from, save, route_backend,
+        mlp_backend,
+    )  # fmt: skip
     return out, _routing(x, routing, *fields)
 
 
@@ -147,8 +149,8 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, b
     Returns: 0-dim, float32 for half-precision inputs. Raises: ValueError naming the argument.
     """
     check_choice("kind", kind, ALIGN_KINDS)
-    if experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
-        raise ValueError(f"experts_out: expected floats [..., D], got {experts_out.dtype} {_shape(experts_out)}")
+    if not isinstance(experts_out, Tensor) or experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
+        raise ValueError(f"experts_out: expected a floating-point tensor [..., D], got {_describe(experts_out)}")
     _check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
     backend = backends.choose("align_loss", backend, experts_out.device)
     return torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), kind, backend)
@@ -183,9 +185,9 @@ def group_ema_(
     check_momentum(momentum)
     check_skip(skip)
     for i, (d, e, a) in enumerate(zip(directors, experts, group_weights, strict=True)):
-        if d.dtype not in (torch.float32, torch.float64):
+        if not isinstance(d, Tensor) or d.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"directors[{i}]: expected float32 or float64 (half precision cannot follow), got {d.dtype}"
+                f"directors[{i}]: expected float32 or float64 (half precision cannot follow), got {_describe(d)}"
             )
         _check_tensor(f"experts[{i}]", e, (None, *d.shape), like=d)
         _check_tensor(f"group_weights[{i}]", a, (e.shape[0],), like=d, same_dtype=False)
@@ -211,18 +213,31 @@ def guard_version(loss: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
 class _GuardVersion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, tensors):
-        # Plain attributes: saved tensors would be recomputed together with the forward, at their new version.
-        ctx.tensors, ctx.versions = tensors, [t._version for t in tensors]
+        _remember_versions(ctx, tensors)
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, grad):
-        if [t._version for t in ctx.tensors] != ctx.versions:
-            raise RuntimeError(
-                "the director was changed between forward and backward: call update_director after backward "
-                "(the losses of a step use the director before its update)"
-            )
+        _check_versions(ctx)
         return grad, None
+
+
+def _remember_versions(ctx, tensors: tuple[Tensor, ...]) -> None:
+    # Plain attributes: saved tensors would be recomputed together with the forward, at their new version.
+    ctx.guarded = [(t, t._version) for t in tensors]
+
+
+def _check_versions(ctx) -> None:
+    if any(t._version != version for t, version in ctx.guarded):
+        raise RuntimeError(
+            "the director or usage_ema was changed between forward and backward: call update_director after backward "
+            "(the losses of a step use the director before its update)"
+        )
+
+
+def _remember_usage(ctx, noise: Tensor | None, usage_ema: Tensor | None) -> None:
+    # The noise was made from usage_ema: a forward recomputed after an early update would route otherwise.
+    _remember_versions(ctx, () if noise is None else (usage_ema,))
 
 
 # --- torch.library: one operator for each forward and each backward ---------------------------------------------------
@@ -235,14 +250,20 @@ def _plain(device: torch.device):
 
 @torch.library.custom_op("dexkernels::route", mutates_args=())
 def _route(
-    r: Tensor, router_weight: Tensor, noise: Tensor | None, top_k: int, temperature: float, backend: str
+    r: Tensor,
+    router_weight: Tensor,
+    noise: Tensor | None,
+    usage_ema: Tensor | None,
+    top_k: int,
+    temperature: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _plain(r.device):
         return backends.LAUNCHERS["route", backend].forward(r, router_weight, noise, top_k, temperature)
 
 
 @_route.register_fake
-def _(r, router_weight, noise, top_k, temperature, backend):
+def _(r, router_weight, noise, usage_ema, top_k, temperature, backend):
     return _route_shapes(r, r.shape[0], router_weight.shape[0], top_k)
 
 
@@ -278,17 +299,19 @@ def _(grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temp
 
 
 def _route_save(ctx, inputs, output):
-    r, router_weight, _, _, ctx.temperature, ctx.backend = inputs
+    r, router_weight, noise, usage_ema, _, ctx.temperature, ctx.backend = inputs
+    _remember_usage(ctx, noise, usage_ema)
     p, gates, indices, _, mass, *_ = output
     ctx.mark_non_differentiable(p, mass)
     ctx.save_for_backward(p, gates, indices, r, router_weight)
 
 
 def _route_grad(ctx, _, grad_gates, __, grad_balance, *___):
+    _check_versions(ctx)
     dr, drouter = torch.ops.dexkernels.route_backward(
         grad_gates, grad_balance, *ctx.saved_tensors, ctx.temperature, ctx.backend
     )
-    return dr, drouter, None, None, None, None
+    return dr, drouter, None, None, None, None, None
 
 
 _route.register_autograd(_route_grad, setup_context=_route_save)
@@ -402,6 +425,7 @@ def _routed_mlp(
     x: Tensor,
     router_weight: Tensor,
     noise: Tensor | None,
+    usage_ema: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -435,8 +459,8 @@ def _routed_mlp(
 
 @_routed_mlp.register_fake
 def _(
-    x, router_weight, noise, fc1_weight, fc1_bias, fc2_weight, fc2_bias, top_k, temperature, routing, route_from, save,
-    route_backend, mlp_backend,
+    x, router_weight, noise, usage_ema, fc1_weight, fc1_bias, fc2_weight, fc2_bias, top_k, temperature, routing,
+    route_from, save, route_backend, mlp_backend,
 ):  # fmt: skip
     rows = _images(x, routing)
     routed = _route_shapes(x, rows.shape[0], router_weight.shape[0], top_k)
@@ -526,7 +550,8 @@ def _(
 
 
 def _routed_mlp_save(ctx, inputs, output):
-    x, router_weight, _, fc1_weight, _, fc2_weight, fc2_bias, _, *ctx.settings = inputs
+    x, router_weight, noise, usage_ema, fc1_weight, _, fc2_weight, fc2_bias, _, *ctx.settings = inputs
+    _remember_usage(ctx, noise, usage_ema)
     _, z, p, gates, indices, _, mass, slot_order, _, group_offsets = output
     ctx.mark_non_differentiable(z, p, mass)
     ctx.save_for_backward(
@@ -535,14 +560,15 @@ def _routed_mlp_save(ctx, inputs, output):
 
 
 def _routed_mlp_grad(ctx, grad_out, _, __, grad_gates, ___, grad_balance, *____):
-    need_x, need_router, _, *need_weights = ctx.needs_input_grad[:7]
+    _check_versions(ctx)
+    need_x, need_router, _, _, *need_weights = ctx.needs_input_grad[:8]
     temperature, routing, route_from, _, route_backend, mlp_backend = ctx.settings
     grads = torch.ops.dexkernels.routed_mlp_backward(
         grad_out, grad_gates, grad_balance, *ctx.saved_tensors, temperature, routing, route_from,
         need_x, need_router, any(need_weights), route_backend, mlp_backend,
     )  # fmt: skip
     dx, drouter, *dweights = _needed(grads, (need_x, need_router, *need_weights))
-    return dx, drouter, None, *dweights, None, None, None, None, None, None, None
+    return dx, drouter, None, None, *dweights, None, None, None, None, None, None, None
 
 
 _routed_mlp.register_autograd(_routed_mlp_grad, setup_context=_routed_mlp_save)
@@ -606,10 +632,12 @@ def _(directors, experts, group_weights, momentum, skip, backend):
 
 
 def _router_rows(x: Tensor, routing: str, route_from: str) -> Tensor:
-    """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token."""
+    """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token; contiguous: strides change no bit."""
     if routing == "token":
-        return x.reshape(-1, x.shape[2])
-    return x[:, 0] if route_from == "cls" else x.mean(1, dtype=reference.accumulation_dtype(x.dtype)).to(x.dtype)
+        return x.reshape(-1, x.shape[2]).contiguous()
+    if route_from == "cls":
+        return x[:, 0].contiguous()
+    return x.contiguous().mean(1, dtype=reference.accumulation_dtype(x.dtype))
 
 
 def _images(x: Tensor, routing: str) -> Tensor:
@@ -619,7 +647,8 @@ def _images(x: Tensor, routing: str) -> Tensor:
 
 def _routing(x, routing, gates, indices, balance_loss, mass, slot_order, group_sizes, group_offsets) -> Routing:
     if routing == "token":
-        gates, indices = gates.view(*x.shape[:2], -1), indices.view(*x.shape[:2], -1)
+        shape = (*x.shape[:2], gates.shape[1])
+        gates, indices = gates.view(shape), indices.view(shape)
     return Routing(gates, indices, balance_loss, mass, slot_order, group_sizes, group_offsets)
 
 
@@ -644,8 +673,7 @@ def _check_route(
     _check_tensor("router_weight", router_weight, (None, D), like=x, same_dtype=False)
     E = router_weight.shape[0]
     check_top_k(top_k, E)
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+    check_temperature(temperature)
     if N == 0:
         raise ValueError("x: expected at least one token to route from, got shape " + _shape(x))
     check_noise_std(noise_std)
@@ -679,6 +707,10 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k: expected an integer in 1..num_experts ({num_experts}), got {top_k!r}")
 
 
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature, "a number above 0", lambda v: v > 0)
+
+
 def check_noise_std(noise_std: float | Tensor) -> None:
     _check_scalar("noise_std", noise_std, "a number >= 0", lambda v: v >= 0)
 
@@ -697,8 +729,13 @@ def _check_scalar(name: str, value: float | Tensor, expected: str, holds) -> Non
         # Its value stays where it is: reading it would make the host wait for a GPU.
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a float or a 0-dim tensor, got shape {_shape(value)}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-        raise ValueError(f"{name}: expected {expected}, or a 0-dim tensor, got {value!r}")
+    else:
+        check_number(name, value, expected + ", or a 0-dim tensor", holds)
+
+
+def check_number(name: str, value: float, expected: str, holds) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _check_x(x: Tensor) -> None:

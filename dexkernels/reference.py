@@ -91,7 +91,7 @@ def expert_usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_em
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
     """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU: one expert, the director, or the dense MLP of a ViT."""
-    return linear(F.gelu(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return linear(F.gelu(linear(x.contiguous(), fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,6 +102,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     on_cpu = x.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and x.numel() > 0
     if on_cpu and torch.backends.mkldnn.enabled and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+        # oneDNN takes a matrix or its transpose, and reads a bias as if it were dense.
+        x, weight = (
+            t if t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous()) else t.contiguous() for t in (x, weight)
+        )
+        bias = bias if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -171,24 +176,25 @@ def grouped_mlp_backward(
         for e in (e for e in range(E) if sizes[e] == 0):
             d_fc1[e].zero_(), d_fc2[e].zero_()
     for e, start, stop in _groups(group_offsets):
+        n = stop - start
         dy = grad_out.index_select(0, images[start:stop])
         g = slot_gates[start:stop].to(acc)
-        z_e = z[start:stop].view(-1, H)
+        z_e = z[start:stop].view(n * N, H)
         a = F.gelu(z_e)
-        da = linear(dy.view(-1, D), fc2_weight[e].t())
+        da = linear(dy.view(n * N, D), fc2_weight[e].t())
         if need_gates:
-            through_a = torch.linalg.vecdot(da.to(acc), a.to(acc)).view(-1, N).sum(1)
+            through_a = torch.linalg.vecdot(da.to(acc), a.to(acc)).view(n, N).sum(1)
             dslot[start:stop] = (through_a + dy.to(acc).sum(1) @ fc2_bias[e].to(acc)).to(gates.dtype)
         if need_weights:
-            dy = (dy.to(acc) * g).to(x.dtype).view(-1, D)
+            dy = (dy.to(acc) * g).to(x.dtype).view(n * N, D)
             d_fc2[e] = linear(dy.t(), a.t())
             torch.sum(dy, 0, out=d_b2[e])
-        dz = torch.ops.aten.gelu_backward(da, z_e).view(-1, N, H).mul_(g.to(x.dtype)).view(-1, H)
+        dz = torch.ops.aten.gelu_backward(da, z_e).view(n, N, H).mul_(g.to(x.dtype)).view(n * N, H)
         if need_weights:
-            d_fc1[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(-1, D).t())
+            d_fc1[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(n * N, D).t())
             torch.sum(dz, 0, out=d_b1[e])
         if need_x:
-            dx.index_add_(0, images[start:stop], linear(dz, fc1_weight[e].t()).view(-1, N, D).to(acc))
+            dx.index_add_(0, images[start:stop], linear(dz, fc1_weight[e].t()).view(n, N, D).to(acc))
     dgates = None
     if need_gates:
         dgates = torch.empty_like(dslot).index_copy_(0, slot_order, dslot).view(gates.shape)
@@ -296,8 +302,9 @@ def _group_ema_on_device_(
     still = (weights == 0).all()
     if skip is not None:
         still = still | skip
-    m = torch.where(still, 1.0, torch.as_tensor(momentum, dtype=director.dtype, device=director.device))
-    scale = torch.where(still, 0.0, (1 - m) * weights.to(director.dtype))
-    director.mul_(m)
+    m = torch.as_tensor(momentum, dtype=torch.float64, device=director.device)
+    scale = ((1 - m) * weights).to(director.dtype)
+    new = m.to(director.dtype) * director
     for e in range(stacked.shape[0]):
-        director.add_(torch.where(scale[e] != 0, scale[e] * stacked[e], 0.0))
+        new += torch.where(scale[e] != 0, scale[e] * stacked[e], 0.0)
+    director.copy_(torch.where(still, director, new))

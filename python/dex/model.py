@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dexkernels import Aux, DEXLayer
 from dexkernels.layer import MLP, copy_strictly, update_directors
+from dexkernels.ops import check_number
 from dexkernels.reference import accumulation_dtype
 
 LAYER_NORM_EPS = 1e-6
@@ -124,9 +125,8 @@ class VisionTransformer(nn.Module):
         chosen = _per_layer("top_k", top_k, depth)
         if any(experts) and not all(experts):
             raise ValueError(f"num_experts: expected 0 in all layers (monolithic) or in none, got {experts}")
-        hidden_dim = int(embed_dim * mlp_ratio)
-        if hidden_dim < 1:
-            raise ValueError(f"mlp_ratio: expected a positive number, got {mlp_ratio!r}")
+        check_number("mlp_ratio", mlp_ratio, "a positive finite number", lambda v: 0 < v < float("inf"))
+        hidden_dim = max(int(embed_dim * mlp_ratio), 1)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.grid_size = img_size // patch_size
         # A linear map of flattened patches, not a convolution: removed patches are then never embedded.
@@ -273,15 +273,14 @@ class MaskedAutoencoder(nn.Module):
         """
         self.encoder.check_images(images)
         B, L = images.shape[0], self.encoder.grid_size**2
-        kept = int(L * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
-        if kept < 1:
-            raise ValueError(
-                f"mask_ratio: expected 0 <= mask_ratio < 1 that keeps one of {L} patches, got {mask_ratio!r}"
-            )
+        expected = f"a number in [0, 1) that keeps at least one of {L} patches"
+        check_number("mask_ratio", mask_ratio, expected, lambda v: 0 <= v < 1 and int(L * (1 - v)) >= 1)
+        kept = int(L * (1 - mask_ratio))
         if mask_noise is None:
             mask_noise = torch.rand(B, L, device=images.device)
-        elif tuple(mask_noise.shape) != (B, L):
-            raise ValueError(f"mask_noise: expected [{B}, {L}], got {list(mask_noise.shape)}")
+        elif not isinstance(mask_noise, Tensor) or tuple(mask_noise.shape) != (B, L):
+            got = list(mask_noise.shape) if isinstance(mask_noise, Tensor) else repr(mask_noise)
+            raise ValueError(f"mask_noise: expected [{B}, {L}], got {got}")
         order = mask_noise.argsort(stable=True, dim=1)
         place = order.argsort(1)
         mask = (place >= kept).to(images.dtype)
@@ -289,8 +288,10 @@ class MaskedAutoencoder(nn.Module):
         latent, auxes = self.encoder.forward_aux(images, order[:, :kept], noise_std, router_noise, return_aux=True)
         pred = self.decode(latent, place)
         patch_loss = self.patch_loss(pred, images)
-        image_loss = (patch_loss.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
-        loss = (patch_loss * mask).sum() / mask.sum().clamp(min=1)
+        # Not in half precision, which cannot count patches.
+        removed = mask.to(patch_loss.dtype)
+        image_loss = (patch_loss.detach() * removed).sum(1) / removed.sum(1).clamp(min=1)
+        loss = (patch_loss * removed).sum() / removed.sum().clamp(min=1)
         depth, zero = len(self.encoder.blocks), loss.new_zeros(())
         align = sum((aux.align_loss / (depth - i) for i, aux in enumerate(auxes)), start=zero) / depth
         balance = sum((aux.balance_loss for aux in auxes), start=zero) / depth
@@ -439,7 +440,7 @@ def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:
 
 
 def _per_layer(name: str, value: int | Sequence[int], depth: int) -> list[int]:
-    values = [value] * depth if isinstance(value, int) else list(value)
+    values = [value] * depth if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if len(values) != depth or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
         raise ValueError(f"{name}: expected an integer >= 0, or {depth} of them (one per layer), got {value!r}")
     if name == "top_k" and min(values) < 1:

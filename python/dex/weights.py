@@ -138,7 +138,7 @@ def resize_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
     if pos_embed.dim() != 3 or pos_embed.shape[0] != 1:
         raise ValueError(f"pos_embed: expected [1, 1 + G*G, D], got {list(pos_embed.shape)}")
     rows, dim = pos_embed.shape[1:]
-    with_cls = math.isqrt(rows - 1) ** 2 == rows - 1
+    with_cls = rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1
     if not with_cls and math.isqrt(rows) ** 2 != rows:
         raise ValueError(f"pos_embed: expected a square grid, with or without a CLS row, got {rows} rows")
     cls, grid = (pos_embed[:, :1], pos_embed[:, 1:]) if with_cls else (pos_embed.new_zeros(1, 1, dim), pos_embed)

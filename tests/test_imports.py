@@ -1,0 +1,43 @@
+"""What an import loads: the kernel library alone, and the model without data readers or the command line."""
+
+import subprocess
+import sys
+
+import pytest
+
+IMAGING = {"PIL", "matplotlib", "nibabel", "pydicom", "pylibjpeg"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules, sep='\\n')"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return set(process.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("dexkernels", IMAGING | {"dex", "triton", "tyro", "yaml", "safetensors", "tensorboard"}),
+        ("dexkernels.testing", IMAGING | {"dex", "triton", "tyro", "pytest", "hypothesis"}),
+        ("dex.model", IMAGING | {"dex.data", "dex.cli", "dex.pretrain", "tyro", "yaml", "tensorboard", "triton"}),
+        ("dex.weights", IMAGING | {"dex.data", "dex.cli", "dex.pretrain", "tyro", "yaml", "tensorboard", "triton"}),
+    ],
+)
+def test_import_stays_small(module, banned):
+    modules = loaded_after(f"import {module}")
+    assert {module, "torch"} <= modules
+    assert not {m for m in modules if any(m == b or m.startswith(b + ".") for b in banned)}
+
+
+def test_the_command_line_is_seen_where_it_is_loaded():
+    """The check above can fail: `dex.cli` does load what `dex.model` must not."""
+    assert {"dex.cli", "tyro"} <= loaded_after("import dex.cli, tyro")
+
+
+def test_public_names():
+    import dexkernels
+
+    assert {"DEXLayer", "Aux", "Routing", "route", "grouped_mlp", "align_loss", "group_ema_", "__version__"} == set(
+        dexkernels.__all__
+    )
+    assert all(getattr(dexkernels, name) is not None for name in dexkernels.__all__)
