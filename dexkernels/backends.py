@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import native, reference
 
 OPS = ("route", "grouped_mlp", "align_loss", "group_ema_")
 BACKENDS = ("reference", "triton", "cuda")
@@ -23,6 +23,7 @@ LAUNCHERS = {
     ("grouped_mlp", "reference"): Launcher(reference.grouped_mlp_forward, reference.grouped_mlp_backward),
     ("align_loss", "reference"): Launcher(reference.align_loss_forward, reference.align_loss_backward),
     ("group_ema_", "reference"): reference.group_ema_,
+    ("group_ema_", "cuda"): native.group_ema_,
 }
 """(op, backend) -> what runs it."""
 
@@ -53,9 +54,9 @@ class BackendStatus(NamedTuple):
 
 def why_not(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` here; None when it can."""
-    if (op, backend) in LAUNCHERS:
-        return None
-    return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
+    if (op, backend) not in LAUNCHERS:
+        return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
+    return native.why_not() if backend == "cuda" else None
 
 
 def check_backend(backend: str | None) -> None:
@@ -88,5 +89,8 @@ def report() -> list[BackendStatus]:
         for backend in BACKENDS:
             reason = why_not(op, backend)
             default = DEFAULTS[op, device] == backend
-            rows.append(BackendStatus(op, backend, reason is None, default, reason or "plain torch, any device"))
+            what = (
+                "plain torch, any device" if backend == "reference" else "never measured on a GPU: only when asked for"
+            )
+            rows.append(BackendStatus(op, backend, reason is None, default, reason or what))
     return rows

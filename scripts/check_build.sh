@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Builds sdist, wheels and an editable install in every way that DEX_CUDA and nvcc allow, and looks into each of them.
+# usage: scripts/check_build.sh [PYTHON]   PYTHON: one that has torch and numpy (default .venv/bin/python)
+# Works in a temporary copy: neither the tree nor PYTHON's environment is changed. About two minutes on two cores.
+# Parts that need an nvcc are left out where there is none, and that is said.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${1:-.venv/bin/python}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+began=$SECONDS
+
+say() { printf '%4d s  %s\n' $((SECONDS - began)) "$*"; }
+fail() { echo "check_build: $*" >&2; exit 1; }
+# The names in an archive, one a line; sdist's without their leading folder.
+names() { "$python" - "$1" <<'PY'
+import sys, tarfile, zipfile
+path = sys.argv[1]
+if path.endswith(".whl"):
+    print(*zipfile.ZipFile(path).namelist(), sep="\n")
+else:
+    print(*(n.partition("/")[2] for n in tarfile.open(path).getnames()), sep="\n")
+PY
+}
+has() { names "$1" | grep -E "$2" >/dev/null || fail "$(basename "$1") lacks $2"; }
+lacks() { ! names "$1" | grep -E "$2" || fail "$(basename "$1") holds $2"; }
+build() { "$work/env/bin/python" -m build "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "build $* failed"; }; }
+# A PATH without nvcc: links to everything else.
+hide_nvcc() {
+    mkdir -p "$work/bin"
+    local IFS=: folder tool
+    for folder in $PATH; do
+        for tool in "$folder"/*; do
+            [[ -x $tool && ${tool##*/} != nvcc && ! -e $work/bin/${tool##*/} ]] && ln -s "$tool" "$work/bin/"
+        done
+    done
+    return 0
+}
+
+mkdir "$work/tree"
+tar --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./build --exclude=./dist --exclude='*.egg-info' \
+    --exclude='_C.*' --exclude=__pycache__ -cf - . | tar -C "$work/tree" -xf -
+cd "$work/tree"
+"$python" -m venv "$work/env"
+"$work/env/bin/pip" install -q build
+hide_nvcc
+nvcc=no
+if command -v nvcc >/dev/null; then nvcc=yes; fi
+unset DEX_CUDA CUDACXX CUDA_HOME
+say "ready; nvcc: $nvcc"
+
+# sdist, made without nvcc: it must hold the sources all the same.
+PATH=$work/bin build --sdist --outdir "$work/sdist"
+sdist=$(echo "$work"/sdist/*.tar.gz)
+for name in CMakeLists.txt setup.py pyproject.toml csrc/math.h csrc/group_ema.cu csrc/bindings.cpp csrc/strict_nvcc.py \
+    dexkernels/native.py python/dex/cli.py LICENSE; do has "$sdist" "^$name\$"; done
+lacks "$sdist" '\.(so|pyc)$'
+say "sdist holds csrc and CMakeLists.txt"
+mkdir "$work/from-sdist"
+tar -C "$work/from-sdist" --strip-components=1 -xf "$sdist"
+cd "$work/from-sdist"
+
+# No nvcc: one line, a pure wheel, no failure. DEX_CUDA=1: a failure with that reason.
+line='dexkernels: the native library is not built: no nvcc in $CUDACXX, $CUDA_HOME/bin or on PATH; everything else works without it'
+PATH=$work/bin build --wheel --outdir "$work/none"
+[[ $(grep -cxF "$line" "$work/log") == 1 ]] || fail "expected once: $line"
+has "$work"/none/*-py3-none-any.whl '^dexkernels/native\.py$'
+lacks "$work"/none/*.whl '\.so$'
+! PATH=$work/bin DEX_CUDA=1 "$work/env/bin/python" -m build --wheel --outdir "$work/no" >"$work/log" 2>&1 ||
+    fail "DEX_CUDA=1 without nvcc: expected a failure"
+grep -q 'DEX_CUDA=1, but the native library cannot be built: no nvcc' "$work/log" || fail "no reason: $(cat "$work/log")"
+say "without nvcc: a pure wheel and one line; DEX_CUDA=1 fails with the reason"
+
+if [[ $nvcc == yes ]]; then
+    DEX_CUDA=0 build --wheel --outdir "$work/zero"
+    grep -qxF 'dexkernels: the native library is not built (DEX_CUDA=0)' "$work/log" || fail "DEX_CUDA=0 is not told"
+    has "$work"/zero/*-py3-none-any.whl '^dexkernels/'
+    say "DEX_CUDA=0: a pure wheel"
+
+    start=$SECONDS
+    DEX_CUDA=1 build --wheel --outdir "$work/one"
+    took=$((SECONDS - start))
+    ((took < 120)) || fail "the wheel took $took s, expected less than 120"
+    wheel=$(echo "$work"/one/*.whl)
+    for name in 'dexkernels/_C\.[^/]*\.so' dexkernels/native.py dexkernels/py.typed dex/cli.py dex/data/__init__.py; do
+        has "$wheel" "^$name\$"
+    done
+    lacks "$wheel" '^(csrc|tests|CMakeLists)'
+    say "DEX_CUDA=1: wheel from the sdist with _C and both packages, in $took s"
+
+    # No torch in this environment: the module alone must load.
+    "$work/env/bin/pip" install -q --no-deps "$wheel"
+    "$work/env/bin/python" - <<'PY'
+import glob, importlib.util, sysconfig
+(path,) = glob.glob(sysconfig.get_path("platlib") + "/dexkernels/_C.*")
+spec = importlib.util.spec_from_file_location("dexkernels._C", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+PY
+    "$python" -m pip install -q --no-deps --target "$work/target" "$wheel"
+    (cd "$work" && PYTHONPATH=$work/target "$python" - "$work/target" <<'PY'
+import sys
+from dexkernels import native
+assert native.__file__.startswith(sys.argv[1]), native.__file__
+assert native._absent is None, native._absent
+PY
+    )
+    say "the wheel's library loads with torch and without"
+
+    "$work/env/bin/pip" uninstall -q -y dexkernels
+    cd "$work/tree"
+    "$work/env/bin/pip" install -q --no-deps -e .
+    [[ -e $(echo dexkernels/_C.*.so) ]] || fail "the editable install put no _C into dexkernels/"
+    (cd "$work" && "$work/env/bin/python" -c 'import importlib.util as u; print(u.find_spec("dexkernels").origin)') |
+        grep -qF "$work/tree/dexkernels" || fail "the editable install does not point to its tree"
+    say "editable install: _C lies in dexkernels/"
+else
+    say "no nvcc: wheel with _C and editable install with _C are not checked"
+fi
+say "all good"

@@ -1,0 +1,273 @@
+"""`dexkernels.native`: why the library is absent, and its call with torch tensors against the reference in float64.
+
+Without a GPU the call runs on CPU tensors through csrc's host code, the same text that the kernel is compiled from.
+"""
+
+import contextlib
+import ctypes
+import importlib.machinery
+import os
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dexkernels import native, reference
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+class HostLibrary:
+    """Stands for `dexkernels._C`: the same arguments, run on the host."""
+
+    def __init__(self, path: Path):
+        self.lib = ctypes.CDLL(str(path))
+        pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+        self.lib.host_group_ema.argtypes = [pointer, i64, ctypes.c_double, pointer, ctypes.c_int, pointer, i64, pointer]
+        self.calls = 0
+
+    def group_ema_(self, rows, momentum, momentum_at, momentum_is_double, skip_at, stream):
+        self.calls += 1
+        rows = np.array(rows, np.int64).reshape(-1, 7)
+        placed = np.zeros((len(rows), 2), np.int64)
+        self.lib.host_group_ema(
+            rows.ctypes.data, len(rows), momentum, momentum_at, momentum_is_double, skip_at, 4, placed.ctypes.data
+        )
+
+
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory) -> HostLibrary:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine ($CXX, c++, g++)")
+    path = tmp_path_factory.mktemp("host") / "host.so"
+    source = Path(__file__).with_name("host.cpp")
+    subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-w", "-fPIC", "-shared", f"-I{CSRC}", source, "-o", path], check=True
+    )
+    return HostLibrary(path)
+
+
+@pytest.fixture(params=["host", "cuda"])
+def device(request, monkeypatch) -> str:
+    """ "cuda" where there is one; "host": CPU tensors, with the device's side of torch replaced."""
+    if request.param == "cuda":
+        if reason := native.why_not():
+            pytest.skip(reason)
+        return "cuda"
+    monkeypatch.setattr(native, "_C", request.getfixturevalue("host_library"))
+    monkeypatch.setattr(native, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    # A scalar on the device is told apart from one on the host by this alone.
+    monkeypatch.setattr(native, "on_host", lambda scalar: isinstance(scalar, torch.Tensor) and scalar.dim() == 1)
+    return "cpu"
+
+
+def groups(device, shapes, num_experts=5, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    directors = [torch.randn(s, generator=g) for s in shapes]
+    experts = [torch.randn(num_experts, *s, generator=g) for s in shapes]
+    weights = torch.rand(num_experts, generator=g)
+    weights[1] = 0
+    for e in experts:
+        e[1] = torch.nan
+    weights = weights / weights.sum()
+    on = [[t.to(device) for t in ts] for ts in (directors, experts)]
+    return *on, [weights.to(device, dtype)] * len(shapes)
+
+
+def expected(directors, experts, weights, m):
+    directors = [d.cpu().double() for d in directors]
+    reference.group_ema_(directors, [e.cpu().double() for e in experts], [w.cpu().double() for w in weights], m)
+    return directors
+
+
+SHAPES = [(24, 7), (24,), (64, 96), (3, 5, 7), (0,), (4100,), ()]
+
+
+@pytest.mark.parametrize("m", [0.9, torch.tensor(0.9), torch.tensor(0.9, dtype=torch.float64), torch.tensor(1)])
+def test_equals_the_reference(device, m):
+    d, e, w = groups(device, SHAPES)
+    want = expected(d, e, w, float(m))
+    native.group_ema_(d, e, w, m.to(device) if isinstance(m, torch.Tensor) else m)
+    for got, exact in zip(d, want, strict=True):
+        assert_close(got.cpu(), exact.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [59, 61, 499, 501, 1003])
+def test_any_number_of_tensors(device, count):
+    d, e, w = groups(device, [(3,)] * count, num_experts=2)
+    want = expected(d, e, w, 0.5)
+    native.group_ema_(d, e, w, 0.5)
+    assert_close(torch.stack(d).cpu(), torch.stack(want).float())
+
+
+def test_shadows_are_rounded_directors(device):
+    d, e, w = groups(device, SHAPES)
+    shadows = [None if i == 2 else torch.full_like(t, 7, dtype=torch.bfloat16) for i, t in enumerate(d)]
+    native.group_ema_(d, e, w, 0.9, None, shadows)
+    for t, shadow in zip(d, shadows, strict=True):
+        assert shadow is None or torch.equal(shadow, t.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("skip", [torch.tensor(True), torch.tensor([True])[0]])
+def test_skip_and_zero_weights_keep_the_bits(device, skip):
+    d, e, w = groups(device, SHAPES)
+    before = [t.clone() for t in d]
+    native.group_ema_(d, e, w, 0.9, skip.to(device))
+    native.group_ema_(d, e, w, 0.9, torch.tensor([True]))
+    native.group_ema_(d, e, [torch.zeros_like(a) for a in w], 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(d, before, strict=True))
+    native.group_ema_(d, e, w, 0.9, torch.zeros_like(skip, device=device))
+    assert not torch.equal(d[0], before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_dtype(device, dtype):
+    d, e, w = groups(device, SHAPES, dtype=dtype)
+    want = expected(d, e, w, 0.9)
+    native.group_ema_(d, e, w, 0.9)
+    for got, exact in zip(d, want, strict=True):
+        assert_close(got.cpu(), exact.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_experts_in_a_larger_buffer_and_misaligned_directors(device):
+    d, e, w = groups(device, [(40, 3)])
+    want = expected(d, e, w, 0.9)
+    buffer = torch.full((5, 7, 40, 3), torch.nan, device=device)
+    buffer[:, 2] = e[0]
+    flat = torch.zeros(121, device=device)
+    director = flat[1:].view(40, 3).copy_(d[0])
+    native.group_ema_([director], [buffer[:, 2]], w, 0.9)
+    assert_close(director.cpu(), want[0].float())
+    assert flat[0] == 0
+
+
+def test_a_changed_director_is_known_to_autograd(device):
+    d, e, w = groups(device, [(4,)])
+    before = d[0]._version
+    native.group_ema_(d, e, w, 0.9)
+    assert d[0]._version > before
+    with torch.inference_mode():
+        native.group_ema_(d, e, w, 0.9)
+
+
+def test_nothing_to_do(device):
+    native.group_ema_([], [], [], 0.9)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d, e: ([d.to("meta")], [e.to("meta")]), r"directors\[0\]: .*on a GPU, got meta"),
+        (lambda d, e: ([d.double()], [e.double()]), r"directors\[0\]: .*float32, got torch.float64"),
+        (lambda d, e: ([d.t()], [e.mT]), r"directors\[0\]: .*contiguous tensor, got strides \(1, 6\)"),
+        (lambda d, e: ([d], [e.mT.contiguous().mT]), r"experts\[0\]: .*contiguous experts, got strides"),
+        (lambda d, e: ([d, d], [e, e]), r"directors\[1\]: the same tensor as directors\[0\]"),
+    ],
+)
+def test_refusals_name_the_argument_and_change_nothing(device, change, message):
+    d, e, w = groups(device, [(4, 6)])
+    before = d[0].clone()
+    directors, experts = change(d[0], e[0])
+    with pytest.raises(ValueError, match=message):
+        native.group_ema_(directors, experts, w * len(directors), 0.9)
+    assert torch.equal(d[0], before)
+
+
+@pytest.mark.parametrize("shadow", [torch.zeros(4, 6), torch.zeros(24).bfloat16(), torch.zeros(6, 4).bfloat16().t()])
+def test_a_wrong_shadow_is_refused(device, shadow):
+    d, e, w = groups(device, [(4, 6)])
+    with pytest.raises(ValueError, match=r"shadows\[0\]: expected contiguous torch.bfloat16 \[4, 6\]"):
+        native.group_ema_(d, e, w, 0.9, None, [shadow.to(device)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_reads_scalars_at_replay_and_needs_no_host_memory():
+    if reason := native.why_not():
+        pytest.skip(reason)
+    d, e, w = groups("cuda", SHAPES)
+    m, skip = torch.tensor(0.9, device="cuda"), torch.tensor(True, device="cuda")
+    native.group_ema_(d, e, w, m, skip)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        native.group_ema_(d, e, w, m, skip)
+    before = [t.clone() for t in d]
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(d, before, strict=True))
+    skip.fill_(False), m.fill_(0.25)
+    want = expected(d, e, w, 0.25)
+    graph.replay()
+    for got, exact in zip(d, want, strict=True):
+        assert_close(got.cpu(), exact.float(), rtol=1e-6, atol=1e-6)
+
+
+# ---- why the library is absent
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """native._load() looks into this empty folder instead of the package's."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    return tmp_path
+
+
+def test_not_built(package):
+    module, why = native._load()
+    assert module is None and "not built" in why and "no nvcc" in why
+
+
+def test_built_for_another_python(package):
+    (package / "_C.cpython-399-x86_64-linux-gnu.so").touch()
+    module, why = native._load()
+    assert module is None and "another Python (_C.cpython-399-x86_64-linux-gnu.so)" in why
+
+
+def test_does_not_load(package, monkeypatch):
+    (package / f"_C{SUFFIX}").touch()
+
+    def fail(name):
+        raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.99' not found")
+
+    monkeypatch.setattr(native.importlib, "import_module", fail)
+    assert native._load() == (
+        None,
+        "the native library does not load: libstdc++.so.6: version `GLIBCXX_3.4.99' not found",
+    )
+
+
+def test_of_another_version(package, monkeypatch):
+    (package / f"_C{SUFFIX}").touch()
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: types.SimpleNamespace(__version__="0.0.9"))
+    module, why = native._load()
+    assert module is None and "of version 0.0.9" in why and "install again" in why
+
+
+@pytest.mark.parametrize(
+    "cuda, available, capability, why",
+    [
+        (None, False, None, "torch is built without CUDA"),
+        ("13.0", False, None, "torch finds no CUDA device"),
+        ("13.0", True, (7, 5), "the GPU is sm_75; the native library needs sm_80 or newer"),
+        ("13.0", True, (8, 0), None),
+        ("13.0", True, (12, 0), None),
+    ],
+)
+def test_why_not_with_a_library(monkeypatch, cuda, available, capability, why):
+    monkeypatch.setattr(native, "_absent", None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert native.why_not() == why
+
+
+def test_why_not_without_a_library(monkeypatch):
+    monkeypatch.setattr(native, "_absent", "the native library was not built: ...")
+    assert native.why_not() == "the native library was not built: ..."
