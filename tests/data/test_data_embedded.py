@@ -84,12 +84,15 @@ def test_order_of_the_first_batch_is_pinned(dataset):
     first = next(Loader(dataset.split("train"), 4, seed=0)).ids
     assert first == next(Loader(open_dataset(None).split("train"), 4, seed=0, num_workers=1)).ids
     from dex.data.loader import permutation
+
     assert permutation(0, 0, 10).tolist() == [4, 8, 0, 1, 7, 6, 2, 5, 3, 9]
     assert permutation(7, 3, 10).tolist() == [2, 7, 6, 1, 8, 9, 0, 3, 4, 5]
 
 
 def test_import_is_light():
-    code = ("import sys, dex.data; dex.data.open_dataset(None); heavy = {'matplotlib', 'tyro', 'nibabel', 'pydicom', "
-            "'triton'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)")
+    code = (
+        "import sys, dex.data; dex.data.open_dataset(None); heavy = {'matplotlib', 'tyro', 'nibabel', 'pydicom', "
+        "'triton'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

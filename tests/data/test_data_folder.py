@@ -45,8 +45,15 @@ def only(folder):
 
 
 def test_modalities_ids_and_order(tmp_path, caplog):
-    put(tmp_path, b__deep__2_dot_png=png(GREY), b__10_dot_PNG=png(GREY), a__z_dot_npy=npy(GREY),
-        top_dot_jpeg=_jpeg(GREY), a__notes_dot_txt=b"x", README=b"x")
+    put(
+        tmp_path,
+        b__deep__2_dot_png=png(GREY),
+        b__10_dot_PNG=png(GREY),
+        a__z_dot_npy=npy(GREY),
+        top_dot_jpeg=_jpeg(GREY),
+        a__notes_dot_txt=b"x",
+        README=b"x",
+    )
     (tmp_path / "a" / "Ä.png").write_bytes(png(COLOUR))
     dataset = open_dataset(tmp_path)
     assert [dataset[index].id for index in range(5)] == ["a/z.npy", "a/Ä.png", "b/10.PNG", "b/deep/2.png", "top.jpeg"]
@@ -95,8 +102,9 @@ def _jpeg(array, **options):
 
 def _smooth():
     x = np.linspace(0, 255, 256)
-    return np.stack([np.broadcast_to(x, (256, 256)), np.broadcast_to(x[:, None], (256, 256)),
-                     np.full((256, 256), 90.0)], 2).astype(np.uint8)
+    return np.stack(
+        [np.broadcast_to(x, (256, 256)), np.broadcast_to(x[:, None], (256, 256)), np.full((256, 256), 90.0)], 2
+    ).astype(np.uint8)
 
 
 ALPHA = np.where(np.arange(256) < 128, 255, 0).astype(np.uint8)[None].repeat(256, 0)
@@ -106,23 +114,26 @@ WIDE = rng.integers(0, 65536, (256, 256), dtype=np.uint16)
 EIGHT = np.rint(WIDE / 65535 * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("data, kind, expected, tolerance", [
-    (png(GREY), "png", GREY[:, :, None].repeat(3, 2), 0),
-    (png(COLOUR), "png", COLOUR, 0),
-    (png(np.dstack([COLOUR, ALPHA])), "png", BLACKED, 0),
-    (png(Image.fromarray(np.dstack([GREY, ALPHA]), "LA")), "png", GREYED, 0),
-    (png(WIDE), "png", EIGHT[:, :, None].repeat(3, 2), 0),
-    (png(Image.fromarray(GREY > 99)), "png", ((GREY > 99) * np.uint8(255))[:, :, None].repeat(3, 2), 0),
-    (_jpeg(_smooth()), "jpg", _smooth(), 6),
-    (_jpeg(Image.fromarray(_smooth()).convert("CMYK")), "jpg", _smooth(), 6),
-    (npy(GREY), "npy", GREY[:, :, None].repeat(3, 2), 0),
-    (npy(GREY[:, :, None]), "npy", GREY[:, :, None].repeat(3, 2), 0),
-    (npy(np.asfortranarray(COLOUR)), "npy", COLOUR, 0),
-    (npy(WIDE), "npy", EIGHT[:, :, None].repeat(3, 2), 0),
-    (npy(WIDE.astype(">u2")), "npy", EIGHT[:, :, None].repeat(3, 2), 0),
-    (npy(COLOUR / 255), "npy", COLOUR, 0),
-    (npy((COLOUR / 255).astype(np.float16)), "npy", COLOUR, 1),
-])
+@pytest.mark.parametrize(
+    "data, kind, expected, tolerance",
+    [
+        (png(GREY), "png", GREY[:, :, None].repeat(3, 2), 0),
+        (png(COLOUR), "png", COLOUR, 0),
+        (png(np.dstack([COLOUR, ALPHA])), "png", BLACKED, 0),
+        (png(Image.fromarray(np.dstack([GREY, ALPHA]), "LA")), "png", GREYED, 0),
+        (png(WIDE), "png", EIGHT[:, :, None].repeat(3, 2), 0),
+        (png(Image.fromarray(GREY > 99)), "png", ((GREY > 99) * np.uint8(255))[:, :, None].repeat(3, 2), 0),
+        (_jpeg(_smooth()), "jpg", _smooth(), 6),
+        (_jpeg(Image.fromarray(_smooth()).convert("CMYK")), "jpg", _smooth(), 6),
+        (npy(GREY), "npy", GREY[:, :, None].repeat(3, 2), 0),
+        (npy(GREY[:, :, None]), "npy", GREY[:, :, None].repeat(3, 2), 0),
+        (npy(np.asfortranarray(COLOUR)), "npy", COLOUR, 0),
+        (npy(WIDE), "npy", EIGHT[:, :, None].repeat(3, 2), 0),
+        (npy(WIDE.astype(">u2")), "npy", EIGHT[:, :, None].repeat(3, 2), 0),
+        (npy(COLOUR / 255), "npy", COLOUR, 0),
+        (npy((COLOUR / 255).astype(np.float16)), "npy", COLOUR, 1),
+    ],
+)
 def test_formats(data, kind, expected, tolerance):
     got = square(decode(data, kind), 256)
     assert got.dtype == np.uint8 and got.shape == (256, 256, 3)
@@ -136,14 +147,23 @@ def test_palette():
     # a transparent palette entry is black
     used = int(np.asarray(image)[0, 0])
     got = square(decode(png(image, transparency=used), "png"), 256)
-    assert (got[np.asarray(image) == used] == 0).all() and (got[np.asarray(image) != used] ==
-                                                          expected[np.asarray(image) != used]).all()
+    assert (got[np.asarray(image) == used] == 0).all() and (
+        got[np.asarray(image) != used] == expected[np.asarray(image) != used]
+    ).all()
 
 
-@pytest.mark.parametrize("orientation, undo", [
-    (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
-    (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)), (8, lambda a: np.rot90(a))])
+@pytest.mark.parametrize(
+    "orientation, undo",
+    [
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a)),
+    ],
+)
 def test_exif_orientation(orientation, undo):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -169,8 +189,13 @@ def test_resizing_is_of_the_centre_square_and_antialiased(tmp_path):
 def _png_claiming(width, height):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _npy_claiming(shape, descr="<f4", body=b"\0" * 16):
@@ -226,8 +251,13 @@ def test_what_cannot_be_used_is_named(name, tmp_path):
 
 def test_damaged_files_raise_nothing_else():
     draw = random.Random(0)
-    starts = [("png", png(COLOUR[:40, :40])), ("png", png(WIDE[:40, :40])), ("jpg", _jpeg(COLOUR[:40, :40])),
-              ("jpg", _jpeg(COLOUR[:40, :40], progressive=True)), ("npy", npy(COLOUR[:20, :20] / 255))]
+    starts = [
+        ("png", png(COLOUR[:40, :40])),
+        ("png", png(WIDE[:40, :40])),
+        ("jpg", _jpeg(COLOUR[:40, :40])),
+        ("jpg", _jpeg(COLOUR[:40, :40], progressive=True)),
+        ("npy", npy(COLOUR[:20, :20] / 255)),
+    ]
     refused = 0
     for trial in range(1500):
         kind, data = starts[trial % len(starts)]
@@ -246,8 +276,13 @@ def test_damaged_files_raise_nothing_else():
 
 def test_no_pickle_is_executed(tmp_path):
     canary = str(tmp_path / "executed")
-    put(tmp_path / "set", m__object_dot_npy=_object_npy(canary), m__plain_dot_npy=pickle.dumps(Canary(canary)),
-        m__as_dot_png=pickle.dumps(Canary(canary)), m__ok_dot_png=png(GREY))
+    put(
+        tmp_path / "set",
+        m__object_dot_npy=_object_npy(canary),
+        m__plain_dot_npy=pickle.dumps(Canary(canary)),
+        m__as_dot_png=pickle.dumps(Canary(canary)),
+        m__ok_dot_png=png(GREY),
+    )
     dataset = open_dataset(tmp_path / "set")
     for index in range(len(dataset)):
         if not dataset.sample_id(index).endswith("ok.png"):

@@ -1,7 +1,10 @@
 """The order of samples, resumption, ranks and the replacement of what cannot be read."""
 
 import logging
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -127,8 +130,10 @@ def test_global_random_numbers_are_left_alone(workers):
 def test_corrupt_samples_are_replaced_and_named_once(workers, caplog):
     corrupt = {3, 8, 20}
     clean = take(Loader(Numbers(24), 4, seed=5), 18)
-    with caplog.at_level(logging.WARNING, "dex.data"), Loader(
-            Numbers(24, corrupt), 4, seed=5, num_workers=workers) as loader:
+    with (
+        caplog.at_level(logging.WARNING, "dex.data"),
+        Loader(Numbers(24, corrupt), 4, seed=5, num_workers=workers) as loader,
+    ):
         seen = take(loader, 18)
         assert loader.corrupt == {f"n{index}": "torn" for index in corrupt}
     for number, (ours, theirs) in enumerate(zip(seen, clean, strict=True)):
@@ -159,11 +164,20 @@ def test_no_readable_sample_at_all():
         next(Loader(Numbers(4, range(4)), 2, seed=0))
 
 
-@pytest.mark.parametrize("arguments, name", [
-    ({"batch_size": 0}, "batch_size"), ({"batch_size": 11}, "batch_size"), ({"batch_size": 2.0}, "batch_size"),
-    ({"batch_size": 5, "world_size": 2}, "batch_size"), ({"seed": -1}, "seed"), ({"seed": None}, "seed"),
-    ({"num_workers": -1}, "num_workers"), ({"start_batch": -3}, "start_batch"), ({"rank": 1}, "rank"),
-])
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 11}, "batch_size"),
+        ({"batch_size": 2.0}, "batch_size"),
+        ({"batch_size": 5, "world_size": 2}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"start_batch": -3}, "start_batch"),
+        ({"rank": 1}, "rank"),
+    ],
+)
 def test_arguments(arguments, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected"):
         Loader(Numbers(10), **{"batch_size": 2, "seed": 0, **arguments})
@@ -186,3 +200,15 @@ def test_views():
         whole.split("test")
     with pytest.raises(ValueError, match="already a split"):
         val.split("train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_workers_does_not_end_them(number):
+    want = take(Loader(Numbers(40), 4, seed=0), 20)
+    with Loader(Numbers(40), 4, seed=0, num_workers=2) as loader:
+        got = take(loader, 4)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker.pid, number)
+        assert got + take(loader, 16) == want

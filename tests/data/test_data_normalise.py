@@ -34,6 +34,7 @@ def test_difference_hash():
     draw = np.random.default_rng(0)
     one, other = (draw.integers(0, 256, (256, 256), dtype=np.uint8) for _ in range(2))
     near = np.clip(one.astype(int) + draw.integers(-2, 3, one.shape), 0, 255).astype(np.uint8)
-    distance = [(normalise.difference_hash(one) ^ normalise.difference_hash(image)).bit_count()
-                for image in (one, near, other)]
+    distance = [
+        (normalise.difference_hash(one) ^ normalise.difference_hash(image)).bit_count() for image in (one, near, other)
+    ]
     assert distance[0] == 0 and distance[1] <= normalise.NEAR_DUPLICATE_BITS < 80 < distance[2]

@@ -29,8 +29,15 @@ def png(array):
 
 def fill(writer):
     for number, image in enumerate(IMAGES):
-        writer.add(f"s{number}", png(image), kind="png", modality=MODALITIES[number % 2],
-                   split="val" if number > 4 else "train", group=f"g{number // 2}", meta={"note": "é"})
+        writer.add(
+            f"s{number}",
+            png(image),
+            kind="png",
+            modality=MODALITIES[number % 2],
+            split="val" if number > 4 else "train",
+            group=f"g{number // 2}",
+            meta={"note": "é"},
+        )
     writer.add_document("CARD.md", b"# card\n")
     writer.add_document("licences/x.txt", b"MIT\n")
 
@@ -61,8 +68,10 @@ def forge_index(root, change):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def fit(manifest):
-        manifest["shards"][0].update(index_bytes=path.stat().st_size,
-                                     index_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        manifest["shards"][0].update(
+            index_bytes=path.stat().st_size, index_sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+
     forge(root, fit)
 
 
@@ -77,7 +86,10 @@ def test_round_trip(root):
         assert (sample.image.permute(1, 2, 0).numpy() == image).all()
     assert [dataset.split("val").sample_id(i) for i in range(2)] == ["s5", "s6"]
     assert sorted(path.name for path in root.iterdir() if "." in path.name) == [
-        "CARD.md", "manifest.json", *(f"shard-0000{n}.{end}" for n in range(3) for end in ("index.jsonl", "tar"))]
+        "CARD.md",
+        "manifest.json",
+        *(f"shard-0000{n}.{end}" for n in range(3) for end in ("index.jsonl", "tar")),
+    ]
     assert pickle.loads(pickle.dumps(dataset))[3].id == "s3"  # workers may be spawned
 
 
@@ -87,10 +99,20 @@ def test_other_readers_take_the_tar(root):
         assert names == [f"0000000{n}.{end}" for n in range(3) for end in ("png", "json")]
         for member in tar:
             assert member.isreg() and (member.mtime, member.uid, member.gid, member.uname, member.mode) == (
-                0, 0, 0, "", 0o644)
+                0,
+                0,
+                0,
+                "",
+                0o644,
+            )
         assert tar.extractfile("00000001.png").read() == png(IMAGES[1])
         assert json.load(tar.extractfile("00000001.json")) == {
-            "id": "s1", "modality": "MR", "split": "train", "group": "g0", "note": "é"}
+            "id": "s1",
+            "modality": "MR",
+            "split": "train",
+            "group": "g0",
+            "note": "é",
+        }
 
 
 def test_same_bytes_every_time(root, tmp_path):
@@ -170,8 +192,10 @@ def test_damage_after_opening_costs_one_sample(root):
         next(Loader(dataset, 7, seed=0))
 
 
-@pytest.mark.parametrize("name", ["../set2/shard-00000.tar", "/etc/passwd", "..", "a/../../b", "a/b.tar", "",
-                                  "manifest.json", ".hidden", "x\n"])
+@pytest.mark.parametrize(
+    "name",
+    ["../set2/shard-00000.tar", "/etc/passwd", "..", "a/../../b", "a/b.tar", "", "manifest.json", ".hidden", "x\n"],
+)
 @pytest.mark.parametrize("field", ["file", "index"])
 def test_names_outside_the_folder(root, name, field):
     forge(root, lambda manifest: manifest["shards"][0].update({field: name}))
@@ -195,14 +219,22 @@ def test_links_are_not_followed(root, tmp_path):
     assert verify(root)
 
 
-@pytest.mark.parametrize("update, reason", [
-    ({"offset": 10**9}, "do not lie within"), ({"offset": -512}, "offset: expected int"),
-    ({"size": 10**9}, "do not lie within"), ({"size": 0}, "do not lie within"),
-    ({"offset": 1.5}, "offset: expected int"),
-    ({"offset": True}, "offset: expected int"), ({"split": "test"}, "unknown kind, split"),
-    ({"kind": "pkl"}, "unknown kind, split"), ({"modality": "PET"}, "is not in the manifest"),
-    ({"id": None}, "id: expected str"), ({"sha256": "zz"}, "malformed sha256"),
-])
+@pytest.mark.parametrize(
+    "update, reason",
+    [
+        ({"offset": 10**9}, "do not lie within"),
+        ({"offset": -512}, "offset: expected int"),
+        ({"size": 10**9}, "do not lie within"),
+        ({"size": 0}, "do not lie within"),
+        ({"offset": 1.5}, "offset: expected int"),
+        ({"offset": True}, "offset: expected int"),
+        ({"split": "test"}, "unknown kind, split"),
+        ({"kind": "pkl"}, "unknown kind, split"),
+        ({"modality": "PET"}, "is not in the manifest"),
+        ({"id": None}, "id: expected str"),
+        ({"sha256": "zz"}, "malformed sha256"),
+    ],
+)
 def test_hostile_index(root, update, reason):
     forge_index(root, lambda lines: lines[1].update(update))
     with pytest.raises(ValueError, match=f"shard-00000.index.jsonl: .*{reason}"):
@@ -217,15 +249,18 @@ def test_index_that_points_at_other_bytes(root):
     assert any("is not where the index says" in problem for problem in verify(root))
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda m: m.update(version=99), "expected dex-shards version 1, got 'dex-shards' version 99"),
-    (lambda m: m.update(shards={}), "shards: expected list"),
-    (lambda m: m.update(samples=8), "'samples' is not the sum"),
-    (lambda m: m["modalities"][0].update(train=9), "9 train samples of 'CT' declared"),
-    (lambda m: m["modalities"][2].update(empty=False), "'empty' contradicts"),
-    (lambda m: m["shards"].append("x"), "expected an object"),
-    (lambda m: m.pop("name"), "name: expected str"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: m.update(version=99), "expected dex-shards version 1, got 'dex-shards' version 99"),
+        (lambda m: m.update(shards={}), "shards: expected list"),
+        (lambda m: m.update(samples=8), "'samples' is not the sum"),
+        (lambda m: m["modalities"][0].update(train=9), "9 train samples of 'CT' declared"),
+        (lambda m: m["modalities"][2].update(empty=False), "'empty' contradicts"),
+        (lambda m: m["shards"].append("x"), "expected an object"),
+        (lambda m: m.pop("name"), "name: expected str"),
+    ],
+)
 def test_manifest_that_does_not_fit(root, change, reason):
     forge(root, change)
     with pytest.raises(ValueError, match=f"manifest.json: .*{reason}"):
@@ -254,8 +289,12 @@ def test_no_pickle_in_a_shard(root, tmp_path):
     data[512 : 512 + len(payload)] = payload
     path.write_bytes(data)
     for kind in ("png", "jpg", "npy"):
-        forge_index(root, lambda lines, kind=kind: lines[0].update(
-            kind=kind, size=len(payload), sha256=hashlib.sha256(payload).hexdigest()))
+        forge_index(
+            root,
+            lambda lines, kind=kind: lines[0].update(
+                kind=kind, size=len(payload), sha256=hashlib.sha256(payload).hexdigest()
+            ),
+        )
         forge(root, lambda m: m["shards"][0].update(sha256=hashlib.sha256(data).hexdigest()))
         with pytest.raises(SampleError, match="'s0'"):
             open_dataset(root)[0]
@@ -269,17 +308,28 @@ def test_image_of_another_size(root):
     data = path.read_bytes() + big
     path.write_bytes(data)
     forge(root, lambda m: m["shards"][0].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    forge_index(root, lambda lines: lines[0].update(offset=len(data) - len(big), size=len(big),
-                                                    sha256=hashlib.sha256(big).hexdigest()))
+    forge_index(
+        root,
+        lambda lines: lines[0].update(
+            offset=len(data) - len(big), size=len(big), sha256=hashlib.sha256(big).hexdigest()
+        ),
+    )
     with pytest.raises(SampleError, match="size: expected 16 x 16, got 32 x 32"):
         open_dataset(root)[0]
 
 
-@pytest.mark.parametrize("arguments, name", [
-    ({"sample_id": "s0"}, "sample_id"), ({"sample_id": ""}, "sample_id"), ({"modality": "OCT"}, "modality"),
-    ({"split": "test"}, "split"), ({"kind": "pkl"}, "kind"), ({"data": png(np.zeros((20, 16, 3), np.uint8))}, "data"),
-    ({"data": b"x"}, "not a readable png"),
-])
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"sample_id": "s0"}, "sample_id"),
+        ({"sample_id": ""}, "sample_id"),
+        ({"modality": "OCT"}, "modality"),
+        ({"split": "test"}, "split"),
+        ({"kind": "pkl"}, "kind"),
+        ({"data": png(np.zeros((20, 16, 3), np.uint8))}, "data"),
+        ({"data": b"x"}, "not a readable png"),
+    ],
+)
 def test_writer_refuses_and_leaves_nothing(tmp_path, arguments, name):
     good = {"data": png(IMAGES[0]), "kind": "png", "modality": "CT", "split": "train", "group": "g"}
     with pytest.raises(ValueError, match=f"^{name}"):
@@ -296,8 +346,10 @@ def test_writer_arguments(root, tmp_path):
         ShardWriter(root, name="x", modalities=MODALITIES)
     with pytest.raises(ValueError, match="^modalities: "):
         ShardWriter(tmp_path / "a", name="x", modalities=("CT", "CT"))
-    with pytest.raises(ValueError, match="at least one sample"), ShardWriter(
-            tmp_path / "b", name="x", modalities=("CT",)):
+    with (
+        pytest.raises(ValueError, match="at least one sample"),
+        ShardWriter(tmp_path / "b", name="x", modalities=("CT",)),
+    ):
         pass
     with ShardWriter(tmp_path / "c", name="x", modalities=MODALITIES, image_size=16) as writer:
         with pytest.raises(ValueError, match="^file: expected a plain name"):

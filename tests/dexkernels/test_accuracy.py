@@ -122,5 +122,6 @@ def test_error_is_at_most_twice_that_of_the_loop(dtype):
     typical = {name: [median(column) for column in zip(*pairs, strict=True)] for name, pairs in errors.items()}
     assert {name: pair for name, pair in typical.items() if pair[0] > 1.25 * pair[1] + eps / 8} == {}
     if dtype != torch.float32:
-        # Sums over experts are kept in float32, which the loop in half precision does not do.
-        assert all(typical[name][0] < 0.85 * typical[name][1] for name in ("output", "x", "align", "balance", "mass"))
+        # Gates are applied and experts summed in float32, which the loop in half precision does not do.
+        assert typical["output"][0] < 0.75 * typical["output"][1]
+        assert all(typical[name][0] < 0.85 * typical[name][1] for name in ("x", "align", "balance", "mass"))

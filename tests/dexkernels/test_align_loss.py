@@ -106,12 +106,13 @@ def test_strided_input_equals_contiguous(kind):
     assert torch.equal(align_loss(*strided, kind), align_loss(*(t.contiguous() for t in strided), kind))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-12])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 3e-9])
 def test_cosine_of_vectors_without_length(scale):
     """Both may be 0 at the start of training: 1 - 0, and a gradient that is that of the definition, not NaN."""
     y, d = outputs(3, 5)
     y[0] *= scale
     d[1] *= scale
+    assert y[0].norm() < 1e-8 and d[1].norm() < 1e-8
     y.requires_grad_()
     loss = align_loss(y, d, "cosine")
     norms = [t.norm(dim=-1, keepdim=True).clamp(min=1e-8) for t in (y.detach(), d)]

@@ -256,6 +256,22 @@ def test_linear_without_gradient(onednn, bias, shape, layout):
     assert leading.shape == (1, rows, 1, out) and relative_error(leading.view(rows, out), want) < 3e-7
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linear_of_any_strides(onednn):
+    """A 3-D x that is no stack of matrices, columns of a wider matrix, every second row; x's strides change no bit."""
+    g = torch.Generator().manual_seed(0)
+    base, wide = torch.randn(6, 5, 34, generator=g), torch.randn(22, 34, generator=g)
+    xs = [base.transpose(0, 1)[..., :17], base[::2, 1::2, ::2], base[:, :, 17:], base[:, :1, :17].expand(6, 5, 17)]
+    for x, w in itertools.product(xs, [wide[:, ::2], wide[::2, :17], wide[:, 17:], wide.t()[:17].t()]):
+        assert not x.is_contiguous()
+        want = x.double() @ w.double().T
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+            got = reference.linear(x, w)
+            assert relative_error(got, want) < 3e-7
+            if onednn:
+                assert torch.equal(got, reference.linear(x.contiguous(), w))
+
+
 def test_linear_without_gradient_does_take_onednn(monkeypatch):
     used = []
     real = torch.ops.mkldnn._linear_pointwise

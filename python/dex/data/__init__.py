@@ -1,9 +1,9 @@
 """Data: a folder or a shard set in, batches of uint8 images out, augmentation as batched torch operations.
 
-    dataset = open_dataset(None).split("train")          # the embedded set
-    loader = Loader(dataset, 64, seed=0, num_workers=2)
-    batch = next(loader)                                  # uint8 [B, 3, S, S], modality, ids
-    images = augment(batch.images.to(device), 256)        # float32, ImageNet-normalised
+dataset = open_dataset(None).split("train")          # the embedded set
+loader = Loader(dataset, 64, seed=0, num_workers=2)
+batch = next(loader)                                  # uint8 [B, 3, S, S], modality, ids
+images = augment(batch.images.to(device), 256)        # float32, ImageNet-normalised
 """
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
@@ -13,6 +13,20 @@ from .loader import Batch, CorruptDataError, Loader
 from .shards import ShardDataset, ShardWriter, verify
 
 __all__ = [
-    "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CorruptDataError", "Dataset", "FolderDataset", "Loader", "Sample",
-    "SampleError", "ShardDataset", "ShardWriter", "augment", "center", "denormalize", "open_dataset", "verify",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Batch",
+    "CorruptDataError",
+    "Dataset",
+    "FolderDataset",
+    "Loader",
+    "Sample",
+    "SampleError",
+    "ShardDataset",
+    "ShardWriter",
+    "augment",
+    "center",
+    "denormalize",
+    "open_dataset",
+    "verify",
 ]

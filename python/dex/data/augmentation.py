@@ -76,8 +76,9 @@ def center(images: torch.Tensor, size: int) -> torch.Tensor:
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """The inverse of the ImageNet normalisation: [B, 3, H, W] or [3, H, W] -> the same shape, float, not clamped."""
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.is_floating_point():
-        raise ValueError("images: expected a float tensor [B, 3, H, W] or [3, H, W], "
-                         f"got {images.dtype} {list(images.shape)}")
+        raise ValueError(
+            f"images: expected a float tensor [B, 3, H, W] or [3, H, W], got {images.dtype} {list(images.shape)}"
+        )
     mean, std = _statistics(images.device)
     return images * std + mean
 

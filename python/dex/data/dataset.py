@@ -135,8 +135,10 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     root = EMBEDDED if path is None else Path(path)
     if not root.exists():
         if path is None:
-            raise FileNotFoundError("the embedded data set is not in this installation; rebuild it with "
-                                    "scripts/build_embedded_data.py, or pass a folder")
+            raise FileNotFoundError(
+                "the embedded data set is not in this installation; rebuild it with "
+                "scripts/build_embedded_data.py, or pass a folder"
+            )
         raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(path)!r}")
     if not root.is_dir():
         raise ValueError(f"path: expected a folder of images or shards, got the file {str(path)!r}")

@@ -40,11 +40,16 @@ class FolderDataset(Dataset):
         self.ignored: Counter[str] = Counter()
         found = sorted(self._walk())
         if self.ignored:
-            logger.warning("%s: ignored %s", self.name,
-                           ", ".join(f"{count} {what}" for what, count in sorted(self.ignored.items())))
+            logger.warning(
+                "%s: ignored %s",
+                self.name,
+                ", ".join(f"{count} {what}" for what, count in sorted(self.ignored.items())),
+            )
         if not found:
-            raise ValueError(f"path: expected PNG, JPEG or NPY files below {str(root)!r}, found none "
-                             f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'})")
+            raise ValueError(
+                f"path: expected PNG, JPEG or NPY files below {str(root)!r}, found none "
+                f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'})"
+            )
         self._paths = [path for path, _ in found]
         names = [_modality(path) for path in self._paths]
         self.modalities = tuple(sorted(set(names)))
@@ -92,8 +97,9 @@ class FolderDataset(Dataset):
             # no path in the reason: an OSError's own text would name the whole of it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error
-        return Sample(images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]),
-                      _printable(path))
+        return Sample(
+            images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), _printable(path)
+        )
 
     def _read(self, path: bytes) -> bytes:
         # a file may have become a link or a device since the folder was listed

@@ -19,8 +19,12 @@ MIN_SIDE = 8
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 
@@ -89,8 +93,10 @@ def npy_to_uint8(data: bytes) -> np.ndarray:
     _check_size(shape[1], shape[0])
     count = int(np.prod(shape, dtype=object))
     if count * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"shape {list(shape)} of {dtype} needs {count * dtype.itemsize} bytes, "
-                         f"the file holds {len(data) - stream.tell()}")
+        raise ValueError(
+            f"shape {list(shape)} of {dtype} needs {count * dtype.itemsize} bytes, "
+            f"the file holds {len(data) - stream.tell()}"
+        )
     array = np.frombuffer(data, dtype, count, stream.tell()).reshape(shape, order="F" if fortran_order else "C")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -104,8 +110,9 @@ def npy_to_uint8(data: bytes) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"size: expected at least {MIN_SIDE} pixels a side and at most {MAX_PIXELS} in all, "
-                         f"got {width} x {height}")
+        raise ValueError(
+            f"size: expected at least {MIN_SIDE} pixels a side and at most {MAX_PIXELS} in all, got {width} x {height}"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,8 +56,17 @@ class Loader:
     `close()` ends the workers; it is called when the loader is deleted, and it is a context manager.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, start_batch: int = 0,
-                 rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        seed: int,
+        num_workers: int = 0,
+        start_batch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         _check_int("batch_size", batch_size, 1)
         _check_int("seed", seed, 0, 2**63)
         _check_int("num_workers", num_workers, 0)
@@ -66,8 +76,10 @@ class Loader:
         if batch_size % world_size:
             raise ValueError(f"batch_size: expected a multiple of world_size {world_size}, got {batch_size}")
         if len(dataset) < batch_size:
-            raise ValueError(f"batch_size: expected at most the {len(dataset)} samples of data set {dataset.name!r}, "
-                             f"got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected at most the {len(dataset)} samples of data set {dataset.name!r}, "
+                f"got {batch_size}"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -95,15 +107,23 @@ class Loader:
             batch, corrupt = next(self._worker_batches)
         self._report(corrupt)
         if batch is None:
-            raise CorruptDataError(f"batch {self._position}: no readable replacement in {_ATTEMPTS} draws; "
-                                   f"unreadable: {_name(self.corrupt)}", self.corrupt)
+            raise CorruptDataError(
+                f"batch {self._position}: no readable replacement in {_ATTEMPTS} draws; "
+                f"unreadable: {_name(self.corrupt)}",
+                self.corrupt,
+            )
         self._position += 1
         return batch
 
     def _start_workers(self) -> Iterator:
         loader = torch.utils.data.DataLoader(
-            self._reader, batch_size=None, sampler=_Count(self._position), num_workers=self.num_workers,
-            collate_fn=_same, generator=torch.Generator().manual_seed(0),  # otherwise it advances the global generator
+            self._reader,
+            batch_size=None,
+            sampler=_Count(self._position),
+            num_workers=self.num_workers,
+            collate_fn=_same,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator().manual_seed(0),  # otherwise it advances the global generator
         )
         return iter(loader)
 
@@ -114,8 +134,11 @@ class Loader:
                 logger.warning("sample %r cannot be read and was replaced: %s", sample_id, reason)
         limit = max(MAX_CORRUPT, int(MAX_CORRUPT_SHARE * len(self.dataset)))
         if len(self.corrupt) > limit:
-            raise CorruptDataError(f"data set {self.dataset.name!r}: more than {limit} of {len(self.dataset)} samples "
-                                   f"cannot be read: {_name(self.corrupt)}", self.corrupt)
+            raise CorruptDataError(
+                f"data set {self.dataset.name!r}: more than {limit} of {len(self.dataset)} samples "
+                f"cannot be read: {_name(self.corrupt)}",
+                self.corrupt,
+            )
 
     def close(self) -> None:
         """End the workers. `next` would start new ones at `position`."""
@@ -181,9 +204,17 @@ class _BatchReader(torch.utils.data.Dataset):
                     index = replacement(self.seed, epoch, place, attempt, len(self.dataset))
             else:
                 return None, corrupt
-        return Batch(torch.stack([sample.image for sample in samples]),
-                     torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
-                     tuple(sample.id for sample in samples)), corrupt
+        return Batch(
+            torch.stack([sample.image for sample in samples]),
+            torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
+            tuple(sample.id for sample in samples),
+        ), corrupt
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A scheduler signals the whole process group; the parent must still get its batches to finish the step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Count(torch.utils.data.Sampler):

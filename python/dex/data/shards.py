@@ -86,8 +86,9 @@ class ShardDataset(Dataset):
             for split in SPLITS:
                 here = int(((self._modality == number.get(row["name"], -1)) & (self._val == (split == "val"))).sum())
                 if here != row[split]:
-                    raise ValueError(f"{MANIFEST}: {row[split]} {split} samples of {row['name']!r} declared, "
-                                     f"the indices hold {here}")
+                    raise ValueError(
+                        f"{MANIFEST}: {row[split]} {split} samples of {row['name']!r} declared, the indices hold {here}"
+                    )
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -120,12 +121,14 @@ class ShardDataset(Dataset):
         try:
             image = images.decode(data, KINDS[int(self._kind[index])])
             if image.size != (self.image_size, self.image_size):
-                raise ValueError(f"size: expected {self.image_size} x {self.image_size}, "
-                                 f"got {image.width} x {image.height}")
+                raise ValueError(
+                    f"size: expected {self.image_size} x {self.image_size}, got {image.width} x {image.height}"
+                )
         except ValueError as error:
             raise SampleError(self.sample_id(index), str(error)) from error
-        return Sample(images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]),
-                      self.sample_id(index))
+        return Sample(
+            images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), self.sample_id(index)
+        )
 
 
 def verify(path: str | Path | None = None) -> list[str]:
@@ -183,8 +186,15 @@ class ShardWriter:
             writer.add("patient-3/slice-12", jpeg, kind="jpg", modality="CT", split="train", group="patient-3")
     """
 
-    def __init__(self, root: str | Path, *, name: str, modalities: Iterable[str], image_size: int = IMAGE_SIZE,
-                 samples_per_shard: int = 10_000):
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        name: str,
+        modalities: Iterable[str],
+        image_size: int = IMAGE_SIZE,
+        samples_per_shard: int = 10_000,
+    ):
         self.root = Path(root)
         self.name, self.modalities, self.image_size = name, tuple(modalities), image_size
         self.samples_per_shard = samples_per_shard
@@ -204,8 +214,9 @@ class ShardWriter:
         self._lines: list[bytes] = []
         self._closed = False
 
-    def add(self, sample_id: str, data: bytes, *, kind: str, modality: str, split: str, group: str,
-            meta: dict | None = None) -> None:
+    def add(
+        self, sample_id: str, data: bytes, *, kind: str, modality: str, split: str, group: str, meta: dict | None = None
+    ) -> None:
         """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member."""
         if sample_id in self._ids or not sample_id:
             raise ValueError(f"sample_id: expected a new, non-empty id, got {sample_id!r}")
@@ -215,8 +226,9 @@ class ShardWriter:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         image = images.decode(data, kind)
         if image.size != (self.image_size, self.image_size):
-            raise ValueError(f"data: expected an image of {self.image_size} x {self.image_size}, "
-                             f"got {image.width} x {image.height}")
+            raise ValueError(
+                f"data: expected an image of {self.image_size} x {self.image_size}, got {image.width} x {image.height}"
+            )
         if self._tar is not None and len(self._lines) == self.samples_per_shard:
             self._finish_shard()
         if self._tar is None:
@@ -227,8 +239,18 @@ class ShardWriter:
         common = {"id": sample_id, "modality": modality, "split": split, "group": group}
         offset = self._member(f"{key}.{kind}", data)
         self._member(f"{key}.json", _json_line({**common, **(meta or {})}))
-        self._lines.append(_json_line({**common, "key": key, "kind": kind, "offset": offset, "size": len(data),
-                                       "sha256": hashlib.sha256(data).hexdigest()}))
+        self._lines.append(
+            _json_line(
+                {
+                    **common,
+                    "key": key,
+                    "kind": kind,
+                    "offset": offset,
+                    "size": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+            )
+        )
         self._ids.add(sample_id)
         self._counts[modality][split] += 1
 
@@ -250,11 +272,16 @@ class ShardWriter:
                 raise ValueError("a shard set needs at least one sample, none was added")
             self._finish_shard()
             body = {
-                "format": FORMAT, "version": VERSION, "name": self.name, "image_size": self.image_size,
+                "format": FORMAT,
+                "version": VERSION,
+                "name": self.name,
+                "image_size": self.image_size,
                 "samples": len(self._ids),
-                "modalities": [{"name": name, **counts, "empty": not any(counts.values())}
-                               for name, counts in self._counts.items()],
-                "shards": self._shards, "documents": sorted(self._documents, key=lambda entry: entry["file"]),
+                "modalities": [
+                    {"name": name, **counts, "empty": not any(counts.values())} for name, counts in self._counts.items()
+                ],
+                "shards": self._shards,
+                "documents": sorted(self._documents, key=lambda entry: entry["file"]),
             }
             _write_synced(self._partial(MANIFEST), _manifest_bytes(body))
             for file in self._files():
@@ -288,7 +315,8 @@ class ShardWriter:
 
     def _files(self) -> list[str]:
         return [name for entry in self._shards for name in (entry["file"], entry["index"])] + [
-            entry["file"] for entry in self._documents]
+            entry["file"] for entry in self._documents
+        ]
 
     def _partial(self, file: str) -> Path:
         return self.root / f"{file}{_PARTIAL}"
@@ -312,8 +340,17 @@ class ShardWriter:
         table = b"".join(self._lines)
         _write_synced(self._partial(index), table)
         size, digest = _hash_file(self._partial(file))
-        self._shards.append({"file": file, "bytes": size, "sha256": digest, "samples": len(self._lines), "index": index,
-                             "index_bytes": len(table), "index_sha256": hashlib.sha256(table).hexdigest()})
+        self._shards.append(
+            {
+                "file": file,
+                "bytes": size,
+                "sha256": digest,
+                "samples": len(self._lines),
+                "index": index,
+                "index_bytes": len(table),
+                "index_sha256": hashlib.sha256(table).hexdigest(),
+            }
+        )
         self._lines = []
 
 
@@ -324,19 +361,32 @@ def read_manifest(root: Path) -> tuple[dict, bytes]:
         manifest = json.loads(raw)
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise ValueError(f"expected {FORMAT} version {VERSION}, "
-                             f"got {manifest['format']!r} version {manifest['version']!r}")
+            raise ValueError(
+                f"expected {FORMAT} version {VERSION}, got {manifest['format']!r} version {manifest['version']!r}"
+            )
         if _manifest_bytes(body) != raw:
             raise ValueError("its own sha256 does not fit: it was edited or damaged")
-        _check_fields(manifest, {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list,
-                                 "documents": list})
+        _check_fields(
+            manifest,
+            {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list, "documents": list},
+        )
         for row in manifest["modalities"]:
             _check_fields(row, {"name": str, "train": int, "val": int, "empty": bool})
             if row["empty"] != (row["train"] + row["val"] == 0):
                 raise ValueError(f"modality {row['name']!r}: 'empty' contradicts its counts")
         for entry in manifest["shards"]:
-            _check_fields(entry, {"file": str, "bytes": int, "sha256": str, "samples": int, "index": str,
-                                  "index_bytes": int, "index_sha256": str})
+            _check_fields(
+                entry,
+                {
+                    "file": str,
+                    "bytes": int,
+                    "sha256": str,
+                    "samples": int,
+                    "index": str,
+                    "index_bytes": int,
+                    "index_sha256": str,
+                },
+            )
             _check_names(_FILE_NAME, entry["file"], entry["index"])
         for entry in manifest["documents"]:
             _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
@@ -358,14 +408,31 @@ def read_index(root: Path, entry: dict) -> list[dict]:
         if len(lines) != entry["samples"]:
             raise ValueError(f"expected {entry['samples']} lines, got {len(lines)}")
         for line in lines:
-            _check_fields(line, {"id": str, "key": str, "kind": str, "modality": str, "split": str, "group": str,
-                                 "offset": int, "size": int, "sha256": str})
+            _check_fields(
+                line,
+                {
+                    "id": str,
+                    "key": str,
+                    "kind": str,
+                    "modality": str,
+                    "split": str,
+                    "group": str,
+                    "offset": int,
+                    "size": int,
+                    "sha256": str,
+                },
+            )
             if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
                 raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
-            if line["offset"] < 0 or not 0 < line["size"] <= images.MAX_FILE_BYTES or (
-                    line["offset"] + line["size"] > entry["bytes"]):
-                raise ValueError(f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
-                                 f"the {entry['bytes']} bytes of {entry['file']}")
+            if (
+                line["offset"] < 0
+                or not 0 < line["size"] <= images.MAX_FILE_BYTES
+                or (line["offset"] + line["size"] > entry["bytes"])
+            ):
+                raise ValueError(
+                    f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
+                    f"the {entry['bytes']} bytes of {entry['file']}"
+                )
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{entry['index']}: {_reason(error)}") from error
     return lines

@@ -1,0 +1,108 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dex import config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # The tensors are tiny: a second thread costs more than it brings.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder of 120 little pictures in three modalities, about 5 % of them held out by the hash of their name."""
+    root = tmp_path_factory.mktemp("images")
+    y, x = np.mgrid[0:64, 0:64] / 63
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("ct", "mr", "us")):
+        (root / name).mkdir()
+        for i in range(40):
+            cx, cy, r = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.uniform(0.2, 0.4)
+            picture = np.full((64, 64, 3), 0.2)
+            picture[..., channel] += 0.6 * ((x - cx) ** 2 + (y - cy) ** 2 < r * r)
+            picture[..., (channel + 1) % 3] += 0.4 * y
+            Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(images) -> config.Config:
+    """Seconds on one core: 64 pixels, 2 layers, 4 experts, 12 steps."""
+    return config.from_dict(
+        {
+            "model": {
+                "img_size": 64,
+                "embed_dim": 32,
+                "depth": 2,
+                "num_heads": 2,
+                "num_experts": 4,
+                "decoder_embed_dim": 16,
+                "decoder_depth": 1,
+                "decoder_num_heads": 2,
+                "norm_pix_loss": False,
+            },
+            "data": {"path": str(images), "batch_size": 8},
+            "optim": {"base_lr": 0.2},
+            "schedule": {"steps": 12, "warmup": 0.25},
+            "run": {
+                "device": "cpu",
+                "precision": "fp32",
+                "log_every": 4,
+                "evaluate_every": 0,
+                "evaluate_images": 6,
+                "checkpoint_every": 5,
+            },
+        },
+        config.Config(),
+    )
+
+
+def changed(base: config.Config, **fields) -> config.Config:
+    """``base`` with ``section__field=value`` replaced."""
+    for name, value in fields.items():
+        section, field = name.split("__")
+        base = dataclasses.replace(base, **{section: dataclasses.replace(getattr(base, section), **{field: value})})
+    return base
+
+
+@pytest.fixture
+def change():
+    return changed
+
+
+@pytest.fixture
+def dex_process():
+    """Starts `python -m dex ARGUMENTS` on one thread; what still runs at the end of the test is killed."""
+    started = []
+
+    def start(*arguments, **options):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dex", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,143 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dex import config
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_yaml_returns_every_preset(name, tmp_path):
+    preset = config.preset(name)
+    config.check(preset)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(preset))
+    assert config.read_yaml(path, config.Config()) == preset
+    assert config.differences(preset, config.read_yaml(path, config.preset("paper"))) == {}
+
+
+def test_published_presets_hold_the_published_values():
+    code, paper = config.preset("published-code"), config.preset("paper")
+    m = code.model
+    assert (m.embed_dim, m.depth, m.num_heads, m.num_experts, m.top_k) == (768, 12, 12, 8, 2)
+    assert (m.decoder_embed_dim, m.decoder_depth, m.decoder_num_heads) == (512, 8, 16)
+    assert (m.img_size, m.patch_size, m.mask_ratio, m.norm_pix_loss) == (256, 16, 0.75, True)
+    o = code.optim
+    assert (o.base_lr, o.betas, o.weight_decay, o.eps, o.clip_norm) == (1e-4, (0.9, 0.999), 1e-6, 1e-8, 1.0)
+    s = code.schedule
+    assert (s.epochs, s.warmup * s.epochs, s.noise_std, s.momentum) == (200, 10, (1.0, 0.0), (0.99, 0.999))
+    assert (s.align_weight, s.balance_weight, code.run.precision) == (0.01, (0.01, 0.01), "bf16")
+    assert config.differences(code, paper) == {
+        "data.batch_size": (896, 448),
+        "schedule.balance_weight": ([0.01, 0.01], [0.001, 0.0]),
+    }
+    assert code.peak_lr == pytest.approx(1e-4 * 896 / 512, rel=1e-15)
+
+
+def test_the_documented_difference_is_the_difference():
+    """The table in docs/pretraining.md of where code and paper differ."""
+    text = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    table = {row[0]: row[1:] for row in rows if len(row) == 3}
+    code, paper = config.preset("published-code"), config.preset("paper")
+    for name, values in config.differences(code, paper).items():
+        shown = [", ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+        assert table.pop(name) == shown
+    assert [float(v) for v in table.pop("peak learning rate")] == pytest.approx([code.peak_lr, paper.peak_lr])
+    assert list(table) == ["field", "---"]
+
+
+def test_monolithic_control_differs_in_the_experts_alone():
+    difference = config.differences(config.preset("demo"), config.preset("demo-monolithic"))
+    assert difference == {"model.num_experts": (8, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {dept: 3}", r"model\.dept: expected one of img_size, .*unknown key"),
+        ("modell: {}", r"modell: expected one of model, data, optim, schedule, run"),
+        ("model: {depth: 3.5}", r"model\.depth: expected a whole number; got 3\.5"),
+        ("model: {depth: true}", r"model\.depth: expected a whole number; got True"),
+        ("model: 3", r"model: expected fields and their values; got 3"),
+        ("- 1", r"expected fields and their values"),
+        ("run: {device: tpu}", r"run\.device: expected one of auto, cpu, cuda; got 'tpu'"),
+        ("optim: {betas: [0.9]}", r"optim\.betas: expected 2 numbers; got \[0\.9\]"),
+        ("optim: {base_lr: fast}", r"optim\.base_lr: expected a number; got 'fast'"),
+        ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false; got 1"),
+        ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
+        ("model: {", r"expected YAML in .*config\.yaml"),
+    ],
+)
+def test_wrong_yaml_is_named(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.read_yaml(path, config.Config())
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {base_lr: 3e-4, clip_norm: 2}\nmodel: {num_experts: [4, 6]}\n")
+    read = config.read_yaml(path, config.Config())
+    assert (read.optim.base_lr, read.optim.clip_norm, read.model.num_experts) == (3e-4, 2.0, (4, 6))
+    assert read.optim.betas == config.Config().optim.betas
+
+
+def test_missing_file_and_unknown_preset_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config: expected a YAML file; nothing at .*absent.yaml"):
+        config.read_yaml(tmp_path / "absent.yaml", config.Config())
+    with pytest.raises(ValueError, match="preset: expected one of published-code, paper, demo.*; got 'demos'"):
+        config.preset("demos")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model__img_size", 100, "model.img_size: expected a multiple of model.patch_size = 16; got 100"),
+        ("model__num_heads", 7, "model.embed_dim: expected a multiple of model.num_heads = 7; got 768"),
+        ("model__decoder_num_heads", 5, "model.decoder_embed_dim: expected a multiple of"),
+        ("model__num_experts", (8, 8), "model.num_experts: expected one number or model.depth = 12 numbers"),
+        ("model__num_experts", 1, "model.num_experts: expected 0 in every layer, or at least model.top_k = 2; got 1"),
+        ("model__num_experts", (0,) + (8,) * 11, "model.num_experts: expected 0 in every layer"),
+        ("model__top_k", 0, "model.top_k: expected at least 1; got 0"),
+        ("model__depth", 0, "model.depth: expected at least 1; got 0"),
+        ("model__mask_ratio", 1.0, "model.mask_ratio: expected a share"),
+        ("data__batch_size", 0, "data.batch_size: expected at least 1; got 0"),
+        ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0; got nan"),
+        ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),
+        ("optim__betas", (0.9, 1.0), "optim.betas: expected two numbers in"),
+        ("schedule__warmup", 1.0, "schedule.warmup: expected a share in"),
+        ("schedule__steps", 0, "schedule.steps: expected at least 1; got 0"),
+        ("schedule__momentum", (0.9, 1.1), "schedule.momentum: expected two numbers in"),
+        ("run__seed", -1, "run.seed: expected at least 0"),
+        ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
+    ],
+)
+def test_values_that_cannot_work_are_named(field, value, message, change):
+    with pytest.raises(ValueError) as error:
+        config.check(change(config.Config(), **{field: value}))
+    assert message in str(error.value)
+
+
+def test_every_field_survives_yaml(tmp_path):
+    """Every field, set to something else than its default, comes back."""
+    other = {int: 3, float: 0.3, bool: False, str: "x", type(None): None}
+
+    def altered(value):
+        if isinstance(value, tuple):
+            return [altered(v) for v in value]
+        return "cpu" if value == "auto" else "fp32" if value == "bf16" else other[type(value)]
+
+    values = {
+        section.name: {
+            f.name: altered(getattr(getattr(config.Config(), section.name), f.name))
+            for f in dataclasses.fields(getattr(config.Config(), section.name))
+        }
+        for section in dataclasses.fields(config.Config)
+    }
+    values["schedule"]["steps"], values["run"]["stop_at"], values["data"]["path"] = 7, 5, "p"
+    built = config.from_dict(values, config.Config())
+    assert yaml.safe_load(config.to_yaml(built)) == values
+    assert config.from_dict(yaml.safe_load(config.to_yaml(built)), config.Config()) == built
