@@ -58,11 +58,11 @@ def test_command_line_over_yaml_over_preset(run, images, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(f"optim: {{base_lr: 3e-4, clip_norm: 2.0}}\ndata: {{path: '{images}'}}\nschedule: {{steps: 9}}\n")
     arguments = ("pretrain", "--preset", "demo", "--config", path, "--dry-run")
-    got = resolved(run(*arguments, "--optim.base-lr", "5e-4", "--model.num-experts", 4, 4, 4, 4, 6, 6)[1])
+    got = resolved(run(*arguments, "--optim.base-lr", "5e-4", "--model.num-experts", 4, 4, 6, 6)[1])
     demo = config.preset("demo")
     assert got.optim.base_lr == 5e-4 and got.optim.clip_norm == 2.0  # command line; YAML
     assert got.optim.betas == demo.optim.betas and got.model.embed_dim == demo.model.embed_dim  # preset
-    assert got.model.num_experts == (4, 4, 4, 4, 6, 6) and got.schedule.steps == 9
+    assert got.model.num_experts == (4, 4, 6, 6) and got.schedule.steps == 9
     assert resolved(run(*arguments, "--steps", 7)[1]).schedule.steps == 7
     got = resolved(run("pretrain", "--config", path, "--dry-run", "--data.batch-size", "8")[1])
     assert got.model == config.Config().model  # without a preset the published values are below

@@ -212,7 +212,7 @@ class _BatchReader(torch.utils.data.Dataset):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A scheduler signals the whole process group; the parent must still get its batches to finish the step and save."""
+    """A scheduler signals the whole process group; the parent still needs batches to finish its step and save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
