@@ -1,8 +1,23 @@
 """Kernels and layer of Director-Experts networks. Needs torch and numpy; `dex` is the training system on top of it."""
 
 from ._version import __version__
+from .collect import AuxCollector, collect_aux
 from .layer import Aux, DEXLayer
 from .ops import align_loss, group_ema_, grouped_mlp, route
 from .routing import Routing
+from .upcycle import to_dense_, upcycle_
 
-__all__ = ["Aux", "DEXLayer", "Routing", "__version__", "align_loss", "group_ema_", "grouped_mlp", "route"]
+__all__ = [
+    "Aux",
+    "AuxCollector",
+    "DEXLayer",
+    "Routing",
+    "__version__",
+    "align_loss",
+    "collect_aux",
+    "group_ema_",
+    "grouped_mlp",
+    "route",
+    "to_dense_",
+    "upcycle_",
+]

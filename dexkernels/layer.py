@@ -3,6 +3,7 @@
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,27 @@ class Aux(NamedTuple):
     """``[B, K]`` (image-wise) or ``[B, N, K]`` (token-wise)."""
     expert_indices: Tensor
     """int32, shape of gates, by descending probability."""
+
+
+class Recording:
+    """What `collect_aux` hangs on a layer whose caller sees ``y = layer(x)`` alone: while open, forwards add `Aux`.
+
+    Once closed it still says how the recorded forward ran, for its recomputation in backward.
+    """
+
+    def __init__(self, noise_std: float | Tensor):
+        self.noise_std = noise_std
+        self.open = False
+        self.passed = False
+        """Whether the layer ran in training after the recording was closed."""
+        self.thread = threading.get_ident()
+        # A list, which torch.compile follows; a ContextVar would break its graph.
+        self.calls: list[Aux] = []
+
+    def add(self, aux: Aux) -> None:
+        if not torch.compiler.is_compiling() and threading.get_ident() != self.thread:
+            raise ValueError("collect_aux: expected forwards in the thread that opened it, got one in another thread")
+        self.calls.append(aux)
 
 
 class MLP(nn.Module):
@@ -112,6 +134,7 @@ class DEXLayer(nn.Module):
         self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
         self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
         self.usage_momentum, self.backend = usage_momentum, backend
+        self.recording: Recording | None = None
 
         self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
         self.experts = Experts(num_experts, dim, hidden_dim)
@@ -147,6 +170,7 @@ class DEXLayer(nn.Module):
         Args:
             x: the block's normalised input, any strides.
             noise_std: exploration noise of the router in training, a float or 0-dim tensor; ignored in evaluation.
+                Inside `collect_aux` a 0.0 here gives way to the noise asked for there.
             router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
             return_aux: without it neither the director nor a loss is computed.
         """
@@ -158,6 +182,30 @@ class DEXLayer(nn.Module):
             if return_aux:
                 raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
             return self.director(x)
+        recording = None if return_aux else self.recording
+        if recording is None:
+            return self._routed(x, noise_std, router_noise, return_aux)
+        # Inside backward this is a recomputation (activation checkpointing), usually after collect_aux's block has
+        # ended: it repeats what the recorded forward did, but is no other forward.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (recording.open or again):
+            recording.passed = recording.passed or self.training
+            return self._routed(x, noise_std, router_noise, False)
+        if again and recording.passed:
+            raise ValueError(
+                "collect_aux: expected every checkpointed forward of a step inside the block, got one after it, "
+                "before update_directors: which of them is recomputed here cannot be told"
+            )
+        if not isinstance(noise_std, Tensor) and noise_std == 0:
+            noise_std = recording.noise_std
+        y, aux = self._routed(x, noise_std, router_noise, True)
+        if not again:
+            recording.add(aux)
+        return y
+
+    def _routed(
+        self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
+    ) -> Tensor | tuple[Tensor, Aux]:
         e = self.experts
         y, routing = ops.routed_mlp(
             x,

@@ -1,0 +1,364 @@
+"""`upcycle_`: the MLPs of a finished model become DEX layers that start as copies; `to_dense_` is the way back.
+
+A host's own modules stay. The DEX layer takes the place of an MLP's first linear map, and what it computes besides, the
+activation and the second map, is left as `Absorbed`, an identity. So residuals, outer dropout, hooks and names of the
+host survive wherever they are, inside the MLP's module or around it, and the director can go back to the same places.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer import DEXLayer
+
+SLOTS = (
+    ("fc1", "act", "fc2"),  # timm
+    ("fc1", "activation_fn", "fc2"),  # transformers >= 5: ViT, ViTMAE, ViTMSN, DeiT
+    ("fc1", "activation", "fc2"),  # transformers: DINOv2
+    ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),  # transformers 4: residual in output
+)
+"""Where the first map, the activation and the second map of an MLP are, seen from its module."""
+
+ENCODER_LAYER_SLOTS = ("linear1", "activation", "linear2")
+
+GATED = ("gate_proj", "fc1_g", "w12", "weights_in")
+"""Names by which gated MLPs, which have another function, are recognised in order to refuse them."""
+
+GATED_SLOTS = ("", "", "")
+
+CLS_FIRST = {
+    "timm.models.vision_transformer.VisionTransformer": "cls_token",
+    "torchvision.models.vision_transformer.VisionTransformer": "class_token",
+    "transformers.models.deit.modeling_deit.DeiTModel": "embeddings.cls_token",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "embeddings.cls_token",
+    "transformers.models.vit.modeling_vit.ViTModel": "embeddings.cls_token",
+    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel": "embeddings.cls_token",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "embeddings.cls_token",
+}
+"""Hosts whose blocks have the CLS token in place 0, unless this attribute is None. Others can own a ``cls_token`` and
+add it last, or after the blocks: their users say ``route_from``."""
+
+
+class Absorbed(nn.Identity):
+    """Stands where an activation or linear map was that is now inside the `DEXLayer` before it."""
+
+
+class _Mlp(NamedTuple):
+    name: str
+    """Path of ``module`` in the model; "" is the model."""
+    module: nn.Module
+    slots: tuple[str, str, str]
+    inside: dict[str, nn.Module]
+    """Modules that run, or might run, between the two maps: they must do nothing."""
+
+    def get(self, slot: int):
+        value = self.module
+        for part in self.slots[slot].split("."):
+            value = getattr(value, part, None)
+        return value
+
+    def set(self, slot: int, value) -> None:
+        path, _, name = self.slots[slot].rpartition(".")
+        owner = self.module.get_submodule(path)
+        if not isinstance(value, nn.Module) and name in owner._modules:
+            delattr(owner, name)
+        setattr(owner, name, value)
+
+    def place(self, first, activation, second) -> None:
+        for slot, value in enumerate((first, activation, second)):
+            self.set(slot, value)
+        if isinstance(self.module, nn.TransformerEncoderLayer):
+            # In eval without gradient a fused kernel reads the weights of linear1 and linear2 instead of calling
+            # them; it is not taken for an activation it does not know.
+            exact = isinstance(activation, nn.GELU) or activation is F.gelu
+            self.module.activation_relu_or_gelu = 2 if exact else 0
+
+
+def upcycle_(
+    model: nn.Module,
+    num_experts: int = 8,
+    top_k: int = 2,
+    *,
+    route_from: str | None = None,
+    select: Callable[[str], bool] | None = None,
+    **options,
+) -> dict[str, DEXLayer]:
+    """Turn the MLPs of ``model`` into DEX layers, in place; director and experts start as copies of the MLP.
+
+    MLPs are found in timm's and transformers' vision transformers, in `torch.nn.TransformerEncoderLayer`, in modules
+    with ``fc1``, ``act`` and ``fc2``, and in `torch.nn.Sequential` with ``Linear(D, H), GELU, Linear(H, D)``. To be
+    called before the optimizer is built and before DDP, FSDP or `torch.compile` wrap the model.
+
+    At the start the model's function is the same, in training, in evaluation and without gradient: gates add up to 1
+    and all experts are equal, so outputs differ by rounding only. What could not stay the same is refused.
+
+    Args:
+        model: a module whose blocks pass ``[B, N, D]``; give a part of a model (an encoder) to leave the rest dense.
+        num_experts, top_k: E and K.
+        route_from: ``"cls"`` or ``"mean"``, see `DEXLayer`. None: ``"cls"`` in hosts known to have the CLS token in
+            place 0 (`CLS_FIRST`), otherwise refused, unless ``routing="token"``, which needs none.
+        select: of a module's path, whether to take its MLP; None takes all.
+        options: further arguments of `DEXLayer`.
+
+    Returns: path of each MLP's module -> its DEX layer, in the order of the model's modules.
+    Raises: ValueError naming the module and the reason: an activation other than the exact GELU, a gated MLP, dropout
+        between the maps, no bias, half precision, hooks or shared weights on the maps, tokens before images
+        (``[N, B, D]``), nested tensors, no known CLS token. Then the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if route_from not in (None, "cls", "mean"):
+        raise ValueError(f"route_from: expected 'cls', 'mean' or None, got {route_from!r}")
+    if select is not None and not callable(select):
+        raise ValueError(f"select: expected a function of a module's path, got {select!r}")
+    mlps = [mlp for mlp in _find(model, nn.Linear) if select is None or select(mlp.name)]
+    if not mlps:
+        raise ValueError(
+            "model: expected an MLP with fc1/act/fc2, a torch.nn.TransformerEncoderLayer, "
+            f"or Sequential(Linear(D, H), GELU, Linear(H, D)){' that is selected' if select else ''}, got none"
+        )
+    uses = Counter(id(held) for m in model.modules() for held in (*m._modules.values(), *m._parameters.values()))
+    layers = {}
+    for mlp in mlps:
+        _check(mlp, model, uses)
+        source = route_from
+        if options.get("routing") != "token":
+            source = _route_from(mlp, model, route_from)
+        layers[mlp.name] = _dex_layer(mlp, num_experts, top_k, route_from=source or "cls", **options)
+
+    replaced = []
+    try:
+        for mlp in mlps:
+            before = _probe(mlp)
+            replaced.append((mlp, [mlp.get(slot) for slot in range(3)]))
+            training = mlp.module.training
+            mlp.place(layers[mlp.name], Absorbed().train(training), Absorbed().train(training))
+            change = (_probe(mlp) - before).norm()
+            if not change <= (1e-3 if before.dtype == torch.float32 else 1e-9) * before.norm():
+                raise _refused(
+                    mlp, "a module that computes fc2(gelu(fc1(x)))", f"one whose output changes by {change:.1e}"
+                )
+    except Exception:
+        for mlp, originals in reversed(replaced):
+            mlp.place(*originals)
+        raise
+    return layers
+
+
+def to_dense_(model: nn.Module) -> list[str]:
+    """Undo `upcycle_`, in place: the director of every DEX layer becomes the host's MLP, under the host's own names.
+
+    The state dict then has the keys of the original model. The function is that of ``layer.path = "director"``.
+
+    Returns: the paths of the MLPs' modules. Raises: ValueError for a DEX layer that `upcycle_` did not place; then the
+    model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    mlps = list(_find(model, DEXLayer))
+    ours = {id(mlp.get(0)) for mlp in mlps}
+    for name, module in model.named_modules():
+        if isinstance(module, DEXLayer) and id(module) not in ours:
+            raise ValueError(
+                f"model: expected DEX layers placed by upcycle_, got {name!r}; set its path to 'director' instead"
+            )
+    if not mlps:
+        raise ValueError("model: expected DEX layers placed by upcycle_, got none")
+    for mlp in mlps:
+        director = mlp.get(0).director.requires_grad_(True)
+        mlp.place(director.fc1, nn.GELU().train(mlp.module.training), director.fc2)
+    return [mlp.name for mlp in mlps]
+
+
+def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
+    """MLPs whose first map is a `torch.nn.Linear` (yet to be upcycled) or a `DEXLayer` (upcycled)."""
+    inside_dex = {id(m) for layer in model.modules() if isinstance(layer, DEXLayer) for m in layer.modules()}
+    for name, module in model.named_modules():
+        if id(module) in inside_dex:
+            continue
+        mlp = _as_mlp(name, module)
+        if mlp is None:
+            continue
+        upcycled = isinstance(mlp.get(0), DEXLayer)
+        if upcycled == (first is DEXLayer) and (not upcycled or isinstance(mlp.get(2), Absorbed)):
+            yield mlp
+
+
+def _as_mlp(name: str, module: nn.Module) -> _Mlp | None:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return _Mlp(name, module, ENCODER_LAYER_SLOTS, {"dropout": module.dropout})
+    if isinstance(module, nn.Sequential):
+        return _sequential(name, module)
+    if any(hasattr(module, name) for name in GATED):
+        return _Mlp(name, module, GATED_SLOTS, {})
+    found = [_Mlp(name, module, slots, {}) for slots in SLOTS]
+    found = [mlp for mlp in found if isinstance(mlp.get(0), nn.Module) and isinstance(mlp.get(2), nn.Module)]
+    if not found:
+        return None
+    mlp = next((mlp for mlp in found if mlp.get(1) is not None), found[0])
+    owner = module.get_submodule(mlp.slots[0].rpartition(".")[0])
+    maps = [id(mlp.get(slot)) for slot in range(3)]
+    mlp.inside.update({n: m for n, m in owner.named_children() if id(m) not in maps})
+    return mlp
+
+
+def _sequential(name: str, module: nn.Sequential) -> _Mlp | None:
+    """Exactly two maps ``D -> H -> D``; between them one module besides dropouts and identities is the activation."""
+    children = dict(module.named_children())
+    names = list(children)
+    dex = [n for n, m in children.items() if isinstance(m, DEXLayer)]
+    if dex:
+        absorbed = [n for n, m in children.items() if isinstance(m, Absorbed)]
+        return _Mlp(name, module, (dex[0], *absorbed), {}) if (len(dex), len(absorbed)) == (1, 2) else None
+    maps = [n for n, m in children.items() if isinstance(m, nn.Linear)]
+    if len(maps) != 2 or children[maps[0]].in_features != children[maps[1]].out_features:
+        return None
+    between = names[names.index(maps[0]) + 1 : names.index(maps[1])]
+    active = [n for n in between if not isinstance(children[n], (nn.Dropout, nn.Identity))]
+    if not active:
+        return None
+    return _Mlp(name, module, (maps[0], active[0], maps[1]), {n: children[n] for n in between if n != active[0]})
+
+
+def _check(mlp: _Mlp, model: nn.Module, uses: Counter) -> None:
+    """Raise ValueError naming what would not stay the same."""
+    if mlp.slots is GATED_SLOTS:
+        raise _refused(mlp, "an MLP fc2(gelu(fc1(x)))", f"the gated {_type(mlp.module)}")
+    fc1, act, fc2 = (mlp.get(slot) for slot in range(3))
+    for slot, linear in ((mlp.slots[0], fc1), (mlp.slots[2], fc2)):
+        if type(linear) is not nn.Linear:
+            raise _refused(mlp, f"torch.nn.Linear as {slot}", _type(linear))
+        if linear.bias is None:
+            raise _refused(mlp, f"a bias in {slot}", "bias=False")
+        if linear.weight.dtype not in (torch.float32, torch.float64):
+            raise _refused(
+                mlp, f"float32 or float64 weights in {slot}", f"{linear.weight.dtype}: use autocast for half precision"
+            )
+        if linear.weight.is_meta:
+            raise _refused(mlp, f"loaded weights in {slot}", "the meta device")
+        if any(uses[id(held)] > 1 for held in (linear, *linear.parameters())):
+            raise _refused(mlp, f"weights of its own in {slot}", "weights shared with another module")
+    for slot, module in zip(mlp.slots, (fc1, act, fc2), strict=True):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if isinstance(module, nn.Module) and any(getattr(module, h) for h in hooks):
+            raise _refused(mlp, f"no hooks on {slot}", "hooks, which would be lost")
+    (H, D), back = fc1.weight.shape, tuple(fc2.weight.shape)
+    if back != (D, H):
+        raise _refused(mlp, f"maps D -> H -> D, {mlp.slots[2]} [{D}, {H}]", f"{list(back)} (a gated MLP?)")
+    if not _is_exact_gelu(act, fc1.weight):
+        what = repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
+        raise _refused(mlp, f"the exact (erf) GELU as {mlp.slots[1]}", what)
+    for name, module in mlp.inside.items():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise _refused(mlp, f"no dropout in the MLP (set {name}.p = 0)", f"{name} with p={module.p}")
+        if not isinstance(module, (nn.Dropout, nn.Identity)):
+            raise _refused(mlp, "nothing but an activation between the maps", f"{name}: {_type(module)}")
+    _check_layout(mlp, model)
+
+
+def _check_layout(mlp: _Mlp, model: nn.Module) -> None:
+    block = model.get_submodule(mlp.name.rpartition(".")[0])
+    for module in (*mlp.module.children(), *block.children()):
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise _refused(mlp, "[B, N, D] (attention with batch_first=True)", "[N, B, D] (batch_first=False)")
+    for name, host in model.named_modules():
+        nested = isinstance(host, nn.TransformerEncoder) and host.use_nested_tensor
+        if nested and any(layer is mlp.module for layer in host.layers):
+            raise _refused(
+                mlp,
+                f"no nested tensors in {name or 'model'} (set use_nested_tensor = False)",
+                "a path that sets padded tokens to 0 in evaluation and bypasses the MLP",
+            )
+
+
+def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None) -> str:
+    """Where routing reads, once it is certain that it reads no patch."""
+    parts = mlp.name.split(".") if mlp.name else []
+    for end in range(len(parts), -1, -1):
+        host = model.get_submodule(".".join(parts[:end]))
+        attribute = CLS_FIRST.get(f"{type(host).__module__}.{type(host).__qualname__}")
+        if attribute is not None:
+            owner, _, token = attribute.rpartition(".")
+            has_cls = getattr(host.get_submodule(owner), token, None) is not None
+            if has_cls or route_from == "mean":
+                return route_from or "cls"
+            raise _refused(mlp, f"route_from='mean', as {_type(host)} has no CLS token", repr(route_from))
+    if route_from is None:
+        raise _refused(
+            mlp,
+            "route_from='cls' (the CLS token is token 0 of every block) or 'mean' (there is none)",
+            "None, and a host that is not known to have a CLS token: say which, or leave this part out",
+        )
+    return route_from
+
+
+def _is_exact_gelu(act, like: Tensor) -> bool:
+    """By its values: hosts have their own classes. The tanh form is off by 5e-4."""
+    if not callable(act) or (isinstance(act, nn.Module) and list(act.parameters())):
+        return False
+    t = torch.linspace(-6, 6, 257, dtype=like.dtype, device=like.device)
+    with torch.no_grad():
+        try:
+            return bool((act(t.clone()) - F.gelu(t)).abs().max() < 1e-5)
+        except Exception:  # such as a gated activation, which halves the width
+            return False
+
+
+@torch.no_grad()
+def _dex_layer(mlp: _Mlp, num_experts: int, top_k: int, **options) -> DEXLayer:
+    fc1, fc2 = mlp.get(0), mlp.get(2)
+    with torch.device(fc1.weight.device):
+        layer = DEXLayer(fc1.in_features, fc1.out_features, num_experts, top_k, **options)
+    layer.to(fc1.weight.dtype).train(mlp.module.training)
+    for ours, theirs in ((layer.director.fc1, fc1), (layer.director.fc2, fc2)):
+        ours.weight.copy_(theirs.weight)
+        ours.bias.copy_(theirs.bias)
+    layer.copy_director_to_experts_()
+    return layer
+
+
+@torch.no_grad()
+def _probe(mlp: _Mlp) -> Tensor:
+    """The host's own answers to two random images of three tokens: names alone prove nothing.
+
+    In evaluation, which may take a fused path, and in training, where a dropout that is no module would show. Modules
+    with buffers, such as running means, are not run in training: that would change them.
+    """
+    first = mlp.get(0).director.fc1 if isinstance(mlp.get(0), DEXLayer) else mlp.get(0)
+    device = first.weight.device
+    x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight)
+    modes = {module: module.training for module in mlp.module.modules()}
+    stateful = any(module._buffers for module in modes if not isinstance(module, DEXLayer))
+    answers = []
+    try:
+        # Leaves the caller's random numbers as they are, so that dropout draws the same ones before and after.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for training in (False,) if stateful else (False, True):
+                mlp.module.train(training)
+                answers.append(_run(mlp, x))
+    except Exception as error:
+        raise _refused(mlp, f"a module that takes [B, N, {first.in_features}]", f"{_type(error)}: {error}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return torch.cat(answers)
+
+
+def _run(mlp: _Mlp, x: Tensor) -> Tensor:
+    if mlp.slots != SLOTS[-1]:
+        return mlp.module(x)
+    h, output = mlp.module.intermediate(x), mlp.module.output
+    return output(h, x) if len(inspect.signature(output.forward).parameters) > 1 else output(h)
+
+
+def _refused(mlp: _Mlp, expected: str, got: str) -> ValueError:
+    return ValueError(f"{mlp.name or 'model'}: expected {expected}, got {got}")
+
+
+def _type(module) -> str:
+    return type(module).__name__

@@ -1,0 +1,52 @@
+"""Every Python block of docs/your-own-model.md runs, in order; what a block needs stands after its ```python."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .hosts import need
+
+PAGE = Path(__file__).parents[2] / "docs" / "your-own-model.md"
+BLOCKS = re.findall(r"^```python ?([^\n]*)\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("kind", ["", "needs=transformers", "needs=timm"])
+def test_blocks_run_in_order(kind, tmp_path):
+    blocks = [(info, code) for info, code in BLOCKS if (info.startswith(kind) if kind else not info)]
+    assert blocks
+    for info, _ in blocks:
+        for module in info.removeprefix("needs=").split(",") if info else ():
+            need(module)
+    names = {"OUTPUT_DIR": str(tmp_path)}
+    for i, (_, code) in enumerate(blocks):
+        exec(compile(code, f"{PAGE.name}, block {i + 1} {kind}", "exec"), names)
+
+
+def test_every_block_belongs_to_a_test():
+    assert {info for info, _ in BLOCKS} == {
+        "", "needs=transformers", "needs=transformers,accelerate", "needs=timm", "torchrun"
+    }  # fmt: skip
+
+
+def test_distributed_recipe_keeps_directors_identical(tmp_path):
+    """The block as it stands, on two gloo ranks."""
+    (code,) = [code for info, code in BLOCKS if info == "torchrun"]
+    script = tmp_path / "train.py"
+    script.write_text(
+        code + f"torch.save((model.module.state_dict(), aux.calls), {str(tmp_path)!r} + f'/{{dist.get_rank()}}.pt')\n"
+        "dist.barrier()\ndist.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    (one, calls_one), (two, calls_two) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    assert all(torch.equal(t, two[name]) for name, t in one.items())
+    # Not because nothing moved, nor because both ranks saw the same.
+    assert not torch.equal(one["layers.0.linear1.director.fc1.weight"], one["layers.0.linear1.experts.fc1_weight"][0])
+    assert one["layers.0.linear1.usage_ema"].sum() > 0
+    first, second = (calls["module.layers.0.linear1"][0].gate_mass for calls in (calls_one, calls_two))
+    assert not torch.equal(first, second)
