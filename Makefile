@@ -5,13 +5,18 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: pretrain test check benchmarks embedded-data clean
+.PHONY: pretrain test test-more check benchmarks embedded-data clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
 
 test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
 	$(VENV)/bin/python -m pytest tests benchmarks --tiny
+
+test-more: $(INSTALLED)  ## what needs more packages: hosts of the drop-in, wheel and sdist
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]'
+	$(VENV)/bin/python -m pytest tests/dropin
+	scripts/check_build.sh
 
 check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff check .

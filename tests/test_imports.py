@@ -37,7 +37,8 @@ def test_the_command_line_is_seen_where_it_is_loaded():
 def test_public_names():
     import dexkernels
 
-    assert {"DEXLayer", "Aux", "Routing", "route", "grouped_mlp", "align_loss", "group_ema_", "__version__"} == set(
-        dexkernels.__all__
-    )
+    assert set(dexkernels.__all__) == {
+        *("DEXLayer", "Aux", "Routing", "route", "grouped_mlp", "align_loss", "group_ema_", "__version__"),
+        *("upcycle_", "to_dense_", "collect_aux", "AuxCollector"),
+    }
     assert all(getattr(dexkernels, name) is not None for name in dexkernels.__all__)

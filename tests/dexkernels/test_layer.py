@@ -276,6 +276,18 @@ def test_frozen_parts_have_no_gradient_and_change_no_other(frozen):
     assert x.grad is None if freeze_x else torch.equal(x.grad, full["x"])
 
 
+@pytest.mark.parametrize("only", ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"])
+def test_one_trainable_tensor_of_the_experts(only):
+    layer, x = layer_of(), images()
+    full = step(layer, x)
+    layer.requires_grad_(False)
+    trainable = getattr(layer.experts, only).requires_grad_()
+    layer.zero_grad()
+    objective(*layer(x, return_aux=True)).backward()
+    assert torch.equal(trainable.grad, full[f"experts.{only}"])
+    assert [n for n, p in layer.named_parameters() if p.grad is not None] == [f"experts.{only}"]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("routing", ["image", "token"])
 def test_without_gradient(mode, routing):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from dexkernels import route
 from dexkernels.routing import sort_slots
@@ -228,3 +229,26 @@ def test_empty_batch(routing):
     assert r.gates.shape == ((0, 2) if routing == "image" else (0, 3, 2))
     assert r.balance_loss == 0 and torch.equal(r.gate_mass, torch.zeros(6, dtype=torch.float64))
     assert r.group_offsets.tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_usage_may_not_change_between_forward_and_backward(recompute):
+    """Under activation checkpointing the routing of the recomputed forward would be another one."""
+    x, w = problem()
+    usage, xi = torch.linspace(0, 0.5, 6, dtype=torch.float64), torch.zeros(5, 1, 6, dtype=torch.float64)
+
+    def balance(w, std):
+        return route(x, w, 2, noise_std=std, router_noise=xi, usage_ema=usage).balance_loss
+
+    def backward(std, change):
+        leaf = w.clone().requires_grad_()
+        loss = checkpoint(balance, leaf, std, use_reentrant=False) if recompute else balance(leaf, std)
+        if change:
+            usage.mul_(3)
+        loss.backward()
+        return leaf.grad
+
+    assert torch.equal(backward(0.0, change=True), backward(0.0, change=False))
+    assert backward(1.0, change=False).count_nonzero()
+    with pytest.raises(RuntimeError, match="usage_ema"):
+        backward(1.0, change=True)
