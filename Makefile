@@ -13,9 +13,10 @@ pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained
 test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
 	$(VENV)/bin/python -m pytest tests benchmarks --tiny
 
-test-more: $(INSTALLED)  ## what needs more packages: hosts of the drop-in, wheel and sdist
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]'
+test-more: $(INSTALLED)  ## what needs more packages: hosts of the drop-in, Triton's interpreter, wheel and sdist
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
 	$(VENV)/bin/python -m pytest tests/dropin
+	$(VENV)/bin/python -m pytest tests/kernels
 	scripts/check_build.sh
 
 check: $(INSTALLED)  ## static checks

@@ -32,6 +32,12 @@ def layer(sizes):
     return randomize_(DEXLayer(D, H, E, K))
 
 
+def gflops(sizes):
+    """Of forward and backward in the experts and forward in the director."""
+    B, N, D, H, _, K = sizes
+    return (6 * K + 2) * B * N * 2 * D * H / 1e9
+
+
 def layer_step(layer, x, grad_out):
     layer.zero_grad()
     x = x.detach().requires_grad_()
@@ -53,8 +59,10 @@ def test_step_against_expert_loop(sizes, inputs, layer, compare, report):
         ((y * inputs[1]).sum() + align + balance).backward()
         loop.update_director(mass, 0.99)
 
+    with torch.no_grad():  # no speed of a wrong result
+        torch.testing.assert_close(layer(inputs[0]), loop(inputs[0])[0], rtol=1e-3, atol=1e-4)
     t = compare({"layer": lambda: layer_step(layer, *inputs), "loop": loop_step})
-    detail = f"{t['layer'] * 1e3:.1f} ms, loop {t['loop'] * 1e3:.1f} ms"
+    detail = f"{t['layer'] * 1e3:.1f} ms ({gflops(sizes) / t['layer']:.0f} GFLOP/s), loop {t['loop'] * 1e3:.1f} ms"
     report("DEXLayer forward + backward + GEMA", "loop over nn.Linear experts", t["loop"] / t["layer"], 1.3, detail)
 
 

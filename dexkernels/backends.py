@@ -1,5 +1,7 @@
 """Which implementation runs an operator: a literal table, what is available, and why the rest is not."""
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,14 +20,34 @@ class Launcher(NamedTuple):
     backward: Callable
 
 
+def _triton(module: str, name: str) -> Callable:
+    """A launcher of `dexkernels.kernels` that imports Triton when it is first called: CPU users need none."""
+
+    def launch(*args, **kwargs):
+        return getattr(importlib.import_module(f"dexkernels.kernels.{module}"), name)(*args, **kwargs)
+
+    return launch
+
+
 LAUNCHERS = {
     ("route", "reference"): Launcher(reference.route_forward, reference.route_backward),
     ("grouped_mlp", "reference"): Launcher(reference.grouped_mlp_forward, reference.grouped_mlp_backward),
     ("align_loss", "reference"): Launcher(reference.align_loss_forward, reference.align_loss_backward),
     ("group_ema_", "reference"): reference.group_ema_,
+    ("route", "triton"): Launcher(_triton("route", "route_forward"), _triton("route", "route_backward")),
+    ("grouped_mlp", "triton"): Launcher(
+        _triton("grouped_mlp", "grouped_mlp_forward"), _triton("grouped_mlp", "grouped_mlp_backward")
+    ),
+    ("align_loss", "triton"): Launcher(
+        _triton("align_loss", "align_loss_forward"), _triton("align_loss", "align_loss_backward")
+    ),
+    ("group_ema_", "triton"): _triton("group_ema", "group_ema_"),
     ("group_ema_", "cuda"): native.group_ema_,
 }
 """(op, backend) -> what runs it."""
+
+ALIGN_SAVED = {"reference": {"kd": 0, "cosine": 0, "mse": 0}, "triton": {"kd": 3, "cosine": 3, "mse": 0}}
+"""backend -> kind -> numbers that `align_loss` saves per row for its backward."""
 
 DEFAULTS = {
     ("route", "cpu"): "reference",
@@ -56,18 +78,36 @@ def why_not(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` here; None when it can."""
     if (op, backend) not in LAUNCHERS:
         return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
-    return native.why_not() if backend == "cuda" else None
+    if backend == "cuda":
+        return native.why_not()
+    return _why_no_triton() if backend == "triton" else None
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    return None
 
 
 def check_backend(backend: str | None) -> None:
-    """Raise `ValueError` when ``backend`` is unknown or cannot run every operator on this machine."""
+    """Raise `ValueError` when ``backend`` is unknown, ships no kernel, or cannot run one of its kernels here."""
     if backend is None:
         return
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    for op in OPS:
+    for op in [op for op in OPS if (op, backend) in LAUNCHERS] or OPS:
         if reason := why_not(op, backend):
             raise ValueError(f"backend: {backend!r} cannot run: {reason}")
+
+
+def covering(op: str, backend: str | None) -> str | None:
+    """What a layer of ``backend`` asks for in ``op``: the backend where it ships that kernel, else the default.
+
+    The CUDA library has no kernel for some operators by design; `report` shows which.
+    """
+    return backend if backend is not None and (op, backend) in LAUNCHERS else None
 
 
 def choose(op: str, backend: str | None, device: torch.device) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import ops
+from . import checks
 from .layer import Aux, DEXLayer, Recording, update_directors
 
 
@@ -31,7 +31,7 @@ def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollec
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    ops.check_noise_std(noise_std)
+    checks.check_noise_std(noise_std)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DEXLayer) and m.path == "experts"}
     if not layers:
         raise ValueError("model: expected at least one DEXLayer with path='experts' in it, got none (see upcycle_)")

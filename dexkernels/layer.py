@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends, ops, reference
+from . import backends, checks, ops, reference
 
 PATHS = ("experts", "director")
 
@@ -124,12 +124,12 @@ class DEXLayer(nn.Module):
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        ops.check_top_k(top_k, num_experts)
-        ops.check_choice("routing", routing, ops.ROUTINGS)
-        ops.check_choice("align", align, ops.ALIGN_KINDS)
-        ops.check_choice("route_from", route_from, ops.ROUTE_FROM)
-        ops.check_temperature(temperature)
-        ops.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        checks.check_top_k(top_k, num_experts)
+        checks.check_choice("routing", routing, ops.ROUTINGS)
+        checks.check_choice("align", align, ops.ALIGN_KINDS)
+        checks.check_choice("route_from", route_from, ops.ROUTE_FROM)
+        checks.check_temperature(temperature)
+        checks.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
         self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
         self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
@@ -151,7 +151,7 @@ class DEXLayer(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        ops.check_choice("path", path, PATHS)
+        checks.check_choice("path", path, PATHS)
         self._path = path
         self.director.requires_grad_(path == "director")
         self.experts.requires_grad_(path == "experts")
@@ -174,7 +174,7 @@ class DEXLayer(nn.Module):
             router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
             return_aux: without it neither the director nor a loss is computed.
         """
-        ops.check_noise_std(noise_std)
+        checks.check_noise_std(noise_std)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
             got = list(x.shape) if isinstance(x, Tensor) else repr(x)
             raise ValueError(f"x: expected [B, N, {self.dim}], got {got}")
@@ -227,7 +227,7 @@ class DEXLayer(nn.Module):
             return y
         with torch.no_grad():
             director_out = self.director(x)
-        align = ops.align_loss(y, director_out, self.align, backend=self.backend)
+        align = ops.align_loss(y, director_out, self.align, backend=backends.covering("align_loss", self.backend))
         align = ops.guard_version(align, tuple(self.director.parameters()))
         return y, Aux(align, routing.balance_loss, routing.gate_mass, routing.gates, routing.expert_indices)
 
@@ -247,7 +247,7 @@ class DEXLayer(nn.Module):
             gate_mass: s, ``aux.gate_mass [E]`` of this rank (summed over micro-batches). A mass that is not finite
                 changes nothing; zero total mass leaves the director as it is.
             momentum: m, a float in [0, 1] or a 0-dim tensor.
-            skip: 0-dim bool tensor; where true nothing changes.
+            skip: 0-dim bool tensor; where it is true on any rank nothing changes on any.
             process_group: over whose ranks the mass is summed: None is the default group when torch.distributed is
                 initialised; False says that it is summed already.
         """
@@ -314,8 +314,8 @@ def update_directors(
 ) -> None:
     """`DEXLayer.update_director` of many layers: one all-reduce and one `group_ema_` for all of them."""
     layers, gate_mass = list(layers), list(gate_mass)
-    ops.check_momentum(momentum)
-    ops.check_skip(skip)
+    checks.check_momentum(momentum)
+    checks.check_skip(skip)
     if len(gate_mass) != len(layers):
         raise ValueError(f"gate_mass: expected one tensor per layer ({len(layers)}), got {len(gate_mass)}")
     for i, (layer, mass) in enumerate(zip(layers, gate_mass, strict=True)):
@@ -328,31 +328,42 @@ def update_directors(
             raise ValueError(f"gate_mass[{i}]: expected device {layer.usage_ema.device}, got {mass.device}")
     if not layers:
         return
-    masses = torch.cat([m.detach() for m in gate_mass])
+    if len({layer.backend for layer in layers}) > 1:
+        raise ValueError(f"layers: expected one backend, got {', '.join(str(layer.backend) for layer in layers)}")
+    if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(f"process_group: expected a process group, None or False, got {process_group!r}")
+    # skip travels with the masses: a step that one rank leaves out, all leave out, or their directors drift apart.
+    flag = gate_mass[0].new_zeros(1) if skip is None else skip.to(gate_mass[0]).view(1)
+    masses = torch.cat([*(m.detach() for m in gate_mass), flag])
     if process_group is not False and dist.is_available() and dist.is_initialized():
         dist.all_reduce(masses, group=process_group)
-    still = ~masses.isfinite().all()
-    if skip is not None:
-        still = still | skip.to(still.device)
+    still = ~masses.isfinite().all() | (masses[-1] > 0)
+    masses = masses[:-1]
 
     directors, experts, weights = [], [], []
-    shares = [m / (m.sum() + reference.EPS) for m in masses.split([layer.num_experts for layer in layers])]
-    for layer, share in zip(layers, shares, strict=True):
+    group_weights = [m / (m.sum() + reference.EPS) for m in masses.split([layer.num_experts for layer in layers])]
+    for layer, a in zip(layers, group_weights, strict=True):
         for director, stacked in layer.director_pairs():
-            directors.append(director), experts.append(stacked), weights.append(share)
-    ops.group_ema_(directors, experts, weights, momentum, skip=still, backend=layers[0].backend)
-    for layer, share in zip(layers, shares, strict=True):
+            directors.append(director), experts.append(stacked), weights.append(a)
+    ops.group_ema_(
+        directors, experts, weights, momentum, skip=still, backend=backends.covering("group_ema_", layers[0].backend)
+    )
+    for layer, a in zip(layers, group_weights, strict=True):
         u, m = layer.usage_ema, layer.usage_momentum
-        u.copy_(torch.where(still, u, m * u + (1 - m) * share.to(u.dtype)))
+        u.copy_(torch.where(still, u, m * u + (1 - m) * a.to(u.dtype)))
 
 
 @torch.no_grad()
 def copy_strictly(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     """Copy each tensor of ``state`` into the target of its name; unless all names and shapes match, nothing changes."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
     wrong = [f"missing {k}" for k in targets if k not in state] + [f"unknown {k}" for k in state if k not in targets]
     for k, t in targets.items():
         if k in state and not isinstance(state[k], Tensor):
             wrong.append(f"{k}: expected a tensor, got {type(state[k]).__name__}")
+        elif k in state and (state[k].is_complex() or state[k].is_meta):
+            wrong.append(f"{k}: expected real numbers, got {state[k].dtype} on {state[k].device}")
         elif k in state and state[k].shape != t.shape:
             wrong.append(f"{k}: expected shape {list(t.shape)}, got {list(state[k].shape)}")
     if wrong:

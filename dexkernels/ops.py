@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .checks import (
+    FLOATS,
+    check_choice,
+    check_momentum,
+    check_noise_std,
+    check_skip,
+    check_temperature,
+    check_tensor,
+    check_top_k,
+    check_x,
+    describe,
+    shape_of,
+)
 from .routing import Routing
 
 ROUTINGS = ("image", "token")
 ROUTE_FROM = ("cls", "mean")
 ALIGN_KINDS = ("kd", "cosine", "mse")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def route(
@@ -82,10 +94,10 @@ def grouped_mlp(
     B, N, D = x.shape
     gates = routing.gates
     if tuple(gates.shape[:-1]) not in ((B,), (B, N)):
-        raise ValueError(f"routing.gates: expected [{B}, K] or [{B}, {N}, K] for this x, got {_shape(gates)}")
-    _check_tensor("routing.group_sizes", routing.group_sizes, (fc1_weight.shape[0],), like=x, same_dtype=False)
-    _check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
-    _check_tensor("routing.group_offsets", routing.group_offsets, (fc1_weight.shape[0] + 1,), like=x, same_dtype=False)
+        raise ValueError(f"routing.gates: expected [{B}, K] or [{B}, {N}, K] for this x, got {shape_of(gates)}")
+    check_tensor("routing.group_sizes", routing.group_sizes, (fc1_weight.shape[0],), like=x, same_dtype=False)
+    check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
+    check_tensor("routing.group_offsets", routing.group_offsets, (fc1_weight.shape[0] + 1,), like=x, same_dtype=False)
     backend = backends.choose("grouped_mlp", backend, x.device)
     x, *weights = _autocast(x, *weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -122,9 +134,9 @@ def routed_mlp(
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
     _check_mlp(x, weights)
-    _check_tensor("router_weight", router_weight, (fc1_weight.shape[0], x.shape[2]), like=x, same_dtype=False)
-    route_backend = backends.choose("route", backend, x.device)
-    mlp_backend = backends.choose("grouped_mlp", backend, x.device)
+    check_tensor("router_weight", router_weight, (fc1_weight.shape[0], x.shape[2]), like=x, same_dtype=False)
+    route_backend = backends.choose("route", backends.covering("route", backend), x.device)
+    mlp_backend = backends.choose("grouped_mlp", backends.covering("grouped_mlp", backend), x.device)
     # The router reads x as it came; only the experts compute in autocast's dtype.
     compute = _autocast_dtype(x)
     weights = tuple(w.to(compute) for w in weights)
@@ -150,10 +162,11 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, b
     """
     check_choice("kind", kind, ALIGN_KINDS)
     if not isinstance(experts_out, Tensor) or experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
-        raise ValueError(f"experts_out: expected a floating-point tensor [..., D], got {_describe(experts_out)}")
-    _check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
+        raise ValueError(f"experts_out: expected a floating-point tensor [..., D], got {describe(experts_out)}")
+    check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
     backend = backends.choose("align_loss", backend, experts_out.device)
-    return torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), kind, backend)
+    loss, _ = torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), kind, backend)
+    return loss
 
 
 def group_ema_(
@@ -177,6 +190,9 @@ def group_ema_(
 
     Raises: ValueError naming the argument, before anything is changed.
     """
+    for name, tensors in (("directors", directors), ("experts", experts), ("group_weights", group_weights)):
+        if not isinstance(tensors, (list, tuple)):
+            raise ValueError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
     if not len(directors) == len(experts) == len(group_weights):
         raise ValueError(
             f"experts, group_weights: expected one per director ({len(directors)}), "
@@ -187,10 +203,10 @@ def group_ema_(
     for i, (d, e, a) in enumerate(zip(directors, experts, group_weights, strict=True)):
         if not isinstance(d, Tensor) or d.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"directors[{i}]: expected float32 or float64 (half precision cannot follow), got {_describe(d)}"
+                f"directors[{i}]: expected float32 or float64 (half precision cannot follow), got {describe(d)}"
             )
-        _check_tensor(f"experts[{i}]", e, (None, *d.shape), like=d)
-        _check_tensor(f"group_weights[{i}]", a, (e.shape[0],), like=d, same_dtype=False)
+        check_tensor(f"experts[{i}]", e, (None, *d.shape), like=d)
+        check_tensor(f"group_weights[{i}]", a, (e.shape[0],), like=d, same_dtype=False)
     if not directors:
         return
     device = directors[0].device
@@ -207,7 +223,9 @@ def guard_version(loss: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     Without it, a layer that is recomputed in backward (activation checkpointing) after an early `update_director`
     would silently use the new director. Compiled graphs go without: there is no version to read while tracing.
     """
-    return loss if torch.compiler.is_compiling() else _GuardVersion.apply(loss, tensors)
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return loss
+    return _GuardVersion.apply(loss, tensors)
 
 
 class _GuardVersion(torch.autograd.Function):
@@ -259,7 +277,7 @@ def _route(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _plain(r.device):
-        return backends.LAUNCHERS["route", backend].forward(r, router_weight, noise, top_k, temperature)
+        return backends.LAUNCHERS["route", backend].forward(r, router_weight, top_k, temperature, noise)
 
 
 @_route.register_fake
@@ -289,7 +307,7 @@ def _route_backward(
 ) -> tuple[Tensor, Tensor]:
     with _plain(r.device):
         return backends.LAUNCHERS["route", backend].backward(
-            grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temperature
+            grad_gates, grad_balance, p, expert_indices, gates, r, router_weight, gates.shape[1], temperature
         )
 
 
@@ -441,7 +459,7 @@ def _routed_mlp(
     """out, z, then what `_route` returns."""
     with _plain(x.device):
         r = _router_rows(x, routing, route_from)
-        routed = backends.LAUNCHERS["route", route_backend].forward(r, router_weight, noise, top_k, temperature)
+        routed = backends.LAUNCHERS["route", route_backend].forward(r, router_weight, top_k, temperature, noise)
         _, gates, _, _, _, slot_order, _, group_offsets = routed
         out, z = backends.LAUNCHERS["grouped_mlp", mlp_backend].forward(
             _images(x, routing).to(fc1_weight.dtype),
@@ -514,10 +532,11 @@ def _routed_mlp_backward(
                 dgates + grad_gates,
                 grad_balance,
                 p,
-                gates,
                 expert_indices,
+                gates,
                 _router_rows(x, routing, route_from),
                 router_weight,
+                gates.shape[1],
                 temperature,
             )
         if need_x:
@@ -575,35 +594,39 @@ _routed_mlp.register_autograd(_routed_mlp_grad, setup_context=_routed_mlp_save)
 
 
 @torch.library.custom_op("dexkernels::align_loss", mutates_args=())
-def _align_loss(experts_out: Tensor, director_out: Tensor, kind: str, backend: str) -> Tensor:
+def _align_loss(experts_out: Tensor, director_out: Tensor, kind: str, backend: str) -> tuple[Tensor, Tensor]:
     with _plain(experts_out.device):
         return backends.LAUNCHERS["align_loss", backend].forward(experts_out, director_out, kind)
 
 
 @_align_loss.register_fake
 def _(experts_out, director_out, kind, backend):
-    return experts_out.new_empty((), dtype=reference.accumulation_dtype(experts_out.dtype))
+    dtype = reference.accumulation_dtype(experts_out.dtype)
+    saved = backends.ALIGN_SAVED[backend][kind], experts_out[..., 0].numel() if experts_out.shape[-1] else 0
+    return experts_out.new_empty((), dtype=dtype), experts_out.new_empty(saved, dtype=dtype)
 
 
 @torch.library.custom_op("dexkernels::align_loss_backward", mutates_args=())
 def _align_loss_backward(
-    grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, kind: str, backend: str
+    grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, saved: Tensor, kind: str, backend: str
 ) -> Tensor:
     with _plain(experts_out.device):
-        return backends.LAUNCHERS["align_loss", backend].backward(grad_loss, experts_out, director_out, kind)
+        return backends.LAUNCHERS["align_loss", backend].backward(grad_loss, experts_out, director_out, saved, kind)
 
 
 @_align_loss_backward.register_fake
-def _(grad_loss, experts_out, director_out, kind, backend):
+def _(grad_loss, experts_out, director_out, saved, kind, backend):
     return experts_out.new_empty(experts_out.shape)
 
 
 def _align_loss_save(ctx, inputs, output):
     experts_out, director_out, ctx.kind, ctx.backend = inputs
-    ctx.save_for_backward(experts_out, director_out)
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(experts_out, director_out, saved)
 
 
-def _align_loss_grad(ctx, grad_loss):
+def _align_loss_grad(ctx, grad_loss, _):
     grad = torch.ops.dexkernels.align_loss_backward(grad_loss, *ctx.saved_tensors, ctx.kind, ctx.backend)
     return grad, None, None, None
 
@@ -666,103 +689,37 @@ def _check_route(
     x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema
 ) -> Tensor | None:
     """Validate; returns what is added to the logits, ``[R, E]``, or None."""
-    _check_x(x)
+    check_x(x)
     check_choice("routing", routing, ROUTINGS)
     check_choice("route_from", route_from, ROUTE_FROM)
     B, N, D = x.shape
-    _check_tensor("router_weight", router_weight, (None, D), like=x, same_dtype=False)
+    check_tensor("router_weight", router_weight, (None, D), like=x, same_dtype=False)
     E = router_weight.shape[0]
     check_top_k(top_k, E)
     check_temperature(temperature)
     if N == 0:
-        raise ValueError("x: expected at least one token to route from, got shape " + _shape(x))
+        raise ValueError("x: expected at least one token to route from, got shape " + shape_of(x))
     check_noise_std(noise_std)
     if not isinstance(noise_std, Tensor) and noise_std == 0:
         return None
     shape = (B, 1 if routing == "image" else N, E)
     if usage_ema is None:
         raise ValueError("usage_ema: expected a tensor [E] when noise_std is not 0, got None")
-    _check_tensor("usage_ema", usage_ema, (E,), like=x, same_dtype=False)
+    check_tensor("usage_ema", usage_ema, (E,), like=x, same_dtype=False)
     if router_noise is None:
         router_noise = torch.randn(shape, device=x.device)
-    _check_tensor("router_noise", router_noise, shape, like=x, same_dtype=False)
+    check_tensor("router_noise", router_noise, shape, like=x, same_dtype=False)
     with torch.no_grad():
         noise = reference.expert_usage_noise(noise_std, router_noise, usage_ema)
     return noise.reshape(-1, E)
 
 
 def _check_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _check_x(x)
+    check_x(x)
     same_dtype = not torch.is_autocast_enabled(x.device.type)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    _check_tensor("fc1_weight", fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
+    check_tensor("fc1_weight", fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
     E, H, D = fc1_weight.shape
-    _check_tensor("fc1_bias", fc1_bias, (E, H), like=x, same_dtype=same_dtype)
-    _check_tensor("fc2_weight", fc2_weight, (E, D, H), like=x, same_dtype=same_dtype)
-    _check_tensor("fc2_bias", fc2_bias, (E, D), like=x, same_dtype=same_dtype)
-
-
-def check_top_k(top_k: int, num_experts: int) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k: expected an integer in 1..num_experts ({num_experts}), got {top_k!r}")
-
-
-def check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature, "a number above 0", lambda v: v > 0)
-
-
-def check_noise_std(noise_std: float | Tensor) -> None:
-    _check_scalar("noise_std", noise_std, "a number >= 0", lambda v: v >= 0)
-
-
-def check_momentum(momentum: float | Tensor) -> None:
-    _check_scalar("momentum", momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-
-
-def check_skip(skip: Tensor | None) -> None:
-    if skip is not None and not (isinstance(skip, Tensor) and skip.dim() == 0 and skip.dtype == torch.bool):
-        raise ValueError(f"skip: expected a 0-dim bool tensor or None, got {_describe(skip)}")
-
-
-def _check_scalar(name: str, value: float | Tensor, expected: str, holds) -> None:
-    if isinstance(value, Tensor):
-        # Its value stays where it is: reading it would make the host wait for a GPU.
-        if value.dim() != 0:
-            raise ValueError(f"{name}: expected a float or a 0-dim tensor, got shape {_shape(value)}")
-    else:
-        check_number(name, value, expected + ", or a 0-dim tensor", holds)
-
-
-def check_number(name: str, value: float, expected: str, holds) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _check_x(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
-        raise ValueError(f"x: expected a floating-point tensor [B, N, D], got {_describe(x)}")
-
-
-def _check_tensor(name: str, t: Tensor, shape: tuple, *, like: Tensor, same_dtype: bool = True) -> None:
-    """``shape`` may hold None for a free size."""
-    fits = isinstance(t, Tensor) and t.dim() == len(shape)
-    if not fits or any(want is not None and got != want for got, want in zip(t.shape, shape, strict=True)):
-        wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
-        raise ValueError(f"{name}: expected shape {wanted}, got {_describe(t)}")
-    if t.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
-    if same_dtype and t.dtype != like.dtype:
-        raise ValueError(f"{name}: expected {like.dtype}, got {t.dtype}")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
-
-
-def _describe(t) -> str:
-    return f"{t.dtype} {_shape(t)}" if isinstance(t, Tensor) else repr(t)
+    check_tensor("fc1_bias", fc1_bias, (E, H), like=x, same_dtype=same_dtype)
+    check_tensor("fc2_weight", fc2_weight, (E, D, H), like=x, same_dtype=same_dtype)
+    check_tensor("fc2_bias", fc2_bias, (E, D), like=x, same_dtype=same_dtype)

@@ -1,5 +1,7 @@
-"""The specification: every operator in plain torch, with the operators' exact arguments. It is also the CPU backend.
+"""The specification: every operator in plain torch. It is also the CPU backend.
 
+`route`, `grouped_mlp`, `align_loss` and `group_ema_` have the arguments of the public operators, and autograd gives
+their gradients. The `_forward` and `_backward` pairs are what a backend implements, and here what a CPU runs.
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, S = B*K slots.
 Token-wise routing is image-wise routing of ``B * N`` images of one token; `dexkernels.ops` does that reshaping.
 Arguments are validated in `dexkernels.ops`; nothing here checks them again.
@@ -10,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routing import sort_slots
+from .routing import Routing, sort_slots
 
 EPS = 1e-6
 """Added to the total gate mass and the total usage before dividing; also the floor of q in the KD align loss."""
 
 ALIGN_TEMPERATURE = 0.5
 """Temperature of the director's softmax in the KD align loss; the experts' is 1."""
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 COSINE_EPS = 1e-8
 """Smallest norm in the cosine align loss."""
@@ -30,8 +34,53 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    routing: str = "image",
+    route_from: str = "cls",
+    temperature: float = 0.5,
+    noise_std: float | Tensor = 0.0,
+    router_noise: Tensor | None = None,
+    usage_ema: Tensor | None = None,
+) -> Routing:
+    """`dexkernels.route` as one reads it; ``router_noise`` is drawn by the caller."""
+    dtype, num_experts = accumulation_dtype(x.dtype), router_weight.shape[0]
+    if routing == "token":
+        r = x.to(dtype)
+    else:
+        r = (x[:, 0].to(dtype) if route_from == "cls" else x.mean(1, dtype=dtype)).unsqueeze(1)
+    logits = r @ router_weight.to(dtype).t()
+    if router_noise is not None:
+        logits = logits + expert_usage_noise(noise_std, router_noise.to(dtype), usage_ema)
+    p = (logits / temperature).softmax(-1)
+    indices = p.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    chosen = p.gather(-1, indices)
+    gates = chosen / chosen.sum(-1, keepdim=True)
+    mean_p = p.sum((0, 1)) / max(p.shape[0] * p.shape[1], 1)
+    balance_loss = num_experts * (mean_p * mean_p.detach()).sum()
+    gate_mass = torch.stack([gates.detach()[indices == e].sum() for e in range(num_experts)])
+    if routing == "image":
+        gates, indices = gates.squeeze(1), indices.squeeze(1)
+    return Routing(gates, indices.int(), balance_loss, gate_mass, *sort_slots(indices, num_experts))
+
+
+def grouped_mlp(
+    x: Tensor, routing: Routing, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """`dexkernels.grouped_mlp` as one reads it: every expert on every token, weighted by its gate or by 0."""
+    out = torch.zeros_like(x)
+    for e in range(fc1_weight.shape[0]):
+        gate = torch.where(routing.expert_indices == e, routing.gates, 0).sum(-1).to(x.dtype)
+        weight = gate[..., None] if gate.dim() == 2 else gate[:, None, None]
+        out = out + weight * mlp(x, fc1_weight[e], fc1_bias[e], fc2_weight[e], fc2_bias[e])
+    return out
+
+
 def route_forward(
-    r: Tensor, router_weight: Tensor, noise: Tensor | None, top_k: int, temperature: float
+    r: Tensor, router_weight: Tensor, top_k: int, temperature: float, noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``p = softmax((r @ router_weight.T + noise) / temperature)``; the K most probable experts, renormalised.
 
@@ -59,10 +108,11 @@ def route_backward(
     grad_gates: Tensor | None,
     grad_balance: Tensor | None,
     p: Tensor,
-    gates: Tensor,
     expert_indices: Tensor,
+    gates: Tensor,
     r: Tensor,
     router_weight: Tensor,
+    top_k: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of r and router_weight.
@@ -97,12 +147,12 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, ``[..., K]``, ``[M, K]``, ``[M]``.
 
-    Without gradient, float32 on a CPU goes through oneDNN: torch's own float32 products call MKL, which took twice as
-    long on an AMD EPYC (Zen 5). oneDNN computes in full float32.
+    Without gradient, float32 on a CPU goes through oneDNN where torch has it: torch's own float32 products call MKL,
+    which does not use the full width of some CPUs. oneDNN computes in full float32.
     """
     on_cpu = x.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and x.numel() > 0
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    if on_cpu and plain and torch.backends.mkldnn.enabled:
+    if on_cpu and plain and HAS_ONEDNN and torch.backends.mkldnn.enabled:
         # oneDNN takes a matrix or its transpose, and reads a bias as if it were dense.
         x, weight = (
             t if t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous()) else t.contiguous() for t in (x, weight)
@@ -214,7 +264,7 @@ def _groups(group_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, ends[e], ends[e + 1]) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]
 
 
-def align_loss_forward(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
     """How far the experts' output ``[..., D]`` is from the director's; a 0-dim mean over all leading dimensions.
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
@@ -223,7 +273,7 @@ def align_loss_forward(experts_out: Tensor, director_out: Tensor, kind: str = "k
     - ``mse``: mean of the squared difference, also over D.
     """
     dtype = accumulation_dtype(experts_out.dtype)
-    y, d = experts_out.to(dtype), director_out.to(dtype)
+    y, d = experts_out.to(dtype), director_out.detach().to(dtype)
     rows = max(y[..., 0].numel(), 1)
     if kind == "kd":
         return -((d / ALIGN_TEMPERATURE).softmax(-1) * y.softmax(-1).clamp(min=EPS).log()).sum() / rows
@@ -232,7 +282,15 @@ def align_loss_forward(experts_out: Tensor, director_out: Tensor, kind: str = "k
     return (y - d).square().sum() / max(y.numel(), 1)
 
 
-def align_loss_backward(grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+def align_loss_forward(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> tuple[Tensor, Tensor]:
+    """`align_loss`, and what its backward wants saved for each of the R rows, ``[*, R]``: here nothing, ``[0, R]``."""
+    loss = align_loss(experts_out, director_out, kind)
+    return loss, loss.new_empty(0, experts_out[..., 0].numel())
+
+
+def align_loss_backward(
+    grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, saved: Tensor, kind: str = "kd"
+) -> Tensor:
     """Gradient of experts_out; none flows into director_out.
 
     - ``kd``: with ``w = p`` where ``q >= 1e-6`` and 0 elsewhere: ``q * sum_D(w) - w``.
@@ -281,19 +339,20 @@ def group_ema_(
 
 
 def _group_ema_on_host_(director: Tensor, stacked: Tensor, weights: list[float], m: float) -> None:
-    used = [e for e, a in enumerate(weights) if a != 0]
-    if not used:
+    scale = [(1 - m) * a for a in weights]
+    used = [e for e, s in enumerate(scale) if s != 0]
+    if not any(weights):
         return
     if not (director.is_contiguous() and stacked.is_contiguous()):
         director.mul_(m)
         for e in used:
-            director.add_(stacked[e], alpha=(1 - m) * weights[e])
+            director.add_(stacked[e], alpha=scale[e])
         return
     flat, sources = director.view(-1), stacked.view(len(weights), -1)
     for start in range(0, flat.numel(), GEMA_CHUNK):
         chunk = flat[start : start + GEMA_CHUNK].mul_(m)
         for e in used:
-            chunk.add_(sources[e, start : start + GEMA_CHUNK], alpha=(1 - m) * weights[e])
+            chunk.add_(sources[e, start : start + GEMA_CHUNK], alpha=scale[e])
 
 
 def _group_ema_on_device_(

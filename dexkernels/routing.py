@@ -33,7 +33,7 @@ def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     """``slot_order``, ``group_sizes``, ``group_offsets`` of ``expert_indices`` (any integer dtype and shape)."""
     flat = expert_indices.reshape(-1).long()
     slot_order = flat.argsort(stable=True)
-    # A comparison instead of bincount: bincount makes a GPU wait for the host.
+    # A comparison instead of bincount, which makes the host wait for a GPU.
     experts = torch.arange(num_experts, device=flat.device)
     group_sizes = (flat[:, None] == experts).sum(0)
     group_offsets = flat.new_zeros(num_experts + 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .layer import DEXLayer
 
-SLOTS = (
+PLACES = (
     ("fc1", "act", "fc2"),  # timm
     ("fc1", "activation_fn", "fc2"),  # transformers >= 5: ViT, ViTMAE, ViTMSN, DeiT
     ("fc1", "activation", "fc2"),  # transformers: DINOv2
@@ -24,12 +24,12 @@ SLOTS = (
 )
 """Where the first map, the activation and the second map of an MLP are, seen from its module."""
 
-ENCODER_LAYER_SLOTS = ("linear1", "activation", "linear2")
+ENCODER_LAYER_PLACES = ("linear1", "activation", "linear2")
 
 GATED = ("gate_proj", "fc1_g", "w12", "weights_in")
 """Names by which gated MLPs, which have another function, are recognised in order to refuse them."""
 
-GATED_SLOTS = ("", "", "")
+GATED_PLACES = ("", "", "")
 
 CLS_FIRST = {
     "timm.models.vision_transformer.VisionTransformer": "cls_token",
@@ -52,26 +52,26 @@ class _Mlp(NamedTuple):
     name: str
     """Path of ``module`` in the model; "" is the model."""
     module: nn.Module
-    slots: tuple[str, str, str]
+    places: tuple[str, str, str]
     inside: dict[str, nn.Module]
     """Modules that run, or might run, between the two maps: they must do nothing."""
 
-    def get(self, slot: int):
+    def get(self, place: int):
         value = self.module
-        for part in self.slots[slot].split("."):
+        for part in self.places[place].split("."):
             value = getattr(value, part, None)
         return value
 
-    def set(self, slot: int, value) -> None:
-        path, _, name = self.slots[slot].rpartition(".")
+    def set(self, place: int, value) -> None:
+        path, _, name = self.places[place].rpartition(".")
         owner = self.module.get_submodule(path)
         if not isinstance(value, nn.Module) and name in owner._modules:
             delattr(owner, name)
         setattr(owner, name, value)
 
     def place(self, first, activation, second) -> None:
-        for slot, value in enumerate((first, activation, second)):
-            self.set(slot, value)
+        for place, value in enumerate((first, activation, second)):
+            self.set(place, value)
         if isinstance(self.module, nn.TransformerEncoderLayer):
             # In eval without gradient a fused kernel reads the weights of linear1 and linear2 instead of calling
             # them; it is not taken for an activation it does not know.
@@ -135,7 +135,7 @@ def upcycle_(
     try:
         for mlp in mlps:
             before = _probe(mlp)
-            replaced.append((mlp, [mlp.get(slot) for slot in range(3)]))
+            replaced.append((mlp, [mlp.get(place) for place in range(3)]))
             training = mlp.module.training
             mlp.place(layers[mlp.name], Absorbed().train(training), Absorbed().train(training))
             change = (_probe(mlp) - before).norm()
@@ -191,18 +191,18 @@ def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
 
 def _as_mlp(name: str, module: nn.Module) -> _Mlp | None:
     if isinstance(module, nn.TransformerEncoderLayer):
-        return _Mlp(name, module, ENCODER_LAYER_SLOTS, {"dropout": module.dropout})
+        return _Mlp(name, module, ENCODER_LAYER_PLACES, {"dropout": module.dropout})
     if isinstance(module, nn.Sequential):
         return _sequential(name, module)
     if any(hasattr(module, name) for name in GATED):
-        return _Mlp(name, module, GATED_SLOTS, {})
-    found = [_Mlp(name, module, slots, {}) for slots in SLOTS]
+        return _Mlp(name, module, GATED_PLACES, {})
+    found = [_Mlp(name, module, places, {}) for places in PLACES]
     found = [mlp for mlp in found if isinstance(mlp.get(0), nn.Module) and isinstance(mlp.get(2), nn.Module)]
     if not found:
         return None
     mlp = next((mlp for mlp in found if mlp.get(1) is not None), found[0])
-    owner = module.get_submodule(mlp.slots[0].rpartition(".")[0])
-    maps = [id(mlp.get(slot)) for slot in range(3)]
+    owner = module.get_submodule(mlp.places[0].rpartition(".")[0])
+    maps = [id(mlp.get(place)) for place in range(3)]
     mlp.inside.update({n: m for n, m in owner.named_children() if id(m) not in maps})
     return mlp
 
@@ -227,32 +227,32 @@ def _sequential(name: str, module: nn.Sequential) -> _Mlp | None:
 
 def _check(mlp: _Mlp, model: nn.Module, uses: Counter) -> None:
     """Raise ValueError naming what would not stay the same."""
-    if mlp.slots is GATED_SLOTS:
+    if mlp.places is GATED_PLACES:
         raise _refused(mlp, "an MLP fc2(gelu(fc1(x)))", f"the gated {_type(mlp.module)}")
-    fc1, act, fc2 = (mlp.get(slot) for slot in range(3))
-    for slot, linear in ((mlp.slots[0], fc1), (mlp.slots[2], fc2)):
+    fc1, act, fc2 = (mlp.get(place) for place in range(3))
+    for place, linear in ((mlp.places[0], fc1), (mlp.places[2], fc2)):
         if type(linear) is not nn.Linear:
-            raise _refused(mlp, f"torch.nn.Linear as {slot}", _type(linear))
+            raise _refused(mlp, f"torch.nn.Linear as {place}", _type(linear))
         if linear.bias is None:
-            raise _refused(mlp, f"a bias in {slot}", "bias=False")
+            raise _refused(mlp, f"a bias in {place}", "bias=False")
         if linear.weight.dtype not in (torch.float32, torch.float64):
             raise _refused(
-                mlp, f"float32 or float64 weights in {slot}", f"{linear.weight.dtype}: use autocast for half precision"
+                mlp, f"float32 or float64 weights in {place}", f"{linear.weight.dtype}: use autocast for half precision"
             )
         if linear.weight.is_meta:
-            raise _refused(mlp, f"loaded weights in {slot}", "the meta device")
+            raise _refused(mlp, f"loaded weights in {place}", "the meta device")
         if any(uses[id(held)] > 1 for held in (linear, *linear.parameters())):
-            raise _refused(mlp, f"weights of its own in {slot}", "weights shared with another module")
-    for slot, module in zip(mlp.slots, (fc1, act, fc2), strict=True):
+            raise _refused(mlp, f"weights of its own in {place}", "weights shared with another module")
+    for place, module in zip(mlp.places, (fc1, act, fc2), strict=True):
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if isinstance(module, nn.Module) and any(getattr(module, h) for h in hooks):
-            raise _refused(mlp, f"no hooks on {slot}", "hooks, which would be lost")
+            raise _refused(mlp, f"no hooks on {place}", "hooks, which would be lost")
     (H, D), back = fc1.weight.shape, tuple(fc2.weight.shape)
     if back != (D, H):
-        raise _refused(mlp, f"maps D -> H -> D, {mlp.slots[2]} [{D}, {H}]", f"{list(back)} (a gated MLP?)")
+        raise _refused(mlp, f"maps D -> H -> D, {mlp.places[2]} [{D}, {H}]", f"{list(back)} (a gated MLP?)")
     if not _is_exact_gelu(act, fc1.weight):
         what = repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
-        raise _refused(mlp, f"the exact (erf) GELU as {mlp.slots[1]}", what)
+        raise _refused(mlp, f"the exact (erf) GELU as {mlp.places[1]}", what)
     for name, module in mlp.inside.items():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise _refused(mlp, f"no dropout in the MLP (set {name}.p = 0)", f"{name} with p={module.p}")
@@ -350,7 +350,7 @@ def _probe(mlp: _Mlp) -> Tensor:
 
 
 def _run(mlp: _Mlp, x: Tensor) -> Tensor:
-    if mlp.slots != SLOTS[-1]:
+    if mlp.places != PLACES[-1]:
         return mlp.module(x)
     h, output = mlp.module.intermediate(x), mlp.module.output
     return output(h, x) if len(inspect.signature(output.forward).parameters) > 1 else output(h)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dexkernels import Aux, DEXLayer
+from dexkernels.checks import check_number
 from dexkernels.layer import MLP, copy_strictly, update_directors
-from dexkernels.ops import check_number
 from dexkernels.reference import accumulation_dtype
 
 LAYER_NORM_EPS = 1e-6
@@ -70,13 +70,15 @@ class Block(nn.Module):
         num_experts: int = 0,
         top_k: int = 1,
         backend: str | None = None,
+        align: str = "kd",
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.dex = self.mlp = None
         if num_experts:
-            self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, backend=backend)
+            self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, align=align, backend=backend)
         else:
             self.mlp = MLP(dim, hidden_dim)
 
@@ -85,7 +87,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Aux | None]:
         x = x + self.attn(self.norm1(x))
         h = self.norm2(x)
-        if not hasattr(self, "dex"):
+        if self.dex is None:
             return x + self.mlp(h), None
         if not return_aux:
             return x + self.dex(h, noise_std=noise_std, router_noise=router_noise), None
@@ -99,6 +101,7 @@ class VisionTransformer(nn.Module):
     Args:
         num_experts, top_k: an int, or one int per layer; ``num_experts=0`` is the monolithic control, whose dense MLPs
             have hidden size ``top_k * mlp_ratio * embed_dim``.
+        align: the align loss of all layers, see `dexkernels.align_loss`.
 
     Raises: ValueError naming the argument.
     """
@@ -115,6 +118,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         in_chans: int = 3,
         backend: str | None = None,
+        align: str = "kd",
     ):
         super().__init__()
         _check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans)
@@ -134,7 +138,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim if e else k * hidden_dim, e, k, backend)
+            Block(embed_dim, num_heads, hidden_dim if e else k * hidden_dim, e, k, backend, align)
             for e, k in zip(experts, chosen, strict=True)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
@@ -142,7 +146,7 @@ class VisionTransformer(nn.Module):
     @property
     def dex_layers(self) -> list[DEXLayer]:
         """The DEX layers, first to last; empty for the monolithic control."""
-        return [block.dex for block in self.blocks if hasattr(block, "dex")]
+        return [block.dex for block in self.blocks if block.dex is not None]
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S] -> [B, 1 + L, D]``; losses and director are not computed."""
@@ -193,7 +197,7 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         img_size, patch_size: S and P in pixels, P divides S.
-        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans: see `VisionTransformer`.
+        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, align: see `VisionTransformer`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder, which sees all L patches.
         norm_pix_loss: targets are patches normalised by their own mean and standard deviation.
 
@@ -217,12 +221,15 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = True,
         in_chans: int = 3,
         backend: str | None = None,
+        align: str = "kd",
     ):
         super().__init__()
         self.encoder = VisionTransformer(
-            img_size, patch_size, embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, backend
+            img_size, patch_size, embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, backend, align
         )
         _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
+        if norm_pix_loss and patch_size**2 * in_chans < 2:
+            raise ValueError("norm_pix_loss: expected False for patches of a single value, which have no deviation")
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -281,6 +288,8 @@ class MaskedAutoencoder(nn.Module):
         elif not isinstance(mask_noise, Tensor) or tuple(mask_noise.shape) != (B, L):
             got = list(mask_noise.shape) if isinstance(mask_noise, Tensor) else repr(mask_noise)
             raise ValueError(f"mask_noise: expected [{B}, {L}], got {got}")
+        elif mask_noise.device != images.device:
+            raise ValueError(f"mask_noise: expected device {images.device}, got {mask_noise.device}")
         ids_keep = mask_noise.argsort(stable=True, dim=1)[:, :kept]
         mask = images.new_ones(B, L).scatter_(1, ids_keep, 0)
 
@@ -312,7 +321,7 @@ class MaskedAutoencoder(nn.Module):
         ``latent [B, 1 + kept, D]`` of the CLS token and the patches ``ids_keep [B, kept]``.
         """
         x = self.decoder_embed(latent)
-        # Scattered, not gathered: forward and backward then take half as long on a CPU.
+        # Scattered, not gathered: the gradient of a gather would be a scatter-add, which is slow on a CPU.
         patches = self.mask_token.to(x.dtype).repeat(x.shape[0], self.encoder.grid_size**2, 1)
         patches = patches.scatter(1, ids_keep[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
         x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed

@@ -73,6 +73,9 @@ def reduce(rank):
     poisoned = fresh()
     poisoned.update_director(torch.full((E,), float("nan")) if rank == 1 else MASSES[rank], 0.5)
     states["nan on rank 1"] = poisoned.state_dict()
+    skipped = fresh()
+    skipped.update_director(MASSES[rank], 0.5, skip=torch.tensor(rank == 1))
+    states["skip on rank 1"] = skipped.state_dict()
     given = MASSES[rank].clone()
     fresh().update_director(given, 0.5)
     states["mass afterwards"] = given
@@ -164,3 +167,8 @@ def test_the_callers_mass_is_not_summed_in_place(reduced):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+
+
+def test_a_step_that_one_rank_leaves_out_is_left_out_by_all(reduced):
+    for rank in reduced:
+        assert same(rank["skip on rank 1"], fresh().state_dict())

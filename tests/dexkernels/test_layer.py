@@ -168,7 +168,7 @@ def test_a_bare_layer_starts_as_copies_of_its_director():
 
 
 def loop_of(layer):
-    loop = ExpertLoop(layer.dim, layer.hidden_dim, layer.num_experts, layer.top_k).double()
+    loop = ExpertLoop(layer.dim, layer.hidden_dim, layer.num_experts, layer.top_k, layer.temperature).double()
     loop.load_state_dict(layer.reference_state_dict())
     return loop
 
@@ -188,6 +188,14 @@ def test_edge_sizes(B, N, E, K):
     if K == E:
         torch.testing.assert_close(got["gates"].sum(-1), torch.ones(B, dtype=x.dtype))
         assert all(sorted(row) == list(range(E)) for row in got["expert_indices"].tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_temperature(temperature):
+    layer, x = layer_of(temperature=temperature), images()
+    (y, aux), (want, align, balance, mass) = layer(x, return_aux=True), loop_of(layer)(x)
+    for a, b in [(y, want), (aux.align_loss, align), (aux.balance_loss, balance), (aux.gate_mass, mass)]:
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("target", range(6))
@@ -439,7 +447,8 @@ def test_other_images_do_not_see_a_nan_image():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("used", ["all", "align", "balance", "output"])
-def test_early_update_is_an_error(recompute, used):
+@pytest.mark.parametrize("noise_std", [0.0, 1.0])
+def test_early_update_is_an_error(recompute, used, noise_std):
     """Never a wrong gradient: backward raises, or what it gives is what it would have given."""
     layer, x = layer_of(), images().requires_grad_()
     layer.usage_ema.copy_(torch.linspace(0, 0.5, 6))
@@ -447,7 +456,7 @@ def test_early_update_is_an_error(recompute, used):
 
     def gradients(early):
         layer.zero_grad()
-        y, aux = run(layer, x, recompute, noise_std=1.0, router_noise=noise)
+        y, aux = run(layer, x, recompute, noise_std=noise_std, router_noise=noise)
         loss = {
             "all": objective(y, aux),
             "align": aux.align_loss,

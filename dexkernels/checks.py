@@ -1,0 +1,72 @@
+"""Argument checks: a ValueError that names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k: expected an integer in 1..num_experts ({num_experts}), got {top_k!r}")
+
+
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature, "a number above 0", lambda v: v > 0)
+
+
+def check_noise_std(noise_std: float | Tensor) -> None:
+    check_scalar("noise_std", noise_std, "a number >= 0", lambda v: v >= 0)
+
+
+def check_momentum(momentum: float | Tensor) -> None:
+    check_scalar("momentum", momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+
+
+def check_skip(skip: Tensor | None) -> None:
+    if skip is not None and not (isinstance(skip, Tensor) and skip.dim() == 0 and skip.dtype == torch.bool):
+        raise ValueError(f"skip: expected a 0-dim bool tensor or None, got {describe(skip)}")
+
+
+def check_scalar(name: str, value: float | Tensor, expected: str, holds) -> None:
+    if isinstance(value, Tensor):
+        # Its value stays where it is: reading it would make the host wait for a GPU.
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected a float or a 0-dim tensor, got shape {shape_of(value)}")
+    else:
+        check_number(name, value, expected + ", or a 0-dim tensor", holds)
+
+
+def check_number(name: str, value: float, expected: str, holds) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
+        raise ValueError(f"x: expected a floating-point tensor [B, N, D], got {describe(x)}")
+
+
+def check_tensor(name: str, t: Tensor, shape: tuple, *, like: Tensor, same_dtype: bool = True) -> None:
+    """``shape`` may hold None for a free size."""
+    fits = isinstance(t, Tensor) and t.dim() == len(shape)
+    if not fits or any(want is not None and got != want for got, want in zip(t.shape, shape, strict=True)):
+        wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+        raise ValueError(f"{name}: expected shape {wanted}, got {describe(t)}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
+    if same_dtype and t.dtype != like.dtype:
+        raise ValueError(f"{name}: expected {like.dtype}, got {t.dtype}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def shape_of(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def describe(t) -> str:
+    return f"{t.dtype} {shape_of(t)}" if isinstance(t, Tensor) else repr(t)

@@ -1,0 +1,407 @@
+"""The device code of `grouped_mlp`: products over gathered rows with their epilogues, and the small sums around them.
+
+Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots. Rows: see `common`.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import cut_in_groups, expert_tiles, find_expert, find_tile, gelu_cdf, gelu_pdf, locate
+
+
+@triton.jit
+def multiply(a, a_valid, b, b_valid, depth, stride_b, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    """``sum_k A[i, k] B[k, j]`` in float32, ``[ROWS, COLS]``; rows and columns that are not valid are never read.
+
+    a: ``[ROWS]`` pointers to ``A[i, 0]``, k contiguous. b: ``[COLS]`` pointers to ``B[0, j]``, k strided by stride_b.
+    """
+    k = tl.arange(0, DEPTH)
+    a = a[:, None] + k[None, :]
+    b = b[None, :] + k[:, None].to(tl.int64) * stride_b
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for k0 in range(0, depth, DEPTH):
+        inside = k < depth - k0
+        a_block = tl.load(a, mask=a_valid[:, None] & inside[None, :], other=0.0)
+        b_block = tl.load(b, mask=inside[:, None] & b_valid[None, :], other=0.0)
+        acc = tl.dot(a_block, b_block, acc, input_precision="ieee")
+        a += DEPTH
+        b += DEPTH * stride_b
+    return acc
+
+
+@triton.jit
+def fc1_kernel(
+    x,
+    slot_order,
+    offsets,
+    weight,
+    bias,
+    z,
+    a,
+    num_experts,
+    tokens,
+    top_k,
+    dim,
+    hidden,
+    stride_xb,
+    stride_xn,
+    stride_we,
+    stride_wh,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``z[m] = W1_e x[image, token] + b1_e``, ``a[m] = gelu(z[m])``, both ``[S*N, H]``, of every row m."""
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
+    expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
+    if first >= stop:
+        return
+    rows = first + tl.arange(0, ROWS)
+    valid = rows < stop
+    slots, images, token = locate(slot_order, rows, valid, tokens, top_k)
+    h = col * COLS + tl.arange(0, COLS)
+    h_valid = h < hidden
+    acc = multiply(
+        x + images * stride_xb + token * stride_xn,
+        valid,
+        weight + expert.to(tl.int64) * stride_we + h.to(tl.int64) * stride_wh,
+        h_valid,
+        dim,
+        1,
+        ROWS,
+        COLS,
+        DEPTH,
+    )
+    acc += tl.load(bias + expert.to(tl.int64) * hidden + h, mask=h_valid, other=0.0).to(tl.float32)[None, :]
+    # Within a tile 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
+    start = first.to(tl.int64) * hidden
+    at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
+    inside = valid[:, None] & h_valid[None, :]
+    tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
+    tl.store(a + start + at, (acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def to_slots_kernel(
+    rows_in,
+    slot_order,
+    offsets,
+    weight,
+    bias,
+    out,
+    num_experts,
+    tokens,
+    depth,
+    width,
+    stride_we,
+    stride_wk,
+    stride_wj,
+    HAS_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``out[slot, token] = rows_in[m] @ W_e + bias_e``, ``[S*N, depth] -> [S, N, width]``, slots in their own order.
+
+    Writing by slot puts the K results of an image next to each other for `combine_kernel`, whatever the grouping.
+    """
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
+    expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
+    if first >= stop:
+        return
+    rows = first + tl.arange(0, ROWS)
+    valid = rows < stop
+    slots, _, token = locate(slot_order, rows, valid, tokens, 1)
+    j = col * COLS + tl.arange(0, COLS)
+    j_valid = j < width
+    acc = multiply(
+        rows_in + rows.to(tl.int64) * depth,
+        valid,
+        weight + expert.to(tl.int64) * stride_we + j.to(tl.int64) * stride_wj,
+        j_valid,
+        depth,
+        stride_wk,
+        ROWS,
+        COLS,
+        DEPTH,
+    )
+    if HAS_BIAS:
+        acc += tl.load(bias + expert.to(tl.int64) * width + j, mask=j_valid, other=0.0).to(tl.float32)[None, :]
+    to = (slots * tokens + token)[:, None] * width + j[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=valid[:, None] & j_valid[None, :])
+
+
+@triton.jit
+def combine_kernel(by_slot, gates, out, size, top_k, HAS_GATES: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[b] = sum_k gates[b, k] * by_slot[b, k]`` (no gates: plain sum), ``size`` elements an image, k rising."""
+    image = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in range(top_k):
+        y = tl.load(by_slot + (image * top_k + k) * size + i, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATES:
+            y *= tl.load(gates + image * top_k + k).to(tl.float32)
+        acc += y
+    tl.store(out + image * size + i, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def through_gelu(
+    da,
+    g,
+    z,
+    dz,
+    gated,
+    bias_parts,
+    h,
+    valid,
+    hidden,
+    NEED_DZ: tl.constexpr,
+    NEED_GATES: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The columns h of a tile of `to_hidden_grad_kernel`; returns ``da . a`` over them, ``[ROWS]``."""
+    # Within a tile 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
+    at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
+    inside = valid[:, None] & (h < hidden)[None, :]
+    z_block = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    cdf = gelu_cdf(z_block)
+    dg = tl.zeros((ROWS,), tl.float32)
+    if NEED_GATES:
+        dg = tl.sum(da * z_block * cdf, 1)
+    if NEED_WEIGHTS:
+        tl.store(gated + at, (g[:, None] * z_block * cdf).to(gated.dtype.element_ty), mask=inside)
+    if NEED_DZ:
+        dz_block = g[:, None] * da * (cdf + z_block * gelu_pdf(z_block))
+        tl.store(dz + at, dz_block.to(dz.dtype.element_ty), mask=inside)
+        if NEED_WEIGHTS:
+            tl.store(bias_parts + h, tl.sum(dz_block, 0), mask=h < hidden)
+    return dg
+
+
+@triton.jit
+def to_hidden_grad_kernel(
+    grad_out,
+    gates,
+    slot_order,
+    offsets,
+    weight,
+    z,
+    dz,
+    gated,
+    gate_parts,
+    bias_parts,
+    num_experts,
+    num_rows,
+    tokens,
+    top_k,
+    dim,
+    hidden,
+    stride_gb,
+    stride_gn,
+    stride_we,
+    stride_wd,
+    NEED_DZ: tl.constexpr,
+    NEED_GATES: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Back through fc2 and the GELU. With ``da = dout W2_e`` and ``a = gelu(z)`` of a row of gate g:
+
+    ``dz = g da gelu'(z)`` and ``gated = g a``, both ``[S*N, H]``; ``bias_parts [tiles, H]``: dz summed over each tile;
+    ``gate_parts [column blocks, S*N]``: ``da . a`` over each block of columns.
+    HALVES: the GELU is gone through in two halves of the columns, which take half the registers.
+    """
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
+    expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
+    if first >= stop:
+        return
+    rows = first + tl.arange(0, ROWS)
+    valid = rows < stop
+    slots, images, token = locate(slot_order, rows, valid, tokens, top_k)
+    h = col * COLS + tl.arange(0, COLS)
+    h_valid = h < hidden
+    da = multiply(
+        grad_out + images * stride_gb + token * stride_gn,
+        valid,
+        weight + expert.to(tl.int64) * stride_we + h,
+        h_valid,
+        dim,
+        stride_wd,
+        ROWS,
+        COLS,
+        DEPTH,
+    )
+    g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
+    start = first.to(tl.int64) * hidden
+    z += start
+    if NEED_DZ:
+        dz += start
+    if NEED_WEIGHTS:
+        gated += start
+        bias_parts += tile.to(tl.int64) * hidden
+    if HALVES:
+        HALF: tl.constexpr = COLS // 2
+        low, high = tl.split(tl.permute(tl.reshape(da, (ROWS, 2, HALF)), (0, 2, 1)))
+        h = col * COLS + tl.arange(0, HALF)
+        dg = through_gelu(low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+        h += HALF
+        dg += through_gelu(high, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+    else:
+        dg = through_gelu(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+    if NEED_GATES:
+        tl.store(gate_parts + col.to(tl.int64) * num_rows + rows, dg, mask=valid)
+
+
+@triton.jit
+def weight_grad_kernel(
+    left,
+    right,
+    slot_order,
+    offsets,
+    out,
+    tokens,
+    top_k,
+    height,
+    width,
+    stride_b,
+    stride_n,
+    GATHER_LEFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``out[e] = left[rows of e].T @ right[rows of e]``, ``[E, height, width]``; zeros for an expert without rows.
+
+    One side is gathered from ``[B, N, .]`` (left when GATHER_LEFT, else right), the other lies in row order.
+    """
+    cols = tl.cdiv(width, COLS)
+    per_expert = tl.cdiv(height, ROWS) * cols
+    expert = tl.program_id(0) // per_expert
+    within = tl.program_id(0) % per_expert
+    i = within // cols * ROWS + tl.arange(0, ROWS)
+    j = within % cols * COLS + tl.arange(0, COLS)
+    i_valid = i < height
+    j_valid = j < width
+    start = (tl.load(offsets + expert) * tokens).to(tl.int32)
+    stop = (tl.load(offsets + expert + 1) * tokens).to(tl.int32)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for row in range(start, stop, DEPTH):
+        rows = row + tl.arange(0, DEPTH)
+        valid = rows < stop
+        _, images, token = locate(slot_order, rows, valid, tokens, top_k)
+        gathered = images * stride_b + token * stride_n
+        if GATHER_LEFT:
+            left_at = gathered
+            right_at = rows.to(tl.int64) * width
+        else:
+            left_at = rows.to(tl.int64) * height
+            right_at = gathered
+        # Both sides are masked: 0 times a NaN that lies past the end would be NaN.
+        l_block = tl.load(left + left_at[:, None] + i[None, :], mask=valid[:, None] & i_valid[None, :], other=0.0)
+        r_block = tl.load(right + right_at[:, None] + j[None, :], mask=valid[:, None] & j_valid[None, :], other=0.0)
+        acc = tl.dot(tl.trans(l_block), r_block, acc, input_precision="ieee")
+    to = expert.to(tl.int64) * height * width + i.to(tl.int64)[:, None] * width + j[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=i_valid[:, None] & j_valid[None, :])
+
+
+@triton.jit
+def image_sum_kernel(grad_out, sums, tokens, dim, stride_gb, stride_gn, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr):
+    """``sums[b] = sum_n grad_out[b, n]``, float32 ``[B, D]``."""
+    image = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * SUM_COLS + tl.arange(0, SUM_COLS)
+    acc = tl.zeros((SUM_COLS,), tl.float32)
+    for n0 in range(0, tokens, SUM_ROWS):
+        n = n0 + tl.arange(0, SUM_ROWS)
+        at = image * stride_gb + n.to(tl.int64)[:, None] * stride_gn + d[None, :]
+        block = tl.load(grad_out + at, mask=(n < tokens)[:, None] & (d < dim)[None, :], other=0.0)
+        acc += tl.sum(block.to(tl.float32), 0)
+    tl.store(sums + image * dim + d, acc, mask=d < dim)
+
+
+@triton.jit
+def gate_grad_kernel(
+    gate_parts,
+    sums,
+    slot_order,
+    offsets,
+    bias,
+    dgates,
+    num_experts,
+    num_rows,
+    num_parts,
+    tokens,
+    top_k,
+    dim,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``dg = sum_{n, h} da a + (sum_n dout[b, n]) . b2_e`` of one slot: its column parts, then the bias's share."""
+    position = tl.program_id(0)
+    slot = tl.load(slot_order + position)
+    expert = find_expert(offsets, position, num_experts, EXPERTS)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i0 in range(0, num_parts * tokens, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        at = (i // tokens).to(tl.int64) * num_rows + position.to(tl.int64) * tokens + i % tokens
+        acc += tl.load(gate_parts + at, mask=i < num_parts * tokens, other=0.0)
+    for d0 in range(0, dim, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        s = tl.load(sums + slot // top_k * dim + d, mask=d < dim, other=0.0)
+        acc += s * tl.load(bias + expert.to(tl.int64) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    tl.store(dgates + slot, tl.sum(acc, 0).to(dgates.dtype.element_ty))
+
+
+@triton.jit
+def bias1_grad_kernel(
+    bias_parts,
+    offsets,
+    out,
+    num_experts,
+    tokens,
+    hidden,
+    TILE_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    SUM_COLS: tl.constexpr,
+):
+    """``out[e] = `` the sum of bias_parts over the tiles of e, ``[E, H]``. Tiles as in `to_hidden_grad_kernel`."""
+    expert = tl.program_id(0)
+    h = tl.program_id(1) * SUM_COLS + tl.arange(0, SUM_COLS)
+    first, end = expert_tiles(offsets, expert, num_experts, tokens, TILE_ROWS, EXPERTS)
+    acc = tl.zeros((SUM_COLS,), tl.float32)
+    for t0 in range(first, end, SUM_ROWS):
+        t = t0 + tl.arange(0, SUM_ROWS)
+        at = t.to(tl.int64)[:, None] * hidden + h[None, :]
+        acc += tl.sum(tl.load(bias_parts + at, mask=(t < end)[:, None] & (h < hidden)[None, :], other=0.0), 0)
+    tl.store(out + expert.to(tl.int64) * hidden + h, acc.to(out.dtype.element_ty), mask=h < hidden)
+
+
+@triton.jit
+def bias2_grad_kernel(
+    sums, gates, slot_order, offsets, out, top_k, dim, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr
+):
+    """``out[e] = sum over the slots of e of gate * sums[image]``, ``[E, D]``."""
+    expert = tl.program_id(0)
+    d = tl.program_id(1) * SUM_COLS + tl.arange(0, SUM_COLS)
+    start = tl.load(offsets + expert).to(tl.int32)
+    stop = tl.load(offsets + expert + 1).to(tl.int32)
+    acc = tl.zeros((SUM_COLS,), tl.float32)
+    for p0 in range(start, stop, SUM_ROWS):
+        p = p0 + tl.arange(0, SUM_ROWS)
+        slots = tl.load(slot_order + p, mask=p < stop, other=0)
+        g = tl.load(gates + slots, mask=p < stop, other=0.0).to(tl.float32)
+        at = (slots // top_k)[:, None] * dim + d[None, :]
+        acc += tl.sum(g[:, None] * tl.load(sums + at, mask=(p < stop)[:, None] & (d < dim)[None, :], other=0.0), 0)
+    tl.store(out + expert.to(tl.int64) * dim + d, acc.to(out.dtype.element_ty), mask=d < dim)

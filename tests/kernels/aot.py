@@ -1,0 +1,140 @@
+"""Compiles, for a GPU that is not there, exactly what the launchers launch; a program, printing JSON, a line a kernel.
+
+The launchers run on meta tensors with a recorder in the place of the launch, so they can't read a value, and what is
+compiled has their arguments, specialised as at run time. Must run without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dexkernels.kernels import align_loss, group_ema, grouped_mlp, route
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+MODULES = (align_loss, group_ema, grouped_mlp, route)
+LAUNCHED = []
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+def record(self, *args, grid, warmup, **kwargs):
+    LAUNCHED.append((self, args, kwargs))
+
+
+def source(kernel, args, kwargs):
+    """The kernel with its arguments specialised as the just-in-time compiler does: 1 and None are constants."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + ("i1" if value.dtype == torch.bool else TYPES[value.dtype])
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def local_memory_in_loops(sass: str) -> int:
+    """Loads and stores of local memory inside the innermost loops that hold a matrix product."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    loops = []
+    for address, text in code:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and int(branch.group(1), 16) < address:
+            loops.append((int(branch.group(1), 16), address))
+    bad = 0
+    for start, end in loops:
+        if any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops):
+            continue
+        body = [text for address, text in code if start <= address <= end]
+        if any(re.search(r"GMMA|HMMA|FFMA", text) for text in body):
+            bad += sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in body)
+    return bad
+
+
+def compile_one(kernel, args, kwargs, arch):
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(source(kernel, args, kwargs), target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True).stdout
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", f.name], capture_output=True, text=True).stdout
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "local": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "local_in_loops": local_memory_in_loops(sass),
+        "shared": compiled.metadata.shared,
+        "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "cp_async_16": len(re.findall(r"cp\.async\.cg\S* \[[^\]]*\], \[[^\]]*\], 0x10", ptx)),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "wide_load": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+        "sass_found": "EXIT" in sass,
+    }
+
+
+def launch_everything(dtype):
+    """Every kernel and every flag that changes its code, at the size of ViT-B (B = 224, N = 65, E = 8, K = 2)."""
+    B, N, D, H, E, K = 224, 65, 768, 3072, 8, 2
+    m = {"device": "meta"}
+    x, gates = torch.empty(B, N, D, dtype=dtype, **m), torch.empty(B, K, **m)
+    order, offsets = torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m)
+    w1, b1 = torch.empty(E, H, D, dtype=dtype, **m), torch.empty(E, H, dtype=dtype, **m)
+    w2, b2 = torch.empty(E, D, H, dtype=dtype, **m), torch.empty(E, D, dtype=dtype, **m)
+    out, z = grouped_mlp.grouped_mlp_forward(x, gates, order, offsets, w1, b1, w2, b2)
+    grouped_mlp.grouped_mlp_backward(out, x, gates, order, offsets, w1, w2, b2, z)
+    for kind in align_loss.KINDS:
+        loss, saved = align_loss.align_loss_forward(out, out, kind)
+        align_loss.align_loss_backward(loss, out, out, saved, kind)
+    r = x[:, 0]
+    for experts in route.BLOCKS:
+        wr, noise = torch.empty(experts, D, **m), torch.empty(B, experts, **m)
+        p, g, indices, balance, *_ = route.route_forward(r, wr, K, 0.5, noise)
+        route.route_backward(g, balance, p, indices, g, r, wr, K, 0.5)
+    if dtype == torch.float32:
+        skip = torch.empty((), dtype=torch.bool, **m)
+        for momentum in (0.999, torch.empty((), **m)):
+            group_ema.group_ema_([b2[0]] * 4, [b2] * 4, [torch.empty(E, **m)] * 4, momentum, skip)
+
+
+def main(arch: int) -> None:
+    JITFunction.run = record
+    for module in MODULES:
+        if hasattr(module, "architecture"):
+            module.architecture = lambda device: arch
+    seen = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        LAUNCHED.clear()
+        launch_everything(dtype)
+        for kernel, args, kwargs in LAUNCHED:
+            what = source(kernel, args, kwargs).hash()
+            if what in seen:
+                continue
+            seen.add(what)
+            flags = [v for p, v in zip(kernel.params, args, strict=False) if p.is_constexpr]
+            row = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "arch": arch, "flags": flags}
+            print(json.dumps(row | compile_one(kernel, args, kwargs, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""Kernels run here in Triton's interpreter, on CPU tensors, with poisoned allocations.
+
+Where Triton is not installed the tests are skipped, each file saying so.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is not None:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    # Decorators read the variable when a module is imported, so it need not outlive these imports.
+    import triton
+    import triton.experimental.gluon  # which the first launch would import
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from dexkernels.kernels import align_loss, common, group_ema, grouped_mlp, route  # noqa: F401
+
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+    if not all(isinstance(f, InterpretedFunction) for f in (triton.language.sum, common.find_tile)):
+        raise RuntimeError("triton was imported before tests/kernels: run these tests in a process of their own")
+
+MARGIN = 4096
+"""Elements of poison after every allocation."""
+
+POISON = {torch.int32: -(2**30), torch.int64: -(2**60), torch.bool: True}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a launcher allocates holds NaN and lies before a margin of NaN, which must be untouched afterwards."""
+    empty = torch.empty
+    allocated = []
+
+    def poisoned(shape, dtype, device):
+        shape = torch.Size([shape] if isinstance(shape, int) else shape)
+        size = shape.numel()
+        buffer = empty(size + MARGIN, dtype=dtype, device=device).fill_(POISON.get(dtype, float("nan")))
+        if buffer.device.type == "cpu":
+            allocated.append((buffer[size:], buffer[size:].clone()))
+        return buffer[:size].view(shape)
+
+    def new_empty(t, shape, *, dtype=None, device=None):
+        return poisoned(shape, dtype or t.dtype, device or t.device)
+
+    def empty_like(t, **kwargs):
+        return poisoned(t.shape, t.dtype, t.device)
+
+    def patched_empty(*shape, dtype=None, device=None, **kwargs):
+        return poisoned(shape[0] if len(shape) == 1 else shape, dtype or torch.get_default_dtype(), device)
+
+    for module in (align_loss, group_ema, grouped_mlp, route):
+        monkeypatch.setattr(module, "torch", _Torch(empty=patched_empty, empty_like=empty_like))
+    with monkeypatch.context() as m:
+        m.setattr(torch.Tensor, "new_empty", new_empty)
+        yield
+    for margin, before in allocated:
+        assert torch.equal(margin.nan_to_num(), before.nan_to_num()), "written past the end of an allocation"
+        assert torch.equal(margin.isnan(), before.isnan()), "written past the end of an allocation"
+
+
+class _Torch:
+    """torch with other allocators, for the modules under test alone."""
+
+    def __init__(self, **replaced):
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def embed(t, gap=3):
+    """``t`` with every dimension strided, inside a buffer of NaN."""
+    buffer = torch.full([2 * n + gap for n in t.shape], float("nan"), dtype=t.dtype)
+    inner = buffer[tuple(slice(1, 1 + 2 * n, 2) for n in t.shape)]
+    return inner.copy_(t)
+
+
+def embed_rows(t, gap=5):
+    """``t`` with a last dimension of stride 1 and gaps of NaN after every row, inside a buffer of NaN."""
+    buffer = torch.full([n + gap for n in t.shape], float("nan"), dtype=t.dtype)
+    return buffer[tuple(slice(0, n) for n in t.shape)].copy_(t)
+
+
+@pytest.fixture
+def layouts():
+    """Name -> what puts the same values into other strides."""
+    return {"contiguous": lambda t: t, "rows": embed_rows, "all": embed}

@@ -1,0 +1,77 @@
+"""What every shipped configuration compiles to for sm_80 and sm_90, without a GPU: see aot.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+
+SHARED = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one block may have."""
+
+PRODUCTS = ("fc1_kernel", "to_slots_kernel", "to_hidden_grad_kernel", "weight_grad_kernel")
+
+KERNELS = {
+    *PRODUCTS,
+    *("combine_kernel", "image_sum_kernel", "gate_grad_kernel", "bias1_grad_kernel", "bias2_grad_kernel"),
+    *("forward_kernel", "mean_kernel", "backward_kernel"),
+    *("route_kernel", "logits_grad_kernel", "router_grad_kernel", "group_ema_kernel"),
+}
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def compiled(request, tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    program = Path(__file__).with_name("aot.py")
+    done = subprocess.run([sys.executable, program, str(request.param)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def names(rows):
+    return [f"{r['kernel']} {r['dtype']} {r['flags']}" for r in rows]
+
+
+def test_every_kernel_was_compiled(compiled):
+    assert {r["kernel"] for r in compiled} == KERNELS
+    assert {r["dtype"] for r in compiled} == {"bf16", "fp32"}
+    assert all(r["sass_found"] for r in compiled)
+
+
+def test_shared_memory_fits(compiled):
+    assert not names(r for r in compiled if r["shared"] > SHARED[r["arch"]])
+
+
+def test_products_spill_nothing_and_the_rest_little(compiled):
+    assert not names(r for r in compiled if r["local_in_loops"])
+    assert not names(r for r in compiled if r["stack"] > (0 if r["kernel"] in PRODUCTS else 64))
+
+
+def test_half_precision_uses_tensor_cores(compiled):
+    for r in (r for r in compiled if r["kernel"] in PRODUCTS and r["dtype"] == "bf16"):
+        assert r["wgmma"] == ["m64n128k16"] if r["arch"] == 90 else r["mma"] > 0, r
+
+
+def test_float32_is_float32(compiled):
+    for r in (r for r in compiled if r["kernel"] in PRODUCTS and r["dtype"] == "fp32"):
+        assert not r["wgmma"] and not r["mma"], r
+    for r in (r for r in compiled if r["kernel"].startswith("rout")):
+        assert not r["wgmma"] and not r["mma"], r
+
+
+def test_products_load_asynchronously(compiled):
+    for r in (r for r in compiled if r["kernel"] in PRODUCTS):
+        assert r["cp_async"] > 0, r
+        # 16 bytes a copy; the transposed float32 loads of the weight gradient are narrower.
+        assert r["cp_async_16"] > 0 or r["dtype"] == "fp32", r
+
+
+def test_memory_bound_kernels_load_16_bytes(compiled):
+    for r in compiled:
+        if r["kernel"] in ("combine_kernel", "group_ema_kernel", "forward_kernel", "backward_kernel"):
+            assert r["wide_load"], r
