@@ -50,7 +50,7 @@ def compare(request, tiny):
 
 @pytest.fixture
 def report(request, tiny):
-    """``report(case, baseline, ratio, at_least, detail)``: a row printed at the end; unless tiny the ratio is asserted."""
+    """``report(case, baseline, ratio, at_least, detail)``: a row at the end; unless tiny the ratio is asserted."""
 
     def add(case: str, baseline: str, ratio: float, at_least: float, detail: str) -> None:
         request.config.stash[ROWS].append((case, baseline, f"{ratio:.2f}", f"{at_least:.2f}", detail))

@@ -275,6 +275,12 @@ def test_loading_onto_another_patch_side():
         torch.testing.assert_close(model.encoder(image), dense(small), rtol=1e-8, atol=1e-8)
 
 
+def test_what_is_left_out_is_not_reported_as_resized():
+    report = load_pretrained(build(img_size=24, patch_size=8), mae_like()[1])
+    assert set(report.resized) == {"pos_embed", "patch_embed.proj.weight"}
+    assert "decoder_pos_embed" in report.ignored and "decoder_pos_embed" in report.kept
+
+
 # Refusals
 
 

@@ -32,7 +32,7 @@ def expert_by_modality(
 
 
 def one_hot(index: Tensor, size: int) -> Tensor:
-    """float64 ``[B, size]``. Unlike the one in torch it never makes a GPU wait for the host."""
+    """float64 ``[B, size]``."""
     return (index[:, None] == torch.arange(size, device=index.device)).double()
 
 

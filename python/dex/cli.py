@@ -1,20 +1,24 @@
-"""The `dex` command. Each subcommand is one function that returns an exit code.
+"""The `dex` command. Each subcommand is one function that checks its input and returns what is then to be done.
 
 Exit codes: 0 done; 1 failed, or `doctor` found that pretraining cannot run; 2 wrong usage or input, one line on stderr;
-3 stopped by non-finite steps; 75 preempted by a signal and resumable.
+3 stopped by non-finite steps; 75 preempted by a signal and resumable; 130 interrupted at once.
 """
 
 import argparse
 import contextlib
 import datetime
+import errno
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+if TYPE_CHECKING:
+    from dex.pretrain import Plan
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 _HELP = """usage: dex COMMAND [options]
 
@@ -31,7 +35,10 @@ options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; wrong usage or input is one line on stderr and exit code 2, never a traceback."""
+    """Run one command; wrong usage or input is one line on stderr and exit code 2, never a traceback.
+
+    Whatever goes wrong once the input is accepted is no usage error and is raised, so that the process ends with 1.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="", file=sys.stdout if arguments else sys.stderr)
@@ -46,21 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in commands:
         return _usage("dex", f"command: expected one of {', '.join(commands)}; got {name!r}")
     try:
-        return commands[name](rest)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        return _usage(f"dex {name}", str(error))
-    except ModuleNotFoundError as error:
-        return _usage(f"dex {name}", f"{error}; pip install 'dexkernels[train]' brings what the command needs")
-    except OSError as error:
-        print(f"dex {name}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        try:
+            carry_out = commands[name](rest)
+        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            return _usage(f"dex {name}", str(error))
+        except ModuleNotFoundError as error:
+            needs = "pip install -e '.[train]' in the clone brings what the command needs"
+            return _usage(f"dex {name}", f"{error}; {needs}")
+        except OSError as error:
+            return _failed(f"dex {name}", error)
+        except SystemExit as error:  # argparse's --help
+            return int(error.code or 0)
+        return carry_out()
     except KeyboardInterrupt:
-        return 130
-    except SystemExit as error:  # argparse's --help
-        return int(error.code or 0)
+        return EXIT_INTERRUPTED
 
 
-def _pretrain(arguments: list[str]) -> int:
+def _pretrain(arguments: list[str]) -> Callable[[], int]:
     import tyro
 
     from dex import config as configuration
@@ -76,8 +85,9 @@ def _pretrain(arguments: list[str]) -> int:
     class Pretrain:
         """Masked-autoencoder pretraining of a DEX vision transformer.
 
-        The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 2 wrong usage or input, 3
-        stopped by three non-finite steps in a row, 75 stopped by SIGTERM or SIGINT, saved and resumable.
+        The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 1 failed, 2 wrong usage or
+        input, 3 stopped by three non-finite steps in a row, 75 stopped by SIGTERM or SIGINT, saved and resumable, 130
+        interrupted at once.
         """
 
         preset: str | None = None
@@ -85,7 +95,7 @@ def _pretrain(arguments: list[str]) -> int:
         config: str | None = None
         """YAML file with some or all of the fields below."""
         data: str | None = None
-        """Prepared data set or folder of images; the small set in the package without it. Same as --data.path."""
+        """Folder of images or shard set; the small set in the package without it. Same as --data.path."""
         out: str | None = None
         """Run folder; runs/NAME-DATE without it."""
         steps: int | None = None
@@ -93,7 +103,7 @@ def _pretrain(arguments: list[str]) -> int:
         resume: str | None = None
         """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Print the configuration and what would run; write nothing."""
+        """Check everything and print the configuration and what would run; write nothing."""
         fields: Annotated[configuration.Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
 
     complaint = io.StringIO()
@@ -102,24 +112,36 @@ def _pretrain(arguments: list[str]) -> int:
             parsed = tyro.cli(Pretrain, prog="dex pretrain", args=arguments, default=Pretrain())
     except SystemExit as error:
         if not error.code:  # --help
-            return 0
+            return lambda: 0
         raise ValueError(_one_line(complaint.getvalue())) from None
     config = parsed.fields
     if parsed.data is not None:
         config = replace(config, data=replace(config.data, path=parsed.data))
     if parsed.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
-    configuration.check(config)
-    if parsed.dry_run:
-        _dry_run(config)
-        return 0
-
-    from dex.pretrain import pretrain
-
     if out is None:
         name = first.preset or (Path(first.config).stem if first.config else "pretrain")
         out = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return pretrain(config, out, resume=resume, command=["dex", "pretrain", *arguments])
+
+    from dex.data import CorruptDataError
+    from dex.pretrain import plan, prepare
+
+    if parsed.dry_run:
+        print(_describe(plan(config, out, resume)))
+        return lambda: 0
+    run = prepare(config, out, resume=resume, command=["dex", "pretrain", *arguments])
+
+    def carry_out() -> int:
+        try:
+            return run.run()
+        except CorruptDataError as error:
+            return _failed("dex pretrain", error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return _failed("dex pretrain", error)
+
+    return carry_out
 
 
 def _start_options(arguments: list[str]) -> argparse.Namespace:
@@ -131,7 +153,7 @@ def _start_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:
-    """What `engine.pretrain` takes as ``resume`` and ``out``."""
+    """What `dex.pretrain.pretrain` takes as ``resume`` and ``out``."""
     folder = Path(out) if out is not None else None
     if resume is None:
         return None, folder
@@ -156,43 +178,43 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
 
     base = configuration.preset(preset) if preset is not None else None
     if file is not None:
-        return configuration.read_yaml(file, base or configuration.Config())
+        return configuration.read_yaml(file, base or configuration.preset("published-code"))
     if base is None and resumed is not None and (resumed / "config.yaml").is_file():
         base = configuration.read_yaml(resumed / "config.yaml", configuration.Config())
         return replace(base, run=replace(base.run, stop_at=None))  # where an earlier start was to stop
     return base
 
 
-def _dry_run(config: Any) -> None:
+def _describe(plan: "Plan") -> str:
+    """The configuration as YAML, and what would run as comments below it."""
     import torch
 
     from dex.config import to_yaml
-    from dex.data import Loader, open_dataset
-    from dex.engine import build_model, resolve_device, resolve_precision
-    from dex.schedules import total_steps
+    from dex.engine import build_model
 
-    dataset = open_dataset(config.data.path)
-    train, held_out = dataset.split("train"), dataset.split("val")
+    config, dataset = plan.config, plan.dataset
     with torch.device("meta"):
         model = build_model(config)
     parameters = {"experts": 0, "directors": 0, "rest": 0}
     for name, parameter in model.named_parameters():
         kind = "directors" if ".director." in name else "experts" if ".experts." in name else "rest"
         parameters[kind] += parameter.numel()
-    loader = Loader(train, config.data.batch_size, seed=config.run.seed)
-    steps = total_steps(config, loader.batches_per_epoch)
-    device = resolve_device(config)
-    print(to_yaml(config), end="")
-    print(f"# parameters: {sum(parameters.values()):,}; " + ", ".join(f"{k} {n:,}" for k, n in parameters.items()))
-    print(f"# data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images")
-    for name, count in dataset.modality_counts().items():
-        print(f"#   {name}: {count:,}")
-    epochs = steps / loader.batches_per_epoch
-    print(f"# {loader.batches_per_epoch:,} steps per epoch, {steps:,} steps, {epochs:.1f} epochs")
-    print(f"# peak learning rate {config.peak_lr:.3g}; {device.type}, {resolve_precision(config, device)}")
+    train, held_out = dataset.split("train"), dataset.split("val")
+    lines = [
+        f"parameters: {sum(parameters.values()):,}; " + ", ".join(f"{k} {n:,}" for k, n in parameters.items()),
+        f"data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images",
+        *(f"  {name}: {count:,}" for name, count in dataset.modality_counts().items()),
+        f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
+        f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
+        f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
+        *plan.notes,
+    ]
+    if plan.saved:
+        lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
+    return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
 
 
-def _doctor(arguments: list[str]) -> int:
+def _doctor(arguments: list[str]) -> Callable[[], int]:
     parser = _Parser(
         prog="dex doctor",
         description="Versions, devices, kernel backends, codecs, disk, data. Exit code 1 when pretraining cannot run.",
@@ -200,9 +222,11 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
     parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")
     options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.strip():
+        raise ValueError(f"data: expected a folder; got {options.data!r}")
     from dex.doctor import doctor
 
-    return EXIT_FAILED if doctor(options.data, Path(options.out)) else 0
+    return lambda: EXIT_FAILED if doctor(options.data, Path(options.out)) else 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,6 +250,11 @@ def _one_line(box: str) -> str:
         meant = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
         text += f"; perhaps {' or '.join(meant)}"
     return text
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _usage(command: str, message: str) -> int:

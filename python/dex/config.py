@@ -1,7 +1,7 @@
 """Everything that decides a run, as frozen dataclasses; YAML in and out; the presets.
 
-`Config()` holds the values of the published code. A preset or a YAML file changes some of them, the command line the
-rest; `check` refuses what cannot work before anything is built.
+`Config()` holds the values of the published code and reads images in the training process. A preset or a YAML file
+changes some of them, the command line the rest; `check` refuses what cannot work before anything is built.
 """
 
 import dataclasses
@@ -37,6 +37,8 @@ class ModelConfig:
     """Predict pixels normalised per patch, as the published runs do, instead of the pixels themselves."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder."""
+    align: Literal["kd", "cosine", "mse"] = "kd"
+    """Which align loss: kd is the published code's, cosine the paper's Eq. 7; see `dexkernels.align_loss`."""
     backend: str | None = None
     """Kernel backend of every op; none takes each op's default. `dex doctor` lists them."""
 
@@ -44,9 +46,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = None
-    """Prepared data set; none is the small set that comes with the package."""
+    """Folder of images (one sub-folder per modality) or shard set; none is the small set in the package."""
     batch_size: int = 896
-    """Images per step, over all processes."""
+    """Images per step."""
     num_workers: int = 0
     """Processes that read ahead; 0 reads in the training process. The order of images does not depend on it."""
 
@@ -83,7 +85,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. Except for the seed and the precision, nothing here changes its result."""
+    """How a run is carried out. Seed, precision and device change its result; nothing else here does.
+
+    Another device draws other random numbers and rounds otherwise.
+    """
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -115,13 +120,14 @@ class Config:
         return self.optim.base_lr * self.data.batch_size / 512
 
 
-# Fields that a resumed run may change: they change neither the weights' meaning nor the course of the run.
+# Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
+# otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
 FREE_ON_RESUME = frozenset(
     {"data.path", "data.num_workers", "model.backend"}
     | {f"run.{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in ("seed", "precision")}
 )
 
-_PUBLISHED = Config()
+_PUBLISHED = Config(data=DataConfig(num_workers=8))
 _DEMO = Config(
     model=ModelConfig(
         embed_dim=192,
@@ -135,7 +141,7 @@ _DEMO = Config(
     # Many steps of few images: in so short a run the number of steps decides whether attention finds the neighbours.
     data=DataConfig(batch_size=16),
     optim=OptimConfig(base_lr=0.048, betas=(0.9, 0.95)),  # a peak of 1.5e-3
-    # Ten times the published balance weight: with 0.01 routers began to collapse at a peak of 2e-3.
+    # Ten times the published balance weight, chosen for so short a run.
     schedule=ScheduleConfig(steps=1000, warmup=0.1, balance_weight=(0.1, 0.1)),
     run=RunConfig(
         precision="auto", log_every=25, evaluate_every=250, evaluate_images=64, checkpoint_every=500, keep_checkpoints=2
@@ -146,6 +152,7 @@ PRESETS: dict[str, Config] = {
     "published-code": _PUBLISHED,
     "paper": replace(
         _PUBLISHED,
+        model=replace(_PUBLISHED.model, align="cosine"),
         data=replace(_PUBLISHED.data, batch_size=448),
         schedule=replace(_PUBLISHED.schedule, balance_weight=(0.001, 0.0)),
     ),
@@ -254,6 +261,7 @@ def check(config: Config) -> None:
         f"a share that keeps and hides at least one of {patches} patches",
         model.mask_ratio,
     )
+    require(data.path is None or bool(data.path.strip()), "data.path", "a folder", data.path)
     require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
     require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
     require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)

@@ -66,7 +66,7 @@ def versions() -> Iterator[Check]:
             if name == "dexkernels":
                 yield Check("versions", name, "note", "run from its source tree, not installed")
             elif name in _NEEDED:
-                yield Check("versions", name, "failed", "not installed; pip install 'dexkernels[train]'")
+                yield Check("versions", name, "failed", "not installed; pip install -e '.[train]' in the clone")
             else:
                 yield Check("versions", name, "note", "not installed; optional")
 

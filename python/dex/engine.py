@@ -70,14 +70,15 @@ def build_model(config: Config) -> MaskedAutoencoder:
         m.embed_dim,
         m.depth,
         m.num_heads,
-        list(m.num_experts) if isinstance(m.num_experts, tuple) else m.num_experts,
-        list(m.top_k) if isinstance(m.top_k, tuple) else m.top_k,
+        m.num_experts,
+        m.top_k,
         m.decoder_embed_dim,
         m.decoder_depth,
         m.decoder_num_heads,
         mlp_ratio=m.mlp_ratio,
         norm_pix_loss=m.norm_pix_loss,
         backend=m.backend,
+        align=m.align,
     )
 
 
@@ -102,8 +103,9 @@ class Trainer:
     """Model, optimizer, loader and counters of one run; nothing here knows of a folder.
 
     A step: forward, backward, verdict, GEMA, clip, AdamW. The verdict (loss, gate mass and gradient norm finite) is a
-    0-dim tensor on the device, and with a bad one the same launches change nothing, so the host never waits for it: it
-    reads verdicts one step late on a GPU, at once on a CPU.
+    0-dim tensor on the device, and with a bad one the same launches change nothing, so no step waits for its own
+    verdict: the host reads it one step late on a GPU, at once on a CPU. Other things may still wait for the device:
+    the plain-torch experts that a GPU uses today read the sizes of their groups on the host, in every layer.
     """
 
     def __init__(self, config: Config, dataset: Dataset, *, start_batch: int = 0):

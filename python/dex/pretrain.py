@@ -1,40 +1,60 @@
 """One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dex import checkpoint
+import torch
+
+from dex import checkpoint, plots
 from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
-from dex.data import open_dataset
+from dex.data import CorruptDataError, Loader, open_dataset
 from dex.data.dataset import Dataset
-from dex.engine import NonFinite, Trainer
+from dex.engine import NonFinite, Trainer, resolve_device, resolve_precision
 from dex.runlog import Progress, RunLog, describe_machine, now
+from dex.schedules import total_steps
 
 EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
 NONFINITE_IN_A_ROW = 3
 """A run stops after so many non-finite steps one after another."""
 
 
-def refuse_other_run(saved: checkpoint.Checkpoint, trainer: Trainer) -> None:
-    """ValueError naming every field in which the saved run is another run than the trainer's."""
-    state = saved.state
-    old = from_dict(state["config"], Config(), str(saved.folder / "state.json"))
-    changed = {k: v for k, v in differences(old, trainer.config).items() if k not in FREE_ON_RESUME}
-    for name, before, after in (
-        ("data", state["data_fingerprint"], trainer.fingerprint),
-        ("steps", state["steps"], trainer.steps),
-        ("precision", state["precision"], trainer.precision),
-    ):
-        if before != after:
-            changed.setdefault(name, (before, after))
-    if changed:
-        listed = "; ".join(f"{name}: expected {before!r}, got {after!r}" for name, (before, after) in changed.items())
-        raise ValueError(f"resume: {saved.folder} belongs to another run: {listed}")
+class Plan(NamedTuple):
+    """A run that nothing speaks against; not a file of it is written yet."""
+
+    config: Config
+    log: RunLog
+    dataset: Dataset
+    device: torch.device
+    precision: str
+    batches_per_epoch: int
+    steps: int
+    saved: checkpoint.Checkpoint | None
+    """Where it goes on; None at step 0."""
+    notes: list[str]
+    """What is to be said about that."""
+
+
+def plan(config: Config, out: Path, resume: str | Path | None = None) -> Plan:
+    """Everything that can be checked before a model is built; arguments and errors as in `pretrain`."""
+    check(config)
+    _require_one_process()
+    log = RunLog(out)
+    saved, notes = _find_start(log, resume)
+    dataset = _open_data(config)
+    train = dataset.split("train")
+    if len(train) == 0:
+        raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+    batches = Loader(train, config.data.batch_size, seed=config.run.seed).batches_per_epoch
+    device = resolve_device(config)
+    precision, steps = resolve_precision(config, device), total_steps(config, batches)
+    _refuse_other_run(log, saved, config, {"data": dataset.fingerprint, "steps": steps, "precision": precision})
+    return Plan(config, log, dataset, device, precision, batches, steps, saved, notes)
 
 
 def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> int:
@@ -42,56 +62,63 @@ def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, com
 
     out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
     good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
-    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, before a folder is made.
+    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, before a folder is made;
+    CorruptDataError when too many images cannot be read, after saving.
     """
-    check(config)
-    log = RunLog(out)
-    saved, notes = _find_start(log, resume)
-    dataset = open_dataset(config.data.path)
-    trainer = Trainer(config, dataset, start_batch=saved.state["data_position"] if saved else 0)
+    return prepare(config, out, resume=resume, command=command).run()
+
+
+def prepare(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> "Run":
+    """`pretrain` up to its first step, with the run folder open. What fails later is no fault of the arguments."""
+    planned = plan(config, out, resume)
+    log, saved, notes = planned.log, planned.saved, planned.notes
+    trainer = Trainer(config, planned.dataset, start_batch=saved.state["data_position"] if saved else 0)
     if saved:
-        refuse_other_run(saved, trainer)
         trainer.restore(saved)
-    with _stop_signals() as signals:
-        try:
-            log.open(config, _start_entry(trainer, dataset, command, saved))
-            if saved:
-                notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
-            return _Loop(trainer, log, signals, notes, saved).run()
-        except BaseException:
-            if saved is None and trainer.step == 0:
-                log.discard()
-            raise
-        finally:
-            log.close()
+    try:
+        log.open(config, _start_entry(trainer, planned.dataset, command, saved))
+        if saved:
+            notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
+        return Run(trainer, log, notes, saved)
+    except BaseException:
+        if saved is None:
+            log.discard()
+        log.close()
+        raise
 
 
-class _Loop:
+class Run:
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        log: RunLog,
-        signals: list[int],
-        notes: list[str],
-        saved: checkpoint.Checkpoint | None,
-    ):
-        self.trainer, self.log, self.signals, self.notes, self.saved = trainer, log, signals, notes, saved
+    def __init__(self, trainer: Trainer, log: RunLog, notes: list[str], saved: checkpoint.Checkpoint | None):
+        self.trainer, self.log, self.notes, self.saved = trainer, log, notes, saved
+        self.signals: list[int] = []
         self.run_config = trainer.config.run
         self.progress = Progress(trainer.steps, trainer.step)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
 
     def run(self) -> int:
-        with self.progress.shown():
-            for note in self.notes:
-                self.progress.say(note)
-            self.progress.say(f"run folder {self.log.folder}")
-            if self.saved:
-                self.progress.say(f"resumed from {self.saved.folder.name}, {self.trainer.step} steps done")
-                self.log.event(self.trainer.step, "resumed", notes=self.notes)
-            return self._steps()
+        """Take the steps, once; the exit code. Closes the folder, or removes it when it fails before the first step."""
+        with _stop_signals() as self.signals:
+            try:
+                with self.progress.shown():
+                    self._greet()
+                    return self._steps()
+            except BaseException:
+                if self.saved is None and self.trainer.step == 0:
+                    self.log.discard()
+                raise
+            finally:
+                self.log.close()
+
+    def _greet(self) -> None:
+        for note in self.notes:
+            self.progress.say(note)
+        self.progress.say(f"run folder {self.log.folder}")
+        if self.saved:
+            self.progress.say(f"resumed from {self.saved.folder.name}, {self.trainer.step} steps done")
+            self.log.event(self.trainer.step, "resumed", notes=self.notes)
 
     def _steps(self) -> int:
         trainer, run = self.trainer, self.run_config
@@ -100,7 +127,11 @@ class _Loop:
             self._evaluate()
         self._restart_clock()
         while trainer.step < last:
-            bad = trainer.train_step()
+            try:
+                bad = trainer.train_step()
+            except CorruptDataError:
+                self._save_unreadable()
+                raise
             done = trainer.step
             stopping = bool(self.signals)  # read once: a signal may come at any moment below
             saving = stopping or done == last or done % run.checkpoint_every == 0
@@ -142,8 +173,6 @@ class _Loop:
                     self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
 
     def _evaluate(self) -> None:
-        from dex import plots
-
         trainer, step, log = self.trainer, self.trainer.step, self.log
         found = trainer.evaluate()
         if found is None:
@@ -207,6 +236,14 @@ class _Loop:
         )
         return EXIT_NONFINITE
 
+    def _save_unreadable(self) -> None:
+        # The batch was not given, so nothing of this step is done: a resume reads it again, from mended files.
+        trainer = self.trainer
+        self._report(trainer.flush())
+        self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
+        if trainer.step:
+            self._save()
+
     def _paused(self, action: Callable[[], None]) -> None:
         """Run ``action`` without counting its time against images per second."""
         began = time.perf_counter()
@@ -220,8 +257,11 @@ class _Loop:
 def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from, or None, and what is to be said about it."""
     out = log.folder
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder; {out} is a file")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out: expected a folder; {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out: expected a folder that can be written; {there} cannot")
     if resume is None or (resume == "auto" and not log.holds_run()):
         if log.holds_run():
             raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")
@@ -233,6 +273,51 @@ def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Chec
     saved, passed_over = checkpoint.newest_good(log.checkpoints)
     notes = [f"passed over {reason}" for reason in passed_over]
     return saved, notes if saved else ["no checkpoint yet in this run folder: starting at step 0"]
+
+
+def _require_one_process() -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE: this version trains in one process on one device; expected 1 or none, got {processes!r}"
+        )
+
+
+def _open_data(config: Config) -> Dataset:
+    try:
+        return open_dataset(config.data.path)
+    except (ValueError, FileNotFoundError) as error:
+        if not str(error).startswith("path: "):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"data.{error}") from error
+
+
+def _refuse_other_run(
+    log: RunLog, saved: checkpoint.Checkpoint | None, config: Config, found: Mapping[str, Any]
+) -> None:
+    """ValueError naming every field in which the run in the folder is another one than ``config``'s.
+
+    found: what is not in the configuration: fingerprint of the data, steps, precision. A folder without a checkpoint is
+    known by its ``config.yaml`` and its last start.
+    """
+    if saved:
+        where, state = saved.folder, saved.state
+        old = from_dict(state["config"], Config(), str(where / "state.json"))
+        before = {"data": state["data_fingerprint"], "steps": state["steps"], "precision": state["precision"]}
+    elif log.holds_run():
+        where, old, before = log.folder, log.config(), {}
+        if start := log.last_start():
+            before = {"data": start["data"]["fingerprint"], "steps": start["steps"], "precision": start["precision"]}
+    else:
+        return
+    changed = {k: v for k, v in differences(old, config).items() if k not in FREE_ON_RESUME}
+    for name, value in before.items():
+        if value != found[name]:
+            changed.setdefault(name, (value, found[name]))
+    if changed:
+        listed = "; ".join(f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items())
+        raise ValueError(f"resume: {where} belongs to another run: {listed}")
 
 
 def _start_entry(

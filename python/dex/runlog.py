@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from dex.config import Config, to_yaml
+from dex.config import Config, read_yaml, to_yaml
 
-CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "events.jsonl"
+CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -72,6 +72,19 @@ class RunLog:
     def holds_run(self) -> bool:
         return (self.folder / CONFIG).exists()
 
+    def config(self) -> Config:
+        """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
+        return read_yaml(self.folder / CONFIG, Config())
+
+    def last_start(self) -> dict[str, Any] | None:
+        """The newest entry of ``run.json``; None when the run was killed before it wrote one."""
+        starts = self._starts()
+        return starts[-1] if starts else None
+
+    def _starts(self) -> list[dict[str, Any]]:
+        path = self.folder / STARTS
+        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+
     def open(self, config: Config, start: Mapping[str, Any]) -> None:
         """Create or continue the folder; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
 
@@ -85,11 +98,8 @@ class RunLog:
             if not folder.exists():
                 folder.mkdir()
                 self._created.append(folder)
-        if not self.holds_run():
-            _write(self.folder / CONFIG, to_yaml(config))
-        record = self.folder / "run.json"
-        starts = json.loads(record.read_text(encoding="utf-8"))["starts"] if record.exists() else []
-        _write(record, json.dumps({"starts": [*starts, dict(start)]}, indent=1) + "\n")
+        _write(self.folder / CONFIG, to_yaml(config))
+        _write(self.folder / STARTS, json.dumps({"starts": [*self._starts(), dict(start)]}, indent=1) + "\n")
         for name in (METRICS, EVENTS):
             path = self.folder / name
             kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
@@ -156,15 +166,10 @@ class Progress:
         self._steps, self._start = steps, start
         self._began = time.monotonic()
         self._bar: Any = None
-        self._task: Any = None
+        if sys.stdout.isatty():
+            self._make_bar(steps, start)
 
-    @contextlib.contextmanager
-    def shown(self) -> Iterator["Progress"]:
-        if not sys.stdout.isatty():
-            yield self
-            return
-        from rich.console import Group
-        from rich.live import Live
+    def _make_bar(self, steps: int, start: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
         from rich.text import Text
@@ -177,8 +182,17 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        self._task = self._bar.add_task("", total=self._steps, completed=self._start)
+        self._task = self._bar.add_task("", total=steps, completed=start)
         self._line = Text("")
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator["Progress"]:
+        if self._bar is None:
+            yield self
+            return
+        from rich.console import Group
+        from rich.live import Live
+
         with Live(Group(self._bar, self._line), refresh_per_second=4) as live:
             self._console = live.console
             yield self

@@ -1,7 +1,12 @@
+import errno
+import signal
+from pathlib import Path
+
 import pytest
 import yaml
 
-from dex import cli, config
+from dex import checkpoint, cli, config, engine, pretrain
+from dex.data import CorruptDataError
 
 
 @pytest.fixture
@@ -95,7 +100,15 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--run.device", "tpu"], "'tpu' for argument '--run.device'"),
         (["pretrain", "--preset", "demo", "--model.img-size", "100"], "model.img_size: expected a multiple of"),
         (["pretrain", "--preset", "demo", "--model.backend", "x"], "backend: expected one of"),
-        (["pretrain", "--preset", "demo", "--data", "absent"], "expected a folder of images or shards, found nothing"),
+        (
+            ["pretrain", "--preset", "demo", "--data", "absent"],
+            "data.path: expected a folder of images or shards, found",
+        ),
+        (["pretrain", "--preset", "demo", "--data", ""], "data.path: expected a folder; got ''"),
+        (["doctor", "--data", ""], "data: expected a folder; got ''"),
+        (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
+        (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
+        (["pretrain", "--preset", "demo", "--data.batch-size", "1000000"], "batch_size: expected at most"),
         (["pretrain", "--preset", "demo", "--data", "empty"], "expected PNG, JPEG or NPY files below"),
         (["pretrain", "--preset", "demo", "--data", "file"], "expected a folder of images or shards, got the file"),
         (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected --out"),
@@ -107,6 +120,8 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
 def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, images, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     if "--model.backend" in arguments:
         arguments = [*arguments, "--data", images]
@@ -115,6 +130,9 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, ima
     assert message in err
     assert len(err.splitlines()) == 1 or not arguments
     assert "Traceback" not in err and sorted(tmp_path.rglob("*")) == before
+    if arguments[:1] == ["pretrain"] and arguments[-1] != "--preset":
+        assert run(*arguments, "--dry-run") == (code, out, err)  # it approves nothing that the call refuses
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_default_run_folder_is_named_after_the_preset_or_the_file(run, tiny, tmp_path):
@@ -139,3 +157,92 @@ def test_resume_finds_run_and_configuration(run, tiny, tmp_path):
     assert code == 0 and "resumed from step-00000003" in out
     code, out, _ = run("pretrain", "--resume", "auto", "--out", "run")
     assert code == 0 and "resumed from step-00000005" in out and "done: 12 of 12" in out
+
+
+def test_dry_run_checks_out_and_resume_and_writes_nothing(run, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments, message in (
+        (("--config", "c.yaml", "--out", "run"), "holds a run, --resume auto continues it"),
+        (("--resume", "run", "--run.seed", 3), "run.seed: expected 0, got 3"),
+        (("--resume", "run/checkpoints/step-00000009"), "nothing at run/checkpoints/step-00000009"),
+    ):
+        code, out, err = run("pretrain", *arguments, "--dry-run")
+        assert (code, out) == (2, "") and message in err
+        assert run("pretrain", *arguments) == (code, out, err)
+    code, out, _ = run("pretrain", "--resume", "run", "--dry-run")
+    assert code == 0 and resolved(out) == tiny and "# resumes from step-00000003, 3 steps done" in out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of our own"), PermissionError("a cache"), ModuleNotFoundError("late"), OSError(5, "I/O")]
+)
+def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, monkeypatch):
+    """It is raised: Python prints the traceback and ends with 1."""
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def fail(self):
+        if self.step == 6:
+            raise error
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    with pytest.raises(type(error)) as raised:
+        run("pretrain", "--config", "c.yaml", "--out", "run")
+    assert raised.value is error and (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CorruptDataError("data set 'x': more than 10 of 120 samples cannot be read: a (torn)"),
+        OSError(errno.ENOSPC, "full"),
+    ],
+)
+def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def fail(self):
+        if self.step == 2:
+            raise error
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
+    assert (code, err) == (1, f"dex pretrain: {error}\n")
+    saved = [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")]
+    assert saved == ([2] if isinstance(error, CorruptDataError) else [])
+
+
+def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", interrupted)
+    assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
+    assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
+
+
+def test_every_exit_code_is_documented():
+    """The table in docs/pretraining.md."""
+    text = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    table = text.split("| exit code | |")[1]
+    codes = {
+        int(line.split("|")[1])
+        for line in table.splitlines()
+        if line[:2] == "| " and line.split("|")[1].strip().isdigit()
+    }
+    assert codes == {
+        *(pretrain.EXIT_DONE, pretrain.EXIT_NONFINITE, pretrain.EXIT_PREEMPTED),
+        *(cli.EXIT_FAILED, cli.EXIT_USAGE, cli.EXIT_INTERRUPTED),
+    }

@@ -28,7 +28,9 @@ def test_published_presets_hold_the_published_values():
     s = code.schedule
     assert (s.epochs, s.warmup * s.epochs, s.noise_std, s.momentum) == (200, 10, (1.0, 0.0), (0.99, 0.999))
     assert (s.align_weight, s.balance_weight, code.run.precision) == (0.01, (0.01, 0.01), "bf16")
+    assert code.data.num_workers == paper.data.num_workers == 8
     assert config.differences(code, paper) == {
+        "model.align": ("kd", "cosine"),
         "data.batch_size": (896, 448),
         "schedule.balance_weight": ([0.01, 0.01], [0.001, 0.0]),
     }
@@ -65,6 +67,7 @@ def test_monolithic_control_differs_in_the_experts_alone():
         ("run: {device: tpu}", r"run\.device: expected one of auto, cpu, cuda; got 'tpu'"),
         ("optim: {betas: [0.9]}", r"optim\.betas: expected 2 numbers; got \[0\.9\]"),
         ("optim: {base_lr: fast}", r"optim\.base_lr: expected a number; got 'fast'"),
+        ("model: {align: dot}", r"model\.align: expected one of kd, cosine, mse; got 'dot'"),
         ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false; got 1"),
         ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
         ("model: {", r"expected YAML in .*config\.yaml"),
@@ -104,6 +107,8 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("model__top_k", 0, "model.top_k: expected at least 1; got 0"),
         ("model__depth", 0, "model.depth: expected at least 1; got 0"),
         ("model__mask_ratio", 1.0, "model.mask_ratio: expected a share"),
+        ("data__path", "", "data.path: expected a folder; got ''"),
+        ("data__path", " ", "data.path: expected a folder; got ' '"),
         ("data__batch_size", 0, "data.batch_size: expected at least 1; got 0"),
         ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0; got nan"),
         ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),
@@ -128,7 +133,8 @@ def test_every_field_survives_yaml(tmp_path):
     def altered(value):
         if isinstance(value, tuple):
             return [altered(v) for v in value]
-        return "cpu" if value == "auto" else "fp32" if value == "bf16" else other[type(value)]
+        choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine"}
+        return choices[value] if value in choices else other[type(value)]
 
     values = {
         section.name: {

@@ -32,7 +32,7 @@ def test_missing_packages_are_named(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     found = {c.name: c for c in doctor.versions()}
-    assert found["tyro"].status == "failed" and "dexkernels[train]" in found["tyro"].detail
+    assert found["tyro"].status == "failed" and "pip install -e '.[train]'" in found["tyro"].detail
     assert found["nibabel"].status == "note" and found["torch"].status == "ok"
 
 

@@ -10,6 +10,8 @@ import torch
 
 from dex import checkpoint, config, engine
 from dex import pretrain as module
+from dex.data import CorruptDataError, SampleError
+from dex.data.folder import FolderDataset
 from dex.pretrain import pretrain
 from dex.runlog import read_rows
 
@@ -190,6 +192,60 @@ def test_another_run_is_refused_by_name(fields, message, tiny, change, tmp_path)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+@pytest.fixture
+def killed_early(tiny, tmp_path, monkeypatch):
+    """A run folder without a checkpoint, as a crash after two steps leaves it."""
+    real = engine.Trainer.train_step
+
+    def crash(self):
+        if self.step == 2:
+            raise RuntimeError("the power went")
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Trainer, "train_step", crash)
+        with pytest.raises(RuntimeError, match="the power went"):
+            pretrain(tiny, tmp_path / "killed")
+    assert not checkpoint.found(tmp_path / "killed" / "checkpoints")
+    return tmp_path / "killed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__align": "mse"}, "model.align: expected 'kd', got 'mse'"),
+        ({"run__seed": 7}, "run.seed: expected 0, got 7"),
+        ({"schedule__steps": 20}, "schedule.steps: expected 12, got 20"),
+        ({"run__precision": "bf16"}, "run.precision: expected 'fp32', got 'bf16'"),
+    ],
+)
+def test_another_run_is_refused_without_a_checkpoint_too(fields, message, killed_early, tiny, change):
+    before = {p: p.read_bytes() for p in killed_early.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="belongs to another run") as error:
+        pretrain(change(tiny, **fields), killed_early, resume="auto")
+    assert message in str(error.value)
+    assert {p: p.read_bytes() for p in killed_early.rglob("*") if p.is_file()} == before
+
+
+def test_other_data_is_refused_without_a_checkpoint_too(killed_early, tiny, change, images, tmp_path):
+    fewer = Path(shutil.copytree(images, tmp_path / "fewer"))
+    next((fewer / "ct").iterdir()).unlink()
+    with pytest.raises(ValueError, match="data: expected '[0-9a-f]{64}', got '[0-9a-f]{64}'"):
+        pretrain(change(tiny, data__path=str(fewer)), killed_early, resume="auto")
+    (killed_early / "run.json").unlink()  # killed between the two files: config.yaml alone still tells runs apart
+    with pytest.raises(ValueError, match="run.seed: expected 0, got 7"):
+        pretrain(change(tiny, run__seed=7), killed_early, resume="auto")
+
+
+def test_the_configuration_in_the_folder_is_what_runs(killed_early, whole, tiny, change):
+    """What a resume may change is written down, at every start."""
+    for fields in ({"run__keep_checkpoints": 9, "run__stop_at": 6}, {"data__num_workers": 1}):
+        assert pretrain(change(tiny, **fields), killed_early, resume="auto") == 0
+        assert config.read_yaml(killed_early / "config.yaml", config.Config()) == change(tiny, **fields)
+    assert not list(killed_early.glob(".*"))
+    assert metrics(killed_early) == metrics(whole)
+
+
 def test_other_data_is_refused(tiny, change, images, tmp_path):
     assert pretrain(change(tiny, run__stop_at=3), tmp_path / "out") == 0
     moved, fewer = tmp_path / "moved", tmp_path / "fewer"
@@ -305,6 +361,58 @@ def test_auto_starts_where_there_is_nothing_yet(tiny, change, tmp_path, capsys):
         (folder / "state.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in .* can be read"):
         pretrain(tiny, out, resume="auto")
+
+
+@pytest.mark.parametrize("processes", ["2", "many"])
+def test_more_than_one_process_is_refused(processes, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE: this version trains in one process .* got '{processes}'"):
+        pretrain(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert module.plan(tiny, tmp_path / "out").steps == 12
+
+
+def unreadable_from(monkeypatch, tiny, batch):
+    """Every image that batches from this one on begin with cannot be read, nor can what replaces it."""
+    real, bad = FolderDataset.__getitem__, set()
+
+    def read(self, index):
+        if bad:
+            raise SampleError(self.sample_id(index), "torn")
+        return real(self, index)
+
+    step = engine.Trainer.train_step
+
+    def train_step(self):
+        if self.step == batch:
+            bad.add(True)
+        return step(self)
+
+    monkeypatch.setattr(FolderDataset, "__getitem__", read)
+    monkeypatch.setattr(engine.Trainer, "train_step", train_step)
+
+
+def test_unreadable_images_save_the_run_and_are_named(whole, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        unreadable_from(patch, tiny, 7)
+        with pytest.raises(CorruptDataError, match="cannot be read.*torn") as error:
+            pretrain(tiny, out)
+    assert [step for step, _ in checkpoint.found(out / "checkpoints")] == [5, 7]
+    *named, stopped = read_rows(out / "events.jsonl")
+    assert {e["sample"]: e["reason"] for e in named} == error.value.samples and len(named) > 10
+    assert {(e["event"], e["step"]) for e in named} == {("unreadable sample", 7)}
+    assert (stopped["event"], stopped["step"]) == ("stopped", 7)
+    assert pretrain(tiny, out, resume="auto") == 0  # the disk is back: the same batch, and the same run
+    assert metrics(out) == metrics(whole) and same_run(digest(last(whole)), digest(last(out)))
+
+
+def test_unreadable_images_at_the_first_step_leave_no_folder(tiny, tmp_path, monkeypatch):
+    unreadable_from(monkeypatch, tiny, 0)
+    with pytest.raises(CorruptDataError):
+        pretrain(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Recorded layer cases of the published system through the Triton kernels, in the interpreter, by a process of its own."""
+"""Recorded layer cases of the published system through the Triton kernels, in the interpreter, by its own process."""
 
 import os
 import shutil
