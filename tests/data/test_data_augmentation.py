@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dex.data import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
 from dex.data.augmentation import Crop, brightness, draw, render
@@ -226,6 +227,74 @@ def test_every_shape_is_traced_without_values():
     # on "meta" there are no values: whatever looked at one, which on a GPU means waiting for it, would raise
     images = torch.empty(5, 3, 256, 256, dtype=torch.uint8, device="meta")
     assert augment(images, 224).shape == center(images, 224).shape == (5, 3, 224, 224)
+
+
+class HostTraffic(TorchDispatchMode):
+    """Records what on a GPU would make the host wait: numbers from host lists, values read back, blocking copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        waits = name in {"lift_fresh", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}
+        if name == "_to_copy":
+            waits = out.device != args[0].device and not kwargs.get("non_blocking", False)
+        elif name == "copy_":
+            waits = args[0].device != args[1].device and not (len(args) > 2 and args[2])
+        if waits:
+            self.seen.append(name)
+        return out
+
+
+@pytest.mark.parametrize(
+    "wait, name",
+    [
+        (lambda x: torch.tensor([1.0], device=x.device), "lift_fresh"),
+        (lambda x: x[0].item(), "_local_scalar_dense"),
+        (lambda x: bool(x[0] > 0), "_local_scalar_dense|is_nonzero"),
+        (lambda x: x.to("meta"), "_to_copy"),
+        (lambda x: torch.empty(2, device="meta").copy_(x), "copy_"),
+    ],
+)
+def test_host_traffic_is_seen(wait, name):
+    with HostTraffic() as traffic:
+        wait(torch.ones(2))
+    assert set(traffic.seen) & set(name.split("|"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_host_never_waits(device, dtype):
+    # "cpu" shows host lists made into tensors; "meta" refuses tolist and numpy, which leave no trace on the CPU
+    images = torch.zeros(5, 3, 300, 256, dtype=dtype, device=device)
+    with HostTraffic() as traffic:
+        for source in (None, generator()):
+            for size in (224, 64):
+                out = augment(images, size, source)
+        denormalize(center(images, 224))
+        denormalize(out)
+    assert traffic.seen == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_never_waits_on_cuda():
+    images = noise(8, 256, 256).cuda()
+    sources = (None, generator(), torch.Generator("cuda").manual_seed(0))
+    augment(images, 224)  # the first call may load libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.tensor([1.0], device="cuda")
+        for source in sources:
+            augment(images, 224, source)
+        augment(images.float() / 255, 64, sources[2])
+        denormalize(center(images, 224))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

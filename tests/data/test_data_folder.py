@@ -1,6 +1,7 @@
 """Plain folders: what is taken, how each format becomes uint8 RGB, what is refused and how."""
 
 import io
+import logging
 import os
 import pickle
 import random
@@ -94,6 +95,14 @@ def test_nothing_there(tmp_path):
         open_dataset(tmp_path / "m" / "notes.txt")
 
 
+@pytest.mark.parametrize("inside", ["images", "shards"])
+def test_an_empty_path_is_not_the_current_folder(inside, tmp_path, monkeypatch):
+    put(tmp_path, **({"1_dot_png": png(GREY)} if inside == "images" else {"manifest_dot_json": b"{}"}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^path: expected a folder .* got ''"):
+        open_dataset("")
+
+
 def _jpeg(array, **options):
     stream = io.BytesIO()
     (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(stream, "JPEG", quality=95, **options)
@@ -138,6 +147,58 @@ def test_formats(data, kind, expected, tolerance):
     got = square(decode(data, kind), 256)
     assert got.dtype == np.uint8 and got.shape == (256, 256, 3)
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+TWELVE = (WIDE // 16).clip(0, 4095)
+
+
+def _warnings(caplog):
+    return [record.getMessage() for record in caplog.records if "16-bit" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "data, suffix", [(png(TWELVE), "png"), (npy(TWELVE), "npy"), (npy(TWELVE.astype(">u2")), "npy")]
+)
+def test_twelve_bits_in_sixteen_are_warned_of_once(data, suffix, tmp_path, caplog):
+    put(tmp_path, **{f"m__{number}_dot_{suffix}": data for number in range(3)}, m__a_dot_png=png(WIDE))
+    dataset = open_dataset(tmp_path)
+    parts = [dataset, dataset.split("train"), dataset.split("val")]
+    assert dataset.dim is None and _warnings(caplog) == []
+    for part in parts:
+        for index in range(len(part)):
+            assert part[index].image.max() == (255 if part.sample_id(index) == "m/a.png" else 16)  # the rule stands
+    (message,) = _warnings(caplog)
+    assert f"'m/0.{suffix}' has no value above 4095" in message and "full range" in message and "[0, 1]" in message
+    assert caplog.records[-1].name == "dex.data" and {part.dim for part in parts} == {(f"m/0.{suffix}", 4095)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_warn_once_between_them(workers, tmp_path, caplog):
+    dataset = open_dataset(put(tmp_path, **{f"m__{number}_dot_png": png(TWELVE) for number in range(8)}))
+    with caplog.at_level(logging.WARNING, "dex.data"):
+        for _ in range(2):
+            with Loader(dataset, 2, seed=0, num_workers=workers) as loader:
+                first = next(loader).ids[0]
+                for _ in range(5):
+                    next(loader)
+    (message,) = _warnings(caplog)
+    assert repr(first) in message
+
+
+@pytest.mark.parametrize(
+    "data, suffix",
+    [
+        (png(WIDE), "png"),
+        (png(np.full((64, 64), 2**14, np.uint16)), "png"),
+        (png(np.zeros((64, 64), np.uint16)), "png"),  # black on purpose
+        (npy(np.full((64, 64), 9, np.uint8)), "npy"),
+        (npy(np.full((64, 64), 0.01)), "npy"),
+        (png(np.full((64, 64), 9, np.uint8)), "png"),
+    ],
+)
+def test_what_uses_its_range_or_has_eight_bits_is_not_warned_of(data, suffix, tmp_path, caplog):
+    assert only(put(tmp_path, **{f"m__1_dot_{suffix}": data})).shape == (256, 256, 3)
+    assert _warnings(caplog) == []
 
 
 def test_palette():

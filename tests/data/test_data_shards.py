@@ -93,6 +93,17 @@ def test_round_trip(root):
     assert pickle.loads(pickle.dumps(dataset))[3].id == "s3"  # workers may be spawned
 
 
+def test_twelve_bits_in_sixteen_are_warned_of(tmp_path, caplog):
+    with ShardWriter(tmp_path, name="dim", modalities=("CT",), image_size=16) as writer:
+        for number in range(2):
+            data = png(np.full((16, 16), 4095 - number, np.uint16))
+            writer.add(f"s{number}", data, kind="png", modality="CT", split="train", group="g")
+    dataset = open_dataset(tmp_path)
+    assert dataset[0].image.max() == dataset[1].image.max() == 16
+    (record,) = caplog.records
+    assert "dim: the 16-bit image 's0' has no value above 4095" in record.getMessage()
+
+
 def test_other_readers_take_the_tar(root):
     with tarfile.open(root / "shard-00000.tar", "r:") as tar:
         names = tar.getnames()

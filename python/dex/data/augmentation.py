@@ -48,8 +48,8 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator | None =
     centre; the corners it brings in are black.
 
     All random numbers come from one `torch.rand` on `generator` (None: the global one of the images' device). A CPU
-    generator may serve images elsewhere and then draws the same numbers as for images on the CPU. There is no host
-    synchronisation.
+    generator may serve images elsewhere and then draws the same numbers as for images on the CPU. On CUDA the host
+    never waits: constants are filled in on the device, and numbers from a CPU generator come through pinned memory.
     """
     images = _check_images(images, size)
     return render(images, draw(images, generator), size)
@@ -89,7 +89,9 @@ def draw(images: torch.Tensor, generator: torch.Generator | None = None) -> Crop
     device = images.device
     source = device if generator is None else generator.device
     # one row of numbers per image, so that what happens to an image does not depend on the batch's size
-    numbers = torch.rand(batch, 4 * TRIES + 2, generator=generator, device=source).to(device, non_blocking=True)
+    pin = source.type == "cpu" and device.type == "cuda"  # a copy from pageable memory may wait, whatever non_blocking
+    numbers = torch.rand(batch, 4 * TRIES + 2, generator=generator, device=source, pin_memory=pin)
+    numbers = numbers.to(device, non_blocking=True)
     u_area, u_aspect, u_top, u_left = numbers[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
 
     area = height * width
@@ -107,8 +109,9 @@ def draw(images: torch.Tensor, generator: torch.Generator | None = None) -> Crop
     boxes = torch.stack([tops, lefts, heights, widths], dim=2)  # [B, TRIES, 4]
     accepted = fits & (brightness(images, boxes) >= MIN_BRIGHTNESS)
     side = min(height, width)
-    centre = torch.tensor([(height - side) // 2, (width - side) // 2, side, side], device=device)
-    boxes = torch.cat([boxes, centre.expand(batch, 1, 4)], dim=1)
+    centre = boxes.new_empty(batch, 1, 4)
+    _fill_(centre, ((height - side) // 2, (width - side) // 2, side, side))
+    boxes = torch.cat([boxes, centre], dim=1)
     accepted = torch.cat([accepted, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
     tries = accepted.int().argmax(dim=1)  # the first of equal maxima
     boxes = boxes.gather(1, tries[:, None, None].expand(batch, 1, 4))[:, 0]
@@ -180,8 +183,16 @@ def _normalize_(images: torch.Tensor, full: int) -> torch.Tensor:
 
 
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = torch.tensor(IMAGENET_MEAN, device=device).reshape(3, 1, 1)
-    return mean, torch.tensor(IMAGENET_STD, device=device).reshape(3, 1, 1)
+    mean, std = torch.empty(3, device=device), torch.empty(3, device=device)
+    _fill_(mean, IMAGENET_MEAN)
+    _fill_(std, IMAGENET_STD)
+    return mean.reshape(3, 1, 1), std.reshape(3, 1, 1)
+
+
+def _fill_(out: torch.Tensor, values: tuple[float, ...]) -> None:
+    """out [..., i] = values[i]; torch.tensor(values, device=...) would wait for a copy from the host."""
+    for number, value in enumerate(values):
+        out[..., number].fill_(value)
 
 
 def _check_images(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -6,6 +6,8 @@ Shape letters: S side of a stored image in pixels.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+logger = logging.getLogger("dex.data")
+
 SPLITS = ("train", "val")
 IMAGE_SIZE = 256
 EMBEDDED = Path(__file__).parent / "embedded"
+DIM = 2**14  # 16-bit images whose maximum is below this use a quarter of their range at most
 
 
 class SampleError(ValueError):
@@ -42,7 +47,8 @@ class Dataset:
     """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
 
     name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
-    data set knows of and holds no image of; fingerprint: sha256 (hex) of the content's identity; image_size: S.
+    data set knows of and holds no image of; fingerprint: sha256 (hex) of the content's identity; image_size: S;
+    dim: id and maximum of the first 16-bit sample read that uses little of its range (None: none so far).
 
     A subclass gives `__len__`, `__getitem__`, `sample_id`, `modality_index` and `_in_split`. `__getitem__` raises
     `SampleError` for a sample it cannot give and `IndexError` outside 0 .. len - 1; negative numbers are not indices.
@@ -53,6 +59,7 @@ class Dataset:
     empty_modalities: tuple[str, ...] = ()
     fingerprint: str
     image_size: int = IMAGE_SIZE
+    dim: tuple[str, int] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -82,6 +89,23 @@ class Dataset:
     def _in_split(self, name: str) -> np.ndarray:
         """bool [len]: the samples of split `name`."""
         raise NotImplementedError
+
+    def note_maximum(self, sample_id: str, maximum: int | None) -> None:
+        """Warn, once per data set, when a 16-bit sample's maximum is far below 65535; `maximum` None: not 16-bit.
+
+        A worker of a `Loader` keeps it in `dim`, which the loader hands to the data set of its own process.
+        """
+        if maximum is None or not 0 < maximum < DIM or self.dim is not None:
+            return
+        self.dim = (sample_id, maximum)
+        if torch.utils.data.get_worker_info() is None:
+            logger.warning(
+                "%s: the 16-bit image %r has no value above %d, 65535 is white: it comes out nearly black, and so may "
+                "others. Rescale 16-bit images to the full range, or store NPY floats within [0, 1]",
+                self.name,
+                sample_id,
+                maximum,
+            )
 
     def _check_index(self, index: int) -> int:
         index = int(index)
@@ -117,6 +141,13 @@ class View(Dataset):
     def modality_index(self) -> np.ndarray:
         return self._base.modality_index()[self._indices]
 
+    @property
+    def dim(self) -> tuple[str, int] | None:
+        return self._base.dim
+
+    def note_maximum(self, sample_id: str, maximum: int | None) -> None:
+        self._base.note_maximum(sample_id, maximum)
+
     def split(self, name: str) -> Dataset:
         raise ValueError(f"split: {self.name!r} is already a split; ask the whole data set for {name!r}")
 
@@ -126,12 +157,14 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
 
     `None` is the small real set that comes with the package; a folder with `manifest.json` is a shard set
     (`dex.data.shards`); any other folder is a plain one of PNG, JPEG and NPY (`dex.data.folder`).
-    FileNotFoundError when there is nothing at `path`; ValueError when it is not a folder, holds no image, or when
-    its manifest does not fit its files.
+    FileNotFoundError when there is nothing at `path`; ValueError when it is empty or not a folder, holds no image, or
+    when its manifest does not fit its files.
     """
     from .folder import FolderDataset
     from .shards import MANIFEST, ShardDataset
 
+    if path is not None and not os.fspath(path):  # Path("") would be the current folder
+        raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
     root = EMBEDDED if path is None else Path(path)
     if not root.exists():
         if path is None:

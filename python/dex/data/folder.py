@@ -27,7 +27,7 @@ class FolderDataset(Dataset):
     The id of a sample is its path below `root`; order is that of the ids' bytes, whatever the locale. Each image is
     resized (antialiased) so that its shorter side is `image_size` and cut to the centre square. About 5 % of the
     ids, chosen by their hash alone, are the split "val": adding files moves no other file across. Slices of one
-    patient may so stand on both sides; shards made with groups keep them together.
+    patient may so stand on both sides; in a shard set whoever writes it says on which side each sample is.
 
     Symbolic links are never followed. `ignored` counts what was passed over, by suffix or reason.
     The fingerprint covers paths and sizes, not pixels.
@@ -92,11 +92,14 @@ class FolderDataset(Dataset):
         index = self._check_index(index)
         path = self._paths[index]
         try:
-            image = images.decode(self._read(path), KINDS[os.path.splitext(os.fsdecode(path))[1].lower()])
+            image, maximum = images.decode_with_maximum(
+                self._read(path), KINDS[os.path.splitext(os.fsdecode(path))[1].lower()]
+            )
         except (ValueError, OSError) as error:
             # no path in the reason: an OSError's own text would name the whole of it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error
+        self.note_maximum(_printable(path), maximum)
         return Sample(
             images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), _printable(path)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,15 +30,29 @@ _TRANSPOSE = {
 }
 
 
+class Decoded(NamedTuple):
+    """`image` of mode L or RGB; `maximum`: the largest stored value of a grey 16-bit PNG or a uint16 NPY, else None
+    (of a 16-bit colour PNG the decoder gives 8 bits only)."""
+
+    image: Image.Image
+    maximum: int | None
+
+
 def decode(data: bytes, kind: str) -> Image.Image:
     """The image in `data` as a Pillow image of mode L or RGB, upright (EXIF), every declared size checked.
 
     kind: "png", "jpg" or "npy". ValueError says what is wrong. What lies behind transparency is black.
     """
+    return decode_with_maximum(data, kind).image
+
+
+def decode_with_maximum(data: bytes, kind: str) -> Decoded:
+    """`decode`, and how much of its 16 bits the image uses."""
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {len(data)}")
     if kind == "npy":
-        return Image.fromarray(npy_to_uint8(data))
+        array, maximum = _npy(data)
+        return Decoded(Image.fromarray(array), maximum)
     if kind not in ("png", "jpg"):
         raise ValueError(f"kind: expected png, jpg or npy, got {kind!r}")
     try:
@@ -45,7 +60,11 @@ def decode(data: bytes, kind: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
             _check_size(image.width, image.height)
-            return _to_l_or_rgb(_upright(image))
+            image = _upright(image)
+            if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+                array, maximum = _sixteen_to_eight(np.asarray(image))
+                return Decoded(Image.fromarray(array), maximum)
+            return Decoded(_to_l_or_rgb(image), None)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
@@ -77,6 +96,10 @@ def npy_to_uint8(data: bytes) -> np.ndarray:
     uint8 is taken as it is; uint16 means value / 65535; floats must be finite and within [0, 1]. Other dtypes and
     objects (which only a pickle can hold) are refused. Shapes: [H, W], [H, W, 1], [H, W, 3].
     """
+    return _npy(data)[0]
+
+
+def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -104,8 +127,8 @@ def npy_to_uint8(data: bytes) -> np.ndarray:
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # NaN fails both
             raise ValueError(f"float values: expected finite and within [0, 1], got minimum {low}, maximum {high}")
-        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-    return _sixteen_to_eight(array) if dtype.itemsize == 2 else np.ascontiguousarray(array)
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8), None
+    return _sixteen_to_eight(array) if dtype.itemsize == 2 else (np.ascontiguousarray(array), None)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -126,8 +149,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_l_or_rgb(image: Image.Image) -> Image.Image:
     # at MAX_PIXELS every copy counts, so nothing is converted that already is what it should be
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        return Image.fromarray(_sixteen_to_eight(np.asarray(image)))
     if image.has_transparency_data:
         if image.mode not in ("LA", "RGBA"):
             image = image.convert("RGBA")
@@ -139,9 +160,9 @@ def _to_l_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _sixteen_to_eight(array: np.ndarray) -> np.ndarray:
+def _sixteen_to_eight(array: np.ndarray) -> tuple[np.ndarray, int]:
     out = np.empty(array.shape, np.uint8)
     for top in range(0, len(array), 256):  # in strips: the 32-bit numbers of a whole image would be its largest copies
         # 65535 = 255 * 257: the nearest of 256 levels
         out[top : top + 256] = (array[top : top + 256].clip(0, 65535).astype(np.uint32) + 128) // 257
-    return out
+    return out, int(array.max())

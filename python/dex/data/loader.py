@@ -100,12 +100,14 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self.num_workers == 0:
-            batch, corrupt = self._reader[self._position]
+            batch, corrupt, dim = self._reader[self._position]
         else:
             if self._worker_batches is None:
                 self._worker_batches = self._start_workers()
-            batch, corrupt = next(self._worker_batches)
+            batch, corrupt, dim = next(self._worker_batches)
         self._report(corrupt)
+        if dim is not None:
+            self.dataset.note_maximum(*dim)
         if batch is None:
             raise CorruptDataError(
                 f"batch {self._position}: no readable replacement in {_ATTEMPTS} draws; "
@@ -179,7 +181,7 @@ def _stream(seed: int, epoch: int) -> np.uint64:
 
 
 class _BatchReader(torch.utils.data.Dataset):
-    """Global batch number -> (this rank's part of it, or None, and the samples that could not be read)."""
+    """Global batch number -> (this rank's part of it, or None; the samples that could not be read; `Dataset.dim`)."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -187,7 +189,7 @@ class _BatchReader(torch.utils.data.Dataset):
         self.first = rank * self.part
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def __getitem__(self, number: int) -> tuple[Batch | None, list[tuple[str, str]]]:
+    def __getitem__(self, number: int) -> tuple[Batch | None, list[tuple[str, str]], tuple[str, int] | None]:
         epoch, batch = divmod(number, len(self.dataset) // self.batch_size)
         if self._order[0] != epoch:
             self._order = (epoch, permutation(self.seed, epoch, len(self.dataset)))
@@ -203,12 +205,13 @@ class _BatchReader(torch.utils.data.Dataset):
                     corrupt.append((error.sample_id, error.reason))
                     index = replacement(self.seed, epoch, place, attempt, len(self.dataset))
             else:
-                return None, corrupt
-        return Batch(
+                return None, corrupt, self.dataset.dim
+        batch = Batch(
             torch.stack([sample.image for sample in samples]),
             torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
             tuple(sample.id for sample in samples),
-        ), corrupt
+        )
+        return batch, corrupt, self.dataset.dim
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -119,13 +119,14 @@ class ShardDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         data = self.image_bytes(index)
         try:
-            image = images.decode(data, KINDS[int(self._kind[index])])
+            image, maximum = images.decode_with_maximum(data, KINDS[int(self._kind[index])])
             if image.size != (self.image_size, self.image_size):
                 raise ValueError(
                     f"size: expected {self.image_size} x {self.image_size}, got {image.width} x {image.height}"
                 )
         except ValueError as error:
             raise SampleError(self.sample_id(index), str(error)) from error
+        self.note_maximum(self.sample_id(index), maximum)
         return Sample(
             images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), self.sample_id(index)
         )
