@@ -214,7 +214,12 @@ def group_ema_(
         # A kernel that fills, not a copy from the host: nobody waits. float64: 1 - m is exact to the last bit.
         momentum = torch.full((), momentum, dtype=torch.float64, device=device)
     backend = backends.choose("group_ema_", backend, device)
-    torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
+    if torch.compiler.is_compiling():
+        torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
+    else:
+        # There is no gradient to record; the dispatcher would only add its time to each step.
+        with torch.no_grad():
+            backends.LAUNCHERS["group_ema_", backend](directors, experts, group_weights, momentum, skip)
 
 
 def guard_version(loss: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -25,8 +25,10 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 COSINE_EPS = 1e-8
 """Smallest norm in the cosine align loss."""
 
-GEMA_CHUNK = 1 << 20
-"""Elements of a director updated at a time: 4 MB of float32 stay in cache while every expert is added to them."""
+GEMA_CHUNK = 1 << 22
+"""Elements of a director updated at a time, so that they stay in cache while every expert is added to them.
+
+16 MB of float32: fastest of 2**17 to 2**23 with a last-level cache of 32 MB; a CPU with less may want less."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
