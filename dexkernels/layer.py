@@ -344,6 +344,7 @@ def update_directors(
     group_weights = [m / (m.sum() + reference.EPS) for m in masses.split([layer.num_experts for layer in layers])]
     for layer, a in zip(layers, group_weights, strict=True):
         for director, stacked in layer.director_pairs():
+            director, stacked = _local(director, stacked)
             directors.append(director), experts.append(stacked), weights.append(a)
     ops.group_ema_(
         directors, experts, weights, momentum, skip=still, backend=backends.covering("group_ema_", layers[0].backend)
@@ -351,6 +352,24 @@ def update_directors(
     for layer, a in zip(layers, group_weights, strict=True):
         u, m = layer.usage_ema, layer.usage_momentum
         u.copy_(torch.where(still, u, m * u + (1 - m) * a.to(u.dtype)))
+
+
+def _local(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's pieces of a pair that FSDP2 cut over ranks: GEMA needs nothing of the other pieces."""
+    if not (hasattr(director, "placements") or hasattr(stacked, "placements")):
+        return director, stacked
+    from torch.distributed.tensor import DTensor, Shard
+
+    for name, tensor, dim in (("director", director, 0), ("experts", stacked, 1)):
+        if not isinstance(tensor, DTensor) or tensor.placements != (Shard(dim),):
+            got = getattr(tensor, "placements", "a plain tensor")
+            raise ValueError(
+                f"{name}: expected directors cut along dimension 0 and stacked experts along dimension 1, both by "
+                f"FSDP2 over one mesh, got {got}"
+            )
+    if director.device_mesh != stacked.device_mesh:
+        raise ValueError("experts: expected the mesh of the director, got another one")
+    return director.to_local(), stacked.to_local()
 
 
 @torch.no_grad()

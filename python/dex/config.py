@@ -108,11 +108,28 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread over ranks and memory. Nothing here changes what is computed but for the order of sums."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several ranks: ddp holds everything on each; fsdp cuts weights, gradients and moments over them."""
+    micro_batch: int | None = None
+    """Images a rank computes at once; gradients and gate mass add up until its part of the batch is done. None: all."""
+    checkpointing: bool = False
+    """Recompute the encoder's blocks in backward instead of keeping what they computed."""
+    compile: bool = False
+    """torch.compile the model."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before the run ends, naming the one that hangs."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -124,6 +141,7 @@ class Config:
 # otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
 FREE_ON_RESUME = frozenset(
     {"data.path", "data.num_workers", "model.backend"}
+    | {f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)}
     | {f"run.{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in ("seed", "precision")}
 )
 
@@ -213,6 +231,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def check(config: Config) -> None:
     """ValueError, naming the field, what was expected and what came, for values that cannot work."""
     model, data, optim, schedule, run = config.model, config.data, config.optim, config.schedule, config.run
+    parallel = config.parallel
 
     def require(good: bool, name: str, expected: str, value: Any) -> None:
         if not good:
@@ -287,6 +306,13 @@ def check(config: Config) -> None:
         numbers = value if isinstance(value, list) else [value]
         require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
     require(0 <= run.seed < 2**63, "run.seed", "at least 0, below 2^63", run.seed)
+    require(parallel.timeout > 0, "parallel.timeout", "above 0", parallel.timeout)
+    require(
+        parallel.micro_batch is None or parallel.micro_batch >= 1,
+        "parallel.micro_batch",
+        "at least 1, or null",
+        parallel.micro_batch,
+    )
     require(run.stop_at is None or run.stop_at >= 1, "run.stop_at", "at least 1", run.stop_at)
     for name in ("log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
         require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))

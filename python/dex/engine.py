@@ -3,8 +3,9 @@
 Shape letters: B images, K chosen, E experts, M modalities, R held-out images shown, S image side.
 """
 
-import base64
 import contextlib
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,17 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dex import analysis, checkpoint
+from dex import analysis, checkpoint, numbers
 from dex.config import Config, check, per_layer, to_dict
-from dex.data import Loader, SampleError, augment, center, denormalize
+from dex.data import Batch, CorruptDataError, Loader, SampleError, augment, center, denormalize
 from dex.data.dataset import Dataset
+from dex.distributed import ALONE, Ranks, full, gather, spread
 from dex.model import MAEOutput, MaskedAutoencoder
 from dex.schedules import schedule_at, step_seed, total_steps
 
 _INIT = -1
 """The 'step' whose seed draws the initial weights."""
 _EVALUATION_SEED = 0xE7A1
+_SPIKE_WINDOW, _SPIKE_DEVIATIONS = 100, 12.0
+"""A spike lies so many median absolute deviations above the median of so many steps, and at least 5 % above it."""
 _LOSSES = ("loss", "total", "align_loss", "balance_loss", "grad_norm")
+_MASK_STREAM, _ROUTER_STREAM = 1, 16
+"""What an image's random numbers are for; layer l's router has stream 16 + l."""
 _SLOTS_TO_JUDGE = 100
 """Slots per expert of an even load that are awaited before an expert is called dead."""
 
@@ -53,8 +59,20 @@ class NonFinite(NamedTuple):
     """Ids of the images with a non-finite loss; the whole batch when only the gradient was non-finite."""
 
 
+class Spike(NamedTuple):
+    """A good step whose loss was far above those before it."""
+
+    step: int
+    """Steps done when it began."""
+    loss: float
+    usual: float
+    """Median loss of the steps before."""
+    samples: list[tuple[str, float]]
+    """Ids and losses of this rank's images with the highest losses, highest first."""
+
+
 class _Verdict(NamedTuple):
-    """What the host will read of one step: ``values`` is [good, loss, grad_norm, image losses]."""
+    """What the host will read of one step: ``values`` is [good, stop, unreadable, loss, grad_norm, image losses]."""
 
     step: int
     ids: Sequence[str]
@@ -82,12 +100,30 @@ def build_model(config: Config) -> MaskedAutoencoder:
     )
 
 
-def resolve_device(config: Config) -> torch.device:
-    """ValueError when CUDA is asked for and absent."""
+def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
+    """ValueError when CUDA is asked for and absent, or has fewer devices than there are ranks on this machine."""
     wanted = config.run.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: expected a device that is there; got 'cuda', and torch finds no CUDA device")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK: expected one rank per CUDA device, of which there are {torch.cuda.device_count()}; "
+            f"got {ranks.local_rank}"
+        )
+    return torch.device("cuda", ranks.local_rank) if ranks.world_size > 1 else torch.device("cuda")
+
+
+def resolve_micro_batch(config: Config, world_size: int) -> int:
+    """Images that a rank computes at once. ValueError when the batch cannot be cut into equal parts."""
+    batch, micro = config.data.batch_size, config.parallel.micro_batch
+    if batch % world_size:
+        raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks; got {batch}")
+    part = batch // world_size
+    if micro is not None and part % micro:
+        raise ValueError(f"parallel.micro_batch: expected a divisor of the {part} images of a rank; got {micro}")
+    return micro or part
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
@@ -108,29 +144,34 @@ class Trainer:
     the plain-torch experts that a GPU uses today read the sizes of their groups on the host, in every layer.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, *, start_batch: int = 0):
+    def __init__(self, config: Config, dataset: Dataset, *, ranks: Ranks = ALONE, start_batch: int = 0):
         """``dataset``: all of it; training takes its split "train", evaluation "val". ValueError as in `check`."""
         check(config)
-        self.config = config
-        self.device = resolve_device(config)
+        self.config, self.ranks = config, ranks
+        self.device = resolve_device(config, ranks)
         self.precision = resolve_precision(config, self.device)
         self.modalities = dataset.modalities
         self.fingerprint = dataset.fingerprint
         train, self._held_out_set = dataset.split("train"), dataset.split("val")
         if len(train) == 0:
             raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+        self.micro_batch = resolve_micro_batch(config, ranks.world_size)
         self.loader = Loader(
             train,
             config.data.batch_size,
             seed=config.run.seed,
             num_workers=config.data.num_workers,
             start_batch=start_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         self.steps = total_steps(config, self.loader.batches_per_epoch)
         self.step = 0
         """Steps done."""
         torch.manual_seed(step_seed(config.run.seed, _INIT))
         self.model = build_model(config).to(self.device)
+        self.net = self._prepare_model()
+        """The model as training calls it: spread over the ranks."""
         self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named_parameters]
         o = config.optim
@@ -144,6 +185,14 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.data_wait = 0.0
         """Seconds spent waiting for the loader since it was last set to 0."""
+        self.stop_requested = False
+        """Set before a step: this rank was told to stop."""
+        self.stopping = False
+        """Some rank was told to stop, and all know of it."""
+        self.spikes: list[Spike] = []
+        """Loss spikes found since the caller last took them away."""
+        self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
+        self._noise_std = torch.zeros((), device=self.device)
         self._pending: deque[_Verdict] = deque()
         self._held_out: tuple[Tensor, Tensor] | None = None
         self._window = self._new_window()
@@ -155,34 +204,55 @@ class Trainer:
         return self.step / self.loader.batches_per_epoch
 
     def train_step(self) -> list[NonFinite]:
-        """One step; returns the non-finite ones among the steps whose verdict has arrived."""
+        """One step; returns the non-finite ones among the steps whose verdict has arrived.
+
+        CorruptDataError: too many images cannot be read, on any rank; every rank raises it after the same step.
+        """
         config = self.config
         values = schedule_at(config, self.step, self.steps)
         began = time.perf_counter()
-        batch = next(self.loader)
+        batch, unreadable = self._next_batch()
         self.data_wait += time.perf_counter() - began
 
-        torch.manual_seed(step_seed(config.run.seed, self.step))
-        images = augment(batch.images.to(self.device, non_blocking=True), config.model.img_size)
+        size, mask_ratio = config.model.img_size, config.model.mask_ratio
+        keys = numbers.keys(config.run.seed, self._places())
+        images = augment(batch.images.to(self.device, non_blocking=True), size, keys)
         modality = batch.modality.to(self.device, non_blocking=True)
+        mask_noise, router_noise = self._noise(keys)
+        self._noise_std.fill_(values.noise_std)
         self.model.train()
-        with self._autocast():
-            out = self.model(images, mask_ratio=config.model.mask_ratio, noise_std=values.noise_std)
-        total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
+        outs, totals = [], []
+        for part in parts:
+            with self._gradients(last=part is parts[-1]):
+                with self._autocast():
+                    out = self.net(
+                        images[part],
+                        mask_ratio=mask_ratio,
+                        noise_std=self._noise_std,
+                        mask_noise=mask_noise[part],
+                        router_noise=[noise[part] for noise in router_noise] or None,
+                    )
+                total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
+                (total / len(parts)).backward()
+            outs.append(out), totals.append(total.detach())
+        out = _merge(outs)
 
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        good = torch.isfinite(torch.cat([total.detach()[None], grad_norm[None], *out.gate_mass])).all()
-        self.model.update_directors(out.gate_mass, values.momentum, skip=~good)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        grad_norm = full(norm)
+        losses = torch.stack([out.loss, torch.stack(totals).mean(), out.align_loss, out.balance_loss, grad_norm])
+        told = self._agree(unreadable, losses, out, modality)
+        good = told.good
+        self.model.update_directors(told.gate_mass, values.momentum, skip=~good, process_group=False)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
 
-        self._count(good, torch.stack([out.loss, total, out.align_loss, out.balance_loss, grad_norm]), out, modality)
-        self._pending.append(self._send_verdict(batch.ids, good, out, grad_norm))
+        self._count(told)
+        self._pending.append(self._send_verdict(batch.ids, told, out.image_loss))
         self.step += 1
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
 
@@ -206,6 +276,7 @@ class Trainer:
             "noise_std": values.noise_std,
             "balance_weight": values.balance_weight,
             "skipped": int(window["steps"] - good),
+            "memory_mb": self._memory_mb(),
             "modality_loss": {
                 name: loss / images
                 for name, loss, images in zip(
@@ -279,37 +350,39 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first."""
+        """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first.
+
+        Random numbers are functions of the seed, the step and an image's place: there is no state of theirs to keep.
+        """
         return {
             "step": self.step,
             "steps": self.steps,
             "config": to_dict(self.config),
             "precision": self.precision,
             "data_fingerprint": self.fingerprint,
-            "data_position": self.loader.position,
+            "data_position": self.step,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "losses": list(self._losses),
             "window": {name: tensor.tolist() for name, tensor in self._window.items()},
             "slots": self._slots.tolist(),
             "unused": [list(map(list, u)) for u in self._unused],
-            "rng": {
-                "cpu": _encode(torch.get_rng_state()),
-                "cuda": _encode(torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else None,
-            },
         }
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from ``saved``, a checkpoint of this run; `dex.pretrain` refuses another run's."""
-        checkpoint.restore(saved, self.model, self.optimizer)
+        checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
         state = saved.state
         self.step = state["step"]
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self._losses = deque(state["losses"], _SPIKE_WINDOW)
         for name, tensor in self._window.items():
             tensor.copy_(torch.tensor(state["window"][name], dtype=tensor.dtype))
         self._slots.copy_(torch.tensor(state["slots"], dtype=torch.int64))
         self._unused = [analysis.UnusedExperts(tuple(dead), tuple(nearly)) for dead, nearly in state["unused"]]
-        torch.set_rng_state(_decode(state["rng"]["cpu"]))
-        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(_decode(state["rng"]["cuda"]), self.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `checkpoint.Saver` writes: weights, buffers and moments, not copied."""
+        return checkpoint.collect(self.model, self.optimizer, self.named_parameters)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -327,30 +400,113 @@ class Trainer:
             "modality_images": zeros(kinds),
         }
 
+    def _prepare_model(self) -> torch.nn.Module:
+        parallel, model = self.config.parallel, self.model
+        blocks = [*model.encoder.blocks, *model.decoder_blocks]
+        model.encoder.checkpointing = parallel.checkpointing
+        if parallel.compile:
+            for block in blocks:
+                block.compile()
+        return spread(model, blocks, parallel.strategy, self.device) if self.ranks.world_size > 1 else model
+
+    def _next_batch(self) -> tuple[Batch, CorruptDataError | None]:
+        """This rank's part of the next batch; alone, CorruptDataError is raised.
+
+        Among several ranks it is handed back with black images, so that this rank takes part in the step, which then
+        changes nothing anywhere, and all learn of it.
+        """
+        try:
+            return next(self.loader), None
+        except CorruptDataError as error:
+            if self.ranks.world_size == 1:
+                raise
+            count, size = self.config.data.batch_size // self.ranks.world_size, self.loader.dataset.image_size
+            black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+            return Batch(black, torch.zeros(count, dtype=torch.int64), ("",) * count), error
+
+    def _places(self) -> Tensor:
+        """int64 [b]: the places of this rank's images in the whole run."""
+        count = self.config.data.batch_size // self.ranks.world_size
+        first = self.step * self.config.data.batch_size + self.ranks.rank * count
+        return torch.arange(first, first + count, device=self.device)
+
+    def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
+        m = self.config.model
+        mask = numbers.uniform(keys, _MASK_STREAM, (m.img_size // m.patch_size) ** 2)
+        router = [numbers.normal(keys, _ROUTER_STREAM + layer, e)[:, None] for layer, e in enumerate(self.experts)]
+        return mask, router
+
+    def _gradients(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are exchanged between ranks with the last micro-batch only."""
+        if self.ranks.world_size == 1:
+            return contextlib.nullcontext()
+        if self.config.parallel.strategy == "fsdp":
+            self.net.set_requires_gradient_sync(last)
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else self.net.no_sync()
+
     @torch.no_grad()
-    def _count(self, good: Tensor, losses: Tensor, out: MAEOutput, modality: Tensor) -> None:
+    def _agree(self, unreadable: CorruptDataError | None, losses: Tensor, out: MAEOutput, modality: Tensor) -> "_Told":
+        """One small sum over the ranks: everything that is said of this step, the verdict included."""
         kinds = analysis.one_hot(modality, len(self.modalities))
-        window = self._window
-        window["steps"] += 1
-        window["good"] += good
-        for name, value in (
-            ("sums", losses.double()),
-            ("modality_loss", kinds.T @ out.image_loss.double()),
-            ("modality_images", kinds.sum(0)),
-        ):
-            window[name] += torch.where(good, value, 0.0)
+        slots = torch.zeros(sum(self.experts), dtype=torch.float64, device=self.device)
         first = 0
         for indices, experts in zip(out.expert_indices, self.experts, strict=True):
             taken = indices.flatten().long() + first
-            self._slots.index_add_(0, taken, good.long().expand(len(taken)))
+            slots.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float64))
             first += experts
+        finite = torch.isfinite(torch.cat([losses[1:2], losses[4:5], *out.gate_mass])).all()
+        flags = [~finite if unreadable is None else torch.ones_like(finite)]
+        flags += [torch.full_like(finite, bool(flag)) for flag in (self.stop_requested, unreadable is not None)]
+        parts = [
+            torch.stack(flags),
+            losses / self.ranks.world_size,
+            kinds.T @ out.image_loss.double(),
+            kinds.sum(0),
+            slots,
+            *out.gate_mass,
+        ]
+        told = torch.cat([part.double().flatten() for part in parts])
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(told)
+        flags, losses, modality_loss, modality_images, slots, *gate_mass = told.split([p.numel() for p in parts])
+        return _Told(
+            (flags[0] == 0) & torch.isfinite(told[3:]).all(),
+            flags[1:],
+            losses,
+            modality_loss,
+            modality_images,
+            slots,
+            [mass.float() for mass in gate_mass],
+        )
+
+    @torch.no_grad()
+    def _count(self, told: "_Told") -> None:
+        window = self._window
+        window["steps"] += 1
+        window["good"] += told.good
+        for name, value in (
+            ("sums", told.losses),
+            ("modality_loss", told.modality_loss),
+            ("modality_images", told.modality_images),
+        ):
+            window[name] += torch.where(told.good, value, 0.0)
+        self._slots += torch.where(told.good, told.slots, 0.0).long()
+
+    def _memory_mb(self) -> float:
+        """The most this rank has held so far: on the device, or the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
     def _slots_by_layer(self) -> list[Tensor]:
         return list(self._slots.to("cpu", copy=True).split(self.experts)) if self.experts else []
 
-    def _send_verdict(self, ids: Sequence[str], good: Tensor, out: MAEOutput, grad_norm: Tensor) -> _Verdict:
-        head = torch.stack([good.float(), out.loss.detach().float(), grad_norm.float()])
-        values = torch.cat([head, out.image_loss.float()])
+    def _send_verdict(self, ids: Sequence[str], told: "_Told", image_loss: Tensor) -> _Verdict:
+        head = torch.cat([told.good[None], told.flags, told.losses[0:1], told.losses[4:5]])
+        values = torch.cat([head.float(), image_loss.float()])
         if self.device.type != "cuda":
             return _Verdict(self.step, ids, values, None)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -365,13 +521,32 @@ class Trainer:
             step, ids, values, ready = self._pending.popleft()
             if ready is not None:
                 ready.synchronize()
-            if values[0]:
+            good, stop, unreadable, loss, grad_norm = values[:5].tolist()
+            image_loss = values[5:]
+            self.stopping = self.stopping or stop > 0
+            if unreadable:
+                raise CorruptDataError(f"step {step + 1}: on {unreadable:.0f} of the ranks too many samples cannot be read")
+            if good:
                 self.nonfinite_in_a_row = 0
+                self._watch_loss(step, loss, ids, image_loss)
                 continue
             self.nonfinite_in_a_row += 1
-            guilty = [i for i, finite in zip(ids, torch.isfinite(values[3:]).tolist(), strict=True) if not finite]
-            bad.append(NonFinite(step, float(values[1]), float(values[2]), guilty or list(ids)))
+            guilty = [i for i, finite in zip(ids, torch.isfinite(image_loss).tolist(), strict=True) if not finite]
+            told = gather(self.ranks, [guilty, list(ids)])  # every rank reads the same verdict at the same step
+            guilty = [i for mine, _ in told for i in mine] or [i for _, all_ids in told for i in all_ids]
+            bad.append(NonFinite(step, loss, grad_norm, guilty))
         return bad
+
+    def _watch_loss(self, step: int, loss: float, ids: Sequence[str], image_loss: Tensor) -> None:
+        before = torch.tensor(self._losses, dtype=torch.float64)
+        self._losses.append(loss)
+        if len(before) < _SPIKE_WINDOW // 2:
+            return
+        usual = before.median()
+        limit = usual + max(_SPIKE_DEVIATIONS * float((before - usual).abs().median()), 0.05 * abs(float(usual)))
+        if loss > limit:
+            worst = image_loss.argsort(descending=True)[:5].tolist()
+            self.spikes.append(Spike(step, loss, float(usual), [(ids[i], float(image_loss[i])) for i in worst]))
 
     def _read_held_out(self) -> tuple[Tensor, Tensor]:
         """Up to ``run.evaluate_images`` held-out images, uint8, and their modalities, which take turns."""
@@ -400,9 +575,31 @@ class Trainer:
         return images.masked_fill(hidden.repeat_interleave(self.config.model.patch_size, 3) == 1, float("nan"))
 
 
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(bytes(state.tolist())).decode("ascii")
+class _Told(NamedTuple):
+    """What all ranks know of a step. ``flags [2]``: ranks that were told to stop, ranks that cannot read their images.
+
+    ``losses [5]`` as in ``_LOSSES``, means over the ranks; the others are sums. ``gate_mass``: one [E_l] per layer.
+    """
+
+    good: Tensor
+    flags: Tensor
+    losses: Tensor
+    modality_loss: Tensor
+    modality_images: Tensor
+    slots: Tensor
+    gate_mass: list[Tensor]
 
 
-def _decode(text: str) -> Tensor:
-    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+def _merge(outs: list[MAEOutput]) -> MAEOutput:
+    """One batch's output from those of its micro-batches, of equal size, without what only backward needs."""
+    if len(outs) == 1:
+        return outs[0]
+    return outs[0]._replace(
+        loss=torch.stack([o.loss.detach() for o in outs]).mean(),
+        align_loss=torch.stack([o.align_loss.detach() for o in outs]).mean(),
+        balance_loss=torch.stack([o.balance_loss.detach() for o in outs]).mean(),
+        gate_mass=[torch.stack(masses).sum(0) for masses in zip(*(o.gate_mass for o in outs), strict=True)],
+        gates=[torch.cat(gates) for gates in zip(*(o.gates for o in outs), strict=True)],
+        expert_indices=[torch.cat(indices) for indices in zip(*(o.expert_indices for o in outs), strict=True)],
+        image_loss=torch.cat([o.image_loss for o in outs]),
+    )

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dexkernels import Aux, DEXLayer
 from dexkernels.checks import check_number
@@ -142,6 +143,8 @@ class VisionTransformer(nn.Module):
             for e, k in zip(experts, chosen, strict=True)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.checkpointing = False
+        """Keep only every block's input for backward and compute the block anew there."""
 
     @property
     def dex_layers(self) -> list[DEXLayer]:
@@ -176,8 +179,10 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x) + patch_pos
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1).to(x.dtype), x], 1)
         auxes = []
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x, aux = block(x, noise_std, None if router_noise is None else router_noise[i], return_aux)
+            arguments = (x, noise_std, None if router_noise is None else router_noise[i], return_aux)
+            x, aux = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
             if aux is not None:
                 auxes.append(aux)
         return self.norm(x), auxes

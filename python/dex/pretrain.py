@@ -15,9 +15,11 @@ from dex import checkpoint, plots
 from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
 from dex.data import CorruptDataError, Loader, open_dataset
 from dex.data.dataset import Dataset
-from dex.engine import NonFinite, Trainer, resolve_device, resolve_precision
+from dex.distributed import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
+from dex.engine import NonFinite, Trainer, resolve_device, resolve_micro_batch, resolve_precision
 from dex.runlog import Progress, RunLog, describe_machine, now
 from dex.schedules import total_steps
+from dex.watch import Watch
 
 EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
 NONFINITE_IN_A_ROW = 3
@@ -40,18 +42,18 @@ class Plan(NamedTuple):
     """What is to be said about that."""
 
 
-def plan(config: Config, out: Path, resume: str | Path | None = None) -> Plan:
+def plan(config: Config, out: Path, resume: str | Path | None = None, ranks: Ranks = ALONE) -> Plan:
     """Everything that can be checked before a model is built; arguments and errors as in `pretrain`."""
     check(config)
-    _require_one_process()
-    log = RunLog(out)
-    saved, notes = _find_start(log, resume)
+    log = RunLog(out, active=ranks.first)
+    saved, notes = checkpoint.choose(ranks, lambda: _find_start(log, resume))
     dataset = _open_data(config)
     train = dataset.split("train")
     if len(train) == 0:
         raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+    resolve_micro_batch(config, ranks.world_size)
     batches = Loader(train, config.data.batch_size, seed=config.run.seed).batches_per_epoch
-    device = resolve_device(config)
+    device = resolve_device(config, ranks)
     precision, steps = resolve_precision(config, device), total_steps(config, batches)
     _refuse_other_run(log, saved, config, {"data": dataset.fingerprint, "steps": steps, "precision": precision})
     return Plan(config, log, dataset, device, precision, batches, steps, saved, notes)
@@ -70,16 +72,43 @@ def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, com
 
 def prepare(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> "Run":
     """`pretrain` up to its first step, with the run folder open. What fails later is no fault of the arguments."""
-    planned = plan(config, out, resume)
+    check(config)
+    ranks = announced()
+    ranks = start(ranks, resolve_device(config, ranks), config.parallel.timeout)
+    watch = Watch(ranks, config.parallel.timeout)
+    try:
+        return _prepare(config, Path(from_first(ranks, str(out))), resume, command, ranks, watch)
+    except BaseException:
+        watch.close()
+        stop(ranks)
+        raise
+
+
+def _prepare(
+    config: Config, out: Path, resume: str | Path | None, command: Sequence[str], ranks: Ranks, watch: Watch
+) -> "Run":
+    planned, error = None, None
+    try:
+        planned = plan(config, out, resume, ranks)
+    except Failed:
+        raise
+    except Exception as e:
+        error = e
+    together(ranks, error)
     log, saved, notes = planned.log, planned.saved, planned.notes
-    trainer = Trainer(config, planned.dataset, start_batch=saved.state["data_position"] if saved else 0)
+    trainer = Trainer(config, planned.dataset, ranks=ranks, start_batch=saved.state["data_position"] if saved else 0)
     if saved:
         trainer.restore(saved)
     try:
-        log.open(config, _start_entry(trainer, planned.dataset, command, saved))
-        if saved:
-            notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
-        return Run(trainer, log, notes, saved)
+        error = None
+        try:
+            log.open(config, _start_entry(trainer, planned.dataset, command, saved))
+            if saved and ranks.first:
+                notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
+        except Exception as e:
+            error = e
+        together(ranks, error)
+        return Run(trainer, log, notes, saved, watch)
     except BaseException:
         if saved is None:
             log.discard()
@@ -90,11 +119,20 @@ def prepare(config: Config, out: Path, *, resume: str | Path | None = None, comm
 class Run:
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, notes: list[str], saved: checkpoint.Checkpoint | None):
-        self.trainer, self.log, self.notes, self.saved = trainer, log, notes, saved
+    def __init__(
+        self,
+        trainer: Trainer,
+        log: RunLog,
+        notes: list[str],
+        saved: checkpoint.Checkpoint | None,
+        watch: Watch,
+    ):
+        self.trainer, self.log, self.notes, self.saved, self.watch = trainer, log, notes, saved, watch
+        self.ranks = trainer.ranks
         self.signals: list[int] = []
         self.run_config = trainer.config.run
-        self.progress = Progress(trainer.steps, trainer.step)
+        self.saver = checkpoint.Saver(log.checkpoints, self.run_config.keep_checkpoints, self.ranks)
+        self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
 
@@ -104,13 +142,19 @@ class Run:
             try:
                 with self.progress.shown():
                     self._greet()
-                    return self._steps()
-            except BaseException:
+                    code = self._steps()
+                    self.saver.wait()
+                    return code
+            except BaseException as error:
+                if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, Failed):
+                    self.watch.explain(error)  # does not come back when another rank is gone
                 if self.saved is None and self.trainer.step == 0:
                     self.log.discard()
                 raise
             finally:
+                self.watch.close()
                 self.log.close()
+                stop(self.ranks)
 
     def _greet(self) -> None:
         for note in self.notes:
@@ -127,13 +171,17 @@ class Run:
             self._evaluate()
         self._restart_clock()
         while trainer.step < last:
+            trainer.stop_requested = bool(self.signals)
+            self.watch.at(trainer.step, "step")
             try:
                 bad = trainer.train_step()
             except CorruptDataError:
                 self._save_unreadable()
                 raise
             done = trainer.step
-            stopping = bool(self.signals)  # read once: a signal may come at any moment below
+            # Alone, a signal counts at once; read once, since one may come at any moment below. Among several ranks
+            # all stop after the step in which one of them said so.
+            stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))
             saving = stopping or done == last or done % run.checkpoint_every == 0
             if saving:
                 bad += trainer.flush()
@@ -148,7 +196,8 @@ class Run:
             if saving:
                 self._paused(self._save)
             if stopping and done < last:
-                name = signal.Signals(self.signals[0]).name
+                self.saver.wait()
+                name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
                 self.log.event(done, "preempted", signal=name)
                 self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
                 return EXIT_PREEMPTED
@@ -165,6 +214,7 @@ class Run:
         self._restart_clock()
         self.log.row(row)
         self.progress.row(row)
+        self._spikes()
         for layer, unused in trainer.newly_unused():
             self.log.event(trainer.step, "unused experts", layer=layer, **unused._asdict())
             for word, experts in (("no image", unused.dead), ("almost no image", unused.nearly_dead)):
@@ -172,7 +222,22 @@ class Run:
                     listed = ", ".join(map(str, experts))
                     self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
 
+    def _spikes(self) -> None:
+        """Loss spikes with the worst images of all ranks; every rank found the same steps."""
+        spikes, self.trainer.spikes = self.trainer.spikes, []
+        if not spikes:
+            return
+        told = gather(self.ranks, [spike.samples for spike in spikes])
+        for number, spike in enumerate(spikes):
+            worst = sorted((sample for mine in told for sample in mine[number]), key=lambda s: -s[1])[:5]
+            self.progress.say(
+                f"warning: step {spike.step + 1}: loss {spike.loss:.4g}, usually {spike.usual:.4g}; samples "
+                + _list([name for name, _ in worst], 5)
+            )
+            self.log.event(spike.step + 1, "loss spike", loss=spike.loss, usual=spike.usual, samples=worst)
+
     def _evaluate(self) -> None:
+        self.watch.at(self.trainer.step, "evaluation")
         trainer, step, log = self.trainer, self.trainer.step, self.log
         found = trainer.evaluate()
         if found is None:
@@ -199,9 +264,7 @@ class Run:
         trainer = self.trainer
         if trainer.step == self._saved_step:
             return
-        moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.named_parameters)
-        keep = self.run_config.keep_checkpoints
-        checkpoint.save(self.log.checkpoints, trainer.step, trainer.model.state_dict(), moments, trainer.state(), keep)
+        self.saver.save(trainer.step, trainer.tensors(), trainer.state())
         self._saved_step = trainer.step
 
     def _report(self, bad: Sequence[NonFinite]) -> None:
@@ -228,6 +291,7 @@ class Run:
         self._report(trainer.flush())
         trainer.nonfinite_in_a_row = 0
         self._save()
+        self.saver.wait()
         self.log.event(trainer.step, "stopped", reason=f"{NONFINITE_IN_A_ROW} non-finite steps in a row")
         print(
             f"dex pretrain: stopped at step {trainer.step}: {NONFINITE_IN_A_ROW} non-finite steps in a row; "
@@ -243,6 +307,7 @@ class Run:
         self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
         if trainer.step:
             self._save()
+            self.saver.wait()
 
     def _paused(self, action: Callable[[], None]) -> None:
         """Run ``action`` without counting its time against images per second."""
@@ -273,14 +338,6 @@ def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Chec
     saved, passed_over = checkpoint.newest_good(log.checkpoints)
     notes = [f"passed over {reason}" for reason in passed_over]
     return saved, notes if saved else ["no checkpoint yet in this run folder: starting at step 0"]
-
-
-def _require_one_process() -> None:
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        raise ValueError(
-            f"WORLD_SIZE: this version trains in one process on one device; expected 1 or none, got {processes!r}"
-        )
 
 
 def _open_data(config: Config) -> Dataset:
@@ -337,7 +394,7 @@ def _start_entry(
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once."""
+    """Collects SIGTERM, SIGUSR1 and SIGINT; a second SIGINT interrupts at once."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -345,7 +402,7 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield received
     finally:

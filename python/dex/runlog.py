@@ -52,10 +52,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes one run folder. Nothing is created before `open`; `discard` takes back the `open` of a new run."""
+    """Writes one run folder. Nothing is created before `open`; `discard` takes back the `open` of a new run.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    active: False on all ranks but one, where nothing is written.
+    """
+
+    def __init__(self, folder: Path, active: bool = True):
+        self.folder, self.active = folder, active
         self._created: list[Path] = []
         self._fresh = False
         self._files: dict[str, Any] = {}
@@ -90,6 +93,8 @@ class RunLog:
 
         Rows and events after that step are removed: the run will write them again.
         """
+        if not self.active:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         step = start["step"]
@@ -109,6 +114,8 @@ class RunLog:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Append to ``metrics.jsonl`` and draw every number in tensorboard."""
+        if not self.active:
+            return
         self._write_line(METRICS, row)
         for key, value in row.items():
             if isinstance(value, Mapping):
@@ -127,6 +134,8 @@ class RunLog:
 
     def picture(self, name: str, tag: str, figure: Any, step: int) -> None:
         """Write ``pictures/name`` and show it in tensorboard under ``tag``."""
+        if not self.active:
+            return
         from dex import plots
 
         drawn = plots.pixels(figure)
@@ -155,18 +164,20 @@ class RunLog:
                 folder.rmdir()
 
     def _write_line(self, name: str, row: Mapping[str, Any]) -> None:
+        if not self.active:
+            return
         self._files[name].write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._files[name].flush()
 
 
 class Progress:
-    """A bar with time left and every loss on a terminal; elsewhere one plain line per row."""
+    """A bar with time left and every loss on a terminal; elsewhere one plain line per row; nothing when not active."""
 
-    def __init__(self, steps: int, start: int):
-        self._steps, self._start = steps, start
+    def __init__(self, steps: int, start: int, active: bool = True):
+        self._steps, self._start, self._active = steps, start, active
         self._began = time.monotonic()
         self._bar: Any = None
-        if sys.stdout.isatty():
+        if active and sys.stdout.isatty():
             self._make_bar(steps, start)
 
     def _make_bar(self, steps: int, start: int) -> None:
@@ -202,6 +213,8 @@ class Progress:
             self._bar.update(self._task, completed=done)
 
     def row(self, row: Mapping[str, Any]) -> None:
+        if not self._active:
+            return
         text = _summary(row)
         if self._bar is not None:
             self._line.plain = text
@@ -214,7 +227,7 @@ class Progress:
         """A line that stays."""
         if self._bar is not None:
             self._console.print(text, markup=False, highlight=False)
-        else:
+        elif self._active:
             print(text, flush=True)
 
 

@@ -1,7 +1,8 @@
+import json
 import os
 import pickle
 import random
-import shutil
+import resource
 
 import pytest
 import torch
@@ -10,34 +11,65 @@ from torch import nn
 from dex import checkpoint
 from dex.checkpoint import CheckpointError
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
 
 def tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {"a": torch.randn(7, 5, generator=generator), "b.c": torch.randn(3, generator=generator).bfloat16()}
+    return {
+        "a": torch.randn(7, 5, generator=generator),
+        "b.c": torch.randn(3, generator=generator).bfloat16(),
+        "count": torch.tensor([seed], dtype=torch.int64),
+    }
 
 
 def save(root, step, keep=3, seed=0):
-    return checkpoint.save(root, step, tensors(seed), tensors(seed + 1), {"step": step, "x": [0.1, 1e-300]}, keep)
+    saver = checkpoint.Saver(root, keep)
+    saver.save(step, tensors(seed), {"step": step, "x": [0.1, 1e-300]})
+    saver.wait()
+    return root / f"step-{step:08d}"
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def test_round_trip_is_exact(tmp_path):
     folder = save(tmp_path, 100)
-    assert folder.name == "step-00000100"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
-    )
-    loaded = checkpoint.load(folder)
-    for got, want in ((loaded.model, tensors()), (loaded.optimizer, tensors(1))):
-        assert got.keys() == want.keys()
-        assert all(got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]) for k in want)
-    assert loaded.state == {"step": 100, "x": [0.1, 1e-300]}
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["MANIFEST.json", SHARD, "state.json"])
+    assert same(checkpoint.tensors(folder), tensors())
+    assert checkpoint.load(folder).state == {"step": 100, "x": [0.1, 1e-300]}
 
 
 def test_views_of_shared_memory_are_saved(tmp_path):
     whole = torch.arange(12.0)
-    folder = checkpoint.save(tmp_path, 1, {"head": whole[:4], "strided": whole[::3]}, {}, {"step": 1}, 1)
-    loaded = checkpoint.load(folder).model
+    saver = checkpoint.Saver(tmp_path, 1)
+    saver.save(1, {"head": whole[:4], "strided": whole[::3]}, {"step": 1})
+    saver.wait()
+    loaded = checkpoint.tensors(tmp_path / "step-00000001")
     assert torch.equal(loaded["head"], whole[:4]) and torch.equal(loaded["strided"], whole[::3])
+
+
+def test_what_is_saved_is_what_was_there_when_save_returned(tmp_path, monkeypatch):
+    """Training goes on, in place, while the thread writes."""
+    import threading
+
+    go = threading.Event()
+    real = checkpoint.dcp.save
+
+    def late(*arguments, **options):
+        assert go.wait(20)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", late)
+    values, saver = tensors(), checkpoint.Saver(tmp_path, 1)
+    saver.save(1, values, {"step": 1})
+    for value in values.values():
+        value.zero_()
+    assert not (tmp_path / "step-00000001").exists()
+    go.set()
+    saver.wait()
+    assert same(checkpoint.tensors(tmp_path / "step-00000001"), tensors())
 
 
 def test_every_flipped_bit_is_found_and_named(tmp_path):
@@ -45,7 +77,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path):
     rng = random.Random(0)
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
-        for _ in range(60):
+        for _ in range(70):
             bad = bytearray(good)
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
             path.write_bytes(bad)
@@ -55,11 +87,11 @@ def test_every_flipped_bit_is_found_and_named(tmp_path):
     assert checkpoint.load(folder).state["step"] == 5
 
 
-def test_every_cut_and_missing_file_is_found_and_named(tmp_path):
+def test_every_cut_missing_and_added_file_is_found_and_named(tmp_path):
     folder = save(tmp_path, 5)
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
-        for length in (0, 1, len(good) // 2, len(good) - 1):
+        for length in (0, 1, len(good) // 4, len(good) // 2, len(good) - 2, len(good) - 1):
             path.write_bytes(good[:length])
             with pytest.raises(CheckpointError, match=path.name):
                 checkpoint.load(folder)
@@ -67,6 +99,11 @@ def test_every_cut_and_missing_file_is_found_and_named(tmp_path):
         with pytest.raises(CheckpointError, match=f"{path.name}: missing"):
             checkpoint.load(folder)
         path.write_bytes(good)
+    # torch reads every safetensors file of the folder
+    extra = folder / "shard-00002-model-00001-of-00001.safetensors"
+    extra.write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(CheckpointError, match=f"{extra.name}: not in MANIFEST.json"):
+        checkpoint.load(folder)
     with pytest.raises(FileNotFoundError, match="nothing at"):
         checkpoint.load(tmp_path / "step-00000006")
 
@@ -74,12 +111,12 @@ def test_every_cut_and_missing_file_is_found_and_named(tmp_path):
 def test_the_newest_good_one_is_taken_and_bad_ones_are_named(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "step-00000003" / SHARD).write_bytes(b"x")
     (tmp_path / "step-00000002" / "state.json").unlink()
     loaded, passed_over = checkpoint.newest_good(tmp_path)
     assert loaded.state["step"] == 1
     assert len(passed_over) == 2
-    assert "step-00000003" in passed_over[0] and "model.safetensors" in passed_over[0]
+    assert "step-00000003" in passed_over[0] and SHARD in passed_over[0]
     assert "state.json: missing" in passed_over[1]
     (tmp_path / "step-00000001" / "MANIFEST.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
@@ -96,18 +133,13 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.found(tmp_path)] == [35, 40]
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_sync", "_digest"])
+@pytest.mark.parametrize("fails", ["_sync", "_digest", "_manifest_text"])
 def test_a_save_that_fails_leaves_what_was_there(fails, tmp_path, monkeypatch):
     save(tmp_path, 1)
-    calls = 0
     real = getattr(checkpoint, fails)
 
     def full(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(28, "No space left on device")
-        return real(*arguments)
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, fails, full)
@@ -115,7 +147,26 @@ def test_a_save_that_fails_leaves_what_was_there(fails, tmp_path, monkeypatch):
             save(tmp_path, 2, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"]
     assert checkpoint.newest_good(tmp_path)[0].state["step"] == 1
+    assert getattr(checkpoint, fails) is real
     save(tmp_path, 2, keep=1)
+    assert [step for step, _ in checkpoint.found(tmp_path)] == [2]
+
+
+def test_a_full_disk_under_the_tensors_is_an_os_error(tmp_path):
+    """What torch wraps in an exception that `except Exception` would not catch comes out as itself."""
+    save(tmp_path, 1)
+    saver = checkpoint.Saver(tmp_path, 1)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the system itself refuses larger files
+    try:
+        saver.save(2, {"large": torch.ones(5000)}, {"step": 2})
+        with pytest.raises(OSError, match="File too large"):
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    saver.save(2, tensors(), {"step": 2})
+    saver.wait()
     assert [step for step, _ in checkpoint.found(tmp_path)] == [2]
 
 
@@ -123,7 +174,7 @@ def test_what_a_kill_left_is_swept_up_by_the_next_save(tmp_path):
     save(tmp_path, 1)
     half = tmp_path / ".writing-step-00000002"
     half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
+    (half / SHARD).write_bytes(b"half")
     assert checkpoint.newest_good(tmp_path)[0].state["step"] == 1
     save(tmp_path, 3)
     assert not half.exists()
@@ -132,14 +183,14 @@ def test_what_a_kill_left_is_swept_up_by_the_next_save(tmp_path):
 def test_an_unreplaced_checkpoint_of_the_same_step_is_set_aside(tmp_path):
     save(tmp_path, 1, seed=5)
     save(tmp_path, 1, seed=0)
-    assert torch.equal(checkpoint.load(tmp_path / "step-00000001").model["a"], tensors(0)["a"])
+    assert torch.equal(checkpoint.tensors(tmp_path / "step-00000001")["a"], tensors(0)["a"])
     assert (tmp_path / "set-aside-step-00000001").is_dir()
     save(tmp_path, 4)
     assert [p.name for p in checkpoint.set_aside_after(tmp_path, 1)] == ["set-aside-step-00000004"]
     assert [step for step, _ in checkpoint.found(tmp_path)] == [1]
 
 
-def test_loading_never_unpickles(tmp_path, monkeypatch):
+def test_loading_never_unpickles(tmp_path):
     canary = tmp_path / "canary"
 
     class Bomb:
@@ -147,27 +198,37 @@ def test_loading_never_unpickles(tmp_path, monkeypatch):
             return os.mkdir, (str(canary),)
 
     folder = save(tmp_path, 1)
-    for name in ("model.safetensors", "state.json"):
-        (folder / name).write_bytes(pickle.dumps(Bomb()))
-        files = {n: checkpoint._digest(folder / n) for n in checkpoint._FILES}
+    bomb = pickle.dumps(Bomb())
+    (folder / ".metadata").write_bytes(bomb)  # where torch's usual format keeps a pickle
+    assert same(checkpoint.tensors(folder), tensors())
+    for name in (SHARD, "state.json"):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(bomb)
+        files = {n: checkpoint._digest(folder / n) for n in (SHARD, "state.json")}
         (folder / "MANIFEST.json").write_text(checkpoint._manifest_text(1, files))
         with pytest.raises(CheckpointError):
             checkpoint.load(folder)
-    assert not canary.exists()
+            checkpoint.tensors(folder)
+        (folder / name).write_bytes(good)
+    pickle.loads(bomb)
+    assert canary.exists()  # the canary works
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda m, o: m.pop("weight"), "model.safetensors: weight is missing"),
-        (lambda m, o: m.update(other=torch.zeros(1)), "model.safetensors: other is not expected"),
-        (lambda m, o: m.update(weight=torch.zeros(3, 2)), r"weight: expected torch.float32 \[2, 3\]; got .*\[3, 2\]"),
+        (lambda t: t.pop("model.weight"), "model.weight is missing"),
+        (lambda t: t.update(other=torch.zeros(1)), "other is not expected"),
         (
-            lambda m, o: m.update(weight=torch.zeros(2, 3).half()),
+            lambda t: t.update({"model.weight": torch.zeros(3, 2)}),
+            r"model.weight: expected torch.float32 \[2, 3\]; got .*\[3, 2\]",
+        ),
+        (
+            lambda t: t.update({"model.weight": torch.zeros(2, 3).half()}),
             "weight: expected torch.float32 .*; got torch.float16",
         ),
-        (lambda m, o: o.pop("exp_avg.bias"), "optimizer.safetensors: exp_avg.bias is missing"),
-        (lambda m, o: o.update({"step.x": torch.zeros(())}), "optimizer.safetensors: step.x is not expected"),
+        (lambda t: t.pop("exp_avg.bias"), "exp_avg.bias is missing"),
+        (lambda t: t.update({"step.x": torch.zeros(())}), "step.x is not expected"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_changes(spoil, message, tmp_path):
@@ -177,21 +238,29 @@ def test_what_does_not_fit_is_named_and_nothing_changes(spoil, message, tmp_path
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         model(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-        return model, optimizer
+        return model, optimizer, list(model.named_parameters())
 
-    model, optimizer = trained(0)
-    moments = checkpoint.optimizer_tensors(optimizer, model.named_parameters())
-    weights, moments = dict(model.state_dict()), dict(moments)
-    spoil(weights, moments)
-    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, weights, moments, {"step": 1}, 1))
-    other, its_optimizer = trained(1)
-    before = {k: v.clone() for k, v in other.state_dict().items()}
-    before_moments = {
-        k: v.clone() for k, v in checkpoint.optimizer_tensors(its_optimizer, other.named_parameters()).items()
-    }
+    held = checkpoint.collect(*trained(0))
+    good = {k: v.clone() for k, v in held.items()}
+    spoil(held)
+    saver = checkpoint.Saver(tmp_path, 5)
+    saver.save(1, held, {"step": 1})
+    saver.save(2, good, {"step": 2})
+    saver.wait()
+    other = trained(1)
+    before = {k: v.clone() for k, v in checkpoint.collect(*other).items()}
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.restore(loaded, other, its_optimizer)
-    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
-    after = checkpoint.optimizer_tensors(its_optimizer, other.named_parameters())
-    assert all(torch.equal(before_moments[k], v) for k, v in after.items())
-    shutil.rmtree(tmp_path / "step-00000001")
+        checkpoint.restore(checkpoint.load(tmp_path / "step-00000001"), *other)
+    assert same(before, checkpoint.collect(*other))
+    checkpoint.restore(checkpoint.load(tmp_path / "step-00000002"), *other)
+    assert same(good, checkpoint.collect(*other))
+    other[1].step()  # moments and step counters are of a kind that the optimizer takes
+
+
+def test_state_of_another_step_is_refused(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "state.json").write_text(json.dumps({"step": 2}))
+    files = {n: checkpoint._digest(folder / n) for n in (SHARD, "state.json")}
+    (folder / "MANIFEST.json").write_text(checkpoint._manifest_text(1, files))
+    with pytest.raises(CheckpointError, match="expected step 1; got 2"):
+        checkpoint.load(folder)

@@ -59,7 +59,7 @@ def test_monolithic_control_differs_in_the_experts_alone():
     ("text", "message"),
     [
         ("model: {dept: 3}", r"model\.dept: expected one of img_size, .*unknown key"),
-        ("modell: {}", r"modell: expected one of model, data, optim, schedule, run"),
+        ("modell: {}", r"modell: expected one of model, data, optim, schedule, parallel, run"),
         ("model: {depth: 3.5}", r"model\.depth: expected a whole number; got 3\.5"),
         ("model: {depth: true}", r"model\.depth: expected a whole number; got True"),
         ("model: 3", r"model: expected fields and their values; got 3"),
@@ -118,6 +118,8 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("schedule__momentum", (0.9, 1.1), "schedule.momentum: expected two numbers in"),
         ("run__seed", -1, "run.seed: expected at least 0"),
         ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
+        ("parallel__micro_batch", 0, "parallel.micro_batch: expected at least 1, or null; got 0"),
+        ("parallel__timeout", 0.0, "parallel.timeout: expected above 0; got 0.0"),
     ],
 )
 def test_values_that_cannot_work_are_named(field, value, message, change):
@@ -133,7 +135,7 @@ def test_every_field_survives_yaml(tmp_path):
     def altered(value):
         if isinstance(value, tuple):
             return [altered(v) for v in value]
-        choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine"}
+        choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine", "ddp": "fsdp"}
         return choices[value] if value in choices else other[type(value)]
 
     values = {

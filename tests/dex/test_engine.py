@@ -24,8 +24,7 @@ def test_the_align_loss_is_the_configured_one(tiny, change, align):
 
 def everything(trainer):
     """Copies of all weights, buffers, moments and step counters."""
-    moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.named_parameters)
-    return {k: v.detach().clone() for k, v in (trainer.model.state_dict() | moments).items()}
+    return {k: v.detach().clone() for k, v in trainer.tensors().items()}
 
 
 def changed_bits(before, after):
@@ -37,8 +36,8 @@ def poison_pixel(monkeypatch, *rows):
     """The next augmented batches hold one NaN pixel in each of these images."""
     real = engine.augment
 
-    def poisoned(images, size, generator=None):
-        out = real(images, size, generator)
+    def poisoned(images, size, keys):
+        out = real(images, size, keys)
         out[list(rows), 1, 5, 7] = float("nan")
         return out
 
@@ -109,10 +108,10 @@ def test_order_of_a_step(trainer, monkeypatch):
     gema, adamw = t.model.update_directors, t.optimizer.step
     weights = everything(t)
 
-    def update_directors(gate_mass, momentum, *, skip):
+    def update_directors(gate_mass, momentum, *, skip, process_group):
         assert changed_bits(weights, everything(t)) == []
         seen.append(("gema", norm(), momentum))
-        gema(gate_mass, momentum, skip=skip)
+        gema(gate_mass, momentum, skip=skip, process_group=process_group)
 
     def step():
         seen.append(("adamw", norm(), t.optimizer.param_groups[0]["lr"]))
@@ -178,14 +177,10 @@ def test_two_halves_are_the_whole(trainer, tmp_path):
     whole, first = trainer(), trainer()
     for _ in range(5):
         first.train_step()
-    folder = checkpoint.save(
-        tmp_path,
-        5,
-        first.model.state_dict(),
-        checkpoint.optimizer_tensors(first.optimizer, first.named_parameters),
-        first.state(),
-        1,
-    )
+    saver = checkpoint.Saver(tmp_path, 1)
+    saver.save(5, first.tensors(), first.state())
+    saver.wait()
+    folder = tmp_path / "step-00000005"
     second = trainer(data__num_workers=0)
     second.loader = engine.Loader(second.loader.dataset, 8, seed=0, start_batch=first.loader.position)
     second.restore(checkpoint.load(folder))

@@ -67,7 +67,10 @@ def test_numbers_of_parameters_and_the_checkpoint_are_the_real_ones(tmp_path):
     optimizer = torch.optim.AdamW([p for _, p in trained])
     sum(p.sum() for _, p in trained).backward()
     optimizer.step()
-    folder = checkpoint.save(tmp_path, 1, model.state_dict(), checkpoint.optimizer_tensors(optimizer, trained), {}, 1)
+    saver = checkpoint.Saver(tmp_path, 1)
+    saver.save(1, checkpoint.collect(model, optimizer, trained), {"step": 1})
+    saver.wait()
+    folder = tmp_path / "step-00000001"
     written = sum(f.stat().st_size for f in folder.iterdir())
     assert found.checkpoint == pytest.approx(written, rel=0.03)
     state = sum(t.numel() * 4 for s in optimizer.state.values() for t in (s["exp_avg"], s["exp_avg_sq"]))

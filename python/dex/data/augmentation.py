@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dex import numbers
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -36,7 +38,7 @@ class Crop(NamedTuple):
     angle: torch.Tensor
 
 
-def augment(images: torch.Tensor, size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def augment(images: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor:
     """A random crop, flip and rotation of every image, ImageNet-normalised.
 
     images: [B, 3, H, W], uint8, or float within [0, 1]; returns float32 [B, 3, size, size] on the same device.
@@ -52,7 +54,7 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator | None =
     never waits: constants are filled in on the device, and numbers from a CPU generator come through pinned memory.
     """
     images = _check_images(images, size)
-    return render(images, draw(images, generator), size)
+    return render(images, draw(images, keys), size)
 
 
 def center(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -83,16 +85,12 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images * std + mean
 
 
-def draw(images: torch.Tensor, generator: torch.Generator | None = None) -> Crop:
+def draw(images: torch.Tensor, keys: torch.Tensor) -> Crop:
     """Draw what `augment` does to each image of `images [B, 3, H, W]`; of the pixels only brightness matters."""
     batch, _, height, width = images.shape
     device = images.device
-    source = device if generator is None else generator.device
-    # one row of numbers per image, so that what happens to an image does not depend on the batch's size
-    pin = source.type == "cpu" and device.type == "cuda"  # a copy from pageable memory may wait, whatever non_blocking
-    numbers = torch.rand(batch, 4 * TRIES + 2, generator=generator, device=source, pin_memory=pin)
-    numbers = numbers.to(device, non_blocking=True)
-    u_area, u_aspect, u_top, u_left = numbers[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
+    numbers_ = numbers.uniform(keys, 0, 4 * TRIES + 2)
+    u_area, u_aspect, u_top, u_left = numbers_[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
 
     area = height * width
     low = max(AREA_SCALE[0] * area, 0.5 * min(area, 2 * MIN_AREA))
@@ -115,7 +113,7 @@ def draw(images: torch.Tensor, generator: torch.Generator | None = None) -> Crop
     accepted = torch.cat([accepted, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
     tries = accepted.int().argmax(dim=1)  # the first of equal maxima
     boxes = boxes.gather(1, tries[:, None, None].expand(batch, 1, 4))[:, 0]
-    return Crop(boxes, tries, numbers[:, -2] < 0.5, (2 * numbers[:, -1] - 1) * MAX_ROTATION)
+    return Crop(boxes, tries, numbers_[:, -2] < 0.5, (2 * numbers_[:, -1] - 1) * MAX_ROTATION)
 
 
 def brightness(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,162 @@
+"""The ranks of one run: how they start, what they agree on, how a model is spread over them.
+
+Nothing here needs more than what torchrun puts into the environment. Objects that ranks exchange travel as JSON.
+"""
+
+import datetime
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+class Ranks(NamedTuple):
+    """``control``: a gloo group for what the host says, beside the devices' own; None with one rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    control: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Ranks(0, 1, 0)
+
+
+def announced() -> Ranks:
+    """What torchrun or a scheduler says in RANK, WORLD_SIZE and LOCAL_RANK; one rank without them.
+
+    ValueError names the variable that makes no sense.
+    """
+    world_size = _environment("WORLD_SIZE", 1)
+    if world_size < 1:
+        raise ValueError(f"WORLD_SIZE: expected at least 1, got {world_size}")
+    if world_size == 1:
+        return ALONE
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"{name}: expected it beside WORLD_SIZE={world_size}; start with torchrun -m dex ...")
+    rank = _environment("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK: expected 0 <= RANK < WORLD_SIZE = {world_size}, got {rank}")
+    return Ranks(rank, world_size, _environment("LOCAL_RANK", rank))
+
+
+def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
+    """Join the others; ``timeout`` in seconds for every collective. One rank stays alone."""
+    if ranks.world_size == 1:
+        return ranks
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=timeout)
+    # gloo for tensors on the host, NCCL for those on a GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
+
+
+def stop(ranks: Ranks) -> None:
+    if ranks.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(ranks: Ranks, value: Any, group: Any = None) -> list[Any]:
+    """``value`` (JSON) of every rank, in their order, on every rank."""
+    if ranks.world_size == 1:
+        return [value]
+    group = group or ranks.control
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
+    dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+    longest = int(max(sizes))
+    padded = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group)
+    return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(padded, sizes, strict=True)]
+
+
+def from_first(ranks: Ranks, value: Any = None) -> Any:
+    """Rank 0's ``value`` (JSON) on every rank."""
+    return gather(ranks, value if ranks.first else None)[0]
+
+
+def barrier(ranks: Ranks, group: Any = None) -> None:
+    if ranks.world_size > 1:
+        dist.barrier(group=group or ranks.control)
+
+
+class Failed(RuntimeError):
+    """Another rank could not do what all must do; the message is that rank's."""
+
+
+def together(ranks: Ranks, error: BaseException | None, group: Any = None) -> None:
+    """Raise on every rank when any has an ``error``: its own there, `Failed` with the first one's words elsewhere."""
+    words = None if error is None else f"{type(error).__name__}: {error}"
+    told = [(rank, text) for rank, text in enumerate(gather(ranks, words, group)) if text is not None]
+    if error is not None:
+        raise error
+    if told:
+        raise Failed(f"rank {told[0][0]}: {told[0][1]}")
+
+
+def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, device: torch.device) -> nn.Module:
+    """``model`` as what is to be called in training, after its parameters were spread over the ranks.
+
+    ddp: every rank holds everything; gradients are averaged. fsdp: every parameter is cut over the ranks, stacked
+    experts along their hidden or output dimension and directors likewise, so that GEMA stays local to a rank.
+
+    Raises: ValueError when a stacked tensor cannot be cut evenly.
+    """
+    if strategy == "ddp":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is newer
+            return nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    # A block's output is never changed in place, which is what the warning, at every block and step, is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    stacked = {id(p): name for name, p in model.named_parameters() if ".experts." in name}
+    for p, name in ((p, stacked.get(id(p))) for p in model.parameters()):
+        if name and p.shape[1] % mesh.size():
+            raise ValueError(
+                f"parallel.strategy: fsdp cuts {name} {list(p.shape)} along dimension 1; expected it to be a multiple "
+                f"of the {mesh.size()} ranks"
+            )
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if id(parameter) in stacked else 0)
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
+    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor cut over the ranks, whole on every rank; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected a whole number, got {text!r}") from None
