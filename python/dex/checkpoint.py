@@ -250,7 +250,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> None:
-    """Copy the checkpoint into both, on all ranks. CheckpointError names tensors that do not fit; nothing changed then."""
+    """Copy the checkpoint into both, on all ranks. CheckpointError names what does not fit; nothing changed then."""
     targets = {f"model.{name}": t for name, t in model.state_dict().items()}
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, p in parameters:

@@ -4,6 +4,7 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 """
 
 import contextlib
+import gc
 import resource
 import sys
 import time
@@ -255,6 +256,14 @@ class Trainer:
         self._pending.append(self._send_verdict(batch.ids, told, out.image_loss))
         self.step += 1
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
+
+    def close(self) -> None:
+        """End the loader's workers and let go of what spread the model over ranks, before the ranks part."""
+        self.loader.close()
+        self.net = self.model
+        # DistributedDataParallel is part of reference cycles. What is left of it when Python ends, after its process
+        # group, aborts the process now and then.
+        gc.collect()
 
     def flush(self) -> list[NonFinite]:
         """Wait for the verdicts still under way and return the non-finite steps among them."""
@@ -525,7 +534,9 @@ class Trainer:
             image_loss = values[5:]
             self.stopping = self.stopping or stop > 0
             if unreadable:
-                raise CorruptDataError(f"step {step + 1}: on {unreadable:.0f} of the ranks too many samples cannot be read")
+                raise CorruptDataError(
+                    f"step {step + 1}: on {unreadable:.0f} of the ranks too many samples cannot be read"
+                )
             if good:
                 self.nonfinite_in_a_row = 0
                 self._watch_loss(step, loss, ids, image_loss)

@@ -154,6 +154,7 @@ class Run:
             finally:
                 self.watch.close()
                 self.log.close()
+                self.trainer.close()
                 stop(self.ranks)
 
     def _greet(self) -> None:

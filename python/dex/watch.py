@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 import torch.distributed as dist
@@ -24,13 +25,14 @@ EXIT_FAILED = 1
 
 
 class Watch:
-    """A thread beside training. ``at(step, phase)`` tells how far this rank is; ``timeout``: longest stay at one place."""
+    """A thread beside training. ``at(step, phase)`` says how far this rank is; timeout: longest stay at one place."""
 
     def __init__(self, ranks: Ranks, timeout: float):
         self.ranks, self.timeout = ranks, timeout
         self._place: dict[str, Any] = {"step": 0, "phase": "start"}
         self._since = time.monotonic()
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
+        self._error: BaseException | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = None
@@ -56,10 +58,10 @@ class Watch:
 
     def explain(self, error: BaseException) -> None:
         """End this process when ``error`` comes from a rank that is gone, naming it; return when all are alive."""
+        self._error = error
         deadline = time.monotonic() + DEAD_AFTER + 5 * INTERVAL
         while time.monotonic() < deadline and self._thread is not None:
             time.sleep(INTERVAL / 2)
-        del error
 
     def _run(self) -> None:
         beat = 0
@@ -70,7 +72,9 @@ class Watch:
                 self._look()
             except RuntimeError as error:
                 if not self._stop.is_set():
-                    self._end(f"the store of the ranks is gone, rank 0 or the launcher has ended ({type(error).__name__})")
+                    self._end(
+                        f"the store of the ranks is gone, rank 0 or the launcher has ended ({type(error).__name__})"
+                    )
             if time.monotonic() - self._since > self.timeout:
                 self._end(f"no step for {self.timeout:.0f} s; {self._furthest_behind()}")
 
@@ -107,6 +111,8 @@ class Watch:
     def _end(self, reason: str) -> None:
         with self._lock:
             print(f"dex pretrain: rank {self.ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
+            if self._error is not None:
+                traceback.print_exception(self._error)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()
             os._exit(EXIT_FAILED)
