@@ -38,6 +38,8 @@ class Watch:
         self._thread = None
         if ranks.world_size > 1:
             self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            self._tell(beat=0)
+            self._seen = {r: (dict(self._place), self._since) for r in range(ranks.world_size) if r != ranks.rank}
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
 
@@ -84,12 +86,10 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        for rank in range(self.ranks.world_size):
+        for rank, (before, _) in list(self._seen.items()):
             key = f"dex/alive/{rank}"
-            if rank == self.ranks.rank or not self._store.check([key]):
-                continue
-            entry = json.loads(self._store.get(key))
-            if rank not in self._seen or self._seen[rank][0] != entry:
+            entry = json.loads(self._store.get(key)) if self._store.check([key]) else before
+            if before != entry:
                 self._seen[rank] = (entry, now)
             elif not entry.get("done") and now - self._seen[rank][1] > DEAD_AFTER:
                 self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
@@ -105,7 +105,7 @@ class Watch:
 
     def _words(self, rank: int) -> str:
         entry = self._seen[rank][0] if rank in self._seen else self._place
-        who = f" (process {entry['pid']} on {entry['host']})" if "pid" in entry else " (this one)"
+        who = f" (process {entry['pid']} on {entry['host']})" if "pid" in entry else ""
         return f"rank {rank}{who}, step {entry['step'] + 1}, {entry['phase']}"
 
     def _end(self, reason: str) -> None:
