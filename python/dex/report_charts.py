@@ -1,0 +1,470 @@
+"""Curves and heatmaps of a report, as HTML figures with inline SVG; its style sheet; the values under the pointer.
+
+A drawing is 360 wide, the width of a telephone and of a third of a desktop's page, so that its text is of one size on
+both. Every line carries its values as ``data-p="step,value step,value"``, to six digits.
+"""
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+COLOURS = 8
+"""Colours that the style sheet has; further lines are dashed."""
+_DOTS_UP_TO = 40
+_LAYERS = ((16, 140, 150), (140, 100, 200), (222, 112, 40))
+"""First, middle and last layer; each is told from a white and from a dark ground."""
+
+
+class Line(NamedTuple):
+    """One curve: ``(step, value)`` in the order of steps; None leaves a gap."""
+
+    label: str
+    points: Sequence[tuple[float, float | None]]
+    colour: int | str = 0
+    """Number of a colour in the style sheet, or an SVG colour."""
+    faint: bool = False
+    dots: bool = False
+    bare: bool = False
+    """Without the band from least to largest where points lie too close together."""
+
+
+class Mark(NamedTuple):
+    """An event at a step, drawn across a chart."""
+
+    step: float
+    kind: str
+    text: str
+
+
+MARKS = {
+    "resumed": ("resume", "resumed", "M-3-4 4 0-3 4Z"),
+    "preempted": ("preempt", "preempted", "M-3-3H3V3H-3Z"),
+    "non-finite step": ("bad", "non-finite step", "M-3-3 3 3M3-3-3 3"),
+    "loss spike": ("spike", "loss spike", "M0-4 4 3H-4Z"),
+    "unused experts": ("unused", "unused experts", "M0-4 4 0 0 4-4 0Z"),
+    "": ("other", "other event", "M-3 0H3M0-3V3"),
+}
+"""Kind of an event -> class in the style sheet, words, glyph; "" is every other kind."""
+
+
+def esc(value: object) -> str:
+    """Text for HTML, within quotes too."""
+    return html.escape(str(value), quote=True)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Four significant digits; whole numbers as such: ``0.8213``, ``2.150``, ``1,250``, ``1.500e-05``."""
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}"
+
+
+def layer_colour(layer: int, layers: int) -> str:
+    """From the first layer's colour to the last one's."""
+    place = 2 * layer / max(layers - 1, 1)
+    a, b = (_LAYERS[0], _LAYERS[1]) if place <= 1 else (_LAYERS[1], _LAYERS[2])
+    t = place if place <= 1 else place - 1
+    return "#" + "".join(f"{round(x + (y - x) * t):02x}" for x, y in zip(a, b, strict=True))
+
+
+def glyph(kind: str) -> str:
+    """The sign by which an event of this kind is marked."""
+    name, _, shape = MARKS.get(kind, MARKS[""])
+    return f'<svg class="glyph" viewBox="-6 -6 12 12" aria-hidden="true"><path class="m-{name}" d="{shape}"/></svg>'
+
+
+def sample(colour: int | str, faint: bool = False) -> str:
+    """A piece of a line, for a key."""
+    kind, ink = _ink(colour)
+    path = f'<path class="line{kind}{" faint" if faint else ""}"{ink} d="M1 4H15"/>'
+    return f'<svg class="sample" viewBox="0 0 16 8" aria-hidden="true">{path}</svg>'
+
+
+def mark_key(kinds: Iterable[str]) -> str:
+    """What the signs of ``kinds`` mean."""
+    wanted = {kind if kind in MARKS else "" for kind in kinds}
+    parts = [f"<span>{glyph(k)}{esc(words)}</span>" for k, (_, words, _) in MARKS.items() if k in wanted]
+    return f'<p class="key">{"".join(parts)}</p>' if parts else ""
+
+
+def curves(
+    title: str,
+    lines: Sequence[Line],
+    marks: Sequence[Mark] = (),
+    *,
+    unit: str = "",
+    log: bool = False,
+    percent: bool = False,
+    end: float | None = None,
+    span: tuple[float, float] | None = None,
+    key: bool | str = False,
+    wide: bool = False,
+) -> str:
+    """A figure with one chart over the steps; empty when no line holds a number.
+
+    log: a logarithmic scale where the values are positive and span a factor of 8 or more. percent: values are shares.
+    end: last step of the axis; the lines' last one without it. span: smallest and largest value of the axis, for charts
+    that are compared. key: the lines' names and colours below the title; a word that begins all of them is said once.
+    wide: as broad as a desktop's page; a narrow drawing takes its place where there is less room.
+    """
+    lines = [line for line in lines if any(v is not None for _, v in line.points)]
+    if not lines:
+        return ""
+    values = [v for line in lines for _, v in line.points if v is not None]
+    low, high = (min(values), max(values)) if span is None else span
+    log = log and low > 0 and high / low >= 8
+    end = end or max(line.points[-1][0] for line in lines) or 1
+    notes = [note for note in (unit, "log scale" if log else "") if note]
+    small = f" <small>{esc(', '.join(notes))}</small>" if notes else ""
+    head = f"<figcaption><b>{esc(title)}</b>{small}{_key(lines, key)}</figcaption>"
+    name = f"{title}: " + "; ".join(f"{line.label} ends at {number(_last(line))}" for line in lines[:8])
+    drawings = [_drawing(lines, marks, (low, high), log, percent, end, 360, 190, name)]
+    if wide:
+        broad = _drawing(lines, marks, (low, high), log, percent, end, 1120, 300, name)
+        drawings = [f'<div class="narrow">{drawings[0]}</div>', f'<div class="broad">{broad}</div>']
+    return f'<figure class="chart{" wide" if wide else ""}">{head}{"".join(drawings)}</figure>'
+
+
+def heatmap(title: str, names: Sequence[str], shares: Sequence[Sequence[float]], top: float) -> str:
+    """Modalities by experts: ``shares [M][E]``, each row summing to 1; ``top`` is the share of the full colour."""
+    experts = len(shares[0])
+    left = 8 + 6.3 * min(max(map(len, names)), 22)
+    cell, height = (356 - left) / experts, 17
+    parts = []
+    for m, (name, row) in enumerate(zip(names, shares, strict=True)):
+        y = 2 + m * height
+        shown = name if len(name) <= 22 else name[:21] + "…"
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + 12}" text-anchor="end">{esc(shown)}</text>')
+        for e, share in enumerate(row):
+            parts.append(
+                f'<rect class="cell" x="{left + e * cell:.2f}" y="{y}" width="{max(cell - 1, cell * 0.9):.2f}" '
+                f'height="{height - 1}" fill-opacity="{min(share / top, 1):.3f}">'
+                f"<title>{esc(title)}: {esc(name)} gives expert {e} {share:.1%}</title></rect>"
+            )
+    bottom = 2 + len(names) * height
+    every = max(1, math.ceil(experts * 14 / (356 - left)))
+    for e in range(0, experts, every):
+        parts.append(f'<text x="{left + (e + 0.5) * cell:.2f}" y="{bottom + 12}" text-anchor="middle">{e}</text>')
+    return (
+        f'<figure class="chart heat"><figcaption><b>{esc(title)}</b></figcaption>'
+        f'<svg viewBox="0 0 360 {bottom + 17}" role="img" aria-label="{esc(title)}: share of each modality by expert">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _drawing(
+    lines: Sequence[Line],
+    marks: Sequence[Mark],
+    span: tuple[float, float],
+    log: bool,
+    percent: bool,
+    end: float,
+    width: int,
+    height: int,
+    name: str,
+) -> str:
+    left, right, top, bottom = 46, width - 10, 14, height - 22
+    columns = _points_drawn(width)
+    (low, high), ticks = _scale(*span, log, percent)
+    a, b = (math.log(low), math.log(high)) if log else (low, high)
+
+    def x(step: float) -> float:
+        return left + (right - left) * step / end
+
+    def y(value: float) -> float:
+        place = ((math.log(value) if log else value) - a) / (b - a)
+        return bottom - (bottom - top) * min(max(place, -0.02), 1.02)
+
+    parts = []
+    for value, text in ticks:
+        parts.append(
+            f'<path class="grid" d="M{left} {y(value):.1f}H{right}"/>'
+            f'<text x="{left - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    step_ticks = _nice(0, end, 5 if width < 500 else 10, whole=True)
+    for value in step_ticks:
+        anchor = "end" if x(value) > right - 12 else "middle"
+        parts.append(f'<text x="{x(value):.1f}" y="{height - 7}" text-anchor="{anchor}">{_short(value)}</text>')
+    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
+    drawn: dict[int, list[str]] = {}
+    for mark in marks:
+        kind, _, shape = MARKS.get(mark.kind, MARKS[""])
+        place = round(x(min(mark.step, end)))
+        here = drawn.setdefault(place, [])
+        if kind in here:
+            continue
+        aside = 8 * len(here)
+        here.append(kind)
+        parts.append(
+            f'<g class="mark" transform="translate({place} 0)"><title>{esc(mark.text)}</title>'
+            f'<path class="rod m-{kind}" d="M0 {top}V{bottom}"/>'
+            f'<path class="m-{kind}" transform="translate({aside} 7)" d="{shape}"/></g>'
+        )
+    for line in lines:
+        stretches = _columns(line.points, end, columns)
+        strokes, dots, bands = [], [], []
+        for stretch in stretches:
+            places = [f"{x(c.step):.1f} {y(c.mean):.1f}" for c in stretch]
+            if len(places) > 1:
+                strokes.append("M" + "L".join(places))
+            if len(places) == 1 or (line.dots and len(line.points) <= _DOTS_UP_TO):
+                dots += [f"M{p}h0" for p in places]
+            if not line.bare and any(c.low < c.high for c in stretch):
+                there = [f"{x(c.step):.1f} {y(c.high):.1f}" for c in stretch]
+                back = [f"{x(c.step):.1f} {y(c.low):.1f}" for c in reversed(stretch)]
+                bands.append("M" + "L".join(there + back) + "Z")
+        kind, ink = _ink(line.colour)
+        data = " ".join(f"{_exact(c.step)},{c.mean:.6g}" for stretch in stretches for c in stretch)
+        style = f'class="line{kind}{" faint" if line.faint else ""}"{ink}'
+        if bands:
+            parts.append(f'<path class="band{kind.replace(" s", " f")}" d="{"".join(bands)}"/>')
+        parts.append(f'<path {style} data-l="{esc(line.label)}" data-p="{data}" d="{"".join(strokes)}"/>')
+        if dots:
+            parts.append(f'<path {style.replace("line", "line dots", 1)} d="{"".join(dots)}"/>')
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{esc(name)}" data-x="{left} {right} {end:g}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _points_drawn(width: int) -> int:
+    """Columns of a chart; up to twice as many points are drawn one by one."""
+    return (width - 56) // 2
+
+
+def is_dense(points: int) -> bool:
+    """Whether so many points are too many for a narrow chart, which then shows their means and range."""
+    return points > 2 * _points_drawn(360)
+
+
+def _exact(step: float) -> str:
+    return f"{step:.0f}" if step == int(step) else f"{step:.1f}"
+
+
+def _ink(colour: int | str) -> tuple[str, str]:
+    """Class and style of a line's colour."""
+    if isinstance(colour, str):
+        return "", f' style="stroke:{esc(colour)}"'
+    return f" s{colour % COLOURS}{' dashed' if colour >= COLOURS else ''}", ""
+
+
+def _key(lines: Sequence[Line], key: bool | str) -> str:
+    if not key:
+        return ""
+    word = key if isinstance(key, str) else ""
+    parts = [f"<span>{esc(word)}</span>"] if word else []
+    parts += [f"<span>{sample(n.colour, n.faint)}{esc(n.label.removeprefix(word).strip())}</span>" for n in lines]
+    return f'<span class="key">{"".join(parts)}</span>'
+
+
+def _last(line: Line) -> float | None:
+    return next((v for _, v in reversed(line.points) if v is not None), None)
+
+
+def _runs(points: Iterable[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
+    """Stretches without a gap."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for step, value in points:
+        if value is None:
+            runs.append([])
+        else:
+            runs[-1].append((step, value))
+    return [run for run in runs if run]
+
+
+class _Column(NamedTuple):
+    """Points that lie too close together to be drawn apart; most often there is one."""
+
+    step: float
+    mean: float
+    low: float
+    high: float
+
+
+def _columns(points: Sequence[tuple[float, float | None]], end: float, columns: int) -> list[list[_Column]]:
+    """Stretches without a gap; one column a point where there are few, else at most ``columns`` over [0, end]."""
+    few = len(points) <= 2 * columns
+    stretches = []
+    for run in _runs(points):
+        groups: dict[int, list[tuple[float, float]]] = {}
+        for i, point in enumerate(run):
+            groups.setdefault(i if few else min(int(point[0] / end * columns), columns - 1), []).append(point)
+        stretches.append([_column(group) for group in groups.values()])
+    return stretches
+
+
+def _column(group: Sequence[tuple[float, float]]) -> _Column:
+    steps, values = [s for s, _ in group], [v for _, v in group]
+    return _Column(sum(steps) / len(steps), sum(values) / len(values), min(values), max(values))
+
+
+def _scale(low: float, high: float, log: bool, percent: bool) -> tuple[tuple[float, float], list[tuple[float, str]]]:
+    """The axis' ends, and its ticks with their text."""
+    if log:
+        ratio = (high / low) ** 0.04
+        low, high = low / ratio, high * ratio
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        leading = (1,) if len(decades) > 4 else (1, 2, 5)
+        ticks = [m * 10.0**d for d in decades for m in leading if low <= m * 10.0**d <= high]
+        ticks = ticks[:: math.ceil(len(ticks) / 7)]
+        return (low, high), [(t, _percent(t) if percent else _tick(t, t)) for t in ticks]
+    if low >= 0 and low < 0.6 * high:
+        low = 0.0
+    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    low, high = (low if low == 0 else low - room), high + room
+    ticks = _nice(low, high, 6)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
+    return (low, high), [(t, _percent(t, step) if percent else _tick(t, step)) for t in ticks]
+
+
+def _nice(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round numbers within [low, high], at most ``most`` + 1 of them."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999999)
+    if whole:
+        step = max(1.0, step)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick(value: float, step: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e4:
+        return _short(value)
+    if abs(value) < 1e-2 and step < 1e-3:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    return f"{value:.{max(0, -math.floor(math.log10(abs(step)) + 1e-9))}f}"
+
+
+def _percent(value: float, step: float = 1.0) -> str:
+    return f"{100 * value:.{max(0, -math.floor(math.log10(100 * step) + 1e-9))}f}%" if step < 1 else f"{100 * value:g}%"
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size and (abs(value) >= 1e4 or value % 1000 == 0):
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.6g}"
+
+
+STYLE = """
+:root{color-scheme:light dark;--page:#faf9f6;--panel:#fff;--ink:#1c2429;--quiet:#5a656c;--line:#dedbd3;--accent:#0d6e75;
+--warn:#8a4b00;--warn-page:#fff3dc;--s0:#0d6e75;--s1:#cb5f12;--s2:#6a55b0;--s3:#b03a5b;--s4:#8a6d00;--s5:#2f72c4;
+--s6:#3d7d3a;--s7:#5a656c;--resume:#2f72c4;--preempt:#6a55b0;--bad:#c21f2c;--spike:#cb5f12;--unused:#8a6d00}
+@media (prefers-color-scheme:dark){@media screen{:root{--page:#12171a;--panel:#1a2125;--ink:#e9e7e2;--quiet:#a0abb1;
+--line:#30393e;--accent:#63c5c2;--warn:#ffc673;--warn-page:#33270f;--s0:#63c5c2;--s1:#f2a05a;--s2:#b7a5f2;--s3:#ee8aa8;
+--s4:#d9b640;--s5:#7fb6f5;--s6:#8fce88;--s7:#a0abb1;--resume:#7fb6f5;--preempt:#b7a5f2;--bad:#ff727b;--spike:#f2a05a;
+--unused:#d9b640}}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
+body{margin:0 auto;max-width:1200px;padding:clamp(16px,4vw,44px) clamp(16px,4vw,36px);background:var(--page);
+color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",sans-serif}
+.over{margin:0 0 4px;color:var(--accent);font-weight:600;font-size:14px;letter-spacing:.08em;text-transform:uppercase}
+h1{font-size:clamp(28px,5vw,42px);line-height:1.15;letter-spacing:-.02em;margin:0 0 8px;overflow-wrap:anywhere}
+h2{font-size:23px;line-height:1.25;letter-spacing:-.01em;margin:0 0 8px}
+section{margin-top:44px;padding-top:22px;border-top:1px solid var(--line)}
+h3{font-size:16px;margin:24px 0 6px}h4{font-size:15px;margin:18px 0 4px}
+p{margin:6px 0}small,.soft{color:var(--quiet)}small{font-size:12px;font-weight:400}.soft{font-size:14px;max-width:90ch}
+.lead{max-width:88ch;margin:8px 0 16px}ul.lead{padding-left:0;list-style:none}ul.lead li{margin:4px 0}
+.tiles{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:10px;margin:20px 0}
+.tile{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:11px 15px;min-width:0;
+display:flex;flex-direction:column;break-inside:avoid}
+.tile b{font-size:25px;font-weight:600;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums;
+overflow-wrap:anywhere}
+.tile span{font-size:14px}
+.notice{border-left:4px solid var(--warn);background:var(--warn-page);padding:9px 14px;margin:8px 0;
+overflow-wrap:anywhere}
+nav{display:flex;flex-wrap:wrap;gap:4px 19px;margin-top:22px;font-size:15px}
+a{color:var(--accent);text-underline-offset:.2em}
+.scroll{overflow-x:auto;max-width:100%}
+table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;margin:8px 0}
+th,td{text-align:left;vertical-align:top;padding:5px 16px 5px 0;border-bottom:1px solid var(--line)}
+thead th{font-weight:600;white-space:nowrap}tbody th{font-weight:400;color:var(--quiet);white-space:nowrap}
+td{overflow-wrap:break-word}
+.numbers td,.numbers th{text-align:right}.numbers tbody th,.numbers th:first-child{text-align:left}
+.numbers td{white-space:nowrap}
+.events td:last-child{min-width:150px}.starts td:last-child{min-width:220px}.machine td{min-width:130px}
+.events td:not(:last-child),.starts td:not(:last-child){white-space:nowrap}
+.events td:last-child,.machine td,code{overflow-wrap:anywhere}
+code{font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,monospace}
+.chip{display:inline-flex;align-items:center;gap:5px;font-weight:600;overflow-wrap:anywhere}
+.groups{columns:4 230px;column-gap:32px}
+.kv{width:100%;margin:0 0 14px;break-inside:avoid}.kv caption{text-align:left;font-weight:600;padding-top:8px}
+.kv td{text-align:right;padding-right:0;overflow-wrap:anywhere}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:0 24px}
+.picture{margin:14px 0;min-width:0}
+.picture img{display:block;width:100%;min-width:620px;max-width:1128px;height:auto;border-radius:5px}
+figcaption{font-size:14px;overflow-wrap:anywhere}
+@media (min-width:761px){.pictures .picture img{min-width:0}}
+@media (max-width:760px){tbody th{white-space:normal}.tiles{grid-template-columns:1fr 1fr}.tile{padding:9px 11px}
+.tile b{font-size:20px}}
+@media print{:root{--page:#fff}body{max-width:none;padding:0;font-size:12px}nav{display:none}
+h2,h3,h4,p.key{break-after:avoid}.scroll{overflow:visible}.tiles{grid-template-columns:repeat(4,1fr)}
+.picture img{min-width:0;width:auto;max-width:100%;max-height:225mm}section{margin-top:20px}
+.picture,tr{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:22px 24px;margin:14px 0;
+align-items:end}
+.chart{margin:0;min-width:0;position:relative;break-inside:avoid}
+.chart.wide{margin:14px 0}
+.chart svg{display:block;width:100%;height:auto;overflow:visible}
+.chart svg text{font:10.5px/1 system-ui,sans-serif;fill:var(--quiet);font-variant-numeric:tabular-nums}
+.chart figcaption{margin:0 0 4px}
+.chart figcaption b{font-weight:600}
+.narrow{display:none}
+.key{display:flex;flex-wrap:wrap;gap:1px 12px;font-size:12px;color:var(--quiet);margin:0}
+.key span{display:inline-flex;align-items:center;gap:4px;overflow-wrap:anywhere;min-width:0}
+.chart svg.sample,svg.sample{width:16px;height:8px;flex:none;display:inline-block}
+svg.glyph{width:12px;height:12px;flex:none}
+.grid{stroke:var(--line);stroke-width:1;fill:none}
+.axis{stroke:var(--quiet);stroke-width:1;fill:none}
+.line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
+.faint{stroke-width:1.3;stroke-opacity:.6}
+.dots{stroke-width:5.5}.faint.dots{stroke-width:4}
+.band{stroke:none;fill-opacity:.28;fill:var(--quiet)}
+.f0{fill:var(--s0)}.f1{fill:var(--s1)}.f2{fill:var(--s2)}.f3{fill:var(--s3)}
+.f4{fill:var(--s4)}.f5{fill:var(--s5)}.f6{fill:var(--s6)}.f7{fill:var(--s7)}
+.dashed{stroke-dasharray:5 3}
+.s0{stroke:var(--s0)}.s1{stroke:var(--s1)}.s2{stroke:var(--s2)}.s3{stroke:var(--s3)}
+.s4{stroke:var(--s4)}.s5{stroke:var(--s5)}.s6{stroke:var(--s6)}.s7{stroke:var(--s7)}
+.m-resume{stroke:var(--resume);fill:var(--resume)}.m-preempt{stroke:var(--preempt);fill:var(--preempt)}
+.m-bad{stroke:var(--bad);fill:none;stroke-width:1.8}.m-spike{stroke:var(--spike);fill:var(--spike)}
+.m-unused{stroke:var(--unused);fill:var(--unused)}.m-other{stroke:var(--quiet);fill:none}
+.rod{stroke-width:1;stroke-opacity:.55;stroke-dasharray:2 3;fill:none}
+.cell{fill:var(--accent);stroke:var(--line);stroke-width:.5}
+.tip{position:absolute;z-index:2;pointer-events:none;max-width:min(260px,70%);padding:5px 8px;border-radius:5px;
+background:var(--ink);color:var(--page);font-size:12px;line-height:1.35;white-space:pre-line;overflow-wrap:anywhere}
+@media (max-width:760px){.narrow{display:block}.broad{display:none}}
+@media print{.tip,.narrow{display:none}.broad{display:block}}
+"""
+
+SCRIPT = """
+// Values under the pointer; the page reads the same without.
+for (const svg of document.querySelectorAll('svg[data-x]')) {
+  const [left, right, end] = svg.dataset.x.split(' ').map(Number), figure = svg.closest('figure');
+  const lines = [...svg.querySelectorAll('path[data-p]')].filter(p => p.dataset.p).map(
+    p => [p.dataset.l, p.dataset.p.split(' ').map(t => t.split(',').map(Number))]);
+  if (!lines.length) continue;
+  const tip = document.createElement('div');
+  tip.className = 'tip'; tip.hidden = true; figure.append(tip);
+  svg.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect(), frame = figure.getBoundingClientRect();
+    const step = ((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / (right - left) * end;
+    const near = lines.map(([name, points]) => [name, points.reduce(
+      (a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)]);
+    tip.textContent = near.slice(0, 12).map(([name, p]) => `${name}: ${p[1]} at step ${Math.round(p[0])}`).join('\\n');
+    tip.hidden = false;
+    const x = event.clientX - frame.left, half = x > frame.width / 2;
+    tip.style.left = half ? 'auto' : `${x + 14}px`;
+    tip.style.right = half ? `${frame.width - x + 14}px` : 'auto';
+    tip.style.top = `${box.top - frame.top + 8}px`;
+  });
+  svg.addEventListener('pointerleave', () => { tip.hidden = true; });
+}
+"""
