@@ -17,15 +17,15 @@ from torch import Tensor
 
 from dex import analysis, checkpoint, numbers
 from dex.config import Config, check, per_layer, to_dict
-from dex.data import Batch, CorruptDataError, Loader, SampleError, augment, center, denormalize
+from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.dataset import Dataset
 from dex.distributed import ALONE, Ranks, full, gather, spread
+from dex.evaluation import Evaluation, Evaluator, autocast
 from dex.model import MAEOutput, MaskedAutoencoder
 from dex.schedules import schedule_at, step_seed, total_steps
 
 _INIT = -1
 """The 'step' whose seed draws the initial weights."""
-_EVALUATION_SEED = 0xE7A1
 _SPIKE_WINDOW, _SPIKE_DEVIATIONS = 100, 12.0
 """A spike lies so many median absolute deviations above the median of so many steps, and at least 5 % above it."""
 _LOSSES = ("loss", "total", "align_loss", "balance_loss", "grad_norm")
@@ -33,20 +33,6 @@ _MASK_STREAM, _ROUTER_STREAM = 1, 16
 """What an image's random numbers are for; layer l's router has stream 16 + l."""
 _SLOTS_TO_JUDGE = 100
 """Slots per expert of an even load that are awaited before an expert is called dead."""
-
-
-class Evaluation(NamedTuple):
-    """What `Trainer.evaluate` found on the held-out images."""
-
-    loss: float
-    modality_loss: dict[str, float]
-    mass: list[Tensor]
-    """Per layer float64 ``[M, E_l]``: gate mass that each modality gives to each expert. Empty when monolithic."""
-    original: Tensor
-    """float ``[R, 3, S, S]`` in [0, 1], one image after the other of different modalities; so are the next two."""
-    masked: Tensor
-    reconstruction: Tensor
-    labels: list[str]
 
 
 class NonFinite(NamedTuple):
@@ -153,7 +139,7 @@ class Trainer:
         self.precision = resolve_precision(config, self.device)
         self.modalities = dataset.modalities
         self.fingerprint = dataset.fingerprint
-        train, self._held_out_set = dataset.split("train"), dataset.split("val")
+        train, held_out = dataset.split("train"), dataset.split("val")
         if len(train) == 0:
             raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
         self.micro_batch = resolve_micro_batch(config, ranks.world_size)
@@ -195,7 +181,7 @@ class Trainer:
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
         self._noise_std = torch.zeros((), device=self.device)
         self._pending: deque[_Verdict] = deque()
-        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._evaluator = Evaluator(config, self.model, train, held_out, self.device, self.precision)
         self._window = self._new_window()
         self._slots = torch.zeros(sum(self.experts), dtype=torch.int64, device=self.device)
         self._unused: list[analysis.UnusedExperts] = [analysis.UnusedExperts((), ()) for _ in self.experts]
@@ -227,7 +213,7 @@ class Trainer:
         outs, totals = [], []
         for part in parts:
             with self._gradients(last=part is parts[-1]):
-                with self._autocast():
+                with autocast(self.device, self.precision):
                     out = self.net(
                         images[part],
                         mask_ratio=mask_ratio,
@@ -313,50 +299,9 @@ class Trainer:
             if set(new.dead) - set(old.dead) or set(new.nearly_dead) - set(old.dead) - set(old.nearly_dead)
         ]
 
-    @torch.no_grad()
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
-        """Masked loss and expert use on the held-out images, always the same images and masks; None without any.
-
-        Changes neither the model nor what training will draw: every step seeds its own random numbers.
-        """
-        if self._held_out is None:
-            self._held_out = self._read_held_out()
-        images_u8, modality = self._held_out
-        if len(images_u8) == 0:
-            return None
-        names, size = self.modalities, self.config.model.img_size
-        loss = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        mass = [torch.zeros(len(names), e, dtype=torch.float64, device=self.device) for e in self.experts]
-        shown: list[tuple[Tensor, Tensor, Tensor]] = []
-        chunk = min(self.config.data.batch_size, 64)
-        self.model.eval()
-        for i, begin in enumerate(range(0, len(images_u8), chunk)):
-            torch.manual_seed(step_seed(_EVALUATION_SEED, i))
-            images = center(images_u8[begin : begin + chunk].to(self.device), size)
-            kinds = modality[begin : begin + chunk].to(self.device)
-            with self._autocast():
-                out = self.model(images, mask_ratio=self.config.model.mask_ratio)
-            loss += analysis.one_hot(kinds, len(names)).T @ out.image_loss.double()
-            for layer, (gates, indices) in enumerate(zip(out.gates, out.expert_indices, strict=True)):
-                mass[layer] += analysis.expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
-            if begin < pictures:
-                n = pictures - begin
-                rebuilt = self.model.reconstruct(images, out)
-                shown.append((images[:n], self._hidden(images[:n], out.mask[:n]), rebuilt[:n]))
-        self.model.train()
-        counts = torch.bincount(modality, minlength=len(names))
-        loss = loss.cpu()
-        original, masked, reconstruction = (torch.cat(parts) for parts in zip(*shown, strict=True))
-        masked = torch.where(masked.isnan(), 0.5, denormalize(masked))
-        return Evaluation(
-            float(loss.sum() / counts.sum()),
-            {name: float(loss[m] / counts[m]) for m, name in enumerate(names) if counts[m]},
-            [m.cpu() for m in mass],
-            denormalize(original).cpu(),
-            masked.cpu(),
-            denormalize(reconstruction).cpu(),
-            [names[m] for m in modality[: len(original)].tolist()],
-        )
+        """See `dex.evaluation.Evaluator`; all ranks evaluate the same images."""
+        return self._evaluator.evaluate(pictures)
 
     def state(self) -> dict[str, Any]:
         """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first.
@@ -392,9 +337,6 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """What `checkpoint.Saver` writes: weights, buffers and moments, not copied."""
         return checkpoint.collect(self.model, self.optimizer, self.named_parameters)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _new_window(self) -> dict[str, Tensor]:
         def zeros(*shape: int) -> Tensor:
@@ -558,32 +500,6 @@ class Trainer:
         if loss > limit:
             worst = image_loss.argsort(descending=True)[:5].tolist()
             self.spikes.append(Spike(step, loss, float(usual), [(ids[i], float(image_loss[i])) for i in worst]))
-
-    def _read_held_out(self) -> tuple[Tensor, Tensor]:
-        """Up to ``run.evaluate_images`` held-out images, uint8, and their modalities, which take turns."""
-        dataset, wanted = self._held_out_set, self.config.run.evaluate_images
-        kinds = torch.as_tensor(dataset.modality_index())
-        present = kinds.unique().tolist()
-        order = []
-        for m in present:
-            mine = torch.nonzero(kinds == m).flatten()
-            # Spread over the modality: neighbours may be slices of one volume.
-            count = min(len(mine), -(-wanted // len(present)))
-            order += [(turn, m, int(mine[turn * len(mine) // count])) for turn in range(count)]
-        images, modality = [], []
-        for _, m, index in sorted(order)[:wanted]:
-            with contextlib.suppress(SampleError):  # one that cannot be read is left out
-                images.append(dataset[index].image)
-                modality.append(m)
-        if not images:
-            return torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-        return torch.stack(images), torch.tensor(modality)
-
-    def _hidden(self, images: Tensor, mask: Tensor) -> Tensor:
-        """``images`` with NaN where a patch is hidden."""
-        grid = self.config.model.img_size // self.config.model.patch_size
-        hidden = mask.reshape(-1, 1, grid, grid).repeat_interleave(self.config.model.patch_size, 2)
-        return images.masked_fill(hidden.repeat_interleave(self.config.model.patch_size, 3) == 1, float("nan"))
 
 
 class _Told(NamedTuple):

@@ -24,6 +24,8 @@ class Gpu(NamedTuple):
 
 
 GPUS = (Gpu("A100 80 GB", 312e12, 80e9), Gpu("H100 SXM", 989e12, 80e9), Gpu("H200 SXM", 989e12, 141e9))
+PEAKS = (("H100 PCIe", 756e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
+"""Words in a device's name, and its makers' figure for dense bf16; the first that fits."""
 ASSUMED_MFU = 0.4
 """Share of the peak that days are computed with: an assumption, not a measurement."""
 
@@ -137,6 +139,12 @@ def training_flops(config: Config) -> dict[str, int]:
         "patch embedding": 2 * 2 * kept * pixels * m.embed_dim,
         "decoder": 3 * decoder,
     }
+
+
+def mfu(config: Config, images_per_s: float, device: str, devices: int) -> float | None:
+    """Share of the devices' peak that the step's matrix products reach; None for a device whose peak is not known."""
+    peak = next((flops for word, flops in PEAKS if word in device), None)
+    return None if peak is None else images_per_s * sum(training_flops(config).values()) / (peak * devices)
 
 
 def describe(found: Estimate, config: Config) -> list[str]:

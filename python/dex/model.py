@@ -43,6 +43,8 @@ class MAEOutput(NamedTuple):
     """Per layer int32 ``[B, K_l]``."""
     image_loss: Tensor
     """``[B]``, detached: ``loss`` of every image by itself."""
+    cls: Tensor
+    """``[B, D]``, detached: the encoder's CLS token, what a probe sees of an image."""
 
 
 class Attention(nn.Module):
@@ -318,6 +320,7 @@ class MaskedAutoencoder(nn.Module):
             [aux.gates.detach() for aux in auxes],
             [aux.expert_indices for aux in auxes],
             image_loss,
+            latent[:, 0].detach(),
         )
 
     def decode(self, latent: Tensor, ids_keep: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dex.data import CorruptDataError, Loader, open_dataset
 from dex.data.dataset import Dataset
 from dex.distributed import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
 from dex.engine import NonFinite, Trainer, resolve_device, resolve_micro_batch, resolve_precision
+from dex.estimate import mfu
 from dex.runlog import Progress, RunLog, describe_machine, now
 from dex.schedules import total_steps
 from dex.watch import Watch
@@ -135,6 +136,8 @@ class Run:
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
+        on_gpu = trainer.device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
     def run(self) -> int:
         """Take the steps, once; the exit code. Closes the folder, or removes it when it fails before the first step."""
@@ -212,6 +215,8 @@ class Run:
         seconds = time.perf_counter() - self._clock
         images = (trainer.step - self._clock_step) * trainer.config.data.batch_size
         row |= {"images_per_s": images / seconds, "data_wait_s": trainer.data_wait}
+        if (share := mfu(trainer.config, images / seconds, self._device_name, self.ranks.world_size)) is not None:
+            row["mfu"] = share
         self._restart_clock()
         self.log.row(row)
         self.progress.row(row)
@@ -245,8 +250,17 @@ class Run:
             if step == 0:
                 self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
         else:
-            log.row({"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss})
-            self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}")
+            row = {"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss}
+            row |= {"probe_knn": found.probe, "director_distance": found.director_distance}
+            if found.mass:
+                row["val_expert_mass"] = {
+                    name: [[round(v, 4) for v in layer[m].tolist()] for layer in found.mass]
+                    for m, name in enumerate(trainer.modalities)
+                    if name in found.modality_loss
+                }
+            log.row(row)
+            told = "" if found.probe is None else f"  modality by kNN {found.probe:.1%}"
+            self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}{told}")
             images = [
                 t.permute(0, 2, 3, 1).float().numpy() for t in (found.original, found.masked, found.reconstruction)
             ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dex.distributed import full
 from dexkernels import DEXLayer
 from dexkernels.checks import check_number
 
@@ -98,6 +99,7 @@ def director_distance(model: nn.Module) -> list[float]:
     for layer in (m for m in model.modules() if isinstance(m, DEXLayer)):
         apart = size = 0.0
         for director, experts in layer.director_pairs():
+            director, experts = full(director), full(experts)
             apart = apart + torch.stack([_square(expert - director) for expert in experts])
             size = size + _square(director)
         distances.append(float(torch.where(apart == 0, 0.0, (apart / size).sqrt()).mean()))

@@ -120,7 +120,7 @@ class RunLog:
         for key, value in row.items():
             if isinstance(value, Mapping):
                 for name, number in value.items():
-                    if number is not None:
+                    if isinstance(number, int | float):  # tables are for `dex report` alone
                         self._board.add_scalar(f"{key}/{name}", number, row["step"])
             elif isinstance(value, list):
                 for layer, number in enumerate(value):

@@ -107,3 +107,11 @@ def test_text_names_everything_and_says_what_is_assumed():
     text = "\n".join(estimate.describe(estimate.estimate(config(), 1), config()))
     for word in ("experts", "directors", "activations", "moments", "checkpoint", "assumed, not measured", "H100"):
         assert word in text
+
+
+def test_mfu_is_a_share_of_the_known_peak():
+    c = config()
+    flops = sum(estimate.training_flops(c).values())
+    assert estimate.mfu(c, 1000.0, "NVIDIA H100 80GB HBM3", 2) == pytest.approx(1000 * flops / (2 * 989e12))
+    assert estimate.mfu(c, 1000.0, "NVIDIA H100 PCIe", 1) == pytest.approx(1000 * flops / 756e12)
+    assert estimate.mfu(c, 1000.0, "Some GPU", 1) is None
