@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dex import analysis, checkpoint
 from dex.config import Config, check, per_layer, to_dict
-from dex.data import Loader, SampleError, augment, center, denormalize
+from dex.data import Loader, SampleError, augment, center, denormalize, sample_keys
 from dex.data.dataset import Dataset
 from dex.model import MAEOutput, MaskedAutoencoder
 from dex.schedules import schedule_at, step_seed, total_steps
@@ -123,6 +123,7 @@ class Trainer:
             train,
             config.data.batch_size,
             seed=config.run.seed,
+            temperature=config.data.temperature,
             num_workers=config.data.num_workers,
             start_batch=start_batch,
         )
@@ -163,7 +164,8 @@ class Trainer:
         self.data_wait += time.perf_counter() - began
 
         torch.manual_seed(step_seed(config.run.seed, self.step))
-        images = augment(batch.images.to(self.device, non_blocking=True), config.model.img_size)
+        keys = sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
+        images = augment(batch.images.to(self.device, non_blocking=True), config.model.img_size, keys)
         modality = batch.modality.to(self.device, non_blocking=True)
         self.model.train()
         with self._autocast():

@@ -37,8 +37,8 @@ def poison_pixel(monkeypatch, *rows):
     """The next augmented batches hold one NaN pixel in each of these images."""
     real = engine.augment
 
-    def poisoned(images, size, generator=None):
-        out = real(images, size, generator)
+    def poisoned(images, size, keys):
+        out = real(images, size, keys)
         out[list(rows), 1, 5, 7] = float("nan")
         return out
 

@@ -4,6 +4,8 @@ Shape letters: B images, H and W their height and width, S side of the result.
 
 The result agrees with the same formula in float64 to 2e-4 (normalised units) for 8-bit images: grid_sample computes
 positions in float32, so a pixel is taken from within 1e-4 pixels of where it should be.
+
+Random numbers are hashes of a key per image and a counter, in whole numbers that are the same on every device.
 """
 
 from __future__ import annotations
@@ -25,6 +27,14 @@ MIN_BRIGHTNESS = 0.05
 MAX_ROTATION = 15.0
 
 
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+
+
 class Crop(NamedTuple):
     """One batch's random choices. `boxes` int64 [B, 4]: top, left, height, width in pixels; `tries` int64 [B]: the
     try that was taken, `TRIES` where none was and the box is the centre square; `flip` bool [B]: left to right,
@@ -36,10 +46,25 @@ class Crop(NamedTuple):
     angle: torch.Tensor
 
 
-def augment(images: torch.Tensor, size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def sample_keys(seed: int, places: torch.Tensor) -> torch.Tensor:
+    """Keys for `augment`, int64 [B], of the run's seed, 0 <= seed < 2^63, and `Batch.places`, int64 [B].
+
+    Different places of one seed have different keys; keys of different seeds coincide by chance only.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a whole number >= 0 and < {2**63}, got {seed!r}")
+    if not isinstance(places, torch.Tensor) or places.ndim != 1 or places.dtype != torch.int64:
+        got = f"{places.dtype} {list(places.shape)}" if isinstance(places, torch.Tensor) else type(places).__name__
+        raise ValueError(f"places: expected int64 [B], got {got}")
+    stream = _mix_(torch.full_like(places, seed))
+    return _mix_(stream.bitwise_xor_(places))
+
+
+def augment(images: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor:
     """A random crop, flip and rotation of every image, ImageNet-normalised.
 
-    images: [B, 3, H, W], uint8, or float within [0, 1]; returns float32 [B, 3, size, size] on the same device.
+    images: [B, 3, H, W], uint8, or float within [0, 1]; keys: int64 [B] on the same device, see `sample_keys`;
+    returns float32 [B, 3, size, size] there.
 
     The crop is that of the published corpus: its area is drawn from (0.2, 1) of the image's, but at least half of
     256^2 pixels (of an image smaller than that: at least half of it); its aspect log-uniformly from 3/4 to 4/3; a
@@ -47,12 +72,16 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator | None =
     centre square is taken. Then a flip with probability 1/2 and a rotation of up to 15 degrees about the crop's
     centre; the corners it brings in are black.
 
-    All random numbers come from one `torch.rand` on `generator` (None: the global one of the images' device). A CPU
-    generator may serve images elsewhere and then draws the same numbers as for images on the CPU. On CUDA the host
-    never waits: constants are filled in on the device, and numbers from a CPU generator come through pinned memory.
+    What happens to an image is a function of the image and its key: not of the rest of the batch, nor of any random
+    number generator. On CUDA the host never waits.
     """
     images = _check_images(images, size)
-    return render(images, draw(images, generator), size)
+    if not isinstance(keys, torch.Tensor) or keys.shape != images.shape[:1] or keys.dtype != torch.int64:
+        got = f"{keys.dtype} {list(keys.shape)}" if isinstance(keys, torch.Tensor) else type(keys).__name__
+        raise ValueError(f"keys: expected int64 [{len(images)}], one for each image, got {got}")
+    if keys.device != images.device:
+        raise ValueError(f"keys: expected a tensor on the images' device {images.device}, got one on {keys.device}")
+    return render(images, draw(images, keys), size)
 
 
 def center(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -83,15 +112,31 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images * std + mean
 
 
-def draw(images: torch.Tensor, generator: torch.Generator | None = None) -> Crop:
+def uniform(keys: torch.Tensor, columns: int) -> torch.Tensor:
+    """float32 [B, columns], uniform on the multiples of 2^-24 in [0, 1): for each of keys, int64 [B], the first
+    numbers of splitmix64 seeded with the hash of the key, their upper 24 bits. The same on every device."""
+    counters = torch.arange(columns, device=keys.device).mul_(_GOLDEN)
+    words = _mix_(_mix_(keys.clone())[:, None] + counters)
+    return (words >> 40).bitwise_and_(2**24 - 1).float().mul_(2**-24)
+
+
+def _mix_(words: torch.Tensor) -> torch.Tensor:
+    """One step of splitmix64 on each of int64 `words`, in place: a bijection whose every output bit depends on every
+    input bit. Products and sums wrap around; a right shift copies the sign, so what it brings in is masked away."""
+    words += _GOLDEN
+    words ^= (words >> 30) & (2**34 - 1)
+    words *= _signed(0xBF58476D1CE4E5B9)
+    words ^= (words >> 27) & (2**37 - 1)
+    words *= _signed(0x94D049BB133111EB)
+    words ^= (words >> 31) & (2**33 - 1)
+    return words
+
+
+def draw(images: torch.Tensor, keys: torch.Tensor) -> Crop:
     """Draw what `augment` does to each image of `images [B, 3, H, W]`; of the pixels only brightness matters."""
     batch, _, height, width = images.shape
     device = images.device
-    source = device if generator is None else generator.device
-    # one row of numbers per image, so that what happens to an image does not depend on the batch's size
-    pin = source.type == "cpu" and device.type == "cuda"  # a copy from pageable memory may wait, whatever non_blocking
-    numbers = torch.rand(batch, 4 * TRIES + 2, generator=generator, device=source, pin_memory=pin)
-    numbers = numbers.to(device, non_blocking=True)
+    numbers = uniform(keys, 4 * TRIES + 2)
     u_area, u_aspect, u_top, u_left = numbers[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
 
     area = height * width
