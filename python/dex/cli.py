@@ -9,6 +9,8 @@ import contextlib
 import datetime
 import errno
 import io
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,14 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 if TYPE_CHECKING:
     from dex.pretrain import Plan
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 _HELP = """usage: dex COMMAND [options]
 
 Pretraining with Director-Experts networks.
 
 commands:
+  prepare    raw scans, pictures and videos to shards and a data card
+  data       check a shard set's hashes; find images that two sets share
   pretrain   masked-autoencoder pretraining of a DEX vision transformer
+  report     one HTML page about a run, or about several compared
   doctor     what works on this machine, what does not, and why
 
 options:
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"dex, from dexkernels {version('dexkernels')}")
         return 0
-    commands = {"pretrain": _pretrain, "doctor": _doctor}
+    commands = {"prepare": _prepare, "data": _data, "pretrain": _pretrain, "report": _report, "doctor": _doctor}
     name, *rest = arguments
     if name not in commands:
         return _usage("dex", f"command: expected one of {', '.join(commands)}; got {name!r}")
@@ -58,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             return _usage(f"dex {name}", str(error))
         except ModuleNotFoundError as error:
-            needs = "pip install -e '.[train]' in the clone brings what the command needs"
+            extra = "data" if name in ("prepare", "data") else "train"
+            needs = f"pip install -e '.[{extra}]' in the clone brings what the command needs"
             return _usage(f"dex {name}", f"{error}; {needs}")
         except OSError as error:
             return _failed(f"dex {name}", error)
@@ -187,31 +193,199 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
 
 def _describe(plan: "Plan") -> str:
     """The configuration as YAML, and what would run as comments below it."""
-    import torch
-
     from dex.config import to_yaml
-    from dex.engine import build_model
+    from dex.estimate import describe, estimate
 
     config, dataset = plan.config, plan.dataset
-    with torch.device("meta"):
-        model = build_model(config)
-    parameters = {"experts": 0, "directors": 0, "rest": 0}
-    for name, parameter in model.named_parameters():
-        kind = "directors" if ".director." in name else "experts" if ".experts." in name else "rest"
-        parameters[kind] += parameter.numel()
     train, held_out = dataset.split("train"), dataset.split("val")
     lines = [
-        f"parameters: {sum(parameters.values()):,}; " + ", ".join(f"{k} {n:,}" for k, n in parameters.items()),
         f"data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images",
         *(f"  {name}: {count:,}" for name, count in dataset.modality_counts().items()),
         f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
         f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
         f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
+        *describe(estimate(config, plan.steps), config),
         *plan.notes,
     ]
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def _prepare(arguments: list[str]) -> Callable[[], int]:
+    parser = _Parser(
+        prog="dex prepare",
+        description="Raw scans, pictures and videos to normalised images in shards, with a data card. Killed or "
+        "stopped, the same command goes on where it was and ends in the same bytes.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="a folder (with --modality), a description (YAML), a shipped source's name, or 'packages': all sources "
+        "that come with public packages",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the set; DIR.private beside it holds what is not")
+    parser.add_argument("--modality", metavar="M", help="of a folder: CT, MR, PET, X-ray, ultrasound, fundus, ...")
+    parser.add_argument("--root", metavar="DIR", help="where the files of a shipped source or description lie")
+    parser.add_argument("--files", nargs="+", metavar="GLOB", help="which files below it, such as '**/*.nii.gz'")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
+    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of grey images (8)")
+    parser.add_argument("--encoding", choices=("jpg", "png"), help="jpg for 8 bits, png for 16 without it")
+    parser.add_argument(
+        "--planes", nargs="+", choices=("axial", "coronal", "sagittal", "stored"), help="of volumes (axial)"
+    )
+    parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
+    parser.add_argument("--cache", metavar="DIR", help="where packages are kept (~/.cache/dex)")
+    parser.add_argument(
+        "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"
+    )
+    parser.add_argument("--allow-burned-in", action="store_true", help="take images that declare burned-in annotation")
+    options = parser.parse_args(arguments)
+
+    from dex.data import prepare, summary
+    from dex.data.chunks import Settings
+
+    settings = Settings(
+        size=options.size,
+        bits=options.bits,
+        encoding=options.encoding or ("jpg" if options.bits == 8 else "png"),
+        allow_burned_in=options.allow_burned_in,
+    )
+    wanted = prepare.Options(
+        out=_folder_argument("out", options.out),
+        settings=settings,
+        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
+        shard=_shard(options.shard),
+        cache=_folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
+        max_unreadable=options.max_unreadable,
+    )
+    sources = _sources(options)
+    prepare.check(sources, wanted)
+    again = f"{wanted.out}: what is done is kept; the same command goes on"
+    try:
+        with prepare.stop_signals():
+            run = prepare.prepare(sources, wanted)
+    except prepare.Stopped as error:
+        stopped = f"dex prepare: stopped by {error}"
+        return lambda: _stopped(stopped, again)
+
+    def carry_out() -> int:
+        try:
+            with prepare.stop_signals():
+                facts = run.run(summary.Progress())
+        except prepare.Stopped as error:
+            return _stopped(f"dex prepare: stopped by {error}", again)
+        except prepare.Failed as error:
+            return _failed("dex prepare", error)
+        if facts is not None:
+            print(f"\n{summary.table(facts)}\n")
+            for note in summary.notes(facts):
+                print(f"note: {note}")
+            out = shlex.quote(str(wanted.out))
+            print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
+        return 0
+
+    return carry_out
+
+
+def _sources(options: argparse.Namespace) -> list[Any]:
+    from dex.data.sources import resolve
+
+    overrides = {
+        "modality": options.modality,
+        "root": options.root,
+        "files": tuple(options.files) if options.files else None,
+        "planes": tuple(options.planes) if options.planes else None,
+        "frame_stride": options.frame_stride,
+    }
+    if len(options.source) > 1 and (options.root or options.files):
+        raise ValueError(f"root, files: expected one SOURCE beside them; got {len(options.source)}")
+    sources: list[Any] = []
+    folders = 0
+    for argument in options.source:
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if Path(argument).expanduser().is_dir():
+            folders += 1
+            given |= {"name": f"folder-{folders}"} if folders > 1 else {}
+        elif folders or len(options.source) > 1:
+            given.pop("modality", None)  # of the folders beside it
+        sources += resolve(argument, **given)
+    return sources
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise ValueError(f"shard: expected I/N, such as 0/4; got {text!r}")
+    return int(part), int(parts)
+
+
+def _folder_argument(name: str, text: str) -> Path:
+    if not text.strip():
+        raise ValueError(f"{name}: expected a folder; got {text!r}")
+    return Path(text)
+
+
+def _stopped(*lines: str) -> int:
+    print("\n".join(lines), file=sys.stderr)
+    return EXIT_PREEMPTED
+
+
+def _data(arguments: list[str]) -> Callable[[], int]:
+    parser = _Parser(prog="dex data", description="Look at data sets that exist.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    check = commands.add_parser(
+        "check",
+        help="verify every hash of a shard set",
+        description="Read every byte of a shard set and name what is not as it was written. Exit code 1 for any.",
+    )
+    check.add_argument("dir", metavar="DIR")
+    leak = commands.add_parser(
+        "leak",
+        help="images that two sets share",
+        description="Exact and near duplicates between two data sets (shard sets or folders), as a batch would get "
+        "them. Exit code 1 when there are any.",
+    )
+    leak.add_argument("a", metavar="A", help="what is trained on")
+    leak.add_argument("b", metavar="B", help="what is tested on")
+    options = parser.parse_args(arguments)
+    if options.command == "check":
+        from dex.data.shards import MANIFEST, read_manifest, verify
+
+        folder = _folder_argument("DIR", options.dir)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"DIR: expected a shard set; {folder} holds no {MANIFEST}")
+
+        def carry_out() -> int:
+            problems = verify(folder)
+            for problem in problems:
+                print(problem)
+            if not problems:
+                manifest, _ = read_manifest(folder)
+                print(f"{manifest['samples']:,} images in {len(manifest['shards']):,} shards: every hash fits")
+            return EXIT_FAILED if problems else 0
+
+        return carry_out
+    for name in ("a", "b"):
+        folder = _folder_argument(name.upper(), getattr(options, name))
+        if not folder.is_dir():
+            raise ValueError(f"{name.upper()}: expected a shard set or a folder of images; {folder} is no folder")
+
+    def compare() -> int:
+        from dex.data.leak import leak
+
+        try:
+            found = leak(options.a, options.b, workers=len(os.sched_getaffinity(0)))
+        except (ValueError, OSError) as error:
+            return _failed("dex data leak", error)
+        print(found.to_text())
+        return EXIT_FAILED if found.overlap else 0
+
+    return compare
 
 
 def _doctor(arguments: list[str]) -> Callable[[], int]:
@@ -227,6 +401,29 @@ def _doctor(arguments: list[str]) -> Callable[[], int]:
     from dex.doctor import doctor
 
     return lambda: EXIT_FAILED if doctor(options.data, Path(options.out)) else 0
+
+
+def _report(arguments: list[str]) -> Callable[[], int]:
+    parser = _Parser(
+        prog="dex report",
+        description="One self-contained HTML page about run folders: curves, pictures, events, configuration, machine.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared")
+    parser.add_argument("--out", metavar="FILE", help="RUN/report.html without it; report.html here for several runs")
+    options = parser.parse_args(arguments)
+    if not all(text.strip() for text in [*options.runs, *([] if options.out is None else [options.out])]):
+        raise ValueError("runs, --out: expected paths; got an empty one")
+    runs = [Path(run) for run in options.runs]
+    out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    from dex.report import report
+
+    written = report(runs, out)  # here, not later: everything that can be wrong is the input
+
+    def carry_out() -> int:
+        print(f"{written}, {written.stat().st_size / 1e6:.1f} MB")
+        return 0
+
+    return carry_out
 
 
 class _Parser(argparse.ArgumentParser):

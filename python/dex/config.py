@@ -49,6 +49,9 @@ class DataConfig:
     """Folder of images (one sub-folder per modality) or shard set; none is the small set in the package."""
     batch_size: int = 896
     """Images per step."""
+    temperature: float = 1.0
+    """Shares of the modalities: proportional to their numbers of images to this power. 1 shows every image equally
+    often, 0 every modality."""
     num_workers: int = 0
     """Processes that read ahead; 0 reads in the training process. The order of images does not depend on it."""
 
@@ -282,6 +285,7 @@ def check(config: Config) -> None:
     )
     require(data.path is None or bool(data.path.strip()), "data.path", "a folder", data.path)
     require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
+    require(0 <= data.temperature <= 1, "data.temperature", "a number from 0 to 1", data.temperature)
     require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
     require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
     require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)

@@ -142,7 +142,7 @@ def data_set(path: str | None) -> Iterator[Check]:
         return f"{len(dataset)} images, every hash agrees: {counts}"
 
     def read() -> str:
-        from dex.data import Loader, augment, open_dataset
+        from dex.data import Loader, augment, open_dataset, sample_keys
 
         train = open_dataset(path).split("train")
         batch_size = min(_LOADER_BATCH, len(train))
@@ -153,7 +153,7 @@ def data_set(path: str | None) -> Iterator[Check]:
             reading = time.perf_counter() - began
             began = time.perf_counter()
             for batch in batches:
-                augment(batch.images, 256, torch.Generator().manual_seed(0))
+                augment(batch.images, 256, sample_keys(0, batch.places))
             augmenting = time.perf_counter() - began
         images = batch_size * _LOADER_BATCHES
         return f"{images / reading:.0f} images/s read by one process, {images / augmenting:.0f} augmented on the CPU"

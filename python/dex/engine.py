@@ -147,6 +147,7 @@ class Trainer:
             train,
             config.data.batch_size,
             seed=config.run.seed,
+            temperature=config.data.temperature,
             num_workers=config.data.num_workers,
             start_batch=start_batch,
             rank=ranks.rank,
@@ -202,7 +203,7 @@ class Trainer:
         self.data_wait += time.perf_counter() - began
 
         size, mask_ratio = config.model.img_size, config.model.mask_ratio
-        keys = numbers.keys(config.run.seed, self._places())
+        keys = numbers.sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
         images = augment(batch.images.to(self.device, non_blocking=True), size, keys)
         modality = batch.modality.to(self.device, non_blocking=True)
         mask_noise, router_noise = self._noise(keys)
@@ -373,19 +374,14 @@ class Trainer:
                 raise
             count, size = self.config.data.batch_size // self.ranks.world_size, self.loader.dataset.image_size
             black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
-            return Batch(black, torch.zeros(count, dtype=torch.int64), ("",) * count), error
-
-    def _places(self) -> Tensor:
-        """int64 [b]: the places of this rank's images in the whole run."""
-        count = self.config.data.batch_size // self.ranks.world_size
-        first = self.step * self.config.data.batch_size + self.ranks.rank * count
-        return torch.arange(first, first + count, device=self.device)
+            nothing = torch.zeros(count, dtype=torch.int64)
+            return Batch(black, nothing, ("",) * count, nothing), error
 
     def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
         m = self.config.model
-        mask = numbers.uniform(keys, _MASK_STREAM, (m.img_size // m.patch_size) ** 2)
-        router = [numbers.normal(keys, _ROUTER_STREAM + layer, e)[:, None] for layer, e in enumerate(self.experts)]
+        mask = numbers.uniform(keys, (m.img_size // m.patch_size) ** 2, _MASK_STREAM)
+        router = [numbers.normal(keys, e, _ROUTER_STREAM + layer)[:, None] for layer, e in enumerate(self.experts)]
         return mask, router
 
     def _gradients(self, last: bool) -> contextlib.AbstractContextManager:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dex.data import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
-from dex.data.augmentation import Crop, brightness, draw, render
+from dex.data import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize, sample_keys
+from dex.data.augmentation import Crop, brightness, draw, render, uniform
 
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
 
@@ -20,8 +20,8 @@ def noise(batch=1, height=64, width=64, seed=0):
     )
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def keys(count, seed=0, first=0):
+    return sample_keys(seed, torch.arange(first, first + count))
 
 
 def crop(box, flip=False, angle=0.0):
@@ -133,7 +133,7 @@ def test_downsampling_is_antialiased():
 
 def test_box_statistics():
     image = torch.full((1, 3, 256, 256), 200, dtype=torch.uint8)
-    parts = [draw(image.expand(100, 3, 256, 256), generator(seed)) for seed in range(20)]
+    parts = [draw(image.expand(100, 3, 256, 256), keys(100, seed)) for seed in range(20)]
     chosen = Crop(*(torch.cat(column) for column in zip(*parts, strict=True)))
     top, left, h, w = chosen.boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= 256).all() and (left + w <= 256).all()
@@ -157,7 +157,7 @@ def test_box_statistics():
 )
 def test_smallest_area(height, width, low):
     image = torch.full((1, 3, height, width), 200, dtype=torch.uint8)
-    chosen = draw(image.expand(150, 3, height, width), generator())
+    chosen = draw(image.expand(150, 3, height, width), keys(150))
     taken = chosen.tries < 10
     area = (chosen.boxes[:, 2] * chosen.boxes[:, 3])[taken].double()
     assert low * 0.98 <= area.min() <= low * 1.1 and taken.any()
@@ -165,7 +165,7 @@ def test_smallest_area(height, width, low):
 
 def test_brightness_is_exact():
     images = noise(4, 40, 56)
-    boxes = draw(images, generator()).boxes[:, None]
+    boxes = draw(images, keys(4)).boxes[:, None]
     for data in (images, images.double() / 255):
         got = brightness(data, boxes)
         for image, box, value in zip(images, boxes[:, 0], got[:, 0], strict=True):
@@ -177,42 +177,143 @@ def test_near_black_crops_are_drawn_again():
     images = torch.zeros(100, 3, 256, 256, dtype=torch.uint8)
     images[:, :, :, 128:] = 26  # mean 0.051 of the whole right half: only boxes wholly within it pass
     images[:50, :, :, 128:] = 60
-    chosen = draw(images, generator())
+    chosen = draw(images, keys(100))
     boxes = chosen.boxes[:, None]
     taken = chosen.tries < 10
     assert (brightness(images, boxes)[:, 0][taken] >= 0.05).all()
     assert (chosen.tries[:50] > 0).any() and (chosen.tries[:50] < 10).all()
     # the same numbers without the rule: the first box that fits was passed over exactly when it was too dark
-    bright = draw(torch.full_like(images, 255), generator())
+    bright = draw(torch.full_like(images, 255), keys(100))
     again = chosen.tries != bright.tries
     assert again.any() and (brightness(images, bright.boxes[:, None])[:, 0][again] < 0.05).all()
     assert (brightness(images, bright.boxes[:, None])[:, 0][~again & taken] >= 0.05).all()
     # nothing bright at all: the centre square
-    dark = draw(torch.zeros(5, 3, 30, 50, dtype=torch.uint8), generator())
+    dark = draw(torch.zeros(5, 3, 30, 50, dtype=torch.uint8), keys(5))
     assert (dark.boxes == torch.tensor([0, 10, 30, 30])).all() and (dark.tries == 10).all()
 
 
-def test_determinism_and_independence_of_the_batch():
-    images = noise(6)
-    one, two = augment(images, 48, generator(1)), augment(images, 48, generator(1))
-    assert torch.equal(one, two) and one.shape == (6, 3, 48, 48) and one.dtype == torch.float32
-    assert not torch.equal(one, augment(images, 48, generator(2)))
-    assert torch.equal(one[:4], augment(images[:4], 48, generator(1)))  # a longer batch changes no earlier image
-    torch.manual_seed(5)
-    first = augment(images, 48)
-    torch.manual_seed(5)
-    assert torch.equal(first, augment(images, 48))
-    before = images.clone()
-    augment(images.float(), 48)
+def splitmix64(seed, count):
+    """The published generator, in Python's whole numbers."""
+    full = 2**64 - 1
+    for _ in range(count):
+        seed = (seed + 0x9E3779B97F4A7C15) & full
+        z = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & full
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & full
+        yield z ^ (z >> 31)
+
+
+def test_numbers_are_those_of_splitmix64():
+    # the first outputs of the published C code for seed 1234567
+    assert list(splitmix64(1234567, 3)) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    for seed in (0, 1, 2**63 - 1):
+        places = torch.tensor([0, 1, 17, 2**40, 2**63 - 1])
+        for key, place in zip(sample_keys(seed, places).tolist(), places.tolist(), strict=True):
+            (stream,) = splitmix64(seed, 1)
+            (expected,) = splitmix64(stream ^ place, 1)
+            assert key % 2**64 == expected
+            (start,) = splitmix64(expected, 1)
+            numbers = [word >> 40 for word in splitmix64(start, 42)]
+            assert (uniform(torch.tensor([key]), 42)[0].double() * 2**24).tolist() == numbers
+
+
+def chi_square(counts):
+    """Of equally likely cells, in standard deviations from its mean."""
+    expected = counts.sum() / counts.size
+    freedom = counts.size - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("seed, first", [(0, 0), (1, 0), (0, 10**9), (2**62, 4096)])
+def test_numbers_are_uniform_and_independent(seed, first):
+    numbers = uniform(keys(20_000, seed, first), 42).double().numpy()
+    assert numbers.min() >= 0 and numbers.max() < 1
+    # Kolmogorov and Smirnov: sqrt(n) * D is above 2.2 once in 8,000 times; the draw is fixed
+    ordered = np.sort(numbers, axis=0)
+    steps = np.arange(1, len(ordered) + 1)[:, None] / len(ordered)
+    distance = np.maximum(steps - ordered, ordered - (steps - 1 / len(ordered))).max(0)
+    assert (distance * math.sqrt(len(ordered)) < 2.2).all()
+    cells = (numbers * 16).astype(int)
+
+    def joint(a, b):
+        return chi_square(np.bincount(a.ravel() * 16 + b.ravel(), minlength=256))
+
+    # pairs: neighbouring columns of a key, distant ones, neighbouring keys, keys a batch apart, seeds
+    assert abs(joint(cells[:, :-1], cells[:, 1:])) < 4.5
+    assert abs(joint(cells[:, :21], cells[:, 21:])) < 4.5
+    assert abs(joint(cells[:-1], cells[1:])) < 4.5
+    assert abs(joint(cells[:-896], cells[896:])) < 4.5
+    assert abs(joint(cells[:-1, 1:], cells[1:, :-1])) < 4.5  # a stream that is its neighbour's, one number later
+    other = (uniform(keys(20_000, seed + 1, first), 42).double().numpy() * 16).astype(int)
+    assert abs(joint(cells, other)) < 4.5
+    # every pair of columns; 861 of them, of which a normal variable passes 5 once in 2,000 times
+    correlation = np.corrcoef(numbers.T) * math.sqrt(len(numbers))
+    assert np.abs(correlation[np.triu_indices(42, 1)]).max() < 5
+    # every bit that is given
+    bits = (numbers * 2**24).astype(np.int64)
+    for bit in range(24):
+        ones = ((bits >> bit) & 1).sum()
+        assert abs(ones - bits.size / 2) / math.sqrt(bits.size / 4) < 4.5
+
+
+def test_keys_are_different():
+    here, there = keys(200_000), keys(200_000, seed=1)
+    assert len(torch.cat([here, there]).unique()) == 400_000
+    # one bit of the place changes half of the key's
+    places = torch.arange(1000)
+    changed = sample_keys(0, places) ^ sample_keys(0, places ^ 1)
+    ones = sum(bin(word % 2**64).count("1") for word in changed.tolist())
+    assert abs(ones - 32_000) / math.sqrt(64_000 / 4) < 4.5
+
+
+def test_an_image_fares_alike_in_every_batch():
+    images, mine = noise(6), keys(6, seed=1, first=100)
+    whole = augment(images, 48, mine)
+    assert torch.equal(whole, augment(images, 48, mine)) and whole.shape == (6, 3, 48, 48)
+    assert whole.dtype == torch.float32
+    for parts in ([2, 2, 2], [1, 5], [4, 2], [6]):
+        split = [augment(part, 48, own) for part, own in zip(images.split(parts), mine.split(parts), strict=True)]
+        assert torch.equal(torch.cat(split), whole)
+    turned = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(augment(images[turned], 48, mine[turned]), whole[turned])
+    assert not torch.equal(whole, augment(images, 48, keys(6, seed=2, first=100)))
+    same = augment(images[:1].expand(6, 3, 64, 64), 48, mine)
+    assert len({image.numpy().tobytes() for image in same}) == 6
+    before, keys_before, state = images.clone(), mine.clone(), torch.get_rng_state()
+    augment(images.float(), 48, mine)
     center(images, 64)
-    assert torch.equal(images, before)
+    assert torch.equal(images, before) and torch.equal(mine, keys_before)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("number", [torch.tensor([0]), 1.0, True, -1, 2**63])
+def test_seeds(number):
+    with pytest.raises(ValueError, match="^seed: expected a whole number"):
+        sample_keys(number, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    "places", [[1, 2], torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(2, 2).long()]
+)
+def test_places(places):
+    with pytest.raises(ValueError, match=r"^places: expected int64 \[B\]"):
+        sample_keys(0, places)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 0, torch.Generator(), torch.zeros(2), torch.zeros(3).long(), torch.zeros(2, 1).long()]
+)
+def test_keys_that_do_not_fit(wrong):
+    with pytest.raises(ValueError, match=r"^keys: expected int64 \[2\]"):
+        augment(noise(2), 32, wrong)
+    with pytest.raises(ValueError, match="^keys: expected a tensor on the images' device cpu, got one on meta"):
+        augment(noise(2), 32, torch.zeros(2, dtype=torch.int64, device="meta"))
 
 
 def test_float_and_uint8_agree():
     images = noise(4)
-    eight = augment(images, 64, generator(3))
+    eight = augment(images, 64, keys(4))
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-4), (torch.float16, 5e-3)):
-        assert (augment((images.double() / 255).to(dtype), 64, generator(3)) - eight).abs().max() < bound
+        assert (augment((images.double() / 255).to(dtype), 64, keys(4)) - eight).abs().max() < bound
     untouched = images.float() / 255
     copy = untouched.clone()
     assert (center(untouched, 64) - center(images, 64)).abs().max() < 1e-5 and torch.equal(untouched, copy)
@@ -220,13 +321,17 @@ def test_float_and_uint8_agree():
 
 def test_strided_input():
     images = noise(4, 64, 64).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(images, 64, generator(3)), augment(images.contiguous(), 64, generator(3)))
+    assert torch.equal(augment(images, 64, keys(4)), augment(images.contiguous(), 64, keys(4)))
+    apart = torch.stack([keys(4), keys(4, 1)], 1)[:, 0]
+    assert torch.equal(augment(images, 64, apart), augment(images, 64, keys(4)))
 
 
 def test_every_shape_is_traced_without_values():
     # on "meta" there are no values: whatever looked at one, which on a GPU means waiting for it, would raise
     images = torch.empty(5, 3, 256, 256, dtype=torch.uint8, device="meta")
-    assert augment(images, 224).shape == center(images, 224).shape == (5, 3, 224, 224)
+    places = torch.empty(5, dtype=torch.int64, device="meta")
+    out = augment(images, 224, sample_keys(0, places))
+    assert out.shape == center(images, 224).shape == (5, 3, 224, 224)
 
 
 class HostTraffic(TorchDispatchMode):
@@ -270,10 +375,10 @@ def test_host_traffic_is_seen(wait, name):
 def test_the_host_never_waits(device, dtype):
     # "cpu" shows host lists made into tensors; "meta" refuses tolist and numpy, which leave no trace on the CPU
     images = torch.zeros(5, 3, 300, 256, dtype=dtype, device=device)
+    places = torch.zeros(5, dtype=torch.int64, device=device)
     with HostTraffic() as traffic:
-        for source in (None, generator()):
-            for size in (224, 64):
-                out = augment(images, size, source)
+        for size in (224, 64):
+            out = augment(images, size, sample_keys(3, places))
         denormalize(center(images, 224))
         denormalize(out)
     assert traffic.seen == []
@@ -281,17 +386,15 @@ def test_the_host_never_waits(device, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_never_waits_on_cuda():
-    images = noise(8, 256, 256).cuda()
-    sources = (None, generator(), torch.Generator("cuda").manual_seed(0))
-    augment(images, 224)  # the first call may load libraries
+    images, places = noise(8, 256, 256).cuda(), torch.arange(8).cuda()
+    augment(images, 224, sample_keys(0, places))  # the first call may load libraries
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
             torch.tensor([1.0], device="cuda")
-        for source in sources:
-            augment(images, 224, source)
-        augment(images.float() / 255, 64, sources[2])
+        augment(images, 224, sample_keys(1, places))
+        augment(images.float() / 255, 64, sample_keys(1, places))
         denormalize(center(images, 224))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -300,9 +403,12 @@ def test_the_host_never_waits_on_cuda():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_agrees():
     images = noise(8, 256, 256)
-    here, there = augment(images, 224, generator(4)), augment(images.cuda(), 224, generator(4))
-    assert ((here - there.cpu()).abs() > 2e-3).sum() < 50
-    assert augment(images.cuda(), 224, torch.Generator("cuda").manual_seed(0)).is_cuda
+    places = torch.arange(1000, 1008)
+    mine, theirs = sample_keys(4, places), sample_keys(4, places.cuda())
+    assert theirs.is_cuda and torch.equal(mine, theirs.cpu())
+    assert torch.equal(uniform(mine, 42), uniform(theirs, 42).cpu())
+    here, there = augment(images, 224, mine), augment(images.cuda(), 224, theirs)
+    assert there.is_cuda and ((here - there.cpu()).abs() > 2e-3).sum() < 50
 
 
 def test_centre():
@@ -318,7 +424,7 @@ def test_centre():
 
 def test_empty_batch():
     empty = torch.empty(0, 3, 64, 64, dtype=torch.uint8)
-    assert augment(empty, 32).shape == center(empty, 32).shape == (0, 3, 32, 32)
+    assert augment(empty, 32, keys(0)).shape == center(empty, 32).shape == (0, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +440,10 @@ def test_empty_batch():
     ],
 )
 def test_arguments(images, size, name):
-    for function in (augment, center):
-        with pytest.raises(ValueError, match=f"^{name}: expected"):
-            function(images, size)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        augment(images, size, keys(2))
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        center(images, size)
 
 
 def test_denormalize():

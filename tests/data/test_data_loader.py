@@ -1,6 +1,8 @@
 """The order of samples, resumption, ranks and the replacement of what cannot be read."""
 
+import itertools
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from dex.data import CorruptDataError, Dataset, Loader, Sample, SampleError
-from dex.data.loader import permutation, replacement
+from dex.data.loader import epoch_order, permutation, quotas, replacement
 
 
 class Numbers(Dataset):
@@ -37,12 +39,22 @@ class Numbers(Dataset):
         return Sample(torch.full((3, 4, 4), index % 256, dtype=torch.uint8), index % 2, f"n{index}")
 
 
+class Kinds(Numbers):
+    """Two thirds of the samples are of one modality."""
+
+    def modality_index(self):
+        return (np.arange(self.count) % 3 == 0).astype(np.int64)
+
+
 def take(loader, count):
     return [next(loader).ids for _ in range(count)]
 
 
 def test_batches_hold_what_they_say():
-    batch = next(Loader(Numbers(10), 4, seed=0))
+    loader = Loader(Numbers(10), 4, seed=0)
+    assert [next(loader).places.tolist() for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    batch = next(loader)
+    assert batch.places.dtype == torch.int64
     assert batch.images.shape == (4, 3, 4, 4) and batch.images.dtype == torch.uint8
     assert batch.modality.dtype == torch.int64
     for image, modality, sample_id in zip(batch.images, batch.modality, batch.ids, strict=True):
@@ -74,21 +86,155 @@ def test_permutation_is_uniform():
     assert ((replaced - 500) ** 2 / 500).sum() < 24.3
 
 
+def slow_order(seed, epoch, modality, temperature):
+    """The definition in Python's own numbers, for quotas that are no near tie."""
+    full = 2**64 - 1
+
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) & full
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & full
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & full
+        return x ^ (x >> 31)
+
+    def shuffled(items, number):
+        return sorted(items, key=lambda item: (mix((item + mix(mix(seed) ^ number)) & full), item))
+
+    count, kinds = len(modality), sorted(set(modality))
+    members = {kind: [index for index in range(count) if modality[index] == kind] for kind in kinds}
+    weights = {kind: len(members[kind]) ** temperature for kind in kinds}
+    exact = {kind: count * weights[kind] / sum(weights.values()) for kind in kinds}
+    share = {kind: math.floor(exact[kind] + 1e-9) for kind in kinds}
+    while sum(share.values()) < count:
+        share[max(kinds, key=lambda kind: exact[kind] - share[kind])] += 1
+    # the modalities that the data set's rows stand for, each as often as its share says
+    rows = []
+    for index in range(count):
+        own = members[modality[index]]
+        turns = range(own.index(index), share[modality[index]], len(own))
+        rows += [modality[index]] * len(turns)
+
+    def stream(kind):
+        for turn in itertools.count():
+            yield from shuffled(members[kind], turn)
+
+    streams = {kind: itertools.islice(stream(kind), epoch * share[kind], None) for kind in kinds}
+    return [next(streams[rows[place]]) for place in shuffled(range(count), epoch)]
+
+
+LOPSIDED = np.random.default_rng(3).permutation(np.repeat([0, 1, 2, 4], [70, 37, 11, 2]))
+
+
+@pytest.mark.parametrize("temperature", [1, 0.99, 0.7, 0.5, 0.2, 0.0])
+def test_order_is_the_definition(temperature):
+    for seed, epoch in ((0, 0), (5, 1), (2**63 - 1, 7)):
+        got = epoch_order(seed, epoch, LOPSIDED, temperature)
+        assert got.tolist() == slow_order(seed, epoch, LOPSIDED.tolist(), temperature)
+
+
+def test_order_at_temperature_one_is_the_permutation():
+    for seed, epoch in ((0, 0), (5, 3)):
+        assert (epoch_order(seed, epoch, LOPSIDED, 1.0) == permutation(seed, epoch, 120)).all()
+    # equal modalities too; and as it has been from the start
+    assert (epoch_order(1, 2, np.arange(20) % 2, 0.5) == permutation(1, 2, 20)).all()
+    assert permutation(0, 0, 10).tolist() == [4, 8, 0, 1, 7, 6, 2, 5, 3, 9]
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.5, 0.0])
+def test_each_sample_once_before_any_again(temperature):
+    counts = np.bincount(LOPSIDED)
+    seen = np.concatenate([epoch_order(9, epoch, LOPSIDED, temperature) for epoch in range(12)])
+    for kind, count in enumerate(counts):
+        if count == 0:
+            continue
+        mine = seen[LOPSIDED[seen] == kind]
+        passes = [mine[start : start + count].tolist() for start in range(0, len(mine), count)]
+        for one in passes[:-1]:
+            assert sorted(one) == np.flatnonzero(LOPSIDED == kind).tolist()
+        assert len(set(passes[-1])) == len(passes[-1])
+        if count > 10:
+            assert len({tuple(one) for one in passes[:-1]}) == len(passes) - 1  # in another order every time
+    # shares hold in the course of an epoch too, not at its end only
+    half = np.bincount(LOPSIDED[seen[:60]], minlength=5)
+    assert (abs(half - quotas(counts, temperature) / 2) < 12).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.5, 0.1, 0.0])
+def test_quotas(temperature):
+    counts = np.array([1_900_000, 1_200_000, 0, 140_000, 47_001, 3, 1])
+    got = quotas(counts, temperature)
+    weights = np.where(counts > 0, counts.astype(float) ** temperature, 0)
+    assert got.sum() == counts.sum() and (abs(got - counts.sum() * weights / weights.sum()) < 1).all()
+    assert got[2] == 0
+    if temperature == 1:
+        assert (got == counts).all()
+    if temperature == 0:
+        assert got[0] - got[6] in (0, 1) and (np.diff(got[got > 0]) <= 0).all()  # what is left over goes to the first
+    # a billion to one: exact where a float is not
+    assert quotas(np.array([2**53 + 1, 2**53 - 1, 7]), 1.0).tolist() == [2**53 + 1, 2**53 - 1, 7]
+
+
+def test_a_view_without_some_modality():
+    class Kinds(Numbers):
+        modalities = ("a", "b", "c", "d")
+
+        def modality_index(self):
+            return np.array([1] * 8 + [2] * 2)
+
+    batches = take(Loader(Kinds(10), 5, seed=0, temperature=0), 2)
+    numbers = [int(name[1:]) for name in sum(batches, ())]
+    assert sum(number >= 8 for number in numbers) == 5 and len({number for number in numbers if number < 8}) == 5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumption_anywhere(workers):
-    dataset = Numbers(37, corrupt={5, 6})
-    whole = take(Loader(dataset, 4, seed=11), 60)
+def test_resumption_anywhere(workers, temperature):
+    dataset = Kinds(37, corrupt={5, 6})
+
+    def loader(start, workers, **more):
+        arguments = {"seed": 11, "temperature": temperature, "start_batch": start, "num_workers": workers}
+        return Loader(dataset, 4, **arguments, **more)
+
+    whole = take(loader(0, 0), 60)
     draw = random.Random(0)
-    for _ in range(20 if workers == 0 else 5):
-        start = draw.randrange(40)
-        with Loader(dataset, 4, seed=11, num_workers=workers, start_batch=start) as loader:
-            count = draw.randrange(1, 10)
-            assert take(loader, count) == whole[start : start + count]
+    # 20 random places in the middle of an epoch
+    for start in draw.sample([number for number in range(1, 54) if number % 9], 20):
+        with loader(start, workers) as resumed:
+            count = draw.randrange(1, 5)
+            assert take(resumed, count) == whole[start : start + count]
             # what the workers have read ahead must not count
-            assert loader.position == start + count
-            position = loader.position
-        with Loader(dataset, 4, seed=11, num_workers=2 - workers, start_batch=position) as loader:
-            assert take(loader, 3) == whole[position : position + 3]
+            assert resumed.position == start + count
+    position = start + count
+    with loader(position, 2 - workers) as resumed:
+        assert take(resumed, 3) == whole[position : position + 3]
+    if temperature == 1:
+        for epoch in range(6):
+            clean = take(Loader(Kinds(37), 4, seed=11, start_batch=9 * epoch), 9)
+            assert len(set(sum(clean, ()))) == 36  # each once
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_then_one_then_two(workers, temperature):
+    """In the middle of an epoch, with samples that cannot be read: one global order, one set of places."""
+    dataset = Kinds(41, corrupt={2, 5, 30})
+
+    def go(world, start, count):
+        arguments = {"seed": 3, "temperature": temperature, "start_batch": start, "num_workers": workers}
+        parts = []
+        for rank in range(world):
+            with Loader(dataset, 6, rank=rank, world_size=world, **arguments) as loader:
+                parts.append([next(loader) for _ in range(count)])
+                assert loader.position == start + count
+        for step in zip(*parts, strict=True):
+            ids.append(sum((batch.ids for batch in step), ()))
+            places.extend(torch.cat([batch.places for batch in step]).tolist())
+
+    ids, places = [], []
+    go(1, 0, 20)
+    whole, ids, places = ids, [], []
+    for world, start, count in ((2, 0, 4), (1, 4, 5), (2, 9, 2), (3, 11, 9)):
+        go(world, start, count)
+    assert ids == whole and places == list(range(20 * 6))
 
 
 def test_workers_give_the_same_pixels():
@@ -97,7 +243,7 @@ def test_workers_give_the_same_pixels():
         for _ in range(12):
             one, two = next(alone), next(read_ahead)
             assert one.ids == two.ids and torch.equal(one.modality, two.modality)
-            assert torch.equal(one.images, two.images)
+            assert torch.equal(one.images, two.images) and torch.equal(one.places, two.places)
 
 
 def test_close_keeps_the_position():
@@ -127,12 +273,13 @@ def test_global_random_numbers_are_left_alone(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_samples_are_replaced_and_named_once(workers, caplog):
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_corrupt_samples_are_replaced_and_named_once(workers, temperature, caplog):
     corrupt = {3, 8, 20}
-    clean = take(Loader(Numbers(24), 4, seed=5), 18)
+    clean = take(Loader(Kinds(24), 4, seed=5, temperature=temperature), 18)
     with (
         caplog.at_level(logging.WARNING, "dex.data"),
-        Loader(Numbers(24, corrupt), 4, seed=5, num_workers=workers) as loader,
+        Loader(Kinds(24, corrupt), 4, seed=5, temperature=temperature, num_workers=workers) as loader,
     ):
         seen = take(loader, 18)
         assert loader.corrupt == {f"n{index}": "torn" for index in corrupt}
@@ -173,6 +320,10 @@ def test_no_readable_sample_at_all():
         ({"batch_size": 5, "world_size": 2}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"seed": None}, "seed"),
+        ({"temperature": 1.01}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
         ({"num_workers": -1}, "num_workers"),
         ({"start_batch": -3}, "start_batch"),
         ({"rank": 1}, "rank"),

@@ -30,7 +30,7 @@ def resolved(stdout):
 def test_help_lists_only_what_works(run):
     code, out, _ = run("--help")
     commands = [line.split()[0] for line in out.split("commands:")[1].split("options:")[0].splitlines() if line.strip()]
-    assert code == 0 and commands == ["pretrain", "doctor"]
+    assert code == 0 and commands == ["prepare", "data", "pretrain", "report", "doctor"]
     for command in commands:
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "") and f"usage: dex {command}" in out
@@ -83,7 +83,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
     ("arguments", "message"),
     [
         ([], "usage: dex COMMAND"),
-        (["train"], "dex: command: expected one of pretrain, doctor; got 'train'"),
+        (["train"], "dex: command: expected one of prepare, data, pretrain, report, doctor; got 'train'"),
         (["pretrain"], "preset: expected one of published-code, paper, demo, demo-monolithic, or --config FILE"),
         (
             ["pretrain", "--preset", "x"],

@@ -2,9 +2,12 @@
 
 dataset = open_dataset(None).split("train")          # the embedded set
 loader = Loader(dataset, 64, seed=0, num_workers=2)
-batch = next(loader)                                  # uint8 [B, 3, S, S], modality, ids
-images = augment(batch.images.to(device), 256)        # float32, ImageNet-normalised
+batch = next(loader)                                  # uint8 [B, 3, S, S], modality, ids, places
+keys = sample_keys(0, batch.places.to(device))        # what is drawn depends on seed and place alone
+images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normalised
 """
+
+from dex.numbers import sample_keys
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
 from .dataset import Dataset, Sample, SampleError, open_dataset
@@ -28,5 +31,6 @@ __all__ = [
     "center",
     "denormalize",
     "open_dataset",
+    "sample_keys",
     "verify",
 ]

@@ -4,6 +4,8 @@ Shape letters: B images, H and W their height and width, S side of the result.
 
 The result agrees with the same formula in float64 to 2e-4 (normalised units) for 8-bit images: grid_sample computes
 positions in float32, so a pixel is taken from within 1e-4 pixels of where it should be.
+
+Random numbers are hashes of a key per image, see `dex.numbers`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dex import numbers
+from dex.numbers import uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +43,8 @@ class Crop(NamedTuple):
 def augment(images: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor:
     """A random crop, flip and rotation of every image, ImageNet-normalised.
 
-    images: [B, 3, H, W], uint8, or float within [0, 1]; returns float32 [B, 3, size, size] on the same device.
+    images: [B, 3, H, W], uint8, or float within [0, 1]; keys: int64 [B] on the same device, see
+    `dex.numbers.sample_keys`; returns float32 [B, 3, size, size] there.
 
     The crop is that of the published corpus: its area is drawn from (0.2, 1) of the image's, but at least half of
     256^2 pixels (of an image smaller than that: at least half of it); its aspect log-uniformly from 3/4 to 4/3; a
@@ -49,11 +52,15 @@ def augment(images: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor
     centre square is taken. Then a flip with probability 1/2 and a rotation of up to 15 degrees about the crop's
     centre; the corners it brings in are black.
 
-    All random numbers come from one `torch.rand` on `generator` (None: the global one of the images' device). A CPU
-    generator may serve images elsewhere and then draws the same numbers as for images on the CPU. On CUDA the host
-    never waits: constants are filled in on the device, and numbers from a CPU generator come through pinned memory.
+    What happens to an image is a function of the image and its key: not of the rest of the batch, nor of any random
+    number generator. On CUDA the host never waits.
     """
     images = _check_images(images, size)
+    if not isinstance(keys, torch.Tensor) or keys.shape != images.shape[:1] or keys.dtype != torch.int64:
+        got = f"{keys.dtype} {list(keys.shape)}" if isinstance(keys, torch.Tensor) else type(keys).__name__
+        raise ValueError(f"keys: expected int64 [{len(images)}], one for each image, got {got}")
+    if keys.device != images.device:
+        raise ValueError(f"keys: expected a tensor on the images' device {images.device}, got one on {keys.device}")
     return render(images, draw(images, keys), size)
 
 
@@ -89,8 +96,8 @@ def draw(images: torch.Tensor, keys: torch.Tensor) -> Crop:
     """Draw what `augment` does to each image of `images [B, 3, H, W]`; of the pixels only brightness matters."""
     batch, _, height, width = images.shape
     device = images.device
-    numbers_ = numbers.uniform(keys, 0, 4 * TRIES + 2)
-    u_area, u_aspect, u_top, u_left = numbers_[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
+    numbers = uniform(keys, 4 * TRIES + 2)
+    u_area, u_aspect, u_top, u_left = numbers[:, : 4 * TRIES].reshape(batch, 4, TRIES).unbind(1)
 
     area = height * width
     low = max(AREA_SCALE[0] * area, 0.5 * min(area, 2 * MIN_AREA))
@@ -113,7 +120,7 @@ def draw(images: torch.Tensor, keys: torch.Tensor) -> Crop:
     accepted = torch.cat([accepted, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
     tries = accepted.int().argmax(dim=1)  # the first of equal maxima
     boxes = boxes.gather(1, tries[:, None, None].expand(batch, 1, 4))[:, 0]
-    return Crop(boxes, tries, numbers_[:, -2] < 0.5, (2 * numbers_[:, -1] - 1) * MAX_ROTATION)
+    return Crop(boxes, tries, numbers[:, -2] < 0.5, (2 * numbers[:, -1] - 1) * MAX_ROTATION)
 
 
 def brightness(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -100,9 +100,7 @@ class FolderDataset(Dataset):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error
         self.note_maximum(_printable(path), maximum)
-        return Sample(
-            images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), _printable(path)
-        )
+        return Sample(images.to_tensor(image, self.image_size), int(self._modality[index]), _printable(path))
 
     def _read(self, path: bytes) -> bytes:
         # a file may have become a link or a device since the folder was listed

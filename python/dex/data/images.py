@@ -72,22 +72,30 @@ def decode_with_maximum(data: bytes, kind: str) -> Decoded:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of the centre square of `image` (L or RGB), antialiased: shorter side to `size`, then crop.
-
-    The square is cut first, so that a very long image never grows on the way.
-    """
-    width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    array = np.asarray(image)
+    """uint8 [size, size, 3]: the centre square of `image` (L or RGB) at `size`, antialiased."""
+    array = np.asarray(_square(image, size))
     return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """uint8 [S, S, 3] -> uint8 tensor [3, S, S], contiguous, with memory of its own."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)).copy())
+def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """`square` as a uint8 tensor [3, size, size], contiguous, with memory of its own."""
+    image = _square(image, size)
+    bands = image.getbands()
+    planes = np.empty((3, size * size), np.uint8)
+    for number, band in enumerate(bands):
+        # a band at a time: three times as fast as an array [S, S, 3] and its transposed copy
+        planes[number :: len(bands)] = np.frombuffer(image.tobytes("raw", band), np.uint8)
+    return torch.from_numpy(planes.reshape(3, size, size))
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    # the square is cut first, so that a very long image never grows on the way
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 def npy_to_uint8(data: bytes) -> np.ndarray:

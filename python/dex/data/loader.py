@@ -1,11 +1,13 @@
-"""Batches in an order that is a function of (seed, epoch) alone, from any position, with any number of workers."""
+"""Batches in an order of (seed, epoch, temperature) alone, from any position, with any number of workers and ranks."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import signal
 from collections.abc import Iterator
+from decimal import Context, Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ MAX_CORRUPT = 10
 MAX_CORRUPT_SHARE = 0.001
 _ATTEMPTS = 32
 _NAMED = 20
+_PRECISE = Context(prec=50)
 
 
 class CorruptDataError(ValueError):
@@ -30,28 +33,36 @@ class CorruptDataError(ValueError):
 
 
 class Batch(NamedTuple):
-    """`images` uint8 [B, 3, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B."""
+    """`images` uint8 [B, 3, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B;
+    `places` int64 [B]: number of the global batch * its size + place in it, so no two images of a run share one."""
 
     images: torch.Tensor
     modality: torch.Tensor
     ids: tuple[str, ...]
+    places: torch.Tensor
 
 
 class Loader:
     """An endless iterator over full batches of `dataset`.
 
     dataset: at least `batch_size` samples; batch_size: images of one *global* batch; seed: of the order, 0 <= seed <
-    2^63; num_workers: processes that read ahead, 0 reads in the caller; start_batch: the first batch to give, counted
-    over all epochs; rank, world_size: this process gets every global batch's rank-th of world_size equal parts, so
-    the global order does not depend on the number of ranks.
+    2^63; temperature: of the shares of modalities, 0 to 1; num_workers: processes that read ahead, 0 reads in the
+    caller; start_batch: the first batch to give, counted over all epochs; rank, world_size: this process gets every
+    global batch's rank-th of world_size equal parts, so the global order does not depend on the number of ranks.
 
-    Each epoch is a fresh permutation of the data set, its incomplete last batch is dropped. `position` is the number
-    of the next batch that `next` will give: a loader built with `start_batch=position` goes on exactly there,
+    Each epoch is as long as the data set, its incomplete last batch is dropped. At temperature 1 it is a fresh
+    permutation of the data set; below, a modality of n samples gets a share of the epoch that is proportional to
+    n ** temperature, at 0 the same share as any other. Of each modality every sample comes once before one comes
+    again, from one epoch to the next too (but for the dropped ends). `position` is the number of the next batch that
+    `next` will give: a loader built with `start_batch=position` goes on exactly there, on any number of ranks,
     whatever the workers have read ahead. The global random number generators are neither used nor advanced.
 
-    A sample that raises `SampleError` is replaced by one drawn from (seed, epoch, place in the epoch) and named once
-    in a warning of the logger "dex.data". More than max(10, 0.1 % of the data set) such samples, or none readable in
-    32 draws, raise `CorruptDataError` with their names. `corrupt` holds the ids and reasons met so far.
+    A sample that raises `SampleError` is replaced by one drawn from (seed, epoch, place in the epoch), so all ranks
+    agree on the order, and named once in a warning of the logger "dex.data". More than max(10, 0.1 % of the data set)
+    such samples, or none readable in 32 draws, raise `CorruptDataError` with their names. `corrupt` holds the ids and
+    reasons met so far, by this rank.
+
+    Memory: workers read two batches each ahead, and keep one epoch's order, 8 bytes a sample.
 
     `close()` ends the workers; it is called when the loader is deleted, and it is a context manager.
     """
@@ -62,6 +73,7 @@ class Loader:
         batch_size: int,
         *,
         seed: int,
+        temperature: float = 1.0,
         num_workers: int = 0,
         start_batch: int = 0,
         rank: int = 0,
@@ -69,6 +81,8 @@ class Loader:
     ):
         _check_int("batch_size", batch_size, 1)
         _check_int("seed", seed, 0, 2**63)
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature <= 1):
+            raise ValueError(f"temperature: expected a number from 0 to 1, got {temperature!r}")
         _check_int("num_workers", num_workers, 0)
         _check_int("start_batch", start_batch, 0)
         _check_int("world_size", world_size, 1)
@@ -83,11 +97,12 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
+        self.temperature = temperature
         self.num_workers = num_workers
         self.batches_per_epoch = len(dataset) // batch_size
         self.corrupt: dict[str, str] = {}
         self._position = start_batch
-        self._reader = _BatchReader(dataset, batch_size, seed, rank, world_size)
+        self._reader = _BatchReader(dataset, batch_size, seed, temperature, rank, world_size)
         self._worker_batches: Iterator | None = None
 
     @property
@@ -161,6 +176,52 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
+def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float) -> np.ndarray:
+    """int64 [count]: the samples of epoch `epoch` in order; `modality` int64 [count] holds every sample's.
+
+    `permutation` says which places of the epoch a modality gets, after the data set's modalities were repeated or
+    cut to their shares. There its samples come in the order of their keys in pass 0, then in pass 1, ...: epoch 1
+    goes on where epoch 0 ended. At temperature 1 a pass is an epoch, and the order is `permutation` itself.
+    """
+    modality_counts = np.bincount(modality)
+    shares = quotas(modality_counts, temperature)
+    places = permutation(seed, epoch, len(modality))
+    if (shares == modality_counts).all():
+        return places
+    members = [np.flatnonzero(modality == number) for number in range(len(shares))]
+    times = np.empty(len(modality), np.int64)
+    for mine, share in zip(members, shares.tolist(), strict=True):
+        times[mine] = (np.arange(len(mine)) < share % max(1, len(mine))) + share // max(1, len(mine))
+    place_modality = np.repeat(modality, times)[places]
+    order = np.empty(len(modality), np.int64)
+    for number, (mine, share) in enumerate(zip(members, shares.tolist(), strict=True)):
+        if share:
+            first, skipped = divmod(epoch * share, len(mine))
+            passes = np.arange(first, -((epoch + 1) * share // -len(mine)), dtype=np.uint64)
+            keys = _mix(mine.astype(np.uint64) + _stream(seed, passes)[:, None])
+            drawn = mine[np.argsort(keys, axis=1, kind="stable")].ravel()
+            order[place_modality == number] = drawn[skipped : skipped + share]
+    return order
+
+
+def quotas(counts: np.ndarray, temperature: float) -> np.ndarray:
+    """int64 [M]: how often each of M modalities of `counts` samples comes in an epoch of sum(counts).
+
+    Proportional to counts ** temperature, 0 where there is none; what rounding down leaves goes to the largest
+    remainders, the first of equal ones. In decimal arithmetic: a float's power may differ between machines.
+    """
+    total = int(counts.sum())
+    exponent = Decimal(temperature)
+    weights = [_PRECISE.power(int(count), exponent) if count else Decimal(0) for count in counts]
+    scale = functools.reduce(_PRECISE.add, weights)
+    exact = [_PRECISE.divide(_PRECISE.multiply(weight, total), scale) for weight in weights]
+    whole = np.array([int(share) for share in exact], np.int64)
+    remainders = [share - int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda number: (-remainders[number], number))
+    whole[by_remainder[: total - int(whole.sum())]] += 1
+    return whole
+
+
 def replacement(seed: int, epoch: int, place: int, attempt: int, count: int) -> int:
     """The sample that takes place `place` of epoch `epoch` in attempt 0, 1, ... when its own cannot be read."""
     key = _mix(_stream(seed, epoch) ^ _mix(np.uint64(place)) ^ _mix(np.uint64(attempt) + np.uint64(1 << 40)))
@@ -176,15 +237,15 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
         return x ^ (x >> np.uint64(31))
 
 
-def _stream(seed: int, epoch: int) -> np.uint64:
-    return _mix(_mix(np.uint64(seed)) ^ np.uint64(epoch))
+def _stream(seed: int, epoch: int | np.ndarray) -> np.ndarray | np.uint64:
+    return _mix(_mix(np.uint64(seed)) ^ np.asarray(epoch, np.uint64)[()])
 
 
 class _BatchReader(torch.utils.data.Dataset):
     """Global batch number -> (this rank's part of it, or None; the samples that could not be read; `Dataset.dim`)."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, temperature: float, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.seed, self.temperature = dataset, batch_size, seed, temperature
         self.part = batch_size // world_size
         self.first = rank * self.part
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -192,7 +253,7 @@ class _BatchReader(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[Batch | None, list[tuple[str, str]], tuple[str, int] | None]:
         epoch, batch = divmod(number, len(self.dataset) // self.batch_size)
         if self._order[0] != epoch:
-            self._order = (epoch, permutation(self.seed, epoch, len(self.dataset)))
+            self._order = (epoch, epoch_order(self.seed, epoch, self.dataset.modality_index(), self.temperature))
         start = batch * self.batch_size + self.first
         samples, corrupt = [], []
         for place in range(start, start + self.part):
@@ -207,9 +268,10 @@ class _BatchReader(torch.utils.data.Dataset):
             else:
                 return None, corrupt, self.dataset.dim
         batch = Batch(
-            torch.stack([sample.image for sample in samples]),
+            torch.utils.data.default_collate([sample.image for sample in samples]),  # in a worker: into shared memory
             torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
             tuple(sample.id for sample in samples),
+            torch.arange(self.part, dtype=torch.int64) + (number * self.batch_size + self.first),
         )
         return batch, corrupt, self.dataset.dim
 

@@ -5,10 +5,16 @@ Shape letters: H, W of a slice. "Unit" images are float within [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
+from .readers.stack import Refused, Stack
+
 CT_WINDOW = (-200.0, 400.0)
+SUV_WINDOW = (0.0, 20.0)
+RULES = ("ct", "mr", "pet", "suv", "display")
 MR_PERCENTILES = (1.0, 99.0)
 MIN_FOREGROUND = 0.05
 FOREGROUND_STEP = 0.02
@@ -32,6 +38,43 @@ def percentile_range(values: np.ndarray, percentiles: tuple[float, float] = MR_P
     if not high > low:
         raise ValueError(f"values: the percentiles {percentiles} are both {low}: nothing to scale")
     return ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)
+
+
+def normaliser(rule: str, stack: Stack) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns numbers of a frame of `stack`, any part of it, into unit float32 of the same shape.
+
+    ct: HU clipped to [-200, 400], / 600. suv: SUV clipped to [0, 20], / 20. mr: clipped to the stack's 1st and 99th
+    percentile, min-max. pet: the same clip, z-score, min-max; the z-score is affine and the clipped minimum and maximum
+    are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for display, else as mr.
+
+    Refused("inconsistent") when the stack's numbers are not what the rule needs: HU and SUV come from a header that
+    says so, or from a format whose files do not say, where the description does. Refused("constant") when the two
+    percentiles coincide. MONOCHROME1 is not inverted here.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    if rule in ("ct", "suv"):
+        needed = "HU" if rule == "ct" else "SUV"
+        if stack.quantity != needed and not (stack.quantity == "raw" and stack.described):
+            raise Refused("inconsistent", f"{rule} needs {needed}, got {stack.note or stack.quantity}")
+        return ct_window if rule == "ct" else suv_window
+    if rule == "display" and stack.quantity == "display8":
+        return lambda values: values.astype(np.float32) / np.float32(255)
+    low, high = stack.percentiles(*MR_PERCENTILES)
+    if not high > low:
+        raise Refused("constant", f"the percentiles {MR_PERCENTILES} coincide")
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        clipped = np.clip(values.astype(np.float32), np.float32(low), np.float32(high))
+        return np.clip((clipped - np.float32(low)) / np.float32(high - low), 0, 1)
+
+    return scaled
+
+
+def suv_window(uptake: np.ndarray) -> np.ndarray:
+    """SUV of any shape -> unit float32: clipped to [0, 20], / 20."""
+    low, high = SUV_WINDOW
+    return ((np.clip(uptake, low, high) - low) / (high - low)).astype(np.float32)
 
 
 def to_uint8(unit: np.ndarray) -> np.ndarray:

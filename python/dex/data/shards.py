@@ -5,7 +5,7 @@ A set is a folder:
     manifest.json             what the set is; names and hashes every other file, and itself
     shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR: any WebDataset reader takes them
     shard-00000.index.jsonl   one line a sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
-                              image's bytes, which lie at `offset` in the tar)
+                              image's bytes, which lie at `offset` in the tar); more keys may stand there
 
 `group` names what must not be torn apart by a split: a patient, a series, a slide.
 Reading goes by the index alone: tar headers are for others. Opening a set checks the manifest against itself, every
@@ -16,12 +16,13 @@ read; `verify` reads everything.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,40 @@ KINDS = ("jpg", "png", "npy")
 _FILE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DOCUMENT_NAME = re.compile(r"(?!.*\.\.)([A-Za-z0-9][A-Za-z0-9._-]{0,199}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_MAX_TABLE_BYTES = 512 * 2**20
+_MAX_TABLE_BYTES = 64 * 2**20
+_MAX_LINE_BYTES = 2**16
 _PARTIAL = ".partial"
+_ROW = np.dtype(
+    [
+        ("sha256", "V32"),
+        ("offset", np.int64),
+        ("id_end", np.int64),
+        ("shard", np.int32),
+        ("size", np.int32),
+        ("modality", np.int32),
+        ("kind", np.int8),
+        ("val", np.bool_),
+    ]
+)
+_INDEX_FIELDS = {
+    "id": str,
+    "key": str,
+    "kind": str,
+    "modality": str,
+    "split": str,
+    "group": str,
+    "offset": int,
+    "size": int,
+    "sha256": str,
+}
 
 
 class ShardDataset(Dataset):
     """A shard set, opened for reading; see `open_dataset`.
 
     ValueError names the file and what is wrong with it when manifest, indices and shards do not fit each other.
-    What is kept per sample is a few numbers in arrays: some 130 bytes, shared by the workers of a loader.
+    Kept per sample: 62 bytes and its id, in two buffers that the workers of a loader share. Indices are parsed line by
+    line, so that opening needs little more.
     """
 
     def __init__(self, root: str | Path):
@@ -60,76 +86,79 @@ class ShardDataset(Dataset):
         self.empty_modalities = tuple(row["name"] for row in rows if row["empty"])
 
         number = {name: index for index, name in enumerate(self.modalities)}
-        shard, offset, size, modality, val, kind, digests, ids = [], [], [], [], [], [], [], []
+        parts = []
+        ids = bytearray()
         for shard_number, entry in enumerate(manifest["shards"]):
             _check_file_size(self.root, entry["file"], entry["bytes"])
+            part = []
             for line in read_index(self.root, entry):
                 if line["modality"] not in number:
                     raise ValueError(f"{entry['index']}: modality {line['modality']!r} is not in the manifest")
-                shard.append(shard_number)
-                offset.append(line["offset"])
-                size.append(line["size"])
-                modality.append(number[line["modality"]])
-                val.append(line["split"] == "val")
-                kind.append(KINDS.index(line["kind"]))
-                digests.append(bytes.fromhex(line["sha256"]))
-                ids.append(line["id"].encode())
-        self._shard = np.array(shard, np.int32)
-        self._offset, self._size = np.array(offset, np.int64), np.array(size, np.int64)
-        self._modality = np.array(modality, np.int64)
-        self._val = np.array(val, bool)
-        self._kind = np.array(kind, np.int8)
-        self._digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        self._ids = b"".join(ids)
-        self._id_ends = np.cumsum([len(sample_id) for sample_id in ids], dtype=np.int64)
+                ids += line["id"].encode()
+                part.append(
+                    (
+                        bytes.fromhex(line["sha256"]),
+                        line["offset"],
+                        len(ids),
+                        shard_number,
+                        line["size"],
+                        number[line["modality"]],
+                        KINDS.index(line["kind"]),
+                        line["split"] == "val",
+                    )
+                )
+            parts.append(np.array(part, _ROW))
+        self._rows = np.concatenate(parts)
+        parts.clear()
+        self._ids = bytes(ids)
         for row in rows:
             for split in SPLITS:
-                here = int(((self._modality == number.get(row["name"], -1)) & (self._val == (split == "val"))).sum())
+                mine = self._rows["modality"] == number.get(row["name"], -1)
+                here = int((mine & (self._rows["val"] == (split == "val"))).sum())
                 if here != row[split]:
                     raise ValueError(
                         f"{MANIFEST}: {row[split]} {split} samples of {row['name']!r} declared, the indices hold {here}"
                     )
 
     def __len__(self) -> int:
-        return len(self._offset)
+        return len(self._rows)
 
     def sample_id(self, index: int) -> str:
         index = self._check_index(index)
-        start = int(self._id_ends[index - 1]) if index else 0
-        return self._ids[start : int(self._id_ends[index])].decode()
+        start = int(self._rows["id_end"][index - 1]) if index else 0
+        return self._ids[start : int(self._rows["id_end"][index])].decode()
 
     def modality_index(self) -> np.ndarray:
-        return self._modality
+        return self._rows["modality"].astype(np.int64)
 
     def _in_split(self, name: str) -> np.ndarray:
-        return self._val if name == "val" else ~self._val
+        return self._rows["val"] == (name == "val")
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded image of sample `index`, checked against its hash; SampleError when it is not what it was."""
-        index = self._check_index(index)
-        entry = self.manifest["shards"][int(self._shard[index])]
+        row = self._rows[self._check_index(index)]
+        entry = self.manifest["shards"][int(row["shard"])]
         try:
-            data = _read(self.root, entry["file"], int(self._offset[index]), int(self._size[index]))
+            data = _read(self.root, entry["file"], int(row["offset"]), int(row["size"]))
         except (OSError, ValueError) as error:
             raise SampleError(self.sample_id(index), f"{entry['file']}: {_reason(error)}") from error
-        if hashlib.sha256(data).digest() != self._digests[index].tobytes():
+        if hashlib.sha256(data).digest() != row["sha256"].tobytes():
             raise SampleError(self.sample_id(index), f"{entry['file']}: sha256 of its bytes differs from the index")
         return data
 
     def __getitem__(self, index: int) -> Sample:
         data = self.image_bytes(index)
+        sample_id, row = self.sample_id(index), self._rows[index]
         try:
-            image, maximum = images.decode_with_maximum(data, KINDS[int(self._kind[index])])
+            image, maximum = images.decode_with_maximum(data, KINDS[int(row["kind"])])
             if image.size != (self.image_size, self.image_size):
                 raise ValueError(
                     f"size: expected {self.image_size} x {self.image_size}, got {image.width} x {image.height}"
                 )
         except ValueError as error:
-            raise SampleError(self.sample_id(index), str(error)) from error
-        self.note_maximum(self.sample_id(index), maximum)
-        return Sample(
-            images.to_tensor(images.square(image, self.image_size)), int(self._modality[index]), self.sample_id(index)
-        )
+            raise SampleError(sample_id, str(error)) from error
+        self.note_maximum(sample_id, maximum)
+        return Sample(images.to_tensor(image, self.image_size), int(row["modality"]), sample_id)
 
 
 def verify(path: str | Path | None = None) -> list[str]:
@@ -155,7 +184,7 @@ def verify(path: str | Path | None = None) -> list[str]:
     for entry in manifest["shards"]:
         found = _verify_file(root, entry["file"], entry["bytes"], entry["sha256"])
         try:
-            lines = read_index(root, entry)
+            lines = list(read_index(root, entry))
             if not found:
                 found = _verify_members(root, entry, lines)
             for line in lines:
@@ -212,46 +241,70 @@ class ShardWriter:
         self._documents: list[dict] = []
         self._begun: list[str] = [MANIFEST]  # every name that discard() may have to remove, the manifest first
         self._tar = None
+        self._tar_digest = hashlib.sha256()
         self._lines: list[bytes] = []
+        self._table_bytes = 0
         self._closed = False
 
     def add(
-        self, sample_id: str, data: bytes, *, kind: str, modality: str, split: str, group: str, meta: dict | None = None
+        self,
+        sample_id: str,
+        data: bytes,
+        *,
+        kind: str,
+        modality: str,
+        split: str,
+        group: str,
+        meta: dict | None = None,
+        checked: bool = False,
     ) -> None:
-        """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member."""
+        """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member.
+
+        checked: the caller has just encoded `data` as such an image itself, so it is not decoded again.
+        """
         if sample_id in self._ids or not sample_id:
             raise ValueError(f"sample_id: expected a new, non-empty id, got {sample_id!r}")
         if modality not in self._counts:
             raise ValueError(f"modality: expected one of {self.modalities}, got {modality!r}")
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        image = images.decode(data, kind)
-        if image.size != (self.image_size, self.image_size):
-            raise ValueError(
-                f"data: expected an image of {self.image_size} x {self.image_size}, got {image.width} x {image.height}"
-            )
-        if self._tar is not None and len(self._lines) == self.samples_per_shard:
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if not checked:
+            image = images.decode(data, kind)
+            if image.size != (self.image_size, self.image_size):
+                raise ValueError(
+                    f"data: expected an image of {self.image_size} x {self.image_size}, "
+                    f"got {image.width} x {image.height}"
+                )
+        full = len(self._lines) == self.samples_per_shard or self._table_bytes > _MAX_TABLE_BYTES - _MAX_LINE_BYTES
+        if self._tar is not None and full:
             self._finish_shard()
+        key = f"{len(self._ids):08d}"
+        common = {"id": sample_id, "modality": modality, "split": split, "group": group}
+        described = _json_line({**common, **(meta or {})})
+        line = _json_line(
+            {
+                **common,
+                "key": key,
+                "kind": kind,
+                "offset": (0 if self._tar is None else self._tar.tell()) + tarfile.BLOCKSIZE,
+                "size": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        )
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(
+                f"sample_id, group: expected an index line of at most {_MAX_LINE_BYTES} bytes, got {len(line)}"
+            )
         if self._tar is None:
             names = [f"shard-{len(self._shards):05d}.tar", f"shard-{len(self._shards):05d}.index.jsonl"]
             self._begun += names
             self._tar = open(self._partial(names[0]), "wb")
-        key = f"{len(self._ids):08d}"
-        common = {"id": sample_id, "modality": modality, "split": split, "group": group}
-        offset = self._member(f"{key}.{kind}", data)
-        self._member(f"{key}.json", _json_line({**common, **(meta or {})}))
-        self._lines.append(
-            _json_line(
-                {
-                    **common,
-                    "key": key,
-                    "kind": kind,
-                    "offset": offset,
-                    "size": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            )
-        )
+        self._member(f"{key}.{kind}", data)
+        self._member(f"{key}.json", described)
+        self._lines.append(line)
+        self._table_bytes += len(line)
         self._ids.add(sample_id)
         self._counts[modality][split] += 1
 
@@ -322,25 +375,27 @@ class ShardWriter:
     def _partial(self, file: str) -> Path:
         return self.root / f"{file}{_PARTIAL}"
 
-    def _member(self, name: str, data: bytes) -> int:
+    def _member(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
         info.size = len(data)
-        self._tar.write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._tar.tell()
-        self._tar.write(data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        return offset
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._tar.write(data)
+        self._tar_digest.update(data)
 
     def _finish_shard(self) -> None:
         file = f"shard-{len(self._shards):05d}.tar"
         index = f"shard-{len(self._shards):05d}.index.jsonl"
-        self._tar.write(b"\0" * (2 * tarfile.BLOCKSIZE))
+        self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
+        size = self._tar.tell()
         self._tar.flush()
         os.fsync(self._tar.fileno())
         self._tar.close()
         self._tar = None
+        digest, self._tar_digest = self._tar_digest.hexdigest(), hashlib.sha256()
         table = b"".join(self._lines)
         _write_synced(self._partial(index), table)
-        size, digest = _hash_file(self._partial(file))
         self._shards.append(
             {
                 "file": file,
@@ -352,7 +407,7 @@ class ShardWriter:
                 "index_sha256": hashlib.sha256(table).hexdigest(),
             }
         )
-        self._lines = []
+        self._lines, self._table_bytes = [], 0
 
 
 def read_manifest(root: Path) -> tuple[dict, bytes]:
@@ -392,6 +447,8 @@ def read_manifest(root: Path) -> tuple[dict, bytes]:
         for entry in manifest["documents"]:
             _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
             _check_names(_DOCUMENT_NAME, entry["file"])
+        if not manifest["shards"]:
+            raise ValueError("shards: expected at least one, got none")
         if sum(entry["samples"] for entry in manifest["shards"]) != manifest["samples"]:
             raise ValueError("'samples' is not the sum over the shards")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -399,30 +456,24 @@ def read_manifest(root: Path) -> tuple[dict, bytes]:
     return manifest, raw
 
 
-def read_index(root: Path, entry: dict) -> list[dict]:
-    """The lines of one shard's index, hash, fields and bounds checked; ValueError names the file and the fault."""
+def read_index(root: Path, entry: dict) -> Iterator[dict]:
+    """The lines of one shard's index, one after the other, fields and bounds checked, once its hash has been.
+
+    ValueError, on the way too, names the file and the fault. Memory: the file and one line.
+    """
     try:
         raw = _read(root, entry["index"], 0, None)
         if len(raw) != entry["index_bytes"] or hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
             raise ValueError("size or sha256 differs from the manifest")
-        lines = [json.loads(line) for line in raw.splitlines()]
-        if len(lines) != entry["samples"]:
-            raise ValueError(f"expected {entry['samples']} lines, got {len(lines)}")
-        for line in lines:
-            _check_fields(
-                line,
-                {
-                    "id": str,
-                    "key": str,
-                    "kind": str,
-                    "modality": str,
-                    "split": str,
-                    "group": str,
-                    "offset": int,
-                    "size": int,
-                    "sha256": str,
-                },
-            )
+        count = raw.count(b"\n") + (raw[-1:] not in (b"", b"\n"))
+        if count != entry["samples"]:
+            raise ValueError(f"expected {entry['samples']} lines, got {count}")
+        for text in io.BytesIO(raw):
+            if len(text) > _MAX_LINE_BYTES:
+                raise ValueError(f"expected lines of at most {_MAX_LINE_BYTES} bytes, got {len(text)}")
+            line = json.loads(text)
+            _check_fields(line, _INDEX_FIELDS)
+            line["id"].encode()  # a lone surrogate is no text
             if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
                 raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
             if (
@@ -434,9 +485,9 @@ def read_index(root: Path, entry: dict) -> list[dict]:
                     f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
                     f"the {entry['bytes']} bytes of {entry['file']}"
                 )
+            yield line
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{entry['index']}: {_reason(error)}") from error
-    return lines
 
 
 def _check_fields(record: dict, types: dict[str, type]) -> None:

@@ -1,0 +1,407 @@
+"""One chunk of a source: from files to encoded, normalised images, each with what the join needs to know of it.
+
+A chunk's result is three files, which exist whole or not at all; the second comes last and says that they do:
+
+    chunks/<source>-<chunk>.bin      of each kept image its encoded bytes, then its histogram (HISTOGRAM_BYTES)
+    chunks/<source>-<chunk>.jsonl    a line for each kept image, then one of counts
+    ids/<source>-<chunk>.jsonl       id -> path and label, of each kept image and of each file that was refused
+
+While they are written their names end in ".partial", and the process that writes them holds a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from . import filters, normalise, readers
+from .discover import Chunk, Unit, is_unchanged, read_units
+from .ids import Names, split_of
+from .readers.stack import Refused
+from .slices import Slice, slices
+from .sources import Source
+from .workers import Report, Task, where
+
+HISTOGRAM = np.dtype("<u4")
+HISTOGRAM_BYTES = 256 * HISTOGRAM.itemsize
+PARTIAL = ".partial"
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, beside the source, decides about an image. size: S in pixels; encoding: "jpg" or "png"."""
+
+    size: int = 256
+    bits: int = 8
+    encoding: str = "jpg"
+    allow_burned_in: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A chunk to be done. name: of its files; private: the private folder; listing: the source's units; common: as in
+    `discover.Listing`."""
+
+    name: str
+    private: Path = field(repr=False)
+    listing: Path = field(repr=False)
+    chunk: Chunk
+    source: Source
+    root: Path = field(repr=False)
+    salt: bytes = field(repr=False)
+    common: int
+    settings: Settings
+    limits: readers.Limits
+
+
+class Refusal(NamedTuple):
+    """A unit, or a part of it, that gave nothing. id: of the unit; reason: one of `readers.REASONS`."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class Counts:
+    """units, unreadable (units with a reason in UNREADABLE) and refused are about files; seen and what follows are
+    about slices: seen = kept + sum(dropped)."""
+
+    units: int = 0
+    unreadable: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    burned_in: int = 0
+    seen: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    text: int = 0
+
+    def add(self, other: Counts) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Counts:
+        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+
+
+UNREADABLE = ("unreadable", "timeout", "crash")
+"""Reasons that say that a file is broken rather than unsuitable: too many of them stop a run."""
+
+
+class Result(NamedTuple):
+    counts: Counts
+    refusals: list[Refusal]
+
+
+class Changed(Exception):
+    """A file is not what it was when the sources were listed."""
+
+
+class Busy(Exception):
+    """Another process is at work on the chunk."""
+
+
+class CannotWrite(Exception):
+    """An OSError while writing, so that it is not taken for one of the file that is read."""
+
+    def __init__(self, error: OSError):
+        super().__init__(error.errno)
+        self.error = error
+
+
+class _State(NamedTuple):
+    """Where another process would go on: the next unit, the files' sizes, and what is known so far."""
+
+    next: int
+    sizes: tuple[int, int, int]
+    result: Result
+
+
+def paths(private: Path, name: str) -> tuple[Path, Path, Path]:
+    """The .bin, the .jsonl and the ids file of a chunk."""
+    return private / "chunks" / f"{name}.bin", private / "chunks" / f"{name}.jsonl", private / "ids" / f"{name}.jsonl"
+
+
+def is_done(private: Path, name: str) -> bool:
+    return paths(private, name)[1].exists()
+
+
+def preload(formats: Iterable[str]) -> None:
+    """Import what the readers need, so that a worker's memory limit is about files."""
+    for format in formats:
+        with contextlib.suppress(Refused):  # not installed: each file of the format is refused and says so
+            readers.load(format)
+    Image.init()
+
+
+def work(task: Task, report: Report) -> Result | str:
+    """Do one chunk, from `task.state` on. A string, "changed" or "busy", says why it was not done."""
+    job: Job = task.job
+    state: _State = task.state or _State(0, (0, 0, 0), Result(Counts(), []))
+    units = read_units(job.listing, job.chunk)
+    try:
+        with _Files(job, state.sizes) as files:
+            for number in range(state.next, len(units)):
+                done = _Work(job, number, units[number], copy.deepcopy(state.result.counts), files, report)
+                if number in task.refused:
+                    done.refuse(task.refused[number])
+                else:
+                    report.begin(number, job.limits.seconds)
+                    done.run()
+                result = Result(done.finish(), state.result.refusals + done.refusals)
+                state = _State(number + 1, files.flush(), result)
+                report.save(state)
+            files.finish(state.result.counts)
+    except CannotWrite as error:
+        raise error.error from None
+    except (Changed, Busy) as error:
+        return type(error).__name__.lower()
+    return state.result
+
+
+class _Work:
+    """The work on one unit: writes what is kept, counts what is not; of a stack that is refused nothing stays."""
+
+    def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: _Files, report: Report):
+        self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
+        self._counts = counts
+        self._names = Names(job.source, job.salt, job.common)
+        self._source = job.source.for_format(unit.format)
+        self.refusals: list[Refusal] = []
+
+    def refuse(self, reason: str, detail: str = "") -> None:
+        self.refusals.append(Refusal(self._names.unit(self._unit.key), reason, detail))
+
+    def run(self) -> None:
+        for file in self._unit.files:
+            if not is_unchanged(self._job.root, file):
+                raise Changed
+            self._report.beat()
+        paths = [self._job.root / file.path for file in self._unit.files]
+        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat)
+        number = 0
+        while True:
+            try:
+                stack = next(stacks, None)
+            except Exception as error:
+                return self._refuse_for(error)
+            self._report.beat()
+            if stack is None:
+                return None
+            sizes, before = self._files.sizes(), copy.deepcopy(self._counts)
+            try:
+                self._stack(stack, number)
+                number += 1
+            except CannotWrite:
+                raise
+            except Exception as error:
+                self._files.cut(sizes)
+                self._counts = before
+                self._refuse_for(error)
+            self._counts.burned_in += bool(stack.burned_in)
+            for part in stack.refused:
+                self.refuse(part.reason, part.detail)
+
+    def finish(self) -> Counts:
+        """The counts, this unit's included."""
+        self._counts.units += 1
+        self._counts.refused.update(refusal.reason for refusal in self.refusals)
+        self._counts.unreadable += any(refusal.reason in UNREADABLE for refusal in self.refusals)
+        for refusal in self.refusals[:1]:
+            self._files.note(refusal.id, self._unit.key, refusal.reason)
+        return self._counts
+
+    def _refuse_for(self, error: Exception) -> None:
+        if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
+            if self._report.begun > 1:
+                raise MemoryError  # what other units left behind may be to blame: once more, in a fresh process
+            self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory")
+        elif isinstance(error, Refused):
+            self.refuse(error.reason, error.detail)
+        else:
+            self.refuse("unreadable", where(error))
+
+    def _stack(self, stack: readers.Stack, number: int) -> None:
+        settings, source = self._job.settings, self._source
+        if stack.burned_in and not settings.allow_burned_in:
+            raise Refused("burned-in", "the header declares burned-in annotation")
+        group = self._names.group(self._unit.files[0].path, stack.patient)
+        common = {
+            "group": group,
+            "split": source.split or split_of(group, source.val_share),
+            "unit": self._number,
+            "stack": number,
+            "volume": bool(stack.volume),
+        }
+        for one in slices(stack, source, settings.size, settings.bits):
+            self._report.beat()
+            self._counts.seen += 1
+            dropped = filters.verdict(one.image, one.share, one.small, source)
+            if dropped is not None:
+                self._counts.dropped[dropped] += 1
+                continue
+            label = f"s{number:02d}-{one.label}" if number else one.label
+            line, data = _describe(one, settings.encoding)
+            names = {"id": self._names.sample(self._unit.key, label), "label": label}
+            self._files.add({**names, **common, **line}, data, self._unit.key)
+            self._counts.kept += 1
+            self._counts.text += line["text"]
+
+
+def _describe(one: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:
+    """What the join needs to know of an image, and its bytes: encoded, then the histogram."""
+    image = np.ascontiguousarray(one.image)
+    encoded = encode(image, encoding)
+    eight = image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    shape = f"{image.dtype.str} {image.shape} ".encode()
+    data = encoded + np.bincount(eight.ravel(), minlength=256).astype(HISTOGRAM).tobytes()
+    line = {
+        "kind": encoding,
+        "size": len(encoded),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "pixels_sha256": hashlib.sha256(shape + image.astype(image.dtype.newbyteorder("<")).tobytes()).hexdigest(),
+        "dhash": f"{normalise.difference_hash(eight):064x}",
+        "share": round(float(one.share), 4),
+        "text": bool(filters.suspect_text(image)),
+    }
+    return line, data
+
+
+def encode(image: np.ndarray, encoding: str) -> bytes:
+    """uint8 [S, S], uint8 [S, S, 3] or uint16 [S, S] (png only) as the bytes of a file."""
+    stream = io.BytesIO()
+    if encoding == "jpg":
+        Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True, subsampling=0)
+    else:
+        Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class _Files:
+    """A chunk's three files while they are written. Busy when another process writes them; CannotWrite for any OSError.
+
+    sizes: what of them an earlier process has written for good.
+    """
+
+    def __init__(self, job: Job, sizes: tuple[int, int, int]):
+        self._final = paths(job.private, job.name)
+        self._partial = [path.with_name(path.name + PARTIAL) for path in self._final]
+        self._files: list[Any] = []
+        self._start = sizes
+        self._finished = False
+
+    def __enter__(self) -> _Files:
+        try:
+            for path in self._partial:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                self._files.append(os.fdopen(descriptor, "r+b"))
+                if len(self._files) == 1:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.cut(self._start)
+        except BlockingIOError:
+            self._close()
+            raise Busy from None
+        except OSError as error:
+            self._close()
+            raise CannotWrite(error) from None
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is CannotWrite and not self._finished:  # a full disk gets its room back
+            for path in self._partial:
+                path.unlink(missing_ok=True)
+        self._close()
+
+    def add(self, line: dict[str, Any], data: bytes, key: str) -> None:
+        offset = self._files[0].tell()
+        self._write(0, data)
+        self._write(1, _json({**line, "offset": offset}))
+        self._write(2, _json({"id": line["id"], "path": key, "label": line["label"]}))
+
+    def note(self, unit_id: str, key: str, reason: str) -> None:
+        """Keep the path of a unit that was refused."""
+        self._write(2, _json({"id": unit_id, "path": key, "refused": reason}))
+
+    def sizes(self) -> tuple[int, int, int]:
+        return tuple(file.tell() for file in self._files)
+
+    def cut(self, sizes: tuple[int, int, int]) -> None:
+        """Take back what was written after `sizes`."""
+        try:
+            for file, size in zip(self._files, sizes, strict=True):
+                if file.seek(0, os.SEEK_END) < size:
+                    raise RuntimeError("a file of the chunk has become shorter than it was left")
+                file.seek(size)
+                file.truncate()
+        except OSError as error:
+            raise CannotWrite(error) from None
+
+    def flush(self) -> tuple[int, int, int]:
+        try:
+            for file in self._files:
+                file.flush()
+        except OSError as error:
+            raise CannotWrite(error) from None
+        return self.sizes()
+
+    def finish(self, counts: Counts) -> None:
+        """Write the last line and give the files their names, the lines' last."""
+        self.flush()
+        with open(self._partial[1], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        end = {"bytes": self._files[0].tell(), "sha256": digest, "counts": counts.to_dict()}
+        self._write(1, _json({"end": end}))
+        try:
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+            for number in (0, 2, 1):
+                os.replace(self._partial[number], self._final[number])
+                sync_folder(self._final[number].parent)
+        except OSError as error:
+            raise CannotWrite(error) from None
+        self._finished = True
+
+    def _write(self, number: int, data: bytes) -> None:
+        try:
+            self._files[number].write(data)
+        except OSError as error:
+            raise CannotWrite(error) from None
+
+    def _close(self) -> None:
+        for file in self._files:
+            try:
+                file.close()
+            except OSError:  # a full disk: what was buffered is lost, and was not promised
+                pass
+        self._files = []
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"

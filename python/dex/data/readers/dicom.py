@@ -1,0 +1,385 @@
+"""DICOM files to stacks: series apart, frames in their order in space, numbers in Hounsfield units or SUV where known.
+
+A series is split where size, kind of pixels, orientation or localizer differ, and where a position recurs (phases,
+echoes, b-values): each position's n-th image belongs to the n-th stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import suv
+from .dicom_file import Pixels, Place, describe, listed, read_header, text
+from .dicom_file import number as number_of
+from .files import Limits, quiet
+from .stack import Geometry, Refused, Stack
+
+_DOSE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.2", "1.2.840.10008.1.3.10"
+_SEGMENTATIONS = tuple(f"1.2.840.10008.5.1.4.1.1.66.{n}" for n in (4, 5, 7))
+_NO_IMAGE = {_DIRECTORY: "a directory of files", _DOSE: "a dose distribution"} | dict.fromkeys(
+    _SEGMENTATIONS, "a segmentation"
+)
+_SAME_PLACE = 0.01  # mm along the normal
+_UNEVEN = 0.1  # of the usual distance
+_TILT = math.cos(math.radians(3))
+
+
+class Repeated(Refused):
+    """The same instance twice: the second file is left out, its series stays."""
+
+
+@dataclass(slots=True)
+class Slice:
+    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place."""
+
+    pixels: Pixels
+    number: int
+    position: np.ndarray | None
+    orientation: tuple[float, ...] | None
+    spacing: tuple[float, float]
+    slope: float
+    intercept: float
+    order: tuple
+    kind: tuple
+    quantity: str
+    inverted: bool
+    note: str
+    tomographic: bool
+
+
+@dataclass
+class Series:
+    patient: str = ""
+    burned_in: bool = False
+    slices: list[Slice] = field(default_factory=list)
+    instances: set[tuple[str, ...]] = field(default_factory=set)
+    uptakes: list[suv.Uptake] = field(default_factory=list)
+
+
+def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+    """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
+    can be known; objects without pixels, doses and segmentations are "no image"."""
+    found: dict[str, Series] = defaultdict(Series)
+    faulty: dict[str, Refused] = {}
+    refused: list[Refused] = []
+    for path in files:
+        beat()
+        identity = None
+        try:
+            with quiet("DICOM header"):
+                head, place = read_header(path, limits)
+                identity = text(head, "SeriesInstanceUID")
+                _add(found[identity], head, path, place, limits)
+        except Refused as error:
+            refused.append(error)
+            if identity is not None and error.reason != "no image" and not isinstance(error, Repeated):
+                faulty[identity] = error
+    stacks = []
+    for identity in sorted(found):
+        if identity in faulty or not found[identity].slices:
+            continue
+        try:
+            stacks.extend(_stacks(identity, found[identity], limits, refused))
+        except Refused as error:
+            refused.append(error)
+    if not stacks:
+        raise next((error for error in refused if error.reason != "no image"), Refused("no image", "no pixels"))
+    stacks[0].refused.extend(refused)
+    while stacks:  # a stack given away is not held here, nor what it keeps in memory
+        yield stacks.pop(0)
+
+
+def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) -> None:
+    kind = str(head.get("SOPClassUID", ""))
+    modality = str(head.get("Modality", ""))
+    if kind in _NO_IMAGE or modality in ("SEG", "RTDOSE"):
+        raise Refused("no image", _NO_IMAGE.get(kind, "not an image"))
+    if place is None:
+        raise Refused("no image", "an object without pixels")
+    if "MOSAIC" in listed(head.get("ImageType")):
+        raise Refused("unsupported", "a mosaic of slices in one image")
+    # careless anonymisers give all files one UID, so the place in the series must agree too
+    instance = tuple(text(head, name) for name in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient"))
+    if instance[0] and instance in series.instances:
+        raise Repeated("inconsistent", "an instance that is there already")
+    series.instances.add(instance)
+    names = "\0".join(filter(None, (text(head, "PatientName"), text(head, "PatientBirthDate"))))
+    series.patient = series.patient or text(head, "PatientID") or names
+    series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
+    if modality == "PT":
+        series.uptakes.append(suv.uptake(head))
+    series.slices.extend(_slices(head, describe(path, head, place, limits), modality, path.name))
+
+
+def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
+    image_type = tuple(str(v).upper() for v in listed(head.get("ImageType")))
+    shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    each = head.get("PerFrameFunctionalGroupsSequence") or []
+    if each and len(each) != pixels.count:
+        raise Refused("inconsistent", f"{pixels.count} frames, {len(each)} functional groups")
+    tomogram = (head.get("DetectorInformationSequence") or [{}])[0] if "RECON TOMO" in image_type else {}
+    enhanced = bool(each) or bool(shared)
+    between = number_of(head.get("SpacingBetweenSlices"))
+    base = (
+        _integer(head.get("AcquisitionNumber")),
+        _integer(head.get("TemporalPositionIdentifier")),
+        _integer(_first(head.get("EchoNumbers"))),
+        number_of(head.get("EchoTime")) or 0.0,
+        number_of(head.get("DiffusionBValue")) or 0.0,
+        number_of(head.get("TriggerTime")) or 0.0,
+        _integer(head.get("InstanceNumber")),
+        name,
+    )
+    for number in range(pixels.count):
+        groups = (each[number], shared) if each else (shared,)
+        content = _group(groups, "FrameContentSequence")
+        transform = _group(groups, "PixelValueTransformationSequence") or head
+        measures = _group(groups, "PixelMeasuresSequence") or head
+        plane = _group(groups, "PlanePositionSequence") or ({} if enhanced or pixels.count > 1 else head)
+        turned = _group(groups, "PlaneOrientationSequence") or ({} if enhanced else head)
+        if tomogram:
+            plane = turned = tomogram
+        position = _vector(plane.get("ImagePositionPatient"), 3)
+        orientation = _orientation(turned.get("ImageOrientationPatient"))
+        if tomogram and position is not None and orientation is not None and between:
+            position = position + number * between * _normal(orientation)
+        localizer = "LOCALIZER" in image_type or "SCOUT" in image_type
+        slope, intercept = _rescale(transform)
+        quantity, note = _quantity(pixels, modality, localizer, transform)
+        times = (_integer(content.get("TemporalPositionIndex")), *map(_integer, listed(content.get("StackID"))))
+        indices = tuple(_integer(v) for v in listed(content.get("DimensionIndexValues")))
+        yield Slice(
+            pixels=pixels,
+            number=number,
+            position=position,
+            orientation=orientation,
+            spacing=_spacing(measures, head),
+            slope=1.0 if pixels.modality_lut is not None else slope,
+            intercept=0.0 if pixels.modality_lut is not None else intercept,
+            order=(*base, times, indices, number),
+            kind=(localizer, pixels.shape, pixels.dtype.str, pixels.colour, quantity, pixels.photometric),
+            quantity=quantity,
+            inverted=quantity == "raw" and pixels.photometric == "MONOCHROME1",
+            note=note,
+            tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
+        )
+
+
+def _quantity(pixels: Pixels, modality: str, localizer: bool, transform) -> tuple[str, str]:
+    """What the numbers are, and a note where that is less than the modality promises. PET becomes SUV later, with the
+    whole series known."""
+    if pixels.eight:
+        return "display8", ""
+    if modality != "CT":
+        return "raw", ""
+    if localizer:
+        return "raw", "a localizer's numbers are no Hounsfield units"
+    kind = str(transform.get("RescaleType") or "HU").strip().upper()
+    if pixels.modality_lut is not None or kind not in ("HU", "US") or transform.get("RescaleIntercept") is None:
+        return "raw", "no rescale to Hounsfield units"
+    return "HU", ""
+
+
+def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused]) -> list[Stack]:
+    kinds: dict[tuple, list[Slice]] = defaultdict(list)
+    for piece in series.slices:
+        kinds[piece.kind].append(piece)
+    groups = []
+    for kind in sorted(kinds, key=repr):
+        groups.extend(_by_orientation(kinds[kind]))
+    factor, note = None, ""
+    if series.uptakes:
+        try:
+            factor = suv.factor(series.uptakes)
+        except Refused as error:
+            note = error.detail
+    stacks = []
+    for group, volume in groups:
+        try:
+            stacks.append(_stack(group, volume, series, factor, note, limits))
+        except Refused as error:
+            refused.append(error)
+    for number, stack in enumerate(stacks):
+        stack.series = identity if len(stacks) == 1 else f"{identity}\0{number}"
+    return stacks
+
+
+def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
+    """Lists of slices that belong together, and whether they are a volume: parallel, each at a place of its own."""
+    turned: dict[tuple, list[Slice]] = defaultdict(list)
+    loose = []
+    for piece in slices:
+        if piece.position is None or piece.orientation is None:
+            loose.append(piece)
+        else:
+            turned[tuple(round(v, 2) + 0.0 for v in piece.orientation), piece.spacing].append(piece)
+    groups = []
+    for key in sorted(turned):
+        places = _places(turned[key])
+        if len(places) < 2:  # one picture, a film of one place, or a turning camera
+            loose.extend(turned[key])
+            continue
+        for phase in range(max(map(len, places))):
+            phases = [place[phase] for place in places if phase < len(place)]
+            if len(phases) > 1:
+                groups.append((phases, True))
+            else:
+                loose.extend(phases)
+    if loose:
+        loose.sort(key=lambda piece: (piece.order[6], piece.order))
+        by_spacing: dict[tuple, list[Slice]] = defaultdict(list)
+        for piece in loose:
+            by_spacing[piece.spacing].append(piece)
+        groups.extend((by_spacing[key], False) for key in sorted(by_spacing))
+    return groups
+
+
+def _places(slices: list[Slice]) -> list[list[Slice]]:
+    """Slices by place along the common normal, towards right, front or head; those at one place in their order."""
+    normal = _upwards(slices[0].orientation)
+    along = sorted(((float(piece.position @ normal), piece) for piece in slices), key=lambda item: item[0])
+    places: list[list[Slice]] = []
+    last = -math.inf
+    for where, piece in along:
+        if where - last > _SAME_PLACE:
+            places.append([])
+            last = where
+        places[-1].append(piece)
+    for place in places:
+        place.sort(key=lambda piece: piece.order)
+    return places
+
+
+def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str, limits: Limits) -> Stack:
+    first = slices[0]
+    pixels = first.pixels
+    quantity = first.quantity
+    slope, intercept = (np.array([getattr(piece, name) for piece in slices]) for name in ("slope", "intercept"))
+    if quantity == "raw" and factor is not None:
+        quantity, slope, intercept = "SUV", slope * factor, intercept * factor
+    if (slope == slope[0]).all() and (intercept == intercept[0]).all():
+        slope, intercept = float(slope[0]), float(intercept[0])
+    height, width = pixels.shape
+    channels = 3 if pixels.colour else 1
+    return Stack(
+        quantity=quantity,
+        length=len(slices),
+        shape=pixels.shape,
+        dtype=pixels.dtype,
+        load=_loader([(piece.pixels, piece.number) for piece in slices]),
+        holds=lambda stored: limits.holds(stored, height, width, channels * pixels.dtype.itemsize),
+        channels=channels,
+        slope=slope if quantity != "display8" else 1.0,
+        intercept=intercept if quantity != "display8" else 0.0,
+        spacing=first.spacing,
+        geometry=_geometry(slices) if volume else None,
+        volume=volume or (len(slices) > 1 and first.tomographic and len({id(p.pixels) for p in slices}) > 1),
+        inverted=first.inverted and quantity == "raw",
+        burned_in=series.burned_in,
+        note=first.note or (note if quantity == "raw" else ""),
+        patient=series.patient,
+    )
+
+
+def _loader(places: list[tuple[Pixels, int]]) -> Callable:
+    def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        numbers = [number for number in range(len(places)) if wanted(number)]
+        start = 0
+        while start < len(numbers):  # frames of one file that follow each other are read with the file opened once
+            end = start
+            pixels = places[numbers[start]][0]
+            while end < len(numbers) and places[numbers[end]][0] is pixels:
+                end += 1
+            run = numbers[start:end]
+            yield from zip(run, pixels.frames([places[number][1] for number in run]), strict=True)
+            start = end
+
+    return load
+
+
+def _geometry(slices: list[Slice]) -> Geometry:
+    orientation = np.array(slices[0].orientation)
+    normal = _upwards(slices[0].orientation)
+    along = np.array([piece.position @ normal for piece in slices])
+    gaps = np.diff(along)
+    usual = float(np.median(gaps))
+    step = (slices[-1].position - slices[0].position) / (len(slices) - 1)
+    straight = float(step @ normal) >= _TILT * float(np.linalg.norm(step))
+    even = straight and bool((np.abs(gaps - usual) <= _UNEVEN * usual + _SAME_PLACE).all())
+    rows, columns = slices[0].spacing
+    # DICOM's patient axes are left, posterior, superior
+    affine = np.stack([orientation[:3], orientation[3:], normal], axis=1) * np.array([[-1.0], [-1.0], [1.0]])
+    return Geometry.from_affine(affine, (columns, rows, usual), even)
+
+
+def _group(groups: tuple, name: str):
+    for group in groups:
+        items = group.get(name)
+        if items:
+            return items[0]
+    return {}
+
+
+def _rescale(source) -> tuple[float, float]:
+    slope, intercept = source.get("RescaleSlope"), source.get("RescaleIntercept")
+    return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
+
+
+def _spacing(measures, head) -> tuple[float, float]:
+    for source, name in (
+        (measures, "PixelSpacing"),
+        (head, "PixelSpacing"),
+        (head, "ImagerPixelSpacing"),
+        (head, "NominalScannedPixelSpacing"),
+        (head, "PixelAspectRatio"),
+    ):
+        values = _vector(source.get(name), 2)
+        if values is not None and (values > 0).all():  # 0 is written where the pixels' size is not known
+            return float(values[0]), float(values[1])
+    return 1.0, 1.0
+
+
+def _vector(values, count: int) -> np.ndarray | None:
+    try:
+        array = np.array([float(v) for v in values])
+    except (TypeError, ValueError):
+        return None
+    return array if len(array) == count and np.isfinite(array).all() else None
+
+
+def _orientation(values) -> tuple[float, ...] | None:
+    """Two orthogonal unit vectors, or None."""
+    array = _vector(values, 6)
+    if array is None:
+        return None
+    row, column = array[:3], array[3:]
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if min(lengths) < 0.9 or max(lengths) > 1.1 or abs(row @ column) > 0.02:
+        return None
+    return tuple(float(v) for v in (*(row / lengths[0]), *(column / lengths[1])))
+
+
+def _normal(orientation: tuple[float, ...]) -> np.ndarray:
+    return np.cross(orientation[:3], orientation[3:])
+
+
+def _upwards(orientation: tuple[float, ...]) -> np.ndarray:
+    """The normal of the two that points rather to the right, to the front or upwards."""
+    normal = _normal(orientation)
+    towards = int(np.abs(normal).argmax())
+    return normal if (normal[towards] > 0) == (towards == 2) else -normal  # DICOM's axes: left, posterior, superior
+
+
+def _first(value):
+    return next(iter(listed(value)), None)
+
+
+def _integer(value) -> int:
+    number = number_of(value)
+    return 0 if number is None else int(number)

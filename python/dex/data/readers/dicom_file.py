@@ -1,0 +1,463 @@
+"""One DICOM file: the few header elements that are used, taken within bounds, and its frames decoded one at a time."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.encaps import generate_frames, get_frame
+from pydicom.filereader import read_dataset, read_partial
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_color_lut, as_pixel_options, convert_color_space, get_decoder
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
+
+from .files import BoundedFile, Limits, has_magic, opened, quiet, quietly
+from .stack import Refused
+
+HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
+HEADER_VALUE = 2**20
+MAX_FRAMES = 50_000
+STRIP = 2**20
+
+# Only these are read; everything else, names and private data included, is skipped in the file.
+KEYWORDS = """
+SOPClassUID SOPInstanceUID Modality ImageType PatientID PatientName PatientBirthDate PatientWeight BurnedInAnnotation
+StudyInstanceUID SeriesInstanceUID SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime
+InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoNumbers EchoTime DiffusionBValue TriggerTime
+ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
+PixelAspectRatio SpacingBetweenSlices SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns
+BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames RescaleSlope RescaleIntercept RescaleType
+ModalityLUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor
+BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData
+BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
+SegmentedBluePaletteColorLookupTableData SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+DetectorInformationSequence Units DecayCorrection CorrectedImage SUVType RadiopharmaceuticalInformationSequence
+ExtendedOffsetTable ExtendedOffsetTableLengths
+""".split()
+GE_PET, PHILIPS_PET = "GEMS_PETD_01", "Philips PET Private Group"
+_PRIVATE = [(0x0009, 0x0010), (0x0009, 0x100D), (0x7053, 0x0010), (0x7053, 0x1000), (0x7053, 0x1009)]
+_TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | element for group, element in _PRIVATE]
+_PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
+
+
+class Place(NamedTuple):
+    """Where a file's pixels are, how many bytes follow, and how they are written down."""
+
+    syntax: pydicom.uid.UID
+    offset: int
+    left: int
+    keyword: str
+    representation: str
+
+
+def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | None]:
+    """The elements of KEYWORDS and where the pixels are; None for an object without pixels."""
+    with quiet("DICOM header"), opened(path) as file:
+        magic = has_magic(file)
+        source = _inflated(file, limits) if magic else None
+        file.calls, file.largest = HEADER_READS, HEADER_VALUE
+        if source is not None:
+            source = BoundedFile(source, len(source.getbuffer()))
+            source.calls, source.largest = HEADER_READS, HEADER_VALUE
+            head = read_dataset(source, False, True, stop_when=_at_pixels, specific_tags=_TAGS)
+            syntax = DeflatedExplicitVRLittleEndian
+        else:
+            file.seek(0)
+            source = file
+            head = read_partial(file, stop_when=_at_pixels, force=not magic, specific_tags=_TAGS)
+            syntax = head.file_meta.get("TransferSyntaxUID")
+            if not syntax:
+                implicit, little = head.original_encoding
+                syntax = (
+                    ImplicitVRLittleEndian if implicit else (ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
+                )
+        element = source.read(8)
+        if not magic and "Rows" not in head and "SOPClassUID" not in head:
+            raise Refused("unreadable", "not a DICOM file")
+        if len(element) < 8:
+            return head, None
+        order = "<" if syntax.is_little_endian else ">"
+        group, member, length = struct.unpack(f"{order}HHL", element)
+        representation = element[4:6].decode("ascii", "replace")
+        if representation in ("OB", "OW", "OF", "OD", "UN"):  # whatever the transfer syntax says
+            length = struct.unpack(f"{order}L", source.read(4))[0]
+        else:
+            representation = ""
+        keyword = _PIXELS.get(group << 16 | member)
+        if keyword is None or length == 0:
+            return head, None
+        return head, Place(syntax, source.tell(), source.size - source.tell(), keyword, representation)
+
+
+def _at_pixels(tag, vr, length) -> bool:
+    return int(tag) in _PIXELS
+
+
+def _inflated(file: BoundedFile, limits: Limits) -> io.BytesIO | None:
+    """The data set of a deflated file, or None for another transfer syntax; Refused when it would not fit."""
+    syntax, start = _meta(file)
+    if syntax != DeflatedExplicitVRLittleEndian:
+        return None
+    file.seek(start)
+    if file.size > limits.memory // 4:
+        raise Refused("too large", f"{file.size} deflated bytes")
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    most = limits.memory // 3
+    data = inflate.decompress(file.read(), most)
+    if len(data) == most:
+        raise Refused("too large", f"inflates to more than {most} bytes")
+    return io.BytesIO(data)
+
+
+def _meta(file: BoundedFile) -> tuple[str, int]:
+    """Transfer syntax and the offset where the file meta group (always explicit, little endian) ends."""
+    file.seek(132)
+    syntax = ""
+    for _ in range(100):
+        start = file.tell()
+        element = file.read(8)
+        if len(element) < 8 or element[:2] != b"\x02\x00":
+            return syntax, start
+        number, representation, length = struct.unpack("<2xH2sH", element)
+        if representation in (b"OB", b"OW", b"SQ", b"UN", b"UT"):
+            length = struct.unpack("<L", file.read(4))[0]
+        if number == 0x0010:
+            syntax = file.read(min(length, 64)).rstrip(b"\0 ").decode("ascii", "replace")
+        else:
+            file.seek(length, 1)
+    return syntax, file.tell()
+
+
+@dataclass(slots=True)
+class Pixels:
+    """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
+    `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives."""
+
+    path: Path
+    syntax: pydicom.uid.UID
+    offset: int
+    options: dict
+    limits: Limits
+    shift: int
+    colour: bool
+    eight: bool
+    invert: bool
+    dtype: np.dtype
+    palette: np.ndarray | None = field(default=None, repr=False)
+    modality_lut: np.ndarray | None = field(default=None, repr=False)
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.options["rows"], self.options["columns"]
+
+    @property
+    def count(self) -> int:
+        return self.options["number_of_frames"]
+
+    @property
+    def photometric(self) -> str:
+        return self.options["photometric_interpretation"]
+
+    @quietly("DICOM pixels")
+    def frames(self, numbers: list[int]) -> Iterator[np.ndarray]:
+        """The frames of these numbers, in this order, each [H, W] or [H, W, 3] of `dtype`."""
+        with opened(self.path) as file:
+            source = file
+            if self.syntax == DeflatedExplicitVRLittleEndian:
+                data = _inflated(file, self.limits)
+                source = BoundedFile(data, len(data.getbuffer()))
+            source.largest = self.limits.memory // 4
+            source.seek(self.offset)
+            for frame in (
+                self._compressed(source, numbers) if self.syntax.is_compressed else self._native(source, numbers)
+            ):
+                yield self._finished(frame)
+
+    def _native(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
+        syntax = ExplicitVRLittleEndian if self.syntax == DeflatedExplicitVRLittleEndian else self.syntax
+        for number in numbers:
+            if self.options["bits_allocated"] == 1:
+                yield self._bits(source, number)
+                continue
+            source.seek(self.offset)
+            array, _ = get_decoder(syntax).as_array(source, index=number, raw=True, **self.options)
+            yield self._rgb(array, self.photometric)
+
+    def _bits(self, source: BoundedFile, number: int) -> np.ndarray:
+        """A frame of single bits; frames follow each other without padding, the first pixel in the lowest bit."""
+        count = self.shape[0] * self.shape[1]
+        first = number * count
+        source.seek(self.offset + first // 8)
+        data = source.read((first % 8 + count + 7) // 8)
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[first % 8 : first % 8 + count]
+        if len(bits) != count:
+            raise Refused("unreadable", f"the file ends within frame {number}")
+        return bits.reshape(self.shape)
+
+    def _compressed(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
+        decoder = get_decoder(self.syntax)
+        if not decoder.is_available:
+            raise Refused("unsupported", "no decoder for its transfer syntax")
+        options = {k: v for k, v in self.options.items() if k != "extended_offsets"} | {"number_of_frames": 1}
+        for data in self._encapsulated(source, numbers):
+            self._check_codestream(data)
+            # an empty offset table and one fragment: what pydicom wants around a single frame
+            item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
+            array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
+            yield self._rgb(array, properties["photometric_interpretation"])
+
+    def _encapsulated(self, source: BoundedFile, numbers: list[int]) -> Iterator[bytes]:
+        known = {"number_of_frames": self.count, "extended_offsets": self.options.get("extended_offsets")}
+        if numbers == sorted(set(numbers)):
+            wanted = iter(numbers)
+            number = next(wanted, None)
+            for index, data in enumerate(generate_frames(source, **known)):
+                if index == number:
+                    yield data
+                    number = next(wanted, None)
+                if number is None:
+                    return
+            raise Refused("unreadable", f"{self.count} frames declared, {index + 1} found")
+        for number in numbers:
+            source.seek(self.offset)
+            yield get_frame(source, number, **known)
+
+    def _check_codestream(self, data: bytes) -> None:
+        """The decoders allocate by the codestream's own sizes, so these must be the header's."""
+        if len(data) > self.limits.memory // 4:
+            raise Refused("too large", f"{len(data)} bytes in one compressed frame")
+        rows, columns, samples = *self.shape, self.options["samples_per_pixel"]
+        if self.syntax == RLELossless:
+            found = _rle_segments(data)
+            wanted = samples * self.options["bits_allocated"] // 8
+            if found != wanted:
+                raise Refused("inconsistent", f"{found} RLE segments, {wanted} expected")
+            return
+        if self.syntax in JPEG2000TransferSyntaxes:
+            found = _j2k_size(data)
+        elif self.syntax in JPEGTransferSyntaxes or self.syntax in JPEGLSTransferSyntaxes:
+            found = _jpeg_size(data)
+        else:
+            raise Refused("unsupported", "no decoder for its transfer syntax")
+        if found != (rows, columns, samples):
+            raise Refused("inconsistent", f"compressed image of {found}, header of {(rows, columns, samples)}")
+
+    def _rgb(self, array: np.ndarray, photometric: str) -> np.ndarray:
+        if self.options["samples_per_pixel"] == 1 or photometric == "RGB":
+            return array
+        if photometric not in ("YBR_FULL", "YBR_FULL_422"):
+            raise Refused("unsupported", "its colour space")
+        if array.dtype != np.uint8:
+            raise Refused("unsupported", "YBR of more than 8 bits")
+        out = np.empty(array.shape, np.uint8)
+        rows = max(1, STRIP // array.shape[1])
+        for top in range(0, len(array), rows):  # in strips: the conversion works in float64
+            out[top : top + rows] = convert_color_space(array[top : top + rows], "YBR_FULL", "RGB")
+        return out
+
+    def _finished(self, array: np.ndarray) -> np.ndarray:
+        if self.shift > 0:  # the value does not start at bit 0
+            array = array >> self.shift
+        table = self.palette if self.palette is not None else self.modality_lut
+        if table is not None:
+            return table[np.clip(array.astype(np.int32) - self.first, 0, len(table) - 1)]
+        if not self.eight:
+            return array.astype(self.dtype, copy=False)
+        bits = min(self.options["bits_stored"], 8 * array.dtype.itemsize)
+        if bits > 8:
+            array = array >> (bits - 8)
+        array = array.astype(np.uint8, copy=False)
+        if bits < 8:
+            top = 2**bits - 1
+            array = (np.arange(256).clip(0, top) * 255 // top).astype(np.uint8)[array]
+        return 255 - array if self.invert else array
+
+
+def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) -> Pixels:
+    """What decoding takes; Refused where the header is not sound or its sizes are too large."""
+    syntax, offset, left, keyword, representation = place
+    options = as_pixel_options(head)
+    options.update(pixel_keyword=keyword, transfer_syntax_uid=syntax)
+    if representation:
+        options["pixel_vr"] = representation
+    options.setdefault("samples_per_pixel", 1)
+    options.setdefault("photometric_interpretation", "MONOCHROME2")
+    floating = keyword != "PixelData"
+    if not floating:
+        options.setdefault("pixel_representation", 0)
+        options.setdefault("bits_stored", options.get("bits_allocated"))
+    for name in ("rows", "columns", "bits_allocated", "number_of_frames", "samples_per_pixel"):
+        if not isinstance(options.get(name), int):
+            raise Refused("unreadable", f"{name} is missing or no number")
+        options[name] = int(options[name])
+    photometric = options["photometric_interpretation"] = str(options["photometric_interpretation"])
+    allocated, samples = options["bits_allocated"], options["samples_per_pixel"]
+    limits.check_frame(options["rows"], options["columns"])
+    if samples not in (1, 3) or allocated not in (1, 8, 16, 32, 64) or options["number_of_frames"] < 1:
+        raise Refused("unsupported", f"{samples} samples of {allocated} bits a pixel")
+    if samples == 3:
+        options.setdefault("planar_configuration", 0)
+    count = options["number_of_frames"]
+    if count > MAX_FRAMES:
+        raise Refused("too large", f"{count} frames in one file, at most {MAX_FRAMES}")
+    if syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian:
+        needed = 8 * count  # an item's tag and length, at least
+    else:
+        needed = count * options["rows"] * options["columns"] * samples * allocated // 8
+        needed = needed // 3 * 2 if photometric == "YBR_FULL_422" else needed
+    if needed > left:
+        raise Refused("unreadable", f"{needed} bytes declared, {left} there")
+    stored = allocated if floating else options["bits_stored"]
+    if not isinstance(stored, int) or not 1 <= stored <= allocated:
+        raise Refused("unreadable", "bits stored of bits allocated")
+    shift, high = 0, head.get("HighBit")
+    if not floating and not syntax.is_compressed and isinstance(high, int) and stored - 1 < high < allocated:
+        shift, options["bits_stored"] = high + 1 - stored, high + 1
+    signed = options.get("pixel_representation") == 1
+    colour = samples == 3 or photometric == "PALETTE COLOR"
+    table, first = (None, 0)
+    if photometric == "PALETTE COLOR" and samples == 1:
+        table, first = _palette(head, syntax)
+    lut = None
+    if not colour and head.get("ModalityLUTSequence"):
+        item = head.ModalityLUTSequence[0]
+        first = _first(item.LUTDescriptor, signed)
+        lut = _table(item.LUTData, item.LUTDescriptor, syntax)
+    rescaled = (head.get("RescaleSlope", 1) or 1) != 1 or (head.get("RescaleIntercept", 0) or 0) != 0
+    eight = colour or (not floating and lut is None and stored <= 8 and not signed and not rescaled)
+    if floating:
+        dtype = np.dtype(f"f{allocated // 8}")
+    elif eight:
+        dtype = np.dtype(np.uint8)
+    elif lut is not None:
+        dtype = lut.dtype
+    else:
+        dtype = np.dtype(f"{'i' if signed else 'u'}{max(1, allocated // 8)}")
+    pixels = Pixels(
+        path, syntax, offset, options, limits, shift, colour, eight,
+        eight and not colour and photometric == "MONOCHROME1", dtype, table, lut, first,
+    )  # fmt: skip
+    if not limits.holds(0, *pixels.shape, samples * max(1, allocated // 8)):
+        raise Refused("too large", f"{pixels.shape} pixels of {samples * allocated} bits")
+    return pixels
+
+
+def text(source, name: str) -> str:
+    """An element's value as stripped text, "" where absent."""
+    value = source.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def listed(value) -> list:
+    """The values of an element of any multiplicity."""
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
+
+
+def number(value) -> float | None:
+    """A finite number, or None."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _first(descriptor, signed: bool) -> int:
+    first = int(descriptor[1])
+    return first - 2**16 if signed and first >= 2**15 else first
+
+
+def _table(data, descriptor, syntax) -> np.ndarray:
+    """uint16 [n] of a lookup table whose entries are bytes or words."""
+    count = int(descriptor[0]) or 2**16
+    if isinstance(data, bytes):
+        wide = len(data) >= 2 * count
+        order = "<" if syntax.is_little_endian else ">"
+        values = np.frombuffer(data, f"{order}u2" if wide else "u1", count)
+    else:
+        values = np.asarray(listed(data)[:count], np.int64) % 2**16
+    if not len(values):
+        raise Refused("unreadable", "an empty lookup table")
+    return values.astype(np.uint16)
+
+
+def _palette(head, syntax) -> tuple[np.ndarray, int]:
+    """uint8 [n, 3] and the stored value of its first entry."""
+    descriptor = head.RedPaletteColorLookupTableDescriptor
+    first = _first(descriptor, head.get("PixelRepresentation") == 1)
+    if "RedPaletteColorLookupTableData" in head:
+        tables = [
+            _table(head[f"{c}PaletteColorLookupTableData"].value, descriptor, syntax) for c in ("Red", "Green", "Blue")
+        ]
+        if len({len(table) for table in tables}) != 1:
+            raise Refused("inconsistent", "palettes of several lengths")
+        palette = np.stack(tables, axis=1)
+    else:
+        head.set_original_encoding(syntax.is_implicit_VR, syntax.is_little_endian)
+        count = int(descriptor[0]) or 2**16
+        palette = apply_color_lut(np.arange(first, first + count, dtype=np.int32)[None], head)[0, :, :3]
+    return (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8), first
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int, int]:
+    """(rows, columns, components) of the first frame header of a JPEG or JPEG-LS stream."""
+    place = 2
+    while place + 4 <= len(data):
+        if data[place] != 0xFF:
+            break
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+            continue
+        if marker in (0x01, *range(0xD0, 0xD9)):
+            place += 2
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            if place + 10 <= len(data):
+                return (
+                    int.from_bytes(data[place + 5 : place + 7], "big"),
+                    int.from_bytes(data[place + 7 : place + 9], "big"),
+                    data[place + 9],
+                )
+            break
+        place += 2 + length
+    raise Refused("unreadable", "no frame header in the compressed data")
+
+
+def _j2k_size(data: bytes) -> tuple[int, int, int]:
+    """(rows, columns, components) of a JPEG 2000 codestream, bare or within a JP2."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start < 0 or start + 42 > len(data):
+        raise Refused("unreadable", "no size in the compressed data")
+    width, height, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
+    return height - top, width - left, struct.unpack(">H", data[start + 40 : start + 42])[0]
+
+
+def _rle_segments(data: bytes) -> int:
+    """How many segments an RLE frame has; the decoder stops where each has filled its plane."""
+    count = int.from_bytes(data[:4], "little")
+    if len(data) < 64 or not 1 <= count <= 15:
+        raise Refused("unreadable", "an RLE frame without header")
+    return count

@@ -1,0 +1,148 @@
+"""What every reader does first: open a regular file and nothing else, and check sizes before anything is allocated."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .stack import Refused
+
+_LOGGERS = ("pydicom", "nibabel.global", "nibabel", "PIL")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`memory_mb`: MiB above what the process has already; `seconds`: for whoever runs a reader in a process of its
+    own; `pixels`: of one frame."""
+
+    memory_mb: int = 512
+    seconds: float = 10.0
+    pixels: int = 40_000_000
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.memory_mb * 2**20
+
+    def check_frame(self, height: int, width: int) -> None:
+        """Refused unless a frame of these sides may be decoded."""
+        if height < 1 or width < 1:
+            raise Refused("unreadable", f"sides of {height} and {width} pixels")
+        if height * width > self.pixels:
+            raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}")
+
+    def holds(self, stored: int, height: int, width: int, itemsize: int) -> bool:
+        """Whether `stored` bytes may be kept while frames of these sides and bytes a pixel are worked on: the frame as
+        it was decoded, a copy of it, and 4 bytes a pixel of float32."""
+        return stored + height * width * (2 * itemsize + 4) <= self.memory - 32 * 2**20
+
+
+class BoundedFile(io.BufferedReader):
+    """A file that never allocates more than is left of it, nor more than `largest` bytes in one read; a reader that
+    makes more than `calls` reads is stopped. Both by Refused("too large")."""
+
+    largest: int = 2**62
+    calls: int = 2**62
+
+    def __init__(self, raw: io.RawIOBase, size: int):
+        super().__init__(raw, 2**16)
+        self.size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        self.calls -= 1
+        if wanted > self.largest or self.calls < 0:
+            raise Refused("too large", "more data in one place than a reader takes")
+        return super().read(wanted)
+
+
+def opened(path: str | bytes | os.PathLike) -> BoundedFile:
+    """The regular file at `path`; a link, a device, a pipe or a folder is Refused("unreadable"), and so is what the
+    system will not open."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise Refused("unreadable", getattr(error, "strerror", None) or type(error).__name__) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Refused("unreadable", "not a regular file")
+    return BoundedFile(io.FileIO(descriptor, "rb"), status.st_size)
+
+
+def has_magic(file: BoundedFile) -> bool:
+    """Whether a file has the magic of DICOM at byte 128; leaves it right after."""
+    file.seek(128)
+    return file.read(4) == b"DICM"
+
+
+def fill(file, out: np.ndarray) -> None:
+    """Read `out` (contiguous) full; Refused when the file ends before."""
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done : done + 2**22])
+        if not got:
+            raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}")
+        done += got
+
+
+@contextmanager
+def quiet(what: str) -> Iterator[None]:
+    """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") that
+    names the exception's type alone. A MemoryError is Refused("too large"). Interrupts pass."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
+    for logger, _ in levels:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (Refused, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except MemoryError:
+        raise Refused("too large", f"{what}: not enough memory") from None
+    except BaseException as error:  # a panic of a decoder written in Rust is no Exception
+        raise Refused("unreadable", f"{what}: {type(error).__name__}") from None
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
+
+
+def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:
+    """A generator function each step of which is `quiet`, but not whoever takes its items."""
+
+    def wrap(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        @functools.wraps(function)
+        def steps(*arguments) -> Iterator:
+            items = function(*arguments)
+            while True:
+                with quiet(what):
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        return
+                yield item
+                del item
+
+        return steps
+
+    return wrap
+
+
+def only(files: list[Path] | tuple[Path, ...]) -> Path:
+    """The one file of a unit that is one file."""
+    if len(files) != 1:
+        raise ValueError(f"files: expected one, got {len(files)}")
+    return files[0]

@@ -1,0 +1,133 @@
+"""NIfTI-1 and -2 in one file, gzipped or not. Of several volumes the first is taken; no more of the file is read.
+
+A volume that does not fit into the memory is streamed along its slow axis, once for each pass; slices across that axis
+are then refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from .files import BoundedFile, Limits, fill, only, opened, quiet, quietly
+from .stack import Geometry, Refused, Stack
+
+HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
+LARGEST_OFFSET = 2**26
+STREAMED = 4  # times the memory: the largest volume that is streamed
+RATIO = 100  # of its size to the file's: what packs better is empty, and takes long to unpack
+_RGB, _RGBA = 128, 2304
+
+
+def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
+    path = only(files)
+    with quiet("NIfTI"), opened(path) as raw:
+        file, packed = _unpacked(raw)
+        header, code = _header(file.read(HEADER_BYTES))
+        shape, frames, volumes = _shape(header)
+        channels = {_RGB: 3, _RGBA: 4}.get(code, 1)
+        stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
+        if stored.kind not in "iuf" or stored.itemsize > 8:
+            raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
+        width, height = shape[:2]
+        limits.check_frame(height, width)
+        size = width * height * frames * channels * stored.itemsize
+        kept = limits.holds(size, height, width, channels * stored.itemsize)
+        if not kept and (
+            size > STREAMED * limits.memory
+            or (packed and size > RATIO * raw.size)
+            or not limits.holds(0, height, width, channels * stored.itemsize)
+        ):
+            raise Refused("too large", f"{size} bytes declared")
+        offset = int(header.get_data_offset())
+        if not (HEADER_BYTES if header.sizeof_hdr == 540 else 348) <= offset <= LARGEST_OFFSET:
+            raise Refused("unreadable", f"data at byte {offset}")
+        if not packed and offset + size > raw.size:
+            raise Refused("unreadable", f"{offset + size} bytes declared, the file has {raw.size}")
+        frame = (height, width) + ((channels,) if channels > 1 else ())
+        whole = None
+        if kept:
+            file.seek(offset)
+            whole = np.empty((frames, *frame), stored)
+            fill(file, whole)
+            if packed and volumes == 1:
+                file.read(1)  # at its end the checksum is compared
+            whole = _native(whole)
+        slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
+        slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+        eight = stored == np.uint8 and (slope, intercept) == (1.0, 0.0)
+        geometry = Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None)
+
+    @quietly("NIfTI")
+    def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        with opened(path) as raw:
+            file, _ = _unpacked(raw)
+            length = int(np.prod(frame)) * stored.itemsize
+            for number in range(frames):
+                if wanted(number):
+                    out = np.empty(frame, stored)
+                    file.seek(offset + number * length)
+                    fill(file, out)
+                    yield number, _native(out)[..., :3] if channels > 1 else _native(out)
+
+    stack = Stack(
+        quantity="display8" if eight else "raw",
+        length=frames,
+        shape=(height, width),
+        dtype=stored.newbyteorder("="),
+        load=load,
+        holds=lambda stored: False,  # what can be kept is kept from the start
+        channels=min(channels, 3),
+        slope=slope,
+        intercept=intercept,
+        geometry=geometry,
+        volume=frames > 1,
+        described=True,
+        whole=whole[..., :3] if kept and channels > 1 else whole,
+    )
+    if volumes > 1:
+        stack.refused.append(Refused("inconsistent", f"{volumes - 1} volumes after the first"))
+    yield stack
+
+
+def _unpacked(raw: BoundedFile) -> tuple[BoundedFile | gzip.GzipFile, bool]:
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return (gzip.GzipFile(fileobj=raw) if packed else raw), packed
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
+
+
+def _header(data: bytes):
+    """The header, and its data type's code where that is a colour."""
+    if len(data) < 348:
+        raise Refused("unreadable", "no NIfTI header")
+    first = data[:4]
+    if first in ((348).to_bytes(4, "little"), (348).to_bytes(4, "big")):
+        kind, magic = nibabel.Nifti1Header, data[344:348]
+    elif first in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big")) and len(data) >= 540:
+        kind, magic = nibabel.Nifti2Header, data[4:8]
+    else:
+        raise Refused("unreadable", "no NIfTI header")
+    if magic[:3] in (b"ni1", b"ni2"):
+        raise Refused("unsupported", "its image is in another file")
+    if magic[:3] not in (b"n+1", b"n+2"):
+        raise Refused("unreadable", "no NIfTI header")
+    header = kind(data[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
+    return header, int(header["datatype"])
+
+
+def _shape(header) -> tuple[tuple[int, ...], int, int]:
+    """The first sides, frames of one volume, number of volumes."""
+    shape = tuple(int(v) for v in header.get_data_shape())
+    if not 2 <= len(shape) <= 7 or min(shape) < 1:
+        raise Refused("unreadable", f"{len(shape)} sides, or one of no length")
+    if len(shape) > 4 and int(np.prod(shape[4:], dtype=object)) != 1:
+        raise Refused("unsupported", f"{len(shape)} sides")
+    return shape, shape[2] if len(shape) > 2 else 1, shape[3] if len(shape) > 3 else 1

@@ -1,0 +1,108 @@
+"""PNG, JPEG, TIFF and BMP. 8 bits for display come out upright, RGB or grey, black behind transparency; deeper grey
+comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..images import _TRANSPOSE, _to_l_or_rgb
+from .files import Limits, only, opened, quiet, quietly
+from .stack import Refused, Stack
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+MAX_PAGES = 10_000
+_DEEP = {"I": np.int32, "F": np.float32}
+_DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
+_TILE_WIDTH, _TILE_LENGTH, _ORIENTATION = 322, 323, 0x0112
+_STRIP = 2**20
+
+
+def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
+    path = only(files)
+    refused: list[Refused] = []
+    with quiet("picture"), opened(path) as file:
+        image = _open(file)
+        kind = _kind(image, limits)
+        pages = [0]
+        for page in range(1, getattr(image, "n_frames", 1) if image.format == "TIFF" else 1):
+            if page >= MAX_PAGES:
+                raise Refused("too large", f"more than {MAX_PAGES} pages")
+            image.seek(page)
+            if _kind(image, limits) == kind:
+                pages.append(page)
+            else:
+                refused.append(Refused("inconsistent", "a page unlike the first"))
+    del image
+    (height, width), mode, orientation = kind
+    dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
+    channels = 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
+
+    @quietly("picture")
+    def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        with opened(path) as file:
+            image = _open(file)
+            for number, page in enumerate(pages):
+                if wanted(number):
+                    image.seek(page)
+                    if _kind(image, limits) != kind:
+                        raise Refused("inconsistent", "a page that changed")
+                    yield number, _pixels(image, orientation, channels, dtype)
+
+    yield Stack(
+        quantity="display8" if dtype == np.uint8 else "raw",
+        length=len(pages),
+        shape=(width, height) if orientation >= 5 else (height, width),
+        dtype=dtype,
+        load=load,
+        holds=lambda stored: limits.holds(stored, height, width, 4),
+        channels=channels,
+        refused=refused,
+    )
+
+
+def _open(file) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise Refused("too large", "more pixels than Pillow opens") from None
+
+
+def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int]:
+    """(height, width) as stored, mode, EXIF orientation, before any pixel is decoded."""
+    width, height = image.size
+    limits.check_frame(height, width)
+    mode = image.mode
+    if mode not in _DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
+        raise Refused("unsupported", "its colour mode")
+    if image.format == "TIFF":
+        tile = [int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+        if tile[0] * tile[1] > limits.pixels:
+            raise Refused("too large", f"tiles of {tile[0]} x {tile[1]} pixels")
+    if image.format == "TIFF":  # turned by Pillow, which says so in the size
+        return (height, width), mode, 1
+    try:
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole image first
+    except Exception:  # unreadable metadata says nothing about the pixels
+        orientation = 1
+    return (height, width), mode, orientation if orientation in _TRANSPOSE else 1
+
+
+def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype) -> np.ndarray:
+    """Upright, in strips: a whole image made opaque, and numpy's view of it, would be its largest copies."""
+    if orientation != 1:
+        image = image.transpose(_TRANSPOSE[orientation])
+    width, height = image.size
+    out = np.empty((height, width) + ((3,) if channels == 3 else ()), dtype)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        if dtype == np.uint8:
+            strip = _to_l_or_rgb(strip)
+            if channels == 3 and strip.mode == "L":
+                strip = strip.convert("RGB")
+        out[top : top + rows] = np.asarray(strip)
+    return out

@@ -1,0 +1,352 @@
+"""A decoded volume, series, video or picture, frame by frame.
+
+Shape letters: F frames, H rows, W columns. Index axes of a volume: i along columns, j along rows, k along frames.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+REASONS = (
+    "unreadable",
+    "unsupported",
+    "too large",
+    "too small",
+    "not finite",
+    "constant",
+    "burned-in",
+    "inconsistent",
+    "no image",
+    "timeout",
+    "crash",
+)
+PLANES = ("axial", "coronal", "sagittal", "stored")
+QUANTITIES = ("HU", "SUV", "raw", "display8")
+
+_NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # of right, anterior, superior
+_CHUNK = 2**20
+
+
+class Refused(ValueError):
+    """A file or stack that cannot be used. `reason`: one of REASONS; `detail`: our own words and numbers only."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        if reason not in REASONS:
+            raise ValueError(f"reason: expected one of {REASONS}, got {reason!r}")
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class Frame(NamedTuple):
+    """`label` is unique in its stack. `pixels`: float32 [H, W] in the stack's quantity, or uint8 [H, W] or [H, W, 3]
+    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown."""
+
+    label: str
+    pixels: np.ndarray
+    spacing: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a volume's index axes (i, j, k) point.
+
+    `axes[a]`: the index axis nearest to patient axis a (right, anterior, superior), `signs[a]`: 1 or -1.
+    `spacing`: mm along i, j, k. `even`: False where frames are not evenly spaced along their normal, so that only
+    they, and nothing across them, can be shown.
+    """
+
+    axes: tuple[int, int, int]
+    signs: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    even: bool = True
+
+    @classmethod
+    def from_affine(cls, affine: np.ndarray, spacing=None, even: bool = True) -> Geometry:
+        """`affine [3 or 4, 3 or 4]`: (i, j, k) to mm, right-anterior-superior. Refused when it is singular."""
+        linear = np.asarray(affine, np.float64)[:3, :3]
+        lengths = np.sqrt((linear**2).sum(axis=0))
+        if not np.isfinite(linear).all() or not lengths.all() or abs(np.linalg.det(linear / lengths)) < 1e-3:
+            raise Refused("inconsistent", "the header's axes do not span a volume")
+        cosines = linear / lengths
+        axes = max(itertools.permutations(range(3)), key=lambda order: sum(abs(cosines[a, order[a]]) for a in range(3)))
+        signs = tuple(1 if cosines[a, axes[a]] > 0 else -1 for a in range(3))
+        known = [float(v) for v in (lengths if spacing is None else spacing)]
+        if not all(np.isfinite(v) and v > 0 for v in known):
+            known = [1.0, 1.0, 1.0]
+        return cls(axes, signs, tuple(known), even)
+
+    def canonical(self, frames: np.ndarray) -> np.ndarray:
+        """A view of [F, H, W, ...] with axes right, anterior, superior, and the rest as it was."""
+        rest = range(3, frames.ndim)
+        array = frames.transpose(2, 1, 0, *rest).transpose(*self.axes, *rest)
+        return array[tuple(slice(None, None, sign) for sign in self.signs)]
+
+    def plane_spacing(self, plane: str) -> tuple[float, float]:
+        right, anterior, superior = (self.spacing[axis] for axis in self.axes)
+        return {
+            "axial": (anterior, right),
+            "coronal": (superior, right),
+            "sagittal": (superior, anterior),
+        }[plane]
+
+
+def cut(canonical: np.ndarray, plane: str, n: int) -> np.ndarray:
+    """Slice `n` of [right, anterior, superior, ...] as a radiologist sees it: the patient's right on the left, front
+    up, head up; sagittal with the front on the left."""
+    if plane == "axial":
+        return canonical[::-1, ::-1, n].swapaxes(0, 1)
+    if plane == "coronal":
+        return canonical[::-1, n, ::-1].swapaxes(0, 1)
+    return canonical[n, ::-1, ::-1].swapaxes(0, 1)
+
+
+@dataclass
+class Stack:
+    """What one reader call gives; it can be gone through more than once.
+
+    quantity: "HU", "SUV", "raw" (arbitrary numbers) or "display8" (0..255, MONOCHROME1 already inverted, RGB).
+    length: frames in the stored direction, None where a video does not say. shape: H, W of a stored frame.
+    load(wanted): (number, stored frame) for each frame number that `wanted` takes, in ascending order.
+    whole: [F, H, W, ...] where the reader holds all frames anyway.
+    slope, intercept: numbers, or float64 [F]; value = slope * stored + intercept.
+    holds(bytes): whether so many bytes may be kept in memory beside one frame's work.
+    inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
+    described: the file does not say what its numbers are, so the source's description does.
+    volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
+    patient, series: raw identities, for hashing only; "" unknown. Never printed.
+    refused: parts of the unit that were left out. beat: called for every frame that was decoded.
+
+    `frames` and `percentiles` raise Refused too: nothing of a stack is then to be used.
+    """
+
+    quantity: str
+    length: int | None
+    shape: tuple[int, int]
+    dtype: np.dtype
+    load: Callable[[Callable[[int], bool]], Iterator[tuple[int, np.ndarray]]] = field(repr=False)
+    holds: Callable[[int], bool] = field(repr=False)
+    channels: int = 1
+    slope: float | np.ndarray = 1.0
+    intercept: float | np.ndarray = 0.0
+    spacing: tuple[float, float] = (1.0, 1.0)
+    geometry: Geometry | None = None
+    volume: bool = False
+    inverted: bool = False
+    described: bool = False
+    burned_in: bool = False
+    note: str = ""
+    patient: str = field(default="", repr=False)
+    series: str = field(default="", repr=False)
+    refused: list[Refused] = field(default_factory=list)
+    whole: np.ndarray | None = field(default=None, repr=False)
+    beat: Callable[[], None] = field(default=lambda: None, repr=False)
+    _percentiles: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.quantity not in QUANTITIES:
+            raise ValueError(f"quantity: expected one of {QUANTITIES}, got {self.quantity!r}")
+        if not (np.isfinite(self.slope).all() and np.isfinite(self.intercept).all() and np.all(self.slope)):
+            raise Refused("inconsistent", "a rescale slope of zero, or a rescale that is not finite")
+
+    def frames(self, planes: tuple[str, ...], stride: int) -> Iterator[Frame]:
+        """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once."""
+        unknown = [plane for plane in planes if plane not in PLANES]
+        if unknown or not planes:
+            raise ValueError(f"planes: expected some of {PLANES}, got {list(planes)}")
+        if stride < 1:
+            raise ValueError(f"stride: expected at least 1, got {stride}")
+        if self.geometry is None:
+            planes = ("stored",)
+        elif not self.volume and planes != ("stored",):
+            planes = (self._slow_plane(),)
+        across = [p for p in planes if p != "stored" and self._slow_plane() != p]
+        if across and not self.geometry.even:
+            uneven = Refused("inconsistent", f"{' and '.join(across)}: slices are unevenly spaced")
+            planes = tuple(plane for plane in planes if plane not in across)
+            if not planes:
+                raise uneven
+            self.refused.append(uneven)
+        for plane in planes:
+            if plane == "stored":
+                yield from self._stored(stride)
+            elif plane in across:
+                yield from self._across(plane, stride)
+            else:
+                yield from self._along(plane, stride)
+
+    def percentiles(self, low: float, high: float) -> tuple[float, float]:
+        """Of all numbers of the stack, as numpy.percentile (linear) gives them; memory of one frame at most."""
+        if (low, high) not in self._percentiles:
+            if self.whole is None and self.length is not None and self.holds(self._bytes()):
+                self._keep()
+            self._percentiles[low, high] = self._count((low, high))
+        return self._percentiles[low, high]
+
+    def _slow_plane(self) -> str:
+        return next(plane for plane, axis in _NORMAL.items() if self.geometry.axes[axis] == 2)
+
+    def _stored(self, stride: int) -> Iterator[Frame]:
+        spacing = self.spacing if self.geometry is None else (self.geometry.spacing[1], self.geometry.spacing[0])
+        for number, pixels in self._loaded(lambda number: number % stride == 0):
+            label = "image" if self.length == 1 else f"frame-{number:04d}"
+            yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing)
+
+    def _along(self, plane: str, stride: int) -> Iterator[Frame]:
+        reverse = self.geometry.signs[_NORMAL[plane]] < 0
+
+        def place(number: int) -> int:
+            return self.length - 1 - number if reverse else number
+
+        for number, pixels in self._loaded(lambda number: place(number) % stride == 0):
+            numbers = self._numbers(pixels, *self._scale(number))
+            image = cut(self.geometry.canonical(numbers[None]), plane, 0)
+            yield Frame(f"{plane}-{place(number):03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+
+    def _across(self, plane: str, stride: int) -> Iterator[Frame]:
+        if self.whole is None:
+            if not self.holds(self._bytes()):
+                raise Refused("too large", f"{plane} slices need all {self._bytes()} bytes of the volume at once")
+            self._keep()
+        values = self.geometry.canonical(self.whole)
+        slope, intercept = (
+            self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), self.whole.shape[:3]))
+            for v in (self.slope, self.intercept)
+        )
+        for n in range(0, values.shape[_NORMAL[plane]], stride):
+            image = self._numbers(cut(values, plane, n), cut(slope, plane, n), cut(intercept, plane, n))
+            yield Frame(f"{plane}-{n:03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+
+    def _loaded(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        if self.whole is not None:
+            yield from ((number, self.whole[number]) for number in range(len(self.whole)) if wanted(number))
+            return
+        number = -1
+        for number, pixels in self.load(wanted):
+            if pixels.dtype != self.dtype or pixels.shape[:2] != self.shape:
+                raise Refused("inconsistent", f"frame {number} is {pixels.shape} of {pixels.dtype}")
+            self.beat()
+            yield number, pixels
+        if number < 0:
+            raise Refused("no image", "no frame could be decoded")
+
+    def _bytes(self) -> int:
+        return self.length * self.shape[0] * self.shape[1] * self.channels * self.dtype.itemsize
+
+    def _keep(self) -> None:
+        if self.length == 1:
+            self.whole = next(self._loaded(lambda number: True))[1][None]
+            return
+        shape = (self.length, *self.shape) + ((self.channels,) if self.channels > 1 else ())
+        whole = np.empty(shape, self.dtype)
+        count = 0
+        for number, pixels in self._loaded(lambda number: True):
+            whole[number] = pixels
+            count += 1
+        if count != self.length:
+            raise Refused("inconsistent", f"{self.length} frames declared, {count} found")
+        self.whole = whole
+
+    def _scale(self, number: int) -> tuple[float, float]:
+        return tuple(v[number] if isinstance(v, np.ndarray) else v for v in (self.slope, self.intercept))
+
+    def _numbers(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
+        if self.quantity == "display8":
+            return stored
+        plain = np.ndim(slope) == 0 and slope == 1 and intercept == 0
+        copied = not (plain and stored.dtype == np.float32)
+        out = np.empty(stored.shape, np.float32) if copied else stored
+        rows = max(1, _CHUNK // max(1, stored.shape[1]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for top in range(0, len(stored), rows):  # in strips: float64 of a whole frame would be its largest copy
+                strip = slice(top, top + rows)
+                if not copied:
+                    pass
+                elif plain:
+                    out[strip] = stored[strip]
+                elif np.ndim(slope) == 0:
+                    out[strip] = stored[strip] * np.float64(slope) + intercept
+                else:
+                    out[strip] = stored[strip] * slope[strip] + intercept[strip]
+                if self.dtype.kind == "f" and not np.isfinite(out[strip]).all():
+                    raise Refused("not finite", "a value is not a finite number")
+        return out
+
+    def _count(self, percents: tuple[float, float]) -> tuple[float, float]:
+        uniform = not isinstance(self.slope, np.ndarray) or (
+            np.ptp(self.slope) == 0 and np.ptp(np.broadcast_to(self.intercept, self.slope.shape)) == 0
+        )
+        if self.dtype.kind in "iub" and self.dtype.itemsize <= 2 and uniform:
+            return self._count_integers(percents)
+        return self._count_floats(percents)
+
+    def _count_integers(self, percents: tuple[float, float]) -> tuple[float, float]:
+        lowest = 0 if self.dtype.kind in "ub" else int(np.iinfo(self.dtype).min)
+        counts = np.zeros(256**self.dtype.itemsize, np.int64)
+        for _, pixels in self._loaded(lambda number: True):
+            for part in _chunks(pixels):
+                counts += np.bincount(part.astype(np.int64) - lowest, minlength=len(counts))
+        slope, intercept = self._scale(0) if self.quantity != "display8" else (1.0, 0.0)
+        values = (np.arange(len(counts)) + lowest) * float(slope) + float(intercept)
+        if slope < 0:
+            values, counts = values[::-1], counts[::-1]
+        ends = np.cumsum(counts)
+        return _interpolate(percents, int(ends[-1]), lambda rank: values[np.searchsorted(ends, rank, side="right")])
+
+    def _count_floats(self, percents: tuple[float, float]) -> tuple[float, float]:
+        """Order statistics of float32 numbers by two passes of counting, high and low half of an ascending key."""
+
+        def keys() -> Iterator[np.ndarray]:
+            for number, pixels in self._loaded(lambda number: True):
+                for part in _chunks(self._numbers(pixels, *self._scale(number))):
+                    bits = part.view(np.uint32)
+                    yield np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+        high = np.zeros(2**16, np.int64)
+        for key in keys():
+            high += np.bincount(key >> 16, minlength=2**16)
+        ends = np.cumsum(high)
+        total = int(ends[-1])
+        ranks = sorted({rank for percent in percents for rank in _ranks(percent, total)[:2]})
+        places = {rank: int(np.searchsorted(ends, rank, side="right")) for rank in ranks}
+        low = {place: np.zeros(2**16, np.int64) for place in places.values()}
+        for key in keys():
+            upper = key >> 16
+            for place, counts in low.items():
+                counts += np.bincount((key & 0xFFFF)[upper == place], minlength=2**16)
+        found = {}
+        for rank, place in places.items():
+            before = int(ends[place] - high[place])
+            key = (place << 16) | int(np.searchsorted(np.cumsum(low[place]), rank - before, side="right"))
+            bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
+            found[rank] = float(np.uint32(bits).view(np.float32))
+        return _interpolate(percents, total, found.__getitem__)
+
+
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(1, _CHUNK // max(1, array[0].size))
+    for top in range(0, len(array), rows):
+        yield array[top : top + rows].ravel()
+
+
+def _ranks(percent: float, total: int) -> tuple[int, int, float]:
+    place = percent / 100 * (total - 1)
+    below = int(np.floor(place))
+    return below, min(below + 1, total - 1), place - below
+
+
+def _interpolate(percents: tuple[float, float], total: int, value: Callable[[int], float]) -> tuple[float, float]:
+    def one(percent: float) -> float:
+        below, above, share = _ranks(percent, total)
+        low, high = float(value(below)), float(value(above))
+        return low + (high - low) * share
+
+    return one(percents[0]), one(percents[1])

@@ -1,0 +1,149 @@
+"""The factor that turns a PET series' activity into standardised uptake values by body weight.
+
+The steps are those of the QIBA profile's vendor-neutral pseudo-code (Units, CorrectedImage, DecayCorrection, the time
+the images are decay-corrected to), times across midnight included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from .dicom_file import GE_PET, PHILIPS_PET, listed, number, text
+from .stack import Refused
+
+DAY = 86400.0
+DOSE = (1e5, 1e11)  # becquerel: a dose in MBq or mCi written without conversion lies far outside
+WEIGHT = (0.2, 500.0)  # kilograms
+
+
+class Uptake(NamedTuple):
+    """What one PET file says. Dates and times as in the header, "" where absent; numbers None where absent."""
+
+    units: str
+    suv_type: str
+    decay_correction: str
+    corrected: tuple[str, ...]
+    weight: float | None
+    dose: float | None
+    half_life: float | None
+    injection_time: str
+    injection: str
+    series: str
+    series_date: str
+    acquisition: str
+    ge_scan: str
+    philips_suv: float | None
+    philips_activity: float | None
+
+
+def uptake(head) -> Uptake:
+    """From the header elements of one file."""
+    items = head.get("RadiopharmaceuticalInformationSequence") or []
+    drug = items[0] if len(items) == 1 else {}
+    date, time = text(head, "AcquisitionDate") or text(head, "SeriesDate"), text(head, "AcquisitionTime")
+    return Uptake(
+        units=text(head, "Units"),
+        suv_type=text(head, "SUVType"),
+        decay_correction=text(head, "DecayCorrection"),
+        corrected=tuple(str(v) for v in listed(head.get("CorrectedImage"))),
+        weight=number(head.get("PatientWeight")),
+        dose=number(drug.get("RadionuclideTotalDose")),
+        half_life=number(drug.get("RadionuclideHalfLife")),
+        injection_time=text(drug, "RadiopharmaceuticalStartTime"),
+        injection=text(drug, "RadiopharmaceuticalStartDateTime"),
+        series=text(head, "SeriesDate") + text(head, "SeriesTime") if text(head, "SeriesTime") else "",
+        series_date=text(head, "SeriesDate"),
+        acquisition=text(head, "AcquisitionDateTime") or (date + time if date and time else ""),
+        ge_scan=_private(head, 0x0009, GE_PET, 0x0D, str),
+        philips_suv=_private(head, 0x7053, PHILIPS_PET, 0x00, number),
+        philips_activity=_private(head, 0x7053, PHILIPS_PET, 0x09, number),
+    )
+
+
+def factor(files: Sequence[Uptake]) -> float:
+    """SUV = factor * rescaled value, for all files of one series; Refused where the headers do not suffice."""
+    first = files[0]
+    for name in ("units", "decay_correction", "weight", "dose", "half_life", "injection", "injection_time", "suv_type"):
+        if any(getattr(file, name) != getattr(first, name) for file in files):
+            raise Refused("inconsistent", f"SUV: {name.replace('_', ' ')} differs within the series")
+    if first.suv_type not in ("", "BW"):
+        raise Refused("unsupported", "SUV: not by body weight")
+    if first.units == "GML":
+        return 1.0
+    missing = [name for name in ("ATTN", "DECY") if name not in first.corrected]
+    if missing:
+        raise Refused("inconsistent", f"SUV: not corrected for {' and '.join(missing)}")
+    if first.decay_correction not in ("START", "ADMIN"):
+        raise Refused("inconsistent", "SUV: decay correction is neither START nor ADMIN")
+    if first.units == "CNTS":
+        suv = {file.philips_suv for file in files}
+        if len(suv) == 1 and first.philips_suv:
+            return first.philips_suv
+        activity = {file.philips_activity for file in files}
+        if len(activity) == 1 and first.philips_activity:
+            return first.philips_activity * _by_weight(files)
+        raise Refused("inconsistent", "SUV: counts without a calibration factor")
+    if first.units != "BQML":
+        raise Refused("inconsistent", "SUV: units are none of BQML, CNTS, GML")
+    return _by_weight(files)
+
+
+def _by_weight(files: Sequence[Uptake]) -> float:
+    first = files[0]
+    if first.weight is None or not WEIGHT[0] <= first.weight <= WEIGHT[1]:
+        raise Refused("inconsistent", "SUV: no credible body weight")
+    if first.dose is None or not DOSE[0] <= first.dose <= DOSE[1]:
+        raise Refused("inconsistent", "SUV: no credible injected dose in becquerel")
+    grams_per_becquerel = first.weight * 1000 / first.dose
+    if first.decay_correction == "ADMIN":
+        return grams_per_becquerel
+    if first.half_life is None or not first.half_life > 0:
+        raise Refused("inconsistent", "SUV: no half-life")
+    return grams_per_becquerel * math.exp2(_decay_seconds(files) / first.half_life)
+
+
+def _decay_seconds(files: Sequence[Uptake]) -> float:
+    """From the injection to the time the images are corrected to."""
+    first = files[0]
+    acquired = [moment for moment in (_moment(file.acquisition) for file in files) if moment]
+    series = _moment(first.series)
+    if series and (not acquired or series <= min(acquired)):
+        scan = series
+    else:  # the series was rewritten later: its time is not the scan's
+        scan = _moment(first.ge_scan) or (min(acquired) if acquired else None)
+    if scan is None:
+        raise Refused("inconsistent", "SUV: no time of the scan")
+    injected = _moment(first.injection)
+    if injected is None:
+        clock = _moment(scan.strftime("%Y%m%d") + first.injection_time) if first.injection_time else None
+        if clock is None:
+            raise Refused("inconsistent", "SUV: no time of the injection")
+        injected = clock if clock <= scan else clock - timedelta(days=1)
+    seconds = (scan - injected).total_seconds()
+    if not 0 <= seconds <= DAY:
+        raise Refused("inconsistent", "SUV: the scan is not within a day after the injection")
+    return seconds
+
+
+def _moment(digits_of: str) -> datetime | None:
+    """DICOM date and time digits, YYYYMMDD[HHMM[SS[.ffffff]]]; a UTC offset is cut off, since the others have none."""
+    digits, _, fraction = digits_of.strip().split("+")[0].split("-")[0].partition(".")
+    try:
+        moment = datetime.strptime(digits, {14: "%Y%m%d%H%M%S", 12: "%Y%m%d%H%M", 10: "%Y%m%d%H"}[len(digits)])
+        return moment + timedelta(seconds=float(f"0.{fraction}")) if fraction else moment
+    except (KeyError, ValueError):
+        return None
+
+
+def _private(head, group: int, creator: str, element: int, convert):
+    """An element of a private block, only where its creator is the expected one; else "" or None."""
+    if str(head.get((group, 0x0010), None) and head[group, 0x0010].value).strip() != creator:
+        return convert("") if convert is str else None
+    found = head.get((group, 0x1000 | element), None)
+    value = getattr(found, "value", None)
+    if isinstance(value, bytes):
+        value = value.decode("ascii", "replace").strip(" \0")
+    return (str(value) if value is not None else "") if convert is str else convert(value)
