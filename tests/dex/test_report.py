@@ -192,7 +192,7 @@ def test_everything_else_of_a_real_run(real, tmp_path):
     assert sum(k == "src" for k, _ in page.attributes) == 1  # experts are drawn from the rows' own table
     older = Path(shutil.copytree(real, tmp_path / "older"))
     rows = [json.loads(line) for line in (real / "metrics.jsonl").read_text().splitlines()]
-    assert any(row.pop("val_expert_mass", None) for row in rows)
+    assert any([row.pop("val_expert_mass", None) for row in rows])
     (older / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = read(older, out=tmp_path / "older.html")
     pictures = [base64.b64decode(v.split(",", 1)[1]) for k, v in page.attributes if k == "src"]
