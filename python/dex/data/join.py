@@ -21,7 +21,7 @@ import numpy as np
 from . import card, duplicates, filters, normalise
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths, sync_folder
 from .shards import ShardWriter
-from .sources import MODALITIES, Source
+from .sources import MODALITIES, PACKAGES, Source
 
 EXAMPLES = 12
 """Images of each modality that the card shows."""
@@ -262,16 +262,18 @@ def _facts(
                 "burned_in_declared": counts.burned_in,
             }
         )
+    # The package-borne sources stand for the corpus: its modalities of which they hold nothing are told.
+    corpus = len(parts) > 1 and all(part.source.package for part in parts)
     modalities = []
     for name in MODALITIES:
         mine = [source for source in sources if source["modality"] == name]
-        if mine:
+        if mine or corpus:
             train, val = sum(source["train"] for source in mine), sum(source["val"] for source in mine)
             modalities.append(
                 {"name": name, "train": train, "val": val, "sources": len(mine), "empty": train + val == 0}
             )
     return {
-        "name": _name([part.source.name for part in parts]),
+        "name": PACKAGES if corpus else _name([part.source.name for part in parts]),
         "image_size": settings.size,
         "bits": settings.bits,
         "encoding": settings.encoding,
