@@ -1,4 +1,4 @@
-"""Loading against bare decoding of the same files, memory over an epoch, and what 5 million samples cost in order and index.
+"""Loading against bare decoding of the same files, memory over an epoch, what 5 million samples cost in order and index.
 
 Bare decoding: Pillow decodes the same bytes from memory, in as many processes as the loader has workers, nothing else.
 The loader also reads the bytes from the shards, checks their sha256, cuts out the square, lays it out as uint8
@@ -154,8 +154,8 @@ def test_memory_over_an_epoch(shards, tiny, report):
         for _ in range(READ_AHEAD + 1):
             next(loader)
         pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
-        samples = []
-        while loader.position < 2 * loader.batches_per_epoch:
+        samples, end = [], loader.position + 2 * loader.batches_per_epoch
+        while loader.position < end:
             next(loader)
             samples.append(resident(pids))
     first, last = (max(part) for part in (samples[: len(samples) // 2], samples[len(samples) // 2 :]))
