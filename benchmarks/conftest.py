@@ -1,15 +1,27 @@
 """Timing for the benchmarks: candidates take turns within one run, medians are compared, a table is printed.
 
 These machines are shared: only ratios within one run mean anything, and every row names its baseline.
+On a GPU (``--device cuda``) the rows can be written as a results file, see record.py and README.md.
 """
 
+import datetime
+import json
+import os
+import platform
 import statistics
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from . import record
+from .timing import Timer
+
 ROWS = pytest.StashKey[list]()
+MEASURED = pytest.StashKey[list]()
+CEILINGS = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -17,16 +29,53 @@ def pytest_addoption(parser):
         "--tiny", action="store_true", help="smallest sizes, no speed asserted: every benchmark is executed"
     )
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
+    parser.addoption("--results", type=Path, help="folder to write <gpu>-<date>.json into; needs --device cuda")
+    parser.addoption("--commit", help="hash of what is measured, for the results file (default: git's)")
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS] = [], [], {}
     torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--results") and (config.getoption("--tiny") or config.getoption("--device") != "cuda"):
+        raise pytest.UsageError("--results: expected with --device cuda and without --tiny; nothing else is a result")
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu, tiny = config.getoption("--device") == "cuda", config.getoption("--tiny")
+    for item in items:
+        if item.path.name.startswith("test_gpu_"):
+            if not gpu and not tiny:
+                item.add_marker(pytest.mark.skip(reason="measured on a GPU (--device cuda); --tiny executes it here"))
+        elif gpu and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.skip(reason="a benchmark of the CPU"))
 
 
 @pytest.fixture(scope="session")
 def tiny(request) -> bool:
     return request.config.getoption("--tiny")
+
+
+@pytest.fixture(scope="session")
+def timer(request, tiny) -> Timer:
+    return Timer(torch.device(request.config.getoption("--device")), tiny)
+
+
+@pytest.fixture(scope="session")
+def ceilings(request, timer) -> dict:
+    request.config.stash[CEILINGS].update(timer.ceilings())
+    return request.config.stash[CEILINGS]
+
+
+@pytest.fixture
+def measured(request, tiny):
+    """``measured(row)``: a row of the results file, see record.ROW; a wrong one fails its own benchmark alone."""
+
+    def add(row: dict) -> None:
+        wrong = [w for w in record.row_problems(row) if not (tiny and w.startswith("share_of_limit"))]
+        assert not wrong, (row, wrong)
+        request.config.stash[MEASURED].append(row)
+
+    return add
 
 
 @pytest.fixture
@@ -60,14 +109,82 @@ def report(request, tiny):
     return add
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
+def pytest_sessionfinish(session):
+    folder, rows = session.config.getoption("--results"), session.config.stash[MEASURED]
+    if folder is None or not rows:
         return
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": session.config.getoption("--commit") or _commit(),
+        "versions": _versions(),
+        "ceilings": session.config.stash[CEILINGS],
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        record.write(result, folder / record.name_of(result))
+    except ValueError:
+        # What was measured is not lost for a fault in what stands around it.
+        (folder / "rejected.json").write_text(json.dumps(result, indent=1))
+        raise
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+                          cwd=Path(__file__).parent, capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise pytest.UsageError("--commit: expected a hash, since this is no clone of a repository")
+    return done.stdout.strip()
+
+
+def _versions() -> dict:
+    import dexkernels
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "absent"
+    major, minor = torch.cuda.get_device_capability()
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True, env=os.environ).stdout.strip() or "unknown"
+    except OSError:
+        driver = "unknown"
+    return {
+        "architecture": f"sm_{major}{minor}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": str(torch.version.cuda),
+        "driver": driver,
+        "dexkernels": dexkernels.__version__,
+    }
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows, measured = config.stash[ROWS], config.stash[MEASURED]
     size = "tiny sizes: these figures say nothing about speed" if config.getoption("--tiny") else "medians of one run"
-    terminalreporter.section(f"speed as a multiple of the baseline's ({size})")
-    header = ("case", "baseline", "ratio", "at least", "figures")
+    if rows:
+        terminalreporter.section(f"speed as a multiple of the baseline's ({size})")
+        _table(terminalreporter, ("case", "baseline", "ratio", "at least", "figures"), rows)
+        terminalreporter.write_line(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, CPU")
+    if measured:
+        terminalreporter.section(f"operators and layer on {config.getoption('--device')} ({size})")
+        keys = ("case", "backend", "dtype", "baseline", "ms", "ratio", "tflops", "gbps", "share_of_limit")
+        keys = (*keys, "max_rel_err", "peak_mb")
+        cells = [[" ".join(f"{k}{v}" for k, v in r["shape"].items()), *(_cell(r[k]) for k in keys)] for r in measured]
+        _table(terminalreporter, ("shape", *keys), cells)
+        terminalreporter.write_line(f"limits of this run: {config.stash[CEILINGS]}")
+
+
+def _cell(value) -> str:
+    return value if isinstance(value, str) else "-" if value is None else f"{value:.3g}"
+
+
+def _table(terminalreporter, header, rows) -> None:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         terminalreporter.write_line("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-    terminalreporter.write_line(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, CPU")

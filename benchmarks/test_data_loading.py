@@ -1,4 +1,4 @@
-"""Loading against bare decoding of the same files, memory over an epoch, what 5 million samples cost in order and index.
+"""Loading against bare decoding of the same files, memory over an epoch, what 5 million samples cost to order and open.
 
 Bare decoding: Pillow decodes the same bytes from memory, in as many processes as the loader has workers, nothing else.
 The loader also reads the bytes from the shards, checks their sha256, cuts out the square, lays it out as uint8

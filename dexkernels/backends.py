@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import native, reference
+from ._defaults import DEFAULTS, MEASURED
 
 OPS = ("route", "grouped_mlp", "align_loss", "group_ema_")
 BACKENDS = ("reference", "triton", "cuda")
@@ -49,18 +50,6 @@ LAUNCHERS = {
 ALIGN_SAVED = {"reference": {"kd": 0, "cosine": 0, "mse": 0}, "triton": {"kd": 3, "cosine": 3, "mse": 0}}
 """backend -> kind -> numbers that `align_loss` saves per row for its backward."""
 
-DEFAULTS = {
-    ("route", "cpu"): "reference",
-    ("grouped_mlp", "cpu"): "reference",
-    ("align_loss", "cpu"): "reference",
-    ("group_ema_", "cpu"): "reference",
-    ("route", "cuda"): "reference",
-    ("grouped_mlp", "cuda"): "reference",
-    ("align_loss", "cuda"): "reference",
-    ("group_ema_", "cuda"): "reference",
-}
-"""(op, device type) -> backend. A kernel enters here only with committed results of its architecture."""
-
 
 class BackendStatus(NamedTuple):
     """One row of `report`."""
@@ -72,6 +61,14 @@ class BackendStatus(NamedTuple):
     """Whether it is what this machine uses when no backend is asked for."""
     reason: str
     """Why it is not available, or what it is."""
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the generated tables that serves ``device``: ``"sm_90"``, or the device's type, such as ``"cpu"``."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def why_not(op: str, backend: str) -> str | None:
@@ -110,10 +107,15 @@ def covering(op: str, backend: str | None) -> str | None:
     return backend if backend is not None and (op, backend) in LAUNCHERS else None
 
 
+@torch.compiler.assume_constant_result
 def choose(op: str, backend: str | None, device: torch.device) -> str:
-    """The backend of ``op`` for tensors on ``device``: the one asked for, or the default of the table."""
+    """The backend of ``op`` for tensors on ``device``: the one asked for, or what committed measurements chose.
+
+    What they chose and cannot run here (no Triton, say) gives way to plain torch, which `report` tells.
+    """
     if backend is None:
-        return DEFAULTS.get((op, device.type), "reference")
+        default = DEFAULTS.get((architecture(device), op), "reference") if device.type == "cuda" else "reference"
+        return default if default == "reference" or why_not(op, default) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if reason := why_not(op, backend):
@@ -123,14 +125,23 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
 
 def report() -> list[BackendStatus]:
     """Every operator and backend: whether it can run on this machine, whether it is the default, and why not."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for op in OPS:
+        default = choose(op, None, device)
         for backend in BACKENDS:
             reason = why_not(op, backend)
-            default = DEFAULTS[op, device] == backend
-            what = (
-                "plain torch, any device" if backend == "reference" else "never measured on a GPU: only when asked for"
-            )
-            rows.append(BackendStatus(op, backend, reason is None, default, reason or what))
+            text = reason or _proven(op, backend, device)
+            rows.append(BackendStatus(op, backend, reason is None, default == backend, text))
     return rows
+
+
+def _proven(op: str, backend: str, device: torch.device) -> str:
+    if backend == "reference":
+        return "plain torch, any device"
+    where = architecture(device)
+    if (where, op, backend) in MEASURED:
+        return f"{where}: {MEASURED[where, op, backend]}"
+    elsewhere = sorted({a for a, o, b in MEASURED if (o, b) == (op, backend)})
+    known = f"measured on {', '.join(elsewhere)} alone" if elsewhere else "never measured on a GPU"
+    return f"{known}: only when asked for"

@@ -35,7 +35,8 @@ class ExpertLoop(nn.Module):
         for e, expert in enumerate(self.experts):
             image, choice = torch.where(chosen == e)
             if image.numel():
-                out = out.index_add(0, image, gates[image, choice][:, None, None] * _run(expert, x[image]))
+                y = gates[image, choice][:, None, None] * _run(expert, x[image])
+                out = out.index_add(0, image, y.to(out.dtype))
         with torch.no_grad():
             director_out = _run(self.director, x)
         align = -((director_out / 0.5).softmax(-1) * out.softmax(-1).clamp(min=1e-6).log()).sum(-1).mean()

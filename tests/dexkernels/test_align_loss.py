@@ -84,7 +84,7 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
     assert loss.dtype == torch.float32 and torch.equal(loss, align_loss(y.float(), d.float(), kind))
     loss.backward()
     assert y.grad.dtype == dtype
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(align_loss(y.float(), d.float(), kind), loss)
 
 

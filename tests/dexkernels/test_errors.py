@@ -43,6 +43,11 @@ def noisy(**options):
     return route(X, W, 2, **({"noise_std": 1.0, "router_noise": NOISE, "usage_ema": USAGE} | options))
 
 
+def refused(op):
+    """Backends that cannot run here, and one that there is not."""
+    return [b for b in backends.BACKENDS if backends.why_not(op, b)] + ["nonsense"]
+
+
 TABLE = [
     # DEXLayer(...)
     *(("dim", lambda v=v: layer(v, 6)) for v in (0, -1, 4.0, True, "4", None)),
@@ -55,7 +60,7 @@ TABLE = [
     *(("path", lambda v=v: layer(4, 6, path=v)) for v in ("expert", None)),
     *(("temperature", lambda v=v: layer(4, 6, temperature=v)) for v in (0, 0.0, -1.0, NAN, None, "1")),
     *(("usage_momentum", lambda v=v: layer(4, 6, usage_momentum=v)) for v in (-0.1, 1.1, NAN, None, "1")),
-    *(("backend", lambda v=v: layer(4, 6, backend=v)) for v in ("triton", "cuda", "nonsense", "", 3)),
+    *(("backend", lambda v=v: layer(4, 6, backend=v)) for v in (*refused("group_ema_"), "", 3)),
     # layer(x)
     *(("x", lambda v=v: forward(v)) for v in (X[0], X[None], X[..., :3], X.int(), X.bool(), X.to(torch.complex64))),
     *(("x", lambda v=v: forward(v)) for v in (None, [[[0.0]]], X[:, :0])),
@@ -74,7 +79,7 @@ TABLE = [
     *(("usage_ema", lambda v=v: noisy(usage_ema=v)) for v in (None, USAGE[:4], USAGE[None], USAGE.to("meta"))),
     *(("router_noise", lambda v=v: noisy(router_noise=v)) for v in (NOISE[:, 0], NOISE[..., :4], NOISE.to("meta"))),
     ("router_noise", lambda: noisy(routing="token")),
-    *(("backend", lambda v=v: route(X, W, 2, backend=v)) for v in ("triton", "cuda", "nonsense")),
+    *(("backend", lambda v=v: route(X, W, 2, backend=v)) for v in refused("route")),
     # grouped_mlp
     *(("x", lambda v=v: mlp(v)) for v in (X[0], X.int(), None)),
     *((n, lambda n=n: mlp(**{n: WEIGHTS[n][0]})) for n in WEIGHTS),
@@ -88,13 +93,13 @@ TABLE = [
     ("routing.slot_order", lambda: mlp(routing=R._replace(slot_order=R.slot_order[:3]))),
     ("routing.group_sizes", lambda: mlp(routing=R._replace(group_sizes=R.group_sizes[:4]))),
     ("routing.group_offsets", lambda: mlp(routing=R._replace(group_offsets=R.group_offsets[:4]))),
-    *(("backend", lambda v=v: mlp(backend=v)) for v in ("triton", "cuda", "nonsense")),
+    *(("backend", lambda v=v: mlp(backend=v)) for v in refused("grouped_mlp")),
     # align_loss
     *(("kind", lambda v=v: align_loss(X, X, v)) for v in ("KD", "", None)),
     *(("experts_out", lambda v=v: align_loss(v, v)) for v in (X.int(), torch.zeros(()), X.to(torch.complex64))),
     ("experts_out", lambda: align_loss(None, X)),
     *(("director_out", lambda v=v: align_loss(X, v)) for v in (X[0], X[..., :1], None, X.to("meta"))),
-    *(("backend", lambda v=v: align_loss(X, X, backend=v)) for v in ("triton", "cuda", "nonsense")),
+    *(("backend", lambda v=v: align_loss(X, X, backend=v)) for v in refused("align_loss")),
     # group_ema_
     *(("momentum", lambda v=v: ema(m=v)) for v in (-0.1, 1.1, NAN, True, "1", None, torch.zeros(1))),
     *(("skip", lambda v=v: ema(skip=v)) for v in (True, 1, torch.zeros(1, dtype=torch.bool), torch.tensor(1), "no")),
@@ -107,7 +112,7 @@ TABLE = [
     (r"experts\[0\]", lambda: ema(e=[torch.zeros(2, 3, device="meta")])),
     *((r"group_weights\[0\]", lambda v=v: ema(a=[v])) for v in (torch.ones(3), torch.ones(1, 2), None)),
     *((r"directors\[0\]", lambda v=v: ema([v])) for v in (torch.zeros(3).half(), torch.zeros(3).int(), None)),
-    *(("backend", lambda v=v: ema(backend=v)) for v in ("triton", "cuda", "nonsense")),
+    *(("backend", lambda v=v: ema(backend=v)) for v in refused("group_ema_")),
     # update_director
     *(("gate_mass", lambda v=v: update(v)) for v in (torch.ones(4), torch.ones(1, 5), torch.tensor(1.0), [1.0] * 5)),
     ("gate_mass", lambda: update(torch.ones(5, device="meta"))),
@@ -145,5 +150,7 @@ def test_backend_report_gives_the_reasons_of_the_refusals():
         if not row.available:
             with pytest.raises(ValueError, match=row.reason.replace("+", r"\+")):
                 backends.choose(op, backend, torch.device("cpu"))
-    assert {op for (op, b), r in rows.items() if r.default and b == "reference"} == set(backends.OPS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for op in backends.OPS:
+        assert [b for b in backends.BACKENDS if rows[op, b].default] == [backends.choose(op, None, device)]
     assert layer(4, 6, backend="reference")(X).shape == X.shape

@@ -31,8 +31,8 @@ def assert_unchanged(module, before):
 
 
 def by_hand(director, experts, weights, m):
-    d = director.double().numpy()
-    e, a = experts.double().numpy(), weights.double().numpy()
+    d = director.double().cpu().numpy()
+    e, a = experts.double().cpu().numpy(), weights.double().cpu().numpy()
     mean = np.zeros_like(d)
     for i in range(len(a)):
         if a[i] != 0:

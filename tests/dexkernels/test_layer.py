@@ -381,7 +381,7 @@ def test_path_may_be_changed():
 
 def test_autocast():
     layer, x = layer_of(dtype=torch.float32), images(dtype=torch.float32).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y, aux = layer(x, return_aux=True)
     assert y.dtype == torch.bfloat16
     assert aux.align_loss.dtype == aux.balance_loss.dtype == aux.gates.dtype == aux.gate_mass.dtype == torch.float32

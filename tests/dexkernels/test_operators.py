@@ -109,7 +109,7 @@ def test_routed_mlp_is_route_and_grouped_mlp(routing, route_from, noisy):
 
 @pytest.mark.parametrize("routing", ["image", "token"])
 def test_routed_mlp_under_autocast(routing):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         fused, apart = both(leaves(torch.float32), routing=routing)
     exact = both(leaves(), routing=routing)[0]
     assert fused[0].dtype == torch.bfloat16

@@ -196,7 +196,7 @@ def test_strided_input_equals_contiguous_bit_for_bit(routing, route_from):
 def test_autocast_does_not_reach_routing(route_from):
     x, w = problem(B=9, N=4, D=33, dtype=torch.float32)
     outside = route(x, w, 3, route_from=route_from)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         inside = route(x, w, 3, route_from=route_from)
     assert inside.gates.dtype == torch.float32
     for a, b in zip(inside, outside, strict=True):

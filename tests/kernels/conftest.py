@@ -1,15 +1,22 @@
-"""Kernels run here in Triton's interpreter, on CPU tensors, with poisoned allocations.
+"""Kernels run here in Triton's interpreter, on CPU tensors, with poisoned allocations; compiled by ``--device cuda``.
 
 Where Triton is not installed the tests are skipped, each file saying so.
 """
 
+import functools
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is not None:
+ON_CUDA = torch.get_default_device().type == "cuda"
+"""Set by ``--device cuda``, see the conftest of the repository."""
+
+if ON_CUDA and importlib.util.find_spec("triton") is not None:
+    from dexkernels.kernels import align_loss, common, group_ema, grouped_mlp, route  # noqa: F401
+elif importlib.util.find_spec("triton") is not None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     # Decorators read the variable when a module is imported, so it need not outlive these imports.
@@ -29,7 +36,43 @@ if importlib.util.find_spec("triton") is not None:
 MARGIN = 4096
 """Elements of poison after every allocation."""
 
+INTERPRETED = {
+    "test_tiles.py": "its probes are interpreted functions",
+    "test_recorded.py": "it starts the interpreter; conformance.py --device cuda --backend triton is its like on a GPU",
+    **dict.fromkeys(
+        ("test_rows_far_apart", "test_experts_far_apart", "test_tokens_of_an_image_far_apart"),
+        "its storage is the host's, of which no page is touched",
+    ),
+}
+"""File or test -> why it is left out on a GPU."""
+
 POISON = {torch.int32: -(2**30), torch.int64: -(2**60), torch.bool: True}
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
+        for name in (item.path.name, item.originalname):
+            if ON_CUDA and name in INTERPRETED:
+                item.add_marker(pytest.mark.skip(reason=INTERPRETED[name]))
+        # Each file has its own blocks for the interpreter in a fixture of this name.
+        if config.getoption("--tiles") == "shipped" and "small_blocks" in item.fixturenames:
+            item.fixturenames.remove("small_blocks")
+
+
+@pytest.fixture(autouse=True)
+def shipped_tiles(request, monkeypatch):
+    """``--tiles shipped``: the tables of the launchers, whatever tiles a test asks for."""
+    if request.config.getoption("--tiles") != "shipped" or importlib.util.find_spec("triton") is None:
+        return
+    for name in ("grouped_mlp_forward", "grouped_mlp_backward"):
+        launch = getattr(grouped_mlp, name)
+
+        def run(*args, launch=launch, tiles=None, **kwargs):
+            return launch(*args, **kwargs)
+
+        monkeypatch.setattr(grouped_mlp, name, functools.wraps(launch)(run))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,7 +93,7 @@ def poison(monkeypatch):
         shape = torch.Size([shape] if isinstance(shape, int) else shape)
         size = shape.numel()
         buffer = empty(size + MARGIN, dtype=dtype, device=device).fill_(POISON.get(dtype, float("nan")))
-        if buffer.device.type == "cpu":
+        if buffer.device.type != "meta":
             allocated.append((buffer[size:], buffer[size:].clone()))
         return buffer[:size].view(shape)
 

@@ -1,0 +1,197 @@
+"""What a benchmark measured on a GPU: one JSON file a run, checked when it is written and when it is read.
+
+Defaults of `dexkernels.backends` and the tables of the pages are made from these files by scripts/pages.py.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+BOUND = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}
+"""dtype -> largest ||got - exact|| / ||exact|| of a right result. 2e-5 catches tf32, which is near 3e-4."""
+
+OPS = ("route", "grouped_mlp", "align_loss", "group_ema_")
+BACKENDS = ("reference", "triton", "cuda")
+PRESENT = "reference"
+"""What runs where nothing is proven, and the baseline that a candidate must beat."""
+
+NUMBER = (int, float)
+FILE = {"device": str, "date": str, "commit": str, "versions": dict, "ceilings": dict, "rows": list}
+ROW = {
+    "case": str,  # begins with the operator's name where it is of one: "grouped_mlp forward"
+    "shape": dict,  # letters to sizes, such as {"B": 224, "N": 65}; words only under "routing"
+    "backend": str,
+    "dtype": str,
+    "baseline": str,
+    "ms": NUMBER,  # median
+    "baseline_ms": NUMBER,
+    "ratio": NUMBER,  # baseline_ms / ms: above 1 is faster
+    "tflops": (*NUMBER, type(None)),
+    "gbps": (*NUMBER, type(None)),
+    "share_of_limit": (*NUMBER, type(None)),  # shortest possible time by the ceilings / ms; None: no ceiling applies
+    "max_rel_err": NUMBER,
+    "peak_mb": NUMBER,
+}
+CEILINGS = ("copy_gbps", "bf16_tflops")
+VERSIONS = ("architecture", "python", "torch", "triton", "cuda", "driver", "dexkernels")
+
+
+def problems(result: Any) -> list[str]:
+    """What is wrong with the content of a results file, by place; empty when nothing is."""
+    if not isinstance(result, dict) or set(result) != set(FILE):
+        return [f"expected an object of {', '.join(FILE)}, got {_keys(result)}"]
+    found = [f"{k}: expected {t.__name__}, got {result[k]!r:.40}" for k, t in FILE.items() if type(result[k]) is not t]
+    if found:
+        return found
+    if not result["device"]:
+        found.append("device: expected a name")
+    if not re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", result["date"]):
+        found.append(f"date: expected YYYY-MM-DD, got {result['date']!r}")
+    if not re.fullmatch(r"[0-9a-f]{7,40}(\+changes)?", result["commit"]):
+        found.append(f"commit: expected a hash, '+changes' behind it if the tree was changed, got {result['commit']!r}")
+    versions, ceilings = result["versions"], result["ceilings"]
+    found += [f"versions.{k}: expected a string" for k in VERSIONS if not isinstance(versions.get(k), str)]
+    if not re.fullmatch(r"sm_\d+", str(versions.get("architecture"))):
+        found.append("versions.architecture: expected such as 'sm_90'")
+    if set(ceilings) != set(CEILINGS) or not all(_positive(v) for v in ceilings.values()):
+        found.append(f"ceilings: expected {', '.join(CEILINGS)}, each above 0, got {ceilings!r}")
+    if not result["rows"]:
+        found.append("rows: expected at least one")
+    seen = set()
+    for i, row in enumerate(result["rows"]):
+        wrong = row_problems(row)
+        found += [f"rows[{i}].{w}" for w in wrong]
+        if not wrong:
+            key = (*_what(row), row["backend"], row["baseline"])
+            if key in seen:
+                found.append(f"rows[{i}]: measured twice: {key}")
+            seen.add(key)
+    return found
+
+
+def row_problems(row: Any) -> list[str]:
+    """What is wrong with one row."""
+    if not isinstance(row, dict) or set(row) != set(ROW):
+        return [f"expected {', '.join(ROW)}, got {_keys(row)}"]
+    found = [f"{k}: unexpected {row[k]!r:.40}" for k, t in ROW.items() if not isinstance(row[k], t) or row[k] is True]
+    if found:
+        return found
+    found = [f"{k}: expected a finite number" for k, v in row.items() if type(v) is float and not math.isfinite(v)]
+    found += [f"{k}: expected above 0, got {row[k]}" for k in ("ms", "baseline_ms", "ratio") if not row[k] > 0]
+    if row["backend"] not in BACKENDS:
+        found.append(f"backend: expected one of {', '.join(BACKENDS)}, got {row['backend']!r}")
+    if row["dtype"] not in BOUND:
+        found.append(f"dtype: expected one of {', '.join(BOUND)}, got {row['dtype']!r}")
+    for letter, size in row["shape"].items():
+        if type(size) is not (str if letter == "routing" else int):
+            found.append(f"shape.{letter}: unexpected {size!r}")
+    if found:
+        return found
+    if abs(row["ratio"] * row["ms"] / row["baseline_ms"] - 1) > 0.01:
+        found.append(f"ratio: expected baseline_ms / ms, got {row['ratio']}")
+    if row["tflops"] is None and row["gbps"] is None:
+        found.append("tflops: expected it or gbps")
+    if row["share_of_limit"] is not None and not 0 < row["share_of_limit"] < 1.2:
+        found.append(f"share_of_limit: expected a share, got {row['share_of_limit']}")
+    if not 0 <= row["max_rel_err"] <= BOUND[row["dtype"]]:
+        found.append(f"max_rel_err: expected at most {BOUND[row['dtype']]}, got {row['max_rel_err']}")
+    if row["peak_mb"] < 0:
+        found.append(f"peak_mb: expected at least 0, got {row['peak_mb']}")
+    return found
+
+
+def _keys(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in NUMBER and 0 < value < math.inf
+
+
+def _what(row: dict) -> tuple:
+    """What was computed, whatever computed it."""
+    return row["case"], row["dtype"], tuple(sorted(row["shape"].items()))
+
+
+def name_of(result: dict) -> str:
+    """``<gpu>-<date>.json``."""
+    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower().removeprefix("nvidia ")).strip("-")
+    return f"{device}-{result['date']}.json"
+
+
+def write(result: dict, path: Path) -> None:
+    """Raises ValueError, and writes nothing, when the content is not a right result."""
+    if found := problems(result):
+        raise ValueError(f"{path}: " + "; ".join(found))
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
+    path.write_text(head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def read(path: Path) -> dict:
+    """Raises ValueError when the file holds no right result."""
+    result = json.loads(path.read_text())
+    if found := problems(result):
+        raise ValueError(f"{path}: " + "; ".join(found))
+    return result
+
+
+def newest(folder: Path = RESULTS) -> list[dict]:
+    """The newest result of every device, by device name."""
+    results = {}
+    for result in sorted((read(p) for p in folder.glob("*.json")), key=lambda r: r["date"]):
+        results[result["device"]] = result
+    return [results[device] for device in sorted(results)]
+
+
+class Verdict(NamedTuple):
+    """What the results of one architecture say about a backend of an operator."""
+
+    architecture: str
+    op: str
+    backend: str
+    default: bool
+    text: str
+
+
+def verdicts(results: Iterable[dict]) -> list[Verdict]:
+    """Of every architecture, operator and backend that was measured against plain torch.
+
+    A backend is the default where it was right and faster than the present one in every case, shape and dtype that was
+    measured: one loss, or one case without a row (a wrong result gets none), keeps it out. Of two that win, the one
+    with the shorter sum of times.
+    """
+    results, found = list(results), []
+    for architecture in sorted({r["versions"]["architecture"] for r in results}):
+        mine = [r for r in results if r["versions"]["architecture"] == architecture]
+        for op in OPS:
+            found += _verdicts_of(architecture, op, mine)
+    return found
+
+
+def _verdicts_of(architecture: str, op: str, results: list[dict]) -> list[Verdict]:
+    rows = [(r["device"], row) for r in results for row in r["rows"] if row["case"].split()[0] == op]
+    by_backend = {
+        b: {(device, *_what(row)): row for device, row in rows if row["backend"] == b and row["baseline"] == PRESENT}
+        for b in BACKENDS
+    }
+    wanted = by_backend.pop(PRESENT).keys()
+    by_backend = {backend: measured for backend, measured in by_backend.items() if measured}
+    texts, times = {}, {}
+    for backend, measured in by_backend.items():
+        ratios = [row["ratio"] for row in measured.values()]
+        devices = ", ".join(sorted({device for device, *_ in measured}))
+        missing = len(wanted - measured.keys())
+        texts[backend] = (
+            f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as plain torch in {len(ratios)} cases on {devices}, "
+            f"error at most {max(row['max_rel_err'] for row in measured.values()):.1e}"
+        ) + (f"; wrong or not measured in {missing} others" if missing else "")
+        if min(ratios) > 1 and wanted and not missing:
+            times[backend] = sum(measured[key]["ms"] for key in wanted)
+    best = min(times, key=times.get, default=None)
+    return [Verdict(architecture, op, backend, backend == best, text) for backend, text in texts.items()]

@@ -1,0 +1,74 @@
+"""Times, memory and limits, of a GPU by its events and of a CPU by the clock (to execute, not to believe)."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20
+"""Written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
+
+HEAD_START = 2_000_000
+"""Clock cycles that the GPU idles before a call, about 1 ms: the host is then ahead, and launching costs no time."""
+
+
+class Timer:
+    """Candidates take turns within one run; medians of milliseconds.
+
+    What is timed is the device's work: a candidate whose host waits for the device in the middle pays for that.
+    """
+
+    def __init__(self, device: torch.device, tiny: bool):
+        self.device, self.tiny = device, tiny
+        self.rounds, self.warmup = (2, 1) if tiny else (30, 5)
+        self.on_gpu = device.type == "cuda"
+        self.flushed = torch.empty(FLUSH_BYTES if self.on_gpu and not tiny else 0, dtype=torch.int8, device=device)
+
+    def measure(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
+        """``{name: f}`` -> ``{name: ms}``; ``f(i)`` is called with rising i, by which it rotates its inputs."""
+        taken = {name: [] for name in candidates}
+        for i in range(self.warmup + self.rounds):
+            for name, candidate in candidates.items():
+                once = self._once(candidate, i, flush)
+                if i >= self.warmup:
+                    taken[name].append(once)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+    def _once(self, candidate: Callable[[int], object], i: int, flush: bool):
+        if not self.on_gpu:
+            began = time.perf_counter()
+            candidate(i)
+            return 1e3 * (time.perf_counter() - began)
+        if flush:
+            self.flushed.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        candidate(i)
+        end.record()
+        return start, end
+
+    def peak_mb(self, candidate: Callable[[int], object]) -> float:
+        """Memory that one call needs beyond what is allocated already, in units of 1e6 bytes; 0 on a CPU."""
+        if not self.on_gpu:
+            return 0.0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        candidate(0)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    def ceilings(self) -> dict[str, float]:
+        """What this machine can do at most: bytes read and written by a copy, a square bf16 product."""
+        n = 256 if self.tiny else 8192
+        num_bytes = 2**20 if self.tiny else 2**31
+        source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(n, n, device=self.device).to(torch.bfloat16) for _ in range(2))
+        ms = self.measure({"copy": lambda i: target.copy_(source), "product": lambda i: a @ b})
+        return {"copy_gbps": 2 * num_bytes / ms["copy"] / 1e6, "bf16_tflops": 2 * n**3 / ms["product"] / 1e9}

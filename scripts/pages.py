@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Writes what follows from benchmarks/results/: dexkernels/_defaults.py and the marked regions of README and docs.
+
+usage: python scripts/pages.py [--check]
+--check: change nothing; exit 1, naming each, when a file is not what the results say. Needs no other package.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import record  # noqa: E402
+
+PAGES = ("README.md", "benchmarks/README.md")
+NOTHING = """\
+Not measured on a GPU: no kernel of this library has run on one. The Triton kernels agree with float64 in Triton's
+interpreter and compile for sm_80 and sm_90, the CUDA one is tested as host code; none is used unless asked for by
+name, and CUDA tensors take the same plain-torch operators as the CPU."""
+
+DEFAULTS = '''\
+"""Which backend serves an operator on which GPU. Made by scripts/pages.py from benchmarks/results/; not edited."""
+
+# fmt: off
+DEFAULTS: dict[tuple[str, str], str] = {chosen}
+"""(architecture, operator) -> backend. What is not here, and every CPU, takes "reference"."""
+
+MEASURED: dict[tuple[str, str, str], str] = {measured}
+"""(architecture, operator, backend) -> what was measured."""
+'''
+
+
+def defaults(results: list[dict]) -> str:
+    """The text of dexkernels/_defaults.py."""
+    verdicts = record.verdicts(results)
+    chosen = [f'    ("{v.architecture}", "{v.op}"): "{v.backend}",\n' for v in verdicts if v.default]
+    measured = [f'    ("{v.architecture}", "{v.op}", "{v.backend}"): (\n{_lines(v.text)}    ),\n' for v in verdicts]
+    return DEFAULTS.format(chosen=_literal(chosen), measured=_literal(measured))
+
+
+def _literal(lines: list[str]) -> str:
+    return "{\n" + "".join(lines) + "}" if lines else "{}"
+
+
+def _lines(text: str) -> str:
+    """Text as adjacent string literals that fit into a line."""
+    parts, line = [], ""
+    for word in text.replace('"', "").replace("'", "").replace("\\", "").split(" "):
+        if len(line) + len(word) > 98:
+            parts.append(line)
+            line = ""
+        line += word + " "
+    parts.append(line.rstrip())
+    return "".join(f'        "{part}"\n' for part in parts)
+
+
+def region(name: str, results: list[dict]) -> str:
+    """What stands between the markers ``<!-- results: NAME -->`` and ``<!-- end of results -->``."""
+    if not results:
+        return NOTHING
+    return {"summary": summary, "full": full}[name](results)
+
+
+def summary(results: list[dict]) -> str:
+    """The backends that are defaults, and the largest image-wise case of each kind in bf16, against every baseline."""
+    parts = []
+    for result in results:
+        rows = [row for row in result["rows"] if row["dtype"] == "bfloat16" and row["backend"] != record.PRESENT]
+        largest = max((_size(row) for row in rows), default=0)
+        parts.append(f"{_heading(result)}\n\n{table(row for row in rows if _size(row) == largest)}")
+    return (
+        "\n\n".join(parts) + "\n\nAll rows, and which backend is the default where: [benchmarks](benchmarks/README.md)."
+    )
+
+
+def full(results: list[dict]) -> str:
+    verdicts = record.verdicts(results)
+    lines = [
+        f"| {v.architecture} | {v.op} | {v.backend} | {'yes' if v.default else 'no'} | {v.text} |" for v in verdicts
+    ]
+    head = "| architecture | operator | backend | default | measured |\n| --- | --- | --- | --- | --- |"
+    return "\n\n".join(["\n".join([head, *lines]), *(f"{_heading(r)}\n\n{table(r['rows'])}" for r in results)])
+
+
+def table(rows: Iterable[dict]) -> str:
+    columns = ("case", "shape", "backend", "dtype", "ms", "against", "their ms", "times as fast", "TFLOP/s", "GB/s")
+    columns += ("of the limit", "error", "MB")
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        shape = ", ".join(f"{letter} {size}" for letter, size in row["shape"].items())
+        share = "" if row["share_of_limit"] is None else f"{row['share_of_limit']:.0%}"
+        rates = ["" if row[k] is None else f"{row[k]:.0f}" for k in ("tflops", "gbps")]
+        cells = [row["case"], shape, row["backend"], row["dtype"], f"{row['ms']:.3f}", row["baseline"]]
+        cells += [f"{row['baseline_ms']:.3f}", f"{row['ratio']:.2f}", *rates, share, f"{row['max_rel_err']:.1e}"]
+        cells.append(f"{row['peak_mb']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _size(row: dict) -> int:
+    size = 1
+    for letter in "BNDHK":
+        size *= row["shape"].get(letter, 1)
+    return size
+
+
+def _heading(result: dict) -> str:
+    versions, ceilings = result["versions"], result["ceilings"]
+    return (
+        f"{result['device']}, {result['date']}, commit {result['commit'][:12]}, torch {versions['torch']}, "
+        f"triton {versions['triton']}, CUDA {versions['cuda']}. In the same run\n"
+        f"a copy moved {ceilings['copy_gbps']:.0f} GB/s and a bf16 product ran at "
+        f"{ceilings['bf16_tflops']:.0f} TFLOP/s: the limits. Medians."
+    )
+
+
+def fill(text: str, results: list[dict], where: str) -> str:
+    """The page with all of its regions made anew."""
+    start, end = "<!-- results: ", "<!-- end of results -->"
+    parts = text.split(start)
+    if len(parts) == 1:
+        raise ValueError(f"{where}: no marker {start}NAME -->")
+    out = [parts[0]]
+    for part in parts[1:]:
+        name, found, rest = part.partition(" -->\n")
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{where}: {start}{name[:40]} without {end}")
+        out.append(f"{start}{name} -->\n{region(name, results)}\n{end}{after}")
+    return "".join(out)
+
+
+def made(results: list[dict]) -> dict[Path, str]:
+    """Every generated file and its text."""
+    files = {ROOT / "dexkernels/_defaults.py": defaults(results)}
+    for page in PAGES:
+        files[ROOT / page] = fill((ROOT / page).read_text(), results, page)
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    try:
+        files = made(record.newest())
+    except ValueError as error:
+        print(f"pages: {error}", file=sys.stderr)
+        return 1
+    old = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    for path in old:
+        print(
+            f"{path.relative_to(ROOT)}: {'not what benchmarks/results/ says; run make pages' if check else 'written'}"
+        )
+        if not check:
+            path.write_text(files[path])
+    return 1 if check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""`torch.compile` by inductor: one graph, no recompile when schedules move, values and gradients those of eager.
+
+Tiny shapes: nearly all the time is inductor's own.
+"""
+
+import copy
+import functools
+import shutil
+
+import pytest
+import torch
+
+from dex.model import Block
+from dexkernels import DEXLayer
+from dexkernels.testing import randomize_
+
+D, H, E, K, B, N = 8, 16, 4, 2, 3, 5
+SCHEDULE = [(0.6, 0.99, 1e-2), (0.4, 0.995, 2e-2), (0.2, 0.999, 5e-3)]
+"""noise_std, momentum and learning rate of each step."""
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="inductor needs a C++ compiler for the CPU, and there is none",
+)
+
+
+@pytest.fixture
+def compiled():
+    """``compiled(f)``: f by inductor, in one graph, its shapes fixed; a recompile is an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield lambda f, fullgraph=True: torch.compile(f, backend="inductor", fullgraph=fullgraph, dynamic=False)
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def scalars(step: int) -> list[torch.Tensor]:
+    return [torch.tensor(v) for v in SCHEDULE[step]]
+
+
+def draw(step: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step))
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-6)
+
+
+def layer_objective(layer, x, noise, noise_std):
+    y, aux = layer(x, noise_std=noise_std, router_noise=noise, return_aux=True)
+    return y.square().sum() + 3 * aux.align_loss + aux.balance_loss, aux
+
+
+def block_objective(block, x, noise, noise_std):
+    y, aux = block(x, noise_std, noise, return_aux=True)
+    return y.square().sum() + 3 * aux.align_loss + aux.balance_loss, aux
+
+
+def block_of():
+    torch.manual_seed(0)
+    block = Block(D, 2, H, E, K, align="cosine")
+    randomize_(block.dex)
+    return block
+
+
+def gradients(module, objective, step, x):
+    module.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    noise_std, momentum, _ = scalars(step)
+    loss, aux = objective(module, x, draw(step + 10, B, 1, E), noise_std)
+    loss.backward()
+    return {"loss": loss.detach(), "mass": aux.gate_mass, "x": x.grad} | {
+        n: p.grad for n, p in module.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize(
+    "make, objective",
+    [
+        (lambda: randomize_(DEXLayer(D, H, E, K)), layer_objective),
+        (block_of, block_objective),
+    ],
+    ids=["layer", "block"],
+)
+def test_forward_and_backward(compiled, make, objective):
+    module = make()
+    fast = compiled(objective)
+    for step in range(len(SCHEDULE)):
+        x = draw(step, B, N, D)
+        want = gradients(module, objective, step, x)
+        got = gradients(module, fast, step, x)
+        assert got.keys() == want.keys()
+        for name in want:
+            close(got[name], want[name])
+    assert graphs() == 1
+
+
+def test_training_step_with_moving_schedules(compiled):
+    """Forward, backward, GEMA and AdamW; noise, momentum and learning rate are tensors: each is compiled once."""
+    model = randomize_(DEXLayer(D, H, E, K))
+    twin = copy.deepcopy(model)
+
+    def train(model, wrap):
+        lr = torch.tensor(0.0)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, foreach=False)
+        forward, update = wrap(functools.partial(layer_objective, model)), wrap(model.update_director)
+        # torch.optim itself breaks the graph before its step, so this one is not asked to be whole.
+        apply = wrap(optimizer.step, fullgraph=False)
+        losses = []
+        for step in range(len(SCHEDULE)):
+            noise_std, momentum, rate = scalars(step)
+            lr.copy_(rate)
+            loss, aux = forward(draw(step, B, N, D), draw(step + 10, B, 1, E), noise_std)
+            loss.backward()
+            update(aux.gate_mass, momentum)
+            apply()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    close(train(model, compiled), train(twin, lambda f, fullgraph=True: f))
+    for (name, p), q in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert graphs() == 3
+
+
+def test_a_float_schedule_would_be_noticed(compiled):
+    """What the test above relies on: a momentum that is a float is a constant of the graph, so moving it recompiles."""
+    layer = randomize_(DEXLayer(D, H, E, K))
+    update = torch.compile(layer.update_director, backend="eager", fullgraph=True)
+    update(torch.ones(E), 0.9)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        update(torch.ones(E), 0.8)
