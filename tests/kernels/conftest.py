@@ -1,4 +1,4 @@
-"""Kernels run here in Triton's interpreter, on CPU tensors, with poisoned allocations; compiled by ``--device cuda``.
+"""Kernels run here in Triton's interpreter, on CPU tensors with poisoned allocations; compiled by ``--device cuda``.
 
 Where Triton is not installed the tests are skipped, each file saying so.
 """

@@ -249,43 +249,47 @@ def _examples(facts: dict, examples: list[Example]) -> str:
 
 
 def _duplicates(facts: dict) -> str:
-    rows = [row for row in facts["duplicates"] if row["exact"] + row["near"]]
-    if not rows:
+    pairs: Counter = Counter()
+    for row in facts["duplicates"]:
+        for kind in ("exact", "near"):
+            pairs[row["source"], row["of"], kind] += row[kind]
+    found = {(source, of) for (source, of, _), count in pairs.items() if count}
+    if not found:
         return "<p>No image repeats another one.</p>"
     sources = {source["name"]: source for source in facts["sources"]}
-    pairs: Counter = Counter()
-    for row in rows:
-        pairs[row["source"], row["of"], "exact"] += row["exact"]
-        pairs[row["source"], row["of"], "near"] += row["near"]
-    down = [name for name in sources if any(row["source"] == name for row in rows)]
-    across = [name for name in sources if any(row["of"] == name for row in rows)]
-    number = {name: place for place, name in enumerate(across, 1)}
-    exact, near = sum(row["exact"] for row in rows), sum(row["near"] for row in rows)
-    inside = sum(row["exact"] + row["near"] for row in rows if row["source"] == row["of"])
-    top = max(pairs[a, b, "exact"] + pairs[a, b, "near"] for a in down for b in across)
-    heads = "".join(f'<th scope="col" title="{escape(name)}">{number[name]}</th>' for name in across)
-    body = []
-    for name in down:
-        cells = []
-        for of in across:
-            here = pairs[name, of, "exact"], pairs[name, of, "near"]
-            if not sum(here):
-                cells.append("<td></td>")
-                continue
-            title = f"{name} repeats {of}: {_n(here[0])} exact, {_n(here[1])} near"
-            cells.append(
-                f'<td class="hit" style="--share:{(sum(here) / top) ** 0.5:.3f}" title="{escape(title)}">'
-                f"{_n(sum(here))}<small>{_kinds(*here)}</small></td>"
-            )
-        body.append(f'<tr><th scope="row">{_name(sources[name])}</th>{"".join(cells)}</tr>')
-    key = "".join(f"<li><b>{number[name]}</b> {_name(sources[name])}</li>" for name in across)
+    rows = [name for name in sources if any(source == name for source, _ in found)]
+    across = [name for name in sources if any(of == name != source for source, of in found)]
+    own = any(source == of for source, of in found)
+    total = Counter({pair: pairs[*pair, "exact"] + pairs[*pair, "near"] for pair in found})
+    top = max(total.values())
+
+    def cell(name: str, of: str) -> str:
+        if not total[name, of]:
+            return "<td></td>"
+        exact, near = pairs[name, of, "exact"], pairs[name, of, "near"]
+        title = escape(f"{name} repeats {of}: {_n(exact)} exact, {_n(near)} near")
+        small = f"<small>{_n(exact)} exact</small>" if exact else ""
+        share = (total[name, of] / top) ** 0.5
+        return f'<td class="hit" style="--share:{share:.3f}" title="{title}">{_n(total[name, of])}{small}</td>'
+
+    heads = '<th scope="col">its own</th>' if own else ""
+    heads += "".join(f'<th scope="col" title="{escape(name)}">{place}</th>' for place, name in enumerate(across, 1))
+    body = "".join(
+        f'<tr><th scope="row">{_name(sources[name])}</th>{cell(name, name) if own else ""}'
+        f"{''.join(cell(name, of) if of != name else '<td></td>' for of in across)}</tr>"
+        for name in rows
+    )
+    key = "".join(f"<li><b>{place}</b> {_name(sources[name])}</li>" for place, name in enumerate(across, 1))
+    exact = sum(count for (_, _, kind), count in pairs.items() if kind == "exact")
+    inside = sum(count for (source, of), count in total.items() if source == of)
+    count = total.total()
     return (
-        f"<p>{_count(exact + near, 'slice')} dropped: {_n(exact)} with the same pixels, {_n(near)} alike; {_n(inside)} "
-        f"repeat an image of their own source, {_n(exact + near - inside)} one of another. Rows: the source whose slice "
-        "was dropped. Columns: the source of the image that was kept.</p>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Duplicates by source"><table class="matrix">'
-        f'<thead><tr><th scope="col">dropped from</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-        f'<ol class="numbered">{key}</ol>'
+        f"<p>{_count(count, 'slice')} dropped: {_n(exact)} with the same pixels, {_n(count - exact)} alike; "
+        f"{_n(inside)} repeat an image of their own source, {_n(count - inside)} one of another. Rows: the source "
+        "whose slices were dropped. Columns: the source of the images that were kept.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Duplicates by source"><table class="matrix">'
+        f'<thead><tr><th scope="col">dropped from</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+        + (f'<ol class="numbered">{key}</ol>' if key else "")
     )
 
 
@@ -313,11 +317,14 @@ def _text(facts: dict) -> str:
 
 
 def _licences(facts: dict) -> str:
+    alike: dict[tuple, list[dict]] = {}
+    for source in facts["sources"]:
+        alike.setdefault((source["package"], source["licence"], source["citation"]), []).append(source)
     body = "".join(
-        f'<tr><th scope="row">{_name(s)}<small>{escape(s["package"])}</small></th>'
-        f'<td data-label="Licence">{escape(s["licence"]) or _UNSTATED}</td>'
-        f'<td data-label="Citation">{escape(s["citation"]) or _UNSTATED}</td></tr>'
-        for s in facts["sources"]
+        f'<tr><th scope="row">{"<br>".join(map(_name, group))}<small>{escape(package)}</small></th>'
+        f'<td data-label="Licence"><span>{escape(licence) or _UNSTATED}</span></td>'
+        f'<td data-label="Citation"><span>{escape(citation) or _UNSTATED}</span></td></tr>'
+        for (package, licence, citation), group in alike.items()
     )
     return (
         '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col">Licence</th>'
@@ -356,7 +363,8 @@ def _bar(parts: list[tuple[str, int]], total: int, label: str) -> str:
 
 
 def _key(label: str, count: int, total: int) -> str:
-    return f'<li><i class="{_class(label)}"></i>{escape(label)} <b>{_n(count)}</b> <span>{_percent(count, total)}</span></li>'
+    share = _percent(count, total)
+    return f'<li><i class="{_class(label)}"></i>{escape(label)} <b>{_n(count)}</b> <span>{share}</span></li>'
 
 
 def _class(part: str) -> str:
@@ -366,10 +374,6 @@ def _class(part: str) -> str:
 def _in_order(dropped: dict[str, int]) -> list[tuple[str, int]]:
     known = [(reason, dropped[reason]) for reason in DROPPED if reason in dropped]
     return known + sorted((reason, count) for reason, count in dropped.items() if reason not in DROPPED)
-
-
-def _kinds(exact: int, near: int) -> str:
-    return "exact" if not near else "near" if not exact else f"{_n(exact)} exact, {_n(near)} near"
 
 
 def _splits(row: dict) -> list[str]:

@@ -28,8 +28,9 @@ small { display: block; font-size: .8125rem; line-height: 1.4; color: var(--quie
   text-transform: uppercase; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin-top: 2rem; font-size: .9375rem; }
 a { color: var(--accent); text-underline-offset: .2em; }
-.mark { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: 0 .5rem; color: var(--quiet);
-  font-size: .75rem; font-weight: 500; line-height: 1.35rem; white-space: nowrap; vertical-align: .05em; }
+.mark { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: 0 .5rem;
+  color: var(--quiet); font-size: .75rem; font-weight: 500; line-height: 1.35rem; white-space: nowrap;
+  vertical-align: .05em; }
 .mark + .mark { margin-left: .3rem; }
 .simulated { border-color: currentColor; color: var(--warn); background: var(--warn-page); }
 .notice { border-left: 4px solid var(--warn); background: var(--warn-page); padding: .6rem .9rem; margin-top: 1rem; }
@@ -81,7 +82,7 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
 #sources td.wide { width: 40%; padding-top: .85rem; padding-left: 1rem; } #sources thead th:nth-child(3) {
   padding-left: 1rem; }
 #sources th[scope=row] { width: 30%; } #licences th[scope=row] { width: 26%; } #licences td:nth-child(2) { width: 24%; }
-#text table { max-width: 46rem; }
+#text table { max-width: 46rem; } #text table + p { margin-top: .8rem; }
 .grid { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .9rem; }
 .grid img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: #000;
   border-radius: .3rem; }
@@ -108,7 +109,8 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
   .cards tr { border-bottom: 1px solid var(--line); padding: .7rem 0; }
   .cards .group { border: 0; padding: 1.1rem 0 0; }
   .cards td { display: grid; grid-template-columns: 7.5rem 1fr; column-gap: .75rem; }
-  .cards td::before { content: attr(data-label); color: var(--quiet); font-size: .8125rem; line-height: 1.5rem; grid-row: 1 / span 3; }
+  .cards td::before { content: attr(data-label); color: var(--quiet); font-size: .8125rem; line-height: 1.5rem;
+    grid-row: 1 / span 3; }
   .cards td > * { grid-column: 2; }
   .cards td .bar { align-self: center; margin: .35rem 0; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles b { font-size: 1.4rem; }

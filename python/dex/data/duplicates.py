@@ -29,7 +29,7 @@ ONES_PER_BIT = 10  # of the ones in a or b, one in so many may differ
 
 _BLOCK = 4096
 _PAIRS = 2**18  # compared at a time: what fits a cache
-_OPEN_PAIRS = 2**22  # within a block, before it is halved
+_OPEN_PAIRS = 2**19  # within a block, before it is halved
 _REACH = 9  # ones in a hash for each bit of its reach: d <= (p + d) / 10 is d <= p / 9
 _MIX = np.random.default_rng(0).integers(1, 2**63, 4, np.uint64) * np.uint64(2) + np.uint64(1)
 
@@ -126,33 +126,34 @@ class _Greedy:
         row, slot = _entries(words, index.ones[rows], index.bits, all_levels=True)
         begin, end = index.span(slot)
         best = np.full(len(rows), none, np.int64)
-        filed = np.zeros(len(rows), bool)  # an image kept before has the same hash: there is no need for a second entry
+        filed = np.zeros(len(rows), bool)  # a slice kept before, of this volume, has the same hash and stands for both
         for i, j, distance in index.near(words, row, begin, end):
             own = self.one_volume(rows[i], j)
             np.minimum.at(best, i[~own], j[~own])
             filed[i[own & (distance == 0)]] = True
 
         # those left are compared with each other: filed at the end of their bands, then taken out again
-        open_rows = rows[best == none]
-        index.insert(open_rows)
-        now = index.span(slot)[1]
-        left = (best == none)[row]
-        count = int((now - end)[left].sum())
+        left = (best == none) & ~filed
+        index.insert(rows[left])
+        mine = left[row]
+        row, begin, end = row[mine], end[mine], index.span(slot[mine])[1]
+        count = int((end - begin).sum())
         edges: dict[int, list[tuple[int, bool]]] = {}
-        if count <= _OPEN_PAIRS or len(rows) == 1:
-            for i, j, distance in index.near(words, row[left], end[left], now[left]):
-                own = self.one_volume(rows[i], j)
-                matters = (j < rows[i]) & (~own | (distance == 0))
-                for a, b, o in zip(i[matters].tolist(), j[matters].tolist(), own[matters].tolist(), strict=True):
-                    edges.setdefault(a, []).append((b, o))
-        index.remove(open_rows)
+        if count <= _OPEN_PAIRS:
+            found = [np.stack([i, j, self.one_volume(rows[i], j), d]) for i, j, d in index.near(words, row, begin, end)]
+            i, j, own, distance = np.unique(np.concatenate(found, axis=1), axis=1) if found else np.empty((4, 0), int)
+            matters = (j < rows[i]) & ((own == 0) | (distance == 0))
+            for a, b, o in zip(i[matters].tolist(), j[matters].tolist(), own[matters].tolist(), strict=True):
+                edges.setdefault(a, []).append((b, bool(o)))
+        index.remove(rows[left])
         if count > _OPEN_PAIRS and len(rows) > 1:  # many alike: the first half decides on most of the second
             self.decide(rows[: len(rows) // 2])
             self.decide(rows[len(rows) // 2 :])
             return
 
         same = self.same[rows]
-        for i in np.flatnonzero((same >= 0) | (best < none) | np.isin(np.arange(len(rows)), list(edges))).tolist():
+        beside = np.isin(np.arange(len(rows)), list(edges))
+        for i in np.flatnonzero((same >= 0) | (best < none) | beside).tolist():
             place, group = int(rows[i]), int(same[i])
             kept_before = [(j, own) for j, own in edges.get(i, ()) if self.kind[j] == KEEP]
             near = min([j for j, own in kept_before if not own], default=int(best[i]))
@@ -180,7 +181,7 @@ class _Index:
 
     def __init__(self, hashes: np.ndarray):
         self.words, self.ones = _words(hashes)
-        self._first = self.words[:, 0].copy()
+        self._quarters = np.ascontiguousarray(self.words.T)
         self.bits = max(8, (len(hashes) - 1).bit_length())
         bands = NEAR_DUPLICATE_BITS + 1
         count = np.zeros(bands << self.bits, np.int32)
@@ -232,14 +233,16 @@ class _Index:
             # one arange runs through all slots: what is added takes it from its own place to the slot's
             shift = begin[start:stop] - (ends[start:stop] - part - done)
             j = self._rows[np.arange(ends[stop - 1] - done) + np.repeat(shift, part)]
-            # a quarter of the bits tells most pairs apart, and needs a quarter of the memory traffic
-            some = np.bitwise_count(np.repeat(words[row[start:stop], 0], part) ^ self._first[j]) <= NEAR_DUPLICATE_BITS
-            some = np.flatnonzero(some)
-            i, j = row[start + np.searchsorted(ends[start:stop] - done, some, "right")], j[some].astype(np.int64)
-            distance = np.bitwise_count(words[i] ^ self.words[j]).sum(axis=1, dtype=np.int64)
+            i = np.repeat(row[start:stop], part)
+            # most pairs differ too much within a quarter or a half of their bits already
+            distance = np.bitwise_count(np.repeat(words[row[start:stop], 0], part) ^ self._quarters[0][j])
+            for quarter in range(1, 4):
+                some = np.flatnonzero(distance <= NEAR_DUPLICATE_BITS)
+                i, j = i[some], j[some]
+                distance = distance[some] + np.bitwise_count(words[i, quarter] ^ self._quarters[quarter][j])
             ones = np.bitwise_count(words[i] | self.words[j]).sum(axis=1, dtype=np.int64)
-            close = (distance <= NEAR_DUPLICATE_BITS) & (ONES_PER_BIT * distance <= ones)
-            yield i[close], j[close], distance[close]
+            close = (distance <= NEAR_DUPLICATE_BITS) & (ONES_PER_BIT * distance.astype(np.int64) <= ones)
+            yield i[close], j[close].astype(np.int64), distance[close]
             start = stop
 
     def _own(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

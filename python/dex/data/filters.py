@@ -48,8 +48,8 @@ def suspect_text(image: np.ndarray) -> bool:
     is measured by its total variation along the rows over its contrast: a blob crossed once by every row has 2. Two
     windows of 3 and more make an image suspect.
 
-    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy, that is smaller
-    than 4 pixels, or that is a single letter (the side marker of a radiograph) is not found: no finding is no proof.
+    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy or is smaller than 4
+    pixels is not found, a single letter (the side marker of a radiograph) only on black: no finding is no proof.
     """
     unit = _unit(image)
     if min(unit.shape) < _WINDOW:

@@ -12,6 +12,8 @@ import logging
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ logger = logging.getLogger("dex.data")
 EXAMPLES = 20  # pairs, and ids of unreadable images, that a report names
 
 _CHUNK = 256
+_CHUNKS_PER_WORKER = 8  # fewer do not pay for starting a process
 _NOTE = 50_000
 _dataset: Dataset | None = None  # of a worker process
 
@@ -161,13 +164,18 @@ def _hashes(
 
 
 def _parts(path: str | Path | None, dataset: Dataset, workers: int) -> Iterator[tuple[int, list]]:
-    starts = range(0, len(dataset), _CHUNK)
-    if workers == 1:
-        for start in starts:
-            yield start, _hash_part(dataset, start)
+    ranges = [(start, min(start + _CHUNK, len(dataset))) for start in range(0, len(dataset), _CHUNK)]
+    workers = min(workers, len(ranges) // _CHUNKS_PER_WORKER)
+    if workers < 2:
+        for start, stop in ranges:
+            yield start, _hash_part(dataset, start, stop)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _open, (path,)) as pool:
-        yield from zip(starts, pool.imap(_hash_worker, starts), strict=True)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _open, (path,)) as pool:
+        try:
+            for (start, _), part in zip(ranges, pool.map(_hash_here, ranges), strict=True):
+                yield start, part
+        except BrokenProcessPool as error:
+            raise OSError(f"{dataset.name}: a process that decodes images was killed") from error
 
 
 def _open(path: str | Path | None) -> None:
@@ -175,13 +183,13 @@ def _open(path: str | Path | None) -> None:
     _dataset = open_dataset(path)
 
 
-def _hash_worker(start: int) -> list:
-    return _hash_part(_dataset, start)
+def _hash_here(places: tuple[int, int]) -> list:
+    return _hash_part(_dataset, *places)
 
 
-def _hash_part(dataset: Dataset, start: int) -> list[tuple[bytes, bytes] | None]:
+def _hash_part(dataset: Dataset, start: int, stop: int) -> list[tuple[bytes, bytes] | None]:
     part = []
-    for i in range(start, min(start + _CHUNK, len(dataset))):
+    for i in range(start, stop):
         try:
             image = np.ascontiguousarray(dataset[i].image.numpy().transpose(1, 2, 0))
         except SampleError:

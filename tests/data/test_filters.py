@@ -1,0 +1,155 @@
+"""What is dropped, and what is suspected of text: drawn text, real ultrasound screens, real images without text."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from dex.data import open_dataset
+from dex.data.filters import DROPPED, suspect_text, verdict
+
+SOURCE = SimpleNamespace(min_foreground=0.05)
+
+
+def embedded(step: int):
+    dataset = open_dataset(None)
+    for index in range(0, len(dataset), step):
+        sample = dataset[index]
+        yield sample.id, sample.image.numpy().transpose(1, 2, 0)
+
+
+def anatomy() -> np.ndarray:
+    """uint8 [256, 256]: a textured disc on black."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:256, :256]
+    texture = np.asarray(Image.fromarray(rng.integers(40, 220, (32, 32), np.uint8)).resize((256, 256)))
+    return np.where((y - 140) ** 2 + (x - 128) ** 2 < 80**2, texture, 0).astype(np.uint8)
+
+
+def write(image: np.ndarray, lines: list[str], level: int = 255, size: int = 10, at=(6, 4)) -> np.ndarray:
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        draw.text((at[0], at[1] + 14 * number), line, fill=level, font=ImageFont.load_default(size))
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.05, None), (0.0499, "foreground"), (1.0, None), (0.0, "foreground")]
+)
+def test_foreground_is_the_source_s(share, expected):
+    assert verdict(anatomy(), share, False, SOURCE) == expected
+    assert verdict(anatomy(), share, False, SimpleNamespace(min_foreground=0.0)) is None
+
+
+def test_first_reason_that_holds():
+    blank = np.full((256, 256), 90, np.uint8)
+    assert verdict(blank, 0.0, True, SOURCE) == "too small"
+    assert verdict(blank, 0.0, False, SOURCE) == "blank"
+    assert set(DROPPED) >= {"too small", "blank", "foreground"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_noise_is_blank_and_a_faint_disc_is_not(dtype):
+    """Whatever share of its pixels is off the background level, noise has no structure."""
+    rng = np.random.default_rng(1)
+    full = np.iinfo(dtype).max
+    noise = np.clip(0.05 + rng.normal(0, 0.03, (256, 256)), 0, 1)
+    assert verdict((noise * full).astype(dtype), 0.6, False, SOURCE) == "blank"
+    noise[100:150, 100:150] += 0.04
+    assert verdict((noise * full).astype(dtype), 0.6, False, SOURCE) is None
+
+
+def test_blank_looks_at_every_channel():
+    colour = np.zeros((256, 256, 3), np.uint8)
+    assert verdict(colour, 1.0, False, SOURCE) == "blank"
+    colour[80:160, 80:160, 2] = 60
+    assert verdict(colour, 1.0, False, SOURCE) is None
+
+
+def test_no_embedded_image_is_blank():
+    assert not [name for name, image in embedded(5) if verdict(image, 1.0, False, SOURCE)]
+
+
+@pytest.mark.parametrize("size", [9, 10, 12])
+@pytest.mark.parametrize("ground", [0, 255])
+def test_drawn_text_is_suspected(size, ground):
+    image = anatomy() if ground == 0 else 255 - anatomy()
+    assert not suspect_text(image)
+    lines = ["MEDICAL CENTER 12:04:31", "ID 4711-08  MI 0.9"]
+    text = write(image, lines, 255 - ground, size)
+    assert suspect_text(text)
+    assert suspect_text(text.astype(np.uint16) * 257)
+    assert suspect_text(np.stack([text] * 3, axis=2))
+    assert suspect_text(text.T.copy().T), "layout in memory does not matter"
+
+
+def test_coloured_text_is_suspected():
+    colour = np.stack([anatomy()] * 3, axis=2)
+    picture = Image.fromarray(colour)
+    ImageDraw.Draw(picture).text((6, 4), "MEDICAL CENTER 12:04:31", fill=(20, 60, 250), font=ImageFont.load_default(10))
+    assert suspect_text(np.asarray(picture))
+
+
+def test_faint_text_is_not_suspected():
+    assert not suspect_text(write(anatomy(), ["MEDICAL CENTER 12:04:31", "ID 4711-08"], 30))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda d: d.rectangle((20, 20, 230, 26), fill=255),  # a bar, a frame, a line, a grey wedge, a blob
+        lambda d: d.rectangle((10, 10, 240, 240), outline=200),
+        lambda d: d.line((0, 30, 255, 90), fill=255, width=2),
+        lambda d: [d.line((240, y, 250, y), fill=y) for y in range(256)],
+        lambda d: d.ellipse((30, 8, 60, 18), fill=255),
+    ],
+)
+def test_other_overlays_are_not_suspected(draw):
+    picture = Image.fromarray(np.zeros((256, 256), np.uint8))
+    draw(ImageDraw.Draw(picture))
+    assert not suspect_text(np.asarray(picture))
+
+
+def test_no_embedded_image_is_suspected():
+    """Their ultrasound images were cut out clear of text."""
+    assert not [name for name, image in embedded(2) if suspect_text(image)]
+
+
+def test_embedded_images_are_suspected_once_text_is_in_their_margin():
+    """The rest of an image hides nothing: a margin above it is enough."""
+    found = []
+    for _, image in embedded(45):
+        image = image.copy()
+        image[:40] = 0
+        found.append(suspect_text(write(image, ["GENERAL HOSPITAL", "08-NOV-1961 F"], 230)))
+    assert len(found) >= 14 and all(found)
+
+
+@pytest.mark.parametrize("name", ["examples_rgb_color", "examples_palette"])
+def test_real_ultrasound_screens_are_suspected(name):
+    """Files that pydicom brings; resized as `dex prepare` does, the longer side to 256."""
+    pydicom = pytest.importorskip("pydicom")
+    pixels = pytest.importorskip("pydicom.pixels")
+    file = Path(pydicom.__file__).parent / "data" / "test_files" / f"{name}.dcm"
+    if not file.exists():
+        pytest.skip(f"pydicom came without {file.name}")
+    dataset = pydicom.dcmread(file)
+    values = pixels.pixel_array(dataset)
+    if name == "examples_palette":
+        values = (pixels.apply_color_lut(values, dataset) / 256).astype(np.uint8)
+    picture = Image.fromarray(values)
+    scale = 256 / max(picture.size)
+    content = np.asarray(picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC))
+    screen = np.zeros((256, 256, 3), np.uint8)
+    top, left = (256 - content.shape[0]) // 2, (256 - content.shape[1]) // 2
+    screen[top : top + content.shape[0], left : left + content.shape[1]] = content
+    assert suspect_text(screen)
+
+
+def test_small_and_wrong_images():
+    assert suspect_text(np.zeros((16, 16), np.uint8)) is False
+    with pytest.raises(ValueError, match=r"image: expected uint8 or uint16 .*got float32 \[8, 8\]"):
+        suspect_text(np.zeros((8, 8), np.float32))
