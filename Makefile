@@ -5,7 +5,7 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data clean
+.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -40,6 +40,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
+
+fuzz: $(INSTALLED)  ## hostile and broken files in full, a sample of which `make test` runs
+	DEX_FUZZ=full $(VENV)/bin/python -m pytest tests/hostile -s
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis
