@@ -42,9 +42,11 @@ def _drawn_where_its_generator_is(draw):
     """``draw`` with a generator of the CPU gives the same numbers, moved to the default device."""
 
     def moved(*args, generator=None, device=None, requires_grad=False, **kwargs):
-        if generator is None or device is not None:
+        # torch knows its own functions by what the module holds when it first looks, so each is told its device.
+        device = torch.get_default_device() if device is None else device
+        if generator is None or generator.device.type == torch.device(device).type:
             return draw(*args, generator=generator, device=device, requires_grad=requires_grad, **kwargs)
         drawn = draw(*args, generator=generator, device=generator.device, **kwargs)
-        return drawn.to(torch.get_default_device()).requires_grad_(requires_grad)
+        return drawn.to(device).requires_grad_(requires_grad)
 
     return moved

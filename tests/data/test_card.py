@@ -421,6 +421,9 @@ def test_in_a_browser(facts, examples, width, scheme, tmp_path):
         for key in ("source", "of"):
             row[key] = facts["sources"][0]["name"] if row[key] == "heart-ct" else row[key]
     examples = [e._replace(source=facts["sources"][0]["name"]) if e.source == "heart-ct" else e for e in examples]
+    for number in range(16):  # a matrix that is wider than any page
+        facts["sources"].append(source(f"other-{number}", "CT", 0, 0))
+        facts["duplicates"].append({"source": "made-pet", "of": f"other-{number}", "exact": 0, "near": 12_345})
     html = build(facts, examples)[0].decode()
     measured = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     measured = measured.replace("</body>", f"{MEASURE}</body>")

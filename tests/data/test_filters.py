@@ -113,6 +113,22 @@ def test_other_overlays_are_not_suspected(draw):
     assert not suspect_text(np.asarray(picture))
 
 
+@pytest.mark.parametrize(("gap", "expected"), [(10, True), (40, False)])
+def test_two_strokes_in_a_window_are_text(gap, expected):
+    image = np.zeros((256, 256), np.uint8)
+    for left in range(20, 200, gap):
+        image[30:38, left : left + 3] = 255
+    assert suspect_text(image) == expected
+
+
+@pytest.mark.parametrize(("height", "expected"), [(3, False), (4, True), (12, True), (13, False)])
+def test_a_line_of_text_has_4_to_12_rows(height, expected):
+    image = np.zeros((256, 256), np.uint8)
+    for left in range(20, 200, 8):
+        image[30 : 30 + height, left : left + 3] = 255
+    assert suspect_text(image) == expected
+
+
 def test_no_embedded_image_is_suspected():
     """Their ultrasound images were cut out clear of text."""
     assert not [name for name, image in embedded(2) if suspect_text(image)]
