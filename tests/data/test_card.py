@@ -274,6 +274,8 @@ def test_burned_in_text(facts, examples):
     text = page.text["text"]
     assert "clinic private | 1,290" in text and "30 % of 4,321" in text and "1,111" in text
     assert "Nothing suspected or declared in the other 3 sources." in text and "heart-ct" not in text
+    facts["sources"][3]["burned_in_declared"] = 2
+    assert "all-gone  | 0 | 2 | " in Page(build(facts, examples)[0]).text["text"]
 
 
 def test_licences_and_rules(facts, examples):
@@ -296,6 +298,8 @@ def test_examples_are_the_files_themselves(facts, examples):
     array = np.load(io.BytesIO(examples[8].image))
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(images[8].partition(",")[2])))) == array).all()
     assert "heart-ct axial-003" in page.text["examples"]
+    titles = [a["title"] for tag, a in page.tags if tag == "img"]
+    assert titles == [example.id for example in examples]
 
 
 def test_everything_of_the_user_is_escaped(facts, examples):

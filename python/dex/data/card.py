@@ -239,7 +239,7 @@ def _examples(facts: dict, examples: list[Example]) -> str:
             mark = _SIMULATED if sources[example.source]["simulated"] else ""
             label = f"{example.modality}, source {example.source}"
             figures.append(
-                f'<figure><img src="{_data_url(example)}" alt="{escape(label)}" '
+                f'<figure><img src="{_data_url(example)}" alt="{escape(label)}" title="{escape(example.id)}" '
                 f'width="{facts["image_size"]}" height="{facts["image_size"]}">'
                 f"<figcaption>{mark}<b>{escape(example.source)}</b> <span>{escape(_short(example))}</span>"
                 "</figcaption></figure>"
@@ -302,9 +302,15 @@ def _text(facts: dict) -> str:
     )
     if not rows:
         return f"{note}<p>No image is suspected, no unit declares it.</p>"
+
+    def share(source: dict) -> str:
+        if not source["text_suspected"]:
+            return ""
+        return f"<small>{_percent(source['text_suspected'], source['kept'])} of {_n(source['kept'])}</small>"
+
     body = "".join(
         f'<tr><th scope="row">{_name(s)}</th><td data-label="Suspected" class="number">{_n(s["text_suspected"])}'
-        f"<small>{_percent(s['text_suspected'], s['kept'])} of {_n(s['kept'])}</small></td>"
+        f"{share(s)}</td>"
         f'<td data-label="Declared" class="number">{_n(s["burned_in_declared"])}</td></tr>'
         for s in rows
     )
@@ -395,8 +401,8 @@ def _data_url(example: Example) -> str:
 
 
 def _short(example: Example) -> str:
-    """The id without the source's name before it."""
-    return example.id.removeprefix(f"{example.source}/")
+    """The last part of the id; the picture's title is the whole."""
+    return example.id.rpartition("/")[2]
 
 
 def _total(counts: dict[str, int]) -> int:
