@@ -70,7 +70,7 @@ def facts() -> dict:
         source(
             "clinic", "ultrasound", 4_321, 0, public=False, licence="", citation="", units=2_000, text_suspected=1_290
         )
-        | {"refused": {"burned-in": 1_111, "unreadable": 3, "timeout": 0}, "burned_in_declared": 1_111},
+        | {"refused": {"unreadable": 3, "burned-in": 1_111, "timeout": 0}, "burned_in_declared": 1_111},
         source("made-pet", "PET", 160, 9, simulated=True, dropped={"exact duplicate": 5, "near duplicate": 8}),
         source("all-gone", "OCT", 0, 0, dropped={"too small": 77}),
     ]

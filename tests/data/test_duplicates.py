@@ -147,6 +147,13 @@ def test_slices_of_one_volume_are_only_exact_duplicates():
     assert kind.tolist() == [KEEP, KEEP, EXACT, NEAR, NEAR] and of.tolist() == [-1, -1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("volume", [(True, False), (False, True), (False, False)])
+def test_both_must_be_slices_of_the_volume(volume):
+    full = (1 << 150) - 1
+    kind, _ = find(table(1, 2), table(full, full), np.zeros(2, np.int64), np.array(volume))
+    assert kind.tolist() == [KEEP, NEAR]
+
+
 def test_exact_goes_before_near():
     full = (1 << 150) - 1
     kind, of = find(table(1, 2, 2), table(full, 1, full), np.arange(3), np.zeros(3, bool))

@@ -62,6 +62,21 @@ def test_noise_is_blank_and_a_faint_disc_is_not(dtype):
     assert verdict((noise * full).astype(dtype), 0.6, False, SOURCE) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "total", "expected"),
+    [(np.uint8, 1305, "blank"), (np.uint8, 1306, None), (np.uint16, 335_539, "blank"), (np.uint16, 335_540, None)],
+)
+@pytest.mark.parametrize("ground", [0, 100])
+def test_border_of_blank(dtype, total, expected, ground):
+    """Of full scale 0.02 are 5.1 or 1310.7 levels: in the 256 pixels of a block 1305.6 or 335,539.2 in all."""
+    image = np.full((256, 256), ground, dtype)
+    block = np.full(256, total // 256)
+    block[: total % 256] += 1
+    assert block.sum() == total
+    image[240:, 240:] += block.reshape(16, 16).astype(dtype)
+    assert verdict(image, 1.0, False, SOURCE) == expected
+
+
 def test_blank_looks_at_every_channel():
     colour = np.zeros((256, 256, 3), np.uint8)
     assert verdict(colour, 1.0, False, SOURCE) == "blank"
@@ -118,6 +133,15 @@ def test_two_strokes_in_a_window_are_text(gap, expected):
     image = np.zeros((256, 256), np.uint8)
     for left in range(20, 200, gap):
         image[30:38, left : left + 3] = 255
+    assert suspect_text(image) == expected
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0, False), (8, True)])
+def test_two_windows_are_needed(left, expected):
+    """Windows begin at every 8th column: two strokes at the border lie in the first one only, further in, in two."""
+    image = np.zeros((256, 256), np.uint8)
+    for stroke in (left + 1, left + 5):
+        image[30:38, stroke : stroke + 2] = 255
     assert suspect_text(image) == expected
 
 

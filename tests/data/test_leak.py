@@ -95,6 +95,24 @@ def test_no_overlap(pictures, trained, tmp_path):
     ]
 
 
+def test_near_copies_alone_are_an_overlap(pictures, trained, tmp_path):
+    (tmp_path / "jpegs").mkdir()
+    (tmp_path / "jpegs" / "3.jpg").write_bytes(encode(pictures[3], "jpg", quality=80))
+    report = find_leak(trained, tmp_path / "jpegs")
+    assert report.b.found == {"exact": 0, "near": 1} and report.overlap and report.to_json()["overlap"] is True
+    assert "no overlap" not in report.to_text()
+
+
+def test_unreadable_images_of_the_first_set(pictures, tested, tmp_path):
+    """They shift no id: what stands behind them is named as itself. A source is what stands before the first "/"."""
+    (tmp_path / "b" / "CT" / "deep").mkdir(parents=True)
+    (tmp_path / "b" / "CT" / "deep" / "again.png").write_bytes(encode(pictures[7], "png"))
+    report = find_leak(tested, tmp_path / "b")
+    assert (report.a.unreadable, report.b.unreadable) == (2, 0)
+    assert report.pairs == ({"kind": "exact", "b": "CT/deep/again.png", "a": "MR/same.png"},)
+    assert report.by_source == ({"source": "CT", "of": "MR", "exact": 1, "near": 0},)
+
+
 def test_a_copy_among_many_copies(pictures, trained, tmp_path):
     """Each image counts once on its side, however often the other side holds it."""
     (tmp_path / "copies").mkdir()
