@@ -5,7 +5,7 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz clean
+.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz reliability clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -43,6 +43,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 
 fuzz: $(INSTALLED)  ## hostile and broken files in full, a sample of which `make test` runs
 	DEX_FUZZ=full $(VENV)/bin/python -m pytest tests/hostile -s
+
+reliability: $(INSTALLED)  ## what a run on several ranks promises, in full (20 minutes), and the page about it
+	mkdir -p benchmarks/results/reliability
+	DEX_RELIABILITY=full DEX_RELIABILITY_OUT=benchmarks/results/reliability/two-ranks.json \
+		$(VENV)/bin/python -m pytest tests/reliability; code=$$?; $(PYTHON) scripts/reliability_page.py; exit $$code
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis

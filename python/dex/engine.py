@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -177,11 +177,14 @@ class Trainer:
         """Set before a step: this rank was told to stop."""
         self.stopping = False
         """Some rank was told to stop, and all know of it."""
+        self.at: Callable[[str], None] = lambda phase: None
+        """Called with what a step does next: "loader", then "step"."""
         self.spikes: list[Spike] = []
         """Loss spikes found since the caller last took them away."""
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
         self._noise_std = torch.zeros((), device=self.device)
         self._pending: deque[_Verdict] = deque()
+        self._unreadable: CorruptDataError | None = None
         self._evaluator = Evaluator(config, self.model, train, held_out, self.device, self.precision)
         self._window = self._new_window()
         self._slots = torch.zeros(sum(self.experts), dtype=torch.int64, device=self.device)
@@ -194,13 +197,16 @@ class Trainer:
     def train_step(self) -> list[NonFinite]:
         """One step; returns the non-finite ones among the steps whose verdict has arrived.
 
-        CorruptDataError: too many images cannot be read, on any rank; every rank raises it after the same step.
+        CorruptDataError: too many images cannot be read, on any rank; every rank raises it, naming those ranks and
+        their samples, with ``step`` back at the step that wanted them. Nothing changed since.
         """
         config = self.config
         values = schedule_at(config, self.step, self.steps)
         began = time.perf_counter()
+        self.at("loader")
         batch, unreadable = self._next_batch()
         self.data_wait += time.perf_counter() - began
+        self.at("step")
 
         size, mask_ratio = config.model.img_size, config.model.mask_ratio
         keys = numbers.sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
@@ -365,17 +371,19 @@ class Trainer:
         """This rank's part of the next batch; alone, CorruptDataError is raised.
 
         Among several ranks it is handed back with black images, so that this rank takes part in the step, which then
-        changes nothing anywhere, and all learn of it.
+        changes nothing anywhere, nor does any later one, and all learn of it.
         """
         try:
-            return next(self.loader), None
+            if self._unreadable is None:
+                return next(self.loader), None
         except CorruptDataError as error:
             if self.ranks.world_size == 1:
                 raise
-            count, size = self.config.data.batch_size // self.ranks.world_size, self.loader.dataset.image_size
-            black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
-            nothing = torch.zeros(count, dtype=torch.int64)
-            return Batch(black, nothing, ("",) * count, nothing), error
+            self._unreadable = error
+        count, size = self.config.data.batch_size // self.ranks.world_size, self.loader.dataset.image_size
+        black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+        nothing = torch.zeros(count, dtype=torch.int64)
+        return Batch(black, nothing, ("",) * count, nothing), self._unreadable
 
     def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
@@ -431,7 +439,7 @@ class Trainer:
     @torch.no_grad()
     def _count(self, told: "_Told") -> None:
         window = self._window
-        window["steps"] += 1
+        window["steps"] += told.flags[1] == 0  # a step without its images will be taken again
         window["good"] += told.good
         for name, value in (
             ("sums", told.losses),
@@ -472,9 +480,11 @@ class Trainer:
             image_loss = values[5:]
             self.stopping = self.stopping or stop > 0
             if unreadable:
-                raise CorruptDataError(
-                    f"step {step + 1}: on {unreadable:.0f} of the ranks too many samples cannot be read"
-                )
+                self.step = step
+                self._pending.clear()
+                words = gather(self.ranks, self._unreadable and str(self._unreadable))
+                named = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(words) if text)
+                raise CorruptDataError(f"step {step + 1}: {named}", self.loader.corrupt)
             if good:
                 self.nonfinite_in_a_row = 0
                 self._watch_loss(step, loss, ids, image_loss)

@@ -171,12 +171,12 @@ class Run:
     def _steps(self) -> int:
         trainer, run = self.trainer, self.run_config
         last = min(trainer.steps, run.stop_at or trainer.steps)
+        trainer.at = lambda phase: self.watch.at(trainer.step, phase)
         if trainer.step == 0 and run.evaluate_every:
             self._evaluate()
         self._restart_clock()
         while trainer.step < last:
             trainer.stop_requested = bool(self.signals)
-            self.watch.at(trainer.step, "step")
             try:
                 bad = trainer.train_step()
             except CorruptDataError:
@@ -345,7 +345,7 @@ def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Chec
     if resume is None or (resume == "auto" and not log.holds_run()):
         if log.holds_run():
             raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")
-        if out.exists() and any(out.iterdir()):
+        if not log.is_empty():
             raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
         return None, []
     if resume != "auto":

@@ -75,6 +75,10 @@ class RunLog:
     def holds_run(self) -> bool:
         return (self.folder / CONFIG).exists()
 
+    def is_empty(self) -> bool:
+        """Nothing is there but what a start that was killed at once leaves."""
+        return not self.folder.exists() or all(p == _work(self.folder / CONFIG) for p in self.folder.iterdir())
+
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
         return read_yaml(self.folder / CONFIG, Config())
@@ -98,12 +102,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         step = start["step"]
-        self._fresh = not self.folder.exists() or not any(self.folder.iterdir())
-        for folder in (*reversed(self.folder.parents), self.folder, self.pictures):
+        self._fresh = self.is_empty()
+        for folder in (*reversed(self.folder.parents), self.folder):
             if not folder.exists():
                 folder.mkdir()
                 self._created.append(folder)
-        _write(self.folder / CONFIG, to_yaml(config))
+        _write(self.folder / CONFIG, to_yaml(config))  # first: it makes the folder a run's, whatever comes next
+        self.pictures.mkdir(exist_ok=True)
         _write(self.folder / STARTS, json.dumps({"starts": [*self._starts(), dict(start)]}, indent=1) + "\n")
         for name in (METRICS, EVENTS):
             path = self.folder / name
@@ -269,9 +274,13 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    work = path.with_name(f".{path.name}.tmp")
+    work = _work(path)
     work.write_text(text, encoding="utf-8")
     os.replace(work, path)
+
+
+def _work(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _version(name: str) -> str | None:

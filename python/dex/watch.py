@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dex.distributed import Ranks
+from dex.distributed import Ranks, gather
 
 INTERVAL = 1.0
 DEAD_AFTER = 15.0
@@ -35,13 +35,18 @@ class Watch:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._thread = None
+        self._threads: list[threading.Thread] = []
         if ranks.world_size > 1:
             self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            self._tell(beat=0)
-            self._seen = {r: (dict(self._place), self._since) for r in range(ranks.world_size) if r != ranks.rank}
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            self._main = threading.get_ident()
+            self._self = {"host": socket.gethostname(), "pid": os.getpid()}
+            self._answered = self._since
+            told = enumerate(gather(ranks, self._self))
+            self._seen = {r: ({**self._place, **who}, self._since) for r, who in told if r != ranks.rank}
+            # The store of a process that was stopped answers nothing, not even an error: who judges must not ask it.
+            self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in (self._talk, self._judge)]
+            for thread in self._threads:
+                thread.start()
 
     def at(self, step: int, phase: str) -> None:
         self._place = {"step": step, "phase": phase}
@@ -50,9 +55,10 @@ class Watch:
     def close(self) -> None:
         """This rank is done: it is no longer waited for, and waits for nobody."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.join(5 * INTERVAL)
+        if threads and not any(thread.is_alive() for thread in threads):
             try:
                 self._tell(done=True)
             except RuntimeError:
@@ -62,37 +68,52 @@ class Watch:
         """End this process when ``error`` comes from a rank that is gone, naming it; return when all are alive."""
         self._error = error
         deadline = time.monotonic() + DEAD_AFTER + 5 * INTERVAL
-        while time.monotonic() < deadline and self._thread is not None:
+        while time.monotonic() < deadline and self._threads:
             time.sleep(INTERVAL / 2)
 
-    def _run(self) -> None:
+    def _talk(self) -> None:
         beat = 0
         while not self._stop.wait(INTERVAL):
             beat += 1
             try:
                 self._tell(beat=beat)
-                self._look()
+                self._hear()
             except RuntimeError as error:
                 if not self._stop.is_set():
-                    self._end(
-                        f"the store of the ranks is gone, rank 0 or the launcher has ended ({type(error).__name__})"
-                    )
-            if time.monotonic() - self._since > self.timeout:
+                    self._end(f"{self._holder()}: ended, and with it the store of the ranks ({type(error).__name__})")
+            self._answered = time.monotonic()
+
+    def _judge(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            now = time.monotonic()
+            for rank, (entry, heard) in list(self._seen.items()):
+                # Counted up to the last answer of the store, whose own silence says nothing of a rank.
+                if not entry.get("done") and self._answered - heard > DEAD_AFTER:
+                    self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
+                if entry.get("done") and self._error is not None:
+                    self._end(f"{self._words(rank)}: ended while this rank was not done")
+            if now - self._answered > DEAD_AFTER:
+                self._end(f"{self._holder()}: no sign of life of the ranks' store for {DEAD_AFTER:.0f} s, stopped")
+            if now - self._since > self.timeout:
                 self._end(f"no step for {self.timeout:.0f} s; {self._furthest_behind()}")
 
+    def _holder(self) -> str:
+        """Whose process holds the store."""
+        return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._words(0)
+
     def _tell(self, **more: Any) -> None:
-        entry = {**self._place, "host": socket.gethostname(), "pid": os.getpid(), **more}
+        frame = sys._current_frames().get(self._main)
+        where = frame.f_code.co_qualname if frame else ""
+        entry = {**self._place, **self._self, "where": where, **more}
         self._store.set(f"dex/alive/{self.ranks.rank}", json.dumps(entry))
 
-    def _look(self) -> None:
+    def _hear(self) -> None:
         now = time.monotonic()
         for rank, (before, _) in list(self._seen.items()):
             key = f"dex/alive/{rank}"
             entry = json.loads(self._store.get(key)) if self._store.check([key]) else before
             if before != entry:
                 self._seen[rank] = (entry, now)
-            elif not entry.get("done") and now - self._seen[rank][1] > DEAD_AFTER:
-                self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
 
     def _furthest_behind(self) -> str:
         places = {rank: entry for rank, (entry, _) in self._seen.items() if not entry.get("done")}
@@ -106,7 +127,8 @@ class Watch:
     def _words(self, rank: int) -> str:
         entry = self._seen[rank][0] if rank in self._seen else self._place
         who = f" (process {entry['pid']} on {entry['host']})" if "pid" in entry else ""
-        return f"rank {rank}{who}, step {entry['step'] + 1}, {entry['phase']}"
+        where = f" in {entry['where']}" if entry.get("where") else ""
+        return f"rank {rank}{who}, step {entry['step'] + 1}, {entry['phase']}{where}"
 
     def _end(self, reason: str) -> None:
         with self._lock:

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Writes docs/reliability.md from benchmarks/results/reliability/two-ranks.json, which `make reliability` measures.
+
+usage: python scripts/reliability_page.py [--check]
+--check: change nothing; exit 1 when the page is not what the results say. Needs no other package.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results/reliability/two-ranks.json", ROOT / "docs/reliability.md"
+
+TEXT = """\
+# Reliability
+
+What a pretraining run on several ranks promises when processes die, disks fill up and numbers overflow, and how often
+the promise was kept when it was tried. Each row was tried on two processes of one machine that talk through gloo, with
+a small model, by `make reliability`; `make test` tries a sample of every row. Made by `scripts/reliability_page.py` of
+[{name}](../{path}); not edited.
+
+{measured}
+
+| promise | wanted | kept | figures |
+| --- | --- | --- | --- |
+{rows}
+
+A random number is a function of the seed and of an image's place in the run, so there is no state of a generator to
+save or to lose. Kills are SIGKILL: what the kernel had not written to the disk when the power goes is not among them,
+though every file and folder of a checkpoint is flushed before it gets its name. File operations are counted and broken
+where Python calls them. Not tried: GPUs and NCCL, more than two ranks, several machines, network file systems.
+"""
+
+
+def page(results: dict) -> str:
+    machine = results["machine"]
+    commit = (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
+    size = "in full" if results["full"] else "sampled"
+    measured = (
+        f"Measured {size} on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, Python {machine['python']}, "
+        f"torch {machine['torch']}, {commit}; {results['seconds'] / 60:.0f} minutes."
+    )
+    rows = [
+        f"| {row['promise']} | {row['wanted']:,} | {row['done']:,} | {figures(row['details'])} |"
+        for row in results["rows"]
+    ]
+    return TEXT.format(name=RESULTS.name, path=RESULTS.relative_to(ROOT), measured=measured, rows="\n".join(rows))
+
+
+def figures(details: dict) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in details.items())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_plain(v)} times {k}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:.2g}" if isinstance(value, float) and abs(value) < 0.01 else f"{value}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    text = page(json.loads(RESULTS.read_text(encoding="utf-8")))
+    if parser.parse_args().check:
+        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        if not same:
+            print(f"{PAGE.relative_to(ROOT)}: not what {RESULTS.name} says; run scripts/reliability_page.py")
+        return not same
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""The page about reliability says what was measured, and everything that was promised was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif("DEX_RELIABILITY_OUT" in os.environ, reason="the results are being made")
+
+
+def test_the_page_is_what_the_results_say():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/reliability_page.py"), "--check"], capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_results_are_of_every_row():
+    results = json.loads((ROOT / "benchmarks/results/reliability/two-ranks.json").read_text())
+    assert results["full"] and {row["row"] for row in results["rows"]} == set(range(7, 19))
+    assert not results["failed"] and all(row["done"] == row["wanted"] for row in results["rows"])
+    assert {"commit", "torch", "cpu"} <= results["machine"].keys()
