@@ -36,7 +36,7 @@ class Report:
 
     begun = 0
 
-    def begin(self, unit, seconds):
+    def begin(self, unit, silence, total):
         self.begun += 1
 
     def beat(self):

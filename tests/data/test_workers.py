@@ -25,7 +25,7 @@ WORK = """
                 done.append(task.refused[number])
                 report.save(done)
                 continue
-            report.begin(number, 1.0)
+            report.begin(number, 1.0, 4.0)
             with open(pathlib.Path(folder) / "attempts", "a") as file:
                 file.write(f"{number}\\n")
             if what == "crash":
@@ -34,6 +34,10 @@ WORK = """
                 time.sleep(60)
             elif what == "slow":
                 for _ in range(16):
+                    time.sleep(0.1)
+                    report.beat()
+            elif what == "endless":
+                while True:
                     time.sleep(0.1)
                     report.beat()
             elif what == "crash once" and not (pathlib.Path(folder) / "crashed").exists():
@@ -90,6 +94,12 @@ def test_a_bad_unit_costs_only_itself(work, tmp_path):
     units = ["fine", "crash", "crash once", "eat", "fine"]
     assert run(work, [(tmp_path, units)]) == {tmp_path: ["fine", "crash", "crash once", "too large", "fine"]}
     assert attempts(tmp_path) == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_beats_without_end_are_a_hang_too(work, tmp_path):
+    began = time.monotonic()
+    assert run(work, [(tmp_path, ["talk", "endless", "talk"])]) == {tmp_path: ["talk", "timeout", "talk"]}
+    assert 2 * 4.0 < time.monotonic() - began < 2 * 4.0 + 15  # tried twice
 
 
 def test_silence_is_a_hang_and_beats_are_not(work, tmp_path):

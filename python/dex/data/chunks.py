@@ -164,7 +164,10 @@ def work(task: Task, report: Report) -> Result | str:
                 if number in task.refused:
                     done.refuse(task.refused[number])
                 else:
-                    report.begin(number, job.limits.seconds)
+                    # Every decoded frame is a sign of life, and a few bytes may declare any number of frames.
+                    size = sum(file.size for file in units[number].files)
+                    silence = job.limits.seconds
+                    report.begin(number, silence, silence * (1 + size / 2**20))
                     done.run()
                 result = Result(done.finish(), state.result.refusals + done.refusals)
                 state = _State(number + 1, files.flush(), result)

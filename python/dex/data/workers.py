@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -46,10 +47,11 @@ class Report:
         self._said = 0.0
         self.begun = 0
 
-    def begin(self, unit: int, seconds: float) -> None:
-        """Unit number `unit` of the job comes next; a silence of more than `seconds` means that it hangs."""
+    def begin(self, unit: int, silence: float, total: float) -> None:
+        """Unit number `unit` of the job comes next; a silence of more than so many seconds, or more of them in all,
+        means that it hangs."""
         self.begun += 1
-        self._say("begin", unit, seconds)
+        self._say("begin", unit, silence, total)
 
     def beat(self) -> None:
         """Something was done. Cheap: may be called for every slice."""
@@ -141,7 +143,7 @@ class _Worker:
         if not alive:
             self._process.join(5)
             self._replace("crash", blame=self._process.exitcode != _NEEDS_FRESH)
-        elif time.monotonic() - self.heard > self._seconds:
+        elif time.monotonic() - self.heard > self._silence or time.monotonic() > self._end:
             self._replace("timeout")
         return False
 
@@ -163,10 +165,11 @@ class _Worker:
     def _hear(self, kind: str, *content: Any) -> bool:
         self.heard = time.monotonic()
         if kind == "begin":
-            self._unit, self._seconds = content
+            self._unit, self._silence, total = content
+            self._end = self.heard + total
             self._failed_starts = 0
         elif kind == "save":
-            self._unit, self._seconds = None, START_SECONDS
+            self._unit, self._silence, self._end = None, START_SECONDS, math.inf
             self.task = self.task._replace(state=content[0])
             self._on_save(self.task.job, content[0])
         elif kind == "done":
@@ -193,7 +196,7 @@ class _Worker:
     def _send(self) -> None:
         if self._process is None:
             self._start()
-        self._unit, self._seconds, self.heard = None, START_SECONDS, time.monotonic()
+        self._unit, self._silence, self._end, self.heard = None, START_SECONDS, math.inf, time.monotonic()
         try:
             self._connection.send(self.task)
         except OSError:  # it died while idle; `listen` will see
