@@ -567,6 +567,8 @@ def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, mon
 
     for i, name in enumerate(["a", "crash", "c", "eat", "fault", "grow1", "grow2", "hang", "late", "slow"]):
         save(tmp_path / "root", f"{name}.png", picture(i))
+    with open(tmp_path / "root" / "slow.png", "ab") as file:
+        file.write(bytes(9 * 2**20))  # what it may take in all grows with its size
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "work", misreader.work)
         facts, _ = start(

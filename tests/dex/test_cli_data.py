@@ -23,7 +23,7 @@ SALT = bytes(range(32))
 class Report:
     begun = 0
 
-    def begin(self, unit, seconds):
+    def begin(self, unit, silence, total):
         self.begun += 1
 
     def beat(self):
