@@ -247,7 +247,7 @@ def test_simulated_is_said_wherever_it_is_shown(facts, examples):
 
 def test_a_modality_that_is_partly_simulated(facts):
     facts["sources"][0]["simulated"], facts["sources"][3]["modality"] = True, "CT"
-    facts["modalities"][3]["sources"] = 0
+    facts["modalities"][0]["sources"], facts["modalities"][3]["sources"] = 2, 0
     assert "CT simulated" in Page(build(facts)[0]).text["modalities"], "a source that gave nothing is not shown there"
     facts["sources"][1]["modality"] = "CT"
     facts["modalities"][0] = modality("CT", facts["sources"])
@@ -266,6 +266,9 @@ def test_duplicates(facts, examples):
         "made-pet repeats heart-ct: 0 exact, 2 near",
     ]
     facts["duplicates"] = []
+    for entry in facts["sources"]:
+        for kind in ("exact duplicate", "near duplicate"):
+            entry["seen"] -= entry["dropped"].pop(kind, 0)
     assert "No image repeats another one." in Page(build(facts, examples)[0]).text["duplicates"]
 
 
@@ -309,8 +312,9 @@ def test_everything_of_the_user_is_escaped(facts, examples):
         for key in ("anatomy", "licence", "citation", "package", "normalisation"):
             entry[key] = HOSTILE
         entry["name"] = f"{HOSTILE}{number}"
-        entry["refused"], entry["dropped"] = {HOSTILE: 1}, {HOSTILE: 2}
-        entry["seen"] = entry["kept"] + 2
+        repeats = {key: count for key, count in entry["dropped"].items() if "duplicate" in key}
+        entry["refused"], entry["dropped"] = {HOSTILE: 1}, {HOSTILE: 2, **repeats}
+        entry["seen"] = entry["kept"] + sum(entry["dropped"].values())
     for row in facts["duplicates"]:
         row["source"], row["of"] = (f"{HOSTILE}{old.index(row[key])}" for key in ("source", "of"))
     facts["rules"] = {HOSTILE: [HOSTILE]}
@@ -367,6 +371,13 @@ def test_json_is_the_facts(facts, examples):
         (lambda f: f["modalities"][2].update(histogram=[1]), "modality 'PET': counts in its histogram"),
         (lambda f: f["sources"][1].update(name="heart-ct"), "sources: expected different names"),
         (lambda f: f["duplicates"][0].update(of="nobody"), "source of a duplicate: expected one of"),
+        (lambda f: f["duplicates"][0].update(near=9_999), "source 'heart-ct': near duplicates listed: expected 31"),
+        (lambda f: f["duplicates"].pop(1), "source 'made-pet': exact duplicates listed: expected 5, got 0"),
+        (lambda f: f["modalities"][0].update(sources=2), "modality 'CT': sources: expected 1, got 2"),
+        (lambda f: f["modalities"][0].update(empty=True), "modality 'CT': 'empty' contradicts its counts"),
+        (lambda f: f["modalities"][3].update(empty=False), "modality 'OCT': 'empty' contradicts its counts"),
+        (lambda f: f["sources"][0].update(patients=-1), "source 'heart-ct': patients: expected at least 0, got -1"),
+        (lambda f: f["sources"][1]["refused"].update(timeout=-1), "'clinic': timeout: expected at least 0, got -1"),
         (lambda f: f["modalities"].pop(3), "modality of a source: expected one of .*, got 'OCT'"),
     ],
 )
@@ -428,6 +439,9 @@ def test_in_a_browser(facts, examples, width, scheme, tmp_path):
     for number in range(16):  # a matrix that is wider than any page
         facts["sources"].append(source(f"other-{number}", "CT", 0, 0))
         facts["duplicates"].append({"source": "made-pet", "of": f"other-{number}", "exact": 0, "near": 12_345})
+        facts["sources"][2]["dropped"]["near duplicate"] += 12_345
+        facts["sources"][2]["seen"] += 12_345
+        facts["modalities"][0]["sources"] += 1
     html = build(facts, examples)[0].decode()
     measured = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     measured = measured.replace("</body>", f"{MEASURE}</body>")

@@ -174,8 +174,7 @@ def test_real_ultrasound_screens_are_suspected(name):
     pydicom = pytest.importorskip("pydicom")
     pixels = pytest.importorskip("pydicom.pixels")
     file = Path(pydicom.__file__).parent / "data" / "test_files" / f"{name}.dcm"
-    if not file.exists():
-        pytest.skip(f"pydicom came without {file.name}")
+    assert file.exists(), f"pydicom came without {file.name}"
     dataset = pydicom.dcmread(file)
     values = pixels.pixel_array(dataset)
     if name == "examples_palette":

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from dex.data import ShardDataset, chunks, discover, filters, join, prepare, readers, verify, workers
+from dex.data import ShardDataset, chunks, discover, filters, join, prepare, readers, verify
 from dex.data.prepare import Failed, Options
 from dex.data.sources import Source
 from dex.data.summary import Progress, notes, table
@@ -31,30 +31,9 @@ SETTINGS = chunks.Settings(size=64, encoding="png")
 SALT = bytes(range(32))
 
 
-class Report:
-    """As of a worker that never fails."""
-
-    begun = 0
-
-    def begin(self, unit, silence, total):
-        self.begun += 1
-
-    def beat(self):
-        pass
-
-    def save(self, state):
-        pass
-
-
-def inline(work, jobs, **_):
-    for job in jobs:
-        yield job, work(workers.Task(job, None, {}), Report())
-
-
 @pytest.fixture
-def here(monkeypatch):
+def here(inline_workers, monkeypatch):
     """Work in this process, four units to a chunk."""
-    monkeypatch.setattr(workers, "run", inline)
     monkeypatch.setattr(discover, "CHUNK_UNITS", 4)
 
 
@@ -346,14 +325,12 @@ def test_a_full_disk_keeps_what_is_done(here, two, tmp_path, monkeypatch):
             raise chunks.CannotWrite(OSError(errno.ENOSPC, "No space left on device"))
         real(self, number, data)
 
-    monkeypatch.setattr(chunks._Files, "_write", write)
-    with pytest.raises(Failed, match="No space left on device: .* start the same command again"):
-        start(two, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks._Files, "_write", write)
+        with pytest.raises(Failed, match="No space left on device: .* start the same command again"):
+            start(two, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out.private" / "chunks").iterdir())
     assert kept == ["000-000000.bin", "000-000000.jsonl"]  # and no partial file holds room
-    monkeypatch.undo()
-    monkeypatch.setattr(workers, "run", inline)
-    monkeypatch.setattr(discover, "CHUNK_UNITS", 4)
 
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,12 +2,9 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dex import config
 
@@ -19,23 +16,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    """A folder of 120 little pictures in three modalities, about 5 % of them held out by the hash of their name."""
-    root = tmp_path_factory.mktemp("images")
-    y, x = np.mgrid[0:64, 0:64] / 63
-    rng = np.random.default_rng(0)
-    for channel, name in enumerate(("ct", "mr", "us")):
-        (root / name).mkdir()
-        for i in range(40):
-            cx, cy, r = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.uniform(0.2, 0.4)
-            picture = np.full((64, 64, 3), 0.2)
-            picture[..., channel] += 0.6 * ((x - cx) ** 2 + (y - cy) ** 2 < r * r)
-            picture[..., (channel + 1) % 3] += 0.4 * y
-            Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
-    return root
 
 
 @pytest.fixture

@@ -15,33 +15,15 @@ import pytest
 from PIL import Image
 
 from dex import cli
-from dex.data import ShardDataset, prepare, workers
+from dex.data import ShardDataset, prepare
 
 SALT = bytes(range(32))
 
 
-class Report:
-    begun = 0
-
-    def begin(self, unit, silence, total):
-        self.begun += 1
-
-    def beat(self):
-        pass
-
-    def save(self, state):
-        pass
-
-
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
+def run(capsys, tmp_path, inline_workers, monkeypatch):
     """`dex ARGUMENTS` in an empty folder and in this process: exit code, stdout, stderr."""
 
-    def inline(work, jobs, **_):
-        for job in jobs:
-            yield job, work(workers.Task(job, None, {}), Report())
-
-    monkeypatch.setattr(workers, "run", inline)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):

@@ -42,8 +42,8 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
         rules       {name: text, number, list or dict}: what was applied
 
     The JSON holds the facts as they are and, under "examples", modality, source and id of each. ValueError when the
-    numbers do not add up: seen = kept + dropped and kept = train + val for every source, the sources' images for every
-    modality and for the whole.
+    numbers disagree: seen = kept + dropped, kept = train + val and duplicates listed = duplicates dropped for every
+    source, the sources' images for every modality and for the whole; or when a count is negative.
     """
     examples = list(examples)
     _check(facts, examples)
@@ -64,6 +64,13 @@ def _check(facts: dict, examples: list[Example]) -> None:
         dropped = sum(source["dropped"].values())
         equal(f"source {source['name']!r}: slices seen, kept and dropped", source["kept"] + dropped, source["seen"])
         equal(f"source {source['name']!r}: images kept", source["train"] + source["val"], source["kept"])
+        for key, count in (*_counts(source), *source["dropped"].items(), *source["refused"].items()):
+            if count < 0:
+                raise ValueError(f"facts: source {source['name']!r}: {key}: expected at least 0, got {count}")
+        for kind in ("exact", "near"):
+            listed = sum(row[kind] for row in facts["duplicates"] if row["source"] == source["name"])
+            what = f"source {source['name']!r}: {kind} duplicates listed"
+            equal(what, source["dropped"].get(f"{kind} duplicate", 0), listed)
     for split in ("train", "val"):
         equal(f"{split} images of all sources", sum(source[split] for source in facts["sources"]), facts[split])
         for row in facts["modalities"]:
@@ -72,6 +79,10 @@ def _check(facts: dict, examples: list[Example]) -> None:
     equal("images", facts["train"] + facts["val"], facts["images"])
     for row in facts["modalities"]:
         equal(f"modality {row['name']!r}: counts in its histogram", 256, len(row["histogram"]))
+        mine = sum(source["modality"] == row["name"] for source in facts["sources"])
+        equal(f"modality {row['name']!r}: sources", mine, row["sources"])
+        if row["empty"] != (row["train"] + row["val"] == 0):
+            raise ValueError(f"facts: modality {row['name']!r}: 'empty' contradicts its counts")
     known = [row["name"] for row in facts["modalities"]]
     for what, value, of in (
         *(("modality of a source", source["modality"], known) for source in facts["sources"]),
@@ -80,6 +91,11 @@ def _check(facts: dict, examples: list[Example]) -> None:
     ):
         if value not in of:
             raise ValueError(f"facts: {what}: expected one of {of}, got {value!r}")
+
+
+def _counts(source: dict) -> list[tuple[str, int]]:
+    keys = ("units", "seen", "kept", "train", "val", "patients", "text_suspected", "burned_in_declared")
+    return [(key, source[key]) for key in keys]
 
 
 def _page(facts: dict, examples: list[Example]) -> str:
