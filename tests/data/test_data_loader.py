@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dex.data import CorruptDataError, Dataset, Loader, Sample, SampleError
+from dex.data import CorruptDataError, Dataset, Loader, SampleError
 from dex.data.loader import epoch_order, permutation, quotas, replacement
+from dex.data.slots import Slots
 
 
 class Numbers(Dataset):
@@ -33,10 +34,12 @@ class Numbers(Dataset):
     def modality_index(self):
         return np.arange(self.count) % 2
 
-    def __getitem__(self, index):
+    def read(self, index, out):
         if self._check_index(index) in self.corrupt:
+            out[:] = 255
             raise SampleError(f"n{index}", "torn")
-        return Sample(torch.full((3, 4, 4), index % 256, dtype=torch.uint8), index % 2, f"n{index}")
+        out[:] = index % 256
+        return index % 2, f"n{index}"
 
 
 class Kinds(Numbers):
@@ -244,6 +247,43 @@ def test_workers_give_the_same_pixels():
             one, two = next(alone), next(read_ahead)
             assert one.ids == two.ids and torch.equal(one.modality, two.modality)
             assert torch.equal(one.images, two.images) and torch.equal(one.places, two.places)
+
+
+def test_batches_that_are_kept_keep_their_images():
+    """More of them than the workers have memory for; and what is let go of is used again."""
+    dataset = Numbers(60)
+    with Loader(dataset, 6, seed=1, num_workers=2) as loader:
+        kept = [next(loader) for _ in range(15)]
+        parts = [next(loader).images[2, 1] for _ in range(15)]
+        for batch, part, number in zip(kept, parts, range(15), strict=True):
+            want = next(Loader(dataset, 6, seed=1, start_batch=number))
+            assert batch.ids == want.ids and torch.equal(batch.images, want.images)
+            later = next(Loader(dataset, 6, seed=1, start_batch=number + 15))
+            assert torch.equal(part, later.images[2, 1])
+    assert (kept[0].images == torch.tensor([int(name[1:]) for name in kept[0].ids])[:, None, None, None]).all()
+
+
+def test_memory_is_used_again():
+    with Loader(Numbers(60), 6, seed=1, num_workers=2) as loader:
+        for _ in range(8):
+            next(loader)  # from here on every batch that is let go of makes room for one
+        places = {next(loader).images.data_ptr() for _ in range(40)}
+        assert len(places) <= 6
+
+
+def test_slots():
+    slots = Slots(2, (3, 4))
+    first, second = slots.take(), slots.take()
+    assert sorted((first, second)) == [0, 1] and slots.take() is None
+    slots.array(first)[:] = 7
+    slots.array(second)[:] = 9
+    lent = slots.lend(first)
+    view = lent[1:]
+    assert lent.shape == (3, 4) and lent.dtype == torch.uint8 and (lent == 7).all()
+    del lent
+    assert slots.take() is None and (view == 7).all()
+    del view
+    assert slots.take() == first and slots.take() is None
 
 
 def test_close_keeps_the_position():

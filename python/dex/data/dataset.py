@@ -50,8 +50,7 @@ class Dataset:
     data set knows of and holds no image of; fingerprint: sha256 (hex) of the content's identity; image_size: S;
     dim: id and maximum of the first 16-bit sample read that uses little of its range (None: none so far).
 
-    A subclass gives `__len__`, `__getitem__`, `sample_id`, `modality_index` and `_in_split`. `__getitem__` raises
-    `SampleError` for a sample it cannot give and `IndexError` outside 0 .. len - 1; negative numbers are not indices.
+    A subclass gives `__len__`, `read`, `sample_id`, `modality_index` and `_in_split`.
     """
 
     name: str
@@ -65,6 +64,17 @@ class Dataset:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, its image in memory of its own; errors as of `read`."""
+        image = np.empty((3, self.image_size, self.image_size), np.uint8)
+        modality, sample_id = self.read(index, image)
+        return Sample(torch.from_numpy(image), modality, sample_id)
+
+    def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
+        """Put the image of sample `index` into `out` uint8 [3, S, S], contiguous; returns its modality and id.
+
+        SampleError when the sample cannot be given, `out` is then of no use; IndexError outside 0 .. len - 1: negative
+        numbers are not indices.
+        """
         raise NotImplementedError
 
     def sample_id(self, index: int) -> str:
@@ -132,8 +142,8 @@ class View(Dataset):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._base[int(self._indices[self._check_index(index)])]
+    def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
+        return self._base.read(int(self._indices[self._check_index(index)]), out)
 
     def sample_id(self, index: int) -> str:
         return self._base.sample_id(int(self._indices[self._check_index(index)]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import images
-from .dataset import IMAGE_SIZE, Dataset, Sample, SampleError
+from .dataset import IMAGE_SIZE, Dataset, SampleError
 
 logger = logging.getLogger("dex.data")
 
@@ -88,21 +88,22 @@ class FolderDataset(Dataset):
     def modality_index(self) -> np.ndarray:
         return self._modality
 
-    def __getitem__(self, index: int) -> Sample:
+    def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
         index = self._check_index(index)
         path = self._paths[index]
         try:
             image, maximum = images.decode_with_maximum(
-                self._read(path), KINDS[os.path.splitext(os.fsdecode(path))[1].lower()]
+                self._bytes(path), KINDS[os.path.splitext(os.fsdecode(path))[1].lower()]
             )
         except (ValueError, OSError) as error:
             # no path in the reason: an OSError's own text would name the whole of it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error
         self.note_maximum(_printable(path), maximum)
-        return Sample(images.to_tensor(image, self.image_size), int(self._modality[index]), _printable(path))
+        images.to_planes(image, out)
+        return int(self._modality[index]), _printable(path)
 
-    def _read(self, path: bytes) -> bytes:
+    def _bytes(self, path: bytes) -> bytes:
         # a file may have become a link or a device since the folder was listed
         descriptor = os.open(os.path.join(os.fsencode(self.root), path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:

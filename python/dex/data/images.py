@@ -11,7 +11,6 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 MAX_PIXELS = 40_000_000
@@ -77,15 +76,14 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
 
 
-def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """`square` as a uint8 tensor [3, size, size], contiguous, with memory of its own."""
-    image = _square(image, size)
+def to_planes(image: Image.Image, out: np.ndarray) -> None:
+    """`square` into `out` uint8 [3, size, size], contiguous."""
+    image = _square(image, out.shape[-1])
     bands = image.getbands()
-    planes = np.empty((3, size * size), np.uint8)
+    planes = out.reshape(3, -1)
     for number, band in enumerate(bands):
         # a band at a time: three times as fast as an array [S, S, 3] and its transposed copy
         planes[number :: len(bands)] = np.frombuffer(image.tobytes("raw", band), np.uint8)
-    return torch.from_numpy(planes.reshape(3, size, size))
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

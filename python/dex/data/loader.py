@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from .dataset import Dataset, SampleError
+from .slots import Slots
 
 logger = logging.getLogger("dex.data")
 
 MAX_CORRUPT = 10
 MAX_CORRUPT_SHARE = 0.001
 _ATTEMPTS = 32
+_AHEAD = 2
 _NAMED = 20
 _PRECISE = Context(prec=50)
 
@@ -62,7 +64,9 @@ class Loader:
     such samples, or none readable in 32 draws, raise `CorruptDataError` with their names. `corrupt` holds the ids and
     reasons met so far, by this rank.
 
-    Memory: workers read two batches each ahead, and keep one epoch's order, 8 bytes a sample.
+    Memory: workers read two batches each ahead, and keep one epoch's order, 8 bytes a sample. They write into memory
+    that is shared with the caller, for the batches ahead and two more; a batch's part is used again once nothing
+    refers to its images. A caller that keeps more batches is given memory of their own.
 
     `close()` ends the workers; it is called when the loader is deleted, and it is a context manager.
     """
@@ -103,7 +107,7 @@ class Loader:
         self.corrupt: dict[str, str] = {}
         self._position = start_batch
         self._reader = _BatchReader(dataset, batch_size, seed, temperature, rank, world_size)
-        self._worker_batches: Iterator | None = None
+        self._workers: tuple[Iterator, Slots] | None = None
 
     @property
     def position(self) -> int:
@@ -115,34 +119,42 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self.num_workers == 0:
-            batch, corrupt, dim = self._reader[self._position]
+            images = torch.empty(self._reader.shape, dtype=torch.uint8)
+            read = self._reader.read(self._position, images.numpy())
         else:
-            if self._worker_batches is None:
-                self._worker_batches = self._start_workers()
-            batch, corrupt, dim = next(self._worker_batches)
-        self._report(corrupt)
-        if dim is not None:
-            self.dataset.note_maximum(*dim)
-        if batch is None:
+            if self._workers is None:
+                self._workers = self._start_workers()
+            batches, slots = self._workers
+            read, slot, images = next(batches)
+            if slot is not None:
+                images = slots.lend(slot)
+        self._report(read.corrupt)
+        if read.dim is not None:
+            self.dataset.note_maximum(*read.dim)
+        if not read.ids:
             raise CorruptDataError(
                 f"batch {self._position}: no readable replacement in {_ATTEMPTS} draws; "
                 f"unreadable: {_name(self.corrupt)}",
                 self.corrupt,
             )
+        first = self._position * self.batch_size + self._reader.first
+        places = torch.arange(len(read.ids), dtype=torch.int64) + first
         self._position += 1
-        return batch
+        return Batch(images, torch.tensor(read.modality, dtype=torch.int64), read.ids, places)
 
-    def _start_workers(self) -> Iterator:
+    def _start_workers(self) -> tuple[Iterator, Slots]:
+        slots = Slots(_AHEAD * self.num_workers + 2, self._reader.shape)
         loader = torch.utils.data.DataLoader(
-            self._reader,
+            _Worker(self._reader, slots),
             batch_size=None,
-            sampler=_Count(self._position),
+            sampler=_Tasks(self._position, slots),
             num_workers=self.num_workers,
+            prefetch_factor=_AHEAD,
             collate_fn=_same,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(0),  # otherwise it advances the global generator
         )
-        return iter(loader)
+        return iter(loader), slots
 
     def _report(self, corrupt: list[tuple[str, str]]) -> None:
         for sample_id, reason in corrupt:
@@ -159,9 +171,9 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. `next` would start new ones at `position`."""
-        batches, self._worker_batches = self._worker_batches, None
-        if batches is not None:
-            batches._shutdown_workers()
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers[0]._shutdown_workers()
 
     def __enter__(self) -> Loader:
         return self
@@ -241,39 +253,60 @@ def _stream(seed: int, epoch: int | np.ndarray) -> np.ndarray | np.uint64:
     return _mix(_mix(np.uint64(seed)) ^ np.asarray(epoch, np.uint64)[()])
 
 
-class _BatchReader(torch.utils.data.Dataset):
-    """Global batch number -> (this rank's part of it, or None; the samples that could not be read; `Dataset.dim`)."""
+class _Read(NamedTuple):
+    """What is known of a batch besides its images. `ids` is empty when it could not be filled."""
+
+    modality: list[int]
+    ids: tuple[str, ...]
+    corrupt: list[tuple[str, str]]
+    dim: tuple[str, int] | None
+
+
+class _BatchReader:
+    """This rank's part of a global batch, images of `shape [B, 3, S, S]`; `first` is its first place in the batch."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, temperature: float, rank: int, world_size: int):
         self.dataset, self.batch_size, self.seed, self.temperature = dataset, batch_size, seed, temperature
-        self.part = batch_size // world_size
-        self.first = rank * self.part
+        part = batch_size // world_size
+        self.shape = (part, 3, dataset.image_size, dataset.image_size)
+        self.first = rank * part
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def __getitem__(self, number: int) -> tuple[Batch | None, list[tuple[str, str]], tuple[str, int] | None]:
+    def read(self, number: int, images: np.ndarray) -> _Read:
+        """Put the images of global batch `number` into `images`, uint8 of `shape`."""
         epoch, batch = divmod(number, len(self.dataset) // self.batch_size)
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, self.dataset.modality_index(), self.temperature))
         start = batch * self.batch_size + self.first
-        samples, corrupt = [], []
-        for place in range(start, start + self.part):
+        modalities, ids, corrupt = [], [], []
+        for place, image in enumerate(images, start):
             index = int(self._order[1][place])
             for attempt in range(_ATTEMPTS):
                 try:
-                    samples.append(self.dataset[index])
+                    modality, sample_id = self.dataset.read(index, image)
                     break
                 except SampleError as error:
                     corrupt.append((error.sample_id, error.reason))
                     index = replacement(self.seed, epoch, place, attempt, len(self.dataset))
             else:
-                return None, corrupt, self.dataset.dim
-        batch = Batch(
-            torch.utils.data.default_collate([sample.image for sample in samples]),  # in a worker: into shared memory
-            torch.tensor([sample.modality for sample in samples], dtype=torch.int64),
-            tuple(sample.id for sample in samples),
-            torch.arange(self.part, dtype=torch.int64) + (number * self.batch_size + self.first),
-        )
-        return batch, corrupt, self.dataset.dim
+                return _Read([], (), corrupt, self.dataset.dim)
+            modalities.append(modality)
+            ids.append(sample_id)
+        return _Read(modalities, tuple(ids), corrupt, self.dataset.dim)
+
+
+class _Worker(torch.utils.data.Dataset):
+    """(global batch number, slot or None) -> (what was read, the slot or None, the images when they are in no slot)."""
+
+    def __init__(self, reader: _BatchReader, slots: Slots):
+        self.reader, self.slots = reader, slots
+
+    def __getitem__(self, task: tuple[int, int | None]) -> tuple[_Read, int | None, torch.Tensor | None]:
+        number, slot = task
+        if slot is not None:
+            return self.reader.read(number, self.slots.array(slot)), slot, None
+        images = torch.empty(self.reader.shape, dtype=torch.uint8)
+        return self.reader.read(number, images.numpy()), None, images
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -282,12 +315,13 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Count(torch.utils.data.Sampler):
-    def __init__(self, start: int):
-        self.start = start
+class _Tasks(torch.utils.data.Sampler):
+    def __init__(self, start: int, slots: Slots):
+        self.start, self.slots = start, slots
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+        for number in itertools.count(self.start):
+            yield number, self.slots.take()
 
 
 def _same(item: object) -> object:

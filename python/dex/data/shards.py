@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from . import images
-from .dataset import IMAGE_SIZE, SPLITS, Dataset, Sample, SampleError
+from .dataset import IMAGE_SIZE, SPLITS, Dataset, SampleError
 
 MANIFEST = "manifest.json"
 FORMAT = "dex-shards"
@@ -146,7 +146,7 @@ class ShardDataset(Dataset):
             raise SampleError(self.sample_id(index), f"{entry['file']}: sha256 of its bytes differs from the index")
         return data
 
-    def __getitem__(self, index: int) -> Sample:
+    def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
         data = self.image_bytes(index)
         sample_id, row = self.sample_id(index), self._rows[index]
         try:
@@ -158,7 +158,8 @@ class ShardDataset(Dataset):
         except ValueError as error:
             raise SampleError(sample_id, str(error)) from error
         self.note_maximum(sample_id, maximum)
-        return Sample(images.to_tensor(image, self.image_size), int(row["modality"]), sample_id)
+        images.to_planes(image, out)
+        return int(row["modality"]), sample_id
 
 
 def verify(path: str | Path | None = None) -> list[str]:
