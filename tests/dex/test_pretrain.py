@@ -385,12 +385,12 @@ def test_a_launch_that_makes_no_sense_is_named(environment, message, tiny, tmp_p
 
 def unreadable_from(monkeypatch, tiny, batch):
     """Every image that batches from this one on begin with cannot be read, nor can what replaces it."""
-    real, bad = FolderDataset.__getitem__, set()
+    real, bad = FolderDataset.read, set()
 
-    def read(self, index):
+    def read(self, index, out):
         if bad:
             raise SampleError(self.sample_id(index), "torn")
-        return real(self, index)
+        return real(self, index, out)
 
     step = engine.Trainer.train_step
 
@@ -399,7 +399,7 @@ def unreadable_from(monkeypatch, tiny, batch):
             bad.add(True)
         return step(self)
 
-    monkeypatch.setattr(FolderDataset, "__getitem__", read)
+    monkeypatch.setattr(FolderDataset, "read", read)
     monkeypatch.setattr(engine.Trainer, "train_step", train_step)
 
 

@@ -189,10 +189,10 @@ def put_in(faults):
         def spoiled(self):
             if self.step == faults["unreadable_from"]:
 
-                def unreadable(data, index):
+                def unreadable(data, index, out):
                     raise SampleError(f"broken-{index}", "cut short")
 
-                FolderDataset.__getitem__ = unreadable
+                FolderDataset.read = unreadable
             return next_batch(self)
 
         engine.Trainer._next_batch = spoiled
