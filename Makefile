@@ -5,7 +5,7 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz reliability clean
+.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz reliability long-run clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -48,6 +48,10 @@ reliability: $(INSTALLED)  ## what a run on several ranks promises, in full (20 
 	mkdir -p benchmarks/results/reliability
 	DEX_RELIABILITY=full DEX_RELIABILITY_OUT=benchmarks/results/reliability/two-ranks.json \
 		$(VENV)/bin/python -m pytest tests/reliability; code=$$?; $(PYTHON) scripts/reliability_page.py; exit $$code
+
+long-run: $(INSTALLED)  ## thousands of steps on two ranks, and the page about them (half an hour); needs runs/long-run to be free
+	test -d data/packages || $(VENV)/bin/dex prepare packages --out data/packages
+	$(VENV)/bin/python scripts/long_run.py data/packages runs/long-run
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis

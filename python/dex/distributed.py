@@ -147,6 +147,19 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
     return fully_shard(model, mesh=mesh, shard_placement_fn=place)
 
 
+def same_bits(tensors: Iterable[Tensor]) -> bool:
+    """Whether all ranks hold the same ``tensors``: 4-byte numbers, whole on every rank. All ranks ask.
+
+    Every tensor's bits are summed as integers, so what differs in one number is found; differences that add up to
+    nothing are not.
+    """
+    sums = torch.stack([t.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+    low, high = sums, sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return bool((low == high).all())
+
+
 def full(tensor: Tensor) -> Tensor:
     """A tensor cut over the ranks, whole on every rank; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

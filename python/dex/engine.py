@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dex import analysis, checkpoint, numbers
 from dex.config import Config, check, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.dataset import Dataset
-from dex.distributed import ALONE, Ranks, full, gather, spread
+from dex.distributed import ALONE, Ranks, full, gather, same_bits, spread
 from dex.evaluation import Evaluation, Evaluator, autocast
 from dex.model import MAEOutput, MaskedAutoencoder
 from dex.schedules import schedule_at, step_seed, total_steps
@@ -309,6 +310,16 @@ class Trainer:
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
         """See `dex.evaluation.Evaluator`; all ranks evaluate the same images."""
         return self._evaluator.evaluate(pictures)
+
+    def ranks_agree(self) -> bool | None:
+        """Whether everything that each rank holds whole is the same to the bit on all; None with one rank.
+
+        ddp: weights, directors and usage; fsdp, which cuts weights and directors: usage. All ranks ask.
+        """
+        if self.ranks.world_size == 1:
+            return None
+        held = [*self.model.parameters(), *self.model.buffers()]
+        return same_bits(t for t in held if not isinstance(t, DTensor) and t.dtype == torch.float32)
 
     def state(self) -> dict[str, Any]:
         """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first.

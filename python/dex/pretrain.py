@@ -245,6 +245,11 @@ class Run:
     def _evaluate(self) -> None:
         self.watch.at(self.trainer.step, "evaluation")
         trainer, step, log = self.trainer, self.trainer.step, self.log
+        if (agree := trainer.ranks_agree()) is not None:
+            log.row({"step": step, "ranks_agree": agree})
+            if not agree:
+                log.event(step, "ranks differ")
+                self.progress.say(f"warning: step {step}: weights or directors differ between ranks")
         found = trainer.evaluate()
         if found is None:
             if step == 0:
@@ -400,6 +405,7 @@ def _start_entry(
         "step": trainer.step,
         "resumed_from": saved.folder.name if saved else None,
         "command": list(command),
+        "ranks": trainer.ranks.world_size,
         "steps": trainer.steps,
         "precision": trainer.precision,
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": dataset.modality_counts()},

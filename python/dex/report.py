@@ -180,6 +180,8 @@ def _facts(run: Run) -> dict[str, tuple[str, str, float | None]]:
         facts["MFU"] = (f"{value:.1%}", "of the device's peak", None)
     if memory := [v for _, v in run.points("memory_mb") if v is not None]:
         facts["memory"] = (f"{max(memory):,.0f} MB", "at most", None)
+    if agree := [row["ranks_agree"] for row in run.rows if isinstance(row.get("ranks_agree"), bool)]:
+        facts["ranks agree"] = (f"{sum(agree)} of {len(agree)}", "evaluations, to the bit", None)
     skipped = sum(int(v) for _, v in run.points("skipped") if v is not None)
     if skipped:
         facts["steps skipped"] = (f"{skipped:,}", "not finite; they changed nothing", None)

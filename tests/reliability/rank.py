@@ -175,6 +175,15 @@ def put_in(faults):
             return next_batch(self)
 
         engine.Trainer._next_batch = hang
+    if "drift_at" in faults and here:
+
+        def drift(self):
+            if self.step == faults["drift_at"]:
+                with torch.no_grad():
+                    self.model.encoder.dex_layers[0].director.fc1.bias[0] += 1e-3
+            return next_batch(self)
+
+        engine.Trainer._next_batch = drift
     if "error_at" in faults and here:
 
         def fail(self):

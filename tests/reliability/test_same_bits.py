@@ -29,6 +29,25 @@ def test_directors_stay_bit_identical(fleet, tiny, change, tmp_path, traced, rec
     record(7, f"directors and usage bit-identical on both ranks over {steps:,} steps, ddp and fsdp", good, 2, **seen)
 
 
+def test_a_rank_that_drifts_is_noticed(fleet, tiny, change, tmp_path, record):
+    """One number of one director is changed on one rank."""
+    c = change(tiny, schedule__steps=8, run__evaluate_every=2)
+    fleet.run(c, tmp_path / "sound")
+    fleet.run(c, tmp_path / "drifts", rank=1, drift_at=5)
+    agree = {
+        name: {
+            row["step"]: row["ranks_agree"]
+            for row in read_rows(tmp_path / name / "metrics.jsonl")
+            if "ranks_agree" in row
+        }
+        for name in ("sound", "drifts")
+    }
+    events = [(e["event"], e["step"]) for e in read_rows(tmp_path / "drifts" / "events.jsonl")]
+    assert agree["sound"] == dict.fromkeys((0, 2, 4, 6, 8), True)
+    good = agree["drifts"] == {0: True, 2: True, 4: True, 6: False, 8: False} and ("ranks differ", 6) in events
+    record(7, "a rank whose director differs in one number is noticed at the next evaluation", good, 1)
+
+
 def test_more_experts_than_images(fleet, tiny, change, tmp_path, record, full):
     steps = 1000 if full else 20
     c = change(tiny, model__num_experts=16, schedule__steps=steps, run__log_every=1)
