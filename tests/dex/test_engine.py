@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -276,3 +277,25 @@ def test_cuda_is_refused_by_name_where_there_is_none(tiny, change, monkeypatch):
     with pytest.raises(ValueError, match="run.device: expected a device that is there; got 'cuda'"):
         engine.resolve_device(change(tiny, run__device="cuda"))
     assert engine.resolve_device(change(tiny, run__device="auto")).type == "cpu"
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler for the CPU"
+)
+def test_compiled_blocks_take_the_same_steps(trainer):
+    """Nothing is compiled anew when schedules move."""
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        t = trainer(model__depth=1, parallel__compile=compiled)
+        rows = []
+        for step in range(4):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                t.train_step()
+            row = t.row()
+            rows.append([row[name] for name in ("loss", "align_loss", "balance_loss", "grad_norm")])
+        losses.append(torch.tensor(rows))
+        t.close()
+    torch._dynamo.reset()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    assert len(losses[0].unique(dim=0)) == 4

@@ -68,6 +68,51 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_a_signal_to_torchrun_saves(tiny, change, tmp_path, traced, record, full):
+    """As a scheduler does: it signals the launcher, which passes SIGTERM on."""
+    trials, good = (6 if full else 1), 0
+    for trial in range(trials):
+        folder = tmp_path / f"{trial}"
+        folder.mkdir()
+        launcher = torchrun(change(tiny, **LONG), folder)
+        wait_for(lambda folder=folder: len(read_rows(folder / "out" / "metrics.jsonl")) >= 5, 120)
+        when = time.monotonic()
+        launcher.terminate()
+        code = launcher.wait(60)
+        done = max(entry["at"] < when and entry["done"] for entry in traced(folder / "trace", "done")[0])
+        step, saved = checkpoint.found(folder / "out" / "checkpoints")[-1]
+        checkpoint.load(saved)
+        events = [e["event"] for e in read_rows(folder / "out" / "events.jsonl")]
+        sound = code != 0 and done <= step <= done + 2 and events[-1:] == ["preempted"]
+        if not sound:
+            print(trial, code, step, done, events, (folder / "said").read_text()[-3000:])
+        good += sound
+    record(12, "SIGTERM to torchrun: all ranks save, at most one step later", good, trials)
+
+
+def test_a_signal_while_a_run_starts(fleet, tiny, change, tmp_path, record, full):
+    """Nothing of what was saved is lost, the ranks end, and the next start goes on."""
+    trials, good, ends = (20 if full else 3), 0, {}
+    draw = random.Random("row 12, start")
+    fleet.run(change(tiny, schedule__steps=40, run__stop_at=6, run__checkpoint_every=3), tmp_path / "out")
+    step = 6
+    for trial in range(trials):
+        c = change(tiny, schedule__steps=40, run__stop_at=40, run__checkpoint_every=100, parallel__timeout=TIMEOUT)
+        ranks = fleet.start(c, tmp_path / "out")
+        time.sleep(draw.uniform(0, 0.8))
+        ranks[trial % 2].send(signal.SIGTERM)
+        codes = fleet.end(ranks, 40)
+        now = checkpoint.newest_good(tmp_path / "out" / "checkpoints")[0].state["step"]
+        for code in codes:
+            ends[str(code)] = ends.get(str(code), 0) + 1
+        good += None not in codes and now >= step
+        step = now
+    fleet.run(change(tiny, schedule__steps=40), tmp_path / "out")
+    finished = checkpoint.newest_good(tmp_path / "out" / "checkpoints")[0].state["step"] == 40
+    promise = "SIGTERM to one rank while a run starts: both end, nothing saved is lost, the next start goes on"
+    record(12, promise, good if finished else 0, trials, exit_codes=ends)
+
+
 def test_lost_ranks_are_named(fleet, tiny, change, tmp_path, traced, record, full):
     """All cases at once: they mostly sleep."""
     cases = [(what, rank, "plain", "ddp") for what in ("kill", "stop", "hang") for rank in (0, 1)]
