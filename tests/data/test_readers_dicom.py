@@ -394,6 +394,35 @@ def test_monochrome1(tmp_path):
     assert stack.quantity == "raw" and stack.inverted and np.array_equal(stored(stack)[0], deep)
 
 
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_padding_is_as_dark_as_the_darkest_measured(tmp_path, syntax):
+    measured = (np.arange(400).reshape(20, 20) + 50).astype(np.int16)
+    padded = measured.copy()
+    padded[:4] = -(2**15)
+    nothing = np.full((20, 20), -(2**15), np.int16)
+    for z, pixels in enumerate((padded, measured, nothing)):
+        path = tmp_path / f"{z}.dcm"
+        slice_of(path, pixels, z, syntax=syntax, Modality="MR", RescaleIntercept=0, PixelPaddingValue=-(2**15))
+    (stack,) = read(*sorted(tmp_path.iterdir()))
+    expected = padded.astype(np.float32)
+    expected[:4] = measured[4, 0]
+    assert np.array_equal(stored(stack)[0], expected) and np.array_equal(stored(stack)[1], measured)
+    assert not stored(stack)[2].any()
+    assert stack.percentiles(1, 99) == tuple(np.percentile([expected, measured, np.zeros((20, 20))], (1, 99)))
+
+
+def test_padding_of_a_radiograph_is_black(tmp_path):
+    film = np.array([[100, 900], [4095, 4090]], np.uint16)
+    elements = {"Modality": "CR", "stored": 12, "PhotometricInterpretation": "MONOCHROME1"}
+    padding = {"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 4090}
+    (stack,) = read(write(tmp_path / "a.dcm", film, **elements, **padding))
+    assert stack.inverted and stored(stack)[0].tolist() == [[100, 900], [900, 900]]
+    eight = np.array([[10, 200], [255, 255]], np.uint8)
+    elements = {"Modality": "CR", "PhotometricInterpretation": "MONOCHROME1", "PixelPaddingValue": 255}
+    (stack,) = read(write(tmp_path / "b.dcm", eight, **elements))
+    assert stored(stack)[0].tolist() == [[245, 55], [55, 55]]
+
+
 def test_fewer_than_eight_bits_fill_the_range(tmp_path):
     (stack,) = read(write(tmp_path / "a.dcm", np.array([[0, 31], [62, 63]], np.uint8), stored=6, Modality="US"))
     assert stored(stack)[0].tolist() == [[0, 125], [250, 255]]
@@ -423,6 +452,15 @@ def test_modality_lut(tmp_path):
     path = write(tmp_path / "a.dcm", pixels, Modality="CR", ModalityLUTSequence=Sequence([item]))
     (stack,) = read(path)
     assert stack.quantity == "raw" and stored(stack)[0].tolist() == [[7, 7, 70], [700, 7000, 7000]]
+
+
+def test_an_empty_modality_lut_is_none(tmp_path):
+    item = Dataset()
+    item.LUTDescriptor, item.LUTExplanation = None, ""
+    pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    elements = {"RescaleSlope": 2, "RescaleIntercept": -7, "ModalityLUTSequence": Sequence([item])}
+    (stack,) = read(write(tmp_path / "a.dcm", pixels, **elements))
+    assert stack.quantity == "HU" and np.array_equal(stored(stack)[0], pixels * 2.0 - 7)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
@@ -521,6 +559,16 @@ def test_jpeg_lossless_and_extended():
     frames = list(stack.frames(("axial",), 7))
     assert [frame.label for frame in frames] == [f"frame-{n:04d}" for n in (0, 7, 14, 21, 28)]
     assert stack.quantity == "display8" and frames[0].pixels.shape == (240, 320, 3) and not stack.volume
+
+
+def test_a_sequential_jpeg_that_declares_no_coefficients(tmp_path):
+    """Twelve bits as a widely used encoder wrote them: "0 to 0" in the scan's header, where 0 to 63 belongs."""
+    data = (FILES / "JPGExtended.dcm").read_bytes()
+    scan = data.index(b"\xff\xda\x00\x08\x01")
+    assert data[scan + 7 : scan + 9] == b"\x00\x3f"
+    (tmp_path / "a.dcm").write_bytes(data[: scan + 8] + b"\x00" + data[scan + 9 :])
+    (expected,) = stored(read(FILES / "JPGExtended.dcm")[0])
+    assert np.array_equal(stored(read(tmp_path / "a.dcm")[0])[0], expected)
 
 
 def test_deflated(tmp_path):

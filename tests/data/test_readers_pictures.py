@@ -100,6 +100,40 @@ def test_pictures_are_upright(tmp_path, orientation, name, pixels):
     assert np.array_equal(got, turned[orientation]) and stack.shape == got.shape[:2]
 
 
+def plain_tiff(path, array, photometric, sample_format=1):
+    """An uncompressed grey TIFF with one strip, by the specification's own words."""
+    height, width = array.shape
+    tags = {256: width, 257: height, 258: 8 * array.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    tags |= {279: array.nbytes, 339: sample_format}
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    start = b"II*\0" + struct.pack("<L", 8 + len(data))
+    path.write_bytes(start + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def test_white_is_zero_in_a_tiff(tmp_path):
+    """Of 8 bits it comes out upright; deeper numbers stay as they are, and the normalised image is to be inverted."""
+    stack, got = frames(plain_tiff(tmp_path / "a.tif", GREY, 0))
+    assert not stack.inverted and np.array_equal(got[0], 255 - GREY)
+    stack, got = frames(plain_tiff(tmp_path / "b.tif", DEEP, 0))
+    assert stack.inverted and np.array_equal(got[0], DEEP)
+    stack, got = frames(plain_tiff(tmp_path / "c.tif", DEEP, 1))
+    assert not stack.inverted and np.array_equal(got[0], DEEP)
+
+
+def test_signs_of_a_tiff(tmp_path):
+    large = DEEP.astype(np.uint32) * 2**16
+    assert large.max() >= 2**31
+    _, got = frames(plain_tiff(tmp_path / "a.tif", large, 1))
+    assert np.array_equal(got[0], large.astype(np.float32))
+    signed = large.view(np.int32)
+    _, got = frames(plain_tiff(tmp_path / "b.tif", signed, 1, sample_format=2))
+    assert np.array_equal(got[0], signed.astype(np.float32))
+    with pytest.raises(Refused, match="unsupported: signed"):
+        frames(plain_tiff(tmp_path / "c.tif", GREY.view(np.int8), 1, sample_format=2))
+
+
 def test_pages_of_a_tiff(tmp_path):
     pages = [Image.fromarray(DEEP + n) for n in range(3)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=[*pages[1:], Image.fromarray(GREY)])
@@ -262,6 +296,17 @@ def test_video(tmp_path, name, code):
         assert frame.pixels.dtype == np.uint8 and np.abs(frame.pixels[36, 10].astype(int) - [0, 0, 255]).max() < 12
         assert np.abs(frame.pixels[10, 50].astype(int) - 2 * number).max() < 8
     assert len(list(stack.frames(("axial",), 1))) == 70  # again, from the start
+
+
+@pytest.mark.parametrize("name, code", [("a.avi", "MJPG"), ("a.mkv", "mp4v")])
+def test_a_video_that_was_cut_off_says_so(tmp_path, name, code):
+    data = video(tmp_path / name, 70, code).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    (stack,) = read(tmp_path / name)
+    for _ in range(2):
+        assert 0 < len(list(stack.frames(("axial",), 1))) < 63
+        (part,) = stack.refused
+        assert part.reason == "inconsistent" and part.detail.startswith("70 frames declared, ")
 
 
 def test_what_is_no_video_container_is_not_opened(tmp_path, capfd):

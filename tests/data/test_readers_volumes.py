@@ -238,6 +238,7 @@ NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: {size}\nencoding: raw\nendia
         ("a.nrrd", NRRD.format(more="data file: other.raw\n", size="9 9 9"), "unsupported"),
         ("a.nrrd", NRRD.format(more="Data  File: other.raw\n", size="9 9 9"), "unsupported"),
         ("a.nrrd", NRRD.format(more="datafile: LIST\nother.raw\n", size="9 9 9"), "unsupported"),
+        ("a.nhdr", "NRRD0004\ntype: short\ndata file: other.raw\n", "unsupported"),
         ("a.nrrd", "NRRD0004\ntype: short", "unreadable"),
         ("a.nrrd", NRRD.format(more="", size="9 9 9"), "unreadable"),
     ],

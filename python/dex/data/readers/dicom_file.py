@@ -44,7 +44,8 @@ StudyInstanceUID SeriesInstanceUID SeriesDate SeriesTime AcquisitionDate Acquisi
 InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoNumbers EchoTime DiffusionBValue TriggerTime
 ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
 PixelAspectRatio SpacingBetweenSlices SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns
-BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames RescaleSlope RescaleIntercept RescaleType
+BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames
+RescaleSlope RescaleIntercept RescaleType
 ModalityLUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor
 BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData
 BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
@@ -149,7 +150,8 @@ def _meta(file: BoundedFile) -> tuple[str, int]:
 @dataclass(slots=True)
 class Pixels:
     """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
-    `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives."""
+    `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
+    highest stored value that stand for no measurement."""
 
     path: Path
     syntax: pydicom.uid.UID
@@ -164,6 +166,7 @@ class Pixels:
     palette: np.ndarray | None = field(default=None, repr=False)
     modality_lut: np.ndarray | None = field(default=None, repr=False)
     first: int = 0
+    padding: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -220,6 +223,8 @@ class Pixels:
         options = {k: v for k, v in self.options.items() if k != "extended_offsets"} | {"number_of_frames": 1}
         for data in self._encapsulated(source, numbers):
             self._check_codestream(data)
+            if self.syntax in JPEGTransferSyntaxes:
+                data = _whole_spectrum(data)
             # an empty offset table and one fragment: what pydicom wants around a single frame
             item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
             array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
@@ -277,6 +282,8 @@ class Pixels:
     def _finished(self, array: np.ndarray) -> np.ndarray:
         if self.shift > 0:  # the value does not start at bit 0
             array = array >> self.shift
+        if self.padding is not None:
+            array = self._without_padding(array)
         table = self.palette if self.palette is not None else self.modality_lut
         if table is not None:
             return table[np.clip(array.astype(np.int32) - self.first, 0, len(table) - 1)]
@@ -290,6 +297,22 @@ class Pixels:
             top = 2**bits - 1
             array = (np.arange(256).clip(0, top) * 255 // top).astype(np.uint8)[array]
         return 255 - array if self.invert else array
+
+    def _without_padding(self, array: np.ndarray) -> np.ndarray:
+        """Padding becomes the darkest value that was measured in the frame, 0 where none was: it may lie far outside of
+        what was measured, and percentiles would be of it."""
+        low, high = self.padding
+        measured = (array < low) | (array > high)
+        if measured.all():
+            return array
+        if not measured.any():
+            return np.zeros_like(array)
+        range_of = np.iinfo(array.dtype)
+        if self.photometric == "MONOCHROME1":
+            darkest = array.max(where=measured, initial=range_of.min)
+        else:
+            darkest = array.min(where=measured, initial=range_of.max)
+        return np.where(measured, array, darkest)
 
 
 def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) -> Pixels:
@@ -338,8 +361,8 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     if photometric == "PALETTE COLOR" and samples == 1:
         table, first = _palette(head, syntax)
     lut = None
-    if not colour and head.get("ModalityLUTSequence"):
-        item = head.ModalityLUTSequence[0]
+    item = (head.get("ModalityLUTSequence") or [{}])[0]
+    if not colour and item.get("LUTDescriptor") is not None and item.get("LUTData") is not None:  # some are empty
         first = _first(item.LUTDescriptor, signed)
         lut = _table(item.LUTData, item.LUTDescriptor, syntax)
     rescaled = (head.get("RescaleSlope", 1) or 1) != 1 or (head.get("RescaleIntercept", 0) or 0) != 0
@@ -355,6 +378,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     pixels = Pixels(
         path, syntax, offset, options, limits, shift, colour, eight,
         eight and not colour and photometric == "MONOCHROME1", dtype, table, lut, first,
+        None if colour or floating or allocated == 1 else _padding(head, allocated, signed),
     )  # fmt: skip
     if not limits.holds(0, *pixels.shape, samples * max(1, allocated // 8)):
         raise Refused("too large", f"{pixels.shape} pixels of {samples * allocated} bits")
@@ -386,6 +410,18 @@ def number(value) -> float | None:
 def _first(descriptor, signed: bool) -> int:
     first = int(descriptor[1])
     return first - 2**16 if signed and first >= 2**15 else first
+
+
+def _padding(head, allocated: int, signed: bool) -> tuple[int, int] | None:
+    """The lowest and highest value of padding, whatever sign its element was written with."""
+    value = number(head.get("PixelPaddingValue"))
+    if value is None:
+        return None
+    limit = number(head.get("PixelPaddingRangeLimit"))
+    ends = [int(end) % 2**allocated for end in (value, value if limit is None else limit)]
+    if signed:
+        ends = [end - 2**allocated if end >= 2 ** (allocated - 1) else end for end in ends]
+    return min(ends), max(ends)
 
 
 def _table(data, descriptor, syntax) -> np.ndarray:
@@ -444,6 +480,23 @@ def _jpeg_size(data: bytes) -> tuple[int, int, int]:
             break
         place += 2 + length
     raise Refused("unreadable", "no frame header in the compressed data")
+
+
+def _whole_spectrum(data: bytes) -> bytes:
+    """A sequential JPEG stream whose scans say that they hold all coefficients. A widely used encoder of 12 bits wrote
+    "0 to 0", which the decoder refuses and every other reader passes over."""
+    place, sequential = 2, False
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (0xC0, 0xC1):
+            sequential = True
+        elif marker == 0xDA:
+            end = place + 2 + length
+            if sequential and data[end - 3 : end - 1] == b"\0\0":
+                return data[: end - 2] + b"\x3f" + data[end - 1 :]
+            return data
+        place += 2 + length
+    return data
 
 
 def _j2k_size(data: bytes) -> tuple[int, int, int]:

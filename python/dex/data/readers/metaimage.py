@@ -108,10 +108,10 @@ def _format(file: BoundedFile) -> str:
     head = file.read(HEADER_BYTES)
     if head[:7] == b"NRRD000":
         end = re.search(rb"\r?\n\r?\n", head)
+        if b"datafile" in re.sub(rb"\s", b"", head[: end.start()] if end else head).lower():
+            raise Refused("unsupported", "its data are in another file")
         if end is None:
             raise Refused("unreadable", "no end of the header")
-        if b"datafile" in re.sub(rb"\s", b"", head[: end.start()]).lower():
-            raise Refused("unsupported", "its data are in another file")
         return "NrrdImageIO"
     place = 0
     while True:

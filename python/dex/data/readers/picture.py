@@ -18,6 +18,8 @@ MAX_PAGES = 10_000
 _DEEP = {"I": np.int32, "F": np.float32}
 _DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
 _TILE_WIDTH, _TILE_LENGTH, _ORIENTATION = 322, 323, 0x0112
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
 
 
@@ -27,6 +29,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     with quiet("picture"), opened(path) as file:
         image = _open(file)
         kind = _kind(image, limits)
+        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         pages = [0]
         for page in range(1, getattr(image, "n_frames", 1) if image.format == "TIFF" else 1):
             if page >= MAX_PAGES:
@@ -37,8 +40,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
             else:
                 refused.append(Refused("inconsistent", "a page unlike the first"))
     del image
-    (height, width), mode, orientation = kind
-    dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
+    (height, width), mode, orientation, dtype = kind
     channels = 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
 
     @quietly("picture")
@@ -60,6 +62,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         load=load,
         holds=lambda stored: limits.holds(stored, height, width, 4),
         channels=channels,
+        inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,
     )
 
@@ -71,24 +74,29 @@ def _open(file) -> Image.Image:
         raise Refused("too large", "more pixels than Pillow opens") from None
 
 
-def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int]:
-    """(height, width) as stored, mode, EXIF orientation, before any pixel is decoded."""
+def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
+    """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded."""
     width, height = image.size
     limits.check_frame(height, width)
     mode = image.mode
     if mode not in _DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
         raise Refused("unsupported", "its colour mode")
+    dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
     if image.format == "TIFF":
         tile = [int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
         if tile[0] * tile[1] > limits.pixels:
             raise Refused("too large", f"tiles of {tile[0]} x {tile[1]} pixels")
-    if image.format == "TIFF":  # turned by Pillow, which says so in the size
-        return (height, width), mode, 1
+        bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
+        if dtype == np.uint8 and sign == _SIGNED:
+            raise Refused("unsupported", "signed numbers of 8 bits")
+        if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow's have a sign, of the same bits
+            dtype = np.dtype(np.uint32)
+        return (height, width), mode, 1, dtype  # turned by Pillow, which says so in the size
     try:
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole image first
     except Exception:  # unreadable metadata says nothing about the pixels
         orientation = 1
-    return (height, width), mode, orientation if orientation in _TRANSPOSE else 1
+    return (height, width), mode, orientation if orientation in _TRANSPOSE else 1, dtype
 
 
 def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype) -> np.ndarray:
@@ -104,5 +112,6 @@ def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype
             strip = _to_l_or_rgb(strip)
             if channels == 3 and strip.mode == "L":
                 strip = strip.convert("RGB")
-        out[top : top + rows] = np.asarray(strip)
+        numbers = np.asarray(strip)
+        out[top : top + rows] = numbers.view(dtype) if dtype == np.uint32 else numbers
     return out

@@ -20,6 +20,7 @@ from .files import BoundedFile, Limits, only, opened, quiet, quietly
 from .stack import Refused, Stack
 
 MAX_BOXES = 10_000
+MOST = 0.9  # of the frames that a container counts; with a varying rate the count is an estimate
 _CAPTURE_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
@@ -53,8 +54,10 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
                         raise Refused("inconsistent", f"frame {number} has another size")
                     yield number, np.ascontiguousarray(frame[:, :, ::-1])
                 number += 1
+        if 0 < number < MOST * declared and not stack.refused:
+            stack.refused.append(Refused("inconsistent", f"{declared} frames declared, {number} found"))
 
-    yield Stack(
+    stack = Stack(
         quantity="display8",
         length=declared or None,
         shape=(height, width),
@@ -64,6 +67,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         channels=3,
         spacing=(square, 1.0) if turned else (1.0, square),
     )
+    yield stack
 
 
 @contextmanager
