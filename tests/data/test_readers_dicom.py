@@ -182,6 +182,32 @@ def test_series_in_one_folder_are_separate_and_sorted(tmp_path):
     assert [stack.series for stack in stacks] == ["1.10", "1.2", "1.9"] and {s.length for s in stacks} == {2}
 
 
+def test_one_uid_for_the_series_of_two_patients(tmp_path):
+    for patient in range(2):
+        for z in range(3):
+            pixels = np.full((4, 6), 10 * patient + z, np.int16)
+            slice_of(tmp_path / f"{z}{patient}.dcm", pixels, z, PatientID=f"P{patient}", RescaleIntercept=0)
+    stacks = read(*sorted(tmp_path.iterdir()))
+    assert [stack.patient for stack in stacks] == ["P0", "P1"]
+    assert [[frame[0, 0] for frame in stored(stack)] for stack in stacks] == [[0, 1, 2], [10, 11, 12]]
+
+
+def test_jitter_of_a_header_splits_no_volume(tmp_path):
+    """0.005 is where rounding to 0.01 turns."""
+    for z in range(6):
+        lean = 0.005 + 1e-4 * (z % 2)
+        elements = {"ImageOrientationPatient": [1, lean, 0, -lean, 1, 0], "PixelSpacing": [0.5 + 1e-6 * (z % 2), 0.5]}
+        slice_of(tmp_path / f"{z}.dcm", np.full((4, 6), z, np.int16), z, RescaleIntercept=0, **elements)
+    (stack,) = read(*sorted(tmp_path.iterdir()))
+    assert stack.geometry.even and [frame[0, 0] for frame in stored(stack)] == [0, 1, 2, 3, 4, 5]
+    for z, turn in enumerate((0, 0, 0.02, 0.02)):  # of which this is none
+        lean = 0.005 + turn
+        elements = {"ImageOrientationPatient": [1, lean, 0, -lean, 1, 0]}
+        slice_of(tmp_path / f"{z}.dcm", np.full((4, 6), z, np.int16), z, RescaleIntercept=0, **elements)
+    stacks = read(*sorted(tmp_path.iterdir())[:4])
+    assert sorted([frame[0, 0] for frame in stored(stack)] for stack in stacks) == [[0, 1], [2, 3]]
+
+
 def test_a_scout_is_not_mixed_into_the_volume(tmp_path):
     for z in range(3):
         slice_of(tmp_path / f"{z}.dcm", np.full((4, 4), z, np.int16), z, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])

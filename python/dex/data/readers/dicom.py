@@ -28,6 +28,7 @@ _NO_IMAGE = {_DIRECTORY: "a directory of files", _DOSE: "a dose distribution"} |
 _SAME_PLACE = 0.01  # mm along the normal
 _UNEVEN = 0.1  # of the usual distance
 _TILT = math.cos(math.radians(3))
+_SAME_COSINE, _SAME_SPACING = 0.01, 0.001  # what jitter leaves between slices of one volume; relative
 
 
 class Repeated(Refused):
@@ -65,8 +66,8 @@ class Series:
 def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
     """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
     can be known; objects without pixels, doses and segmentations are "no image"."""
-    found: dict[str, Series] = defaultdict(Series)
-    faulty: dict[str, Refused] = {}
+    found: dict[tuple[str, ...], Series] = defaultdict(Series)
+    faulty: dict[tuple[str, ...], Refused] = {}
     refused: list[Refused] = []
     for path in files:
         beat()
@@ -74,7 +75,8 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
         try:
             with quiet("DICOM header"):
                 head, place = read_header(path, limits)
-                identity = text(head, "SeriesInstanceUID")
+                # careless anonymisers give the series of several patients one UID, or none
+                identity = text(head, "SeriesInstanceUID"), text(head, "StudyInstanceUID"), _patient(head)
                 _add(found[identity], head, path, place, limits)
         except Refused as error:
             refused.append(error)
@@ -85,7 +87,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
         if identity in faulty or not found[identity].slices:
             continue
         try:
-            stacks.extend(_stacks(identity, found[identity], limits, refused))
+            stacks.extend(_stacks(identity[0], found[identity], limits, refused))
         except Refused as error:
             refused.append(error)
     if not stacks:
@@ -109,12 +111,16 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     if instance[0] and instance in series.instances:
         raise Repeated("inconsistent", "an instance that is there already")
     series.instances.add(instance)
-    names = "\0".join(filter(None, (text(head, "PatientName"), text(head, "PatientBirthDate"))))
-    series.patient = series.patient or text(head, "PatientID") or names
+    series.patient = _patient(head)
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
     if modality == "PT":
         series.uptakes.append(suv.uptake(head))
     series.slices.extend(_slices(head, describe(path, head, place, limits), modality, path.name))
+
+
+def _patient(head) -> str:
+    names = "\0".join(filter(None, (text(head, "PatientName"), text(head, "PatientBirthDate"))))
+    return text(head, "PatientID") or names
 
 
 def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
@@ -212,18 +218,13 @@ def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused
 
 def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
     """Lists of slices that belong together, and whether they are a volume: parallel, each at a place of its own."""
-    turned: dict[tuple, list[Slice]] = defaultdict(list)
-    loose = []
-    for piece in slices:
-        if piece.position is None or piece.orientation is None:
-            loose.append(piece)
-        else:
-            turned[tuple(round(v, 2) + 0.0 for v in piece.orientation), piece.spacing].append(piece)
+    loose = [piece for piece in slices if piece.position is None or piece.orientation is None]
+    placed = [piece for piece in slices if piece.position is not None and piece.orientation is not None]
     groups = []
-    for key in sorted(turned):
-        places = _places(turned[key])
+    for parallel in _parallel(placed):
+        places = _places(parallel)
         if len(places) < 2:  # one picture, a film of one place, or a turning camera
-            loose.extend(turned[key])
+            loose.extend(parallel)
             continue
         for phase in range(max(map(len, places))):
             phases = [place[phase] for place in places if phase < len(place)]
@@ -238,6 +239,25 @@ def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
             by_spacing[piece.spacing].append(piece)
         groups.extend((by_spacing[key], False) for key in sorted(by_spacing))
     return groups
+
+
+def _parallel(slices: list[Slice]) -> list[list[Slice]]:
+    """Lists of slices of one orientation and spacing, each within the tolerance of its list's first."""
+    lists: list[list[Slice]] = []
+    for piece in sorted(slices, key=lambda piece: (piece.orientation, piece.spacing, piece.order)):
+        for other in reversed(lists):
+            first = other[0]
+            if piece.orientation[0] - first.orientation[0] > _SAME_COSINE:  # sorted: nor are those before it near
+                lists.append([piece])
+                break
+            turn = max(abs(a - b) for a, b in zip(piece.orientation, first.orientation, strict=True))
+            scale = max(abs(a / b - 1) for a, b in zip(piece.spacing, first.spacing, strict=True))
+            if turn <= _SAME_COSINE and scale <= _SAME_SPACING:
+                other.append(piece)
+                break
+        else:
+            lists.append([piece])
+    return lists
 
 
 def _places(slices: list[Slice]) -> list[list[Slice]]:
