@@ -100,7 +100,7 @@ def unused_at_the_end(found: dict) -> list[list[int]]:
 
 
 def growth(found: dict) -> list[float]:
-    """Per rank: median memory of the last tenth of the run over that of the second tenth."""
+    """Per rank: median memory of the last quarter of the run over that of the second quarter."""
     last = found["rows"][-1]["step"]
 
     def median(rank: int, low: float, high: float) -> float:
@@ -108,7 +108,7 @@ def growth(found: dict) -> list[float]:
             look["memory_mb"][rank] for look in found["memory"] if low * last <= look["step"] <= high * last
         )
 
-    return [median(r, 0.9, 1) / median(r, 0.1, 0.2) for r in range(len(found["memory"][-1]["memory_mb"]))]
+    return [median(r, 0.75, 1) / median(r, 0.25, 0.5) for r in range(len(found["memory"][-1]["memory_mb"]))]
 
 
 def page(found: dict) -> str:
@@ -128,7 +128,7 @@ def page(found: dict) -> str:
     spikes = sum(e["event"] == "loss spike" for e in found["events"])
     facts = {
         "ranks hold the same bits (weights, directors, usage)": f"{sum(agree)} of {len(agree)} times asked",
-        "memory, last tenth of the run over its second": ", ".join(f"{g:.3f}" for g in growth(found)) + " (by rank)",
+        "memory, last quarter of the run over its second": ", ".join(f"{g:.3f}" for g in growth(found)) + " (by rank)",
         "loss, mean of the first and of the last tenth of the rows": " to ".join(
             f"{statistics.mean(row['loss'] for row in part):.4f}" for part in (trained[:tenth], trained[-tenth:])
         ),

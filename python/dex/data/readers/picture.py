@@ -14,7 +14,7 @@ from .files import Limits, only, opened, quiet, quietly
 from .stack import Refused, Stack
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-MAX_PAGES = 10_000
+MAX_PAGES = 4_000
 _DEEP = {"I": np.int32, "F": np.float32}
 _DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
 _TILE_WIDTH, _TILE_LENGTH, _ORIENTATION = 322, 323, 0x0112
