@@ -285,6 +285,8 @@ def _prepare(arguments: list[str]) -> Callable[[], int]:
             print(f"\n{summary.table(facts)}\n")
             for note in summary.notes(facts):
                 print(f"note: {note}")
+            if any(source["refused"] for source in facts["sources"]):
+                print(f"refused: why in {prepare.private_folder(wanted.out)}/{prepare.LOG}, which files in ids beside it")
             out = shlex.quote(str(wanted.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return 0

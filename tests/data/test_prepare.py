@@ -406,6 +406,22 @@ def test_every_slice_and_file_is_accounted_for(here, tmp_path):
     assert "near duplicate 1" in table(facts) and "unreadable 2" in table(facts)
 
 
+def test_the_private_folder_says_which_file_of_a_folder_was_refused(here, tmp_path):
+    root = tmp_path / "root"
+    save_dicom(root / "us/1.dcm", picture(8), PatientID="77-A")
+    (root / "us/broken.dcm").write_bytes(b"no image")
+    (root / "us/short.dcm").write_bytes((root / "us/1.dcm").read_bytes()[:140])
+    facts, _ = start([source(root)], tmp_path / "out")
+    assert facts["sources"][0]["refused"] == {"no image": 1, "unreadable": 1}
+    (ids,) = (tmp_path / "out.private" / "ids").iterdir()
+    refused = [row for row in map(json.loads, ids.read_text().splitlines()) if "refused" in row]
+    assert {row["path"]: row["refused"] for row in refused} == {
+        "us/broken.dcm": "unreadable",
+        "us/short.dcm": "no image",
+    }
+    assert "broken.dcm" not in (tmp_path / "out.private" / "log.jsonl").read_text()
+
+
 def test_duplicates_over_sources_keep_the_first_in_name_order(here, tmp_path):
     for i in range(3):
         save(tmp_path / "b", f"{i}.png", picture(i))

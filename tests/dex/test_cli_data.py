@@ -67,7 +67,7 @@ def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path):
     arguments = ("prepare", "scans", "--modality", "X-ray", "--out", "my set", "--size", 64)
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
-    assert "folder: 13 files, 13 to be decoded on their own" in out
+    assert "folder: 13 files in 13 units" in out
     row = next(line for line in out.splitlines() if line.startswith("folder  X-ray"))
     assert re.split(r"\s{2,}", row) == [
         "folder",

@@ -189,9 +189,11 @@ class _Work:
         self._names = Names(job.source, job.salt, job.common)
         self._source = job.source.for_format(unit.format)
         self.refusals: list[Refusal] = []
+        self._refused: list[str] = []  # their paths
 
-    def refuse(self, reason: str, detail: str = "") -> None:
+    def refuse(self, reason: str, detail: str = "", file: str = "") -> None:
         self.refusals.append(Refusal(self._names.unit(self._unit.key), reason, detail))
+        self._refused.append("/".join(part for part in (self._unit.key, file) if part))
 
     def run(self) -> None:
         for file in self._unit.files:
@@ -221,15 +223,15 @@ class _Work:
                 self._refuse_for(error)
             self._counts.burned_in += bool(stack.burned_in)
             for part in stack.refused:
-                self.refuse(part.reason, part.detail)
+                self.refuse(part.reason, part.detail, part.file)
 
     def finish(self) -> Counts:
         """The counts, this unit's included."""
         self._counts.units += 1
         self._counts.refused.update(refusal.reason for refusal in self.refusals)
         self._counts.unreadable += any(refusal.reason in UNREADABLE for refusal in self.refusals)
-        for refusal in self.refusals[:1]:
-            self._files.note(refusal.id, self._unit.key, refusal.reason)
+        for refusal, path in zip(self.refusals, self._refused, strict=True):
+            self._files.note(refusal.id, path, refusal.reason)
         return self._counts
 
     def _refuse_for(self, error: Exception) -> None:
@@ -238,7 +240,7 @@ class _Work:
                 raise MemoryError  # what other units left behind may be to blame: once more, in a fresh process
             self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory")
         elif isinstance(error, Refused):
-            self.refuse(error.reason, error.detail)
+            self.refuse(error.reason, error.detail, error.file)
         else:
             self.refuse("unreadable", where(error))
 
@@ -340,7 +342,7 @@ class _Files:
         self._write(2, _json({"id": line["id"], "path": key, "label": line["label"]}))
 
     def note(self, unit_id: str, key: str, reason: str) -> None:
-        """Keep the path of a unit that was refused."""
+        """Keep the path of a unit, or of one of its files, that was refused."""
         self._write(2, _json({"id": unit_id, "path": key, "refused": reason}))
 
     def sizes(self) -> tuple[int, int, int]:

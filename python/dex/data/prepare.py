@@ -318,8 +318,8 @@ class Run:
             allowed = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * counts.units))
         if counts.unreadable <= allowed:
             return
-        named = [row for *_, name, _ in done for row in self._refused(name)]
-        listed = "; ".join(f"{row['id']} {row['refused']}" for row in named[:NAMED])
+        named = {row["id"]: row["refused"] for *_, name, _ in done for row in self._refused(name)}
+        listed = "; ".join(f"{unit} {reason}" for unit, reason in list(named.items())[:NAMED])
         more = f"; and {counts.unreadable - NAMED:,} more" if counts.unreadable > NAMED else ""
         raise Failed(
             f"{counts.unreadable:,} of {counts.units:,} files or series cannot be read, more than {allowed:,}: "
@@ -399,7 +399,7 @@ def _list(source: Source, options: Options, target: Path, say: Callable[[str], N
 
 def _amount(planned: Sequence[_Planned]) -> str:
     units, files, size = (sum(one.entry[name] for one in planned) for name in ("units", "files", "bytes"))
-    return f"{files:,} files, {units:,} to be decoded on their own, {size / 1e6:,.1f} MB"
+    return f"{files:,} files in {units:,} units, {size / 1e6:,.1f} MB"
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:

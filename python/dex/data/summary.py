@@ -46,7 +46,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         columns = (
-            TextColumn("files"),
+            TextColumn("units"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
@@ -88,7 +88,7 @@ class Progress:
     def _print(self) -> None:
         counts, seconds = self._counts(), time.monotonic() - self._began
         left = seconds / max(counts.units - self._before[0], 1) * (self._total - counts.units)
-        print(f"files {counts.units:,}/{self._total:,}  {self._text(counts)}  left {duration(left)}", flush=True)
+        print(f"units {counts.units:,}/{self._total:,}  {self._text(counts)}  left {duration(left)}", flush=True)
         self._said = time.monotonic()
 
     def _text(self, counts: Counts) -> str:
@@ -103,7 +103,7 @@ def table(facts: Mapping[str, Any]) -> str:
     rows = Table(box=None, pad_edge=False)
     rows.add_column("source", no_wrap=True)
     rows.add_column("modality", no_wrap=True)
-    for name in ("files", "seen", "kept", "train", "val"):
+    for name in ("units", "seen", "kept", "train", "val"):
         rows.add_column(name, justify="right")
     rows.add_column("dropped", overflow="fold")
     rows.add_column("refused", overflow="fold")

@@ -79,6 +79,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
                 identity = text(head, "SeriesInstanceUID"), text(head, "StudyInstanceUID"), _patient(head)
                 _add(found[identity], head, path, place, limits)
         except Refused as error:
+            error.file = path.name
             refused.append(error)
             if identity is not None and error.reason != "no image" and not isinstance(error, Repeated):
                 faulty[identity] = error

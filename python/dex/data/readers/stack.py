@@ -33,7 +33,8 @@ _CHUNK = 2**20
 
 
 class Refused(ValueError):
-    """A file or stack that cannot be used. `reason`: one of REASONS; `detail`: our own words and numbers only."""
+    """A file or stack that cannot be used. `reason`: one of REASONS; `detail`: our own words and numbers only. `file`:
+    the name of the one among a unit's files that it is about, "" where that is all or unknown. Never printed."""
 
     def __init__(self, reason: str, detail: str = ""):
         if reason not in REASONS:
@@ -41,6 +42,7 @@ class Refused(ValueError):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.file = ""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
