@@ -286,7 +286,8 @@ def _prepare(arguments: list[str]) -> Callable[[], int]:
             for note in summary.notes(facts):
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
-                print(f"refused: why in {prepare.private_folder(wanted.out)}/{prepare.LOG}, which files in ids beside it")
+                private = shlex.quote(str(prepare.private_folder(wanted.out)))
+                print(f"refused: why in {private}/{prepare.LOG}, which files in {private}/ids")
             out = shlex.quote(str(wanted.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return 0
