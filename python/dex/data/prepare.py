@@ -212,7 +212,10 @@ class Run:
             except (Stopped, KeyboardInterrupt) as error:
                 self._log_if_possible("stopped", reason=str(error))
                 raise
-            except (Failed, join.ChunkFault, join.NothingKept) as error:
+            except join.NothingKept as error:
+                self._log_if_possible("failed", reason=str(error))
+                raise Failed(f"{error}. Each refusal's reason is in {self._private / LOG}") from None
+            except (Failed, join.ChunkFault) as error:
                 self._log_if_possible("failed", reason=str(error))
                 raise Failed(str(error)) from None
             except Exception as error:
