@@ -87,6 +87,15 @@ def test_rules_ct_and_suv():
         normalise.normaliser("suv", stack_of(VALUES, note="SUV: no half-life"))
 
 
+def test_a_picture_of_eight_bits_is_windowed_already():
+    eight = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    for rule in ("ct", "suv"):
+        got = normalise.normaliser(rule, stack_of(eight, "display8", windowed=True))(eight[0])
+        assert np.array_equal(got, eight[0].astype(np.float32) / np.float32(255))
+        with pytest.raises(Refused, match=f"{rule} needs"):  # a label map of one byte, a screen capture in a CT series
+            normalise.normaliser(rule, stack_of(eight, "display8"))
+
+
 def test_rule_display():
     eight = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     got = normalise.normaliser("display", stack_of(eight, "display8"))(eight[0])

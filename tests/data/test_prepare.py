@@ -431,6 +431,15 @@ def test_duplicates_over_sources_keep_the_first_in_name_order(here, tmp_path):
     assert facts["duplicates"] == [{"source": "b", "of": "a", "exact": 2, "near": 0}]
 
 
+def test_ct_as_pictures(here, tmp_path):
+    """Windowed by whoever made them; sixteen bits could mean anything, and are refused."""
+    save(tmp_path / "root", "a/1.png", picture(1))
+    save(tmp_path / "root", "a/2.png", picture(2).astype(np.uint16) * 100)
+    facts, _ = start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+    assert facts["images"] == 1 and facts["sources"][0]["refused"] == {"inconsistent": 1}
+    assert np.array_equal(ShardDataset(tmp_path / "out")[0].image.numpy()[0], picture(1))
+
+
 def test_neighbours_in_a_volume_are_no_near_duplicates(here, tmp_path):
     values = np.repeat((picture(3, 40).astype(np.int16) * 2 - 200)[:, :, None], 4, 2)
     values[:2, :2] += np.arange(4, dtype=np.int16) * 4

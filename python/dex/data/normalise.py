@@ -45,7 +45,8 @@ def normaliser(rule: str, stack: Stack) -> Callable[[np.ndarray], np.ndarray]:
 
     ct: HU clipped to [-200, 400], / 600. suv: SUV clipped to [0, 20], / 20. mr: clipped to the stack's 1st and 99th
     percentile, min-max. pet: the same clip, z-score, min-max; the z-score is affine and the clipped minimum and maximum
-    are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for display, else as mr.
+    are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for display, else as mr; for
+    pictures of 8 bits and videos ct and suv are display too, since their window was applied when they were made.
 
     Refused("inconsistent") when the stack's numbers are not what the rule needs: HU and SUV come from a header that
     says so, or from a format whose files do not say, where the description does. Refused("constant") when the two
@@ -53,6 +54,8 @@ def normaliser(rule: str, stack: Stack) -> Callable[[np.ndarray], np.ndarray]:
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    if rule in ("ct", "suv") and stack.windowed:
+        rule = "display"
     if rule in ("ct", "suv"):
         needed = "HU" if rule == "ct" else "SUV"
         if stack.quantity != needed and not (stack.quantity == "raw" and stack.described):

@@ -62,6 +62,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         load=load,
         holds=lambda stored: limits.holds(stored, height, width, 4),
         channels=channels,
+        windowed=dtype == np.uint8,
         inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,
     )

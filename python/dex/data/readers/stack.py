@@ -16,7 +16,6 @@ REASONS = (
     "unreadable",
     "unsupported",
     "too large",
-    "too small",
     "not finite",
     "constant",
     "burned-in",
@@ -123,6 +122,7 @@ class Stack:
     holds(bytes): whether so many bytes may be kept in memory beside one frame's work.
     inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
     described: the file does not say what its numbers are, so the source's description does.
+    windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     patient, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
@@ -144,6 +144,7 @@ class Stack:
     volume: bool = False
     inverted: bool = False
     described: bool = False
+    windowed: bool = False
     burned_in: bool = False
     note: str = ""
     patient: str = field(default="", repr=False)

@@ -65,6 +65,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         load=load,
         holds=lambda stored: False,
         channels=3,
+        windowed=True,
         spacing=(square, 1.0) if turned else (1.0, square),
     )
     yield stack
