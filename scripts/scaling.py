@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""How a step scales: measures unit costs and steps on this machine, and writes docs/scaling.md from what was measured.
+
+usage: python scripts/scaling.py --measure    measure for about 15 minutes, then write the results, the page, the picture
+       python scripts/scaling.py [--check]    write both from the results; --check: exit 1 when they do not agree
+
+Measuring starts ranks of its own, which run this file with --rank JOB. Nothing else should run meanwhile.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/scaling/gloo.json"
+CALIBRATION = {"experts": 12, "batches": [12, 36]}
+"""The network of the unit costs; no test point has its number of experts or its batches."""
+EXPERTS, BATCHES = (4, 8, 16, 32), (8, 32)
+RANKS = (1, 2, 4)
+OTHER = {"embed_dim": 256, "depth": 3, "num_heads": 4}
+"""Another network than the calibrated one, among the test points."""
+SIZES = [2**k for k in range(10, 27, 2)]
+"""Bytes of the collectives that are timed."""
+
+
+def configuration(point: dict):
+    """The demo preset's network and data with what ``point`` changes."""
+    from dataclasses import replace
+
+    from dex.config import preset
+
+    base = preset("demo")
+    return replace(
+        base,
+        model=replace(base.model, num_experts=point["experts"], **point.get("model", {})),
+        data=replace(base.data, batch_size=point["batch"], path=point.get("data")),
+        parallel=replace(base.parallel, strategy=point.get("strategy", "ddp"), micro_batch=point.get("micro_batch")),
+        run=replace(base.run, device="cpu", precision=point.get("precision", "fp32"), evaluate_every=0),
+    )
+
+
+def test_points(ranks: int) -> list[dict]:
+    """What is predicted and then measured with so many ranks."""
+    points = [
+        {"strategy": strategy, "experts": experts, "batch": batch}
+        for strategy in (("ddp", "fsdp") if ranks > 1 else ("ddp",))
+        for experts in EXPERTS
+        for batch in BATCHES
+    ]
+    points += [
+        {"strategy": strategy, "experts": 8, "batch": 32, **change}
+        for strategy in (("ddp", "fsdp") if ranks > 1 else ("ddp",))
+        for change in ({"micro_batch": 4}, {"model": OTHER}, {"precision": "bf16"})
+    ]
+    return points
+
+
+# What a rank measures. Imports of torch stand inside, since pages are made without it.
+
+
+def rank(job_path: Path) -> None:
+    """One rank of a job {"out", "costs": true | "points": [...]}; rank 0 writes what all found to ``out``."""
+    import torch
+
+    from dex.distributed import announced, gather, start, stop
+
+    torch.set_num_threads(1)
+    job = json.loads(job_path.read_text())
+    ranks = start(announced(), torch.device("cpu"), 120)
+    if "points" in job:
+        mine = [measure_point(ranks, point, job["steps"]) for point in job["points"]]
+    else:
+        mine = measure_costs(ranks, job["rounds"], job["sizes"])
+    everyone = gather(ranks, mine)
+    if ranks.first:
+        Path(job["out"]).write_text(json.dumps(everyone))
+    stop(ranks)
+
+
+def _trainer(point: dict, ranks):
+    from dex.data import open_dataset
+    from dex.engine import Trainer
+
+    config = configuration(point)
+    return Trainer(config, open_dataset(config.data.path), ranks=ranks)
+
+
+def _step_seconds(trainer, meet) -> float:
+    """One step without the wait for the loader; all ranks begin together."""
+    meet()
+    trainer.data_wait = 0.0
+    began = time.perf_counter()
+    if trainer.train_step():
+        raise RuntimeError("a step was not finite")
+    return time.perf_counter() - began - trainer.data_wait
+
+
+def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
+    """Seconds of what the unit costs are made of, on this rank while the others do the same."""
+    import torch
+    import torch.distributed as dist
+
+    from dex import checkpoint
+    from dex.distributed import ALONE, barrier
+
+    def meet():
+        barrier(ranks)
+
+    found = {"steps": {}, "collectives": {}}
+    for batch in CALIBRATION["batches"]:
+        # One process each that knows of no other: what they share is the machine.
+        trainer = _trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
+        for _ in range(2):
+            trainer.train_step()
+        found["steps"][batch] = [_step_seconds(trainer, meet) for _ in range(rounds)]
+        if batch == CALIBRATION["batches"][-1]:
+            mass = [torch.ones(e) for e in trainer.experts]
+            found["update"], found["gema"] = [], []
+            for _ in range(rounds):
+                meet()
+                began = time.perf_counter()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+                trainer.model.update_directors(mass, 0.999, process_group=False)
+                torch.nn.utils.clip_grads_with_norm_(trainer.parameters, 1.0, norm)
+                trainer.optimizer.step()
+                found["update"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                trainer.model.update_directors(mass, 0.999, process_group=False)
+                found["gema"].append(time.perf_counter() - began)
+            if ranks.world_size == 1:
+                found["checkpoint"] = []
+                for number in range(3):
+                    with tempfile.TemporaryDirectory() as folder:
+                        saver = checkpoint.Saver(Path(folder), 1)
+                        began = time.perf_counter()
+                        saver.save(number, trainer.tensors(), trainer.state() | {"step": number})
+                        saver.wait()
+                        found["checkpoint"].append(time.perf_counter() - began)
+        trainer.close()
+        del trainer
+        gc.collect()
+    if ranks.world_size == 1:
+        return found
+    n = ranks.world_size
+    for size in sizes:
+        count = size // 4 // n * n
+        whole, part = torch.ones(count), torch.ones(count // n)
+        calls = {
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+        }
+        for kind, call in calls.items():
+            call()
+            times = []
+            for _ in range(4 * rounds if size < 2**20 else rounds):
+                meet()
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            found["collectives"].setdefault(kind, {})[4 * count] = times
+    return found
+
+
+def measure_point(ranks, point: dict, steps: int) -> dict:
+    """Seconds, bytes held and bytes sent of steps of one configuration, on this rank."""
+    from dex.distributed import barrier
+
+    gc.collect()
+    _reset_peak()
+    resident = _status("VmRSS")
+    trainer = _trainer(point, ranks)
+
+    def meet():
+        barrier(ranks)
+
+    for _ in range(2):
+        _step_seconds(trainer, meet)
+    seconds = [_step_seconds(trainer, meet) for _ in range(steps)]
+    peak_resident = _status("VmHWM") - resident
+    meet()
+    before = _written()
+    trainer.train_step()
+    wire = _written() - before  # without the barrier's
+    held = _held(trainer)
+    peak, collectives = _profiled(trainer, meet)
+    trainer.close()
+    return {
+        "seconds": seconds,
+        "wire": wire,
+        "collectives": collectives,
+        "held": held,
+        "peak": peak,
+        "peak_resident": peak_resident,
+    }
+
+
+def _held(trainer) -> dict[str, int]:
+    """Bytes of the tensors that lie on this rank between two steps."""
+
+    def local(t) -> int:
+        t = t.to_local() if hasattr(t, "to_local") else t
+        return t.numel() * t.element_size()
+
+    model, optimizer = trainer.model, trainer.optimizer
+    return {
+        "weights": sum(map(local, [*model.parameters(), *model.buffers()])),
+        "gradients": sum(local(p.grad) for p in trainer.parameters),
+        "moments": sum(local(s[k]) for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+def _profiled(trainer, meet) -> tuple[int, dict[str, list[int]]]:
+    """The most bytes allocated during a step beyond those before it, and {collective: [calls, numbers]} of that step.
+
+    By torch's own record of its allocator and of gloo. Gradients of the step before, where they are no views of
+    buckets, are freed first.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    trainer.optimizer.zero_grad(set_to_none=True)
+    meet()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as record:
+        trainer.train_step()
+    calls: dict[str, list[int]] = {}
+    for event in record.events():
+        if event.name.startswith("gloo:"):
+            entry = calls.setdefault(event.name.removeprefix("gloo:"), [0, 0])
+            entry[0] += 1
+            entry[1] += sum(torch.Size(shape).numel() for shape in event.input_shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    first = events[0]["args"]  # torch goes on counting where the record before ended
+    base = first["Total Allocated"] - first["Bytes"]
+    return max(e["args"]["Total Allocated"] for e in events) - base, calls
+
+
+def _status(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _written() -> int:
+    """Bytes that this process handed to writes so far; gloo's messages are writes to sockets."""
+    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def launch(count: int, job: dict, timeout: float = 900) -> list:
+    """Run a job on ``count`` ranks; what every rank found. RuntimeError with a rank's last words when one fails."""
+    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        path, out = Path(folder) / "job.json", Path(folder) / "out.json"
+        path.write_text(json.dumps(job | {"out": str(out)}))
+        processes = []
+        for number in range(count):
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, __file__, "--rank", str(path)]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        try:
+            ended = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
+        finally:
+            for p in processes:
+                if p.poll() is None:
+                    p.kill()
+        for words, code in ended:
+            if code:
+                raise RuntimeError(f"a rank ended with {code}: {words[-2000:]}")
+        return json.loads(out.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        rank(options.rank)
+        return 0
+    raise SystemExit("later")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
