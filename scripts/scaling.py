@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How a step scales: measures unit costs and steps on this machine, and writes docs/scaling.md from what was measured.
 
-usage: python scripts/scaling.py --measure    measure for about 15 minutes, then write the results, the page, the picture
-       python scripts/scaling.py [--check]    write both from the results; --check: exit 1 when they do not agree
+usage: python scripts/scaling.py --measure    measure (about 20 minutes), then all that follows
+       python scripts/scaling.py --predict    predictions anew, from the unit costs in the results, then the page
+       python scripts/scaling.py [--check]    the page from the results; --check: exit 1 when they do not agree
 
 Measuring starts ranks of its own, which run this file with --rank JOB. Nothing else should run meanwhile.
 """
@@ -294,6 +295,73 @@ def launch(count: int, job: dict, timeout: float = 900) -> list:
         return json.loads(out.read_text())
 
 
+# From what ranks found to unit costs and results.
+
+
+def measure(steps: int = 5, rounds: int = 8) -> dict:
+    """Everything that is measured, as the results file keeps it."""
+    import torch
+
+    from dex.runlog import describe_machine
+
+    torch.set_num_threads(1)
+    began, loads, costs, tests = time.monotonic(), [], {}, []
+    for count in RANKS:
+        points = test_points(count)
+        job = {"rounds": rounds, "sizes": SIZES}
+        # The machine changes under us: half of the costs before the test points, half behind them.
+        before = launch(count, job)
+        loads.append(os.getloadavg()[0])
+        seen = launch(count, {"points": points, "steps": steps}, timeout=3600)
+        loads.append(os.getloadavg()[0])
+        costs[str(count)] = summary(before + launch(count, job))
+        print(f"{count} ranks: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        for i, point in enumerate(points):
+            tests.append({"ranks": count, **point, "measured": measured([one[i] for one in seen])})
+    return {
+        "date": datetime.date.today().isoformat(),
+        "seconds": round(time.monotonic() - began),
+        "loads": [round(load, 1) for load in loads],
+        "machine": describe_machine(torch.device("cpu")),
+        "calibration": CALIBRATION,
+        "costs": costs,
+        "tests": tests,
+    }
+
+
+def spread(values: list[float]) -> list[float]:
+    """[median, lower quartile, upper quartile]"""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [float(f"{v:.5g}") for v in (middle, low, high)]
+
+
+def summary(everyone: list[dict]) -> dict:
+    """Medians and quartiles over ranks and rounds, in seconds; checkpoints and collectives likewise."""
+    pooled = {
+        "steps": {b: spread([t for one in everyone for t in one["steps"][b]]) for b in everyone[0]["steps"]},
+        **{kind: spread([t for one in everyone for t in one[kind]]) for kind in ("update", "gema")},
+        "collectives": {
+            kind: {size: spread([t for one in everyone for t in one["collectives"][kind][size]]) for size in sizes}
+            for kind, sizes in everyone[0]["collectives"].items()
+        },
+    }
+    if "checkpoint" in everyone[0]:
+        pooled["checkpoint"] = spread([t for one in everyone for t in one["checkpoint"]])
+    return pooled
+
+
+def measured(everyone: list[dict]) -> dict:
+    """One test point: seconds of a step, and bytes of the rank that has the most of them."""
+    return {
+        "seconds": spread([t for one in everyone for t in one["seconds"]]),
+        "wire": max(one["wire"] for one in everyone),
+        "collectives": everyone[0]["collectives"],
+        "held": everyone[0]["held"],
+        "peak": max(one["peak"] for one in everyone),
+        "peak_resident": max(one["peak_resident"] for one in everyone),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
@@ -303,7 +371,10 @@ def main() -> int:
     if options.rank:
         rank(options.rank)
         return 0
-    raise SystemExit("later")
+    if options.measure:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

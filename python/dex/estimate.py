@@ -52,8 +52,12 @@ class Estimate:
         return sum(self.flops.values())
 
     def device_bytes(self, images: int, shards: int = 1) -> int:
-        """Memory of one device that computes ``images`` at once and holds 1 / ``shards`` of weights and moments."""
-        return sum(self.memory.values()) // shards + images * self.activations
+        """Memory of one device that computes ``images`` at once and holds 1 / ``shards`` of weights and moments.
+
+        The bf16 copies are made of gathered weights, and backward keeps them whole on every device.
+        """
+        copies = self.memory["bf16 copies"]
+        return (sum(self.memory.values()) - copies) // shards + copies + images * self.activations
 
     def days(self, gpu: Gpu, count: int, mfu: float = ASSUMED_MFU) -> float:
         """Days of computation on ``count`` devices at share ``mfu`` of their peak, communication not counted."""

@@ -1,8 +1,8 @@
 """What one rank of many does in a step: operations, bytes held, moved and sent; and how long that takes.
 
-Counts follow what `dex.engine` and `dex.distributed` do, tensor by tensor; times come from unit costs (`Costs`) that are
-measured or assumed elsewhere. Bytes are bytes, times seconds, rates per second. The loader and evaluation are not
-part of it. Letters: n ranks, l ranks of one node, m nodes, S bytes, P numbers of a model, T those that take a gradient.
+Counts follow what `dex.engine` and `dex.distributed` do, tensor by tensor; times come from unit costs (`Costs`) that
+are measured or assumed elsewhere. Bytes are bytes, times seconds, rates per second. The loader and evaluation are not
+part of it. Letters: n ranks, l ranks of one node, m nodes, S bytes, T numbers that take a gradient.
 """
 
 from __future__ import annotations
@@ -182,15 +182,17 @@ def exchange_seconds(exchange: Exchange, ranks: int, costs: Costs) -> float:
 
 
 def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
-    """Bytes that one rank holds, by kind. Not all at once: their sum is above the true peak.
+    """Bytes that one rank holds, by kind: between steps, then within a step.
 
-    ddp: gradients are views of the buckets that travel, so buckets cost nothing; with several micro-batches the sum of
-    the earlier ones lies beside them. fsdp: weights, gradients and moments are 1 / n, padded. What does not shrink: with
-    several micro-batches whole gradients until they are exchanged; the bf16 copies that autocast makes, which backward
-    keeps whole; two gathered blocks (in use and fetched ahead) and one block's gradients twice.
+    Not all of them at once: the sum lies above the true peak as far as they go, but the images themselves, their
+    targets and what an operator needs for a moment are not in it.
+
+    ddp: gradients are views of the buckets that travel, so buckets cost nothing. fsdp: weights, gradients and moments
+    are 1 / n, padded. What fsdp does not shrink: the bf16 copies that autocast makes of gathered weights, which
+    backward keeps whole; two gathered blocks (in use and fetched ahead) and one block's gradients twice. With several
+    micro-batches both hold the whole gradients of the earlier ones until they are exchanged.
     """
     found, micro = work.estimate, _micro_batches(work, ranks)
-    images = work.config.data.batch_size // ranks // micro
     held = dict(found.memory)
     sharded = strategy == "fsdp" and ranks > 1
     if sharded:
@@ -202,9 +204,9 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
             "gradients": 4 * trained // ranks,
             "moments": 8 * trained // ranks,
         }
+    held["activations"] = work.config.data.batch_size // ranks // micro * found.activations
     if micro > 1 and ranks > 1:
-        held["gradients"] += 4 * found.trained
-    held["activations"] = images * found.activations
+        held["earlier micro-batches"] = 4 * found.trained
     if sharded:
         block = max(sum(t.numbers(ranks) for t in group) for group in work.groups)
         block_trained = max(sum(t.numbers(ranks) for t in group if t.trained) for group in work.groups)

@@ -95,9 +95,11 @@ def test_activations_are_what_autograd_keeps_on_real_tensors(precision):
     assert predicted == pytest.approx((kept(16) - kept(8)) / 8, rel=0.02)
 
 
-def test_sharding_divides_what_is_held_and_not_the_activations():
-    found = estimate.estimate(config(), 1)
-    held = sum(found.memory.values())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sharding_divides_what_is_held_and_neither_activations_nor_bf16_copies(precision):
+    found = estimate.estimate(config(precision=precision), 1)
+    held = sum(found.memory.values()) - found.memory["bf16 copies"]
+    assert (precision == "bf16") == (found.memory["bf16 copies"] > 0)
     assert found.device_bytes(8) - found.device_bytes(8, 4) == held - held // 4
     gpu = estimate.Gpu("test", 1e15, 1e9)
     assert found.days(gpu, 4, 0.5) == pytest.approx(4 * found.flops_per_image / (1e15 * 0.5 * 4 * 86400))
