@@ -306,6 +306,7 @@ def measure(steps: int = 5, rounds: int = 8) -> dict:
 
     torch.set_num_threads(1)
     began, loads, costs, tests = time.monotonic(), [], {}, []
+    machine = describe_machine(torch.device("cpu"))  # of what is about to run, whatever is edited meanwhile
     for count in RANKS:
         points = test_points(count)
         job = {"rounds": rounds, "sizes": SIZES}
@@ -322,7 +323,7 @@ def measure(steps: int = 5, rounds: int = 8) -> dict:
         "date": datetime.date.today().isoformat(),
         "seconds": round(time.monotonic() - began),
         "loads": [round(load, 1) for load in loads],
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": machine,
         "calibration": CALIBRATION,
         "costs": costs,
         "tests": tests,
