@@ -30,6 +30,32 @@ EXPERTS, BATCHES = (4, 8, 16, 32), (8, 32)
 RANKS = (1, 2, 4)
 OTHER = {"embed_dim": 256, "depth": 3, "num_heads": 4}
 """Another network than the calibrated one, among the test points."""
+
+MAKERS = {
+    "A100 80 GB": {"memory": 2.04e12, "inner": 300e9, "outer": 25e9},
+    "H100 SXM": {"memory": 3.35e12, "inner": 450e9, "outer": 50e9},
+    "H200 SXM": {"memory": 4.8e12, "inner": 450e9, "outer": 50e9},
+}
+"""Makers' figures, bytes per second: memory; NVLink, one way; one network adapter per GPU (200 or 400 Gbit/s)."""
+ASSUMED = {
+    "share of memory and network bandwidth": 0.8,
+    "seconds of one hop in a node": 5e-6,
+    "seconds of one hop between nodes": 15e-6,
+    "fixed seconds of a step": 5e-3,
+    "share of compute beside which communication runs unseen": 0.8,
+    "bytes per second to the disk": 2e9,
+    "GPUs of a node": 8,
+}
+"""What nobody has measured here. The share of the peak that products reach is `dex.estimate.ASSUMED_MFU`."""
+NETWORKS = {"ViT-B": (768, 12, 12), "ViT-L": (1024, 24, 16), "ViT-H": (1280, 32, 16)}
+"""Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; all else as the preset published-code."""
+GPU, GPUS, GPU_EXPERTS = "H100 SXM", (1, 8, 64, 256, 1024), (8, 16, 32, 64, 128)
+IMAGES = 32
+"""Images of a GPU in a step where the batch grows with the GPUs, and the most that are computed at once."""
+STRONG = {1: 896, 8: 896, 64: 896, 256: 1024, 1024: 1024}
+"""GPUs -> batch where it stays: the published code's 896, or 1,024 where 896 are no whole number of images a GPU."""
+RUN_IMAGES = 200 * 4.97e6
+"""Images of the published run: 200 epochs of 4.97 million."""
 SIZES = [2**k for k in range(10, 27, 2)]
 """Bytes of the collectives that are timed."""
 
@@ -363,9 +389,182 @@ def measured(everyone: list[dict]) -> dict:
     }
 
 
+# Predictions, from unit costs alone.
+
+
+def unit_costs(results: dict, ranks: int):
+    """What the calibration says of so many busy ranks on this machine.
+
+    Two batches of one network give the seconds of an image, and what is left of the smaller one when its images,
+    its gradients and its update are taken off is the fixed part.
+    """
+    from dex.data import open_dataset
+    from dex.scaling import Costs, Link, moved, workload
+
+    seen = results["costs"][str(ranks)]
+    small, large = CALIBRATION["batches"]
+    work = workload(
+        configuration({"experts": CALIBRATION["experts"], "batch": small}), len(open_dataset(None).modalities)
+    )
+    per_image = (seen["steps"][str(large)][0] - seen["steps"][str(small)][0]) / (large - small)
+    traffic = moved(work, 1, "ddp")
+    bandwidth = (traffic["adamw"] + traffic["gema"]) / seen["update"][0]
+    fixed = seen["steps"][str(small)][0] - small * per_image - seen["update"][0] - traffic["gradients"] / bandwidth
+    link = Link(1.0, 0.0)  # alone: never asked
+    if ranks > 1:
+        times = {int(size): t[0] for size, t in seen["collectives"]["all_reduce"].items()}
+        latency = times[min(times)] / (2 * (ranks - 1))
+        largest = max(times)
+        link = Link(2 * (ranks - 1) / ranks * largest / (times[largest] - times[min(times)]), latency)
+    written = results["costs"]["1"]["checkpoint"][0]
+    return Costs(
+        flops=work.estimate.flops_per_image / per_image,
+        memory=bandwidth,
+        fixed=max(fixed, 0.0),
+        inner=link,
+        outer=link,
+        per_node=ranks,
+        overlap=0.0,
+        store=work.estimate.checkpoint / written,
+        scatter=2.0,
+    )
+
+
+def predict(results: dict) -> dict:
+    """``results`` with unit costs, predictions of every test point and the tables of GPUs."""
+    import torch
+
+    from dex.data import open_dataset
+    from dex.estimate import ASSUMED_MFU
+    from dex.scaling import exchanges, memory, sent, step, workload
+
+    torch.set_num_threads(1)
+    modalities = len(open_dataset(None).modalities)
+    costs = {n: unit_costs(results, n) for n in RANKS}
+    tests = []
+    for point in results["tests"]:
+        n, strategy = point["ranks"], point["strategy"]
+        work = workload(configuration(point), modalities)
+        held = memory(work, n, strategy)
+        between = ["weights", "gradients", "moments"]
+        talk = exchanges(work, n, strategy)
+        predicted = {
+            "wire": sum(sum(sent(e, n, n, costs[n].scatter)) for e in talk.values()),
+            "held": {kind: held[kind] for kind in between},
+            "peak": sum(held.values()),
+        }
+        if "precision" not in point:  # the unit costs are of fp32
+            parts = step(work, n, strategy, costs[n])
+            predicted["seconds"] = parts.total
+            predicted["parts"] = {k: float(f"{v:.4g}") for k, v in parts._asdict().items()}
+        tests.append(point | {"predicted": predicted})
+    gpu, source = gpu_costs(GPU)
+    return results | {
+        "unit_costs": {str(n): c._asdict() for n, c in costs.items()},
+        "tests": tests,
+        "gpu": {
+            "name": GPU,
+            "costs": gpu._asdict(),
+            "sources": source,
+            "mfu": ASSUMED_MFU,
+            "weak": [
+                gpu_row(name, experts, count, count * IMAGES, gpu)
+                for name in NETWORKS
+                for experts in GPU_EXPERTS
+                for count in GPUS
+            ],
+            "strong": [gpu_row(name, 8, count, STRONG[count], gpu) for name in NETWORKS for count in GPUS],
+            "others": [
+                gpu_row(name, experts, 64, 64 * IMAGES, gpu_costs(device)[0]) | {"device": device}
+                for device in MAKERS
+                for name in NETWORKS
+                for experts in (8, 128)
+            ],
+        },
+    }
+
+
+def gpu_costs(name: str):
+    """Unit costs of a GPU, and {cost: "measured" or "assumed"}: from a results file of it where there is one."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import record
+
+    from dex.estimate import ASSUMED_MFU
+    from dex.estimate import GPUS as KNOWN
+    from dex.scaling import Costs, Link
+
+    peak = next(gpu for gpu in KNOWN if gpu.name == name)
+    share, maker = ASSUMED["share of memory and network bandwidth"], MAKERS[name]
+    flops, memory, source = peak.bf16_flops * ASSUMED_MFU, share * maker["memory"], {"flops": "assumed"}
+    source |= {"memory": "assumed"}
+    for result in record.newest():
+        if name.split()[0] in result["device"]:
+            flops, memory = (
+                result["ceilings"]["bf16_tflops"] * 1e12 * ASSUMED_MFU,
+                result["ceilings"]["copy_gbps"] * 1e9,
+            )
+            source = {"flops": f"{ASSUMED_MFU:.0%} (assumed) of the measured product", "memory": "measured"}
+    costs = Costs(
+        flops=flops,
+        memory=memory,
+        fixed=ASSUMED["fixed seconds of a step"],
+        inner=Link(share * maker["inner"], ASSUMED["seconds of one hop in a node"]),
+        outer=Link(share * maker["outer"], ASSUMED["seconds of one hop between nodes"]),
+        per_node=ASSUMED["GPUs of a node"],
+        overlap=ASSUMED["share of compute beside which communication runs unseen"],
+        store=ASSUMED["bytes per second to the disk"],
+    )
+    return costs, source | {"everything else": "assumed"}
+
+
+def gpu_row(name: str, experts: int, count: int, batch: int, costs) -> dict:
+    """One network on so many GPUs, both strategies; what cannot be cut is None."""
+    from dataclasses import replace
+
+    from dex.config import preset
+    from dex.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step, workload
+
+    width, depth, heads = NETWORKS[name]
+    base = preset("published-code")
+    config = replace(
+        base,
+        model=replace(base.model, embed_dim=width, depth=depth, num_heads=heads, num_experts=experts),
+        data=replace(base.data, batch_size=batch),
+    )
+    work = workload(split(config, count, IMAGES), 10)
+    row = {
+        "network": name,
+        "experts": experts,
+        "gpus": count,
+        "batch": batch,
+        "parameters": sum(work.estimate.parameters.values()),
+        "checkpoint": work.estimate.checkpoint,
+        "checkpoint_seconds": checkpoint_seconds(work, costs),
+    }
+    for strategy in ("ddp", "fsdp"):
+        try:
+            parts, held = step(work, count, strategy, costs), memory(work, count, strategy)
+        except ValueError as error:
+            row[strategy] = {"refused": str(error)}
+            continue
+        talk = [sent(e, count, costs.per_node) for e in exchanges(work, count, strategy).values()]
+        row[strategy] = {
+            "seconds": parts.total,
+            "bound": parts.bound,
+            "parts": parts._asdict(),
+            "memory": sum(held.values()),
+            "held": held,
+            "sent_inside": sum(inner for inner, _ in talk),
+            "sent_between": sum(outer for _, outer in talk),
+            "days": days(work, parts.total, RUN_IMAGES),
+        }
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--predict", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -374,8 +573,23 @@ def main() -> int:
         return 0
     if options.measure:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+        write(measure())
+    if options.measure or options.predict:
+        write(predict(json.loads(RESULTS.read_text(encoding="utf-8"))))
     return 0
+
+
+def write(results: dict) -> None:
+    RESULTS.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(value):
+    """Four digits of every broken number: more would say nothing."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

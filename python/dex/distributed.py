@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -132,12 +132,9 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     stacked = {id(p): name for name, p in model.named_parameters() if ".experts." in name}
-    for p, name in ((p, stacked.get(id(p))) for p in model.parameters()):
-        if name and p.shape[1] % mesh.size():
-            raise ValueError(
-                f"parallel.strategy: fsdp cuts {name} {list(p.shape)} along dimension 1; expected it to be a multiple "
-                f"of the {mesh.size()} ranks"
-            )
+    for p in model.parameters():
+        if id(p) in stacked:
+            check_cut(stacked[id(p)], p.shape, mesh.size())
 
     def place(parameter: nn.Parameter) -> Shard:
         return Shard(1 if id(parameter) in stacked else 0)
@@ -158,6 +155,15 @@ def same_bits(tensors: Iterable[Tensor]) -> bool:
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     return bool((low == high).all())
+
+
+def check_cut(name: str, shape: Sequence[int], ranks: int) -> None:
+    """ValueError when fsdp cannot cut the stacked tensor ``name`` evenly over so many ranks."""
+    if shape[1] % ranks:
+        raise ValueError(
+            f"parallel.strategy: fsdp cuts {name} {list(shape)} along dimension 1; expected it to be a multiple "
+            f"of the {ranks} ranks"
+        )
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from dex.config import Config, check, per_layer
-from dex.distributed import Strategy
+from dex.distributed import Strategy, check_cut
 from dex.engine import build_model, resolve_micro_batch
 from dex.estimate import Estimate, estimate
 
@@ -60,6 +60,7 @@ class Costs(NamedTuple):
 class Tensor(NamedTuple):
     """A parameter. cut: the dimension that fsdp cuts."""
 
+    name: str
     shape: tuple[int, ...]
     trained: bool
     cut: int
@@ -125,7 +126,7 @@ def workload(config: Config, modalities: int = 1) -> Workload:
             if id(p) not in seen:
                 seen.add(id(p))
                 stacked = "experts." in name
-                group.append(Tensor(tuple(p.shape), p.requires_grad, int(stacked)))
+                group.append(Tensor(name, tuple(p.shape), p.requires_grad, int(stacked)))
         groups.append(tuple(group))
     return Workload(config, estimate(config, 1), tuple(groups), modalities)
 
@@ -139,7 +140,7 @@ def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Excha
     the gate masses and slots of all experts, 5 losses, 3 flags and 2 numbers per modality. Directors need nothing else:
     their update is computed by every rank from the same masses (ddp), or piece by piece (fsdp).
     """
-    micro = _micro_batches(work, ranks)
+    micro = _micro_batches(work, ranks, strategy)
     if ranks == 1:
         return {}
     m = work.config.model
@@ -192,7 +193,7 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     backward keeps whole; two gathered blocks (in use and fetched ahead) and one block's gradients twice. With several
     micro-batches both hold the whole gradients of the earlier ones until they are exchanged.
     """
-    found, micro = work.estimate, _micro_batches(work, ranks)
+    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     held = dict(found.memory)
     sharded = strategy == "fsdp" and ranks > 1
     if sharded:
@@ -221,7 +222,7 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every
     expert read, every director read and written. copies: fsdp copies what it gathered, and gradients, into place.
     """
-    found, micro = work.estimate, _micro_batches(work, ranks)
+    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     everything = sum(found.parameters.values())
     shards = ranks if strategy == "fsdp" else 1
     traffic = {
@@ -251,7 +252,7 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     Raises: ValueError when the batch cannot be cut into equal parts.
     """
     _check_costs(costs)
-    found, micro = work.estimate, _micro_batches(work, ranks)
+    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     images = work.config.data.batch_size // ranks
     traffic = moved(work, ranks, strategy)
     compute = max(images * found.flops_per_image / costs.flops, micro * _read(work, images // micro) / costs.memory)
@@ -291,9 +292,15 @@ def split(config: Config, ranks: int, most: int) -> Config:
     return replace(config, parallel=replace(config.parallel, micro_batch=micro))
 
 
-def _micro_batches(work: Workload, ranks: int) -> int:
+def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
+    """How many; and all that must hold for so many ranks."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if strategy == "fsdp":
+        for tensor in (t for group in work.groups for t in group if t.cut):
+            check_cut(tensor.name, tensor.shape, ranks)
     return work.config.data.batch_size // ranks // resolve_micro_batch(work.config, ranks)
 
 
