@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""How a step scales: measures unit costs and steps on this machine, and writes docs/scaling.md from what was measured.
+"""How a step scales: unit costs and steps measured on this machine, and what `dex.scaling` predicts from the costs.
 
-usage: python scripts/scaling.py --measure    measure (about 20 minutes), then all that follows
-       python scripts/scaling.py --predict    predictions anew, from the unit costs in the results, then the page
-       python scripts/scaling.py [--check]    the page from the results; --check: exit 1 when they do not agree
+usage: python scripts/scaling.py --measure    measure (about 20 minutes) and predict
+       python scripts/scaling.py --predict    predict anew from what is in the results
 
+Writes benchmarks/results/scaling/gloo.json, of which scripts/scaling_page.py makes docs/scaling.md.
 Measuring starts ranks of its own, which run this file with --rank JOB. Nothing else should run meanwhile.
 """
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import os
@@ -50,10 +51,11 @@ ASSUMED = {
 NETWORKS = {"ViT-B": (768, 12, 12), "ViT-L": (1024, 24, 16), "ViT-H": (1280, 32, 16)}
 """Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; all else as the preset published-code."""
 GPU, GPUS, GPU_EXPERTS = "H100 SXM", (1, 8, 64, 256, 1024), (8, 16, 32, 64, 128)
-IMAGES = 32
-"""Images of a GPU in a step where the batch grows with the GPUs, and the most that are computed at once."""
+IMAGES = 112
+"""Images of a GPU in a step where the batch grows with the GPUs (896 on 8), and the most that are computed at once."""
 STRONG = {1: 896, 8: 896, 64: 896, 256: 1024, 1024: 1024}
 """GPUs -> batch where it stays: the published code's 896, or 1,024 where 896 are no whole number of images a GPU."""
+MODALITIES = 10
 RUN_IMAGES = 200 * 4.97e6
 """Images of the published run: 200 epochs of 4.97 million."""
 SIZES = [2**k for k in range(10, 27, 2)]
@@ -84,11 +86,12 @@ def test_points(ranks: int) -> list[dict]:
         for experts in EXPERTS
         for batch in BATCHES
     ]
-    points += [
-        {"strategy": strategy, "experts": 8, "batch": 32, **change}
-        for strategy in (("ddp", "fsdp") if ranks > 1 else ("ddp",))
-        for change in ({"micro_batch": 4}, {"model": OTHER}, {"precision": "bf16"})
-    ]
+    if ranks == 2:
+        points += [
+            {"strategy": strategy, "experts": 8, "batch": 32, **change}
+            for strategy in ("ddp", "fsdp")
+            for change in ({"micro_batch": 4}, {"model": OTHER}, {"precision": "bf16"})
+        ]
     return points
 
 
@@ -324,7 +327,7 @@ def launch(count: int, job: dict, timeout: float = 900) -> list:
 # From what ranks found to unit costs and results.
 
 
-def measure(steps: int = 5, rounds: int = 8) -> dict:
+def measure(steps: int = 4, rounds: int = 6) -> dict:
     """Everything that is measured, as the results file keeps it."""
     import torch
 
@@ -351,6 +354,7 @@ def measure(steps: int = 5, rounds: int = 8) -> dict:
         "loads": [round(load, 1) for load in loads],
         "machine": machine,
         "calibration": CALIBRATION,
+        "steps": steps,
         "costs": costs,
         "tests": tests,
     }
@@ -436,7 +440,7 @@ def predict(results: dict) -> dict:
 
     from dex.data import open_dataset
     from dex.estimate import ASSUMED_MFU
-    from dex.scaling import exchanges, memory, sent, step, workload
+    from dex.scaling import AUTOCAST_BYTES, UPDATE_BYTES, exchanges, memory, sent, step, workload
 
     torch.set_num_threads(1)
     modalities = len(open_dataset(None).modalities)
@@ -460,6 +464,7 @@ def predict(results: dict) -> dict:
         tests.append(point | {"predicted": predicted})
     gpu, source = gpu_costs(GPU)
     return results | {
+        "bytes": {"update": UPDATE_BYTES, "cast": AUTOCAST_BYTES},
         "unit_costs": {str(n): c._asdict() for n, c in costs.items()},
         "tests": tests,
         "gpu": {
@@ -517,21 +522,29 @@ def gpu_costs(name: str):
     return costs, source | {"everything else": "assumed"}
 
 
+@functools.cache
+def counted(name: str, experts: int):
+    """The workload of a network; its batch is to be set."""
+    from dataclasses import replace
+
+    from dex.config import preset
+    from dex.scaling import workload
+
+    width, depth, heads = NETWORKS[name]
+    base = preset("published-code")
+    model = replace(base.model, embed_dim=width, depth=depth, num_heads=heads, num_experts=experts)
+    return workload(replace(base, model=model), MODALITIES)
+
+
 def gpu_row(name: str, experts: int, count: int, batch: int, costs) -> dict:
     """One network on so many GPUs, both strategies; what cannot be cut is None."""
     from dataclasses import replace
 
-    from dex.config import preset
-    from dex.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step, workload
+    from dex.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step
 
-    width, depth, heads = NETWORKS[name]
-    base = preset("published-code")
-    config = replace(
-        base,
-        model=replace(base.model, embed_dim=width, depth=depth, num_heads=heads, num_experts=experts),
-        data=replace(base.data, batch_size=batch),
-    )
-    work = workload(split(config, count, IMAGES), 10)
+    work = counted(name, experts)
+    config = replace(work.config, data=replace(work.config.data, batch_size=batch))
+    work = work._replace(config=split(config, count, IMAGES))
     row = {
         "network": name,
         "experts": experts,
@@ -565,7 +578,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--predict", action="store_true")
-    parser.add_argument("--check", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
