@@ -198,8 +198,8 @@ def _bytes_text(tests: list[dict]) -> str:
         "cases. Bytes written to sockets\nin a step, by the kernel's count, are "
         f"{min(wire):.4f} to {max(wire):.4f} times the predicted ones; the rest is gloo's headers. The "
         f"predicted\nsum of memory over the most that torch allocated at once: {told}.\nAbove 1: not all kinds are "
-        "there at the same moment. Below 1: images, targets and temporary tensors, which weigh more in a\nnetwork this small (9 MB of "
-        "activations an image, 0.8 MB for every copy of its pixels)."
+        "there at the same moment. Below 1: images, targets and temporary tensors, which weigh more\nin a network this "
+        "small (9 MB of activations an image, 0.8 MB for every copy of its pixels)."
     )
     if rss:
         text += f" What torch allocated is {statistics.median(rss):.2f} of the growth\nof the process, in the median."

@@ -194,9 +194,11 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
 def _describe(plan: "Plan") -> str:
     """The configuration as YAML, and what would run as comments below it."""
     from dex.config import to_yaml
+    from dex.distributed import announced
     from dex.estimate import describe, estimate
 
     config, dataset = plan.config, plan.dataset
+    found = estimate(config, plan.steps)
     train, held_out = dataset.split("train"), dataset.split("val")
     lines = [
         f"data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images",
@@ -204,9 +206,14 @@ def _describe(plan: "Plan") -> str:
         f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
         f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
         f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
-        *describe(estimate(config, plan.steps), config),
+        *describe(found, config),
         *plan.notes,
     ]
+    ranks = announced().world_size
+    if ranks > 1 and not config.parallel.checkpointing:
+        from dex import scaling
+
+        lines.append(scaling.describe(scaling.workload(config, len(dataset.modalities), found), ranks))
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)

@@ -109,8 +109,8 @@ class Step(NamedTuple):
         return max(parts | {"fixed costs": self.fixed}, key=lambda k: (parts | {"fixed costs": self.fixed})[k])
 
 
-def workload(config: Config, modalities: int = 1) -> Workload:
-    """Count ``config``; nothing of its size is allocated. ``modalities`` of the data.
+def workload(config: Config, modalities: int = 1, found: Estimate | None = None) -> Workload:
+    """Count ``config``; nothing of its size is allocated. ``modalities`` of the data; ``found``: an estimate of it.
 
     ValueError as in `check`, and with ``parallel.checkpointing``, whose recomputation is not counted here.
     """
@@ -128,7 +128,7 @@ def workload(config: Config, modalities: int = 1) -> Workload:
                 stacked = "experts." in name
                 group.append(Tensor(name, tuple(p.shape), p.requires_grad, int(stacked)))
         groups.append(tuple(group))
-    return Workload(config, estimate(config, 1), tuple(groups), modalities)
+    return Workload(config, found or estimate(config, 1), tuple(groups), modalities)
 
 
 def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Exchange]:
@@ -290,6 +290,19 @@ def split(config: Config, ranks: int, most: int) -> Config:
     part = resolve_micro_batch(replace(config, parallel=replace(config.parallel, micro_batch=None)), ranks)
     micro = max(m for m in range(1, most + 1) if part % m == 0)
     return replace(config, parallel=replace(config.parallel, micro_batch=micro))
+
+
+def describe(work: Workload, ranks: int) -> str:
+    """One line for people: what each of so many ranks of one machine sends in a step."""
+    told = []
+    for strategy in get_args(Strategy):
+        try:
+            talk = exchanges(work, ranks, strategy)
+        except ValueError as error:
+            told.append(f"{strategy} cannot: {error}")
+        else:
+            told.append(f"{sum(sent(e, ranks, ranks)[0] for e in talk.values()) / 1e9:,.2f} GB with {strategy}")
+    return f"each of {ranks} ranks sends in a step: " + ", ".join(told)
 
 
 def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
