@@ -17,7 +17,7 @@ from dex.scaling import Costs, Exchange, Link
 
 ROOT = Path(__file__).parents[2]
 COSTS = Costs(
-    flops=1e12, memory=1e11, fixed=0.01, inner=Link(1e10, 1e-5), outer=Link(1e9, 1e-4), per_node=8, overlap=0.0,
+    flops=1e9, memory=1e11, fixed=0.01, inner=Link(1e10, 1e-5), outer=Link(1e9, 1e-4), per_node=8, overlap=0.0,
     store=1e9,
 )  # fmt: skip
 TINY = {
@@ -128,7 +128,7 @@ def test_two_levels_send_what_one_ring_sends():
 
 def test_a_step_is_the_sum_of_its_parts(work):
     step = scaling.step(work, 2, "ddp", COSTS)
-    assert step.compute == pytest.approx(3 * work.estimate.flops_per_image / 1e12)
+    assert step.compute == pytest.approx(3 * work.estimate.flops_per_image / 1e9)
     p, d = work.estimate.parameters, work.estimate.trained
     assert step.update == pytest.approx((40 * d + 4 * (p["experts"] + 2 * p["directors"])) / 1e11)
     assert step.weights == pytest.approx(4 * d / 1e11)
