@@ -52,6 +52,7 @@ reliability: $(INSTALLED)  ## what a run on several ranks promises, in full (20 
 long-run: $(INSTALLED)  ## thousands of steps on two ranks, and the page about them (half an hour); needs runs/long-run to be free
 	test -d data/packages || $(VENV)/bin/dex prepare packages --out data/packages
 	$(VENV)/bin/python scripts/long_run.py data/packages runs/long-run
+
 scaling: $(INSTALLED)  ## unit costs and steps on 1, 2 and 4 ranks measured (20 minutes, on a quiet machine), and the page about them
 	mkdir -p benchmarks/results/scaling
 	$(VENV)/bin/python scripts/scaling.py --measure
