@@ -182,7 +182,7 @@ def test_headline_numbers(facts, examples):
         "Patients": "28",
         "Slices looked at": "20,135",
         "Slices dropped": "2,622",
-        "Units refused": "1,114",
+        "Refused": "1,114",
         "Text suspected": "1,290",
     }.items():
         assert f"{label} | {number}" in text, label

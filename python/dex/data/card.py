@@ -36,8 +36,8 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
         name, image_size, bits, encoding, images, train, val
         modalities  [{name, train, val, sources, empty, histogram: 256 counts of pixel values of the kept images}]
         sources     [{name, modality, anatomy, normalisation, licence, citation, package, public, simulated, units,
-                      refused: {reason: units}, seen, dropped: {reason: slices}, kept, train, val, patients,
-                      text_suspected, burned_in_declared}]
+                      refused: {reason: units or parts of them}, seen, dropped: {reason: slices}, kept, train, val,
+                      patients, text_suspected, burned_in_declared}]
         duplicates  [{source, of, exact, near}]: images of `source` dropped for an image of the source `of`
         rules       {name: text, number, list or dict}: what was applied
 
@@ -141,7 +141,7 @@ def _header(facts: dict) -> str:
         ("Patients", _n(sum(s["patients"] for s in sources)), "counted source by source"),
         ("Slices looked at", _n(seen), f"{_percent(facts['images'], seen)} kept"),
         ("Slices dropped", _n(dropped), f"{_percent(dropped, seen)} of those looked at"),
-        ("Units refused", _n(refused), f"of {_n(units)} files and series"),
+        ("Refused", _n(refused), f"units or parts; {_n(units)} units in all"),
         ("Text suspected", _n(suspected), f"{_percent(suspected, facts['images'])} of the images"),
     ]
     notice = ""
@@ -234,8 +234,9 @@ def _sources(facts: dict) -> str:
         head = f'<tr class="group"><th colspan="5" scope="rowgroup">{escape(modality)}</th></tr>'
         bodies.append(f"<tbody>{head}{''.join(cells)}</tbody>")
     return (
-        "<p>A unit is what is decoded together: a file, or a folder's DICOM series. A refused unit gave no slice. The "
-        "bars show what share of the slices looked at was kept and dropped, in the colours above.</p>"
+        "<p>A unit is what is decoded together: a file, or the DICOM files of a folder. What is refused is a unit or a "
+        "part of one (a file, a series, a page, volumes after the first), and gave no slice. The bars show what share of "
+        "the slices looked at was kept and dropped, in the colours above.</p>"
         '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col" class="number">Kept</th>'
         '<th scope="col">Kept and dropped</th><th scope="col" class="number">Units</th>'
         f'<th scope="col" class="number">Patients</th></tr></thead>{"".join(bodies)}</table>'

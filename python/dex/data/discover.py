@@ -159,8 +159,10 @@ def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
                         ignored["symbolic links"] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(path)
-                    elif not source.matches(path) or entry.name.upper() == "DICOMDIR":
+                    elif not source.matches(path):
                         ignored["not named by the patterns"] += 1
+                    elif entry.name.upper() == "DICOMDIR":
+                        ignored["directories of DICOM files"] += 1
                     elif not entry.is_file(follow_symlinks=False):
                         ignored["no regular files"] += 1
                     else:
