@@ -186,7 +186,7 @@ def test_headline_numbers(facts, examples):
         "Text suspected": "1,290",
     }.items():
         assert f"{label} | {number}" in text, label
-    assert "16,826 train, 687 val" in text and "of 2,120 files and series" in text
+    assert "16,826 train, 687 val" in text and "units or parts; 2,120 units in all" in text
     assert "1 private, 1 simulated" in text
     assert "foreground 2,501 12 %" in text and "near duplicate 39 0.2 %" in text
     assert "too small 77 0.4 %" in text and "exact duplicate 5 < 0.1 %" in text

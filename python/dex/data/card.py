@@ -235,8 +235,8 @@ def _sources(facts: dict) -> str:
         bodies.append(f"<tbody>{head}{''.join(cells)}</tbody>")
     return (
         "<p>A unit is what is decoded together: a file, or the DICOM files of a folder. What is refused is a unit or a "
-        "part of one (a file, a series, a page, volumes after the first), and gave no slice. The bars show what share of "
-        "the slices looked at was kept and dropped, in the colours above.</p>"
+        "part of one (a file, a series, a page, volumes after the first), and gave no slice. The bars show what share "
+        "of the slices looked at was kept and dropped, in the colours above.</p>"
         '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col" class="number">Kept</th>'
         '<th scope="col">Kept and dropped</th><th scope="col" class="number">Units</th>'
         f'<th scope="col" class="number">Patients</th></tr></thead>{"".join(bodies)}</table>'
