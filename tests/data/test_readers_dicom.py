@@ -291,10 +291,14 @@ def test_a_broken_file_refuses_its_series_only(tmp_path):
     (tmp_path / "rubbish.dcm").write_bytes(b"rubbish" * 100)
     good, broken = read(*sorted(tmp_path.iterdir()))
     assert (good.series, broken.series) == ("1.2", "1.3") and len(stored(good)) == 3
-    assert [error.reason for error in good.refused] == ["unreadable", "unreadable"]
+    assert [error.reason for error in good.refused] == ["unreadable", "unreadable", "inconsistent"]
+    assert good.refused[2].detail.startswith("2 slices of a series") and good.refused[1].file == "rubbish.dcm"
     with pytest.raises(Refused) as caught:  # what is not seen before it is decoded
         stored(broken)
     assert caught.value.reason == "unreadable"
+    with pytest.raises(Refused) as caught:  # a unit that gives nothing says all the same what became of each file
+        read(*sorted(tmp_path.glob("1.1-*")), tmp_path / "rubbish.dcm")
+    assert [one.file for one in (caught.value, *caught.value.others)] == ["1.1-1.dcm", "rubbish.dcm", ""]
 
 
 def test_more_frames_than_there_are_bytes(tmp_path):

@@ -240,7 +240,8 @@ class _Work:
                 raise MemoryError  # what other units left behind may be to blame: once more, in a fresh process
             self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory")
         elif isinstance(error, Refused):
-            self.refuse(error.reason, error.detail, error.file)
+            for one in (error, *error.others):
+                self.refuse(one.reason, one.detail, one.file)
         else:
             self.refuse("unreadable", where(error))
 

@@ -85,14 +85,19 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
                 faulty[identity] = error
     stacks = []
     for identity in sorted(found):
-        if identity in faulty or not found[identity].slices:
+        slices = found[identity].slices
+        if identity in faulty and slices:
+            refused.append(Refused("inconsistent", f"{len(slices)} slices of a series with a file that is refused"))
+        if identity in faulty or not slices:
             continue
         try:
             stacks.extend(_stacks(identity[0], found[identity], limits, refused))
         except Refused as error:
             refused.append(error)
     if not stacks:
-        raise next((error for error in refused if error.reason != "no image"), Refused("no image", "no pixels"))
+        refused.sort(key=lambda error: error.reason == "no image")
+        refused[0].others = refused[1:]
+        raise refused[0]
     stacks[0].refused.extend(refused)
     while stacks:  # a stack given away is not held here, nor what it keeps in memory
         yield stacks.pop(0)

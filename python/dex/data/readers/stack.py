@@ -33,7 +33,8 @@ _CHUNK = 2**20
 
 class Refused(ValueError):
     """A file or stack that cannot be used. `reason`: one of REASONS; `detail`: our own words and numbers only. `file`:
-    the name of the one among a unit's files that it is about, "" where that is all or unknown. Never printed."""
+    the name of the one among a unit's files that it is about, "" where that is all or unknown, never printed; `others`:
+    what else was refused in a unit that gave nothing."""
 
     def __init__(self, reason: str, detail: str = ""):
         if reason not in REASONS:
@@ -42,6 +43,7 @@ class Refused(ValueError):
         self.reason = reason
         self.detail = detail
         self.file = ""
+        self.others: list[Refused] = []
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
