@@ -73,7 +73,9 @@ def join(
     table.val = np.isin(table.group, np.unique(table.group[table.val]))
     facts = _facts(parts, settings, table, kind, of)
     if not keep.any():
-        raise NothingKept(f"no image was kept: {_where_they_went(table.counts)}")
+        small = sum(counts.dropped["too small"] for counts in table.counts)
+        hint = "; of thick slices --planes stored takes what was acquired" if small else ""
+        raise NothingKept(f"no image was kept: {_where_they_went(table.counts)}{hint}")
 
     out = private / "set"
     shutil.rmtree(out, ignore_errors=True)

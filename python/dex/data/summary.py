@@ -130,6 +130,9 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         said.append("no image is held out: too few patients, or none by chance; val_share or split in a description")
     if not facts["train"]:
         said.append("no image to train on: all patients came to val; split: train in a description")
+    small = sum(source["dropped"].get("too small", 0) for source in facts["sources"])
+    if 2 * small > sum(source["seen"] for source in facts["sources"]):
+        said.append(f"{small:,} slices are too small; of thick slices planes: stored takes what was acquired")
     flagged = sum(source["text_suspected"] for source in facts["sources"])
     if flagged:
         said.append(f"burned-in text is suspected in {flagged:,} of the images kept; the card shows in which sources")
