@@ -23,6 +23,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 
 from dex.data import ShardDataset, chunks, discover, filters, join, prepare, readers, verify
+from dex.data.ids import split_of
 from dex.data.prepare import Failed, Options
 from dex.data.sources import Source
 from dex.data.summary import Progress, notes, table
@@ -461,6 +462,20 @@ def test_a_patient_in_two_sources_stands_on_one_side(here, tmp_path):
         splits.setdefault(row["group"], []).append(row["split"])
     assert len(splits) == 3 and all(len(each) == 2 and len(set(each)) == 1 for each in splits.values())
     assert {each[0] for each in splits.values()} == {"train", "val"}  # with this salt both occur
+
+
+def test_one_patient_is_there_to_train_on(here, tmp_path):
+    """Whatever its hash says; unless all was to be held out."""
+    save(tmp_path / "root", "1.png", picture(1))
+    for number in range(200):
+        name = f"lone-{number}"
+        if split_of(f"{name}/1.png", 0.05) == "val":
+            break
+    one = source(tmp_path / "root", name=name, public=True)
+    facts, _ = start([one], tmp_path / "out")
+    assert (facts["train"], facts["val"]) == (1, 0)
+    facts, _ = start([dataclasses.replace(one, split="val")], tmp_path / "asked")
+    assert (facts["train"], facts["val"]) == (0, 1) and any("to train on" in note for note in notes(facts))
 
 
 def test_too_many_unreadable_files_stop_the_run(here, tmp_path):

@@ -64,13 +64,16 @@ def join(
     """Write the shard set of all chunks to `private/set`; returns that folder and the card's facts.
 
     The first of several equal or alike images is kept. A patient who would stand on both sides (two sources may ask
-    for that) stands in "val". NothingKept; ChunkFault.
+    for that) stands in "val". Where the hashes of a few patients leave nothing to train on, and no source asks for
+    that, all stand in "train". NothingKept; ChunkFault.
     """
     table = _read(parts, private)
     say(f"looking for duplicates among {len(table.val):,} images")
     kind, of = duplicates.find(table.pixels, table.hashes, table.stack, table.volume)
     keep = kind == duplicates.KEEP
     table.val = np.isin(table.group, np.unique(table.group[table.val]))
+    if table.val[keep].all() and all(part.source.split != "val" and part.source.val_share < 1 for part in parts):
+        table.val = np.zeros_like(table.val)
     facts = _facts(parts, settings, table, kind, of)
     if not keep.any():
         small = sum(counts.dropped["too small"] for counts in table.counts)
@@ -324,7 +327,7 @@ def _rules(parts: Sequence[Part], settings: Settings) -> dict[str, Any]:
         "suspected text": "counted, not dropped",
         "splits": (
             "all images of a patient on one side, by the hash of the patient or as the source says; a patient on both "
-            "sides goes to val"
+            "sides goes to val; where no hash says train, all go there"
         ),
     }
 
