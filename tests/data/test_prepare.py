@@ -316,6 +316,20 @@ def test_another_split_into_parts_at_once_is_refused_at_the_chunk(here, two, tmp
     assert start(two, tmp_path / "out")[0]["images"] == 26
 
 
+def test_a_salt_that_is_lost_half_way_is_not_made_anew(here, two, tmp_path):
+    """Ids of two salts would part a patient's images."""
+    out, salt = tmp_path / "out", tmp_path / "out.private" / "salt"
+    start(two, out, shard=(0, 2))
+    salt.rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match="out: the salt in .* is gone"):
+        start(two, out, shard=(1, 2))
+    assert not salt.exists()
+    (tmp_path / "kept").rename(salt)
+    facts, _ = start(two, out, shard=(1, 2))
+    salt.unlink()
+    assert start(two, out)[0]["images"] == facts["images"]  # a finished set needs none
+
+
 def test_a_full_disk_keeps_what_is_done(here, two, tmp_path, monkeypatch):
     start(two, tmp_path / "whole")
     real, written = chunks._Files._write, []

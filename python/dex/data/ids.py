@@ -15,7 +15,7 @@ from urllib.parse import quote_from_bytes
 
 from .sources import Source
 
-SALT_BYTES = 32
+SALT, SALT_BYTES = "salt", 32
 _MAX_NAME = 200
 _NOBODY = re.compile(r"(anon\w*|de-?identified|unknown|none|null|patient|n/?a|id|test|0+|[x*_-]+)?", re.IGNORECASE)
 """What stands in a header instead of a patient: such an identity names many."""
@@ -23,9 +23,9 @@ _NOBODY = re.compile(r"(anon\w*|de-?identified|unknown|none|null|patient|n/?a|id
 
 def read_salt(folder: Path) -> bytes:
     """The salt in `folder`, made once. ValueError when the file there is not one. To be called under a lock."""
-    path = folder / "salt"
+    path = folder / SALT
     if not path.exists():
-        work = folder / "salt.partial"
+        work = folder / f"{SALT}.partial"
         work.unlink(missing_ok=True)
         descriptor = os.open(work, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as file:

@@ -35,7 +35,7 @@ from typing import Any
 from . import chunks, join, packages, readers, workers
 from .chunks import Counts, Job, Settings, sync_folder
 from .discover import Chunk, discover
-from .ids import read_salt
+from .ids import SALT, read_salt
 from .shards import MANIFEST
 from .sources import Source, to_yaml
 from .summary import Progress
@@ -170,11 +170,14 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
         with _lock(private / "plan.lock", wait=True):
             if (private / PLAN).exists():
                 _compare(_read_json(private / PLAN), plan)
+                if not ((private / SALT).exists() or (out / MANIFEST).exists()):
+                    raise ValueError(f"out: the salt in {private} is gone, so the ids are lost; {_begin_anew(private)}")
+                salt = read_salt(private)
             else:
+                salt = read_salt(private)
                 for path in sorted(Path(scratch).iterdir()):
                     shutil.copyfile(path, private / "units" / path.name)
                 _write_synced(private / PLAN, json.dumps(plan).encode() + b"\n")
-            salt = read_salt(private)
     return Run(options, planned, salt, say)
 
 
