@@ -1,14 +1,18 @@
-"""The experts' MLPs in Triton, row-gather path: any N, D, H and token-wise routing.
+"""The experts' MLPs in Triton, on two paths, of which `choose_path` picks one by shapes, dtype and device alone.
 
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots. Rows: see `common`.
-Every product gathers its rows by pointer, so a tile may mix images; it never mixes experts. Grids are upper bounds
-known from shapes, and nothing is added in an order that changes: the bits of a result depend on the inputs alone.
+``gather``: any N, D, H and token-wise routing. Every product gathers its rows by pointer, so a tile may mix images.
+``aligned``: see `aligned_kernels`. An image's blocks of 64 tokens are loaded by descriptors, and what is left of it is
+gathered; the gather path is that with no blocks.
+No tile mixes experts. Grids are upper bounds known from shapes, and nothing is added in an order that changes: the bits
+of a result depend on the inputs alone.
 """
 
 import torch
 import triton
 from torch import Tensor
 
+from . import aligned
 from .common import MAX_ROWS, Tile, architecture, check_dtype, experts_block, max_tiles, on_device, precision, unit_rows
 from .mlp_kernels import (
     bias1_grad_kernel,
@@ -39,9 +43,18 @@ TILES = {
     ("weight_grad", "half", 90): Tile(128, 128, 64, 8, 7),
     ("weight_grad", "float", 80): Tile(64, 64, 16, 4, 3),
     ("weight_grad", "float", 90): Tile(64, 64, 16, 4, 3),
+    **aligned.TILES,
 }
 """(kernel, precision, architecture) -> tile. No tile needs more than 99 KB on 80, which 8.6 and 8.9 share.
 weight_grad counts more stages than it has buffers: in its loop the loads of slot numbers take stages of their own."""
+
+PATH = {(80, "half"): "gather", (80, "float"): "gather", (90, "half"): "gather", (90, "float"): "gather"}
+"""(architecture, precision) -> the path that is taken where it applies. Only (90, half) has tiles of the aligned one,
+and until they are measured on a GPU it must be asked for."""
+
+ONE_SUM = 16
+"""Experts up to which the K results of an image are one sum in `aligned.to_images`; with more, images that run beside
+one another share few experts, and results by slot reuse the weights better. By reckoning, not measured."""
 
 GROUP = 8
 """Row tiles that walk the columns together, see `cut_in_groups`."""
@@ -51,6 +64,20 @@ SUM_ROWS, SUM_COLS = 32, 64
 
 COMBINE = 1024
 """Elements of one image that one program combines."""
+
+
+def choose_path(path: str | None, tokens: int, dim: int, hidden: int, dtype: torch.dtype, arch: int, tma: bool) -> str:
+    """``"gather"`` or ``"aligned"``: the path asked for, or what PATH says where it applies.
+
+    Raises ValueError with the reason when the aligned path is asked for and can't be taken.
+    """
+    if path not in (None, "gather", "aligned"):
+        raise ValueError(f"path: expected 'gather', 'aligned' or None, got {path!r}")
+    wanted = path or PATH[arch, precision(dtype)]
+    reason = aligned.why_not_aligned(tokens, dim, hidden, dtype, tma) if wanted == "aligned" else None
+    if reason and path:
+        raise ValueError(f"path: 'aligned' cannot be taken: {reason}")
+    return "gather" if reason else wanted
 
 
 def grouped_mlp_forward(
@@ -64,48 +91,44 @@ def grouped_mlp_forward(
     fc2_bias: Tensor,
     save: bool = True,
     *,
+    path: str | None = None,
     tiles: dict[tuple[str, str, int], Tile] = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """`dexkernels.reference.grouped_mlp_forward` on a GPU: ``out [B, N, D]`` and ``z [S, N, H]`` in slot order.
+    """`dexkernels.reference.grouped_mlp_forward` on a GPU: ``out [B, N, D]``, and ``z [S, N, H]`` for the backward.
 
-    Without ``save`` z is ``[0, N, H]``.
+    Without ``save`` z is ``[0, N, H]``. What lies where in z is the path's affair: see `_split`.
+    ``path``: see `choose_path`; for tests and benchmarks, which give the backward the same.
 
-    Besides the results it holds ``a = gelu(z) [S, N, H]`` and the slots' outputs ``[S, N, D]`` while it runs.
+    Besides the results it holds ``a [S, N, H]`` and, of the gathered tokens, the slots' outputs while it runs.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S = slot_order.shape[0]
-    out, z = x.new_empty((B, N, D)), x.new_empty((S, N, H))
+    S, blocks = slot_order.shape[0], _num_blocks(path, x, H)
+    out = x.new_empty((B, N, D))
+    z = x.new_empty((S if save else 0, N, H))
     if out.numel() == 0:
-        return out, z if save else x.new_empty((0, N, H))
-    x, fc1_weight, fc2_weight = unit_rows(x), unit_rows(fc1_weight), unit_rows(fc2_weight)
+        return out, z
+    ready = aligned.tma_ready if blocks else unit_rows
+    x, fc1_weight, fc2_weight = ready(x), ready(fc1_weight), ready(fc2_weight)
     gates, slot_order, group_offsets = gates.contiguous(), slot_order.contiguous(), group_offsets.contiguous()
-    a, by_slot = torch.empty_like(z), x.new_empty((B, K, N, D))
+    fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
+    z_blocks, z_rest = _split(z, blocks) if save else (None, None)
+    a_blocks, a_rest = _split(x.new_empty((S, N, H)), blocks)
+    rest, one_sum = N - blocks * aligned.BLOCK, E <= ONE_SUM
     with on_device(x):
-        tile = tiles["fc1", precision(x.dtype), architecture(x.device)]
-        fc1_kernel[(max_tiles(S * N, E, tile.rows) * triton.cdiv(H, tile.cols),)](
-            x,
-            slot_order,
-            group_offsets,
-            fc1_weight,
-            fc1_bias.contiguous(),
-            z,
-            a,
-            E,
-            N,
-            K,
-            D,
-            H,
-            x.stride(0),
-            x.stride(1),
-            fc1_weight.stride(0),
-            fc1_weight.stride(1),
-            experts_block(E),
-            **_meta(tile),
-            GROUP=GROUP,
-        )
-        _to_slots(a, slot_order, group_offsets, fc2_weight.mT, fc2_bias.contiguous(), by_slot, tiles)
-        _combine(by_slot, gates, out)
-    return out, z if save else x.new_empty((0, N, H))
+        if blocks:
+            # In one sum the gates are in a; by slot they are what combines the results.
+            to_a = gates if one_sum else None
+            aligned.fc1(x, slot_order, group_offsets, to_a, fc1_weight, fc1_bias, z_blocks, a_blocks, blocks, K, tiles)
+        if blocks and one_sum:
+            slots = aligned.invert_slots(slot_order, group_offsets)
+            aligned.to_images(a_blocks, fc2_weight, True, slots, gates, fc2_bias, out, blocks, K, tiles)
+        elif blocks:
+            a = a_blocks.view(S, -1, H)
+            _through_slots(a, slot_order, group_offsets, fc2_weight.mT, fc2_bias, gates, out[:, rest:], tiles)
+        if rest:
+            _fc1(x[:, :rest], slot_order, group_offsets, fc1_weight, fc1_bias, z_rest, a_rest, K, tiles)
+            _through_slots(a_rest, slot_order, group_offsets, fc2_weight.mT, fc2_bias, gates, out[:, :rest], tiles)
+    return out, z
 
 
 def grouped_mlp_backward(
@@ -122,13 +145,15 @@ def grouped_mlp_backward(
     need_gates: bool = True,
     need_weights: bool = True,
     *,
+    path: str | None = None,
     tiles: dict[tuple[str, str, int], Tile] = TILES,
 ) -> tuple[Tensor | None, ...]:
     """`dexkernels.reference.grouped_mlp_backward` on a GPU: gradients of x, gates, fc1_weight, fc1_bias, fc2_weight,
-    fc2_bias; None for what is not needed. While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``.
+    fc2_bias; None for what is not needed. While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``,
+    which lie as z does.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S = slot_order.shape[0]
+    S, blocks = slot_order.shape[0], _num_blocks(path, x, H)
     dx = x.new_empty((B, N, D)) if need_x else None
     dgates = gates.new_empty(gates.shape) if need_gates else None
     dweights = (None, None, None, None)
@@ -139,47 +164,70 @@ def grouped_mlp_backward(
             if t is not None:
                 t.zero_()
         return dx, dgates, *dweights
-    grad_out, x, z = unit_rows(grad_out), unit_rows(x), z.contiguous()
-    fc1_weight, fc2_weight = unit_rows(fc1_weight), unit_rows(fc2_weight)
+    ready = aligned.tma_ready if blocks else unit_rows
+    grad_out, x, z = ready(grad_out), ready(x), z.contiguous()
+    fc1_weight, fc2_weight = ready(fc1_weight), ready(fc2_weight)
     gates, slot_order, group_offsets = gates.contiguous(), slot_order.contiguous(), group_offsets.contiguous()
-    arch, kind = architecture(x.device), precision(x.dtype)
+    arch, kind, rest = architecture(x.device), precision(x.dtype), N - blocks * aligned.BLOCK
     tile = tiles["to_hidden_grad", kind, arch]
-    num_tiles, num_parts = max_tiles(S * N, E, tile.rows), triton.cdiv(H, tile.cols)
+    # Parts of the sums over the columns, for the gates, and over the rows, for the bias: of the blocks, of the tiles.
+    block_parts = triton.cdiv(H, tiles["hidden_grad_blocks", kind, 90].cols) * blocks if blocks else 0
+    num_parts = block_parts + triton.cdiv(H, tile.cols) * rest
+    num_tiles = max_tiles(S * rest, E, tile.rows)
     float32 = {"dtype": torch.float32, "device": x.device}
-    dz = torch.empty_like(z) if need_x or need_weights else None
-    gated = torch.empty_like(z) if need_weights else None
-    bias_parts = torch.empty((num_tiles, H), **float32) if need_weights else None
-    gate_parts = torch.empty((num_parts, S * N), **float32) if need_gates else None
+    bias_parts = torch.empty((S * blocks + num_tiles, H), **float32) if need_weights else None
+    bias_of_blocks, bias_of_tiles = bias_parts.split((S * blocks, num_tiles)) if need_weights else (None, None)
+    gate_parts = torch.empty((S, num_parts), **float32) if need_gates else None
+    z_blocks, z_rest = _split(z, blocks)
+    dz_blocks, dz_rest = _split(torch.empty_like(z), blocks) if need_x or need_weights else (None, None)
+    gated_blocks, gated_rest = _split(torch.empty_like(z), blocks) if need_weights else (None, None)
+    needs = (need_x or need_weights, need_gates, need_weights)
     with on_device(x):
-        to_hidden_grad_kernel[(num_tiles * num_parts,)](
-            grad_out,
-            gates,
-            slot_order,
-            group_offsets,
-            fc2_weight,
-            z,
-            dz,
-            gated,
-            gate_parts,
-            bias_parts,
-            E,
-            S * N,
-            N,
-            K,
-            D,
-            H,
-            grad_out.stride(0),
-            grad_out.stride(1),
-            fc2_weight.stride(0),
-            fc2_weight.stride(1),
-            need_x or need_weights,
-            need_gates,
-            need_weights,
-            tile.halves,
-            experts_block(E),
-            **_meta(tile),
-            GROUP=GROUP,
-        )
+        if blocks:
+            aligned.hidden_grad(
+                grad_out,
+                slot_order,
+                group_offsets,
+                gates,
+                fc2_weight,
+                z_blocks,
+                dz_blocks,
+                gated_blocks,
+                gate_parts,
+                bias_of_blocks,
+                blocks,
+                needs,
+                tiles,
+            )
+        if rest:
+            to_hidden_grad_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
+                grad_out,
+                gates,
+                slot_order,
+                group_offsets,
+                fc2_weight,
+                z_rest,
+                dz_rest,
+                gated_rest,
+                gate_parts,
+                bias_of_tiles,
+                E,
+                num_parts,
+                block_parts,
+                rest,
+                K,
+                D,
+                H,
+                grad_out.stride(0),
+                grad_out.stride(1),
+                fc2_weight.stride(0),
+                fc2_weight.stride(1),
+                *needs,
+                tile.halves,
+                experts_block(E),
+                **_meta(tile),
+                GROUP=GROUP,
+            )
         if need_gates or need_weights:
             sums = torch.empty((B, D), **float32)
             image_sum_kernel[(B, triton.cdiv(D, SUM_COLS))](
@@ -194,9 +242,7 @@ def grouped_mlp_backward(
                 fc2_bias.contiguous(),
                 dgates,
                 E,
-                S * N,
                 num_parts,
-                N,
                 K,
                 D,
                 experts_block(E),
@@ -205,18 +251,53 @@ def grouped_mlp_backward(
         if need_weights:
             dfc1, dbias1, dfc2, dbias2 = dweights
             bias1_grad_kernel[(E, triton.cdiv(H, SUM_COLS))](
-                bias_parts, group_offsets, dbias1, E, N, H, tile.rows, experts_block(E), SUM_ROWS, SUM_COLS
+                bias_of_blocks,
+                bias_of_tiles,
+                group_offsets,
+                dbias1,
+                E,
+                blocks,
+                rest,
+                H,
+                tile.rows,
+                experts_block(E),
+                SUM_ROWS,
+                SUM_COLS,
             )
             bias2_grad_kernel[(E, triton.cdiv(D, SUM_COLS))](
                 sums, gates, slot_order, group_offsets, dbias2, K, D, SUM_ROWS, SUM_COLS
             )
-            _weight_grad(grad_out, gated, grad_out, slot_order, group_offsets, dfc2, K, tiles)
-            _weight_grad(dz, x, x, slot_order, group_offsets, dfc1, K, tiles)
-        if need_x:
-            by_slot = x.new_empty((B, K, N, D))
-            _to_slots(dz, slot_order, group_offsets, fc1_weight, None, by_slot, tiles)
-            _combine(by_slot, None, dx)
+            order = slot_order, group_offsets
+            if blocks:
+                aligned.weight_grad(grad_out, gated_blocks, grad_out, gated_rest, *order, dfc2, blocks, K, tiles)
+                aligned.weight_grad(dz_blocks, x, x, dz_rest, *order, dfc1, blocks, K, tiles)
+            else:
+                _weight_grad(grad_out, gated_rest, grad_out, *order, dfc2, K, tiles)
+                _weight_grad(dz_rest, x, x, *order, dfc1, K, tiles)
+        if need_x and blocks and E <= ONE_SUM:
+            slots = aligned.invert_slots(slot_order, group_offsets)
+            aligned.to_images(dz_blocks, fc1_weight, False, slots, None, None, dx, blocks, K, tiles)
+        elif need_x and blocks:
+            dz = dz_blocks.view(S, -1, H)
+            _through_slots(dz, slot_order, group_offsets, fc1_weight, None, None, dx[:, rest:], tiles)
+        if need_x and rest:
+            _through_slots(dz_rest, slot_order, group_offsets, fc1_weight, None, None, dx[:, :rest], tiles)
     return dx, dgates, *dweights
+
+
+def _num_blocks(path: str | None, x: Tensor, hidden: int) -> int:
+    """Blocks of an image that take the aligned path."""
+    N, D = x.shape[1:]
+    arch, tma = architecture(x.device), aligned.has_tma(x.device)
+    return N // aligned.BLOCK if choose_path(path, N, D, hidden, x.dtype, arch, tma) == "aligned" else 0
+
+
+def _split(t: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """How ``t [S, N, H]`` lies: the rows of the blocks ``[S*64q, H]``, then the gathered ``[S, r, H]``; slot order."""
+    S, N, H = t.shape
+    aligned_rows = blocks * aligned.BLOCK
+    of_blocks, of_rest = t.view(-1).split((S * aligned_rows * H, S * (N - aligned_rows) * H))
+    return of_blocks.view(-1, H), of_rest.view(S, N - aligned_rows, H)
 
 
 def _sizes(x: Tensor, gates: Tensor, fc1_weight: Tensor) -> tuple[int, ...]:
@@ -238,6 +319,45 @@ def _meta(tile: Tile) -> dict[str, int]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _fc1(x, slot_order, group_offsets, weight, bias, z, a, top_k, tiles) -> None:
+    """``z`` (or None) and ``a [S, N, H]`` of ``x [B, N, D]``, see `fc1_kernel`."""
+    E, H, D = weight.shape
+    S, N, _ = a.shape
+    tile = tiles["fc1", precision(x.dtype), architecture(x.device)]
+    fc1_kernel[(max_tiles(S * N, E, tile.rows) * triton.cdiv(H, tile.cols),)](
+        x,
+        slot_order,
+        group_offsets,
+        weight,
+        bias,
+        z,
+        a,
+        E,
+        N,
+        top_k,
+        D,
+        H,
+        x.stride(0),
+        x.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        experts_block(E),
+        **_meta(tile),
+        GROUP=GROUP,
+    )
+
+
+def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out, tiles) -> None:
+    """``out [B, N, W] = sum_k g_k (rows_in [S, N, depth] @ weight [E, depth, W] + bias [E, W])``, by way of the slots.
+
+    Without gates they are 1.
+    """
+    B, N, W = out.shape
+    by_slot = out.new_empty((B, rows_in.shape[0] // B, N, W))
+    _to_slots(rows_in, slot_order, group_offsets, weight, bias, by_slot, tiles)
+    _combine(by_slot, gates, out)
 
 
 def _to_slots(rows_in, slot_order, group_offsets, weight, bias, out, tiles) -> None:
@@ -265,10 +385,10 @@ def _to_slots(rows_in, slot_order, group_offsets, weight, bias, out, tiles) -> N
 
 
 def _combine(by_slot: Tensor, gates: Tensor | None, out: Tensor) -> None:
-    """``out [B, N, D] = sum_k by_slot [B, K, N, D]``, weighted by ``gates [B, K]`` when given."""
+    """``out [B, N, D] = sum_k by_slot [B, K, N, D]``, by ``gates [B, K]`` if given; an image of out is dense."""
     B, K, N, D = by_slot.shape
     grid = (B, triton.cdiv(N * D, COMBINE))
-    combine_kernel[grid](by_slot, gates, out, N * D, K, gates is not None, COMBINE)
+    combine_kernel[grid](by_slot, gates, out, N * D, out.stride(0), K, gates is not None, COMBINE)
 
 
 def _weight_grad(left, right, gathered, slot_order, group_offsets, out, top_k, tiles) -> None:

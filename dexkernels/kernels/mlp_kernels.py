@@ -53,7 +53,7 @@ def fc1_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``z[m] = W1_e x[image, token] + b1_e``, ``a[m] = gelu(z[m])``, both ``[S*N, H]``, of every row m."""
+    """``z[m] = W1_e x[image, token] + b1_e`` (unless None), ``a[m] = gelu(z[m])``, both ``[S*N, H]``, of row m."""
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
     expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
     if first >= stop:
@@ -79,7 +79,8 @@ def fc1_kernel(
     start = first.to(tl.int64) * hidden
     at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
     inside = valid[:, None] & h_valid[None, :]
-    tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
+    if z is not None:
+        tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
     tl.store(a + start + at, (acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside)
 
 
@@ -136,7 +137,7 @@ def to_slots_kernel(
 
 
 @triton.jit
-def combine_kernel(by_slot, gates, out, size, top_k, HAS_GATES: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(by_slot, gates, out, size, stride_ob, top_k, HAS_GATES: tl.constexpr, BLOCK: tl.constexpr):
     """``out[b] = sum_k gates[b, k] * by_slot[b, k]`` (no gates: plain sum), ``size`` elements an image, k rising."""
     image = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -147,7 +148,7 @@ def combine_kernel(by_slot, gates, out, size, top_k, HAS_GATES: tl.constexpr, BL
         if HAS_GATES:
             y *= tl.load(gates + image * top_k + k).to(tl.float32)
         acc += y
-    tl.store(out + image * size + i, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + image * stride_ob + i, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -198,7 +199,8 @@ def to_hidden_grad_kernel(
     gate_parts,
     bias_parts,
     num_experts,
-    num_rows,
+    num_parts,
+    first_part,
     tokens,
     top_k,
     dim,
@@ -220,7 +222,7 @@ def to_hidden_grad_kernel(
     """Back through fc2 and the GELU. With ``da = dout W2_e`` and ``a = gelu(z)`` of a row of gate g:
 
     ``dz = g da gelu'(z)`` and ``gated = g a``, both ``[S*N, H]``; ``bias_parts [tiles, H]``: dz summed over each tile;
-    ``gate_parts [column blocks, S*N]``: ``da . a`` over each block of columns.
+    ``gate_parts [S, num_parts]``: ``da . a`` of each token over each block of columns, from ``first_part`` on.
     HALVES: the GELU is gone through in two halves of the columns, which take half the registers.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
@@ -261,7 +263,48 @@ def to_hidden_grad_kernel(
     else:
         dg = through_gelu(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
     if NEED_GATES:
-        tl.store(gate_parts + col.to(tl.int64) * num_rows + rows, dg, mask=valid)
+        at = (rows // tokens).to(tl.int64) * num_parts + first_part + col * tokens + rows % tokens
+        tl.store(gate_parts + at, dg, mask=valid)
+
+
+@triton.jit
+def add_gathered(
+    acc,
+    left,
+    right,
+    slot_order,
+    start,
+    stop,
+    tokens,
+    top_k,
+    i,
+    j,
+    height,
+    width,
+    stride_b,
+    stride_n,
+    GATHER_LEFT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``acc + left[start:stop, i].T @ right[start:stop, j]``; see `weight_grad_kernel`."""
+    i_valid = i < height
+    j_valid = j < width
+    for row in range(start, stop, DEPTH):
+        rows = row + tl.arange(0, DEPTH)
+        valid = rows < stop
+        _, images, token = locate(slot_order, rows, valid, tokens, top_k)
+        gathered = images * stride_b + token * stride_n
+        if GATHER_LEFT:
+            left_at = gathered
+            right_at = rows.to(tl.int64) * width
+        else:
+            left_at = rows.to(tl.int64) * height
+            right_at = gathered
+        # Both sides are masked: 0 times a NaN that lies past the end would be NaN.
+        l_block = tl.load(left + left_at[:, None] + i[None, :], mask=valid[:, None] & i_valid[None, :], other=0.0)
+        r_block = tl.load(right + right_at[:, None] + j[None, :], mask=valid[:, None] & j_valid[None, :], other=0.0)
+        acc = tl.dot(tl.trans(l_block), r_block, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -292,28 +335,14 @@ def weight_grad_kernel(
     within = tl.program_id(0) % per_expert
     i = within // cols * ROWS + tl.arange(0, ROWS)
     j = within % cols * COLS + tl.arange(0, COLS)
-    i_valid = i < height
-    j_valid = j < width
     start = (tl.load(offsets + expert) * tokens).to(tl.int32)
     stop = (tl.load(offsets + expert + 1) * tokens).to(tl.int32)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for row in range(start, stop, DEPTH):
-        rows = row + tl.arange(0, DEPTH)
-        valid = rows < stop
-        _, images, token = locate(slot_order, rows, valid, tokens, top_k)
-        gathered = images * stride_b + token * stride_n
-        if GATHER_LEFT:
-            left_at = gathered
-            right_at = rows.to(tl.int64) * width
-        else:
-            left_at = rows.to(tl.int64) * height
-            right_at = gathered
-        # Both sides are masked: 0 times a NaN that lies past the end would be NaN.
-        l_block = tl.load(left + left_at[:, None] + i[None, :], mask=valid[:, None] & i_valid[None, :], other=0.0)
-        r_block = tl.load(right + right_at[:, None] + j[None, :], mask=valid[:, None] & j_valid[None, :], other=0.0)
-        acc = tl.dot(tl.trans(l_block), r_block, acc, input_precision="ieee")
+    acc = add_gathered(
+        tl.zeros((ROWS, COLS), tl.float32), left, right, slot_order, start, stop, tokens, top_k, i, j,
+        height, width, stride_b, stride_n, GATHER_LEFT, DEPTH,
+    )  # fmt: skip
     to = expert.to(tl.int64) * height * width + i.to(tl.int64)[:, None] * width + j[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=i_valid[:, None] & j_valid[None, :])
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=(i < height)[:, None] & (j < width)[None, :])
 
 
 @triton.jit
@@ -339,23 +368,21 @@ def gate_grad_kernel(
     bias,
     dgates,
     num_experts,
-    num_rows,
     num_parts,
-    tokens,
     top_k,
     dim,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``dg = sum_{n, h} da a + (sum_n dout[b, n]) . b2_e`` of one slot: its column parts, then the bias's share."""
+    """``dg = sum_{n, h} da a + (sum_n dout[b, n]) . b2_e`` of one slot: its parts, then the bias's share."""
     position = tl.program_id(0)
     slot = tl.load(slot_order + position)
     expert = find_expert(offsets, position, num_experts, EXPERTS)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for i0 in range(0, num_parts * tokens, BLOCK):
+    gate_parts += position.to(tl.int64) * num_parts
+    for i0 in range(0, num_parts, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        at = (i // tokens).to(tl.int64) * num_rows + position.to(tl.int64) * tokens + i % tokens
-        acc += tl.load(gate_parts + at, mask=i < num_parts * tokens, other=0.0)
+        acc += tl.load(gate_parts + i, mask=i < num_parts, other=0.0)
     for d0 in range(0, dim, BLOCK):
         d = d0 + tl.arange(0, BLOCK)
         s = tl.load(sums + slot // top_k * dim + d, mask=d < dim, other=0.0)
@@ -364,11 +391,23 @@ def gate_grad_kernel(
 
 
 @triton.jit
+def sum_parts(acc, parts, first, end, h, hidden, SUM_ROWS: tl.constexpr):
+    """``acc + `` the sum of the rows first up to end of ``parts [., H]``, at the columns h."""
+    for t0 in range(first, end, SUM_ROWS):
+        t = t0 + tl.arange(0, SUM_ROWS)
+        at = t.to(tl.int64)[:, None] * hidden + h[None, :]
+        acc += tl.sum(tl.load(parts + at, mask=(t < end)[:, None] & (h < hidden)[None, :], other=0.0), 0)
+    return acc
+
+
+@triton.jit
 def bias1_grad_kernel(
-    bias_parts,
+    block_parts,
+    tile_parts,
     offsets,
     out,
     num_experts,
+    blocks,
     tokens,
     hidden,
     TILE_ROWS: tl.constexpr,
@@ -376,15 +415,18 @@ def bias1_grad_kernel(
     SUM_ROWS: tl.constexpr,
     SUM_COLS: tl.constexpr,
 ):
-    """``out[e] = `` the sum of bias_parts over the tiles of e, ``[E, H]``. Tiles as in `to_hidden_grad_kernel`."""
+    """``out[e] = `` the sum of block_parts over the blocks of e, and of tile_parts over its tiles, ``[E, H]``.
+
+    Every slot has ``blocks`` blocks, and ``tokens`` rows that are cut into tiles as in `to_hidden_grad_kernel`.
+    """
     expert = tl.program_id(0)
     h = tl.program_id(1) * SUM_COLS + tl.arange(0, SUM_COLS)
-    first, end = expert_tiles(offsets, expert, num_experts, tokens, TILE_ROWS, EXPERTS)
     acc = tl.zeros((SUM_COLS,), tl.float32)
-    for t0 in range(first, end, SUM_ROWS):
-        t = t0 + tl.arange(0, SUM_ROWS)
-        at = t.to(tl.int64)[:, None] * hidden + h[None, :]
-        acc += tl.sum(tl.load(bias_parts + at, mask=(t < end)[:, None] & (h < hidden)[None, :], other=0.0), 0)
+    first = (tl.load(offsets + expert) * blocks).to(tl.int32)
+    end = (tl.load(offsets + expert + 1) * blocks).to(tl.int32)
+    acc = sum_parts(acc, block_parts, first, end, h, hidden, SUM_ROWS)
+    first, end = expert_tiles(offsets, expert, num_experts, tokens, TILE_ROWS, EXPERTS)
+    acc = sum_parts(acc, tile_parts, first, end, h, hidden, SUM_ROWS)
     tl.store(out + expert.to(tl.int64) * hidden + h, acc.to(out.dtype.element_ty), mask=h < hidden)
 
 

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dexkernels.kernels import align_loss, group_ema, grouped_mlp, route
 
@@ -38,7 +39,9 @@ def source(kernel, args, kwargs):
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
             signature[name] = "*" + ("i1" if value.dtype == torch.bool else TYPES[value.dtype])
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif type(value) is int:
@@ -87,6 +90,7 @@ def compile_one(kernel, args, kwargs, arch):
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "cp_async_16": len(re.findall(r"cp\.async\.cg\S* \[[^\]]*\], \[[^\]]*\], 0x10", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "wide_load": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
         "sass_found": "EXIT" in sass,

@@ -2,88 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import grouped_mlp  # noqa: E402
-from dexkernels.kernels.common import Tile  # noqa: E402
-from dexkernels.testing import relative_error  # noqa: E402
-
-NAMES = ("out", "dx", "dgates", "dfc1_weight", "dfc1_bias", "dfc2_weight", "dfc2_bias")
-FLOOR = {torch.float32: 4e-7, torch.float16: 2e-4}
-"""Error that is granted whatever plain torch's is: a few units in the last place."""
-
-
-def tiles(rows=32, cols=32, depth=16, halves=False):
-    return {key: Tile(rows, cols, depth, 4, 2, halves) for key in grouped_mlp.TILES}
-
-
-def loop(x, gates, indices, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    """``out[b] = sum_k gates[b, k] * fc2(gelu(fc1(x[b])))``, image by image; the sum over k in the gates' dtype."""
-    rows = []
-    for b in range(x.shape[0]):
-        total = 0
-        for k, e in enumerate(indices[b].tolist()):
-            hidden = F.gelu(F.linear(x[b], fc1_weight[e], fc1_bias[e]))
-            total = total + gates[b, k] * F.linear(hidden, fc2_weight[e], fc2_bias[e]).to(gates.dtype)
-        rows.append(total.to(x.dtype))
-    return torch.stack(rows)
-
-
-def with_gradients(dtype, gate_dtype, grad_out, x, gates, indices, *weights):
-    leaves = [t.to(dtype).clone().requires_grad_() for t in (x, gates, *weights)]
-    leaves[1] = gates.to(gate_dtype).clone().requires_grad_()
-    out = loop(leaves[0], leaves[1], indices, *leaves[2:])
-    grads = torch.autograd.grad(out, leaves, grad_out.to(dtype), allow_unused=True)
-    return [out.detach()] + [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
-
-
-def make(B, N, D, H, E, K, dtype, indices=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape, scale=1.0):
-        return (scale * torch.randn(shape, generator=generator)).to(dtype)
-
-    if indices is None:
-        indices = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(B)])
-    gates = torch.rand(B, K, generator=generator) + 0.1
-    weights = (draw(E, H, D, scale=D**-0.5), draw(E, H), draw(E, D, H, scale=H**-0.5), draw(E, D))
-    return draw(B, N, D), draw(B, N, D), gates / gates.sum(1, keepdim=True), indices, weights
-
-
-def sort(indices, E):
-    """Slots sorted by expert, and the offsets: by Python's sort."""
-    flat = indices.flatten().tolist()
-    order = sorted(range(len(flat)), key=lambda s: flat[s])
-    offsets = [sum(e < limit for e in flat) for limit in range(E + 1)]
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(offsets)
-
-
-def run(x, grad_out, gates, indices, weights, layout=lambda t: t, needs=(True, True, True), tiling=None):
-    """The launchers' results in the order of NAMES."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (layout(w) for w in weights)
-    order, offsets = sort(indices, fc1_bias.shape[0])
-    x, grad_out, gates = layout(x), layout(grad_out), layout(gates)
-    tiling = tiling or tiles()
-    out, z = grouped_mlp.grouped_mlp_forward(
-        x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, tiles=tiling
-    )
-    grads = grouped_mlp.grouped_mlp_backward(
-        grad_out, x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z, *needs, tiles=tiling
-    )
-    return [out, *grads]
-
-
-def check(x, grad_out, gates, indices, weights, **kwargs):
-    got = run(x, grad_out, gates, indices, weights, **kwargs)
-    exact = with_gradients(torch.float64, torch.float64, grad_out, x, gates, indices, *weights)
-    plain = with_gradients(x.dtype, torch.float32, grad_out, x, gates, indices, *weights)
-    for name, g, want, p in zip(NAMES, got, exact, plain, strict=True):
-        bound = 2 * relative_error(p, want) + FLOOR[x.dtype]
-        assert relative_error(g, want) <= bound, f"{name}: {relative_error(g, want):.2e} > {bound:.2e}"
-        assert g.dtype == (torch.float32 if name == "dgates" else x.dtype)
-    return got
+from .mlp_cases import check, make, run, tiles  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

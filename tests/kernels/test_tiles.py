@@ -89,9 +89,12 @@ def test_groups_visit_every_block_once(num_tiles, num_cols):
 
 
 def test_tables_have_both_architectures_and_both_precisions():
-    from dexkernels.kernels import grouped_mlp
+    from dexkernels.kernels import aligned, grouped_mlp
 
-    kernels = {name for name, _, _ in grouped_mlp.TILES}
-    assert set(grouped_mlp.TILES) == {(k, p, a) for k in kernels for p in ("half", "float") for a in (80, 90)}
+    gathered = {name for name, _, _ in set(grouped_mlp.TILES) - set(aligned.TILES)}
+    both = {(p, a) for p in ("half", "float") for a in (80, 90)}
+    assert set(grouped_mlp.TILES) - set(aligned.TILES) == {(k, *pa) for k in gathered for pa in both}
+    assert {key[1:] for key in aligned.TILES} == {("half", 90)}
+    assert set(grouped_mlp.PATH) == both
     assert common.precision(torch.float32) == "float"
     assert common.precision(torch.float16) == common.precision(torch.bfloat16) == "half"

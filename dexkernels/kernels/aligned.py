@@ -1,0 +1,202 @@
+"""The aligned path of `grouped_mlp`: when it applies, and its launches. What is computed: see `aligned_kernels`.
+
+Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots, q blocks of an image.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import aligned_kernels
+from .common import Tile, experts_block, max_tiles, precision
+
+BLOCK = aligned_kernels.BLOCK.value
+
+TILES = {
+    ("fc1_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("to_images", "half", 90): Tile(64, 256, 64, 4, 4),
+    ("to_images_even", "half", 90): Tile(128, 256, 64, 8, 4),
+    ("hidden_grad_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("weight_grad_blocks", "half", 90): Tile(128, 256, 64, 8, 3),
+}
+"""(kernel, precision, architecture) -> tile. ``to_images_even``: where an image's blocks are even in number.
+The depth of weight_grad_blocks is that of the gathered rows; its blocks are 64 deep."""
+
+GROUP = 8
+"""Row tiles that walk the columns together, see `cut_in_groups`."""
+
+INVERT = 128
+"""Slots that one program of `invert_slots_kernel` places."""
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether kernels on ``device`` load by descriptors; Triton's interpreter does too."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def why_not_aligned(tokens: int, dim: int, hidden: int, dtype: torch.dtype, tma: bool) -> str | None:
+    """Why a call can't take the aligned path; None when it can. It depends on nothing that backward sees otherwise.
+
+    Token-wise routing comes as images of one token, so it is among those with fewer than 64.
+    """
+    if not tma:
+        return "descriptors need compute capability 9.0"
+    if tokens < BLOCK:
+        return f"it needs {BLOCK} tokens an image, got {tokens}"
+    for name, width in (("D", dim), ("H", hidden)):
+        if width * dtype.itemsize % 16:
+            return f"rows must be multiples of 16 bytes, got {name} = {width} of {dtype}"
+    return None
+
+
+def tma_ready(t: Tensor) -> Tensor:
+    """``t``, or a contiguous copy of it where a descriptor can't have its address or strides."""
+    steps = [stride * t.dtype.itemsize for stride in t.stride()[:-1]]
+    right = t.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
+    # Not contiguous(): that keeps whatever strides dimensions of size 1 have.
+    return t if right else t.clone(memory_format=torch.contiguous_format)
+
+
+def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, tiles) -> None:
+    """``z`` (or None), ``a [S*64q, H]`` from ``x [B, N, D]``, see `fc1_blocks_kernel`."""
+    tile = tiles["fc1_blocks", precision(x.dtype), 90]
+    num_tiles, meta = _blocks(tile, slot_order, weight.shape[0], blocks)
+    H, D = weight.shape[1:]
+    aligned_kernels.fc1_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
+        _box(x, 1, BLOCK, tile.depth),
+        slot_order,
+        group_offsets,
+        gates,
+        _box(weight, 1, tile.cols, tile.depth),
+        bias,
+        z,
+        a,
+        weight.shape[0],
+        blocks,
+        x.shape[1] % BLOCK,
+        top_k,
+        D,
+        H,
+        **meta,
+    )
+
+
+def hidden_grad(
+    grad_out, slot_order, group_offsets, gates, weight, z, dz, gated, gate_parts, bias_parts, blocks, needs, tiles
+) -> None:
+    """``dz``, ``gated [S*64q, H]`` and parts of sums from ``grad_out [B, N, D]``, see `hidden_grad_blocks_kernel`."""
+    tile = tiles["hidden_grad_blocks", precision(grad_out.dtype), 90]
+    num_tiles, meta = _blocks(tile, slot_order, weight.shape[0], blocks)
+    D, H = weight.shape[1:]
+    aligned_kernels.hidden_grad_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
+        _box(grad_out, 1, BLOCK, tile.depth),
+        gates,
+        slot_order,
+        group_offsets,
+        _box(weight, 1, tile.depth, tile.cols),
+        z,
+        dz,
+        gated,
+        gate_parts,
+        bias_parts,
+        weight.shape[0],
+        0 if gate_parts is None else gate_parts.shape[1],
+        blocks,
+        grad_out.shape[1] % BLOCK,
+        gates.shape[1],
+        D,
+        H,
+        *needs,
+        **meta,
+    )
+
+
+def invert_slots(slot_order: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every slot: its place in slot_order and its expert, int32 ``[S]``."""
+    (S,), E = slot_order.shape, group_offsets.shape[0] - 1
+    position, expert = (torch.empty(S, dtype=torch.int32, device=slot_order.device) for _ in range(2))
+    aligned_kernels.invert_slots_kernel[(triton.cdiv(S, INVERT),)](
+        slot_order, group_offsets, position, expert, E, S, experts_block(E), INVERT
+    )
+    return position, expert
+
+
+def to_images(rows_in, weight, transposed, slots, gates, bias, out, blocks, top_k, tiles) -> None:
+    """The blocks of ``out [B, N, W]`` from ``rows_in [S*64q, depth]``, see `to_images_kernel`.
+
+    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``. slots: what `invert_slots` returns.
+    """
+    B, N, W = out.shape
+    depth = rows_in.shape[1]
+    tile = tiles["to_images" if blocks % 2 else "to_images_even", precision(out.dtype), 90]
+    box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
+    aligned_kernels.to_images_kernel[(B * (blocks * BLOCK // tile.rows) * triton.cdiv(W, tile.cols),)](
+        _box(rows_in, tile.rows, tile.depth),
+        _box(weight, 1, *box),
+        *slots,
+        gates,
+        bias,
+        out,
+        blocks,
+        N % BLOCK,
+        top_k,
+        depth,
+        W,
+        transposed,
+        triton.next_power_of_2(top_k),
+        tile.rows,
+        tile.cols,
+        tile.depth,
+        GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blocks, top_k, tiles) -> None:
+    """``out [E, height, width]``; ``gathered`` is the one of ``left`` and ``right`` that is ``[B, N, .]``.
+
+    The other is ``[S*64q, .]``, and ``rest [S, r, .]`` what it is for the first tokens.
+    """
+    E, height, width = out.shape
+    tile = tiles["weight_grad_blocks", precision(out.dtype), 90]
+    is_left = gathered is left
+    aligned_kernels.weight_grad_blocks_kernel[(E * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols),)](
+        _box(left, *(1,) * is_left, BLOCK, tile.rows),
+        _box(right, *(1,) * (not is_left), BLOCK, tile.cols),
+        slot_order,
+        group_offsets,
+        left if is_left else rest,
+        rest if is_left else right,
+        out,
+        blocks,
+        gathered.shape[1] % BLOCK,
+        top_k,
+        height,
+        width,
+        gathered.stride(0),
+        gathered.stride(1),
+        is_left,
+        tile.rows,
+        tile.cols,
+        tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _box(t: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def _blocks(tile: Tile, slot_order: Tensor, num_experts: int, blocks: int) -> tuple[int, dict[str, int]]:
+    """Tiles of two blocks that any split over the experts fits in, and how they are compiled."""
+    return max_tiles(slot_order.shape[0] * blocks, num_experts, 2), {
+        "EXPERTS": experts_block(num_experts),
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
+        "GROUP": GROUP,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

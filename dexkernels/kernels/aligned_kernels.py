@@ -1,0 +1,331 @@
+"""The device code of the aligned path of `grouped_mlp`: products over blocks of tokens, loaded by TMA descriptors.
+
+Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots; q = N // 64, r = N % 64.
+The last 64 q tokens of an image are its q blocks; its first r tokens (CLS among them) are left to the gathered rows.
+The S*q blocks are numbered in slot order: block ``i`` is block ``i % q`` of slot ``slot_order[i // q]``, and its 64
+rows of hidden activations are the rows ``64 i`` up to ``64 i + 64`` of ``[S * 64 q, H]``.
+A block belongs to one image, so that a box of the descriptor of x holds it, and to one expert. Descriptors read zeros
+past the ends of their tensors: a width need not be a multiple of the box's.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import cut_in_groups, find_tile, gelu_cdf
+from .mlp_kernels import add_gathered, through_gelu
+
+BLOCK = tl.constexpr(64)
+"""Tokens of a block: the rows of one wgmma."""
+
+
+@triton.jit
+def locate_block(slot_order, block, blocks, first_token, top_k):
+    """``(slot, image, token)`` of a block: the token that it begins with."""
+    slot = tl.load(slot_order + block // blocks)
+    return slot, (slot // top_k).to(tl.int32), first_token + block % blocks * BLOCK
+
+
+@triton.jit
+def expert_block(weight, expert, depth, col, TRANSPOSED: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    """``[DEPTH, COLS]`` of ``weight [E, depth, cols]``, or TRANSPOSED of ``[E, cols, depth]``."""
+    if TRANSPOSED:
+        return weight.load([expert, col, depth]).reshape(COLS, DEPTH).T
+    return weight.load([expert, depth, col]).reshape(DEPTH, COLS)
+
+
+@triton.jit
+def multiply_two(
+    rows,
+    image0,
+    token0,
+    image1,
+    token1,
+    weight,
+    expert,
+    col,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The products of two blocks of ``rows [B, N, depth]`` with the same columns of an expert, two ``[64, COLS]``."""
+    acc0 = tl.zeros((BLOCK, COLS), tl.float32)
+    acc1 = tl.zeros((BLOCK, COLS), tl.float32)
+    for k in range(0, depth, DEPTH):
+        w = expert_block(weight, expert, k, col, TRANSPOSED, COLS, DEPTH)
+        rows0 = rows.load([image0, token0, k]).reshape(BLOCK, DEPTH)
+        rows1 = rows.load([image1, token1, k]).reshape(BLOCK, DEPTH)
+        acc0 = tl.dot(rows0, w, acc0, input_precision="ieee")
+        acc1 = tl.dot(rows1, w, acc1, input_precision="ieee")
+    return acc0, acc1
+
+
+@triton.jit
+def store_activations(acc, block, slot, gates, z, a, h, hidden):
+    """What `fc1_blocks_kernel` writes of one block."""
+    # Within a block 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
+    start = block.to(tl.int64) * BLOCK * hidden
+    at = tl.arange(0, BLOCK)[:, None] * hidden + h[None, :]
+    inside = (h < hidden)[None, :]
+    if z is not None:
+        tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
+    act = acc * gelu_cdf(acc)
+    if gates is not None:
+        act *= tl.load(gates + slot).to(tl.float32)
+    tl.store(a + start + at, act.to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fc1_blocks_kernel(
+    x,
+    slot_order,
+    offsets,
+    gates,
+    weight,
+    bias,
+    z,
+    a,
+    num_experts,
+    blocks,
+    first_token,
+    top_k,
+    dim,
+    hidden,
+    EXPERTS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``z = W1_e x + b1_e`` (unless None) and ``a = g gelu(z)`` (no gates: ``gelu(z)``) of the rows of two blocks.
+
+    x: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``. weight: of ``[E, H, D]``, box ``[1, COLS, DEPTH]``.
+    Two blocks that follow one another, of one image or two, share the blocks of an expert's weights.
+    """
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
+    expert, first, stop = find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
+    if first >= stop:
+        return
+    # An odd block is multiplied twice and written once.
+    second = tl.minimum(first + 1, stop - 1)
+    slot0, image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
+    slot1, image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    h0 = col * COLS
+    acc0, acc1 = multiply_two(x, image0, token0, image1, token1, weight, expert, h0, dim, True, COLS, DEPTH)
+    h = h0 + tl.arange(0, COLS)
+    b = tl.load(bias + expert.to(tl.int64) * hidden + h, mask=h < hidden, other=0.0).to(tl.float32)[None, :]
+    store_activations(acc0 + b, first, slot0, gates, z, a, h, hidden)
+    if second > first:
+        store_activations(acc1 + b, second, slot1, gates, z, a, h, hidden)
+
+
+@triton.jit
+def invert_slots_kernel(
+    slot_order, offsets, position, expert, num_experts, num_slots, EXPERTS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Of every slot: its place in slot_order and its expert, int32 ``[S]``."""
+    p = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    valid = p < num_slots
+    slot = tl.load(slot_order + p, mask=valid, other=0)
+    e = tl.arange(0, EXPERTS)
+    stop = tl.load(offsets + e + 1, mask=e < num_experts, other=9223372036854775807)
+    tl.store(position + slot, p, mask=valid)
+    tl.store(expert + slot, tl.sum((stop[None, :] <= p[:, None]).to(tl.int32), 1), mask=valid)
+
+
+@triton.jit
+def to_images_kernel(
+    rows_in,
+    weight,
+    position,
+    expert,
+    gates,
+    bias,
+    out,
+    blocks,
+    first_token,
+    top_k,
+    depth,
+    width,
+    TRANSPOSED: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``out[b, r + n] = sum_k rows_in[slot (b, k), n] @ W_e``, with a bias ``+ sum_k gates[b, k] bias_e``.
+
+    One sum of length ``K * depth``: nothing is written by slot. ``[S*64q, depth] -> [B, N, width]``; ROWS divides 64q.
+    rows_in: descriptor, box ``[ROWS, DEPTH]``. weight: see `expert_block`. CHOICES: a power of two, at least K.
+    """
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
+    per_image = blocks * BLOCK // ROWS
+    image = tile // per_image
+    n = tile % per_image * ROWS
+    j0 = col * COLS
+    # Loaded here and picked by a masked sum: loads of indices inside the loop would take stages from its pipeline.
+    choice = tl.arange(0, CHOICES)
+    slots = image.to(tl.int64) * top_k + choice
+    first_rows = tl.load(position + slots, mask=choice < top_k, other=0) * blocks * BLOCK + n
+    experts = tl.load(expert + slots, mask=choice < top_k, other=0)
+    steps = tl.cdiv(depth, DEPTH)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for step in range(0, steps * top_k):
+        mine = choice == step // steps
+        row = tl.sum(tl.where(mine, first_rows, 0), 0)
+        e = tl.sum(tl.where(mine, experts, 0), 0)
+        k = step % steps * DEPTH
+        w = expert_block(weight, e, k, j0, TRANSPOSED, COLS, DEPTH)
+        acc = tl.dot(rows_in.load([row, k]), w, acc, input_precision="ieee")
+    j = j0 + tl.arange(0, COLS)
+    if bias is not None:
+        for k in range(0, top_k):
+            e = tl.sum(tl.where(choice == k, experts, 0), 0).to(tl.int64)
+            g = tl.load(gates + image.to(tl.int64) * top_k + k).to(tl.float32)
+            acc += g * tl.load(bias + e * width + j, mask=j < width, other=0.0).to(tl.float32)[None, :]
+    start = (image.to(tl.int64) * (blocks * BLOCK + first_token) + first_token + n) * width
+    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
+    tl.store(out + start + at, acc.to(out.dtype.element_ty), mask=(j < width)[None, :])
+
+
+@triton.jit
+def store_hidden_grad(
+    da,
+    block,
+    slot,
+    col,
+    gates,
+    z,
+    dz,
+    gated,
+    gate_parts,
+    bias_parts,
+    blocks,
+    num_parts,
+    h,
+    hidden,
+    NEED_DZ: tl.constexpr,
+    NEED_GATES: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+):
+    """What `hidden_grad_blocks_kernel` writes of one block."""
+    start = block.to(tl.int64) * BLOCK * hidden
+    z += start
+    if NEED_DZ:
+        dz += start
+    if NEED_WEIGHTS:
+        gated += start
+        bias_parts += block.to(tl.int64) * hidden
+    g = tl.zeros((BLOCK,), tl.float32) + tl.load(gates + slot).to(tl.float32)
+    valid = tl.full((BLOCK,), True, tl.int1)
+    dg = through_gelu(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, BLOCK)
+    if NEED_GATES:
+        at = (block // blocks).to(tl.int64) * num_parts + col * blocks + block % blocks
+        tl.store(gate_parts + at, tl.sum(dg, 0))
+
+
+@triton.jit
+def hidden_grad_blocks_kernel(
+    grad_out,
+    gates,
+    slot_order,
+    offsets,
+    weight,
+    z,
+    dz,
+    gated,
+    gate_parts,
+    bias_parts,
+    num_experts,
+    num_parts,
+    blocks,
+    first_token,
+    top_k,
+    dim,
+    hidden,
+    NEED_DZ: tl.constexpr,
+    NEED_GATES: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`to_hidden_grad_kernel` of the rows of two blocks: dz, gated, and a part of every sum for each block.
+
+    grad_out: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``. weight: of ``[E, D, H]``, box ``[1, DEPTH, COLS]``.
+    ``bias_parts [S q, H]``; ``gate_parts [S, num_parts]``, of each slot the first ``column blocks * q``.
+    """
+    tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
+    expert, first, stop = find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
+    if first >= stop:
+        return
+    second = tl.minimum(first + 1, stop - 1)
+    slot0, image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
+    slot1, image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    h0 = col * COLS
+    da0, da1 = multiply_two(grad_out, image0, token0, image1, token1, weight, expert, h0, dim, False, COLS, DEPTH)
+    h = h0 + tl.arange(0, COLS)
+    store_hidden_grad(
+        da0, first, slot0, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, h, hidden,
+        NEED_DZ, NEED_GATES, NEED_WEIGHTS,
+    )  # fmt: skip
+    if second > first:
+        store_hidden_grad(
+            da1, second, slot1, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, h, hidden,
+            NEED_DZ, NEED_GATES, NEED_WEIGHTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def weight_grad_blocks_kernel(
+    left,
+    right,
+    slot_order,
+    offsets,
+    left_rest,
+    right_rest,
+    out,
+    blocks,
+    first_token,
+    top_k,
+    height,
+    width,
+    stride_b,
+    stride_n,
+    GATHER_LEFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``out[e] = left[rows of e].T @ right[rows of e]``, ``[E, height, width]``: its blocks, then its gathered rows.
+
+    One side is read from ``[B, N, .]`` (left when GATHER_LEFT, else right): a descriptor with box ``[1, 64, .]``, and
+    the same tensor by pointer for its first r tokens. The other lies in slot order: descriptor and rest.
+    """
+    cols = tl.cdiv(width, COLS)
+    per_expert = tl.cdiv(height, ROWS) * cols
+    expert = tl.program_id(0) // per_expert
+    within = tl.program_id(0) % per_expert
+    i0 = within // cols * ROWS
+    j0 = within % cols * COLS
+    first = tl.load(offsets + expert).to(tl.int32)
+    end = tl.load(offsets + expert + 1).to(tl.int32)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for block in range(first * blocks, end * blocks):
+        _, image, token = locate_block(slot_order, block, blocks, first_token, top_k)
+        if GATHER_LEFT:
+            l_block = left.load([image, token, i0]).reshape(BLOCK, ROWS)
+            r_block = right.load([block * BLOCK, j0])
+        else:
+            l_block = left.load([block * BLOCK, i0])
+            r_block = right.load([image, token, j0]).reshape(BLOCK, COLS)
+        acc = tl.dot(l_block.T, r_block, acc, input_precision="ieee")
+    i = i0 + tl.arange(0, ROWS)
+    j = j0 + tl.arange(0, COLS)
+    acc = add_gathered(
+        acc, left_rest, right_rest, slot_order, first * first_token, end * first_token, first_token, top_k, i, j,
+        height, width, stride_b, stride_n, GATHER_LEFT, DEPTH,
+    )  # fmt: skip
+    to = expert.to(tl.int64) * height * width + i.to(tl.int64)[:, None] * width + j[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=(i < height)[:, None] & (j < width)[None, :])
