@@ -14,14 +14,15 @@ from .common import Tile, experts_block, max_tiles, precision
 BLOCK = aligned_kernels.BLOCK.value
 
 TILES = {
-    ("fc1_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("fc1_blocks", "half", 90): Tile(128, 256, 64, 8, 4, halves=True),
     ("to_images", "half", 90): Tile(64, 256, 64, 4, 4),
     ("to_images_even", "half", 90): Tile(128, 256, 64, 8, 4),
-    ("hidden_grad_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
-    ("weight_grad_blocks", "half", 90): Tile(128, 256, 64, 8, 3),
+    ("hidden_grad_blocks", "half", 90): Tile(128, 256, 64, 8, 4, halves=True),
+    ("weight_grad_blocks", "half", 90): Tile(128, 256, 32, 8, 5),
 }
 """(kernel, precision, architecture) -> tile. ``to_images_even``: where an image's blocks are even in number.
-The depth of weight_grad_blocks is that of the gathered rows; its blocks are 64 deep."""
+fc1_blocks and hidden_grad_blocks are two blocks high. The depth of weight_grad_blocks is that of its gathered rows, its
+blocks are 64 deep; it counts more stages than it has buffers: the loads of slot numbers take stages of their own."""
 
 GROUP = 8
 """Row tiles that walk the columns together, see `cut_in_groups`."""
@@ -193,6 +194,7 @@ def _box(t: Tensor, *block: int) -> TensorDescriptor:
 def _blocks(tile: Tile, slot_order: Tensor, num_experts: int, blocks: int) -> tuple[int, dict[str, int]]:
     """Tiles of two blocks that any split over the experts fits in, and how they are compiled."""
     return max_tiles(slot_order.shape[0] * blocks, num_experts, 2), {
+        "HALVES": tile.halves,
         "EXPERTS": experts_block(num_experts),
         "COLS": tile.cols,
         "DEPTH": tile.depth,

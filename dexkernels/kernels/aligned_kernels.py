@@ -20,9 +20,9 @@ BLOCK = tl.constexpr(64)
 
 @triton.jit
 def locate_block(slot_order, block, blocks, first_token, top_k):
-    """``(slot, image, token)`` of a block: the token that it begins with."""
+    """``(image, token)`` of a block: the token that it begins with."""
     slot = tl.load(slot_order + block // blocks)
-    return slot, (slot // top_k).to(tl.int32), first_token + block % blocks * BLOCK
+    return (slot // top_k).to(tl.int32), first_token + block % blocks * BLOCK
 
 
 @triton.jit
@@ -61,18 +61,36 @@ def multiply_two(
 
 
 @triton.jit
-def store_activations(acc, block, slot, gates, z, a, h, hidden):
-    """What `fc1_blocks_kernel` writes of one block."""
+def activate_columns(acc, g, bias, z, a, h, hidden):
+    """`store_activations` of the columns h."""
+    inside = h < hidden
+    acc += tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)[None, :]
     # Within a block 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
-    start = block.to(tl.int64) * BLOCK * hidden
     at = tl.arange(0, BLOCK)[:, None] * hidden + h[None, :]
-    inside = (h < hidden)[None, :]
     if z is not None:
-        tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
-    act = acc * gelu_cdf(acc)
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside[None, :])
+    tl.store(a + at, (g * acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit
+def store_activations(
+    acc, block, slot_order, gates, bias, z, a, blocks, first, hidden, HALVES: tl.constexpr, COLS: tl.constexpr
+):
+    """What `fc1_blocks_kernel` writes of one block, whose columns begin at first."""
+    start = block.to(tl.int64) * BLOCK * hidden
+    if z is not None:
+        z += start
+    g = 1.0
     if gates is not None:
-        act *= tl.load(gates + slot).to(tl.float32)
-    tl.store(a + start + at, act.to(a.dtype.element_ty), mask=inside)
+        g = tl.load(gates + tl.load(slot_order + block // blocks)).to(tl.float32)
+    if HALVES:
+        HALF: tl.constexpr = COLS // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, HALF)), (0, 2, 1)))
+        h = first + tl.arange(0, HALF)
+        activate_columns(low, g, bias, z, a + start, h, hidden)
+        activate_columns(high, g, bias, z, a + start, h + HALF, hidden)
+    else:
+        activate_columns(acc, g, bias, z, a + start, first + tl.arange(0, COLS), hidden)
 
 
 @triton.jit
@@ -91,6 +109,7 @@ def fc1_blocks_kernel(
     top_k,
     dim,
     hidden,
+    HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -107,15 +126,14 @@ def fc1_blocks_kernel(
         return
     # An odd block is multiplied twice and written once.
     second = tl.minimum(first + 1, stop - 1)
-    slot0, image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
-    slot1, image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
+    image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
     h0 = col * COLS
     acc0, acc1 = multiply_two(x, image0, token0, image1, token1, weight, expert, h0, dim, True, COLS, DEPTH)
-    h = h0 + tl.arange(0, COLS)
-    b = tl.load(bias + expert.to(tl.int64) * hidden + h, mask=h < hidden, other=0.0).to(tl.float32)[None, :]
-    store_activations(acc0 + b, first, slot0, gates, z, a, h, hidden)
+    bias += expert.to(tl.int64) * hidden
+    store_activations(acc0, first, slot_order, gates, bias, z, a, blocks, h0, hidden, HALVES, COLS)
     if second > first:
-        store_activations(acc1 + b, second, slot1, gates, z, a, h, hidden)
+        store_activations(acc1, second, slot_order, gates, bias, z, a, blocks, h0, hidden, HALVES, COLS)
 
 
 @triton.jit
@@ -192,7 +210,7 @@ def to_images_kernel(
 def store_hidden_grad(
     da,
     block,
-    slot,
+    slot_order,
     col,
     gates,
     z,
@@ -202,11 +220,12 @@ def store_hidden_grad(
     bias_parts,
     blocks,
     num_parts,
-    h,
     hidden,
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """What `hidden_grad_blocks_kernel` writes of one block."""
     start = block.to(tl.int64) * BLOCK * hidden
@@ -216,9 +235,27 @@ def store_hidden_grad(
     if NEED_WEIGHTS:
         gated += start
         bias_parts += block.to(tl.int64) * hidden
+    # Looked up anew: carried through the main loop it would take registers from the sums.
+    slot = tl.load(slot_order + block // blocks)
     g = tl.zeros((BLOCK,), tl.float32) + tl.load(gates + slot).to(tl.float32)
     valid = tl.full((BLOCK,), True, tl.int1)
-    dg = through_gelu(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, BLOCK)
+    dg = through_gelu(
+        da,
+        g,
+        z,
+        dz,
+        gated,
+        bias_parts,
+        col * COLS,
+        valid,
+        hidden,
+        NEED_DZ,
+        NEED_GATES,
+        NEED_WEIGHTS,
+        HALVES,
+        BLOCK,
+        COLS,
+    )
     if NEED_GATES:
         at = (block // blocks).to(tl.int64) * num_parts + col * blocks + block % blocks
         tl.store(gate_parts + at, tl.sum(dg, 0))
@@ -246,6 +283,7 @@ def hidden_grad_blocks_kernel(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -261,19 +299,18 @@ def hidden_grad_blocks_kernel(
     if first >= stop:
         return
     second = tl.minimum(first + 1, stop - 1)
-    slot0, image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
-    slot1, image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
+    image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
     h0 = col * COLS
     da0, da1 = multiply_two(grad_out, image0, token0, image1, token1, weight, expert, h0, dim, False, COLS, DEPTH)
-    h = h0 + tl.arange(0, COLS)
     store_hidden_grad(
-        da0, first, slot0, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, h, hidden,
-        NEED_DZ, NEED_GATES, NEED_WEIGHTS,
+        da0, first, slot_order, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, hidden,
+        NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, COLS,
     )  # fmt: skip
     if second > first:
         store_hidden_grad(
-            da1, second, slot1, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, h, hidden,
-            NEED_DZ, NEED_GATES, NEED_WEIGHTS,
+            da1, second, slot_order, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, hidden,
+            NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, COLS,
         )  # fmt: skip
 
 
@@ -313,7 +350,7 @@ def weight_grad_blocks_kernel(
     end = tl.load(offsets + expert + 1).to(tl.int32)
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for block in range(first * blocks, end * blocks):
-        _, image, token = locate_block(slot_order, block, blocks, first_token, top_k)
+        image, token = locate_block(slot_order, block, blocks, first_token, top_k)
         if GATHER_LEFT:
             l_block = left.load([image, token, i0]).reshape(BLOCK, ROWS)
             r_block = right.load([block * BLOCK, j0])

@@ -152,7 +152,7 @@ def combine_kernel(by_slot, gates, out, size, stride_ob, top_k, HAS_GATES: tl.co
 
 
 @triton.jit
-def through_gelu(
+def gelu_columns(
     da,
     g,
     z,
@@ -167,7 +167,7 @@ def through_gelu(
     NEED_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The columns h of a tile of `to_hidden_grad_kernel`; returns ``da . a`` over them, ``[ROWS]``."""
+    """`through_gelu` of the columns h."""
     # Within a tile 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
     at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
     inside = valid[:, None] & (h < hidden)[None, :]
@@ -183,6 +183,38 @@ def through_gelu(
         tl.store(dz + at, dz_block.to(dz.dtype.element_ty), mask=inside)
         if NEED_WEIGHTS:
             tl.store(bias_parts + h, tl.sum(dz_block, 0), mask=h < hidden)
+    return dg
+
+
+@triton.jit
+def through_gelu(
+    da,
+    g,
+    z,
+    dz,
+    gated,
+    bias_parts,
+    first,
+    valid,
+    hidden,
+    NEED_DZ: tl.constexpr,
+    NEED_GATES: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """What `to_hidden_grad_kernel` writes of a tile, whose columns begin at first; returns ``da . a``, ``[ROWS]``."""
+    if HALVES:
+        HALF: tl.constexpr = COLS // 2
+        low, high = tl.split(tl.permute(tl.reshape(da, (ROWS, 2, HALF)), (0, 2, 1)))
+        h = first + tl.arange(0, HALF)
+        dg = gelu_columns(low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+        h += HALF
+        dg += gelu_columns(high, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+    else:
+        h = first + tl.arange(0, COLS)
+        dg = gelu_columns(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
     return dg
 
 
@@ -253,15 +285,23 @@ def to_hidden_grad_kernel(
     if NEED_WEIGHTS:
         gated += start
         bias_parts += tile.to(tl.int64) * hidden
-    if HALVES:
-        HALF: tl.constexpr = COLS // 2
-        low, high = tl.split(tl.permute(tl.reshape(da, (ROWS, 2, HALF)), (0, 2, 1)))
-        h = col * COLS + tl.arange(0, HALF)
-        dg = through_gelu(low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
-        h += HALF
-        dg += through_gelu(high, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
-    else:
-        dg = through_gelu(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+    dg = through_gelu(
+        da,
+        g,
+        z,
+        dz,
+        gated,
+        bias_parts,
+        col * COLS,
+        valid,
+        hidden,
+        NEED_DZ,
+        NEED_GATES,
+        NEED_WEIGHTS,
+        HALVES,
+        ROWS,
+        COLS,
+    )
     if NEED_GATES:
         at = (rows // tokens).to(tl.int64) * num_parts + first_part + col * tokens + rows % tokens
         tl.store(gate_parts + at, dg, mask=valid)
