@@ -434,15 +434,11 @@ def unit_costs(results: dict, ranks: int):
     )
 
 
-def predict(results: dict) -> dict:
-    """``results`` with unit costs, predictions of every test point and the tables of GPUs."""
-    import torch
-
+def tested(results: dict) -> dict:
+    """Unit costs, and the test points with what they predict of them."""
     from dex.data import open_dataset
-    from dex.estimate import ASSUMED_MFU
-    from dex.scaling import AUTOCAST_BYTES, UPDATE_BYTES, exchanges, memory, sent, step, workload
+    from dex.scaling import exchanges, memory, sent, step, workload
 
-    torch.set_num_threads(1)
     modalities = len(open_dataset(None).modalities)
     costs = {n: unit_costs(results, n) for n in RANKS}
     tests = []
@@ -462,11 +458,22 @@ def predict(results: dict) -> dict:
             predicted["seconds"] = parts.total
             predicted["parts"] = {k: float(f"{v:.4g}") for k, v in parts._asdict().items()}
         tests.append(point | {"predicted": predicted})
+    return {"unit_costs": {str(n): c._asdict() for n, c in costs.items()}, "tests": tests}
+
+
+def predict(results: dict) -> dict:
+    """``results`` with predictions of its test points, if it has any, and the tables of GPUs."""
+    import torch
+
+    from dex.estimate import ASSUMED_MFU
+    from dex.scaling import AUTOCAST_BYTES, UPDATE_BYTES
+
+    torch.set_num_threads(1)
+    if "tests" in results:
+        results = results | tested(results)
     gpu, source = gpu_costs(GPU)
     return results | {
         "bytes": {"update": UPDATE_BYTES, "cast": AUTOCAST_BYTES},
-        "unit_costs": {str(n): c._asdict() for n, c in costs.items()},
-        "tests": tests,
         "gpu": {
             "name": GPU,
             "costs": gpu._asdict(),
@@ -587,7 +594,7 @@ def main() -> int:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         write(measure())
     if options.measure or options.predict:
-        write(predict(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        write(predict(json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}))
     return 0
 
 

@@ -57,34 +57,7 @@ gradients, in fsdp too |
 
 Not in it: the loader, evaluation, recomputation (`parallel.checkpointing`), temporary tensors of operators, stragglers.
 
-## Tested here
-
-{machine}
-{noise}
-
-Unit costs come from one network (demo preset, E = {calibrated}, {small} and {large} images a step, fp32), none of the
-test points, run by as many processes at once as the test has ranks: four share two cores, so theirs are slower.
-Overlap is 0: the cores that compute also carry gloo's messages. gloo carries a reduce-scatter out as an all-reduce.
-
-| processes at once | GFLOP/s of each | update, GB/s | fixed, ms | all-reduce, GB/s | a hop, ms | checkpoint, GB/s |
-| --- | --- | --- | --- | --- | --- | --- |
-{costs}
-
-### Bytes
-
-{bytes}
-
-### Seconds of a step
-
-Medians over {steps}, and predicted / measured. The ratio is outside 0.8 to 1.25 in {off} of {all} points.
-
-| ranks | strategy | E | 8 images: predicted, measured, s | ratio | 32 images: predicted, measured, s | ratio |
-| --- | --- | --- | --- | --- | --- | --- |
-{steps_table}
-
-{others}
-
-{why}
+{tested}
 
 ## On GPUs: assumed, not measured
 
@@ -122,34 +95,52 @@ With {images} images computed at once; E of 8, 16, 32, 64, 128.
 """
 
 
+TESTED = """\
+## Tested here
+
+{machine}
+{noise}
+
+Unit costs come from one network (demo preset, E = {calibrated}, {small} and {large} images a step, fp32), none of the
+test points, run by as many processes at once as the test has ranks: four share two cores, so theirs are slower.
+Overlap is 0: the cores that compute also carry gloo's messages. gloo carries a reduce-scatter out as an all-reduce.
+
+| processes at once | GFLOP/s of each | update, GB/s | fixed, ms | all-reduce, GB/s | a hop, ms | checkpoint, GB/s |
+| --- | --- | --- | --- | --- | --- | --- |
+{costs}
+
+### Bytes
+
+{bytes}
+
+### Seconds of a step
+
+Medians over {steps}, and predicted / measured. The ratio is outside 0.8 to 1.25 in {off} of {all} points.
+
+| ranks | strategy | E | 8 images: predicted, measured, s | ratio | 32 images: predicted, measured, s | ratio |
+| --- | --- | --- | --- | --- | --- | --- |
+{steps_table}
+
+{others}
+
+{why}"""
+
+UNTESTED = """\
+## Tested here
+
+Not yet: `make scaling` measures unit costs and steps on 1, 2 and 4 gloo ranks. Bytes held and sent are tested against
+three ranks by `tests/dex/test_scaling.py`."""
+
+
 def page(results: dict) -> str:
-    machine, tests, gpu = results["machine"], results["tests"], results["gpu"]
-    commit = (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
-    timed = [t for t in tests if "seconds" in t["predicted"]]
-    ratios = [_ratio(t) for t in timed]
-    calibration = results["calibration"]
+    gpu = results["gpu"]
     refused = next(r["fsdp"]["refused"] for r in gpu["weak"] if "refused" in r["fsdp"])
     return TEXT.format(
         name=RESULTS.name,
         path=RESULTS.relative_to(ROOT),
         update=results["bytes"]["update"],
         cast=results["bytes"]["cast"],
-        machine=f"Measured on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, one thread a rank, Python "
-        f"{machine['python']}, torch {machine['torch']}, gloo, {commit}; {results['seconds'] / 60:.0f} minutes.",
-        noise=f"Load of the machine: {min(results['loads'])} to {max(results['loads'])}, of which the ranks themselves "
-        + f"make at most {max(RANKS)}"
-        + (": **other programs ran beside them, so times are noisy**." if max(results["loads"]) > 4.5 else "."),
-        calibrated=calibration["experts"],
-        small=calibration["batches"][0],
-        large=calibration["batches"][1],
-        costs="\n".join(_cost_line(n, c, results) for n, c in results["unit_costs"].items()),
-        bytes=_bytes_text(tests),
-        steps=f"{results['steps']} steps and all ranks",
-        off=sum(not 0.8 <= r <= 1.25 for r in ratios),
-        all=len(ratios),
-        steps_table=_steps_table(timed),
-        others=_other_steps(timed),
-        why=_why(timed),
+        tested=tested(results) if "tests" in results else UNTESTED,
         gpu=gpu["name"],
         gpu_costs="\n".join(_gpu_cost_lines(gpu)),
         images=IMAGES,
@@ -162,6 +153,32 @@ def page(results: dict) -> str:
         strong=_strong_table(gpu["strong"]),
         fitting=_fitting(gpu["weak"]),
         other_gpus=_other_gpus(gpu["others"]),
+    )
+
+
+def tested(results: dict) -> str:
+    """What was predicted and measured on this machine."""
+    machine, tests, calibration = results["machine"], results["tests"], results["calibration"]
+    commit = (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
+    timed = [t for t in tests if "seconds" in t["predicted"]]
+    ratios = [_ratio(t) for t in timed]
+    return TESTED.format(
+        machine=f"Measured on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, one thread a rank, Python "
+        f"{machine['python']}, torch {machine['torch']}, gloo, {commit}; {results['seconds'] / 60:.0f} minutes.",
+        noise=f"Load of the machine: {min(results['loads'])} to {max(results['loads'])}, of which the ranks themselves "
+        f"make at most {max(RANKS)}"
+        + (": **other programs ran beside them, so times are noisy**." if max(results["loads"]) > 4.5 else "."),
+        calibrated=calibration["experts"],
+        small=calibration["batches"][0],
+        large=calibration["batches"][1],
+        costs="\n".join(_cost_line(n, c, results) for n, c in results["unit_costs"].items()),
+        bytes=_bytes_text(tests),
+        steps=f"{results['steps']} steps and all ranks",
+        off=sum(not 0.8 <= r <= 1.25 for r in ratios),
+        all=len(ratios),
+        steps_table=_steps_table(timed),
+        others=_other_steps(timed),
+        why=_why(timed),
     )
 
 
@@ -352,7 +369,7 @@ def _fitting(rows: list[dict]) -> str:
         "makes them of gathered weights, and\nbackward keeps them. Gathered blocks take "
         f"{held['gathered blocks'] / 1e9:.0f} GB. FSDP2's own mixed precision, which gathers bf16, would do "
         "without\nthe copies and halve what is gathered; the code does not use it, nor expert parallelism, nor "
-        f"sharding inside a node alone.\n A checkpoint of this network has {worst['checkpoint'] / 1e9:,.0f} GB, "
+        f"sharding inside a node alone.\nA checkpoint of this network has {worst['checkpoint'] / 1e9:,.0f} GB, "
         f"{worst['checkpoint_seconds'] / 60:.0f} minutes at the assumed rate, while training goes on."
     )
 
@@ -379,23 +396,10 @@ def picture(results: dict):
 
     ink, colours = "#333333", ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")
     figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
-    tested, parts, run = figure.subplots(1, 3)
-    timed = [t for t in results["tests"] if "seconds" in t["predicted"]]
-    kinds = [(n, s) for n in RANKS for s in (("ddp", "fsdp") if n > 1 else ("ddp",))]
-    for (ranks, strategy), colour in zip(kinds, colours, strict=True):
-        mine = [t for t in timed if (t["ranks"], t["strategy"]) == (ranks, strategy)]
-        tested.scatter(
-            [t["measured"]["seconds"][0] for t in mine],
-            [t["predicted"]["seconds"] for t in mine],
-            s=22, color=colour, alpha=0.8, label=f"{ranks} ranks, {strategy}" if ranks > 1 else "1 rank",
-        )  # fmt: skip
-    ends = [f(t["measured"]["seconds"][0], t["predicted"]["seconds"]) for f in (min, max) for t in timed]
-    line = [min(ends) * 0.85, max(ends) * 1.15]
-    tested.fill_between(line, [0.8 * x for x in line], [1.25 * x for x in line], color="#dddddd", zorder=0)
-    tested.plot(line, line, color=ink, linewidth=0.8)
-    tested.set(xscale="log", yscale="log", xlabel="measured, s", ylabel="predicted, s", xlim=line, ylim=line)
-    tested.set_title("Steps of a small network on 2 CPU cores\n(band: 0.8 to 1.25)", fontsize=10, color=ink)
-
+    axes = figure.subplots(1, 3 if "tests" in results else 2)
+    if "tests" in results:
+        _scatter(axes[0], [t for t in results["tests"] if "seconds" in t["predicted"]], ink, colours)
+    parts, run = axes[-2:]
     gpu = results["gpu"]
     rows = [r for r in gpu["weak"] if (r["network"], r["gpus"]) == ("ViT-L", 64)]
     bottom = [0.0] * len(rows)
@@ -430,11 +434,32 @@ def picture(results: dict):
     run.set_xticklabels([f"{n:,}" for n in GPUS])
     run.minorticks_off()
     run.set_title(f"The whole run, ViT-L, ddp, {IMAGES} images a GPU\n(memory not asked for)", fontsize=10, color=ink)
-    for axis in (tested, parts, run):
+    for axis in axes:
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     return figure
+
+
+def _scatter(tested, timed: list[dict], ink: str, colours: tuple[str, ...]) -> None:
+    """Predicted over measured seconds of a step."""
+    kinds = [(n, s) for n in RANKS for s in (("ddp", "fsdp") if n > 1 else ("ddp",))]
+    for (ranks, strategy), colour in zip(kinds, colours, strict=True):
+        mine = [t for t in timed if (t["ranks"], t["strategy"]) == (ranks, strategy)]
+        tested.scatter(
+            [t["measured"]["seconds"][0] for t in mine],
+            [t["predicted"]["seconds"] for t in mine],
+            s=22, color=colour, alpha=0.8, label=f"{ranks} ranks, {strategy}" if ranks > 1 else "1 rank",
+        )  # fmt: skip
+    ends = [f(t["measured"]["seconds"][0], t["predicted"]["seconds"]) for f in (min, max) for t in timed]
+    line = [min(ends) * 0.85, max(ends) * 1.15]
+    tested.fill_between(line, [0.8 * x for x in line], [1.25 * x for x in line], color="#dddddd", zorder=0)
+    tested.plot(line, line, color=ink, linewidth=0.8)
+    tested.set(xscale="log", yscale="log", xlabel="measured, s", ylabel="predicted, s", xlim=line, ylim=line)
+    tested.set_title("Steps of a small network on 2 CPU cores\n(band: 0.8 to 1.25)", fontsize=10, color=ink)
+    for axis in (tested.xaxis, tested.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def main() -> int:

@@ -233,6 +233,8 @@ def test_the_page_is_what_the_results_say():
 
 def test_the_results_are_of_every_point_and_what_is_predicted_now():
     results = json.loads(program.RESULTS.read_text())
+    if "tests" not in results:
+        pytest.skip("nothing was measured yet")
     for ranks in program.RANKS:
         points = [
             {k: v for k, v in t.items() if k not in ("ranks", "measured", "predicted")}
@@ -247,6 +249,10 @@ def test_the_results_are_of_every_point_and_what_is_predicted_now():
         n, work = test["ranks"], scaling.workload(program.configuration(test), 7)
         parts = scaling.step(work, n, test["strategy"], program.unit_costs(results, n))
         assert test["predicted"]["seconds"] == pytest.approx(parts.total, rel=2e-3)
+
+
+def test_the_tables_are_what_is_predicted_now():
+    results = json.loads(program.RESULTS.read_text())
     gpu, _ = program.gpu_costs(program.GPU)
     for experts, count in ((8, 64), (128, 1024)):
         row = next(
