@@ -167,7 +167,11 @@ def tested(results: dict) -> str:
         f"{machine['python']}, torch {machine['torch']}, gloo, {commit}; {results['seconds'] / 60:.0f} minutes.",
         noise=f"Load of the machine: {min(results['loads'])} to {max(results['loads'])}, of which the ranks themselves "
         f"make at most {max(RANKS)}"
-        + (": **other programs ran beside them, so times are noisy**." if max(results["loads"]) > 4.5 else "."),
+        + (
+            ":\n**other programs ran beside them, so the times below say little**."
+            if max(results["loads"]) > 4.5
+            else "."
+        ),
         calibrated=calibration["experts"],
         small=calibration["batches"][0],
         large=calibration["batches"][1],
@@ -178,7 +182,7 @@ def tested(results: dict) -> str:
         all=len(ratios),
         steps_table=_steps_table(timed),
         others=_other_steps(timed),
-        why=_why(timed),
+        why=_why(timed, results["costs"]),
     )
 
 
@@ -208,7 +212,8 @@ def _bytes_text(tests: list[dict]) -> str:
     for t in tests:
         name = "1 rank" if t["ranks"] == 1 else t["strategy"]
         peaks.setdefault(name, []).append(t["predicted"]["peak"] / _peak(t))
-    rss = [_peak(t) / t["measured"]["peak_resident"] for t in tests if t["measured"]["peak_resident"] > 1e8]
+    # Later points of a process use again what earlier ones freed, so its growth tells of the first alone.
+    rss = [_peak(t) / t["measured"]["peak_resident"] for t in tests if _key(t)[1:] == ("ddp", EXPERTS[0], BATCHES[0])]
     told = "; ".join(f"{name} {min(r):.2f} to {max(r):.2f}" for name, r in peaks.items())
     text = (
         f"Weights, gradients and moments of a rank are the predicted ones to the byte in {sum(held)} of {len(held)} "
@@ -218,9 +223,10 @@ def _bytes_text(tests: list[dict]) -> str:
         "there at the same moment. Below 1: images, targets and temporary tensors, which weigh more\nin a network this "
         "small (9 MB of activations an image, 0.8 MB for every copy of its pixels)."
     )
-    if rss:
-        text += f" What torch allocated is {statistics.median(rss):.2f} of the growth\nof the process, in the median."
-    return text
+    return text + (
+        f"\nWhat torch allocated is {min(rss):.2f} to {max(rss):.2f} of the growth of the process, code that is loaded "
+        "late included."
+    )
 
 
 def _peak(test: dict) -> int:
@@ -267,7 +273,7 @@ def _other_steps(timed: list[dict]) -> str:
     return _table(head, sorted(rows))
 
 
-def _why(timed: list[dict]) -> str:
+def _why(timed: list[dict], costs: dict) -> str:
     groups = {"1 rank": lambda t: t["ranks"] == 1}
     for strategy in ("ddp", "fsdp"):
         for ranks in RANKS[1:]:
@@ -276,10 +282,24 @@ def _why(timed: list[dict]) -> str:
     for name, belongs in groups.items():
         ratios = [_ratio(t) for t in timed if belongs(t)]
         told.append(f"{name} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return "Median ratio and range: " + "; ".join(told) + ".\n\n" + WHY
+    return "Predicted / measured, median and range:\n" + ";\n".join(told) + ".\n\n" + WHY.format(swing=_swing(costs))
 
 
-WHY = """WHY-TEXT"""
+WHY = """\
+Why it is off where it is off. First, the machine: {swing}.
+A prediction cannot be better than that, and test points are measured minutes apart from the unit costs. Second, the
+model: hops and bandwidths are those of ranks that do nothing else, while in a step they compute and wait for the slowest;
+fsdp cuts, copies and joins every tensor on the same cores, for which the model has one pass of memory; operations have
+one rate, whatever their sizes. How much each of these takes was not measured apart."""
+
+
+def _swing(costs: dict) -> str:
+    """How far the calibration's own steps lie apart."""
+    told = []
+    for ranks, cost in costs.items():
+        _, low, high = list(cost["steps"].values())[-1]
+        told.append(f"{high / low:.1f} with {ranks}")
+    return "the upper quartile of the calibration's own\nequal steps is so many times the lower: " + ", ".join(told)
 
 
 def _gpu_cost_lines(gpu: dict) -> list[str]:
