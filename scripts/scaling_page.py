@@ -288,7 +288,7 @@ def _why(timed: list[dict], costs: dict) -> str:
 WHY = """\
 Why it is off where it is off. First, the machine: {swing}.
 A prediction cannot be better than that, and test points are measured minutes apart from the unit costs. Second, the
-model: hops and bandwidths are those of ranks that do nothing else, while in a step they compute and wait for the slowest;
+model: hops and bandwidths are those of ranks that do nothing else, while in a step they compute and wait for others;
 fsdp cuts, copies and joins every tensor on the same cores, for which the model has one pass of memory; operations have
 one rate, whatever their sizes. How much each of these takes was not measured apart."""
 
