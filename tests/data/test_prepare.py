@@ -430,10 +430,8 @@ def test_the_private_folder_says_which_file_of_a_folder_was_refused(here, tmp_pa
     assert facts["sources"][0]["refused"] == {"no image": 1, "unreadable": 1}
     (ids,) = (tmp_path / "out.private" / "ids").iterdir()
     refused = [row for row in map(json.loads, ids.read_text().splitlines()) if "refused" in row]
-    assert {row["path"]: row["refused"] for row in refused} == {
-        "us/broken.dcm": "unreadable",
-        "us/short.dcm": "no image",
-    }
+    assert {row["file"]: row["refused"] for row in refused} == {"broken.dcm": "unreadable", "short.dcm": "no image"}
+    assert {row["path"] for row in refused} == {"us"}
     assert "broken.dcm" not in (tmp_path / "out.private" / "log.jsonl").read_text()
 
 

@@ -189,11 +189,11 @@ class _Work:
         self._names = Names(job.source, job.salt, job.common)
         self._source = job.source.for_format(unit.format)
         self.refusals: list[Refusal] = []
-        self._refused: list[str] = []  # their paths
+        self._refused: list[str] = []  # of each the name of its file, "" where it is the whole unit
 
     def refuse(self, reason: str, detail: str = "", file: str = "") -> None:
         self.refusals.append(Refusal(self._names.unit(self._unit.key), reason, detail))
-        self._refused.append("/".join(part for part in (self._unit.key, file) if part))
+        self._refused.append(file)
 
     def run(self) -> None:
         for file in self._unit.files:
@@ -230,8 +230,8 @@ class _Work:
         self._counts.units += 1
         self._counts.refused.update(refusal.reason for refusal in self.refusals)
         self._counts.unreadable += any(refusal.reason in UNREADABLE for refusal in self.refusals)
-        for refusal, path in zip(self.refusals, self._refused, strict=True):
-            self._files.note(refusal.id, path, refusal.reason)
+        for refusal, file in zip(self.refusals, self._refused, strict=True):
+            self._files.note(refusal.id, self._unit.key, refusal.reason, file)
         return self._counts
 
     def _refuse_for(self, error: Exception) -> None:
@@ -342,9 +342,9 @@ class _Files:
         self._write(1, _json({**line, "offset": offset}))
         self._write(2, _json({"id": line["id"], "path": key, "label": line["label"]}))
 
-    def note(self, unit_id: str, key: str, reason: str) -> None:
+    def note(self, unit_id: str, key: str, reason: str, file: str) -> None:
         """Keep the path of a unit, or of one of its files, that was refused."""
-        self._write(2, _json({"id": unit_id, "path": key, "refused": reason}))
+        self._write(2, _json({"id": unit_id, "path": key, "refused": reason} | ({"file": file} if file else {})))
 
     def sizes(self) -> tuple[int, int, int]:
         return tuple(file.tell() for file in self._files)

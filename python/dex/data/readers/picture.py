@@ -113,6 +113,5 @@ def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype
             strip = _to_l_or_rgb(strip)
             if channels == 3 and strip.mode == "L":
                 strip = strip.convert("RGB")
-        numbers = np.asarray(strip)
-        out[top : top + rows] = numbers.view(dtype) if dtype == np.uint32 else numbers
+        out[top : top + rows] = np.asarray(strip).view(dtype) if dtype == np.uint32 else np.asarray(strip)
     return out
