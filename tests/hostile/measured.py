@@ -1,7 +1,8 @@
 """`dex.data.chunks.work`, measured: what each unit costs the worker that reads it.
 
-A line of JSON for each unit goes to the file that DEX_MEASURED names: number, seconds, peak memory above what the
-process had when the unit began, and how many slices were looked at. Started as a program it is `dex` with such workers.
+A line of JSON for each unit goes to the file that DEX_MEASURED names: number, seconds, those of them on the processor,
+peak memory above what the process had when the unit began, and how many slices were looked at. Started as a program it
+is `dex` with such workers.
 """
 
 import json
@@ -32,7 +33,7 @@ class Measured:
         self._at = unit
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew
-        self._memory, self._began = status("VmRSS"), time.monotonic()
+        self._memory, self._began, self._worked = status("VmRSS"), time.monotonic(), time.process_time()
         self._report.begin(unit, seconds, *rest)
 
     def beat(self):
@@ -44,6 +45,7 @@ class Measured:
                 "chunk": self._job.name,
                 "unit": self._at,
                 "seconds": time.monotonic() - self._began,
+                "worked": time.process_time() - self._worked,
                 "bytes": status("VmHWM") - self._memory,
                 "looked_at": state.result.counts.seen - self._seen,
             }

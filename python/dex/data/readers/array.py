@@ -40,6 +40,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
                             raise Refused("unsupported", "a compression other than deflate")
                         with quiet("array"), archive.open(member) as stream:
                             _layout(stream, member.file_size, limits)
+                        limits.check_all(sum(one.file_size for one in [*sound, member]), file.size)
                         sound.append(member)
                     except Refused as error:
                         refused.append(error)

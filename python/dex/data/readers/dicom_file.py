@@ -29,11 +29,12 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from .files import BoundedFile, Limits, has_magic, opened, quiet, quietly
+from .files import BoundedFile, Limits, check_scans, has_magic, opened, quiet, quietly
 from .stack import Refused
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
 HEADER_VALUE = 2**20
+MAX_ITEMS = 150_000  # of all sequences: each is an object of 2 kB and takes as long as ten elements
 MAX_FRAMES = 50_000
 STRIP = 2**20
 
@@ -59,6 +60,22 @@ _TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | elem
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
 
+class _Header(BoundedFile):
+    """A file whose elements and items are counted while they are read."""
+
+    def __init__(self, raw: io.RawIOBase, size: int):
+        super().__init__(raw, size)
+        self.calls, self.largest, self.items = HEADER_READS, HEADER_VALUE, MAX_ITEMS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if size == 8 and data[:4] in (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"):
+            self.items -= 1
+            if self.items < 0:
+                raise Refused("too large", f"more than {MAX_ITEMS} items")
+        return data
+
+
 class Place(NamedTuple):
     """Where a file's pixels are, how many bytes follow, and how they are written down."""
 
@@ -71,13 +88,11 @@ class Place(NamedTuple):
 
 def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | None]:
     """The elements of KEYWORDS and where the pixels are; None for an object without pixels."""
-    with quiet("DICOM header"), opened(path) as file:
+    with quiet("DICOM header"), opened(path, _Header) as file:
         magic = has_magic(file)
-        source = _inflated(file, limits) if magic else None
-        file.calls, file.largest = HEADER_READS, HEADER_VALUE
+        source = _inflated(path, limits) if magic else None
         if source is not None:
-            source = BoundedFile(source, len(source.getbuffer()))
-            source.calls, source.largest = HEADER_READS, HEADER_VALUE
+            source = _Header(source, len(source.getbuffer()))
             head = read_dataset(source, False, True, stop_when=_at_pixels, specific_tags=_TAGS)
             syntax = DeflatedExplicitVRLittleEndian
         else:
@@ -112,17 +127,18 @@ def _at_pixels(tag, vr, length) -> bool:
     return int(tag) in _PIXELS
 
 
-def _inflated(file: BoundedFile, limits: Limits) -> io.BytesIO | None:
+def _inflated(path: Path, limits: Limits) -> io.BytesIO | None:
     """The data set of a deflated file, or None for another transfer syntax; Refused when it would not fit."""
-    syntax, start = _meta(file)
-    if syntax != DeflatedExplicitVRLittleEndian:
-        return None
-    file.seek(start)
-    if file.size > limits.memory // 4:
-        raise Refused("too large", f"{file.size} deflated bytes")
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    most = limits.memory // 3
-    data = inflate.decompress(file.read(), most)
+    with opened(path) as file:
+        syntax, start = _meta(file)
+        if syntax != DeflatedExplicitVRLittleEndian:
+            return None
+        file.seek(start)
+        if file.size > limits.memory // 4:
+            raise Refused("too large", f"{file.size} deflated bytes")
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        most = limits.memory // 3
+        data = inflate.decompress(file.read(), most)
     if len(data) == most:
         raise Refused("too large", f"inflates to more than {most} bytes")
     return io.BytesIO(data)
@@ -186,7 +202,7 @@ class Pixels:
         with opened(self.path) as file:
             source = file
             if self.syntax == DeflatedExplicitVRLittleEndian:
-                data = _inflated(file, self.limits)
+                data = _inflated(self.path, self.limits)
                 source = BoundedFile(data, len(data.getbuffer()))
             source.largest = self.limits.memory // 4
             source.seek(self.offset)
@@ -261,6 +277,7 @@ class Pixels:
             found = _j2k_size(data)
         elif self.syntax in JPEGTransferSyntaxes or self.syntax in JPEGLSTransferSyntaxes:
             found = _jpeg_size(data)
+            check_scans(data)
         else:
             raise Refused("unsupported", "no decoder for its transfer syntax")
         if found != (rows, columns, samples):
@@ -344,6 +361,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         raise Refused("too large", f"{count} frames in one file, at most {MAX_FRAMES}")
     if syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian:
         needed = 8 * count  # an item's tag and length, at least
+        limits.check_all(count * options["rows"] * options["columns"] * samples * max(1, allocated // 8), left)
     else:
         needed = count * options["rows"] * options["columns"] * samples * allocated // 8
         needed = needed // 3 * 2 if photometric == "YBR_FULL_422" else needed

@@ -6,8 +6,10 @@ import functools
 import io
 import logging
 import os
+import re
 import stat
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,12 @@ import numpy as np
 
 from .stack import Refused
 
+RATIO = 100
+"""Of what a file's frames come to in all to its own size: what packs better is empty, and takes long to unpack."""
+
+_MAX_MEMBERS = 2**16
+_MAX_SCANS = 100
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # within a scan's data: what is no stuffing and no restart
 _LOGGERS = ("pydicom", "nibabel.global", "nibabel", "PIL")
 
 
@@ -40,6 +48,11 @@ class Limits:
             raise Refused("unreadable", f"sides of {height} and {width} pixels")
         if height * width > self.pixels:
             raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}")
+
+    def check_all(self, total: int, packed: int) -> None:
+        """Refused where so many bytes of frames come from so few packed ones that they cannot be images."""
+        if total > self.memory and total > RATIO * packed:
+            raise Refused("too large", f"{total} bytes in all from {packed} packed ones")
 
     def holds(self, stored: int, height: int, width: int, itemsize: int) -> bool:
         """Whether `stored` bytes may be kept while frames of these sides and bytes a pixel are worked on: the frame as
@@ -67,7 +80,7 @@ class BoundedFile(io.BufferedReader):
         return super().read(wanted)
 
 
-def opened(path: str | bytes | os.PathLike) -> BoundedFile:
+def opened(path: str | bytes | os.PathLike, kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
     """The regular file at `path`; a link, a device, a pipe or a folder is Refused("unreadable"), and so is what the
     system will not open."""
     try:
@@ -78,7 +91,68 @@ def opened(path: str | bytes | os.PathLike) -> BoundedFile:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise Refused("unreadable", "not a regular file")
-    return BoundedFile(io.FileIO(descriptor, "rb"), status.st_size)
+    return kind(io.FileIO(descriptor, "rb"), status.st_size)
+
+
+class Unpacked:
+    """The data of a gzip file's members. Python's own looks at a member's name, and at zeros behind a member, byte by
+    byte, and takes members without end."""
+
+    def __init__(self, raw: BoundedFile):
+        self._raw = raw
+        self._begin()
+
+    def readinto(self, out: memoryview) -> int:
+        """Some bytes, as many as `out` holds at most; 0 at the end, where the last checksum has been compared."""
+        while True:
+            if self._inflate.eof:
+                rest = self._inflate.unused_data.lstrip(b"\0")  # archives on tapes are padded
+                while not rest:
+                    if not (block := self._raw.read(2**16)):
+                        return 0
+                    rest = block.lstrip(b"\0")
+                self._members += 1
+                if self._members > _MAX_MEMBERS:
+                    raise Refused("too large", f"more than {_MAX_MEMBERS} gzip members")
+                self._inflate, self._input = zlib.decompressobj(31), rest
+            block = self._input or self._raw.read(2**16)
+            if not block:
+                raise Refused("unreadable", "the packed data end early")
+            data = self._inflate.decompress(block, len(out))
+            self._input = self._inflate.unconsumed_tail
+            if data:
+                out[: len(data)] = data
+                self._place += len(data)
+                return len(data)
+
+    def read(self, size: int) -> bytes:
+        out, done = memoryview(bytearray(size)), 0
+        while done < size and (got := self.readinto(out[done:])):
+            done += got
+        return bytes(out[:done])
+
+    def seek(self, place: int) -> None:
+        if place < self._place:
+            self._begin()
+        while self._place < place and self.read(min(place - self._place, 2**20)):
+            pass
+
+    def _begin(self) -> None:
+        self._raw.seek(0)
+        self._inflate, self._input = zlib.decompressobj(31), b""
+        self._place, self._members = 0, 1
+
+
+def check_scans(data: bytes) -> None:
+    """Refused where a JPEG has more scans than any encoder writes: of a few bytes each, through the whole image."""
+    place, scans = 2, 0
+    while found := _MARKER.search(data, place):
+        marker, place = data[found.end() - 1], found.end()
+        if 0xC0 <= marker <= 0xFE and marker not in (0xD8, 0xD9):
+            place += int.from_bytes(data[place : place + 2], "big")
+        scans += marker == 0xDA
+        if scans > _MAX_SCANS:
+            raise Refused("too large", f"more than {_MAX_SCANS} scans")
 
 
 def has_magic(file: BoundedFile) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .files import BoundedFile, Limits, only, opened, quiet
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 2**16
+MAX_AXES = 10  # MetaIO has room for so many
+_SKIP = re.compile(rb"(?i)(line|byte)skip:(?!0$)")
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
 _LINE = re.compile(rb"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*([^\r\n]*)\r?")
 
@@ -29,7 +32,8 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     path = only(files)
     with quiet("MHA or NRRD"), opened(path) as file:
         reader = SimpleITK.ImageFileReader()
-        reader.SetImageIO(_format(file))
+        kind, packed = _format(file)
+        reader.SetImageIO(kind)
         reader.SetFileName(os.fspath(path))
         reader.ReadImageInformation()
         sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
@@ -45,6 +49,8 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         # a compressed file and what is unpacked from it are in memory together
         if not limits.holds(needed + min(file.size, needed), height, width, channels * itemsize):
             raise Refused("too large", f"{needed} bytes declared")
+        if packed is not None:
+            _check_packed(file, *packed, needed)
         _same(path, file)
         image = reader.Execute()
         whole = SimpleITK.GetArrayViewFromImage(image)
@@ -103,8 +109,24 @@ def _geometry(image) -> Geometry:
     return Geometry.from_affine(_TO_RAS @ (direction * spacing), spacing)
 
 
-def _format(file: BoundedFile) -> str:
-    """SimpleITK's name of the format, by the header's own text."""
+def _check_packed(file: BoundedFile, start: int, size: int, needed: int) -> None:
+    """MetaIO takes what is lacking of compressed data for what its memory holds: unpack them here, keeping nothing."""
+    file.seek(start)
+    inflate, left, done = zlib.decompressobj(), min(size, file.size - start), 0
+    while not inflate.eof and done <= needed:
+        block = inflate.unconsumed_tail
+        if not block and left:
+            block = file.read(min(left, 2**16))
+            left -= len(block)
+        if not block:
+            break
+        done += len(inflate.decompress(block, 2**22))
+    if done < needed or (done == needed and not inflate.eof):
+        raise Refused("unreadable", f"{needed} bytes declared, {done} there once unpacked")
+
+
+def _format(file: BoundedFile) -> tuple[str, tuple[int, int] | None]:
+    """SimpleITK's name of the format, by the header's own text; offset and size of a compressed MHA's data."""
     head = file.read(HEADER_BYTES)
     if head[:7] == b"NRRD000":
         end = re.search(rb"\r?\n\r?\n", head)
@@ -112,16 +134,27 @@ def _format(file: BoundedFile) -> str:
             raise Refused("unsupported", "its data are in another file")
         if end is None:
             raise Refused("unreadable", "no end of the header")
-        return "NrrdImageIO"
-    place = 0
+        if any(_SKIP.match(re.sub(rb"[ \t]", b"", line)) for line in head[: end.start()].splitlines()):
+            raise Refused("unsupported", "its data do not follow the header")  # and are looked for byte by byte
+        return "NrrdImageIO", None
+    place, packed, size = 0, False, file.size
     while True:
         line = _LINE.match(head, place)
         if line is None or head[line.end() : line.end() + 1] != b"\n":
             raise Refused("unreadable", "not the header of an MHA or NRRD file")
         place = line.end() + 1
+        name, value = line.group(1).lower(), line.group(2).strip()
+        if name == b"ndims" and not (value.isdigit() and len(value) < 3 and int(value) <= MAX_AXES):
+            raise Refused("unsupported", f"not between 1 and {MAX_AXES} axes")
+        if name == b"headersize" and value not in (b"0", b"-1"):
+            raise Refused("unsupported", "its data do not follow the header")
+        if name == b"compresseddata":
+            packed |= value[:1] in (b"T", b"t", b"1")
+        if name == b"compresseddatasize" and value.isdigit():
+            size = min(size, int(value[:20]))
         if line.group(1).lower() == b"elementdatafile":
             if line.group(1) != b"ElementDataFile" or line.group(2).strip() != b"LOCAL":
                 raise Refused("unsupported", "its data are in another file")
-            return "MetaImageIO"
+            return "MetaImageIO", (place, size) if packed else None
         if b"elementdatafile" in line.group(2).lower():
             raise Refused("unreadable", "not the header of an MHA or NRRD file")

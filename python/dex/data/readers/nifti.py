@@ -6,20 +6,18 @@ are then refused.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
-from .files import BoundedFile, Limits, fill, only, opened, quiet, quietly
+from .files import RATIO, BoundedFile, Limits, Unpacked, fill, only, opened, quiet, quietly
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
 LARGEST_OFFSET = 2**26
 STREAMED = 4  # times the memory: the largest volume that is streamed
-RATIO = 100  # of its size to the file's: what packs better is empty, and takes long to unpack
 _RGB, _RGBA = 128, 2304
 
 
@@ -94,10 +92,10 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     yield stack
 
 
-def _unpacked(raw: BoundedFile) -> tuple[BoundedFile | gzip.GzipFile, bool]:
+def _unpacked(raw: BoundedFile) -> tuple[BoundedFile | Unpacked, bool]:
     packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return (gzip.GzipFile(fileobj=raw) if packed else raw), packed
+    return (Unpacked(raw) if packed else raw), packed
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -10,14 +10,17 @@ import numpy as np
 from PIL import Image
 
 from ..images import _TRANSPOSE, _to_l_or_rgb
-from .files import Limits, only, opened, quiet, quietly
+from .files import BoundedFile, Limits, check_scans, only, opened, quiet, quietly
 from .stack import Refused, Stack
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PAGES = 4_000
+MAX_STRIPS = 2**16
+MAX_TAG = 2**23  # bytes of one tag of a TIFF
+MAX_RUNS = 2**22  # bytes of a BMP with run lengths: Pillow goes through them in Python
 _DEEP = {"I": np.int32, "F": np.float32}
 _DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
-_TILE_WIDTH, _TILE_LENGTH, _ORIENTATION = 322, 323, 0x0112
+_STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES, _ORIENTATION = 273, 322, 323, 324, 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
@@ -30,18 +33,26 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         image = _open(file)
         kind = _kind(image, limits)
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        _check_packing(image, file, limits)
         pages = [0]
-        for page in range(1, getattr(image, "n_frames", 1) if image.format == "TIFF" else 1):
+        while image.format == "TIFF":  # asked for their number, Pillow would go through all of them first
+            page = image.tell() + 1
+            try:
+                image.seek(page)
+            except EOFError:
+                break
             if page >= MAX_PAGES:
                 raise Refused("too large", f"more than {MAX_PAGES} pages")
-            image.seek(page)
             if _kind(image, limits) == kind:
                 pages.append(page)
             else:
                 refused.append(Refused("inconsistent", "a page unlike the first"))
+        size = file.size
     del image
     (height, width), mode, orientation, dtype = kind
     channels = 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
+    if len(pages) > 1:
+        limits.check_all(len(pages) * height * width * channels * dtype.itemsize, size)
 
     @quietly("picture")
     def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
@@ -68,11 +79,27 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     )
 
 
-def _open(file) -> Image.Image:
+def _open(file: BoundedFile) -> Image.Image:
+    if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
+        file.largest = MAX_TAG
+    file.seek(0)
     try:
         return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise Refused("too large", "more pixels than Pillow opens") from None
+
+
+def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> None:
+    """Refused where few bytes make the decoder work long."""
+    if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and file.size > MAX_RUNS:
+        raise Refused("too large", f"{file.size} bytes of runs")
+    if image.format in ("JPEG", "MPO"):
+        if file.size > limits.memory // 4:
+            raise Refused("too large", f"{file.size} bytes of JPEG")
+        place = file.tell()
+        file.seek(0)
+        check_scans(file.read())
+        file.seek(place)
 
 
 def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
@@ -87,6 +114,8 @@ def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int
         tile = [int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
         if tile[0] * tile[1] > limits.pixels:
             raise Refused("too large", f"tiles of {tile[0]} x {tile[1]} pixels")
+        if any(len(image.tag_v2.get(tag, ())) > MAX_STRIPS for tag in (_STRIPS, _TILES)):
+            raise Refused("too large", f"more than {MAX_STRIPS} strips or tiles")
         bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
         if dtype == np.uint8 and sign == _SIGNED:
             raise Refused("unsupported", "signed numbers of 8 bits")
