@@ -164,7 +164,7 @@ def load(folder: Path) -> Checkpoint:
     step = verify(folder)
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _STATE}: unreadable although its hash agrees; {error}") from error
     if state.get("step") != step:
         raise CheckpointError(f"{folder / _STATE}: expected step {step}; got {state.get('step')!r}")
@@ -195,13 +195,16 @@ def verify(folder: Path) -> int:
         raise CheckpointError(f"{folder / min(others)}: not in {_MANIFEST}")
     for name, entry in files.items():
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
-        if _digest(file) != entry:
-            raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing")
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
+            if _digest(file) != entry:
+                raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
     return step
 
 

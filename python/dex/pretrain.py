@@ -195,12 +195,14 @@ class Run:
                 return self._stop_nonfinite(bad)
             if done % run.log_every == 0 or done == trainer.steps:
                 self._row()
+            if stopping:  # at once: whoever stops a run kills it soon
+                self._save()
+                self.saver.wait()
             if run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps):
                 self._paused(self._evaluate)
             if saving:
                 self._paused(self._save)
             if stopping and done < last:
-                self.saver.wait()
                 name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
                 self.log.event(done, "preempted", signal=name)
                 self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
@@ -266,6 +268,8 @@ class Run:
             log.row(row)
             told = "" if found.probe is None else f"  modality by kNN {found.probe:.1%}"
             self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}{told}")
+            if not log.active:
+                return
             images = [
                 t.permute(0, 2, 3, 1).float().numpy() for t in (found.original, found.masked, found.reconstruction)
             ]
@@ -276,7 +280,7 @@ class Run:
                 title = f"step {step}: experts by modality, held-out images"
                 figure = plots.expert_heatmap([m.numpy() for m in found.mass], trainer.modalities, title)
                 log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
-        rows = log.rows()
+        rows = log.rows() if log.active else []
         if any("loss" in row for row in rows):
             log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -122,6 +123,22 @@ def test_the_newest_good_one_is_taken_and_bad_ones_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         checkpoint.newest_good(tmp_path)
     assert checkpoint.newest_good(tmp_path / "nothing") == (None, [])
+
+
+def test_one_that_the_disk_will_not_read_is_passed_over(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    real = checkpoint._digest
+
+    def broken(path):
+        if path.parent.name == "step-00000002" and path.suffix == ".safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_digest", broken)
+    good, passed_over = checkpoint.newest_good(tmp_path)
+    assert good.state["step"] == 1
+    assert len(passed_over) == 1 and "step-00000002" in passed_over[0] and "Input/output error" in passed_over[0]
 
 
 def test_only_the_newest_are_kept(tmp_path):
