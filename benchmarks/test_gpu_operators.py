@@ -7,6 +7,7 @@ On a GPU: `--device cuda`. `--tiny` executes everything, on a CPU too; with TRIT
 import copy
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ SETS = 3
 IN_CACHE = 100e6
 """Bytes below which the cache may hold what rotated inputs need: the copy bandwidth is no limit then."""
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 """Error that is granted whatever plain torch's is."""
 
 
@@ -183,15 +184,23 @@ def test_route(timer, shape, measure):
     )
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
-def test_grouped_mlp(timer, shape, dtype, measure, direction):
-    """Against the loop of plain torch ("reference") and the bare products of a dense MLP of as many rows."""
+class GroupedMLP(NamedTuple):
+    """What the benchmarks of `grouped_mlp` share."""
+
+    run: Callable
+    """``run(launcher, i, dtype=None) -> [out, *gradients]``"""
+    dense: Callable[[int], None]
+    flops: float
+    num_bytes: float
+
+
+def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool) -> GroupedMLP:
+    """Inputs for the loop of plain torch ("reference") and the kernels, and the bare products of as many rows."""
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     weights = weights_of(timer, shape, dtype)
     routing = routing_of(timer, shape, 5, dtype)
     xs = [draw(timer, B, N, D, dtype=dtype, seed=10 + i) for i in range(SETS)]
     grad_out = draw(timer, B, N, D, dtype=dtype, seed=20)
-    train = direction != "forward"
 
     def run(launcher, i: int, real: torch.dtype | None = None) -> list[Tensor]:
         to = (lambda t: t.to(real)) if real else (lambda t: t)
@@ -217,20 +226,55 @@ def test_grouped_mlp(timer, shape, dtype, measure, direction):
     if train:
         # z written and read; x, out's gradient and the weights read again; gradients written.
         num_bytes += size * (2 * B * K * N * H + 3 * B * N * D + 2 * E * 2 * D * H)
-    with torch.no_grad():
-        measure(
-            f"grouped_mlp {direction}",
-            shape,
-            dtype,
-            {
-                b: functools.partial(run, backends.LAUNCHERS["grouped_mlp", b])
-                for b in able("grouped_mlp", timer, dtype)
-            },
-            run(backends.LAUNCHERS["grouped_mlp", "reference"], 0, torch.float64),
-            {"dense products": dense},
-            flops=(12 if train else 4) * B * K * N * D * H,
-            num_bytes=num_bytes,
-        )
+    return GroupedMLP(run, dense, (12 if train else 4) * B * K * N * D * H, num_bytes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@torch.no_grad()
+def test_grouped_mlp(timer, shape, dtype, measure, direction):
+    case = grouped_mlp_of(timer, shape, dtype, direction != "forward")
+    able_here = able("grouped_mlp", timer, dtype)
+    measure(
+        f"grouped_mlp {direction}",
+        shape,
+        dtype,
+        {b: functools.partial(case.run, backends.LAUNCHERS["grouped_mlp", b]) for b in able_here},
+        case.run(backends.LAUNCHERS["grouped_mlp", "reference"], 0, torch.float64),
+        {"dense products": case.dense},
+        flops=case.flops,
+        num_bytes=case.num_bytes,
+    )
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@torch.no_grad()
+def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
+    """Triton's aligned path, also against its gather path, under a name that is no operator's: it decides no default.
+
+    In bf16; in fp16 in the interpreter, which multiplies bf16 wrongly.
+    """
+    dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
+    if "triton" not in able("grouped_mlp", timer, dtype):
+        pytest.skip(backends.why_not("grouped_mlp", "triton"))
+    if timer.device.type == "cuda" and torch.cuda.get_device_capability(timer.device)[0] < 9:
+        pytest.skip("descriptors need compute capability 9.0")
+    shape = shape | ({"N": 65} if tiny else {})
+    case = grouped_mlp_of(timer, shape, dtype, direction != "forward")
+    triton = backends.LAUNCHERS["grouped_mlp", "triton"]
+    aligned, gather = (
+        backends.Launcher(*(functools.partial(half, path=path) for half in triton)) for path in ("aligned", "gather")
+    )
+    reference = backends.LAUNCHERS["grouped_mlp", "reference"]
+    measure(
+        f"aligned path of grouped_mlp {direction}",
+        shape,
+        dtype,
+        {"reference": functools.partial(case.run, reference), "triton": functools.partial(case.run, aligned)},
+        case.run(reference, 0, torch.float64),
+        {"dense products": case.dense, "gather path": functools.partial(case.run, gather)},
+        flops=case.flops,
+        num_bytes=case.num_bytes,
+    )
 
 
 @pytest.mark.parametrize("shape", ["ViT-B", "ViT-B, N 257", "ViT-L", "ViT-B, B 8"], indirect=True)

@@ -15,7 +15,10 @@ BACKENDS = ("reference", "triton", "cuda")
 
 
 class Launcher(NamedTuple):
-    """The two halves of a differentiable operator; their arguments and results are those of `dexkernels.reference`."""
+    """The two halves of a differentiable operator; their arguments and results are those of `dexkernels.reference`.
+
+    What a forward saves, such as z of `grouped_mlp`, is for the backward beside it: only its shape is agreed upon.
+    """
 
     forward: Callable
     backward: Callable

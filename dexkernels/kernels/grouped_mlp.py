@@ -102,7 +102,7 @@ def grouped_mlp_forward(
     Besides the results it holds ``a [S, N, H]`` and, of the gathered tokens, the slots' outputs while it runs.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S, blocks = slot_order.shape[0], _num_blocks(path, x, H)
+    S, blocks = slot_order.shape[0], _num_blocks(path, x, H, tiles)
     out = x.new_empty((B, N, D))
     z = x.new_empty((S if save else 0, N, H))
     if out.numel() == 0:
@@ -153,7 +153,7 @@ def grouped_mlp_backward(
     which lie as z does.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S, blocks = slot_order.shape[0], _num_blocks(path, x, H)
+    S, blocks = slot_order.shape[0], _num_blocks(path, x, H, tiles)
     dx = x.new_empty((B, N, D)) if need_x else None
     dgates = gates.new_empty(gates.shape) if need_gates else None
     dweights = (None, None, None, None)
@@ -285,11 +285,15 @@ def grouped_mlp_backward(
     return dx, dgates, *dweights
 
 
-def _num_blocks(path: str | None, x: Tensor, hidden: int) -> int:
+def _num_blocks(path: str | None, x: Tensor, hidden: int, tiles: dict) -> int:
     """Blocks of an image that take the aligned path."""
     N, D = x.shape[1:]
     arch, tma = architecture(x.device), aligned.has_tma(x.device)
-    return N // aligned.BLOCK if choose_path(path, N, D, hidden, x.dtype, arch, tma) == "aligned" else 0
+    if choose_path(path, N, D, hidden, x.dtype, arch, tma) == "gather":
+        return 0
+    if ("fc1_blocks", precision(x.dtype), 90) not in tiles:
+        raise ValueError(f"path: 'aligned' cannot be taken: it has no tiles for {x.dtype}")
+    return N // aligned.BLOCK
 
 
 def _split(t: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

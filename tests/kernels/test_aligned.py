@@ -193,6 +193,11 @@ def test_the_aligned_path_is_taken_where_it_applies(monkeypatch):
         choose("best")
 
 
+def test_float32_has_no_tiles_that_ship():
+    with pytest.raises(ValueError, match="^path: 'aligned' cannot be taken: it has no tiles for torch.float32"):
+        run(*make(1, 64, 8, 8, 1, 1, torch.float32), tiling=grouped_mlp.TILES)
+
+
 def test_what_is_not_measured_must_be_asked_for():
     assert set(grouped_mlp.PATH.values()) == {"gather"}
     assert choose() == "gather" and choose("aligned") == "aligned"
@@ -233,11 +238,10 @@ if not ON_CUDA:
         for i in range(2):
             block = first + i
             if block < stop:
-                slot, image, token = aligned_kernels.locate_block(slot_order, block, blocks, first_token, top_k)
-                tl.store(out + 4 * block, expert)
-                tl.store(out + 4 * block + 1, slot)
-                tl.store(out + 4 * block + 2, image)
-                tl.store(out + 4 * block + 3, token)
+                image, token = aligned_kernels.locate_block(slot_order, block, blocks, first_token, top_k)
+                tl.store(out + 3 * block, expert)
+                tl.store(out + 3 * block + 1, image)
+                tl.store(out + 3 * block + 2, token)
 
 
 @pytest.mark.skipif(ON_CUDA, reason="its probe is an interpreted function")
@@ -247,13 +251,11 @@ def test_blocks_cover_every_token_but_the_first(B, E, tokens, random):
     K, blocks, rest = random.randint(1, E), tokens // 64 + 1, tokens % 64
     indices = torch.tensor([random.sample(range(E), K) for _ in range(B)])
     order, offsets = sort(indices, E)
-    out = torch.full((B * K * blocks, 4), -1, dtype=torch.int64)
+    out = torch.full((B * K * blocks, 3), -1, dtype=torch.int64)
     grid = common.max_tiles(B * K * blocks, E, 2)
     probe_blocks[(grid,)](order, offsets, out, E, blocks, rest, K, common.experts_block(E))
     wanted = [
-        [indices.flatten()[slot].item(), slot, slot // K, rest + 64 * j]
-        for slot in order.tolist()
-        for j in range(blocks)
+        [indices.flatten()[slot].item(), slot // K, rest + 64 * j] for slot in order.tolist() for j in range(blocks)
     ]
     assert out.tolist() == wanted
 
