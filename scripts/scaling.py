@@ -449,7 +449,7 @@ def tested(results: dict) -> dict:
         between = ["weights", "gradients", "moments"]
         talk = exchanges(work, n, strategy)
         predicted = {
-            "wire": sum(sum(sent(e, n, n, costs[n].scatter)) for e in talk.values()),
+            "wire": round(sum(sum(sent(e, n, n, costs[n].scatter)) for e in talk.values())),
             "held": {kind: held[kind] for kind in between},
             "peak": sum(held.values()),
         }
