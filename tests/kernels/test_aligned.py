@@ -23,7 +23,7 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: "fp32" if d
 
 
 def tiles(cols=32, depth=16, height=16):
-    """The rows of the products are blocks of 64 tokens and can't be smaller."""
+    """The rows of the products are blocks of 64 tokens and can't be smaller. Narrow tiles go without halves."""
     found = mlp_cases.tiles(32, 32, 16, halves=True)
     for kind in ("half", "float"):
         for name, rows in (
@@ -32,7 +32,7 @@ def tiles(cols=32, depth=16, height=16):
             ("to_images_even", 128),
             ("hidden_grad_blocks", 128),
         ):
-            found[name, kind, 90] = Tile(rows, cols, depth, 4, 2)
+            found[name, kind, 90] = Tile(rows, cols, depth, 4, 2, halves=cols > 16)
         found["weight_grad_blocks", kind, 90] = Tile(height, cols, depth, 4, 2)
     return found
 
