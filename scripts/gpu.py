@@ -77,8 +77,14 @@ def test_parts(arguments) -> Iterator[Part]:
     environment, absent = _needs(arguments, "triton")
     for tiles in ("small", "shipped"):
         only = ("-k", "test_tiles" if tiles == "small" else "ties") if arguments.cpu else ()
-        command = (*PYTEST, "tests/kernels", *device, "--tiles", tiles, *only)
-        yield Part("test", f"Triton kernels, {tiles} tiles", command, 4, environment, absent)
+        # The aligned path has a part of its own; what is compiled for no GPU in particular is seen once.
+        elsewhere = ["tests/kernels/test_aligned.py"] + ["tests/kernels/test_compiled.py"] * (tiles == "small")
+        ignored = (f"--ignore={path}" for path in elsewhere)
+        command = (*PYTEST, "tests/kernels", *ignored, *device, "--tiles", tiles, *only)
+        yield Part("test", f"Triton kernels, {tiles} tiles", command, 5, environment, absent)
+        only = ("-k", "inverted or taken") if arguments.cpu else ()
+        command = (*PYTEST, "tests/kernels/test_aligned.py", *device, "--tiles", tiles, *only)
+        yield Part("test", f"Triton aligned path, {tiles} tiles", command, 3, environment, absent)
     only = ("-k", "why_not") if arguments.cpu else ()
     others = ("tests/native",) if arguments.cpu else ("tests/native", "tests/data/test_data_augmentation.py")
     yield Part("test", "native library and augmentation", (*PYTEST, *others, *only), 3)

@@ -40,7 +40,7 @@ INTERPRETED = {
     "test_tiles.py": "its probes are interpreted functions",
     "test_recorded.py": "it starts the interpreter; conformance.py --device cuda --backend triton is its like on a GPU",
     **dict.fromkeys(
-        ("test_rows_far_apart", "test_experts_far_apart", "test_tokens_of_an_image_far_apart"),
+        ("test_rows_far_apart", "test_experts_far_apart", "test_tokens_of_an_image_far_apart", "test_images_far_apart"),
         "its storage is the host's, of which no page is touched",
     ),
 }
@@ -74,6 +74,8 @@ def shipped_tiles(request, monkeypatch):
         launch = getattr(grouped_mlp, name)
 
         def run(*args, launch=launch, tiles=None, **kwargs):
+            if kwargs.get("path") == "aligned" and args[0].dtype == torch.float32:
+                pytest.skip("no tiles of the aligned path in float32 ship")
             return launch(*args, **kwargs)
 
         monkeypatch.setattr(grouped_mlp, name, functools.wraps(launch)(run))
