@@ -506,7 +506,7 @@ def npzs(full: bool) -> Iterator[One]:
     )  # fmt: skip
     yield (
         "members of 100 MB",
-        forged(900 if full else 20, npy((100, 1024, 1024), "|u1"), 100),
+        forged(150 if full else 20, npy((100, 1024, 1024), "|u1"), 100),
         (*LARGE, "constant", "images"),
     )
 

@@ -477,6 +477,8 @@ def read_index(root: Path, entry: dict) -> Iterator[dict]:
             line["id"].encode()  # a lone surrogate is no text
             if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
                 raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
+            if not _FILE_NAME.fullmatch(line["key"]):  # the name of a member
+                raise ValueError(f"sample {line['id']!r}: expected a plain name as key, got {line['key']!r}")
             if (
                 line["offset"] < 0
                 or not 0 < line["size"] <= images.MAX_FILE_BYTES
@@ -516,17 +518,14 @@ def _check_file_size(root: Path, file: str, size: int) -> None:
 
 def _read(root: Path, file: str, offset: int, size: int | None) -> bytes:
     """`size` bytes at `offset`, or the whole of a table; never through a symbolic link."""
-    descriptor = os.open(root / file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor, here = _open(root, file)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file")
         if size is None:
-            size = status.st_size
+            size = here
             if size > _MAX_TABLE_BYTES:
                 raise ValueError(f"expected at most {_MAX_TABLE_BYTES} bytes, got {size}")
-        elif offset + size > status.st_size:
-            raise ValueError(f"{size} bytes at {offset} do not lie within its {status.st_size} bytes")
+        elif offset + size > here:
+            raise ValueError(f"{size} bytes at {offset} do not lie within its {here} bytes")
         parts, end = [], offset + size
         while offset < end:
             part = os.pread(descriptor, end - offset, offset)
@@ -539,11 +538,27 @@ def _read(root: Path, file: str, offset: int, size: int | None) -> bytes:
         os.close(descriptor)
 
 
-def _hash_file(path: Path) -> tuple[int, str]:
+def _open(root: Path, file: str) -> tuple[int, int]:
+    """Descriptor and size of the regular file `name` or `folder/name` below `root`, neither of them a link."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    folder, _, name = file.rpartition("/")
+    parent = os.open(root / folder, flags | os.O_DIRECTORY) if folder else None
+    try:
+        descriptor = os.open(root / name if parent is None else name, flags, dir_fd=parent)
+    finally:
+        if parent is not None:
+            os.close(parent)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("expected a regular file")
+    return descriptor, status.st_size
+
+
+def _hash_file(root: Path, file: str) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        while block := file.read(2**20):
+    with os.fdopen(_open(root, file)[0], "rb") as stream:
+        while block := stream.read(2**20):
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
@@ -551,8 +566,8 @@ def _hash_file(path: Path) -> tuple[int, str]:
 
 def _verify_file(root: Path, file: str, size: int, digest: str) -> list[str]:
     try:
-        here_size, here_digest = _hash_file(root / file)
-    except OSError as error:
+        here_size, here_digest = _hash_file(root, file)
+    except (OSError, ValueError) as error:
         return [f"{file}: {_reason(error)}"]
     if here_size != size:
         return [f"{file}: expected {size} bytes, got {here_size}"]
@@ -560,19 +575,24 @@ def _verify_file(root: Path, file: str, size: int, digest: str) -> list[str]:
 
 
 def _verify_members(root: Path, entry: dict, lines: list[dict]) -> list[str]:
-    problems = []
+    problems: list[str] = []
+    members: dict[str, tarfile.TarInfo] = {}
     expected = {f"{line['key']}.{line['kind']}": line for line in lines}
     try:
-        with tarfile.open(root / entry["file"], "r:") as tar:
-            members = {member.name: member for member in tar}
-    except (tarfile.TarError, OSError) as error:
+        with os.fdopen(_open(root, entry["file"])[0], "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                # whoever unpacks the tar would take every one of them
+                if member.name in members or not member.isreg():
+                    problems.append(f"{entry['file']}: member {member.name!r} occurs twice or is no regular file")
+                members[member.name] = member
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         return [f"{entry['file']}: {_reason(error)}"]
     allowed = set(expected) | {f"{line['key']}.json" for line in lines}
     for name in sorted(set(members) ^ allowed):
         problems.append(f"{entry['file']}: member {name!r} is {'missing' if name in allowed else 'not in the index'}")
     for name, line in expected.items():
         member = members.get(name)
-        if member and (not member.isreg() or (member.offset_data, member.size) != (line["offset"], line["size"])):
+        if member and (member.offset_data, member.size) != (line["offset"], line["size"]):
             problems.append(f"{entry['file']}: member {name!r} is not where the index says")
         data = _read(root, entry["file"], line["offset"], line["size"])
         if hashlib.sha256(data).hexdigest() != line["sha256"]:
