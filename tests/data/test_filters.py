@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dex.data import open_dataset
+from dex.data import open_dataset, readers
 from dex.data.filters import DROPPED, suspect_text, verdict
+from dex.data.slices import slices
 
 SOURCE = SimpleNamespace(min_foreground=0.05)
 
@@ -186,6 +187,69 @@ def test_real_ultrasound_screens_are_suspected(name):
     top, left = (256 - content.shape[0]) // 2, (256 - content.shape[1]) // 2
     screen[top : top + content.shape[0], left : left + content.shape[1]] = content
     assert suspect_text(screen)
+
+
+def speckle(seed: int, level: float) -> np.ndarray:
+    """uint8 [256, 256]: a sector of ultrasound, and a tenth of its speckle where the screen is dark."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:256, :256]
+    tissue = np.asarray(Image.fromarray(rng.random((20, 20)).astype(np.float32)).resize((256, 256)))
+    echo = rng.rayleigh(level, (256, 256)) * (0.5 + tissue)
+    sector = (np.hypot(y - 20, x - 128) < 220) & (np.abs(x - 128) < 0.8 * (y - 15)) & (y > 40)
+    return (np.where(sector, 3 * echo, 0.15 * echo) * 255).clip(0, 255).astype(np.uint8)
+
+
+def grain(seed: int, deviation: float, level: float) -> np.ndarray:
+    """uint8 [256, 256]: two lungs on film whose grain has this standard deviation."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:256, :256]
+    lungs = sum(0.3 * np.exp(-((x - cx) ** 2 + (y - 140) ** 2) / 3000) for cx in (80, 176))
+    return ((level + lungs + rng.normal(0, deviation, (256, 256))) * 255).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("ground", "level"),
+    [
+        *[(lambda seed, s=s: speckle(seed, s), 255) for s in (0.01, 0.02, 0.05, 0.1)],
+        *[(lambda seed, s=s: grain(seed, s, 0.05), 255) for s in (0.005, 0.01, 0.02, 0.04)],
+        *[(lambda seed, s=s: grain(seed, s, 0.65), 0) for s in (0.005, 0.01, 0.02, 0.04)],
+    ],
+)
+def test_text_on_noise_is_suspected_and_noise_is_not(ground, level):
+    """Pillow's own letters in every corner. Those of 18 pixels are too high; those upon the sector are not promised."""
+    corners = [(6, 4), (120, 4), (6, 222), (120, 222)]
+    found = {
+        size: sum(
+            suspect_text(write(ground(seed), ["MEDICAL CENTER 12:04", "ID 4711-08  MI 0.9"], level, size, at))
+            for seed, at in enumerate(corners)
+        )
+        for size in (7, 8, 10, 12, 14)
+    }
+    alarms = sum(suspect_text(ground(100 + seed)) for seed in range(8))
+    assert alarms == 0
+    assert all(found[size] == len(corners) for size in (10, 12, 14)), found
+    assert sum(found.values()) >= 0.9 * len(corners) * len(found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "text"),
+    [
+        ("examples_rgb_color", "display", True),
+        ("examples_palette", "display", True),
+        ("CT_small", "mr", False),
+        ("MR_small", "mr", False),
+        ("693_J2KI", "mr", False),
+        ("JPEG2000", "mr", False),
+    ],
+)
+def test_real_files_as_they_are_prepared(name, rule, text):
+    pydicom = pytest.importorskip("pydicom")
+    pytest.importorskip("openjpeg")
+    file = Path(pydicom.__file__).parent / "data" / "test_files" / f"{name}.dcm"
+    assert file.exists(), f"pydicom came without {file.name}"
+    source = SimpleNamespace(normalisation=rule, planes=("axial",), frame_stride=1, whole=True, crop=False, tiles=())
+    images = [one.image for stack in readers.read([file], "dicom") for one in slices(stack, source, 256, 8)]
+    assert images and all(suspect_text(image) == text for image in images)
 
 
 def test_small_and_wrong_images():

@@ -19,8 +19,9 @@ DROPPED = ("foreground", "blank", "too small", "exact duplicate", "near duplicat
 _BLOCK = 16  # pixels a side of the blocks whose means decide on "blank": noise is averaged out
 _WINDOW, _STRIDE = 24, 8  # text is looked for in strips of so many columns, one every so many
 _LINE = (4, 12)  # rows of a line of text
-_QUIET = 0.06  # of full scale: the contrast that a row may have and still be background
-_CONTRAST = 0.2  # of full scale: what letters and their background differ by at least
+_GROUNDS = ((0.06, 0.2), (0.18, 0.6))
+"""Of full scale: the contrast that a row may have and still be background, and what letters differ from it by at least.
+The second is for grain and speckle, which only plain letters rise above."""
 _STROKES = 1.5  # strokes that the mean row of a line crosses within a window
 _WINDOWS = 2  # windows of text that make an image suspect
 
@@ -48,8 +49,8 @@ def suspect_text(image: np.ndarray) -> bool:
     is measured by its total variation along the rows over its contrast: a blob crossed once by every row has 2. Two
     windows of 3 and more make an image suspect.
 
-    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy or is smaller than 4
-    pixels is not found, a single letter (the side marker of a radiograph) only on black: no finding is no proof.
+    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy, or whose letters are
+    lower than 4 or higher than 12 pixels, is not found, nor faint text on grain, a single letter (the side marker of a radiograph) only on black: no finding is no proof.
     """
     unit = _unit(image)
     if min(unit.shape) < _WINDOW:
@@ -58,22 +59,27 @@ def suspect_text(image: np.ndarray) -> bool:
     high, low = windows.max(axis=2).T, windows.min(axis=2).T  # [N, S]
     variation = np.abs(np.diff(windows, axis=2)).sum(axis=2).T
 
+    return any(_lines(high, low, variation, *ground) >= _WINDOWS for ground in _GROUNDS)
+
+
+def _lines(high: np.ndarray, low: np.ndarray, variation: np.ndarray, quiet: float, least: float) -> int:
+    """How many windows show a line of text, of [N, S] each: a row's highest and lowest value and its variation."""
     busy = np.ones((high.shape[0], high.shape[1] + 2), bool)  # no quiet row is seen beyond the border
-    busy[:, 1:-1] = high - low > _QUIET
+    busy[:, 1:-1] = high - low > quiet
     edge = np.flatnonzero(busy.ravel()[1:] != busy.ravel()[:-1]) + 1
     if len(edge) < 2:
-        return False
+        return 0
     # alternating edges, the first ends the busy rows of the border: runs lie between the 2nd and 3rd, 4th and 5th ...
     begin, end = edge[1:-1:2], edge[2::2]
     inside = (end - begin >= _LINE[0]) & (end - begin <= _LINE[1]) & (begin // busy.shape[1] == end // busy.shape[1])
     begin, end = begin[inside], end[inside]
     if not len(begin):
-        return False
+        return 0
     flat = np.pad(np.stack([high, -low, variation]), ((0, 0), (0, 0), (1, 1))).reshape(3, -1)
     bounds = np.stack([begin, end], axis=1).ravel()  # reduceat: every second one is the gap between two runs
     contrast = np.maximum.reduceat(flat[0], bounds)[::2] + np.maximum.reduceat(flat[1], bounds)[::2]
     strokes = np.add.reduceat(flat[2], bounds)[::2] / (contrast * (end - begin)) / 2
-    return int(((contrast >= _CONTRAST) & (strokes >= _STROKES)).sum()) >= _WINDOWS
+    return int(((contrast >= least) & (strokes >= _STROKES)).sum())
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
