@@ -1,6 +1,7 @@
 """NIfTI through nibabel's own writer, MHA and NRRD through SimpleITK's, and headers that lie."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -9,6 +10,7 @@ import pytest
 
 from dex.data import readers
 from dex.data.readers import Refused
+from dex.data.readers.files import Unpacked, opened
 
 DATA = Path(nibabel.__file__).parent / "tests" / "data"
 DRAW = np.random.default_rng(3)
@@ -258,3 +260,47 @@ def test_another_format_by_content_is_not_opened(tmp_path):
     (tmp_path / "a.mha").write_bytes(save(tmp_path / "a.nii", VALUES).read_bytes())
     with pytest.raises(Refused, match="unreadable"):
         read(tmp_path / "a.mha")
+
+
+def test_packed_data_of_an_mha_that_are_lacking_are_no_image(tmp_path):
+    """MetaIO gives what its memory holds, without an error."""
+    simpleitk = pytest.importorskip("SimpleITK")
+    image = simpleitk.GetImageFromArray(DRAW.integers(0, 1000, (4, 48, 48), dtype=np.int16))
+    simpleitk.WriteImage(image, tmp_path / "a.mha", True)
+    data = (tmp_path / "a.mha").read_bytes()
+    assert len(shown(read(tmp_path / "a.mha"))) == 4
+    start = data.index(b"LOCAL\n") + 6
+    for lacking in (1, 100, (len(data) - start) // 2, len(data) - start):
+        (tmp_path / "b.mha").write_bytes(data[: len(data) - lacking])
+        with pytest.raises(Refused, match="unreadable"):
+            read(tmp_path / "b.mha")
+    short = zlib.compress(bytes(2 * 48 * 48 * 3))
+    size = next(line for line in data.split(b"\n") if line.startswith(b"CompressedDataSize"))
+    (tmp_path / "c.mha").write_bytes(data[:start].replace(size, b"CompressedDataSize = %d" % len(short)) + short)
+    with pytest.raises(Refused, match="unreadable"):
+        read(tmp_path / "c.mha")
+
+
+@pytest.mark.parametrize("cuts", [(), (0,), (17, 17, 5000), (1, 2, 3)])
+def test_gzip_members_are_one_file(tmp_path, cuts):
+    data = DRAW.integers(0, 256, 2**18, dtype=np.uint8).tobytes()
+    places = [0, *cuts, len(data)]
+    members = [gzip.compress(data[a:b]) for a, b in zip(places, places[1:], strict=False)]
+    for tail in (b"", bytes(10), bytes(2**17)):
+        (tmp_path / "a.gz").write_bytes(b"".join(members) + tail)
+        with opened(tmp_path / "a.gz") as raw:
+            file = Unpacked(raw)
+            assert file.read(540) == data[:540]
+            file.seek(352)
+            assert file.read(2**20) == data[352:] and file.read(1) == b""
+            file.seek(2**17 + 1)
+            assert file.read(9) == data[2**17 + 1 :][:9]
+
+
+@pytest.mark.parametrize("harm", [lambda d: d[:-1], lambda d: d[:-9], lambda d: d[:-6] + b"abcdef", lambda d: d + b"x"])
+def test_damaged_gzip_is_refused(tmp_path, harm):
+    (tmp_path / "a.gz").write_bytes(harm(gzip.compress(bytes(5000))))
+    with opened(tmp_path / "a.gz") as raw, pytest.raises((Refused, zlib.error)):
+        file = Unpacked(raw)
+        assert len(file.read(5000)) == 5000
+        file.read(1)

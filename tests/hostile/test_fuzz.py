@@ -69,6 +69,32 @@ def damaged(count: int, seed: int = 20) -> list[tuple[str, str, str, bytes]]:
     return out
 
 
+def restructured(count: int, seed: int = 21) -> list[tuple[str, str, str, bytes]]:
+    """The same with damage that knows the format: every pair of format and kind in turn."""
+    formats = {name: one for name, one in sound_files().items() if one[0] in damage.STRUCTURED}
+    pairs = [(name, change) for name, (suffix, _) in formats.items() for change in damage.STRUCTURED[suffix]]
+    draw, seen, out = random.Random(seed), {data for _, files in formats.values() for data in files}, []
+    everything, place, tries = sorted(seen), 0, 0
+    while len(out) < count:
+        name, change = pairs[place % len(pairs)]
+        suffix, files = formats[name]
+        other = draw.choice(everything)
+
+        def apply(data, change=change, other=other):
+            return change(data, other, draw)
+
+        data = draw.choice(files)
+        changed = apply(data) if change in damage.WHOLE else damage.inside(suffix, data, apply)
+        tries += 1
+        if changed not in seen:
+            seen.add(changed)
+            out.append((name, suffix, change.__name__, changed))
+        elif tries <= 50:
+            continue
+        place, tries = place + 1, 0  # a format may have no such part
+    return out
+
+
 def dex_prepare(root: Path, out: Path, *options: str, measured: Path | None = None, timeout: float = 900.0):
     """`dex prepare` in a process of its own; `measured` gets what each unit costs its worker."""
     here = Path(__file__).parent
@@ -101,7 +127,7 @@ def keys_of_units(private: Path) -> dict[tuple[str, int], str]:
 def folder(tmp_path_factory, full):
     """Damaged files, each in a folder of its own (a folder's DICOM files are read together), and two sound ones."""
     root = tmp_path_factory.mktemp("fuzz") / "jane-doe"
-    files = damaged(2000 if full else 150)
+    files = damaged(2000 if full else 150) + restructured(1500 if full else 100)
     for number, (_, suffix, _, data) in enumerate(files):
         path = root / f"{number:05d}" / f"jane-doe{suffix}"
         path.parent.mkdir(parents=True)
@@ -113,14 +139,19 @@ def folder(tmp_path_factory, full):
     return root, files
 
 
-def test_the_damage_is_of_many_kinds(folder):
+def test_the_damage_is_of_many_kinds(folder, full):
     pytest.importorskip("nibabel"), pytest.importorskip("SimpleITK")
     _, files = folder
     kinds, formats = {kind for *_, kind, _ in files}, {name for name, *_ in files}
     assert len(kinds) >= 10 and len(formats) >= 4 and len({data for *_, data in files}) == len(files)
     assert {"DICOM plain", "DICOM RLE", "DICOM JPEG", "DICOM JPEG 2000", "nii", "nii.gz", "png", "jpg"} <= formats
     assert {"tif", "bmp", "npy", "npz", "nrrd"} <= formats
-    assert len({(name, kind) for name, _, kind, _ in files}) >= min(len(files), len(kinds) * len(formats)) * 0.9
+    generic = {kind.__name__ for kind in damage.KINDS}
+    pairs = {(name, kind) for name, _, kind, _ in files}
+    plain = [row for row in files if row[2] in generic]
+    assert len({pair for pair in pairs if pair[1] in generic}) >= min(len(plain), len(generic) * len(formats)) * 0.9
+    assert kinds >= generic | {kind.__name__ for some in damage.STRUCTURED.values() for kind in some}
+    assert len(plain) >= (2000 if full else 150) and len(files) - len(plain) >= (1500 if full else 100)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
