@@ -308,9 +308,9 @@ def nrrds(full: bool) -> Iterator[One]:
     )  # fmt: skip
     yield "skips from the end", nrrd("64 64 4", "raw", small, "byte skip: -1000000\n"), ("unsupported",)
     yield "skips lines", nrrd("64 64 4", "raw", b"\n" * MIB + small, "line skip: 2000000000\n"), ("unsupported",)
-    yield "written as text", nrrd("1024 1024 100", "ascii", b"1 " * 1000), BROKEN
-    yield "written in hex", nrrd("1024 1024 100", "hex", b"01 " * 1000), BROKEN
-    yield "bzip2", nrrd("1024 1024 100", "bz2", b"BZh91AY&SY" + bytes(1000)), BROKEN
+    yield "written as text", nrrd("1024 1024 100", "ascii", b"1 " * 1000), ("unsupported",)
+    yield "written in hex", nrrd("1024 1024 100", "hex", b"01 " * 1000), ("unsupported",)
+    yield "bzip2", nrrd("1024 1024 100", "bz2", b"BZh91AY&SY" + bytes(1000)), ("unsupported",)
 
 
 # Pictures

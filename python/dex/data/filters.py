@@ -49,8 +49,8 @@ def suspect_text(image: np.ndarray) -> bool:
     is measured by its total variation along the rows over its contrast: a blob crossed once by every row has 2. Two
     windows of 3 and more make an image suspect.
 
-    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy is not found, nor are
-    letters lower than 4 or higher than 12 pixels, nor faint ones on grain; a single letter (the side marker of a
+    It is made for overlays in empty margins, as on ultrasound screens. Text that lies upon anatomy is not found, nor
+    are letters lower than 4 or higher than 12 pixels, nor faint ones on grain; a single letter (the side marker of a
     radiograph) only on black: no finding is no proof.
     """
     unit = _unit(image)

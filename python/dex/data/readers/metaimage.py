@@ -136,6 +136,10 @@ def _format(file: BoundedFile) -> tuple[str, tuple[int, int] | None]:
             raise Refused("unreadable", "no end of the header")
         if any(_SKIP.match(re.sub(rb"[ \t]", b"", line)) for line in head[: end.start()].splitlines()):
             raise Refused("unsupported", "its data do not follow the header")  # and are looked for byte by byte
+        if not re.search(rb"(?im)^encoding:[ \t]*(raw|gz|gzip)[ \t]*\r?$", head[: end.end()]):
+            raise Refused(
+                "unsupported", "its data are written as text"
+            )  # the parser of numbers reads beyond its memory
         return "NrrdImageIO", None
     place, packed, size = 0, False, file.size
     while True:
