@@ -21,7 +21,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads((ROOT / "benchmarks/results/long-run.json").read_text())
+    return json.loads((ROOT / "benchmarks/results/long-run/two-ranks.json").read_text())
 
 
 def test_the_page_is_what_the_results_say():
