@@ -4,9 +4,9 @@
 usage: python scripts/long_run.py DATA OUT [--steps N] [--ranks N]
        python scripts/long_run.py --page [--check]
 
-DATA: the shard set. OUT: a new run folder. Writes benchmarks/results/long-run/two-ranks.json, docs/long-run.html (`dex report`),
-docs/images/long-run.png and docs/long-run.md. --page: that last one alone, from the results; --check: change nothing,
-exit 1 when it would.
+DATA: the shard set. OUT: a new run folder. Writes benchmarks/results/long-run/two-ranks.json, docs/long-run.html
+(`dex report`), docs/images/long-run.png and docs/long-run.md. --page: that last one alone, from the
+results; --check: change nothing, exit 1 when it would.
 """
 
 import argparse
@@ -35,8 +35,8 @@ TEXT = """\
 {steps:,} steps of {batch} images on {ranks} ranks that talk through gloo, {strategy}, on the {images:,} images that
 `dex prepare packages` makes of public packages: a small model ({width} wide, {depth} layers of {experts} experts, of
 which an image takes {top_k}), made to find leaks and drift, not to learn much. Made by `make long-run`, from
-[its results](../benchmarks/results/long-run/two-ranks.json); not edited. [The report of the run](long-run.html) is a page to
-download and open.
+[its results](../benchmarks/results/long-run/two-ranks.json); not edited. [The report of the run](long-run.html) is a
+page to download and open.
 
 {machine}
 
