@@ -233,8 +233,6 @@ def test_the_page_is_what_the_results_say():
 
 def test_the_results_are_of_every_point_and_what_is_predicted_now():
     results = json.loads(program.RESULTS.read_text())
-    if "tests" not in results:
-        pytest.skip("nothing was measured yet")
     for ranks in program.RANKS:
         points = [
             {k: v for k, v in t.items() if k not in ("ranks", "measured", "predicted")}
