@@ -47,7 +47,11 @@ def draw(step: int, *shape: int) -> torch.Tensor:
 
 
 def close(got, want):
-    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-6)
+    """Equal up to the rounding of sums: an entry near zero may be the rest of terms as large as the largest entry.
+
+    Eager float32 itself is up to 5e-6 of the largest entry away from float64 in these gradients.
+    """
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5 * float(want.abs().max()))
 
 
 def layer_objective(layer, x, noise, noise_std):
