@@ -58,6 +58,8 @@ STRONG = {1: 896, 8: 896, 64: 896, 256: 1024, 1024: 1024}
 MODALITIES = 10
 RUN_IMAGES = 200 * 4.97e6
 """Images of the published run: 200 epochs of 4.97 million."""
+SCATTER = 2.0
+"""Passes over the ring of gloo's reduce-scatter, which is an all-reduce."""
 SIZES = [2**k for k in range(10, 27, 2)]
 """Bytes of the collectives that are timed."""
 
@@ -414,12 +416,18 @@ def unit_costs(results: dict, ranks: int):
     traffic = moved(work, 1, "ddp")
     bandwidth = (traffic["adamw"] + traffic["gema"]) / seen["update"][0]
     fixed = seen["steps"][str(small)][0] - small * per_image - seen["update"][0] - traffic["gradients"] / bandwidth
-    link = Link(1.0, 0.0)  # alone: never asked
+    link, rates = Link(1.0, 0.0), {}  # alone: never asked
     if ranks > 1:
-        times = {int(size): t[0] for size, t in seen["collectives"]["all_reduce"].items()}
-        latency = times[min(times)] / (2 * (ranks - 1))
-        largest = max(times)
-        link = Link(2 * (ranks - 1) / ranks * largest / (times[largest] - times[min(times)]), latency)
+        speeds = {}
+        for kind, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", SCATTER)):
+            times = {int(size): t[0] for size, t in seen["collectives"][kind].items()}
+            least, most = min(times), max(times)
+            speeds[kind] = passes * (ranks - 1) / ranks * most / (times[most] - times[least])
+            if kind == "all_reduce":
+                latency = times[least] / (2 * (ranks - 1))
+        link = Link(speeds["all_reduce"], latency)
+        rates["gather_rate"] = speeds["all_gather"] / link.bandwidth
+        rates["scatter_rate"] = speeds["reduce_scatter"] / link.bandwidth
     written = results["costs"]["1"]["checkpoint"][0]
     return Costs(
         flops=work.estimate.flops_per_image / per_image,
@@ -430,7 +438,8 @@ def unit_costs(results: dict, ranks: int):
         per_node=ranks,
         overlap=0.0,
         store=work.estimate.checkpoint / written,
-        scatter=2.0,
+        scatter=SCATTER,
+        **rates,
     )
 
 

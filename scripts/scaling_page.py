@@ -105,8 +105,9 @@ Unit costs come from one network (demo preset, E = {calibrated}, {small} and {la
 test points, run by as many processes at once as the test has ranks: four share two cores, so theirs are slower.
 Overlap is 0: the cores that compute also carry gloo's messages. gloo carries a reduce-scatter out as an all-reduce.
 
-| processes at once | GFLOP/s of each | update, GB/s | fixed, ms | all-reduce, GB/s | a hop, ms | checkpoint, GB/s |
-| --- | --- | --- | --- | --- | --- | --- |
+| processes at once | GFLOP/s of each | update, GB/s | fixed, ms | all-reduce, GB/s | gather | scatter | a hop, ms | \
+checkpoint, GB/s |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {costs}
 
 ### Bytes
@@ -168,7 +169,7 @@ def tested(results: dict) -> str:
         noise=f"Load of the machine: {min(results['loads'])} to {max(results['loads'])}, of which the ranks themselves "
         f"make at most {max(RANKS)}"
         + (
-            ":\n**other programs ran beside them, so the times below say little**."
+            ":\n**other programs ran beside some of the points, whose times say less**."
             if max(results["loads"]) > 4.5
             else "."
         ),
@@ -197,7 +198,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cost_line(n: str, cost: dict, results: dict) -> str:
     bandwidth, latency = cost["inner"]
-    link = ["", ""] if n == "1" else [f"{bandwidth / 1e9:.2f}", f"{latency * 1e3:.2f}"]
+    link = [""] * 4
+    if n != "1":
+        rates = (1, cost["gather_rate"], cost["scatter_rate"])
+        link = [*(f"{bandwidth * rate / 1e9:.2f}" for rate in rates), f"{latency * 1e3:.2f}"]
     disk = f"{cost['store'] / 1e9:.2f}" if n == "1" else ""
     cells = [n, f"{cost['flops'] / 1e9:.1f}", f"{cost['memory'] / 1e9:.1f}", f"{cost['fixed'] * 1e3:.0f}", *link, disk]
     return f"| {' | '.join(cells)} |"
@@ -289,8 +293,9 @@ WHY = """\
 Why it is off where it is off. First, the machine: {swing}.
 A prediction cannot be better than that, and test points are measured minutes apart from the unit costs. Second, the
 model: hops and bandwidths are those of ranks that do nothing else, while in a step they compute and wait for others;
-fsdp cuts, copies and joins every tensor on the same cores, for which the model has one pass of memory; operations have
-one rate, whatever their sizes. How much each of these takes was not measured apart."""
+fsdp cuts, copies and joins every tensor on the same cores, for which the model has one pass of memory that is there
+already, while each gather writes into memory that the system gives it anew; operations have one rate, whatever their
+sizes. How much each of these takes was not measured apart."""
 
 
 def _swing(costs: dict) -> str:
@@ -313,6 +318,7 @@ def _gpu_cost_lines(gpu: dict) -> list[str]:
         ("memory", f"{cost['memory'] / 1e12:.2f} TB/s", source["memory"], share),
         ("NVLink, one way", f"{inner / 1e9:.0f} GB/s, {hop * 1e6:.0f} us a hop", rest, share),
         ("network, per GPU, one way", f"{outer / 1e9:.0f} GB/s, {far * 1e6:.0f} us a hop", rest, share),
+        ("gathers and scatters", "at the same rate as an all-reduce", rest, ""),
         ("GPUs of a node", f"{cost['per_node']}", rest, ""),
         ("share of compute that hides communication", f"{cost['overlap']}", rest, ""),
         ("fixed part of a step", f"{cost['fixed'] * 1e3:.0f} ms", rest, ""),

@@ -193,6 +193,7 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
 
 def _describe(plan: "Plan") -> str:
     """The configuration as YAML, and what would run as comments below it."""
+    from dex import scaling
     from dex.config import to_yaml
     from dex.distributed import announced
     from dex.estimate import describe, estimate
@@ -206,14 +207,12 @@ def _describe(plan: "Plan") -> str:
         f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
         f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
         f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
-        *describe(found, config),
-        *plan.notes,
+        *describe(found),
     ]
-    ranks = announced().world_size
-    if ranks > 1 and not config.parallel.checkpointing:
-        from dex import scaling
-
-        lines.append(scaling.describe(scaling.workload(config, len(dataset.modalities), found), ranks))
+    work = scaling.workload(config, len(dataset.modalities), found)
+    for ranks in sorted({1, 8, announced().world_size}):
+        lines += scaling.describe(work, ranks)
+    lines += plan.notes
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)

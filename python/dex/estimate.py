@@ -36,7 +36,8 @@ class Estimate:
 
     flops: per image and training step by part, backward included. memory: bytes on one device that holds everything, by
     kind; activations: bytes that backward keeps for one image, the autograd graph's own count with plain-torch
-    operators. checkpoint: bytes of one. images: of the whole run.
+    operators; with ``parallel.checkpointing`` those that are kept, and one block's as it is recomputed. checkpoint:
+    bytes of one. images: of the whole run.
     """
 
     parameters: dict[str, int]
@@ -51,14 +52,6 @@ class Estimate:
     def flops_per_image(self) -> int:
         return sum(self.flops.values())
 
-    def device_bytes(self, images: int, shards: int = 1) -> int:
-        """Memory of one device that computes ``images`` at once and holds 1 / ``shards`` of weights and moments.
-
-        The bf16 copies are made of gathered weights, and backward keeps them whole on every device.
-        """
-        copies = self.memory["bf16 copies"]
-        return (sum(self.memory.values()) - copies) // shards + copies + images * self.activations
-
     def days(self, gpu: Gpu, count: int, mfu: float = ASSUMED_MFU) -> float:
         """Days of computation on ``count`` devices at share ``mfu`` of their peak, communication not counted."""
         return self.images * self.flops_per_image / (gpu.bf16_flops * mfu * count) / 86400
@@ -70,7 +63,11 @@ def estimate(config: Config, steps: int) -> Estimate:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(config).train()
-        activations = saved_bytes(model, config)
+        activations = savedformat_bytes(model, config)
+        if config.parallel.checkpointing:
+            model.encoder.checkpointing = True
+            kept = savedformat_bytes(model, config)
+            activations = kept + (activations - kept) // config.model.depth
     parameters = {"experts": 0, "directors": 0, "router": 0, "rest": 0}
     trained = 0
     for name, p in model.named_parameters():
@@ -95,7 +92,7 @@ def estimate(config: Config, steps: int) -> Estimate:
     )
 
 
-def saved_bytes(model: MaskedAutoencoder, config: Config) -> int:
+def savedformat_bytes(model: MaskedAutoencoder, config: Config) -> int:
     """Bytes per image that the forward pass leaves for backward, weights and their casts not counted."""
     size, half = config.model.img_size, config.run.precision != "fp32"
 
@@ -119,7 +116,8 @@ def saved_bytes(model: MaskedAutoencoder, config: Config) -> int:
 def training_flops(config: Config) -> dict[str, int]:
     """Operations of one image in one training step by part: matrix products only; backward costs twice the forward.
 
-    The director has no backward. Monolithic layers count as experts.
+    The director has no backward. Monolithic layers count as experts. recomputation: the encoder's blocks once more,
+    with ``parallel.checkpointing``; torch leaves out the products after the last one that backward needs.
     """
     m = config.model
     patches = (m.img_size // m.patch_size) ** 2
@@ -134,38 +132,45 @@ def training_flops(config: Config) -> dict[str, int]:
         _attention(1 + patches, m.decoder_embed_dim) + 4 * (1 + patches) * m.decoder_embed_dim * decoder_hidden
     )
     decoder += 2 * tokens * m.embed_dim * m.decoder_embed_dim + 2 * (1 + patches) * m.decoder_embed_dim * pixels
+    forward = {
+        "experts": sum(k * mlp for k in per_layer(m.top_k, m.depth)),
+        "attention": m.depth * _attention(tokens, m.embed_dim),
+        "router": router,
+    }
+    directors = len(sparse) * mlp
     return {
-        "experts": 3 * sum(k * mlp for k in per_layer(m.top_k, m.depth)),
-        "directors": len(sparse) * mlp,
-        "attention": 3 * m.depth * _attention(tokens, m.embed_dim),
-        "router": 3 * router,
+        "experts": 3 * forward["experts"],
+        "directors": directors,
+        "attention": 3 * forward["attention"],
+        "router": 3 * forward["router"],
         # The images themselves take no gradient.
         "patch embedding": 2 * 2 * kept * pixels * m.embed_dim,
         "decoder": 3 * decoder,
+        "recomputation": sum(forward.values()) + directors if config.parallel.checkpointing else 0,
     }
 
 
 def mfu(config: Config, images_per_s: float, device: str, devices: int) -> float | None:
-    """Share of the devices' peak that the step's matrix products reach; None for a device whose peak is not known."""
+    """Share of the devices' peak that the step's matrix products reach; None for a device whose peak is not known.
+
+    Recomputation does not count: it gets a step no further.
+    """
     peak = next((flops for word, flops in PEAKS if word in device), None)
-    return None if peak is None else images_per_s * sum(training_flops(config).values()) / (peak * devices)
+    parts = training_flops(config)
+    return None if peak is None else images_per_s * (sum(parts.values()) - parts["recomputation"]) / (peak * devices)
 
 
-def describe(found: Estimate, config: Config) -> list[str]:
-    """A few lines for people."""
-    batch, shards = config.data.batch_size, 8
+def describe(found: Estimate) -> list[str]:
+    """A few lines for people; `dex.scaling.describe` has those about memory on several ranks."""
     total = sum(found.parameters.values())
     lines = [
         f"parameters: {total:,}; " + ", ".join(f"{k} {n:,}" for k, n in found.parameters.items() if n),
         f"operations per image and step: {found.flops_per_image / 1e9:,.1f} GFLOP; "
         + ", ".join(f"{k} {n / found.flops_per_image:.0%}" for k, n in found.flops.items() if n),
         "memory of one device: "
-        + ", ".join(f"{k} {_bytes(n)}" for k, n in found.memory.items() if n)
-        + f"; activations {_bytes(found.activations)} an image",
-        f"  all {batch} images of a step at once: {_bytes(found.device_bytes(batch))}",
-        f"  on {shards} devices: {_bytes(found.device_bytes(-(-batch // shards)))} each, "
-        f"{_bytes(found.device_bytes(-(-batch // shards), shards))} with weights and moments sharded",
-        f"a checkpoint: {_bytes(found.checkpoint)}",
+        + ", ".join(f"{k} {format_bytes(n)}" for k, n in found.memory.items() if n)
+        + f"; activations {format_bytes(found.activations)} an image",
+        f"a checkpoint: {format_bytes(found.checkpoint)}",
     ]
     for gpu in GPUS:
         times = ", ".join(f"{_duration(found.days(gpu, n))} on {n}" for n in (1, 8, 64))
@@ -189,7 +194,7 @@ def _duration(days: float) -> str:
     return f"{days:,.1f} days" if days >= 2 else f"{days * 24:,.1f} h" if days >= 0.1 else f"{days * 1440:,.1f} min"
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:,.0f} {unit}"

@@ -16,7 +16,7 @@ import torch
 from dex.config import Config, check, per_layer
 from dex.distributed import Strategy, check_cut
 from dex.engine import build_model, resolve_micro_batch
-from dex.estimate import Estimate, estimate
+from dex.estimate import Estimate, estimate, format_bytes
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of DistributedDataParallel's first bucket of gradients and of the others: torch's own defaults."""
@@ -55,6 +55,10 @@ class Costs(NamedTuple):
     """Bytes per second that a checkpoint is written and hashed with, all ranks together."""
     scatter: float = 1.0
     """Times the bytes that a reduce-scatter should send. gloo carries it out as an all-reduce: 2."""
+    gather_rate: float = 1.0
+    """Share of the links' bandwidth, which is that of an all-reduce, that an all-gather reaches."""
+    scatter_rate: float = 1.0
+    """The same of a reduce-scatter."""
 
 
 class Tensor(NamedTuple):
@@ -112,11 +116,9 @@ class Step(NamedTuple):
 def workload(config: Config, modalities: int = 1, found: Estimate | None = None) -> Workload:
     """Count ``config``; nothing of its size is allocated. ``modalities`` of the data; ``found``: an estimate of it.
 
-    ValueError as in `check`, and with ``parallel.checkpointing``, whose recomputation is not counted here.
+    ValueError as in `check`.
     """
     check(config)
-    if config.parallel.checkpointing:
-        raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
     with torch.device("meta"):
         model = build_model(config)
     groups, seen = [], set()
@@ -175,11 +177,12 @@ def sent(exchange: Exchange, ranks: int, per_node: int, scatter: float = 1.0) ->
 
 def exchange_seconds(exchange: Exchange, ranks: int, costs: Costs) -> float:
     """Bytes over bandwidth, level after level, plus per call one hop for every rank of a node and doubling of nodes."""
+    rate = {"all_reduce": 1.0, "all_gather": costs.gather_rate, "reduce_scatter": costs.scatter_rate}[exchange.kind]
     inner, outer = sent(exchange, ranks, costs.per_node, costs.scatter)
     inside, nodes = min(ranks, costs.per_node), _nodes(ranks, costs.per_node)
     passes = 2 if exchange.kind == "all_reduce" else 1
     hops = passes * ((inside - 1) * costs.inner.latency + math.ceil(math.log2(nodes)) * costs.outer.latency)
-    return inner / costs.inner.bandwidth + outer / costs.outer.bandwidth + exchange.calls * hops
+    return (inner / costs.inner.bandwidth + outer / costs.outer.bandwidth) / rate + exchange.calls * hops
 
 
 def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
@@ -221,7 +224,11 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     casts: bf16 copies of all weights, every expert's, in every micro-batch. gradients: written by backward, zeros of
     unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every
     expert read, every director read and written. copies: fsdp copies what it gathered, and gradients, into place.
+
+    ValueError with ``parallel.checkpointing``: the casts of recomputation are not counted.
     """
+    if work.config.parallel.checkpointing:
+        raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
     found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     everything = sum(found.parameters.values())
     shards = ranks if strategy == "fsdp" else 1
@@ -249,7 +256,7 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     minus ``overlap`` times the compute that it may run beside: of ddp the last micro-batch's backward (2/3 of it), of
     fsdp all; at least one bucket or block of it, which nothing can hide.
 
-    Raises: ValueError when the batch cannot be cut into equal parts.
+    Raises: ValueError when the batch cannot be cut into equal parts, and as in `moved`.
     """
     _check_costs(costs)
     found, micro = work.estimate, _micro_batches(work, ranks, strategy)
@@ -292,17 +299,30 @@ def split(config: Config, ranks: int, most: int) -> Config:
     return replace(config, parallel=replace(config.parallel, micro_batch=micro))
 
 
-def describe(work: Workload, ranks: int) -> str:
-    """One line for people: what each of so many ranks of one machine sends in a step."""
-    told = []
-    for strategy in get_args(Strategy):
+def describe(work: Workload, ranks: int) -> list[str]:
+    """Lines for people: what each of so many ranks of one machine holds, copies to the host at a save, and sends."""
+    try:
+        at_once = resolve_micro_batch(work.config, ranks)
+    except ValueError as error:
+        return [f"{ranks} ranks cannot: {error}"]
+    held, saved, talk = [], [], []
+    for strategy in get_args(Strategy) if ranks > 1 else ("ddp",):
+        under = f" with {strategy}" if ranks > 1 else ""
         try:
-            talk = exchanges(work, ranks, strategy)
+            total = memory(work, ranks, strategy)
         except ValueError as error:
-            told.append(f"{strategy} cannot: {error}")
-        else:
-            told.append(f"{sum(sent(e, ranks, ranks)[0] for e in talk.values()) / 1e9:,.2f} GB with {strategy}")
-    return f"each of {ranks} ranks sends in a step: " + ", ".join(told)
+            held.append(f"{strategy} cannot: {error}")
+            continue
+        held.append(format_bytes(sum(total.values())) + under)
+        saved.append(format_bytes(total["weights"] + total["moments"]) + under)
+        inner = sum(sent(e, ranks, ranks)[0] for e in exchanges(work, ranks, strategy).values())
+        talk.append(format_bytes(inner) + under)
+    who = f"each of {ranks} ranks" if ranks > 1 else "one rank"
+    lines = [
+        f"memory of {who}, {at_once} images at once: {', '.join(held)}",
+        f"  and of its host, while a checkpoint is written: {', '.join(saved)}",
+    ]
+    return lines + ([f"  it sends in a step: {', '.join(talk)}"] if ranks > 1 else [])
 
 
 def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
@@ -348,7 +368,8 @@ def _nodes(ranks: int, per_node: int) -> int:
 
 
 def _check_costs(costs: Costs) -> None:
-    positive = {"flops": costs.flops, "memory": costs.memory, "store": costs.store, "per_node": costs.per_node}
+    names = ("flops", "memory", "store", "per_node", "scatter", "gather_rate", "scatter_rate")
+    positive = {name: getattr(costs, name) for name in names}
     positive |= {f"{level}.bandwidth": getattr(costs, level).bandwidth for level in ("inner", "outer")}
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from dex import checkpoint, estimate
@@ -95,18 +96,47 @@ def test_activations_are_what_autograd_keeps_on_real_tensors(precision):
     assert predicted == pytest.approx((kept(16) - kept(8)) / 8, rel=0.02)
 
 
+def checkpointed(c: Config) -> Config:
+    return replace(c, parallel=replace(c.parallel, checkpointing=True))
+
+
+def test_recomputation_is_what_torch_counts():
+    c = config(num_experts=0, depth=3)
+
+    def step(checkpointing: bool) -> int:
+        model, images = build_model(c).train(), torch.randn(3, 3, 64, 64)
+        model.encoder.checkpointing = checkpointing
+        with set_checkpoint_early_stop(False):
+            return counted(lambda: model(images).loss.backward())
+
+    parts = estimate.training_flops(checkpointed(c))
+    assert 3 * parts.pop("recomputation") == step(True) - step(False) > 0
+    assert estimate.training_flops(c) == parts | {"recomputation": 0}
+    assert estimate.mfu(checkpointed(c), 1000.0, "H100", 1) == estimate.mfu(c, 1000.0, "H100", 1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sharding_divides_what_is_held_and_neither_activations_nor_bf16_copies(precision):
-    found = estimate.estimate(config(precision=precision), 1)
-    held = sum(found.memory.values()) - found.memory["bf16 copies"]
-    assert (precision == "bf16") == (found.memory["bf16 copies"] > 0)
-    assert found.device_bytes(8) - found.device_bytes(8, 4) == held - held // 4
+def test_checkpointed_blocks_keep_their_input_only(precision):
+    def activations(depth: int, wrap) -> int:
+        return estimate.estimate(wrap(config(precision=precision, depth=depth)), 1).activations
+
+    tokens, width = 1 + 4, 64
+    kept = [activations(depth, checkpointed) for depth in (2, 8)]
+    assert kept[1] - kept[0] == 6 * 4 * tokens * width  # the stream is fp32 under autocast too
+    whole = [activations(depth, lambda c: c) for depth in (2, 8)]
+    block = (whole[1] - whole[0]) // 6
+    # Beside the inputs: what lies outside the blocks, and one block while it is recomputed.
+    assert kept[0] == pytest.approx(whole[0] - 2 * block + block + 2 * 4 * tokens * width, rel=0.02)
+
+
+def test_days_are_operations_over_the_peak():
+    found = estimate.estimate(config(), 1)
     gpu = estimate.Gpu("test", 1e15, 1e9)
     assert found.days(gpu, 4, 0.5) == pytest.approx(4 * found.flops_per_image / (1e15 * 0.5 * 4 * 86400))
 
 
 def test_text_names_everything_and_says_what_is_assumed():
-    text = "\n".join(estimate.describe(estimate.estimate(config(), 1), config()))
+    text = "\n".join(estimate.describe(estimate.estimate(config(), 1)))
     for word in ("experts", "directors", "activations", "moments", "checkpoint", "assumed, not measured", "H100"):
         assert word in text
 

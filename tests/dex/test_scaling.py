@@ -13,6 +13,7 @@ import pytest
 from dex import model, scaling
 from dex.config import PRESETS, preset
 from dex.engine import build_model
+from dex.estimate import format_bytes
 from dex.scaling import Costs, Exchange, Link
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,14 @@ def test_the_largest_micro_batch_that_divides():
         scaling.split(config, 1024, 112)
 
 
+def test_a_gather_and_a_scatter_may_be_slower_than_an_all_reduce():
+    costs = COSTS._replace(per_node=2, gather_rate=0.5, scatter_rate=0.25)
+    hop, bandwidth = COSTS.inner.latency, COSTS.inner.bandwidth
+    for kind, passes, rate in (("all_reduce", 2, 1.0), ("all_gather", 1, 0.5), ("reduce_scatter", 1, 0.25)):
+        seconds = scaling.exchange_seconds(Exchange(kind, 1, 2 * 10**9), 2, costs)
+        assert seconds == pytest.approx(passes * (1e9 / bandwidth / rate + hop))
+
+
 def test_what_makes_no_sense_is_named(work):
     for ranks in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="ranks: expected a whole number of at least 1"):
@@ -211,19 +220,31 @@ def test_what_makes_no_sense_is_named(work):
         scaling.step(vary(work, batch=12), 12, "ddp", COSTS)
     with pytest.raises(ValueError, match=r"fsdp cuts dex.experts.fc2_weight \[4, 48, 192\] .* of the 64 ranks"):
         scaling.exchanges(vary(work, batch=64), 64, "fsdp")
+    again = replace(work.config, parallel=replace(work.config.parallel, checkpointing=True))
     with pytest.raises(ValueError, match="parallel.checkpointing: expected False"):
-        scaling.workload(replace(work.config, parallel=replace(work.config.parallel, checkpointing=True)))
-    for field, value in (("flops", 0), ("memory", math.nan), ("store", -1), ("fixed", -1), ("overlap", 1.1)):
+        scaling.step(scaling.workload(again), 1, "ddp", COSTS)
+    wrong = {"flops": 0, "gather_rate": 0, "memory": math.nan, "store": -1, "fixed": -1, "overlap": 1.1}
+    for field, value in wrong.items():
         with pytest.raises(ValueError, match=f"costs.{field}: expected"):
             scaling.step(work, 1, "ddp", COSTS._replace(**{field: value}))
     with pytest.raises(ValueError, match="costs.inner.bandwidth: expected a finite number above 0, got 0"):
         scaling.step(work, 1, "ddp", COSTS._replace(inner=Link(0, 0)))
 
 
-def test_a_line_for_a_dry_run(work):
-    line = scaling.describe(vary(work, batch=64), 64)
-    assert line.startswith("each of 64 ranks sends in a step: 0.00 GB with ddp, fsdp cannot: ")
-    assert "with fsdp" in scaling.describe(work, 2)
+def test_lines_for_a_dry_run(work):
+    held, saved, talk = scaling.describe(vary(work, batch=64, micro_batch=2), 4)
+    ddp, fsdp = (scaling.memory(vary(work, batch=64, micro_batch=2), 4, strategy) for strategy in ("ddp", "fsdp"))
+    text = f"{format_bytes(sum(ddp.values()))} with ddp, {format_bytes(sum(fsdp.values()))} with fsdp"
+    assert held == f"memory of each of 4 ranks, 2 images at once: {text}"
+    assert format_bytes(work.estimate.checkpoint) + " with ddp" in saved
+    assert "sends in a step: " in talk and " with ddp, " in talk
+    held, _, talk = scaling.describe(vary(work, batch=64), 64)
+    assert "64 ranks, 1 images at once: " in held and "fsdp cannot: parallel.strategy: fsdp cuts" in held
+    assert talk.endswith(" with ddp")
+    (alone,) = [line for line in scaling.describe(work, 1) if line.startswith("memory")]
+    assert "ddp" not in alone and format_bytes(sum(scaling.memory(work, 1, "ddp").values())) in alone
+    (refused,) = scaling.describe(work, 4)
+    assert refused == "4 ranks cannot: data.batch_size: expected a multiple of the 4 ranks; got 6"
 
 
 def test_the_page_is_what_the_results_say():
