@@ -16,6 +16,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from dex.distributed import ALONE, Ranks, from_first, gather, together
 
@@ -92,7 +96,7 @@ class Saver:
             self._first(lambda: self._begin(work))
             dcp.save(
                 tensors,
-                storage_writer=dcp.HuggingFaceStorageWriter(str(work), save_distributed=True),
+                storage_writer=_Writer(str(work), save_distributed=True),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
@@ -159,6 +163,27 @@ class Saver:
         )
 
 
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """torch's own, but for how a file gets written: from the tensors' memory and with Python free to train on.
+
+    torch's makes two copies of the whole file first, with Python's lock held: seconds per GB in which nothing moves.
+    """
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
+        if tensors:
+            path = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            # Where each piece lies in its tensor, as torch's reader wants it told.
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+            try:
+                save_file(tensors, path, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+            except SafetensorError as error:  # of the system: what is saved here always fits the format
+                raise OSError(f"{path}: {error}") from error
+        done.set_result([WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in plan.items])
+        return done
+
+
 def load(folder: Path) -> Checkpoint:
     """Check every hash and read the state. CheckpointError names what is wrong; FileNotFoundError."""
     step = verify(folder)
@@ -193,19 +218,24 @@ def verify(folder: Path) -> int:
     others = {p.name for p in folder.glob("*.safetensors")} - names
     if others:
         raise CheckpointError(f"{folder / min(others)}: not in {_MANIFEST}")
-    for name, entry in files.items():
-        file = folder / name
-        try:
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing")
-            size = file.stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
-            if _digest(file) != entry:
-                raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+        for _ in pool.map(lambda name: _check(folder / name, files[name]), files):
+            pass
     return step
+
+
+def _check(file: Path, entry: Mapping[str, Any]) -> None:
+    """CheckpointError unless ``file`` is what ``entry`` of the manifest says."""
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
+        if _digest(file) != entry:
+            raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def found(root: Path) -> list[tuple[int, Path]]:

@@ -4,6 +4,8 @@ import os
 import pickle
 import random
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,6 +187,31 @@ def test_a_full_disk_under_the_tensors_is_an_os_error(tmp_path):
     saver.save(2, tensors(), {"step": 2})
     saver.wait()
     assert [step for step, _ in checkpoint.found(tmp_path)] == [2]
+
+
+HOST = """
+import resource, sys, torch
+from pathlib import Path
+from dex import checkpoint
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+root, size = Path(sys.argv[1]), 25_000_000
+saver = checkpoint.Saver(root, 1)
+saver.save(1, {"a": torch.ones(10)}, {"step": 1})  # what a first save loads
+saver.wait()
+tensors = {str(i): torch.full((size,), float(i)) for i in range(4)}
+before = most()
+saver.save(2, tensors, {"step": 2})
+saver.wait()
+print((most() - before) / (4 * 4 * size))
+"""
+
+
+def test_a_save_takes_one_copy_of_what_is_saved(tmp_path):
+    words = subprocess.run([sys.executable, "-c", HOST, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 0.9 < float(words.stdout) < 1.2
 
 
 def test_what_a_kill_left_is_swept_up_by_the_next_save(tmp_path):
