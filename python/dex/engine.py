@@ -6,6 +6,7 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 import contextlib
 import gc
 import resource
+import statistics
 import sys
 import time
 from collections import deque
@@ -174,6 +175,8 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.data_wait = 0.0
         """Seconds spent waiting for the loader since it was last set to 0."""
+        self._local = _Stopwatch(self.device)
+        """Runs while the device needs no other rank: augmentation and, but for fsdp, forward."""
         self.stop_requested = False
         """Set before a step: this rank was told to stop."""
         self.stopping = False
@@ -210,18 +213,20 @@ class Trainer:
         self.at("step")
 
         size, mask_ratio = config.model.img_size, config.model.mask_ratio
-        keys = numbers.sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
-        images = augment(batch.images.to(self.device, non_blocking=True), size, keys)
-        modality = batch.modality.to(self.device, non_blocking=True)
-        mask_noise, router_noise = self._noise(keys)
+        with self._local:
+            keys = numbers.sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
+            images = augment(batch.images.to(self.device, non_blocking=True), size, keys)
+            modality = batch.modality.to(self.device, non_blocking=True)
+            mask_noise, router_noise = self._noise(keys)
         self._noise_std.fill_(values.noise_std)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        forward = contextlib.nullcontext() if config.parallel.strategy == "fsdp" else self._local
         parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
         outs, totals = [], []
         for part in parts:
             with self._gradients(last=part is parts[-1]):
-                with autocast(self.device, self.precision):
+                with forward, autocast(self.device, self.precision):
                     out = self.net(
                         images[part],
                         mask_ratio=mask_ratio,
@@ -279,7 +284,6 @@ class Trainer:
             "noise_std": values.noise_std,
             "balance_weight": values.balance_weight,
             "skipped": int(window["steps"] - good),
-            "memory_mb": self._memory_mb(),
             "modality_loss": {
                 name: loss / images
                 for name, loss, images in zip(
@@ -290,6 +294,23 @@ class Trainer:
             "usage_entropy": [analysis.usage_entropy(c) for c in counts],
             "usage_min_share": [analysis.min_share(c) for c in counts],
         }
+
+    def pace(self, steps: int) -> dict[str, Any]:
+        """What the ranks say of their time and memory in the ``steps`` since they were last asked, all of them.
+
+        data_wait_s and memory_mb: the largest. Of several ranks, slowest_rank: the one that took longest in a step for
+        what needs no other rank (loader, augmentation, and but for fsdp forward), slowest_rank_s, and median_rank_s.
+        """
+        told = gather(self.ranks, [self.data_wait, self._local.seconds(), self._memory_mb()])
+        self.data_wait = 0.0
+        waits, local, memory = zip(*told, strict=True)
+        found = {"data_wait_s": max(waits), "memory_mb": max(memory)}
+        if self.ranks.world_size > 1:
+            alone = [(wait + busy) / steps for wait, busy in zip(waits, local, strict=True)]
+            slowest = max(alone)
+            found |= {"slowest_rank": alone.index(slowest), "slowest_rank_s": slowest}
+            found |= {"median_rank_s": statistics.median_low(alone)}
+        return found
 
     def newly_unused(self) -> list[tuple[int, analysis.UnusedExperts]]:
         """(layer, its unused experts) where that changed for the worse since the last judgement.
@@ -517,6 +538,36 @@ class Trainer:
         if loss > limit:
             worst = image_loss.argsort(descending=True)[:5].tolist()
             self.spikes.append(Spike(step, loss, float(usual), [(ids[i], float(image_loss[i])) for i in worst]))
+
+
+class _Stopwatch:
+    """Seconds that the device took for what was launched inside ``with``; nothing waits for it until they are read."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def seconds(self) -> float:
+        """Since they were last read; waits for the device."""
+        spans, self._spans = self._spans, []
+        if not self._on_gpu:
+            return sum(end - began for began, end in spans)
+        if spans:
+            spans[-1][1].synchronize()
+        return sum(began.elapsed_time(end) for began, end in spans) / 1e3
 
 
 class _Told(NamedTuple):

@@ -25,6 +25,8 @@ from dex.watch import Watch
 EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
 NONFINITE_IN_A_ROW = 3
 """A run stops after so many non-finite steps one after another."""
+SLOW_RANK = 0.1
+"""A rank is called slow when it alone takes so large a share of a step longer than the median rank."""
 
 
 class Plan(NamedTuple):
@@ -79,8 +81,8 @@ def prepare(config: Config, out: Path, *, resume: str | Path | None = None, comm
     watch = Watch(ranks, config.parallel.timeout)
     try:
         return _prepare(config, Path(from_first(ranks, str(out))), resume, command, ranks, watch)
-    except BaseException:
-        watch.close()
+    except BaseException as error:
+        watch.close(error)
         stop(ranks)
         raise
 
@@ -89,6 +91,7 @@ def _prepare(
     config: Config, out: Path, resume: str | Path | None, command: Sequence[str], ranks: Ranks, watch: Watch
 ) -> "Run":
     planned, error = None, None
+    watch.at(0, "reading checkpoint and data")
     try:
         planned = plan(config, out, resume, ranks)
     except Failed:
@@ -97,8 +100,10 @@ def _prepare(
         error = e
     together(ranks, error)
     log, saved, notes = planned.log, planned.saved, planned.notes
+    watch.at(saved.state["step"] if saved else 0, "building the model")
     trainer = Trainer(config, planned.dataset, ranks=ranks, start_batch=saved.state["data_position"] if saved else 0)
     if saved:
+        watch.at(trainer.step, "loading the checkpoint")
         trainer.restore(saved)
     try:
         error = None
@@ -136,6 +141,7 @@ class Run:
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
+        self._slow: int | None = None
         on_gpu = trainer.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
@@ -146,6 +152,7 @@ class Run:
                 with self.progress.shown():
                     self._greet()
                     code = self._steps()
+                    self.watch.at(self.trainer.step, "checkpoint")
                     self.saver.wait()
                     return code
             except BaseException as error:
@@ -153,6 +160,7 @@ class Run:
                     self.watch.explain(error)  # does not come back when another rank is gone
                 if self.saved is None and self.trainer.step == 0:
                     self.log.discard()
+                self.watch.close(error)
                 raise
             finally:
                 self.watch.close()
@@ -189,6 +197,7 @@ class Run:
             saving = stopping or done == last or done % run.checkpoint_every == 0
             if saving:
                 bad += trainer.flush()
+                self._spikes()
             self.progress.step(done)
             self._report(bad)
             if trainer.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
@@ -196,8 +205,7 @@ class Run:
             if done % run.log_every == 0 or done == trainer.steps:
                 self._row()
             if stopping:  # at once: whoever stops a run kills it soon
-                self._save()
-                self.saver.wait()
+                self._save(wait=True)
             if run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps):
                 self._paused(self._evaluate)
             if saving:
@@ -214,9 +222,10 @@ class Run:
     def _row(self) -> None:
         trainer = self.trainer
         row = trainer.row()
-        seconds = time.perf_counter() - self._clock
-        images = (trainer.step - self._clock_step) * trainer.config.data.batch_size
-        row |= {"images_per_s": images / seconds, "data_wait_s": trainer.data_wait}
+        steps, seconds = trainer.step - self._clock_step, time.perf_counter() - self._clock
+        images = steps * trainer.config.data.batch_size
+        row |= {"images_per_s": images / seconds, **trainer.pace(steps)}
+        self._slow_rank(row, seconds / steps)
         if (share := mfu(trainer.config, images / seconds, self._device_name, self.ranks.world_size)) is not None:
             row["mfu"] = share
         self._restart_clock()
@@ -229,6 +238,18 @@ class Run:
                 if experts:
                     listed = ", ".join(map(str, experts))
                     self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
+
+    def _slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
+        """Say which rank the others wait for, when that changes."""
+        late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
+        slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
+        if slow not in (None, self._slow):
+            self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
+            self.progress.say(
+                f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
+                f"others wait {late:.3g} s for it"
+            )
+        self._slow = slow
 
     def _spikes(self) -> None:
         """Loss spikes with the worst images of all ranks; every rank found the same steps."""
@@ -284,12 +305,15 @@ class Run:
         if any("loss" in row for row in rows):
             log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
+        """Save this step unless it is saved; wait: until it is on the disk."""
         trainer = self.trainer
-        if trainer.step == self._saved_step:
-            return
-        self.saver.save(trainer.step, trainer.tensors(), trainer.state())
-        self._saved_step = trainer.step
+        self.watch.at(trainer.step, "checkpoint")
+        if trainer.step != self._saved_step:
+            self.saver.save(trainer.step, trainer.tensors(), trainer.state())
+            self._saved_step = trainer.step
+        if wait:
+            self.saver.wait()
 
     def _report(self, bad: Sequence[NonFinite]) -> None:
         unreadable = list(self.trainer.loader.corrupt.items())
@@ -314,8 +338,7 @@ class Run:
         trainer = self.trainer
         self._report(trainer.flush())
         trainer.nonfinite_in_a_row = 0
-        self._save()
-        self.saver.wait()
+        self._save(wait=True)
         self.log.event(trainer.step, "stopped", reason=f"{NONFINITE_IN_A_ROW} non-finite steps in a row")
         print(
             f"dex pretrain: stopped at step {trainer.step}: {NONFINITE_IN_A_ROW} non-finite steps in a row; "
@@ -330,8 +353,7 @@ class Run:
         self._report(trainer.flush())
         self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
         if trainer.step:
-            self._save()
-            self.saver.wait()
+            self._save(wait=True)
 
     def _paused(self, action: Callable[[], None]) -> None:
         """Run ``action`` without counting its time against images per second."""
@@ -340,7 +362,7 @@ class Run:
         self._clock += time.perf_counter() - began
 
     def _restart_clock(self) -> None:
-        self._clock, self._clock_step, self.trainer.data_wait = time.perf_counter(), self.trainer.step, 0.0
+        self._clock, self._clock_step = time.perf_counter(), self.trainer.step
 
 
 def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Checkpoint | None, list[str]]:

@@ -378,8 +378,14 @@ def _speed(runs: list[Run]) -> str:
         draw.overlay("Waiting for data", _waiting, percent=True, unit="of the time"),
         draw.overlay("MFU", lambda run: run.points("mfu"), percent=True, unit="of the device's peak"),
         draw.overlay("Memory", lambda run: run.points("memory_mb"), unit="MB"),
+        draw.overlay("Slowest rank", _slowest, unit="times the median rank, in what needs no other rank"),
     ]
     return _grid(charts)
+
+
+def _slowest(run: Run) -> list[tuple[int, float | None]]:
+    pairs = zip(run.points("slowest_rank_s"), run.points("median_rank_s"), strict=False)
+    return [(step, most / usual if most and usual else None) for (step, most), (_, usual) in pairs]
 
 
 def _waiting(run: Run) -> list[tuple[int, float | None]]:

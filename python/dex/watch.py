@@ -21,6 +21,8 @@ from dex.distributed import Ranks, gather
 INTERVAL = 1.0
 DEAD_AFTER = 15.0
 """Seconds without a sign of life from a process after which it is called dead or stopped."""
+_GRACE = 5.0
+"""Seconds after another rank's failure in which this one may still find out by itself what failed."""
 EXIT_FAILED = 1
 
 
@@ -35,11 +37,11 @@ class Watch:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._self = {"host": socket.gethostname(), "pid": os.getpid()}
         self._threads: list[threading.Thread] = []
         if ranks.world_size > 1:
             self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             self._main = threading.get_ident()
-            self._self = {"host": socket.gethostname(), "pid": os.getpid()}
             self._answered = self._since
             told = enumerate(gather(ranks, self._self))
             self._seen = {r: ({**self._place, **who}, self._since) for r, who in told if r != ranks.rank}
@@ -52,15 +54,24 @@ class Watch:
         self._place = {"step": step, "phase": phase}
         self._since = time.monotonic()
 
-    def close(self) -> None:
-        """This rank is done: it is no longer waited for, and waits for nobody."""
+    def close(self, failed: BaseException | None = None) -> None:
+        """This rank is done: it is no longer waited for, and waits for nobody. failed: it did not end as it should.
+
+        The others then end too, naming this one; what they wait in may not tell them (NCCL).
+        """
         self._stop.set()
+        if failed is not None and self._threads:
+            # Whoever fails in the middle of a step may wait for the others when it leaves them (NCCL).
+            self._error = failed
+            last = threading.Timer(DEAD_AFTER, self._end, [f"its own failure {DEAD_AFTER:.0f} s ago"])
+            last.daemon = True
+            last.start()
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join(5 * INTERVAL)
         if threads and not any(thread.is_alive() for thread in threads):
             try:
-                self._tell(done=True)
+                self._tell(done=True, failed=failed and f"{type(failed).__name__}: {failed}")
             except RuntimeError:
                 pass  # whoever held the store has ended already
 
@@ -90,6 +101,8 @@ class Watch:
                 # Counted up to the last answer of the store, whose own silence says nothing of a rank.
                 if not entry.get("done") and self._answered - heard > DEAD_AFTER:
                     self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
+                if entry.get("failed") and (self._error is not None or now - heard > _GRACE):
+                    self._end(f"{self._words(rank)}: failed, {entry['failed']}")
                 if entry.get("done") and self._error is not None:
                     self._end(f"{self._words(rank)}: ended while this rank was not done")
             if now - self._answered > DEAD_AFTER:
@@ -124,11 +137,16 @@ class Watch:
         slow = [rank for rank in behind if places[rank]["phase"] != "step"] or behind
         return "furthest behind: " + "; ".join(self._words(rank) for rank in sorted(slow))
 
+    def who(self, rank: int) -> str:
+        """A rank, its process and its machine."""
+        entry = self._seen[rank][0] if rank in self._seen else self._self
+        return f"rank {rank} (process {entry['pid']} on {entry['host']})"
+
     def _words(self, rank: int) -> str:
         entry = self._seen[rank][0] if rank in self._seen else self._place
-        who = f" (process {entry['pid']} on {entry['host']})" if "pid" in entry else ""
+        who = self.who(rank) if rank in self._seen else f"rank {rank}"
         where = f" in {entry['where']}" if entry.get("where") else ""
-        return f"rank {rank}{who}, step {entry['step'] + 1}, {entry['phase']}{where}"
+        return f"{who}, step {entry['step'] + 1}, {entry['phase']}{where}"
 
     def _end(self, reason: str) -> None:
         with self._lock:

@@ -31,6 +31,17 @@ def pytest_configure(config):
     config.stash[ROWS] = []
 
 
+def pytest_collection_modifyitems(items):
+    """The page is compared with what was tried, so it comes last."""
+    items.sort(key=lambda item: item.path.name == "test_page.py")
+
+
+@pytest.fixture
+def tried(request) -> list[dict]:
+    """What promises were tried so far, as in the results."""
+    return request.config.stash[ROWS]
+
+
 @pytest.fixture(scope="session")
 def full() -> bool:
     return os.environ.get("DEX_RELIABILITY") == "full"

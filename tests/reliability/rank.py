@@ -25,9 +25,9 @@ OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", 
 class FileFaults:
     """Counts what one thread does to files and makes one operation fail.
 
-    Covered: files opened for writing (``open``, ``Path.open``) and each of their writes, `os.mkdir`, `os.open`,
-    `os.fsync`, `os.rename`, `os.replace`, `os.unlink`, `os.rmdir`, `os.chmod`. Not covered: what the kernel had not
-    written to the disk when the power went.
+    Covered: files opened for writing (``open``, ``Path.open``) and each of their writes, the file of tensors as one
+    write, `os.mkdir`, `os.open`, `os.fsync`, `os.rename`, `os.replace`, `os.unlink`, `os.rmdir`, `os.chmod`. Not
+    covered: what the kernel had not written to the disk when the power went.
     number: the operation, from 1; None only counts. how: the process is killed "before" it, "after" it or half-way
     through a write ("torn"), or the disk is "full" from there on (OSError ENOSPC).
     """
@@ -38,6 +38,10 @@ class FileFaults:
             setattr(os, name, self._wrapped(getattr(os, name), name))
         real = io.open
         builtins.open = io.open = lambda *a, **k: self._opened(real, *a, **k)
+        from dex import checkpoint
+
+        save_file = checkpoint.save_file
+        checkpoint.save_file = lambda *a: self._hit("write", lambda: save_file(*a), lambda: self._half(save_file, *a))
 
     def _hit(self, name, act, torn=None):
         if threading.current_thread().name != self.thread:
@@ -60,6 +64,11 @@ class FileFaults:
             with contextlib.suppress(OSError):
                 act()
         os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def _half(save_file, tensors, path, *a):
+        save_file(tensors, path, *a)
+        os.truncate(path, path.stat().st_size // 2)
 
     def _wrapped(self, real, name):
         return lambda *a, **k: self._hit(name, lambda: real(*a, **k))
@@ -192,6 +201,36 @@ def put_in(faults):
             return next_batch(self)
 
         engine.Trainer._next_batch = fail
+    if "like_nccl" in faults:  # what waits for a rank that failed goes on waiting, and so does leaving it
+
+        def wait_for_ever(self):
+            try:
+                return train_step(self)
+            except RuntimeError:
+                time.sleep(3600)
+
+        engine.Trainer.train_step = wait_for_ever
+        if here:
+            from dex import pretrain
+
+            pretrain.stop = lambda ranks: time.sleep(3600)
+    if "slow_forward" in faults and here:
+
+        def slow(self, *a, **k):
+            time.sleep(faults["slow_forward"] if self.training else 0)
+            return forward(self, *a, **k)
+
+        engine.MaskedAutoencoder.forward = slow
+    if "slow_loader" in faults and here:
+        from dex.data import Loader
+
+        real_batch = Loader.__next__
+
+        def late(self):
+            time.sleep(faults["slow_loader"])
+            return real_batch(self)
+
+        Loader.__next__ = late
     if "unreadable_from" in faults and here:
         from dex.data.folder import FolderDataset
 

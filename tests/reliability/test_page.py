@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,16 @@ def test_the_results_are_of_every_row():
     assert results["full"] and {row["row"] for row in results["rows"]} == set(range(7, 19))
     assert not results["failed"] and all(row["done"] == row["wanted"] for row in results["rows"])
     assert {"commit", "torch", "cpu"} <= results["machine"].keys()
+    assert results["machine"]["commit"] and not results["machine"]["dirty"]
+
+
+def test_the_results_are_of_the_promises_as_they_are(tried):
+    """Runs after all that try a promise. Numbers aside: a sample takes fewer steps."""
+
+    def words(row):
+        return row["row"], re.sub(r"[\d,]+", "#", row["promise"])
+
+    if not tried:
+        pytest.skip("no promise was tried in this session")
+    results = json.loads((ROOT / "benchmarks/results/reliability/two-ranks.json").read_text())
+    assert {words(row) for row in tried} <= {words(row) for row in results["rows"]}, "run `make reliability`"
