@@ -45,6 +45,17 @@ def usage_entropy(counts: Tensor) -> float:
     return float(-(share * share.clamp_min(1e-300).log()).sum() / math.log(counts.numel()))
 
 
+def gate_entropy(gates: Tensor) -> Tensor:
+    """How undecided the router is among the experts that it chose: mean entropy of the rows of ``gates [B, K]``.
+
+    Over log K: 1 for equal gates, 0 for one that takes all and for K = 1. 0-dim float64.
+    """
+    if gates.shape[-1] < 2:
+        return gates.new_zeros((), dtype=torch.float64)
+    share = gates.detach().double()
+    return -torch.special.xlogy(share, share).sum(-1).mean() / math.log(gates.shape[-1])
+
+
 def min_share(counts: Tensor) -> float:
     """Share of the least used expert of ``counts [E]``; 0 when nothing was counted."""
     return float(counts.min() / counts.sum().clamp_min(1))

@@ -29,6 +29,8 @@ class Evaluation(NamedTuple):
     """Per layer float64 ``[M, E_l]``: gate mass that each modality gives to each expert. Empty when monolithic."""
     probe: float | None
     """Share of the held-out images whose modality a kNN probe tells; None with a single modality."""
+    gate_entropy: list[float]
+    """Per layer, without exploration noise; see `dex.analysis.gate_entropy`."""
     director_distance: list[float]
     """Per layer; see `dex.probe.director_distance`."""
     original: Tensor
@@ -78,6 +80,7 @@ class Evaluator:
         names, size = self.modalities, self.config.model.img_size
         loss = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         mass = [torch.zeros(len(names), e, dtype=torch.float64, device=self.device) for e in self.experts]
+        entropy = torch.zeros(len(self.experts), dtype=torch.float64, device=self.device)
         shown: list[tuple[Tensor, Tensor, Tensor]] = []
         chunk = min(self.config.data.batch_size, 64)
         self.model.eval()
@@ -90,6 +93,7 @@ class Evaluator:
             loss += analysis.one_hot(kinds, len(names)).T @ out.image_loss.double()
             for layer, (gates, indices) in enumerate(zip(out.gates, out.expert_indices, strict=True)):
                 mass[layer] += analysis.expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
+                entropy[layer] += len(gates) * analysis.gate_entropy(gates)
             if begin < pictures:
                 n = pictures - begin
                 rebuilt = self.model.reconstruct(images, out)
@@ -104,6 +108,7 @@ class Evaluator:
             {name: float(loss[m] / counts[m]) for m, name in enumerate(names) if counts[m]},
             [m.cpu() for m in mass],
             self._probe(images_u8, modality),
+            (entropy / len(images_u8)).tolist(),
             director_distance(self.model),
             denormalize(original).cpu(),
             masked.cpu(),

@@ -281,6 +281,7 @@ class Run:
             row = {"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss}
             row |= {"probe_knn": found.probe, "director_distance": found.director_distance}
             if found.mass:
+                row["val_gate_entropy"] = found.gate_entropy
                 row["val_expert_mass"] = {
                     name: [[round(v, 4) for v in layer[m].tolist()] for layer in found.mass]
                     for m, name in enumerate(trainer.modalities)

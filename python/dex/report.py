@@ -330,6 +330,7 @@ def _experts(runs: list[Run]) -> str:
     by_layer = [
         draw.layers("Usage entropy", "usage_entropy", unit="1 = even load"),
         draw.layers("Least used expert's share", "usage_min_share", percent=True, unit="of the slots"),
+        draw.layers("Gate entropy", "val_gate_entropy", unit="1 = equal gates, held-out images"),
         draw.layers("Director to experts", "director_distance", unit="relative distance"),
     ]
     probe = draw.overlay(

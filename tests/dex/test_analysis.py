@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -30,3 +32,11 @@ def test_entropy_is_one_when_even_and_zero_when_collapsed():
     assert analysis.usage_entropy(torch.tensor([20, 0, 0, 0])) == pytest.approx(0.0, abs=1e-12)
     assert analysis.usage_entropy(torch.tensor([10, 10, 0, 0])) == pytest.approx(0.5)
     assert analysis.min_share(torch.tensor([3, 1, 4, 2])) == pytest.approx(0.1)
+
+
+def test_gate_entropy_is_the_mean_over_images():
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    gates = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.75, 0.25]])
+    assert float(analysis.gate_entropy(gates)) == pytest.approx((1 + 0 + quarter) / 3)
+    assert float(analysis.gate_entropy(torch.full((2, 3), 1 / 3))) == pytest.approx(1.0)
+    assert float(analysis.gate_entropy(torch.ones(4, 1))) == 0.0

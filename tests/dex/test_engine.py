@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from dex import checkpoint, engine
+from dex import analysis, checkpoint, engine
 from dex.data import open_dataset
 from dex.engine import Trainer
 
@@ -239,7 +239,13 @@ def test_dead_experts_are_told_once(trainer):
 def test_held_out_images_take_turns_between_modalities(trainer, images):
     t = trainer(run__evaluate_images=6)
     held_out = open_dataset(images).split("val").modality_counts()
+    seen = []
+    for layer in t.model.encoder.dex_layers:
+        layer.register_forward_hook(lambda layer, arguments, out: seen.append(out[1].gates))
     found = t.evaluate()
+    # 6 images are one batch, forward twice: for the loss, then for the probe
+    assert found.gate_entropy == [pytest.approx(float(analysis.gate_entropy(gates))) for gates in seen[:2]]
+    assert all(0 < e < 1 for e in found.gate_entropy)
     present = [name for name, n in held_out.items() if n]
     assert set(found.labels[: len(present)]) == set(present)
     assert len(found.labels) <= 6 and found.original.shape == (len(found.labels), 3, 64, 64)

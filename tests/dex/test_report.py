@@ -369,12 +369,15 @@ def test_what_a_run_did_not_log_is_not_mentioned(few, tmp_path):
 
 
 def test_what_newer_runs_log_is_shown(tmp_path):
-    more = {"mfu": 0.4125, "memory_mb": 61000.5, "director_distance": [0.5, 0.75]}
+    more = {"mfu": 0.4125, "memory_mb": 61000.5, "director_distance": [0.5, 0.75], "val_gate_entropy": [0.25, 0.5]}
+    more |= {"slowest_rank": 1, "slowest_rank_s": 0.75, "median_rank_s": 0.5}
     rows = [row(4, **more), row(8, **more | {"mfu": None, "skipped": 3, "loss": None}), held_out(8, probe_knn=0.875)]
     page = read(write(tmp_path / "run", rows), out=tmp_path / "r.html")
     assert page.lines["MFU"] == {"MFU": [(4, 0.4125)]}
     assert page.lines["Memory"] == {"Memory": [(4, 61000.5), (8, 61000.5)]}
     assert page.lines["Director to experts"] == {"layer 0": [(4, 0.5), (8, 0.5)], "layer 1": [(4, 0.75), (8, 0.75)]}
+    assert page.lines["Gate entropy"] == {"layer 0": [(4, 0.25), (8, 0.25)], "layer 1": [(4, 0.5), (8, 0.5)]}
+    assert page.lines["Slowest rank"] == {"Slowest rank": [(4, 1.5), (8, 1.5)]}
     assert page.lines["kNN probe"] == {"kNN probe": [(8, 0.875)]}
     head = page.section_words("")
     assert (
