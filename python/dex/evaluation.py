@@ -18,6 +18,8 @@ from dex.probe import director_distance, knn_accuracy
 from dex.schedules import step_seed
 
 _SEED = 0xE7A1
+_KNOWN = 4
+"""Training images that the probe knows, for every held-out one."""
 
 
 class Evaluation(NamedTuple):
@@ -47,7 +49,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Evaluator:
     """Evaluates ``model`` on up to ``run.evaluate_images`` images of ``held_out``, always the same ones.
 
-    ``train``: the probe knows as many of these.
+    ``train``: the probe knows four times as many of these.
     """
 
     def __init__(
@@ -119,20 +121,26 @@ class Evaluator:
     def _probe(self, images: Tensor, modality: Tensor) -> float | None:
         """Accuracy of a kNN probe of the modality, by CLS tokens of whole images: held-out ones among training ones."""
         if self._known is None:
-            self._known = _spread_out(self.train, self.config.run.evaluate_images)
-        if len(self._known[1].unique()) < 2:
+            self._known = _spread_out(self.train, _KNOWN * self.config.run.evaluate_images)
+        kinds = len(self._known[1].unique())
+        if kinds < 2:
             return None
-        (known, known_modality), chunk = self._known, min(self.config.data.batch_size, 64)
+        known, known_modality = self._known
+        first, second = self._tokens(known), self._tokens(images)
+        # A modality needs enough known images to win a vote of k.
+        k = min(20, max(1, len(known) // kinds // 2))
+        return knn_accuracy(first, known_modality.to(self.device), second, modality.to(self.device), k=k).accuracy
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """CLS tokens ``[B, D]`` of whole images, uint8 on the host."""
+        chunk, size = min(self.config.data.batch_size, 64), self.config.model.img_size
         self.model.eval()
-        tokens = []
-        for begin in range(0, len(known) + len(images), chunk):
-            both = torch.cat([known, images])[begin : begin + chunk].to(self.device)
+        found = []
+        for part in images.split(chunk):
             with autocast(self.device, self.precision):
-                tokens.append(self.model(center(both, self.config.model.img_size), mask_ratio=0.0).cls.float())
+                found.append(self.model(center(part.to(self.device), size), mask_ratio=0.0).cls.float())
         self.model.train()
-        tokens = torch.cat(tokens)
-        first, second = tokens[: len(known)], tokens[len(known) :]
-        return knn_accuracy(first, known_modality.to(self.device), second, modality.to(self.device)).accuracy
+        return torch.cat(found)
 
     def _hidden(self, images: Tensor, mask: Tensor) -> Tensor:
         """``images`` with NaN where a patch is hidden."""

@@ -4,9 +4,10 @@ import shutil
 import pytest
 import torch
 
-from dex import analysis, checkpoint, engine
+from dex import analysis, checkpoint, engine, evaluation
 from dex.data import open_dataset
 from dex.engine import Trainer
+from dex.probe import knn_accuracy
 
 
 @pytest.fixture
@@ -257,6 +258,19 @@ def test_held_out_images_take_turns_between_modalities(trainer, images):
     assert torch.equal(found.reconstruction[same], found.original[same])  # visible patches are the image's own
     for layer in found.mass:
         torch.testing.assert_close(layer.sum(), torch.tensor(float(len(found.labels)), dtype=torch.float64))
+
+
+def test_the_probe_knows_enough_images_of_every_modality(trainer, monkeypatch):
+    asked = []
+
+    def probe(known, known_modality, held_out, modality, k):
+        asked.append((len(known), known_modality.bincount().tolist(), len(held_out), k))
+        return knn_accuracy(known, known_modality, held_out, modality, k=k)
+
+    monkeypatch.setattr(evaluation, "knn_accuracy", probe)
+    t = trainer(run__evaluate_images=6)
+    assert 0 <= t.evaluate().probe <= 1
+    assert asked == [(24, [8, 8, 8], 6, 4)]  # with k = 20 most of an image's neighbours would be of other modalities
 
 
 def test_a_data_set_without_held_out_images_trains(tiny, images, change, tmp_path):
