@@ -582,7 +582,7 @@ MISBEHAVE = """
         if "fault" in files[0].name:
             raise KeyError(files[0].name)
         if "slow" in files[0].name:
-            for _ in range(15):
+            for _ in range(40):  # for longer than the limit, but never silent for so long
                 time.sleep(0.1)
                 options["beat"]()
         if "late" in files[0].name:
@@ -611,7 +611,7 @@ def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "work", misreader.work)
         facts, _ = start(
-            [source(tmp_path / "root")], tmp_path / "out", limits=readers.Limits(seconds=1.0), max_unreadable=20
+            [source(tmp_path / "root")], tmp_path / "out", limits=readers.Limits(seconds=3.0), max_unreadable=20
         )
     (one,) = facts["sources"]
     assert one["refused"] == {"crash": 1, "timeout": 1, "too large": 1, "unreadable": 2}
