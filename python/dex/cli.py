@@ -278,6 +278,9 @@ def _prepare(arguments: list[str]) -> Callable[[], int]:
     except prepare.Stopped as error:
         stopped = f"dex prepare: stopped by {error}"
         return lambda: _stopped(stopped, again)
+    except prepare.Failed as error:
+        failed = error
+        return lambda: _failed("dex prepare", failed)
 
     def carry_out() -> int:
         try:

@@ -49,7 +49,7 @@ def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
     assert [file.path for file in found[2].files] == ["b/1.2.840.4", "b/1.dcm", "b/2.dcm"]
     status = os.stat(root / "b/1.dcm")
     assert found[2].files[1] == File("b/1.dcm", 132, status.st_mtime_ns)
-    assert (listing.files, listing.bytes) == (7, 6 * 132 + 1)
+    assert (listing.files, sum(listing.sizes)) == (7, 6 * 132 + 1)
     assert listing.formats == ["array", "dicom", "nifti", "picture", "video"]
     assert listing.ignored == {
         "symbolic links": 2,
@@ -150,6 +150,8 @@ def test_groups_keep_patients_together():
         assert here.group("x/1.dcm", nobody) == here.group("x/y/2.dcm", "") != here.group("z/1.dcm", nobody)
         assert here.group("x/1.dcm", nobody) != there.group("x/1.dcm", nobody)
     assert here.group("1.dcm", "") != here.group("2.dcm", "")
+    assert here.group("1.dcm", "", alone=False) == here.group("2.dcm", "", alone=False)
+    assert here.group("x/y/1.dcm", "", alone=False) == here.group("x/2.dcm", "") != here.group("z/1.dcm", "")
     below = Names(source(), SALT, common=1)
     assert below.group("data/p1/a.png", "") == below.group("data/p1/b.png", "") != below.group("data/p2/a.png", "")
     told = Names(source(patient=r"(sub-\d+)"), SALT)

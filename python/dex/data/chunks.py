@@ -249,7 +249,8 @@ class _Work:
         settings, source = self._job.settings, self._source
         if stack.burned_in and not settings.allow_burned_in:
             raise Refused("burned-in", "the header declares burned-in annotation")
-        group = self._names.group(self._unit.files[0].path, stack.patient)
+        alone = self._unit.format != "dicom"
+        group = self._names.group(self._unit.files[0].path, stack.patient, alone)
         common = {
             "group": group,
             "split": source.split or split_of(group, source.val_share),

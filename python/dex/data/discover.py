@@ -1,7 +1,8 @@
 """Which files a source has, and how they are cut into chunks of work: a function of the listing alone.
 
 A unit is what is decoded together: all DICOM files of one folder, or one file of another format. Units are in the order
-of their keys' bytes, whatever the locale. A listing is kept as JSON lines, one a unit:
+of their keys' bytes, whatever the locale. A folder of very many DICOM files is `large`: `parted` puts its series, which
+only the headers tell, in its place. A listing is kept as JSON lines, one a unit:
 
     {"key": "patient-3/ct", "format": "dicom", "files": [["patient-3/ct/0001.dcm", size, mtime_ns], ...]}
 
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from .sources import Source
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
+LARGE = 2000
+"""A folder of more DICOM files is parted into its series before it is cut into chunks."""
 
 
 class File(NamedTuple):
@@ -48,24 +51,25 @@ class Chunk(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """lines: one a unit, in order; ignored: what was passed over, by reason; common: the number of folders that all
-    paths begin with."""
+    """lines: one a unit, in order; sizes: the bytes of each unit's files; digest: sha256 (hex) of paths, sizes and
+    times, another one means that the input has changed; large: the numbers of the units that `parted` parts; ignored:
+    what was passed over, by reason; common: the number of folders that all paths begin with."""
 
     lines: list[bytes]
+    sizes: list[int]
+    digest: str
+    large: list[int]
     files: int
-    bytes: int
-    chunks: list[Chunk]
     formats: list[str]
     common: int
     ignored: dict[str, int]
 
     @property
-    def digest(self) -> str:
-        """sha256 (hex) of paths, sizes and times: another one means that the input has changed."""
-        digest = hashlib.sha256()
-        for line in self.lines:
-            digest.update(line)
-        return digest.hexdigest()
+    def chunks(self) -> list[Chunk]:
+        return cut(zip(map(len, self.lines), self.sizes, strict=True))
+
+    def unit(self, number: int) -> Unit:
+        return _unit(self.lines[number])
 
 
 def discover(source: Source, root: Path) -> Listing:
@@ -95,17 +99,40 @@ def discover(source: Source, root: Path) -> Listing:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
         raise ValueError(f"{source.name}: expected files that its patterns name below its root; found {seen}")
     units.sort(key=lambda unit: os.fsencode(unit.key))
-    lines = [json.dumps(unit, separators=(",", ":")).encode() + b"\n" for unit in map(Unit._asdict, units)]
-    sizes = [sum(file.size for file in unit.files) for unit in units]
+    lines = [_line(unit) for unit in units]
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line)
     return Listing(
         lines,
+        [_size(unit) for unit in units],
+        digest.hexdigest(),
+        [number for number, unit in enumerate(units) if unit.format == "dicom" and len(unit.files) > LARGE],
         sum(len(unit.files) for unit in units),
-        sum(sizes),
-        cut(zip(map(len, lines), sizes, strict=True)),
         sorted({unit.format for unit in units}),
         len(common or ()),
         dict(sorted(ignored.items())),
     )
+
+
+def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
+    """The listing with a unit for each series in the place of each large unit, called by its first file.
+
+    series: of each large unit, in order, the name of each file's series.
+    """
+    lines, sizes, start = [], [], 0
+    for number, names in zip(listing.large, series, strict=True):
+        lines += listing.lines[start:number]
+        sizes += listing.sizes[start:number]
+        found: dict[str, list[File]] = {}
+        for file, name in zip(listing.unit(number).files, names, strict=True):
+            found.setdefault(name, []).append(file)
+        for files in found.values():  # in the order of their first files
+            unit = Unit(files[0].path, "dicom", tuple(files))
+            lines.append(_line(unit))
+            sizes.append(_size(unit))
+        start = number + 1
+    return listing._replace(lines=lines + listing.lines[start:], sizes=sizes + listing.sizes[start:], large=[])
 
 
 def cut(sizes: Iterable[tuple[int, int]]) -> list[Chunk]:
@@ -129,9 +156,7 @@ def read_units(listing: Path, chunk: Chunk) -> list[Unit]:
     """The units of one chunk."""
     with open(listing, "rb") as file:
         file.seek(chunk.offset)
-        lines = file.read(chunk.length).splitlines()
-    rows = map(json.loads, lines)
-    return [Unit(row["key"], row["format"], tuple(File(*file) for file in row["files"])) for row in rows]
+        return [_unit(line) for line in file.read(chunk.length).splitlines()]
 
 
 def is_unchanged(root: Path, file: File) -> bool:
@@ -183,3 +208,16 @@ def _format(source: Source, root: Path, path: str) -> str | None:
 
 def _path(file: File) -> bytes:
     return os.fsencode(file.path)
+
+
+def _size(unit: Unit) -> int:
+    return sum(file.size for file in unit.files)
+
+
+def _line(unit: Unit) -> bytes:
+    return json.dumps(unit._asdict(), separators=(",", ":")).encode() + b"\n"
+
+
+def _unit(line: bytes) -> Unit:
+    row = json.loads(line)
+    return Unit(row["key"], row["format"], tuple(File(*file) for file in row["files"]))

@@ -62,8 +62,9 @@ class Names:
             return f"{self._source.name}/{self._hash('unit', self._source.name, key)}"
         return "/".join(part for part in (self._source.name, _safe(key)) if part)
 
-    def group(self, path: str, patient: str) -> str:
-        """What keeps a patient's images together. path: of a file, below the root; patient: the header's, or ""."""
+    def group(self, path: str, patient: str, alone: bool = True) -> str:
+        """What keeps a patient's images together. path: of a file, below the root; patient: the header's, or "";
+        alone: False where the files beside it may be the same patient's."""
         found = self._patient.search(path) if self._patient else None
         if found and found.group(1):
             return self._folder(found.group(1))
@@ -73,6 +74,8 @@ class Names:
                 return "patient-" + hashlib.sha256(patient.encode("utf-8", "surrogatepass")).hexdigest()[:32]
             return self._hash("patient", patient)  # without the source: a patient may be in several
         parts = path.split("/")
+        if not alone:
+            parts[-1] = ""
         return self._folder("/".join(parts[: self._common + 1]))
 
     def _folder(self, name: str) -> str:

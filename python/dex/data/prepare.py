@@ -4,6 +4,7 @@
     OUT.private/    mode 0700, never to be given away with the set
         salt            what private ids are hashed with; made once
         plan.json       what was listed and how it is cut into chunks; units/: the listing itself
+        headers/        which series the files of large folders belong to, until the set is written
         chunks/         what is done, until the set is written
         ids/            id -> path, of every image and of every file that was refused
         log.jsonl       starts, refusals with their reasons, faults
@@ -32,16 +33,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import chunks, join, packages, readers, workers
+from . import chunks, join, packages, readers, scan, workers
 from .chunks import Counts, Job, Settings, sync_folder
-from .discover import Chunk, discover
+from .discover import Chunk, Listing, discover, parted
 from .ids import SALT, read_salt
 from .shards import MANIFEST
 from .sources import Source, to_yaml
 from .summary import Progress
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
-PLAN, LOG = "plan.json", "log.jsonl"
+PLAN, LOG, HEADERS = "plan.json", "log.jsonl", "headers"
 MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.001
 CACHE = Path("~/.cache/dex")
 NAMED = 20
@@ -137,10 +138,10 @@ def private_folder(out: Path) -> Path:
 
 
 def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], None] = print) -> Run:
-    """Fetch, list, plan and lock: everything up to the first file that is decoded. Writes OUT.private only.
+    """Fetch, list, plan and lock: everything up to the first image that is decoded. Writes OUT.private only.
 
     ValueError: wrong options, a source without files, an earlier start of other sources or settings, an input that has
-    changed since. OSError: no network, no permission; BlockingIOError: another process does the same part.
+    changed since. OSError: no network, no permission; BlockingIOError: another process does the same part. Failed.
     """
     out = Path(os.path.abspath(options.out))
     if out == out.parent:
@@ -148,14 +149,17 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
     options = dataclasses.replace(options, out=out, cache=options.cache.expanduser())
     check(sources, options)
     private = private_folder(out)
+    begun = (private / PLAN).exists()
     with tempfile.TemporaryDirectory(prefix="dex-") as scratch:
         planned = []
         for number, source in enumerate(sorted(sources, key=lambda source: source.name)):
-            planned.append(_list(source, options, Path(scratch) / f"{number:03d}.jsonl", say))
-        for one in planned if len(planned) <= LISTED else ():
-            say(f"{one.source.name}: {_amount([one])}")
-        if len(planned) > 1:
-            say(f"{len(planned)} sources: {_amount(planned)}")
+            root, listing = _list(source, options, say)
+            if listing.large and not begun:
+                listing = _parted(source, root, listing, options, private, say)
+            with open(Path(scratch) / f"{number:03d}.jsonl", "wb") as file:
+                file.writelines(listing.lines)
+            planned.append(_Planned(source, root, _entry(source, listing)))
+            del listing
         plan = {
             "format": "dex-plan",
             "version": 1,
@@ -169,15 +173,24 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
         private.chmod(0o700)
         with _lock(private / "plan.lock", wait=True):
             if (private / PLAN).exists():
-                _compare(_read_json(private / PLAN), plan)
+                old = _read_json(private / PLAN)
+                _compare(old, plan)
                 if not ((private / SALT).exists() or (out / MANIFEST).exists()):
                     raise ValueError(f"out: the salt in {private} is gone, so the ids are lost; {_begin_anew(private)}")
                 salt = read_salt(private)
+                # the files are the same, and what their headers said was written down by the first start
+                planned = [
+                    dataclasses.replace(one, entry=entry) for one, entry in zip(planned, old["sources"], strict=True)
+                ]
             else:
                 salt = read_salt(private)
                 for path in sorted(Path(scratch).iterdir()):
                     shutil.copyfile(path, private / "units" / path.name)
                 _write_synced(private / PLAN, json.dumps(plan).encode() + b"\n")
+    for one in planned if len(planned) <= LISTED else ():
+        say(f"{one.source.name}: {_amount([one])}")
+    if len(planned) > 1:
+        say(f"{len(planned)} sources: {_amount(planned)}")
     return Run(options, planned, salt, say)
 
 
@@ -301,7 +314,7 @@ class Run:
         return _read_json(self._options.out / "card.json")
 
     def _clean(self) -> None:
-        for folder in ("chunks", "set"):
+        for folder in ("chunks", "set", HEADERS):
             shutil.rmtree(self._private / folder, ignore_errors=True)
 
     def _job(self, one: _Planned, number: int, name: str, chunk: Chunk) -> Job:
@@ -363,7 +376,7 @@ class Run:
             os.close(descriptor)
 
 
-def _list(source: Source, options: Options, target: Path, say: Callable[[str], None]) -> _Planned:
+def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple[Path, Listing]:
     if source.package is not None:
         if not (options.cache / source.package.file).exists():
             say(f"{source.name}: fetching {source.package.file}")
@@ -376,8 +389,6 @@ def _list(source: Source, options: Options, target: Path, say: Callable[[str], N
         if Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
             raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
     listing = discover(source, root)
-    with open(target, "wb") as file:
-        file.writelines(listing.lines)
     for format in listing.formats:
         try:
             readers.load(format)
@@ -385,22 +396,47 @@ def _list(source: Source, options: Options, target: Path, say: Callable[[str], N
             say(f"{source.name}: {format} files will be refused: {refused.detail}")
     for reason, count in listing.ignored.items():
         say(f"{source.name}: passed over {count:,} {reason}")
-    return _Planned(
-        source,
-        root,
-        {
-            "name": source.name,
-            # where the files lie may differ from machine to machine
-            "description": to_yaml(dataclasses.replace(source, root=None)),
-            "digest": listing.digest,
-            "units": len(listing.lines),
-            "files": listing.files,
-            "bytes": listing.bytes,
-            "formats": listing.formats,
-            "common": listing.common,
-            "chunks": [list(chunk) for chunk in listing.chunks],
-        },
-    )
+    return root, listing
+
+
+def _parted(
+    source: Source, root: Path, listing: Listing, options: Options, private: Path, say: Callable[[str], None]
+) -> Listing:
+    """With the series of large folders as units, for which their headers are read."""
+    try:
+        readers.load("dicom")
+    except readers.Refused:  # as `_list` said: all will be refused
+        return listing
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        series = scan.scan(
+            listing,
+            root,
+            private / HEADERS / source.name,
+            limits=options.limits,
+            processes=options.workers,
+            part=options.shard,
+            say=lambda text: say(f"{source.name}: {text}"),
+        )
+    except workers.WorkerFault as fault:
+        raise Failed(f"a fault in dex: {fault}") from None
+    return parted(listing, series)
+
+
+def _entry(source: Source, listing: Listing) -> dict[str, Any]:
+    """What the plan says of a source."""
+    return {
+        "name": source.name,
+        # where the files lie may differ from machine to machine
+        "description": to_yaml(dataclasses.replace(source, root=None)),
+        "digest": listing.digest,
+        "units": len(listing.lines),
+        "files": listing.files,
+        "bytes": sum(listing.sizes),
+        "formats": listing.formats,
+        "common": listing.common,
+        "chunks": [list(chunk) for chunk in listing.chunks],
+    }
 
 
 def _amount(planned: Sequence[_Planned]) -> str:

@@ -6,6 +6,7 @@ and no text of a library, which could hold a header's, leaves a reader.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,13 @@ def is_dicom(path: Path) -> bool:
             return has_magic(file)
     except (Refused, OSError):
         return False
+
+
+def series_of(path: Path, limits: Limits) -> str:
+    """A name for what `read` puts a DICOM file together with, by its header; "" where that cannot be read."""
+    load("dicom")
+    found = importlib.import_module(".dicom", __name__).series_of(path, limits)
+    return hashlib.sha256("\0".join(found).encode("utf-8", "surrogatepass")).hexdigest()[:16] if found else ""
 
 
 def load(format: str) -> None:
@@ -103,4 +111,5 @@ __all__ = [
     "is_dicom",
     "load",
     "read",
+    "series_of",
 ]

@@ -75,8 +75,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
         try:
             with quiet("DICOM header"):
                 head, place = read_header(path, limits)
-                # careless anonymisers give the series of several patients one UID, or none
-                identity = text(head, "SeriesInstanceUID"), text(head, "StudyInstanceUID"), _patient(head)
+                identity = _identity(head)
                 _add(found[identity], head, path, place, limits)
         except Refused as error:
             error.file = path.name
@@ -101,6 +100,20 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambd
     stacks[0].refused.extend(refused)
     while stacks:  # a stack given away is not held here, nor what it keeps in memory
         yield stacks.pop(0)
+
+
+def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
+    """What the files of one series share, which `read` puts together; () for a file that it refuses at once."""
+    try:
+        with quiet("DICOM header"):
+            return _identity(read_header(path, limits)[0])
+    except Refused:
+        return ()
+
+
+def _identity(head) -> tuple[str, ...]:
+    # careless anonymisers give the series of several patients one UID, or none
+    return text(head, "SeriesInstanceUID"), text(head, "StudyInstanceUID"), _patient(head)
 
 
 def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) -> None:
