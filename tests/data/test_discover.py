@@ -60,6 +60,40 @@ def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
     }
 
 
+MHD = b"NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = %s\n"
+
+
+def test_a_file_that_holds_the_data_of_another_belongs_to_it(tmp_path):
+    root = tmp_path / "root"
+    write(root, "p/scan.mhd", data=MHD % b"scan 1.raw")
+    write(root, "p/scan 1.raw", "p/other.raw", "q/a.hdr", "q/a.img", "q/b.hdr", "c.HDR.gz", "c.img.gz", data=bytes(8))
+    write(root, "p/two.nhdr", data=b"NRRD0004\nencoding: raw\ndata file: two.dat\n")
+    write(root, "p/two.dat", data=bytes(8))
+    for name, place in (("out", b"../secret.raw"), ("link", b"link.raw"), ("own", b"own.mhd"), ("lost", b"lost.raw")):
+        write(root, f"r/{name}.mhd", data=MHD % place)
+    write(tmp_path, "secret.raw")
+    os.symlink(root / "p/other.raw", root / "r/link.raw")
+    listing = discover.discover(source(), root)
+    found = {unit.key: (unit.format, [file.path for file in unit.files]) for unit in units(listing, tmp_path)}
+    assert found == {
+        "c.HDR.gz": ("nifti", ["c.HDR.gz", "c.img.gz"]),
+        "p/scan.mhd": ("metaimage", ["p/scan.mhd", "p/scan 1.raw"]),
+        "p/two.nhdr": ("metaimage", ["p/two.nhdr", "p/two.dat"]),
+        "q/a.hdr": ("nifti", ["q/a.hdr", "q/a.img"]),
+        "q/b.hdr": ("nifti", ["q/b.hdr"]),
+        **{f"r/{name}.mhd": ("metaimage", [f"r/{name}.mhd"]) for name in ("out", "link", "own", "lost")},
+    }
+    assert listing.ignored == {"of no known format": 1, "symbolic links": 1}  # p/other.raw, r/link.raw
+    assert listing.files == 13
+    os.utime(root / "p/scan 1.raw", ns=(0, 1))
+    assert discover.discover(source(), root).digest != listing.digest
+    # patterns need not name it, and where they do, or say what every file is, it is no unit of its own
+    for files, format in ((("p/*.mhd",), "auto"), (("p/scan*",), "auto"), (("p/scan*",), "metaimage")):
+        listing = discover.discover(source(files=files, format=format), root)
+        assert [[file.path for file in unit.files] for unit in units(listing, tmp_path)] == [found["p/scan.mhd"][1]]
+        assert listing.ignored == {"not named by the patterns": 12, "symbolic links": 1}
+
+
 def test_names_that_are_no_utf8_and_patterns(tmp_path):
     root = tmp_path / "root"
     write(root, b"p\xff/scan.nii", "q/scan.nii", "q/labels.nii", "q/scan.png")

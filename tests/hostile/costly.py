@@ -1,8 +1,10 @@
 """Small files that ask for much memory or time, in every format. Built from bytes, since no library would write them.
 
-`files(full)` gives name -> (bytes, outcomes that are right): reasons of refusal, and "images" where it may be read.
+`files(full)` gives name -> (bytes, outcomes that are right): reasons of refusal, and "images" where it may be read. Of
+a format that keeps its data in a file of their own it gives the bytes of both; BESIDE says what the other is called.
 """
 
+import bz2
 import functools
 import gzip
 import io
@@ -18,7 +20,8 @@ MIB = 2**20
 READ = ("images",)
 BROKEN = ("unreadable", "inconsistent")
 LARGE = ("too large",)
-One = tuple[str, bytes, tuple[str, ...]]
+One = tuple[str, bytes | tuple[bytes, bytes], tuple[str, ...]]
+BESIDE = {".mhd": "x.raw", ".nhdr": "x.raw", ".hdr": "x.img", ".hdr.gz": "x.img.gz"}
 
 
 def zeros(head: bytes, count: int, bits: int = 15, tail: bytes = b"") -> bytes:
@@ -283,7 +286,7 @@ def mhas(full: bool) -> Iterator[One]:
         *BROKEN, *LARGE, "unsupported"
     )  # fmt: skip
     text = mha("1024 1024 100", b"1 " * 1000).replace(b"BinaryData = True", b"BinaryData = False")
-    yield "written as text", text, BROKEN
+    yield "written as text", text, ("unsupported",)
     half = mha("64 64 4", zeros(small[:9000], 0), True)
     yield "packed, half lacking", half, BROKEN
     yield "header size", mha("64 64 4", small, lines="HeaderSize = 9000000000000000000\n"), (*BROKEN, "unsupported")
@@ -310,7 +313,84 @@ def nrrds(full: bool) -> Iterator[One]:
     yield "skips lines", nrrd("64 64 4", "raw", b"\n" * MIB + small, "line skip: 2000000000\n"), ("unsupported",)
     yield "written as text", nrrd("1024 1024 100", "ascii", b"1 " * 1000), ("unsupported",)
     yield "written in hex", nrrd("1024 1024 100", "hex", b"01 " * 1000), ("unsupported",)
-    yield "bzip2", nrrd("1024 1024 100", "bz2", b"BZh91AY&SY" + bytes(1000)), ("unsupported",)
+    yield "bzip2, damaged", nrrd("1024 1024 30", "bz2", b"BZh91AY&SY" + bytes(1000)), BROKEN
+    yield "bzip2, 200 MB of zeros", nrrd("1024 1024 100", "bz2", bz2.compress(bytes(200 * MIB))), LARGE
+    yield "bzip2, 64 MB of zeros", nrrd("1024 1024 32", "bz2", bz2.compress(bytes(64 * MIB))), ("constant", "images")
+    yield "bzip2, too much", nrrd("64 64 4", "bz2", bz2.compress(small) + bz2.compress(bytes(300 * MIB))), (
+        *READ, *BROKEN, *LARGE
+    )  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 256, (64 if full else 4) * MIB, dtype=np.uint8).tobytes()
+    yield "bzip2, noise", nrrd(f"1024 1024 {len(noise) // (2 * MIB)}", "bz2", bz2.compress(noise)), READ
+
+
+# In two files
+
+
+def mhds(full: bool) -> Iterator[One]:
+    small = np.arange(64 * 64 * 4, dtype=np.uint16).tobytes()
+
+    def head(sizes: str, lines: str = "", name: str = "x.raw") -> bytes:
+        return mha(sizes, b"", lines=lines).replace(b"LOCAL", name.encode())
+
+    packed = "CompressedData = True\n"
+    yield "declares 1.2 GB", (head("1024 1024 600"), bytes(100)), LARGE
+    yield "lacking", (head("1024 1024 100"), bytes(100)), BROKEN
+    yield "packed, lacking", (head("1024 1024 100", packed), zeros(b"", 1)), BROKEN
+    yield "packed, 200 MB of zeros", (head("1024 1024 100", packed), zeros(b"", 200)), ("constant", "images", *LARGE)
+    yield "packed, too much", (head("64 64 4", packed), zeros(small, 1500)), (*READ, *BROKEN, *LARGE)
+    empty = gzip.compress(b"", mtime=0) * (3_000_000 if full else 150_000)
+    yield "packed, empty members", (head("64 64 4", packed), empty + gzip.compress(small)), (*READ, *LARGE, *BROKEN)
+    yield "skips", (head("64 64 4", "HeaderSize = 900000000000000000\n"), small), BROKEN
+    yield "is its own data", (head("64 64 4", name="x.mhd"), small), BROKEN
+    yield "without end", (head("64 64 4", name="/dev/zero"), small), ("unsupported",)
+    yield "many lines", (b"Comment = x\n" * 6000 + head("64 64 4"), small), (*BROKEN, "unsupported")
+
+
+def nhdrs(full: bool) -> Iterator[One]:
+    small = np.arange(64 * 64 * 4, dtype=np.uint16).tobytes()
+
+    def head(sizes: str, encoding: str, lines: str = "", name: str = "x.raw") -> bytes:
+        return nrrd(sizes, encoding, b"", f"data file: {name}\n{lines}")
+
+    yield "declares 1.2 GB", (head("1024 1024 600", "raw"), bytes(100)), LARGE
+    yield "lacking", (head("1024 1024 100", "raw"), bytes(100)), BROKEN
+    yield "packed, 200 MB of zeros", (head("1024 1024 100", "gzip"), zeros(b"", 200, 31)), ("constant", *READ, *LARGE)
+    yield "packed, too much", (head("64 64 4", "gzip"), zeros(small, 1500, 31)), (*READ, *BROKEN, *LARGE)
+    yield "bzip2, 400 MB", (head("1024 1024 200", "bz2"), bz2.compress(bytes(400 * MIB))), LARGE
+    yield "skips", (head("64 64 4", "raw", "byte skip: 900000000000000000\n"), small), BROKEN
+    yield "without end", (head("64 64 4", "raw", name="/dev/zero"), small), ("unsupported",)
+
+
+def pairs(full: bool) -> Iterator[One]:
+    small = np.arange(64 * 64 * 4, dtype=np.uint16).tobytes()
+
+    def head(shape: tuple[int, ...], dtype: type = np.uint16, offset: float = 0) -> bytes:
+        data = bytearray(nifti(shape, dtype)[:348])
+        data[108:112], data[344:348] = struct.pack("<f", offset), b"ni1\0"
+        return bytes(data)
+
+    yield "declares 4 TB", (head((32767, 32767, 4096)), small), LARGE
+    yield "lacking", (head((1024, 1024, 100)), small), BROKEN
+    yield "offset of 1e30", (head((64, 64, 4), offset=1e30), small), BROKEN
+    yield "offset behind", (head((64, 64, 4), offset=9000), small), BROKEN
+    yield "planes, lacking", (head((1024, 1024, 150, 1, 3), np.uint8), small), (*LARGE, *BROKEN)
+    yield "planes of 300 MB", (head((1024, 1024, 100, 1, 3), np.uint8), bytes(300 * MIB if full else 100)), (
+        *LARGE, *BROKEN
+    )  # fmt: skip
+
+
+def packed_pairs(full: bool) -> Iterator[One]:
+    for name, data, outcomes in pairs(full):
+        yield name, tuple(gzip.compress(part, 1) for part in data), outcomes
+    head = next(iter(pairs(full)))[1][0]
+    head = (
+        head[:40]
+        + struct.pack("<8h", 5, 512, 512, 200, 1, 3, 1, 1)
+        + head[56:70]
+        + struct.pack("<2h", 2, 8)
+        + head[74:]
+    )
+    yield "planes of 150 MB", (gzip.compress(head), zeros(b"", 150, 31)), ("constant", *READ)
 
 
 # Pictures
@@ -572,6 +652,10 @@ MAKERS = {
     ".nii": ("nibabel", unpacked_niftis),
     ".mha": ("SimpleITK", mhas),
     ".nrrd": ("SimpleITK", nrrds),
+    ".mhd": ("SimpleITK", mhds),
+    ".nhdr": ("SimpleITK", nhdrs),
+    ".hdr": ("nibabel", pairs),
+    ".hdr.gz": ("nibabel", packed_pairs),
     ".png": ("PIL", pngs),
     ".jpg": ("PIL", jpgs),
     ".tif": ("PIL", tifs),
@@ -585,7 +669,7 @@ MAKERS = {
 
 
 @functools.cache
-def files(full: bool) -> dict[tuple[str, str], tuple[bytes, tuple[str, ...]]]:
+def files(full: bool) -> dict[tuple[str, str], tuple[bytes | tuple[bytes, bytes], tuple[str, ...]]]:
     """(suffix, name) -> bytes and right outcomes, of the formats whose libraries are installed."""
     found = {}
     for suffix, (module, make) in MAKERS.items():

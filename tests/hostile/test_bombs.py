@@ -28,7 +28,10 @@ def folder(tmp_path_factory, full):
     for number, ((suffix, name), (data, outcomes)) in enumerate(costly.files(full).items()):
         path = root / f"{number:03d}" / f"x{suffix}"
         path.parent.mkdir(parents=True)
-        path.write_bytes(data)
+        head, *data = (data,) if isinstance(data, bytes) else data
+        path.write_bytes(head)
+        if data:
+            (path.parent / costly.BESIDE[suffix]).write_bytes(*data)
         expected[f"{number:03d}" + ("" if suffix == ".dcm" else f"/x{suffix}")] = (f"{suffix[1:]}: {name}", outcomes)
     if "dcm" in {name.split(":")[0] for name, _ in expected.values()}:
         (root / "many").mkdir()

@@ -1,8 +1,9 @@
 """Which files a source has, and how they are cut into chunks of work: a function of the listing alone.
 
-A unit is what is decoded together: all DICOM files of one folder, or one file of another format. Units are in the order
-of their keys' bytes, whatever the locale. A folder of very many DICOM files is `large`: `parted` puts its series, which
-only the headers tell, in its place. A listing is kept as JSON lines, one a unit:
+A unit is what is decoded together: all DICOM files of one folder, or one file of another format and, after it, the one
+beside it that holds its data. Units are in the order of their keys' bytes, whatever the locale. A folder of very many
+DICOM files is `large`: `parted` puts its series, which only the headers tell, in its place. A listing is kept as JSON
+lines, one a unit:
 
     {"key": "patient-3/ct", "format": "dicom", "files": [["patient-3/ct/0001.dcm", size, mtime_ns], ...]}
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,6 +82,7 @@ def discover(source: Source, root: Path) -> Listing:
     ignored: Counter[str] = Counter()
     folders: dict[str, list[File]] = {}
     single: list[Unit] = []
+    data: set[str] = set()
     common: list[str] | None = None
     for file in _walk(source, root, ignored):
         parts = file.path.split("/")[:-1]
@@ -93,7 +96,17 @@ def discover(source: Source, root: Path) -> Listing:
         elif format == "dicom":
             folders.setdefault("/".join(parts), []).append(file)
         else:
-            single.append(Unit(file.path, format, (file,)))
+            others = _beside(source, root, file.path, format)
+            single.append(Unit(file.path, format, (file, *others)))
+            data.update(other.path for other in others)
+    for path in data:  # which are not passed over
+        if not source.matches(path):
+            ignored["not named by the patterns"] -= 1
+        elif _format(source, root, path) is None:
+            ignored["of no known format"] -= 1
+    ignored = +ignored
+    # by a source that says what all its files are
+    single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
     units = single + [Unit(key, "dicom", tuple(sorted(files, key=_path))) for key, files in folders.items()]
     if not units:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
@@ -172,7 +185,6 @@ def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
     """The files that the source's patterns name, in no order."""
     if not root.is_dir():
         raise ValueError(f"{source.name}: expected its root to be a folder; there is none")
-    timed = source.package is None
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -191,10 +203,27 @@ def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
                     elif not entry.is_file(follow_symlinks=False):
                         ignored["no regular files"] += 1
                     else:
-                        status = entry.stat(follow_symlinks=False)
-                        yield File(path, status.st_size, status.st_mtime_ns if timed else 0)
+                        yield _file(source, path, entry.stat(follow_symlinks=False))
         except OSError as error:
             raise ValueError(f"{source.name}: a folder below its root cannot be listed ({error.strerror})") from None
+
+
+def _beside(source: Source, root: Path, path: str, format: str) -> list[File]:
+    """The file that holds the data of the one at `path`, where that is another and there is one."""
+    folder = path.rpartition("/")[0]
+    for name in readers.beside(root / path, format):
+        other = f"{folder}/{name}" if folder else name
+        try:
+            status = os.lstat(root / other)
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return [_file(source, other, status)]
+    return []
+
+
+def _file(source: Source, path: str, status: os.stat_result) -> File:
+    return File(path, status.st_size, status.st_mtime_ns if source.package is None else 0)
 
 
 def _format(source: Source, root: Path, path: str) -> str | None:

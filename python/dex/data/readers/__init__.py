@@ -1,4 +1,5 @@
-"""Readers of medical image files: one unit (a file, or a folder's DICOM files) in, its stacks out.
+"""Readers of medical image files: one unit (a file with the one that holds its data, or a folder's DICOM files) in, its
+stacks out.
 
 Files are opened as regular files only, declared sizes are checked before anything is allocated, nothing is unpickled,
 and no text of a library, which could hold a header's, leaves a reader.
@@ -13,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .files import Limits, has_magic, opened
+from .layout import images_of, layout
 from .stack import PLANES, REASONS, Frame, Geometry, Refused, Stack
 
 FORMATS = ("dicom", "nifti", "metaimage", "picture", "array", "video")
 
 _SUFFIXES = {
     "dicom": (".dcm", ".dicom", ".ima"),
-    "nifti": (".nii", ".nii.gz"),
+    "nifti": (".nii", ".nii.gz", ".hdr", ".hdr.gz"),
     "metaimage": (".mha", ".mhd", ".nrrd", ".nhdr"),
     "picture": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
     "array": (".npy", ".npz"),
@@ -33,6 +35,7 @@ _NEEDS = {
     "array": (),
     "video": ("cv2",),
 }
+_BEAT = ("dicom", "nifti", "metaimage")
 _CALLED = {"PIL.Image": "Pillow", "cv2": "opencv-python-headless"}
 
 
@@ -50,6 +53,21 @@ def is_dicom(path: Path) -> bool:
             return has_magic(file)
     except (Refused, OSError):
         return False
+
+
+def beside(path: Path, format: str) -> list[str]:
+    """What the file beside it that holds its data may be called, by its name or header; nothing where it has them
+    itself, or says so in a way that is refused."""
+    if format == "nifti":
+        return images_of(path.name)
+    if format != "metaimage":
+        return []
+    try:
+        with opened(path) as file:
+            name = layout(file).name
+    except (Refused, OSError):
+        return []
+    return [name] if name not in ("", path.name) else []
 
 
 def series_of(path: Path, limits: Limits) -> str:
@@ -81,10 +99,11 @@ def read(
     limits: Limits = Limits(),  # noqa: B008
     beat: Callable[[], None] | None = None,
 ) -> Iterator[Stack]:
-    """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format.
+    """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
+    the one that `beside` names.
 
     Refused is raised for a unit that gives nothing; a part that was left out stands in a stack's `refused`. `beat` is
-    called for every DICOM file whose header was read and for every frame that was decoded.
+    called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
     """
     load(format)
     reader = importlib.import_module(f".{format}", __name__)
@@ -92,7 +111,7 @@ def read(
         raise ValueError("files: expected at least one")
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
-    for stack in reader.read(paths, limits, beat) if format == "dicom" else reader.read(paths, limits):
+    for stack in reader.read(paths, limits, beat) if format in _BEAT else reader.read(paths, limits):
         stack.beat = beat
         yield stack
         del stack
@@ -107,6 +126,7 @@ __all__ = [
     "Limits",
     "Refused",
     "Stack",
+    "beside",
     "format_of",
     "is_dicom",
     "load",

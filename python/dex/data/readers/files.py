@@ -22,6 +22,7 @@ from .stack import Refused
 RATIO = 100
 """Of what a file's frames come to in all to its own size: what packs better is empty, and takes long to unpack."""
 
+_EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
 _MAX_SCANS = 100
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # within a scan's data: what is no stuffing and no restart
@@ -95,11 +96,11 @@ def opened(path: str | bytes | os.PathLike, kind: type[BoundedFile] = BoundedFil
 
 
 class Unpacked:
-    """The data of a gzip file's members. Python's own looks at a member's name, and at zeros behind a member, byte by
-    byte, and takes members without end."""
+    """The data of a gzip file's members, or of a zlib stream, from byte `start` on. Python's own looks at a member's
+    name, and at zeros behind a member, byte by byte, and takes members without end."""
 
-    def __init__(self, raw: BoundedFile):
-        self._raw = raw
+    def __init__(self, raw: BoundedFile, start: int = 0):
+        self._raw, self._start = raw, start
         self._begin()
 
     def readinto(self, out: memoryview) -> int:
@@ -114,7 +115,7 @@ class Unpacked:
                 self._members += 1
                 if self._members > _MAX_MEMBERS:
                     raise Refused("too large", f"more than {_MAX_MEMBERS} gzip members")
-                self._inflate, self._input = zlib.decompressobj(31), rest
+                self._inflate, self._input = zlib.decompressobj(_EITHER), rest
             block = self._input or self._raw.read(2**16)
             if not block:
                 raise Refused("unreadable", "the packed data end early")
@@ -138,8 +139,8 @@ class Unpacked:
             pass
 
     def _begin(self) -> None:
-        self._raw.seek(0)
-        self._inflate, self._input = zlib.decompressobj(31), b""
+        self._raw.seek(self._start)
+        self._inflate, self._input = zlib.decompressobj(_EITHER), b""
         self._place, self._members = 0, 1
 
 
@@ -161,8 +162,8 @@ def has_magic(file: BoundedFile) -> bool:
     return file.read(4) == b"DICM"
 
 
-def fill(file, out: np.ndarray) -> None:
-    """Read `out` (contiguous) full; Refused when the file ends before."""
+def fill(file, out: np.ndarray, beat: Callable[[], None] = lambda: None) -> None:
+    """Read `out` (contiguous) full; Refused when the file ends before. `beat` is called now and then."""
     view = memoryview(out.reshape(-1).view(np.uint8))
     done = 0
     while done < len(view):
@@ -170,6 +171,12 @@ def fill(file, out: np.ndarray) -> None:
         if not got:
             raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}")
         done += got
+        beat()
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order; the array itself is no longer to be used."""
+    return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
 
 
 @contextmanager

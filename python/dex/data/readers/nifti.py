@@ -1,4 +1,4 @@
-"""NIfTI-1 and -2 in one file, gzipped or not. Of several volumes the first is taken; no more of the file is read.
+"""NIfTI-1 and -2 in one file or two, gzipped or not. Of several volumes the first is taken; no more of it is read.
 
 A volume that does not fit into the memory is streamed along its slow axis, once for each pass; slices across that axis
 are then refused.
@@ -12,37 +12,49 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from .files import RATIO, BoundedFile, Limits, Unpacked, fill, only, opened, quiet, quietly
+from .files import RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
+from .layout import images_of
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
 LARGEST_OFFSET = 2**26
 STREAMED = 4  # times the memory: the largest volume that is streamed
-_RGB, _RGBA = 128, 2304
+_BYTES, _RGB, _RGBA = 2, 128, 2304
 
 
-def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
-    path = only(files)
-    with quiet("NIfTI"), opened(path) as raw:
-        file, packed = _unpacked(raw)
-        header, code = _header(file.read(HEADER_BYTES))
-        shape, frames, volumes = _shape(header)
-        channels = {_RGB: 3, _RGBA: 4}.get(code, 1)
+def read(files: list[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+    """files: the header's, then the one that holds the image where that is another."""
+    with quiet("NIfTI"):
+        with opened(files[0]) as raw:
+            header, code, two = _header(_unpacked(raw, _is_packed(raw)).read(HEADER_BYTES))
+        path = files[0]
+        if two:
+            names = images_of(path.name)
+            path = next((other for other in files[1:] if other.name in names), None)
+            if path is None:
+                raise Refused("unreadable", "the file with its image is not beside it")
+        shape, frames, volumes, planes = _shape(header, code)
+        channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
         stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
         if stored.kind not in "iuf" or stored.itemsize > 8:
             raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
         width, height = shape[:2]
         limits.check_frame(height, width)
         size = width * height * frames * channels * stored.itemsize
-        kept = limits.holds(size, height, width, channels * stored.itemsize)
+        kept = limits.holds(size * min(planes, 2), height, width, channels * stored.itemsize)
+    with quiet("NIfTI"), opened(path) as raw:
+        packed = path.name.lower().endswith(".gz") if two else _is_packed(raw)
+        file = _unpacked(raw, packed)
         if not kept and (
-            size > STREAMED * limits.memory
+            planes > 1
+            or size > STREAMED * limits.memory
             or (packed and size > RATIO * raw.size)
             or not limits.holds(0, height, width, channels * stored.itemsize)
         ):
             raise Refused("too large", f"{size} bytes declared")
         offset = int(header.get_data_offset())
-        if not (HEADER_BYTES if header.sizeof_hdr == 540 else 348) <= offset <= LARGEST_OFFSET:
+        least = 0 if two else HEADER_BYTES if header.sizeof_hdr == 540 else 348
+        if not least <= offset <= LARGEST_OFFSET:
             raise Refused("unreadable", f"data at byte {offset}")
         if not packed and offset + size > raw.size:
             raise Refused("unreadable", f"{offset + size} bytes declared, the file has {raw.size}")
@@ -50,11 +62,11 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
         whole = None
         if kept:
             file.seek(offset)
-            whole = np.empty((frames, *frame), stored)
-            fill(file, whole)
+            whole = np.empty((frames, *frame) if planes == 1 else (planes, frames, height, width), stored)
+            fill(file, whole, beat)
             if packed and volumes == 1:
                 file.read(1)  # at its end the checksum is compared
-            whole = _native(whole)
+            whole = native(whole) if planes == 1 else np.ascontiguousarray(np.moveaxis(whole, 0, -1))
         slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
         slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
         eight = stored == np.uint8 and (slope, intercept) == (1.0, 0.0)
@@ -63,14 +75,14 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     @quietly("NIfTI")
     def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
         with opened(path) as raw:
-            file, _ = _unpacked(raw)
+            file = _unpacked(raw, packed)
             length = int(np.prod(frame)) * stored.itemsize
             for number in range(frames):
                 if wanted(number):
                     out = np.empty(frame, stored)
                     file.seek(offset + number * length)
                     fill(file, out)
-                    yield number, _native(out)[..., :3] if channels > 1 else _native(out)
+                    yield number, native(out)[..., :3] if channels > 1 else native(out)
 
     stack = Stack(
         quantity="display8" if eight else "raw",
@@ -92,18 +104,18 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
     yield stack
 
 
-def _unpacked(raw: BoundedFile) -> tuple[BoundedFile | Unpacked, bool]:
+def _is_packed(raw: BoundedFile) -> bool:
     packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return (Unpacked(raw) if packed else raw), packed
+    return packed
 
 
-def _native(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
+def _unpacked(raw: BoundedFile, packed: bool) -> BoundedFile | Unpacked:
+    return Unpacked(raw) if packed else raw
 
 
 def _header(data: bytes):
-    """The header, and its data type's code where that is a colour."""
+    """The header, its data type's code, and whether the image is in another file."""
     if len(data) < 348:
         raise Refused("unreadable", "no NIfTI header")
     first = data[:4]
@@ -113,19 +125,23 @@ def _header(data: bytes):
         kind, magic = nibabel.Nifti2Header, data[4:8]
     else:
         raise Refused("unreadable", "no NIfTI header")
-    if magic[:3] in (b"ni1", b"ni2"):
-        raise Refused("unsupported", "its image is in another file")
-    if magic[:3] not in (b"n+1", b"n+2"):
+    if magic == bytes(4):
+        raise Refused("unsupported", "an Analyze header, which does not say where left is")
+    if magic[:3] not in (b"n+1", b"n+2", b"ni1", b"ni2"):
         raise Refused("unreadable", "no NIfTI header")
     header = kind(data[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
-    return header, int(header["datatype"])
+    return header, int(header["datatype"]), magic[:2] == b"ni"
 
 
-def _shape(header) -> tuple[tuple[int, ...], int, int]:
-    """The first sides, frames of one volume, number of volumes."""
+def _shape(header, code: int) -> tuple[tuple[int, ...], int, int, int]:
+    """The first sides, frames of one volume, number of volumes, and of planes: bytes of colours that lie apart."""
     shape = tuple(int(v) for v in header.get_data_shape())
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
         raise Refused("unreadable", f"{len(shape)} sides, or one of no length")
-    if len(shape) > 4 and int(np.prod(shape[4:], dtype=object)) != 1:
-        raise Refused("unsupported", f"{len(shape)} sides")
-    return shape, shape[2] if len(shape) > 2 else 1, shape[3] if len(shape) > 3 else 1
+    more = int(np.prod(shape[4:], dtype=object))
+    planes = 1
+    if more in (3, 4) and more == shape[4] and shape[3] == 1 and code == _BYTES:
+        planes = more
+    elif more != 1:
+        raise Refused("unsupported", f"{more} numbers at each place")
+    return shape, shape[2] if len(shape) > 2 else 1, shape[3] if len(shape) > 3 else 1, planes

@@ -1,0 +1,119 @@
+"""Where the numbers of a NIfTI, MHA, MHD, NRRD or NHDR are: in the file itself or in one beside it.
+
+That one is taken by its plain name alone: no folder, no list of files, no pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from .files import BoundedFile
+from .stack import Refused
+
+HEADER_BYTES = 2**16
+MAX_AXES = 10  # MetaIO has room for so many
+_LINE = re.compile(rb"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*([^\r\n]*)\r?")
+_NAME = re.compile(rb"(?:\./)?([^/\\%:\x00-\x1f\x7f]{1,255})")
+_ENCODINGS = {b"raw": "", b"gz": "gzip", b"gzip": "gzip", b"bz2": "bzip2", b"bzip2": "bzip2"}
+_ALONG = (b"", b"domain", b"space", b"time", b"none", b"???")  # kinds of axes that are no components of a pixel
+
+
+class Layout(NamedTuple):
+    """kind: SimpleITK's name of the format. name: of the file beside the header that holds the numbers, "" where it is
+    the header's own. start: their first byte there, None where they are the last of its bytes. packing: "", "zlib",
+    "gzip" or "bzip2". order: of bytes, "<" or ">". interleaved: whether a pixel's components follow each other."""
+
+    kind: str
+    name: str
+    start: int | None
+    packing: str
+    order: str
+    interleaved: bool
+
+
+def images_of(name: str) -> list[str]:
+    """What the file with the image may be called, for a header of this name; nothing where the header has it itself."""
+    found = re.fullmatch(r"(?i)(.*\.)hdr(\.gz)?", name, re.DOTALL)
+    if not found:
+        return []
+    return [found.group(1) + end for end in ("img", "img.gz", "IMG", "IMG.GZ")]
+
+
+def layout(file: BoundedFile) -> Layout:
+    """By the lines of an MHA's or NRRD's header; Refused for any other format, and for a place that is not read."""
+    head = file.read(HEADER_BYTES)
+    return _nrrd(head, file.size) if head[:7] == b"NRRD000" else _metaimage(head)
+
+
+def _metaimage(head: bytes) -> Layout:
+    place, fields = 0, {}
+    while True:
+        line = _LINE.match(head, place)
+        if line is None or head[line.end() : line.end() + 1] not in (b"\n", b""):
+            raise Refused("unreadable", "not the header of an MHA or NRRD file")
+        place = line.end() + 1
+        name, value = line.group(1).lower(), line.group(2).strip()
+        if name == b"ndims" and not (value.isdigit() and len(value) < 3 and int(value) <= MAX_AXES):
+            raise Refused("unsupported", f"not between 1 and {MAX_AXES} axes")
+        if name == b"binarydata" and value[:1] not in (b"T", b"t", b"1"):
+            raise Refused("unsupported", "its data are written as text")
+        fields[name] = value
+        if name == b"elementdatafile":
+            if line.group(1) != b"ElementDataFile":
+                raise Refused("unsupported", "its data are in another file")
+            break
+        if b"elementdatafile" in value.lower() or place >= len(head):
+            raise Refused("unreadable", "not the header of an MHA or NRRD file")
+    local = value == b"LOCAL"
+    packed = fields.get(b"compresseddata", b"")[:1] in (b"T", b"t", b"1")
+    big = fields.get(b"binarydatabyteordermsb", fields.get(b"elementbyteordermsb", b""))[:1] in (b"T", b"t", b"1")
+    skipped = fields.get(b"headersize", b"0")
+    if not re.fullmatch(rb"-1|\d{1,18}", skipped) or (skipped not in (b"0", b"-1") and (local or packed)):
+        raise Refused("unsupported", "its data do not follow the header")
+    start: int | None = place if local else int(skipped)
+    if skipped == b"-1" and not packed:
+        start = None
+    elif skipped == b"-1":
+        start = place if local else 0
+    return Layout(
+        "MetaImageIO", "" if local else _plain(value), start, "zlib" if packed else "", ">" if big else "<", True
+    )
+
+
+def _nrrd(head: bytes, size: int) -> Layout:
+    end = re.search(rb"\r?\n\r?\n", head)
+    lines = head[: end.start() if end else len(head)].splitlines()
+    squeezed = [re.sub(rb"[ \t]", b"", line).lower() for line in lines]
+    fields = dict(line.split(b":", 1) for line in squeezed if b":" in line and line[:1] != b"#")
+    elsewhere = [number for number, line in enumerate(squeezed) if b"datafile" in line]
+    if elsewhere and (len(elsewhere) > 1 or not squeezed[elsewhere[0]].startswith(b"datafile:")):
+        raise Refused("unsupported", "its data are in another file")
+    if end is None and (not elsewhere or size > len(head)):
+        raise Refused("unreadable", "no end of the header")
+    if fields.get(b"encoding") not in _ENCODINGS:  # the parser of numbers reads beyond its memory
+        raise Refused("unsupported", "its data are written as text")
+    packing = _ENCODINGS[fields[b"encoding"]]
+    skipped = fields.get(b"byteskip", b"0")
+    if fields.get(b"lineskip", b"0") != b"0" or not re.fullmatch(rb"-1|\d{1,18}", skipped):
+        raise Refused("unsupported", "its data do not follow the header")
+    if skipped != b"0" and (packing or not elsewhere):
+        raise Refused("unsupported", "its data do not follow the header")
+    start = None if skipped == b"-1" else int(skipped)
+    name = ""
+    if elsewhere:
+        name = _plain(lines[elsewhere[0]].split(b":", 1)[1].strip())
+    else:
+        start = end.end()
+    kinds = re.search(rb"(?im)^kinds:[ \t]*([^ \t\r\n]+)", head[: end.start() if end else len(head)])
+    first = kinds.group(1).lower() if kinds else b""
+    order = ">" if fields.get(b"endian") == b"big" else "<"
+    return Layout("NrrdImageIO", name, start, packing, order, first not in _ALONG)
+
+
+def _plain(name: bytes) -> str:
+    """The name of a file in the same folder."""
+    found = _NAME.fullmatch(name)
+    if found is None or found.group(1) in (b".", b"..") or name[:4].upper() == b"LIST" or name.upper() == b"LOCAL":
+        raise Refused("unsupported", "its data are in another folder or in several files")
+    return found.group(1).decode("utf-8", "surrogateescape")
