@@ -210,6 +210,17 @@ def dicoms(full: bool) -> Iterator[One]:
         struct.pack("<HH2sHL", *tag, b"UN", 0, MIB - 2) + (b"1\\" * (MIB // 2))[: MIB - 3] + b" "
         for tag in ((0x18, 0x81), (0x18, 0x86), (0x18, 0x88), (0x20, 0x32), (0x20, 0x37), (0x28, 0x30), (0x28, 0x1052))
     )
+    kind = element(8, 8, "CS", b"ORIGINAL\\MOSAIC") + element(0x19, 0x10, "LO", b"SIEMENS MR HEADER")
+    for count, right in ((1, READ), (16, READ), (1024, (*READ, "constant")), (4096, LARGE), (65535, LARGE)):
+        more = kind + element(0x19, 0x100A, "US", struct.pack("<H", count))
+        yield f"mosaic of {count}", dicom(EXPLICIT, small, sound, more=more), right
+    tag = (
+        struct.pack("<64si4s3i", b"NumberOfImagesInMosaic", 0, b"US", 6, 1000, 77)
+        + struct.pack("<4i", 0, 0, 77, 0) * 1000
+    )
+    csa = (b"SV10\4\3\2\1" + struct.pack("<2I", 1000, 77) + tag * 65)[: MIB - 10]
+    more = kind + element(0x29, 0x10, "LO", b"SIEMENS CSA HEADER") + element(0x29, 0x1010, "OB", csa)
+    yield "mosaic, private header of a MiB", dicom(EXPLICIT, small, sound, more=more), ("unsupported",)
     yield "half a million values", dicom(EXPLICIT, small, sound, more=numbers), (*BROKEN, *LARGE, "images")
 
 
@@ -314,13 +325,18 @@ def nrrds(full: bool) -> Iterator[One]:
     yield "written as text", nrrd("1024 1024 100", "ascii", b"1 " * 1000), ("unsupported",)
     yield "written in hex", nrrd("1024 1024 100", "hex", b"01 " * 1000), ("unsupported",)
     yield "bzip2, damaged", nrrd("1024 1024 30", "bz2", b"BZh91AY&SY" + bytes(1000)), BROKEN
-    yield "bzip2, 200 MB of zeros", nrrd("1024 1024 100", "bz2", bz2.compress(bytes(200 * MIB))), LARGE
-    yield "bzip2, 64 MB of zeros", nrrd("1024 1024 32", "bz2", bz2.compress(bytes(64 * MIB))), ("constant", "images")
-    yield "bzip2, too much", nrrd("64 64 4", "bz2", bz2.compress(small) + bz2.compress(bytes(300 * MIB))), (
+    yield "bzip2, 200 MB of zeros", nrrd("1024 1024 100", "bz2", bzip2_of_zeros(200)), LARGE
+    yield "bzip2, 64 MB of zeros", nrrd("1024 1024 32", "bz2", bzip2_of_zeros(64)), ("constant", "images")
+    yield "bzip2, too much", nrrd("64 64 4", "bz2", bz2.compress(small) + bzip2_of_zeros(300)), (
         *READ, *BROKEN, *LARGE
     )  # fmt: skip
     noise = np.random.default_rng(0).integers(0, 256, (64 if full else 4) * MIB, dtype=np.uint8).tobytes()
     yield "bzip2, noise", nrrd(f"1024 1024 {len(noise) // (2 * MIB)}", "bz2", bz2.compress(noise)), READ
+
+
+def bzip2_of_zeros(count: int) -> bytes:
+    """So many MiB, as streams one after the other."""
+    return bz2.compress(bytes(4 * MIB)) * (count // 4)
 
 
 # In two files
@@ -356,7 +372,7 @@ def nhdrs(full: bool) -> Iterator[One]:
     yield "lacking", (head("1024 1024 100", "raw"), bytes(100)), BROKEN
     yield "packed, 200 MB of zeros", (head("1024 1024 100", "gzip"), zeros(b"", 200, 31)), ("constant", *READ, *LARGE)
     yield "packed, too much", (head("64 64 4", "gzip"), zeros(small, 1500, 31)), (*READ, *BROKEN, *LARGE)
-    yield "bzip2, 400 MB", (head("1024 1024 200", "bz2"), bz2.compress(bytes(400 * MIB))), LARGE
+    yield "bzip2, 400 MB", (head("1024 1024 200", "bz2"), bzip2_of_zeros(400)), LARGE
     yield "skips", (head("64 64 4", "raw", "byte skip: 900000000000000000\n"), small), BROKEN
     yield "without end", (head("64 64 4", "raw", name="/dev/zero"), small), ("unsupported",)
 

@@ -28,7 +28,7 @@ _SUFFIXES = {
     "video": (".mp4", ".avi", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"),
 }
 _NEEDS = {
-    "dicom": ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "rle"),
+    "dicom": ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "rle", "nibabel"),
     "nifti": ("nibabel",),
     "metaimage": ("SimpleITK",),
     "picture": ("PIL.Image",),

@@ -1,7 +1,7 @@
 """DICOM files to stacks: series apart, frames in their order in space, numbers in Hounsfield units or SUV where known.
 
 A series is split where size, kind of pixels, orientation or localizer differ, and where a position recurs (phases,
-echoes, b-values): each position's n-th image belongs to the n-th stack.
+echoes, b-values): each position's n-th image belongs to the n-th stack. A mosaic is taken apart into its slices.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from . import suv
 from .dicom_file import Pixels, Place, describe, listed, read_header, text
 from .dicom_file import number as number_of
 from .files import Limits, quiet
+from .mosaic import Mosaic, first_position, mosaic, tiles
 from .stack import Geometry, Refused, Stack
 
 _DOSE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.2", "1.2.840.10008.1.3.10"
@@ -123,8 +124,7 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
         raise Refused("no image", _NO_IMAGE.get(kind, "not an image"))
     if place is None:
         raise Refused("no image", "an object without pixels")
-    if "MOSAIC" in listed(head.get("ImageType")):
-        raise Refused("unsupported", "a mosaic of slices in one image")
+    slabs = mosaic(head)
     # careless anonymisers give all files one UID, so the place in the series must agree too
     instance = tuple(text(head, name) for name in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient"))
     if instance[0] and instance in series.instances:
@@ -134,7 +134,11 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
     if modality == "PT":
         series.uptakes.append(suv.uptake(head))
-    series.slices.extend(_slices(head, describe(path, head, place, limits), modality, path.name))
+    pixels = describe(path, head, place, limits)
+    if slabs is None:
+        series.slices.extend(_slices(head, pixels, modality, path.name))
+    else:
+        series.slices.extend(_of_mosaic(slabs, head, pixels, modality, path.name))
 
 
 def _patient(head) -> str:
@@ -166,7 +170,8 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
         content = _group(groups, "FrameContentSequence")
         transform = _group(groups, "PixelValueTransformationSequence") or head
         measures = _group(groups, "PixelMeasuresSequence") or head
-        plane = _group(groups, "PlanePositionSequence") or ({} if enhanced or pixels.count > 1 else head)
+        several = pixels.options["number_of_frames"] > 1
+        plane = _group(groups, "PlanePositionSequence") or ({} if enhanced or several else head)
         turned = _group(groups, "PlaneOrientationSequence") or ({} if enhanced else head)
         if tomogram:
             plane = turned = tomogram
@@ -194,6 +199,22 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
         )
+
+
+def _of_mosaic(slabs: Mosaic, head, pixels: Pixels, modality: str, name: str) -> list[Slice]:
+    """The slices of a mosaic: with places of their own, or one stack a file where these are not known."""
+    if pixels.count != 1:
+        raise Refused("unsupported", "several mosaics in one file")
+    pixels.slices, pixels.beside = slabs.count, tiles(pixels.sides, slabs.count)
+    step = number_of(head.get("SpacingBetweenSlices")) or number_of(head.get("SliceThickness"))
+    slices = list(_slices(head, pixels, modality, name))
+    for piece in slices:
+        if piece.position is None or piece.orientation is None or slabs.normal is None or not step:
+            piece.position, piece.kind = None, (*piece.kind, name)
+            continue
+        first = first_position(piece.position, piece.orientation, piece.spacing, pixels.sides, pixels.beside)
+        piece.position = first + piece.number * step * slabs.normal
+    return slices
 
 
 def _quantity(pixels: Pixels, modality: str, localizer: bool, transform) -> tuple[str, str]:
@@ -304,8 +325,9 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         quantity, slope, intercept = "SUV", slope * factor, intercept * factor
     if (slope == slope[0]).all() and (intercept == intercept[0]).all():
         slope, intercept = float(slope[0]), float(intercept[0])
-    height, width = pixels.shape
+    height, width = pixels.sides
     channels = 3 if pixels.colour else 1
+    apart = pixels.slices or len({id(piece.pixels) for piece in slices}) > 1
     return Stack(
         quantity=quantity,
         length=len(slices),
@@ -318,7 +340,7 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         intercept=intercept if quantity != "display8" else 0.0,
         spacing=first.spacing,
         geometry=_geometry(slices) if volume else None,
-        volume=volume or (len(slices) > 1 and first.tomographic and len({id(p.pixels) for p in slices}) > 1),
+        volume=volume or bool(len(slices) > 1 and first.tomographic and apart),
         inverted=first.inverted and quantity == "raw",
         burned_in=series.burned_in,
         note=first.note or (note if quantity == "raw" else ""),

@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,8 @@ SOPClassUID SOPInstanceUID Modality ImageType PatientID PatientName PatientBirth
 StudyInstanceUID SeriesInstanceUID SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime
 InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoNumbers EchoTime DiffusionBValue TriggerTime
 ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
-PixelAspectRatio SpacingBetweenSlices SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns
-BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames
+PixelAspectRatio SpacingBetweenSlices SliceThickness SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows
+Columns BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames
 RescaleSlope RescaleIntercept RescaleType
 ModalityLUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor
 BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData
@@ -55,7 +55,9 @@ DetectorInformationSequence Units DecayCorrection CorrectedImage SUVType Radioph
 ExtendedOffsetTable ExtendedOffsetTableLengths
 """.split()
 GE_PET, PHILIPS_PET = "GEMS_PETD_01", "Philips PET Private Group"
+SIEMENS_MR, SIEMENS_CSA = "SIEMENS MR HEADER", "SIEMENS CSA HEADER"
 _PRIVATE = [(0x0009, 0x0010), (0x0009, 0x100D), (0x7053, 0x0010), (0x7053, 0x1000), (0x7053, 0x1009)]
+_PRIVATE += [(0x0019, 0x0010), (0x0019, 0x100A), (0x0029, 0x0010), (0x0029, 0x1010)]
 _TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | element for group, element in _PRIVATE]
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
@@ -167,7 +169,8 @@ def _meta(file: BoundedFile) -> tuple[str, int]:
 class Pixels:
     """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
     `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
-    highest stored value that stand for no measurement."""
+    highest stored value that stand for no measurement. `slices`: of a mosaic, `beside` of them in a row; its frames are
+    these, while `sides` is what is decoded at once."""
 
     path: Path
     syntax: pydicom.uid.UID
@@ -183,14 +186,20 @@ class Pixels:
     modality_lut: np.ndarray | None = field(default=None, repr=False)
     first: int = 0
     padding: tuple[int, int] | None = None
+    slices: int = 0
+    beside: int = 1
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def sides(self) -> tuple[int, int]:
         return self.options["rows"], self.options["columns"]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.sides[0] // self.beside, self.sides[1] // self.beside
+
+    @property
     def count(self) -> int:
-        return self.options["number_of_frames"]
+        return self.slices or self.options["number_of_frames"]
 
     @property
     def photometric(self) -> str:
@@ -206,10 +215,21 @@ class Pixels:
                 source = BoundedFile(data, len(data.getbuffer()))
             source.largest = self.limits.memory // 4
             source.seek(self.offset)
+            wanted = [0] if self.slices else numbers
             for frame in (
-                self._compressed(source, numbers) if self.syntax.is_compressed else self._native(source, numbers)
+                self._compressed(source, wanted) if self.syntax.is_compressed else self._native(source, wanted)
             ):
-                yield self._finished(frame)
+                for part in map(self._slice_of(frame), numbers) if self.slices else (frame,):
+                    yield self._finished(part)
+
+    def _slice_of(self, frame: np.ndarray) -> Callable[[int], np.ndarray]:
+        height, width = self.shape
+
+        def part(number: int) -> np.ndarray:
+            top, left = number // self.beside * height, number % self.beside * width
+            return frame[top : top + height, left : left + width]
+
+        return part
 
     def _native(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
         syntax = ExplicitVRLittleEndian if self.syntax == DeflatedExplicitVRLittleEndian else self.syntax
@@ -223,14 +243,14 @@ class Pixels:
 
     def _bits(self, source: BoundedFile, number: int) -> np.ndarray:
         """A frame of single bits; frames follow each other without padding, the first pixel in the lowest bit."""
-        count = self.shape[0] * self.shape[1]
+        count = self.sides[0] * self.sides[1]
         first = number * count
         source.seek(self.offset + first // 8)
         data = source.read((first % 8 + count + 7) // 8)
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[first % 8 : first % 8 + count]
         if len(bits) != count:
             raise Refused("unreadable", f"the file ends within frame {number}")
-        return bits.reshape(self.shape)
+        return bits.reshape(self.sides)
 
     def _compressed(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
         decoder = get_decoder(self.syntax)
@@ -247,7 +267,8 @@ class Pixels:
             yield self._rgb(array, properties["photometric_interpretation"])
 
     def _encapsulated(self, source: BoundedFile, numbers: list[int]) -> Iterator[bytes]:
-        known = {"number_of_frames": self.count, "extended_offsets": self.options.get("extended_offsets")}
+        declared = self.options["number_of_frames"]
+        known = {"number_of_frames": declared, "extended_offsets": self.options.get("extended_offsets")}
         if numbers == sorted(set(numbers)):
             wanted = iter(numbers)
             number = next(wanted, None)
@@ -257,7 +278,7 @@ class Pixels:
                     number = next(wanted, None)
                 if number is None:
                     return
-            raise Refused("unreadable", f"{self.count} frames declared, {index + 1} found")
+            raise Refused("unreadable", f"{declared} frames declared, {index + 1} found")
         for number in numbers:
             source.seek(self.offset)
             yield get_frame(source, number, **known)
@@ -266,7 +287,7 @@ class Pixels:
         """The decoders allocate by the codestream's own sizes, so these must be the header's."""
         if len(data) > self.limits.memory // 4:
             raise Refused("too large", f"{len(data)} bytes in one compressed frame")
-        rows, columns, samples = *self.shape, self.options["samples_per_pixel"]
+        rows, columns, samples = *self.sides, self.options["samples_per_pixel"]
         if self.syntax == RLELossless:
             found = _rle_segments(data)
             wanted = samples * self.options["bits_allocated"] // 8
@@ -398,8 +419,8 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         eight and not colour and photometric == "MONOCHROME1", dtype, table, lut, first,
         None if colour or floating or allocated == 1 else _padding(head, allocated, signed),
     )  # fmt: skip
-    if not limits.holds(0, *pixels.shape, samples * max(1, allocated // 8)):
-        raise Refused("too large", f"{pixels.shape} pixels of {samples * allocated} bits")
+    if not limits.holds(0, *pixels.sides, samples * max(1, allocated // 8)):
+        raise Refused("too large", f"{pixels.sides} pixels of {samples * allocated} bits")
     return pixels
 
 
@@ -414,6 +435,15 @@ def listed(value) -> list:
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
+
+
+def private(head, group: int, creator: str, element: int):
+    """The value of an element of a private block, only where its creator is the expected one; else None."""
+    block = head.get((group, 0x0010), None)
+    found = head.get((group, 0x1000 | element), None)
+    if block is None or found is None or str(block.value).strip() != creator:
+        return None
+    return found.value
 
 
 def number(value) -> float | None:

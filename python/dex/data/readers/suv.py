@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from .dicom_file import GE_PET, PHILIPS_PET, listed, number, text
+from .dicom_file import GE_PET, PHILIPS_PET, listed, number, private, text
 from .stack import Refused
 
 DAY = 86400.0
@@ -57,9 +57,9 @@ def uptake(head) -> Uptake:
         series=text(head, "SeriesDate") + text(head, "SeriesTime") if text(head, "SeriesTime") else "",
         series_date=text(head, "SeriesDate"),
         acquisition=text(head, "AcquisitionDateTime") or (date + time if date and time else ""),
-        ge_scan=_private(head, 0x0009, GE_PET, 0x0D, str),
-        philips_suv=_private(head, 0x7053, PHILIPS_PET, 0x00, number),
-        philips_activity=_private(head, 0x7053, PHILIPS_PET, 0x09, number),
+        ge_scan=_text_of(private(head, 0x0009, GE_PET, 0x0D)),
+        philips_suv=number(_text_of(private(head, 0x7053, PHILIPS_PET, 0x00))),
+        philips_activity=number(_text_of(private(head, 0x7053, PHILIPS_PET, 0x09))),
     )
 
 
@@ -138,12 +138,7 @@ def _moment(digits_of: str) -> datetime | None:
         return None
 
 
-def _private(head, group: int, creator: str, element: int, convert):
-    """An element of a private block, only where its creator is the expected one; else "" or None."""
-    if str(head.get((group, 0x0010), None) and head[group, 0x0010].value).strip() != creator:
-        return convert("") if convert is str else None
-    found = head.get((group, 0x1000 | element), None)
-    value = getattr(found, "value", None)
+def _text_of(value) -> str:
     if isinstance(value, bytes):
         value = value.decode("ascii", "replace").strip(" \0")
-    return (str(value) if value is not None else "") if convert is str else convert(value)
+    return "" if value is None else str(value)

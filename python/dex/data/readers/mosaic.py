@@ -1,0 +1,75 @@
+"""Siemens mosaics: the slices of a volume side by side in one image, row by row in a square of as many as are needed.
+
+How many there are, and to which side they follow each other, stands in private elements alone. The position in the
+header is that of an image as large as the mosaic and centred on its slices.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+from .dicom_file import SIEMENS_CSA, SIEMENS_MR, listed, private
+from .dicom_file import number as number_of
+from .stack import Refused
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # "highly experimental": of its DICOM readers; this one is of private headers
+    from nibabel.nicom import csareader
+
+
+MAX_SLICES = 1024
+
+
+class Mosaic(NamedTuple):
+    """normal: unit vector from each slice to the next, None where nobody says."""
+
+    count: int
+    normal: np.ndarray | None
+
+
+def mosaic(head) -> Mosaic | None:
+    """What the header says of a mosaic; None for any other image. Refused where it does not say enough."""
+    if "MOSAIC" not in (str(value).strip().upper() for value in listed(head.get("ImageType"))):
+        return None
+    csa = _csa(head)
+    count = number_of(private(head, 0x0019, SIEMENS_MR, 0x0A)) or number_of(_told(csareader.get_n_mosaic, csa))
+    if count is None or count != int(count) or count < 1:
+        raise Refused("unsupported", "a mosaic whose number of slices its header does not say")
+    if count > MAX_SLICES:
+        raise Refused("too large", f"a mosaic of more than {MAX_SLICES} slices")
+    normal = _told(csareader.get_slice_normal, csa)
+    length = 0.0 if normal is None else float(np.linalg.norm(normal))
+    return Mosaic(int(count), np.asarray(normal, float) / length if 0.9 < length < 1.1 else None)
+
+
+def tiles(sides: tuple[int, int], count: int) -> int:
+    """How many slices stand beside each other in a mosaic of `sides` pixels."""
+    beside = math.isqrt(count - 1) + 1
+    if sides[0] % beside or sides[1] % beside or min(sides) < beside:
+        raise Refused("inconsistent", f"a mosaic of {sides} pixels with {count} slices")
+    return beside
+
+
+def first_position(position: np.ndarray, orientation, spacing, sides, beside: int) -> np.ndarray:
+    """Where the first pixel of the first slice is. spacing: mm of rows, of columns."""
+    down, right = ((side - side // beside) / 2 * mm for side, mm in zip(sides, spacing, strict=True))
+    return position + right * np.array(orientation[:3]) + down * np.array(orientation[3:])
+
+
+def _csa(head) -> dict | None:
+    data = private(head, 0x0029, SIEMENS_CSA, 0x10)
+    try:
+        return csareader.read(data) if isinstance(data, bytes) else None
+    except Exception:  # what it cannot read says nothing
+        return None
+
+
+def _told(ask, csa: dict | None):
+    try:
+        return None if csa is None else ask(csa)
+    except Exception:
+        return None
