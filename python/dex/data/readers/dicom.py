@@ -38,7 +38,8 @@ class Repeated(Refused):
 
 @dataclass(slots=True)
 class Slice:
-    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place."""
+    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place.
+    `units`: of PET where the frame has a mapping of its own, else ""."""
 
     pixels: Pixels
     number: int
@@ -53,6 +54,7 @@ class Slice:
     inverted: bool
     note: str
     tomographic: bool
+    units: str = ""
 
 
 @dataclass
@@ -132,13 +134,15 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     series.instances.add(instance)
     series.patient = _patient(head)
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
-    if modality == "PT":
-        series.uptakes.append(suv.uptake(head))
     pixels = describe(path, head, place, limits)
     if slabs is None:
-        series.slices.extend(_slices(head, pixels, modality, path.name))
+        slices = list(_slices(head, pixels, modality, path.name))
     else:
-        series.slices.extend(_of_mosaic(slabs, head, pixels, modality, path.name))
+        slices = _of_mosaic(slabs, head, pixels, modality, path.name)
+    if modality == "PT":
+        units = {piece.units for piece in slices}
+        series.uptakes.append(suv.uptake(head, units.pop() if len(units) == 1 else "several"))
+    series.slices.extend(slices)
 
 
 def _patient(head) -> str:
@@ -181,6 +185,8 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             position = position + number * between * _normal(orientation)
         localizer = "LOCALIZER" in image_type or "SCOUT" in image_type
         slope, intercept = _rescale(transform)
+        mapped = suv.mapping(groups) if modality == "PT" and pixels.modality_lut is None else None
+        units, slope, intercept = mapped or ("", slope, intercept)
         quantity, note = _quantity(pixels, modality, localizer, transform)
         times = (_integer(content.get("TemporalPositionIndex")), *map(_integer, listed(content.get("StackID"))))
         indices = tuple(_integer(v) for v in listed(content.get("DimensionIndexValues")))
@@ -198,6 +204,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             inverted=quantity == "raw" and pixels.photometric == "MONOCHROME1",
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
+            units=units,
         )
 
 

@@ -52,6 +52,7 @@ BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPalett
 BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
 SegmentedBluePaletteColorLookupTableData SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
 DetectorInformationSequence Units DecayCorrection CorrectedImage SUVType RadiopharmaceuticalInformationSequence
+DecayCorrected AttenuationCorrected DecayCorrectionDateTime
 ExtendedOffsetTable ExtendedOffsetTableLengths
 """.split()
 GE_PET, PHILIPS_PET = "GEMS_PETD_01", "Philips PET Private Group"
@@ -107,6 +108,7 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
                 syntax = (
                     ImplicitVRLittleEndian if implicit else (ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
                 )
+        _with_converted(head)
         element = source.read(8)
         if not magic and "Rows" not in head and "SOPClassUID" not in head:
             raise Refused("unreadable", "not a DICOM file")
@@ -123,6 +125,14 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
         if keyword is None or length == 0:
             return head, None
         return head, Place(syntax, source.tell(), source.size - source.tell(), keyword, representation)
+
+
+def _with_converted(head: pydicom.Dataset) -> None:
+    """What an enhanced file that was converted from single images keeps of them aside, as if it stood at the top."""
+    shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    for element in (shared.get("UnassignedSharedConvertedAttributesSequence") or [()])[0]:
+        if element.tag in _TAGS and element.tag not in head:
+            head.add(element)
 
 
 def _at_pixels(tag, vr, length) -> bool:

@@ -17,14 +17,21 @@ from .stack import Refused
 DAY = 86400.0
 DOSE = (1e5, 1e11)  # becquerel: a dose in MBq or mCi written without conversion lies far outside
 WEIGHT = (0.2, 500.0)  # kilograms
+_CORRECTED = {"ATTN": "AttenuationCorrected", "DECY": "DecayCorrected"}
+
+
+UNITS = {"{suvbw}g/ml": "GML", "g/ml{suvbw}": "GML", "bq/ml": "BQML"}
+"""Units as enhanced files write them, in any case, the best first."""
 
 
 class Uptake(NamedTuple):
-    """What one PET file says. Dates and times as in the header, "" where absent; numbers None where absent."""
+    """What one PET file says. Dates and times as in the header, "" where absent; numbers None where absent.
+    `corrected_to`: the time that an enhanced file is decay-corrected to; others say START or ADMIN."""
 
     units: str
     suv_type: str
     decay_correction: str
+    corrected_to: str
     corrected: tuple[str, ...]
     weight: float | None
     dose: float | None
@@ -39,16 +46,18 @@ class Uptake(NamedTuple):
     philips_activity: float | None
 
 
-def uptake(head) -> Uptake:
-    """From the header elements of one file."""
+def uptake(head, units: str = "") -> Uptake:
+    """From the header elements of one file. units: as its frames' own mapping says, "" where none does."""
     items = head.get("RadiopharmaceuticalInformationSequence") or []
     drug = items[0] if len(items) == 1 else {}
     date, time = text(head, "AcquisitionDate") or text(head, "SeriesDate"), text(head, "AcquisitionTime")
     return Uptake(
-        units=text(head, "Units"),
+        units=units or text(head, "Units"),
         suv_type=text(head, "SUVType"),
         decay_correction=text(head, "DecayCorrection"),
-        corrected=tuple(str(v) for v in listed(head.get("CorrectedImage"))),
+        corrected_to=text(head, "DecayCorrectionDateTime"),
+        corrected=tuple(str(v) for v in listed(head.get("CorrectedImage")))
+        + tuple(name for name, keyword in _CORRECTED.items() if text(head, keyword) == "YES"),
         weight=number(head.get("PatientWeight")),
         dose=number(drug.get("RadionuclideTotalDose")),
         half_life=number(drug.get("RadionuclideHalfLife")),
@@ -66,7 +75,8 @@ def uptake(head) -> Uptake:
 def factor(files: Sequence[Uptake]) -> float:
     """SUV = factor * rescaled value, for all files of one series; Refused where the headers do not suffice."""
     first = files[0]
-    for name in ("units", "decay_correction", "weight", "dose", "half_life", "injection", "injection_time", "suv_type"):
+    same = ("units", "decay_correction", "corrected_to", "weight", "dose", "half_life", "injection", "injection_time")
+    for name in (*same, "suv_type"):
         if any(getattr(file, name) != getattr(first, name) for file in files):
             raise Refused("inconsistent", f"SUV: {name.replace('_', ' ')} differs within the series")
     if first.suv_type not in ("", "BW"):
@@ -76,7 +86,7 @@ def factor(files: Sequence[Uptake]) -> float:
     missing = [name for name in ("ATTN", "DECY") if name not in first.corrected]
     if missing:
         raise Refused("inconsistent", f"SUV: not corrected for {' and '.join(missing)}")
-    if first.decay_correction not in ("START", "ADMIN"):
+    if first.decay_correction not in ("START", "ADMIN") and not first.corrected_to:
         raise Refused("inconsistent", "SUV: decay correction is neither START nor ADMIN")
     if first.units == "CNTS":
         suv = {file.philips_suv for file in files}
@@ -110,7 +120,9 @@ def _decay_seconds(files: Sequence[Uptake]) -> float:
     first = files[0]
     acquired = [moment for moment in (_moment(file.acquisition) for file in files) if moment]
     series = _moment(first.series)
-    if series and (not acquired or series <= min(acquired)):
+    if first.corrected_to:
+        scan = _moment(first.corrected_to)
+    elif series and (not acquired or series <= min(acquired)):
         scan = series
     else:  # the series was rewritten later: its time is not the scan's
         scan = _moment(first.ge_scan) or (min(acquired) if acquired else None)
@@ -142,3 +154,16 @@ def _text_of(value) -> str:
     if isinstance(value, bytes):
         value = value.decode("ascii", "replace").strip(" \0")
     return "" if value is None else str(value)
+
+
+def mapping(groups: Sequence) -> tuple[str, float, float] | None:
+    """Units, slope and intercept that the functional groups of a frame give its stored values; None where they give
+    none of UNITS."""
+    items = next((found for group in groups if (found := group.get("RealWorldValueMappingSequence"))), [])
+    found = {}
+    for item in items:
+        code = (item.get("MeasurementUnitsCodeSequence") or [{}])[0]
+        slope, intercept = (number(item.get(f"RealWorldValue{name}")) for name in ("Slope", "Intercept"))
+        if slope and intercept is not None:
+            found.setdefault(text(code, "CodeValue").lower(), (slope, intercept))
+    return next(((units, *found[code]) for code, units in UNITS.items() if code in found), None)
