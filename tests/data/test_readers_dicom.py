@@ -16,7 +16,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
@@ -705,6 +705,35 @@ def test_frames_are_decoded_when_they_are_asked_for(tmp_path):
     next(iter(stack.frames(("stored",), 3)))
     assert len(beats) == 2
     assert len(list(stack.frames(("stored",), 3))) == 4 and len(beats) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MR_small_jpeg_ls_lossless.dcm",
+        "JPEGLSNearLossless_16.dcm",
+        "JPGExtended.dcm",
+        "SC_rgb_jpeg_dcmtk.dcm",
+        "SC_rgb_jpeg_app14_dcmd.dcm",
+    ],
+)
+def test_a_compressed_frame_that_ends_early_is_no_image(tmp_path, name):
+    """Its decoder gives a picture, grey where data are lacking. A frame that lacks its end marker alone is whole."""
+    data = pydicom.dcmread(FILES / name)
+    whole = next(generate_frames(data.PixelData, number_of_frames=1))
+    whole = whole[: whole.rindex(b"\xff\xd9")]
+    expected = stored(read(FILES / name)[0])[0]
+
+    def of(frame):
+        data.PixelData = encapsulate([frame + b"\0" * (len(frame) % 2)])
+        data.save_as(tmp_path / "a.dcm")
+        return stored(read(tmp_path / "a.dcm")[0])[0]
+
+    for end in (b"", b"\xff\xd9", b"\xff\xd9\0\0\0\0"):
+        assert np.array_equal(of(whole + end), expected)
+    for lacking in (4, 8, len(whole) // 10, len(whole) // 3):
+        with pytest.raises(Refused, match="unreadable"):
+            of(whole[:-lacking])
 
 
 # SUV by body weight. The image holds 1000 Bq/ml; F-18 has a half-life of 6586.2 s.

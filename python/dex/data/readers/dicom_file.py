@@ -60,6 +60,7 @@ SIEMENS_MR, SIEMENS_CSA = "SIEMENS MR HEADER", "SIEMENS CSA HEADER"
 _PRIVATE = [(0x0009, 0x0010), (0x0009, 0x100D), (0x7053, 0x0010), (0x7053, 0x1000), (0x7053, 0x1009)]
 _PRIVATE += [(0x0019, 0x0010), (0x0019, 0x100A), (0x0029, 0x0010), (0x0029, 0x1010)]
 _TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | element for group, element in _PRIVATE]
+_ENDING, _END = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes), b"\xff\xd9"
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
 
@@ -271,10 +272,12 @@ class Pixels:
             self._check_codestream(data)
             if self.syntax in JPEGTransferSyntaxes:
                 data = _whole_spectrum(data)
-            # an empty offset table and one fragment: what pydicom wants around a single frame
-            item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
-            array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
-            yield self._rgb(array, properties["photometric_interpretation"])
+            array, photometric = _decoded(decoder, data, options)
+            # The decoder makes up what is lacking. Where all is there, it does not look at what follows.
+            if self.syntax in _ENDING and data.find(_END, data.rfind(b"\xff\xda")) < 0:
+                if not np.array_equal(array, _decoded(decoder, data + b"\x55" * 64 + _END, options)[0]):
+                    raise Refused("unreadable", "the compressed data end early")
+            yield self._rgb(array, photometric)
 
     def _encapsulated(self, source: BoundedFile, numbers: list[int]) -> Iterator[bytes]:
         declared = self.options["number_of_frames"]
@@ -512,6 +515,14 @@ def _palette(head, syntax) -> tuple[np.ndarray, int]:
         count = int(descriptor[0]) or 2**16
         palette = apply_color_lut(np.arange(first, first + count, dtype=np.int32)[None], head)[0, :, :3]
     return (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8), first
+
+
+def _decoded(decoder, data: bytes, options: dict) -> tuple[np.ndarray, str]:
+    """A single compressed frame and what its colours then are."""
+    # an empty offset table and one fragment: what pydicom wants around it
+    item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
+    array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
+    return array, properties["photometric_interpretation"]
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, int]:
