@@ -1,4 +1,5 @@
-"""Small sound files of every format, which the tests damage."""
+"""Small sound files of every format, which the tests damage. Of a format whose data are in a file of their own it is
+the header; BESIDE has the data, and what they must be called."""
 
 import functools
 import gzip
@@ -129,6 +130,23 @@ def _itk(suffix: str, compress: bool, dtype=np.int16) -> bytes:
     return _through_a_file(suffix, lambda path: SimpleITK.WriteImage(image, path, compress))
 
 
+BESIDE = {suffix: ("jane-doe.img", volume(11).tobytes(order="F")) for suffix in (".hdr", ".mhd", ".nhdr")}
+
+
+def _pairs() -> list[bytes]:
+    import nibabel
+
+    kinds = (nibabel.Nifti1Pair, nibabel.Nifti2Pair)
+    return [kind(volume(11), np.diag([1.0, 1.5, 2.0, 1.0])).header.binaryblock for kind in kinds]
+
+
+def _detached(suffix: str) -> list[bytes]:
+    (whole,) = [_itk(suffix, False)]
+    if suffix == ".mha":
+        return [whole[: whole.index(b"LOCAL")] + b"jane-doe.img\n"]
+    return [whole[: whole.index(b"\n\n")] + b"\ndata file: jane-doe.img\n"]
+
+
 def _video(suffix: str, codec: str) -> bytes:
     import cv2
 
@@ -197,6 +215,9 @@ _MAKERS: dict[str, tuple[str | None, Callable[[], list[bytes]]]] = {
     ".nii.gz": ("nibabel", lambda: [gzip.compress(data, mtime=0) for data in _niftis()]),
     ".mha": ("SimpleITK", lambda: [_itk(".mha", False), _itk(".mha", True), _itk(".mha", False, np.uint8)]),
     ".nrrd": ("SimpleITK", lambda: [_itk(".nrrd", False), _itk(".nrrd", True)]),
+    ".hdr": ("nibabel", _pairs),
+    ".mhd": ("SimpleITK", lambda: _detached(".mha")),
+    ".nhdr": ("SimpleITK", lambda: _detached(".nrrd")),
     ".mp4": ("cv2", lambda: [_video(".mp4", "mp4v")]),
     ".avi": ("cv2", lambda: [_video(".avi", "MJPG"), _video(".avi", "XVID")]),
 }

@@ -132,6 +132,9 @@ def folder(tmp_path_factory, full):
         path = root / f"{number:05d}" / f"jane-doe{suffix}"
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
+        if suffix in seeds.BESIDE:
+            name, beside = seeds.BESIDE[suffix]
+            (path.parent / name).write_bytes(beside)
     for number in range(2):
         path = root / "sound" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -145,7 +148,7 @@ def test_the_damage_is_of_many_kinds(folder, full):
     kinds, formats = {kind for *_, kind, _ in files}, {name for name, *_ in files}
     assert len(kinds) >= 10 and len(formats) >= 4 and len({data for *_, data in files}) == len(files)
     assert {"DICOM plain", "DICOM RLE", "DICOM JPEG", "DICOM JPEG 2000", "nii", "nii.gz", "png", "jpg"} <= formats
-    assert {"tif", "bmp", "npy", "npz", "nrrd"} <= formats
+    assert {"tif", "bmp", "npy", "npz", "nrrd", "mhd", "nhdr", "hdr"} <= formats
     generic = {kind.__name__ for kind in damage.KINDS}
     pairs = {(name, kind) for name, _, kind, _ in files}
     plain = [row for row in files if row[2] in generic]

@@ -1,0 +1,106 @@
+"""From finished chunks to the shard set: seconds and memory of `dex.data.join` for DEX_JOIN_IMAGES images.
+
+The corpus has 5,000,000, which take 15 GB of disk and some minutes. Their lines and hashes are those of
+`test_duplicates`; the images themselves are one small picture, so that what is measured is what each image costs
+beside its bytes.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dex.data import join
+from dex.data.chunks import HISTOGRAM, Counts, Settings, paths
+from dex.data.sources import Source
+
+from . import test_duplicates
+
+IMAGES = int(os.environ.get("DEX_JOIN_IMAGES", "100000"))
+SECONDS_PER_MILLION = 600  # beside the hours that reading the corpus takes
+CHUNK = 5000  # images
+SETTINGS = Settings(size=32)
+
+
+def write_chunks(private: Path, count: int) -> list[str]:
+    """Chunks as `dex prepare` leaves them; their names."""
+    for folder in ("chunks", "ids"):
+        (private / folder).mkdir(parents=True)
+    pixels, hashes, unit, volume = test_duplicates.images(count)
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(stream, "JPEG", quality=30)
+    data = stream.getvalue() + np.full(256, 4, HISTOGRAM).tobytes()
+    common = {"kind": "jpg", "size": len(stream.getvalue()), "sha256": hashlib.sha256(data).hexdigest(), "offset": 0}
+    names = []
+    for number, start in enumerate(range(0, count, CHUNK)):
+        name = f"000-{number:06d}"
+        binary, lines, _ = paths(private, name)
+        binary.write_bytes(data)
+        rows = []
+        for i in range(start, min(start + CHUNK, count)):
+            patient = f"{unit[i] // 3:032x}"
+            line = {
+                "id": f"corpus/{i:032x}",
+                "label": f"axial-{i % 100:03d}",
+                "group": patient,
+                "split": "val" if unit[i] // 3 % 20 == 0 else "train",
+                "unit": int(unit[i] % 50),
+                "stack": 0,
+                "volume": bool(volume[i]),
+                "pixels_sha256": pixels[i].tobytes().hex(),
+                "dhash": hashes[i].tobytes().hex(),
+                "share": 0.5,
+                "text": False,
+            }
+            rows.append(json.dumps(line | common, separators=(",", ":")).encode() + b"\n")
+        body = b"".join(rows)
+        counts = Counts(units=len(rows) // 100, seen=len(rows), kept=len(rows)).to_dict()
+        end = {"bytes": len(data), "sha256": hashlib.sha256(body).hexdigest(), "counts": counts}
+        lines.write_bytes(body + json.dumps({"end": end}).encode() + b"\n")
+        names.append(name)
+    return names
+
+
+def joined(private: Path, names: list[str]) -> tuple[int, dict[str, float], float]:
+    """Images written, seconds of each step, MB that this process has grown by at most."""
+    source = Source(name="corpus", modality="CT", normalisation="ct", files=("**/*",), root="/")
+    steps, began = {}, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def say(text: str) -> None:
+        steps[{"looking": "lines read", "writing": "duplicates"}[text.split()[0]]] = time.perf_counter() - began
+
+    _, facts = join.join([join.Part(source, names)], private, SETTINGS, say)
+    steps["written"] = time.perf_counter() - began
+    return facts["images"], steps, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def apart(function, *arguments):
+    """Its result, from a process of its own: what is measured in one held nothing of the other's."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=lambda: there.send(function(*arguments)))
+    process.start()
+    there.close()
+    result = here.recv()
+    process.join()
+    return result
+
+
+def test_join(tiny, report, tmp_path):
+    count = 3_000 if tiny else IMAGES
+    names = apart(write_chunks, tmp_path, count)
+    written, steps, megabytes = apart(joined, tmp_path, names)
+    assert 0.7 * count < written < 0.95 * count  # the rest are the duplicates among the hashes
+    size = sum(path.stat().st_size for path in (tmp_path / "set").iterdir())
+    limit = SECONDS_PER_MILLION * count / 1e6
+    after = ", ".join(f"{name} after {seconds:.1f} s" for name, seconds in steps.items())
+    detail = f"{after}; {megabytes:,.0f} MB; {written:,} written, {size / 1e9:.2f} GB"
+    report(f"joining {count:,} images", f"{limit:.0f} s", limit / steps["written"], 0 if tiny else 1, detail)
