@@ -1,6 +1,7 @@
 """The largest files that are read, each in a process whose memory is limited as a worker's is: what it has once the
 libraries are loaded, and 512 MiB. Small files that ask for much: `tests/hostile/test_bombs.py`."""
 
+import bz2
 import json
 import struct
 import subprocess
@@ -95,7 +96,16 @@ def test_the_largest_that_are_read_fit(tmp_path):
     Image.new("RGB", (3160, 3160), (9, 8, 7)).save(tmp_path / "c.jpg", exif=exif)
     Image.new("F", (3160, 3160), 0.5).save(tmp_path / "d.tif")
     (tmp_path / "e.dcm").write_bytes(deflated_dicom(1024, 1024, 40))
-    names = ("a.nii.gz", "b.png", "c.jpg", "d.tif", "e.dcm")
+    head = (
+        "NDims = 3\nDimSize = 1024 1024 40\nElementType = MET_USHORT\nCompressedData = True\nElementDataFile = LOCAL\n"
+    )
+    (tmp_path / "f.mha").write_bytes(head.encode() + zeros(zlib.compressobj(1), b"", 80))
+    head = "NRRD0004\ntype: ushort\ndimension: 3\nsizes: 1024 1024 32\nendian: little\nencoding: bzip2\n\n"
+    (tmp_path / "g.nrrd").write_bytes(head.encode() + bz2.compress(bytes(4 * MIB)) * 16)
+    colour = zeros(zlib.compressobj(1, zlib.DEFLATED, 31), nifti((1024, 1024, 13, 1, 3), np.uint8), 39)
+    (tmp_path / "h.nii.gz").write_bytes(colour)
+    names = ("a.nii.gz", "b.png", "c.jpg", "d.tif", "e.dcm", "f.mha", "g.nrrd", "h.nii.gz")
     outcomes = [run([tmp_path / name], memory_mb=128)[0] for name in names]
-    assert [outcome for outcome, _ in outcomes] == ["2 frames", "1 frames", "1 frames", "1 frames", "2 frames"]
+    expected = ["2 frames", "1 frames", "1 frames", "1 frames", "2 frames", "2 frames", "2 frames", "1 frames"]
+    assert [outcome for outcome, _ in outcomes] == expected
     assert max(used for _, used in outcomes) < 128 * MIB
