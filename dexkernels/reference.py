@@ -271,7 +271,7 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> T
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
       Where q is below 1e-6 the gradient is zero.
-    - ``cosine``: ``1 - cos(experts_out, director_out)`` (the paper's Eq. 7).
+    - ``cosine``: ``1 - cos(experts_out, director_out)`` (the paper's Eq. 7); norms below 1e-8 count as 1e-8.
     - ``mse``: mean of the squared difference, also over D.
     """
     dtype = accumulation_dtype(experts_out.dtype)
@@ -280,7 +280,9 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> T
     if kind == "kd":
         return -((d / ALIGN_TEMPERATURE).softmax(-1) * y.softmax(-1).clamp(min=EPS).log()).sum() / rows
     if kind == "cosine":
-        return (1 - F.cosine_similarity(y, d, dim=-1)).sum() / rows
+        # Not F.cosine_similarity, whose gradient is not that of its value where a norm is below its floor.
+        y, d = (t / t.norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS) for t in (y, d))
+        return (1 - (y * d).sum(-1)).sum() / rows
     return (y - d).square().sum() / max(y.numel(), 1)
 
 

@@ -145,7 +145,8 @@ def backward_kernel(
     """``grad [R, D]``, with ``c = grad_loss / count``.
 
     kd: ``c (q sum_j open_j p_j - open p)``, ``open`` where q is not clamped.
-    cosine: ``c (x . y / (max(|x|, eps)^2 |x|) x - y / max(|x|, eps)) / max(|y|, eps)``. mse: ``2 c (x - y)``.
+    cosine: ``c (x . y / |x|^3 x - y / |x|) / max(|y|, eps)``; where ``|x| < eps`` the norm is a constant, and it is
+    ``-c y / eps / max(|y|, eps)``. mse: ``2 c (x - y)``.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
@@ -165,8 +166,7 @@ def backward_kernel(
         y_norm = tl.load(saved + (rows.to(tl.int64) + num_rows), mask=valid, other=1.0)
         xy = tl.load(saved + (rows.to(tl.int64) + num_rows + num_rows), mask=valid, other=0.0)
         floored = tl.where(x_norm < COSINE_EPS, COSINE_EPS, x_norm)
-        # As torch has it: the floor stops nothing, and the norm's own gradient is 0 at 0.
-        along = tl.where(x_norm == 0.0, 0.0, xy / floored / floored / x_norm)
+        along = tl.where(x_norm < COSINE_EPS, 0.0, xy / floored / floored / floored)
         out = c * (along[:, None] * x - y / floored[:, None]) / y_norm[:, None]
     else:
         out = 2.0 * c * (x - y)

@@ -55,3 +55,18 @@ def test_align_loss(kind):
     got, want = align_loss(y, d, kind), reference.align_loss(y, d, kind)
     close(got, want)
     close(*(torch.autograd.grad(loss, y)[0] for loss in (got, want)))
+
+
+def test_cosine_of_rows_near_zero():
+    """About the floor of the norms, 1e-8, where the loss has a corner: its gradient is what autograd makes of it."""
+    y, d = torch.randn(6, D).double(), torch.randn(6, D).double()
+    y[:3] += d[:3]
+    for i, norm in enumerate((1e-9, 0.9e-8, 1.1e-8)):
+        y[i] *= norm / y[i].norm()
+    y[3], d[4] = 0, 0
+    d[5] *= 1e-9 / d[5].norm()
+    y.requires_grad_()
+    got, want = align_loss(y, d, "cosine"), reference.align_loss(y, d, "cosine")
+    close(got, want)
+    for a, b in zip(*(torch.autograd.grad(loss, y)[0] for loss in (got, want)), strict=True):
+        close(a, b)
