@@ -58,7 +58,14 @@ def test_opcheck_routed_mlp(routing, route_from):
     x, *weights = leaves()
     rows = B if routing == "image" else B * N
     args = (x, weights[0], noise(rows), torch.ones(E), *weights[1:], K, 0.5, routing, route_from, True)
-    torch.library.opcheck(OPS.routed_mlp, (*args, "reference", "reference"))
+    args = (*args, "reference", "reference")
+    torch.library.opcheck(OPS.routed_mlp, args)
+    out, z, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
+    saved = (x, weights[0], weights[1], weights[3], weights[4], z, p, gates, indices, order, offsets)
+    tensors = [t.detach() for t in (torch.ones_like(out), torch.ones_like(gates), torch.ones_like(balance), *saved)]
+    for needs in itertools.product([True, False], repeat=3):
+        backward = (*tensors, 0.5, routing, route_from, *needs, "reference", "reference")
+        torch.library.opcheck(OPS.routed_mlp_backward, backward)
 
 
 @pytest.mark.parametrize("kind", ["kd", "cosine", "mse"])
