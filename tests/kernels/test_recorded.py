@@ -11,18 +11,50 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 RECORDED = Path(__file__).parents[1] / "recorded"
-# The larger ones take minutes in the interpreter.
-CASES = ["layer_basic", "layer_noisy_router", "layer_token_routing", "layer_unused_experts"]
+# The training steps take minutes in the interpreter.
+CASES = ["layer_basic", "layer_noisy_router", "layer_odd_shapes", "layer_token_routing", "layer_unused_experts"]
+ALIGNED_CASES = ["layer_tokens_130", "layer_tokens_65"]
+
+# float32 has no tiles of the aligned path that ship; the interpreter takes any.
+ALIGNED = """
+import runpy, sys
+from dexkernels.kernels import aligned, grouped_mlp
+for kernel, _, _ in list(aligned.TILES):
+    tile = aligned.TILES[kernel, "half", 90]
+    grouped_mlp.TILES[kernel, "float", 90] = tile._replace(cols=64, depth=32)
+grouped_mlp.PATH[80, "float"] = "aligned"
+launch, blocks = aligned.fc1, []
+def fc1(*args):
+    blocks.append(args[8])
+    launch(*args)
+aligned.fc1 = fc1
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("blocks of an image on the aligned path:", blocks)
+"""
 
 
-def test_recorded_cases(tmp_path):
-    for case in CASES:
-        shutil.copy(RECORDED / f"{case}.safetensors", tmp_path)
+def replay(folder, cases, *before):
+    for case in cases:
+        shutil.copy(RECORDED / f"{case}.safetensors", folder)
     done = subprocess.run(
-        [sys.executable, RECORDED / "conformance.py", tmp_path, "--dtype", "float32", "--backend", "triton"],
+        [sys.executable, *before, RECORDED / "conformance.py", folder, "--dtype", "float32", "--backend", "triton"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES)} of {len(CASES)} recorded cases conform" in done.stdout
+    assert f"{len(cases)} of {len(cases)} recorded cases conform" in done.stdout
+    return done.stdout
+
+
+def test_recorded_cases(tmp_path):
+    replay(tmp_path, CASES + ALIGNED_CASES)
+
+
+def test_recorded_cases_on_the_aligned_path(tmp_path):
+    """Images of one block and of two, each with remainder rows."""
+    said = replay(tmp_path, ALIGNED_CASES, "-c", ALIGNED)
+    assert said.endswith("blocks of an image on the aligned path: [2, 1]\n")
