@@ -396,6 +396,25 @@ def test_autocast():
             assert p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.count_nonzero(), n
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_around_backward_and_update_changes_nothing(dtype):
+    """Dtypes are decided in forward; an update that autocast made on a half-precision copy would be lost."""
+    results = []
+    for enabled in (False, True):
+        layer, x = layer_of(dtype=dtype), images(dtype=dtype).requires_grad_()
+        y, aux = layer(x, return_aux=True)
+        loss = objective(y, aux)
+        before = snapshot(layer.director)
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=enabled):
+            loss.backward()
+            layer.update_director(aux.gate_mass, 0.5)
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert len(changed(layer.director, before)) == 4 and all(g.dtype == dtype for g in grads)
+        results.append([x.grad, *grads, *layer.state_dict().values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_layer(dtype):
     layer, x = layer_of(dtype=dtype), images(dtype=dtype)
