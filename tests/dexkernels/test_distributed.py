@@ -15,6 +15,10 @@ from dexkernels import DEXLayer
 from dexkernels.layer import update_directors
 from dexkernels.testing import randomize_
 
+pytestmark = pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="its ranks are of the CPU, and so are their tensors"
+)
+
 WORLD, E, D = 2, 6, 8
 
 

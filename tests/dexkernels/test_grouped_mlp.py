@@ -231,6 +231,8 @@ def test_saved_pre_activations_are_the_slots():
 
 # reference.linear
 
+of_the_cpu = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="oneDNN serves CPU tensors alone")
+
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -256,6 +258,7 @@ def test_linear_without_gradient(onednn, bias, shape, layout):
     assert leading.shape == (1, rows, 1, out) and relative_error(leading.view(rows, out), want) < 3e-7
 
 
+@of_the_cpu
 @pytest.mark.parametrize("onednn", [True, False])
 def test_linear_of_any_strides(onednn):
     """A 3-D x that is no stack of matrices, columns of a wider matrix, every second row; x's strides change no bit."""
@@ -272,6 +275,7 @@ def test_linear_of_any_strides(onednn):
                 assert torch.equal(got, reference.linear(x.contiguous(), w))
 
 
+@of_the_cpu
 def test_linear_without_gradient_does_take_onednn(monkeypatch):
     used = []
     real = torch.ops.mkldnn._linear_pointwise
