@@ -5,7 +5,6 @@ On a GPU (``--device cuda``) the rows can be written as a results file, see reco
 """
 
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -22,6 +21,8 @@ from .timing import Timer
 ROWS = pytest.StashKey[list]()
 MEASURED = pytest.StashKey[list]()
 CEILINGS = pytest.StashKey[dict]()
+COMMIT = pytest.StashKey[str]()
+REJECTED = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
@@ -35,6 +36,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS] = [], [], {}
+    config.stash[COMMIT] = config.getoption("--commit") or _commit()
+    config.stash[REJECTED] = ""
     torch.set_num_threads(config.getoption("--threads"))
     if config.getoption("--results") and (config.getoption("--tiny") or config.getoption("--device") != "cuda"):
         raise pytest.UsageError("--results: expected with --device cuda and without --tiny; nothing else is a result")
@@ -62,20 +65,31 @@ def timer(request, tiny) -> Timer:
 
 @pytest.fixture(scope="session")
 def ceilings(request, timer) -> dict:
-    request.config.stash[CEILINGS].update(timer.ceilings())
-    return request.config.stash[CEILINGS]
+    """Measured once a results file: a run that adds to one has the limits of its first."""
+    found = request.config.stash[CEILINGS]
+    if request.config.getoption("--results"):
+        earlier = record.earlier(request.config.getoption("--results"), _head(request.config))
+        found.update(earlier["ceilings"] if earlier else {})
+    if not found:
+        found.update(timer.ceilings())
+    return found
 
 
 @pytest.fixture
 def measured(request, tiny):
-    """``measured(row)``: a row of the results file, see record.ROW; a wrong one fails its own benchmark alone."""
+    """``measured(row)``: a row of the results file, see record.ROW; returns what is wrong with it, and then omits it.
 
-    def add(row: dict) -> None:
+    The file is written after every benchmark: one that hangs, or that is killed, takes no other's figures with it.
+    """
+
+    def add(row: dict) -> list[str]:
         wrong = [w for w in record.row_problems(row) if not (tiny and w.startswith("share_of_limit"))]
-        assert not wrong, (row, wrong)
-        request.config.stash[MEASURED].append(row)
+        if not wrong:
+            request.config.stash[MEASURED].append(row)
+        return wrong
 
-    return add
+    yield add
+    _write(request.config)
 
 
 @pytest.fixture
@@ -109,33 +123,29 @@ def report(request, tiny):
     return add
 
 
-def pytest_sessionfinish(session):
-    folder, rows = session.config.getoption("--results"), session.config.stash[MEASURED]
-    if folder is None or not rows:
-        return
-    result = {
+def _write(config) -> None:
+    folder, rows = config.getoption("--results"), config.stash[MEASURED]
+    if folder is not None and rows:
+        result = _head(config) | {"ceilings": config.stash[CEILINGS], "rows": rows}
+        config.stash[REJECTED] = record.add(result, folder)
+
+
+def _head(config) -> dict:
+    return {
         "device": torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": session.config.getoption("--commit") or _commit(),
+        "commit": config.stash[COMMIT],
         "versions": _versions(),
-        "ceilings": session.config.stash[CEILINGS],
-        "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        record.write(result, folder / record.name_of(result))
-    except ValueError:
-        # What was measured is not lost for a fault in what stands around it.
-        (folder / "rejected.json").write_text(json.dumps(result, indent=1))
-        raise
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-                          cwd=Path(__file__).parent, capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        raise pytest.UsageError("--commit: expected a hash, since this is no clone of a repository")
-    return done.stdout.strip()
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _versions() -> dict:
@@ -178,6 +188,8 @@ def pytest_terminal_summary(terminalreporter, config):
         cells = [[" ".join(f"{k}{v}" for k, v in r["shape"].items()), *(_cell(r[k]) for k in keys)] for r in measured]
         _table(terminalreporter, ("shape", *keys), cells)
         terminalreporter.write_line(f"limits of this run: {config.stash[CEILINGS]}")
+    if config.stash[REJECTED]:
+        terminalreporter.write_line(f"no results file, all is in rejected.json: {config.stash[REJECTED]}", red=True)
 
 
 def _cell(value) -> str:

@@ -5,6 +5,7 @@ Defaults of `dexkernels.backends` and the tables of the pages are made from thes
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,10 +68,9 @@ def problems(result: Any) -> list[str]:
         wrong = row_problems(row)
         found += [f"rows[{i}].{w}" for w in wrong]
         if not wrong:
-            key = (*_what(row), row["backend"], row["baseline"])
-            if key in seen:
-                found.append(f"rows[{i}]: measured twice: {key}")
-            seen.add(key)
+            if _key(row) in seen:
+                found.append(f"rows[{i}]: measured twice: {_key(row)}")
+            seen.add(_key(row))
     return found
 
 
@@ -118,6 +118,11 @@ def _what(row: dict) -> tuple:
     return row["case"], row["dtype"], tuple(sorted(row["shape"].items()))
 
 
+def _key(row: dict) -> tuple:
+    """What was measured: no row of a file is of the same."""
+    return (*_what(row), row["backend"], row["baseline"])
+
+
 def name_of(result: dict) -> str:
     """``<gpu>-<date>.json``."""
     device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower().removeprefix("nvidia ")).strip("-")
@@ -130,7 +135,45 @@ def write(result: dict, path: Path) -> None:
         raise ValueError(f"{path}: " + "; ".join(found))
     rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
-    path.write_text(head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
+    _replace(path, head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of it or nothing, whenever this program is killed."""
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+REJECTED = "rejected.json"
+
+
+def earlier(folder: Path, head: dict) -> dict | None:
+    """What ``folder`` already holds of the same device, date, commit and versions: a run may add to another."""
+    for path in (folder / name_of(head), folder / REJECTED):
+        if path.exists():
+            result = json.loads(path.read_text())
+            if all(result[k] == head[k] for k in ("device", "date", "commit", "versions")):
+                return result
+    return None
+
+
+def add(result: dict, folder: Path) -> str:
+    """Write ``result``, with the rows of an earlier run that it does not measure anew; returns what is wrong with it.
+
+    Then it goes to rejected.json: what was measured is not lost for a fault in what stands around it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = earlier(folder, result)
+    if before is not None:
+        new = {_key(row) for row in result["rows"]}
+        result = result | {"rows": [row for row in before["rows"] if _key(row) not in new] + result["rows"]}
+    try:
+        write(result, folder / name_of(result))
+    except ValueError as error:
+        _replace(folder / REJECTED, json.dumps(result, indent=1))
+        return str(error)
+    return ""
 
 
 def read(path: Path) -> dict:

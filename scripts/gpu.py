@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """Everything that needs a GPU, in one command: build, tests, recorded cases, sanitizer, benchmark. Without a network.
 
-usage: python scripts/gpu.py [OUT] [--stages build,test,...] [--minutes M] [--commit HASH] [--cpu]
+usage: python scripts/gpu.py [OUT] [--stages build,test,...] [--minutes M] [--jobs N] [--commit HASH] [--cpu]
 OUT: folder for a log per stage, summary.json and the results file (default: the variable OUT, else build/gpu).
-A part that fails, or runs out of its time, is named and the rest goes on; the exit status is 1 then.
+A part that fails, or runs out of its time, is named and the rest goes on; the exit status is 1 then. Tests run several
+at a time, for most of their time goes into compiling; what is timed runs alone. Every stage leaves time for the next.
 --cpu: what needs no GPU, in small, to see that this script works.
 It runs in the repository with the Python that runs it, and installs nothing. benchmarks/README.md says more.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -18,17 +22,37 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "test", "recorded", "sanitize", "bench")
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs")
+STAGES = {"build": 1, "recorded": 2, "test": 4, "bench": 5, "sanitize": 2}
+"""Stage -> its share of the time when there is too little: it may take so much of what is left for it and the later."""
+
+ALONE = ("build", "bench")
+"""Stages whose parts run one at a time: one is built once, and what is timed must have the machine to itself."""
+
+PYTEST = (
+    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfEs", "--tb=short"),
+    "--continue-on-collection-errors",
+)
+MODULES = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors", "setuptools", "pybind11")
+BENCHMARK = "benchmarks/test_gpu_operators.py"
 SANITIZER = "compute-sanitizer"
 TAIL = 15
 """Lines of a failed part's output that are printed beside its log."""
+
+GRACE = 15
+"""Seconds in which a part whose time is over may still say what it has found."""
+
+ENDING = threading.Event()
+"""Set when this program is being ended: parts that run are stopped as if their time were over."""
+
+WRITING = threading.Lock()
+"""Held while a part's output goes to its stage's file, or is printed."""
 
 
 class Part(NamedTuple):
@@ -52,10 +76,8 @@ class Outcome(NamedTuple):
     """The last line of its output, or why it was skipped."""
 
 
-def parts(arguments: argparse.Namespace) -> Iterator[Part]:
-    for stage in STAGES:
-        if stage in arguments.stages:
-            yield from globals()[f"{stage}_parts"](arguments)
+def parts(stage: str, arguments: argparse.Namespace) -> list[Part]:
+    return list(globals()[f"{stage}_parts"](arguments))
 
 
 def build_parts(arguments) -> Iterator[Part]:
@@ -63,8 +85,9 @@ def build_parts(arguments) -> Iterator[Part]:
     work = Path(tempfile.gettempdir()) / f"dexkernels-build-{os.getuid()}"
     setup = (sys.executable, "setup.py", "build_ext", "--build-temp", work)
     where = ("--build-lib", work / "lib") if arguments.cpu else ("--inplace",)
-    absent = None if shutil.which("nvcc") or os.environ.get("CUDACXX") else "no nvcc on PATH"
-    yield Part("build", "native library", (*setup, *where), 5, {"DEX_CUDA": "1"}, absent)
+    nvcc = os.environ.get("CUDACXX") or _tool("nvcc")
+    absent = None if nvcc else "no nvcc on PATH or in $CUDA_HOME/bin"
+    yield Part("build", "native library", (*setup, *where), 5, {"DEX_CUDA": "1", "CUDACXX": nvcc or ""}, absent)
 
 
 def test_parts(arguments) -> Iterator[Part]:
@@ -72,22 +95,27 @@ def test_parts(arguments) -> Iterator[Part]:
     few = ("-k", "values or slots") if arguments.cpu else ()
     for backend in ("reference", "triton", "cuda"):
         # One Python each: the kernels are compiled or interpreted for a whole process.
-        command = (*PYTEST, "tests/dexkernels", *device, "--backend", backend, *few)
-        yield Part("test", f"layer and operators, {backend}", command, 4, *_needs(arguments, backend))
+        for name, files in _files("tests/dexkernels", arguments, apart=backend == "triton"):
+            command = (*PYTEST, *files, *device, "--backend", backend, *few)
+            yield Part("test", f"layer and operators, {backend}{name}", command, 4, *_needs(arguments, backend))
     environment, absent = _needs(arguments, "triton")
-    for tiles in ("small", "shipped"):
+    for tiles in ("shipped", "small"):
         only = ("-k", "test_tiles" if tiles == "small" else "ties") if arguments.cpu else ()
-        # The aligned path has a part of its own; what is compiled for no GPU in particular is seen once.
-        elsewhere = ["tests/kernels/test_aligned.py"] + ["tests/kernels/test_compiled.py"] * (tiles == "small")
-        ignored = (f"--ignore={path}" for path in elsewhere)
-        command = (*PYTEST, "tests/kernels", *ignored, *device, "--tiles", tiles, *only)
-        yield Part("test", f"Triton kernels, {tiles} tiles", command, 5, environment, absent)
-        only = ("-k", "inverted or taken") if arguments.cpu else ()
-        command = (*PYTEST, "tests/kernels/test_aligned.py", *device, "--tiles", tiles, *only)
-        yield Part("test", f"Triton aligned path, {tiles} tiles", command, 3, environment, absent)
+        for name, files in _files("tests/kernels", arguments, apart=True):
+            # What is compiled for no GPU in particular is seen once.
+            if "test_compiled" not in name or tiles == "shipped":
+                command = (*PYTEST, *files, *device, "--tiles", tiles, *only)
+                yield Part("test", f"Triton kernels, {tiles} tiles{name}", command, 5, environment, absent)
     only = ("-k", "why_not") if arguments.cpu else ()
     others = ("tests/native",) if arguments.cpu else ("tests/native", "tests/data/test_data_augmentation.py")
     yield Part("test", "native library and augmentation", (*PYTEST, *others, *only), 3)
+
+
+def _files(folder: str, arguments, apart: bool) -> list[tuple[str, list[str]]]:
+    """What a part runs, and what its name says of that: the folder, or ``apart`` each of its files."""
+    if arguments.cpu or not apart:
+        return [("", [folder])]
+    return [(f", {path.stem}", [f"{folder}/{path.name}"]) for path in sorted((ROOT / folder).glob("test_*.py"))]
 
 
 def recorded_parts(arguments) -> Iterator[Part]:
@@ -108,25 +136,33 @@ def recorded_parts(arguments) -> Iterator[Part]:
 
 def sanitize_parts(arguments) -> Iterator[Part]:
     """Every operator forward and backward, on the small shapes of the benchmark."""
-    absent = None if shutil.which(SANITIZER) else f"no {SANITIZER} on PATH"
+    sanitizer = _tool(SANITIZER)
+    absent = None if sanitizer else f"no {SANITIZER} on PATH or in $CUDA_HOME/bin"
     if arguments.cpu:
         absent = absent or "there is no GPU to watch"
     for tool in ("memcheck", "racecheck"):
-        watch = (SANITIZER, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all")
+        watch = (sanitizer, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all")
         # torch.mm and its like are not ours; dense products are among the baselines, but are right anyway.
-        run = (*PYTEST, "benchmarks/test_gpu_operators.py", "--device", "cuda", "--tiny")
+        run = (*PYTEST, BENCHMARK, "--device", "cuda", "--tiny")
         # Each tensor in an allocation of its own: a cache hides what is read past its end.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Part("sanitize", tool, (*watch, *run), 5, alone, absent)
 
 
 def bench_parts(arguments) -> Iterator[Part]:
-    command = (*PYTEST, "benchmarks/test_gpu_operators.py", "--threads", "1")
     if arguments.cpu:
-        yield Part("bench", "tiny", (*command, "--tiny"), 2)
+        yield Part("bench", "tiny", (*PYTEST, BENCHMARK, "--threads", "1", "--tiny"), 2)
         return
-    commit = ("--commit", arguments.commit) if arguments.commit else ()
-    yield Part("bench", "operators and layer", (*command, "--device", "cuda", "--results", arguments.out, *commit), 6)
+    results = ("--device", "cuda", "--threads", "1", "--results", arguments.out, "--commit", arguments.commit)
+    # One Python each, which adds its rows to the file: after a fault in a kernel a process can use its GPU no more.
+    for name in ("route", "group_ema", "align_loss", "grouped_mlp", "layer_step", "grouped_mlp_aligned"):
+        yield Part("bench", name, (*PYTEST, f"{BENCHMARK}::test_{name}", *results), 4)
+
+
+def _tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, whose folder is not always on PATH."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=os.path.join(home, "bin"))
 
 
 def _device(arguments) -> str:
@@ -145,39 +181,88 @@ def _needs(arguments, backend: str) -> tuple[dict, str | None]:
 
 
 def run(part: Part, out: Path, deadline: float) -> Outcome:
-    """Run to its end or its limit, and then with all it has started; its output goes to a file."""
+    """Run to its end or its limit, and then with all it has started; its output goes to the stage's file at the end."""
     if part.absent:
         return Outcome(part.stage, part.name, "skipped", 0, part.absent)
-    left = deadline - time.monotonic()
+    left = deadline - time.monotonic() - GRACE
     if left < 5:
         return Outcome(part.stage, part.name, "skipped", 0, "no time is left (--minutes)")
-    limit = min(60 * part.minutes, left)
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | part.environment
-    log = out / f"{part.stage}.log"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        # cmake and ninja lie beside the Python that runs this, which need not be on PATH.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        # Of the plugins that happen to be installed none is needed, and any could take an option of ours.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        # Without it some versions of torch refuse matrix products while a test asks for deterministic algorithms.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
     began = time.monotonic()
-    with log.open("a") as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
         command = [str(word) for word in part.command]
-        file.write(f"\n# {part.name}\n$ {' '.join(command)}\n")
-        file.flush()
-        start = file.tell()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    with log.open(errors="replace") as file:
-        file.seek(start)
-        lines = [line for line in file.read().splitlines() if line.strip()]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | part.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code = _wait(process, min(60 * part.minutes, left))
+        if code is None:
+            _stop(process)
+        file.seek(0)
+        output = file.read()
+    with WRITING, (out / f"{part.stage}.log").open("a") as log:
+        log.write(f"\n# {part.name}\n$ {' '.join(command)}\n{output}")
+    lines = [line for line in output.splitlines() if line.strip()]
     state = "timeout" if code is None else "ok" if code == 0 else "failed"
     detail = lines[-1].strip()[:200] if lines else "no output"
     if state == "failed":
         detail += f" (exit status {code})"
-        print(*(line[:300] for line in lines[-TAIL:]), sep="\n")
+        with WRITING:
+            print(*(line[:300] for line in lines[-TAIL:]), sep="\n")
     return Outcome(part.stage, part.name, state, round(time.monotonic() - began, 1), detail)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """Its exit status; None when its time is over, or when this program is being ended."""
+    end = time.monotonic() + seconds
+    while not ENDING.is_set() and (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, 0.5))
+    return None
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End a part and all it has started; pytest, when interrupted, still says which tests have failed."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    # What it has started may have outlived it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_stage(stage: str, arguments, deadline: float) -> Iterator[Outcome]:
+    """Outcomes as they come. A stage that runs out of its time leaves the later ones theirs."""
+    later = sum(STAGES[s] for s in arguments.stages[arguments.stages.index(stage) :])
+    now = time.monotonic()
+    deadline = now + (deadline - now) * STAGES[stage] / later
+    jobs = 1 if stage in ALONE else arguments.jobs
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run, part, arguments.out, deadline) for part in parts(stage, arguments)]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            # Ended from outside: no part goes on alone, and what it has said so far is kept.
+            ENDING.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def about(arguments) -> dict:
@@ -186,14 +271,26 @@ def about(arguments) -> dict:
         "import json, torch; g = torch.cuda.is_available(); print(json.dumps({'torch': torch.__version__, "
         "'device': torch.cuda.get_device_name() if g else 'cpu', 'gpu': g}))"
     )
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         return {
             "torch": (done.stderr.strip().splitlines() or ["does not import"])[-1],
             "device": "unknown",
             "gpu": False,
+            "missing": missing,
         }
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"missing": missing}
+
+
+def commit() -> str:
+    """Of the clone that this is; "unknown" where it is none: then the results say so and are refused, but not lost."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return "unknown"
 
 
 def main() -> int:
@@ -201,6 +298,8 @@ def main() -> int:
     parser.add_argument("out", nargs="?", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build/gpu"))
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)} (default all)")
     parser.add_argument("--minutes", type=float, default=30, help="bound of the whole (default 30)")
+    jobs = max(1, min(8, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"parts of a stage at a time (default {jobs})")
     parser.add_argument("--commit", help="hash of what is measured, where the tree is no clone")
     parser.add_argument("--cpu", "--dry", action="store_true", help="what can run without a GPU, in small")
     arguments = parser.parse_args()
@@ -208,27 +307,37 @@ def main() -> int:
     arguments.stages = arguments.stages.split(",")
     if unknown := set(arguments.stages) - set(STAGES):
         parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
+    arguments.commit = arguments.commit or commit()
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = about(arguments)
     if not arguments.cpu and not machine["gpu"]:
         print(f"gpu: no GPU that torch can use ({machine['torch']}); --cpu runs what needs none", file=sys.stderr)
         return 2
+    if machine["missing"]:
+        print(f"gpu: not installed: {', '.join(machine['missing'])}; what needs them fails", file=sys.stderr)
+    if "bench" in arguments.stages and not arguments.cpu and arguments.commit == "unknown":
+        print("gpu: this is no clone: without --commit the results go to rejected.json", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deadline = time.monotonic() + 60 * arguments.minutes
     outcomes = []
     for stage in arguments.stages:
         (arguments.out / f"{stage}.log").unlink(missing_ok=True)
-    for part in parts(arguments):
-        outcomes.append(run(part, arguments.out, deadline))
-        print("{:9} {:34} {:8}{:7.1f} s  {}".format(*outcomes[-1]), flush=True)
-        # Written after every part: what is known survives whatever ends this program.
-        summary = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "commit": arguments.commit,
-            **machine,
-            "parts": [outcome._asdict() for outcome in outcomes],
-        }
-        (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for stage in arguments.stages:
+        for outcome in run_stage(stage, arguments, deadline):
+            outcomes.append(outcome)
+            with WRITING:
+                print("{:9} {:52} {:8}{:7.1f} s  {}".format(*outcome), flush=True)
+            # Written after every part: what is known survives whatever ends this program.
+            summary = {
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "python": platform.python_version(),
+                "commit": arguments.commit,
+                **machine,
+                "parts": [outcome._asdict() for outcome in outcomes],
+            }
+            (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     bad = [f"{o.stage} ({o.name})" for o in outcomes if o.state in ("failed", "timeout")]
     skipped = sum(o.state == "skipped" for o in outcomes)
     print(f"{len(outcomes) - len(bad) - skipped} of {len(outcomes)} parts ok, {skipped} skipped" +

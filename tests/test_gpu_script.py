@@ -1,7 +1,9 @@
 """scripts/gpu.py without a GPU: it runs what it can, and survives parts that fail, hang or cannot run."""
 
+import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,15 +45,116 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path):
     child = f"import pathlib, time\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
     code = f"import subprocess, sys; print('started', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     outcome = run(python(code, minutes=0.05), tmp_path)
-    assert (outcome.state, outcome.detail) == ("timeout", "started")
+    assert outcome.state == "timeout" and "\nstarted\n" in (tmp_path / "test.log").read_text()
     last = beat.stat().st_mtime_ns
     time.sleep(0.5)
     assert beat.stat().st_mtime_ns == last
 
 
+def test_a_part_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    began = time.monotonic()
+    outcome = run(python(code, minutes=0.05), tmp_path)
+    assert (outcome.state, outcome.detail) == ("timeout", "deaf") and time.monotonic() - began < 30
+
+
+def test_tests_that_run_out_of_time_still_say_which_failed(tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(120)\n")
+    outcome = run(gpu.Part("test", "slow", (*gpu.PYTEST, "-c", "/dev/null", file), minutes=0.15), tmp_path)
+    log = (tmp_path / "test.log").read_text()
+    assert outcome.state == "timeout" and "FAILED" in log and "test_bad" in log and "1 failed" in outcome.detail
+
+
+def arguments(out, stages, jobs=1, **options):
+    options = {"cpu": False, "commit": "0123abc"} | options
+    return argparse.Namespace(out=out, stages=stages, jobs=jobs, **options)
+
+
+def test_parts_of_a_stage_run_together_and_their_output_stays_apart(tmp_path, monkeypatch):
+    meet = (
+        "import pathlib, sys, time\nhere, there = map(pathlib.Path, sys.argv[1:])\nprint('begin', here.name)\n"
+        "here.touch()\nwhile not there.exists(): time.sleep(0.02)\nprint('end', here.name)"
+    )
+    a, b = tmp_path / "a", tmp_path / "b"
+    both = [gpu.Part("test", p.name, (sys.executable, "-c", meet, p, q), minutes=0.5) for p, q in ((a, b), (b, a))]
+    monkeypatch.setattr(gpu, "parts", lambda stage, arguments: both)
+    outcomes = list(gpu.run_stage("test", arguments(tmp_path, ["test"], jobs=2), time.monotonic() + 60))
+    assert {(o.name, o.state, o.detail) for o in outcomes} == {("a", "ok", "end a"), ("b", "ok", "end b")}
+    log = (tmp_path / "test.log").read_text()
+    assert "begin a\nend a\n" in log and "begin b\nend b\n" in log
+
+
+def test_what_is_timed_runs_alone(tmp_path, monkeypatch):
+    """Were they to overlap, the second would find the first's file."""
+    code = (
+        "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); p.touch(exist_ok=False); time.sleep(1); p.unlink()"
+    )
+    two = [gpu.Part("bench", name, (sys.executable, "-c", code, tmp_path / "here")) for name in ("a", "b")]
+    monkeypatch.setattr(gpu, "parts", lambda stage, arguments: two)
+    outcomes = list(gpu.run_stage("bench", arguments(tmp_path, ["bench"], jobs=4), time.monotonic() + 60))
+    assert [o.state for o in outcomes] == ["ok", "ok"]
+
+
+def test_a_stage_that_hangs_leaves_the_later_ones_their_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    monkeypatch.setattr(gpu, "STAGES", {"test": 1, "bench": 1})
+    hangs, measures = python("import time; time.sleep(60)"), python("print('measured')")
+    monkeypatch.setattr(gpu, "parts", lambda stage, arguments: [hangs if stage == "test" else measures])
+    given, deadline = arguments(tmp_path, ["test", "bench"]), time.monotonic() + 11
+    (first,), (second,) = ([*gpu.run_stage(stage, given, deadline)] for stage in given.stages)
+    assert (first.state, second.state, second.detail) == ("timeout", "ok", "measured") and first.seconds < 8
+
+
+def test_ended_from_outside_it_takes_its_parts_along_and_keeps_their_output(tmp_path):
+    beat = tmp_path / "beat"
+    forever = f"while True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
+    hangs = f"import pathlib, time\nprint('so far', flush=True)\n{forever}"
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('gpu', {str(SCRIPT)!r})\n"
+        "gpu = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(gpu)\n"
+        f"part = gpu.Part('test', 'hangs', (sys.executable, '-c', {hangs!r}))\n"
+        "gpu.parts = lambda stage, arguments: [part]\n"
+        f"sys.argv = ['gpu', {str(tmp_path)!r}, '--cpu', '--stages', 'test']\nsys.exit(gpu.main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(600):
+        if beat.exists():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert "so far" in (tmp_path / "test.log").read_text()
+    last = beat.stat().st_mtime_ns
+    time.sleep(0.5)
+    assert beat.stat().st_mtime_ns == last
+
+
+def test_on_a_gpu_every_file_of_tests_and_every_benchmark_is_run(tmp_path):
+    given = arguments(tmp_path, list(gpu.STAGES))
+    run = {stage: [part for part in gpu.parts(stage, given)] for stage in gpu.STAGES}
+    assert all(part.absent is None for part in run["test"] + run["recorded"] + run["bench"])
+    for folder, option, values in (
+        ("tests/kernels", "--tiles", {"small", "shipped"}),
+        ("tests/dexkernels", "--backend", {"triton"}),
+    ):
+        for path in (ROOT / folder).glob("test_*.py"):
+            name = f"{folder}/{path.name}"
+            found = {p.command[p.command.index(option) + 1] for p in run["test"] if name in p.command}
+            assert found == ({"shipped"} if path.stem == "test_compiled" else values), name
+    whole = {p.command[p.command.index("--backend") + 1] for p in run["test"] if "tests/dexkernels" in p.command}
+    assert whole == {"reference", "cuda"}
+    benchmarks = {
+        f"{gpu.BENCHMARK}::{name}" for name in re.findall(r"^def (test_\w+)", (ROOT / gpu.BENCHMARK).read_text(), re.M)
+    }
+    assert sorted(word for part in run["bench"] for word in part.command if "::" in str(word)) == sorted(benchmarks)
+
+
 def test_a_part_that_cannot_run_or_has_no_time(tmp_path):
     assert run(python("", absent="no such tool"), tmp_path)[2:] == ("skipped", 0, "no such tool")
-    assert run(python(""), tmp_path, seconds=1)[2:] == ("skipped", 0, "no time is left (--minutes)")
+    assert run(python(""), tmp_path, seconds=gpu.GRACE + 1)[2:] == ("skipped", 0, "no time is left (--minutes)")
 
 
 def script(*arguments):

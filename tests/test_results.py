@@ -99,6 +99,31 @@ def test_the_newest_of_each_device_counts(tmp_path):
     assert [(r["device"], r["date"]) for r in record.newest(tmp_path)] == [("A", "2026-03-01"), ("B", "2025-01-01")]
 
 
+def test_a_run_adds_its_rows_to_those_of_an_earlier_one(tmp_path):
+    """A process for every benchmark, of which any may be killed: one file, what is measured anew replaced."""
+    first = result(REFERENCE, row(ratio=2.0))
+    assert record.add(first, tmp_path) == "" and record.earlier(tmp_path, first) == first
+    second = result(row(ratio=3.0), row(case="group_ema_"))
+    assert record.add(second, tmp_path) == ""
+    (path,) = tmp_path.iterdir()
+    assert record.read(path)["rows"] == [REFERENCE, row(ratio=3.0), row(case="group_ema_")]
+    for changed in ({"commit": "fedcba9"}, {"versions": first["versions"] | {"torch": "2.0"}}):
+        assert record.earlier(tmp_path, first | changed) is None
+        assert record.add(first | changed, tmp_path) == "" and record.read(path) == first | changed
+
+
+def test_what_was_measured_is_not_lost_for_a_fault_around_it(tmp_path):
+    first = result(REFERENCE, row()) | {"commit": "unknown"}
+    assert "commit: expected a hash" in record.add(first, tmp_path)
+    second = result(row(case="group_ema_")) | {"commit": "unknown"}
+    assert "commit: expected a hash" in record.add(second, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name == "rejected.json"
+    kept = json.loads(path.read_text())
+    assert kept["rows"] == [REFERENCE, row(), row(case="group_ema_")]
+    assert record.problems(kept | {"commit": "0123abc"}) == []
+
+
 def at(*path, to):
     def change(made):
         for key in path[:-1]:
