@@ -1,6 +1,10 @@
 """`DEXCallback` in a real `transformers.Trainer`, against the same training by hand."""
 
 import copy
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -33,12 +37,28 @@ def data(count):
     return [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 2} for i in range(count)]
 
 
+def options_of(path, **options):
+    return {
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "output_dir": str(path),
+        "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": LR, "optim": "sgd",
+        "report_to": "none", "train_sampling_strategy": "sequential", "disable_tqdm": True,
+    } | options  # fmt: skip
+
+
 def arguments(transformers, path, **options):
-    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True} | options
-    return transformers.TrainingArguments(
-        output_dir=str(path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR, optim="sgd",
-        report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **options,
-    )  # fmt: skip
+    return transformers.TrainingArguments(**options_of(path, **options))
+
+
+RANK = """
+import os, sys
+import torch, transformers
+from dex.integrations import DEXCallback
+folder = sys.argv[1]
+model, samples, options, callback = torch.load(f"{folder}/start.pt", weights_only=False)
+args = transformers.TrainingArguments(**options, ddp_backend="gloo", ddp_broadcast_buffers=False)
+transformers.Trainer(model, args, train_dataset=samples, callbacks=[DEXCallback(**callback)]).train()
+torch.save(model.state_dict(), f"{folder}/{os.environ['RANK']}.pt")
+"""
 
 
 def by_hand(model, samples, accumulate, callback):
@@ -83,6 +103,37 @@ def test_it_is_the_training_by_hand(transformers, tmp_path, accumulate, checkpoi
     # The callback is gone with the training: no hooks, nothing recorded.
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert all(m.recording is None for m in model.modules() if isinstance(m, DEXLayer))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_are_the_training_by_hand_and_equal_each_other(transformers, tmp_path, accumulate):
+    """A step of two ranks is one of as many more micro-batches: directors, gates' masses and losses are of all."""
+    model = vit(transformers)
+    samples = data(STEPS * BATCH * 2 * accumulate)
+    options = options_of(tmp_path, gradient_accumulation_steps=accumulate)
+    settings = {"align": 0.5, "balance": 0.5, "momentum": (0.5, 0.9), "noise_std": (0.0, 0.0)}
+    torch.save((model, samples, options, settings), tmp_path / "start.pt")
+    (tmp_path / "train.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*command, tmp_path / "train.py", tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    start = copy.deepcopy(model.state_dict())
+    by_hand(model, samples, 2 * accumulate, types.SimpleNamespace(**settings))
+    want = model.state_dict()
+    assert one.keys() == two.keys() == want.keys()
+    for name in want:
+        assert torch.equal(one[name], two[name]), name
+        assert relative_error(one[name], want[name]) < 1e-5, name
+    for part in ("director.fc1.weight", "usage_ema", "experts.fc1_weight", "router_weight"):
+        name = f"vit.layers.0.mlp.fc1.{part}"
+        assert relative_error(want[name], start[name]) > 1e-4
 
 
 def test_schedules_and_evaluation(transformers, tmp_path, monkeypatch):
