@@ -99,9 +99,25 @@ def test_strides(layout, layouts):
 
 
 def test_many_rows_take_two_launches(monkeypatch):
+    """The slots are sorted when all rows are done: by the program that did them, or in a launch after theirs."""
+    kernel, launched = route.route_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                do_rows, do_sort = args[20:22]
+                launched.append((grid, do_rows, do_sort))
+                return kernel[grid](*args, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(route, "route_kernel", Watched())
     monkeypatch.setattr(route, "ONE_LAUNCH", 100)
-    r, weight, noise = make(150, 8, 4)
-    check(r, weight, 2, 0.5, noise)
+    for rows, launches in ((100, [((1,), True, True)]), (150, [((3,), True, False), ((1,), False, True)])):
+        launched.clear()
+        r, weight, noise = make(rows, 8, 4)
+        check(r, weight, 2, 0.5, noise)
+        assert launched == launches
 
 
 def test_ties_go_to_the_lower_index():
