@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import aligned_kernels
-from .common import Tile, experts_block, max_tiles, precision
+from .common import Tile, architecture, experts_block, max_tiles, precision
 
 BLOCK = aligned_kernels.BLOCK.value
 
@@ -32,8 +32,8 @@ INVERT = 128
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether kernels on ``device`` load by descriptors; Triton's interpreter does too."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether kernels on ``device`` load by descriptors into the blocks of TILES; Triton's interpreter does too."""
+    return device.type != "cuda" or architecture(device) == 90
 
 
 def why_not_aligned(tokens: int, dim: int, hidden: int, dtype: torch.dtype, tma: bool) -> str | None:
@@ -42,7 +42,7 @@ def why_not_aligned(tokens: int, dim: int, hidden: int, dtype: torch.dtype, tma:
     Token-wise routing comes as images of one token, so it is among those with fewer than 64.
     """
     if not tma:
-        return "descriptors need compute capability 9.0"
+        return "descriptors, and the shared memory for its tiles, need compute capability 9 to 11"
     if tokens < BLOCK:
         return f"it needs {BLOCK} tokens an image, got {tokens}"
     for name, width in (("D", dim), ("H", hidden)):

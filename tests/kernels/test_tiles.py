@@ -88,6 +88,17 @@ def test_groups_visit_every_block_once(num_tiles, num_cols):
     assert sorted(out[: min(8, num_tiles), 0].tolist()) == list(range(min(8, num_tiles)))
 
 
+@pytest.mark.parametrize(
+    "capability, row", [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 90), ((12, 0), 80), ((12, 1), 80)]
+)
+def test_tiles_fit_the_shared_memory_of_the_architecture(capability, row, monkeypatch):
+    from dexkernels.kernels import aligned
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    device = torch.device("cuda")
+    assert common.architecture(device) == row and aligned.has_tma(device) == (row == 90)
+
+
 def test_tables_have_both_architectures_and_both_precisions():
     from dexkernels.kernels import aligned, grouped_mlp
 
