@@ -141,7 +141,8 @@ class Run:
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
-        self._slow: int | None = None
+        self._slow: tuple[int | None, int] = (None, 0)
+        """The slow rank, and in how many rows running."""
         on_gpu = trainer.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
@@ -240,16 +241,16 @@ class Run:
                     self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
 
     def _slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
-        """Say which rank the others wait for, when that changes."""
+        """Say which rank the others wait for, once it was the same in two rows running."""
         late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
         slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
-        if slow not in (None, self._slow):
+        self._slow = (slow, self._slow[1] + 1 if slow == self._slow[0] else 1)
+        if slow is not None and self._slow[1] == 2:
             self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
             self.progress.say(
                 f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
                 f"others wait {late:.3g} s for it"
             )
-        self._slow = slow
 
     def _spikes(self) -> None:
         """Loss spikes with the worst images of all ranks; every rank found the same steps."""

@@ -60,20 +60,31 @@ class Watch:
         The others then end too, naming this one; what they wait in may not tell them (NCCL).
         """
         self._stop.set()
-        if failed is not None and self._threads:
-            # Whoever fails in the middle of a step may wait for the others when it leaves them (NCCL).
-            self._error = failed
-            last = threading.Timer(DEAD_AFTER, self._end, [f"its own failure {DEAD_AFTER:.0f} s ago"])
-            last.daemon = True
-            last.start()
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join(5 * INTERVAL)
         if threads and not any(thread.is_alive() for thread in threads):
             try:
                 self._tell(done=True, failed=failed and f"{type(failed).__name__}: {failed}")
+                if failed is not None:
+                    self._wait_until_heard()
             except RuntimeError:
                 pass  # whoever held the store has ended already
+        if failed is not None and threads:
+            # Whoever fails in the middle of a step may wait for the others when it leaves them (NCCL).
+            self._error = failed
+            last = threading.Timer(DEAD_AFTER, self._end, [f"its own failure {DEAD_AFTER:.0f} s ago"])
+            last.daemon = True
+            last.start()
+
+    def _wait_until_heard(self) -> None:
+        """The store may end with this process: until every other rank has heard of its failure, or is done too."""
+        deadline = time.monotonic() + DEAD_AFTER
+        while time.monotonic() < deadline:
+            self._hear()
+            if all(entry.get("done") or entry.get("heard") for entry, _ in self._seen.values()):
+                return
+            time.sleep(INTERVAL / 4)
 
     def explain(self, error: BaseException) -> None:
         """End this process when ``error`` comes from a rank that is gone, naming it; return when all are alive."""
@@ -91,7 +102,8 @@ class Watch:
                 self._hear()
             except RuntimeError as error:
                 if not self._stop.is_set():
-                    self._end(f"{self._holder()}: ended, and with it the store of the ranks ({type(error).__name__})")
+                    gone = f"{self._holder()}: ended, and with it the store of the ranks ({type(error).__name__})"
+                    self._end(self._failure() or gone)
             self._answered = time.monotonic()
 
     def _judge(self) -> None:
@@ -102,7 +114,7 @@ class Watch:
                 if not entry.get("done") and self._answered - heard > DEAD_AFTER:
                     self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
                 if entry.get("failed") and (self._error is not None or now - heard > _GRACE):
-                    self._end(f"{self._words(rank)}: failed, {entry['failed']}")
+                    self._end(self._failure())
                 if entry.get("done") and self._error is not None:
                     self._end(f"{self._words(rank)}: ended while this rank was not done")
             if now - self._answered > DEAD_AFTER:
@@ -114,10 +126,15 @@ class Watch:
         """Whose process holds the store."""
         return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._words(0)
 
+    def _failure(self) -> str:
+        """Which rank has failed, and by what; empty when none has."""
+        failed = [rank for rank, (entry, _) in sorted(self._seen.items()) if entry.get("failed")]
+        return "; ".join(f"{self._words(rank)}: failed, {self._seen[rank][0]['failed']}" for rank in failed)
+
     def _tell(self, **more: Any) -> None:
         frame = sys._current_frames().get(self._main)
         where = frame.f_code.co_qualname if frame else ""
-        entry = {**self._place, **self._self, "where": where, **more}
+        entry = {**self._place, **self._self, "where": where, "heard": bool(self._failure()), **more}
         self._store.set(f"dex/alive/{self.ranks.rank}", json.dumps(entry))
 
     def _hear(self) -> None:

@@ -45,7 +45,7 @@ def test_a_rank_that_drifts_is_noticed(fleet, tiny, change, tmp_path, record):
     events = [(e["event"], e["step"]) for e in read_rows(tmp_path / "drifts" / "events.jsonl")]
     assert agree["sound"] == dict.fromkeys((0, 2, 4, 6, 8), True)
     good = agree["drifts"] == {0: True, 2: True, 4: True, 6: False, 8: False} and ("ranks differ", 6) in events
-    record(7, "a rank whose director differs in one number is noticed at the next evaluation", good, 1)
+    record(7, "a rank whose director differs in one number is noticed at the next evaluation", int(good), 1)
 
 
 def test_more_experts_than_images(fleet, tiny, change, tmp_path, record, full):
