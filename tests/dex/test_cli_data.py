@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dex import cli
-from dex.data import ShardDataset, prepare
+from dex.data import ShardDataset, prepare, workers
 
 SALT = bytes(range(32))
 
@@ -120,6 +120,21 @@ def test_parts(run, tmp_path, monkeypatch):
         assert code == 0 and "are left to other parts" in out and "next:" not in out and not Path("parts").exists()
     code, out, _ = run(*command, "--out", "parts", "--shard", "1/3")
     assert code == 0 and "next:" in out and digest("parts") == digest("whole")
+
+
+def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
+    def scan(*_, **__):
+        raise workers.WorkerFault("three workers in a row ended")
+
+    monkeypatch.setattr("dex.data.discover.LARGE", 3)
+    monkeypatch.setattr("dex.data.scan.scan", scan)
+    (tmp_path / "scans").mkdir()
+    for number in range(4):
+        (tmp_path / "scans" / f"{number}.dcm").write_bytes(b"any")
+    code, _, err = run("prepare", "scans", "--modality", "CT", "--out", "set")
+    assert (code, err) == (1, "dex prepare: a fault in dex: three workers in a row ended\n") and not Path(
+        "set"
+    ).exists()
 
 
 def test_leak(run, tmp_path, monkeypatch):
