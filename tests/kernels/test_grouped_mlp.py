@@ -97,6 +97,19 @@ def test_nan_stays_in_its_image():
         assert torch.equal(a[2:], b[2:]) and a[:2].isnan().any()
 
 
+def test_nan_in_the_first_token_does_not_reach_other_experts():
+    """Rows past a tile's last are addressed as the first token of all: what they hold must not be read."""
+    x, grad_out, gates, indices, weights = make(5, 9, 21, 37, 4, 2, torch.float32)
+    indices[:] = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [2, 3]])
+    clean = run(x, grad_out, gates, indices, weights)
+    x[0, 0], grad_out[0, 0] = float("nan"), float("nan")
+    got = run(x, grad_out, gates, indices, weights)
+    for a, b in zip(got[:3], clean[:3], strict=True):
+        assert torch.equal(a[1:], b[1:]) and a[0].isnan().any()
+    for a, b in zip(got[3:], clean[3:], strict=True):
+        assert torch.equal(a[2:], b[2:]) and a[:2].isnan().any()
+
+
 def test_no_images():
     x, grad_out, gates, indices, weights = make(2, 3, 5, 7, 2, 1, torch.float32)
     got = run(x[:0], grad_out[:0], gates[:0], indices[:0], weights)
