@@ -197,7 +197,8 @@ def test_results_are_of_a_gpu_alone(tmp_path):
 def test_without_a_gpu_device_cuda_skips_and_says_why():
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/dexkernels/test_spec.py", "--device", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "torch finds no CUDA device" in done.stdout and "9 skipped" in done.stdout
+    assert done.returncode == 0 and "torch finds no CUDA device" in done.stdout
+    assert re.search(r"^\d+ skipped in", done.stdout, re.M)
 
 
 def test_device_option_moves_what_tests_draw():
