@@ -38,17 +38,16 @@ def load_rows(base, stride, rows, d, num_rows, dim, fill):
 
 @triton.jit
 def log_sum_exp(base, stride, rows, num_rows, dim, scale, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``log sum_D exp(scale * base[row])`` of each row; NaN when the row holds NaN or +inf."""
+    """``log sum_D exp(scale * base[row])`` of each row; NaN when the row holds NaN or +inf, and past the last row."""
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     for d0 in range(0, dim, COLS):
         d = d0 + tl.arange(0, COLS)
         top = tl.maximum(top, tl.max(scale * load_rows(base, stride, rows, d, num_rows, dim, float("-inf")), 1))
-    top = tl.where(rows < num_rows, top, 0.0)
     total = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, dim, COLS):
         d = d0 + tl.arange(0, COLS)
         shifted = scale * load_rows(base, stride, rows, d, num_rows, dim, float("-inf")) - top[:, None]
-        total += tl.sum(tl.where((d < dim)[None, :], tl.exp(shifted), 0.0), 1)
+        total += tl.sum(tl.exp(shifted), 1)
     return top + tl.log(total)
 
 

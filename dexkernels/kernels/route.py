@@ -85,8 +85,6 @@ def route_rows(
         logits += tl.load(noise + at, mask=inside, other=0.0)
     logits = tl.where(e_valid[None, :], logits / temperature, float("-inf"))
     exp = tl.exp(logits - tl.max(logits, 1)[:, None])
-    # exp of a padded lane is NaN, not 0, when the row is.
-    exp = tl.where(e_valid[None, :], exp, 0.0)
     prob = exp / tl.sum(exp, 1)[:, None]
     tl.store(p + at, prob, mask=inside)
 
@@ -291,7 +289,6 @@ def logits_grad_kernel(
         direct = tl.where(mine, grad[:, None], direct)
         taken = tl.where(mine, 1, taken)
     chosen_sum = tl.sum(tl.where(taken == 1, prob, 0.0), 1)
-    chosen_sum = tl.where(r_valid, chosen_sum, 1.0)
     dp = tl.where(taken == 1, (direct - through_sum[:, None]) / chosen_sum[:, None], 0.0)
     mean = mean_probability(p, num_rows, num_experts, EXPERTS, ROWS)
     dp += (tl.load(grad_balance).to(tl.float32) * num_experts / num_rows * mean)[None, :]

@@ -305,8 +305,10 @@ def random_case(host, rng: np.random.Generator) -> None:
     at = None if how == 0 else np.array([m], np.float32 if how == 1 else np.float64)
     skip = [None, False, True][rng.integers(0, 3)]
     placed = update(host, groups, m, at=at, skip=skip, multiprocessors=int(rng.integers(1, 5)))
-    for g, (_, wide) in zip(groups, placed, strict=True):
-        assert bool(wide) == g.wide()
+    tiles = 0
+    for g, (first, wide) in zip(groups, placed, strict=True):
+        assert first == tiles and bool(wide) == g.wide()
+        tiles += -(-g.numel // tile)
         g.check(m if at is None else float(at[0]), not skip)
         g.free()
 
