@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the plain-torch loop over experts, inputs, and error measures.
+"""What tests and benchmarks share: the plain-torch loop over experts, inputs, error measures, a guard against waits.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
@@ -6,6 +6,8 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .layer import DEXLayer
 
@@ -86,3 +88,81 @@ def relative_error(got: Tensor, want: Tensor) -> float:
         return float("inf")
     norm = want.norm().item()
     return ((got - want).norm() / (norm or 1.0)).item()
+
+
+class HostWaits(RuntimeError):
+    """What `NoHostWaits` raises."""
+
+
+class NoHostWaits(TorchDispatchMode):
+    """``with NoHostWaits():`` raises `HostWaits` at what would make the host wait for the device of a tensor.
+
+    That is: a value read (``item``, ``tolist``, ``bool``), an operator whose result's size depends on values
+    (``nonzero``, ``x[mask]``, ``unique``), a copy to the host that waits or goes to memory that is not pinned, and a
+    copy from memory that is not pinned (``torch.tensor(..., device=...)``). It judges what the host asks of torch, so
+    tensors may be fake, or on meta; what a native library or torch itself does inside an operator it does not see.
+    ``seen``: every operator with its numbers and shapes, in order.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        name = op._schema.name.removeprefix("aten::")
+        if reason := self._waits(name, op._overloadname, args, kwargs, tensors):
+            raise HostWaits(f"{reason}: {op}")
+        self.see(op, args, kwargs)
+        if name == "_pin_memory":  # which no fake tensor can, nor a CPU without a GPU
+            out = args[0].clone()
+            out.pinned = True
+            return out
+        out = op(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            out.pinned = True
+        return out
+
+    def see(self, op, args: tuple, kwargs: dict | None) -> None:
+        if op.namespace != "profiler":
+            self.seen.append(" ".join([str(op), *map(_told, tree_leaves((args, kwargs or {})))]))
+
+    def _waits(self, name: str, overload: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> str | None:
+        if name == "_to_copy":
+            target, waits = kwargs.get("device") or args[0].device, not kwargs.get("non_blocking")
+            pinned = target.type == "cpu" or getattr(args[0], "pinned", False)  # torch pins what it makes for a copy
+            return self._copies(args[0].device, target, waits, pinned)
+        if name == "copy_":
+            waits = not (kwargs.get("non_blocking") or len(args) > 2 and args[2])
+            on_host = args[0] if args[0].device.type == "cpu" else args[1]
+            return self._copies(args[1].device, args[0].device, waits, getattr(on_host, "pinned", False))
+        if all(t.device.type == "cpu" for t in tensors):
+            return None
+        if name == "repeat_interleave" and kwargs.get("output_size") is not None:
+            return None
+        if (
+            name in _READS
+            or name in ("index", "index_put", "index_put_", "_index_put_impl_")
+            and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+        ):
+            return "a value is read on the host"
+        return None
+
+    @staticmethod
+    def _copies(source: torch.device, target: torch.device, waits: bool, pinned: bool) -> str | None:
+        if "cpu" not in (source.type, target.type) or source.type == target.type:
+            return None
+        where = "to the host" if target.type == "cpu" else "from the host"
+        return f"a copy {where} that waits" if waits else None if pinned else f"a copy {where} by memory not pinned"
+
+
+_READS = frozenset(
+    "_local_scalar_dense is_nonzero equal allclose nonzero nonzero_numpy argwhere masked_select bincount "
+    "_unique _unique2 unique_dim unique_consecutive repeat_interleave".split()
+)
+"""Operators that need values on the host."""
+
+
+def _told(leaf) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)

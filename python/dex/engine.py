@@ -24,12 +24,15 @@ from dex.data.dataset import Dataset
 from dex.distributed import ALONE, Ranks, full, gather, same_bits, spread
 from dex.evaluation import Evaluation, Evaluator, autocast
 from dex.model import MAEOutput, MaskedAutoencoder
-from dex.schedules import schedule_at, step_seed, total_steps
+from dex.schedules import Schedule, schedule_at, step_seed, total_steps
+from dex.stopwatch import Stopwatch
 
 _INIT = -1
 """The 'step' whose seed draws the initial weights."""
 _SPIKE_WINDOW, _SPIKE_DEVIATIONS = 100, 12.0
 """A spike lies so many median absolute deviations above the median of so many steps, and at least 5 % above it."""
+_SCHEDULE = {"momentum": torch.float64}
+"""What is not float32: of a float32 momentum, 1 - m would have four digits."""
 _LOSSES = ("loss", "total", "align_loss", "balance_loss", "grad_norm")
 _MASK_STREAM, _ROUTER_STREAM = 1, 16
 """What an image's random numbers are for; layer l's router has stream 16 + l."""
@@ -129,8 +132,8 @@ class Trainer:
 
     A step: forward, backward, verdict, GEMA, clip, AdamW. The verdict (loss, gate mass and gradient norm finite) is a
     0-dim tensor on the device, and with a bad one the same launches change nothing, so no step waits for its own
-    verdict: the host reads it one step late on a GPU, at once on a CPU. Other things may still wait for the device:
-    the plain-torch experts that a GPU uses today read the sizes of their groups on the host, in every layer.
+    verdict: the host reads it one step late on a GPU, at once on a CPU. Nothing else waits for the device either
+    (tests/step), but for plain-torch experts, which read the sizes of their groups on the host, in every layer.
     """
 
     def __init__(self, config: Config, dataset: Dataset, *, ranks: Ranks = ALONE, start_batch: int = 0):
@@ -165,9 +168,24 @@ class Trainer:
         self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named_parameters]
         o = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.peak_lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps, fused=True
+        on_gpu = self.device.type == "cuda"
+        self._schedule = Schedule(
+            *(torch.zeros((), dtype=_SCHEDULE.get(name), device=self.device) for name in Schedule._fields)
         )
+        """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
+        self._flags = torch.zeros(2, dtype=torch.bool, device=self.device)
+        """Whether this rank was told to stop; whether it cannot read its images."""
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.peak_lr,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+            eps=o.eps,
+            fused=True,
+            capturable=on_gpu,
+        )
+        if on_gpu:  # the CPU's fused step would read a tensor anew for every parameter
+            self.optimizer.param_groups[0]["lr"] = self._schedule.lr
         # Read by the fused step: where found_inf is 1 it leaves weights, moments and step counters alone.
         self.optimizer.grad_scale = None
         depth, experts = config.model.depth, config.model.num_experts
@@ -175,7 +193,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.data_wait = 0.0
         """Seconds spent waiting for the loader since it was last set to 0."""
-        self._local = _Stopwatch(self.device)
+        self._local = Stopwatch(self.device)
         """Runs while the device needs no other rank: augmentation and, but for fsdp, forward."""
         self.stop_requested = False
         """Set before a step: this rank was told to stop."""
@@ -186,7 +204,6 @@ class Trainer:
         self.spikes: list[Spike] = []
         """Loss spikes found since the caller last took them away."""
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
-        self._noise_std = torch.zeros((), device=self.device)
         self._pending: deque[_Verdict] = deque()
         self._unreadable: CorruptDataError | None = None
         self._evaluator = Evaluator(config, self.model, train, held_out, self.device, self.precision)
@@ -212,13 +229,31 @@ class Trainer:
         self.data_wait += time.perf_counter() - began
         self.at("step")
 
-        size, mask_ratio = config.model.img_size, config.model.mask_ratio
         with self._local:
-            keys = numbers.sample_keys(config.run.seed, batch.places.to(self.device, non_blocking=True))
-            images = augment(batch.images.to(self.device, non_blocking=True), size, keys)
-            modality = batch.modality.to(self.device, non_blocking=True)
+            keys = numbers.sample_keys(config.run.seed, self._to_device(batch.places))
+            images = augment(self._to_device(batch.images), config.model.img_size, keys)
+            modality = self._to_device(batch.modality)
             mask_noise, router_noise = self._noise(keys)
-        self._noise_std.fill_(values.noise_std)
+        for tensor, value in zip(self._schedule, values, strict=True):
+            tensor.fill_(value)
+        for flag, value in zip(self._flags, (self.stop_requested, unreadable is not None), strict=True):
+            flag.fill_(value)
+        if self.device.type != "cuda":
+            self.optimizer.param_groups[0]["lr"] = values.lr
+        told, image_loss = self._compute(images, modality, mask_noise, router_noise)
+        self._pending.append(self._send_verdict(batch.ids, told, image_loss))
+        self.step += 1
+        return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
+
+    def _compute(
+        self, images: Tensor, modality: Tensor, mask_noise: Tensor, router_noise: list[Tensor]
+    ) -> tuple["_Told", Tensor]:
+        """Forward, backward, verdict, GEMA, clip, AdamW and counts; what is told of the step, and every image's loss.
+
+        Launches alone, the same at every step: what differs is read on the device, from the arguments, `_schedule` and
+        `_flags`. So a CUDA graph of it replays rightly with another batch and other values.
+        """
+        config, values = self.config, self._schedule
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         forward = contextlib.nullcontext() if config.parallel.strategy == "fsdp" else self._local
@@ -229,8 +264,8 @@ class Trainer:
                 with forward, autocast(self.device, self.precision):
                     out = self.net(
                         images[part],
-                        mask_ratio=mask_ratio,
-                        noise_std=self._noise_std,
+                        mask_ratio=config.model.mask_ratio,
+                        noise_std=values.noise_std,
                         mask_noise=mask_noise[part],
                         router_noise=[noise[part] for noise in router_noise] or None,
                     )
@@ -242,19 +277,14 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm = full(norm)
         losses = torch.stack([out.loss, torch.stack(totals).mean(), out.align_loss, out.balance_loss, grad_norm])
-        told = self._agree(unreadable, losses, out, modality)
+        told = self._agree(losses, out, modality)
         good = told.good
         self.model.update_directors(told.gate_mass, values.momentum, skip=~good, process_group=False)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = values.lr
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
-
         self._count(told)
-        self._pending.append(self._send_verdict(batch.ids, told, out.image_loss))
-        self.step += 1
-        return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
+        return told, out.image_loss
 
     def close(self) -> None:
         """End the loader's workers and let go of what spread the model over ranks, before the ranks part."""
@@ -399,6 +429,10 @@ class Trainer:
                 block.compile()
         return spread(model, blocks, parallel.strategy, self.device) if self.ranks.world_size > 1 else model
 
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """By way of pinned memory: a copy from other memory may wait for all that was launched before it."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def _next_batch(self) -> tuple[Batch, CorruptDataError | None]:
         """This rank's part of the next batch; alone, CorruptDataError is raised.
 
@@ -434,7 +468,7 @@ class Trainer:
         return contextlib.nullcontext() if last else self.net.no_sync()
 
     @torch.no_grad()
-    def _agree(self, unreadable: CorruptDataError | None, losses: Tensor, out: MAEOutput, modality: Tensor) -> "_Told":
+    def _agree(self, losses: Tensor, out: MAEOutput, modality: Tensor) -> "_Told":
         """One small sum over the ranks: everything that is said of this step, the verdict included."""
         kinds = analysis.one_hot(modality, len(self.modalities))
         slots = torch.zeros(sum(self.experts), dtype=torch.float64, device=self.device)
@@ -444,10 +478,8 @@ class Trainer:
             slots.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float64))
             first += experts
         finite = torch.isfinite(torch.cat([losses[1:2], losses[4:5], *out.gate_mass])).all()
-        flags = [~finite if unreadable is None else torch.ones_like(finite)]
-        flags += [torch.full_like(finite, bool(flag)) for flag in (self.stop_requested, unreadable is not None)]
         parts = [
-            torch.stack(flags),
+            torch.cat([(~finite | self._flags[1])[None], self._flags]),
             losses / self.ranks.world_size,
             kinds.T @ out.image_loss.double(),
             kinds.sum(0),
@@ -538,36 +570,6 @@ class Trainer:
         if loss > limit:
             worst = image_loss.argsort(descending=True)[:5].tolist()
             self.spikes.append(Spike(step, loss, float(usual), [(ids[i], float(image_loss[i])) for i in worst]))
-
-
-class _Stopwatch:
-    """Seconds that the device took for what was launched inside ``with``; nothing waits for it until they are read."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self._began = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self._spans.append((self._began, self._now()))
-
-    def seconds(self) -> float:
-        """Since they were last read; waits for the device."""
-        spans, self._spans = self._spans, []
-        if not self._on_gpu:
-            return sum(end - began for began, end in spans)
-        if spans:
-            spans[-1][1].synchronize()
-        return sum(began.elapsed_time(end) for began, end in spans) / 1e3
 
 
 class _Told(NamedTuple):
