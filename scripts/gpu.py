@@ -40,7 +40,10 @@ PYTEST = (
     "--continue-on-collection-errors",
 )
 MODULES = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors", "setuptools", "pybind11")
-BENCHMARK = "benchmarks/test_gpu_operators.py"
+BENCHMARKS = {
+    "benchmarks/test_gpu_operators.py": ("route", "group_ema", "align_loss", "grouped_mlp", "grouped_mlp_aligned"),
+    "benchmarks/test_gpu_step.py": ("layer_step", "stack_of_layers", "training_step"),
+}
 SANITIZER = "compute-sanitizer"
 TAIL = 15
 """Lines of a failed part's output that are printed beside its log."""
@@ -145,7 +148,7 @@ def sanitize_parts(arguments) -> Iterator[Part]:
     for tool in ("memcheck", "racecheck"):
         watch = (sanitizer, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all")
         # torch.mm and its like are not ours; dense products are among the baselines, but are right anyway.
-        run = (*PYTEST, BENCHMARK, "--device", "cuda", "--tiny")
+        run = (*PYTEST, *BENCHMARKS, "--device", "cuda", "--tiny")
         # Each tensor in an allocation of its own: a cache hides what is read past its end.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Part("sanitize", tool, (*watch, *run), 5, alone, absent)
@@ -153,12 +156,13 @@ def sanitize_parts(arguments) -> Iterator[Part]:
 
 def bench_parts(arguments) -> Iterator[Part]:
     if arguments.cpu:
-        yield Part("bench", "tiny", (*PYTEST, BENCHMARK, "--threads", "1", "--tiny"), 2)
+        yield Part("bench", "tiny", (*PYTEST, *BENCHMARKS, "--threads", "1", "--tiny"), 2)
         return
     results = ("--device", "cuda", "--threads", "1", "--results", arguments.out, "--commit", arguments.commit)
     # One Python each, which adds its rows to the file: after a fault in a kernel a process can use its GPU no more.
-    for name in ("route", "group_ema", "align_loss", "grouped_mlp", "layer_step", "grouped_mlp_aligned"):
-        yield Part("bench", name, (*PYTEST, f"{BENCHMARK}::test_{name}", *results), 4)
+    for file, names in BENCHMARKS.items():
+        for name in names:
+            yield Part("bench", name, (*PYTEST, f"{file}::test_{name}", *results), 8)
 
 
 def _tool(name: str) -> str | None:

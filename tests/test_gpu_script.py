@@ -147,8 +147,11 @@ def test_on_a_gpu_every_file_of_tests_and_every_benchmark_is_run(tmp_path):
     whole = {p.command[p.command.index("--backend") + 1] for p in run["test"] if "tests/dexkernels" in p.command}
     assert whole == {"reference", "cuda"}
     benchmarks = {
-        f"{gpu.BENCHMARK}::{name}" for name in re.findall(r"^def (test_\w+)", (ROOT / gpu.BENCHMARK).read_text(), re.M)
+        f"{file}::{name}"
+        for file in gpu.BENCHMARKS
+        for name in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.M)
     }
+    assert set(gpu.BENCHMARKS) == {f"benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("test_gpu_*.py")}
     assert sorted(word for part in run["bench"] for word in part.command if "::" in str(word)) == sorted(benchmarks)
 
 
