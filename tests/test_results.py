@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -248,3 +251,105 @@ def test_only_marked_regions_change():
     for broken in ("no marker", "<!-- results: full -->\nopen"):
         with pytest.raises(ValueError, match="page: "):
             pages.fill(broken, [], "page")
+
+
+# --- the pictures
+
+
+def measured(letter, sizes, case="layer step", baseline="reference", **changed):
+    """Rows of two backends whose cost follows ``changed["ms"]``, a function of the size."""
+    base = {"B": 224, "N": 65, "D": 768, "H": 3072, "E": 8, "K": 2}
+    ms = changed.pop("ms", lambda size: 0.01 * size)
+    return [
+        row(
+            backend,
+            case=case,
+            shape=base | {letter: size},
+            dtype="bfloat16",
+            baseline=baseline,
+            ms=ms(size) * factor,
+            baseline_ms=ms(size) * (4 if baseline == "reference" else 0.8),
+            ratio=(4 if baseline == "reference" else 0.8) / factor,
+            tflops=400.0 / factor,
+            gbps=2000.0 / factor,
+        )
+        for size in sizes
+        for backend, factor in (("reference", 4), ("triton", 1))
+    ]
+
+
+def example():
+    """A results file in which everything that is drawn occurs; its numbers are invented."""
+    rows = []
+    for case, scale in (("grouped_mlp forward + backward", 1.0), ("layer step", 1.4)):
+        for baseline in ("reference", "dense products"):
+            for letter, sizes, ms in (
+                ("E", (4, 8, 16, 64), lambda e: 2 + e / 80),
+                ("B", (8, 64, 896), lambda b: b / 90),
+            ):
+                rows += measured(letter, sizes, case, baseline, ms=lambda n, ms=ms, scale=scale: scale * ms(n))
+    rows += measured("B", (224,), "grouped_mlp forward", ms=lambda b: 0.7)
+    rows += measured("E", (8, 64), pages.charts.ALIGNED + "grouped_mlp forward + backward", ms=lambda e: 1.7)
+    return result(*rows)
+
+
+def test_pictures_hold_every_measurement_once():
+    drawn = pages.pictures([example()])
+    assert drawn.keys() == {"h100-80gb-hbm3-roofline.svg", "h100-80gb-hbm3-growth.svg"}
+    roofline, growth = drawn.values()
+    for svg in drawn.values():
+        xml.etree.ElementTree.fromstring(svg)
+        assert "nan" not in svg
+    points = {(r["case"], r["backend"], str(r["shape"])) for r in example()["rows"]}
+    points -= {p for p in points if p[0].startswith("aligned") and p[1] == "reference"}
+    assert roofline.count(" ms</title>") == len(points)
+    assert "800 TFLOP/s" in roofline and "3000 GB/s" in roofline
+    # 4 sizes of E and 4 of B (224 is among both), for two cases of two backends, and the limit of one case; aligned: 2.
+    assert growth.count(" ms</title>") == (4 + 4) * (2 * 2 + 1) + 2
+    assert pages.pictures([example()]) == drawn
+
+
+def test_pictures_move_with_the_results():
+    made = example()
+    before = pages.pictures([made])
+    for r in (r for r in made["rows"] if r["backend"] == "triton" and r["shape"]["E"] == 4):
+        r |= {"ms": 2 * r["ms"], "tflops": r["tflops"] / 2, "gbps": r["gbps"] / 4}
+    after = pages.pictures([made])
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_what_was_not_measured_is_not_drawn():
+    assert pages.pictures([]) == {} and pages.region("charts", []) == pages.NO_CHARTS
+    made = [result(REFERENCE, row())]
+    assert pages.pictures(made) == {}
+    assert pages.region("charts", made).count("nothing was measured for a") == 2
+    text = pages.region("charts", [example()])
+    assert "(../docs/images/h100-80gb-hbm3-roofline.svg)" in text and "nothing" not in text
+
+
+def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
+    """In a copy of the tree with a results file: what is made, then nothing to do, then what is left without it."""
+    for name in ("README.md", "benchmarks/README.md", "dexkernels/_defaults.py", "scripts/pages.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "benchmarks/record.py", tmp_path / "benchmarks")
+    shutil.copy(ROOT / "scripts/charts.py", tmp_path / "scripts")
+    (tmp_path / "docs/images").mkdir(parents=True)
+    path = tmp_path / "benchmarks/results" / record.name_of(example())
+    path.parent.mkdir()
+    record.write(example(), path)
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, tmp_path / "scripts/pages.py", *arguments], capture_output=True, text=True
+        )
+
+    assert run("--check").returncode == 1
+    assert run().returncode == 0 and run("--check").stdout == ""
+    assert len(list((tmp_path / "docs/images").iterdir())) == 2
+    path.unlink()
+    assert "of no result" in run("--check").stdout
+    assert run().returncode == 0 and run("--check").returncode == 0
+    assert not list((tmp_path / "docs/images").iterdir())
+    for name in ("README.md", "benchmarks/README.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
