@@ -3,6 +3,8 @@
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots, q blocks of an image.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -17,18 +19,27 @@ TILES = {
     ("fc1_blocks", "half", 90): Tile(128, 256, 64, 8, 4, halves=True),
     ("to_images", "half", 90): Tile(64, 256, 64, 4, 4),
     ("to_images_even", "half", 90): Tile(128, 256, 64, 8, 4),
+    ("to_images_pairs", "half", 90): Tile(128, 256, 64, 8, 4),
     ("hidden_grad_blocks", "half", 90): Tile(128, 256, 64, 8, 4, halves=True),
     ("weight_grad_blocks", "half", 90): Tile(128, 256, 32, 8, 5),
 }
-"""(kernel, precision, architecture) -> tile. ``to_images_even``: where an image's blocks are even in number.
-fc1_blocks and hidden_grad_blocks are two blocks high. The depth of weight_grad_blocks is that of its gathered rows, its
-blocks are 64 deep; it counts more stages than it has buffers: the loads of slot numbers take stages of their own."""
+"""(kernel, precision, architecture) -> tile. ``to_images_even``: where an image's blocks are even in number;
+``to_images_pairs``: see `in_pairs`; fc1_blocks, hidden_grad_blocks and to_images_pairs are two blocks high. The depth
+of weight_grad_blocks is that of its gathered rows, its blocks are 64 deep; it counts more stages than it has buffers:
+the loads of slot numbers take stages of their own."""
 
 GROUP = 8
 """Row tiles that walk the columns together, see `cut_in_groups`."""
 
 INVERT = 128
 """Slots that one program of `invert_slots_kernel` places."""
+
+ORDER = 64
+"""Images that one program of `order_images_kernel` places."""
+
+PAIRED = 4
+"""Images for every set of experts from which on those of the same set are paired: what is left over computes half a
+tile in vain, which is at most half an image for every set. By reckoning, not measured."""
 
 
 def has_tma(device: torch.device) -> bool:
@@ -123,6 +134,18 @@ def invert_slots(slot_order: Tensor, group_offsets: Tensor) -> tuple[Tensor, Ten
     return position, expert
 
 
+def in_pairs(images: int, num_experts: int, top_k: int, blocks: int) -> bool:
+    """Whether images of the same experts are paired: not where an image's own blocks pair up, see PAIRED otherwise."""
+    return blocks % 2 == 1 and images >= PAIRED * math.comb(num_experts, top_k)
+
+
+def order_images(expert: Tensor, images: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """The images sorted by their sets of experts, and of each its number in its set, int32 ``[B]``."""
+    order, index = (torch.empty(images, dtype=torch.int32, device=expert.device) for _ in range(2))
+    aligned_kernels.order_images_kernel[(triton.cdiv(images, ORDER),)](expert, order, index, images, top_k, ORDER)
+    return order, index
+
+
 def to_images(rows_in, weight, transposed, slots, gates, bias, out, blocks, top_k, tiles) -> None:
     """The blocks of ``out [B, N, W]`` from ``rows_in [S*64q, depth]``, see `to_images_kernel`.
 
@@ -130,6 +153,32 @@ def to_images(rows_in, weight, transposed, slots, gates, bias, out, blocks, top_
     """
     B, N, W = out.shape
     depth = rows_in.shape[1]
+    if in_pairs(B, weight.shape[0], top_k, blocks):
+        tile = tiles["to_images_pairs", precision(out.dtype), 90]
+        box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
+        aligned_kernels.pairs_to_images_kernel[(B * blocks * triton.cdiv(W, tile.cols),)](
+            _box(rows_in, BLOCK, tile.depth),
+            _box(weight, 1, *box),
+            *slots,
+            *order_images(slots[1], B, top_k),
+            gates,
+            bias,
+            out,
+            B,
+            blocks,
+            N % BLOCK,
+            top_k,
+            depth,
+            W,
+            transposed,
+            triton.next_power_of_2(top_k),
+            tile.cols,
+            tile.depth,
+            2 * GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return
     tile = tiles["to_images" if blocks % 2 else "to_images_even", precision(out.dtype), 90]
     box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
     aligned_kernels.to_images_kernel[(B * (blocks * BLOCK // tile.rows) * triton.cdiv(W, tile.cols),)](

@@ -120,6 +120,7 @@ def launch_everything(dtype, arch):
     if arch == 90 and dtype != torch.float32:
         gathered = len(LAUNCHED)
         launch_mlp(dtype, B, N, D, H, E, K, "aligned")
+        launch_mlp(dtype, 24, N, D, H, E, K, "aligned")  # too few images for pairs
         if dtype == torch.bfloat16:  # an even number of blocks
             launch_mlp(dtype, 56, 257, D, H, E, K, "aligned")
         # For the rest of the tokens come the kernels above again, which one token an image makes no larger.
