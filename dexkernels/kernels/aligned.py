@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import aligned_kernels
+from . import aligned_kernels, weight_grad_kernels
+from .chunks import Cut
 from .common import Tile, architecture, experts_block, max_tiles, precision
 
 BLOCK = aligned_kernels.BLOCK.value
@@ -209,10 +210,11 @@ def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blo
 
     The other is ``[S*64q, .]``, and ``rest [S, r, .]`` what it is for the first tokens.
     """
-    E, height, width = out.shape
+    height, width = out.shape[1:]
     tile = tiles["weight_grad_blocks", precision(out.dtype), 90]
     is_left = gathered is left
-    aligned_kernels.weight_grad_blocks_kernel[(E * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols),)](
+    cut = Cut(slot_order.shape[0], out, tile)
+    weight_grad_kernels.weight_grad_blocks_kernel[cut.grid](
         _box(left, *(1,) * is_left, BLOCK, tile.rows),
         _box(right, *(1,) * (not is_left), BLOCK, tile.cols),
         slot_order,
@@ -220,6 +222,7 @@ def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blo
         left if is_left else rest,
         rest if is_left else right,
         out,
+        *cut.arguments,
         blocks,
         gathered.shape[1] % BLOCK,
         top_k,
@@ -228,12 +231,14 @@ def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blo
         gathered.stride(0),
         gathered.stride(1),
         is_left,
+        cut.experts,
         tile.rows,
         tile.cols,
         tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    cut.add_parts(group_offsets)
 
 
 def _box(t: Tensor, *block: int) -> TensorDescriptor:

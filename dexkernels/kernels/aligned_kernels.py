@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import cut_in_groups, find_tile, gelu_cdf
-from .mlp_kernels import add_gathered, through_gelu
+from .mlp_kernels import through_gelu
 
 BLOCK = tl.constexpr(64)
 """Tokens of a block: the rows of one wgmma."""
@@ -436,57 +436,3 @@ def hidden_grad_blocks_kernel(
             da1, second, slot_order, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, hidden,
             NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, COLS,
         )  # fmt: skip
-
-
-@triton.jit
-def weight_grad_blocks_kernel(
-    left,
-    right,
-    slot_order,
-    offsets,
-    left_rest,
-    right_rest,
-    out,
-    blocks,
-    first_token,
-    top_k,
-    height,
-    width,
-    stride_b,
-    stride_n,
-    GATHER_LEFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """``out[e] = left[rows of e].T @ right[rows of e]``, ``[E, height, width]``: its blocks, then its gathered rows.
-
-    One side is read from ``[B, N, .]`` (left when GATHER_LEFT, else right): a descriptor with box ``[1, 64, .]``, and
-    the same tensor by pointer for its first r tokens. The other lies in slot order: descriptor and rest.
-    """
-    cols = tl.cdiv(width, COLS)
-    per_expert = tl.cdiv(height, ROWS) * cols
-    expert = tl.program_id(0) // per_expert
-    within = tl.program_id(0) % per_expert
-    i0 = within // cols * ROWS
-    j0 = within % cols * COLS
-    first = tl.load(offsets + expert).to(tl.int32)
-    end = tl.load(offsets + expert + 1).to(tl.int32)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for block in range(first * blocks, end * blocks):
-        image, token = locate_block(slot_order, block, blocks, first_token, top_k)
-        if GATHER_LEFT:
-            l_block = left.load([image, token, i0]).reshape(BLOCK, ROWS)
-            r_block = right.load([block * BLOCK, j0])
-        else:
-            l_block = left.load([block * BLOCK, i0])
-            r_block = right.load([image, token, j0]).reshape(BLOCK, COLS)
-        acc = tl.dot(l_block.T, r_block, acc, input_precision="ieee")
-    i = i0 + tl.arange(0, ROWS)
-    j = j0 + tl.arange(0, COLS)
-    acc = add_gathered(
-        acc, left_rest, right_rest, slot_order, first * first_token, end * first_token, first_token, top_k, i, j,
-        height, width, stride_b, stride_n, GATHER_LEFT, DEPTH,
-    )  # fmt: skip
-    to = expert.to(tl.int64) * height * width + i.to(tl.int64)[:, None] * width + j[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=(i < height)[:, None] & (j < width)[None, :])

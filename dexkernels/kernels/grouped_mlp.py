@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from . import aligned
+from .chunks import Cut
 from .common import MAX_ROWS, Tile, architecture, check_dtype, experts_block, max_tiles, on_device, precision, unit_rows
 from .mlp_kernels import (
     bias1_grad_kernel,
@@ -23,8 +24,8 @@ from .mlp_kernels import (
     image_sum_kernel,
     to_hidden_grad_kernel,
     to_slots_kernel,
-    weight_grad_kernel,
 )
+from .weight_grad_kernels import weight_grad_kernel
 
 TILES = {
     ("fc1", "half", 80): Tile(128, 128, 32, 8, 4),
@@ -397,14 +398,16 @@ def _combine(by_slot: Tensor, gates: Tensor | None, out: Tensor) -> None:
 
 def _weight_grad(left, right, gathered, slot_order, group_offsets, out, top_k, tiles) -> None:
     """``out [E, height, width]``; ``gathered`` is the one of ``left`` and ``right`` that is ``[B, N, .]``."""
-    E, height, width = out.shape
+    height, width = out.shape[1:]
     tile = tiles["weight_grad", precision(out.dtype), architecture(out.device)]
-    weight_grad_kernel[(E * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols),)](
+    cut = Cut(slot_order.shape[0], out, tile)
+    weight_grad_kernel[cut.grid](
         left,
         right,
         slot_order,
         group_offsets,
         out,
+        *cut.arguments,
         gathered.shape[1],
         top_k,
         height,
@@ -412,5 +415,7 @@ def _weight_grad(left, right, gathered, slot_order, group_offsets, out, top_k, t
         gathered.stride(0),
         gathered.stride(1),
         gathered is left,
+        cut.experts,
         **_meta(tile),
     )
+    cut.add_parts(group_offsets)

@@ -15,7 +15,7 @@ ON_CUDA = torch.get_default_device().type == "cuda"
 """Set by ``--device cuda``, see the conftest of the repository."""
 
 if ON_CUDA and importlib.util.find_spec("triton") is not None:
-    from dexkernels.kernels import align_loss, aligned, common, group_ema, grouped_mlp, route  # noqa: F401
+    from dexkernels.kernels import align_loss, aligned, chunks, common, group_ema, grouped_mlp, route  # noqa: F401
 elif importlib.util.find_spec("triton") is not None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,7 +24,7 @@ elif importlib.util.find_spec("triton") is not None:
     import triton.experimental.gluon  # which the first launch would import
     from triton.runtime.interpreter import InterpretedFunction
 
-    from dexkernels.kernels import align_loss, aligned, common, group_ema, grouped_mlp, route  # noqa: F401
+    from dexkernels.kernels import align_loss, aligned, chunks, common, group_ema, grouped_mlp, route  # noqa: F401
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]
@@ -112,7 +112,7 @@ def poison(monkeypatch):
     def patched_empty(*shape, dtype=None, device=None, **kwargs):
         return poisoned(shape[0] if len(shape) == 1 else shape, dtype or torch.get_default_dtype(), device)
 
-    for module in (align_loss, aligned, group_ema, grouped_mlp, route):
+    for module in (align_loss, aligned, chunks, group_ema, grouped_mlp, route):
         monkeypatch.setattr(module, "torch", _Torch(empty=patched_empty, empty_like=empty_like))
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "new_empty", new_empty)

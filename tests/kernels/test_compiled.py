@@ -34,7 +34,14 @@ STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 32}
 
 KERNELS = {
     *GATHERED,
-    *("combine_kernel", "image_sum_kernel", "gate_grad_kernel", "bias1_grad_kernel", "bias2_grad_kernel"),
+    *(
+        "combine_kernel",
+        "image_sum_kernel",
+        "gate_grad_kernel",
+        "bias1_grad_kernel",
+        "bias2_grad_kernel",
+        "sum_chunks_kernel",
+    ),
     *("forward_kernel", "mean_kernel", "backward_kernel"),
     *("route_kernel", "logits_grad_kernel", "router_grad_kernel", "group_ema_kernel"),
 }
