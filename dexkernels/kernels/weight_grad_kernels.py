@@ -221,7 +221,7 @@ def sum_chunks_kernel(parts, offsets, out, num_experts, most, size, EXPERTS: tl.
         i = i0 + tl.arange(0, CUT)
         acc = tl.zeros((CUT,), tl.float32)
         at = parts + i
-        for part in range(0, count):
+        for _part in range(0, count):
             acc += tl.load(at, mask=i < size, other=0.0)
             at += size
         tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < size)
