@@ -393,7 +393,7 @@ def test_views():
         val.split("train")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_workers_does_not_end_them(number):
     want = take(Loader(Numbers(40), 4, seed=0), 20)
     with Loader(Numbers(40), 4, seed=0, num_workers=2) as loader:

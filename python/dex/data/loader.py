@@ -311,7 +311,7 @@ class _Worker(torch.utils.data.Dataset):
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A scheduler signals the whole process group; the parent still needs batches to finish its step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
