@@ -8,6 +8,7 @@ and renamed, so a folder of that name is complete; reading checks every hash bef
 All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -137,7 +138,12 @@ class Saver:
         work.rename(final)
         _sync(self.root)
         for _, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                # A network file system keeps what somebody still reads; a later save tries again.
+                if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                    raise
 
     def _first(self, action: Any) -> None:
         """``action`` on rank 0; its error on all."""

@@ -152,6 +152,23 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.found(tmp_path)] == [35, 40]
 
 
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOTEMPTY])
+def test_an_old_one_that_is_being_read_does_not_fail_the_save(number, tmp_path, monkeypatch):
+    """As on NFS, where the folder of a file that is open cannot go; the save after it removes it."""
+    save(tmp_path, 1, keep=1)
+
+    def busy(folder, **options):
+        if folder.name == "step-00000001":
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        save(tmp_path, 2, keep=1)
+    assert checkpoint.newest_good(tmp_path)[0].state["step"] == 2
+    save(tmp_path, 3, keep=1)
+    assert [step for step, _ in checkpoint.found(tmp_path)] == [3]
+
+
 @pytest.mark.parametrize("fails", ["_sync", "_digest", "_manifest_text"])
 def test_a_save_that_fails_leaves_what_was_there(fails, tmp_path, monkeypatch):
     save(tmp_path, 1)
