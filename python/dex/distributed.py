@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Strategy = Literal["ddp", "fsdp"]
+_NCCL_GRACE = datetime.timedelta(seconds=60)
 
 
 class Ranks(NamedTuple):
@@ -59,8 +60,12 @@ def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout)
-    # gloo for tensors on the host, NCCL for those on a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    if device.type == "cuda":
+        # gloo for tensors on the host, NCCL for those on a GPU, whose watchdog aborts the process when its time is up:
+        # the watch comes first, since it knows whom to name.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
     return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
 
 

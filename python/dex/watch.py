@@ -142,7 +142,9 @@ class Watch:
         for rank, (before, _) in list(self._seen.items()):
             key = f"dex/alive/{rank}"
             entry = json.loads(self._store.get(key)) if self._store.check([key]) else before
-            if before != entry:
+            # Launchers that start the ranks again keep the store, with what the processes before them said.
+            same = all(entry[key] == before[key] for key in ("host", "pid"))
+            if same and before != entry:
                 self._seen[rank] = (entry, now)
 
     def _furthest_behind(self) -> str:

@@ -1,0 +1,36 @@
+"""What the ranks say of themselves; what becomes of ranks that die or hang is in tests/reliability."""
+
+import datetime
+import json
+
+import torch
+import torch.distributed as dist
+
+from dex import distributed
+from dex.distributed import ALONE, Ranks
+from dex.watch import Watch
+
+
+def test_what_a_process_of_an_earlier_start_said_does_not_count():
+    """torchrun --max-restarts starts the ranks again with the same store."""
+    watch = Watch(ALONE, 60.0)
+    first = {"step": 0, "phase": "start", "host": "a", "pid": 20}
+    watch._seen, watch._store = {1: (first, 0.0)}, dist.HashStore()
+    watch._store.set("dex/alive/1", json.dumps(first | {"pid": 10, "done": True, "failed": "OSError: gone"}))
+    watch._hear()
+    assert watch._failure() == "" and watch._seen[1] == (first, 0.0)
+    watch._store.set("dex/alive/1", json.dumps(first | {"step": 3}))
+    watch._hear()
+    assert watch._seen[1][0]["step"] == 3
+
+
+def test_nccl_gives_up_later_than_the_watch(monkeypatch):
+    """Its watchdog aborts the process, and with it the watch that names the rank that hangs."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    distributed.start(Ranks(0, 2, 0), torch.device("cuda", 0), 600.0)
+    distributed.start(Ranks(0, 2, 0), torch.device("cpu"), 600.0)
+    assert [backend for backend, _ in asked] == ["cpu:gloo,cuda:nccl", "gloo"]
+    assert asked[0][1] >= datetime.timedelta(seconds=630) and asked[1][1] == datetime.timedelta(seconds=600)
