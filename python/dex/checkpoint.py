@@ -8,6 +8,7 @@ and renamed, so a folder of that name is complete; reading checks every hash bef
 All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``.
 """
 
+import datetime
 import errno
 import hashlib
 import json
@@ -64,7 +65,9 @@ class Saver:
     def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
         self.root, self.keep, self.ranks = root, keep, ranks
         # A group of its own: the thread's messages must not mix with those of the training loop.
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        # No haste: who waits for a save is watched, and whose process ends is missed at once.
+        alone = ranks.world_size == 1
+        self._group = None if alone else dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         self._mesh: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

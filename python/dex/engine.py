@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -328,13 +329,14 @@ class Trainer:
     def pace(self, steps: int) -> dict[str, Any]:
         """What the ranks say of their time and memory in the ``steps`` since they were last asked, all of them.
 
-        data_wait_s and memory_mb: the largest. Of several ranks, slowest_rank: the one that took longest in a step for
-        what needs no other rank (loader, augmentation, and but for fsdp forward), slowest_rank_s, and median_rank_s.
+        data_wait_s, memory_mb (the most so far) and memory_now_mb: the largest. Of several ranks, slowest_rank: the one
+        that took longest in a step for what needs no other rank (loader, augmentation, and but for fsdp forward),
+        slowest_rank_s, and median_rank_s.
         """
-        told = gather(self.ranks, [self.data_wait, self._local.seconds(), self._memory_mb()])
+        told = gather(self.ranks, [self.data_wait, self._local.seconds(), *self._memory_mb()])
         self.data_wait = 0.0
-        waits, local, memory = zip(*told, strict=True)
-        found = {"data_wait_s": max(waits), "memory_mb": max(memory)}
+        waits, local, most, now = zip(*told, strict=True)
+        found = {"data_wait_s": max(waits), "memory_mb": max(most), "memory_now_mb": max(now)}
         if self.ranks.world_size > 1:
             alone = [(wait + busy) / steps for wait, busy in zip(waits, local, strict=True)]
             slowest = max(alone)
@@ -513,12 +515,14 @@ class Trainer:
             window[name] += torch.where(told.good, value, 0.0)
         self._slots += torch.where(told.good, told.slots, 0.0).long()
 
-    def _memory_mb(self) -> float:
-        """The most this rank has held so far: on the device, or the whole process on a CPU."""
+    def _memory_mb(self) -> tuple[float, float]:
+        """The most this rank has held so far, and what it holds: on the device, or the whole process on a CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e6
+            return torch.cuda.max_memory_allocated(self.device) / 1e6, torch.cuda.memory_allocated(self.device) / 1e6
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        statm = Path("/proc/self/statm")
+        return most, int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.exists() else most
 
     def _slots_by_layer(self) -> list[Tensor]:
         return list(self._slots.to("cpu", copy=True).split(self.experts)) if self.experts else []

@@ -45,11 +45,24 @@ class Plan(NamedTuple):
     """What is to be said about that."""
 
 
-def plan(config: Config, out: Path, resume: str | Path | None = None, ranks: Ranks = ALONE) -> Plan:
-    """Everything that can be checked before a model is built; arguments and errors as in `pretrain`."""
+def plan(
+    config: Config, out: Path, resume: str | Path | None = None, ranks: Ranks = ALONE, *, lock: bool = False
+) -> Plan:
+    """Everything that can be checked before a model is built; arguments and errors as in `pretrain`.
+
+    lock: keep other runs out of the folder of the run that is resumed, from now on.
+    """
     check(config)
     log = RunLog(out, active=ranks.first)
-    saved, notes = checkpoint.choose(ranks, lambda: _find_start(log, resume))
+    try:
+        return _plan(config, log, resume, ranks, lock)
+    except BaseException:
+        log.close()
+        raise
+
+
+def _plan(config: Config, log: RunLog, resume: str | Path | None, ranks: Ranks, lock: bool) -> Plan:
+    saved, notes = checkpoint.choose(ranks, lambda: _find_start(log, resume, lock))
     dataset = _open_data(config)
     train = dataset.split("train")
     if len(train) == 0:
@@ -93,7 +106,7 @@ def _prepare(
     planned, error = None, None
     watch.at(0, "reading checkpoint and data")
     try:
-        planned = plan(config, out, resume, ranks)
+        planned = plan(config, out, resume, ranks, lock=True)
     except Failed:
         raise
     except Exception as e:
@@ -157,8 +170,12 @@ class Run:
                     self.saver.wait()
                     return code
             except BaseException as error:
-                if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, Failed):
+                own = (Failed, torch.OutOfMemoryError)  # no RuntimeErrors of a collective
+                if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, own):
                     self.watch.explain(error)  # does not come back when another rank is gone
+                if self.ranks.world_size == 1:
+                    with contextlib.suppress(Exception):  # what is being written may still be the newest good state
+                        self.saver.wait()
                 if self.saved is None and self.trainer.step == 0:
                     self.log.discard()
                 self.watch.close(error)
@@ -181,7 +198,7 @@ class Run:
         trainer, run = self.trainer, self.run_config
         last = min(trainer.steps, run.stop_at or trainer.steps)
         trainer.at = lambda phase: self.watch.at(trainer.step, phase)
-        if trainer.step == 0 and run.evaluate_every:
+        if run.evaluate_every and trainer.step % run.evaluate_every == 0 and not self._evaluated():
             self._evaluate()
         self._restart_clock()
         while trainer.step < last:
@@ -207,7 +224,8 @@ class Run:
                 self._row()
             if stopping:  # at once: whoever stops a run kills it soon
                 self._save(wait=True)
-            if run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps):
+            due = run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps)
+            if due and not (stopping and done < last):  # else it is the first thing after the resume
                 self._paused(self._evaluate)
             if saving:
                 self._paused(self._save)
@@ -307,6 +325,11 @@ class Run:
         if any("loss" in row for row in rows):
             log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
 
+    def _evaluated(self) -> bool:
+        """Whether this step's held-out images were looked at before the run was stopped."""
+        step, rows = self.trainer.step, self.log.rows() if self.ranks.first else []
+        return from_first(self.ranks, any(row["step"] == step and "val_loss" in row for row in rows))
+
     def _save(self, wait: bool = False) -> None:
         """Save this step unless it is saved; wait: until it is on the disk."""
         trainer = self.trainer
@@ -367,7 +390,7 @@ class Run:
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
 
 
-def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+def _find_start(log: RunLog, resume: str | Path | None, lock: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from, or None, and what is to be said about it."""
     out = log.folder
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -375,6 +398,8 @@ def _find_start(log: RunLog, resume: str | Path | None) -> tuple[checkpoint.Chec
         raise ValueError(f"out: expected a folder; {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"out: expected a folder that can be written; {there} cannot")
+    if lock and resume is not None and log.holds_run():
+        log.lock()
     if resume is None or (resume == "auto" and not log.holds_run()):
         if log.holds_run():
             raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")

@@ -378,7 +378,8 @@ def _speed(runs: list[Run]) -> str:
         draw.overlay("Images per second", lambda run: run.points("images_per_s")),
         draw.overlay("Waiting for data", _waiting, percent=True, unit="of the time"),
         draw.overlay("MFU", lambda run: run.points("mfu"), percent=True, unit="of the device's peak"),
-        draw.overlay("Memory", lambda run: run.points("memory_mb"), unit="MB"),
+        draw.overlay("Memory", lambda run: run.points("memory_mb"), unit="MB, the most so far"),
+        draw.overlay("Memory in use", lambda run: run.points("memory_now_mb"), unit="MB"),
         draw.overlay("Slowest rank", _slowest, unit="times the median rank, in what needs no other rank"),
     ]
     return _grid(charts)

@@ -6,12 +6,15 @@
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +27,8 @@ import torch
 from dex.config import Config, read_yaml, to_yaml
 
 CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
+LOCK, LOCK_WAIT = ".lock", 30.0
+"""The file that a run holds while it writes to its folder; seconds that another one waits for it."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -61,6 +66,7 @@ class RunLog:
         self.folder, self.active = folder, active
         self._created: list[Path] = []
         self._fresh = False
+        self._lock: int | None = None
         self._files: dict[str, Any] = {}
         self._board: Any = None
 
@@ -77,7 +83,43 @@ class RunLog:
 
     def is_empty(self) -> bool:
         """Nothing is there but what a start that was killed at once leaves."""
-        return not self.folder.exists() or all(p == _work(self.folder / CONFIG) for p in self.folder.iterdir())
+        left = {_work(self.folder / CONFIG), self.folder / LOCK}
+        return not self.folder.exists() or left.issuperset(self.folder.iterdir())
+
+    def lock(self) -> None:
+        """Keep other processes' runs out of the folder until `close`, or until this process ends, however it does.
+
+        What still holds it may be about to end: it is waited for, `LOCK_WAIT` seconds. Raises: ValueError when it is
+        held still. A file system that knows no locks keeps nobody out.
+        """
+        if self._lock is not None or not self.active:
+            return
+        path, deadline, told = self.folder / LOCK, time.monotonic() + LOCK_WAIT, False
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while True:
+                try:
+                    # Not flock, which the loader's forked workers would share and keep.
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                    break
+                except OSError as error:
+                    if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                        break
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                who = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
+                if time.monotonic() > deadline:
+                    raise ValueError(f"out: expected a folder that no other run uses; {who} writes to {self.folder}")
+                if not told:
+                    print(f"dex pretrain: {who} writes to {self.folder}; waiting for it to end", file=sys.stderr)
+                told = True
+                time.sleep(0.2)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
 
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
@@ -107,6 +149,7 @@ class RunLog:
             if not folder.exists():
                 folder.mkdir()
                 self._created.append(folder)
+        self.lock()
         _write(self.folder / CONFIG, to_yaml(config))  # first: it makes the folder a run's, whatever comes next
         self.pictures.mkdir(exist_ok=True)
         _write(self.folder / STARTS, json.dumps({"starts": [*self._starts(), dict(start)]}, indent=1) + "\n")
@@ -157,6 +200,9 @@ class RunLog:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def discard(self) -> None:
         """Remove what `open` made and what was written since; a continued run stays, and so do older folders."""

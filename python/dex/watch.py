@@ -23,6 +23,8 @@ DEAD_AFTER = 15.0
 """Seconds without a sign of life from a process after which it is called dead or stopped."""
 _GRACE = 5.0
 """Seconds after another rank's failure in which this one may still find out by itself what failed."""
+_AT_FULL_RATE = 256
+"""Above so many ranks they speak less often: each hears of all, so what the store sends grows with their square."""
 EXIT_FAILED = 1
 
 
@@ -36,6 +38,7 @@ class Watch:
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._error: BaseException | None = None
         self._stop = threading.Event()
+        self._interval = INTERVAL * max(1.0, ranks.world_size / _AT_FULL_RATE)
         self._lock = threading.Lock()
         self._self = {"host": socket.gethostname(), "pid": os.getpid()}
         self._threads: list[threading.Thread] = []
@@ -43,6 +46,7 @@ class Watch:
             self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             self._main = threading.get_ident()
             self._answered = self._since
+            self._tell()
             told = enumerate(gather(ranks, self._self))
             self._seen = {r: ({**self._place, **who}, self._since) for r, who in told if r != ranks.rank}
             # The store of a process that was stopped answers nothing, not even an error: who judges must not ask it.
@@ -62,7 +66,7 @@ class Watch:
         self._stop.set()
         threads, self._threads = self._threads, []
         for thread in threads:
-            thread.join(5 * INTERVAL)
+            thread.join(5 * self._interval)
         if threads and not any(thread.is_alive() for thread in threads):
             try:
                 self._tell(done=True, failed=failed and f"{type(failed).__name__}: {failed}")
@@ -84,7 +88,7 @@ class Watch:
             self._hear()
             if all(entry.get("done") or entry.get("heard") for entry, _ in self._seen.values()):
                 return
-            time.sleep(INTERVAL / 4)
+            time.sleep(self._interval / 4)
 
     def explain(self, error: BaseException) -> None:
         """End this process when ``error`` comes from a rank that is gone, naming it; return when all are alive."""
@@ -95,7 +99,7 @@ class Watch:
 
     def _talk(self) -> None:
         beat = 0
-        while not self._stop.wait(INTERVAL):
+        while not self._stop.wait(self._interval):
             beat += 1
             try:
                 self._tell(beat=beat)
@@ -139,9 +143,10 @@ class Watch:
 
     def _hear(self) -> None:
         now = time.monotonic()
-        for rank, (before, _) in list(self._seen.items()):
-            key = f"dex/alive/{rank}"
-            entry = json.loads(self._store.get(key)) if self._store.check([key]) else before
+        # One question for all: every rank has told something before any of them came here.
+        said = self._store.multi_get([f"dex/alive/{rank}" for rank in self._seen])
+        for (rank, (before, _)), words in zip(list(self._seen.items()), said, strict=True):
+            entry = json.loads(words)
             # Launchers that start the ranks again keep the store, with what the processes before them said.
             same = all(entry[key] == before[key] for key in ("host", "pid"))
             if same and before != entry:

@@ -2,20 +2,21 @@ import hashlib
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dex import checkpoint, config, engine
+from dex import checkpoint, config, engine, runlog
 from dex import pretrain as module
 from dex.data import CorruptDataError, SampleError
 from dex.data.folder import FolderDataset
 from dex.pretrain import pretrain
 from dex.runlog import read_rows
 
-TIMES = ("images_per_s", "data_wait_s", "memory_mb")
+TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb")
 
 
 def digest(folder):
@@ -72,7 +73,7 @@ def copy(whole, tmp_path):
 
 def test_a_run_leaves_everything(pictured, tiny, change):
     assert sorted(p.name for p in pictured.iterdir()) == sorted(
-        ["config.yaml", "run.json", "metrics.jsonl", "events.jsonl", "tensorboard", "pictures", "checkpoints"]
+        ["config.yaml", "run.json", "metrics.jsonl", "events.jsonl", "tensorboard", "pictures", "checkpoints", ".lock"]
     )
     assert config.read_yaml(pictured / "config.yaml", config.Config()) == change(tiny, run__evaluate_every=6)
     assert [p.name for p in sorted((pictured / "checkpoints").iterdir())] == [f"step-{s:08d}" for s in (5, 10, 12)]
@@ -86,6 +87,7 @@ def test_a_run_leaves_everything(pictured, tiny, change):
     for key in "epoch loss total align_loss balance_loss grad_norm lr momentum noise_std skipped".split():
         assert all(isinstance(r[key], int | float) for r in train), key
     assert all(r["images_per_s"] > 0 and r["data_wait_s"] >= 0 for r in train)
+    assert all(100 < r["memory_now_mb"] <= 1.01 * r["memory_mb"] for r in train)
     assert train[-1]["lr"] == 0.0 and train[-1]["noise_std"] == 0.0 and train[-1]["momentum"] == 0.999
     assert held_out[-1]["val_loss"] < held_out[0]["val_loss"]  # it learns, even in 12 steps
     assert set(held_out[0]["val_modality_loss"]) <= {"ct", "mr", "us"}
@@ -241,7 +243,7 @@ def test_the_configuration_in_the_folder_is_what_runs(killed_early, whole, tiny,
     for fields in ({"run__keep_checkpoints": 9, "run__stop_at": 6}, {"data__num_workers": 1}):
         assert pretrain(change(tiny, **fields), killed_early, resume="auto") == 0
         assert config.read_yaml(killed_early / "config.yaml", config.Config()) == change(tiny, **fields)
-    assert not list(killed_early.glob(".*"))
+    assert [p.name for p in killed_early.glob(".*")] == [".lock"]
     assert metrics(killed_early) == metrics(whole)
 
 
@@ -275,6 +277,56 @@ def test_a_signal_saves_at_the_end_of_the_step(number, whole, tiny, change, tmp_
     assert read_rows(out / "events.jsonl")[-1] == {"step": 7, "event": "preempted", "signal": number.name}
     assert pretrain(tiny, out, resume="auto") == 0
     assert metrics(out) == metrics(whole) and same_run(digest(last(whole)), digest(last(out)))
+
+
+def test_whoever_is_preempted_at_an_evaluation_evaluates_after_the_resume(
+    pictured, tiny, change, tmp_path, monkeypatch
+):
+    """A scheduler kills soon after it warned; what it left undone is not left out."""
+    out, c = tmp_path / "out", change(tiny, run__evaluate_every=6)
+    real = engine.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Trainer, "train_step", interrupted)
+        assert pretrain(c, out) == 75
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl") if "val_loss" in row] == [0]
+    assert pretrain(c, out, resume="auto") == 0
+    assert metrics(out) == metrics(pictured)
+    assert {p.name for p in (out / "pictures").iterdir()} == {p.name for p in (pictured / "pictures").iterdir()}
+    assert pretrain(c, out, resume="auto") == 0  # it is done, and nothing of it is done twice
+    assert metrics(out) == metrics(pictured)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tiny, change, dex_process, tmp_path, monkeypatch, capsys):
+    long = change(tiny, schedule__steps=10**6, run__log_every=1)
+    (tmp_path / "c.yaml").write_text(config.to_yaml(long))
+    out = tmp_path / "out"
+    first = dex_process("pretrain", "--config", tmp_path / "c.yaml", "--out", out)
+    deadline = time.monotonic() + 60
+    while len(read_rows(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    monkeypatch.setattr(runlog, "LOCK_WAIT", 0.5)
+    starts = (out / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=f"out: expected a folder that no other run uses; process {first.pid} on "):
+        pretrain(long, out, resume="auto")
+    assert f"process {first.pid} on " in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == starts
+    assert "# resumes from" in cli_dry_run(dex_process, tmp_path / "c.yaml", out)  # looking is allowed
+    # One that is about to end is waited for, and a lock does not outlive its process.
+    monkeypatch.setattr(runlog, "LOCK_WAIT", 30.0)
+    threading.Timer(1.0, first.kill).start()
+    assert pretrain(change(long, run__stop_at=len(read_rows(out / "metrics.jsonl")) + 40), out, resume="auto") == 0
+
+
+def cli_dry_run(dex_process, configuration, out):
+    return dex_process(
+        "pretrain", "--config", configuration, "--out", out, "--resume", "auto", "--dry-run"
+    ).communicate(timeout=60)[0]
 
 
 def nan_at(monkeypatch, *steps):
