@@ -16,7 +16,7 @@ def inline_workers(monkeypatch) -> None:
         def begin(self, unit, silence, total):
             self.begun += 1
 
-        def beat(self):
+        def beat(self, done=None):
             pass
 
         def save(self, state):

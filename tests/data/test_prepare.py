@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from dex.data import ShardDataset, chunks, discover, filters, join, prepare, readers, scan, verify
+from dex.data import ShardDataset, chunks, discover, filters, join, prepare, readers, scan, summary, verify, workers
 from dex.data.ids import split_of
 from dex.data.prepare import Failed, Options
 from dex.data.sources import Source
@@ -456,6 +457,37 @@ def test_volumes_whose_data_are_in_a_file_of_their_own(here, tmp_path):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ValueError, match="the files have changed"):
         start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+
+
+def test_a_long_unit_says_how_far_it_is(here, two, tmp_path, monkeypatch, capsys):
+    """Lines come while its slices are made, with their number and the rate, though no unit is done."""
+    seen = []
+
+    class Report:
+        begun = 0
+
+        def begin(self, *_):
+            pass
+
+        def save(self, state):
+            pass
+
+        def beat(self, done=None):
+            seen.append(done)
+
+    def inline(work, jobs, *, on_beat, **_):
+        for job in jobs:
+            result = work(workers.Task(job, None, {}), Report())
+            on_beat(job, 1234)
+            yield job, result
+
+    monkeypatch.setattr(workers, "run", inline)
+    monkeypatch.setattr(summary, "_EVERY", 0.0)
+    start(two[1:], tmp_path / "out")  # two volumes of six slices
+    assert [done for done in seen if done is not None] == [1, 2, 3, 4, 5, 6] * 2
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "under way" in line]
+    assert re.match(r"units 0/2  kept 0  dropped 0  under way 1,234  [\d.]+ slices/s  left unknown", line)
+    assert not line.endswith(" 0.0 slices/s  left unknown")
 
 
 def test_duplicates_over_sources_keep_the_first_in_name_order(here, tmp_path):

@@ -36,6 +36,10 @@ WORK = """
                 for _ in range(16):
                     time.sleep(0.1)
                     report.beat()
+            elif what == "count":
+                for pieces in (7, None, 1200):  # a reader's beats say nothing of how many
+                    time.sleep(0.3)
+                    report.beat(pieces)
             elif what == "endless":
                 while True:
                     time.sleep(0.1)
@@ -105,6 +109,15 @@ def test_beats_without_end_are_a_hang_too(work, tmp_path):
 def test_silence_is_a_hang_and_beats_are_not(work, tmp_path):
     assert run(work, [(tmp_path, ["slow", "hang", "talk"])]) == {tmp_path: ["slow", "timeout", "talk"]}
     assert attempts(tmp_path) == [0, 1, 1, 2]
+
+
+def test_what_a_beat_says_of_the_unit_reaches_the_parent(work, tmp_path):
+    said = []
+    job = (tmp_path, ["count", "slow"])
+    options = {"processes": 1, "memory_mb": 200, "on_beat": lambda job, done: said.append((job, done))}
+    assert list(workers.run(work, [job], **options)) == [(job, ["count", "slow"])]
+    assert said[:3] == [(job, 7), (job, 7), (job, 1200)]
+    assert len(said) > 3 and all(done == 0 for _, done in said[3:])  # a new unit begins at none
 
 
 def test_several_processes_do_every_job_once_and_say_nothing(work, tmp_path, capfd):

@@ -36,8 +36,8 @@ class Measured:
         self._memory, self._began, self._worked = status("VmRSS"), time.monotonic(), time.process_time()
         self._report.begin(unit, seconds, *rest)
 
-    def beat(self):
-        self._report.beat()
+    def beat(self, done=None):
+        self._report.beat(done)
 
     def save(self, state):
         if self._at is not None:

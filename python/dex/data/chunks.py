@@ -185,7 +185,7 @@ class _Work:
 
     def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: _Files, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
-        self._counts = counts
+        self._counts, self._before = counts, counts.seen
         self._names = Names(job.source, job.salt, job.common)
         self._source = job.source.for_format(unit.format)
         self.refusals: list[Refusal] = []
@@ -259,8 +259,8 @@ class _Work:
             "volume": bool(stack.volume),
         }
         for one in slices(stack, source, settings.size, settings.bits):
-            self._report.beat()
             self._counts.seen += 1
+            self._report.beat(self._counts.seen - self._before)
             dropped = filters.verdict(one.image, one.share, one.small, source)
             if dropped is not None:
                 self._counts.dropped[dropped] += 1

@@ -260,6 +260,7 @@ class Run:
             memory_mb=self._options.limits.memory_mb,
             preload=functools.partial(chunks.preload, formats),
             on_save=lambda job, state: progress.update(job.name, state.result.counts),
+            on_beat=lambda job, seen: progress.within(job.name, seen),
         )
         entries = {name: (one, number, name, chunk) for one, number, name, chunk in todo}
         with progress.shown(), contextlib.closing(results):

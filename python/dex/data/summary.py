@@ -34,6 +34,7 @@ class Progress:
         self._finished = Counts()
         self._finished.add(done)
         self._going: dict[str, Counts] = {}
+        self._within: dict[str, int] = {}
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -61,18 +62,28 @@ class Progress:
     def update(self, chunk: str, counts: Counts) -> None:
         """counts: of what is done of a chunk."""
         self._going[chunk] = counts
-        if self._bar is not None:
-            if time.monotonic() - self._said >= _EVERY_ON_BAR:
-                self._draw()
-        elif time.monotonic() - self._said >= _EVERY:
-            self._print()
+        self._within.pop(chunk, None)
+        self._show()
+
+    def within(self, chunk: str, seen: int) -> None:
+        """seen: slices so far of the unit that a chunk's worker is at."""
+        self._within[chunk] = seen
+        self._show()
 
     def finish(self, chunk: str, counts: Counts) -> None:
         """counts: of a chunk that is done."""
         self._finished.add(counts)
         self._going.pop(chunk, None)
+        self._within.pop(chunk, None)
         if self._bar is not None:
             self._draw()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            if time.monotonic() - self._said >= _EVERY_ON_BAR:
+                self._draw()
+        elif time.monotonic() - self._said >= _EVERY:
+            self._print()
 
     def _counts(self) -> Counts:
         total = Counts()
@@ -87,14 +98,17 @@ class Progress:
 
     def _print(self) -> None:
         counts, seconds = self._counts(), time.monotonic() - self._began
-        left = seconds / max(counts.units - self._before[0], 1) * (self._total - counts.units)
-        print(f"units {counts.units:,}/{self._total:,}  {self._text(counts)}  left {duration(left)}", flush=True)
+        done = counts.units - self._before[0]
+        left = duration(seconds / done * (self._total - counts.units)) if done else "unknown"
+        print(f"units {counts.units:,}/{self._total:,}  {self._text(counts)}  left {left}", flush=True)
         self._said = time.monotonic()
 
     def _text(self, counts: Counts) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        rate = (counts.seen - self._before[1]) / seconds
-        text = f"kept {counts.kept:,}  dropped {counts.dropped.total():,}  {rate:.1f} slices/s"
+        within = sum(self._within.values())
+        rate = (counts.seen + within - self._before[1]) / seconds
+        text = f"kept {counts.kept:,}  dropped {counts.dropped.total():,}  "
+        text += (f"under way {within:,}  " if within else "") + f"{rate:.1f} slices/s"
         return text + (f"  refused {counts.refused.total():,}" if counts.refused else "")
 
 

@@ -45,18 +45,22 @@ class Report:
     def __init__(self, connection: Connection):
         self._connection = connection
         self._said = 0.0
+        self._done = 0
         self.begun = 0
 
     def begin(self, unit: int, silence: float, total: float) -> None:
         """Unit number `unit` of the job comes next; a silence of more than so many seconds, or more of them in all,
         means that it hangs."""
         self.begun += 1
+        self._done = 0
         self._say("begin", unit, silence, total)
 
-    def beat(self) -> None:
-        """Something was done. Cheap: may be called for every slice."""
+    def beat(self, done: int | None = None) -> None:
+        """Something was done: `done` pieces of the unit, where that is known. Cheap: may be called for every slice."""
+        if done is not None:
+            self._done = done
         if time.monotonic() - self._said >= _BEAT_EVERY:
-            self._say("beat")
+            self._say("beat", self._done)
 
     def save(self, state: Any) -> None:
         """A unit is done: another process could go on from `state`."""
@@ -83,11 +87,12 @@ def run(
     memory_mb: int,
     preload: Callable[[], None] | None = None,
     on_save: Callable[[Any, Any], None] = lambda job, state: None,
+    on_beat: Callable[[Any, int], None] = lambda job, done: None,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (job, result) as they come, where result = work(Task(job, ...), report), a function at module level.
 
     memory_mb: a worker may allocate so much (address space, MiB) above what it has after `preload()`. on_save(job,
-    state) is called in this process for every state that is saved.
+    state) is called in this process for every state that is saved, on_beat(job, done) now and then within a unit.
     Raises OSError when a worker cannot write (a full disk) and WorkerFault for a fault of our own. When the iterator is
     closed, or anything is raised, the workers are killed.
     """
@@ -95,7 +100,7 @@ def run(
     try:
         while True:
             while len(busy) < processes and (job := next(pending, None)) is not None:
-                worker = idle.pop() if idle else _Worker(work, memory_mb, preload, on_save)
+                worker = idle.pop() if idle else _Worker(work, memory_mb, preload, on_save, on_beat)
                 busy.append(worker)
                 worker.give(Task(job, None, {}))
             if not busy:
@@ -118,8 +123,8 @@ def run(
 class _Worker:
     """A process, its job, and what is known about the two. `_unit`: the one it is at, None between units."""
 
-    def __init__(self, work: Callable, memory_mb: int, preload: Callable | None, on_save: Callable[[Any, Any], None]):
-        self._arguments, self._on_save = (work, memory_mb, preload), on_save
+    def __init__(self, work: Callable, memory_mb: int, preload: Callable | None, on_save: Callable, on_beat: Callable):
+        self._arguments, self._on_save, self._on_beat = (work, memory_mb, preload), on_save, on_beat
         self._process: Any = None
         self._failed_starts = 0
         self.task: Task
@@ -168,6 +173,8 @@ class _Worker:
             self._unit, self._silence, total = content
             self._end = self.heard + total
             self._failed_starts = 0
+        elif kind == "beat":
+            self._on_beat(self.task.job, content[0])
         elif kind == "save":
             self._unit, self._silence, self._end = None, START_SECONDS, math.inf
             self.task = self.task._replace(state=content[0])
