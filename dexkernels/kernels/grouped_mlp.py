@@ -15,6 +15,7 @@ from torch import Tensor
 from . import aligned
 from .chunks import Cut
 from .common import MAX_ROWS, Tile, architecture, check_dtype, experts_block, max_tiles, on_device, precision, unit_rows
+from .configurations import path_of, shape_class, tiles_of
 from .mlp_kernels import (
     bias1_grad_kernel,
     bias2_grad_kernel,
@@ -67,14 +68,23 @@ COMBINE = 1024
 """Elements of one image that one program combines."""
 
 
-def choose_path(path: str | None, tokens: int, dim: int, hidden: int, dtype: torch.dtype, arch: int, tma: bool) -> str:
-    """``"gather"`` or ``"aligned"``: the path asked for, or what PATH says where it applies.
+def choose_path(
+    path: str | None,
+    tokens: int,
+    dim: int,
+    hidden: int,
+    dtype: torch.dtype,
+    arch: int,
+    tma: bool,
+    measured: str | None = None,
+) -> str:
+    """``"gather"`` or ``"aligned"``: the path asked for, or what was ``measured`` or PATH says, where it applies.
 
     Raises ValueError with the reason when the aligned path is asked for and can't be taken.
     """
     if path not in (None, "gather", "aligned"):
         raise ValueError(f"path: expected 'gather', 'aligned' or None, got {path!r}")
-    wanted = path or PATH[arch, precision(dtype)]
+    wanted = path or measured or PATH[arch, precision(dtype)]
     reason = aligned.why_not_aligned(tokens, dim, hidden, dtype, tma) if wanted == "aligned" else None
     if reason and path:
         raise ValueError(f"path: 'aligned' cannot be taken: {reason}")
@@ -93,7 +103,7 @@ def grouped_mlp_forward(
     save: bool = True,
     *,
     path: str | None = None,
-    tiles: dict[tuple[str, str, int], Tile] = TILES,
+    tiles: dict[tuple[str, str, int], Tile] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`dexkernels.reference.grouped_mlp_forward` on a GPU: ``out [B, N, D]``, and ``z [S, N, H]`` for the backward.
 
@@ -103,7 +113,9 @@ def grouped_mlp_forward(
     Besides the results it holds ``a [S, N, H]`` and, of the gathered tokens, the slots' outputs while it runs.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S, blocks = slot_order.shape[0], _num_blocks(path, x, H, tiles)
+    S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
+    tiles = tiles_of(kind, TILES) if tiles is None else tiles
+    blocks = _num_blocks(path, x, H, tiles, path_of(kind, x.dtype, x.device))
     out = x.new_empty((B, N, D))
     z = x.new_empty((S if save else 0, N, H))
     if out.numel() == 0:
@@ -147,14 +159,16 @@ def grouped_mlp_backward(
     need_weights: bool = True,
     *,
     path: str | None = None,
-    tiles: dict[tuple[str, str, int], Tile] = TILES,
+    tiles: dict[tuple[str, str, int], Tile] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`dexkernels.reference.grouped_mlp_backward` on a GPU: gradients of x, gates, fc1_weight, fc1_bias, fc2_weight,
     fc2_bias; None for what is not needed. While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``,
     which lie as z does.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
-    S, blocks = slot_order.shape[0], _num_blocks(path, x, H, tiles)
+    S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
+    tiles = tiles_of(kind, TILES) if tiles is None else tiles
+    blocks = _num_blocks(path, x, H, tiles, path_of(kind, x.dtype, x.device))
     dx = x.new_empty((B, N, D)) if need_x else None
     dgates = gates.new_empty(gates.shape) if need_gates else None
     dweights = (None, None, None, None)
@@ -286,11 +300,11 @@ def grouped_mlp_backward(
     return dx, dgates, *dweights
 
 
-def _num_blocks(path: str | None, x: Tensor, hidden: int, tiles: dict) -> int:
+def _num_blocks(path: str | None, x: Tensor, hidden: int, tiles: dict, measured: str | None = None) -> int:
     """Blocks of an image that take the aligned path."""
     N, D = x.shape[1:]
     arch, tma = architecture(x.device), aligned.has_tma(x.device)
-    if choose_path(path, N, D, hidden, x.dtype, arch, tma) == "gather":
+    if choose_path(path, N, D, hidden, x.dtype, arch, tma, measured) == "gather":
         return 0
     if ("fc1_blocks", precision(x.dtype), 90) not in tiles:
         raise ValueError(f"path: 'aligned' cannot be taken: it has no tiles for {x.dtype}")
