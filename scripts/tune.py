@@ -1,0 +1,342 @@
+#!/usr/bin/env python3
+"""Chooses the tiles and the path of Triton's `grouped_mlp` by measuring them, offline; writes kernels/_tuned.py.
+
+usage: python scripts/tune.py --list [--shipped] [--kernel NAME ...] [--dtype bfloat16] [--arch 90]    without a GPU
+       python scripts/tune.py [--kernel NAME ...] [--dtype bfloat16] [--write]    on the GPU that is to be served
+--list: every candidate with what the compiler says of it: registers, spills, shared memory, tensor-core instructions.
+A candidate is a shipped tile with one number changed, and what is found faster is the next to be changed. It is timed
+only if the compiler spills little, it fits into shared memory, its result is within twice plain torch's error of
+float64, and a second call gives the same bits. Timed is a whole forward and backward, by CUDA events, candidates in
+turns, over inputs that rotate. What is kept must be 2 % faster. --write puts it into the table; without, it is printed.
+A table is all that a run of a network sees of this: no first step stalls, and a call has the same bits in every run.
+"""
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels")]
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+
+try:
+    import triton  # noqa: F401
+except ImportError:
+    sys.exit("tune: needs triton, which is not installed")
+
+import aot  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from benchmarks.record import BOUND  # noqa: E402
+from benchmarks.shapes import SETS, SHAPES, draw, routing_of, weights_of  # noqa: E402
+from benchmarks.timing import Timer  # noqa: E402
+from dexkernels import backends  # noqa: E402
+from dexkernels.kernels import _tuned, configurations, grouped_mlp  # noqa: E402
+from dexkernels.kernels.common import Tile, architecture, precision  # noqa: E402
+from dexkernels.testing import relative_error  # noqa: E402
+
+Key = tuple[str, str, int]
+LADDERS = {
+    "rows": (32, 64, 128, 256),
+    "cols": (32, 64, 128, 256),
+    "depth": (16, 32, 64, 128),
+    "warps": (4, 8),
+    "stages": (2, 3, 4, 5, 6, 7),
+}
+FIXED = {name: ("rows",) for name, *_ in grouped_mlp.aligned.TILES if name != "weight_grad_blocks"}
+"""What is not a matter of choice: a tile of the aligned path is so many blocks high."""
+
+MEASURED_ON = {"many": ("ViT-B", "ViT-B, N 257"), "few": ("ViT-B, E 64", "ViT-B, B 8")}
+"""Class of shapes -> those that it is measured on; a tile on the first that has a use for it."""
+
+PROBES = [SHAPES[name] for names in MEASURED_ON.values() for name in names]
+
+SHARED = {80: 99 * 1024, 90: 232_448}
+"""Bytes of shared memory a block may have; those of 80 are what 8.6 and 8.9 share."""
+
+GAIN = 1.02
+"""How much faster a candidate must be: what lies below is the clock's."""
+
+HEAD = '''\
+"""What scripts/tune.py measured to be faster than the tables of the launchers. Made by it; not edited."""
+
+# fmt: off
+'''
+
+
+class Facts(NamedTuple):
+    """Of one candidate ahead of time, the worst of its kernels."""
+
+    registers: int
+    stack: int
+    local_in_loops: int
+    shared: int
+    instructions: str
+
+    def refused(self, arch: int) -> str | None:
+        if self.shared > SHARED[arch]:
+            return f"{self.shared} bytes of shared memory"
+        return "spills in a loop" if self.local_in_loops else "spills" if self.stack > 64 else None
+
+
+def keys(dtype: torch.dtype, arch: int, wanted: list[str] | None = None) -> list[Key]:
+    return [
+        key for key in grouped_mlp.TILES if key[1:] == (precision(dtype), arch) and (not wanted or key[0] in wanted)
+    ]
+
+
+def neighbours(key: Key, tile: Tile) -> Iterator[Tile]:
+    """``tile`` with one number a step up or down its ladder, or its halves toggled where it has a heavy epilogue."""
+    for field, ladder in LADDERS.items():
+        at = ladder.index(getattr(tile, field))
+        for i in (at - 1, at + 1):
+            if field not in FIXED.get(key[0], ()) and 0 <= i < len(ladder):
+                yield tile._replace(**{field: ladder[i]})
+    if key[0] in ("to_hidden_grad", "fc1_blocks", "hidden_grad_blocks"):
+        yield tile._replace(halves=not tile.halves)
+
+
+def launches(tiles: dict[Key, Tile], path: str, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
+    """What a forward and backward launch, on tensors without values."""
+    B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
+    m = {"device": "meta"}
+    x, gates = torch.empty(B, N, D, dtype=dtype, **m), torch.empty(B, K, **m)
+    routed = gates, torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m)
+    w1, b1 = torch.empty(E, H, D, dtype=dtype, **m), torch.empty(E, H, dtype=dtype, **m)
+    w2, b2 = torch.empty(E, D, H, dtype=dtype, **m), torch.empty(E, D, dtype=dtype, **m)
+    aot.LAUNCHED.clear()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", aot.record))
+        for module in (grouped_mlp, grouped_mlp.aligned):
+            stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
+        out, z = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path, tiles=tiles)
+        grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, path=path, tiles=tiles)
+    return list(aot.LAUNCHED)
+
+
+def compiled_as(launch: tuple) -> tuple:
+    kernel, args, kwargs = launch
+    return kernel.__name__, tuple(v for p, v in zip(kernel.params, args, strict=False) if p.is_constexpr), str(kwargs)
+
+
+def path_of(key: Key) -> str:
+    return "aligned" if key[0] in {name for name, *_ in grouped_mlp.aligned.TILES} else "gather"
+
+
+def taking(key: Key, tile: Tile, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
+    """The launches that take this tile: those that another in its place would change."""
+    mine, theirs = (
+        launches(grouped_mlp.TILES | {key: t}, path_of(key), dtype, arch, shape)
+        for t in (tile, tile._replace(stages=tile.stages + 1))
+    )
+    return list(
+        {compiled_as(a): a for a, b in zip(mine, theirs, strict=True) if compiled_as(a) != compiled_as(b)}.values()
+    )
+
+
+def facts(key: Key, tile: Tile, dtype: torch.dtype, arch: int) -> Facts:
+    """Compiles for ``arch`` the kernels that take this tile."""
+    found = next(filter(None, (taking(key, tile, dtype, arch, shape) for shape in PROBES)))
+    rows = [aot.compile_one(*launch, arch) for launch in found]
+    used = sorted({shape for row in rows for shape in row["wgmma"]} | {"mma" for row in rows if row["mma"]})
+    worst = [max(row[name] for row in rows) for name in ("registers", "stack", "local_in_loops", "shared")]
+    return Facts(*worst, " ".join(used) or "fma")
+
+
+def listed(key: Key, dtype: torch.dtype, arch: int, only_shipped: bool) -> Iterator[str]:
+    shipped = grouped_mlp.TILES[key]
+    for tile in (shipped, *(() if only_shipped else neighbours(key, shipped))):
+        name = f"{key[0]:20} {'shipped' if tile == shipped else '':8} " + " ".join(
+            f"{k} {v!s:<5}" for k, v in tile._asdict().items()
+        )
+        try:
+            f = facts(key, tile, dtype, arch)
+        except Exception as error:
+            yield f"{name} does not compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            continue
+        verdict = f.refused(arch) or "a candidate"
+        told = f"{f.registers:3} registers, {f.stack:5} B stack, {f.local_in_loops:3} spills in loops, {f.shared:6} B"
+        yield f"{name} {told} shared, {f.instructions}: {verdict}"
+
+
+def climb(
+    start: Tile,
+    near: Callable[[Tile], Iterator[Tile]],
+    right: Callable[[Tile], bool],
+    times: Callable[[list[Tile]], list[float]],
+) -> Tile:
+    """The tile that no right neighbour beats by `GAIN`. ``times``: of tiles in turns, so that the pair is compared."""
+    best, tried = start, {start}
+    while True:
+        for tile in near(best):
+            if tile in tried:
+                continue
+            tried.add(tile)
+            if not right(tile):
+                continue
+            ours, theirs = times([best, tile])
+            if ours > GAIN * theirs:
+                best = tile
+                break
+        else:
+            return best
+
+
+class Bench:
+    """Forward and backward of `grouped_mlp` of one shape, on this machine's GPU."""
+
+    def __init__(self, timer: Timer, dtype: torch.dtype, shape: dict):
+        self.timer, self.dtype, self.shape = timer, dtype, shape
+        B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
+        self.weights = weights_of(timer, shape, dtype)
+        self.routing = routing_of(timer, shape, 5)
+        self.xs = [draw(timer, B, N, D, dtype=dtype, seed=10 + i) for i in range(SETS)]
+        self.grad = draw(timer, B, N, D, dtype=dtype, seed=20)
+        plain = backends.LAUNCHERS["grouped_mlp", "reference"]
+        self.exact = self._run(plain, 0, torch.float64)
+        self.plain = [relative_error(a, b) for a, b in zip(self._run(plain, 0), self.exact, strict=True)]
+
+    def _run(self, launcher, i: int, real: torch.dtype | None = None, **options) -> list[torch.Tensor]:
+        w1, b1, w2, b2 = (w.to(real or self.dtype) for w in self.weights)
+        x, grad = self.xs[i % SETS].to(real or self.dtype), self.grad.to(real or self.dtype)
+        r = self.routing
+        routed = r.gates.to(real or r.gates.dtype), r.slot_order, r.group_offsets
+        out, z = launcher.forward(x, *routed, w1, b1, w2, b2, True, **options)
+        return [out, *launcher.backward(grad, x, *routed, w1, w2, b2, z, **options)]
+
+    def run(self, tiles: dict[Key, Tile], path: str, i: int = 0) -> list[torch.Tensor]:
+        launcher = backends.Launcher(grouped_mlp.grouped_mlp_forward, grouped_mlp.grouped_mlp_backward)
+        return self._run(launcher, i, tiles=tiles, path=path)
+
+    def right(self, tiles: dict[Key, Tile], path: str) -> bool:
+        """Within twice plain torch's error, and the same bits twice."""
+        try:
+            first, second = self.run(tiles, path), self.run(tiles, path)
+        except Exception as error:  # it doesn't compile, or asks for more than this GPU has
+            print(f"    {type(error).__name__}: {str(error)[:100]}")
+            return False
+        name = str(self.dtype).removeprefix("torch.")
+        errors = [relative_error(got, want) for got, want in zip(first, self.exact, strict=True)]
+        near = all(e <= min(2 * p + 1e-3, BOUND[name]) for e, p in zip(errors, self.plain, strict=True))
+        return near and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def times(self, runs: list[tuple[dict[Key, Tile], str]]) -> list[float]:
+        ms = self.timer.measure(
+            {str(n): lambda i, tiles=tiles, path=path: self.run(tiles, path, i) for n, (tiles, path) in enumerate(runs)}
+        )
+        return list(ms.values())
+
+
+def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], str | None]:
+    """The best tile of each key of ``wanted`` that this shape has a use for; the faster path, of two that are right."""
+    tiles, right, found = dict(grouped_mlp.TILES), [], {}
+    for path in ("gather", "aligned"):
+        has_tiles = ("fc1_blocks", precision(bench.dtype), arch) in tiles
+        if path == "aligned" and not (has_tiles and grouped_mlp.aligned.has_tma(bench.grad.device)):
+            continue
+        if not bench.right(tiles, path):
+            print(f"  {path}: wrong with the shipped tiles")
+            continue
+        right.append(path)
+        for key in wanted:
+            if path_of(key) != path or not taking(key, tiles[key], bench.dtype, arch, bench.shape):
+                continue
+
+            def allowed(tile: Tile, key=key, path=path) -> bool:
+                try:
+                    reason = facts(key, tile, bench.dtype, arch).refused(arch)
+                except Exception as error:
+                    reason = type(error).__name__
+                return reason is None and bench.right(tiles | {key: tile}, path)
+
+            best = climb(
+                tiles[key],
+                lambda tile, key=key: neighbours(key, tile),
+                allowed,
+                lambda some, key=key, path=path: bench.times([(tiles | {key: tile}, path) for tile in some]),
+            )
+            print(f"  {key[0]}: {tuple(best)}" + ("" if best == tiles[key] else f", was {tuple(tiles[key])}"))
+            tiles[key] = found[key] = best
+    if len(right) < 2:
+        return found, None
+    ms = dict(zip(right, bench.times([(tiles, path) for path in right]), strict=True))
+    print(f"  path: {ms}")
+    return found, min(ms, key=ms.get)
+
+
+def table(tiles: dict, paths: dict, measured: str) -> str:
+    """The text of kernels/_tuned.py."""
+    lines = [f"    {key!r}: {tuple(tile)!r},\n" for key, tile in sorted(tiles.items())]
+    routes = [f"    {key!r}: {path!r},\n" for key, path in sorted(paths.items())]
+    note = f"# {measured}\n" if measured else ""
+    return (
+        f"{HEAD}{note}TILES: dict[tuple[str, str, int, str], tuple] = {_literal(lines)}\n"
+        '"""(kernel, precision, architecture, class of shapes) -> tile."""\n\n'
+        f"PATHS: dict[tuple[int, str, str], str] = {_literal(routes)}\n"
+        '"""(architecture, precision, class of shapes) -> path of `grouped_mlp`."""\n'
+    )
+
+
+def _literal(lines: list[str]) -> str:
+    return "{\n" + "".join(lines) + "}" if lines else "{}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="what the compiler says of every candidate; no GPU")
+    parser.add_argument("--shipped", action="store_true", help="with --list: the shipped tiles alone")
+    parser.add_argument("--kernel", action="append", help="of the keys of the table alone (default: all of them)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="of --list (default 90)")
+    parser.add_argument("--write", action="store_true", help="into dexkernels/kernels/_tuned.py")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    if not arguments.list and not torch.cuda.is_available():
+        print("tune: no GPU that torch can use; --list needs none", file=sys.stderr)
+        return 2
+    arch = arguments.arch if arguments.list else architecture(torch.device("cuda"))
+    chosen = keys(dtype, arch, arguments.kernel)
+    if missing := set(arguments.kernel or ()) - {name for name, *_ in chosen}:
+        parser.error(
+            f"--kernel: expected some of {', '.join(k for k, *_ in keys(dtype, arch))}, got {', '.join(missing)}"
+        )
+    if arguments.list:
+        for key in chosen:
+            for line in listed(key, dtype, arch, arguments.shipped):
+                print(line, flush=True)
+        return 0
+    tiles, paths = dict(_tuned.TILES), dict(_tuned.PATHS)
+    timer = Timer(torch.device("cuda"), tiny=False)
+    for kind in configurations.CLASSES:
+        found, faster = {}, []
+        for name in MEASURED_ON[kind]:
+            print(f"{kind}: {name}")
+            bench = Bench(timer, dtype, SHAPES[name])
+            new, path = tune(bench, [key for key in chosen if key not in found], arch)
+            found |= new
+            faster.append(path)
+        for key in chosen:
+            tiles.pop((*key, kind), None)
+        tiles |= {(*key, kind): tile for key, tile in found.items() if tile != grouped_mlp.TILES[key]}
+        if not arguments.kernel:  # the path of a class is that which is faster on all of its shapes
+            paths.pop((arch, precision(dtype), kind), None)
+            paths |= {(arch, precision(dtype), kind): faster[0]} if len({*faster}) == 1 and faster[0] else {}
+    today = datetime.datetime.now(datetime.UTC).date()
+    text = table(tiles, paths, f"{torch.cuda.get_device_name()}, {today}, torch {torch.__version__}")
+    if arguments.write:
+        (ROOT / "dexkernels/kernels/_tuned.py").write_text(text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
