@@ -138,6 +138,16 @@ def test_stack_of_layers(timer, shape, measure):
         flops=LAYERS * (12 * K + 4) * B * N * D * H,
         theirs={"expert loop": lambda: functools.partial(step, loop_stack, backend=None)},
     )
+    # A row has the memory of its backend alone: the loops' is in one of their own.
+    measure(
+        f"{LAYERS} expert loops forward + backward",
+        shape,
+        dtype,
+        {"reference": functools.partial(step, loop_stack, backend=None)},
+        exact,
+        {},
+        flops=LAYERS * (12 * K + 4) * B * N * D * H,
+    )
 
 
 STEPS = {

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex import engine  # noqa: E402
 from dex.engine import Trainer  # noqa: E402
-from dexkernels import layer, ops  # noqa: E402
+from dexkernels import collect_aux, layer, ops  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 
 STEPS = 4
@@ -190,12 +190,45 @@ def steps(name: str, launched: list[list[str]]) -> None:
         assert t.step == STEPS and t._pending[0].values.device.type == "cpu"
 
 
+LAYERS = {
+    "layer by token": {"routing": "token"},
+    "layer by mean, cosine": {"route_from": "mean", "align": "cosine"},
+    "layer, mse": {"align": "mse"},
+    "layer of a host": {},
+}
+
+
+def layers(name: str, launched: list[list[str]]) -> None:
+    """Steps of a layer alone, or of one whose host sees only its output; schedules are tensors, as a host's must be."""
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True):
+        with DEVICE:
+            host = torch.nn.Sequential(torch.nn.Linear(16, 16), layer.DEXLayer(16, 32, 4, 2, **LAYERS[name]))
+            for dex in host.children():
+                if isinstance(dex, layer.DEXLayer):
+                    dex.backend = "reference"
+            noise_std, momentum, x = torch.zeros(()), torch.zeros(()), torch.randn(8, 5, 16)
+        with Watch() as watch:
+            for step in range(STEPS):
+                noise_std.fill_(1 / (step + 1)), momentum.fill_(step / STEPS)
+                first = len(watch.seen)
+                if name == "layer of a host":
+                    with collect_aux(host, noise_std) as aux:
+                        y = host(x)
+                    (y.square().mean() + aux.losses()).backward()
+                    aux.update_directors(momentum, skip=~y.isfinite().all())
+                else:
+                    y, aux = host[1](host[0](x), noise_std=noise_std, return_aux=True)
+                    (y.square().mean() + aux.align_loss + aux.balance_loss).backward()
+                    host[1].update_director(aux.gate_mass, momentum, skip=~y.isfinite().all())
+                launched.append(watch.seen[first:])
+
+
 def main() -> None:
     found = {}
-    for name in CASES:
+    for name in (*CASES, *LAYERS):
         stopped, launched = None, []
         try:
-            steps(name, launched)
+            (steps if name in CASES else layers)(name, launched)
         except Exception as error:
             stopped = f"{type(error).__name__}: {error}"
         last = launched[-2:] if stopped is None else [[], []]

@@ -20,6 +20,8 @@ pytestmark = [
 
 UNTOUCHED = ("nothing", "micro-batches", "checkpointing", "bf16")
 
+LAYERS = ("layer by token", "layer by mean, cosine", "layer, mse", "layer of a host")
+
 STOPPED = {
     "layer reads its loss": "a value is read on the host: aten._local_scalar_dense",
     "layer reads group sizes": "a value is read on the host: aten._local_scalar_dense",
@@ -65,7 +67,7 @@ def found(tmp_path_factory) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout.splitlines()[-1])
-    assert cases.keys() == {*UNTOUCHED, *STOPPED, *FROZEN}
+    assert cases.keys() == {*UNTOUCHED, *LAYERS, *STOPPED, *FROZEN}
     return cases
 
 
@@ -74,6 +76,12 @@ def test_a_step_waits_for_nothing_and_launches_the_same_whatever_the_schedule(fo
     assert found[case]["stopped"] is None
     assert found[case]["launches"] > 1000 and found[case]["moved"] == []
     assert (found[case]["in_bf16"] > 100) == (case == "bf16")
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_nor_does_a_layer_in_another_loop(found, case):
+    assert found[case]["stopped"] is None
+    assert found[case]["launches"] > 100 and found[case]["moved"] == []
 
 
 @pytest.mark.parametrize("case", STOPPED)
