@@ -18,6 +18,7 @@ import torch
 from torch.testing import assert_close
 
 from dexkernels import native, reference
+from dexkernels.testing import HostWaits, NoHostWaits
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
@@ -271,3 +272,22 @@ def test_why_not_with_a_library(monkeypatch, cuda, available, capability, why):
 def test_why_not_without_a_library(monkeypatch):
     monkeypatch.setattr(native, "_absent", "the native library was not built: ...")
     assert native.why_not() == "the native library was not built: ..."
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_call_reads_nothing_on_the_host(monkeypatch, reads):
+    """On meta tensors, which hold no values: one at a time, for all have the same address."""
+    rows = []
+    call = types.SimpleNamespace(group_ema_=lambda *arguments: rows.append(arguments))
+    monkeypatch.setattr(native, "_C", call)
+    monkeypatch.setattr(native, "DEVICE_TYPE", "meta")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    if reads:
+        monkeypatch.setattr(native, "on_host", lambda scalar: scalar is not None and scalar.item() > 2)
+    d, e, a = (torch.empty(s, device="meta") for s in ((6, 4), (3, 6, 4), (3,)))
+    skip = torch.empty((), dtype=torch.bool, device="meta")
+    with NoHostWaits(), pytest.raises(HostWaits) if reads else contextlib.nullcontext():
+        for dtype in (torch.float32, torch.float64):
+            native.group_ema_([d], [e], [a.half()], torch.empty((), dtype=dtype, device="meta"), skip)
+    assert len(rows) == (0 if reads else 2)
