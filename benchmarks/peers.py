@@ -137,12 +137,8 @@ def absent() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """What a results file says of the peers."""
-    found = {f"peer {module}": reason for module, reason in absent().items()}
-    for module in ("grouped_gemm", "cupy"):
-        if f"peer {module}" not in found:
-            found[f"peer {module}"] = next(
-                (importlib.metadata.version(name) for name in importlib.metadata.packages_distributions()[module]),
-                "unknown version",
-            )
-    return found
+    """What a results file says of the peers: the version of each that is timed, and why it is without the others."""
+    missing, names = absent(), importlib.metadata.packages_distributions()
+    timed = {"cupy", *(peer.module for peer in PEERS.values())} - {"torch", *missing}
+    found = {module: importlib.metadata.version(names[module][0]) for module in sorted(timed) if names.get(module)}
+    return found | {f"without {module}": reason for module, reason in missing.items()}

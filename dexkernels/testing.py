@@ -112,7 +112,7 @@ class NoHostWaits(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         name = op._schema.name.removeprefix("aten::")
-        if reason := self._waits(name, op._overloadname, args, kwargs, tensors):
+        if reason := self._waits(name, args, kwargs, tensors):
             raise HostWaits(f"{reason}: {op}")
         self.see(op, args, kwargs)
         if name == "_pin_memory":  # which no fake tensor can, nor a CPU without a GPU
@@ -128,7 +128,7 @@ class NoHostWaits(TorchDispatchMode):
         if op.namespace != "profiler":
             self.seen.append(" ".join([str(op), *map(_told, tree_leaves((args, kwargs or {})))]))
 
-    def _waits(self, name: str, overload: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> str | None:
+    def _waits(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> str | None:
         if name == "_to_copy":
             target, waits = kwargs.get("device") or args[0].device, not kwargs.get("non_blocking")
             pinned = target.type == "cpu" or getattr(args[0], "pinned", False)  # torch pins what it makes for a copy

@@ -108,7 +108,15 @@ def full(results: list[dict]) -> str:
         f"| {v.architecture} | {v.op} | {v.backend} | {'yes' if v.default else 'no'} | {v.text} |" for v in verdicts
     ]
     head = "| architecture | operator | backend | default | measured |\n| --- | --- | --- | --- | --- |"
-    return "\n\n".join(["\n".join([head, *lines]), *(f"{_heading(r)}\n\n{table(r['rows'])}" for r in results)])
+    of_devices = (f"{_heading(r)}{_not_timed(r)}\n\n{table(r['rows'])}" for r in results)
+    return "\n\n".join(["\n".join([head, *lines]), *of_devices])
+
+
+def _not_timed(result: dict) -> str:
+    """Peers that the run did without, and why."""
+    told = result["versions"].items()
+    missing = [f"{k.removeprefix('without ')} ({reason})" for k, reason in told if k.startswith("without ")]
+    return f" Not timed: {'; '.join(missing)}." if missing else ""
 
 
 def table(rows: Iterable[dict]) -> str:

@@ -241,6 +241,14 @@ def test_tables_hold_every_row_and_the_limits():
     assert "| B 8, N 65 | triton | bfloat16 | 0.500 | reference | 1.000 | 2.00 |" in pages.region("summary", made)
 
 
+def test_peers_that_were_not_timed_are_named():
+    made = result(REFERENCE, row())
+    made["versions"] |= {"without cupy": "not installed", "without quack": "computes something else: no bias"}
+    made["versions"] |= {"grouped_gemm": "0.3.0"}
+    text = pages.region("full", [made])
+    assert "Not timed: cupy (not installed); quack (computes something else: no bias)." in text
+
+
 def test_only_marked_regions_change():
     page = "a\n<!-- results: full -->\nold\n<!-- end of results -->\nb\n"
     once = pages.fill(page, [], "page")
