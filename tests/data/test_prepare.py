@@ -459,6 +459,34 @@ def test_volumes_whose_data_are_in_a_file_of_their_own(here, tmp_path):
         start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
 
 
+def test_a_folder_has_time_for_each_of_its_files(here, tmp_path, monkeypatch):
+    given = []
+
+    class Report:
+        begun = 0
+
+        def begin(self, unit, silence, total):
+            given.append((silence, total))
+
+        def beat(self, done=None):
+            pass
+
+        save = beat
+
+    def inline(work, jobs, **_):
+        for job in jobs:
+            yield job, work(workers.Task(job, None, {}), Report())
+
+    monkeypatch.setattr(workers, "run", inline)
+    save_series(tmp_path / "root" / "a", 1, 5, iter(f"{k}.dcm" for k in range(5)))
+    save_series(tmp_path / "root" / "b", 2, 1, iter(["0.dcm"]))
+    with open(tmp_path / "root" / "b" / "0.dcm", "ab") as file:
+        file.write(bytes(2**20))
+    start([source(tmp_path / "root", modality="CT")], tmp_path / "out", limits=readers.Limits(seconds=4.0))
+    assert [silence for silence, _ in given] == [4.0, 4.0]
+    assert 20.0 < given[0][1] < 21.0 and 8.0 < given[1][1] < 8.1  # five files of 9 kB, one of a MiB
+
+
 def test_a_long_unit_says_how_far_it_is(here, two, tmp_path, monkeypatch, capsys):
     """Lines come while its slices are made, with their number and the rate, though no unit is done."""
     seen = []

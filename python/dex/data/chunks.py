@@ -165,9 +165,9 @@ def work(task: Task, report: Report) -> Result | str:
                     done.refuse(task.refused[number])
                 else:
                     # Every decoded frame is a sign of life, and a few bytes may declare any number of frames.
-                    size = sum(file.size for file in units[number].files)
+                    sizes = [file.size for file in units[number].files]
                     silence = job.limits.seconds
-                    report.begin(number, silence, silence * (1 + size / 2**20))
+                    report.begin(number, silence, silence * (len(sizes) + sum(sizes) / 2**20))
                     done.run()
                 result = Result(done.finish(), state.result.refusals + done.refusals)
                 state = _State(number + 1, files.flush(), result)
