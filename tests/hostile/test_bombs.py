@@ -85,7 +85,8 @@ def test_what_a_file_may_cost(folder, tmp_path, figures):
             wrong.append((name, outcome, detail))
     for row in sorted(table, reverse=True):
         print(f"{row[0]:6.2f} s {row[1] / 1e6:5.0f} MB  {row[2]}: {row[3]} {row[4]}")
-    slowest, largest = max(table), max(table, key=lambda row: row[1])
+    slowest = max(row for row in table if row[2] not in AT_LENGTH)
+    largest = max(table, key=lambda row: row[1])
     figures["row 21"] = {
         "files": len(expected),
         "formats": len({name.split(":")[0] for name, _ in expected.values()}) - 1,
