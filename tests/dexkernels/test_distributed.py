@@ -15,9 +15,10 @@ from dexkernels import DEXLayer
 from dexkernels.layer import update_directors
 from dexkernels.testing import randomize_
 
-pytestmark = pytest.mark.skipif(
-    torch.get_default_device().type != "cpu", reason="its ranks are of the CPU, and so are their tensors"
-)
+pytestmark = [
+    pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="its ranks are of the CPU"),
+    pytest.mark.skipif("config.getoption('--backend')", reason="its ranks take the default backend"),
+]
 
 WORLD, E, D = 2, 6, 8
 
