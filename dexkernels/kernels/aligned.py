@@ -35,6 +35,9 @@ GROUP = 8
 INVERT = 128
 """Slots that one program of `invert_slots_kernel` places."""
 
+PACK = 1024
+"""Columns that one program of `pack_rows_kernel` copies at a time."""
+
 ORDER = 64
 """Images that one program of `order_images_kernel` places."""
 
@@ -71,13 +74,28 @@ def tma_ready(t: Tensor) -> Tensor:
     return t if right else t.clone(memory_format=torch.contiguous_format)
 
 
+def pack_rest(t: Tensor, slot_order: Tensor, blocks: int, top_k: int) -> Tensor | None:
+    """The first r tokens of ``t [B, N, W]`` in slot order, ``[1, S*r, W]``; None where r = 0. Few: not a copy of t."""
+    B, N, W = t.shape
+    rest = N - blocks * BLOCK
+    if not rest:
+        return None
+    packed = t.new_empty((1, slot_order.shape[0] * rest, W))
+    aligned_kernels.pack_rows_kernel[(packed.shape[1],)](
+        t, slot_order, packed, rest, top_k, W, t.stride(0), t.stride(1), PACK
+    )
+    return packed
+
+
 def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, tiles) -> None:
-    """``z`` (or None), ``a [S*64q, H]`` from ``x [B, N, D]``, see `fc1_blocks_kernel`."""
+    """``z`` (or None), ``a [S, N, H]`` from ``x [B, N, D]``, see `fc1_blocks_kernel`; they lie as it says."""
     tile = tiles["fc1_blocks", precision(x.dtype), 90]
-    num_tiles, meta = _blocks(tile, slot_order, weight.shape[0], blocks)
+    num_tiles, meta = _blocks(tile, x, slot_order, weight.shape[0], blocks)
     H, D = weight.shape[1:]
+    packed = pack_rest(x, slot_order, blocks, top_k)
     aligned_kernels.fc1_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
         _box(x, 1, BLOCK, tile.depth),
+        None if packed is None else _box(packed, 1, BLOCK, tile.depth),
         slot_order,
         group_offsets,
         gates,
@@ -86,6 +104,7 @@ def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, 
         z,
         a,
         weight.shape[0],
+        slot_order.shape[0],
         blocks,
         x.shape[1] % BLOCK,
         top_k,
@@ -98,12 +117,14 @@ def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, 
 def hidden_grad(
     grad_out, slot_order, group_offsets, gates, weight, z, dz, gated, gate_parts, bias_parts, blocks, needs, tiles
 ) -> None:
-    """``dz``, ``gated [S*64q, H]`` and parts of sums from ``grad_out [B, N, D]``, see `hidden_grad_blocks_kernel`."""
+    """``dz``, ``gated [S, N, H]`` and parts of sums from ``grad_out [B, N, D]``, see `hidden_grad_blocks_kernel`."""
     tile = tiles["hidden_grad_blocks", precision(grad_out.dtype), 90]
-    num_tiles, meta = _blocks(tile, slot_order, weight.shape[0], blocks)
+    num_tiles, meta = _blocks(tile, grad_out, slot_order, weight.shape[0], blocks)
     D, H = weight.shape[1:]
+    packed = pack_rest(grad_out, slot_order, blocks, gates.shape[1])
     aligned_kernels.hidden_grad_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
         _box(grad_out, 1, BLOCK, tile.depth),
+        None if packed is None else _box(packed, 1, BLOCK, tile.depth),
         gates,
         slot_order,
         group_offsets,
@@ -114,6 +135,7 @@ def hidden_grad(
         gate_parts,
         bias_parts,
         weight.shape[0],
+        slot_order.shape[0],
         0 if gate_parts is None else gate_parts.shape[1],
         blocks,
         grad_out.shape[1] % BLOCK,
@@ -147,62 +169,56 @@ def order_images(expert: Tensor, images: int, top_k: int) -> tuple[Tensor, Tenso
     return order, index
 
 
-def to_images(rows_in, weight, transposed, slots, gates, bias, out, blocks, top_k, tiles) -> None:
-    """The blocks of ``out [B, N, W]`` from ``rows_in [S*64q, depth]``, see `to_images_kernel`.
+def to_images(rows_in, weight, transposed, slot_order, group_offsets, gates, bias, out, blocks, top_k, tiles):
+    """The blocks of ``out [B, N, W]`` from ``rows_in [S, N, depth]``, see `to_images_kernel`.
 
-    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``. slots: what `invert_slots` returns.
+    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``.
+    Returns what the K choices add to the first r tokens, ``[B, K, r, W]``; None where r = 0.
     """
     B, N, W = out.shape
-    depth = rows_in.shape[1]
-    if in_pairs(B, weight.shape[0], top_k, blocks):
-        tile = tiles["to_images_pairs", precision(out.dtype), 90]
-        box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
-        aligned_kernels.pairs_to_images_kernel[(B * blocks * triton.cdiv(W, tile.cols),)](
-            _box(rows_in, BLOCK, tile.depth),
-            _box(weight, 1, *box),
-            *slots,
-            *order_images(slots[1], B, top_k),
-            gates,
-            bias,
-            out,
-            B,
-            blocks,
-            N % BLOCK,
-            top_k,
-            depth,
-            W,
-            transposed,
-            triton.next_power_of_2(top_k),
-            tile.cols,
-            tile.depth,
-            2 * GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return
-    tile = tiles["to_images" if blocks % 2 else "to_images_even", precision(out.dtype), 90]
+    S, _, depth = rows_in.shape
+    E, rest = weight.shape[0], N - blocks * BLOCK
+    pairs = in_pairs(B, E, top_k, blocks)
+    kernel, name = aligned_kernels.to_images_kernel, "to_images" if blocks % 2 else "to_images_even"
+    if pairs:
+        kernel, name = aligned_kernels.pairs_to_images_kernel, "to_images_pairs"
+    tile = tiles[name, precision(out.dtype), 90]
+    by_slot = out.new_empty((B, top_k, rest, W)) if rest else None
+    slots = invert_slots(slot_order, group_offsets)
+    image_tiles = B * blocks * BLOCK // (BLOCK if pairs else tile.rows)
+    height = 2 * BLOCK if pairs else tile.rows
+    num_tiles = image_tiles + max_tiles(S * rest, E, height)
     box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
-    aligned_kernels.to_images_kernel[(B * (blocks * BLOCK // tile.rows) * triton.cdiv(W, tile.cols),)](
-        _box(rows_in, tile.rows, tile.depth),
+    kernel[(num_tiles * triton.cdiv(W, tile.cols),)](
+        _box(rows_in.view(S * N, depth), BLOCK if pairs else height, tile.depth),
         _box(weight, 1, *box),
         *slots,
+        slot_order,
+        group_offsets,
+        *(order_images(slots[1], B, top_k) if pairs else ()),
         gates,
         bias,
         out,
+        by_slot,
+        B if pairs else image_tiles,
+        S * blocks * BLOCK,
+        E,
         blocks,
-        N % BLOCK,
+        rest,
         top_k,
         depth,
         W,
         transposed,
         triton.next_power_of_2(top_k),
-        tile.rows,
+        experts_block(E),
+        *(() if pairs else (tile.rows,)),
         tile.cols,
         tile.depth,
-        GROUP,
+        2 * GROUP if pairs else GROUP,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    return by_slot
 
 
 def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blocks, top_k, tiles) -> None:
@@ -245,9 +261,10 @@ def _box(t: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
 
 
-def _blocks(tile: Tile, slot_order: Tensor, num_experts: int, blocks: int) -> tuple[int, dict[str, int]]:
-    """Tiles of two blocks that any split over the experts fits in, and how they are compiled."""
-    return max_tiles(slot_order.shape[0] * blocks, num_experts, 2), {
+def _blocks(tile: Tile, x: Tensor, slot_order: Tensor, num_experts: int, blocks: int) -> tuple[int, dict[str, int]]:
+    """Tiles of two blocks, or of packed rows, that any split over the experts fits in, and how they are compiled."""
+    S, rest = slot_order.shape[0], x.shape[1] - blocks * BLOCK
+    return max_tiles(S * blocks, num_experts, 2) + max_tiles(S * rest, num_experts, 2 * BLOCK), {
         "HALVES": tile.halves,
         "EXPERTS": experts_block(num_experts),
         "COLS": tile.cols,

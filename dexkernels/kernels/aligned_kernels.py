@@ -1,9 +1,12 @@
 """The device code of the aligned path of `grouped_mlp`: products over blocks of tokens, loaded by TMA descriptors.
 
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots; q = N // 64, r = N % 64.
-The last 64 q tokens of an image are its q blocks; its first r tokens (CLS among them) are left to the gathered rows.
-The S*q blocks are numbered in slot order: block ``i`` is block ``i % q`` of slot ``slot_order[i // q]``, and its 64
-rows of hidden activations are the rows ``64 i`` up to ``64 i + 64`` of ``[S * 64 q, H]``.
+The last 64 q tokens of an image are its q blocks. The S*q blocks are numbered in slot order: block ``i`` is block
+``i % q`` of slot ``slot_order[i // q]``, and its 64 rows of hidden activations are the rows ``64 i`` up to
+``64 i + 64`` of ``[S*N, H]``. The first r tokens of an image (CLS among them) are packed: row ``m`` of ``[S*r, .]`` is
+token ``m % r`` of slot ``slot_order[m // r]``, and its hidden activations are row ``S * 64 q + m``. Packed rows make
+tiles of their own, launched beside those of the blocks; one that reaches past its expert's rows multiplies what lies
+there and writes none of it.
 A block belongs to one image, so that a box of the descriptor of x holds it, and to one expert. Descriptors read zeros
 past the ends of their tensors: a width need not be a multiple of the box's.
 """
@@ -11,7 +14,7 @@ past the ends of their tensors: a width need not be a multiple of the box's.
 import triton
 import triton.language as tl
 
-from .common import cut_in_groups, find_tile, gelu_cdf
+from .common import cut_in_groups, expert_tiles, find_tile, gelu_cdf
 from .mlp_kernels import through_gelu
 
 BLOCK = tl.constexpr(64)
@@ -26,6 +29,41 @@ def locate_block(slot_order, block, blocks, first_token, top_k):
 
 
 @triton.jit
+def pack_rows_kernel(x, slot_order, packed, rest, top_k, dim, stride_b, stride_n, COLS: tl.constexpr):
+    """``packed [S*r, D]``: row m is token ``m % r`` of slot ``slot_order[m // r]``."""
+    row = tl.program_id(0)
+    image = tl.load(slot_order + row // rest) // top_k
+    x += image * stride_b + (row % rest).to(tl.int64) * stride_n
+    for d0 in range(0, dim, COLS):
+        d = d0 + tl.arange(0, COLS)
+        tl.store(packed + row.to(tl.int64) * dim + d, tl.load(x + d, mask=d < dim, other=0.0), mask=d < dim)
+
+
+@triton.jit
+def find_rows(offsets, tile, num_experts, blocks, rest, EXPERTS: tl.constexpr):
+    """``(expert, packed, first, end)`` of a tile of two blocks; an expert's packed rows come after its blocks.
+
+    Rows are counted among those of the blocks, or among the packed ones. Past the last tile first >= end.
+    """
+    e = tl.arange(0, EXPERTS)
+    start = tl.load(offsets + e, mask=e < num_experts, other=0).to(tl.int32)
+    slots = tl.load(offsets + e + 1, mask=e < num_experts, other=0).to(tl.int32) - start
+    of_blocks = (slots * blocks + 1) // 2
+    tiles = of_blocks + (slots * rest + 2 * BLOCK - 1) // (2 * BLOCK)
+    ends = tl.cumsum(tiles, 0)
+    expert = tl.sum((ends <= tile).to(tl.int32), 0)
+    mine = e == expert
+    within = tile - tl.sum(tl.where(mine, ends - tiles, 0), 0)
+    before = tl.sum(tl.where(mine, of_blocks, 0), 0)
+    begin = tl.sum(tl.where(mine, start, 0), 0)
+    end = begin + tl.sum(tl.where(mine, slots, 0), 0)
+    packed = within >= before
+    of_slot = tl.where(packed, rest, blocks * BLOCK)
+    within -= tl.where(packed, before, 0)
+    return expert, packed, begin * of_slot + within * (2 * BLOCK), end * of_slot
+
+
+@triton.jit
 def expert_block(weight, expert, depth, col, TRANSPOSED: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
     """``[DEPTH, COLS]`` of ``weight [E, depth, cols]``, or TRANSPOSED of ``[E, cols, depth]``."""
     if TRANSPOSED:
@@ -34,7 +72,9 @@ def expert_block(weight, expert, depth, col, TRANSPOSED: tl.constexpr, COLS: tl.
 
 
 @triton.jit
-def multiply_two(
+def add_products(
+    acc0,
+    acc1,
     rows,
     image0,
     token0,
@@ -48,9 +88,7 @@ def multiply_two(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The products of two blocks of ``rows [B, N, depth]`` with the same columns of an expert, two ``[64, COLS]``."""
-    acc0 = tl.zeros((BLOCK, COLS), tl.float32)
-    acc1 = tl.zeros((BLOCK, COLS), tl.float32)
+    """The products of two blocks of ``rows [., ., depth]`` with the same columns of an expert, added to two sums."""
     for k in range(0, depth, DEPTH):
         w = expert_block(weight, expert, k, col, TRANSPOSED, COLS, DEPTH)
         rows0 = rows.load([image0, token0, k]).reshape(BLOCK, DEPTH)
@@ -61,41 +99,89 @@ def multiply_two(
 
 
 @triton.jit
-def activate_columns(acc, g, bias, z, a, h, hidden):
+def multiply_rows(
+    x,
+    packed_x,
+    packed,
+    row,
+    end,
+    slot_order,
+    weight,
+    expert,
+    col,
+    blocks,
+    first_token,
+    top_k,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The products of the 128 rows from row on: of two blocks of ``x [B, N, depth]``, or packed ``[1, S*r, depth]``."""
+    acc0 = tl.zeros((BLOCK, COLS), tl.float32)
+    acc1 = tl.zeros((BLOCK, COLS), tl.float32)
+    # A loop over nothing for the other kind: loops in two branches would each have buffers of their own.
+    if packed_x is not None:
+        acc0, acc1 = add_products(
+            acc0, acc1, packed_x, 0, row, 0, row + BLOCK, weight, expert, col, tl.where(packed, depth, 0),
+            TRANSPOSED, COLS, DEPTH,
+        )  # fmt: skip
+    # An odd block is multiplied twice and written once.
+    first = tl.where(packed, 0, row // BLOCK)
+    second = tl.where(packed, 0, tl.minimum(first + 1, end // BLOCK - 1))
+    image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
+    image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    return add_products(
+        acc0, acc1, x, image0, token0, image1, token1, weight, expert, col, tl.where(packed, 0, depth),
+        TRANSPOSED, COLS, DEPTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def activate_columns(acc, g, valid, bias, z, a, h, hidden):
     """`store_activations` of the columns h."""
-    inside = h < hidden
-    acc += tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(bias + h, mask=h < hidden, other=0.0).to(tl.float32)[None, :]
     # Within a block 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
     at = tl.arange(0, BLOCK)[:, None] * hidden + h[None, :]
+    inside = valid[:, None] & (h < hidden)[None, :]
     if z is not None:
-        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside[None, :])
-    tl.store(a + at, (g * acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside[None, :])
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside)
+    if g is not None:
+        acc = g[:, None] * acc * gelu_cdf(acc)
+    else:
+        acc = acc * gelu_cdf(acc)
+    tl.store(a + at, acc.to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def store_activations(
-    acc, block, slot_order, gates, bias, z, a, blocks, first, hidden, HALVES: tl.constexpr, COLS: tl.constexpr
-):
-    """What `fc1_blocks_kernel` writes of one block, whose columns begin at first."""
-    start = block.to(tl.int64) * BLOCK * hidden
+    acc, row, end, start, of_slot, slot_order, gates, bias, z, a, first, hidden, HALVES: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """What `fc1_blocks_kernel` writes of 64 rows, whose columns begin at first; their kind begins at row start."""
+    rows = row + tl.arange(0, BLOCK)
+    valid = rows < end
+    to = (start + row).to(tl.int64) * hidden
     if z is not None:
-        z += start
-    g = 1.0
+        z += to
+    g = None
     if gates is not None:
-        g = tl.load(gates + tl.load(slot_order + block // blocks)).to(tl.float32)
+        slots = tl.load(slot_order + rows // of_slot, mask=valid, other=0)
+        g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
     if HALVES:
         HALF: tl.constexpr = COLS // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, HALF)), (0, 2, 1)))
         h = first + tl.arange(0, HALF)
-        activate_columns(low, g, bias, z, a + start, h, hidden)
-        activate_columns(high, g, bias, z, a + start, h + HALF, hidden)
+        activate_columns(low, g, valid, bias, z, a + to, h, hidden)
+        activate_columns(high, g, valid, bias, z, a + to, h + HALF, hidden)
     else:
-        activate_columns(acc, g, bias, z, a + start, first + tl.arange(0, COLS), hidden)
+        activate_columns(acc, g, valid, bias, z, a + to, first + tl.arange(0, COLS), hidden)
 
 
 @triton.jit
 def fc1_blocks_kernel(
     x,
+    packed_x,
     slot_order,
     offsets,
     gates,
@@ -104,6 +190,7 @@ def fc1_blocks_kernel(
     z,
     a,
     num_experts,
+    num_slots,
     blocks,
     first_token,
     top_k,
@@ -115,25 +202,31 @@ def fc1_blocks_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``z = W1_e x + b1_e`` (unless None) and ``a = g gelu(z)`` (no gates: ``gelu(z)``) of the rows of two blocks.
+    """``z = W1_e x + b1_e`` (unless None) and ``a = g gelu(z)`` (no gates: ``gelu(z)``) of two blocks, ``[S*N, H]``.
 
-    x: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``. weight: of ``[E, H, D]``, box ``[1, COLS, DEPTH]``.
+    x: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``; packed_x: of ``[1, S*r, D]``, or None.
+    weight: of ``[E, H, D]``, box ``[1, COLS, DEPTH]``.
     Two blocks that follow one another, of one image or two, share the blocks of an expert's weights.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
-    expert, first, stop = find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
-    if first >= stop:
+    expert, packed, row, end = find_rows(offsets, tile, num_experts, blocks, first_token, EXPERTS)
+    if row >= end:
         return
-    # An odd block is multiplied twice and written once.
-    second = tl.minimum(first + 1, stop - 1)
-    image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
-    image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
     h0 = col * COLS
-    acc0, acc1 = multiply_two(x, image0, token0, image1, token1, weight, expert, h0, dim, True, COLS, DEPTH)
+    acc0, acc1 = multiply_rows(
+        x, packed_x, packed, row, end, slot_order, weight, expert, h0, blocks, first_token, top_k, dim, True, COLS,
+        DEPTH,
+    )  # fmt: skip
     bias += expert.to(tl.int64) * hidden
-    store_activations(acc0, first, slot_order, gates, bias, z, a, blocks, h0, hidden, HALVES, COLS)
-    if second > first:
-        store_activations(acc1, second, slot_order, gates, bias, z, a, blocks, h0, hidden, HALVES, COLS)
+    start = tl.where(packed, num_slots * blocks * BLOCK, 0)
+    of_slot = tl.where(packed, first_token, blocks * BLOCK)
+    store_activations(
+        acc0, row, end, start, of_slot, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
+    )  # fmt: skip
+    if row + BLOCK < end:
+        store_activations(
+            acc1, row + BLOCK, end, start, of_slot, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -151,14 +244,53 @@ def invert_slots_kernel(
 
 
 @triton.jit
+def store_image(
+    acc, image, experts, place, gates, bias, out, j, n, tokens, top_k, width, CHOICES: tl.constexpr, ROWS: tl.constexpr
+):
+    """``acc + sum_k gates[k] bias_e`` to the tokens of an image from n on; the sum in the order of place."""
+    if bias is not None:
+        slots = image.to(tl.int64) * top_k + tl.arange(0, CHOICES)
+        g = tl.load(gates + slots, mask=place < top_k, other=0.0).to(tl.float32)
+        for k in range(0, top_k):
+            e = tl.sum(tl.where(place == k, experts, 0), 0).to(tl.int64)
+            b = tl.load(bias + e * width + j, mask=j < width, other=0.0).to(tl.float32)
+            acc += tl.sum(tl.where(place == k, g, 0.0), 0) * b[None, :]
+    out += (image.to(tl.int64) * tokens + n) * width
+    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(j < width)[None, :])
+
+
+@triton.jit
+def store_packed(
+    acc, row, end, expert, slot_order, gates, bias, by_slot, j, rest, width, ROWS: tl.constexpr
+):  # fmt: skip
+    """``acc``, with a bias ``+ g bias_e``, of the packed rows from row on, to ``by_slot [S, r, width]``."""
+    rows = row + tl.arange(0, ROWS)
+    valid = rows < end
+    slots = tl.load(slot_order + rows // rest, mask=valid, other=0)
+    if bias is not None:
+        g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(bias + expert.to(tl.int64) * width + j, mask=j < width, other=0.0).to(tl.float32)
+        acc += g[:, None] * b[None, :]
+    at = (slots * rest + rows % rest)[:, None] * width + j[None, :]
+    tl.store(by_slot + at, acc.to(by_slot.dtype.element_ty), mask=valid[:, None] & (j < width)[None, :])
+
+
+@triton.jit
 def to_images_kernel(
     rows_in,
     weight,
     position,
     expert,
+    slot_order,
+    offsets,
     gates,
     bias,
     out,
+    by_slot,
+    image_tiles,
+    packed_row,
+    num_experts,
     blocks,
     first_token,
     top_k,
@@ -166,6 +298,7 @@ def to_images_kernel(
     width,
     TRANSPOSED: tl.constexpr,
     CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -173,12 +306,18 @@ def to_images_kernel(
 ):
     """``out[b, r + n] = sum_k rows_in[slot (b, k), n] @ W_e``, with a bias ``+ sum_k gates[b, k] bias_e``.
 
-    One sum of length ``K * depth``: nothing is written by slot. ``[S*64q, depth] -> [B, N, width]``; ROWS divides 64q.
+    One sum of length ``K * depth``: nothing is written by slot. ``[S*N, depth] -> [B, N, width]``; ROWS divides 64q.
     rows_in: descriptor, box ``[ROWS, DEPTH]``. weight: see `expert_block`. CHOICES: a power of two, at least K.
+    After the ``image_tiles`` tiles of the blocks come those of the packed rows, which begin at ``packed_row``. Their
+    images share no experts: they go ``by_slot [S, r, width]``, K terms of their tokens of out, gates included.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
+    packed = tile >= image_tiles
+    packed_expert, first, end = find_tile(offsets, tile - image_tiles, num_experts, first_token, ROWS, EXPERTS)
+    if packed & (first >= end):
+        return
     per_image = blocks * BLOCK // ROWS
-    image = tile // per_image
+    image = tl.where(packed, 0, tile // per_image)
     n = tile % per_image * ROWS
     j0 = col * COLS
     # Loaded here and picked by a masked sum: loads of indices inside the loop would take stages from its pipeline.
@@ -186,9 +325,11 @@ def to_images_kernel(
     slots = image.to(tl.int64) * top_k + choice
     first_rows = tl.load(position + slots, mask=choice < top_k, other=0) * blocks * BLOCK + n
     experts = tl.load(expert + slots, mask=choice < top_k, other=0)
+    first_rows = tl.where(packed, packed_row + first, first_rows)
+    experts = tl.where(packed, packed_expert, experts)
     steps = tl.cdiv(depth, DEPTH)
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for step in range(0, steps * top_k):
+    for step in range(0, steps * tl.where(packed, 1, top_k)):
         mine = choice == step // steps
         row = tl.sum(tl.where(mine, first_rows, 0), 0)
         e = tl.sum(tl.where(mine, experts, 0), 0)
@@ -196,14 +337,16 @@ def to_images_kernel(
         w = expert_block(weight, e, k, j0, TRANSPOSED, COLS, DEPTH)
         acc = tl.dot(rows_in.load([row, k]), w, acc, input_precision="ieee")
     j = j0 + tl.arange(0, COLS)
-    if bias is not None:
-        for k in range(0, top_k):
-            e = tl.sum(tl.where(choice == k, experts, 0), 0).to(tl.int64)
-            g = tl.load(gates + image.to(tl.int64) * top_k + k).to(tl.float32)
-            acc += g * tl.load(bias + e * width + j, mask=j < width, other=0.0).to(tl.float32)[None, :]
-    start = (image.to(tl.int64) * (blocks * BLOCK + first_token) + first_token + n) * width
-    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
-    tl.store(out + start + at, acc.to(out.dtype.element_ty), mask=(j < width)[None, :])
+    if packed:
+        if by_slot is not None:
+            store_packed(
+                acc, first, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, ROWS
+            )  # fmt: skip
+    else:
+        tokens = blocks * BLOCK + first_token
+        store_image(
+            acc, image, experts, choice, gates, bias, out, j, first_token + n, tokens, top_k, width, CHOICES, ROWS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -252,34 +395,22 @@ def choices_by_expert(position, expert, image, first_row, rows_of_slot, top_k, C
 
 
 @triton.jit
-def store_image(
-    acc, image, experts, place, gates, bias, out, j, n, tokens, top_k, width, CHOICES: tl.constexpr, ROWS: tl.constexpr
-):
-    """``acc + sum_k gates[k] bias_e`` to the tokens of an image from n on; the sum in rising order of the experts."""
-    if bias is not None:
-        slots = image.to(tl.int64) * top_k + tl.arange(0, CHOICES)
-        g = tl.load(gates + slots, mask=place < top_k, other=0.0).to(tl.float32)
-        for k in range(0, top_k):
-            e = tl.sum(tl.where(place == k, experts, 0), 0).to(tl.int64)
-            b = tl.load(bias + e * width + j, mask=j < width, other=0.0).to(tl.float32)
-            acc += tl.sum(tl.where(place == k, g, 0.0), 0) * b[None, :]
-    out += (image.to(tl.int64) * tokens + n) * width
-    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(j < width)[None, :])
-
-
-@triton.jit
 def pairs_to_images_kernel(
     rows_in,
     weight,
     position,
     expert,
+    slot_order,
+    offsets,
     order,
     index,
     gates,
     bias,
     out,
+    by_slot,
     num_images,
+    packed_row,
+    num_experts,
     blocks,
     first_token,
     top_k,
@@ -287,6 +418,7 @@ def pairs_to_images_kernel(
     width,
     TRANSPOSED: tl.constexpr,
     CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -298,10 +430,13 @@ def pairs_to_images_kernel(
     rows_in: descriptor, box ``[64, DEPTH]``.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
-    rank = tile // blocks
+    image_tiles = num_images * blocks
+    packed = tile >= image_tiles
+    packed_expert, first, end = find_tile(offsets, tile - image_tiles, num_experts, first_token, 2 * BLOCK, EXPERTS)
+    rank = tl.where(packed, 0, tile // blocks)
     n = tile % blocks * BLOCK
     number = tl.load(index + rank)
-    if number % 2 == 1:
+    if tl.where(packed, first >= end, number % 2 == 1):
         return
     has_partner = tl.load(index + tl.minimum(rank + 1, num_images - 1)) == number + 1
     image0 = tl.load(order + rank)
@@ -309,11 +444,17 @@ def pairs_to_images_kernel(
     image1 = tl.load(order + rank + has_partner.to(tl.int32))
     rows0, experts0, place0 = choices_by_expert(position, expert, image0, n, blocks * BLOCK, top_k, CHOICES)
     rows1, experts1, place1 = choices_by_expert(position, expert, image1, n, blocks * BLOCK, top_k, CHOICES)
+    choice = tl.arange(0, CHOICES)
+    rows0 = tl.where(packed, packed_row + first, rows0)
+    rows1 = tl.where(packed, packed_row + first + BLOCK, rows1)
+    place0 = tl.where(packed, choice, place0)
+    place1 = tl.where(packed, choice, place1)
+    experts0 = tl.where(packed, packed_expert, experts0)
     j0 = col * COLS
     steps = tl.cdiv(depth, DEPTH)
     acc0 = tl.zeros((BLOCK, COLS), tl.float32)
     acc1 = tl.zeros((BLOCK, COLS), tl.float32)
-    for step in range(0, steps * top_k):
+    for step in range(0, steps * tl.where(packed, 1, top_k)):
         mine0 = place0 == step // steps
         row0 = tl.sum(tl.where(mine0, rows0, 0), 0)
         row1 = tl.sum(tl.where(place1 == step // steps, rows1, 0), 0)
@@ -323,18 +464,31 @@ def pairs_to_images_kernel(
         acc0 = tl.dot(rows_in.load([row0, k]), w, acc0, input_precision="ieee")
         acc1 = tl.dot(rows_in.load([row1, k]), w, acc1, input_precision="ieee")
     j = j0 + tl.arange(0, COLS)
-    n += first_token
-    tokens = blocks * BLOCK + first_token
-    store_image(acc0, image0, experts0, place0, gates, bias, out, j, n, tokens, top_k, width, CHOICES, BLOCK)
-    if has_partner:
-        store_image(acc1, image1, experts1, place1, gates, bias, out, j, n, tokens, top_k, width, CHOICES, BLOCK)
+    if packed:
+        if by_slot is not None:
+            store_packed(
+                acc0, first, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, BLOCK
+            )  # fmt: skip
+            store_packed(
+                acc1, first + BLOCK, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, BLOCK
+            )  # fmt: skip
+    else:
+        n += first_token
+        tokens = blocks * BLOCK + first_token
+        store_image(acc0, image0, experts0, place0, gates, bias, out, j, n, tokens, top_k, width, CHOICES, BLOCK)
+        if has_partner:
+            store_image(acc1, image1, experts1, place1, gates, bias, out, j, n, tokens, top_k, width, CHOICES, BLOCK)
 
 
 @triton.jit
 def store_hidden_grad(
     da,
-    block,
+    row,
+    end,
+    packed,
+    expert,
     slot_order,
+    offsets,
     col,
     gates,
     z,
@@ -342,27 +496,37 @@ def store_hidden_grad(
     gated,
     gate_parts,
     bias_parts,
+    num_experts,
+    num_slots,
     blocks,
+    first_token,
     num_parts,
     hidden,
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
     HALVES: tl.constexpr,
+    EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What `hidden_grad_blocks_kernel` writes of one block."""
-    start = block.to(tl.int64) * BLOCK * hidden
+    """What `hidden_grad_blocks_kernel` writes of 64 rows."""
+    start = (tl.where(packed, num_slots * blocks * BLOCK, 0) + row).to(tl.int64) * hidden
     z += start
     if NEED_DZ:
         dz += start
     if NEED_WEIGHTS:
         gated += start
-        bias_parts += block.to(tl.int64) * hidden
+        first, _ = expert_tiles(offsets, expert, num_experts, first_token, BLOCK, EXPERTS)
+        within = row - tl.load(offsets + expert).to(tl.int32) * first_token
+        part = tl.where(packed, num_slots * blocks + first + within // BLOCK, row // BLOCK)
+        bias_parts += part.to(tl.int64) * hidden
     # Looked up anew: carried through the main loop it would take registers from the sums.
-    slot = tl.load(slot_order + block // blocks)
-    g = tl.zeros((BLOCK,), tl.float32) + tl.load(gates + slot).to(tl.float32)
-    valid = tl.full((BLOCK,), True, tl.int1)
+    rows = row + tl.arange(0, BLOCK)
+    valid = rows < end
+    of_slot = tl.where(packed, first_token, blocks * BLOCK)
+    position = rows // of_slot
+    slots = tl.load(slot_order + position, mask=valid, other=0)
+    g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
     dg = through_gelu(
         da,
         g,
@@ -381,13 +545,19 @@ def store_hidden_grad(
         COLS,
     )
     if NEED_GATES:
-        at = (block // blocks).to(tl.int64) * num_parts + col * blocks + block % blocks
-        tl.store(gate_parts + at, tl.sum(dg, 0))
+        if packed:
+            of_blocks = tl.cdiv(hidden, COLS) * blocks
+            to_rows = position.to(tl.int64) * num_parts + of_blocks + col * first_token + rows % of_slot
+            tl.store(gate_parts + to_rows, dg, mask=valid)
+        else:
+            at = (row // of_slot).to(tl.int64) * num_parts + col * blocks + row // BLOCK % blocks
+            tl.store(gate_parts + at, tl.sum(dg, 0))
 
 
 @triton.jit
 def hidden_grad_blocks_kernel(
     grad_out,
+    packed_grad,
     gates,
     slot_order,
     offsets,
@@ -398,6 +568,7 @@ def hidden_grad_blocks_kernel(
     gate_parts,
     bias_parts,
     num_experts,
+    num_slots,
     num_parts,
     blocks,
     first_token,
@@ -413,26 +584,28 @@ def hidden_grad_blocks_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """`to_hidden_grad_kernel` of the rows of two blocks: dz, gated, and a part of every sum for each block.
+    """`to_hidden_grad_kernel` of two blocks: dz, gated, and a part of every sum for each block.
 
-    grad_out: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``. weight: of ``[E, D, H]``, box ``[1, DEPTH, COLS]``.
-    ``bias_parts [S q, H]``; ``gate_parts [S, num_parts]``, of each slot the first ``column blocks * q``.
+    grad_out, packed_grad: as x and packed_x of `fc1_blocks_kernel`. weight: of ``[E, D, H]``, box ``[1, DEPTH, COLS]``.
+    ``bias_parts``: ``[S q, H]`` of the blocks, then of the packed rows of every expert, cut into 64.
+    ``gate_parts [S, num_parts]``: of each slot ``column blocks * q``, then ``column blocks * r``.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
-    expert, first, stop = find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
-    if first >= stop:
+    expert, packed, row, end = find_rows(offsets, tile, num_experts, blocks, first_token, EXPERTS)
+    if row >= end:
         return
-    second = tl.minimum(first + 1, stop - 1)
-    image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
-    image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
-    h0 = col * COLS
-    da0, da1 = multiply_two(grad_out, image0, token0, image1, token1, weight, expert, h0, dim, False, COLS, DEPTH)
-    store_hidden_grad(
-        da0, first, slot_order, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, hidden,
-        NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, COLS,
+    da0, da1 = multiply_rows(
+        grad_out, packed_grad, packed, row, end, slot_order, weight, expert, col * COLS, blocks, first_token, top_k,
+        dim, False, COLS, DEPTH,
     )  # fmt: skip
-    if second > first:
+    store_hidden_grad(
+        da0, row, end, packed, expert, slot_order, offsets, col, gates, z, dz, gated, gate_parts, bias_parts,
+        num_experts, num_slots, blocks, first_token, num_parts, hidden,
+        NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, EXPERTS, COLS,
+    )  # fmt: skip
+    if row + BLOCK < end:
         store_hidden_grad(
-            da1, second, slot_order, col, gates, z, dz, gated, gate_parts, bias_parts, blocks, num_parts, hidden,
-            NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, COLS,
+            da1, row + BLOCK, end, packed, expert, slot_order, offsets, col, gates, z, dz, gated, gate_parts,
+            bias_parts, num_experts, num_slots, blocks, first_token, num_parts, hidden,
+            NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, EXPERTS, COLS,
         )  # fmt: skip

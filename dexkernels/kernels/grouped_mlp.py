@@ -2,8 +2,7 @@
 
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slots. Rows: see `common`.
 ``gather``: any N, D, H and token-wise routing. Every product gathers its rows by pointer, so a tile may mix images.
-``aligned``: see `aligned_kernels`. An image's blocks of 64 tokens are loaded by descriptors, and what is left of it is
-gathered; the gather path is that with no blocks.
+``aligned``: see `aligned_kernels`. An image's blocks of 64 tokens are loaded by descriptors, the rest is packed.
 No tile mixes experts. Grids are upper bounds known from shapes, and nothing is added in an order that changes: the bits
 of a result depend on the inputs alone.
 """
@@ -110,7 +109,7 @@ def grouped_mlp_forward(
     Without ``save`` z is ``[0, N, H]``. What lies where in z is the path's affair: see `_split`.
     ``path``: see `choose_path`; for tests and benchmarks, which give the backward the same.
 
-    Besides the results it holds ``a [S, N, H]`` and, of the gathered tokens, the slots' outputs while it runs.
+    Besides the results it holds ``a [S, N, H]`` and, of the tokens outside the blocks, inputs and outputs by slot.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
     S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
@@ -124,23 +123,21 @@ def grouped_mlp_forward(
     x, fc1_weight, fc2_weight = ready(x), ready(fc1_weight), ready(fc2_weight)
     gates, slot_order, group_offsets = gates.contiguous(), slot_order.contiguous(), group_offsets.contiguous()
     fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
-    z_blocks, z_rest = _split(z, blocks) if save else (None, None)
-    a_blocks, a_rest = _split(x.new_empty((S, N, H)), blocks)
-    rest, one_sum = N - blocks * aligned.BLOCK, E <= ONE_SUM
+    to_z, a = z if save else None, x.new_empty((S, N, H))
+    order, rest = (slot_order, group_offsets), N - blocks * aligned.BLOCK
     with on_device(x):
-        if blocks:
+        if not blocks:
+            _fc1(x, *order, fc1_weight, fc1_bias, to_z, a, K, tiles)
+            _to_tokens(a, *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
+        elif E <= ONE_SUM:
             # In one sum the gates are in a; by slot they are what combines the results.
-            to_a = gates if one_sum else None
-            aligned.fc1(x, slot_order, group_offsets, to_a, fc1_weight, fc1_bias, z_blocks, a_blocks, blocks, K, tiles)
-        if blocks and one_sum:
-            slots = aligned.invert_slots(slot_order, group_offsets)
-            aligned.to_images(a_blocks, fc2_weight, True, slots, gates, fc2_bias, out, blocks, K, tiles)
-        elif blocks:
-            a = a_blocks.view(S, -1, H)
-            _through_slots(a, slot_order, group_offsets, fc2_weight.mT, fc2_bias, gates, out[:, rest:], tiles)
-        if rest:
-            _fc1(x[:, :rest], slot_order, group_offsets, fc1_weight, fc1_bias, z_rest, a_rest, K, tiles)
-            _through_slots(a_rest, slot_order, group_offsets, fc2_weight.mT, fc2_bias, gates, out[:, :rest], tiles)
+            aligned.fc1(x, *order, gates, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
+            by_slot = aligned.to_images(a, fc2_weight, True, *order, gates, fc2_bias, out, blocks, K, tiles)
+            if rest:
+                _combine(by_slot, None, out[:, :rest])
+        else:
+            aligned.fc1(x, *order, None, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
+            _to_tokens(a, *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
     return out, z
 
 
@@ -163,7 +160,7 @@ def grouped_mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """`dexkernels.reference.grouped_mlp_backward` on a GPU: gradients of x, gates, fc1_weight, fc1_bias, fc2_weight,
     fc2_bias; None for what is not needed. While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``,
-    which lie as z does.
+    which lie as z does, and the parts of sums: of the weight gradients see `chunks.Cut`.
     """
     B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
     S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
@@ -184,18 +181,17 @@ def grouped_mlp_backward(
     fc1_weight, fc2_weight = ready(fc1_weight), ready(fc2_weight)
     gates, slot_order, group_offsets = gates.contiguous(), slot_order.contiguous(), group_offsets.contiguous()
     arch, kind, rest = architecture(x.device), precision(x.dtype), N - blocks * aligned.BLOCK
-    tile = tiles["to_hidden_grad", kind, arch]
-    # Parts of the sums over the columns, for the gates, and over the rows, for the bias: of the blocks, of the tiles.
-    block_parts = triton.cdiv(H, tiles["hidden_grad_blocks", kind, 90].cols) * blocks if blocks else 0
-    num_parts = block_parts + triton.cdiv(H, tile.cols) * rest
-    num_tiles = max_tiles(S * rest, E, tile.rows)
+    tile = tiles["hidden_grad_blocks", kind, 90] if blocks else tiles["to_hidden_grad", kind, arch]
+    # Parts of the sums over the columns, for the gates, and over the rows, for the bias: of the blocks, of the rest.
+    num_parts = triton.cdiv(H, tile.cols) * (blocks + rest)
+    rows = aligned.BLOCK if blocks else tile.rows
+    num_tiles = max_tiles(S * rest, E, rows)
     float32 = {"dtype": torch.float32, "device": x.device}
     bias_parts = torch.empty((S * blocks + num_tiles, H), **float32) if need_weights else None
-    bias_of_blocks, bias_of_tiles = bias_parts.split((S * blocks, num_tiles)) if need_weights else (None, None)
     gate_parts = torch.empty((S, num_parts), **float32) if need_gates else None
-    z_blocks, z_rest = _split(z, blocks)
-    dz_blocks, dz_rest = _split(torch.empty_like(z), blocks) if need_x or need_weights else (None, None)
-    gated_blocks, gated_rest = _split(torch.empty_like(z), blocks) if need_weights else (None, None)
+    dz = torch.empty_like(z) if need_x or need_weights else None
+    gated = torch.empty_like(z) if need_weights else None
+    order = slot_order, group_offsets
     needs = (need_x or need_weights, need_gates, need_weights)
     with on_device(x):
         if blocks:
@@ -205,31 +201,30 @@ def grouped_mlp_backward(
                 group_offsets,
                 gates,
                 fc2_weight,
-                z_blocks,
-                dz_blocks,
-                gated_blocks,
+                z,
+                dz,
+                gated,
                 gate_parts,
-                bias_of_blocks,
+                bias_parts,
                 blocks,
                 needs,
                 tiles,
             )
-        if rest:
+        else:
             to_hidden_grad_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
                 grad_out,
                 gates,
                 slot_order,
                 group_offsets,
                 fc2_weight,
-                z_rest,
-                dz_rest,
-                gated_rest,
+                z,
+                dz,
+                gated,
                 gate_parts,
-                bias_of_tiles,
+                bias_parts,
                 E,
                 num_parts,
-                block_parts,
-                rest,
+                N,
                 K,
                 D,
                 H,
@@ -266,15 +261,14 @@ def grouped_mlp_backward(
         if need_weights:
             dfc1, dbias1, dfc2, dbias2 = dweights
             bias1_grad_kernel[(E, triton.cdiv(H, SUM_COLS))](
-                bias_of_blocks,
-                bias_of_tiles,
+                *bias_parts.split((S * blocks, num_tiles)),
                 group_offsets,
                 dbias1,
                 E,
                 blocks,
                 rest,
                 H,
-                tile.rows,
+                rows,
                 experts_block(E),
                 SUM_ROWS,
                 SUM_COLS,
@@ -282,21 +276,19 @@ def grouped_mlp_backward(
             bias2_grad_kernel[(E, triton.cdiv(D, SUM_COLS))](
                 sums, gates, slot_order, group_offsets, dbias2, K, D, SUM_ROWS, SUM_COLS
             )
-            order = slot_order, group_offsets
             if blocks:
+                (gated_blocks, gated_rest), (dz_blocks, dz_rest) = _split(gated, blocks), _split(dz, blocks)
                 aligned.weight_grad(grad_out, gated_blocks, grad_out, gated_rest, *order, dfc2, blocks, K, tiles)
                 aligned.weight_grad(dz_blocks, x, x, dz_rest, *order, dfc1, blocks, K, tiles)
             else:
-                _weight_grad(grad_out, gated_rest, grad_out, *order, dfc2, K, tiles)
-                _weight_grad(dz_rest, x, x, *order, dfc1, K, tiles)
+                _weight_grad(grad_out, gated, grad_out, *order, dfc2, K, tiles)
+                _weight_grad(dz, x, x, *order, dfc1, K, tiles)
         if need_x and blocks and E <= ONE_SUM:
-            slots = aligned.invert_slots(slot_order, group_offsets)
-            aligned.to_images(dz_blocks, fc1_weight, False, slots, None, None, dx, blocks, K, tiles)
-        elif need_x and blocks:
-            dz = dz_blocks.view(S, -1, H)
-            _through_slots(dz, slot_order, group_offsets, fc1_weight, None, None, dx[:, rest:], tiles)
-        if need_x and rest:
-            _through_slots(dz_rest, slot_order, group_offsets, fc1_weight, None, None, dx[:, :rest], tiles)
+            by_slot = aligned.to_images(dz, fc1_weight, False, *order, None, None, dx, blocks, K, tiles)
+            if rest:
+                _combine(by_slot, None, dx[:, :rest])
+        elif need_x:
+            _to_tokens(dz, *order, fc1_weight, None, None, dx, blocks, tiles)
     return dx, dgates, *dweights
 
 
@@ -312,7 +304,7 @@ def _num_blocks(path: str | None, x: Tensor, hidden: int, tiles: dict, measured:
 
 
 def _split(t: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """How ``t [S, N, H]`` lies: the rows of the blocks ``[S*64q, H]``, then the gathered ``[S, r, H]``; slot order."""
+    """How ``t [S, N, H]`` lies: the rows of the blocks ``[S*64q, H]``, then the packed ``[S, r, H]``; slot order."""
     S, N, H = t.shape
     aligned_rows = blocks * aligned.BLOCK
     of_blocks, of_rest = t.view(-1).split((S * aligned_rows * H, S * (N - aligned_rows) * H))
@@ -366,6 +358,15 @@ def _fc1(x, slot_order, group_offsets, weight, bias, z, a, top_k, tiles) -> None
         **_meta(tile),
         GROUP=GROUP,
     )
+
+
+def _to_tokens(rows_in, slot_order, group_offsets, weight, bias, gates, out, blocks, tiles) -> None:
+    """`_through_slots` of the blocks, and of the first tokens of an image, which lie apart."""
+    rest = out.shape[1] - blocks * aligned.BLOCK
+    of_blocks, of_rest = _split(rows_in, blocks)
+    for part, to in ((of_blocks.view(rows_in.shape[0], -1, rows_in.shape[2]), out[:, rest:]), (of_rest, out[:, :rest])):
+        if part.numel():
+            _through_slots(part, slot_order, group_offsets, weight, bias, gates, to, tiles)
 
 
 def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out, tiles) -> None:

@@ -232,7 +232,6 @@ def to_hidden_grad_kernel(
     bias_parts,
     num_experts,
     num_parts,
-    first_part,
     tokens,
     top_k,
     dim,
@@ -254,7 +253,7 @@ def to_hidden_grad_kernel(
     """Back through fc2 and the GELU. With ``da = dout W2_e`` and ``a = gelu(z)`` of a row of gate g:
 
     ``dz = g da gelu'(z)`` and ``gated = g a``, both ``[S*N, H]``; ``bias_parts [tiles, H]``: dz summed over each tile;
-    ``gate_parts [S, num_parts]``: ``da . a`` of each token over each block of columns, from ``first_part`` on.
+    ``gate_parts [S, num_parts]``: ``da . a`` of each token over each block of columns.
     HALVES: the GELU is gone through in two halves of the columns, which take half the registers.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
@@ -303,7 +302,7 @@ def to_hidden_grad_kernel(
         COLS,
     )
     if NEED_GATES:
-        at = (rows // tokens).to(tl.int64) * num_parts + first_part + col * tokens + rows % tokens
+        at = (rows // tokens).to(tl.int64) * num_parts + col * tokens + rows % tokens
         tl.store(gate_parts + at, dg, mask=valid)
 
 

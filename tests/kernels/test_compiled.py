@@ -24,13 +24,13 @@ BLOCKS = (
 )
 """Products that load by descriptors: for sm_90 alone, in half precision."""
 
-BESIDE_BLOCKS = ("invert_slots_kernel", "order_images_kernel")
+BESIDE_BLOCKS = ("invert_slots_kernel", "order_images_kernel", "pack_rows_kernel")
 """What they need besides, for sm_90 alone."""
 
 PRODUCTS = GATHERED + BLOCKS
 
 STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 32}
-"""Bytes of local memory a thread, outside the loops; Triton 3.6 needs none, 3.9 for one kernel a few. The rest: 64."""
+"""Bytes of local memory a thread, outside the loops: one of the products needs a few. The rest: 64."""
 
 KERNELS = {
     *GATHERED,
