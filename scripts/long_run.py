@@ -51,7 +51,8 @@ page to download and open.
 {points}
 
 The modality is told by the most similar of {known} training images, by the cosine of CLS tokens. The share told rightly
-falls while the loss does, and the tokens of all images come to point nearly the same way. That was not followed up here.
+falls while the loss does, and the tokens of all images come to point nearly the same way.
+That was not followed up here.
 
 Memory is the resident set of each rank, looked at every {every} seconds; a row gives the median since the row before.
 Images/s leave out evaluation and checkpoints, and are of a machine that had other work too.
