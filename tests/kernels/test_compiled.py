@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+triton = pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
 SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have."""
@@ -29,8 +29,9 @@ BESIDE_BLOCKS = ("invert_slots_kernel", "order_images_kernel", "pack_rows_kernel
 
 PRODUCTS = GATHERED + BLOCKS
 
-STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 32}
-"""Bytes of local memory a thread, outside the loops: one of the products needs a few. The rest: 64."""
+STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 32 if triton.__version__.startswith("3.6.") else 128}
+"""Bytes of local memory a thread, outside the loops: one of the products needs some, with Triton 3.9 more than the 64
+that the other kernels may have. It has not been timed with either."""
 
 KERNELS = {
     *GATHERED,
