@@ -527,8 +527,9 @@ def store_hidden_grad(
     position = rows // of_slot
     slots = tl.load(slot_order + position, mask=valid, other=0)
     g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
+    # A packed row that is not valid may be another expert's: its gate is 0 here, but 0 times a NaN would be NaN.
     dg = through_gelu(
-        da,
+        tl.where(valid[:, None], da, 0.0),
         g,
         z,
         dz,

@@ -94,6 +94,16 @@ def test_nan_stays_in_its_row(paired, monkeypatch):
         assert torch.equal(got[tensor][others], clean[tensor][others])
 
 
+def test_nan_stays_with_its_experts():
+    x, grad_out, gates, indices, weights = make(4, 67, 16, 24, 4, 2, DTYPES[0])
+    indices[:] = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    clean = run(x, grad_out, gates, indices, weights)
+    # Of the experts 2 and 3; the last tile of expert 1 reaches into the packed rows of expert 2.
+    grad_out[2, 2] = float("nan")
+    for a, b in zip(run(x, grad_out, gates, indices, weights)[3:], clean[3:], strict=True):
+        assert torch.equal(a[:2], b[:2]) and a[2:].isnan().any()
+
+
 def test_nothing_is_gathered_but_by_the_weight_gradients(monkeypatch):
     def launched(*_, **__):
         raise AssertionError("a row was gathered")
