@@ -36,7 +36,11 @@ where Python calls them. Not tried: GPUs and NCCL, more than two ranks, several 
 
 def page(results: dict) -> str:
     machine = results["machine"]
-    commit = (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
+    commit = ", ".join(
+        sorted(
+            {(r["commit"] or "an unknown commit")[:10] + (", changed" if r["dirty"] else "") for r in results["rows"]}
+        )
+    )
     size = "in full" if results["full"] else "sampled"
     measured = (
         f"Measured {size} on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, Python {machine['python']}, "

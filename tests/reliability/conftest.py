@@ -1,6 +1,7 @@
 """Rows 7 to 18 of what we promise, on two gloo ranks: sampled, or with DEX_RELIABILITY=full in the environment in full.
 
-Every promise records what was wanted and what was done; DEX_RELIABILITY_OUT names a JSON file for all of them.
+Every promise records what was wanted and what was done; DEX_RELIABILITY_OUT names a JSON file for all of them. With
+DEX_RELIABILITY_PART what runs takes its place in that file, and the rest of it stays.
 """
 
 import contextlib
@@ -72,15 +73,27 @@ def pytest_terminal_summary(terminalreporter, config):
         line = f"{r['row']:>2}  {r['done']} of {r['wanted']}  {r['promise']}  {r['details']}  ({r['seconds']} s)"
         terminalreporter.write_line(line)
     if out := os.environ.get("DEX_RELIABILITY_OUT"):
+        path, date = Path(out), datetime.datetime.now(datetime.UTC).date().isoformat()
+        machine = describe_machine(torch.device("cpu"))
+        for row in rows:
+            row |= {"commit": machine["commit"], "dirty": machine["dirty"], "date": date}
+        failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)]
+        before = json.loads(path.read_text(encoding="utf-8")) if os.environ.get("DEX_RELIABILITY_PART") else None
+        if before:  # what was tried again takes the place of what was there; the rest stays, with its own commit
+            tried = {(row["row"], row["promise"]) for row in rows}
+            ran = {report.nodeid for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)}
+            of = {"commit": before["machine"]["commit"], "dirty": before["machine"]["dirty"], "date": before["date"]}
+            rows += [of | row for row in before["rows"] if (row["row"], row["promise"]) not in tried]
+            failed += [name for name in before["failed"] if name not in ran | set(failed)]
         body = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "full": in_full,
-            "seconds": round(time.monotonic() - BEGAN),
-            "machine": describe_machine(torch.device("cpu")),
-            "rows": rows,
-            "failed": [report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)],
+            "date": date,
+            "full": in_full and (before is None or before["full"]),
+            "seconds": round(time.monotonic() - BEGAN) + (before["seconds"] if before else 0),
+            "machine": machine,
+            "rows": sorted(rows, key=lambda r: (r["row"], r["promise"])),
+            "failed": failed,
         }
-        Path(out).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass

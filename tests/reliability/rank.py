@@ -115,6 +115,16 @@ def put_in(faults):
     trace = open(f"{faults['trace']}.{rank}", "a", buffering=1) if "trace" in faults else None  # noqa: SIM115
     if trace:
         trace.write(json.dumps({"pid": os.getpid()}) + "\n")
+        real_signal = signal.signal
+
+        def traced_signal(number, handler):
+            def note(*a):
+                trace.write(json.dumps({"signal": number, "at": time.monotonic()}) + "\n")
+                return handler(*a)
+
+            return real_signal(number, note if callable(handler) else handler)
+
+        signal.signal = traced_signal
     watched = faults.get("bad_steps", [])
     bad = watched if here else []
     step = 0

@@ -23,7 +23,7 @@ def test_the_results_are_of_every_row():
     assert results["full"] and {row["row"] for row in results["rows"]} == set(range(7, 19))
     assert not results["failed"] and all(row["done"] == row["wanted"] for row in results["rows"])
     assert {"commit", "torch", "cpu"} <= results["machine"].keys()
-    assert results["machine"]["commit"] and not results["machine"]["dirty"]
+    assert all(row["commit"] and not row["dirty"] for row in results["rows"])
 
 
 def test_the_results_are_of_the_promises_as_they_are(tried):
