@@ -15,8 +15,9 @@ from .common import locate
 
 
 @triton.jit
-def cut_experts(offsets, e, num_experts, most):
-    """Of experts e: ``(first slot, slots, chunks, slots of a chunk)``; one chunk at least, none past num_experts."""
+def cut_experts(offsets, num_experts, most, EXPERTS: tl.constexpr):
+    """Of every expert: ``(first slot, slots, chunks, slots of a chunk)``; one chunk at least, none past num_experts."""
+    e = tl.arange(0, EXPERTS)
     real = e < num_experts
     first = tl.load(offsets + e, mask=real, other=0).to(tl.int32)
     size = tl.load(offsets + e + 1, mask=real, other=0).to(tl.int32) - first
@@ -31,15 +32,9 @@ def find_chunk(offsets, number, num_experts, most, EXPERTS: tl.constexpr):
     part: which of the parts it is, -1 where it is its expert's only chunk. Past the last chunk expert = num_experts.
     """
     e = tl.arange(0, EXPERTS)
-    first, size, chunks, length = cut_experts(offsets, e, num_experts, most)
-    begin = tl.zeros((EXPERTS,), tl.int32)
-    # Against some at a time: a square of all experts is more than the registers, or a block, can hold.
-    for o0 in range(0, num_experts, 16):
-        o = o0 + tl.arange(0, 16)
-        _, _, theirs, others = cut_experts(offsets, o, num_experts, most)
-        longer, equal = others[None, :] > length[:, None], others[None, :] == length[:, None]
-        earlier = longer | (equal & (o[None, :] < e[:, None]))
-        begin += tl.sum(tl.where(earlier, theirs[None, :], 0), 1)
+    first, size, chunks, length = cut_experts(offsets, num_experts, most, EXPERTS)
+    longer = (length[None, :] > length[:, None]) | ((length[None, :] == length[:, None]) & (e[None, :] < e[:, None]))
+    begin = tl.sum(tl.where(longer, chunks[None, :], 0), 1)
     mine = (begin <= number) & (number < begin + chunks)
     expert = tl.sum(tl.where(mine, e, 0), 0)
     count = tl.sum(tl.where(mine, chunks, 0), 0)
@@ -213,7 +208,7 @@ def sum_chunks_kernel(parts, offsets, out, num_experts, most, size, EXPERTS: tl.
     The programs of one first index are for one of those experts and take blocks of CUT elements in turns.
     """
     e = tl.arange(0, EXPERTS)
-    _, _, chunks, _ = cut_experts(offsets, e, num_experts, most)
+    _, _, chunks, _ = cut_experts(offsets, num_experts, most, EXPERTS)
     was_cut = chunks > 1
     mine = was_cut & (tl.cumsum(was_cut.to(tl.int32), 0) == tl.program_id(0) + 1)
     expert = tl.sum(tl.where(mine, e, 0), 0)

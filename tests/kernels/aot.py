@@ -127,10 +127,6 @@ def launch_everything(dtype, arch):
         # For the rest of the tokens come the kernels above again, which one token an image makes no larger.
         known = {kernel for kernel, *_ in LAUNCHED[:gathered]}
         LAUNCHED[gathered:] = [launched for launched in LAUNCHED[gathered:] if launched[0] not in known]
-    if dtype == torch.bfloat16:  # many experts, of which the weight gradients compare every one with every other
-        before = len(LAUNCHED)
-        launch_mlp(dtype, B, 1, D, H, 300, K)
-        LAUNCHED[before:] = [launched for launched in LAUNCHED[before:] if launched[0].__name__ == "weight_grad_kernel"]
     if dtype == torch.float16:
         return  # the other kernels have no products in half precision
     for kind in align_loss.KINDS:
