@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import aligned_kernels, weight_grad_kernels
+from . import aligned_kernels, to_images_kernels, weight_grad_kernels
 from .chunks import Cut
 from .common import Tile, architecture, experts_block, max_tiles, precision
 
@@ -151,7 +151,7 @@ def invert_slots(slot_order: Tensor, group_offsets: Tensor) -> tuple[Tensor, Ten
     """Of every slot: its place in slot_order and its expert, int32 ``[S]``."""
     (S,), E = slot_order.shape, group_offsets.shape[0] - 1
     position, expert = (torch.empty(S, dtype=torch.int32, device=slot_order.device) for _ in range(2))
-    aligned_kernels.invert_slots_kernel[(triton.cdiv(S, INVERT),)](
+    to_images_kernels.invert_slots_kernel[(triton.cdiv(S, INVERT),)](
         slot_order, group_offsets, position, expert, E, S, experts_block(E), INVERT
     )
     return position, expert
@@ -165,7 +165,7 @@ def in_pairs(images: int, num_experts: int, top_k: int, blocks: int) -> bool:
 def order_images(expert: Tensor, images: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The images sorted by their sets of experts, and of each its number in its set, int32 ``[B]``."""
     order, index = (torch.empty(images, dtype=torch.int32, device=expert.device) for _ in range(2))
-    aligned_kernels.order_images_kernel[(triton.cdiv(images, ORDER),)](expert, order, index, images, top_k, ORDER)
+    to_images_kernels.order_images_kernel[(triton.cdiv(images, ORDER),)](expert, order, index, images, top_k, ORDER)
     return order, index
 
 
@@ -179,9 +179,9 @@ def to_images(rows_in, weight, transposed, slot_order, group_offsets, gates, bia
     S, _, depth = rows_in.shape
     E, rest = weight.shape[0], N - blocks * BLOCK
     pairs = in_pairs(B, E, top_k, blocks)
-    kernel, name = aligned_kernels.to_images_kernel, "to_images" if blocks % 2 else "to_images_even"
+    kernel, name = to_images_kernels.to_images_kernel, "to_images" if blocks % 2 else "to_images_even"
     if pairs:
-        kernel, name = aligned_kernels.pairs_to_images_kernel, "to_images_pairs"
+        kernel, name = to_images_kernels.pairs_to_images_kernel, "to_images_pairs"
     tile = tiles[name, precision(out.dtype), 90]
     by_slot = out.new_empty((B, top_k, rest, W)) if rest else None
     slots = invert_slots(slot_order, group_offsets)

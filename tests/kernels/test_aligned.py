@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 
 import triton.language as tl  # noqa: E402
 
-from dexkernels.kernels import aligned, aligned_kernels, common, grouped_mlp  # noqa: E402
+from dexkernels.kernels import aligned, aligned_kernels, common, grouped_mlp, to_images_kernels  # noqa: E402
 from dexkernels.kernels.common import Tile  # noqa: E402
 
 from . import mlp_cases  # noqa: E402
@@ -211,7 +211,8 @@ def test_what_is_not_measured_must_be_asked_for():
 def test_the_launchers_take_the_path(monkeypatch):
     launched = []
     for module, names in (
-        (aligned_kernels, ("fc1_blocks_kernel", "hidden_grad_blocks_kernel", "to_images_kernel")),
+        (aligned_kernels, ("fc1_blocks_kernel", "hidden_grad_blocks_kernel")),
+        (to_images_kernels, ("to_images_kernel",)),
         (grouped_mlp, ("fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel")),
     ):
         for name in names:

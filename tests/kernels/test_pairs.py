@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import aligned, aligned_kernels  # noqa: E402
+from dexkernels.kernels import aligned, to_images_kernels  # noqa: E402
 
 from .mlp_cases import make, sort  # noqa: E402
 from .test_aligned import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
@@ -17,14 +17,14 @@ from .test_aligned import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
 def launched(monkeypatch):
     """How many of the products of this file were launched; pairs are made of any number of images."""
     counts = []
-    kernel = aligned_kernels.pairs_to_images_kernel
+    kernel = to_images_kernels.pairs_to_images_kernel
 
     class Watched:
         def __getitem__(self, grid):
             counts.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(aligned_kernels, "pairs_to_images_kernel", Watched())
+    monkeypatch.setattr(to_images_kernels, "pairs_to_images_kernel", Watched())
     monkeypatch.setattr(aligned, "PAIRED", 0)
     return counts
 
