@@ -5,6 +5,7 @@ from .collect import AuxCollector, collect_aux
 from .layer import Aux, DEXLayer
 from .ops import align_loss, group_ema_, grouped_mlp, route
 from .routing import Routing
+from .shadows import hold_weights
 from .upcycle import to_dense_, upcycle_
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "collect_aux",
     "group_ema_",
     "grouped_mlp",
+    "hold_weights",
     "route",
     "to_dense_",
     "upcycle_",

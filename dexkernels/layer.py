@@ -5,13 +5,14 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import backends, checks, ops, reference
+from .shadows import Shadows
 
 PATHS = ("experts", "director")
 
@@ -101,6 +102,8 @@ class DEXLayer(nn.Module):
 
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
     precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
+    Under autocast it computes with copies of the parameters; in evaluation it keeps them from call to call, see
+    `dexkernels.shadows`: whoever writes parameters through ``.data`` then calls ``layer.eval()`` again.
 
     Raises: ValueError naming the argument.
     """
@@ -135,6 +138,7 @@ class DEXLayer(nn.Module):
         self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
         self.usage_momentum, self.backend = usage_momentum, backend
         self.recording: Recording | None = None
+        self.shadows = Shadows()
 
         self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
         self.experts = Experts(num_experts, dim, hidden_dim)
@@ -156,6 +160,10 @@ class DEXLayer(nn.Module):
         self.director.requires_grad_(path == "director")
         self.experts.requires_grad_(path == "experts")
         self.router_weight.requires_grad_(path == "experts")
+
+    def train(self, mode: bool = True) -> Self:
+        self.shadows.forget()
+        return super().train(mode)
 
     def forward(
         self,
@@ -206,8 +214,9 @@ class DEXLayer(nn.Module):
     def _routed(
         self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
     ) -> Tensor | tuple[Tensor, Aux]:
-        e = self.experts
-        y, routing = ops.routed_mlp(
+        e, d = self.experts, self.director
+        director = (d.fc1.weight, d.fc1.bias, d.fc2.weight, d.fc2.bias) if return_aux else None
+        y, routing, director_out = ops.routed_mlp(
             x,
             self.router_weight,
             e.fc1_weight,
@@ -221,12 +230,15 @@ class DEXLayer(nn.Module):
             noise_std=noise_std if self.training else 0.0,
             router_noise=router_noise,
             usage_ema=self.usage_ema,
+            director=director,
+            shadows=self.shadows,
             backend=self.backend,
         )
         if not return_aux:
             return y
-        with torch.no_grad():
-            director_out = self.director(x)
+        if director_out is None:
+            with torch.no_grad():
+                director_out = self.director(x)
         align = ops.align_loss(y, director_out, self.align, backend=backends.covering("align_loss", self.backend))
         align = ops.guard_version(align, tuple(self.director.parameters()))
         return y, Aux(align, routing.balance_loss, routing.gate_mass, routing.gates, routing.expert_indices)

@@ -25,6 +25,7 @@ from .checks import (
     shape_of,
 )
 from .routing import Routing
+from .shadows import Shadows
 
 ROUTINGS = ("image", "token")
 ROUTE_FROM = ("cls", "mean")
@@ -84,7 +85,8 @@ def grouped_mlp(
         x: ``[B, N, D]``.
         routing: what `route` returned for this x; gates ``[B, K]`` (per image) or ``[B, N, K]`` (per token).
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: ``[E, H, D]``, ``[E, H]``, ``[E, D, H]``, ``[E, D]``, dtype of x
-            (any of the four float dtypes; under autocast they are cast to its dtype).
+            (any of the four float dtypes; under autocast copies of its dtype are computed with, and gradients of the
+            weights come in the weights' own).
 
     Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
     Raises: ValueError naming the argument.
@@ -99,12 +101,13 @@ def grouped_mlp(
     check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
     check_tensor("routing.group_offsets", routing.group_offsets, (fc1_weight.shape[0] + 1,), like=x, same_dtype=False)
     backend = backends.choose("grouped_mlp", backend, x.device)
-    x, *weights = _autocast(x, *weights)
+    x = x.to(_autocast_dtype(x))
+    shadows = _shadows(x.dtype, weights, None, None)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
     if gates.dim() == 3:
         x, gates = x.reshape(B * N, 1, D), gates.flatten(0, 1)
     out, _ = torch.ops.dexkernels.grouped_mlp(
-        x, gates, routing.slot_order, routing.group_offsets, *weights, save, backend
+        x, gates, routing.slot_order, routing.group_offsets, *weights, *shadows, save, backend
     )
     return out.view(B, N, D)
 
@@ -124,12 +127,21 @@ def routed_mlp(
     noise_std: float | Tensor = 0.0,
     router_noise: Tensor | None = None,
     usage_ema: Tensor | None = None,
+    director: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    shadows: Shadows | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Routing]:
+) -> tuple[Tensor, Routing, Tensor | None]:
     """`route`, then `grouped_mlp`, as one autograd node: the router's gradient of x is added to the rows it read.
 
     Two nodes would fill an ``[B, N, D]`` tensor with zeros but for the CLS rows and add it. Arguments, results and
-    errors are those of the two.
+    errors are those of the two, and:
+
+    Args:
+        director: its fc1_weight ``[H, D]``, fc1_bias ``[H]``, fc2_weight ``[D, H]`` and fc2_bias ``[D]``, when its
+            output is wanted. Where the weights have shadows it is one more expert of the same launches, and its output
+            ``[B, N, D]`` comes third, without a gradient; else that is None: to stand beside the experts it would have
+            to be copied.
+        shadows: where the layer keeps its own.
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
@@ -139,13 +151,14 @@ def routed_mlp(
     mlp_backend = backends.choose("grouped_mlp", backends.covering("grouped_mlp", backend), x.device)
     # The router reads x as it came; only the experts compute in autocast's dtype.
     compute = _autocast_dtype(x)
-    weights = tuple(w.to(compute) for w in weights)
+    lowered = _shadows(compute, weights, director, shadows)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_weight, *weights))
-    out, _, _, *fields = torch.ops.dexkernels.routed_mlp(
-        x, router_weight, noise, usage_ema, *weights, top_k, temperature, routing, route_from, save, route_backend,
-        mlp_backend,
+    out, _, director_out, _, *fields = torch.ops.dexkernels.routed_mlp(
+        x, router_weight, noise, usage_ema, *weights, *lowered, top_k, temperature, routing, route_from, save,
+        route_backend, mlp_backend,
     )  # fmt: skip
-    return out, _routing(x, routing, *fields)
+    apart = director is None or lowered[0] is None
+    return out, _routing(x, routing, *fields), None if apart else director_out
 
 
 def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, backend: str | None = None) -> Tensor:
@@ -350,17 +363,27 @@ def _grouped_mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    fc1_weight_shadow: Tensor | None,
+    fc1_bias_shadow: Tensor | None,
+    fc2_weight_shadow: Tensor | None,
+    fc2_bias_shadow: Tensor | None,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """Shadows: see `_shadows`; here and below the weights serve their gradients alone where there are some."""
+    weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    if fc1_weight_shadow is not None:
+        weights = fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow
     with _plain(x.device):
-        return backends.LAUNCHERS["grouped_mlp", backend].forward(
-            x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save
+        out, z, _ = backends.LAUNCHERS["grouped_mlp", backend].forward(
+            x, gates, slot_order, group_offsets, *weights, save
         )
+    return out, z
 
 
 @_grouped_mlp.register_fake
-def _(x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save, backend):
+def _(x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *others):
+    save = others[-2]
     return x.new_empty(x.shape), _z_shape(x, slot_order.shape[0], fc1_bias.shape[1], save)
 
 
@@ -382,9 +405,13 @@ def _grouped_mlp_backward(
     need_x: bool,
     need_gates: bool,
     need_weights: bool,
+    grad_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An empty tensor stands for a gradient that is not needed: operators do not return None."""
+    """The weights, or their shadows; their gradients are of grad_dtype.
+
+    An empty tensor stands for a gradient that is not needed: operators do not return None.
+    """
     with _plain(x.device):
         grads = backends.LAUNCHERS["grouped_mlp", backend].backward(
             grad_out,
@@ -399,6 +426,7 @@ def _grouped_mlp_backward(
             need_x=need_x,
             need_gates=need_gates,
             need_weights=need_weights,
+            grad_dtype=grad_dtype,
         )
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
@@ -406,34 +434,35 @@ def _grouped_mlp_backward(
 @_grouped_mlp_backward.register_fake
 def _(
     grad_out, x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z,
-    need_x, need_gates, need_weights, backend,
+    need_x, need_gates, need_weights, grad_dtype, backend,
 ):  # fmt: skip
+    dx, dgates = (t.new_empty(t.shape) if need else x.new_empty(0) for need, t in ((need_x, x), (need_gates, gates)))
+    return dx, dgates, *_weight_grad_shapes(x, fc2_weight, need_weights, grad_dtype)
+
+
+def _weight_grad_shapes(x, fc2_weight, need, grad_dtype):
     E, D, H = fc2_weight.shape
-    shapes = (
-        (need_x, x, x.shape),
-        (need_gates, gates, gates.shape),
-        (need_weights, fc1_weight, (E, H, D)),
-        (need_weights, fc1_weight, (E, H)),
-        (need_weights, fc1_weight, (E, D, H)),
-        (need_weights, fc1_weight, (E, D)),
-    )
-    return tuple(like.new_empty(shape) if need else x.new_empty(0) for need, like, shape in shapes)
+    if not need:
+        return tuple(x.new_empty(0) for _ in range(4))
+    return tuple(x.new_empty(shape, dtype=grad_dtype) for shape in ((E, H, D), (E, H), (E, D, H), (E, D)))
 
 
 def _grouped_mlp_save(ctx, inputs, output):
-    x, gates, slot_order, group_offsets, fc1_weight, _, fc2_weight, fc2_bias, _, ctx.backend = inputs
+    x, gates, slot_order, group_offsets, *weights, _, ctx.backend = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
+    ctx.grad_dtype = weights[0].dtype
+    fc1_weight, _, fc2_weight, fc2_bias = weights[:4] if weights[4] is None else weights[4:]
     ctx.save_for_backward(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
 
 
 def _grouped_mlp_grad(ctx, grad_out, _):
     need_x, need_gates, _, _, *need_weights = ctx.needs_input_grad[:8]
     grads = torch.ops.dexkernels.grouped_mlp_backward(
-        grad_out, *ctx.saved_tensors, need_x, need_gates, any(need_weights), ctx.backend
+        grad_out, *ctx.saved_tensors, need_x, need_gates, any(need_weights), ctx.grad_dtype, ctx.backend
     )
     dx, dgates, *dweights = _needed(grads, (need_x, need_gates, *need_weights))
-    return dx, dgates, None, None, *dweights, None, None
+    return dx, dgates, None, None, *dweights, *[None] * 6
 
 
 _grouped_mlp.register_autograd(_grouped_mlp_grad, setup_context=_grouped_mlp_save)
@@ -453,6 +482,10 @@ def _routed_mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    fc1_weight_shadow: Tensor | None,
+    fc1_bias_shadow: Tensor | None,
+    fc2_weight_shadow: Tensor | None,
+    fc2_bias_shadow: Tensor | None,
     top_k: int,
     temperature: float,
     routing: str,
@@ -460,35 +493,38 @@ def _routed_mlp(
     save: bool,
     route_backend: str,
     mlp_backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, z, then what `_route` returns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, z, the director's output ``[B, N, D]`` (``[0]`` unless it is in the shadows), then what `_route` returns."""
+    weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    if fc1_weight_shadow is not None:
+        weights = fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow
     with _plain(x.device):
         r = _router_rows(x, routing, route_from)
         routed = backends.LAUNCHERS["route", route_backend].forward(r, router_weight, top_k, temperature, noise)
         _, gates, _, _, _, slot_order, _, group_offsets = routed
-        out, z = backends.LAUNCHERS["grouped_mlp", mlp_backend].forward(
-            _images(x, routing).to(fc1_weight.dtype),
-            gates,
-            slot_order,
-            group_offsets,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            save,
+        out, z, director_out = backends.LAUNCHERS["grouped_mlp", mlp_backend].forward(
+            _images(x, routing).to(weights[0].dtype), gates, slot_order, group_offsets, *weights, save
         )
-    return out.view(x.shape), z, *routed
+    # By its shape, which a batch of no images has too.
+    director_out = director_out.view(x.shape if reference.has_director(weights[0], group_offsets) else 0)
+    return out.view(x.shape), z, director_out, *routed
 
 
 @_routed_mlp.register_fake
 def _(
-    x, router_weight, noise, usage_ema, fc1_weight, fc1_bias, fc2_weight, fc2_bias, top_k, temperature, routing,
-    route_from, save, route_backend, mlp_backend,
+    x, router_weight, noise, usage_ema, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_weight_shadow,
+    fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow, top_k, temperature, routing, route_from, save, route_backend,
+    mlp_backend,
 ):  # fmt: skip
     rows = _images(x, routing)
+    compute = fc1_weight if fc1_weight_shadow is None else fc1_weight_shadow
     routed = _route_shapes(x, rows.shape[0], router_weight.shape[0], top_k)
-    z = _z_shape(rows, rows.shape[0] * top_k, fc1_bias.shape[1], save).to(fc1_weight.dtype)
-    return x.new_empty(x.shape, dtype=fc1_weight.dtype), z, *routed
+    z = _z_shape(rows, rows.shape[0] * top_k, fc1_bias.shape[1], save).to(compute.dtype)
+    out, director_out = (
+        x.new_empty(shape, dtype=compute.dtype)
+        for shape in (x.shape, x.shape if compute.shape[0] > router_weight.shape[0] else 0)
+    )
+    return out, z, director_out, *routed
 
 
 @torch.library.custom_op("dexkernels::routed_mlp_backward", mutates_args=())
@@ -513,6 +549,7 @@ def _routed_mlp_backward(
     need_x: bool,
     need_router: bool,
     need_weights: bool,
+    grad_dtype: torch.dtype,
     route_backend: str,
     mlp_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -530,6 +567,7 @@ def _routed_mlp_backward(
             need_x=need_x,
             need_gates=need_x or need_router,
             need_weights=need_weights,
+            grad_dtype=grad_dtype,
         )
         drouter = None
         if need_x or need_router:
@@ -558,41 +596,37 @@ def _routed_mlp_backward(
 @_routed_mlp_backward.register_fake
 def _(
     grad_out, grad_gates, grad_balance, x, router_weight, fc1_weight, fc2_weight, fc2_bias, z, p, gates, expert_indices,
-    slot_order, group_offsets, temperature, routing, route_from, need_x, need_router, need_weights, route_backend,
-    mlp_backend,
+    slot_order, group_offsets, temperature, routing, route_from, need_x, need_router, need_weights, grad_dtype,
+    route_backend, mlp_backend,
 ):  # fmt: skip
-    E, D, H = fc2_weight.shape
-    shapes = (
-        (need_x, x, x.shape),
-        (need_x or need_router, router_weight, router_weight.shape),
-        (need_weights, fc1_weight, (E, H, D)),
-        (need_weights, fc1_weight, (E, H)),
-        (need_weights, fc1_weight, (E, D, H)),
-        (need_weights, fc1_weight, (E, D)),
-    )
-    return tuple(like.new_empty(shape) if need else x.new_empty(0) for need, like, shape in shapes)
+    needed = ((need_x, x), (need_x or need_router, router_weight))
+    dx, drouter = (t.new_empty(t.shape) if need else x.new_empty(0) for need, t in needed)
+    return dx, drouter, *_weight_grad_shapes(x, fc2_weight, need_weights, grad_dtype)
 
 
 def _routed_mlp_save(ctx, inputs, output):
-    x, router_weight, noise, usage_ema, fc1_weight, _, fc2_weight, fc2_bias, _, *ctx.settings = inputs
+    x, router_weight, noise, usage_ema, *weights, _, temperature, routing, route_from, _, route, mlp = inputs
     _remember_usage(ctx, noise, usage_ema)
-    _, z, p, gates, indices, _, mass, slot_order, _, group_offsets = output
-    ctx.mark_non_differentiable(z, p, mass)
+    _, z, director_out, p, gates, indices, _, mass, slot_order, _, group_offsets = output
+    ctx.mark_non_differentiable(z, director_out, p, mass)
+    ctx.settings = temperature, routing, route_from
+    ctx.rest = weights[0].dtype, route, mlp
+    weights = weights[:4] if weights[4] is None else [w[: router_weight.shape[0]] for w in weights[4:]]
+    fc1_weight, _, fc2_weight, fc2_bias = weights
     ctx.save_for_backward(
         x, router_weight, fc1_weight, fc2_weight, fc2_bias, z, p, gates, indices, slot_order, group_offsets
     )
 
 
-def _routed_mlp_grad(ctx, grad_out, _, __, grad_gates, ___, grad_balance, *____):
+def _routed_mlp_grad(ctx, grad_out, _, __, ___, grad_gates, ____, grad_balance, *_____):
     _check_versions(ctx)
     need_x, need_router, _, _, *need_weights = ctx.needs_input_grad[:8]
-    temperature, routing, route_from, _, route_backend, mlp_backend = ctx.settings
     grads = torch.ops.dexkernels.routed_mlp_backward(
-        grad_out, grad_gates, grad_balance, *ctx.saved_tensors, temperature, routing, route_from,
-        need_x, need_router, any(need_weights), route_backend, mlp_backend,
+        grad_out, grad_gates, grad_balance, *ctx.saved_tensors, *ctx.settings, need_x, need_router, any(need_weights),
+        *ctx.rest,
     )  # fmt: skip
     dx, drouter, *dweights = _needed(grads, (need_x, need_router, *need_weights))
-    return dx, drouter, None, None, *dweights, None, None, None, None, None, None, None
+    return dx, drouter, None, None, *dweights, *[None] * 11
 
 
 _routed_mlp.register_autograd(_routed_mlp_grad, setup_context=_routed_mlp_save)
@@ -685,9 +719,22 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = _autocast_dtype(x)
-    return tuple(t.to(dtype) for t in (x, *tensors))
+def _shadows(
+    dtype: torch.dtype,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    director: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    shadows: Shadows | None,
+) -> list[Tensor | None]:
+    """Copies of the weights in ``dtype``, the director's behind the experts': ``[E(+1), ...]``; None if they are of it.
+
+    Outside of autograd: the operators give the weights their gradients, in the weights' own dtype.
+    """
+    keep = not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+    if all(w.dtype == dtype for w in weights):
+        if shadows is not None and not keep:
+            shadows.forget()
+        return [None] * 4
+    return (shadows or Shadows()).of(weights, director, dtype, keep)
 
 
 def _check_route(

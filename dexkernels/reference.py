@@ -174,11 +174,13 @@ def grouped_mlp_forward(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     save: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))``, ``e = expert_indices[b, k]``.
 
-    Returns ``out [B, N, D]`` and ``z [S, N, H]`` = fc1's outputs in slot order, which the backward needs; ``[0, N, H]``
-    without ``save``.
+    The weights may be of E experts, ``[E, ...]``, or of E experts and the director, ``[E + 1, ...]``.
+
+    Returns ``out [B, N, D]``; ``z [S, N, H]`` = fc1's outputs in slot order, which the backward needs, ``[0, N, H]``
+    without ``save``; and the director's output of every image, ``[B, N, D]``, or ``[0, N, D]`` when there is none.
     An expert without slots is not computed.
     """
     (B, N, D), (S,), H = x.shape, slot_order.shape, fc1_bias.shape[1]
@@ -191,7 +193,10 @@ def grouped_mlp_forward(
             z[start:stop] = z_e
         y = linear(F.gelu(z_e), fc2_weight[e], fc2_bias[e])
         out.index_add_(0, images[start:stop], y.to(out.dtype) * slot_gates[start:stop].to(out.dtype))
-    return out.to(x.dtype), z
+    director_out = x.new_empty((0, N, D))
+    if has_director(fc1_weight, group_offsets):
+        director_out = mlp(x, fc1_weight[-1], fc1_bias[-1], fc2_weight[-1], fc2_bias[-1])
+    return out.to(x.dtype), z, director_out
 
 
 def grouped_mlp_backward(
@@ -207,8 +212,12 @@ def grouped_mlp_backward(
     need_x: bool = True,
     need_gates: bool = True,
     need_weights: bool = True,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias; None for what is not needed.
+
+    Those of the weights are of ``grad_dtype`` (None: the weights' own): under autocast, of the masters' dtype. The
+    weights are those of the E experts alone.
 
     With ``a = gelu(z)`` and ``da = grad_out[b] @ fc2_weight_e``, of one slot with gate g:
     ``dg = sum(da * a) + sum_n(grad_out[b]) . fc2_bias_e``, ``dz = g * da * gelu'(z)``,
@@ -222,9 +231,9 @@ def grouped_mlp_backward(
     dx = x.new_zeros((B, N, D), dtype=acc) if need_x else None
     dslot = gates.new_zeros(S) if need_gates else None
     if need_weights:
-        E = fc1_weight.shape[0]
-        d_fc1, d_fc2 = torch.empty_like(fc1_weight), torch.empty_like(fc2_weight)
-        d_b1, d_b2 = fc1_weight.new_zeros(E, H), fc1_weight.new_zeros(E, D)
+        E, grad_dtype = fc1_weight.shape[0], grad_dtype or fc1_weight.dtype
+        d_fc1, d_fc2 = (torch.empty_like(w, dtype=grad_dtype) for w in (fc1_weight, fc2_weight))
+        d_b1, d_b2 = (fc1_weight.new_zeros((E, n), dtype=grad_dtype) for n in (H, D))
         sizes = group_offsets.diff().tolist()
         for e in (e for e in range(E) if sizes[e] == 0):
             d_fc1[e].zero_(), d_fc2[e].zero_()
@@ -241,11 +250,11 @@ def grouped_mlp_backward(
         if need_weights:
             dy = (dy.to(acc) * g).to(x.dtype).view(n * N, D)
             d_fc2[e] = linear(dy.t(), a.t())
-            torch.sum(dy, 0, out=d_b2[e])
+            torch.sum(dy, 0, dtype=grad_dtype, out=d_b2[e])
         dz = torch.ops.aten.gelu_backward(da, z_e).view(n, N, H).mul_(g.to(x.dtype)).view(n * N, H)
         if need_weights:
             d_fc1[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(n * N, D).t())
-            torch.sum(dz, 0, out=d_b1[e])
+            torch.sum(dz, 0, dtype=grad_dtype, out=d_b1[e])
         if need_x:
             dx.index_add_(0, images[start:stop], linear(dz, fc1_weight[e].t()).view(n, N, D).to(acc))
     dgates = None
@@ -253,6 +262,11 @@ def grouped_mlp_backward(
         dgates = torch.empty_like(dslot).index_copy_(0, slot_order, dslot).view(gates.shape)
     dx = dx.to(x.dtype) if need_x else None
     return (dx, dgates, d_fc1, d_b1, d_fc2, d_b2) if need_weights else (dx, dgates, None, None, None, None)
+
+
+def has_director(fc1_weight: Tensor, group_offsets: Tensor) -> bool:
+    """Whether stacked weights hold the director's too, behind those of the experts that ``group_offsets [E+1]`` has."""
+    return fc1_weight.shape[0] == group_offsets.shape[0]
 
 
 def _images_and_gates(gates: Tensor, slot_order: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def launches(tiles: dict[Key, Tile], path: str, dtype: torch.dtype, arch: int, s
         stack.enter_context(mock.patch.object(JITFunction, "run", aot.record))
         for module in (grouped_mlp, grouped_mlp.aligned):
             stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-        out, z = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path, tiles=tiles)
+        out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path, tiles=tiles)
         grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, path=path, tiles=tiles)
     return list(aot.LAUNCHED)
 

@@ -75,27 +75,32 @@ def tma_ready(t: Tensor) -> Tensor:
 
 
 def pack_rest(t: Tensor, slot_order: Tensor, blocks: int, top_k: int) -> Tensor | None:
-    """The first r tokens of ``t [B, N, W]`` in slot order, ``[1, S*r, W]``; None where r = 0. Few: not a copy of t."""
+    """The first r tokens of ``t [B, N, W]`` in slot order, ``[S*r, W]``; None where r = 0. Few: not a copy of t."""
     B, N, W = t.shape
     rest = N - blocks * BLOCK
     if not rest:
         return None
-    packed = t.new_empty((1, slot_order.shape[0] * rest, W))
-    aligned_kernels.pack_rows_kernel[(packed.shape[1],)](
+    packed = t.new_empty((slot_order.shape[0] * rest, W))
+    aligned_kernels.pack_rows_kernel[(packed.shape[0],)](
         t, slot_order, packed, rest, top_k, W, t.stride(0), t.stride(1), PACK
     )
     return packed
 
 
 def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, tiles) -> None:
-    """``z`` (or None), ``a [S, N, H]`` from ``x [B, N, D]``, see `fc1_blocks_kernel`; they lie as it says."""
+    """``z`` (or None), ``a [S, N, H]``, with a director ``[S + B, N, H]``, from ``x [B, N, D]``.
+
+    They lie as `fc1_blocks_kernel` says.
+    """
     tile = tiles["fc1_blocks", precision(x.dtype), 90]
-    num_tiles, meta = _blocks(tile, x, slot_order, weight.shape[0], blocks)
+    S, E, images = slot_order.shape[0], group_offsets.shape[0] - 1, a.shape[0] - slot_order.shape[0]
+    num_tiles, meta = _blocks(tile, x, slot_order, E, blocks)
+    num_tiles += triton.cdiv(images * x.shape[1], 2 * BLOCK)
     H, D = weight.shape[1:]
     packed = pack_rest(x, slot_order, blocks, top_k)
     aligned_kernels.fc1_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
-        _box(x, 1, BLOCK, tile.depth),
-        None if packed is None else _box(packed, 1, BLOCK, tile.depth),
+        _box(_tokens(x), BLOCK, tile.depth),
+        None if packed is None else _box(packed, BLOCK, tile.depth),
         slot_order,
         group_offsets,
         gates,
@@ -103,8 +108,9 @@ def fc1(x, slot_order, group_offsets, gates, weight, bias, z, a, blocks, top_k, 
         bias,
         z,
         a,
-        weight.shape[0],
-        slot_order.shape[0],
+        E,
+        S,
+        images,
         blocks,
         x.shape[1] % BLOCK,
         top_k,
@@ -123,8 +129,8 @@ def hidden_grad(
     D, H = weight.shape[1:]
     packed = pack_rest(grad_out, slot_order, blocks, gates.shape[1])
     aligned_kernels.hidden_grad_blocks_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
-        _box(grad_out, 1, BLOCK, tile.depth),
-        None if packed is None else _box(packed, 1, BLOCK, tile.depth),
+        _box(_tokens(grad_out), BLOCK, tile.depth),
+        None if packed is None else _box(packed, BLOCK, tile.depth),
         gates,
         slot_order,
         group_offsets,
@@ -169,15 +175,18 @@ def order_images(expert: Tensor, images: int, top_k: int) -> tuple[Tensor, Tenso
     return order, index
 
 
-def to_images(rows_in, weight, transposed, slot_order, group_offsets, gates, bias, out, blocks, top_k, tiles):
+def to_images(
+    rows_in, weight, transposed, slot_order, group_offsets, gates, bias, out, director_out, blocks, top_k, tiles
+):
     """The blocks of ``out [B, N, W]`` from ``rows_in [S, N, depth]``, see `to_images_kernel`.
 
-    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``.
+    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``. With director_out ``[B, N, W]`` the director's rows are
+    behind those of rows_in, and its weight behind the experts'.
     Returns what the K choices add to the first r tokens, ``[B, K, r, W]``; None where r = 0.
     """
     B, N, W = out.shape
-    S, _, depth = rows_in.shape
-    E, rest = weight.shape[0], N - blocks * BLOCK
+    S, E, depth = slot_order.shape[0], group_offsets.shape[0] - 1, rows_in.shape[2]
+    images, rest = rows_in.shape[0] - S, N - blocks * BLOCK
     pairs = in_pairs(B, E, top_k, blocks)
     kernel, name = to_images_kernels.to_images_kernel, "to_images" if blocks % 2 else "to_images_even"
     if pairs:
@@ -187,10 +196,10 @@ def to_images(rows_in, weight, transposed, slot_order, group_offsets, gates, bia
     slots = invert_slots(slot_order, group_offsets)
     image_tiles = B * blocks * BLOCK // (BLOCK if pairs else tile.rows)
     height = 2 * BLOCK if pairs else tile.rows
-    num_tiles = image_tiles + max_tiles(S * rest, E, height)
+    num_tiles = image_tiles + triton.cdiv(images * N, height) + max_tiles(S * rest, E, height)
     box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
     kernel[(num_tiles * triton.cdiv(W, tile.cols),)](
-        _box(rows_in.view(S * N, depth), BLOCK if pairs else height, tile.depth),
+        _box(rows_in.view(-1, depth), BLOCK if pairs else height, tile.depth),
         _box(weight, 1, *box),
         *slots,
         slot_order,
@@ -200,8 +209,10 @@ def to_images(rows_in, weight, transposed, slot_order, group_offsets, gates, bia
         bias,
         out,
         by_slot,
+        director_out,
         B if pairs else image_tiles,
-        S * blocks * BLOCK,
+        S,
+        images,
         E,
         blocks,
         rest,
@@ -227,7 +238,7 @@ def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blo
     The other is ``[S*64q, .]``, and ``rest [S, r, .]`` what it is for the first tokens.
     """
     height, width = out.shape[1:]
-    tile = tiles["weight_grad_blocks", precision(out.dtype), 90]
+    tile = tiles["weight_grad_blocks", precision(left.dtype), 90]
     is_left = gathered is left
     cut = Cut(slot_order.shape[0], out, tile)
     weight_grad_kernels.weight_grad_blocks_kernel[cut.grid](
@@ -255,6 +266,11 @@ def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blo
         num_stages=tile.stages,
     )
     cut.add_parts(group_offsets)
+
+
+def _tokens(t: Tensor) -> Tensor:
+    """``[B, N, W]`` as ``[B*N, W]``; a copy where the images of t do not follow one another."""
+    return tma_ready(t.flatten(0, 1))
 
 
 def _box(t: Tensor, *block: int) -> TensorDescriptor:

@@ -7,8 +7,8 @@ The last 64 q tokens of an image are its q blocks. The S*q blocks are numbered i
 token ``m % r`` of slot ``slot_order[m // r]``, and its hidden activations are row ``S * 64 q + m``. Packed rows make
 tiles of their own, launched beside those of the blocks; one that reaches past its expert's rows multiplies what lies
 there and writes none of it.
-A block belongs to one image, so that a box of the descriptor of x holds it, and to one expert. Descriptors read zeros
-past the ends of their tensors: a width need not be a multiple of the box's.
+A block belongs to one image, and to one expert: a box of a descriptor of all tokens ``[B*N, .]`` holds it. Descriptors
+read zeros past the ends of their tensors: a width need not be a multiple of the box's.
 """
 
 import triton
@@ -76,10 +76,8 @@ def add_products(
     acc0,
     acc1,
     rows,
-    image0,
-    token0,
-    image1,
-    token1,
+    row0,
+    row1,
     weight,
     expert,
     col,
@@ -88,13 +86,11 @@ def add_products(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The products of two blocks of ``rows [., ., depth]`` with the same columns of an expert, added to two sums."""
+    """The products of 64 ``rows [., depth]`` from row0, and from row1, with the same columns of an expert, added."""
     for k in range(0, depth, DEPTH):
         w = expert_block(weight, expert, k, col, TRANSPOSED, COLS, DEPTH)
-        rows0 = rows.load([image0, token0, k]).reshape(BLOCK, DEPTH)
-        rows1 = rows.load([image1, token1, k]).reshape(BLOCK, DEPTH)
-        acc0 = tl.dot(rows0, w, acc0, input_precision="ieee")
-        acc1 = tl.dot(rows1, w, acc1, input_precision="ieee")
+        acc0 = tl.dot(rows.load([row0, k]), w, acc0, input_precision="ieee")
+        acc1 = tl.dot(rows.load([row1, k]), w, acc1, input_precision="ieee")
     return acc0, acc1
 
 
@@ -103,6 +99,7 @@ def multiply_rows(
     x,
     packed_x,
     packed,
+    of_director,
     row,
     end,
     slot_order,
@@ -117,35 +114,41 @@ def multiply_rows(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The products of the 128 rows from row on: of two blocks of ``x [B, N, depth]``, or packed ``[1, S*r, depth]``."""
+    """The products of the 128 rows from row on: of ``packed_x [S*r, depth]``, or in ``x [B*N, depth]`` two blocks.
+
+    The director's rows are those of x, one after the other.
+    """
     acc0 = tl.zeros((BLOCK, COLS), tl.float32)
     acc1 = tl.zeros((BLOCK, COLS), tl.float32)
     # A loop over nothing for the other kind: loops in two branches would each have buffers of their own.
     if packed_x is not None:
         acc0, acc1 = add_products(
-            acc0, acc1, packed_x, 0, row, 0, row + BLOCK, weight, expert, col, tl.where(packed, depth, 0),
+            acc0, acc1, packed_x, row, row + BLOCK, weight, expert, col, tl.where(packed, depth, 0),
             TRANSPOSED, COLS, DEPTH,
         )  # fmt: skip
     # An odd block is multiplied twice and written once.
-    first = tl.where(packed, 0, row // BLOCK)
-    second = tl.where(packed, 0, tl.minimum(first + 1, end // BLOCK - 1))
+    other = packed | of_director
+    first = tl.where(other, 0, row // BLOCK)
+    second = tl.where(other, 0, tl.minimum(first + 1, end // BLOCK - 1))
     image0, token0 = locate_block(slot_order, first, blocks, first_token, top_k)
     image1, token1 = locate_block(slot_order, second, blocks, first_token, top_k)
+    tokens = blocks * BLOCK + first_token
+    row0 = tl.where(of_director, row, image0 * tokens + token0)
+    row1 = tl.where(of_director, row + BLOCK, image1 * tokens + token1)
     return add_products(
-        acc0, acc1, x, image0, token0, image1, token1, weight, expert, col, tl.where(packed, 0, depth),
-        TRANSPOSED, COLS, DEPTH,
-    )  # fmt: skip
+        acc0, acc1, x, row0, row1, weight, expert, col, tl.where(packed, 0, depth), TRANSPOSED, COLS, DEPTH
+    )
 
 
 @triton.jit
-def activate_columns(acc, g, valid, bias, z, a, h, hidden):
+def activate_columns(acc, g, valid, of_director, bias, z, a, h, hidden):
     """`store_activations` of the columns h."""
     acc += tl.load(bias + h, mask=h < hidden, other=0.0).to(tl.float32)[None, :]
     # Within a block 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
     at = tl.arange(0, BLOCK)[:, None] * hidden + h[None, :]
     inside = valid[:, None] & (h < hidden)[None, :]
     if z is not None:
-        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside)
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside & (of_director == 0))
     if g is not None:
         acc = g[:, None] * acc * gelu_cdf(acc)
     else:
@@ -155,7 +158,7 @@ def activate_columns(acc, g, valid, bias, z, a, h, hidden):
 
 @triton.jit
 def store_activations(
-    acc, row, end, start, of_slot, slot_order, gates, bias, z, a, first, hidden, HALVES: tl.constexpr,
+    acc, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, first, hidden, HALVES: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
     """What `fc1_blocks_kernel` writes of 64 rows, whose columns begin at first; their kind begins at row start."""
@@ -166,16 +169,17 @@ def store_activations(
         z += to
     g = None
     if gates is not None:
-        slots = tl.load(slot_order + rows // of_slot, mask=valid, other=0)
-        g = tl.load(gates + slots, mask=valid, other=0.0).to(tl.float32)
+        routed = valid & (of_director == 0)
+        slots = tl.load(slot_order + rows // of_slot, mask=routed, other=0)
+        g = tl.load(gates + slots, mask=routed, other=1.0).to(tl.float32)
     if HALVES:
         HALF: tl.constexpr = COLS // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, HALF)), (0, 2, 1)))
         h = first + tl.arange(0, HALF)
-        activate_columns(low, g, valid, bias, z, a + to, h, hidden)
-        activate_columns(high, g, valid, bias, z, a + to, h + HALF, hidden)
+        activate_columns(low, g, valid, of_director, bias, z, a + to, h, hidden)
+        activate_columns(high, g, valid, of_director, bias, z, a + to, h + HALF, hidden)
     else:
-        activate_columns(acc, g, valid, bias, z, a + to, first + tl.arange(0, COLS), hidden)
+        activate_columns(acc, g, valid, of_director, bias, z, a + to, first + tl.arange(0, COLS), hidden)
 
 
 @triton.jit
@@ -191,6 +195,7 @@ def fc1_blocks_kernel(
     a,
     num_experts,
     num_slots,
+    director_images,
     blocks,
     first_token,
     top_k,
@@ -204,28 +209,37 @@ def fc1_blocks_kernel(
 ):
     """``z = W1_e x + b1_e`` (unless None) and ``a = g gelu(z)`` (no gates: ``gelu(z)``) of two blocks, ``[S*N, H]``.
 
-    x: descriptor of ``[B, N, D]``, box ``[1, 64, DEPTH]``; packed_x: of ``[1, S*r, D]``, or None.
+    x: descriptor of ``[B*N, D]``, box ``[64, DEPTH]``; packed_x: of ``[S*r, D]``, or None.
     weight: of ``[E, H, D]``, box ``[1, COLS, DEPTH]``.
     Two blocks that follow one another, of one image or two, share the blocks of an expert's weights.
+    With a director, expert number num_experts, its rows ``[B*N, H]`` are behind those of a, gelu(z) without a gate; its
+    tiles come first. director_images: B, or 0 without one.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
-    expert, packed, row, end = find_rows(offsets, tile, num_experts, blocks, first_token, EXPERTS)
+    tokens = blocks * BLOCK + first_token
+    director_tiles = tl.cdiv(director_images * tokens, 2 * BLOCK)
+    of_director = tile < director_tiles
+    expert, packed, row, end = find_rows(offsets, tile - director_tiles, num_experts, blocks, first_token, EXPERTS)
+    expert = tl.where(of_director, num_experts, expert)
+    row = tl.where(of_director, tile * (2 * BLOCK), row)
+    end = tl.where(of_director, director_images * tokens, end)
     if row >= end:
         return
     h0 = col * COLS
     acc0, acc1 = multiply_rows(
-        x, packed_x, packed, row, end, slot_order, weight, expert, h0, blocks, first_token, top_k, dim, True, COLS,
-        DEPTH,
+        x, packed_x, packed, of_director, row, end, slot_order, weight, expert, h0, blocks, first_token, top_k, dim,
+        True, COLS, DEPTH,
     )  # fmt: skip
     bias += expert.to(tl.int64) * hidden
-    start = tl.where(packed, num_slots * blocks * BLOCK, 0)
+    start = tl.where(packed, num_slots * blocks * BLOCK, tl.where(of_director, num_slots * tokens, 0))
     of_slot = tl.where(packed, first_token, blocks * BLOCK)
     store_activations(
-        acc0, row, end, start, of_slot, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
+        acc0, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
     )  # fmt: skip
     if row + BLOCK < end:
         store_activations(
-            acc1, row + BLOCK, end, start, of_slot, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
+            acc1, row + BLOCK, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, HALVES,
+            COLS,
         )  # fmt: skip
 
 
@@ -345,8 +359,8 @@ def hidden_grad_blocks_kernel(
     if row >= end:
         return
     da0, da1 = multiply_rows(
-        grad_out, packed_grad, packed, row, end, slot_order, weight, expert, col * COLS, blocks, first_token, top_k,
-        dim, False, COLS, DEPTH,
+        grad_out, packed_grad, packed, False, row, end, slot_order, weight, expert, col * COLS, blocks, first_token,
+        top_k, dim, False, COLS, DEPTH,
     )  # fmt: skip
     store_hidden_grad(
         da0, row, end, packed, expert, slot_order, offsets, col, gates, z, dz, gated, gate_parts, bias_parts,

@@ -82,6 +82,23 @@ def find_tile(offsets, tile, num_experts, tokens, ROWS: tl.constexpr, EXPERTS: t
 
 
 @triton.jit
+def find_tile_or_director(
+    offsets, tile, num_experts, num_slots, images, tokens, ROWS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """`find_tile` with the director as expert number num_experts: the rows of one more slot an image, tiles come first.
+
+    images: 0 where there is no director. Its slots are numbered from num_slots on.
+    """
+    of_director = tl.cdiv(images * tokens, ROWS)
+    expert, first, stop = find_tile(offsets, tile - of_director, num_experts, tokens, ROWS, EXPERTS)
+    start = num_slots * tokens
+    is_director = tile < of_director
+    expert = tl.where(is_director, num_experts, expert)
+    first = tl.where(is_director, start + tile * ROWS, first)
+    return expert, first, tl.where(is_director, start + images * tokens, stop)
+
+
+@triton.jit
 def expert_tiles(offsets, expert, num_experts, tokens, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """``(first, end)`` of the tiles of one expert, in the numbering of `find_tile`."""
     e = tl.arange(0, EXPERTS)
@@ -106,6 +123,16 @@ def locate(slot_order, rows, valid, tokens, top_k):
     # Slots are fewer than rows, so the division may be the cheap 32-bit one.
     images = slots.to(tl.int32) // top_k
     return slots, images.to(tl.int64), tl.where(valid, rows % tokens, 0).to(tl.int64)
+
+
+@triton.jit
+def locate_or_director(slot_order, rows, valid, num_slots, tokens, top_k):
+    """`locate` of rows that may be the director's, whose slots are numbered from num_slots on, one an image."""
+    position = tl.where(valid, rows // tokens, 0)
+    routed = position < num_slots
+    slots = tl.load(slot_order + position, mask=valid & routed, other=0).to(tl.int32)
+    images = tl.where(routed, slots // top_k, position - num_slots)
+    return images.to(tl.int64), tl.where(valid, rows % tokens, 0).to(tl.int64)
 
 
 @triton.jit

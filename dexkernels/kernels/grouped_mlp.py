@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference import has_director
 from . import aligned
 from .chunks import Cut
 from .common import MAX_ROWS, Tile, architecture, check_dtype, experts_block, max_tiles, on_device, precision, unit_rows
@@ -103,42 +104,50 @@ def grouped_mlp_forward(
     *,
     path: str | None = None,
     tiles: dict[tuple[str, str, int], Tile] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`dexkernels.reference.grouped_mlp_forward` on a GPU: ``out [B, N, D]``, and ``z [S, N, H]`` for the backward.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dexkernels.reference.grouped_mlp_forward` on a GPU: ``out``, ``z`` for the backward, and the director's output.
 
-    Without ``save`` z is ``[0, N, H]``. What lies where in z is the path's affair: see `_split`.
+    What lies where in ``z [S, N, H]`` is the path's affair: see `_split`. A director whose weights stand behind the
+    experts' is one more expert of the same launches, which every image takes; of it nothing is saved.
     ``path``: see `choose_path`; for tests and benchmarks, which give the backward the same.
 
-    Besides the results it holds ``a [S, N, H]`` and, of the tokens outside the blocks, inputs and outputs by slot.
+    Besides the results it holds ``a [S, N, H]``, the director's ``[B, N, H]`` behind it and, of the tokens outside the
+    blocks, inputs and outputs by slot.
     """
-    B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
+    B, N, D, H, E, K = _sizes(x, gates, group_offsets, fc1_weight)
     S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
     tiles = tiles_of(kind, TILES) if tiles is None else tiles
     blocks = _num_blocks(path, x, H, tiles, path_of(kind, x.dtype, x.device))
-    out = x.new_empty((B, N, D))
+    images = B if has_director(fc1_weight, group_offsets) else 0
+    out, director_out = x.new_empty((B, N, D)), x.new_empty((images, N, D))
     z = x.new_empty((S if save else 0, N, H))
     if out.numel() == 0:
-        return out, z
+        return out, z, director_out
     ready = aligned.tma_ready if blocks else unit_rows
     x, fc1_weight, fc2_weight = ready(x), ready(fc1_weight), ready(fc2_weight)
     gates, slot_order, group_offsets = gates.contiguous(), slot_order.contiguous(), group_offsets.contiguous()
     fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
-    to_z, a = z if save else None, x.new_empty((S, N, H))
+    to_z, a = z if save else None, x.new_empty((S + images, N, H))
     order, rest = (slot_order, group_offsets), N - blocks * aligned.BLOCK
+    to_director = director_out if images else None
     with on_device(x):
         if not blocks:
             _fc1(x, *order, fc1_weight, fc1_bias, to_z, a, K, tiles)
-            _to_tokens(a, *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
+            _through_slots(a, *order, fc2_weight.mT, fc2_bias, gates, out, to_director, tiles)
         elif E <= ONE_SUM:
             # In one sum the gates are in a; by slot they are what combines the results.
             aligned.fc1(x, *order, gates, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
-            by_slot = aligned.to_images(a, fc2_weight, True, *order, gates, fc2_bias, out, blocks, K, tiles)
+            by_slot = aligned.to_images(
+                a, fc2_weight, True, *order, gates, fc2_bias, out, to_director, blocks, K, tiles
+            )
             if rest:
                 _combine(by_slot, None, out[:, :rest])
         else:
             aligned.fc1(x, *order, None, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
-            _to_tokens(a, *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
-    return out, z
+            _to_tokens(a[:S], *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
+            if images:
+                torch.addmm(fc2_bias[-1], a[S:].view(-1, H), fc2_weight[-1].mT, out=director_out.view(-1, D))
+    return out, z, director_out
 
 
 def grouped_mlp_backward(
@@ -154,15 +163,18 @@ def grouped_mlp_backward(
     need_x: bool = True,
     need_gates: bool = True,
     need_weights: bool = True,
+    grad_dtype: torch.dtype | None = None,
     *,
     path: str | None = None,
     tiles: dict[tuple[str, str, int], Tile] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`dexkernels.reference.grouped_mlp_backward` on a GPU: gradients of x, gates, fc1_weight, fc1_bias, fc2_weight,
-    fc2_bias; None for what is not needed. While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``,
-    which lie as z does, and the parts of sums: of the weight gradients see `chunks.Cut`.
+    fc2_bias; None for what is not needed, those of the weights in ``grad_dtype`` (None: the weights' own).
+
+    While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``, which lie as z does, and the parts of
+    sums: of the weight gradients see `chunks.Cut`.
     """
-    B, N, D, H, E, K = _sizes(x, gates, fc1_weight)
+    B, N, D, H, E, K = _sizes(x, gates, group_offsets, fc1_weight)
     S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
     tiles = tiles_of(kind, TILES) if tiles is None else tiles
     blocks = _num_blocks(path, x, H, tiles, path_of(kind, x.dtype, x.device))
@@ -170,7 +182,9 @@ def grouped_mlp_backward(
     dgates = gates.new_empty(gates.shape) if need_gates else None
     dweights = (None, None, None, None)
     if need_weights:
-        dweights = tuple(fc1_weight.new_empty(shape) for shape in ((E, H, D), (E, H), (E, D, H), (E, D)))
+        dtype = grad_dtype or fc1_weight.dtype
+        shapes = (E, H, D), (E, H), (E, D, H), (E, D)
+        dweights = tuple(fc1_weight.new_empty(shape, dtype=dtype) for shape in shapes)
     if B * N == 0:
         for t in (dgates, *dweights):
             if t is not None:
@@ -284,7 +298,7 @@ def grouped_mlp_backward(
                 _weight_grad(grad_out, gated, grad_out, *order, dfc2, K, tiles)
                 _weight_grad(dz, x, x, *order, dfc1, K, tiles)
         if need_x and blocks and E <= ONE_SUM:
-            by_slot = aligned.to_images(dz, fc1_weight, False, *order, None, None, dx, blocks, K, tiles)
+            by_slot = aligned.to_images(dz, fc1_weight, False, *order, None, None, dx, None, blocks, K, tiles)
             if rest:
                 _combine(by_slot, None, dx[:, :rest])
         elif need_x:
@@ -311,14 +325,15 @@ def _split(t: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     return of_blocks.view(-1, H), of_rest.view(S, N - aligned_rows, H)
 
 
-def _sizes(x: Tensor, gates: Tensor, fc1_weight: Tensor) -> tuple[int, ...]:
+def _sizes(x: Tensor, gates: Tensor, group_offsets: Tensor, fc1_weight: Tensor) -> tuple[int, ...]:
     """B, N, D, H, E, K, after the checks that are this backend's own."""
     check_dtype("x", x)
-    (B, N, D), (E, H, _), K = x.shape, fc1_weight.shape, gates.shape[1]
+    (B, N, D), H, E, K = x.shape, fc1_weight.shape[1], group_offsets.shape[0] - 1, gates.shape[1]
     if D == 0 or H == 0:
         raise ValueError(f"fc1_weight: expected D and H of at least 1, got {list(fc1_weight.shape)}")
-    if B * N * K > MAX_ROWS:
-        raise ValueError(f"x: expected at most {MAX_ROWS} rows B*N*K, got {B * N * K}")
+    rows = B * N * (K + has_director(fc1_weight, group_offsets))
+    if rows > MAX_ROWS:
+        raise ValueError(f"x: expected at most {MAX_ROWS} rows B*N*K (K + 1 with a director), got {rows}")
     return B, N, D, H, E, K
 
 
@@ -333,11 +348,13 @@ def _meta(tile: Tile) -> dict[str, int]:
 
 
 def _fc1(x, slot_order, group_offsets, weight, bias, z, a, top_k, tiles) -> None:
-    """``z`` (or None) and ``a [S, N, H]`` of ``x [B, N, D]``, see `fc1_kernel`."""
-    E, H, D = weight.shape
-    S, N, _ = a.shape
+    """``z`` (or None) and ``a [S, N, H]``, with a director ``[S + B, N, H]``, of ``x [B, N, D]``, see `fc1_kernel`."""
+    _, H, D = weight.shape
+    S, E, N = slot_order.shape[0], group_offsets.shape[0] - 1, x.shape[1]
+    images = a.shape[0] - S
     tile = tiles["fc1", precision(x.dtype), architecture(x.device)]
-    fc1_kernel[(max_tiles(S * N, E, tile.rows) * triton.cdiv(H, tile.cols),)](
+    num_tiles = max_tiles(S * N, E, tile.rows) + triton.cdiv(images * N, tile.rows)
+    fc1_kernel[(num_tiles * triton.cdiv(H, tile.cols),)](
         x,
         slot_order,
         group_offsets,
@@ -346,6 +363,8 @@ def _fc1(x, slot_order, group_offsets, weight, bias, z, a, top_k, tiles) -> None
         z,
         a,
         E,
+        S,
+        images,
         N,
         top_k,
         D,
@@ -366,33 +385,38 @@ def _to_tokens(rows_in, slot_order, group_offsets, weight, bias, gates, out, blo
     of_blocks, of_rest = _split(rows_in, blocks)
     for part, to in ((of_blocks.view(rows_in.shape[0], -1, rows_in.shape[2]), out[:, rest:]), (of_rest, out[:, :rest])):
         if part.numel():
-            _through_slots(part, slot_order, group_offsets, weight, bias, gates, to, tiles)
+            _through_slots(part, slot_order, group_offsets, weight, bias, gates, to, None, tiles)
 
 
-def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out, tiles) -> None:
+def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out, director_out, tiles) -> None:
     """``out [B, N, W] = sum_k g_k (rows_in [S, N, depth] @ weight [E, depth, W] + bias [E, W])``, by way of the slots.
 
-    Without gates they are 1.
+    Without gates they are 1. director_out: see `to_slots_kernel`.
     """
     B, N, W = out.shape
-    by_slot = out.new_empty((B, rows_in.shape[0] // B, N, W))
-    _to_slots(rows_in, slot_order, group_offsets, weight, bias, by_slot, tiles)
+    by_slot = out.new_empty((B, slot_order.shape[0] // B, N, W))
+    _to_slots(rows_in, slot_order, group_offsets, weight, bias, by_slot, director_out, tiles)
     _combine(by_slot, gates, out)
 
 
-def _to_slots(rows_in, slot_order, group_offsets, weight, bias, out, tiles) -> None:
+def _to_slots(rows_in, slot_order, group_offsets, weight, bias, out, director_out, tiles) -> None:
     """``out [B, K, N, W] = rows_in [S, N, depth] @ weight [E, depth, W] (+ bias [E, W])``, see `to_slots_kernel`."""
-    E, depth, width = weight.shape
-    S, N, _ = rows_in.shape
+    _, depth, width = weight.shape
+    S, E, N = slot_order.shape[0], group_offsets.shape[0] - 1, rows_in.shape[1]
+    images = rows_in.shape[0] - S
     tile = tiles["to_slots", precision(out.dtype), architecture(out.device)]
-    to_slots_kernel[(max_tiles(S * N, E, tile.rows) * triton.cdiv(width, tile.cols),)](
+    num_tiles = max_tiles(S * N, E, tile.rows) + triton.cdiv(images * N, tile.rows)
+    to_slots_kernel[(num_tiles * triton.cdiv(width, tile.cols),)](
         rows_in,
         slot_order,
         group_offsets,
         weight,
         bias,
         out,
+        director_out,
         E,
+        S,
+        images,
         N,
         depth,
         width,
@@ -414,7 +438,7 @@ def _combine(by_slot: Tensor, gates: Tensor | None, out: Tensor) -> None:
 def _weight_grad(left, right, gathered, slot_order, group_offsets, out, top_k, tiles) -> None:
     """``out [E, height, width]``; ``gathered`` is the one of ``left`` and ``right`` that is ``[B, N, .]``."""
     height, width = out.shape[1:]
-    tile = tiles["weight_grad", precision(out.dtype), architecture(out.device)]
+    tile = tiles["weight_grad", precision(left.dtype), architecture(out.device)]
     cut = Cut(slot_order.shape[0], out, tile)
     weight_grad_kernel[cut.grid](
         left,

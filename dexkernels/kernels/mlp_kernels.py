@@ -6,7 +6,17 @@ Letters: B images, N tokens, D width, H hidden, E experts, K chosen, S = B*K slo
 import triton
 import triton.language as tl
 
-from .common import cut_in_groups, expert_tiles, find_expert, find_tile, gelu_cdf, gelu_pdf, locate
+from .common import (
+    cut_in_groups,
+    expert_tiles,
+    find_expert,
+    find_tile,
+    find_tile_or_director,
+    gelu_cdf,
+    gelu_pdf,
+    locate,
+    locate_or_director,
+)
 
 
 @triton.jit
@@ -39,6 +49,8 @@ def fc1_kernel(
     z,
     a,
     num_experts,
+    num_slots,
+    director_images,
     tokens,
     top_k,
     dim,
@@ -53,14 +65,19 @@ def fc1_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``z[m] = W1_e x[image, token] + b1_e`` (unless None), ``a[m] = gelu(z[m])``, both ``[S*N, H]``, of row m."""
+    """``z[m] = W1_e x[image, token] + b1_e`` (unless None), ``a[m] = gelu(z[m])``, both ``[S*N, H]``, of row m.
+
+    With a director, a has its rows behind, ``[(S+B)*N, H]``; z has not. director_images: B, or 0 without one.
+    """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
-    expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
+    expert, first, stop = find_tile_or_director(
+        offsets, tile, num_experts, num_slots, director_images, tokens, ROWS, EXPERTS
+    )
     if first >= stop:
         return
     rows = first + tl.arange(0, ROWS)
     valid = rows < stop
-    slots, images, token = locate(slot_order, rows, valid, tokens, top_k)
+    images, token = locate_or_director(slot_order, rows, valid, num_slots, tokens, top_k)
     h = col * COLS + tl.arange(0, COLS)
     h_valid = h < hidden
     acc = multiply(
@@ -80,7 +97,7 @@ def fc1_kernel(
     at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
     inside = valid[:, None] & h_valid[None, :]
     if z is not None:
-        tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside)
+        tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside & (expert < num_experts))
     tl.store(a + start + at, (acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside)
 
 
@@ -92,7 +109,10 @@ def to_slots_kernel(
     weight,
     bias,
     out,
+    director_out,
     num_experts,
+    num_slots,
+    director_images,
     tokens,
     depth,
     width,
@@ -109,14 +129,16 @@ def to_slots_kernel(
     """``out[slot, token] = rows_in[m] @ W_e + bias_e``, ``[S*N, depth] -> [S, N, width]``, slots in their own order.
 
     Writing by slot puts the K results of an image next to each other for `combine_kernel`, whatever the grouping.
+    The rows of a director come behind and go to ``director_out [B, N, width]``; director_images: B, or 0 without one.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
-    expert, first, stop = find_tile(offsets, tile, num_experts, tokens, ROWS, EXPERTS)
+    expert, first, stop = find_tile_or_director(
+        offsets, tile, num_experts, num_slots, director_images, tokens, ROWS, EXPERTS
+    )
     if first >= stop:
         return
     rows = first + tl.arange(0, ROWS)
     valid = rows < stop
-    slots, _, token = locate(slot_order, rows, valid, tokens, 1)
     j = col * COLS + tl.arange(0, COLS)
     j_valid = j < width
     acc = multiply(
@@ -132,8 +154,12 @@ def to_slots_kernel(
     )
     if HAS_BIAS:
         acc += tl.load(bias + expert.to(tl.int64) * width + j, mask=j_valid, other=0.0).to(tl.float32)[None, :]
+    slots, token = locate_or_director(slot_order, rows, valid, num_slots, tokens, 1)
     to = (slots * tokens + token)[:, None] * width + j[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=valid[:, None] & j_valid[None, :])
+    inside = valid[:, None] & j_valid[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=inside & (expert < num_experts))
+    if director_out is not None:
+        tl.store(director_out + to, acc.to(out.dtype.element_ty), mask=inside & (expert == num_experts))
 
 
 @triton.jit

@@ -57,6 +57,37 @@ def store_packed(
 
 
 @triton.jit
+def store_director(acc, row, end, bias, out, j, width, ROWS: tl.constexpr):
+    """``acc + bias`` to the director's rows from row on, of ``out [B*N, width]``; a gate has no part in it."""
+    valid = row + tl.arange(0, ROWS) < end
+    acc += tl.load(bias + j, mask=j < width, other=0.0).to(tl.float32)[None, :]
+    out += row.to(tl.int64) * width
+    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None] & (j < width)[None, :])
+
+
+@triton.jit
+def find_single(
+    offsets, tile, num_experts, num_slots, director_images, blocks, first_token, ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """``(single, of_director, expert, row, start, end)`` of a tile whose rows follow one another and are of one expert.
+
+    Such come after the tiles of images, whose numbers are negative: the director's, as expert num_experts, then those
+    of the packed rows. Rows are counted within their kind, which begins at row ``start`` of all.
+    """
+    tokens = blocks * BLOCK + first_token
+    director_tiles = tl.cdiv(director_images * tokens, ROWS)
+    expert, row, end = find_tile(offsets, tile - director_tiles, num_experts, first_token, ROWS, EXPERTS)
+    of_director = (tile >= 0) & (tile < director_tiles)
+    expert = tl.where(of_director, num_experts, expert)
+    row = tl.where(of_director, tile * ROWS, row)
+    end = tl.where(of_director, director_images * tokens, end)
+    start = num_slots * tl.where(of_director, tokens, blocks * BLOCK)
+    return tile >= 0, of_director, expert, row, start, end
+
+
+@triton.jit
 def to_images_kernel(
     rows_in,
     weight,
@@ -68,8 +99,10 @@ def to_images_kernel(
     bias,
     out,
     by_slot,
+    director_out,
     image_tiles,
-    packed_row,
+    num_slots,
+    director_images,
     num_experts,
     blocks,
     first_token,
@@ -88,16 +121,18 @@ def to_images_kernel(
 
     One sum of length ``K * depth``: nothing is written by slot. ``[S*N, depth] -> [B, N, width]``; ROWS divides 64q.
     rows_in: descriptor, box ``[ROWS, DEPTH]``. weight: see `expert_block`. CHOICES: a power of two, at least K.
-    After the ``image_tiles`` tiles of the blocks come those of the packed rows, which begin at ``packed_row``. Their
-    images share no experts: they go ``by_slot [S, r, width]``, K terms of their tokens of out, gates included.
+    After the ``image_tiles`` tiles of the blocks come those of the director, which write ``director_out [B, N, width]``
+    (director_images: B, or 0 without one), and those of the packed rows. The images of these share no experts: they go
+    ``by_slot [S, r, width]``, K terms of their tokens of out, gates included.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
-    packed = tile >= image_tiles
-    packed_expert, first, end = find_tile(offsets, tile - image_tiles, num_experts, first_token, ROWS, EXPERTS)
-    if packed & (first >= end):
+    single, of_director, its_expert, first, start, end = find_single(
+        offsets, tile - image_tiles, num_experts, num_slots, director_images, blocks, first_token, ROWS, EXPERTS
+    )
+    if single & (first >= end):
         return
     per_image = blocks * BLOCK // ROWS
-    image = tl.where(packed, 0, tile // per_image)
+    image = tl.where(single, 0, tile // per_image)
     n = tile % per_image * ROWS
     j0 = col * COLS
     # Loaded here and picked by a masked sum: loads of indices inside the loop would take stages from its pipeline.
@@ -105,11 +140,11 @@ def to_images_kernel(
     slots = image.to(tl.int64) * top_k + choice
     first_rows = tl.load(position + slots, mask=choice < top_k, other=0) * blocks * BLOCK + n
     experts = tl.load(expert + slots, mask=choice < top_k, other=0)
-    first_rows = tl.where(packed, packed_row + first, first_rows)
-    experts = tl.where(packed, packed_expert, experts)
+    first_rows = tl.where(single, start + first, first_rows)
+    experts = tl.where(single, its_expert, experts)
     steps = tl.cdiv(depth, DEPTH)
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for step in range(0, steps * tl.where(packed, 1, top_k)):
+    for step in range(0, steps * tl.where(single, 1, top_k)):
         mine = choice == step // steps
         row = tl.sum(tl.where(mine, first_rows, 0), 0)
         e = tl.sum(tl.where(mine, experts, 0), 0)
@@ -117,11 +152,16 @@ def to_images_kernel(
         w = expert_block(weight, e, k, j0, TRANSPOSED, COLS, DEPTH)
         acc = tl.dot(rows_in.load([row, k]), w, acc, input_precision="ieee")
     j = j0 + tl.arange(0, COLS)
-    if packed:
-        if by_slot is not None:
-            store_packed(
-                acc, first, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, ROWS
-            )  # fmt: skip
+    if single:
+        if of_director:
+            if director_out is not None:
+                to_bias = bias + its_expert.to(tl.int64) * width
+                store_director(acc, first, end, to_bias, director_out, j, width, ROWS)
+        else:
+            if by_slot is not None:
+                store_packed(
+                    acc, first, end, its_expert, slot_order, gates, bias, by_slot, j, first_token, width, ROWS
+                )  # fmt: skip
     else:
         tokens = blocks * BLOCK + first_token
         store_image(
@@ -188,8 +228,10 @@ def pairs_to_images_kernel(
     bias,
     out,
     by_slot,
+    director_out,
     num_images,
-    packed_row,
+    num_slots,
+    director_images,
     num_experts,
     blocks,
     first_token,
@@ -210,13 +252,14 @@ def pairs_to_images_kernel(
     rows_in: descriptor, box ``[64, DEPTH]``.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(width, COLS), GROUP)
-    image_tiles = num_images * blocks
-    packed = tile >= image_tiles
-    packed_expert, first, end = find_tile(offsets, tile - image_tiles, num_experts, first_token, 2 * BLOCK, EXPERTS)
-    rank = tl.where(packed, 0, tile // blocks)
+    single, of_director, its_expert, first, start, end = find_single(
+        offsets, tile - num_images * blocks, num_experts, num_slots, director_images, blocks, first_token, 2 * BLOCK,
+        EXPERTS,
+    )  # fmt: skip
+    rank = tl.where(single, 0, tile // blocks)
     n = tile % blocks * BLOCK
     number = tl.load(index + rank)
-    if tl.where(packed, first >= end, number % 2 == 1):
+    if tl.where(single, first >= end, number % 2 == 1):
         return
     has_partner = tl.load(index + tl.minimum(rank + 1, num_images - 1)) == number + 1
     image0 = tl.load(order + rank)
@@ -225,16 +268,16 @@ def pairs_to_images_kernel(
     rows0, experts0, place0 = choices_by_expert(position, expert, image0, n, blocks * BLOCK, top_k, CHOICES)
     rows1, experts1, place1 = choices_by_expert(position, expert, image1, n, blocks * BLOCK, top_k, CHOICES)
     choice = tl.arange(0, CHOICES)
-    rows0 = tl.where(packed, packed_row + first, rows0)
-    rows1 = tl.where(packed, packed_row + first + BLOCK, rows1)
-    place0 = tl.where(packed, choice, place0)
-    place1 = tl.where(packed, choice, place1)
-    experts0 = tl.where(packed, packed_expert, experts0)
+    rows0 = tl.where(single, start + first, rows0)
+    rows1 = tl.where(single, start + first + BLOCK, rows1)
+    place0 = tl.where(single, choice, place0)
+    place1 = tl.where(single, choice, place1)
+    experts0 = tl.where(single, its_expert, experts0)
     j0 = col * COLS
     steps = tl.cdiv(depth, DEPTH)
     acc0 = tl.zeros((BLOCK, COLS), tl.float32)
     acc1 = tl.zeros((BLOCK, COLS), tl.float32)
-    for step in range(0, steps * tl.where(packed, 1, top_k)):
+    for step in range(0, steps * tl.where(single, 1, top_k)):
         mine0 = place0 == step // steps
         row0 = tl.sum(tl.where(mine0, rows0, 0), 0)
         row1 = tl.sum(tl.where(place1 == step // steps, rows1, 0), 0)
@@ -244,14 +287,21 @@ def pairs_to_images_kernel(
         acc0 = tl.dot(rows_in.load([row0, k]), w, acc0, input_precision="ieee")
         acc1 = tl.dot(rows_in.load([row1, k]), w, acc1, input_precision="ieee")
     j = j0 + tl.arange(0, COLS)
-    if packed:
-        if by_slot is not None:
-            store_packed(
-                acc0, first, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, BLOCK
-            )  # fmt: skip
-            store_packed(
-                acc1, first + BLOCK, end, packed_expert, slot_order, gates, bias, by_slot, j, first_token, width, BLOCK
-            )  # fmt: skip
+    if single:
+        if of_director:
+            if director_out is not None:
+                to_bias = bias + its_expert.to(tl.int64) * width
+                store_director(acc0, first, end, to_bias, director_out, j, width, BLOCK)
+                store_director(acc1, first + BLOCK, end, to_bias, director_out, j, width, BLOCK)
+        else:
+            if by_slot is not None:
+                store_packed(
+                    acc0, first, end, its_expert, slot_order, gates, bias, by_slot, j, first_token, width, BLOCK
+                )  # fmt: skip
+                store_packed(
+                    acc1, first + BLOCK, end, its_expert, slot_order, gates, bias, by_slot, j, first_token, width,
+                    BLOCK,
+                )  # fmt: skip
     else:
         n += first_token
         tokens = blocks * BLOCK + first_token

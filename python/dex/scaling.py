@@ -221,7 +221,7 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
 def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     """Bytes that one rank reads and writes in a step beside its matrix products; they grow with E, operations do not.
 
-    casts: bf16 copies of all weights, every expert's, in every micro-batch. gradients: written by backward, zeros of
+    casts: bf16 copies of all weights, in every micro-batch; of ddp those of all experts and directors once. gradients: written by backward, zeros of
     unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every
     expert read, every director read and written. copies: fsdp copies what it gathered, and gradients, into place.
 
@@ -231,9 +231,10 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
         raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
     found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     everything = sum(found.parameters.values())
+    once = found.parameters["experts"] + found.parameters["directors"] if strategy == "ddp" else 0
     shards = ranks if strategy == "fsdp" else 1
     traffic = {
-        "casts": micro * AUTOCAST_BYTES * everything if found.memory["bf16 copies"] else 0,
+        "casts": AUTOCAST_BYTES * (once + micro * (everything - once)) if found.memory["bf16 copies"] else 0,
         "gradients": 4 * found.trained * (1 + 3 * (micro - 1)),
         "adamw": UPDATE_BYTES * found.trained // shards,
         "gema": 4 * (found.parameters["experts"] + 2 * found.parameters["directors"]) // shards,

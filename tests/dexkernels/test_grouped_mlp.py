@@ -222,7 +222,7 @@ def test_autocast():
 def test_saved_pre_activations_are_the_slots():
     x, gates, w1, b1, w2, b2 = (t.detach() for t in tensors())
     r = routing_of([[0, 1], [2, 3], [5, 0], [1, 4]], gates)
-    _, z = reference.grouped_mlp_forward(x, gates, r.slot_order, r.group_offsets, w1, b1, w2, b2)
+    _, z, _ = reference.grouped_mlp_forward(x, gates, r.slot_order, r.group_offsets, w1, b1, w2, b2)
     assert z.shape == (8, N, H)
     for place, slot in enumerate(r.slot_order.tolist()):
         e = r.expert_indices.view(-1)[slot].item()

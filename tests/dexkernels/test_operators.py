@@ -20,6 +20,13 @@ def leaves(dtype=torch.float64, seed=0):
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
+def shadows(weights, dtype=torch.bfloat16, director=True):
+    """Of the expert tensors in ``dtype``, with a director's behind them; without a dtype there are none."""
+    if dtype is None:
+        return (None,) * 4
+    return tuple(torch.cat((w, w[:1] / 2)[: 1 + director]).detach().to(dtype) for w in weights)
+
+
 def noise(rows=B, dtype=torch.float64):
     return torch.randn(rows, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
 
@@ -36,35 +43,42 @@ def test_opcheck_route(noisy):
 
 
 @pytest.mark.parametrize("save", [True, False])
-def test_opcheck_grouped_mlp(save):
+@pytest.mark.parametrize("lower", [None, torch.bfloat16])
+def test_opcheck_grouped_mlp(save, lower):
     x, w, *weights = leaves()
     r = route(x.detach(), w.detach(), K)
     gates = r.gates.clone().requires_grad_()
     if not save:
         x, gates, *weights = (t.detach() for t in (x, gates, *weights))
-    args = (x, gates, r.slot_order, r.group_offsets, *weights, save, "reference")
+    x, low = x.to(lower or x.dtype).detach().requires_grad_(save), shadows(weights, lower, director=False)
+    args = (x, gates, r.slot_order, r.group_offsets, *weights, *low, save, "reference")
     torch.library.opcheck(OPS.grouped_mlp, args)
     if save:
         _, z = OPS.grouped_mlp(*args)
+        computed = low if lower else weights
         plain = [t.detach() for t in (torch.ones_like(x), x, gates, r.slot_order, r.group_offsets)]
-        plain += [weights[0].detach(), weights[2].detach(), weights[3].detach(), z.detach()]
+        plain += [computed[0].detach(), computed[2].detach(), computed[3].detach(), z.detach()]
         for needs in itertools.product([True, False], repeat=3):
-            torch.library.opcheck(OPS.grouped_mlp_backward, (*plain, *needs, "reference"))
+            torch.library.opcheck(OPS.grouped_mlp_backward, (*plain, *needs, weights[0].dtype, "reference"))
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
 @pytest.mark.parametrize("route_from", ["cls", "mean"])
-def test_opcheck_routed_mlp(routing, route_from):
+@pytest.mark.parametrize("lower, director", [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_opcheck_routed_mlp(routing, route_from, lower, director):
     x, *weights = leaves()
     rows = B if routing == "image" else B * N
-    args = (x, weights[0], noise(rows), torch.ones(E), *weights[1:], K, 0.5, routing, route_from, True)
+    low = shadows(weights[1:], lower, director)
+    args = (x, weights[0], noise(rows), torch.ones(E), *weights[1:], *low, K, 0.5, routing, route_from, True)
     args = (*args, "reference", "reference")
     torch.library.opcheck(OPS.routed_mlp, args)
-    out, z, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
-    saved = (x, weights[0], weights[1], weights[3], weights[4], z, p, gates, indices, order, offsets)
+    out, z, director_out, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
+    assert director_out.shape == (x.shape if director else (0,))
+    computed = [w[:E] for w in low] if lower else weights[1:]
+    saved = (x, weights[0], computed[0], computed[2], computed[3], z, p, gates, indices, order, offsets)
     tensors = [t.detach() for t in (torch.ones_like(out), torch.ones_like(gates), torch.ones_like(balance), *saved)]
     for needs in itertools.product([True, False], repeat=3):
-        backward = (*tensors, 0.5, routing, route_from, *needs, "reference", "reference")
+        backward = (*tensors, 0.5, routing, route_from, *needs, weights[1].dtype, "reference", "reference")
         torch.library.opcheck(OPS.routed_mlp_backward, backward)
 
 
@@ -90,7 +104,7 @@ def both(tensors, **options):
     for fused in (True, False):
         x, w, *weights = tensors
         if fused:
-            y, r = ops.routed_mlp(x, w, *weights, K, **options)
+            y, r, _ = ops.routed_mlp(x, w, *weights, K, **options)
         else:
             r = route(x, w, K, **options)
             y = grouped_mlp(x, r, *weights)
@@ -130,7 +144,7 @@ def test_compiled_layer_graph_equals_eager():
     x, w, *weights = leaves()
 
     def run(x, w, *weights):
-        y, r = ops.routed_mlp(x, w, *weights, K)
+        y, r, _ = ops.routed_mlp(x, w, *weights, K)
         return y, align_loss(y, x.detach()), r.balance_loss
 
     got = torch.compile(run, backend="aot_eager", fullgraph=True)(x, w, *weights)

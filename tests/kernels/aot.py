@@ -98,17 +98,23 @@ def compile_one(kernel, args, kwargs, arch):
 
 
 def launch_mlp(dtype, B, N, D, H, E, K, path=None):
-    """The grouped MLP in training and, in bf16, in evaluation too; returns its output."""
+    """The grouped MLP in training and, in bf16, in evaluation too; returns its output.
+
+    In bf16 training is that under autocast: with a director behind the experts and float32 weight gradients.
+    """
     m = {"device": "meta"}
     x, gates = torch.empty(B, N, D, dtype=dtype, **m), torch.empty(B, K, **m)
     order, offsets = torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m)
-    w1, b1 = torch.empty(E, H, D, dtype=dtype, **m), torch.empty(E, H, dtype=dtype, **m)
-    w2, b2 = torch.empty(E, D, H, dtype=dtype, **m), torch.empty(E, D, dtype=dtype, **m)
+    autocast = dtype == torch.bfloat16
+    shapes = (H, D), (H,), (D, H), (D,)
+    weights = [torch.empty(E + autocast, *shape, dtype=dtype, **m) for shape in shapes]
+    w1, b1, w2, b2 = (w[:E] for w in weights)
     routed = x, gates, order, offsets
-    if dtype == torch.bfloat16:
+    if autocast:
         grouped_mlp.grouped_mlp_forward(*routed, w1, b1, w2, b2, False, path=path)
-    out, z = grouped_mlp.grouped_mlp_forward(*routed, w1, b1, w2, b2, path=path)
-    grouped_mlp.grouped_mlp_backward(out, *routed, w1, w2, b2, z, path=path)
+    out, z, _ = grouped_mlp.grouped_mlp_forward(*routed, *weights, path=path)
+    grad_dtype = torch.float32 if autocast else None
+    grouped_mlp.grouped_mlp_backward(out, *routed, w1, w2, b2, z, grad_dtype=grad_dtype, path=path)
     return out
 
 

@@ -60,27 +60,53 @@ def sort(indices, E):
     return torch.tensor(order, dtype=torch.int64), torch.tensor(offsets)
 
 
-def run(x, grad_out, gates, indices, weights, layout=lambda t: t, needs=(True, True, True), tiling=None, path=None):
-    """The launchers' results in the order of NAMES."""
+def run(
+    x,
+    grad_out,
+    gates,
+    indices,
+    weights,
+    layout=lambda t: t,
+    needs=(True, True, True),
+    tiling=None,
+    path=None,
+    director=None,
+    grad_dtype=None,
+):
+    """The launchers' results in the order of NAMES; with a director's four tensors, its output comes last."""
+    E = weights[1].shape[0]
+    order, offsets = sort(indices, E)
+    if director is not None:
+        weights = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (layout(w) for w in weights)
-    order, offsets = sort(indices, fc1_bias.shape[0])
     x, grad_out, gates = layout(x), layout(grad_out), layout(gates)
-    tiling = tiling or tiles()
-    out, z = grouped_mlp.grouped_mlp_forward(
-        x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, path=path, tiles=tiling
+    options = {"path": path, "tiles": tiling or tiles()}
+    out, z, director_out = grouped_mlp.grouped_mlp_forward(
+        x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, **options
     )
+    fc1_weight, fc2_weight, fc2_bias = fc1_weight[:E], fc2_weight[:E], fc2_bias[:E]
     grads = grouped_mlp.grouped_mlp_backward(
-        grad_out, x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z, *needs, path=path, tiles=tiling
+        grad_out, x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z, *needs, grad_dtype, **options
     )
-    return [out, *grads]
+    if director is None:
+        assert director_out.shape == (0, *x.shape[1:])
+        return [out, *grads]
+    return [out, *grads, director_out]
 
 
 def check(x, grad_out, gates, indices, weights, **kwargs):
     got = run(x, grad_out, gates, indices, weights, **kwargs)
     exact = with_gradients(torch.float64, torch.float64, grad_out, x, gates, indices, *weights)
     plain = with_gradients(x.dtype, torch.float32, grad_out, x, gates, indices, *weights)
-    for name, g, want, p in zip(NAMES, got, exact, plain, strict=True):
+    names, director = NAMES, kwargs.get("director")
+    if director is not None:
+        names = (*NAMES, "director_out")
+        for results, dtype in ((exact, torch.float64), (plain, x.dtype)):
+            fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in director)
+            results.append(F.linear(F.gelu(F.linear(x.to(dtype), fc1_weight, fc1_bias)), fc2_weight, fc2_bias))
+    for name, g, want, p in zip(names, got, exact, plain, strict=True):
         bound = 2 * relative_error(p, want) + FLOOR[x.dtype]
         assert relative_error(g, want) <= bound, f"{name}: {relative_error(g, want):.2e} > {bound:.2e}"
-        assert g.dtype == (torch.float32 if name == "dgates" else x.dtype)
+        of_weights = name.startswith("dfc") and kwargs.get("grad_dtype")
+        assert g.dtype == (torch.float32 if name == "dgates" else of_weights or x.dtype)
     return got

@@ -34,7 +34,7 @@ def mlp(path, dtype=torch.float16, experts=E, needs=(True, True, True)):
     w1, b1 = meta(experts, H, D, dtype=dtype), meta(experts, H, dtype=dtype)
     w2, b2 = meta(experts, D, H, dtype=dtype), meta(experts, D, dtype=dtype)
     grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, False, path=path)
-    out, z = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path)
+    out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path)
     grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, *needs, path=path)
 
 

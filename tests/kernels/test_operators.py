@@ -47,27 +47,34 @@ def test_opcheck_route(strided):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_opcheck_grouped_mlp(dtype):
     x, gates, weights, order, offsets = leaves(dtype)
-    args = (x, gates, order, offsets, *weights, True, "triton")
+    args = (x, gates, order, offsets, *weights, *(None,) * 4, True, "triton")
     torch.library.opcheck(OPS.grouped_mlp, args)
-    torch.library.opcheck(OPS.grouped_mlp, (*plain(*args)[:8], False, "triton"))
+    torch.library.opcheck(OPS.grouped_mlp, (*plain(*args)[:12], False, "triton"))
     _, z = OPS.grouped_mlp(*args)
     saved = plain(x, x, gates, order, offsets, weights[0], weights[2], weights[3], z)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        torch.library.opcheck(OPS.grouped_mlp_backward, (*saved, *needs, "triton"))
+        for grad_dtype in {dtype, torch.float32}:
+            torch.library.opcheck(OPS.grouped_mlp_backward, (*saved, *needs, grad_dtype, "triton"))
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
-def test_opcheck_routed_mlp(routing):
+@pytest.mark.parametrize("director", [False, True])
+def test_opcheck_routed_mlp(routing, director):
     x, _, weights, *_ = leaves()
     router = torch.randn(E, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    shadows = (None,) * 4
+    if director:
+        shadows = tuple(torch.cat((w, w[:1])).detach().half() for w in weights)
     tail = (K, 0.5, routing, "cls", True, "triton", "triton")
-    args = (x, router, None, None, *weights, *tail)
+    args = (x, router, None, None, *weights, *shadows, *tail)
     torch.library.opcheck(OPS.routed_mlp, args)
-    out, z, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
-    saved = (x, router, weights[0], weights[2], weights[3], z, p, gates, indices, order, offsets)
+    out, z, director_out, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
+    assert director_out.shape == (x.shape if director else (0,))
+    computed = [w[:E] for w in shadows] if director else weights
+    saved = (x, router, computed[0], computed[2], computed[3], z, p, gates, indices, order, offsets)
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
-        backward = (out, torch.ones_like(gates), balance, *saved, 0.5, routing, "cls", *needs, "triton", "triton")
-        torch.library.opcheck(OPS.routed_mlp_backward, plain(*backward))
+        backward = (out, torch.ones_like(gates), balance, *saved, 0.5, routing, "cls", *needs, torch.float32)
+        torch.library.opcheck(OPS.routed_mlp_backward, plain(*backward, "triton", "triton"))
 
 
 @pytest.mark.parametrize("kind", ["kd", "cosine", "mse"])

@@ -1,0 +1,267 @@
+"""Shadows under autocast: never stale, kept where they can be, the director among them, gradients in float32."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dexkernels import DEXLayer, align_loss, hold_weights, shadows
+from dexkernels.testing import randomize_, relative_error
+
+B, N, D, H, E, K = 3, 5, 16, 24, 4, 2
+DEVICE = torch.get_default_device().type
+
+
+def layer_of(**options):
+    return randomize_(DEXLayer(D, H, E, K, **options)).eval()
+
+
+def images(seed=0):
+    return torch.randn(B, N, D, generator=torch.Generator().manual_seed(seed))
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast(DEVICE, dtype)
+
+
+def casts(monkeypatch):
+    """The number of times that shadows were made since, as a list's length."""
+    made, real = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *a: made.append(1) or real(*a))
+    return made
+
+
+@torch.no_grad()
+def evaluate(layer, x, return_aux=False):
+    with autocast():
+        return layer(x, return_aux=return_aux)
+
+
+def test_evaluation_casts_once(monkeypatch):
+    layer, x = layer_of(), images()
+    made = casts(monkeypatch)
+    first = evaluate(layer, x)
+    assert torch.equal(evaluate(layer, x), first) and len(made) == 1
+    with torch.inference_mode():
+        assert torch.equal(evaluate(layer, x), first) and len(made) == 1
+    # A gradient of the input alone needs no other copies.
+    layer.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    with autocast():
+        layer(leaf).sum().backward()
+    assert leaf.grad.count_nonzero() and len(made) == 1
+
+
+def test_made_in_inference_mode_they_serve_a_backward():
+    layer, x = layer_of().requires_grad_(False), images()
+    with torch.inference_mode():
+        evaluate(layer, x)
+    leaf = x.requires_grad_()
+    with autocast():
+        layer(leaf).sum().backward()
+    assert leaf.grad.count_nonzero()
+
+
+def load(layer):
+    layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()})
+
+
+def assign(layer):
+    layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()}, assign=True)
+
+
+def step(layer, optimizer=torch.optim.AdamW, **options):
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer(layer.parameters(), lr=0.1, **options).step()
+
+
+def update(layer):
+    layer.update_director(torch.ones(E), 0.5)
+
+
+def through_data(layer):
+    for p in layer.parameters():
+        p.data.mul_(2)
+    layer.eval()
+
+
+def train_through_data(layer):
+    """An optimizer that leaves no trace in a version, after a forward and backward."""
+    layer.train()
+    with autocast():
+        layer(images()).sum().backward()
+    layer.training = False  # not eval(), which forgets
+    for p in layer.parameters():
+        p.data.mul_(2)
+
+
+def one_expert(layer):
+    with torch.no_grad():
+        layer.experts.fc2_bias[1] += 1
+
+
+def fused(layer):
+    """It bumps no version; the step before it was in float32, in the mode that it found."""
+    layer(images()).sum().backward()
+    step(layer, fused=True)
+
+
+CHANGES = {
+    "state dict": load,
+    "assigned state dict": assign,
+    "AdamW": step,
+    "fused AdamW": fused,
+    "SGD": lambda layer: step(layer, torch.optim.SGD, foreach=False),
+    "update_director": update,
+    "written through .data": through_data,
+    "trained through .data": train_through_data,
+    "one expert": one_expert,
+    ".data replaced": lambda layer: setattr(layer.experts.fc1_weight, "data", layer.experts.fc1_weight * 2),
+    "loaded, and to float64 and back": lambda layer: (load(layer), layer.double().float()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kept", [False, True], ids=["anew", "kept"])
+def test_a_change_of_the_masters_is_seen(change, kept):
+    """Output and losses after a change are those of a layer that never had shadows."""
+    layer, x = layer_of(), images()
+    before = evaluate(layer, x, return_aux=True)
+    if kept:
+        evaluate(layer, x, return_aux=True)
+    CHANGES[change](layer)
+    fresh = copy.deepcopy(layer)
+    assert fresh.shadows is not layer.shadows
+    y, aux = evaluate(layer, x, return_aux=True)
+    want, wanted = evaluate(fresh, x, return_aux=True)
+    assert torch.equal(y, want) and torch.equal(aux.align_loss, wanted.align_loss)
+    assert not torch.equal(aux.align_loss, before[1].align_loss)
+
+
+def test_training_casts_in_each_forward_and_holds_none_of_it(monkeypatch):
+    layer, x = layer_of().train(), images()
+    made = casts(monkeypatch)
+    for steps in range(1, 3):
+        with autocast():
+            layer(x, return_aux=True)[0].sum().backward()
+        assert len(made) == steps and layer.shadows._kept is None
+
+
+def test_held_weights_are_cast_once(monkeypatch):
+    model = nn.Sequential(layer_of(), layer_of()).train()
+    x = images()
+    made = casts(monkeypatch)
+    with autocast():
+        model(x).sum().backward()
+        apart = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert len(made) == 2
+        model.zero_grad()
+        with hold_weights(model):
+            for _ in range(2):
+                model(x).sum().backward()
+            assert len(made) == 4
+    together = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(2 * a, b) for a, b in zip(apart, together, strict=True))
+    assert all(layer.shadows._kept is None for layer in model)
+
+
+def test_a_change_while_held_is_seen():
+    layer, x = layer_of(), images()
+    with hold_weights(layer):
+        before = evaluate(layer, x)
+        step(layer)
+        after = evaluate(layer, x)
+    assert not torch.equal(before, after) and torch.equal(after, evaluate(layer, x))
+
+
+def test_two_forwards_before_their_backwards():
+    """Shadows that a backward waits for are never written again."""
+    layer, x = layer_of().train(), images().requires_grad_()
+    with autocast():
+        first, second = layer(x), layer(2 * x)
+    (first.sum() + second.sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("captured_first", [False, True])
+def test_a_graph_that_holds_the_layer_changes_masters_unseen(captured_first, monkeypatch):
+    """Replays bump no version: once a layer was captured, nothing is kept outside of `hold_weights`."""
+    layer, x = layer_of(), images()
+    if not captured_first:
+        evaluate(layer, x)
+    made = casts(monkeypatch)
+    with monkeypatch.context() as m:
+        m.setattr(shadows, "capturing", lambda device: True)
+        evaluate(layer, x)
+        assert len(made) == 1, "a graph makes its own"
+    for _ in range(2):
+        evaluate(layer, x)
+        for p in layer.experts.parameters():
+            p.data.mul_(2)  # as a replay does
+        assert torch.equal(evaluate(layer, x), evaluate(copy.deepcopy(layer), x))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_have_none(clone):
+    layer, x = layer_of(), images()
+    want = evaluate(layer, x)
+    other = clone(layer)
+    assert layer.shadows._kept is not None and other.shadows._kept is None
+    assert torch.equal(evaluate(other, x), want)
+    assert not any("shadow" in name for name in layer.state_dict())
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_the_director_computes_as_it_does_alone(routing):
+    layer, x = layer_of(routing=routing), images()
+    seen = {}
+    layer.director.register_forward_hook(lambda m, a, y: seen.update(director=y))
+    y, aux = evaluate(layer, x, return_aux=True)
+    assert not seen, "it has shadows beside the experts'"
+    with autocast():
+        alone = layer.director(x)
+        assert torch.equal(aux.align_loss, align_loss(y, alone))
+    layer(x, return_aux=True)
+    assert seen, "without autocast it has none"
+
+
+def test_gradients_are_in_float32_to_the_last_sum():
+    """The gradient of a bias is a sum over all rows: rounded to bfloat16 it would have 8 bits."""
+    layer, x = layer_of().train(), images()
+    with autocast():
+        layer(x).float().square().sum().backward()
+    grad = layer.experts.fc2_bias.grad
+    assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+    exact = layer_of().double().train()
+    exact(x.double()).square().sum().backward()
+    assert relative_error(grad, exact.experts.fc2_bias.grad) < 1e-2
+
+
+def test_two_dtypes_and_two_layers_do_not_mix():
+    layer, x = layer_of(), images()
+    with torch.no_grad(), autocast(torch.float16):
+        half = layer(x)
+    bf16 = evaluate(layer, x)
+    with torch.no_grad(), autocast(torch.float16):
+        assert torch.equal(layer(x), half) and half.dtype == torch.float16
+    assert torch.equal(evaluate(layer, x), bf16) and bf16.dtype == torch.bfloat16
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    layer, x = layer_of(), images()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    before = evaluate(compiled, x)
+    assert torch.equal(before, evaluate(layer, x))
+    step(layer)
+    after = evaluate(compiled, x)
+    assert not torch.equal(after, before) and torch.equal(after, evaluate(layer, x))
+    # A compiled forward of training leaves none behind either.
+    assert layer.shadows._kept is not None
+    with autocast():
+        compiled(x).sum().backward()
+    assert layer.shadows._kept is None
+    torch._dynamo.reset()

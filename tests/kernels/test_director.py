@@ -1,0 +1,134 @@
+"""The director as one more expert of the forward's launches, and float32 weight gradients of half precision."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+
+from dexkernels.kernels import aligned, grouped_mlp  # noqa: E402
+
+from .conftest import embed  # noqa: E402
+from .mlp_cases import check, make, run, sort, tiles  # noqa: E402
+
+
+def with_director(*args, **kwargs):
+    x, grad_out, gates, indices, weights = make(*args, **kwargs)
+    g = torch.Generator().manual_seed(99)
+    (_, H, D), dtype = weights[0].shape, x.dtype
+    shapes = ((H, D), D**-0.5), ((H,), 1), ((D, H), H**-0.5), ((D,), 1)
+    return (x, grad_out, gates, indices, weights), [
+        (scale * torch.randn(s, generator=g)).to(dtype) for s, scale in shapes
+    ]
+
+
+# path, B, N, D, H, E, K, dtype: a tile of several images, of one, odd widths, empty experts, one expert, by slot.
+CASES = [
+    ("gather", 3, 5, 8, 12, 4, 2, torch.float32),
+    ("gather", 2, 17, 7, 13, 3, 1, torch.float16),
+    ("gather", 1, 65, 16, 24, 2, 2, torch.float16),
+    ("gather", 9, 1, 16, 24, 40, 3, torch.float32),
+    ("aligned", 3, 64, 16, 24, 2, 1, torch.float16),
+    ("aligned", 3, 65, 24, 40, 6, 2, torch.float16),
+    ("aligned", 8, 65, 16, 24, 2, 1, torch.float16),  # in pairs
+    ("aligned", 2, 130, 16, 40, 3, 3, torch.float16),  # an even number of blocks
+    ("aligned", 2, 70, 16, 24, 20, 2, torch.float16),  # results by slot
+    ("aligned", 1, 67, 8, 8, 1, 1, torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v).removeprefix("torch.") for v in c))
+def test_results_are_those_of_the_spec_and_the_rest_does_not_change(case):
+    path, *sizes = case
+    inputs, director = with_director(*sizes)
+    got = check(*inputs, path=path, director=director)
+    without = run(*inputs, path=path)
+    assert len(got) == len(without) + 1
+    for a, b in zip(got, without, strict=False):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+def test_strided_inputs(path):
+    inputs, director = with_director(3, 66, 16, 24, 4, 2, torch.float16)
+    assert torch.equal(run(*inputs, path=path, director=director, layout=embed)[-1],
+                       run(*inputs, path=path, director=director)[-1])  # fmt: skip
+    check(*inputs, path=path, director=director, layout=embed)
+
+
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+@pytest.mark.parametrize("N", [64, 67])
+def test_a_nan_of_the_one_does_not_reach_the_other(path, N):
+    inputs, director = with_director(3, N, 16, 24, 3, 2, torch.float16)
+    clean = run(*inputs, path=path, director=director)
+    poisoned = [torch.full_like(d, torch.nan) for d in director]
+    got = run(*inputs, path=path, director=poisoned)
+    assert got[-1].isnan().all() and all(torch.equal(a, b) for a, b in zip(got[:-1], clean[:-1], strict=True))
+    x, grad_out, gates, indices, weights = inputs
+    weights = [torch.full_like(w, torch.nan) for w in weights]
+    got = run(x, grad_out, gates, indices, weights, path=path, director=director)
+    assert got[0].isnan().all() and torch.equal(got[-1], clean[-1])
+    # A gate that is NaN has no part in it either.
+    got = run(x, grad_out, torch.full_like(gates, torch.nan), indices, inputs[4], path=path, director=director)
+    assert got[0].isnan().all() and torch.equal(got[-1], clean[-1])
+
+
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+def test_nothing_is_saved_of_it(path):
+    (x, _, gates, indices, weights), director = with_director(3, 65, 16, 24, 4, 2, torch.float16)
+    stacked = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
+    routed = (x, gates, *sort(indices, 4))
+    for save in (True, False):
+        out, z, director_out = grouped_mlp.grouped_mlp_forward(*routed, *stacked, save, path=path, tiles=tiles())
+        assert z.shape == (6 if save else 0, 65, 24)
+        for t in (out, director_out):
+            # The poisoned margin has 8192 bytes.
+            assert t.untyped_storage().nbytes() < t.nbytes + 9000, "a view would keep what it was cut from"
+
+
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+def test_it_comes_in_the_same_launches(path, monkeypatch):
+    launched = []
+    kind = type(grouped_mlp.fc1_kernel)
+    real = kind.run
+    monkeypatch.setattr(kind, "run", lambda self, *a, **k: launched.append(self.__name__) or real(self, *a, **k))
+    inputs, director = with_director(3, 65, 16, 24, 4, 2, torch.float16)
+    run(*inputs, path=path)
+    without, launched[:] = list(launched), []
+    run(*inputs, path=path, director=director)
+    assert launched == without != []
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_rows(images):
+    indices = torch.zeros(images, 2, dtype=torch.int64)
+    inputs, director = with_director(images, 0, 16, 24, 4, 2, torch.float16, indices=indices)
+    assert run(*inputs, director=director)[-1].shape == (images, 0, 16)
+
+
+def test_too_many_rows_with_a_director(monkeypatch):
+    inputs, director = with_director(3, 5, 8, 12, 4, 2, torch.float32)
+    monkeypatch.setattr(grouped_mlp, "MAX_ROWS", 3 * 5 * 2)
+    run(*inputs)
+    with pytest.raises(ValueError, match=r"x: expected at most 30 rows .* got 45"):
+        run(*inputs, director=director)
+
+
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+def test_weight_gradients_in_float32(path):
+    """Half precision is left before the sums are rounded: they are nearer to the exact ones than half can be."""
+    inputs, _ = with_director(4, 65, 16, 24, 3, 2, torch.float16)
+    half = run(*inputs, path=path)
+    full = check(*inputs, path=path, grad_dtype=torch.float32)
+    for a, b in zip(half[3:], full[3:], strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b.half()) and not torch.equal(a.float(), b)
+    assert all(torch.equal(a, b) for a, b in zip(half[:3], full[:3], strict=True))
+
+
+def test_cut_weight_gradients_in_float32(monkeypatch):
+    """Of experts whose sums are cut into chunks, too."""
+    inputs, _ = with_director(8, 64, 16, 24, 4, 1, torch.float16, indices=torch.zeros(8, 1, dtype=torch.int64))
+    for path in ("gather", "aligned"):
+        half, full = run(*inputs, path=path), check(*inputs, path=path, grad_dtype=torch.float32)
+        for a, b in zip(half[3:], full[3:], strict=True):
+            assert b.dtype == torch.float32 and torch.equal(a, b.half())
+    assert aligned.Cut(8, torch.empty(4, 24, 16), tiles()["weight_grad", "half", 90]).parts is not None
