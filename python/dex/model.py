@@ -182,9 +182,11 @@ class VisionTransformer(nn.Module):
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1).to(x.dtype), x], 1)
         auxes = []
         checkpointing = self.checkpointing and torch.is_grad_enabled()
+        # A block draws nothing else; a generator's state is then not touched, which is safe in a CUDA graph's capture.
+        options = {"use_reentrant": False, "preserve_rng_state": router_noise is None and bool(self.dex_layers)}
         for i, block in enumerate(self.blocks):
             arguments = (x, noise_std, None if router_noise is None else router_noise[i], return_aux)
-            x, aux = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
+            x, aux = checkpoint(block, *arguments, **options) if checkpointing else block(*arguments)
             if aux is not None:
                 auxes.append(aux)
         return self.norm(x), auxes
