@@ -193,7 +193,7 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
 
 def _describe(plan: "Plan") -> str:
     """The configuration as YAML, and what would run as comments below it."""
-    from dex import scaling
+    from dex import cuda_graph, scaling
     from dex.config import to_yaml
     from dex.distributed import announced
     from dex.estimate import describe, estimate
@@ -212,6 +212,8 @@ def _describe(plan: "Plan") -> str:
     work = scaling.workload(config, len(dataset.modalities), found)
     for ranks in sorted({1, 8, announced().world_size}):
         lines += scaling.describe(work, ranks)
+    if config.parallel.cuda_graph:
+        lines.append(f"parallel.cuda_graph: each step is the replay of one graph; {cuda_graph.STATUS}")
     lines += plan.notes
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")

@@ -122,6 +122,8 @@ class ParallelConfig:
     """Recompute the encoder's blocks in backward instead of keeping what they computed."""
     compile: bool = False
     """torch.compile the model."""
+    cuda_graph: bool = False
+    """Replay the step as one CUDA graph: on one GPU, with experts that need nothing of the host (backend triton)."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others before the run ends, naming the one that hangs."""
 

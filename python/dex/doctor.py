@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from dex import cuda_graph
+
 _NEEDED = ("safetensors", "PyYAML", "tyro", "rich", "matplotlib", "tensorboard", "pillow")
 _OPTIONAL = ("triton", "nibabel", "pydicom", "pylibjpeg")
 _DISK_BYTES = 64 * 2**20
@@ -83,6 +85,10 @@ def devices() -> Iterator[Check]:
         p = torch.cuda.get_device_properties(i)
         detail = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}"
         yield Check("devices", f"GPU {i}", "ok", detail)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = cuda_graph.why_not(device, world_size=1, backend=None, experts=True)
+    detail = f"parallel.cuda_graph, {cuda_graph.STATUS}: {reason or 'off unless asked for'}"
+    yield Check("devices", "CUDA graph", "note", detail)
 
 
 def backends() -> Iterator[Check]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dex import analysis, checkpoint, numbers
+from dex import analysis, checkpoint, cuda_graph, numbers
 from dex.config import Config, check, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.dataset import Dataset
@@ -119,6 +119,15 @@ def resolve_micro_batch(config: Config, world_size: int) -> int:
     return micro or part
 
 
+def check_cuda_graph(config: Config, device: torch.device, world_size: int) -> None:
+    """ValueError when ``parallel.cuda_graph`` is asked for and a step cannot be captured here."""
+    m = config.model
+    if config.parallel.cuda_graph and (
+        reason := cuda_graph.why_not(device, world_size, m.backend, any(per_layer(m.num_experts, m.depth)))
+    ):
+        raise ValueError(f"parallel.cuda_graph: {reason}")
+
+
 def resolve_precision(config: Config, device: torch.device) -> str:
     """``auto`` becomes bf16 where the device multiplies bf16 in hardware: elsewhere it is slower than fp32."""
     if config.run.precision != "auto":
@@ -149,6 +158,7 @@ class Trainer:
         if len(train) == 0:
             raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
         self.micro_batch = resolve_micro_batch(config, ranks.world_size)
+        check_cuda_graph(config, self.device, ranks.world_size)
         self.loader = Loader(
             train,
             config.data.batch_size,
@@ -211,6 +221,7 @@ class Trainer:
         self._window = self._new_window()
         self._slots = torch.zeros(sum(self.experts), dtype=torch.int64, device=self.device)
         self._unused: list[analysis.UnusedExperts] = [analysis.UnusedExperts((), ()) for _ in self.experts]
+        self._graph = self._new_graph()
 
     @property
     def epoch(self) -> float:
@@ -239,24 +250,28 @@ class Trainer:
             tensor.fill_(value)
         for flag, value in zip(self._flags, (self.stop_requested, unreadable is not None), strict=True):
             flag.fill_(value)
-        if self.device.type != "cuda":
-            self.optimizer.param_groups[0]["lr"] = values.lr
-        told, image_loss = self._compute(images, modality, mask_noise, router_noise)
+        group = self.optimizer.param_groups[0]
+        if group["lr"] is not self._schedule.lr:
+            group["lr"] = values.lr
+        # Here, so that a graph is captured without the gradients of the step before in memory.
+        self.optimizer.zero_grad(set_to_none=True)
+        inputs = (images, modality, mask_noise, *router_noise)
+        told, image_loss = self._graph(self._compute, *inputs) if self._graph else self._compute(*inputs)
         self._pending.append(self._send_verdict(batch.ids, told, image_loss))
         self.step += 1
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
 
     def _compute(
-        self, images: Tensor, modality: Tensor, mask_noise: Tensor, router_noise: list[Tensor]
+        self, images: Tensor, modality: Tensor, mask_noise: Tensor, *router_noise: Tensor
     ) -> tuple["_Told", Tensor]:
         """Forward, backward, verdict, GEMA, clip, AdamW and counts; what is told of the step, and every image's loss.
 
         Launches alone, the same at every step: what differs is read on the device, from the arguments, `_schedule` and
-        `_flags`. So a CUDA graph of it replays rightly with another batch and other values.
+        `_flags`; what lasts (weights, moments, `_window`, `_slots`) is changed in place. So a CUDA graph of it replays
+        rightly with another batch and other values.
         """
         config, values = self.config, self._schedule
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         forward = contextlib.nullcontext() if config.parallel.strategy == "fsdp" else self._local
         parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
         outs, totals = [], []
@@ -290,7 +305,7 @@ class Trainer:
     def close(self) -> None:
         """End the loader's workers and let go of what spread the model over ranks, before the ranks part."""
         self.loader.close()
-        self.net = self.model
+        self.net, self._graph = self.model, None
         # DistributedDataParallel is part of reference cycles. What is left of it when Python ends, after its process
         # group, aborts the process now and then.
         gc.collect()
@@ -302,7 +317,8 @@ class Trainer:
     def row(self) -> dict[str, Any]:
         """Means over the steps since the last row, this step's schedule, the experts' load; waits for the device."""
         window = {name: tensor.tolist() for name, tensor in self._window.items()}
-        self._window = self._new_window()
+        for tensor in self._window.values():
+            tensor.zero_()
         good = window["good"]
         values = schedule_at(self.config, self.step - 1, self.steps)
         counts = self._slots_by_layer()
@@ -396,6 +412,7 @@ class Trainer:
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from ``saved``, a checkpoint of this run; `dex.pretrain` refuses another run's."""
         checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
+        self._graph = self._new_graph()  # moments lie elsewhere now
         state = saved.state
         self.step = state["step"]
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
@@ -421,6 +438,11 @@ class Trainer:
             "modality_loss": zeros(kinds),
             "modality_images": zeros(kinds),
         }
+
+    def _new_graph(self) -> cuda_graph.StepGraph | None:
+        if not self.config.parallel.cuda_graph:
+            return None
+        return cuda_graph.StepGraph(self.device, [*self.model.parameters(), *self.model.buffers()])
 
     def _prepare_model(self) -> torch.nn.Module:
         parallel, model = self.config.parallel, self.model

@@ -16,7 +16,7 @@ from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
 from dex.data import CorruptDataError, Loader, open_dataset
 from dex.data.dataset import Dataset
 from dex.distributed import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
-from dex.engine import NonFinite, Trainer, resolve_device, resolve_micro_batch, resolve_precision
+from dex.engine import NonFinite, Trainer, check_cuda_graph, resolve_device, resolve_micro_batch, resolve_precision
 from dex.estimate import mfu
 from dex.runlog import Progress, RunLog, describe_machine, now
 from dex.schedules import total_steps
@@ -70,6 +70,7 @@ def _plan(config: Config, log: RunLog, resume: str | Path | None, ranks: Ranks, 
     resolve_micro_batch(config, ranks.world_size)
     batches = Loader(train, config.data.batch_size, seed=config.run.seed).batches_per_epoch
     device = resolve_device(config, ranks)
+    check_cuda_graph(config, device, ranks.world_size)
     precision, steps = resolve_precision(config, device), total_steps(config, batches)
     _refuse_other_run(log, saved, config, {"data": dataset.fingerprint, "steps": steps, "precision": precision})
     return Plan(config, log, dataset, device, precision, batches, steps, saved, notes)

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dex import checkpoint, cli, config, engine, pretrain
+from dex import checkpoint, cli, config, cuda_graph, engine, pretrain
 from dex.data import CorruptDataError
+
+CUDA_GRAPH = ("--parallel.cuda-graph",)
 
 
 @pytest.fixture
@@ -48,6 +50,12 @@ def test_dry_run_prints_what_would_run_and_writes_nothing(run, images, tmp_path)
     assert "training and" in out and "steps per epoch" in out and "# parameters: " in out
     assert "ct: 40" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_that_no_gpu_has_replayed_a_step(run, images, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "why_not", lambda *_: None)
+    told = [run("pretrain", "--preset", "demo", "--data", images, "--dry-run", *more)[1] for more in ((), CUDA_GRAPH)]
+    assert ["not yet run on a GPU" in out for out in told] == [False, True]
 
 
 def test_dry_run_counts_the_published_model(run, images):
@@ -98,6 +106,10 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--steps", "many"], "--steps"),
         (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
         (["pretrain", "--preset", "demo", "--run.device", "tpu"], "'tpu' for argument '--run.device'"),
+        (
+            ["pretrain", "--preset", "demo", "--run.device", "cpu", "--parallel.cuda-graph"],
+            "parallel.cuda_graph: expected a CUDA device; got cpu",
+        ),
         (["pretrain", "--preset", "demo", "--model.img-size", "100"], "model.img_size: expected a multiple of"),
         (["pretrain", "--preset", "demo", "--model.backend", "x"], "backend: expected one of"),
         (

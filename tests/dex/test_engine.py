@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 
@@ -297,6 +298,33 @@ def test_cuda_is_refused_by_name_where_there_is_none(tiny, change, monkeypatch):
     with pytest.raises(ValueError, match="run.device: expected a device that is there; got 'cuda'"):
         engine.resolve_device(change(tiny, run__device="cuda"))
     assert engine.resolve_device(change(tiny, run__device="auto")).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "device, ranks, fields, words",
+    [
+        ("cpu", 1, {}, "expected a CUDA device; got cpu"),
+        ("cuda", 2, {"model__backend": "triton"}, "expected one rank, .*; got 2"),
+        ("cuda", 1, {}, r"expected experts .* \(model.backend triton\); got those of plain torch"),
+        ("cuda", 1, {"model__backend": "reference"}, ".*got those of plain torch"),
+        ("cuda", 1, {"model__backend": "triton"}, None),
+        ("cuda", 1, {"model__num_experts": 0, "model__backend": "reference"}, None),
+    ],
+)
+def test_a_graph_is_refused_by_name_where_a_step_cannot_be_captured(
+    tiny, change, monkeypatch, device, ranks, fields, words
+):
+    monkeypatch.setattr("dexkernels.backends.why_not", lambda op, backend: None)
+    monkeypatch.setattr("dexkernels.backends.architecture", lambda device: "sm_00")
+    device, asked = torch.device(device), change(tiny, parallel__cuda_graph=True, **fields)
+    with pytest.raises(ValueError, match=f"parallel.cuda_graph: {words}") if words else contextlib.nullcontext():
+        engine.check_cuda_graph(asked, device, ranks)
+    engine.check_cuda_graph(change(asked, parallel__cuda_graph=False), device, ranks)
+
+
+def test_a_trainer_on_a_cpu_refuses_a_graph(trainer):
+    with pytest.raises(ValueError, match="parallel.cuda_graph: expected a CUDA device; got cpu"):
+        trainer(parallel__cuda_graph=True)
 
 
 @pytest.mark.skipif(

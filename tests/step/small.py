@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dex import config
+from dex.config import Config, from_dict
 from dex.data.dataset import Dataset
 from dex.engine import Trainer
 
@@ -29,8 +29,11 @@ class Noise(Dataset):
         return (np.arange(len(self)) % 4 == 3) == (name == "val")
 
 
-def trainer(device: str, backend: str | None, precision: str = "fp32", **parallel) -> Trainer:
-    model = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4, "backend": backend}
+def configuration(
+    device: str, backend: str | None, precision: str = "fp32", num_experts: int = 4, **parallel
+) -> Config:
+    model = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model |= {"num_experts": num_experts, "backend": backend}
     decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "norm_pix_loss": False}
     settings = {
         "model": model | decoder,
@@ -40,4 +43,9 @@ def trainer(device: str, backend: str | None, precision: str = "fp32", **paralle
         "run": {"device": device, "precision": precision, "evaluate_every": 0},
         "parallel": parallel,
     }
-    return Trainer(config.from_dict(settings, config.Config()), Noise())
+    return from_dict(settings, Config())
+
+
+def trainer(*arguments, **options) -> Trainer:
+    """Arguments as in `configuration`."""
+    return Trainer(configuration(*arguments, **options), Noise())

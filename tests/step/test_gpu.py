@@ -1,12 +1,17 @@
-"""On a GPU: a step never waits for it, and a CUDA graph of the step replays with other images and schedules."""
+"""On a GPU: a step never waits for it, and `parallel.cuda_graph` takes the same steps; test_graph.py needs no GPU."""
 
 import contextlib
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("yaml", reason="a training step is configured in YAML")
 
+from dex import checkpoint, cuda_graph  # noqa: E402
+from dex.data import Loader  # noqa: E402
+from dex.engine import Trainer  # noqa: E402
 from dexkernels import backends  # noqa: E402
 
 from .small import trainer  # noqa: E402
@@ -19,7 +24,7 @@ pytestmark = [
     ),
 ]
 
-WARM, STEPS = 3, 8
+WARM, STEPS = cuda_graph.WARM_STEPS, 9
 """Steps before a step is watched or captured, which compile kernels and allocate moments; steps of a run."""
 
 
@@ -64,60 +69,111 @@ def test_a_wait_is_found(monkeypatch):
         plain.train_step()
 
 
-def captured(t, moving: bool = True):
-    """`_compute` of a trainer as a CUDA graph: the first call captures it, each copies its arguments in and replays.
+def run(precision: str = "fp32", stop: int | None = None, evaluate: bool = False, **parallel):
+    """A trainer after `STEPS` steps, and the slots that its experts were given in each.
 
-    Not ``moving``: the schedule stays what it was at the first call, as if the graph had frozen it.
+    stop: a checkpoint's place; the steps after it are another trainer's. evaluate: look at held-out images and read a
+    row of metrics in between.
     """
-    eager, held = t._compute, {}
-
-    def compute(images, modality, mask_noise, router_noise):
-        given = [images, modality, mask_noise, *router_noise]
-        if not held:
-            mine = [tensor.clone() for tensor in given]
-            held["schedule"] = [value.clone() for value in t._schedule]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                held["out"] = eager(mine[0], mine[1], mine[2], mine[3:])
-            held["graph"], held["mine"] = graph, mine
-        for tensor, new in zip(held["mine"], given, strict=True):
-            tensor.copy_(new)
-        if not moving:
-            for value, first in zip(t._schedule, held["schedule"], strict=True):
-                value.copy_(first)
-        held["graph"].replay()
-        return held["out"]
-
-    return compute
-
-
-def run(wrap, precision: str):
-    """Weights, buffers and moments after `STEPS` steps, of which all but the first ones go through ``wrap``."""
-    t = trainer("cuda", "triton", precision)
-    choices = []
+    torch._dynamo.reset()
+    t, slots = trainer("cuda", "triton", precision, **parallel), []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for step in range(STEPS):
-            if step == WARM:
-                torch.cuda.synchronize()
-                t._compute = wrap(t)
+            if step == stop:
+                t = resumed(t, precision, **parallel)
+            before = t._slots.clone()
             t.train_step()
-            choices.append(t._slots.clone())
+            slots.append(t._slots - before)
+            if evaluate and step in (WARM, STEPS - 2):
+                t.evaluate()
+                t.row()
     assert t.flush() == [] and t.nonfinite_in_a_row == 0
-    return {name: tensor.double() for name, tensor in t.tensors().items()}, torch.stack(choices).diff(dim=0)
+    return t, torch.stack(slots)
+
+
+def resumed(t, precision, **parallel):
+    t.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        saver = checkpoint.Saver(Path(folder), 1)
+        saver.save(t.step, t.tensors(), t.state())
+        saver.wait()
+        again = trainer("cuda", "triton", precision, **parallel)
+        again.loader = Loader(again.loader.dataset, 8, seed=0, start_batch=t.step)
+        again.restore(checkpoint.load(Path(folder) / f"step-{t.step:08d}"))
+    t.close()
+    return again
 
 
 def distance(got, want) -> float:
-    """Largest relative error of a tensor."""
+    """Largest relative error of a tensor among weights, buffers and moments."""
+    got, want = ({name: tensor.double() for name, tensor in t.tensors().items()} for t in (got, want))
     assert got.keys() == want.keys()
     return max(float((got[k] - want[k]).norm() / want[k].norm().clamp(min=1e-6)) for k in want)
 
 
-@pytest.mark.parametrize("precision, near", [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_a_captured_step_replays_with_other_images_and_schedules(precision, near):
-    """Eager and replayed runs agree, although later steps route elsewhere; a graph that froze its schedule does not."""
-    eager, choices = run(lambda t: t._compute, precision)
-    assert len(choices[WARM:].unique(dim=0)) > 1, "the steps were to route differently"
-    replayed, again = run(captured, precision)
-    assert torch.equal(choices, again) and distance(replayed, eager) < near
-    frozen, _ = run(lambda t: captured(t, moving=False), precision)
-    assert distance(frozen, eager) > 3 * near
+NEAR = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@pytest.mark.parametrize(
+    "precision, parallel",
+    [
+        ("fp32", {}),
+        ("bf16", {}),
+        ("fp32", {"micro_batch": 4}),
+        ("fp32", {"checkpointing": True}),
+        ("bf16", {"compile": True}),
+        ("bf16", {"compile": True, "checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_a_replayed_run_is_the_eager_one(precision, parallel):
+    """Later steps route elsewhere, with other schedules; held-out images are seen and rows read in between."""
+    eager, slots = run(precision, evaluate=True, **parallel)
+    assert len(slots[WARM:].unique(dim=0)) > 1, "the steps were to route differently"
+    replayed, again = run(precision, evaluate=True, cuda_graph=True, **parallel)
+    assert replayed._graph._graph is not None
+    assert torch.equal(slots, again) and distance(replayed, eager) < NEAR[precision]
+    one, other = eager.row(), replayed.row()
+    assert other["skipped"] == 0 and other["loss"] == pytest.approx(one["loss"], rel=NEAR[precision])
+
+
+@pytest.mark.parametrize("stop", [2, WARM + 2])
+def test_a_resumed_replayed_run_is_the_unbroken_one(stop):
+    unbroken, slots = run(cuda_graph=True)
+    again, others = run(cuda_graph=True, stop=stop)
+    assert torch.equal(slots, others) and distance(again, unbroken) < NEAR["fp32"]
+
+
+@pytest.mark.parametrize("precision", NEAR)
+def test_a_graph_that_froze_its_schedule_is_found(precision, monkeypatch):
+    eager, _ = run(precision)
+    real = Trainer._compute
+
+    def compute(self, *inputs):
+        moving, group = self._schedule, self.optimizer.param_groups[0]
+        if not torch.cuda.is_current_stream_capturing():
+            self.still = type(moving)(*(value.clone() for value in moving))
+        self._schedule, group["lr"] = self.still, self.still.lr
+        try:
+            return real(self, *inputs)
+        finally:
+            self._schedule, group["lr"] = moving, moving.lr
+
+    monkeypatch.setattr(Trainer, "_compute", compute)
+    frozen, _ = run(precision, cuda_graph=True)
+    assert distance(frozen, eager) > 3 * NEAR[precision]
+
+
+def test_no_replay_waits():
+    t = trainer("cuda", "triton", cuda_graph=True)
+    for _ in range(WARM + 1):
+        t.train_step()
+    with waits_are_errors():
+        for _ in range(WARM + 1, STEPS):
+            t.train_step()
+    assert t.flush() == [] and t.row()["skipped"] == 0
+
+
+def test_experts_that_read_on_the_host_are_refused():
+    with pytest.raises(ValueError, match="parallel.cuda_graph: expected experts that need nothing of the host"):
+        trainer("cuda", "reference", cuda_graph=True)
