@@ -205,7 +205,7 @@ class Trainer:
         self.data_wait = 0.0
         """Seconds spent waiting for the loader since it was last set to 0."""
         self._local = Stopwatch(self.device)
-        """Runs while the device needs no other rank: augmentation and, but for fsdp, forward."""
+        """Runs while the device needs no other rank: augmentation and, but for fsdp and replays, forward."""
         self.stop_requested = False
         """Set before a step: this rank was told to stop."""
         self.stopping = False
