@@ -234,10 +234,14 @@ def through_gelu(
     if HALVES:
         HALF: tl.constexpr = COLS // 2
         low, high = tl.split(tl.permute(tl.reshape(da, (ROWS, 2, HALF)), (0, 2, 1)))
-        h = first + tl.arange(0, HALF)
-        dg = gelu_columns(low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
-        h += HALF
-        dg += gelu_columns(high, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+        dg = tl.zeros((ROWS,), tl.float32)
+        # A loop: without it the compiler puts off the sums of the first half, whose blocks then stay in registers.
+        for half in range(0, 2):
+            h = first + half * HALF + tl.arange(0, HALF)
+            dg += gelu_columns(
+                low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS
+            )  # fmt: skip
+            low = high
     else:
         h = first + tl.arange(0, COLS)
         dg = gelu_columns(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)

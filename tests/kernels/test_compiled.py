@@ -29,9 +29,8 @@ BESIDE_BLOCKS = ("invert_slots_kernel", "order_images_kernel", "pack_rows_kernel
 
 PRODUCTS = GATHERED + BLOCKS
 
-STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 32 if triton.__version__.startswith("3.6.") else 128}
-"""Bytes of local memory a thread, outside the loops: one of the products needs some, with Triton 3.9 more than the 64
-that the other kernels may have. It has not been timed with either."""
+STACK = dict.fromkeys(PRODUCTS, 0) | {"hidden_grad_blocks_kernel": 64}
+"""Bytes of local memory a thread, outside the loops; kernels that are no products may have 64."""
 
 KERNELS = {
     *GATHERED,
