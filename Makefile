@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/installed
+# The newest Triton lies beside the environment's own, which the interpreter needs; the kernels are compiled with both.
+NEWEST_TRITON := $(VENV)/triton-3.9.0
 
 .PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
 
@@ -13,10 +15,11 @@ pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained
 test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
 	$(VENV)/bin/python -m pytest tests benchmarks --tiny
 
-test-more: $(INSTALLED)  ## what needs more packages: hosts of the drop-in, Triton's interpreter, wheel and sdist
+test-more: $(INSTALLED) $(NEWEST_TRITON)  ## what needs more packages: hosts of the drop-in, two Tritons, wheel and sdist
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
 	$(VENV)/bin/python -m pytest tests/dropin
 	$(VENV)/bin/python -m pytest tests/kernels
+	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
 	scripts/check_build.sh
 
 check: $(INSTALLED)  ## static checks
@@ -40,6 +43,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
+
+$(NEWEST_TRITON): | $(INSTALLED)
+	$(VENV)/bin/pip install $(PIP_ARGS) --no-deps --target $@ triton==3.9.0
 
 fuzz: $(INSTALLED)  ## hostile and broken files in full, a sample of which `make test` runs
 	DEX_FUZZ=full $(VENV)/bin/python -m pytest tests/hostile -s

@@ -51,6 +51,13 @@ SMALL_ALONE = ("test_one_launch",)
 POISON = {torch.int32: -(2**30), torch.int64: -(2**60), torch.bool: True}
 
 
+def pytest_report_header():
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        return f"triton: {triton.__version__}"
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent != Path(__file__).parent:
