@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import aligned_kernels, to_images_kernels, weight_grad_kernels
+from . import aligned_kernels, to_images_kernels, to_slots_kernels, weight_grad_kernels
 from .chunks import Cut
 from .common import Tile, architecture, experts_block, max_tiles, precision
 
@@ -21,12 +21,13 @@ TILES = {
     ("to_images", "half", 90): Tile(64, 256, 64, 4, 4),
     ("to_images_even", "half", 90): Tile(128, 256, 64, 8, 4),
     ("to_images_pairs", "half", 90): Tile(128, 256, 64, 8, 4),
+    ("to_slots_blocks", "half", 90): Tile(128, 256, 64, 8, 4),
     ("hidden_grad_blocks", "half", 90): Tile(128, 256, 64, 8, 4, halves=True),
     ("weight_grad_blocks", "half", 90): Tile(128, 256, 32, 8, 5),
 }
 """(kernel, precision, architecture) -> tile. ``to_images_even``: where an image's blocks are even in number;
-``to_images_pairs``: see `in_pairs`; fc1_blocks, hidden_grad_blocks and to_images_pairs are two blocks high. The depth
-of weight_grad_blocks is that of its gathered rows, its blocks are 64 deep; it counts more stages than it has buffers:
+``to_images_pairs``: see `in_pairs`; all but to_images and weight_grad_blocks are two blocks high. The depth of
+weight_grad_blocks is that of its gathered rows, its blocks are 64 deep; it counts more stages than it has buffers:
 the loads of slot numbers take stages of their own."""
 
 GROUP = 8
@@ -230,6 +231,46 @@ def to_images(
         num_stages=tile.stages,
     )
     return by_slot
+
+
+def to_slots(
+    rows_in, weight, transposed, slot_order, group_offsets, gates, bias, out, director_out, blocks, tiles
+) -> None:
+    """``out [S, N, W]``, slots in their own order, from ``rows_in [S, N, depth]``, see `to_slots_blocks_kernel`.
+
+    weight: ``[E, depth, W]``, transposed ``[E, W, depth]``. director_out: see `to_images`.
+    """
+    N, depth = rows_in.shape[1:]
+    S, E, W = slot_order.shape[0], group_offsets.shape[0] - 1, out.shape[-1]
+    images = rows_in.shape[0] - S
+    tile = tiles["to_slots_blocks", precision(out.dtype), 90]
+    num_tiles = max_tiles(S * blocks, E, 2) + max_tiles(S * (N - blocks * BLOCK), E, 2 * BLOCK)
+    num_tiles += triton.cdiv(images * N, 2 * BLOCK)
+    box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
+    to_slots_kernels.to_slots_blocks_kernel[(num_tiles * triton.cdiv(W, tile.cols),)](
+        _box(rows_in.view(-1, depth), tile.rows, tile.depth),
+        slot_order,
+        group_offsets,
+        gates,
+        _box(weight, 1, *box),
+        bias,
+        out,
+        director_out,
+        E,
+        S,
+        images,
+        blocks,
+        N - blocks * BLOCK,
+        depth,
+        W,
+        transposed,
+        experts_block(E),
+        tile.cols,
+        tile.depth,
+        GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def weight_grad(left, right, gathered, rest, slot_order, group_offsets, out, blocks, top_k, tiles) -> None:

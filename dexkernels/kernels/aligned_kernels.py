@@ -64,6 +64,21 @@ def find_rows(offsets, tile, num_experts, blocks, rest, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def find_rows_or_director(offsets, tile, num_experts, images, blocks, rest, EXPERTS: tl.constexpr):
+    """``(expert, packed, of_director, first, end)``: `find_rows`, but the first tiles are the director's.
+
+    It is expert number num_experts, and its rows are counted among the ``images * N`` of its own; no images: none.
+    """
+    rows = images * (blocks * BLOCK + rest)
+    director_tiles = tl.cdiv(rows, 2 * BLOCK)
+    expert, packed, first, end = find_rows(offsets, tile - director_tiles, num_experts, blocks, rest, EXPERTS)
+    of_director = tile < director_tiles
+    expert = tl.where(of_director, num_experts, expert)
+    first = tl.where(of_director, tile * (2 * BLOCK), first)
+    return expert, packed, of_director, first, tl.where(of_director, rows, end)
+
+
+@triton.jit
 def expert_block(weight, expert, depth, col, TRANSPOSED: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
     """``[DEPTH, COLS]`` of ``weight [E, depth, cols]``, or TRANSPOSED of ``[E, cols, depth]``."""
     if TRANSPOSED:
@@ -212,17 +227,12 @@ def fc1_blocks_kernel(
     x: descriptor of ``[B*N, D]``, box ``[64, DEPTH]``; packed_x: of ``[S*r, D]``, or None.
     weight: of ``[E, H, D]``, box ``[1, COLS, DEPTH]``.
     Two blocks that follow one another, of one image or two, share the blocks of an expert's weights.
-    With a director, expert number num_experts, its rows ``[B*N, H]`` are behind those of a, gelu(z) without a gate; its
-    tiles come first. director_images: B, or 0 without one.
+    With a director its rows ``[B*N, H]``, gelu(z) without a gate, are behind those of a. director_images: B, or 0.
     """
     tile, col = cut_in_groups(tl.program_id(0), tl.cdiv(hidden, COLS), GROUP)
-    tokens = blocks * BLOCK + first_token
-    director_tiles = tl.cdiv(director_images * tokens, 2 * BLOCK)
-    of_director = tile < director_tiles
-    expert, packed, row, end = find_rows(offsets, tile - director_tiles, num_experts, blocks, first_token, EXPERTS)
-    expert = tl.where(of_director, num_experts, expert)
-    row = tl.where(of_director, tile * (2 * BLOCK), row)
-    end = tl.where(of_director, director_images * tokens, end)
+    expert, packed, of_director, row, end = find_rows_or_director(
+        offsets, tile, num_experts, director_images, blocks, first_token, EXPERTS
+    )
     if row >= end:
         return
     h0 = col * COLS
@@ -231,6 +241,7 @@ def fc1_blocks_kernel(
         True, COLS, DEPTH,
     )  # fmt: skip
     bias += expert.to(tl.int64) * hidden
+    tokens = blocks * BLOCK + first_token
     start = tl.where(packed, num_slots * blocks * BLOCK, tl.where(of_director, num_slots * tokens, 0))
     of_slot = tl.where(packed, first_token, blocks * BLOCK)
     store_activations(

@@ -144,9 +144,7 @@ def grouped_mlp_forward(
                 _combine(by_slot, None, out[:, :rest])
         else:
             aligned.fc1(x, *order, None, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
-            _to_tokens(a[:S], *order, fc2_weight.mT, fc2_bias, gates, out, blocks, tiles)
-            if images:
-                torch.addmm(fc2_bias[-1], a[S:].view(-1, H), fc2_weight[-1].mT, out=director_out.view(-1, D))
+            _through_slots_of_blocks(a, fc2_weight, True, *order, gates, fc2_bias, out, to_director, blocks, tiles)
     return out, z, director_out
 
 
@@ -301,8 +299,10 @@ def grouped_mlp_backward(
             by_slot = aligned.to_images(dz, fc1_weight, False, *order, None, None, dx, None, blocks, K, tiles)
             if rest:
                 _combine(by_slot, None, dx[:, :rest])
+        elif need_x and blocks:
+            _through_slots_of_blocks(dz, fc1_weight, False, *order, None, None, dx, None, blocks, tiles)
         elif need_x:
-            _to_tokens(dz, *order, fc1_weight, None, None, dx, blocks, tiles)
+            _through_slots(dz, *order, fc1_weight, None, None, dx, None, tiles)
     return dx, dgates, *dweights
 
 
@@ -379,13 +379,18 @@ def _fc1(x, slot_order, group_offsets, weight, bias, z, a, top_k, tiles) -> None
     )
 
 
-def _to_tokens(rows_in, slot_order, group_offsets, weight, bias, gates, out, blocks, tiles) -> None:
-    """`_through_slots` of the blocks, and of the first tokens of an image, which lie apart."""
-    rest = out.shape[1] - blocks * aligned.BLOCK
-    of_blocks, of_rest = _split(rows_in, blocks)
-    for part, to in ((of_blocks.view(rows_in.shape[0], -1, rows_in.shape[2]), out[:, rest:]), (of_rest, out[:, :rest])):
-        if part.numel():
-            _through_slots(part, slot_order, group_offsets, weight, bias, gates, to, None, tiles)
+def _through_slots_of_blocks(
+    rows_in, weight, transposed, slot_order, group_offsets, gates, bias, out, director_out, blocks, tiles
+) -> None:
+    """`_through_slots` on the aligned path, see `aligned.to_slots`."""
+    B, K = out.shape[0], slot_order.shape[0] // out.shape[0]
+    inputs, others = (rows_in, weight, transposed, slot_order, group_offsets), (director_out, blocks, tiles)
+    if K == 1:  # A slot is an image: nothing is to be combined.
+        aligned.to_slots(*inputs, gates, bias, out, *others)
+        return
+    by_slot = out.new_empty((B, K, *out.shape[1:]))
+    aligned.to_slots(*inputs, None, bias, by_slot, *others)
+    _combine(by_slot, gates, out)
 
 
 def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out, director_out, tiles) -> None:

@@ -221,9 +221,10 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
 def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     """Bytes that one rank reads and writes in a step beside its matrix products; they grow with E, operations do not.
 
-    casts: bf16 copies of all weights, in every micro-batch; of ddp those of all experts and directors once. gradients: written by backward, zeros of
-    unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every
-    expert read, every director read and written. copies: fsdp copies what it gathered, and gradients, into place.
+    casts: bf16 copies of all weights in every micro-batch; with ddp those of experts and directors once. gradients:
+    written by backward, zeros of unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per
+    trained number. gema: every expert read, every director read and written. copies: fsdp copies what it gathered, and
+    gradients, into place.
 
     ValueError with ``parallel.checkpointing``: the casts of recomputation are not counted.
     """

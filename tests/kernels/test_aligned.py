@@ -35,6 +35,7 @@ def tiles(cols=32, depth=16, height=16):
             ("to_images", 64),
             ("to_images_even", 128),
             ("to_images_pairs", 128),
+            ("to_slots_blocks", 128),
             ("hidden_grad_blocks", 128),
         ):
             found[name, kind, 90] = Tile(rows, cols, depth, 4, 2, halves=cols > 16)

@@ -19,6 +19,7 @@ BLOCKS = (
     "fc1_blocks_kernel",
     "to_images_kernel",
     "pairs_to_images_kernel",
+    "to_slots_blocks_kernel",
     "hidden_grad_blocks_kernel",
     "weight_grad_blocks_kernel",
 )
@@ -82,7 +83,7 @@ def test_products_spill_nothing_and_the_rest_little(compiled):
 
 def test_half_precision_uses_tensor_cores(compiled):
     for r in (r for r in compiled if r["kernel"] in PRODUCTS and r["dtype"] != "fp32"):
-        wide = r["kernel"] in ("to_images_kernel", "weight_grad_blocks_kernel")
+        wide = r["kernel"] in ("to_images_kernel", "to_slots_blocks_kernel", "weight_grad_blocks_kernel")
         assert r["wgmma"] == ["m64n256k16" if wide else "m64n128k16"] if r["arch"] == 90 else r["mma"] > 0, r
 
 

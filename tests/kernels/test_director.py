@@ -32,6 +32,7 @@ CASES = [
     ("aligned", 8, 65, 16, 24, 2, 1, torch.float16),  # in pairs
     ("aligned", 2, 130, 16, 40, 3, 3, torch.float16),  # an even number of blocks
     ("aligned", 2, 70, 16, 24, 20, 2, torch.float16),  # results by slot
+    ("aligned", 3, 64, 16, 24, 20, 1, torch.float16),  # of which one is the image's
     ("aligned", 1, 67, 8, 8, 1, 1, torch.float16),
 ]
 
@@ -55,10 +56,10 @@ def test_strided_inputs(path):
     check(*inputs, path=path, director=director, layout=embed)
 
 
-@pytest.mark.parametrize("path", ["gather", "aligned"])
+@pytest.mark.parametrize("path, E, K", [("gather", 3, 2), ("aligned", 3, 2), ("aligned", 20, 2), ("aligned", 20, 1)])
 @pytest.mark.parametrize("N", [64, 67])
-def test_a_nan_of_the_one_does_not_reach_the_other(path, N):
-    inputs, director = with_director(3, N, 16, 24, 3, 2, torch.float16)
+def test_a_nan_of_the_one_does_not_reach_the_other(path, E, K, N):
+    inputs, director = with_director(3, N, 16, 24, E, K, torch.float16)
     clean = run(*inputs, path=path, director=director)
     poisoned = [torch.full_like(d, torch.nan) for d in director]
     got = run(*inputs, path=path, director=poisoned)
@@ -85,13 +86,13 @@ def test_nothing_is_saved_of_it(path):
             assert t.untyped_storage().nbytes() < t.nbytes + 9000, "a view would keep what it was cut from"
 
 
-@pytest.mark.parametrize("path", ["gather", "aligned"])
-def test_it_comes_in_the_same_launches(path, monkeypatch):
+@pytest.mark.parametrize("path, E", [("gather", 4), ("aligned", 4), ("aligned", 20)])
+def test_it_comes_in_the_same_launches(path, E, monkeypatch):
     launched = []
     kind = type(grouped_mlp.fc1_kernel)
     real = kind.run
     monkeypatch.setattr(kind, "run", lambda self, *a, **k: launched.append(self.__name__) or real(self, *a, **k))
-    inputs, director = with_director(3, 65, 16, 24, 4, 2, torch.float16)
+    inputs, director = with_director(3, 65, 16, 24, E, 2, torch.float16)
     run(*inputs, path=path)
     without, launched[:] = list(launched), []
     run(*inputs, path=path, director=director)
