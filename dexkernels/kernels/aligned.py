@@ -248,7 +248,7 @@ def to_slots(
     num_tiles += triton.cdiv(images * N, 2 * BLOCK)
     box = (tile.cols, tile.depth) if transposed else (tile.depth, tile.cols)
     to_slots_kernels.to_slots_blocks_kernel[(num_tiles * triton.cdiv(W, tile.cols),)](
-        _box(rows_in.view(-1, depth), tile.rows, tile.depth),
+        _box(rows_in.view(-1, depth), 2 * BLOCK, tile.depth),
         slot_order,
         group_offsets,
         gates,

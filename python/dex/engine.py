@@ -27,6 +27,7 @@ from dex.evaluation import Evaluation, Evaluator, autocast
 from dex.model import MAEOutput, MaskedAutoencoder
 from dex.schedules import Schedule, schedule_at, step_seed, total_steps
 from dex.stopwatch import Stopwatch
+from dexkernels import hold_weights
 
 _INIT = -1
 """The 'step' whose seed draws the initial weights."""
@@ -275,19 +276,22 @@ class Trainer:
         forward = contextlib.nullcontext() if config.parallel.strategy == "fsdp" else self._local
         parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
         outs, totals = [], []
-        for part in parts:
-            with self._gradients(last=part is parts[-1]):
-                with forward, autocast(self.device, self.precision):
-                    out = self.net(
-                        images[part],
-                        mask_ratio=config.model.mask_ratio,
-                        noise_std=values.noise_std,
-                        mask_noise=mask_noise[part],
-                        router_noise=[noise[part] for noise in router_noise] or None,
-                    )
-                total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
-                (total / len(parts)).backward()
-            outs.append(out), totals.append(total.detach())
+        # Checkpointing and fsdp let go of weights and copies between forward and backward.
+        hold = len(parts) > 1 and config.parallel.strategy == "ddp" and not config.parallel.checkpointing
+        with hold_weights(self.model) if hold else contextlib.nullcontext():
+            for part in parts:
+                with self._gradients(last=part is parts[-1]):
+                    with forward, autocast(self.device, self.precision):
+                        out = self.net(
+                            images[part],
+                            mask_ratio=config.model.mask_ratio,
+                            noise_std=values.noise_std,
+                            mask_noise=mask_noise[part],
+                            router_noise=[noise[part] for noise in router_noise] or None,
+                        )
+                    total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
+                    (total / len(parts)).backward()
+                outs.append(out), totals.append(total.detach())
         out = _merge(outs)
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

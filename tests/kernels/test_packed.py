@@ -55,7 +55,7 @@ def test_rows_are_packed_in_slot_order(monkeypatch, layouts):
     order, _ = sort(indices, 3)
     for t in (x, layouts["rows"](x)):
         packed = aligned.pack_rest(t, order, 1, 2)
-        assert torch.equal(packed, torch.cat([x[slot // 2, :3] for slot in order.tolist()])[None])
+        assert torch.equal(packed, torch.cat([x[slot // 2, :3] for slot in order.tolist()]))
     assert aligned.pack_rest(x[:, :64], order, 1, 2) is None
 
 
