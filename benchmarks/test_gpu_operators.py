@@ -82,11 +82,11 @@ def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters:
         to = (lambda t: t.to(real)) if real else (lambda t: t)
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (to(w.to(dtype)) for w in weights)
         x, gates = to(xs[i % SETS]), to(routing.gates)
-        out, z = launcher.forward(x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, train)
+        out, z, _ = launcher.forward(x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, train)
         if not train:
             return [out]
-        grads = launcher.backward(to(grad_out), x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z)
-        return [out, *grads]
+        saved = x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z
+        return [out, *launcher.backward(to(grad_out), *saved, grad_dtype=real or masters)]
 
     def peer(f: Callable, i: int) -> list[Tensor]:
         cast = [w.to(dtype).detach().requires_grad_(train) for w in weights]
@@ -177,6 +177,54 @@ def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
         {"dense products": case.dense, "gather path": functools.partial(case.run, by_rows)},
         flops=case.flops,
         num_bytes=case.num_bytes,
+    )
+
+
+@pytest.mark.parametrize("shape_name", ["ViT-B", "ViT-B, N 257", "ViT-B, E 64"], indirect=True)
+@pytest.mark.parametrize("path", ["gather", "aligned"])
+@torch.no_grad()
+def test_director_in_the_same_launches(timer, shape, tiny, measure, path):
+    """The forward of training with the director as one more expert, against the same and the director by itself.
+
+    In bf16; in fp16 in the interpreter. Under a name that is no operator's: it decides no default.
+    """
+    dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
+    if "triton" not in able("grouped_mlp", timer, dtype):
+        pytest.skip(backends.why_not("grouped_mlp", "triton"))
+    from dexkernels.kernels import aligned
+
+    if path == "aligned" and not aligned.has_tma(timer.device):
+        pytest.skip("the aligned path needs compute capability 9 to 11")
+    shape = shape | ({"N": 65} if tiny else {})
+    B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
+    stacked = weights_of(timer, shape | {"E": E + 1}, dtype)
+    routing = routing_of(timer, shape, 5)
+    xs = [draw(timer, B, N, D, dtype=dtype, seed=10 + i) for i in range(SETS)]
+
+    def run(launcher, i: int, real: torch.dtype | None = None, apart: bool = False) -> list[Tensor]:
+        x, gates, *weights = (t.to(real or t.dtype) for t in (xs[i % SETS], routing.gates, *stacked))
+        experts = [w[:E] for w in weights] if apart else weights
+        out, z, director_out = launcher.forward(x, gates, routing.slot_order, routing.group_offsets, *experts, True)
+        return [out, reference.mlp(x, *(w[E] for w in weights)) if apart else director_out]
+
+    plain = backends.LAUNCHERS["grouped_mlp", "reference"]
+    triton = backends.LAUNCHERS["grouped_mlp", "triton"]
+    triton = backends.Launcher(functools.partial(triton.forward, path=path), triton.backward)
+    rows, hidden = (draw(timer, B * (K + 1) * N, n, dtype=dtype, seed=30) for n in (D, H))
+    w1, w2 = stacked[0][0], stacked[2][0]
+
+    def dense(i: int) -> None:
+        torch.mm(rows, w1.t()), torch.mm(hidden, w2.t())
+
+    measure(
+        f"grouped_mlp forward with its director, {path}",
+        shape,
+        dtype,
+        {"reference": functools.partial(run, plain), "triton": functools.partial(run, triton)},
+        run(plain, 0, torch.float64),
+        {"director apart": functools.partial(run, triton, apart=True), "dense products": dense},
+        flops=4 * B * (K + 1) * N * D * H,
+        num_bytes=dtype.itemsize * (3 * B * N * D + B * K * N * H + (E + 1) * 2 * D * H),
     )
 
 

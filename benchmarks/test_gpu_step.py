@@ -184,11 +184,11 @@ def test_training_step(timer, tiny, measure, size):
     # With momentum 1, rate 0 and no decay every step, and so the check, sees the same weights; the work is the same.
     momentum, rate = torch.ones((), device=timer.device), torch.zeros((), device=timer.device)
 
-    def forward(model: nn.Module, i: int, count: int, real: torch.dtype = torch.float32):
+    def forward(model: nn.Module, image: Tensor, count: int, real: torch.dtype = torch.float32):
         enabled = real != torch.float64
         noise = [n[:count] for n in router_noise] if model.encoder.dex_layers else None
         with torch.autocast(timer.device.type, dtype, enabled=enabled):
-            return model(images[i % SETS][:count].to(real), m.mask_ratio, noise_std, mask_noise[:count], noise)
+            return model(image[:count].to(real), m.mask_ratio, noise_std, mask_noise[:count], noise)
 
     def with_optimizer(model: nn.Module):
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -197,12 +197,12 @@ def test_training_step(timer, tiny, measure, size):
             optimizer.param_groups[0]["lr"] = rate
         return parameters, optimizer
 
-    def step(model: nn.Module, optimizer: tuple, i: int, backend: str | None = None) -> None:
+    def step(model: nn.Module, optimizer: tuple, image: Tensor, backend: str | None = None) -> None:
         for layer in model.encoder.dex_layers:
             layer.backend = backend
         parameters, adamw = optimizer
         adamw.zero_grad(set_to_none=True)
-        out = forward(model, i, images_a_step)
+        out = forward(model, image, images_a_step)
         (out.loss + 0.01 * out.align_loss + 0.01 * out.balance_loss).backward()
         model.update_directors(out.gate_mass, momentum)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,20 +212,32 @@ def test_training_step(timer, tiny, measure, size):
         for layer in model.encoder.dex_layers:
             layer.backend = backend
         with torch.no_grad():
-            out = forward(model, i, few, real)
+            out = forward(model, images[i % SETS], few, real)
         return [out.loss, out.align_loss]
 
     model, dense = (build_model(c).to(timer.device).train() for c in (config, dense_config))
     exact = losses(copy.deepcopy(model).double(), 0, "reference", torch.float64)
     mine, theirs = with_optimizer(model), with_optimizer(dense)
     able_here = able("grouped_mlp", timer, dtype)
+    others = {"dense control": lambda i: step(dense, theirs, images[i % SETS])}
+    if timer.on_gpu and "triton" in able_here:
+        from dex.cuda_graph import StepGraph
+
+        # Of a model of its own: what a graph holds belongs to its weights.
+        captured = copy.deepcopy(model)
+        its, graph = with_optimizer(captured), StepGraph(timer.device, list(captured.parameters()))
+
+        def compute(image: Tensor) -> None:
+            step(captured, its, image, "triton")
+
+        others["the step as a CUDA graph"] = lambda i: graph(compute, images[i % SETS])
     measure(
         f"training step of {size}",
         {"B": images_a_step, "N": 1 + int(patches * (1 - m.mask_ratio)), "E": m.num_experts, "K": m.top_k},
         dtype,
-        {b: functools.partial(step, model, mine, backend=b) for b in able_here},
+        {b: lambda i, b=b: step(model, mine, images[i % SETS], b) for b in able_here},
         exact,
-        {"dense control": functools.partial(step, dense, theirs)},
+        others,
         flops=images_a_step * sum(training_flops(config).values()),
         check={b: functools.partial(losses, model, backend=b) for b in able_here},
     )

@@ -209,7 +209,7 @@ class Bench:
         x, grad = self.xs[i % SETS].to(real or self.dtype), self.grad.to(real or self.dtype)
         r = self.routing
         routed = r.gates.to(real or r.gates.dtype), r.slot_order, r.group_offsets
-        out, z = launcher.forward(x, *routed, w1, b1, w2, b2, True, **options)
+        out, z, _ = launcher.forward(x, *routed, w1, b1, w2, b2, True, **options)
         return [out, *launcher.backward(grad, x, *routed, w1, w2, b2, z, **options)]
 
     def run(self, tiles: dict[Key, Tile], path: str, i: int = 0) -> list[torch.Tensor]:

@@ -55,8 +55,8 @@ PATH = {(80, "half"): "gather", (80, "float"): "gather", (90, "half"): "gather",
 and until they are measured on a GPU it must be asked for."""
 
 ONE_SUM = 16
-"""Experts up to which the K results of an image are one sum in `aligned.to_images`; with more, images that run beside
-one another share few experts, and results by slot reuse the weights better. By reckoning, not measured."""
+"""Experts up to which the K > 1 results of an image are one sum in `aligned.to_images`; with more, images that run
+beside one another share few experts, and results by slot reuse the weights better. By reckoning, not measured."""
 
 GROUP = 8
 """Row tiles that walk the columns together, see `cut_in_groups`."""
@@ -134,7 +134,7 @@ def grouped_mlp_forward(
         if not blocks:
             _fc1(x, *order, fc1_weight, fc1_bias, to_z, a, K, tiles)
             _through_slots(a, *order, fc2_weight.mT, fc2_bias, gates, out, to_director, tiles)
-        elif E <= ONE_SUM:
+        elif 1 < K and E <= ONE_SUM:
             # In one sum the gates are in a; by slot they are what combines the results.
             aligned.fc1(x, *order, gates, fc1_weight, fc1_bias, to_z, a, blocks, K, tiles)
             by_slot = aligned.to_images(
@@ -295,7 +295,7 @@ def grouped_mlp_backward(
             else:
                 _weight_grad(grad_out, gated, grad_out, *order, dfc2, K, tiles)
                 _weight_grad(dz, x, x, *order, dfc1, K, tiles)
-        if need_x and blocks and E <= ONE_SUM:
+        if need_x and blocks and 1 < K and E <= ONE_SUM:
             by_slot = aligned.to_images(dz, fc1_weight, False, *order, None, None, dx, None, blocks, K, tiles)
             if rest:
                 _combine(by_slot, None, dx[:, :rest])
@@ -385,7 +385,7 @@ def _through_slots_of_blocks(
     """`_through_slots` on the aligned path, see `aligned.to_slots`."""
     B, K = out.shape[0], slot_order.shape[0] // out.shape[0]
     inputs, others = (rows_in, weight, transposed, slot_order, group_offsets), (director_out, blocks, tiles)
-    if K == 1:  # A slot is an image: nothing is to be combined.
+    if K == 1:  # a slot is an image: nothing is to be combined
         aligned.to_slots(*inputs, gates, bias, out, *others)
         return
     by_slot = out.new_empty((B, K, *out.shape[1:]))

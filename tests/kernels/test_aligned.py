@@ -9,7 +9,14 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 
 import triton.language as tl  # noqa: E402
 
-from dexkernels.kernels import aligned, aligned_kernels, common, grouped_mlp, to_images_kernels  # noqa: E402
+from dexkernels.kernels import (  # noqa: E402
+    aligned,
+    aligned_kernels,
+    common,
+    grouped_mlp,
+    to_images_kernels,
+    to_slots_kernels,
+)
 from dexkernels.kernels.common import Tile  # noqa: E402
 
 from . import mlp_cases  # noqa: E402
@@ -157,7 +164,7 @@ def test_nan_stays_in_its_image(token):
 @pytest.mark.parametrize("path", ["gather", "aligned"])
 def test_evaluation_saves_nothing_and_computes_the_same(path, E):
     x, _, gates, indices, weights = make(3, 66, 16, 24, E, 2, DTYPES[0])
-    (out, z), (evaluated, nothing) = (
+    (out, z, _), (evaluated, nothing, _) = (
         grouped_mlp.grouped_mlp_forward(x, gates, *sort(indices, E), *weights, save, path=path, tiles=tiles())
         for save in (True, False)
     )
@@ -214,6 +221,7 @@ def test_the_launchers_take_the_path(monkeypatch):
     for module, names in (
         (aligned_kernels, ("fc1_blocks_kernel", "hidden_grad_blocks_kernel")),
         (to_images_kernels, ("to_images_kernel",)),
+        (to_slots_kernels, ("to_slots_blocks_kernel",)),
         (grouped_mlp, ("fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel")),
     ):
         for name in names:
@@ -225,13 +233,14 @@ def test_the_launchers_take_the_path(monkeypatch):
                     return kernel[grid]
 
             monkeypatch.setattr(module, name, Watched())
-    for N, path, wanted in [
-        (64, "aligned", {"fc1_blocks_kernel", "hidden_grad_blocks_kernel", "to_images_kernel"}),
-        (64, "gather", {"fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel"}),
-        (64, None, {"fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel"}),
+    for K, path, wanted in [
+        (2, "aligned", {"fc1_blocks_kernel", "hidden_grad_blocks_kernel", "to_images_kernel"}),
+        (1, "aligned", {"fc1_blocks_kernel", "hidden_grad_blocks_kernel", "to_slots_blocks_kernel"}),
+        (2, "gather", {"fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel"}),
+        (2, None, {"fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel"}),
     ]:
         launched.clear()
-        run(*make(1, N, 8, 8, 1, 1, torch.float16), path=path)
+        run(*make(1, 64, 8, 8, 2, K, torch.float16), path=path)
         assert set(launched) == wanted
 
 

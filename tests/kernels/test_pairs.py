@@ -42,16 +42,16 @@ def test_numbers_of_tokens(N, dtype, launched):
     "E, K, indices",
     [
         (4, 2, [[0, 1], [1, 0], [2, 3], [1, 0], [3, 2], [0, 3]]),
-        (5, 1, [[2], [2], [2]]),
+        (5, 2, [[2, 4], [4, 2], [2, 4]]),
         (3, 3, [[0, 1, 2], [2, 1, 0], [1, 0, 2], [2, 0, 1]]),
         (16, 3, [[15, 0, 7], [1, 2, 3], [0, 7, 15]]),
         (1, 1, [[0]]),
     ],
-    ids=["orders", "one_expert", "K=E", "E=16", "one_image"],
+    ids=["orders", "one_set", "K=E", "E=16", "one_image"],
 )
 def test_partners_choose_in_any_order(E, K, indices, launched):
     check(*make(len(indices), 66, 16, 40, E, K, DTYPES[0], torch.tensor(indices)))
-    assert len(launched) == 2
+    assert len(launched) == (2 if K > 1 else 0), "of one choice there is nothing to add up"
 
 
 @pytest.mark.parametrize("layout", ["rows", "all"])
