@@ -12,7 +12,7 @@ import torch
 
 from dex.model import Block
 from dexkernels import DEXLayer
-from dexkernels.testing import randomize_
+from dexkernels.testing import randomize_, relative_error
 
 D, H, E, K, B, N = 8, 16, 4, 2, 3, 5
 SCHEDULE = [(0.6, 0.99, 1e-2), (0.4, 0.995, 2e-2), (0.2, 0.999, 5e-3)]
@@ -100,6 +100,27 @@ def test_forward_and_backward(compiled, make, objective):
         assert got.keys() == want.keys()
         for name in want:
             close(got[name], want[name])
+    assert graphs() == 1
+
+
+def test_under_autocast(compiled):
+    """The copies of the weights are made in the graph: they follow the weights, and nothing is compiled anew."""
+    layer, device = randomize_(DEXLayer(D, H, E, K)), torch.get_default_device().type
+
+    def objective(layer, x, noise, noise_std):
+        with torch.autocast(device, torch.bfloat16):
+            y, aux = layer(x, noise_std=noise_std, router_noise=noise, return_aux=True)
+        return y.float().square().sum() + 3 * aux.align_loss + aux.balance_loss, aux
+
+    fast = compiled(objective)
+    for step in range(len(SCHEDULE)):
+        x = draw(step, B, N, D)
+        want, got = (gradients(layer, f, step, x) for f in (objective, fast))
+        for name in want:
+            assert got[name].dtype == torch.float32 and relative_error(got[name], want[name]) < 1e-2, name
+        layer.update_director(want["mass"], 0.5)
+        with torch.no_grad():
+            layer.experts.fc1_weight.mul_(1.5)
     assert graphs() == 1
 
 
