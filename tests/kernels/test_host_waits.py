@@ -28,14 +28,15 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def mlp(path, dtype=torch.float16, experts=E, needs=(True, True, True)):
+def mlp(path, dtype=torch.float16, experts=E, needs=(True, True, True), director=False):
     x = meta(B, N, D, dtype=dtype)
     routed = meta(B, K), meta(B * K, dtype=torch.int64), meta(experts + 1, dtype=torch.int64)
-    w1, b1 = meta(experts, H, D, dtype=dtype), meta(experts, H, dtype=dtype)
-    w2, b2 = meta(experts, D, H, dtype=dtype), meta(experts, D, dtype=dtype)
+    weights = [meta(experts + director, *shape, dtype=dtype) for shape in ((H, D), (H,), (D, H), (D,))]
+    w1, b1, w2, b2 = (w[:experts] for w in weights)
     grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, False, path=path)
-    out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path)
-    grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, *needs, path=path)
+    out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, *weights, path=path)
+    grad_dtype = torch.float32 if director else None
+    grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, *needs, grad_dtype, path=path)
 
 
 def routing(rows, noise=True):
@@ -66,6 +67,9 @@ CASES = {
     "gather, no gradient of x": lambda: mlp("gather", needs=(False, False, True)),
     "aligned": lambda: mlp("aligned"),
     "aligned, many experts": lambda: mlp("aligned", experts=64),
+    "gather, with a director": lambda: mlp("gather", director=True),
+    "aligned, with a director": lambda: mlp("aligned", director=True),
+    "aligned, many experts and a director": lambda: mlp("aligned", experts=64, director=True),
     "route": lambda: routing(B),
     "route, many rows": lambda: routing(route.ONE_LAUNCH + 1, noise=False),
     **{kind: lambda kind=kind: align(kind) for kind in align_loss.KINDS},
