@@ -103,7 +103,7 @@ class DEXLayer(nn.Module):
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
     precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
     Under autocast it computes with copies of the parameters; in evaluation it keeps them from call to call, see
-    `dexkernels.shadows`: whoever writes parameters through ``.data`` then calls ``layer.eval()`` again.
+    `dexkernels.shadows`: whoever writes parameters through ``.data`` meanwhile calls ``layer.eval()`` again.
 
     Raises: ValueError naming the argument.
     """
@@ -157,12 +157,13 @@ class DEXLayer(nn.Module):
     def path(self, path: str) -> None:
         checks.check_choice("path", path, PATHS)
         self._path = path
+        self.shadows.forget()
         self.director.requires_grad_(path == "director")
         self.experts.requires_grad_(path == "experts")
         self.router_weight.requires_grad_(path == "experts")
 
     def train(self, mode: bool = True) -> Self:
-        self.shadows.forget()
+        self.shadows.evaluate(not mode)
         return super().train(mode)
 
     def forward(
@@ -215,7 +216,9 @@ class DEXLayer(nn.Module):
         self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
     ) -> Tensor | tuple[Tensor, Aux]:
         e, d = self.experts, self.director
-        director = (d.fc1.weight, d.fc1.bias, d.fc2.weight, d.fc2.bias) if return_aux else None
+        # Hooks want to be called, FSDP's among them; another module in its place computes something of its own.
+        plain = type(d) is MLP and not (d._forward_hooks or d._forward_pre_hooks)
+        director = (d.fc1.weight, d.fc1.bias, d.fc2.weight, d.fc2.bias) if return_aux and plain else None
         y, routing, director_out = ops.routed_mlp(
             x,
             self.router_weight,

@@ -147,6 +147,9 @@ def routed_mlp(
     noise = _check_route(x, router_weight, top_k, routing, route_from, temperature, noise_std, router_noise, usage_ema)
     _check_mlp(x, weights)
     check_tensor("router_weight", router_weight, (fc1_weight.shape[0], x.shape[2]), like=x, same_dtype=False)
+    if director is not None:
+        for name, t, w in zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), director, weights, strict=True):
+            check_tensor(f"director.{name}", t, tuple(w.shape[1:]), like=x, same_dtype=False)
     route_backend = backends.choose("route", backends.covering("route", backend), x.device)
     mlp_backend = backends.choose("grouped_mlp", backends.covering("grouped_mlp", backend), x.device)
     # The router reads x as it came; only the experts compute in autocast's dtype.
@@ -730,9 +733,11 @@ def _shadows(
     Outside of autograd: the operators give the weights their gradients, in the weights' own dtype.
     """
     keep = not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+    if any(d.requires_grad for d in director or ()):
+        keep = False  # it is trained by forwards of its own, which are not seen here
     if all(w.dtype == dtype for w in weights):
         if shadows is not None and not keep:
-            shadows.forget()
+            shadows.used_without()
         return [None] * 4
     return (shadows or Shadows()).of(weights, director, dtype, keep)
 

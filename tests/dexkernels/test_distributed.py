@@ -1,4 +1,5 @@
-"""Two gloo ranks: directors stay bit-identical, an expert without images does not stop DDP, the sum is optional.
+"""Two gloo ranks: directors stay bit-identical, an expert without images does not stop DDP, the sum is optional;
+weights that FSDP2 gathers anew have no stale shadows.
 
 Run as a program, this file is one rank: ``test_distributed.py RANK STORE OUT``.
 """
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dexkernels import DEXLayer
@@ -87,10 +89,31 @@ def reduce(rank):
     return states
 
 
+def shard(rank):
+    """Outputs and align losses under autocast before and after a change of the weights, sharded and whole."""
+    found = []
+    for how in ("whole", "sharded", "sharded, the director apart"):
+        layer = fresh().eval()
+        host = Host(layer)
+        if how == "sharded, the director apart":
+            fully_shard(layer.director)
+        if how != "whole":
+            fully_shard(host)
+        found.append([])
+        for _ in range(2):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                y, aux = host(batch(rank, 0))
+            found[-1] += [y, aux.align_loss]
+            with torch.no_grad():
+                for p in layer.parameters():
+                    p.mul_(1.5)
+    return found
+
+
 def main(rank, store, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    torch.save({"train": train(rank), "reduce": reduce(rank)}, out)
+    torch.save({"train": train(rank), "reduce": reduce(rank), "shard": shard(rank)}, out)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -134,6 +157,13 @@ def test_fifty_steps_keep_the_ranks_bit_identical(ranks):
     for name in ("director.fc1.weight", "director.fc2.bias", "usage_ema", "experts.fc1_weight"):
         assert not torch.equal(one["state"][name], start[name])
     assert one["state"]["usage_ema"].tolist()[4:] == [0.0, 0.0]
+
+
+def test_gathered_weights_are_copied_anew(ranks):
+    """FSDP2 gathers into the same storage and bumps no version."""
+    for whole, *others in (rank["shard"] for rank in ranks):
+        assert not torch.equal(whole[0], whole[2])
+        assert all(all(map(torch.equal, whole, other)) for other in others)
 
 
 @pytest.fixture

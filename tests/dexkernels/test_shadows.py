@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dexkernels import DEXLayer, align_loss, hold_weights, shadows
+from dexkernels.layer import MLP
 from dexkernels.testing import randomize_, relative_error
 
 B, N, D, H, E, K = 3, 5, 16, 24, 4, 2
@@ -109,6 +110,46 @@ def fused(layer):
     step(layer, fused=True)
 
 
+def between_backward_and_step(layer):
+    """A forward without gradient, all of it in evaluation mode."""
+    with autocast():
+        layer(images()).sum().backward()
+    evaluate(layer, images(), return_aux=True)
+    torch.optim.AdamW(layer.experts.parameters(), lr=0.1, fused=True).step()
+
+
+def as_a_teacher(layer):
+    """The moving average of another model, as many write it, never told that it evaluates."""
+    layer.train().requires_grad_(False)
+    evaluate(layer, images(), return_aux=True)
+    for p in layer.parameters():
+        p.data.mul_(0.9).add_(0.1)
+
+
+def director_alone(layer):
+    layer.path = "director"
+    layer(images()).sum().backward()
+    torch.optim.AdamW(layer.director.parameters(), lr=0.1, fused=True).step()
+    layer.path = "experts"
+
+
+def director_by_itself(layer):
+    """Trained by forwards of its own."""
+    layer.director.requires_grad_(True)
+    evaluate(layer, images(), return_aux=True)
+    layer.director(images()).sum().backward()
+    torch.optim.AdamW(layer.director.parameters(), lr=0.1, fused=True).step()
+
+
+def swapped(layer):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double().float()
+        load(layer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 CHANGES = {
     "state dict": load,
     "assigned state dict": assign,
@@ -120,6 +161,12 @@ CHANGES = {
     "trained through .data": train_through_data,
     "one expert": one_expert,
     ".data replaced": lambda layer: setattr(layer.experts.fc1_weight, "data", layer.experts.fc1_weight * 2),
+    "a forward between backward and fused AdamW": between_backward_and_step,
+    "a teacher's .data": as_a_teacher,
+    "fine-tuned along the director": director_alone,
+    "the director's own training": director_by_itself,
+    "in inference mode": lambda layer: torch.inference_mode()(load)(layer),
+    "tensors swapped": swapped,
     "loaded, and to float64 and back": lambda layer: (load(layer), layer.double().float()),
 }
 
@@ -186,9 +233,48 @@ def test_two_forwards_before_their_backwards():
     assert x.grad.isfinite().all()
 
 
+def test_no_storage_gets_the_address_of_one_that_was_seen():
+    layer = layer_of()
+    evaluate(layer, images())
+    bias = layer.experts.fc2_bias
+    address = bias.untyped_storage()._cdata
+    bias.data = bias.detach() * 2
+    others = [torch.empty(1).untyped_storage() for _ in range(1000)]
+    assert address not in {s._cdata for s in others}
+
+
+def test_another_stream_makes_its_own(monkeypatch):
+    """It would read what the first stream has yet to write."""
+    layer, x = layer_of(), images()
+    made = casts(monkeypatch)
+    for stream, count in ((1, 1), (1, 1), (2, 2), (2, 2), (1, 3)):
+        monkeypatch.setattr(shadows, "stream_of", lambda device, stream=stream: stream)
+        evaluate(layer, x)
+        assert len(made) == count
+
+
+def test_reentrant_checkpointing_holds_none():
+    layer, x = layer_of().train(), images().requires_grad_()
+    with autocast():
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+    assert layer.shadows._kept is None
+    y.sum().backward()
+    assert layer.shadows._kept is None and x.grad.count_nonzero()
+
+
+def test_vmap_over_weights():
+    layer, x = layer_of(), images()
+    layers = [layer_of() for _ in range(2)]
+    step(layers[1])
+    held = torch.func.stack_module_state(layers)
+    with torch.no_grad(), autocast():
+        y = torch.vmap(lambda *held: torch.func.functional_call(layer, held, (x,)))(*held)
+        assert all(torch.equal(mine, each(x)) for mine, each in zip(y, layers, strict=True))
+
+
 @pytest.mark.parametrize("captured_first", [False, True])
 def test_a_graph_that_holds_the_layer_changes_masters_unseen(captured_first, monkeypatch):
-    """Replays bump no version: once a layer was captured, nothing is kept outside of `hold_weights`."""
+    """Replays bump no version: once a layer was captured, nothing is kept."""
     layer, x = layer_of(), images()
     if not captured_first:
         evaluate(layer, x)
@@ -215,17 +301,43 @@ def test_copies_have_none(clone):
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
-def test_the_director_computes_as_it_does_alone(routing):
+def test_the_director_computes_as_it_does_alone(routing, monkeypatch):
     layer, x = layer_of(routing=routing), images()
-    seen = {}
-    layer.director.register_forward_hook(lambda m, a, y: seen.update(director=y))
+    seen, real = [], MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: seen.append(1) or real(self, x))
     y, aux = evaluate(layer, x, return_aux=True)
     assert not seen, "it has shadows beside the experts'"
     with autocast():
         alone = layer.director(x)
         assert torch.equal(aux.align_loss, align_loss(y, alone))
     layer(x, return_aux=True)
-    assert seen, "without autocast it has none"
+    assert len(seen) == 2, "without autocast it has none"
+
+
+def test_a_director_with_hooks_or_of_another_kind_is_called():
+    layer, x = layer_of(), images()
+    y, aux = evaluate(layer, x, return_aux=True)
+    seen = []
+    handle = layer.director.register_forward_hook(lambda m, a, y: seen.append(y) or y + 1)
+    y, other = evaluate(layer, x, return_aux=True)
+    assert torch.equal(other.align_loss, align_loss(y, seen[0] + 1))
+    handle.remove()
+    assert torch.equal(evaluate(layer, x, return_aux=True)[1].align_loss, aux.align_loss) and len(seen) == 1
+    layer.director = nn.Sequential(nn.Linear(D, D)).requires_grad_(False)
+    y, other = evaluate(layer, x, return_aux=True)
+    with autocast():
+        assert torch.equal(other.align_loss, align_loss(y, layer.director(x)))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_director_of_another_shape_is_refused_by_name(half):
+    layer, x = layer_of(), images()
+    layer.director.fc1.bias = nn.Parameter(torch.zeros(1), requires_grad=False)
+    with (
+        torch.autocast(DEVICE, torch.bfloat16, enabled=half),
+        pytest.raises(ValueError, match=rf"director.fc1.bias: expected shape \[{H}\]"),
+    ):
+        layer(x, return_aux=True)
 
 
 def test_gradients_are_in_float32_to_the_last_sum():
