@@ -46,7 +46,8 @@ reduce-scatter of the gradients; one number per tensor for the norm |
 update needs nothing else |
 | norm, clip, AdamW | {update} bytes of memory traffic per trained number |
 | GEMA | 4 bytes per expert number, 8 per director number |
-| bf16 copies | {cast} bytes of traffic per number and micro-batch: all experts are cast, whichever are taken |
+| bf16 copies | {cast} bytes of traffic per number and micro-batch: all experts are cast, whichever are taken. \
+With ddp a step's micro-batches share those of experts and directors, unless it is compiled or a CUDA graph |
 | compute | b x operations of an image / rate, but at least the time to read the weights of the experts that are taken |
 | a step | compute + casts, gradients and fsdp's copies + update + fixed + the communication that nothing hides |
 | what hides | ddp: gradients beside the last micro-batch's backward; fsdp: gathers and scatters beside all compute. \

@@ -221,10 +221,10 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
 def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     """Bytes that one rank reads and writes in a step beside its matrix products; they grow with E, operations do not.
 
-    casts: bf16 copies of all weights in every micro-batch; with ddp those of experts and directors once. gradients:
-    written by backward, zeros of unused experts included, and added up over micro-batches. adamw: `UPDATE_BYTES` per
-    trained number. gema: every expert read, every director read and written. copies: fsdp copies what it gathered, and
-    gradients, into place.
+    casts: bf16 copies of all weights in every micro-batch; with ddp those of experts and directors once, unless the
+    step is compiled or a CUDA graph. gradients: written by backward, zeros of unused experts included, and added up
+    over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every expert read, every director read and
+    written. copies: fsdp copies what it gathered, and gradients, into place.
 
     ValueError with ``parallel.checkpointing``: the casts of recomputation are not counted.
     """
@@ -232,7 +232,9 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
         raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
     found, micro = work.estimate, _micro_batches(work, ranks, strategy)
     everything = sum(found.parameters.values())
-    once = found.parameters["experts"] + found.parameters["directors"] if strategy == "ddp" else 0
+    parallel = work.config.parallel
+    held = strategy == "ddp" and not (parallel.compile or parallel.cuda_graph)
+    once = found.parameters["experts"] + found.parameters["directors"] if held else 0
     shards = ranks if strategy == "fsdp" else 1
     traffic = {
         "casts": AUTOCAST_BYTES * (once + micro * (everything - once)) if found.memory["bf16 copies"] else 0,

@@ -191,6 +191,19 @@ def test_bf16_copies_are_cut_by_nothing():
     assert scaling.moved(work, 2, "fsdp")["casts"] == 3 * held["fsdp"]
 
 
+@pytest.mark.parametrize("own", ["compile", "cuda_graph"])
+def test_micro_batches_share_the_experts_copies_with_ddp(own):
+    config = tiny(precision="bf16", batch=12, micro_batch=2)
+    work = scaling.workload(config)
+    found = work.estimate.parameters
+    experts = found["experts"] + found["directors"]
+    every = 3 * 3 * 2 * sum(found.values())
+    assert scaling.moved(work, 2, "fsdp")["casts"] == every
+    assert scaling.moved(work, 2, "ddp")["casts"] == every - 2 * 3 * 2 * experts
+    config = replace(config, parallel=replace(config.parallel, **{own: True}))
+    assert scaling.moved(work._replace(config=config), 2, "ddp")["casts"] == every
+
+
 def test_the_largest_micro_batch_that_divides():
     config = tiny(batch=896)
     assert scaling.split(config, 8, 112).parallel.micro_batch == 112
