@@ -63,7 +63,7 @@ class Shadows:
         self._in_a_graph = self._in_a_graph or capturing(device)
         keep = (self._held > 0 or (self._evaluating and not _distributed())) and not self._in_a_graph
         keep = keep and not any(t.is_inference() or _is_wrapped(t) for t in tensors)
-        stream = stream_of(device)
+        stream = stream_of(device) if keep else 0
         kept = self._kept  # read once: another thread may forget them meanwhile
         if keep and kept is not None and kept.dtype == dtype and kept.stream == stream:
             if _is_same(kept.masters, tensors):

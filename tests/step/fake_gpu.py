@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex import engine  # noqa: E402
 from dex.engine import Trainer  # noqa: E402
-from dexkernels import collect_aux, layer, ops  # noqa: E402
+from dexkernels import collect_aux, layer, ops, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 
 STEPS = 4
@@ -98,6 +98,7 @@ CASES = {
     "micro-batches": contextlib.nullcontext,
     "checkpointing": contextlib.nullcontext,
     "bf16": contextlib.nullcontext,
+    "micro-batches in bf16": contextlib.nullcontext,
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
     "layer reads group sizes": lambda: after(ops, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
     "layer asks whether finite": lambda: after(ops, "align_loss", lambda out, *_: bool(out.isfinite())),
@@ -131,7 +132,12 @@ CASES = {
     "stop": lambda: after(Trainer, "_agree", lambda out, self, *_: torch.full_like(out.good, self.stop_requested)),
 }
 
-OPTIONS = {"micro-batches": {"micro_batch": 4}, "checkpointing": {"checkpointing": True}, "bf16": {"precision": "bf16"}}
+OPTIONS = {
+    "micro-batches": {"micro_batch": 4},
+    "checkpointing": {"checkpointing": True},
+    "bf16": {"precision": "bf16"},
+    "micro-batches in bf16": {"micro_batch": 4, "precision": "bf16"},
+}
 
 
 def steps(name: str, launched: list[list[str]]) -> None:
@@ -172,6 +178,7 @@ def steps(name: str, launched: list[list[str]]) -> None:
             (torch.cuda, "Event", Event),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda: True),
+            (shadows, "stream_of", lambda device: 0),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (Trainer, "_next_batch", next_batch),
         ):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dex import cuda_graph
 from dex.engine import Trainer
-from dexkernels import backends, reference
+from dexkernels import backends, reference, shadows
 
 
 class Refused(RuntimeError):
@@ -66,6 +66,7 @@ class Capture(TorchDispatchMode):
             for name in ("get_rng_state", "set_rng_state"):
                 self.patches.enter_context(mock.patch.object(owner, name, self._refuse_generators))
         self.patches.enter_context(mock.patch.object(Stream, "now", self.stream))
+        self.patches.enter_context(mock.patch.object(shadows, "capturing", lambda device: True))
         return super().__enter__()
 
     def __exit__(self, *error):

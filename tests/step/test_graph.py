@@ -58,7 +58,14 @@ def differ(a: Trainer, b: Trainer) -> list[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precision": "bf16"}, {"micro_batch": 4}, {"checkpointing": True}, {"num_experts": 0, "checkpointing": True}],
+    [
+        {},
+        {"precision": "bf16"},
+        {"micro_batch": 4},
+        {"micro_batch": 4, "precision": "bf16"},
+        {"checkpointing": True},
+        {"num_experts": 0, "checkpointing": True},
+    ],
     ids=str,
 )
 def test_a_replayed_run_is_the_eager_one(graphs, options):
