@@ -102,8 +102,8 @@ class DEXLayer(nn.Module):
 
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
     precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
-    Under autocast it computes with copies of the parameters; in evaluation it keeps them from call to call, see
-    `dexkernels.shadows`: whoever writes parameters through ``.data`` meanwhile calls ``layer.eval()`` again.
+    Under autocast it computes with copies of the parameters; an evaluation in inference mode keeps them from call to
+    call, see `dexkernels.shadows`: whoever writes parameters through ``.data`` meanwhile calls ``layer.eval()`` again.
 
     Raises: ValueError naming the argument.
     """

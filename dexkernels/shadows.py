@@ -28,11 +28,11 @@ class Shadows:
 
     Fresh are those whose masters are the same tensors in the same storage at the same version: a state dict, a move to
     another device or most optimizers change one of these. A fused optimizer of torch changes none, nor does writing
-    through ``.data``, nor do FSDP and its kind, which gather masters anew into the same storage. So they are kept
-    in evaluation alone: from `DEXLayer.eval` on until ``train`` or a forward whose masters need a gradient, of which an
-    optimizer may make use; and not where torch.distributed is at work. `hold_weights` keeps them wherever it is asked
-    to. In a CUDA graph they are made in the graph, and once a graph holds the layer, whose replays change masters
-    unseen, none are kept any more, inside `hold_weights` neither.
+    through ``.data``, nor do FSDP and its kind, which gather masters anew into the same storage. So they are kept in
+    evaluation alone, by forwards in inference mode, of which no training can make use: from `DEXLayer.eval` on until
+    ``train`` or a forward whose masters need a gradient; and not where torch.distributed is at work. `hold_weights`
+    keeps them wherever it is asked to. In a CUDA graph they are made in the graph, and once a graph holds the layer,
+    whose replays change masters unseen, none are kept any more, inside `hold_weights` neither.
     """
 
     def __init__(self):
@@ -61,7 +61,8 @@ class Shadows:
         tensors = [*masters, *(director or ())]
         device = tensors[0].device
         self._in_a_graph = self._in_a_graph or capturing(device)
-        keep = (self._held > 0 or (self._evaluating and not _distributed())) and not self._in_a_graph
+        evaluating = self._evaluating and torch.is_inference_mode_enabled() and not _distributed()
+        keep = (self._held > 0 or evaluating) and not self._in_a_graph
         keep = keep and not any(t.is_inference() or _is_wrapped(t) for t in tensors)
         stream = stream_of(device) if keep else 0
         kept = self._kept  # read once: another thread may forget them meanwhile

@@ -34,7 +34,7 @@ def casts(monkeypatch):
     return made
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(layer, x, return_aux=False):
     with autocast():
         return layer(x, return_aux=return_aux)
@@ -45,24 +45,32 @@ def test_evaluation_casts_once(monkeypatch):
     made = casts(monkeypatch)
     first = evaluate(layer, x)
     assert torch.equal(evaluate(layer, x), first) and len(made) == 1
-    with torch.inference_mode():
-        assert torch.equal(evaluate(layer, x), first) and len(made) == 1
-    # A gradient of the input alone needs no other copies.
-    layer.requires_grad_(False)
-    leaf = x.clone().requires_grad_()
-    with autocast():
-        layer(leaf).sum().backward()
+    layer.train()
+    assert torch.equal(evaluate(layer, x), first) and torch.equal(evaluate(layer, x), first) and len(made) == 3
+
+
+def test_made_in_inference_mode_they_serve_a_backward(monkeypatch):
+    """Of the input alone, when weights are held."""
+    layer, x = layer_of().requires_grad_(False), images()
+    made = casts(monkeypatch)
+    with hold_weights(layer):
+        evaluate(layer, x)
+        leaf = x.requires_grad_()
+        with autocast():
+            layer(leaf).sum().backward()
     assert leaf.grad.count_nonzero() and len(made) == 1
 
 
-def test_made_in_inference_mode_they_serve_a_backward():
-    layer, x = layer_of().requires_grad_(False), images()
-    with torch.inference_mode():
-        evaluate(layer, x)
-    leaf = x.requires_grad_()
-    with autocast():
-        layer(leaf).sum().backward()
-    assert leaf.grad.count_nonzero()
+@pytest.mark.parametrize("training", [False, True])
+def test_a_teacher_is_followed_however_it_is_written(training):
+    """The moving average of a model in training, frozen, in either mode, without gradient, through ``.data``."""
+    layer, x = layer_of().requires_grad_(False).train(training), images()
+    for _ in range(3):
+        with torch.no_grad(), autocast():
+            y = layer(x)
+            assert torch.equal(y, copy.deepcopy(layer)(x))
+        for p in layer.parameters():
+            p.data.mul_(0.9).add_(0.1)
 
 
 def load(layer):
@@ -118,14 +126,6 @@ def between_backward_and_step(layer):
     torch.optim.AdamW(layer.experts.parameters(), lr=0.1, fused=True).step()
 
 
-def as_a_teacher(layer):
-    """The moving average of another model, as many write it, never told that it evaluates."""
-    layer.train().requires_grad_(False)
-    evaluate(layer, images(), return_aux=True)
-    for p in layer.parameters():
-        p.data.mul_(0.9).add_(0.1)
-
-
 def director_alone(layer):
     layer.path = "director"
     layer(images()).sum().backward()
@@ -162,7 +162,6 @@ CHANGES = {
     "one expert": one_expert,
     ".data replaced": lambda layer: setattr(layer.experts.fc1_weight, "data", layer.experts.fc1_weight * 2),
     "a forward between backward and fused AdamW": between_backward_and_step,
-    "a teacher's .data": as_a_teacher,
     "fine-tuned along the director": director_alone,
     "the director's own training": director_by_itself,
     "in inference mode": lambda layer: torch.inference_mode()(load)(layer),
