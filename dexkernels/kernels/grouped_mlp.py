@@ -112,7 +112,7 @@ def grouped_mlp_forward(
     ``path``: see `choose_path`; for tests and benchmarks, which give the backward the same.
 
     Besides the results it holds ``a [S, N, H]``, the director's ``[B, N, H]`` behind it and, of the tokens outside the
-    blocks, inputs and outputs by slot.
+    blocks, inputs and outputs by slot; with more than ONE_SUM experts and K > 1 the outputs of all tokens.
     """
     B, N, D, H, E, K = _sizes(x, gates, group_offsets, fc1_weight)
     S, kind = slot_order.shape[0], shape_class(slot_order.shape[0] * N, E)
@@ -405,7 +405,10 @@ def _through_slots(rows_in, slot_order, group_offsets, weight, bias, gates, out,
 
 
 def _to_slots(rows_in, slot_order, group_offsets, weight, bias, out, director_out, tiles) -> None:
-    """``out [B, K, N, W] = rows_in [S, N, depth] @ weight [E, depth, W] (+ bias [E, W])``, see `to_slots_kernel`."""
+    """``out [B, K, N, W] = rows_in [S, N, depth] @ weight [E, depth, W] (+ bias [E, W])``, see `to_slots_kernel`.
+
+    With a director its rows are behind those of rows_in, and its weight and bias behind the experts'.
+    """
     _, depth, width = weight.shape
     S, E, N = slot_order.shape[0], group_offsets.shape[0] - 1, rows_in.shape[1]
     images = rows_in.shape[0] - S

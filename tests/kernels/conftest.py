@@ -43,6 +43,7 @@ INTERPRETED = {
         ("test_rows_far_apart", "test_experts_far_apart", "test_tokens_of_an_image_far_apart", "test_images_far_apart"),
         "its storage is the host's, of which no page is touched",
     ),
+    "test_no_address_is_outside_of_the_arguments": "it watches the interpreter's loads and stores",
 }
 """File or test -> why it is left out on a GPU."""
 
@@ -127,6 +128,43 @@ def poison(monkeypatch):
     for margin, before in allocated:
         assert torch.equal(margin.nan_to_num(), before.nan_to_num()), "written past the end of an allocation"
         assert torch.equal(margin.isnan(), before.isnan()), "written past the end of an allocation"
+
+
+@pytest.fixture
+def within_arguments(monkeypatch):
+    """No launch reads or writes an address outside of the elements of its own arguments, whatever lies there."""
+    import numpy
+    from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    spans = []
+
+    def launch(executor, *args, run=interpreter.GridExecutor.__call__, **kwargs):
+        tensors = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in (*args, *kwargs.values())]
+        spans[:] = [_span(t) for t in tensors if isinstance(t, torch.Tensor) and t.numel()]
+        return run(executor, *args, **kwargs)
+
+    def watch(access):
+        def watched(builder, ptrs, *args, **kwargs):
+            mask = args[0 if access is load else 1]
+            reached = ptrs.data[numpy.asarray(mask.data, dtype=bool)]
+            if reached.size:
+                low, high = int(reached.min()), int(reached.max())
+                assert any(first <= low and high < end for first, end in spans), "an address outside of the arguments"
+            return access(builder, ptrs, *args, **kwargs)
+
+        return watched
+
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watch(load))
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", watch(store))
+
+
+def _span(t):
+    """First address of the elements of ``t``, and the address after the last."""
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 class _Torch:

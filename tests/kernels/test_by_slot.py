@@ -91,6 +91,21 @@ def test_every_slot(dtype, transposed, given):
     assert relative_error(out.view(S, N, D), wanted) <= 2 * relative_error(plain, wanted) + FLOOR[dtype]
 
 
+def test_rows_far_apart(within_arguments):
+    # One slot, the last of many: what it writes passes 2^31 elements. The pages before are never touched.
+    S, N, depth, width = 2**19, 64, 16, 80
+    storage = torch.UntypedStorage(2 * S * N * width)
+    out = torch.tensor([], dtype=torch.float16).set_(storage, 0, (S, N, width), (N * width, width, 1))
+    rows, _, _, _, (weight, bias, *_) = make(2, N, depth, width, 2, 1, torch.float16)
+    rows = rows.view(-1, depth)
+    to_slots_kernels.to_slots_blocks_kernel[(1,)](
+        aligned._box(rows, 128, 16), torch.tensor([S - 1]), torch.tensor([0, 0, 1]), None,
+        aligned._box(weight, 1, 128, 16), bias, out, None, 2, S, 0, 1, 0, depth, width, True, 16, 128, 16, 8,
+    )  # fmt: skip
+    wanted = rows[:N].double() @ weight[1].double().T + bias[1].double()
+    assert relative_error(out[-1], wanted) < 1e-3
+
+
 @pytest.mark.parametrize("K", [1, 2])
 def test_nan_of_an_expert_stays_out_of_the_others(K):
     # Tiles of 128 rows end among the rows of the next expert: 3 blocks, and few packed rows.

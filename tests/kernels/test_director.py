@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import aligned, grouped_mlp  # noqa: E402
+from dexkernels.kernels import (  # noqa: E402
+    aligned,
+    aligned_kernels,
+    grouped_mlp,
+    mlp_kernels,
+    to_images_kernels,
+    to_slots_kernels,
+)
+from dexkernels.testing import relative_error  # noqa: E402
 
-from .conftest import embed  # noqa: E402
+from .conftest import embed, embed_rows  # noqa: E402
 from .mlp_cases import check, make, run, sort, tiles  # noqa: E402
 
 
@@ -30,6 +39,7 @@ CASES = [
     ("aligned", 3, 64, 16, 24, 2, 1, torch.float16),
     ("aligned", 3, 65, 24, 40, 6, 2, torch.float16),
     ("aligned", 8, 65, 16, 24, 2, 1, torch.float16),  # in pairs
+    ("aligned", 5, 66, 16, 24, 2, 2, torch.float16),
     ("aligned", 2, 130, 16, 40, 3, 3, torch.float16),  # an even number of blocks
     ("aligned", 2, 70, 16, 24, 20, 2, torch.float16),  # results by slot
     ("aligned", 3, 64, 16, 24, 20, 1, torch.float16),  # of which one is the image's
@@ -41,8 +51,9 @@ CASES = [
 def test_results_are_those_of_the_spec_and_the_rest_does_not_change(case):
     path, *sizes = case
     inputs, director = with_director(*sizes)
-    got = check(*inputs, path=path, director=director)
-    without = run(*inputs, path=path)
+    options = {"path": path, "tiling": tiles(halves=path == "aligned")}
+    got = check(*inputs, director=director, **options)
+    without = run(*inputs, **options)
     assert len(got) == len(without) + 1
     for a, b in zip(got, without, strict=False):
         assert torch.equal(a, b)
@@ -97,6 +108,104 @@ def test_it_comes_in_the_same_launches(path, E, monkeypatch):
     without, launched[:] = list(launched), []
     run(*inputs, path=path, director=director)
     assert launched == without != []
+
+
+# Tiles that are full and that are not, of pairs and of none; experts without rows leave tiles that have none.
+@pytest.mark.parametrize("layout", [lambda t: t, embed_rows], ids=["contiguous", "rows"])
+@pytest.mark.parametrize(
+    "path, B, N, E, K",
+    [
+        ("gather", 3, 5, 4, 2),
+        ("gather", 4, 16, 2, 1),
+        ("aligned", 3, 67, 3, 2),
+        ("aligned", 8, 65, 2, 1),
+        ("aligned", 5, 66, 2, 2),
+        ("aligned", 3, 64, 3, 1),
+        ("aligned", 3, 67, 20, 2),
+        ("aligned", 1, 128, 20, 1),
+    ],
+)
+def test_no_address_is_outside_of_the_arguments(path, B, N, E, K, layout, within_arguments):
+    inputs, director = with_director(B, N, 16, 40, E, K, torch.float16, indices=torch.arange(K).repeat(B, 1))
+    run(*inputs, path=path, director=director, layout=layout)
+
+
+FAR, TALL = 2**25, 48
+"""Images of one token each, and as many rows of one expert before them: 48 columns of both pass 2^31 elements."""
+
+
+def far(rows, width):
+    """``[rows, width]`` of which no page is touched."""
+    storage = torch.UntypedStorage(2 * rows * width)
+    return torch.tensor([], dtype=torch.float16).set_(storage, 0, (rows, width), (width, 1))
+
+
+def last_tile(monkeypatch, module, tile):
+    """Of launches of one program: it gets this tile, and the first column."""
+    monkeypatch.setattr(module, "cut_in_groups", lambda pid, num_cols, group: (pid + tile, pid))
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+@pytest.mark.parametrize("kernel", ["fc1", "to_slots", "fc1_blocks", "to_images", "pairs_to_images", "to_slots_blocks"])
+def test_rows_far_apart(kernel, monkeypatch, within_arguments):
+    # The last of the director's tiles, whose offsets pass 2^31. The pages before are never touched.
+    E, D, ROWS = 3, 80, 64 if kernel == "to_images" else 128
+    tile, height = FAR // ROWS - 1, 64 if kernel.endswith("blocks") or "images" in kernel else 1
+    images, slots = FAR // height, FAR // height
+    order, none, nothing = torch.zeros(2, dtype=torch.int64), torch.zeros(E + 1, dtype=torch.int64), drawn(1)
+    into_hidden = kernel.startswith("fc1")
+    rows_in = far(FAR, 16) if into_hidden else far(2 * FAR, TALL)
+    out = far(2 * FAR, TALL) if into_hidden else far(FAR, D)
+    rows = rows_in[-ROWS:].copy_(drawn(ROWS, rows_in.shape[1]))
+    depth, width = rows_in.shape[1], out.shape[1]
+    weight, bias = drawn(E + 1, width, depth, seed=1), drawn(E + 1, width, seed=2)
+    box, (EXPERTS, COLS, DEPTH, GROUP) = aligned._box, (16, 128, 16, 8)
+    sizes = EXPERTS, COLS, DEPTH, GROUP
+    if kernel in ("fc1", "to_slots"):
+        last_tile(monkeypatch, mlp_kernels, tile)
+        # The experts lie far apart too.
+        storage = torch.UntypedStorage(2 * (E * 2**30 + width * depth))
+        weight = torch.tensor([], dtype=torch.float16).set_(storage, 0, weight.shape, (2**30, depth, 1)).copy_(weight)
+    if kernel == "fc1":
+        mlp_kernels.fc1_kernel[(1,)](
+            rows_in, order, none, weight, bias, None, out, E, slots, images, 1, 1, depth, width, *rows_in.stride(),
+            *weight.stride()[:2], EXPERTS, ROWS, COLS, DEPTH, GROUP,
+        )  # fmt: skip
+    elif kernel == "to_slots":
+        mlp_kernels.to_slots_kernel[(1,)](
+            rows_in, order, none, weight, bias, nothing, out, E, slots, images, 1, depth, width,
+            *weight.mT.stride(), True, EXPERTS, ROWS, COLS, DEPTH, GROUP,
+        )  # fmt: skip
+    elif kernel == "fc1_blocks":
+        last_tile(monkeypatch, aligned_kernels, tile)
+        aligned_kernels.fc1_blocks_kernel[(1,)](
+            box(rows_in, 64, DEPTH), None, order, none, nothing, box(weight, 1, COLS, DEPTH), bias, None, out,
+            E, slots, images, 1, 0, 1, depth, width, False, *sizes,
+        )  # fmt: skip
+    elif kernel == "to_slots_blocks":
+        last_tile(monkeypatch, to_slots_kernels, tile)
+        to_slots_kernels.to_slots_blocks_kernel[(1,)](
+            box(rows_in, ROWS, DEPTH), order, none, nothing, box(weight, 1, COLS, DEPTH), bias, nothing, out,
+            E, slots, images, 1, 0, depth, width, True, *sizes,
+        )  # fmt: skip
+    else:
+        pairs = kernel == "pairs_to_images"
+        places = torch.zeros(2, dtype=torch.int32)
+        # Before them come the tiles of images: one of each here.
+        last_tile(monkeypatch, to_images_kernels, images + tile)
+        launched = to_images_kernels.pairs_to_images_kernel if pairs else to_images_kernels.to_images_kernel
+        launched[(1,)](
+            box(rows_in, 64 if pairs else ROWS, DEPTH), box(weight, 1, COLS, DEPTH), places, places, order, none,
+            *[places] * (2 * pairs), nothing, bias, nothing, None, out, images, slots, images, E, 1, 0, 1, depth, width,
+            True, 1, EXPERTS, *[ROWS] * (not pairs), COLS, DEPTH, GROUP,
+        )  # fmt: skip
+    wanted = F.linear(rows.double(), weight[-1].double(), bias[-1].double())
+    if into_hidden:
+        wanted = F.gelu(wanted)
+    assert relative_error(out[-ROWS:], wanted) < 1e-3
 
 
 @pytest.mark.parametrize("images", [0, 1])

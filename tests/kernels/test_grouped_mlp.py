@@ -61,14 +61,14 @@ def test_a_gradient_that_is_expanded():
     check(x, torch.tensor(0.5).expand(4, 9, 21), gates, indices, weights)
 
 
-def test_tokens_of_an_image_far_apart():
-    # 3 images 2^30 elements apart: offsets pass 2^31. The pages between are never touched.
+@pytest.mark.parametrize("strides", [(2**30, 16, 1), (16, 2**30, 1)], ids=["images", "tokens"])
+def test_tokens_of_an_image_far_apart(strides):
+    # 2^30 elements between those that follow one another: offsets reach 2^31. The pages between are never touched.
     x, grad_out, gates, indices, weights = make(4, 3, 16, 16, 2, 1, torch.float16)
-    far = [torch.zeros(1, dtype=t.dtype).new_zeros(0) for t in (x, grad_out)]
-    for i, t in enumerate((x, grad_out)):
-        far[i] = torch.UntypedStorage(2 * (3 * 2**30 + 1024))
-        view = torch.tensor([], dtype=t.dtype).set_(far[i], 0, t.shape, (2**30, 16, 1))
-        far[i] = view.copy_(t)
+    far = []
+    for t in (x, grad_out):
+        storage = torch.UntypedStorage(2 * (3 * 2**30 + 1024))
+        far.append(torch.tensor([], dtype=t.dtype).set_(storage, 0, t.shape, strides).copy_(t))
     check(*far, gates, indices, weights)
 
 
