@@ -127,12 +127,12 @@ def locate(slot_order, rows, valid, tokens, top_k):
 
 @triton.jit
 def locate_or_director(slot_order, rows, valid, num_slots, tokens, top_k):
-    """`locate` of rows that may be the director's, whose slots are numbered from num_slots on, one an image."""
+    """``(image, token)`` as of `locate`, of rows that may be the director's: its slots begin at num_slots."""
     position = tl.where(valid, rows // tokens, 0)
     routed = position < num_slots
-    slots = tl.load(slot_order + position, mask=valid & routed, other=0).to(tl.int32)
+    slots = tl.load(slot_order + position, mask=routed, other=0).to(tl.int32)
     images = tl.where(routed, slots // top_k, position - num_slots)
-    return images.to(tl.int64), tl.where(valid, rows % tokens, 0).to(tl.int64)
+    return images.to(tl.int64), (rows % tokens).to(tl.int64)
 
 
 @triton.jit

@@ -73,13 +73,13 @@ def find_single(
 ):  # fmt: skip
     """``(single, of_director, expert, row, start, end)`` of a tile whose rows follow one another and are of one expert.
 
-    Such come after the tiles of images, whose numbers are negative: the director's, as expert num_experts, then those
-    of the packed rows. Rows are counted within their kind, which begins at row ``start`` of all.
+    Such come after the tiles of images, whose numbers are negative and which are not single: the director's, as expert
+    num_experts, then those of the packed rows. Rows are counted in their kind, which begins at row ``start`` of all.
     """
     tokens = blocks * BLOCK + first_token
     director_tiles = tl.cdiv(director_images * tokens, ROWS)
     expert, row, end = find_tile(offsets, tile - director_tiles, num_experts, first_token, ROWS, EXPERTS)
-    of_director = (tile >= 0) & (tile < director_tiles)
+    of_director = tile < director_tiles
     expert = tl.where(of_director, num_experts, expert)
     row = tl.where(of_director, tile * ROWS, row)
     end = tl.where(of_director, director_images * tokens, end)
@@ -267,11 +267,8 @@ def pairs_to_images_kernel(
     image1 = tl.load(order + rank + has_partner.to(tl.int32))
     rows0, experts0, place0 = choices_by_expert(position, expert, image0, n, blocks * BLOCK, top_k, CHOICES)
     rows1, experts1, place1 = choices_by_expert(position, expert, image1, n, blocks * BLOCK, top_k, CHOICES)
-    choice = tl.arange(0, CHOICES)
     rows0 = tl.where(single, start + first, rows0)
     rows1 = tl.where(single, start + first + BLOCK, rows1)
-    place0 = tl.where(single, choice, place0)
-    place1 = tl.where(single, choice, place1)
     experts0 = tl.where(single, its_expert, experts0)
     j0 = col * COLS
     steps = tl.cdiv(depth, DEPTH)
