@@ -41,7 +41,10 @@ PYTEST = (
 )
 MODULES = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors", "setuptools", "pybind11")
 BENCHMARKS = {
-    "benchmarks/test_gpu_operators.py": ("route", "group_ema", "align_loss", "grouped_mlp", "grouped_mlp_aligned"),
+    "benchmarks/test_gpu_operators.py": (
+        *("route", "group_ema", "align_loss", "grouped_mlp", "grouped_mlp_aligned"),
+        "director_in_the_same_launches",
+    ),
     "benchmarks/test_gpu_step.py": ("layer_step", "stack_of_layers", "training_step"),
 }
 SANITIZER = "compute-sanitizer"
