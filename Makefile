@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # The newest Triton lies beside the environment's own, which the interpreter needs; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 
-.PHONY: pretrain test test-more check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
+.PHONY: pretrain test test-more test-kernels test-compiled check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -18,9 +18,15 @@ test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
 test-more: $(INSTALLED) $(NEWEST_TRITON)  ## what needs more packages: hosts of the drop-in, two Tritons, wheel and sdist
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
 	$(VENV)/bin/python -m pytest tests/dropin
-	$(VENV)/bin/python -m pytest tests/kernels
-	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
+	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled  # one processor each
 	scripts/check_build.sh
+
+test-kernels:
+	$(VENV)/bin/python -m pytest tests/kernels --ignore tests/kernels/test_compiled.py
+
+test-compiled:
+	$(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
+	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
 
 check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff check .
