@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from dex.data.duplicates import KEEP, NEAR, find
+from dex.prepare.duplicates import KEEP, NEAR, find
 
 SECONDS_PER_MILLION = 120  # what `dex prepare` can spend on it: 10 minutes for the whole corpus
 

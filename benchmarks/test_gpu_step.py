@@ -166,8 +166,8 @@ def test_training_step(timer, tiny, measure, size):
     """
     pytest.importorskip("yaml", reason="a model is configured in YAML")
     from dex.config import Config, from_dict
-    from dex.engine import build_model
-    from dex.estimate import training_flops
+    from dex.sizing.estimate import training_flops
+    from dex.train.trainer import build_model
 
     widths, images_a_step = STEPS[size]
     few, images_a_step = (2, 4) if tiny else (4, images_a_step)
@@ -221,7 +221,7 @@ def test_training_step(timer, tiny, measure, size):
     able_here = able("grouped_mlp", timer, dtype)
     others = {"dense control": lambda i: step(dense, theirs, images[i % SETS])}
     if timer.on_gpu and "triton" in able_here:
-        from dex.cuda_graph import StepGraph
+        from dex.train.cuda_graph import StepGraph
 
         # Of a model of its own: what a graph holds belongs to its weights.
         captured = copy.deepcopy(model)

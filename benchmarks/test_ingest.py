@@ -19,7 +19,7 @@ from PIL import Image
 
 from dex.cli import main
 from dex.data import open_dataset
-from dex.data.sources import shipped
+from dex.prepare.sources import shipped
 
 VOLUMES = (
     "totalsegmentator-ct-thorax",

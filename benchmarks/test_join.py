@@ -1,4 +1,4 @@
-"""From finished chunks to the shard set: seconds and memory of `dex.data.join` for DEX_JOIN_IMAGES images.
+"""From finished chunks to the shard set: seconds and memory of `dex.prepare.join` for DEX_JOIN_IMAGES images.
 
 The corpus has 5,000,000, which take 15 GB of disk and some minutes. Their lines and hashes are those of
 `test_duplicates`; the images themselves are one small picture, so that what is measured is what each image costs
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dex.data import join
-from dex.data.chunks import HISTOGRAM, Counts, Settings, paths
-from dex.data.sources import Source
+from dex.prepare import join
+from dex.prepare.chunks import HISTOGRAM, Counts, Settings, paths
+from dex.prepare.sources import Source
 
 from . import test_duplicates
 

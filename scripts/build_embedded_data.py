@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT / "python"))
 
 from dex.data import normalise  # noqa: E402
 from dex.data.images import square  # noqa: E402
-from dex.data.packages import Package, fetch  # noqa: E402
 from dex.data.shards import MANIFEST, ShardWriter, verify  # noqa: E402
+from dex.prepare.packages import Package, fetch  # noqa: E402
 
 BUILT_WITH = {
     "numpy": "2.3.5",

@@ -53,7 +53,7 @@ say "ready; nvcc: $nvcc"
 PATH=$work/bin build --sdist --outdir "$work/sdist"
 sdist=$(echo "$work"/sdist/*.tar.gz)
 for name in CMakeLists.txt setup.py pyproject.toml csrc/math.h csrc/group_ema.cu csrc/bindings.cpp csrc/strict_nvcc.py \
-    dexkernels/native.py dexkernels/kernels/route.py python/dex/cli.py LICENSE; do has "$sdist" "^$name\$"; done
+    dexkernels/native.py dexkernels/kernels/route.py python/dex/cli/__init__.py LICENSE; do has "$sdist" "^$name\$"; done
 lacks "$sdist" '\.(so|pyc)$'
 say "sdist holds csrc and CMakeLists.txt"
 mkdir "$work/from-sdist"

@@ -87,7 +87,7 @@ def watch(process: subprocess.Popen, metrics: Path) -> list[dict]:
 
 
 def results(out: Path, seen: list[dict], seconds: float) -> dict:
-    from dex.runlog import read_rows
+    from dex.train.runlog import read_rows
 
     rows, events = read_rows(out / "metrics.jsonl"), read_rows(out / "events.jsonl")
     start = json.loads((out / "run.json").read_text())["starts"][0]
@@ -100,10 +100,10 @@ def cls_cosine(out: Path) -> list[float]:
     """Mean cosine between the CLS tokens of two held-out images, before the first step and after the last."""
     import torch
 
-    from dex import checkpoint
     from dex.config import Config, read_yaml
     from dex.data import center, open_dataset
-    from dex.engine import Trainer
+    from dex.train import checkpoint
+    from dex.train.trainer import Trainer
 
     config = read_yaml(out / "config.yaml", Config())
     data = open_dataset(config.data.path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How a step scales: unit costs and steps measured on this machine, and what `dex.scaling` predicts from the costs.
+"""How a step scales: unit costs and steps measured on this machine, and what `dex.sizing.scaling` makes of the costs.
 
 usage: python scripts/scaling.py --measure    measure (about 20 minutes) and predict
        python scripts/scaling.py --predict    predict anew from what is in the results
@@ -47,7 +47,7 @@ ASSUMED = {
     "bytes per second to the disk": 2e9,
     "GPUs of a node": 8,
 }
-"""What nobody has measured here. The share of the peak that products reach is `dex.estimate.ASSUMED_MFU`."""
+"""What nobody has measured here. The share of the peak that products reach is `dex.sizing.estimate.ASSUMED_MFU`."""
 NETWORKS = {"ViT-B": (768, 12, 12), "ViT-L": (1024, 24, 16), "ViT-H": (1280, 32, 16)}
 """Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; all else as the preset published-code."""
 GPU, GPUS, GPU_EXPERTS = "H100 SXM", (1, 8, 64, 256, 1024), (8, 16, 32, 64, 128)
@@ -104,7 +104,7 @@ def rank(job_path: Path) -> None:
     """One rank of a job {"out", "costs": true | "points": [...]}; rank 0 writes what all found to ``out``."""
     import torch
 
-    from dex.distributed import announced, gather, start, stop
+    from dex.common.ranks import announced, gather, start, stop
 
     torch.set_num_threads(1)
     job = json.loads(job_path.read_text())
@@ -121,7 +121,7 @@ def rank(job_path: Path) -> None:
 
 def _trainer(point: dict, ranks):
     from dex.data import open_dataset
-    from dex.engine import Trainer
+    from dex.train.trainer import Trainer
 
     config = configuration(point)
     return Trainer(config, open_dataset(config.data.path), ranks=ranks)
@@ -142,8 +142,8 @@ def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
     import torch
     import torch.distributed as dist
 
-    from dex import checkpoint
-    from dex.distributed import ALONE, barrier
+    from dex.common.ranks import ALONE, barrier
+    from dex.train import checkpoint
 
     def meet():
         barrier(ranks)
@@ -206,7 +206,7 @@ def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
 
 def measure_point(ranks, point: dict, steps: int) -> dict:
     """Seconds, bytes held and bytes sent of steps of one configuration, on this rank."""
-    from dex.distributed import barrier
+    from dex.common.ranks import barrier
 
     gc.collect()
     _reset_peak()
@@ -333,7 +333,7 @@ def measure(steps: int = 4, rounds: int = 6) -> dict:
     """Everything that is measured, as the results file keeps it."""
     import torch
 
-    from dex.runlog import describe_machine
+    from dex.train.runlog import describe_machine
 
     torch.set_num_threads(1)
     began, loads, costs, tests = time.monotonic(), [], {}, []
@@ -405,7 +405,7 @@ def unit_costs(results: dict, ranks: int):
     its gradients and its update are taken off is the fixed part.
     """
     from dex.data import open_dataset
-    from dex.scaling import Costs, Link, moved, workload
+    from dex.sizing.scaling import Costs, Link, moved, workload
 
     seen = results["costs"][str(ranks)]
     small, large = CALIBRATION["batches"]
@@ -446,7 +446,7 @@ def unit_costs(results: dict, ranks: int):
 def tested(results: dict) -> dict:
     """Unit costs, and the test points with what they predict of them."""
     from dex.data import open_dataset
-    from dex.scaling import exchanges, memory, sent, step, workload
+    from dex.sizing.scaling import exchanges, memory, sent, step, workload
 
     modalities = len(open_dataset(None).modalities)
     costs = {n: unit_costs(results, n) for n in RANKS}
@@ -474,8 +474,8 @@ def predict(results: dict) -> dict:
     """``results`` with predictions of its test points, if it has any, and the tables of GPUs."""
     import torch
 
-    from dex.estimate import ASSUMED_MFU
-    from dex.scaling import AUTOCAST_BYTES, UPDATE_BYTES
+    from dex.sizing.estimate import ASSUMED_MFU
+    from dex.sizing.scaling import AUTOCAST_BYTES, UPDATE_BYTES
 
     torch.set_num_threads(1)
     if "tests" in results:
@@ -510,9 +510,9 @@ def gpu_costs(name: str):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import record
 
-    from dex.estimate import ASSUMED_MFU
-    from dex.estimate import GPUS as KNOWN
-    from dex.scaling import Costs, Link
+    from dex.sizing.estimate import ASSUMED_MFU
+    from dex.sizing.estimate import GPUS as KNOWN
+    from dex.sizing.scaling import Costs, Link
 
     peak = next(gpu for gpu in KNOWN if gpu.name == name)
     share, maker = ASSUMED["share of memory and network bandwidth"], MAKERS[name]
@@ -544,7 +544,7 @@ def counted(name: str, experts: int):
     from dataclasses import replace
 
     from dex.config import preset
-    from dex.scaling import workload
+    from dex.sizing.scaling import workload
 
     width, depth, heads = NETWORKS[name]
     base = preset("published-code")
@@ -556,7 +556,7 @@ def gpu_row(name: str, experts: int, count: int, batch: int, costs) -> dict:
     """One network on so many GPUs, both strategies; what cannot be cut is None."""
     from dataclasses import replace
 
-    from dex.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step
+    from dex.sizing.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step
 
     work = counted(name, experts)
     config = replace(work.config, data=replace(work.config.data, batch_size=batch))

@@ -30,7 +30,7 @@ run here. **Nothing on this page was measured on a GPU.** Made by `scripts/scali
 
 ## The formulas
 
-`dex.scaling` counts a configuration without building it. Letters: n ranks, l ranks of a node, m nodes, S bytes of a
+`dex.sizing.scaling` counts a configuration, unbuilt. Letters: n ranks, l ranks of a node, m nodes, S bytes of a
 tensor, T numbers that take a gradient, P all of them, E experts of a layer, b images of a rank, r micro-batches.
 
 | | formula |

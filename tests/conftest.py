@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def inline_workers(monkeypatch) -> None:
     """`dex prepare` works in this process, as if its workers never failed."""
-    from dex.data import workers
+    from dex.prepare import workers
 
     class Report:
         begun = 0

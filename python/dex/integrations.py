@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from dex.schedules import cosine
+from dex.train.schedules import cosine
 from dexkernels import AuxCollector, collect_aux
 
 

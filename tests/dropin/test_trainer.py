@@ -63,7 +63,7 @@ torch.save(model.state_dict(), f"{folder}/{os.environ['RANK']}.pt")
 
 def by_hand(model, samples, accumulate, callback):
     """SGD on the mean over micro-batches of task loss and auxiliary losses; GEMA before every optimizer step."""
-    from dex.schedules import cosine
+    from dex.train.schedules import cosine
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     model.train()

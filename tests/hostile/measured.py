@@ -1,4 +1,4 @@
-"""`dex.data.chunks.work`, measured: what each unit costs the worker that reads it.
+"""`dex.prepare.chunks.work`, measured: what each unit costs the worker that reads it.
 
 A line of JSON for each unit goes to the file that DEX_MEASURED names: number, seconds, those of them on the processor,
 peak memory above what the process had when the unit began, and how many slices were looked at. Started as a program it
@@ -12,7 +12,8 @@ import os
 import sys
 import time
 
-from dex.data import chunks, prepare, readers
+from dex.prepare import chunks, readers
+from dex.prepare import run as prepare
 
 SECONDS = 60.0
 

@@ -40,7 +40,7 @@ def watch(event, arguments):
 
 from dex import cli
 from dex.data import Loader, SampleError, open_dataset, verify
-from dex.data.leak import leak
+from dex.prepare.leak import leak
 sys.addaudithook(watch)
 
 def swap(root):

@@ -10,7 +10,9 @@ import pytest
 import seeds
 from test_fuzz import dex_prepare, keys_of_units
 
-from dex.data import prepare, readers, verify
+from dex.data import verify
+from dex.prepare import readers
+from dex.prepare import run as prepare
 
 LIMITS = readers.Limits()
 SOUND = 3

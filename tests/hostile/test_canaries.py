@@ -16,7 +16,8 @@ import seeds
 from PIL import Image, PngImagePlugin
 from test_fuzz import dex_prepare
 
-from dex.data import prepare, verify
+from dex.data import verify
+from dex.prepare import run as prepare
 
 KEYS = {
     "WANDB_API_KEY": "c0ffee5ec7e7c0ffee5ec7e7c0ffee5ec7e7abcd",

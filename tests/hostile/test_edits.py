@@ -11,7 +11,8 @@ import pytest
 import seeds
 from test_fuzz import dex_prepare
 
-from dex.data import ShardDataset, prepare, verify
+from dex.data import ShardDataset, verify
+from dex.prepare import run as prepare
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ import damage
 import pytest
 import seeds
 
-from dex.data import prepare, readers, verify
-from dex.data.chunks import UNREADABLE
-from dex.data.discover import Chunk, read_units
+from dex.data import verify
+from dex.prepare import readers
+from dex.prepare import run as prepare
+from dex.prepare.chunks import UNREADABLE
+from dex.prepare.discover import Chunk, read_units
 
 SECONDS = 5.0
 SYNTAXES = {

@@ -13,11 +13,14 @@ import seeds
 import torch
 from test_fuzz import dex_prepare
 
-from dex import checkpoint, cli
-from dex.data import Loader, SampleError, ShardWriter, open_dataset, prepare, readers, shards, verify
-from dex.data.leak import leak
+from dex import cli
+from dex.data import Loader, SampleError, ShardWriter, open_dataset, shards, verify
 from dex.model import MaskedAutoencoder
-from dex.weights import load_pretrained, read_state_dict
+from dex.model.weights import load_pretrained, read_state_dict
+from dex.prepare import readers
+from dex.prepare import run as prepare
+from dex.prepare.leak import leak
+from dex.train import checkpoint
 
 SUFFIXES = (".npy", ".npz", ".png", ".jpg", ".tif", ".bmp", ".dcm", ".nii", ".nii.gz", ".mha", ".nrrd", ".mp4", ".avi")
 

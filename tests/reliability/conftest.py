@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dex import checkpoint, config
-from dex.runlog import describe_machine, read_rows
+from dex import config
+from dex.train import checkpoint
+from dex.train.runlog import describe_machine, read_rows
 
 ROWS = pytest.StashKey[list]()
 BEGAN = time.monotonic()

@@ -38,7 +38,7 @@ class FileFaults:
             setattr(os, name, self._wrapped(getattr(os, name), name))
         real = io.open
         builtins.open = io.open = lambda *a, **k: self._opened(real, *a, **k)
-        from dex import checkpoint
+        from dex.train import checkpoint
 
         save_file = checkpoint.save_file
         checkpoint.save_file = lambda *a: self._hit("write", lambda: save_file(*a), lambda: self._half(save_file, *a))
@@ -107,8 +107,8 @@ def put_in(faults):
     """Change the package as ``faults`` says; keys are read below. ``rank``: where; the others only take part."""
     import torch
 
-    from dex import engine
     from dex.data.dataset import SampleError
+    from dex.train import trainer as engine
 
     rank = int(os.environ["RANK"])
     here = faults.get("rank", rank) == rank
@@ -221,7 +221,7 @@ def put_in(faults):
 
         engine.Trainer.train_step = wait_for_ever
         if here:
-            from dex import pretrain
+            from dex.train import run as pretrain
 
             pretrain.stop = lambda ranks: time.sleep(3600)
     if "slow_forward" in faults and here:
@@ -257,7 +257,7 @@ def put_in(faults):
 
 
 def digest(named):
-    from dex.distributed import full
+    from dex.common.ranks import full
 
     sha = hashlib.sha256()
     for name, tensor in named:
@@ -301,7 +301,7 @@ def serve():
     import tyro  # noqa: F401
 
     import dex.cli  # noqa: F401
-    import dex.pretrain  # noqa: F401
+    import dex.train.run  # noqa: F401
     import dexkernels.native  # noqa: F401
 
     torch.set_num_threads(1)

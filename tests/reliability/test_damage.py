@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dex import checkpoint
-from dex.runlog import read_rows
+from dex.train import checkpoint
+from dex.train.runlog import read_rows
 
 
 def test_damage_is_found_and_named(base, fleet, tmp_path, state_of, record, full):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from dex import checkpoint
-from dex.runlog import read_rows
+from dex.train import checkpoint
+from dex.train.runlog import read_rows
 
 STEPS = 24
 

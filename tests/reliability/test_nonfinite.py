@@ -3,8 +3,8 @@
 import itertools
 import re
 
-from dex import checkpoint
-from dex.runlog import read_rows
+from dex.train import checkpoint
+from dex.train.runlog import read_rows
 
 BAD = [2, 5, 6, 7]
 """Step numbers from 0: one alone, then three in a row."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dex import checkpoint
-from dex.engine import _INIT, build_model
-from dex.runlog import read_rows
-from dex.schedules import step_seed
+from dex.common.random import step_seed
+from dex.train import checkpoint
+from dex.train.runlog import read_rows
+from dex.train.trainer import _INIT, build_model
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 CLOSE = 1e-5

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from dex import checkpoint, config
-from dex.runlog import read_rows
+from dex import config
+from dex.train import checkpoint
+from dex.train.runlog import read_rows
 
 TIMEOUT = 20.0
 LONG = {"schedule__steps": 100_000, "parallel__timeout": TIMEOUT}

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex import engine  # noqa: E402
-from dex.engine import Trainer  # noqa: E402
+from dex.train.trainer import Trainer  # noqa: E402
 from dexkernels import collect_aux, layer, ops, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dex import cuda_graph
-from dex.engine import Trainer
+from dex.train import cuda_graph
+from dex.train.trainer import Trainer
 from dexkernels import backends, reference, shadows
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from dex.config import Config, from_dict
 from dex.data.dataset import Dataset
-from dex.engine import Trainer
+from dex.train.trainer import Trainer
 
 
 class Noise(Dataset):

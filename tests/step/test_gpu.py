@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("yaml", reason="a training step is configured in YAML")
 
-from dex import checkpoint, cuda_graph  # noqa: E402
+from dex import cuda_graph  # noqa: E402
 from dex.data import Loader  # noqa: E402
-from dex.engine import Trainer  # noqa: E402
+from dex.train import checkpoint
+from dex.train.trainer import Trainer  # noqa: E402
 from dexkernels import backends  # noqa: E402
 
 from .small import trainer  # noqa: E402

@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("yaml", reason="a training step is configured in YAML")
 
-from dex import checkpoint, cuda_graph, engine  # noqa: E402
+from dex import engine  # noqa: E402
 from dex.config import from_dict  # noqa: E402
 from dex.data import Batch  # noqa: E402
-from dex.engine import Trainer  # noqa: E402
-from dex.pretrain import pretrain  # noqa: E402
-from dex.runlog import read_rows  # noqa: E402
+from dex.train import checkpoint, cuda_graph
+from dex.train.run import pretrain  # noqa: E402
+from dex.train.runlog import read_rows  # noqa: E402
+from dex.train.trainer import Trainer  # noqa: E402
 
 from . import small  # noqa: E402
 from .fake_graph import Refused, graphs_on_the_cpu  # noqa: E402

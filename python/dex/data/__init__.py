@@ -7,7 +7,7 @@ keys = sample_keys(0, batch.places.to(device))        # what is drawn depends on
 images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normalised
 """
 
-from dex.numbers import sample_keys
+from dex.common.random import sample_keys
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
 from .dataset import Dataset, Sample, SampleError, open_dataset

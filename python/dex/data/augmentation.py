@@ -5,7 +5,7 @@ Shape letters: B images, H and W their height and width, S side of the result.
 The result agrees with the same formula in float64 to 2e-4 (normalised units) for 8-bit images: grid_sample computes
 positions in float32, so a pixel is taken from within 1e-4 pixels of where it should be.
 
-Random numbers are hashes of a key per image, see `dex.numbers`.
+Random numbers are hashes of a key per image, see `dex.common.random`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dex.numbers import uniform
+from dex.common.random import uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,7 +44,7 @@ def augment(images: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor
     """A random crop, flip and rotation of every image, ImageNet-normalised.
 
     images: [B, 3, H, W], uint8, or float within [0, 1]; keys: int64 [B] on the same device, see
-    `dex.numbers.sample_keys`; returns float32 [B, 3, size, size] there.
+    `dex.common.random.sample_keys`; returns float32 [B, 3, size, size] there.
 
     The crop is that of the published corpus: its area is drawn from (0.2, 1) of the image's, but at least half of
     256^2 pixels (of an image smaller than that: at least half of it); its aspect log-uniformly from 3/4 to 4/3; a

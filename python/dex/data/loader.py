@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dex.common.random import mix
+
 from .dataset import Dataset, SampleError
 from .slots import Slots
 
@@ -184,7 +186,7 @@ class Loader:
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """int64 [count]: the order of epoch `epoch`. Defined by arithmetic alone, so no library's version changes it."""
-    keys = _mix(np.arange(count, dtype=np.uint64) + _stream(seed, epoch))
+    keys = mix(np.arange(count, dtype=np.uint64) + _stream(seed, epoch))
     return np.argsort(keys, kind="stable")
 
 
@@ -210,7 +212,7 @@ def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float)
         if share:
             first, skipped = divmod(epoch * share, len(mine))
             passes = np.arange(first, -((epoch + 1) * share // -len(mine)), dtype=np.uint64)
-            keys = _mix(mine.astype(np.uint64) + _stream(seed, passes)[:, None])
+            keys = mix(mine.astype(np.uint64) + _stream(seed, passes)[:, None])
             drawn = mine[np.argsort(keys, axis=1, kind="stable")].ravel()
             order[place_modality == number] = drawn[skipped : skipped + share]
     return order
@@ -236,21 +238,12 @@ def quotas(counts: np.ndarray, temperature: float) -> np.ndarray:
 
 def replacement(seed: int, epoch: int, place: int, attempt: int, count: int) -> int:
     """The sample that takes place `place` of epoch `epoch` in attempt 0, 1, ... when its own cannot be read."""
-    key = _mix(_stream(seed, epoch) ^ _mix(np.uint64(place)) ^ _mix(np.uint64(attempt) + np.uint64(1 << 40)))
+    key = mix(_stream(seed, epoch) ^ mix(np.uint64(place)) ^ mix(np.uint64(attempt) + np.uint64(1 << 40)))
     return int(key % np.uint64(count))
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    # the finaliser of splitmix64: a bijection of 64-bit words whose every output bit depends on every input bit
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def _stream(seed: int, epoch: int | np.ndarray) -> np.ndarray | np.uint64:
-    return _mix(_mix(np.uint64(seed)) ^ np.asarray(epoch, np.uint64)[()])
+    return mix(mix(np.uint64(seed)) ^ np.asarray(epoch, np.uint64)[()])
 
 
 class _Read(NamedTuple):

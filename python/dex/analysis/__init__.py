@@ -1,0 +1,1 @@
+"""What a model does: held-out evaluation, probes, how experts are used, plots."""

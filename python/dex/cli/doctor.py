@@ -1,0 +1,236 @@
+"""`dex doctor`: what works on this machine, what does not, and why. Needs torch and numpy only; tries the rest."""
+
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from dex.train import cuda_graph
+
+_NEEDED = ("safetensors", "PyYAML", "tyro", "rich", "matplotlib", "tensorboard", "pillow")
+_OPTIONAL = ("triton", "nibabel", "pydicom", "pylibjpeg")
+_DISK_BYTES = 64 * 2**20
+_LOADER_BATCHES, _LOADER_BATCH = 4, 32
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    section: str
+    name: str
+    status: Literal["ok", "note", "failed"]
+    """``failed``: pretraining cannot run. ``note``: it can, something else cannot."""
+    detail: str
+
+
+def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
+    """Print every check; the number of failed ones.
+
+    data: a data set to check and read instead of the one in the package. out: where runs are to be written.
+    """
+    found: list[Check] = []
+    for section in (
+        versions,
+        devices,
+        backends,
+        codecs,
+        lambda: disk(out),
+        lambda: data_set(data),
+        command,
+    ):
+        found += section()
+    _show(found)
+    failed = [c for c in found if c.status == "failed"]
+    if failed:
+        print(f"pretraining cannot run: {len(failed)} of {len(found)} checks failed")
+    else:
+        print("pretraining can run")
+    return len(failed)
+
+
+def versions() -> Iterator[Check]:
+    yield Check("versions", "python", "ok", f"{platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "numpy", "dexkernels", *_NEEDED, *_OPTIONAL):
+        try:
+            yield Check("versions", name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            if name == "dexkernels":
+                yield Check("versions", name, "note", "run from its source tree, not installed")
+            elif name in _NEEDED:
+                yield Check("versions", name, "failed", "not installed; pip install -e '.[train]' in the clone")
+            else:
+                yield Check("versions", name, "note", "not installed; optional")
+
+
+def devices() -> Iterator[Check]:
+    able = torch.cpu.get_capabilities()
+    name = able.get("cpu_name") or platform.processor() or platform.machine()
+    bf16 = "bf16 in hardware" if able.get("avx512_bf16") else "bf16 only emulated, slower than fp32"
+    yield Check("devices", "CPU", "ok", f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores used, {bf16}")
+    if not torch.cuda.is_available():
+        why = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no device"
+        yield Check("devices", "GPU", "note", f"none: {why}")
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        detail = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}"
+        yield Check("devices", f"GPU {i}", "ok", detail)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = cuda_graph.why_not(device, world_size=1, backend=None, experts=True)
+    detail = f"parallel.cuda_graph, {cuda_graph.STATUS}: {reason or 'off unless asked for'}"
+    yield Check("devices", "CUDA graph", "note", detail)
+
+
+def backends() -> Iterator[Check]:
+    from dexkernels import backends as table
+
+    for op, backend, available, default, reason in table.report():
+        text = ("default; " if default else "") + reason
+        yield Check("backends", f"{op} {backend}", "ok" if available else "note", text)
+
+
+def codecs() -> Iterator[Check]:
+    """Each is used: a small picture goes through it and must come back."""
+    for name, needed in (("JPEG", True), ("PNG", True), ("WEBP", False), ("JPEG2000", False)):
+        yield _try("codecs", name, lambda name=name: _round_trip(name), needed)
+    for package, what in (("nibabel", "NIfTI"), ("pydicom", "DICOM")):
+        there = importlib.util.find_spec(package) is not None
+        yield Check("codecs", what, "ok" if there else "note", f"{package} {'is' if there else 'is not'} installed")
+
+
+def disk(out: Path) -> Iterator[Check]:
+    """Free space and speed of the disk where ``out`` is or would be; the file written is removed."""
+    root = out.absolute()
+    while not root.is_dir():
+        root = root.parent
+    yield Check("disk", "free", "ok", f"{shutil.disk_usage(root).free / 2**30:.1f} GiB under {root}")
+
+    def write() -> str:
+        block = os.urandom(2**20)
+        with tempfile.TemporaryFile(dir=root, prefix=".dex-doctor-") as file:
+            began = time.perf_counter()
+            for _ in range(_DISK_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - began
+        return f"{_DISK_BYTES / 1e6 / seconds:.0f} MB/s ({_DISK_BYTES // 2**20} MiB written and flushed to the disk)"
+
+    yield _try("disk", "write", write, True)
+
+
+def data_set(path: str | None) -> Iterator[Check]:
+    """Hashes of a shard set (any other folder: that it opens), and images per second from the loader."""
+    label = "embedded set" if path is None else path
+
+    def check() -> str:
+        from dex.data import open_dataset, verify
+        from dex.data.dataset import EMBEDDED
+        from dex.data.shards import MANIFEST
+
+        dataset = open_dataset(path)
+        counts = ", ".join(f"{name} {n}" for name, n in dataset.modality_counts().items())
+        if not (Path(path or EMBEDDED) / MANIFEST).exists():
+            return f"{len(dataset)} images: {counts}; a plain folder, no hashes to check"
+        problems = verify(path)
+        if problems:
+            raise ValueError("; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if len(problems) > 3 else ""))
+        return f"{len(dataset)} images, every hash agrees: {counts}"
+
+    def read() -> str:
+        from dex.data import Loader, augment, open_dataset, sample_keys
+
+        train = open_dataset(path).split("train")
+        batch_size = min(_LOADER_BATCH, len(train))
+        with Loader(train, batch_size, seed=0) as loader:
+            next(loader)
+            began = time.perf_counter()
+            batches = [next(loader) for _ in range(_LOADER_BATCHES)]
+            reading = time.perf_counter() - began
+            began = time.perf_counter()
+            for batch in batches:
+                augment(batch.images, 256, sample_keys(0, batch.places))
+            augmenting = time.perf_counter() - began
+        images = batch_size * _LOADER_BATCHES
+        return f"{images / reading:.0f} images/s read by one process, {images / augmenting:.0f} augmented on the CPU"
+
+    first = _try("data", label, check, True)
+    yield first
+    if first.status == "ok":
+        yield _try("data", "loader", read, True)
+
+
+def command() -> Iterator[Check]:
+    """Whether the shell's `dex` is this one; it is read, not run."""
+    found = shutil.which("dex")
+    other = f"use {Path(sys.executable).name} -m dex"
+    if found is None:
+        yield Check("command", "dex", "note", f"not on PATH; {other}")
+        return
+    try:
+        with open(found, "rb") as file:
+            ours = b"dex.cli" in file.read(4096)
+    except OSError:
+        ours = False
+    if not ours:
+        yield Check("command", "dex", "note", f"{found} is another program; {other}")
+    elif Path(found).resolve().parent != Path(sys.executable).absolute().parent:
+        yield Check("command", "dex", "note", f"{found} belongs to another Python than {sys.executable}; {other}")
+    else:
+        yield Check("command", "dex", "ok", found)
+
+
+def _try(section: str, name: str, action: Callable[[], str], needed: bool) -> Check:
+    try:
+        return Check(section, name, "ok", action())
+    except Exception as error:  # whatever a library throws is the finding
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Check(section, name, "failed" if needed else "note", text)
+
+
+def _round_trip(name: str) -> str:
+    from PIL import Image
+
+    ramp = np.add.outer(np.arange(32), np.arange(32)).astype(np.uint8) * 4
+    picture = np.stack([ramp, ramp.T, 255 - ramp], -1)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, name)
+    back = np.asarray(Image.open(io.BytesIO(file.getvalue()), formats=[name]).convert("RGB"))
+    error = int(np.abs(back.astype(int) - picture).max())
+    allowed = 0 if name == "PNG" else 64
+    if back.shape != picture.shape or error > allowed:
+        raise ValueError(f"expected the picture back within {allowed} of 255; got {back.shape}, off by {error}")
+    return "written and read back"
+
+
+def _show(found: list[Check]) -> None:
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        for c in found:
+            print(f"{c.section:9} {c.status:7} {c.name}: {c.detail}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "check", "", "found"):
+        table.add_column(title, overflow="fold")
+    colour = {"ok": "green", "note": "yellow", "failed": "bold red"}
+    before = None
+    for c in found:
+        section = c.section if c.section != before else ""
+        if section and before:
+            table.add_row()
+        before = c.section
+        table.add_row(Text(section, "bold"), Text(c.name), Text(c.status, colour[c.status]), Text(c.detail))
+    Console().print(table)

@@ -1,0 +1,61 @@
+"""Exit codes of every command, and the signals that lead to them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+DONE = 0
+FAILED = 1
+"""It failed after its input was accepted; ``dex doctor``: pretraining cannot run here."""
+USAGE = 2
+"""Wrong usage or input: one line on stderr, and nothing was changed."""
+NONFINITE = 3
+"""Pretraining stopped after several non-finite steps in a row."""
+PREEMPTED = 75
+"""Stopped by a signal, saved; the same command, or ``--resume auto``, goes on."""
+INTERRUPTED = 130
+"""Interrupted at once by a second SIGINT."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What schedulers and people stop a run with."""
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int], None], signals: tuple[int, ...] = STOP_SIGNALS) -> Iterator[None]:
+    """Call ``handler`` with the number of each of ``signals`` that comes in the block, and no longer.
+
+    ``handler`` runs between two instructions of the main thread and may raise.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        handler(number)
+
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """The stop signals that have come in the block so far; a second one after SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with handled(note):
+        yield received
+
+
+def ignore_stop_signals() -> None:
+    """For worker processes: a scheduler signals the whole group, and the parent still needs them to finish."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,170 @@
+"""Weights from elsewhere into a `MaskedAutoencoder`: the published DEX, the original MAE, timm's vision transformers.
+
+A dense checkpoint is upcycled: the director and every expert of a layer start as copies of that layer's MLP.
+Position embeddings and patch embeddings of another size are resized.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dexkernels.layer import copy_strictly
+
+from .mae import MaskedAutoencoder
+
+HEAD_PREFIXES = ("head.", "fc_norm.", "head_drop.")
+"""Classification heads of fine-tuned checkpoints; not part of an encoder, left out by name."""
+
+DECODER_PREFIXES = ("decoder_", "mask_token")
+
+
+class LoadReport(NamedTuple):
+    """What `load_pretrained` did."""
+
+    naming: str
+    """``"published DEX"``, or ``"dense ViT"`` (the original MAE and timm name their encoders alike)."""
+    upcycled: bool
+    """Whether dense MLPs became directors and experts."""
+    resized: tuple[str, ...]
+    """Tensors that were resized."""
+    kept: tuple[str, ...]
+    """Tensors of the model that the checkpoint lacks and that keep their values (routers; an absent decoder)."""
+    ignored: tuple[str, ...]
+    """Tensors of the checkpoint that the model has no place for (classification heads)."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` or ``.pt``/``.pth``/``.bin`` file; pickled code is never executed.
+
+    A checkpoint that holds its weights under ``model`` or ``state_dict`` is unwrapped.
+    Raises: FileNotFoundError; ValueError when the file is unreadable, unsafe or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"path: expected safetensors, or a torch file of plain tensors; {path}: {error}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"path: expected a state dict of tensors in {path}")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+@torch.no_grad()
+def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | Path) -> LoadReport:
+    """Load published DEX weights, original MAE weights or a timm ViT into ``model``, strictly.
+
+    Args:
+        model: any `MaskedAutoencoder`; sizes other than the image grid and the patch side must match the weights.
+        weights: a state dict, or a file for `read_state_dict`.
+
+    Raises: ValueError naming every missing, unknown or mis-shaped tensor; then nothing was changed.
+    """
+    state = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+    targets = model.reference_tensors()
+    published = any(".DEX." in k for k in state)
+    if not published and not any(k.startswith("blocks.") and ".mlp.fc1." in k for k in state):
+        raise ValueError(
+            "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm) or blocks.<l>.DEX.router.linear.weight "
+            f"(published DEX), got {', '.join(sorted(state)[:4])}, ..."
+        )
+    _check_channels(state, targets)
+    resized = _resize(model, state)
+    # With another patch side the decoder predicts another number of pixels: it cannot be the same map and starts anew.
+    unusable = HEAD_PREFIXES + (DECODER_PREFIXES if "patch_embed.proj.weight" in resized else ())
+    ignored = [k for k in state if k.startswith(unusable)]
+    for k in ignored:
+        del state[k]
+    kept = []
+    if not any(k.startswith(DECODER_PREFIXES) for k in state):
+        kept += [k for k in targets if k.startswith(DECODER_PREFIXES)]
+        resized = [k for k in resized if not k.startswith(DECODER_PREFIXES)]
+    upcycled = model.encoder.dex_layers if not published else []
+    copies = []
+    for i in range(len(upcycled)):
+        mlp, dex = f"blocks.{i}.mlp.", f"blocks.{i}.DEX."
+        for k in [k for k in state if k.startswith(mlp)]:
+            state[dex + "director." + k.removeprefix(mlp)] = state.pop(k)
+        kept += [dex + "router.linear.weight", dex + "expert_activation_count"]
+        copies += [k for k in targets if k.startswith(dex + "experts.")]
+    copy_strictly(state, {k: t for k, t in targets.items() if k not in {*kept, *copies}})
+    for layer in upcycled:
+        layer.copy_director_to_experts_()
+    return LoadReport(
+        "published DEX" if published else "dense ViT", bool(upcycled), tuple(resized), tuple(kept), tuple(ignored)
+    )
+
+
+def _check_channels(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    weight, want = state.get("patch_embed.proj.weight"), targets["patch_embed.proj.weight"]
+    if weight is not None and (weight.dim() != 4 or weight.shape[:2] != want.shape[:2]):
+        raise ValueError(
+            f"patch_embed.proj.weight: expected [{want.shape[0]}, {want.shape[1]}, P, P], got {list(weight.shape)}"
+        )
+
+
+def _resize(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
+    """Fit position and patch embeddings in ``state`` to the model; returns the names that were resized."""
+    resized = []
+    for name in ("pos_embed", "decoder_pos_embed", "patch_embed.proj.weight"):
+        if name not in state:
+            continue
+        if name == "patch_embed.proj.weight":
+            new = resize_patch_embed(state[name], model.encoder.patch_size)
+        else:
+            new = resize_pos_embed(state[name], model.encoder.grid_size)
+        if new.shape != state[name].shape:
+            resized.append(name)
+            state[name] = new
+    return resized
+
+
+def resize_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """``[1, 1 + G*G, D]`` or ``[1, G*G, D]`` (no CLS row: it becomes zero) ``-> [1, 1 + grid_size**2, D]``, bicubic."""
+    if pos_embed.dim() != 3 or pos_embed.shape[0] != 1:
+        raise ValueError(f"pos_embed: expected [1, 1 + G*G, D], got {list(pos_embed.shape)}")
+    rows, dim = pos_embed.shape[1:]
+    with_cls = rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1
+    if not with_cls and math.isqrt(rows) ** 2 != rows:
+        raise ValueError(f"pos_embed: expected a square grid, with or without a CLS row, got {rows} rows")
+    cls, grid = (pos_embed[:, :1], pos_embed[:, 1:]) if with_cls else (pos_embed.new_zeros(1, 1, dim), pos_embed)
+    side = math.isqrt(grid.shape[1])
+    if side != grid_size:
+        image = grid.float().view(1, side, side, dim).permute(0, 3, 1, 2)
+        image = F.interpolate(image, (grid_size, grid_size), mode="bicubic", antialias=True, align_corners=False)
+        grid = image.permute(0, 2, 3, 1).reshape(1, grid_size**2, dim).to(pos_embed.dtype)
+    return torch.cat([cls, grid], 1)
+
+
+def resize_patch_embed(weight: Tensor, patch_size: int) -> Tensor:
+    """``[D, C, P, P] -> [D, C, patch_size, patch_size]`` by the pseudo-inverse of bilinear resizing (FlexiViT, Eq. 4).
+
+    A patch that is enlarged together with the weight gives the same embedding; one that is reduced, the nearest.
+    """
+    old = weight.shape[-1]
+    if weight.dim() != 4 or weight.shape[-2] != old:
+        raise ValueError(f"patch_embed.proj.weight: expected [D, C, P, P], got {list(weight.shape)}")
+    if old == patch_size:
+        return weight
+    basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
+    resized = F.interpolate(basis, (patch_size, patch_size), mode="bilinear", antialias=True, align_corners=False)
+    resize = resized.view(old * old, patch_size * patch_size)  # a row patch times this is the resized row patch
+    return (
+        (weight.double().flatten(2) @ torch.linalg.pinv(resize).T)
+        .view(*weight.shape[:2], patch_size, patch_size)
+        .to(weight.dtype)
+    )

@@ -1,0 +1,1 @@
+"""Raw scans, pictures and videos to shards."""

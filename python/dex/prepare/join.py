@@ -1,0 +1,346 @@
+"""From finished chunks to a shard set with its card: one pass decides, a second one writes.
+
+What is decided depends on the chunks' content and order alone, so the set's bytes do not depend on who made them or
+when. Memory: some 110 bytes an image for the table of hashes, and what `duplicates.find` and `ShardWriter` take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dex.data.shards import ShardWriter
+
+from . import card, duplicates, filters, normalise
+from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths, sync_folder
+from .sources import MODALITIES, PACKAGES, Source
+
+EXAMPLES = 12
+"""Images of each modality that the card shows."""
+_TAIL = 2**16
+
+
+class ChunkFault(RuntimeError):
+    """A finished chunk is not what was written; it was taken away, so that the next start makes it anew."""
+
+
+class NothingKept(ValueError):
+    """No image is left to be written; says where they went."""
+
+
+class Part(NamedTuple):
+    """The chunks of one source, in order."""
+
+    source: Source
+    chunks: Sequence[str]
+
+
+@dataclass
+class _Table:
+    """Of every image of every chunk, in order."""
+
+    pixels: np.ndarray  # uint8 [n, 32]
+    hashes: np.ndarray  # uint8 [n, 32]
+    stack: np.ndarray  # int64 [n], numbered through the whole run
+    volume: np.ndarray  # bool [n]
+    group: np.ndarray  # int64 [n], numbered through the whole run
+    val: np.ndarray  # bool [n]
+    text: np.ndarray  # bool [n]
+    source: np.ndarray  # int64 [n]
+    counts: list[Counts] = field(default_factory=list)  # of each source
+
+
+def join(
+    parts: Sequence[Part], private: Path, settings: Settings, say: Callable[[str], None] = lambda text: None
+) -> tuple[Path, dict[str, Any]]:
+    """Write the shard set of all chunks to `private/set`; returns that folder and the card's facts.
+
+    The first of several equal or alike images is kept. A patient who would stand on both sides (two sources may ask
+    for that) stands in "val". Where the hashes of a few patients leave nothing to train on, and no source asks for
+    that, all stand in "train". NothingKept; ChunkFault.
+    """
+    table = _read(parts, private)
+    say(f"looking for duplicates among {len(table.val):,} images")
+    kind, of = duplicates.find(table.pixels, table.hashes, table.stack, table.volume)
+    keep = kind == duplicates.KEEP
+    table.val = np.isin(table.group, np.unique(table.group[table.val]))
+    if table.val[keep].all() and all(part.source.split != "val" and part.source.val_share < 1 for part in parts):
+        table.val = np.zeros_like(table.val)
+    facts = _facts(parts, settings, table, kind, of)
+    if not keep.any():
+        small = sum(counts.dropped["too small"] for counts in table.counts)
+        hint = "; of thick slices --planes stored takes what was acquired" if small else ""
+        raise NothingKept(f"no image was kept: {_where_they_went(table.counts)}{hint}")
+
+    out = private / "set"
+    shutil.rmtree(out, ignore_errors=True)
+    modalities = [entry["name"] for entry in facts["modalities"]]
+    histograms = {name: np.zeros(256, np.int64) for name in modalities}
+    chosen = _choose(table, keep, [part.source.modality for part in parts])
+    examples: dict[int, card.Example] = {}
+    say(f"writing {int(keep.sum()):,} images")
+    with ShardWriter(out, name=facts["name"], modalities=modalities, image_size=settings.size) as writer:
+        number = 0
+        for part in parts:
+            source = part.source
+            for name in part.chunks:
+                with open(paths(private, name)[0], "rb") as file:
+                    for line in _lines(private, name):
+                        if keep[number]:
+                            data, histogram = _image(private, name, file, line)
+                            histograms[source.modality] += histogram
+                            writer.add(
+                                line["id"],
+                                data,
+                                kind=line["kind"],
+                                modality=source.modality,
+                                split="val" if table.val[number] else "train",
+                                group=line["group"],
+                                meta=_meta(source, line),
+                                checked=True,
+                            )
+                            if number in chosen:
+                                examples[number] = card.Example(
+                                    source.modality, source.name, line["id"], data, line["kind"]
+                                )
+                        number += 1
+        for entry in facts["modalities"]:
+            entry["histogram"] = histograms[entry["name"]].tolist()
+        page, numbers = card.build(facts, [examples[number] for number in sorted(examples)])
+        writer.add_document("card.html", page)
+        writer.add_document("card.json", numbers)
+    return out, facts
+
+
+def read_counts(private: Path, name: str) -> Counts:
+    """What a finished chunk counted, from its last line alone."""
+    path = paths(private, name)[1]
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        last = file.read().splitlines()[-1:]
+    try:
+        return Counts.from_dict(json.loads(last[0])["end"]["counts"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        raise _fault(private, name, "its last line is damaged") from None
+
+
+def _read(parts: Sequence[Part], private: Path) -> _Table:
+    columns = [bytearray() for _ in range(3)]
+    stacks, flags, sources = bytearray(), bytearray(), bytearray()
+    counts = []
+    stack, place = -1, None
+    for number, part in enumerate(parts):
+        total = Counts()
+        before = len(flags)
+        for name in part.chunks:
+            for line in _lines(private, name):
+                if place != (name, line["unit"], line["stack"]):
+                    place = (name, line["unit"], line["stack"])
+                    stack += 1
+                columns[0] += bytes.fromhex(line["pixels_sha256"])
+                columns[1] += bytes.fromhex(line["dhash"])
+                columns[2] += hashlib.sha256(line["group"].encode()).digest()[:8]
+                stacks += stack.to_bytes(8, "little")
+                flags.append((line["split"] == "val") | line["volume"] << 1 | line["text"] << 2)
+            total.add(read_counts(private, name))
+        counts.append(total)
+        sources += np.full(len(flags) - before, number, "<u2").tobytes()
+        if len(flags) - before != total.kept:
+            raise RuntimeError(f"expected {total.kept} images in the chunks of a source, got {len(flags) - before}")
+    flag = np.frombuffer(flags, np.uint8)
+    return _Table(
+        pixels=np.frombuffer(columns[0], np.uint8).reshape(-1, 32),
+        hashes=np.frombuffer(columns[1], np.uint8).reshape(-1, 32),
+        stack=np.frombuffer(stacks, "<i8"),
+        volume=(flag & 2).astype(bool),
+        group=np.unique(np.frombuffer(columns[2], "<u8"), return_inverse=True)[1],
+        val=(flag & 1).astype(bool),
+        text=(flag & 4).astype(bool),
+        source=np.frombuffer(sources, "<u2").astype(np.int64),
+        counts=counts,
+    )
+
+
+def _lines(private: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The images of a chunk; ChunkFault unless it ends as it should."""
+    data, lines, _ = paths(private, name)
+    end, digest = None, hashlib.sha256()
+    try:
+        size = data.stat().st_size
+        with open(lines, "rb") as file:
+            for text in file:
+                if end is not None:
+                    raise ValueError
+                line = json.loads(text)
+                end = line.get("end")
+                if end is None:
+                    digest.update(text)
+                    yield line
+        if end is None or end["bytes"] != size or end["sha256"] != digest.hexdigest():
+            raise ValueError
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        raise _fault(private, name, "its files do not fit each other") from None
+
+
+def _image(private: Path, name: str, file: Any, line: dict[str, Any]) -> tuple[bytes, np.ndarray]:
+    """The encoded image, checked, and its histogram, int64 [256]."""
+    file.seek(line["offset"])
+    data = file.read(line["size"] + HISTOGRAM_BYTES)
+    if hashlib.sha256(data).hexdigest() != line["sha256"]:
+        raise _fault(private, name, "an image is not what was written")
+    return data[: line["size"]], np.frombuffer(data[line["size"] :], HISTOGRAM)
+
+
+def _fault(private: Path, name: str, what: str) -> ChunkFault:
+    paths(private, name)[1].unlink(missing_ok=True)
+    sync_folder(private / "chunks")
+    return ChunkFault(f"chunk {name} is damaged: {what}. It was removed: start again to make it anew")
+
+
+def _meta(source: Source, line: dict[str, Any]) -> dict[str, Any]:
+    meta = {"source": source.name, "label": line["label"], "foreground": line["share"], "text_suspected": line["text"]}
+    return meta | ({"simulated": True} if source.simulated else {})
+
+
+def _choose(table: _Table, keep: np.ndarray, modalities: Sequence[str]) -> set[int]:
+    """Places of the examples: of each modality EXAMPLES, spread over its sources and, in each, over its images."""
+    chosen: set[int] = set()
+    for modality in set(modalities):
+        rows = {
+            number: np.flatnonzero(keep & (table.source == number))
+            for number, name in enumerate(modalities)
+            if name == modality
+        }
+        rows = {number: row for number, row in rows.items() if len(row)}
+        take = dict.fromkeys(rows, 0)
+        for _ in range(min(EXAMPLES, sum(map(len, rows.values())))):
+            least = min(
+                (number for number in rows if take[number] < len(rows[number])), key=lambda number: take[number]
+            )
+            take[least] += 1
+        for number, count in take.items():
+            chosen.update(int(rows[number][(2 * i + 1) * len(rows[number]) // (2 * count)]) for i in range(count))
+    return chosen
+
+
+def _facts(
+    parts: Sequence[Part], settings: Settings, table: _Table, kind: np.ndarray, of: np.ndarray
+) -> dict[str, Any]:
+    """All of the card but the histograms, which the second pass brings."""
+    keep = kind == duplicates.KEEP
+    sources = []
+    for number, (part, counts) in enumerate(zip(parts, table.counts, strict=True)):
+        mine, source = table.source == number, part.source
+        dropped = Counter(counts.dropped)
+        for reason, code in (("exact duplicate", duplicates.EXACT), ("near duplicate", duplicates.NEAR)):
+            dropped[reason] = int((mine & (kind == code)).sum())
+        kept = mine & keep
+        sources.append(
+            {
+                "name": source.name,
+                "modality": source.modality,
+                "anatomy": source.anatomy,
+                "normalisation": source.normalisation,
+                "licence": source.licence,
+                "citation": source.citation,
+                "package": f"{source.package.name} {source.package.version}" if source.package else "",
+                "public": source.public,
+                "simulated": source.simulated,
+                "units": counts.units,
+                "refused": dict(sorted(counts.refused.items())),
+                "seen": counts.seen,
+                "dropped": {reason: dropped[reason] for reason in filters.DROPPED if dropped[reason]},
+                "kept": int(kept.sum()),
+                "train": int((kept & ~table.val).sum()),
+                "val": int((kept & table.val).sum()),
+                "patients": len(np.unique(table.group[kept])),
+                "text_suspected": int((kept & table.text).sum()),
+                "burned_in_declared": counts.burned_in,
+            }
+        )
+    # The package-borne sources stand for the corpus: its modalities of which they hold nothing are told.
+    corpus = len(parts) > 1 and all(part.source.package for part in parts)
+    modalities = []
+    for name in MODALITIES:
+        mine = [source for source in sources if source["modality"] == name]
+        if mine or corpus:
+            train, val = sum(source["train"] for source in mine), sum(source["val"] for source in mine)
+            modalities.append(
+                {"name": name, "train": train, "val": val, "sources": len(mine), "empty": train + val == 0}
+            )
+    return {
+        "name": PACKAGES if corpus else _name([part.source.name for part in parts]),
+        "image_size": settings.size,
+        "bits": settings.bits,
+        "encoding": settings.encoding,
+        "images": int(keep.sum()),
+        "train": int((keep & ~table.val).sum()),
+        "val": int((keep & table.val).sum()),
+        "modalities": modalities,
+        "sources": sources,
+        "duplicates": _pairs(parts, table, kind, of),
+        "rules": _rules(parts, settings),
+    }
+
+
+def _pairs(parts: Sequence[Part], table: _Table, kind: np.ndarray, of: np.ndarray) -> list[dict[str, Any]]:
+    dropped = np.flatnonzero(kind != duplicates.KEEP)
+    keys = table.source[dropped] * len(parts) + table.source[of[dropped]]
+    rows = []
+    for key in np.unique(keys):
+        here = kind[dropped[keys == key]]
+        rows.append(
+            {
+                "source": parts[key // len(parts)].source.name,
+                "of": parts[key % len(parts)].source.name,
+                "exact": int((here == duplicates.EXACT).sum()),
+                "near": int((here == duplicates.NEAR).sum()),
+            }
+        )
+    return rows
+
+
+def _rules(parts: Sequence[Part], settings: Settings) -> dict[str, Any]:
+    shares = sorted({(part.source.modality, part.source.min_foreground) for part in parts})
+    return {
+        "foreground": (
+            f"share of pixels that differ by more than {normalise.FOREGROUND_STEP} of full scale from the commonest "
+            "level of the outermost ring of pixels"
+        ),
+        "least foreground": ", ".join(f"{modality} {share:g}" for modality, share in shares),
+        "near duplicates": (
+            f"{duplicates.HASH_BITS}-bit difference hashes that differ in at most {normalise.NEAR_DUPLICATE_BITS} bits "
+            f"and in at most one in {duplicates.ONES_PER_BIT} of the ones of both; not within one volume; the first "
+            "in order is kept"
+        ),
+        "exact duplicates": "equal normalised pixels",
+        "burned-in annotation": "kept although declared" if settings.allow_burned_in else "refused when declared",
+        "suspected text": "counted, not dropped",
+        "splits": (
+            "all images of a patient on one side, by the hash of the patient or as the source says; a patient on both "
+            "sides goes to val; where no hash says train, all go there"
+        ),
+    }
+
+
+def _name(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _where_they_went(counts: Sequence[Counts]) -> str:
+    total = Counts()
+    for one in counts:
+        total.add(one)
+    reasons = {**total.dropped, **total.refused}
+    listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    return f"{total.units} units, {total.seen} slices seen; {listed or 'nothing was refused'}"

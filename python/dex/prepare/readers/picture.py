@@ -1,0 +1,147 @@
+"""PNG, JPEG, TIFF and BMP. 8 bits for display come out upright, RGB or grey, black behind transparency; deeper grey
+comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dex.data.images import _TRANSPOSE, _to_l_or_rgb
+
+from .files import BoundedFile, Limits, check_scans, only, opened, quiet, quietly
+from .stack import Refused, Stack
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+MAX_PAGES = 4_000
+MAX_STRIPS = 2**16
+MAX_TAG = 2**23  # bytes of one tag of a TIFF
+MAX_RUNS = 2**22  # bytes of a BMP with run lengths: Pillow goes through them in Python
+_DEEP = {"I": np.int32, "F": np.float32}
+_DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
+_STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES, _ORIENTATION = 273, 322, 323, 324, 0x0112
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+_STRIP = 2**20
+
+
+def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
+    path = only(files)
+    refused: list[Refused] = []
+    with quiet("picture"), opened(path) as file:
+        image = _open(file)
+        kind = _kind(image, limits)
+        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        _check_packing(image, file, limits)
+        pages = [0]
+        while image.format == "TIFF":  # asked for their number, Pillow would go through all of them first
+            page = image.tell() + 1
+            try:
+                image.seek(page)
+            except EOFError:
+                break
+            if page >= MAX_PAGES:
+                raise Refused("too large", f"more than {MAX_PAGES} pages")
+            if _kind(image, limits) == kind:
+                pages.append(page)
+            else:
+                refused.append(Refused("inconsistent", "a page unlike the first"))
+        size = file.size
+    del image
+    (height, width), mode, orientation, dtype = kind
+    channels = 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
+    if len(pages) > 1:
+        limits.check_all(len(pages) * height * width * channels * dtype.itemsize, size)
+
+    @quietly("picture")
+    def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        with opened(path) as file:
+            image = _open(file)
+            for number, page in enumerate(pages):
+                if wanted(number):
+                    image.seek(page)
+                    if _kind(image, limits) != kind:
+                        raise Refused("inconsistent", "a page that changed")
+                    yield number, _pixels(image, orientation, channels, dtype)
+
+    yield Stack(
+        quantity="display8" if dtype == np.uint8 else "raw",
+        length=len(pages),
+        shape=(width, height) if orientation >= 5 else (height, width),
+        dtype=dtype,
+        load=load,
+        holds=lambda stored: limits.holds(stored, height, width, 4),
+        channels=channels,
+        windowed=dtype == np.uint8,
+        inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
+        refused=refused,
+    )
+
+
+def _open(file: BoundedFile) -> Image.Image:
+    if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
+        file.largest = MAX_TAG
+    file.seek(0)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise Refused("too large", "more pixels than Pillow opens") from None
+
+
+def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> None:
+    """Refused where few bytes make the decoder work long."""
+    if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and file.size > MAX_RUNS:
+        raise Refused("too large", f"{file.size} bytes of runs")
+    if image.format in ("JPEG", "MPO"):
+        if file.size > limits.memory // 4:
+            raise Refused("too large", f"{file.size} bytes of JPEG")
+        place = file.tell()
+        file.seek(0)
+        check_scans(file.read())
+        file.seek(place)
+
+
+def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
+    """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded."""
+    width, height = image.size
+    limits.check_frame(height, width)
+    mode = image.mode
+    if mode not in _DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
+        raise Refused("unsupported", "its colour mode")
+    dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
+    if image.format == "TIFF":
+        tile = [int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+        if tile[0] * tile[1] > limits.pixels:
+            raise Refused("too large", f"tiles of {tile[0]} x {tile[1]} pixels")
+        if any(len(image.tag_v2.get(tag, ())) > MAX_STRIPS for tag in (_STRIPS, _TILES)):
+            raise Refused("too large", f"more than {MAX_STRIPS} strips or tiles")
+        bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
+        if dtype == np.uint8 and sign == _SIGNED:
+            raise Refused("unsupported", "signed numbers of 8 bits")
+        if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow's have a sign, of the same bits
+            dtype = np.dtype(np.uint32)
+        return (height, width), mode, 1, dtype  # turned by Pillow, which says so in the size
+    try:
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole image first
+    except Exception:  # unreadable metadata says nothing about the pixels
+        orientation = 1
+    return (height, width), mode, orientation if orientation in _TRANSPOSE else 1, dtype
+
+
+def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype) -> np.ndarray:
+    """Upright, in strips: a whole image made opaque, and numpy's view of it, would be its largest copies."""
+    if orientation != 1:
+        image = image.transpose(_TRANSPOSE[orientation])
+    width, height = image.size
+    out = np.empty((height, width) + ((3,) if channels == 3 else ()), dtype)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        if dtype == np.uint8:
+            strip = _to_l_or_rgb(strip)
+            if channels == 3 and strip.mode == "L":
+                strip = strip.convert("RGB")
+        out[top : top + rows] = np.asarray(strip).view(dtype) if dtype == np.uint32 else np.asarray(strip)
+    return out

@@ -1,0 +1,1 @@
+"""Pretraining: what a run is planned to be, its steps, its folder, its checkpoints."""

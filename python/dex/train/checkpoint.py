@@ -1,0 +1,399 @@
+"""Checkpoints: a folder per saved step, hashed, written atomically, without pickle, for any number of ranks.
+
+``step-00000100/`` holds what each rank wrote (``shard-00001-model-00001-of-00001.safetensors``, ...: torch's own
+distributed checkpoint in safetensors, which it cuts anew for another number of ranks), ``state.json``, and
+``MANIFEST.json`` with the size and SHA-256 of all of them. It is written under a temporary name, flushed to the disk
+and renamed, so a folder of that name is complete; reading checks every hash before anything is handed out.
+
+All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``.
+"""
+
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from dex.common.ranks import ALONE, Ranks, from_first, gather, together
+
+# torch says so at every save and load of a single process, which is no news.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_STATE, _MANIFEST = "state.json", "MANIFEST.json"
+_NAME = re.compile(r"step-(\d{8,})$")
+_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_TEMPORARY = ".writing-"
+FORMAT = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete or does not fit; the message names the file or the tensor."""
+
+
+class Checkpoint(NamedTuple):
+    """A folder whose hashes agree, and its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+class Saver:
+    """Writes checkpoints of one run in a thread of its own while training goes on; all ranks call the same methods.
+
+    keep: so many of the newest stay, counted up to the step that is saved. What stops a save half-way (a kill, a full
+    disk, another rank) leaves the earlier checkpoints as they were.
+    """
+
+    def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
+        self.root, self.keep, self.ranks = root, keep, ranks
+        # A group of its own: the thread's messages must not mix with those of the training loop.
+        # No haste: who waits for a save is watched, and whose process ends is missed at once.
+        alone = ranks.world_size == 1
+        self._group = None if alone else dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        self._mesh: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy everything and return while ``root/step-XXXXXXXX`` is being written; raises what the save before met."""
+        self.wait()
+        staged = {name: self._copy(tensor) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._run, args=(step, staged, state), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is complete; raises OSError or `dex.common.ranks.Failed` when it is not."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._write(step, tensors, state)
+        except BaseException as error:  # CheckpointException of torch is no Exception
+            self._error = _plain_error(error)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        final, work = self.root / f"step-{step:08d}", self.root / f"{_TEMPORARY}step-{step:08d}"
+        try:
+            self._first(lambda: self._begin(work))
+            dcp.save(
+                tensors,
+                storage_writer=_Writer(str(work), save_distributed=True),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+            mine: dict[str, Any] = {}
+            self._all(lambda: mine.update(self._seal(work)))
+            files: dict[str, Any] = {}
+            for others in gather(self.ranks, mine, self._group):
+                files |= others
+            self._first(lambda: self._finish(step, state, files, work, final))
+        finally:
+            if self.ranks.first:
+                _remove_unfinished(self.root)
+
+    def _begin(self, work: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(self.root)
+        work.mkdir()
+
+    def _seal(self, work: Path) -> dict[str, Any]:
+        """Flush what this rank wrote to the disk and hash it."""
+        written = sorted(work.glob(f"shard-{self.ranks.rank + 1:05d}-*.safetensors"))
+        for path in written:
+            _sync(path)
+        return {path.name: _digest(path) for path in written}
+
+    def _finish(self, step: int, state: dict[str, Any], files: dict[str, Any], work: Path, final: Path) -> None:
+        (work / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        mode = (work / _STATE).stat().st_mode & 0o777
+        for name in files:
+            (work / name).chmod(mode)
+        files = files | {_STATE: _digest(work / _STATE)}
+        (work / _MANIFEST).write_text(_manifest_text(step, files), encoding="utf-8")
+        for name in (_STATE, _MANIFEST):
+            _sync(work / name)
+        _sync(work)
+        if final.exists():  # the same step of a run that was taken back to an earlier one
+            _set_aside(final)
+        work.rename(final)
+        _sync(self.root)
+        for _, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                # A network file system keeps what somebody still reads; a later save tries again.
+                if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                    raise
+
+    def _first(self, action: Any) -> None:
+        """``action`` on rank 0; its error on all."""
+        self._all(action if self.ranks.first else lambda: None)
+
+    def _all(self, action: Any) -> None:
+        error = None
+        try:
+            action()
+        except Exception as e:
+            error = e
+        together(self.ranks, error, self._group)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if not isinstance(tensor, DTensor):
+            return tensor.to("cpu", copy=True).reshape(tensor.shape or (1,))
+        if self._mesh is None:
+            self._mesh = dist.device_mesh.init_device_mesh("cpu", (self.ranks.world_size,))
+        local = tensor.to_local().to("cpu", copy=True)
+        return DTensor.from_local(
+            local, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """torch's own, but for how a file gets written: from the tensors' memory and with Python free to train on.
+
+    torch's makes two copies of the whole file first, with Python's lock held: seconds per GB in which nothing moves.
+    """
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
+        if tensors:
+            path = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            # Where each piece lies in its tensor, as torch's reader wants it told.
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+            try:
+                save_file(tensors, path, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+            except SafetensorError as error:  # of the system: what is saved here always fits the format
+                raise OSError(f"{path}: {error}") from error
+        done.set_result([WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in plan.items])
+        return done
+
+
+def load(folder: Path) -> Checkpoint:
+    """Check every hash and read the state. CheckpointError names what is wrong; FileNotFoundError."""
+    step = verify(folder)
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / _STATE}: unreadable although its hash agrees; {error}") from error
+    if state.get("step") != step:
+        raise CheckpointError(f"{folder / _STATE}: expected step {step}; got {state.get('step')!r}")
+    return Checkpoint(folder, state)
+
+
+def verify(folder: Path) -> int:
+    """Check the manifest and every hash; the step. CheckpointError names the first bad file; FileNotFoundError."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint: expected a folder; nothing at {folder}")
+    path = folder / _MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        step, files = manifest["step"], manifest["files"]
+        # The text is compared too, so that no flipped bit in it goes unseen.
+        names = set(files) - {_STATE}
+        good = manifest["format"] == FORMAT and text == _manifest_text(step, files)
+        good = good and len(names) + 1 == len(files) and names and all(_SHARD.fullmatch(name) for name in names)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({type(error).__name__})") from error
+    if not good:
+        raise CheckpointError(f"{path}: damaged, or of another format than {FORMAT}")
+    others = {p.name for p in folder.glob("*.safetensors")} - names
+    if others:
+        raise CheckpointError(f"{folder / min(others)}: not in {_MANIFEST}")
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+        for _ in pool.map(lambda name: _check(folder / name, files[name]), files):
+            pass
+    return step
+
+
+def _check(file: Path, entry: Mapping[str, Any]) -> None:
+    """CheckpointError unless ``file`` is what ``entry`` of the manifest says."""
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
+        if _digest(file) != entry:
+            raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
+def found(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint under ``root``, oldest first; damaged ones too."""
+    if not root.is_dir():
+        return []
+    matches = [(m, p) for p in root.iterdir() if p.is_dir() and (m := _NAME.match(p.name))]
+    return sorted((int(m.group(1)), p) for m, p in matches)
+
+
+def newest_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose hashes agree, and why each newer one was passed over.
+
+    None when there is no checkpoint at all. CheckpointError: there are some, and every one is damaged.
+    """
+    passed_over = []
+    for _, folder in reversed(found(root)):
+        try:
+            return load(folder), passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise CheckpointError(f"resume: no checkpoint in {root} can be read; " + "; ".join(passed_over))
+    return None, []
+
+
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Rename checkpoints later than ``step``: the run goes on from there, and they are no longer part of it."""
+    return [_set_aside(folder) for later, folder in found(root) if later > step]
+
+
+def collect(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds of both, flat, not copied."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for name, parameter in parameters:
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return tensors
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+) -> None:
+    """Copy the checkpoint into both, on all ranks. CheckpointError names what does not fit; nothing changed then."""
+    targets = {f"model.{name}": t for name, t in model.state_dict().items()}
+    moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, p in parameters:
+        on_host = not p.is_cuda
+        steps = torch.zeros(1, device="cpu" if on_host else p.device)
+        moments[p] = {"step": steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        targets |= {f"{key}.{name}": t.detach() for key, t in moments[p].items()}
+    reader, metadata = _open(checkpoint.folder)
+    have = {name: (t.properties.dtype, list(t.size)) for name, t in metadata.items()}
+    _require_same(checkpoint.folder, {name: (t.dtype, list(t.shape or (1,))) for name, t in targets.items()}, have)
+    try:
+        dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+    except BaseException as error:
+        raise _plain_error(error) from error
+    for p, values in moments.items():
+        state = optimizer.state[p]
+        state["step"] = values["step"].view(())
+        state["exp_avg"], state["exp_avg_sq"] = values["exp_avg"], values["exp_avg_sq"]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, on the host. CheckpointError and FileNotFoundError as in `verify`."""
+    verify(folder)
+    reader, metadata = _open(folder)
+    whole = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in metadata.items()}
+    dcp.load(whole, storage_reader=reader, no_dist=True)
+    return whole
+
+
+def choose(ranks: Ranks, action: Any) -> Any:
+    """``action()`` on rank 0, which gives a `Checkpoint` or None and notes; the same on every rank."""
+    error, told = None, None
+    if ranks.first:
+        try:
+            saved, notes = action()
+            told = [None if saved is None else [str(saved.folder), saved.state], notes]
+        except Exception as e:
+            error = e
+    together(ranks, error)
+    saved, notes = from_first(ranks, told)
+    return (None if saved is None else Checkpoint(Path(saved[0]), saved[1])), notes
+
+
+def _open(folder: Path) -> tuple[dcp.HuggingFaceStorageReader, dict[str, Any]]:
+    """A reader of the folder's safetensors files, and what they hold by name."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    try:
+        return reader, reader.read_metadata().state_dict_metadata
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: unreadable although its hashes agree; {error}") from error
+
+
+def _require_same(folder: Path, want: Mapping[str, tuple], have: Mapping[str, tuple]) -> None:
+    wrong = [f"{name} is missing" for name in want if name not in have]
+    wrong += [f"{name} is not expected" for name in have if name not in want]
+    wrong += [
+        f"{name}: expected {t[0]} {t[1]}; got {have[name][0]} {have[name][1]}"
+        for name, t in want.items()
+        if name in have and t != have[name]
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{folder}: " + "; ".join(wrong[:5]) + more)
+
+
+def _plain_error(error: BaseException) -> BaseException:
+    """torch wraps what one rank met in a CheckpointException, which is no Exception: give what lies inside."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if not isinstance(error, CheckpointException):
+        return error
+    inner = [failure[0] for _, failure in sorted(error.failures.items())]
+    return inner[0] if inner and isinstance(inner[0], Exception) else CheckpointError(str(error))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest_text(step: int, files: Mapping[str, Any]) -> str:
+    body = {"format": FORMAT, "step": step, "files": files}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _set_aside(folder: Path) -> Path:
+    target = folder.with_name(f"set-aside-{folder.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    return folder.rename(target)
+
+
+def _remove_unfinished(root: Path) -> None:
+    for path in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,497 @@
+"""One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dex.analysis import plots
+from dex.common.ranks import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
+from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
+from dex.data import CorruptDataError, Loader, open_dataset
+from dex.data.dataset import Dataset
+from dex.sizing.estimate import mfu
+from dex.train import checkpoint
+from dex.train.runlog import Progress, RunLog, describe_machine, now
+from dex.train.schedules import total_steps
+from dex.train.trainer import (
+    NonFinite,
+    Trainer,
+    check_cuda_graph,
+    resolve_device,
+    resolve_micro_batch,
+    resolve_precision,
+)
+from dex.train.watch import Watch
+
+EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
+NONFINITE_IN_A_ROW = 3
+"""A run stops after so many non-finite steps one after another."""
+SLOW_RANK = 0.1
+"""A rank is called slow when it alone takes so large a share of a step longer than the median rank."""
+
+
+class Plan(NamedTuple):
+    """A run that nothing speaks against; not a file of it is written yet."""
+
+    config: Config
+    log: RunLog
+    dataset: Dataset
+    device: torch.device
+    precision: str
+    batches_per_epoch: int
+    steps: int
+    saved: checkpoint.Checkpoint | None
+    """Where it goes on; None at step 0."""
+    notes: list[str]
+    """What is to be said about that."""
+
+
+def plan(
+    config: Config, out: Path, resume: str | Path | None = None, ranks: Ranks = ALONE, *, lock: bool = False
+) -> Plan:
+    """Everything that can be checked before a model is built; arguments and errors as in `pretrain`.
+
+    lock: keep other runs out of the folder of the run that is resumed, from now on.
+    """
+    check(config)
+    log = RunLog(out, active=ranks.first)
+    try:
+        return _plan(config, log, resume, ranks, lock)
+    except BaseException:
+        log.close()
+        raise
+
+
+def _plan(config: Config, log: RunLog, resume: str | Path | None, ranks: Ranks, lock: bool) -> Plan:
+    saved, notes = checkpoint.choose(ranks, lambda: _find_start(log, resume, lock))
+    dataset = _open_data(config)
+    train = dataset.split("train")
+    if len(train) == 0:
+        raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+    resolve_micro_batch(config, ranks.world_size)
+    batches = Loader(train, config.data.batch_size, seed=config.run.seed).batches_per_epoch
+    device = resolve_device(config, ranks)
+    check_cuda_graph(config, device, ranks.world_size)
+    precision, steps = resolve_precision(config, device), total_steps(config, batches)
+    _refuse_other_run(log, saved, config, {"data": dataset.fingerprint, "steps": steps, "precision": precision})
+    return Plan(config, log, dataset, device, precision, batches, steps, saved, notes)
+
+
+def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> int:
+    """Run to the end, to ``run.stop_at`` or to a signal; returns the process's exit code.
+
+    out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
+    good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
+    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, before a folder is made;
+    CorruptDataError when too many images cannot be read, after saving.
+    """
+    return prepare(config, out, resume=resume, command=command).run()
+
+
+def prepare(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> "Run":
+    """`pretrain` up to its first step, with the run folder open. What fails later is no fault of the arguments."""
+    check(config)
+    ranks = announced()
+    ranks = start(ranks, resolve_device(config, ranks), config.parallel.timeout)
+    watch = Watch(ranks, config.parallel.timeout)
+    try:
+        return _prepare(config, Path(from_first(ranks, str(out))), resume, command, ranks, watch)
+    except BaseException as error:
+        watch.close(error)
+        stop(ranks)
+        raise
+
+
+def _prepare(
+    config: Config, out: Path, resume: str | Path | None, command: Sequence[str], ranks: Ranks, watch: Watch
+) -> "Run":
+    planned, error = None, None
+    watch.at(0, "reading checkpoint and data")
+    try:
+        planned = plan(config, out, resume, ranks, lock=True)
+    except Failed:
+        raise
+    except Exception as e:
+        error = e
+    together(ranks, error)
+    log, saved, notes = planned.log, planned.saved, planned.notes
+    watch.at(saved.state["step"] if saved else 0, "building the model")
+    trainer = Trainer(config, planned.dataset, ranks=ranks, start_batch=saved.state["data_position"] if saved else 0)
+    if saved:
+        watch.at(trainer.step, "loading the checkpoint")
+        trainer.restore(saved)
+    try:
+        error = None
+        try:
+            log.open(config, _start_entry(trainer, planned.dataset, command, saved))
+            if saved and ranks.first:
+                notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
+        except Exception as e:
+            error = e
+        together(ranks, error)
+        return Run(trainer, log, notes, saved, watch)
+    except BaseException:
+        if saved is None:
+            log.discard()
+        log.close()
+        raise
+
+
+class Run:
+    """`pretrain` once everything is ready: steps, and what happens between them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        log: RunLog,
+        notes: list[str],
+        saved: checkpoint.Checkpoint | None,
+        watch: Watch,
+    ):
+        self.trainer, self.log, self.notes, self.saved, self.watch = trainer, log, notes, saved, watch
+        self.ranks = trainer.ranks
+        self.signals: list[int] = []
+        self.run_config = trainer.config.run
+        self.saver = checkpoint.Saver(log.checkpoints, self.run_config.keep_checkpoints, self.ranks)
+        self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
+        self._saved_step = saved.state["step"] if saved else None
+        self._unreadable = 0
+        self._slow: tuple[int | None, int] = (None, 0)
+        """The slow rank, and in how many rows running."""
+        on_gpu = trainer.device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
+
+    def run(self) -> int:
+        """Take the steps, once; the exit code. Closes the folder, or removes it when it fails before the first step."""
+        with _stop_signals() as self.signals:
+            try:
+                with self.progress.shown():
+                    self._greet()
+                    code = self._steps()
+                    self.watch.at(self.trainer.step, "checkpoint")
+                    self.saver.wait()
+                    return code
+            except BaseException as error:
+                own = (Failed, torch.OutOfMemoryError)  # no RuntimeErrors of a collective
+                if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, own):
+                    self.watch.explain(error)  # does not come back when another rank is gone
+                if self.ranks.world_size == 1:
+                    with contextlib.suppress(Exception):  # what is being written may still be the newest good state
+                        self.saver.wait()
+                if self.saved is None and self.trainer.step == 0:
+                    self.log.discard()
+                self.watch.close(error)
+                raise
+            finally:
+                self.watch.close()
+                self.log.close()
+                self.trainer.close()
+                stop(self.ranks)
+
+    def _greet(self) -> None:
+        for note in self.notes:
+            self.progress.say(note)
+        self.progress.say(f"run folder {self.log.folder}")
+        if self.saved:
+            self.progress.say(f"resumed from {self.saved.folder.name}, {self.trainer.step} steps done")
+            self.log.event(self.trainer.step, "resumed", notes=self.notes)
+
+    def _steps(self) -> int:
+        trainer, run = self.trainer, self.run_config
+        last = min(trainer.steps, run.stop_at or trainer.steps)
+        trainer.at = lambda phase: self.watch.at(trainer.step, phase)
+        if run.evaluate_every and trainer.step % run.evaluate_every == 0 and not self._evaluated():
+            self._evaluate()
+        self._restart_clock()
+        while trainer.step < last:
+            trainer.stop_requested = bool(self.signals)
+            try:
+                bad = trainer.train_step()
+            except CorruptDataError:
+                self._save_unreadable()
+                raise
+            done = trainer.step
+            # Alone, a signal counts at once; read once, since one may come at any moment below. Among several ranks
+            # all stop after the step in which one of them said so.
+            stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))
+            saving = stopping or done == last or done % run.checkpoint_every == 0
+            if saving:
+                bad += trainer.flush()
+                self._spikes()
+            self.progress.step(done)
+            self._report(bad)
+            if trainer.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
+                return self._stop_nonfinite(bad)
+            if done % run.log_every == 0 or done == trainer.steps:
+                self._row()
+            if stopping:  # at once: whoever stops a run kills it soon
+                self._save(wait=True)
+            due = run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps)
+            if due and not (stopping and done < last):  # else it is the first thing after the resume
+                self._paused(self._evaluate)
+            if saving:
+                self._paused(self._save)
+            if stopping and done < last:
+                name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
+                self.log.event(done, "preempted", signal=name)
+                self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
+                return EXIT_PREEMPTED
+        word = "done" if trainer.step == trainer.steps else "stopped as asked"
+        self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
+        return EXIT_DONE
+
+    def _row(self) -> None:
+        trainer = self.trainer
+        row = trainer.row()
+        steps, seconds = trainer.step - self._clock_step, time.perf_counter() - self._clock
+        images = steps * trainer.config.data.batch_size
+        row |= {"images_per_s": images / seconds, **trainer.pace(steps)}
+        self._slow_rank(row, seconds / steps)
+        if (share := mfu(trainer.config, images / seconds, self._device_name, self.ranks.world_size)) is not None:
+            row["mfu"] = share
+        self._restart_clock()
+        self.log.row(row)
+        self.progress.row(row)
+        self._spikes()
+        for layer, unused in trainer.newly_unused():
+            self.log.event(trainer.step, "unused experts", layer=layer, **unused._asdict())
+            for word, experts in (("no image", unused.dead), ("almost no image", unused.nearly_dead)):
+                if experts:
+                    listed = ", ".join(map(str, experts))
+                    self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
+
+    def _slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
+        """Say which rank the others wait for, once it was the same in two rows running."""
+        late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
+        slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
+        self._slow = (slow, self._slow[1] + 1 if slow == self._slow[0] else 1)
+        if slow is not None and self._slow[1] == 2:
+            self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
+            self.progress.say(
+                f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
+                f"others wait {late:.3g} s for it"
+            )
+
+    def _spikes(self) -> None:
+        """Loss spikes with the worst images of all ranks; every rank found the same steps."""
+        spikes, self.trainer.spikes = self.trainer.spikes, []
+        if not spikes:
+            return
+        told = gather(self.ranks, [spike.samples for spike in spikes])
+        for number, spike in enumerate(spikes):
+            worst = sorted((sample for mine in told for sample in mine[number]), key=lambda s: -s[1])[:5]
+            self.progress.say(
+                f"warning: step {spike.step + 1}: loss {spike.loss:.4g}, usually {spike.usual:.4g}; samples "
+                + _list([name for name, _ in worst], 5)
+            )
+            self.log.event(spike.step + 1, "loss spike", loss=spike.loss, usual=spike.usual, samples=worst)
+
+    def _evaluate(self) -> None:
+        self.watch.at(self.trainer.step, "evaluation")
+        trainer, step, log = self.trainer, self.trainer.step, self.log
+        if (agree := trainer.ranks_agree()) is not None:
+            log.row({"step": step, "ranks_agree": agree})
+            if not agree:
+                log.event(step, "ranks differ")
+                self.progress.say(f"warning: step {step}: weights or directors differ between ranks")
+        found = trainer.evaluate()
+        if found is None:
+            if step == 0:
+                self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
+        else:
+            row = {"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss}
+            row |= {"probe_knn": found.probe, "director_distance": found.director_distance}
+            if found.mass:
+                row["val_gate_entropy"] = found.gate_entropy
+                row["val_expert_mass"] = {
+                    name: [[round(v, 4) for v in layer[m].tolist()] for layer in found.mass]
+                    for m, name in enumerate(trainer.modalities)
+                    if name in found.modality_loss
+                }
+            log.row(row)
+            told = "" if found.probe is None else f"  modality by kNN {found.probe:.1%}"
+            self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}{told}")
+            if not log.active:
+                return
+            images = [
+                t.permute(0, 2, 3, 1).float().numpy() for t in (found.original, found.masked, found.reconstruction)
+            ]
+            title = f"step {step}: held-out masked loss {found.loss:.4f}"
+            figure = plots.reconstructions(*images, found.labels, title)
+            log.picture(f"reconstructions-step-{step:06d}.png", "reconstructions", figure, step)
+            if found.mass:
+                title = f"step {step}: experts by modality, held-out images"
+                figure = plots.expert_heatmap([m.numpy() for m in found.mass], trainer.modalities, title)
+                log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
+        rows = log.rows() if log.active else []
+        if any("loss" in row for row in rows):
+            log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
+
+    def _evaluated(self) -> bool:
+        """Whether this step's held-out images were looked at before the run was stopped."""
+        step, rows = self.trainer.step, self.log.rows() if self.ranks.first else []
+        return from_first(self.ranks, any(row["step"] == step and "val_loss" in row for row in rows))
+
+    def _save(self, wait: bool = False) -> None:
+        """Save this step unless it is saved; wait: until it is on the disk."""
+        trainer = self.trainer
+        self.watch.at(trainer.step, "checkpoint")
+        if trainer.step != self._saved_step:
+            self.saver.save(trainer.step, trainer.tensors(), trainer.state())
+            self._saved_step = trainer.step
+        if wait:
+            self.saver.wait()
+
+    def _report(self, bad: Sequence[NonFinite]) -> None:
+        unreadable = list(self.trainer.loader.corrupt.items())
+        for sample, reason in unreadable[self._unreadable :]:
+            self.log.event(self.trainer.step, "unreadable sample", sample=sample, reason=reason)
+        self._unreadable = len(unreadable)
+        for step in bad:
+            what = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
+            self.progress.say(
+                f"warning: step {step.step + 1} changed nothing: {what}; samples {_list(step.samples, 5)}"
+            )
+            self.log.event(
+                step.step + 1,
+                "non-finite step",
+                loss=str(step.loss),
+                grad_norm=str(step.grad_norm),
+                samples=step.samples,
+            )
+
+    def _stop_nonfinite(self, bad: Sequence[NonFinite]) -> int:
+        # Saved with the count at 0, so that resuming goes on behind these batches instead of into them again.
+        trainer = self.trainer
+        self._report(trainer.flush())
+        trainer.nonfinite_in_a_row = 0
+        self._save(wait=True)
+        self.log.event(trainer.step, "stopped", reason=f"{NONFINITE_IN_A_ROW} non-finite steps in a row")
+        print(
+            f"dex pretrain: stopped at step {trainer.step}: {NONFINITE_IN_A_ROW} non-finite steps in a row; "
+            f"samples of the last: {_list(bad[-1].samples, 20)}",
+            file=sys.stderr,
+        )
+        return EXIT_NONFINITE
+
+    def _save_unreadable(self) -> None:
+        # The batch was not given, so nothing of this step is done: a resume reads it again, from mended files.
+        trainer = self.trainer
+        self._report(trainer.flush())
+        self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
+        if trainer.step:
+            self._save(wait=True)
+
+    def _paused(self, action: Callable[[], None]) -> None:
+        """Run ``action`` without counting its time against images per second."""
+        began = time.perf_counter()
+        action()
+        self._clock += time.perf_counter() - began
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_step = time.perf_counter(), self.trainer.step
+
+
+def _find_start(log: RunLog, resume: str | Path | None, lock: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, or None, and what is to be said about it."""
+    out = log.folder
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out: expected a folder; {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out: expected a folder that can be written; {there} cannot")
+    if lock and resume is not None and log.holds_run():
+        log.lock()
+    if resume is None or (resume == "auto" and not log.holds_run()):
+        if log.holds_run():
+            raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")
+        if not log.is_empty():
+            raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
+        return None, []
+    if resume != "auto":
+        return checkpoint.load(Path(resume)), []
+    saved, passed_over = checkpoint.newest_good(log.checkpoints)
+    notes = [f"passed over {reason}" for reason in passed_over]
+    return saved, notes if saved else ["no checkpoint yet in this run folder: starting at step 0"]
+
+
+def _open_data(config: Config) -> Dataset:
+    try:
+        return open_dataset(config.data.path)
+    except (ValueError, FileNotFoundError) as error:
+        if not str(error).startswith("path: "):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"data.{error}") from error
+
+
+def _refuse_other_run(
+    log: RunLog, saved: checkpoint.Checkpoint | None, config: Config, found: Mapping[str, Any]
+) -> None:
+    """ValueError naming every field in which the run in the folder is another one than ``config``'s.
+
+    found: what is not in the configuration: fingerprint of the data, steps, precision. A folder without a checkpoint is
+    known by its ``config.yaml`` and its last start.
+    """
+    if saved:
+        where, state = saved.folder, saved.state
+        old = from_dict(state["config"], Config(), str(where / "state.json"))
+        before = {"data": state["data_fingerprint"], "steps": state["steps"], "precision": state["precision"]}
+    elif log.holds_run():
+        where, old, before = log.folder, log.config(), {}
+        if start := log.last_start():
+            before = {"data": start["data"]["fingerprint"], "steps": start["steps"], "precision": start["precision"]}
+    else:
+        return
+    changed = {k: v for k, v in differences(old, config).items() if k not in FREE_ON_RESUME}
+    for name, value in before.items():
+        if value != found[name]:
+            changed.setdefault(name, (value, found[name]))
+    if changed:
+        listed = "; ".join(f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items())
+        raise ValueError(f"resume: {where} belongs to another run: {listed}")
+
+
+def _start_entry(
+    trainer: Trainer, dataset: Dataset, command: Sequence[str], saved: checkpoint.Checkpoint | None
+) -> dict[str, Any]:
+    return {
+        "started": now(),
+        "step": trainer.step,
+        "resumed_from": saved.folder.name if saved else None,
+        "command": list(command),
+        "ranks": trainer.ranks.world_size,
+        "steps": trainer.steps,
+        "precision": trainer.precision,
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": dataset.modality_counts()},
+        **describe_machine(trainer.device),
+    }
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM, SIGUSR1 and SIGINT; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _list(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,303 @@
+"""`dex prepare` and `dex data` as a user calls them."""
+
+import fcntl
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dex import cli
+from dex.data import ShardDataset
+from dex.prepare import run as prepare
+from dex.prepare import workers
+
+SALT = bytes(range(32))
+
+
+@pytest.fixture
+def run(capsys, tmp_path, inline_workers, monkeypatch):
+    """`dex ARGUMENTS` in an empty folder and in this process: exit code, stdout, stderr."""
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def pictures(root, count, side=64, first=0, patients=4):
+    y, x = np.mgrid[0:side, 0:side] / side
+    for i in range(first, first + count):
+        rng = np.random.default_rng(i)
+        image = 20 + 30 * x
+        for _ in range(6):
+            cy, cx, r = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.3)
+            image = image + rng.uniform(20, 60) * ((x - cx) ** 2 + (y - cy) ** 2 < r * r)
+        path = root / f"p{i % patients}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+    return root
+
+
+def digest(out):
+    return hashlib.sha256((Path(out) / "manifest.json").read_bytes()).hexdigest()
+
+
+def with_salt(out):
+    """Two runs can only be compared under one salt."""
+    private = prepare.private_folder(Path(out))
+    private.mkdir(mode=0o700)
+    (private / "salt").write_bytes(SALT)
+    return out
+
+
+def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path):
+    pictures(tmp_path / "scans", 12)
+    (tmp_path / "scans" / "p0" / "broken.png").write_bytes(b"\x89PNG")
+    arguments = ("prepare", "scans", "--modality", "X-ray", "--out", "my set", "--size", 64)
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert "folder: 13 files in 13 units" in out
+    row = next(line for line in out.splitlines() if line.startswith("folder  X-ray"))
+    assert re.split(r"\s{2,}", row) == [
+        "folder",
+        "X-ray",
+        "13",
+        "12",
+        "12",
+        row.split()[5],
+        row.split()[6],
+        "-",
+        "unreadable 1",
+    ]
+    assert "shards: 'my set'" in out and "next:   dex pretrain --preset demo --data 'my set'" in out
+    assert not set(out) & set("│━█\x1b")
+    assert run(*arguments)[0] == 0  # done already
+    code, out, err = run("data", "check", "my set")
+    assert (code, out, err) == (0, "12 images in 1 shards: every hash fits\n", "")
+    code, out, _ = run(
+        *("pretrain", "--preset", "demo", "--data", "my set", "--data.batch-size", 4, "--dry-run"),
+        *("--model.img-size", 64),
+    )
+    assert code == 0 and "X-ray" in out
+    shard = tmp_path / "my set" / "shard-00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    code, out, err = run("data", "check", "my set")
+    assert code == 1 and "shard-00000.tar: sha256 differs from the manifest" in out and err == ""
+
+
+def test_options_reach_the_set(run, tmp_path):
+    pictures(tmp_path / "a", 3)
+    pictures(tmp_path / "b", 3, first=10)
+    assert run("prepare", "a", "b", "--modality", "X-ray", "--out", "set", "--size", 48, "--encoding", "png")[0] == 0
+    dataset = ShardDataset(tmp_path / "set")
+    assert dataset.image_size == 48 and len(dataset) == 6
+    assert {dataset.sample_id(i).split("/")[0] for i in range(6)} == {"folder", "folder-2"}
+    assert run("prepare", "a", "--modality", "X-ray", "--files", "p0/*.png", "--out", "one", "--bits", 16)[0] == 0
+    assert len(ShardDataset(tmp_path / "one")) == 1
+
+
+def test_parts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dex.prepare.discover.CHUNK_UNITS", 3)
+    pictures(tmp_path / "scans", 12)
+    command = ("prepare", "scans", "--modality", "X-ray", "--size", 64)
+    assert run(*command, "--out", with_salt("whole"))[0] == 0
+    with_salt("parts")
+    for part in (2, 0):
+        code, out, _ = run(*command, "--out", "parts", "--shard", f"{part}/3")
+        assert code == 0 and "are left to other parts" in out and "next:" not in out and not Path("parts").exists()
+    code, out, _ = run(*command, "--out", "parts", "--shard", "1/3")
+    assert code == 0 and "next:" in out and digest("parts") == digest("whole")
+
+
+def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
+    def scan(*_, **__):
+        raise workers.WorkerFault("three workers in a row ended")
+
+    monkeypatch.setattr("dex.prepare.discover.LARGE", 3)
+    monkeypatch.setattr("dex.prepare.scan.scan", scan)
+    (tmp_path / "scans").mkdir()
+    for number in range(4):
+        (tmp_path / "scans" / f"{number}.dcm").write_bytes(b"any")
+    code, _, err = run("prepare", "scans", "--modality", "CT", "--out", "set")
+    assert (code, err) == (1, "dex prepare: a fault in dex: three workers in a row ended\n") and not Path(
+        "set"
+    ).exists()
+
+
+def test_leak(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    pictures(tmp_path / "a", 8)
+    pictures(tmp_path / "b", 6, first=5)
+    pictures(tmp_path / "c", 3, first=20)
+    for name in "abc":
+        code, *_ = run(
+            "prepare", name, "--modality", "X-ray", "--size", 64, "--encoding", "png", "--out", f"set-{name}"
+        )
+        assert code == 0
+    code, out, err = run("data", "leak", "set-a", "set-b")
+    assert code == 1 and err == "" and "3 of 6 images occur in" in out and "3 exact" in out
+    code, out, err = run("data", "leak", "set-a", "set-c")
+    assert (code, err) == (0, "") and "no overlap found" in out
+    (tmp_path / "set-c" / "manifest.json").write_text("{}")
+    code, _, err = run("data", "leak", "set-a", "set-c")
+    assert code == 1 and err.startswith("dex data leak: manifest.json: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "the following arguments are required: SOURCE, --out"),
+        (["prepare", "scans"], "the following arguments are required: --out"),
+        (["prepare", "scans", "--out", "o"], "SOURCE: a folder needs a modality, one of CT, MR"),
+        (["prepare", "scans", "--modality", "xray", "--out", "o"], "modality"),
+        (
+            ["prepare", "nowhere", "--out", "o"],
+            "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'",
+        ),
+        (["prepare", "EchoNet-Dynamic", "--out", "o"], "--root FOLDER --files 'PATTERN'"),
+        (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder; got ''"),
+        (["prepare", "scans", "--modality", "CT", "--out", "full"], "out: expected a new or empty folder"),
+        (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder; file is something else"),
+        (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that its patterns name"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "7"], "size: expected 32 to 4096"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "big"], "argument --size: invalid int value"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "12"], "argument --bits: invalid choice"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "16", "--encoding", "jpg"], "JPEG holds 8"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--shard", "3/3"], "shard: expected i/n with 0 <= i"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--shard", "x"], "shard: expected I/N, such as 0/4"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--workers", "0"], "workers: expected at least 1"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--frame-stride", "-1"], "frame_stride"),
+        (["prepare", "scans", "scans", "--root", "x", "--out", "o"], "root, files: expected one SOURCE beside them"),
+        (["prepare", "bad.yaml", "--out", "o"], "bad.yaml: "),
+        (["data"], "the following arguments are required: COMMAND"),
+        (["data", "purge"], "invalid choice: 'purge'"),
+        (["data", "check", "scans"], "DIR: expected a shard set; scans holds no manifest.json"),
+        (["data", "leak", "scans", "nowhere"], "B: expected a shard set or a folder of images; nowhere is no folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, tmp_path):
+    pictures(tmp_path / "scans", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.yaml").write_text("name: x\nmodality: CT\nnormalisation: ct\ncolour: red\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and message in err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(run, tmp_path):
+    pictures(tmp_path / "scans", 4)
+    command = ("prepare", "scans", "--modality", "X-ray", "--out", "set")
+    assert run(*command, "--size", 64, "--shard", "0/2")[0] == 0
+    code, _, err = run(*command, "--size", 32)
+    assert code == 2 and "begun with size 64, now it is 32" in err and len(err.splitlines()) == 1
+    for i in range(4):
+        (tmp_path / "scans" / "p0" / f"x{i}.png").write_bytes(b"x")
+    code, _, err = run(*command, "--size", 64)
+    assert code == 2 and "folder: the files have changed since the first start" in err
+    code, _, err = run("prepare", "scans", "--modality", "X-ray", "--out", "bad", "--max-unreadable", 3)
+    assert code == 1 and err.startswith("dex prepare: 4 of 8 files or series cannot be read, more than 3: folder/")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_part_that_another_process_does_is_refused(run, tmp_path):
+    pictures(tmp_path / "scans", 2)
+    (tmp_path / "set.private").mkdir()
+    with open(tmp_path / "set.private" / "part-0-of-1.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, err = run("prepare", "scans", "--modality", "X-ray", "--out", "set")
+        assert code == 1 and "part 0/1 of " in err and "is being prepared by another process" in err
+        assert len(err.splitlines()) == 1
+    assert run("prepare", "scans", "--modality", "X-ray", "--out", "set")[0] == 0
+
+
+def _workers(process):
+    """Ids of the processes that work for it."""
+    shown = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout
+    return [int(line.split()[0]) for line in shown.splitlines() if "spawn_main" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_process):
+    pictures(tmp_path / "scans", 130, side=256)
+    out = tmp_path / "set"
+    command = ("prepare", tmp_path / "scans", "--modality", "X-ray", "--out", out, "--workers", 1)
+    process = dex_process(*command, start_new_session=True)
+    chunks = tmp_path / "set.private" / "chunks"
+    deadline = time.monotonic() + 120
+    while not list(chunks.glob("*.partial")):  # at work
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does: to all of them
+    began = time.monotonic()
+    said, complaint = process.communicate(timeout=30)
+    assert process.returncode == 75 and time.monotonic() - began < 10
+    assert complaint.splitlines() == [
+        f"dex prepare: stopped by {number.name}",
+        f"{out}: what is done is kept; the same command goes on",
+    ]
+    assert not out.exists()
+    if number == signal.SIGINT:
+        process = dex_process(*command)
+        said, complaint = process.communicate(timeout=120)
+        assert (process.returncode, complaint) == (0, "") and "next:" in said
+        assert len(ShardDataset(out)) == 130
+
+
+def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process):
+    """kill -9 at random moments; another number of workers and of parts at each start."""
+    pictures(tmp_path / "scans", 160, side=256)
+    rng = random.Random(7)
+
+    def begin(out, shard="0/1", number=1):
+        return dex_process(
+            *("prepare", tmp_path / "scans", "--modality", "X-ray", "--out", out),
+            *("--workers", number, "--shard", shard),
+        )
+
+    whole = begin(with_salt(tmp_path / "whole"), number=2)
+    assert whole.communicate(timeout=120)[1] == "" and whole.returncode == 0
+    out = with_salt(tmp_path / "killed")
+    chunks = tmp_path / "killed.private" / "chunks"
+
+    def at_work(process):
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in chunks.glob("*.bin.partial")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+
+    process = begin(out, "1/2")
+    at_work(process)
+    process.kill()
+    process.wait()
+    process = begin(out, "1/2", 2)
+    at_work(process)
+    for pid in _workers(process):
+        os.kill(pid, signal.SIGKILL)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0 and not out.exists()
+    process = begin(out, "0/2", 2)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert digest(out) == digest(tmp_path / "whole")
+    assert "refused" not in (tmp_path / "killed.private" / "log.jsonl").read_text()

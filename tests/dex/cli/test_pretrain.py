@@ -1,0 +1,263 @@
+import errno
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dex import cli, config
+from dex.data import CorruptDataError
+from dex.train import checkpoint, cuda_graph
+from dex.train import run as pretrain
+from dex.train import trainer as engine
+
+CUDA_GRAPH = ("--parallel.cuda-graph",)
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """`dex ARGUMENTS` in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def resolved(stdout):
+    return config.from_dict(yaml.safe_load(stdout), config.Config())
+
+
+def test_help_lists_only_what_works(run):
+    code, out, _ = run("--help")
+    commands = [line.split()[0] for line in out.split("commands:")[1].split("options:")[0].splitlines() if line.strip()]
+    assert code == 0 and commands == ["prepare", "data", "pretrain", "report", "doctor"]
+    for command in commands:
+        code, out, err = run(command, "--help")
+        assert (code, err) == (0, "") and f"usage: dex {command}" in out
+
+
+def test_version(run):
+    assert run("--version")[1].startswith("dex, from dexkernels ")
+
+
+def test_dry_run_prints_what_would_run_and_writes_nothing(run, images, tmp_path):
+    code, out, err = run("pretrain", "--preset", "demo", "--data", images, "--dry-run")
+    assert (code, err) == (0, "")
+    want = config.preset("demo")
+    assert config.differences(want, resolved(out)) == {"data.path": (None, str(images))}
+    assert "training and" in out and "steps per epoch" in out and "# parameters: " in out
+    assert "ct: 40" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_that_no_gpu_has_replayed_a_step(run, images, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "why_not", lambda *_: None)
+    told = [run("pretrain", "--preset", "demo", "--data", images, "--dry-run", *more)[1] for more in ((), CUDA_GRAPH)]
+    assert ["not yet run on a GPU" in out for out in told] == [False, True]
+
+
+def test_dry_run_counts_the_published_model(run, images):
+    out = run("pretrain", "--preset", "published-code", "--data.batch-size", "8", "--data", images, "--dry-run")[1]
+    line = next(text for text in out.splitlines() if text.startswith("# parameters"))
+    numbers = {w[0]: int(w[1].replace(",", "")) for w in (p.split() for p in line.split("; ")[1].split(", "))}
+    mlp = 768 * 3072 * 2 + 768 + 3072
+    assert numbers["experts"] == 12 * 8 * mlp and numbers["directors"] == 12 * mlp
+    assert 50e6 < numbers["rest"] < 80e6
+
+
+def test_command_line_over_yaml_over_preset(run, images, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"optim: {{base_lr: 3e-4, clip_norm: 2.0}}\ndata: {{path: '{images}'}}\nschedule: {{steps: 9}}\n")
+    arguments = ("pretrain", "--preset", "demo", "--config", path, "--dry-run")
+    got = resolved(run(*arguments, "--optim.base-lr", "5e-4", "--model.num-experts", 4, 4, 6, 6)[1])
+    demo = config.preset("demo")
+    assert got.optim.base_lr == 5e-4 and got.optim.clip_norm == 2.0  # command line; YAML
+    assert got.optim.betas == demo.optim.betas and got.model.embed_dim == demo.model.embed_dim  # preset
+    assert got.model.num_experts == (4, 4, 6, 6) and got.schedule.steps == 9
+    assert resolved(run(*arguments, "--steps", 7)[1]).schedule.steps == 7
+    got = resolved(run("pretrain", "--config", path, "--dry-run", "--data.batch-size", "8")[1])
+    assert got.model == config.Config().model  # without a preset the published values are below
+
+
+def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
+    out = run("pretrain", "--preset", "demo", "--data", images, "--run.seed", 5, "--dry-run")[1]
+    (tmp_path / "again.yaml").write_text(out)
+    assert run("pretrain", "--config", tmp_path / "again.yaml", "--dry-run")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: dex COMMAND"),
+        (["train"], "dex: command: expected one of prepare, data, pretrain, report, doctor; got 'train'"),
+        (["pretrain"], "preset: expected one of published-code, paper, demo, demo-monolithic, or --config FILE"),
+        (
+            ["pretrain", "--preset", "x"],
+            "preset: expected one of published-code, paper, demo, demo-monolithic; got 'x'",
+        ),
+        (["pretrain", "--preset"], "--preset: expected one argument"),
+        (["pretrain", "--config", "absent.yaml"], "config: expected a YAML file; nothing at absent.yaml"),
+        (
+            ["pretrain", "--preset", "demo", "--optim.lr", "3"],
+            "Unrecognized options: --optim.lr, 3; perhaps --optim.base-lr",
+        ),
+        (["pretrain", "--preset", "demo", "--steps", "many"], "--steps"),
+        (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
+        (["pretrain", "--preset", "demo", "--run.device", "tpu"], "'tpu' for argument '--run.device'"),
+        (
+            ["pretrain", "--preset", "demo", "--run.device", "cpu", "--parallel.cuda-graph"],
+            "parallel.cuda_graph: expected a CUDA device; got cpu",
+        ),
+        (["pretrain", "--preset", "demo", "--model.img-size", "100"], "model.img_size: expected a multiple of"),
+        (["pretrain", "--preset", "demo", "--model.backend", "x"], "backend: expected one of"),
+        (
+            ["pretrain", "--preset", "demo", "--data", "absent"],
+            "data.path: expected a folder of images or shards, found",
+        ),
+        (["pretrain", "--preset", "demo", "--data", ""], "data.path: expected a folder; got ''"),
+        (["doctor", "--data", ""], "data: expected a folder; got ''"),
+        (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
+        (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
+        (["pretrain", "--preset", "demo", "--data.batch-size", "1000000"], "batch_size: expected at most"),
+        (["pretrain", "--preset", "demo", "--data", "empty"], "expected PNG, JPEG or NPY files below"),
+        (["pretrain", "--preset", "demo", "--data", "file"], "expected a folder of images or shards, got the file"),
+        (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected --out"),
+        (["pretrain", "--preset", "demo", "--resume", "absent"], "resume: expected auto, a run folder or a checkpoint"),
+        (["pretrain", "--preset", "demo", "--resume", "empty"], "resume: expected auto, a run folder or a checkpoint"),
+        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    if "--model.backend" in arguments:
+        arguments = [*arguments, "--data", images]
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1 or not arguments
+    assert "Traceback" not in err and sorted(tmp_path.rglob("*")) == before
+    if arguments[:1] == ["pretrain"] and arguments[-1] != "--preset":
+        assert run(*arguments, "--dry-run") == (code, out, err)  # it approves nothing that the call refuses
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_default_run_folder_is_named_after_the_preset_or_the_file(run, tiny, tmp_path):
+    (tmp_path / "little.yaml").write_text(config.to_yaml(tiny))
+    code, out, _ = run("pretrain", "--config", "little.yaml", "--steps", 1)
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("little-20") and f"runs/{folder.name}" in out
+    assert not (set(out) & set("│╭█\x1b"))  # plain lines off a terminal
+
+
+def test_resume_finds_run_and_configuration(run, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
+    code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
+    assert code == 2 and "holds a run, --resume auto continues it" in err
+    code, _, err = run("pretrain", "--resume", "run", "--out", "elsewhere")
+    assert code == 2 and "out: expected the run that is resumed" in err
+    code, _, err = run("pretrain", "--resume", "run", "--run.seed", 3)
+    assert code == 2 and "run.seed: expected 0, got 3" in err
+    code, out, _ = run("pretrain", "--resume", "run/checkpoints/step-00000003", "--run.stop-at", 5)
+    assert code == 0 and "resumed from step-00000003" in out
+    code, out, _ = run("pretrain", "--resume", "auto", "--out", "run")
+    assert code == 0 and "resumed from step-00000005" in out and "done: 12 of 12" in out
+
+
+def test_dry_run_checks_out_and_resume_and_writes_nothing(run, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments, message in (
+        (("--config", "c.yaml", "--out", "run"), "holds a run, --resume auto continues it"),
+        (("--resume", "run", "--run.seed", 3), "run.seed: expected 0, got 3"),
+        (("--resume", "run/checkpoints/step-00000009"), "nothing at run/checkpoints/step-00000009"),
+    ):
+        code, out, err = run("pretrain", *arguments, "--dry-run")
+        assert (code, out) == (2, "") and message in err
+        assert run("pretrain", *arguments) == (code, out, err)
+    code, out, _ = run("pretrain", "--resume", "run", "--dry-run")
+    assert code == 0 and resolved(out) == tiny and "# resumes from step-00000003, 3 steps done" in out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of our own"), PermissionError("a cache"), ModuleNotFoundError("late"), OSError(5, "I/O")]
+)
+def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, monkeypatch):
+    """It is raised: Python prints the traceback and ends with 1."""
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def fail(self):
+        if self.step == 6:
+            raise error
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    with pytest.raises(type(error)) as raised:
+        run("pretrain", "--config", "c.yaml", "--out", "run")
+    assert raised.value is error and (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CorruptDataError("data set 'x': more than 10 of 120 samples cannot be read: a (torn)"),
+        OSError(errno.ENOSPC, "full"),
+    ],
+)
+def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def fail(self):
+        if self.step == 2:
+            raise error
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
+    assert (code, err) == (1, f"dex pretrain: {error}\n")
+    saved = [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")]
+    assert saved == ([2] if isinstance(error, CorruptDataError) else [])
+
+
+def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    real = engine.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(engine.Trainer, "train_step", interrupted)
+    assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
+    assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
+
+
+def test_every_exit_code_is_documented():
+    """The table in docs/pretraining.md."""
+    text = (Path(__file__).parents[3] / "docs" / "pretraining.md").read_text()
+    table = text.split("| exit code | |")[1]
+    codes = {
+        int(line.split("|")[1])
+        for line in table.splitlines()
+        if line[:2] == "| " and line.split("|")[1].strip().isdigit()
+    }
+    assert codes == {
+        *(pretrain.EXIT_DONE, pretrain.EXIT_NONFINITE, pretrain.EXIT_PREEMPTED),
+        *(cli.EXIT_FAILED, cli.EXIT_USAGE, cli.EXIT_INTERRUPTED),
+    }

@@ -1,0 +1,239 @@
+"""Percentiles against numpy, orientation against nibabel, opening of files, and what a Refused may carry."""
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dex.prepare import readers
+from dex.prepare.readers import Geometry, Refused, Stack
+from dex.prepare.readers.files import fill, opened, quiet
+from dex.prepare.readers.stack import cut
+
+
+def stack_of(array, keep=True, **fields):
+    """A stack that loads the frames of [F, H, W, ...] one by one."""
+
+    def load(wanted):
+        return ((number, array[number]) for number in range(len(array)) if wanted(number))
+
+    values = {
+        "quantity": "raw",
+        "length": len(array),
+        "shape": array.shape[1:3],
+        "dtype": array.dtype,
+        "channels": array.shape[3] if array.ndim == 4 else 1,
+        "load": load,
+        "holds": lambda stored: keep,
+    }
+    return Stack(**(values | fields))
+
+
+DRAW = np.random.default_rng(5)
+ARRAYS = {
+    "uint8": DRAW.integers(0, 256, (3, 7, 5), dtype=np.uint8),
+    "int8": DRAW.integers(-128, 128, (3, 7, 5), dtype=np.int8),
+    "uint16": DRAW.integers(0, 65536, (3, 7, 5), dtype=np.uint16),
+    "int16": DRAW.integers(-(2**15), 2**15, (3, 7, 5), dtype=np.int16),
+    "few": DRAW.integers(-2, 2, (3, 7, 5), dtype=np.int16),
+    "int32": DRAW.integers(-(10**6), 10**6, (3, 7, 5), dtype=np.int32),
+    "float32": DRAW.normal(0, 1e-3, (3, 7, 5)).astype(np.float32),
+    "float64": DRAW.lognormal(0, 5, (3, 7, 5)) * DRAW.choice([-1, 1], (3, 7, 5)),
+    "zeros": np.array([[[0.0, -0.0, 1.0, -1.0, -0.0, 0.0]]], np.float32),
+    "one": np.array([[[3]]], np.uint16),
+    "colour": DRAW.integers(0, 256, (2, 4, 5, 3), dtype=np.uint8),
+}
+PERCENTS = [(1, 99), (0, 100), (12.5, 50), (33.3, 33.4)]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_percentiles(name, keep):
+    array = ARRAYS[name]
+    quantity = "display8" if array.dtype == np.uint8 else "raw"
+    stack = stack_of(array, keep, quantity=quantity)
+    for percents in PERCENTS:
+        expected = np.percentile(array.astype(np.float32), percents)
+        assert stack.percentiles(*percents) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["int16", "uint8", "float64"])
+@pytest.mark.parametrize("slope, intercept", [(2.5, -7.0), (-0.5, 3.0), ([1.0, -2.0, 0.5], [0.0, 10.0, -3.0])])
+def test_percentiles_of_rescaled_numbers(name, slope, intercept):
+    array = ARRAYS[name]
+    slope, intercept = (np.array(v) if isinstance(v, list) else v for v in (slope, intercept))
+    stack = stack_of(array, slope=slope, intercept=intercept)
+    numbers = array * np.reshape(slope, (-1, 1, 1)) + np.reshape(intercept, (-1, 1, 1))
+    for percents in PERCENTS:
+        expected = np.percentile(numbers.astype(np.float32), percents)
+        assert stack.percentiles(*percents) == pytest.approx(expected, rel=1e-6)
+    got = np.stack([frame.pixels for frame in stack.frames(("stored",), 1)])
+    assert got.dtype == np.float32 and np.allclose(got, numbers, rtol=1e-6)
+
+
+def test_frames_that_are_not_finite_or_not_alike():
+    for bad in (np.nan, np.inf, 1e300):
+        array = np.zeros((2, 3, 3))
+        array[1, 1, 1] = bad
+        with pytest.raises(Refused, match="not finite"):
+            list(stack_of(array).frames(("stored",), 1))
+        with pytest.raises(Refused, match="not finite"):
+            stack_of(array).percentiles(1, 99)
+    with pytest.raises(Refused, match="inconsistent"):
+        stack_of(np.zeros((2, 3, 3)), shape=(3, 4)).percentiles(1, 99)
+    with pytest.raises(Refused, match="inconsistent"):
+        stack_of(np.zeros((2, 3, 3)), length=3).percentiles(1, 99)
+    for slope in (0.0, np.nan, np.array([1.0, np.inf])):
+        with pytest.raises(Refused, match="slope"):
+            stack_of(np.zeros((2, 3, 3)), slope=slope)
+
+
+def test_asking_for_frames():
+    stack = stack_of(ARRAYS["int16"])
+    assert [f.label for f in stack.frames(("axial", "coronal"), 2)] == ["frame-0000", "frame-0002"]
+    assert [f.label for f in stack_of(ARRAYS["one"]).frames(("axial",), 3)] == ["image"]
+    with pytest.raises(ValueError, match="planes"):
+        next(stack.frames(("oblique",), 1))
+    with pytest.raises(ValueError, match="stride"):
+        next(stack.frames(("axial",), 0))
+    with pytest.raises(ValueError, match="quantity"):
+        stack_of(ARRAYS["int16"], quantity="Hounsfield")
+
+
+def test_orientation_agrees_with_nibabel():
+    orientations = pytest.importorskip("nibabel.orientations")
+    draw = np.random.default_rng(1)
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            spacing = draw.uniform(0.5, 4, 3)
+            linear = np.zeros((3, 3))
+            linear[order, range(3)] = signs
+            tilt = np.linalg.qr(np.eye(3) + 0.15 * draw.normal(size=(3, 3)))[0]
+            tilt *= np.sign(np.diag(tilt))
+            affine = np.eye(4)
+            affine[:3, :3] = tilt @ linear * spacing
+            geometry = Geometry.from_affine(affine)
+            frames = draw.integers(0, 1000, (3, 4, 5))
+            target = orientations.io_orientation(affine)
+            expected = orientations.apply_orientation(frames.transpose(2, 1, 0), target)
+            assert np.array_equal(geometry.canonical(frames), expected)
+            assert geometry.spacing == pytest.approx(spacing)
+
+
+def test_planes_are_those_of_the_embedded_set():
+    """The formulas by which the embedded set's volumes were cut."""
+    unit = np.random.default_rng(2).integers(0, 99, (4, 5, 6))
+    flipped = unit[::-1, ::-1, ::-1]
+    assert np.array_equal(cut(unit, "axial", 2), unit[::-1, ::-1, 2].T)
+    assert np.array_equal(cut(unit, "coronal", 1), flipped[:, unit.shape[1] - 1 - 1, :].T)
+    assert np.array_equal(cut(unit, "sagittal", 3), flipped[unit.shape[0] - 1 - 3].T)
+
+
+def test_singular_axes_are_refused_and_unknown_spacing_is_one():
+    with pytest.raises(Refused, match="axes"):
+        Geometry.from_affine(np.diag([1, 1, 0, 1]))
+    with pytest.raises(Refused, match="axes"):
+        Geometry.from_affine(np.full((4, 4), np.nan))
+    assert Geometry.from_affine(np.eye(4), (1, 0, 2)).spacing == (1, 1, 1)
+
+
+def test_a_refusal_pickles_and_names_only_known_reasons():
+    error = pickle.loads(pickle.dumps(Refused("too large", "9 bytes")))
+    assert (error.reason, error.detail, str(error)) == ("too large", "9 bytes", "too large: 9 bytes")
+    assert isinstance(error, ValueError) and str(Refused("crash")) == "crash"
+    with pytest.raises(ValueError, match="reason"):
+        Refused("other")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    plain = tmp_path / "a"
+    plain.write_bytes(b"0123456789")
+    (tmp_path / "link").symlink_to(plain)
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/dev/fd"))
+    for name in ("link", "pipe", "absent", ".", "a\0b"):
+        with pytest.raises(Refused) as caught:
+            opened(os.path.join(tmp_path, name))
+        assert caught.value.reason == "unreadable" and str(tmp_path) not in str(caught.value)
+    with pytest.raises(Refused):
+        opened("/dev/zero")
+    assert len(os.listdir("/dev/fd")) == before
+    with opened(plain) as file:
+        assert file.read(10**15) == b"0123456789"  # no more is allocated than is there
+        file.seek(2)
+        assert file.read() == b"23456789"
+        file.seek(0)
+        file.largest = 4
+        assert file.read(4) == b"0123"
+        with pytest.raises(Refused, match="too large"):
+            file.read(5)
+        file.calls = 1
+        file.read(1)
+        with pytest.raises(Refused, match="too large"):
+            file.read(1)
+        file.calls = 10
+        file.seek(8)
+        with pytest.raises(Refused, match="ends after 2"):
+            fill(file, np.empty(3, np.uint8))
+
+
+def test_no_text_of_an_exception_leaves():
+    with pytest.raises(Refused) as caught, quiet("thing"):
+        raise KeyError("Canary^Patient")
+    assert str(caught.value) == "unreadable: thing: KeyError" and caught.value.__cause__ is None
+    with pytest.raises(Refused, match="too large"), quiet("thing"):
+        raise MemoryError
+    for kind in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(kind), quiet("thing"):
+            raise kind
+    panic = type("PanicException", (BaseException,), {})  # as pyo3 has it
+    with pytest.raises(Refused, match="PanicException"), quiet("thing"):
+        raise panic
+    with pytest.raises(Refused, match="constant"), quiet("thing"):
+        raise Refused("constant")
+
+
+def test_formats_by_suffix():
+    cases = {
+        "a.dcm": "dicom",
+        "A.IMA": "dicom",
+        "x/b.nii": "nifti",
+        "b.NII.gz": "nifti",
+        "c.mha": "metaimage",
+        "c.nrrd": "metaimage",
+        "d.JPEG": "picture",
+        "d.tif": "picture",
+        "e.npz": "array",
+        "f.webm": "video",
+        "g": None,
+        "h.gz": None,
+        "x.dcm/h.txt": None,
+        "1.2.840.10008": None,
+    }
+    assert {name: readers.format_of(name) for name in cases} == cases
+    assert readers.format_of(b"/x/\xff.png") == "picture"
+
+
+def test_an_absent_library_is_named():
+    code = (
+        "import sys; sys.modules['SimpleITK'] = None; sys.modules['cv2'] = None\n"
+        "from dex.data import readers\n"
+        "for name in ('metaimage', 'video'):\n"
+        "    try: readers.load(name)\n"
+        "    except readers.Refused as error: print(error)\n"
+        "print(sorted({'torch', 'pydicom', 'nibabel'} & set(sys.modules) - {'torch'}))"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == [
+        "unsupported: SimpleITK is not installed (extra 'data')",
+        "unsupported: opencv-python-headless is not installed (extra 'data')",
+        "[]",
+    ]
+    with pytest.raises(ValueError, match="format"):
+        readers.load("docx")
+    with pytest.raises(ValueError, match="files"):
+        next(readers.read([], "nifti"))

@@ -1,0 +1,225 @@
+import os
+import random
+
+import pytest
+
+from dex.prepare import discover
+from dex.prepare.discover import Chunk, File, cut, is_unchanged, read_units
+from dex.prepare.ids import Names, read_salt, split_of
+from dex.prepare.sources import Source
+
+SALT = bytes(range(32))
+DICOM = b"\0" * 128 + b"DICM"
+
+
+def source(**fields):
+    return Source(**{"name": "mine", "modality": "CT", "normalisation": "ct", "files": ("**/*",), **fields})
+
+
+def write(root, *names, data=b"x"):
+    for name in names:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+
+
+def units(listing, tmp_path):
+    path = tmp_path / "listing.jsonl"
+    path.write_bytes(b"".join(listing.lines))
+    return [unit for chunk in listing.chunks for unit in read_units(path, chunk)]
+
+
+def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
+    root = tmp_path / "root"
+    write(root, "b/2.dcm", "b/1.dcm", "b/1.2.840.4", "a.nii.gz", "b/x.png", "Z.mp4", data=DICOM)
+    write(root, "é.npy", "notes.txt", ".hidden.png", "DICOMDIR")
+    os.symlink(root / "b", root / "link")
+    os.symlink(root / "a.nii.gz", root / "link.nii.gz")
+    os.mkfifo(root / "pipe.png")
+    listing = discover.discover(source(), root)
+    found = units(listing, tmp_path)
+    assert [(unit.key, unit.format) for unit in found] == [
+        ("Z.mp4", "video"),
+        ("a.nii.gz", "nifti"),
+        ("b", "dicom"),
+        ("b/x.png", "picture"),
+        ("é.npy", "array"),
+    ]
+    assert [file.path for file in found[2].files] == ["b/1.2.840.4", "b/1.dcm", "b/2.dcm"]
+    status = os.stat(root / "b/1.dcm")
+    assert found[2].files[1] == File("b/1.dcm", 132, status.st_mtime_ns)
+    assert (listing.files, sum(listing.sizes)) == (7, 6 * 132 + 1)
+    assert listing.formats == ["array", "dicom", "nifti", "picture", "video"]
+    assert listing.ignored == {
+        "symbolic links": 2,
+        "not named by the patterns": 1,
+        "directories of DICOM files": 1,
+        "no regular files": 1,
+        "of no known format": 1,
+    }
+
+
+MHD = b"NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = %s\n"
+
+
+def test_a_file_that_holds_the_data_of_another_belongs_to_it(tmp_path):
+    root = tmp_path / "root"
+    write(root, "p/scan.mhd", data=MHD % b"scan 1.raw")
+    write(root, "p/scan 1.raw", "p/other.raw", "q/a.hdr", "q/a.img", "q/b.hdr", "c.HDR.gz", "c.img.gz", data=bytes(8))
+    write(root, "p/two.nhdr", data=b"NRRD0004\nencoding: raw\ndata file: two.dat\n")
+    write(root, "p/two.dat", data=bytes(8))
+    for name, place in (("out", b"../secret.raw"), ("link", b"link.raw"), ("own", b"own.mhd"), ("lost", b"lost.raw")):
+        write(root, f"r/{name}.mhd", data=MHD % place)
+    write(tmp_path, "secret.raw")
+    os.symlink(root / "p/other.raw", root / "r/link.raw")
+    listing = discover.discover(source(), root)
+    found = {unit.key: (unit.format, [file.path for file in unit.files]) for unit in units(listing, tmp_path)}
+    assert found == {
+        "c.HDR.gz": ("nifti", ["c.HDR.gz", "c.img.gz"]),
+        "p/scan.mhd": ("metaimage", ["p/scan.mhd", "p/scan 1.raw"]),
+        "p/two.nhdr": ("metaimage", ["p/two.nhdr", "p/two.dat"]),
+        "q/a.hdr": ("nifti", ["q/a.hdr", "q/a.img"]),
+        "q/b.hdr": ("nifti", ["q/b.hdr"]),
+        **{f"r/{name}.mhd": ("metaimage", [f"r/{name}.mhd"]) for name in ("out", "link", "own", "lost")},
+    }
+    assert listing.ignored == {"of no known format": 1, "symbolic links": 1}  # p/other.raw, r/link.raw
+    assert listing.files == 13
+    os.utime(root / "p/scan 1.raw", ns=(0, 1))
+    assert discover.discover(source(), root).digest != listing.digest
+    # patterns need not name it, and where they do, or say what every file is, it is no unit of its own
+    for files, format in ((("p/*.mhd",), "auto"), (("p/scan*",), "auto"), (("p/scan*",), "metaimage")):
+        listing = discover.discover(source(files=files, format=format), root)
+        assert [[file.path for file in unit.files] for unit in units(listing, tmp_path)] == [found["p/scan.mhd"][1]]
+        assert listing.ignored == {"not named by the patterns": 12, "symbolic links": 1}
+
+
+def test_names_that_are_no_utf8_and_patterns(tmp_path):
+    root = tmp_path / "root"
+    write(root, b"p\xff/scan.nii", "q/scan.nii", "q/labels.nii", "q/scan.png")
+    listing = discover.discover(source(files=("**/*.nii",), exclude=("**/labels.nii",), format="nifti"), root)
+    found = units(listing, tmp_path)
+    assert [os.fsencode(unit.key) for unit in found] == [b"p\xff/scan.nii", b"q/scan.nii"]
+    assert is_unchanged(root, found[0].files[0])
+    names = Names(source(public=True), SALT)
+    assert names.sample(found[0].key, "axial-001") == "mine/p%FF/scan.nii/axial-001"
+
+
+def test_order_and_chunks_do_not_depend_on_the_file_system(tmp_path):
+    names = [f"{i % 7}/{i:04d}.png" for i in range(200)]
+    digests = set()
+    for turn in range(2):
+        random.Random(turn).shuffle(names)
+        root = tmp_path / str(turn)
+        write(root, *names)
+        for name in names:
+            os.utime(root / name, ns=(0, 10**9))
+        listing = discover.discover(source(), root)
+        digests.add(listing.digest)
+    assert len(digests) == 1
+    assert [chunk.units for chunk in listing.chunks] == [64, 64, 64, 8]
+    assert [unit.key for unit in units(listing, tmp_path)] == sorted(names)
+    os.utime(root / names[3], ns=(0, 10**9 + 1))
+    assert discover.discover(source(), root).digest not in digests
+    os.utime(root / names[3], ns=(0, 10**9))
+    assert discover.discover(source(), root).digest in digests
+    write(root, names[5], data=b"yy")
+    os.utime(root / names[5], ns=(0, 10**9))
+    assert discover.discover(source(), root).digest not in digests
+
+
+def test_cut_by_units_and_bytes():
+    mb = 2**20
+    assert cut([]) == []
+    assert cut([(10, 300 * mb), (20, mb), (30, 255 * mb), (40, 1)]) == [
+        Chunk(0, 10, 1),
+        Chunk(10, 50, 2),
+        Chunk(60, 40, 1),
+    ]
+    chunks = cut([(1, 1)] * 130)
+    assert [chunk.units for chunk in chunks] == [64, 64, 2] and [chunk.offset for chunk in chunks] == [0, 64, 128]
+
+
+@pytest.mark.parametrize("make", [lambda root: None, lambda root: root.mkdir(), lambda root: write(root, "notes.txt")])
+def test_nothing_to_read_is_an_error_without_a_path(make, tmp_path):
+    root = tmp_path / "Jane Doe"
+    make(root)
+    with pytest.raises(ValueError, match="^mine: expected ") as error:
+        discover.discover(source(), root)
+    assert "Jane" not in str(error.value)
+
+
+def test_a_changed_or_missing_file_is_seen(tmp_path):
+    write(tmp_path, "a.png")
+    mtime = os.stat(tmp_path / "a.png").st_mtime_ns
+    assert is_unchanged(tmp_path, File("a.png", 1, mtime)) and is_unchanged(tmp_path, File("a.png", 1, 0))
+    assert not is_unchanged(tmp_path, File("a.png", 2, mtime))
+    assert not is_unchanged(tmp_path, File("a.png", 1, mtime + 1))
+    assert not is_unchanged(tmp_path, File("b.png", 1, mtime))
+
+
+def test_common_folders(tmp_path):
+    write(tmp_path / "one", "data/img/p1/a.png", "data/img/p2/b.png")
+    write(tmp_path / "two", "data/img/p1/a.png", "data/c.png")
+    assert discover.discover(source(), tmp_path / "one").common == 2
+    assert discover.discover(source(), tmp_path / "two").common == 1
+
+
+def test_private_names_are_salted_and_hold_nothing():
+    names, other = Names(source(), SALT), Names(source(), SALT[::-1])
+    got = names.sample("Doe^Jane/1.nii", "axial-001")
+    assert got == names.sample("Doe^Jane/1.nii", "axial-001") and got.startswith("mine/") and len(got) == 5 + 32
+    assert len({got, other.sample("Doe^Jane/1.nii", "axial-001"), names.sample("Doe^Jane/1.nii", "axial-002")}) == 3
+    # parts are kept apart: nothing moves from one to the next unseen
+    assert names.sample("a", "bc") != names.sample("ab", "c")
+    for text in (got, names.unit("Doe^Jane/1.nii"), names.group("Doe^Jane/1.nii", "Jane")):
+        assert "Doe" not in text and "Jane" not in text
+
+
+def test_groups_keep_patients_together():
+    here, there = Names(source(), SALT), Names(source(name="other"), SALT)
+    assert here.group("x/1.dcm", "123456") == there.group("y/2.dcm", " 123456 ")  # the header's, over sources
+    assert here.group("x/1.dcm", "123456") != here.group("x/1.dcm", "123457")
+    for nobody in ("", "ANONYMOUS", "Anonymized", "0000", "unknown"):  # then the first folder, within a source
+        assert here.group("x/1.dcm", nobody) == here.group("x/y/2.dcm", "") != here.group("z/1.dcm", nobody)
+        assert here.group("x/1.dcm", nobody) != there.group("x/1.dcm", nobody)
+    assert here.group("1.dcm", "") != here.group("2.dcm", "")
+    assert here.group("1.dcm", "", alone=False) == here.group("2.dcm", "", alone=False)
+    assert here.group("x/y/1.dcm", "", alone=False) == here.group("x/2.dcm", "") != here.group("z/1.dcm", "")
+    below = Names(source(), SALT, common=1)
+    assert below.group("data/p1/a.png", "") == below.group("data/p1/b.png", "") != below.group("data/p2/a.png", "")
+    told = Names(source(patient=r"(sub-\d+)"), SALT)
+    assert told.group("a/sub-01_x.nii", "77") == told.group("b/sub-01_y.nii", "78") != told.group("a/sub-02.nii", "77")
+    public = Names(source(public=True), SALT)
+    assert public.group("x/1.dcm", "123456") == Names(source(public=True), SALT[::-1]).group("y", "123456")
+    assert "123456" not in public.group("x/1.dcm", "123456") and public.group("x/1.dcm", "") == "mine/x"
+
+
+def test_public_names_are_safe_and_different():
+    names = Names(source(public=True), SALT)
+    keys = ["a b", "a%20b", "a\nb", 'a"<b>', "ä" * 300, "ä" * 301, "../x", "-rf"]
+    got = [names.sample(key, "image") for key in keys]
+    assert len(set(got)) == len(keys)
+    for text in got:
+        assert text.isascii() and text.isprintable() and not set(text) & set(" \"'<>&;|$`\\*?") and len(text) < 300
+
+
+def test_split_is_a_share_and_a_function_of_the_group():
+    groups = [f"{i:032x}" for i in range(20000)]
+    val = [split_of(group, 0.05) == "val" for group in groups]
+    assert 0.045 < sum(val) / len(val) < 0.055
+    assert {split_of(group, 0.0) for group in groups} == {"train"}
+    assert {split_of(group, 1.0) for group in groups} == {"val"}
+    assert all(split_of(group, 0.2) == "val" for group, here in zip(groups, val, strict=True) if here)
+
+
+def test_salt_is_made_once_for_the_owner_alone(tmp_path):
+    first = read_salt(tmp_path)
+    assert len(first) == 32 and read_salt(tmp_path) == first
+    assert os.stat(tmp_path / "salt").st_mode & 0o777 == 0o600
+    (tmp_path / "salt").write_bytes(first[:31])
+    with pytest.raises(ValueError, match="salt: expected 32 bytes, got 31"):
+        read_salt(tmp_path)
+    (tmp_path / "salt").unlink()
+    (tmp_path / "salt.partial").write_bytes(b"cut short")
+    assert len(read_salt(tmp_path)) == 32

@@ -1,0 +1,159 @@
+"""From stacks to stored images: against Pillow's own resizing, and values worked out by hand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dex.prepare.readers import Geometry, Refused, Stack
+from dex.prepare.slices import slices
+from dex.prepare.sources import Source, Tile
+
+DRAW = np.random.default_rng(8)
+
+
+def stack_of(array, quantity="raw", **fields):
+    """A stack of [F, H, W] or [F, H, W, 3]."""
+    values = {
+        "quantity": quantity,
+        "length": len(array),
+        "shape": array.shape[1:3],
+        "dtype": array.dtype,
+        "channels": array.shape[3] if array.ndim == 4 else 1,
+        "load": lambda wanted: ((n, array[n]) for n in range(len(array)) if wanted(n)),
+        "holds": lambda stored: True,
+    }
+    return Stack(**(values | fields))
+
+
+def source(**fields):
+    return Source(**({"name": "test", "modality": "X-ray", "normalisation": "display"} | fields))
+
+
+def images(stack, size=16, bits=8, **fields):
+    return list(slices(stack, source(**fields), size, bits))
+
+
+def resized(unit, width, height, box=None):
+    """What Pillow makes of a whole float image at once."""
+    image = Image.fromarray(unit.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).clip(0, 1)
+
+
+def test_the_same_size_is_left_alone():
+    array = DRAW.integers(0, 256, (1, 16, 16), dtype=np.uint8)
+    (one,) = images(stack_of(array, "display8"))
+    assert one.label == "image" and np.array_equal(one.image, array[0]) and one.small
+    (one,) = images(stack_of(array, "display8"), bits=16)
+    assert one.image.dtype == np.uint16 and np.array_equal(one.image, array[0].astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize("bits, top", [(8, 255), (16, 65535)])
+def test_one_rounding_at_the_end(bits, top):
+    array = DRAW.normal(0, 300, (1, 70, 50))
+    (one,) = images(stack_of(array, "HU"), size=32, bits=bits, modality="CT", normalisation="ct")
+    unit = resized((array[0].clip(-200, 400) + 200) / 600, 23, 32)
+    content = one.image[:, 4:27]
+    assert np.abs(content - unit * top).max() <= 0.5 + 2e-3 * top / 255
+    assert not one.small
+
+
+def test_padding_is_the_background_of_the_content():
+    array = np.full((1, 20, 40), 70, np.uint8)
+    array[0, 5:15, 10:30] = 200
+    (one,) = images(stack_of(array, "display8"), size=40)
+    assert np.array_equal(one.image[10:30], array[0]) and (one.image[[*range(10), *range(30, 40)]] == 70).all()
+    assert one.share == 0.25  # of the content, not of the padded image
+    values = np.full((1, 20, 40), 0.5, np.float32)
+    values[0, 5:15, 10:30] = 1
+    (one,) = images(stack_of(values, "SUV"), size=40, bits=16, modality="PET", normalisation="suv")
+    assert (one.image[0] == round(0.5 / 20 * 65535)).all()
+    colour = np.zeros((1, 20, 40, 3), np.uint8)
+    colour[:] = (10, 200, 30)
+    (one,) = images(stack_of(colour, "display8"), size=40)
+    assert (one.image == (10, 200, 30)).all()
+
+
+def test_pixels_become_square_by_the_spacing():
+    array = DRAW.integers(0, 256, (1, 40, 40), dtype=np.uint8)
+    (one,) = images(stack_of(array, "display8", spacing=(1.0, 2.0)), size=40)
+    expected = np.rint(resized(array[0] / 255, 40, 20) * 255)
+    assert np.abs(one.image[10:30] - expected).max() <= 1
+    (one,) = images(stack_of(array, "display8", spacing=(1.0, 2.0)), size=40, fit="crop")
+    expected = np.rint(resized(array[0] / 255, 40, 40, box=(10, 0, 30, 40)) * 255)
+    assert np.abs(one.image - expected).max() <= 1
+    geometry = Geometry((0, 1, 2), (1, 1, 1), (1.0, 1.0, 4.0))
+    volume = stack_of(DRAW.integers(0, 256, (10, 40, 40), dtype=np.uint8), "display8", geometry=geometry, volume=True)
+    first = images(volume, size=40, planes=("coronal",))[0]
+    assert first.label == "coronal-000" and first.small  # ten slices of 4 mm fill the square, but are few
+
+
+def test_crop_by_modality():
+    array = DRAW.integers(0, 256, (1, 30, 51, 3), dtype=np.uint8)
+    (one,) = images(stack_of(array, "display8"), size=30, modality="fundus")
+    expected = np.stack([resized(array[0, :, :, c] / 255, 30, 30, box=(10.5, 0, 40.5, 30)) for c in range(3)], 2)
+    assert one.image.shape == (30, 30, 3) and np.abs(one.image - expected * 255).max() <= 1
+    assert images(stack_of(array, "display8"), size=30, modality="fundus", fit="pad")[0].image.shape == (30, 30, 3)
+
+
+def test_large_pictures_go_in_strips(monkeypatch):
+    array = DRAW.integers(0, 256, (1, 301, 200, 3), dtype=np.uint8)
+    (whole,) = images(stack_of(array, "display8"), size=64)
+    monkeypatch.setattr("dex.prepare.slices._STRIP", 5000)
+    (strips,) = images(stack_of(array, "display8"), size=64)
+    assert np.array_equal(whole.image, strips.image)
+
+
+def test_monochrome1_is_inverted_after_the_rule():
+    array = np.arange(256, dtype=np.uint16).reshape(1, 16, 16) * 16
+    (plain,) = images(stack_of(array))
+    (inverted,) = images(stack_of(array, inverted=True))
+    assert np.abs(inverted.image + plain.image.astype(int) - 255).max() <= 1  # a half is rounded to even
+    assert inverted.image[0, 0] == 255 and inverted.image[-1, -1] == 0
+
+
+def test_tiles_lie_beside_the_whole():
+    array = DRAW.integers(0, 256, (2, 20, 30), dtype=np.uint8)
+    tiles = (Tile(8, 8, (4, 2, 24, 20)), Tile(20, 10))
+    got = images(stack_of(array, "display8"), size=8, tiles=tiles)
+    labels = [one.label for one in got[: len(got) // 2]]
+    assert labels == ["frame-0000", *(f"frame-0000-x{x}-y{y}-s8" for y in (2, 10) for x in (4, 12))] + [
+        "frame-0000-x0-y0-s20",
+        "frame-0000-x10-y0-s20",
+    ]
+    cut = {one.label: one.image for one in got}["frame-0001-x12-y10-s8"]
+    assert np.array_equal(cut, array[1, 10:18, 12:20])
+    only = images(stack_of(array, "display8"), size=8, tiles=tiles, whole=False)
+    assert [one.label for one in only] == [one.label for one in got if "-s" in one.label]
+    assert all(one.small for one in only)
+
+
+def test_grey_stored_as_colour_becomes_grey():
+    grey = DRAW.integers(0, 256, (1, 16, 16, 1), dtype=np.uint8)
+    (one,) = images(stack_of(np.repeat(grey, 3, 3), "display8"), bits=16)
+    assert np.array_equal(one.image, grey[0, :, :, 0].astype(np.uint16) * 257)
+    colour = np.repeat(grey, 3, 3)
+    colour[0, 3, 3, 1] ^= 1
+    (one,) = images(stack_of(colour, "display8"), bits=16)
+    assert one.image.dtype == np.uint8 and np.array_equal(one.image, colour[0])
+
+
+def test_the_stride_is_for_what_is_no_volume():
+    array = DRAW.integers(0, 256, (5, 16, 16), dtype=np.uint8)
+    assert [s.label for s in images(stack_of(array, "display8"), frame_stride=2)] == [
+        "frame-0000",
+        "frame-0002",
+        "frame-0004",
+    ]
+    assert len(images(stack_of(array, "display8", volume=True), frame_stride=2)) == 5
+
+
+def test_what_a_rule_refuses():
+    array = DRAW.integers(0, 256, (1, 16, 16), dtype=np.uint16)
+    with pytest.raises(Refused, match="ct needs HU"):
+        images(stack_of(array), normalisation="ct")
+    with pytest.raises(Refused, match="constant"):
+        images(stack_of(array * 0), normalisation="mr")
+    with pytest.raises(ValueError, match="bits"):
+        images(stack_of(array), bits=12)
+    with pytest.raises(ValueError, match="size"):
+        images(stack_of(array), size=0)

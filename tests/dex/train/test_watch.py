@@ -1,0 +1,72 @@
+"""What the ranks say of themselves; what becomes of ranks that die or hang is in tests/reliability."""
+
+import datetime
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+
+from dex.common import ranks as distributed
+from dex.common.ranks import ALONE, Ranks
+from dex.train.watch import Watch
+
+
+def test_what_a_process_of_an_earlier_start_said_does_not_count():
+    """torchrun --max-restarts starts the ranks again with the same store."""
+    watch = Watch(ALONE, 60.0)
+    first = {"step": 0, "phase": "start", "host": "a", "pid": 20}
+    watch._seen, watch._store = {1: (first, 0.0)}, dist.HashStore()
+    watch._store.set("dex/alive/1", json.dumps(first | {"pid": 10, "done": True, "failed": "OSError: gone"}))
+    watch._hear()
+    assert watch._failure() == "" and watch._seen[1] == (first, 0.0)
+    watch._store.set("dex/alive/1", json.dumps(first | {"step": 3}))
+    watch._hear()
+    assert watch._seen[1][0]["step"] == 3
+
+
+def test_a_round_of_many_ranks_is_two_requests():
+    """A thread for each of 64 ranks at one store: one request would be 63, and live ranks would be called dead."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    count, requests = 64, []
+
+    class Counted:
+        def __init__(self):
+            self.store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+
+        def set(self, key, value):
+            requests.append("set")
+            return self.store.set(key, value)
+
+        def multi_get(self, keys):
+            requests.append("multi_get")
+            return self.store.multi_get(keys)
+
+    watches = [Watch(ALONE, 60.0) for _ in range(count)]
+    me = watches[0]._self
+    for rank, watch in enumerate(watches):
+        watch.ranks, watch._store, watch._main = Ranks(rank, count, 0), Counted(), 0
+        first = {"step": 0, "phase": "start", **me}
+        watch._seen = {other: (first, 0.0) for other in range(count) if other != rank}
+        watch.at(rank, "step")
+        watch._tell()
+    began = time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(Watch._hear, watches))
+    assert time.monotonic() - began < 10
+    assert sorted(requests) == ["multi_get"] * count + ["set"] * count
+    for rank, watch in enumerate(watches):
+        assert {r: e["step"] for r, (e, _) in watch._seen.items()} == {r: r for r in range(count) if r != rank}
+
+
+def test_nccl_gives_up_later_than_the_watch(monkeypatch):
+    """Its watchdog aborts the process, and with it the watch that names the rank that hangs."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    distributed.start(Ranks(0, 2, 0), torch.device("cuda", 0), 600.0)
+    distributed.start(Ranks(0, 2, 0), torch.device("cpu"), 600.0)
+    assert [backend for backend, _ in asked] == ["cpu:gloo,cuda:nccl", "gloo"]
+    assert asked[0][1] >= datetime.timedelta(seconds=630) and asked[1][1] == datetime.timedelta(seconds=600)
