@@ -166,8 +166,8 @@ def test_training_step(timer, tiny, measure, size):
     """
     pytest.importorskip("yaml", reason="a model is configured in YAML")
     from dex.config import Config, from_dict
+    from dex.model.build import build_model
     from dex.sizing.estimate import training_flops
-    from dex.train.trainer import build_model
 
     widths, images_a_step = STEPS[size]
     few, images_a_step = (2, 4) if tiny else (4, images_a_step)

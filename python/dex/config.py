@@ -330,6 +330,22 @@ def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
     return (value,) * depth if isinstance(value, int) else value
 
 
+def images_per_rank(config: Config, world_size: int) -> int:
+    """Images of a batch that each of ``world_size`` ranks takes. ValueError when they cannot share it evenly."""
+    batch = config.data.batch_size
+    if batch % world_size:
+        raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks; got {batch}")
+    return batch // world_size
+
+
+def resolve_micro_batch(config: Config, world_size: int) -> int:
+    """Images that a rank computes at once. ValueError when its part cannot be cut into equal micro-batches."""
+    part, micro = images_per_rank(config, world_size), config.parallel.micro_batch
+    if micro is not None and part % micro:
+        raise ValueError(f"parallel.micro_batch: expected a divisor of the {part} images of a rank; got {micro}")
+    return micro or part
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():

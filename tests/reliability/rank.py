@@ -108,6 +108,7 @@ def put_in(faults):
     import torch
 
     from dex.data.dataset import SampleError
+    from dex.model import MaskedAutoencoder
     from dex.train import trainer as engine
 
     rank = int(os.environ["RANK"])
@@ -133,7 +134,7 @@ def put_in(faults):
         FileFaults(faults.get("thread", "checkpoint"), faults["operation"], faults.get("how", "before"), log)
 
     real_step, real_augment, real_next = engine.Trainer.train_step, engine.augment, engine.Trainer._next_batch
-    real_forward = engine.MaskedAutoencoder.forward
+    real_forward = MaskedAutoencoder.forward
 
     def next_batch(self):
         found = real_next(self)
@@ -184,7 +185,7 @@ def put_in(faults):
             return g * float("nan")
 
     engine.Trainer.train_step, engine.Trainer._next_batch = train_step, next_batch
-    engine.augment, engine.MaskedAutoencoder.forward = augment, forward
+    engine.augment, MaskedAutoencoder.forward = augment, forward
 
     if "hang_at" in faults and here:
 
@@ -230,7 +231,7 @@ def put_in(faults):
             time.sleep(faults["slow_forward"] if self.training else 0)
             return forward(self, *a, **k)
 
-        engine.MaskedAutoencoder.forward = slow
+        MaskedAutoencoder.forward = slow
     if "slow_loader" in faults and here:
         from dex.data import Loader
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dex.common.random import step_seed
+from dex.model.build import build_model
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
-from dex.train.trainer import _INIT, build_model
+from dex.train.trainer import _INIT
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 CLOSE = 1e-5

@@ -20,7 +20,8 @@ from small import trainer  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
-from dex import engine  # noqa: E402
+from dex.model import MaskedAutoencoder  # noqa: E402
+from dex.train import trainer as engine  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dexkernels import collect_aux, layer, ops, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
@@ -102,9 +103,9 @@ CASES = {
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
     "layer reads group sizes": lambda: after(ops, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
     "layer asks whether finite": lambda: after(ops, "align_loss", lambda out, *_: bool(out.isfinite())),
-    "model picks by a mask": lambda: after(engine.MaskedAutoencoder, "patch_loss", lambda out, *_: out[out > 0]),
+    "model picks by a mask": lambda: after(MaskedAutoencoder, "patch_loss", lambda out, *_: out[out > 0]),
     "model sets by a mask": lambda: after(
-        engine.MaskedAutoencoder, "patch_loss", lambda out, *_: out.detach().__setitem__(out > 0, out.detach()[0, 0])
+        MaskedAutoencoder, "patch_loss", lambda out, *_: out.detach().__setitem__(out > 0, out.detach()[0, 0])
     ),
     "model makes a tensor on the host": lambda: after(
         engine, "augment", lambda out, *_: torch.tensor([0.5, 0.5], device=out.device)
@@ -126,7 +127,7 @@ CASES = {
         "clip_grads_with_norm_",
         lambda parameters, limit, norm: torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True),
     ),
-    "directors ask for skip": lambda: instead(engine.MaskedAutoencoder, "update_directors", ask_for_skip),
+    "directors ask for skip": lambda: instead(MaskedAutoencoder, "update_directors", ask_for_skip),
     "weights are counted": lambda: after(Trainer, "_count", lambda out, self, *_: self.parameters[0].nonzero()),
     **{name: lambda name=name: as_number(name) for name in ("lr", "noise_std", "momentum", "balance_weight")},
     "stop": lambda: after(Trainer, "_agree", lambda out, self, *_: torch.full_like(out.good, self.stop_requested)),

@@ -13,7 +13,7 @@ import torch
 from dex.common.units import format_bytes
 from dex.config import Config, per_layer
 from dex.model import MaskedAutoencoder
-from dex.train.trainer import build_model
+from dex.model.build import build_model
 
 
 class Gpu(NamedTuple):

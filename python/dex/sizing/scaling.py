@@ -15,9 +15,9 @@ import torch
 
 from dex.common.ranks import Strategy, check_cut
 from dex.common.units import format_bytes
-from dex.config import Config, check, per_layer
+from dex.config import Config, check, images_per_rank, per_layer, resolve_micro_batch
+from dex.model.build import build_model
 from dex.sizing.estimate import Estimate, estimate
-from dex.train.trainer import build_model, resolve_micro_batch
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of DistributedDataParallel's first bucket of gradients and of the others: torch's own defaults."""
@@ -299,7 +299,7 @@ def split(config: Config, ranks: int, most: int) -> Config:
 
     Raises: ValueError when a rank gets no whole number of images.
     """
-    part = resolve_micro_batch(replace(config, parallel=replace(config.parallel, micro_batch=None)), ranks)
+    part = images_per_rank(config, ranks)
     micro = max(m for m in range(1, most + 1) if part % m == 0)
     return replace(config, parallel=replace(config.parallel, micro_batch=micro))
 

@@ -13,7 +13,7 @@ import torch
 
 from dex.analysis import plots
 from dex.common.ranks import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
-from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict
+from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, resolve_micro_batch
 from dex.data import CorruptDataError, Loader, open_dataset
 from dex.data.dataset import Dataset
 from dex.sizing.estimate import mfu
@@ -25,7 +25,6 @@ from dex.train.trainer import (
     Trainer,
     check_cuda_graph,
     resolve_device,
-    resolve_micro_batch,
     resolve_precision,
 )
 from dex.train.watch import Watch

@@ -23,10 +23,11 @@ from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
 from dex.common.random import step_seed
 from dex.common.ranks import ALONE, Ranks, full, gather, same_bits, spread
-from dex.config import Config, check, per_layer, to_dict
+from dex.config import Config, check, per_layer, resolve_micro_batch, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.dataset import Dataset
-from dex.model import MAEOutput, MaskedAutoencoder
+from dex.model import MAEOutput
+from dex.model.build import build_model
 from dex.train import checkpoint, cuda_graph
 from dex.train.schedules import Schedule, schedule_at, total_steps
 from dex.train.stopwatch import Stopwatch
@@ -77,26 +78,6 @@ class _Verdict(NamedTuple):
     ready: Any
 
 
-def build_model(config: Config) -> MaskedAutoencoder:
-    m = config.model
-    return MaskedAutoencoder(
-        m.img_size,
-        m.patch_size,
-        m.embed_dim,
-        m.depth,
-        m.num_heads,
-        m.num_experts,
-        m.top_k,
-        m.decoder_embed_dim,
-        m.decoder_depth,
-        m.decoder_num_heads,
-        mlp_ratio=m.mlp_ratio,
-        norm_pix_loss=m.norm_pix_loss,
-        backend=m.backend,
-        align=m.align,
-    )
-
-
 def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
     """ValueError when CUDA is asked for and absent, or has fewer devices than there are ranks on this machine."""
     wanted = config.run.device
@@ -110,17 +91,6 @@ def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
             f"got {ranks.local_rank}"
         )
     return torch.device("cuda", ranks.local_rank) if ranks.world_size > 1 else torch.device("cuda")
-
-
-def resolve_micro_batch(config: Config, world_size: int) -> int:
-    """Images that a rank computes at once. ValueError when the batch cannot be cut into equal parts."""
-    batch, micro = config.data.batch_size, config.parallel.micro_batch
-    if batch % world_size:
-        raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks; got {batch}")
-    part = batch // world_size
-    if micro is not None and part % micro:
-        raise ValueError(f"parallel.micro_batch: expected a divisor of the {part} images of a rank; got {micro}")
-    return micro or part
 
 
 def check_cuda_graph(config: Config, device: torch.device, world_size: int) -> None:

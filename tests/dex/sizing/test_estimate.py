@@ -9,9 +9,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from dex.config import Config, ModelConfig
+from dex.model.build import build_model
 from dex.sizing import estimate
 from dex.train import checkpoint
-from dex.train.trainer import build_model
 from dexkernels.testing import ExpertLoop
 
 SMALL = ModelConfig(

@@ -13,9 +13,9 @@ import pytest
 from dex.common.units import format_bytes
 from dex.config import PRESETS, preset
 from dex.model import mae as model
+from dex.model.build import build_model
 from dex.sizing import scaling
 from dex.sizing.scaling import Costs, Exchange, Link
-from dex.train.trainer import build_model
 
 ROOT = Path(__file__).parents[3]
 COSTS = Costs(

@@ -22,12 +22,6 @@ def trainer(tiny, images, change):
     return build
 
 
-@pytest.mark.parametrize("align", ["kd", "cosine", "mse"])
-def test_the_align_loss_is_the_configured_one(tiny, change, align):
-    model = engine.build_model(change(tiny, model__align=align))
-    assert [layer.align for layer in model.encoder.dex_layers] == [align, align]
-
-
 def everything(trainer):
     """Copies of all weights, buffers, moments and step counters."""
     return {k: v.detach().clone() for k, v in trainer.tensors().items()}
