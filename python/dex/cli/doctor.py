@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
+from dex.cli._console import Parser
+from dex.common import exits
 
-from dex.train import cuda_graph
+HELP = "what works on this machine, what does not, and why"
+POSITION = 50
+NEEDS = "train"
 
 _NEEDED = ("safetensors", "PyYAML", "tyro", "rich", "matplotlib", "tensorboard", "pillow")
 _OPTIONAL = ("triton", "nibabel", "pydicom", "pylibjpeg")
@@ -32,6 +34,19 @@ class Check(NamedTuple):
     status: Literal["ok", "note", "failed"]
     """``failed``: pretraining cannot run. ``note``: it can, something else cannot."""
     detail: str
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    parser = Parser(
+        prog="dex doctor",
+        description="Versions, devices, kernel backends, codecs, disk, data. Exit code 1 when pretraining cannot run.",
+    )
+    parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
+    parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")
+    options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.strip():
+        raise ValueError(f"data: expected a folder; got {options.data!r}")
+    return lambda: exits.FAILED if doctor(options.data, Path(options.out)) else exits.DONE
 
 
 def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
@@ -74,6 +89,10 @@ def versions() -> Iterator[Check]:
 
 
 def devices() -> Iterator[Check]:
+    import torch
+
+    from dex.train import cuda_graph
+
     able = torch.cpu.get_capabilities()
     name = able.get("cpu_name") or platform.processor() or platform.machine()
     bf16 = "bf16 in hardware" if able.get("avx512_bf16") else "bf16 only emulated, slower than fp32"
@@ -94,9 +113,9 @@ def devices() -> Iterator[Check]:
 def backends() -> Iterator[Check]:
     from dexkernels import backends as table
 
-    for op, backend, available, default, reason in table.report():
-        text = ("default; " if default else "") + reason
-        yield Check("backends", f"{op} {backend}", "ok" if available else "note", text)
+    for row in table.report():
+        text = ("default; " if row.default else "") + row.reason
+        yield Check("backends", f"{row.op} {row.backend}", "ok" if row.available else "note", text)
 
 
 def codecs() -> Iterator[Check]:
@@ -199,6 +218,7 @@ def _try(section: str, name: str, action: Callable[[], str], needed: bool) -> Ch
 
 
 def _round_trip(name: str) -> str:
+    import numpy as np
     from PIL import Image
 
     ramp = np.add.outer(np.arange(32), np.arange(32)).astype(np.uint8) * 4

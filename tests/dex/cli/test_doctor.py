@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+import torch
 
 from dex import cli
 from dex.cli import doctor
@@ -38,7 +39,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_a_graph_of_the_step_says_why_not(monkeypatch):
-    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (found,) = [c for c in doctor.devices() if c.name == "CUDA graph"]
     assert found.status == "note"
     assert found.detail == "parallel.cuda_graph, not yet run on a GPU: expected a CUDA device; got cpu"

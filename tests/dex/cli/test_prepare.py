@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dex import cli
 from dex.data import ShardDataset
 from dex.prepare import run as prepare
 from dex.prepare import workers
@@ -23,18 +22,8 @@ SALT = bytes(range(32))
 
 
 @pytest.fixture
-def run(capsys, tmp_path, inline_workers, monkeypatch):
-    """`dex ARGUMENTS` in an empty folder and in this process: exit code, stdout, stderr."""
-
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+def run(run, inline_workers):
+    return run
 
 
 def pictures(root, count, side=64, first=0, patients=4):

@@ -1,48 +1,19 @@
 import errno
 import signal
-from pathlib import Path
 
 import pytest
 import yaml
 
-from dex import cli, config
+from dex import config
 from dex.data import CorruptDataError
 from dex.train import checkpoint, cuda_graph
-from dex.train import run as pretrain
 from dex.train import trainer as engine
 
 CUDA_GRAPH = ("--parallel.cuda-graph",)
 
 
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """`dex ARGUMENTS` in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
-
 def resolved(stdout):
     return config.from_dict(yaml.safe_load(stdout), config.Config())
-
-
-def test_help_lists_only_what_works(run):
-    code, out, _ = run("--help")
-    commands = [line.split()[0] for line in out.split("commands:")[1].split("options:")[0].splitlines() if line.strip()]
-    assert code == 0 and commands == ["prepare", "data", "pretrain", "report", "doctor"]
-    for command in commands:
-        code, out, err = run(command, "--help")
-        assert (code, err) == (0, "") and f"usage: dex {command}" in out
-
-
-def test_version(run):
-    assert run("--version")[1].startswith("dex, from dexkernels ")
 
 
 def test_dry_run_prints_what_would_run_and_writes_nothing(run, images, tmp_path):
@@ -246,18 +217,3 @@ def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Trainer, "train_step", interrupted)
     assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
     assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
-
-
-def test_every_exit_code_is_documented():
-    """The table in docs/pretraining.md."""
-    text = (Path(__file__).parents[3] / "docs" / "pretraining.md").read_text()
-    table = text.split("| exit code | |")[1]
-    codes = {
-        int(line.split("|")[1])
-        for line in table.splitlines()
-        if line[:2] == "| " and line.split("|")[1].strip().isdigit()
-    }
-    assert codes == {
-        *(pretrain.EXIT_DONE, pretrain.EXIT_NONFINITE, pretrain.EXIT_PREEMPTED),
-        *(cli.EXIT_FAILED, cli.EXIT_USAGE, cli.EXIT_INTERRUPTED),
-    }

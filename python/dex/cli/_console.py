@@ -1,0 +1,33 @@
+"""What the commands share: how they parse options and how they report an error on one line."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from dex.common import exits
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is a ValueError instead of the end of the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def folder_argument(name: str, text: str) -> Path:
+    """The folder that option ``name`` gives; ValueError for an empty text."""
+    if not text.strip():
+        raise ValueError(f"{name}: expected a folder; got {text!r}")
+    return Path(text)
+
+
+def print_line(command: str, message: str) -> None:
+    """``command: message`` on one line of stderr."""
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def failed(command: str, error: Exception | str) -> int:
+    """Print ``error``; the exit code of a command that failed after its input was accepted."""
+    print_line(command, str(error))
+    return exits.FAILED

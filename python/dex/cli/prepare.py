@@ -1,0 +1,144 @@
+"""`dex prepare`: raw scans, pictures and videos to shards."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dex.cli._console import Parser, failed, folder_argument
+from dex.common import exits
+
+HELP = "raw scans, pictures and videos to shards and a data card"
+POSITION = 10
+NEEDS = "data"
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    options = _parser().parse_args(arguments)
+
+    from dex.prepare import run as prepare
+    from dex.prepare import summary
+    from dex.prepare.chunks import Settings
+
+    settings = Settings(
+        size=options.size,
+        bits=options.bits,
+        encoding=options.encoding or ("jpg" if options.bits == 8 else "png"),
+        allow_burned_in=options.allow_burned_in,
+    )
+    wanted = prepare.Options(
+        out=folder_argument("out", options.out),
+        settings=settings,
+        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
+        shard=_shard(options.shard),
+        cache=folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
+        max_unreadable=options.max_unreadable,
+    )
+    sources = _sources(options)
+    prepare.check(sources, wanted)
+    again = f"{wanted.out}: what is done is kept; the same command goes on"
+    try:
+        with prepare.stop_signals():
+            preparation = prepare.prepare(sources, wanted)
+    except prepare.Stopped as error:
+        stopped = f"dex prepare: stopped by {error}"
+        return lambda: _stopped(stopped, again)
+    except prepare.Failed as error:
+        message = str(error)
+        return lambda: failed("dex prepare", message)
+
+    def carry_out() -> int:
+        try:
+            with prepare.stop_signals():
+                facts = preparation.run(summary.Progress())
+        except prepare.Stopped as error:
+            return _stopped(f"dex prepare: stopped by {error}", again)
+        except prepare.Failed as error:
+            return failed("dex prepare", error)
+        if facts is not None:
+            print(f"\n{summary.table(facts)}\n")
+            for note in summary.notes(facts):
+                print(f"note: {note}")
+            if any(source["refused"] for source in facts["sources"]):
+                private = shlex.quote(str(prepare.private_folder(wanted.out)))
+                print(f"refused: why in {private}/{prepare.LOG}, which files in {private}/ids")
+            out = shlex.quote(str(wanted.out))
+            print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
+        return exits.DONE
+
+    return carry_out
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dex prepare",
+        description="Raw scans, pictures and videos to normalised images in shards, with a data card. Killed or "
+        "stopped, the same command goes on where it was and ends in the same bytes.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="a folder (with --modality), a description (YAML), a shipped source's name, or 'packages': all sources "
+        "that come with public packages",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the set; DIR.private beside it holds what is not")
+    parser.add_argument("--modality", metavar="M", help="of a folder: CT, MR, PET, X-ray, ultrasound, fundus, ...")
+    parser.add_argument("--root", metavar="DIR", help="where the files of a shipped source or description lie")
+    parser.add_argument("--files", nargs="+", metavar="GLOB", help="which files below it, such as '**/*.nii.gz'")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
+    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of grey images (8)")
+    parser.add_argument("--encoding", choices=("jpg", "png"), help="jpg for 8 bits, png for 16 without it")
+    parser.add_argument(
+        "--planes", nargs="+", choices=("axial", "coronal", "sagittal", "stored"), help="of volumes (axial)"
+    )
+    parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
+    parser.add_argument("--cache", metavar="DIR", help="where packages are kept (~/.cache/dex)")
+    parser.add_argument(
+        "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"
+    )
+    parser.add_argument("--allow-burned-in", action="store_true", help="take images that declare burned-in annotation")
+    return parser
+
+
+def _sources(options: argparse.Namespace) -> list[Any]:
+    from dex.prepare.sources import resolve
+
+    overrides = {
+        "modality": options.modality,
+        "root": options.root,
+        "files": tuple(options.files) if options.files else None,
+        "planes": tuple(options.planes) if options.planes else None,
+        "frame_stride": options.frame_stride,
+    }
+    if len(options.source) > 1 and (options.root or options.files):
+        raise ValueError(f"root, files: expected one SOURCE beside them; got {len(options.source)}")
+    sources: list[Any] = []
+    folders = 0
+    for argument in options.source:
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if Path(argument).expanduser().is_dir():
+            folders += 1
+            given |= {"name": f"folder-{folders}"} if folders > 1 else {}
+        elif folders or len(options.source) > 1:
+            given.pop("modality", None)  # of the folders beside it
+        sources += resolve(argument, **given)
+    return sources
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise ValueError(f"shard: expected I/N, such as 0/4; got {text!r}")
+    return int(part), int(parts)
+
+
+def _stopped(*lines: str) -> int:
+    print("\n".join(lines), file=sys.stderr)
+    return exits.PREEMPTED

@@ -1,0 +1,199 @@
+"""`dex pretrain`: the configuration from preset, YAML file and command line, then the run."""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from dex.cli._console import Parser, failed
+from dex.common import exits
+
+if TYPE_CHECKING:
+    from dex.config import Config
+    from dex.train.run import Plan
+
+HELP = "masked-autoencoder pretraining of a DEX vision transformer"
+POSITION = 30
+NEEDS = "train"
+
+
+class _Request(NamedTuple):
+    config: "Config"
+    dry_run: bool
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    from dex.config import PRESETS, Config
+
+    first = _first_options(arguments)
+    resume, out = _resume_target(first.resume, first.out)
+    base = _base_config(first.preset, first.config, out if resume else None)
+    if base is None and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or --config FILE; got neither")
+    request = _parse(arguments, base or Config())
+    if request is None:
+        return lambda: exits.DONE
+    if out is None:
+        name = first.preset or (Path(first.config).stem if first.config else "pretrain")
+        out = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+    from dex.data import CorruptDataError
+    from dex.train.run import plan, prepare
+
+    if request.dry_run:
+        print(_describe(plan(request.config, out, resume)))
+        return lambda: exits.DONE
+    training = prepare(request.config, out, resume=resume, command=["dex", "pretrain", *arguments])
+
+    def carry_out() -> int:
+        try:
+            return training.run()
+        except CorruptDataError as error:
+            return failed("dex pretrain", error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return failed("dex pretrain", error)
+
+    return carry_out
+
+
+def _parse(arguments: list[str], base: "Config") -> _Request | None:
+    """``base`` with the command line's values; None after --help."""
+    import tyro
+
+    from dex.config import Config
+
+    @dataclass(frozen=True)
+    class Pretrain:
+        """Masked-autoencoder pretraining of a DEX vision transformer.
+
+        The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 1 failed, 2 wrong usage or
+        input, 3 stopped by three non-finite steps in a row, 75 stopped by SIGTERM or SIGINT, saved and resumable, 130
+        interrupted at once.
+        """
+
+        preset: str | None = None
+        """demo, demo-monolithic, published-code or paper."""
+        config: str | None = None
+        """YAML file with some or all of the fields below."""
+        data: str | None = None
+        """Folder of images or shard set; the small set in the package without it. Same as --data.path."""
+        out: str | None = None
+        """Run folder; runs/NAME-DATE without it."""
+        steps: int | None = None
+        """Length of the run. Same as --schedule.steps."""
+        resume: str | None = None
+        """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
+        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Check everything and print the configuration and what would run; write nothing."""
+        fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(Pretrain, prog="dex pretrain", args=arguments, default=Pretrain())
+    except SystemExit as error:
+        if not error.code:  # --help
+            return None
+        raise ValueError(_one_line(complaint.getvalue())) from None
+    config = parsed.fields
+    if parsed.data is not None:
+        config = replace(config, data=replace(config.data, path=parsed.data))
+    if parsed.steps is not None:
+        config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
+    return _Request(config, parsed.dry_run)
+
+
+def _first_options(arguments: list[str]) -> argparse.Namespace:
+    """The options that decide which configuration the others override."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", "out", "resume"):
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(arguments)[0]
+
+
+def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:
+    """What `dex.train.run.pretrain` takes as ``resume`` and ``out``."""
+    folder = Path(out) if out is not None else None
+    if resume is None:
+        return None, folder
+    if resume == "auto":
+        if folder is None:
+            raise ValueError("resume: expected --out with the run folder beside --resume auto")
+        return "auto", folder
+    path = Path(resume)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume: expected auto, a run folder or a checkpoint folder; nothing at {path}")
+    is_run = (path / "config.yaml").is_file()
+    run = path if is_run else path.resolve().parent.parent
+    if not is_run and not (run / "config.yaml").is_file():
+        raise ValueError(f"resume: expected auto, a run folder or a checkpoint folder in one; got {path}")
+    if folder is not None and folder.resolve() != run.resolve():
+        raise ValueError(f"out: expected the run that is resumed, {run}; got {folder}")
+    return ("auto" if is_run else path), run
+
+
+def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> "Config | None":
+    from dex import config as configuration
+
+    base = configuration.preset(preset) if preset is not None else None
+    if file is not None:
+        return configuration.read_yaml(file, base or configuration.preset("published-code"))
+    if base is None and resumed is not None and (resumed / "config.yaml").is_file():
+        base = configuration.read_yaml(resumed / "config.yaml", configuration.Config())
+        return replace(base, run=replace(base.run, stop_at=None))  # where an earlier start was to stop
+    return base
+
+
+def _describe(plan: "Plan") -> str:
+    """The configuration as YAML, and what would run as comments below it."""
+    from dex.common.ranks import announced
+    from dex.config import to_yaml
+    from dex.sizing import scaling
+    from dex.sizing.estimate import describe, estimate
+    from dex.train import cuda_graph
+
+    config, dataset = plan.config, plan.dataset
+    found = estimate(config, plan.steps)
+    train, held_out = dataset.split("train"), dataset.split("val")
+    lines = [
+        f"data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images",
+        *(f"  {name}: {count:,}" for name, count in dataset.modality_counts().items()),
+        f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
+        f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
+        f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
+        *describe(found),
+    ]
+    work = scaling.workload(config, len(dataset.modalities), found)
+    for ranks in sorted({1, 8, announced().world_size}):
+        lines += scaling.describe(work, ranks)
+    if config.parallel.cuda_graph:
+        lines.append(f"parallel.cuda_graph: each step is the replay of one graph; {cuda_graph.STATUS}")
+    lines += plan.notes
+    if plan.saved:
+        lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
+    return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several lines: its first paragraph, and the options that it thinks were meant."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("\u2500\u2570\u256f-+")
+
+    lines = [line.strip("\u2502| ") for line in box.splitlines()]
+    # The title is the box's upper edge; without Unicode it stands alone, above a rule.
+    title = next((i for i, line in enumerate(lines) if line and not is_rule(line)), 0)
+    first = title + 1 if lines[title].startswith("\u256d") else title + 2
+    end = next((i for i, line in enumerate(lines) if i >= first and is_rule(line)), len(lines))
+    text = " ".join(lines[first:end])
+    if "Perhaps you meant" in box:
+        meant = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
+        text += f"; perhaps {' or '.join(meant)}"
+    return text

@@ -1,0 +1,34 @@
+"""`dex report`: one page about run folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dex.cli._console import Parser
+from dex.common import exits
+
+HELP = "one HTML page about a run, or about several compared"
+POSITION = 40
+NEEDS = "train"
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    parser = Parser(
+        prog="dex report",
+        description="One self-contained HTML page about run folders: curves, pictures, events, configuration, machine.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared")
+    parser.add_argument("--out", metavar="FILE", help="RUN/report.html without it; report.html here for several runs")
+    options = parser.parse_args(arguments)
+    if not all(text.strip() for text in [*options.runs, *([] if options.out is None else [options.out])]):
+        raise ValueError("runs, --out: expected paths; got an empty one")
+    runs = [Path(run) for run in options.runs]
+    out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    from dex.report.page import report
+
+    written = report(runs, out)  # here, not later: everything that can be wrong is the input
+
+    def carry_out() -> int:
+        print(f"{written}, {written.stat().st_size / 1e6:.1f} MB")
+        return exits.DONE
+
+    return carry_out

@@ -1,0 +1,85 @@
+"""What all commands have in common: `dex.cli` itself."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dex import cli
+from dex.common import exits
+
+COMMAND = """
+HELP = "says what it was given"
+POSITION = 25
+NEEDS = "data"
+
+
+def run(arguments):
+    if not arguments:
+        raise ValueError("word: expected one, got none")
+    if arguments == ["absent"]:
+        import a_package_that_nobody_has
+    return lambda: print(*arguments) or 4
+"""
+
+
+def test_help_lists_only_what_works(run):
+    code, out, _ = run("--help")
+    commands = [line.split()[0] for line in out.split("commands:")[1].split("options:")[0].splitlines() if line.strip()]
+    assert code == 0 and commands == ["prepare", "data", "pretrain", "report", "doctor"]
+    for command in commands:
+        code, out, err = run(command, "--help")
+        assert (code, err) == (0, "") and f"usage: dex {command}" in out
+
+
+def test_version(run):
+    assert run("--version")[1].startswith("dex, from dexkernels ")
+
+
+def test_every_exit_code_is_documented():
+    """The table in docs/pretraining.md."""
+    text = (Path(__file__).parents[3] / "docs" / "pretraining.md").read_text()
+    table = text.split("| exit code | |")[1]
+    codes = {
+        int(line.split("|")[1])
+        for line in table.splitlines()
+        if line[:2] == "| " and line.split("|")[1].strip().isdigit()
+    }
+    assert codes == {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+
+
+def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "echo.py").write_text(COMMAND)
+    (folder / "_helper.py").write_text("raise AssertionError('not a command')\n")
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "dex.cli.echo", raising=False)
+    try:
+        assert list(cli.commands()) == ["prepare", "data", "echo", "pretrain", "report", "doctor"]
+        assert "  echo       says what it was given\n" in run("--help")[1]
+        assert run("echo", "a", "b") == (4, "a b\n", "")
+        assert run("echo") == (2, "", "dex echo: word: expected one, got none\n")
+        code, _, err = run("echo", "absent")
+        assert code == 2 and "pip install -e '.[data]'" in err
+        assert "expected one of prepare, data, echo, pretrain, report, doctor; got '_helper'" in run("_helper")[2]
+    finally:
+        sys.modules.pop("dex.cli.echo", None)
+        vars(cli).pop("echo", None)
+    assert run("echo")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError("not yours"), 2, "dex doctor: not yours\n"),
+        (OSError(5, "I/O"), 1, "dex doctor: [Errno 5] I/O\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_first_phase(error, code, line, run, monkeypatch):
+    def check(arguments):
+        raise error
+
+    monkeypatch.setattr(cli.commands()["doctor"], "run", check)
+    assert run("doctor") == (code, "", line)
