@@ -247,6 +247,11 @@ def _check(file: Path, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint's by its name or its manifest, good or damaged."""
+    return bool(_NAME.match(folder.name)) or (folder / _MANIFEST).is_file()
+
+
 def found(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under ``root``, oldest first; damaged ones too."""
     if not root.is_dir():
@@ -311,6 +316,15 @@ def restore(
         state = optimizer.state[p]
         state["step"] = values["step"].view(())
         state["exp_avg"], state["exp_avg_sq"] = values["exp_avg"], values["exp_avg_sq"]
+
+
+def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy the weights alone into ``model``, in this process alone. CheckpointError names what does not fit."""
+    targets = {f"model.{name}": t for name, t in model.state_dict().items()}
+    reader, metadata = _open(checkpoint.folder)
+    have = {k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if k.startswith("model.")}
+    _require_same(checkpoint.folder, {k: (t.dtype, list(t.shape or (1,))) for k, t in targets.items()}, have)
+    dcp.load(targets, storage_reader=reader, no_dist=True)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
