@@ -1,0 +1,162 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dex
+from dex.train import checkpoint as checkpoints
+from dex.train import run as training
+from dex.train.checkpoint import CheckpointError
+from dex.train.run import pretrain
+
+EARLIER = Path(__file__).parents[1] / "train" / "earlier_run"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def trained(store, tiny):
+    """Folder of a run of 12 steps with checkpoints at 5, 10 and 12; tests do not change it."""
+    folder = store / "run"
+    if not folder.exists():
+        assert pretrain(tiny, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy to spoil, away from its data."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def checkpoint(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def pictures(config):
+    size = config.model.img_size
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_features_are_those_of_the_trained_model_to_the_bit(tiny, tmp_path):
+    run = training.prepare(tiny, tmp_path / "run")
+    assert run.run() == 0
+    model = run.trainer.model.eval()
+    drawn = torch.get_rng_state()
+    loaded = dex.load(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert loaded.encoder is loaded.model.encoder and not loaded.model.training
+    images = pictures(tiny)
+    with torch.no_grad():
+        want, features = model.encoder(images), loaded.encoder(images)
+        assert torch.equal(features, want) and features.shape == (3, 17, 32)
+        noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
+        for a, b in zip(loaded.model(images, mask_noise=noise)[:5], model(images, mask_noise=noise)[:5], strict=True):
+            assert torch.equal(a, b)
+    state = loaded.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in loaded.model.named_parameters()} == asked
+
+
+def test_the_record_says_what_was_trained(trained, tiny):
+    loaded = dex.load(str(trained))
+    assert loaded.config == tiny
+    assert loaded.modalities == ("ct", "mr", "us")
+    assert (loaded.step, loaded.folder) == (12, checkpoint(trained, 12))
+
+
+def test_one_checkpoint_is_chosen_by_its_folder(trained, tmp_path, monkeypatch):
+    loaded, newest = dex.load(checkpoint(trained, 5)), dex.load(trained)
+    assert (loaded.step, loaded.modalities) == (5, ("ct", "mr", "us"))
+    assert not torch.equal(loaded.encoder.cls_token, newest.encoder.cls_token)
+    monkeypatch.chdir(checkpoint(trained, 5))
+    assert dex.load(".").modalities == ("ct", "mr", "us")
+    alone = shutil.copytree(checkpoint(trained, 5), tmp_path / "weights")
+    apart = dex.load(alone)
+    assert (apart.step, apart.modalities) == (5, ())
+    assert torch.equal(apart.encoder.cls_token, loaded.encoder.cls_token)
+
+
+@pytest.mark.parametrize("name", ["folder", "embedded"])
+def test_a_run_of_before_the_packages_loads_without_its_data(name, tmp_path):
+    run = Path(shutil.copytree(EARLIER / name, tmp_path / name))
+    loaded = dex.load(run)
+    counts = json.loads((run / "run.json").read_text())["starts"][-1]["data"]["images"]
+    assert loaded.step == 3 and loaded.modalities == tuple(counts)
+    assert loaded.encoder(pictures(loaded.config)).isfinite().all()
+
+
+def test_the_backend_of_the_run_binds_nobody(copied):
+    """A run on a GPU is loaded where its backend cannot run."""
+    state = copied / "checkpoints" / "step-00000012" / "state.json"
+    values = json.loads(state.read_text())
+    values["config"]["model"]["backend"] = "triton"
+    state.write_text(json.dumps(values))
+    manifest = json.loads((state.parent / "MANIFEST.json").read_text())
+    files = manifest["files"] | {"state.json": checkpoints._digest(state)}
+    (state.parent / "MANIFEST.json").write_text(checkpoints._manifest_text(12, files))
+    loaded = dex.load(copied)
+    assert loaded.config.model.backend == "triton"
+    assert loaded.encoder(pictures(loaded.config)).isfinite().all()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copied):
+    (shard,) = checkpoint(copied, 12).glob("*.safetensors")
+    flip(shard)
+    with pytest.warns(UserWarning, match=f"passed over {shard}: damaged, .*; loaded step-00000010"):
+        assert dex.load(copied).step == 10
+    with pytest.raises(CheckpointError, match=f"path: {shard}: damaged"):
+        dex.load(checkpoint(copied, 12))
+    for step in (5, 10):
+        (checkpoint(copied, step) / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="path: no checkpoint in .* can be read; .*MANIFEST.json: missing"):
+        dex.load(copied)
+
+
+def test_a_run_without_a_checkpoint_is_told(copied):
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(ValueError, match=f"path: expected a run with a checkpoint; {copied} has none yet"):
+        dex.load(copied)
+
+
+def test_starts_that_cannot_be_read_are_named(copied):
+    (copied / "run.json").write_text('{"starts": []}')
+    with pytest.raises(ValueError, match=f"path: expected a run's starts in {copied}/run.json"):
+        dex.load(copied)
+
+
+@pytest.mark.parametrize("path", ["", None, 3])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ValueError, match=f"path: expected a run folder or one of its .*; got {path!r}"):
+        dex.load(path)
+
+
+def test_a_path_to_nothing_to_a_file_or_to_another_folder_is_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"path: expected a run folder or .*; nothing at {tmp_path}/absent"):
+        dex.load(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"path: expected a run folder or .*; got the file {trained}/config.yaml"):
+        dex.load(trained / "config.yaml")
+    with pytest.raises(ValueError, match="is neither, it holds no config.yaml"):
+        dex.load(trained / "checkpoints")
+
+
+def test_importing_dex_stays_light():
+    heavy = "{'torch', 'numpy', 'yaml', 'PIL', 'matplotlib', 'dex.inference', 'dex.config'} & set(sys.modules)"
+    code = f"import sys, dex; assert not {heavy}, {heavy}; assert callable(dex.load); from dex import load"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="module 'dex' has no attribute 'laod'"):
+        dex.laod  # noqa: B018
