@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dex.analysis import usage as analysis
 from dex.analysis.probe import director_distance, knn_accuracy
+from dex.analysis.usage import expert_by_modality, gate_entropy, one_hot
 from dex.common.random import step_seed
 from dex.config import Config, per_layer
 from dex.data import SampleError, center, denormalize
@@ -42,6 +42,24 @@ class Evaluation(NamedTuple):
     labels: list[str]
 
 
+class _Sample(NamedTuple):
+    """Images of a data set that are looked at again and again."""
+
+    images: Tensor
+    """uint8 ``[B, 3, H, W]`` on the host."""
+    modality: Tensor
+    """int64 ``[B]``."""
+
+
+class _Pictures(NamedTuple):
+    """What is shown of a batch; float ``[R, 3, S, S]`` each, as the model sees and gives images."""
+
+    original: Tensor
+    masked: Tensor
+    """NaN where a patch is hidden."""
+    reconstruction: Tensor
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -64,8 +82,8 @@ class Evaluator:
         self.config, self.model, self.train, self.held_out = config, model, train, held_out
         self.device, self.precision, self.modalities = device, precision, held_out.modalities
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
-        self._held_out: tuple[Tensor, Tensor] | None = None
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._held_out: _Sample | None = None
+        self._known: _Sample | None = None
 
     @torch.no_grad()
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
@@ -76,94 +94,97 @@ class Evaluator:
         wanted = self.config.run.evaluate_images
         if self._held_out is None:
             self._held_out = _spread_out(self.held_out, wanted)
-        images_u8, modality = self._held_out
-        if len(images_u8) == 0:
+        held_out = self._held_out
+        if len(held_out.images) == 0:
             return None
         names, size = self.modalities, self.config.model.img_size
         loss = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         mass = [torch.zeros(len(names), e, dtype=torch.float64, device=self.device) for e in self.experts]
         entropy = torch.zeros(len(self.experts), dtype=torch.float64, device=self.device)
-        shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        shown: list[_Pictures] = []
         chunk = min(self.config.data.batch_size, 64)
         self.model.eval()
-        for i, begin in enumerate(range(0, len(images_u8), chunk)):
+        for i, begin in enumerate(range(0, len(held_out.images), chunk)):
             torch.manual_seed(step_seed(_SEED, i))
-            images = center(images_u8[begin : begin + chunk].to(self.device), size)
-            kinds = modality[begin : begin + chunk].to(self.device)
+            images = center(held_out.images[begin : begin + chunk].to(self.device), size)
+            kinds = held_out.modality[begin : begin + chunk].to(self.device)
             with autocast(self.device, self.precision):
                 out = self.model(images, mask_ratio=self.config.model.mask_ratio)
-            loss += analysis.one_hot(kinds, len(names)).T @ out.image_loss.double()
+            loss += one_hot(kinds, len(names)).T @ out.image_loss.double()
             for layer, (gates, indices) in enumerate(zip(out.gates, out.expert_indices, strict=True)):
-                mass[layer] += analysis.expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
-                entropy[layer] += len(gates) * analysis.gate_entropy(gates)
+                mass[layer] += expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
+                entropy[layer] += len(gates) * gate_entropy(gates)
             if begin < pictures:
                 n = pictures - begin
-                rebuilt = self.model.reconstruct(images, out)
-                shown.append((images[:n], self._hidden(images[:n], out.mask[:n]), rebuilt[:n]))
+                reconstruction = self.model.reconstruct(images, out)[:n]
+                shown.append(_Pictures(images[:n], self._hide(images[:n], out.mask[:n]), reconstruction))
         self.model.train()
-        counts = torch.bincount(modality, minlength=len(names))
+        counts = torch.bincount(held_out.modality, minlength=len(names))
         loss = loss.cpu()
-        original, masked, reconstruction = (torch.cat(parts) for parts in zip(*shown, strict=True))
-        masked = torch.where(masked.isnan(), 0.5, denormalize(masked))
+        drawn = _Pictures(*(torch.cat(parts) for parts in zip(*shown, strict=True)))
         return Evaluation(
-            float(loss.sum() / counts.sum()),
-            {name: float(loss[m] / counts[m]) for m, name in enumerate(names) if counts[m]},
-            [m.cpu() for m in mass],
-            self._probe(images_u8, modality),
-            (entropy / len(images_u8)).tolist(),
-            director_distance(self.model),
-            denormalize(original).cpu(),
-            masked.cpu(),
-            denormalize(reconstruction).cpu(),
-            [names[m] for m in modality[: len(original)].tolist()],
+            loss=float(loss.sum() / counts.sum()),
+            modality_loss={name: float(loss[m] / counts[m]) for m, name in enumerate(names) if counts[m]},
+            mass=[m.cpu() for m in mass],
+            probe=self._probe(held_out),
+            gate_entropy=(entropy / len(held_out.images)).tolist(),
+            director_distance=director_distance(self.model),
+            original=denormalize(drawn.original).cpu(),
+            masked=torch.where(drawn.masked.isnan(), 0.5, denormalize(drawn.masked)).cpu(),
+            reconstruction=denormalize(drawn.reconstruction).cpu(),
+            labels=[names[m] for m in held_out.modality[: len(drawn.original)].tolist()],
         )
 
-    def _probe(self, images: Tensor, modality: Tensor) -> float | None:
+    def _probe(self, held_out: _Sample) -> float | None:
         """Accuracy of a kNN probe of the modality, by CLS tokens of whole images: held-out ones among training ones."""
         if self._known is None:
             self._known = _spread_out(self.train, _KNOWN * self.config.run.evaluate_images)
-        kinds = len(self._known[1].unique())
+        known = self._known
+        kinds = len(known.modality.unique())
         if kinds < 2:
             return None
-        known, known_modality = self._known
-        first, second = self._tokens(known), self._tokens(images)
-        # A modality needs enough known images to win a vote of k.
-        k = min(20, max(1, len(known) // kinds // 2))
-        return knn_accuracy(first, known_modality.to(self.device), second, modality.to(self.device), k=k).accuracy
+        return knn_accuracy(
+            self._tokens(known.images),
+            known.modality.to(self.device),
+            self._tokens(held_out.images),
+            held_out.modality.to(self.device),
+            # A modality needs enough known images to win a vote of k.
+            k=min(20, max(1, len(known.images) // kinds // 2)),
+        ).accuracy
 
     def _tokens(self, images: Tensor) -> Tensor:
         """CLS tokens ``[B, D]`` of whole images, uint8 on the host."""
         chunk, size = min(self.config.data.batch_size, 64), self.config.model.img_size
         self.model.eval()
-        found = []
+        tokens = []
         for part in images.split(chunk):
             with autocast(self.device, self.precision):
-                found.append(self.model(center(part.to(self.device), size), mask_ratio=0.0).cls.float())
+                tokens.append(self.model(center(part.to(self.device), size), mask_ratio=0.0).cls.float())
         self.model.train()
-        return torch.cat(found)
+        return torch.cat(tokens)
 
-    def _hidden(self, images: Tensor, mask: Tensor) -> Tensor:
+    def _hide(self, images: Tensor, mask: Tensor) -> Tensor:
         """``images`` with NaN where a patch is hidden."""
         grid = self.config.model.img_size // self.config.model.patch_size
         hidden = mask.reshape(-1, 1, grid, grid).repeat_interleave(self.config.model.patch_size, 2)
         return images.masked_fill(hidden.repeat_interleave(self.config.model.patch_size, 3) == 1, float("nan"))
 
 
-def _spread_out(dataset: Dataset, wanted: int) -> tuple[Tensor, Tensor]:
-    """Up to ``wanted`` images, uint8, and their modalities, which take turns; always the same ones."""
+def _spread_out(dataset: Dataset, wanted: int) -> _Sample:
+    """Up to ``wanted`` images whose modalities take turns; always the same ones."""
     kinds = torch.as_tensor(dataset.modality_index())
     present = kinds.unique().tolist()
     order = []
     for m in present:
-        mine = torch.nonzero(kinds == m).flatten()
+        places = torch.nonzero(kinds == m).flatten()
         # Spread over the modality: neighbours may be slices of one volume.
-        count = min(len(mine), -(-wanted // len(present)))
-        order += [(turn, m, int(mine[turn * len(mine) // count])) for turn in range(count)]
+        count = min(len(places), -(-wanted // len(present)))
+        order += [(turn, m, int(places[turn * len(places) // count])) for turn in range(count)]
     images, modality = [], []
     for _, m, index in sorted(order)[:wanted]:
         with contextlib.suppress(SampleError):  # one that cannot be read is left out
             images.append(dataset[index].image)
             modality.append(m)
     if not images:
-        return torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-    return torch.stack(images), torch.tensor(modality)
+        return _Sample(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    return _Sample(torch.stack(images), torch.tensor(modality))

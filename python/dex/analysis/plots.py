@@ -4,7 +4,6 @@ Shape letters: R rows (images), S side in pixels, E experts, M modalities.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from dex.common import atomic
 
 _INK = "#333333"
 
@@ -118,9 +119,8 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def save(picture: np.ndarray, path: Path) -> None:
     """Write `pixels` as a PNG, so that a reader never sees half of one."""
-    work = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(work, "PNG")
-    os.replace(work, path)
+    with atomic.writing(path) as file:
+        Image.fromarray(picture).save(file, "PNG")
 
 
 def _style(axis: Any, name: str, legend: bool) -> None:

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from dex.analysis import evaluation
+from dex.analysis.evaluation import Evaluator
+from dex.analysis.probe import knn_accuracy
+from dex.analysis.usage import gate_entropy
+from dex.data import open_dataset
+from dex.model.build import build_model
+
+
+@pytest.fixture
+def evaluator(tiny, images, change):
+    def build(**fields):
+        torch.manual_seed(0)
+        config, dataset = change(tiny, **fields), open_dataset(images)
+        train, held_out = dataset.split("train"), dataset.split("val")
+        return Evaluator(config, build_model(config), train, held_out, torch.device("cpu"), "fp32")
+
+    return build
+
+
+def test_an_evaluation_is_always_the_same_and_draws_nothing_of_training(evaluator):
+    e = evaluator()
+    before = {name: t.clone() for name, t in e.model.state_dict().items()}
+    first, second = e.evaluate(), e.evaluate()
+    assert e.model.training
+    assert all(torch.equal(t, before[name]) for name, t in e.model.state_dict().items())
+    for name, value in first._asdict().items():
+        again = getattr(second, name)
+        assert torch.equal(value, again) if isinstance(value, torch.Tensor) else name == "mass" or value == again, name
+    assert all(map(torch.equal, first.mass, second.mass))
+
+
+def test_the_loss_is_the_mean_over_images_and_modalities_share_it(evaluator):
+    e = evaluator(data__batch_size=4)
+    losses = []
+    e.model.register_forward_hook(lambda model, arguments, out: losses.append(out.image_loss))
+    result = e.evaluate()
+    whole = torch.cat(losses[:2])  # 6 images in batches of 4, before those of the probe
+    assert result.loss == pytest.approx(whole.mean().item(), rel=1e-6)
+    count = {name: result.labels.count(name) for name in result.modality_loss}
+    assert sum(count.values()) == 6
+    assert sum(n * result.modality_loss[name] for name, n in count.items()) / 6 == pytest.approx(result.loss, rel=1e-6)
+
+
+def test_held_out_images_take_turns_between_modalities(evaluator):
+    e = evaluator()
+    seen = []
+    for layer in e.model.encoder.dex_layers:
+        layer.register_forward_hook(lambda layer, arguments, out: seen.append(out[1].gates))
+    result = e.evaluate()
+    # 6 images are one batch, forward twice: for the loss, then for the probe
+    assert result.gate_entropy == [pytest.approx(float(gate_entropy(gates))) for gates in seen[:2]]
+    assert all(0 < entropy < 1 for entropy in result.gate_entropy)
+    present = [name for name, n in e.held_out.modality_counts().items() if n]
+    assert set(result.labels[: len(present)]) == set(present)
+    assert len(result.labels) <= 6 and result.original.shape == (len(result.labels), 3, 64, 64)
+    for picture in (result.original, result.masked, result.reconstruction):
+        assert picture.min() >= 0 and picture.max() <= 1
+    same = result.masked == result.original
+    assert (~same).flatten(2).any(-1).any()
+    assert torch.equal(result.reconstruction[same], result.original[same])  # visible patches are the image's own
+    for layer in result.mass:
+        torch.testing.assert_close(layer.sum(), torch.tensor(float(len(result.labels)), dtype=torch.float64))
+
+
+def test_the_probe_knows_enough_images_of_every_modality(evaluator, monkeypatch):
+    asked = []
+
+    def probe(known, known_modality, held_out, modality, k):
+        asked.append((len(known), known_modality.bincount().tolist(), len(held_out), k))
+        return knn_accuracy(known, known_modality, held_out, modality, k=k)
+
+    monkeypatch.setattr(evaluation, "knn_accuracy", probe)
+    assert 0 <= evaluator().evaluate().probe <= 1
+    assert asked == [(24, [8, 8, 8], 6, 4)]  # with k = 20 most of an image's neighbours would be of other modalities
+
+
+def test_no_held_out_image_is_no_evaluation(evaluator, images):
+    e = evaluator()
+    nothing = open_dataset(images)
+    nothing._in_split = lambda name: [name == "train"] * len(nothing)
+    e.held_out = nothing.split("val")
+    assert e.evaluate() is None
