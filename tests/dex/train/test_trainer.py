@@ -5,9 +5,6 @@ import shutil
 import pytest
 import torch
 
-from dex.analysis import evaluation
-from dex.analysis import usage as analysis
-from dex.analysis.probe import knn_accuracy
 from dex.data import open_dataset
 from dex.train import checkpoint
 from dex.train import trainer as engine
@@ -233,42 +230,6 @@ def test_dead_experts_are_told_once(trainer):
         t._slots.copy_(torch.tensor(counts).flatten())
         assert [(layer, tuple(u)) for layer, u in t.newly_unused()] == want
     assert t._slots.sum() == 0
-
-
-def test_held_out_images_take_turns_between_modalities(trainer, images):
-    t = trainer(run__evaluate_images=6)
-    held_out = open_dataset(images).split("val").modality_counts()
-    seen = []
-    for layer in t.model.encoder.dex_layers:
-        layer.register_forward_hook(lambda layer, arguments, out: seen.append(out[1].gates))
-    found = t.evaluate()
-    # 6 images are one batch, forward twice: for the loss, then for the probe
-    assert found.gate_entropy == [pytest.approx(float(analysis.gate_entropy(gates))) for gates in seen[:2]]
-    assert all(0 < e < 1 for e in found.gate_entropy)
-    present = [name for name, n in held_out.items() if n]
-    assert set(found.labels[: len(present)]) == set(present)
-    assert len(found.labels) <= 6 and found.original.shape == (len(found.labels), 3, 64, 64)
-    for picture in (found.original, found.masked, found.reconstruction):
-        assert picture.min() >= 0 and picture.max() <= 1
-    hidden = (found.masked != found.original).flatten(2).any(-1)
-    assert hidden.any()
-    same = found.masked == found.original
-    assert torch.equal(found.reconstruction[same], found.original[same])  # visible patches are the image's own
-    for layer in found.mass:
-        torch.testing.assert_close(layer.sum(), torch.tensor(float(len(found.labels)), dtype=torch.float64))
-
-
-def test_the_probe_knows_enough_images_of_every_modality(trainer, monkeypatch):
-    asked = []
-
-    def probe(known, known_modality, held_out, modality, k):
-        asked.append((len(known), known_modality.bincount().tolist(), len(held_out), k))
-        return knn_accuracy(known, known_modality, held_out, modality, k=k)
-
-    monkeypatch.setattr(evaluation, "knn_accuracy", probe)
-    t = trainer(run__evaluate_images=6)
-    assert 0 <= t.evaluate().probe <= 1
-    assert asked == [(24, [8, 8, 8], 6, 4)]  # with k = 20 most of an image's neighbours would be of other modalities
 
 
 def test_a_data_set_without_held_out_images_trains(tiny, images, change, tmp_path):
