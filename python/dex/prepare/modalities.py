@@ -1,0 +1,132 @@
+"""The modalities of the catalogue: their names and aliases, and how the images of each are normalised.
+
+    resolve("mri")                             # the modality MR
+    resolve("Photoacoustic", "display")        # a free name, with its own normalisation
+    of_dicom("DX")                             # "X-ray"
+    of_folder("Dermoscopy")                    # "clinical photography"
+
+A name or an alias matches without regard to case, spaces, "-" and "_". Nothing else matches: a misspelt name is an
+error that names the closest one, never a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NamedTuple
+
+NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
+"""The rules of `normalise`, by the name that a description gives them."""
+AUTO, FROM_FOLDERS = "auto", "from-folders"
+"""Words that stand in place of a modality: as the header says, and as the folder says. No modality has these names."""
+MIN_FOREGROUND = 0.05
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,62}[A-Za-z0-9])?")
+_SEPARATORS = re.compile(r"[\s_-]+")
+
+
+class Modality(NamedTuple):
+    """name: as shards, cards and messages show it. normalisation: the corpus' rule. aliases: other names, in the form
+    that `key` gives. min_foreground: the least share of foreground that a slice is kept with. crop: whether pictures
+    are cut to the centre square, rather than padded. volumes: whether its images are slices of volumes."""
+
+    name: str
+    normalisation: str = "display"
+    aliases: tuple[str, ...] = ()
+    min_foreground: float = MIN_FOREGROUND
+    crop: bool = False
+    volumes: bool = False
+
+
+CATALOGUE = (
+    Modality("CT", "ct", ("computedtomography",), volumes=True),
+    Modality("MR", "mr", ("mri", "magneticresonance", "magneticresonanceimaging"), volumes=True),
+    Modality("PET", "pet", ("pt", "positronemissiontomography"), 0.01, volumes=True),
+    Modality(
+        "X-ray",
+        aliases=(
+            *("cr", "dx", "dr", "rg", "mg", "xa", "rf", "px", "io"),
+            *("xr", "xrays", "radiograph", "radiographs", "radiography"),
+            *("mammography", "mammogram", "mammograms", "angiography", "fluoroscopy"),
+        ),
+    ),
+    Modality("ultrasound", aliases=("us", "sonography", "echo", "echocardiography")),
+    Modality("fundus", aliases=("op", "cfp", "fundusphotography", "retinalphotography"), crop=True),
+    Modality("OCT", aliases=("opt", "opticalcoherencetomography")),
+    Modality("pathology", aliases=("sm", "gm", "histology", "histopathology", "microscopy"), crop=True),
+    Modality("endoscopy", aliases=("es", "colonoscopy", "gastroscopy", "laparoscopy"), crop=True),
+    Modality(
+        "clinical photography",
+        aliases=(
+            *("xc", "dms", "photo", "photos", "photograph", "photographs", "photography", "clinicalphoto"),
+            *("clinicalphotos", "dermoscopy", "dermatoscopy"),
+        ),
+        crop=True,
+    ),
+)
+NAMES = tuple(modality.name for modality in CATALOGUE)
+
+_DICOM = {
+    "CT": ("CT",),
+    "MR": ("MR", "MA"),
+    "PET": ("PT",),
+    "X-ray": ("CR", "DX", "RG", "MG", "XA", "RF", "PX", "IO", "DS", "CF", "DF"),
+    "ultrasound": ("US", "IVUS", "BDUS", "DD", "CD", "EC"),
+    "fundus": ("OP", "FS"),
+    "OCT": ("OPT", "OCT", "IVOCT"),
+    "pathology": ("SM", "GM"),
+    "endoscopy": ("ES", "LP"),
+    "clinical photography": ("XC", "DMS"),
+}
+"""Codes of the element Modality, the retired ones included (PS3.3, C.7.3.1.1.1). Others name no modality of the
+catalogue: nuclear medicine, radiotherapy images, thermography, ophthalmic mapping, "other", ..."""
+_BY_CODE = {code: name for name, codes in _DICOM.items() for code in codes}
+
+
+def key(text: str) -> str:
+    """What two spellings of one name share: "X-Ray", "x_ray" and "xray" are "xray"."""
+    return _SEPARATORS.sub("", text.strip()).casefold()
+
+
+_BY_KEY = {alias: modality for modality in CATALOGUE for alias in (key(modality.name), *modality.aliases)}
+_RESERVED = {key(word) for word in (AUTO, FROM_FOLDERS)}
+
+
+def known(text: str) -> Modality | None:
+    """The catalogue's modality of that name or alias; None where there is none."""
+    return _BY_KEY.get(key(text))
+
+
+def resolve(text: str, normalisation: str | None = None) -> Modality:
+    """The modality that a user's word means, with another normalisation where one is given.
+
+    A name that the catalogue does not have is a modality of the user's own. It needs a normalisation, so that a
+    misspelt name is no new modality. ValueError: a name or a normalisation that cannot be, with what would be right.
+    """
+    if normalisation is not None and normalisation not in NORMALISATIONS:
+        allowed = ", ".join(NORMALISATIONS)
+        raise ValueError(f"normalisation: expected one of {allowed}; got {normalisation!r}")
+    modality = known(text)
+    if modality is not None:
+        return modality if normalisation is None else modality._replace(normalisation=normalisation)
+    name = " ".join(text.split())
+    if not _NAME.fullmatch(name) or key(name) in _RESERVED:
+        raise ValueError(f"modality: expected {', '.join(NAMES)}, or a name of your own; got {text!r}")
+    if normalisation is None:
+        close = difflib.get_close_matches(key(name), _BY_KEY, n=1, cutoff=0.75)
+        meant = f" (do you mean {_BY_KEY[close[0]].name!r}?)" if close else ""
+        raise ValueError(
+            f"modality: expected one of {', '.join(NAMES)}; got {text!r}{meant}. "
+            f"A modality of your own needs --normalisation, one of {', '.join(NORMALISATIONS)}"
+        )
+    return Modality(name, normalisation)
+
+
+def of_dicom(code: str) -> str | None:
+    """The catalogue's name for a value of the DICOM element Modality; None for another value or none."""
+    return _BY_CODE.get(code.strip().upper())
+
+
+def of_folder(name: str) -> str | None:
+    """The catalogue's name that a folder is called by; None for a folder that is called anything else."""
+    modality = known(name)
+    return None if modality is None else modality.name

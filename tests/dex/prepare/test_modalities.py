@@ -1,0 +1,91 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dex.prepare import modalities, sources
+from dex.prepare.modalities import CATALOGUE, NAMES, NORMALISATIONS, known, of_dicom, of_folder, resolve
+from dex.prepare.normalise import RULES
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *(("ct", "CT"), ("CT", "CT"), ("Computed Tomography", "CT")),
+        *(("mr", "MR"), ("mri", "MR"), ("MRI", "MR")),
+        *(("pt", "PET"), ("Pet", "PET")),
+        *(
+            ("cr", "X-ray"),
+            ("DX", "X-ray"),
+            ("x-ray", "X-ray"),
+            ("X Ray", "X-ray"),
+            ("xray", "X-ray"),
+            ("X_RAY", "X-ray"),
+        ),
+        *(("mammography", "X-ray"), ("MG", "X-ray"), ("xa", "X-ray")),
+        *(("us", "ultrasound"), ("Echo", "ultrasound"), ("ULTRASOUND", "ultrasound")),
+        *(("op", "fundus"), ("opt", "OCT"), ("oct", "OCT")),
+        *(("sm", "pathology"), ("Histology", "pathology"), ("es", "endoscopy")),
+        *(("xc", "clinical photography"), ("photo", "clinical photography"), ("dermoscopy", "clinical photography")),
+        *(("Dermatoscopy", "clinical photography"), ("clinical_photography", "clinical photography")),
+    ],
+)
+def test_names_are_known_in_any_case_and_by_alias(text, name):
+    assert known(text).name == name and resolve(text).name == name and of_folder(text) == name
+
+
+def test_every_name_is_its_own_and_no_alias_means_two():
+    aliases = [alias for modality in CATALOGUE for alias in {modalities.key(modality.name), *modality.aliases}]
+    assert len(aliases) == len(set(aliases))
+    assert all(alias == modalities.key(alias) for alias in aliases)
+    assert [resolve(name).name for name in NAMES] == list(NAMES)
+
+
+def test_the_catalogue_agrees_with_the_descriptions():
+    assert NAMES == sources.MODALITIES and set(NORMALISATIONS) == set(RULES)
+    assert tuple(modality.name for modality in CATALOGUE if modality.crop) == sources.CROPPED
+    for modality in CATALOGUE:
+        assert modality.normalisation == sources.BY_MODALITY.get(modality.name, "display")
+        assert modality.min_foreground == (0.01 if modality.name == "PET" else 0.05)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "ultrasond", "CTs", "auto", "from-folders", "From_Folders", "a/b", "é", "x" * 65]
+)
+def test_what_is_no_name_is_refused(text):
+    assert known(text) is None and of_folder(text) is None
+    with pytest.raises(ValueError, match="^modality: expected"):
+        resolve(text)
+
+
+def test_a_misspelt_name_is_told_the_closest():
+    with pytest.raises(ValueError, match="do you mean 'ultrasound'"):
+        resolve("ultrasond")
+    with pytest.raises(ValueError, match="needs --normalisation, one of ct, mr, pet, suv, display"):
+        resolve("photoacoustic")
+
+
+def test_a_modality_of_ones_own_has_its_own_normalisation():
+    own = resolve("  Photo  acoustic ", "mr")
+    assert (own.name, own.normalisation, own.crop, own.min_foreground) == ("Photo acoustic", "mr", False, 0.05)
+    assert resolve("pet", "suv") == known("PET")._replace(normalisation="suv")
+    with pytest.raises(ValueError, match="^normalisation: expected one of ct, mr"):
+        resolve("CT", "hounsfield")
+    with pytest.raises(ValueError, match="^modality: expected"):
+        resolve("auto", "mr")
+
+
+def test_codes_of_dicom():
+    wanted = {"CT": "CT", "pt": "PET", " DX ": "X-ray", "MG": "X-ray", "OP": "fundus", "OPT": "OCT", "XC": NAMES[-1]}
+    assert {code: of_dicom(code) for code in wanted} == wanted
+    assert {of_dicom(code) for code in ("", "NM", "OT", "RTIMAGE", "SEG", "SR", "XRAY", "MRI")} == {None}
+
+
+@given(st.text(max_size=80), st.sampled_from([None, *NORMALISATIONS]))
+def test_any_text_is_a_modality_or_a_named_error(text, normalisation):
+    try:
+        modality = resolve(text, normalisation)
+    except ValueError as error:
+        assert str(error).startswith("modality: expected")
+    else:
+        assert modality.name in NAMES or (normalisation is not None and known(text) is None)
+        assert modality.name.isprintable() and resolve(modality.name, normalisation) == modality
