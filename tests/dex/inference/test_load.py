@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,17 @@ def test_a_path_to_nothing_to_a_file_or_to_another_folder_is_refused(trained, tm
         dex.load(trained / "config.yaml")
     with pytest.raises(ValueError, match="is neither, it holds no config.yaml"):
         dex.load(trained / "checkpoints")
+
+
+def test_the_example_of_the_docs_runs(trained, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "pretraining.md").read_text()
+    (example,) = re.findall(r"^```python needs=run\n(.*?)^```", page, flags=re.M | re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "pretraining.md", "exec"), names)
+    assert names["features"].shape == (4, 32) and names["features"].isfinite().all()
 
 
 def test_importing_dex_stays_light():
