@@ -95,17 +95,12 @@ class Loader:
         _check_int("rank", rank, 0, world_size)
         if batch_size % world_size:
             raise ValueError(f"batch_size: expected a multiple of world_size {world_size}, got {batch_size}")
-        if len(dataset) < batch_size:
-            raise ValueError(
-                f"batch_size: expected at most the {len(dataset)} samples of data set {dataset.name!r}, "
-                f"got {batch_size}"
-            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.temperature = temperature
         self.num_workers = num_workers
-        self.batches_per_epoch = len(dataset) // batch_size
+        self.batches_per_epoch = batches_per_epoch(dataset, batch_size)
         self.corrupt: dict[str, str] = {}
         self._position = start_batch
         self._reader = _BatchReader(dataset, batch_size, seed, temperature, rank, world_size)
@@ -182,6 +177,16 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
+    """Full batches of one epoch. ValueError when `dataset` is smaller than one."""
+    _check_int("batch_size", batch_size, 1)
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"batch_size: expected at most the {len(dataset)} samples of data set {dataset.name!r}, got {batch_size}"
+        )
+    return len(dataset) // batch_size
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
