@@ -14,7 +14,7 @@ import tarfile
 import pytest
 import seeds
 
-from dex.data import ShardWriter, shards, verify
+from dex.data import ShardWriter, shard_format, verify
 
 SAMPLES = 24  # a batch of the demo, and some held out
 ENTER = """
@@ -116,7 +116,7 @@ def manifest_of(root):
 
 
 def write_manifest(root, body):
-    (root / "manifest.json").write_bytes(shards._manifest_bytes(body))
+    (root / "manifest.json").write_bytes(shard_format.manifest_bytes(body))
 
 
 def hashes(data, prefix=""):

@@ -14,7 +14,7 @@ import torch
 from test_fuzz import dex_prepare
 
 from dex import cli
-from dex.data import Loader, SampleError, ShardWriter, open_dataset, shards, verify
+from dex.data import Loader, SampleError, ShardWriter, open_dataset, shard_format, verify
 from dex.model import MaskedAutoencoder
 from dex.model.weights import load_pretrained, read_state_dict
 from dex.prepare import readers
@@ -187,7 +187,7 @@ def test_tables_of_a_shard_set(file, canary, shard_set):
             names = ("index_bytes", "index_sha256") if "index" in file else ("bytes", "sha256")
             manifest["shards"][0].update(zip(names, (size, digest), strict=True))
             del manifest["sha256"]
-            (shard_set / "manifest.json").write_bytes(shards._manifest_bytes(manifest))
+            (shard_set / "manifest.json").write_bytes(shard_format.manifest_bytes(manifest))
         assert verify(shard_set) != []
         enter(shard_set)
         (shard_set / file).write_bytes(good)

@@ -33,7 +33,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
 
 def _check(path: str) -> Callable[[], int]:
-    from dex.data.shards import MANIFEST, read_manifest, verify
+    from dex.data import verify
+    from dex.data.shard_format import MANIFEST, read_manifest
 
     folder = folder_argument("DIR", path)
     if not (folder / MANIFEST).is_file():

@@ -155,7 +155,7 @@ def data_set(path: str | None) -> Iterator[Check]:
     def check() -> str:
         from dex.data import open_dataset, verify
         from dex.data.dataset import EMBEDDED
-        from dex.data.shards import MANIFEST
+        from dex.data.shard_format import MANIFEST
 
         dataset = open_dataset(path)
         counts = ", ".join(f"{name} {n}" for name, n in dataset.modality_counts().items())

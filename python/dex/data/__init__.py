@@ -10,10 +10,13 @@ images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normal
 from dex.common.random import sample_keys
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
-from .dataset import Dataset, Sample, SampleError, open_dataset
+from .dataset import Dataset, Sample, SampleError
 from .folder import FolderDataset
 from .loader import Batch, CorruptDataError, Loader
-from .shards import ShardDataset, ShardWriter, verify
+from .opening import open_dataset
+from .shard_verify import verify
+from .shard_writer import ShardWriter
+from .shards import ShardDataset
 
 __all__ = [
     "IMAGENET_MEAN",

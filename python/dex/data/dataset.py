@@ -5,9 +5,9 @@ Shape letters: S side of a stored image in pixels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ logger = logging.getLogger("dex.data")
 SPLITS = ("train", "val")
 IMAGE_SIZE = 256
 EMBEDDED = Path(__file__).parent / "embedded"
+"""The small real data set that comes with the package."""
 DIM = 2**14  # 16-bit images whose maximum is below this use a quarter of their range at most
 
 
@@ -47,8 +48,10 @@ class Dataset:
     """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
 
     name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
-    data set knows of and holds no image of; fingerprint: sha256 (hex) of the content's identity; image_size: S;
-    dim: id and maximum of the first 16-bit sample read that uses little of its range (None: none so far).
+    data set knows of and holds no image of; image_size: S; dim: id and maximum of the first 16-bit sample read that
+    uses little of its range (None: none so far).
+    fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only.
+    earlier_fingerprint: what an earlier version of dex would have called the same content, None if nothing else.
 
     A subclass gives `__len__`, `read`, `sample_id`, `modality_index` and `_in_split`.
     """
@@ -57,6 +60,7 @@ class Dataset:
     modalities: tuple[str, ...]
     empty_modalities: tuple[str, ...] = ()
     fingerprint: str
+    earlier_fingerprint: str | None = None
     image_size: int = IMAGE_SIZE
     dim: tuple[str, int] | None = None
 
@@ -135,9 +139,18 @@ class View(Dataset):
         self.modalities = base.modalities
         self.empty_modalities = base.empty_modalities
         self.image_size = base.image_size
-        self.fingerprint = hashlib.sha256(
-            f"{base.fingerprint}/{label}/".encode() + self._indices.astype("<i8").tobytes()
-        ).hexdigest()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return self._fingerprint_of(self._base.fingerprint)
+
+    @property
+    def earlier_fingerprint(self) -> str | None:
+        earlier = self._base.earlier_fingerprint
+        return None if earlier is None else self._fingerprint_of(earlier)
+
+    def _fingerprint_of(self, base: str) -> str:
+        return hashlib.sha256(f"{base}/{self.label}/".encode() + self._indices.astype("<i8").tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -160,31 +173,3 @@ class View(Dataset):
 
     def split(self, name: str) -> Dataset:
         raise ValueError(f"split: {self.name!r} is already a split; ask the whole data set for {name!r}")
-
-
-def open_dataset(path: str | Path | None = None) -> Dataset:
-    """Open a data set for reading.
-
-    `None` is the small real set that comes with the package; a folder with `manifest.json` is a shard set
-    (`dex.data.shards`); any other folder is a plain one of PNG, JPEG and NPY (`dex.data.folder`).
-    FileNotFoundError when there is nothing at `path`; ValueError when it is empty or not a folder, holds no image, or
-    when its manifest does not fit its files.
-    """
-    from .folder import FolderDataset
-    from .shards import MANIFEST, ShardDataset
-
-    if path is not None and not os.fspath(path):  # Path("") would be the current folder
-        raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
-    root = EMBEDDED if path is None else Path(path)
-    if not root.exists():
-        if path is None:
-            raise FileNotFoundError(
-                "the embedded data set is not in this installation; rebuild it with "
-                "scripts/build_embedded_data.py, or pass a folder"
-            )
-        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(path)!r}")
-    if not root.is_dir():
-        raise ValueError(f"path: expected a folder of images or shards, got the file {str(path)!r}")
-    if (root / MANIFEST).exists() or path is None:
-        return ShardDataset(root)
-    return FolderDataset(root)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dex.data.shards import ShardWriter
+from dex.data import ShardWriter
 
 from . import card, duplicates, filters, normalise
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths, sync_folder

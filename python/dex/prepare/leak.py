@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dex.data.dataset import Dataset, SampleError, open_dataset
+from dex.data import Dataset, SampleError, open_dataset
 
 from . import duplicates
 from .normalise import difference_hash

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dex.data.shards import MANIFEST
+from dex.data.shard_format import MANIFEST
 
 from . import chunks, join, packages, readers, scan, workers
 from .chunks import Counts, Job, Settings, sync_folder

@@ -11,35 +11,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from number_set import Numbers
 
-from dex.data import CorruptDataError, Dataset, Loader, SampleError
+from dex.data import CorruptDataError, Loader
 from dex.data.loader import epoch_order, permutation, quotas, replacement
-from dex.data.slots import Slots
-
-
-class Numbers(Dataset):
-    """Sample i is a 3 x 4 x 4 image filled with i; those in `corrupt` cannot be read."""
-
-    name, modalities, fingerprint, image_size = "numbers", ("even", "odd"), "0" * 64, 4
-
-    def __init__(self, count, corrupt=()):
-        self.count, self.corrupt = count, frozenset(corrupt)
-
-    def __len__(self):
-        return self.count
-
-    def sample_id(self, index):
-        return f"n{index}"
-
-    def modality_index(self):
-        return np.arange(self.count) % 2
-
-    def read(self, index, out):
-        if self._check_index(index) in self.corrupt:
-            out[:] = 255
-            raise SampleError(f"n{index}", "torn")
-        out[:] = index % 256
-        return index % 2, f"n{index}"
 
 
 class Kinds(Numbers):
@@ -271,21 +246,6 @@ def test_memory_is_used_again():
         assert len(places) <= 6
 
 
-def test_slots():
-    slots = Slots(2, (3, 4))
-    first, second = slots.take(), slots.take()
-    assert sorted((first, second)) == [0, 1] and slots.take() is None
-    slots.array(first)[:] = 7
-    slots.array(second)[:] = 9
-    lent = slots.lend(first)
-    view = lent[1:]
-    assert lent.shape == (3, 4) and lent.dtype == torch.uint8 and (lent == 7).all()
-    del lent
-    assert slots.take() is None and (view == 7).all()
-    del view
-    assert slots.take() == first and slots.take() is None
-
-
 def test_close_keeps_the_position():
     with Loader(Numbers(30), 5, seed=1, num_workers=2) as loader:
         first = take(loader, 3)
@@ -372,25 +332,6 @@ def test_no_readable_sample_at_all():
 def test_arguments(arguments, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected"):
         Loader(Numbers(10), **{"batch_size": 2, "seed": 0, **arguments})
-
-
-def test_views():
-    class Split(Numbers):
-        def _in_split(self, name):
-            return (np.arange(self.count) % 5 == 0) == (name == "val")
-
-    whole = Split(20)
-    train, val = whole.split("train"), whole.split("val")
-    assert len(train) == 16 and [val[index].id for index in range(4)] == ["n0", "n5", "n10", "n15"]
-    assert val.modality_counts() == {"even": 2, "odd": 2} and val.modality_index().tolist() == [0, 1, 0, 1]
-    assert len({whole.fingerprint, train.fingerprint, val.fingerprint}) == 3
-    assert Split(20).split("val").fingerprint == val.fingerprint
-    with pytest.raises(IndexError):
-        val[4]
-    with pytest.raises(ValueError, match="^split: expected one of train, val, got 'test'"):
-        whole.split("test")
-    with pytest.raises(ValueError, match="already a split"):
-        val.split("train")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

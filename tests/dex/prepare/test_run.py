@@ -354,7 +354,7 @@ def test_a_full_disk_keeps_what_is_done(here, two, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:  # while the set is written
-        patch.setattr("dex.data.shards.ShardWriter._write", full)
+        patch.setattr("dex.data.shard_writer.ShardWriter._write", full)
         with pytest.raises(Failed, match="No space left on device"):
             start(two, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,36 @@
+"""From a path to the data set that lies there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .dataset import EMBEDDED, Dataset
+from .folder import FolderDataset
+from .shard_format import MANIFEST
+from .shards import ShardDataset
+
+
+def open_dataset(path: str | Path | None = None) -> Dataset:
+    """Open a data set for reading.
+
+    `None` is the small real set that comes with the package; a folder with `manifest.json` is a shard set
+    (`dex.data.shards`); any other folder is a plain one of PNG, JPEG and NPY (`dex.data.folder`).
+    FileNotFoundError when there is nothing at `path`; ValueError when it is empty or not a folder, holds no image, or
+    when its manifest does not fit its files.
+    """
+    if path is not None and not os.fspath(path):  # Path("") would be the current folder
+        raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
+    root = EMBEDDED if path is None else Path(path)
+    if not root.exists():
+        if path is None:
+            raise FileNotFoundError(
+                "the embedded data set is not in this installation; rebuild it with "
+                "scripts/build_embedded_data.py, or pass a folder"
+            )
+        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(path)!r}")
+    if not root.is_dir():
+        raise ValueError(f"path: expected a folder of images or shards, got the file {str(path)!r}")
+    if (root / MANIFEST).exists() or path is None:
+        return ShardDataset(root)
+    return FolderDataset(root)

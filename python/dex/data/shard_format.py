@@ -1,0 +1,216 @@
+"""The format of shard sets: WebDataset tars with an own index, hashed throughout, without pickle.
+
+A set is a folder:
+
+    manifest.json             what the set is; names and hashes every other file, and itself
+    shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR: any WebDataset reader takes them
+    shard-00000.index.jsonl   one line a sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
+                              image's bytes, which lie at `offset` in the tar); more keys may stand there
+
+`group` names what must not be torn apart by a split: a patient, a series, a slide.
+
+Here are the names, the bounds and the checks that reading (`shards`), writing (`shard_writer`) and verifying
+(`shard_verify`) share. Every file is untrusted: no link is followed and nothing is read beyond its bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from . import images
+from .dataset import SPLITS
+
+MANIFEST = "manifest.json"
+FORMAT = "dex-shards"
+VERSION = 1
+KINDS = ("jpg", "png", "npy")
+
+DOCUMENT_NAME = re.compile(r"(?!.*\.\.)([A-Za-z0-9][A-Za-z0-9._-]{0,199}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+MAX_TABLE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 2**16
+
+_FILE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_INDEX_FIELDS = {
+    "id": str,
+    "key": str,
+    "kind": str,
+    "modality": str,
+    "split": str,
+    "group": str,
+    "offset": int,
+    "size": int,
+    "sha256": str,
+}
+
+
+def read_manifest(root: Path) -> tuple[dict, bytes]:
+    """The manifest and its bytes; ValueError when it is not exactly what a writer wrote, or names files elsewhere."""
+    try:
+        raw = read_bytes(root, MANIFEST, 0, None)
+        manifest = json.loads(raw)
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise ValueError(
+                f"expected {FORMAT} version {VERSION}, got {manifest['format']!r} version {manifest['version']!r}"
+            )
+        if manifest_bytes(body) != raw:
+            raise ValueError("its own sha256 does not fit: it was edited or damaged")
+        _check_fields(
+            manifest,
+            {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list, "documents": list},
+        )
+        for row in manifest["modalities"]:
+            _check_fields(row, {"name": str, "train": int, "val": int, "empty": bool})
+            if row["empty"] != (row["train"] + row["val"] == 0):
+                raise ValueError(f"modality {row['name']!r}: 'empty' contradicts its counts")
+        for entry in manifest["shards"]:
+            _check_fields(
+                entry,
+                {
+                    "file": str,
+                    "bytes": int,
+                    "sha256": str,
+                    "samples": int,
+                    "index": str,
+                    "index_bytes": int,
+                    "index_sha256": str,
+                },
+            )
+            _check_names(_FILE_NAME, entry["file"], entry["index"])
+        for entry in manifest["documents"]:
+            _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
+            _check_names(DOCUMENT_NAME, entry["file"])
+        if not manifest["shards"]:
+            raise ValueError("shards: expected at least one, got none")
+        if sum(entry["samples"] for entry in manifest["shards"]) != manifest["samples"]:
+            raise ValueError("'samples' is not the sum over the shards")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST}: {reason_of(error)}") from error
+    return manifest, raw
+
+
+def read_index(root: Path, entry: dict) -> Iterator[dict]:
+    """The lines of one shard's index, one after the other, fields and bounds checked, once its hash has been.
+
+    ValueError, on the way too, names the file and the fault. Memory: the file and one line.
+    """
+    try:
+        raw = read_bytes(root, entry["index"], 0, None)
+        if len(raw) != entry["index_bytes"] or hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
+            raise ValueError("size or sha256 differs from the manifest")
+        count = raw.count(b"\n") + (raw[-1:] not in (b"", b"\n"))
+        if count != entry["samples"]:
+            raise ValueError(f"expected {entry['samples']} lines, got {count}")
+        for text in io.BytesIO(raw):
+            if len(text) > MAX_LINE_BYTES:
+                raise ValueError(f"expected lines of at most {MAX_LINE_BYTES} bytes, got {len(text)}")
+            line = json.loads(text)
+            _check_fields(line, _INDEX_FIELDS)
+            line["id"].encode()  # a lone surrogate is no text
+            if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
+                raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
+            if not _FILE_NAME.fullmatch(line["key"]):  # the name of a member
+                raise ValueError(f"sample {line['id']!r}: expected a plain name as key, got {line['key']!r}")
+            if (
+                line["offset"] < 0
+                or not 0 < line["size"] <= images.MAX_FILE_BYTES
+                or (line["offset"] + line["size"] > entry["bytes"])
+            ):
+                raise ValueError(
+                    f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
+                    f"the {entry['bytes']} bytes of {entry['file']}"
+                )
+            yield line
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ValueError(f"{entry['index']}: {reason_of(error)}") from error
+
+
+def _check_fields(record: dict, types: dict[str, type]) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    for key, kind in types.items():
+        if type(record.get(key)) is not kind or (kind is int and record[key] < 0):
+            raise ValueError(f"{key}: expected {kind.__name__}, got {record.get(key)!r}")
+
+
+def _check_names(pattern: re.Pattern, *names: str) -> None:
+    for name in names:
+        if not pattern.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"file name: expected a plain name within the folder, got {name!r}")
+
+
+def check_file_size(root: Path, file: str, size: int) -> None:
+    try:
+        status = os.lstat(root / file)
+    except OSError as error:
+        raise ValueError(f"{file}: {reason_of(error)}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise ValueError(f"{file}: expected a regular file of {size} bytes, got {status.st_size}")
+
+
+def read_bytes(root: Path, file: str, offset: int, size: int | None) -> bytes:
+    """`size` bytes at `offset`, or the whole of a table; never through a symbolic link."""
+    descriptor, here = _open(root, file)
+    try:
+        if size is None:
+            size = here
+            if size > MAX_TABLE_BYTES:
+                raise ValueError(f"expected at most {MAX_TABLE_BYTES} bytes, got {size}")
+        elif offset + size > here:
+            raise ValueError(f"{size} bytes at {offset} do not lie within its {here} bytes")
+        parts, end = [], offset + size
+        while offset < end:
+            part = os.pread(descriptor, end - offset, offset)
+            if not part:
+                raise ValueError("the file ended early")
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def open_file(root: Path, file: str) -> IO[bytes]:
+    """The regular file ``name`` or ``folder/name`` below ``root``, opened for reading; neither may be a link."""
+    descriptor, _ = _open(root, file)
+    return os.fdopen(descriptor, "rb")
+
+
+def _open(root: Path, file: str) -> tuple[int, int]:
+    """`open_file` as a descriptor, and the size of the file."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    folder, _, name = file.rpartition("/")
+    parent = os.open(root / folder, flags | os.O_DIRECTORY) if folder else None
+    try:
+        descriptor = os.open(root / name if parent is None else name, flags, dir_fd=parent)
+    finally:
+        if parent is not None:
+            os.close(parent)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("expected a regular file")
+    return descriptor, status.st_size
+
+
+def manifest_bytes(body: dict) -> bytes:
+    """The manifest's file. Its hash covers every other field; `read_manifest` compares the layout too, so that no byte
+    of the file can change unseen."""
+    digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1).encode() + b"\n"
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's own words, without the path that an OSError would name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"field {error}" if isinstance(error, KeyError) else str(error)

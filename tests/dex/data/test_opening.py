@@ -1,0 +1,29 @@
+"""From a path to a data set, or to the word for what is wrong with it."""
+
+import pytest
+from picture_files import GREY, png, put
+
+from dex.data import FolderDataset, ShardDataset, open_dataset
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: expected a folder"):
+        open_dataset(tmp_path / "absent")
+    put(tmp_path, m__notes_dot_txt=b"x")
+    with pytest.raises(ValueError, match=r"path: expected PNG, JPEG or NPY .* found none \(ignored: \{'.txt': 1\}\)"):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="path: expected a folder .* got the file"):
+        open_dataset(tmp_path / "m" / "notes.txt")
+
+
+@pytest.mark.parametrize("inside", ["images", "shards"])
+def test_an_empty_path_is_not_the_current_folder(inside, tmp_path, monkeypatch):
+    put(tmp_path, **({"1_dot_png": png(GREY)} if inside == "images" else {"manifest_dot_json": b"{}"}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^path: expected a folder .* got ''"):
+        open_dataset("")
+
+
+def test_what_lies_there_decides(tmp_path):
+    assert type(open_dataset(put(tmp_path / "images", m__1_dot_png=png(GREY)))) is FolderDataset
+    assert type(open_dataset(None)) is type(open_dataset(open_dataset(None).root)) is ShardDataset
