@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,8 +17,18 @@ from dex.train.runlog import CONFIG, EVENTS, METRICS, STARTS
 _ABSENT = object()
 
 
+class Stretch(NamedTuple):
+    """Training between two rows, or between a start and the row after it."""
+
+    step: int
+    """Of the row that ends it."""
+    seconds: float
+    waiting: float | None
+    """Share of them spent waiting for data."""
+
+
 @dataclass
-class Run:
+class RunRecord:
     """What a run folder holds, in the order of steps, each step once."""
 
     name: str
@@ -53,14 +63,14 @@ class Run:
 
         A row without it is passed over: a modality of which a step saw no image leaves no gap.
         """
-        found = []
+        points = []
         for row in self.rows:
             value = row
             for part in (key, *inner):
                 value = within(value, part, _ABSENT)
             if value is not _ABSENT:
-                found.append((row["step"], real(value)))
-        return found
+                points.append((row["step"], real(value)))
+        return points
 
     def last(self, key: str, *inner: str | int) -> float | None:
         return next((v for _, v in reversed(self.points(key, *inner)) if v is not None), None)
@@ -72,10 +82,10 @@ class Run:
     def layers(self, key: str) -> int:
         return max((len(r[key]) for r in self.rows if isinstance(r.get(key), list)), default=0)
 
-    def pace(self) -> list[tuple[int, float, float | None]]:
-        """(step, seconds since the row or start before it, share of them spent waiting for data)."""
+    def stretches(self) -> list[Stretch]:
+        """The pace of training, one stretch for every row of it."""
         begun = [s for s in (whole(start.get("step")) for start in self.starts) if s is not None]
-        found, before = [], 0
+        result, before = [], 0
         for row in self.rows:
             speed, step = real(row.get("images_per_s")), row["step"]
             if "images_per_s" not in row:
@@ -84,9 +94,9 @@ class Run:
             if speed and speed > 0 and self.batch and step > before:
                 seconds = (step - before) * self.batch / speed
                 wait = real(row.get("data_wait_s"))
-                found.append((step, seconds, None if wait is None else wait / seconds))
+                result.append(Stretch(step, seconds, None if wait is None else wait / seconds))
             before = step
-        return found
+        return result
 
     def state(self) -> str:
         """How far it came, and why no further."""
@@ -113,7 +123,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> RunRecord:
     """The run in ``folder``. ValueError naming the folder: a file is missing or unreadable, or holds no row at all."""
     if not folder.is_dir():
         raise ValueError(f"run {folder}: expected a run folder; there is none")
@@ -134,7 +144,7 @@ def read_run(folder: Path, name: str) -> Run:
     rows, events = (_read_lines(folder / file, notes) for file in (METRICS, EVENTS))
     if not rows:
         raise ValueError(f"run {folder}: expected rows in {METRICS}; {'; '.join(notes) or 'the file is empty'}")
-    return Run(name, _flat(config), starts, _latest_rows(rows), _latest_events(events), folder, notes)
+    return RunRecord(name, _flat(config), starts, _latest_rows(rows), _latest_events(events), folder, notes)
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -1,0 +1,119 @@
+"""What a run was and what came of it: a sentence and the figures at the top of a page."""
+
+from typing import NamedTuple
+
+from dex.common.units import duration
+from dex.report.charts import number
+from dex.report.runs import RunRecord, plain, real, whole, within
+
+_MEASURE = ("model.norm_pix_loss", "model.mask_ratio", "model.img_size", "model.patch_size", "run.evaluate_images")
+"""Fields that decide what a held-out loss is a loss of."""
+
+
+def sentence(run: RunRecord) -> str:
+    """What was trained on what, and how the held-out loss went."""
+    get = run.config.get
+    known = {k: plain(get(f"model.{k}")) for k in ("embed_dim", "depth", "num_heads", "num_experts", "top_k")}
+    shape = f"width {known['embed_dim']}, {known['depth']} layers, {known['num_heads']} heads"
+    if run.has_experts:
+        kind = "a DEX vision transformer"
+        shape += f"; {known['num_experts']} experts a layer, {known['top_k']} an image"
+    else:
+        kind = "a vision transformer of dense MLPs, the monolithic control"
+    image = f"{plain(get('model.img_size'))} px images in patches of {plain(get('model.patch_size'))}"
+    hidden = real(get("model.mask_ratio"))
+    text = f"Masked autoencoder around {kind} ({shape}), {image}"
+    text += f", {hidden:.0%} hidden. " if hidden is not None else ". "
+    data = run.starts[-1].get("data")
+    if isinstance(data, dict):
+        counts = [c for c in map(whole, data["images"].values()) if c] if isinstance(data.get("images"), dict) else []
+        text += f"Data: {data.get('name')}, {sum(counts):,} images of {len(counts)} modalities. "
+    first = next((v for _, v in run.points("val_loss") if v is not None), None)
+    final = run.last("val_loss")
+    if first is not None and final is not None and len(run.points("val_loss")) > 1:
+        text += f"The held-out masked loss went from {number(first)} to {number(final)}."
+    return text
+
+
+class Fact(NamedTuple):
+    """A figure at the top of a page."""
+
+    value: str
+    more: str = ""
+    """In small print."""
+    score: float | None = None
+    """The run of the least is the best; None for what is neither good nor bad."""
+
+
+def facts(run: RunRecord) -> dict[str, Fact]:
+    """By label, in the order in which they are shown."""
+    return _effort(run) | _results(run) | _health(run)
+
+
+def _effort(run: RunRecord) -> dict[str, Fact]:
+    """How far and how fast it went."""
+    planned = f" of {run.planned:,}" if run.planned is not None else ""
+    result = {"steps": Fact(f"{run.step:,}{planned}", run.state())}
+    if run.batch:
+        epoch = run.last("epoch")
+        epochs = f", {number(epoch, 3)} epochs" if epoch is not None else ""
+        result["images seen"] = Fact(f"{run.step * run.batch:,}", f"batches of {run.batch:,}{epochs}")
+    if stretches := run.stretches():
+        seconds = sum(s.seconds for s in stretches)
+        starts = f", {len(run.starts)} starts" if len(run.starts) > 1 else ""
+        result["training time"] = Fact(duration(seconds), f"without evaluation and saving{starts}")
+        waits = [s.seconds * s.waiting for s in stretches if s.waiting is not None]
+        wait = f"{sum(waits) / seconds:.1%} of the time waiting for data" if waits else ""
+        speeds = dict(run.points("images_per_s"))
+        counted = sum(s.seconds * (speeds[s.step] or 0.0) for s in stretches)
+        result["images/s"] = Fact(number(counted / seconds), wait)
+    return result
+
+
+def _results(run: RunRecord) -> dict[str, Fact]:
+    result = {}
+    if (value := run.last("loss")) is not None:
+        result["training loss"] = Fact(number(value), f"mean since step {_before_last(run):,}")
+    if (value := run.last("val_loss")) is not None:
+        lowest, step = min((v, s) for s, v in run.points("val_loss") if v is not None)
+        more = f"lowest {number(lowest)} at step {step:,}" if lowest < value else ""
+        result["held-out loss"] = Fact(number(value), more, value)
+    if run.has_experts:
+        for key, label in (("align_loss", "align loss"), ("balance_loss", "balance loss")):
+            if (value := run.last(key)) is not None:
+                result[label] = Fact(number(value), "not weighted")
+    if (value := run.last("probe_knn")) is not None:
+        result["kNN probe"] = Fact(f"{value:.1%}", "accuracy of the modality", -value)
+    return result
+
+
+def _health(run: RunRecord) -> dict[str, Fact]:
+    """How well the device was used, and what went wrong."""
+    result = {}
+    if (value := run.last("mfu")) is not None:
+        result["MFU"] = Fact(f"{value:.1%}", "of the device's peak")
+    if memory := [v for _, v in run.points("memory_mb") if v is not None]:
+        result["memory"] = Fact(f"{max(memory):,.0f} MB", "at most")
+    if agree := [row["ranks_agree"] for row in run.rows if isinstance(row.get("ranks_agree"), bool)]:
+        result["ranks agree"] = Fact(f"{sum(agree)} of {len(agree)}", "evaluations, to the bit")
+    skipped = sum(int(v) for _, v in run.points("skipped") if v is not None)
+    if skipped:
+        result["steps skipped"] = Fact(f"{skipped:,}", "not finite; they changed nothing")
+    return result
+
+
+def _before_last(run: RunRecord) -> int:
+    """Step of the row before the one with the last training loss: where its mean begins."""
+    points = run.points("loss")
+    last = max(i for i, (_, v) in enumerate(points) if v is not None)
+    return points[last - 1][0] if last else 0
+
+
+def unlike(runs: list[RunRecord]) -> list[str]:
+    """Why losses of these runs must not be compared, if so."""
+    if len(runs) < 2:
+        return []
+    fields = [f for f in _MEASURE if len({plain(r.config.get(f)) for r in runs}) > 1]
+    prints = {plain(within(r.starts[-1].get("data"), "fingerprint")) for r in runs}
+    fields += ["the data set"] if len(prints) > 1 else []
+    return [f"The losses of these runs do not measure the same: different {', '.join(fields)}"] if fields else []
