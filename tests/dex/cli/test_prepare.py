@@ -1,4 +1,4 @@
-"""`dex prepare` and `dex data` as a user calls them."""
+"""`dex prepare` as a user calls it."""
 
 import fcntl
 import hashlib
@@ -10,34 +10,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dex.data import ShardDataset
 from dex.prepare import run as prepare
 from dex.prepare import workers
 
 SALT = bytes(range(32))
-
-
-@pytest.fixture
-def run(run, inline_workers):
-    return run
-
-
-def pictures(root, count, side=64, first=0, patients=4):
-    y, x = np.mgrid[0:side, 0:side] / side
-    for i in range(first, first + count):
-        rng = np.random.default_rng(i)
-        image = 20 + 30 * x
-        for _ in range(6):
-            cy, cx, r = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.3)
-            image = image + rng.uniform(20, 60) * ((x - cx) ** 2 + (y - cy) ** 2 < r * r)
-        path = root / f"p{i % patients}" / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
-    return root
+pytestmark = pytest.mark.usefixtures("inline_workers")
 
 
 def digest(out):
@@ -52,7 +32,7 @@ def with_salt(out):
     return out
 
 
-def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path):
+def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 12)
     (tmp_path / "scans" / "p0" / "broken.png").write_bytes(b"\x89PNG")
     arguments = ("prepare", "scans", "--modality", "X-ray", "--out", "my set", "--size", 64)
@@ -89,7 +69,7 @@ def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path):
     assert code == 1 and "shard-00000.tar: sha256 differs from the manifest" in out and err == ""
 
 
-def test_options_reach_the_set(run, tmp_path):
+def test_options_reach_the_set(run, tmp_path, pictures):
     pictures(tmp_path / "a", 3)
     pictures(tmp_path / "b", 3, first=10)
     assert run("prepare", "a", "b", "--modality", "X-ray", "--out", "set", "--size", 48, "--encoding", "png")[0] == 0
@@ -100,7 +80,7 @@ def test_options_reach_the_set(run, tmp_path):
     assert len(ShardDataset(tmp_path / "one")) == 1
 
 
-def test_parts(run, tmp_path, monkeypatch):
+def test_parts(run, tmp_path, monkeypatch, pictures):
     monkeypatch.setattr("dex.prepare.discover.CHUNK_UNITS", 3)
     pictures(tmp_path / "scans", 12)
     command = ("prepare", "scans", "--modality", "X-ray", "--size", 64)
@@ -126,25 +106,6 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
     assert (code, err) == (1, "dex prepare: a fault in dex: three workers in a row ended\n") and not Path(
         "set"
     ).exists()
-
-
-def test_leak(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    pictures(tmp_path / "a", 8)
-    pictures(tmp_path / "b", 6, first=5)
-    pictures(tmp_path / "c", 3, first=20)
-    for name in "abc":
-        code, *_ = run(
-            "prepare", name, "--modality", "X-ray", "--size", 64, "--encoding", "png", "--out", f"set-{name}"
-        )
-        assert code == 0
-    code, out, err = run("data", "leak", "set-a", "set-b")
-    assert code == 1 and err == "" and "3 of 6 images occur in" in out and "3 exact" in out
-    code, out, err = run("data", "leak", "set-a", "set-c")
-    assert (code, err) == (0, "") and "no overlap found" in out
-    (tmp_path / "set-c" / "manifest.json").write_text("{}")
-    code, _, err = run("data", "leak", "set-a", "set-c")
-    assert code == 1 and err.startswith("dex data leak: manifest.json: ") and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,13 +134,9 @@ def test_leak(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--frame-stride", "-1"], "frame_stride"),
         (["prepare", "scans", "scans", "--root", "x", "--out", "o"], "root, files: expected one SOURCE beside them"),
         (["prepare", "bad.yaml", "--out", "o"], "bad.yaml: "),
-        (["data"], "the following arguments are required: COMMAND"),
-        (["data", "purge"], "invalid choice: 'purge'"),
-        (["data", "check", "scans"], "DIR: expected a shard set; scans holds no manifest.json"),
-        (["data", "leak", "scans", "nowhere"], "B: expected a shard set or a folder of images; nowhere is no folder"),
     ],
 )
-def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, tmp_path):
+def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, tmp_path, pictures):
     pictures(tmp_path / "scans", 1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -193,7 +150,7 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(run, tmp_path):
+def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 4)
     command = ("prepare", "scans", "--modality", "X-ray", "--out", "set")
     assert run(*command, "--size", 64, "--shard", "0/2")[0] == 0
@@ -208,7 +165,7 @@ def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(ru
     assert len(err.splitlines()) == 1
 
 
-def test_a_part_that_another_process_does_is_refused(run, tmp_path):
+def test_a_part_that_another_process_does_is_refused(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 2)
     (tmp_path / "set.private").mkdir()
     with open(tmp_path / "set.private" / "part-0-of-1.lock", "w") as file:
@@ -228,7 +185,7 @@ def _workers(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_process):
+def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_process, pictures):
     pictures(tmp_path / "scans", 130, side=256)
     out = tmp_path / "set"
     command = ("prepare", tmp_path / "scans", "--modality", "X-ray", "--out", out, "--workers", 1)
@@ -254,7 +211,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_pr
         assert len(ShardDataset(out)) == 130
 
 
-def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process):
+def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process, pictures):
     """kill -9 at random moments; another number of workers and of parts at each start."""
     pictures(tmp_path / "scans", 160, side=256)
     rng = random.Random(7)

@@ -1,0 +1,41 @@
+"""`dex report` as a user calls it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[1] / "train" / "earlier_run" / "folder"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [Path(shutil.copytree(RUN, tmp_path / name)) for name in ("a", "b")]
+
+
+def test_one_run_has_its_page_in_its_folder(run, runs):
+    code, out, err = run("report", runs[0])
+    assert (code, out, err) == (0, f"{runs[0]}/report.html, 0.1 MB\n", "")
+    assert (runs[0] / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_several_runs_have_theirs_here_or_where_asked(run, runs, tmp_path):
+    assert run("report", *runs)[:2] == (0, "report.html, 0.1 MB\n")
+    assert run("report", *runs, "--out", "pages/both.html")[0] == 0
+    assert (tmp_path / "pages" / "both.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: RUN"),
+        ([""], "runs, --out: expected paths; got an empty one"),
+        (["a", "--out", " "], "runs, --out: expected paths; got an empty one"),
+        (["nowhere"], "run nowhere: expected a run folder; there is none"),
+        (["a", "--out", "b"], "out: expected a file to write, got the folder b"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(arguments, message, run, runs, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert run("report", *arguments) == (2, "", f"dex report: {message}\n")
+    assert sorted(tmp_path.rglob("*")) == before
