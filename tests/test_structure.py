@@ -39,7 +39,6 @@ WITHOUT_TEST = {
     "python/dex/__main__.py": "it calls dex.cli.main",
     "python/dex/weights.py": "an earlier name of dex.model.weights",
     "python/dex/prepare/card_style.py": "text: the style sheet of the data card",
-    "python/dex/report/style.py": "text: the style sheet of a report",
     "dexkernels/_version.py": "one literal",
     "dexkernels/_defaults.py": "made by scripts/pages.py, whose tests check it",
 }

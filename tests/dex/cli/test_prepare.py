@@ -94,7 +94,7 @@ def test_parts(run, tmp_path, monkeypatch, pictures):
 
 
 def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
-    def scan(*_, **__):
+    def scan(*arguments, **options):
         raise workers.WorkerFault("three workers in a row ended")
 
     monkeypatch.setattr("dex.prepare.discover.LARGE", 3)
