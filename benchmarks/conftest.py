@@ -10,16 +10,13 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from dexkernels.testing import relative_error
 
 from . import peers, record
+from .measuring import Measure
 from .shapes import SHAPES, tiny_of
 from .timing import Timer
 
@@ -29,12 +26,6 @@ CEILINGS = pytest.StashKey[dict]()
 COMMIT = pytest.StashKey[str]()
 REJECTED = pytest.StashKey[str]()
 NOTES = pytest.StashKey[list]()
-
-IN_CACHE = 100e6
-"""Bytes below which the cache may hold what rotated inputs need: the copy bandwidth is no limit then."""
-
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Error that is granted whatever plain torch's is."""
 
 
 def pytest_addoption(parser):
@@ -50,7 +41,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[COMMIT] = config.getoption("--commit") or _commit()
+    config.stash[COMMIT] = config.getoption("--commit") or record.commit()
     config.stash[REJECTED] = ""
     config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS], config.stash[NOTES] = [], [], {}, []
     if unknown := set(config.getoption("--baseline") or ()) - set(peers.PEERS):
@@ -120,101 +111,9 @@ def shape(shape_name, tiny) -> dict:
 
 
 @pytest.fixture
-def measure(request, timer, ceilings, measured, tiny):
-    """``measure(case, shape, dtype, candidates, ...)``: checks every result, then times and records what is right.
-
-    candidates: backend -> ``f(i)`` that returns tensors, i choosing its inputs. exact: what ``f(0)`` is to return.
-    check: backend -> another function to be checked in the place of ``f``. others: baselines without a result.
-    theirs: peer -> what makes a function like those of the candidates; one that fails or is wrong is named, not timed.
-    """
-    wanted = request.config.getoption("--backend")
-
-    def run(
-        case: str,
-        shape: dict,
-        dtype: torch.dtype,
-        candidates: dict[str, Callable[[int], list[Tensor]]],
-        exact: list[Tensor],
-        others: dict[str, Callable[[int], object]],
-        flops: float = 0.0,
-        num_bytes: float = 0.0,
-        flush: bool = False,
-        check: dict[str, Callable[[int], list[Tensor]]] | None = None,
-        theirs: dict[str, Callable] | None = None,
-    ) -> None:
-        name = str(dtype).removeprefix("torch.")
-        if wanted:
-            candidates = {backend: f for backend, f in candidates.items() if backend in (wanted, "reference")}
-
-        def errors_of(f: Callable[[int], list[Tensor]]) -> list[float]:
-            return [relative_error(got, want) for got, want in zip(f(0), exact, strict=True)]
-
-        def wrong(found: list[float]) -> str | None:
-            if not all(e <= 2 * p + FLOOR[dtype] for e, p in zip(found, plain, strict=True)):
-                return f"errors {found}, plain torch {plain}"
-            return f"error {max(found)} is above {record.BOUND[name]}" if max(found) > record.BOUND[name] else None
-
-        plain = errors_of((check or candidates)["reference"])
-        errors, red = {}, {}
-        for backend in candidates:
-            try:
-                found = errors_of((check or candidates)[backend])
-            except Exception as error:  # a kernel that does not compile or launch leaves the others their rows
-                red[backend] = f"{type(error).__name__}: {error}"[:300]
-                continue
-            errors[backend] = max(found)
-            if reason := wrong(found):
-                red[backend] = reason
-        right = {backend: f for backend, f in candidates.items() if backend not in red}
-        baselines, notes = dict(others), []
-        for peer, make in (theirs or {}).items():
-            try:
-                f = make()
-                found = errors_of(f)
-            except Exception as error:
-                notes.append(f"{case} {shape} {name}: {peer} did not run: {type(error).__name__}: {error}"[:300])
-                continue
-            # What others round along the way is their affair, within what any result of this dtype may be off.
-            if max(found) > record.BOUND[name]:
-                notes.append(f"{case} {shape} {name}: {peer} is wrong: {found}")
-            else:
-                baselines[peer] = f
-        request.config.stash[NOTES].extend(notes)
-        ms = timer.measure(right | baselines, flush)
-        # The ceiling of products is that of bf16 alone: products in float32 have none here.
-        bound_by_products = flops / ceilings["bf16_tflops"] / 1e9 if dtype == torch.bfloat16 or not flops else None
-        for backend, f in right.items():
-            limit = None
-            if bound_by_products is not None:
-                limit = max(bound_by_products, num_bytes / ceilings["copy_gbps"] / 1e6)
-                if limit > bound_by_products and num_bytes < IN_CACHE and not flush:
-                    limit = None
-            peak = timer.peak_mb(f)
-            for baseline in ("reference", *baselines):
-                if baseline not in ms:
-                    continue
-                wrong_row = measured(
-                    {
-                        "case": case,
-                        "shape": shape,
-                        "backend": backend,
-                        "dtype": name,
-                        "baseline": baseline,
-                        "ms": ms[backend],
-                        "baseline_ms": ms[baseline],
-                        "ratio": ms[baseline] / ms[backend],
-                        "tflops": flops / ms[backend] / 1e9 if flops else None,
-                        "gbps": num_bytes / ms[backend] / 1e6 if num_bytes else None,
-                        "share_of_limit": None if limit is None else limit / ms[backend],
-                        "max_rel_err": errors[backend],
-                        "peak_mb": peak,
-                    }
-                )
-                red |= {f"{backend} against {baseline}": wrong_row} if wrong_row else {}
-        assert not red, f"{case} {shape} {name}, no speed of a wrong result: {red}"
-        assert not (tiny and notes), notes
-
-    return run
+def measure(request, timer, ceilings, measured) -> Measure:
+    config = request.config
+    return Measure(timer, ceilings, measured, config.getoption("--backend"), config.stash[NOTES])
 
 
 @pytest.fixture
@@ -262,15 +161,6 @@ def _head(config) -> dict:
         "commit": config.stash[COMMIT],
         "versions": _versions(),
     }
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _versions() -> dict:

@@ -3,13 +3,16 @@
 Defaults of `dexkernels.backends` and the tables of the pages are made from these files by scripts/pages.py.
 """
 
+import contextlib
 import json
 import math
-import os
 import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dex.common import atomic
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -139,14 +142,7 @@ def write(result: dict, path: Path) -> None:
         raise ValueError(f"{path}: " + "; ".join(found))
     rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
-    _replace(path, head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
-
-
-def _replace(path: Path, text: str) -> None:
-    """All of it or nothing, whenever this program is killed."""
-    beside = path.with_suffix(".part")
-    beside.write_text(text)
-    os.replace(beside, path)
+    atomic.write(path, head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
 REJECTED = "rejected.json"
@@ -175,7 +171,7 @@ def add(result: dict, folder: Path) -> str:
     try:
         write(result, folder / name_of(result))
     except ValueError as error:
-        _replace(folder / REJECTED, json.dumps(result, indent=1))
+        atomic.write(folder / REJECTED, json.dumps(result, indent=1))
         return str(error)
     return ""
 
@@ -242,3 +238,13 @@ def _verdicts_of(architecture: str, op: str, results: list[dict]) -> list[Verdic
             times[backend] = sum(measured[key]["ms"] for key in wanted)
     best = min(times, key=times.get, default=None)
     return [Verdict(architecture, op, backend, backend == best, text) for backend, text in texts.items()]
+
+
+def commit() -> str:
+    """Of the clone that this is; "unknown" where it is none: then the results say so and are refused, but not lost."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return "unknown"

@@ -4,14 +4,16 @@ The images: 10 % nearly empty hashes (few ones, in the middle), 10 % of one anat
 each), 10 % near copies and 5 % exact copies of any earlier or later image, the rest at random.
 """
 
-import multiprocessing
 import resource
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from dex.prepare.duplicates import KEEP, NEAR, find
+
+from .timing import apart
 
 SECONDS_PER_MILLION = 120  # what `dex prepare` can spend on it: 10 minutes for the whole corpus
 
@@ -64,41 +66,36 @@ def every_pair(pixels, hashes, unit, volume) -> np.ndarray:
     return kind
 
 
-def measure(arguments) -> tuple[float, float, list[int]]:
-    """Seconds, MB beyond the arguments, images of each kind; in a process of its own, whose peak is this one's."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
+class Search(NamedTuple):
+    """What `find` took: megabytes beyond its arguments; images of each kind."""
 
-    def child() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        kind, _ = find(*arguments)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        there.send((seconds, peak / 1024, np.bincount(kind, minlength=3).tolist()))
+    seconds: float
+    megabytes: float
+    keep: int
+    exact: int
+    near: int
 
-    process = context.Process(target=child)
-    process.start()
-    there.close()
-    result = here.recv()
-    process.join()
-    return result
+
+def search(pixels, hashes, unit, volume) -> Search:
+    """To be run in a process of its own, whose peak of memory is then that of the search."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    kind, _ = find(pixels, hashes, unit, volume)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return Search(seconds, peak / 1024, *np.bincount(kind, minlength=3).tolist())
 
 
 @pytest.mark.parametrize("millions", [1, 5])
 def test_millions(millions, tiny, report):
     count = 3_000 * millions if tiny else 1_000_000 * millions
     arguments = images(count)
-    seconds, megabytes, (keep, exact, near) = measure(arguments)
-    assert exact > 0.04 * count and near > 0.06 * count and keep + exact + near == count
+    found = apart(search, *arguments)
+    assert found.exact > 0.04 * count and found.near > 0.06 * count and found.keep + found.exact + found.near == count
     limit = SECONDS_PER_MILLION * count / 1e6
-    report(
-        f"duplicates among {count:,}",
-        f"{limit:.0f} s",
-        limit / seconds,
-        1,
-        f"{seconds:.1f} s, {megabytes:,.0f} MB beyond the hashes; {exact:,} exact, {near:,} near",
-    )
+    cost = f"{found.seconds:.1f} s, {found.megabytes:,.0f} MB beyond the hashes"
+    detail = f"{cost}; {found.exact:,} exact, {found.near:,} near"
+    report(f"duplicates among {count:,}", f"{limit:.0f} s", limit / found.seconds, 1, detail)
 
 
 def test_against_every_pair(tiny, report):

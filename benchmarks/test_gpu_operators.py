@@ -15,6 +15,7 @@ from torch import Tensor
 from dexkernels import backends, reference
 
 from . import peers
+from .measuring import Case
 from .shapes import FLOAT32, SETS, able, cls_rows, draw, routing_of, weights_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,13 +48,15 @@ def test_route(timer, shape, measure):
         return [p, gates, balance, mass, dr, dw]
 
     measure(
-        "route forward + backward",
-        {k: v for k, v in shape.items() if k not in "NH"},
-        torch.float32,
+        Case(
+            "route forward + backward",
+            {k: v for k, v in shape.items() if k not in "NH"},
+            torch.float32,
+            num_bytes=4 * (3 * B * D + 3 * E * D + 3 * B * E),
+        ),
         {b: functools.partial(run, backends.LAUNCHERS["route", b]) for b in able("route", timer)},
         run(backends.LAUNCHERS["route", "reference"], 0, torch.float64),
         {},
-        num_bytes=4 * (3 * B * D + 3 * E * D + 3 * B * E),
     )
 
 
@@ -134,14 +137,16 @@ def test_grouped_mlp(request, timer, shape_name, shape, measure, direction, weig
         if name in asked and (shape_name in COMPILED or not peers.PEERS[name].compiled)
     }
     measure(
-        f"grouped_mlp {direction}" + ", weights cast" * (masters != dtype),
-        shape,
-        dtype,
+        Case(
+            f"grouped_mlp {direction}" + ", weights cast" * (masters != dtype),
+            shape,
+            dtype,
+            flops=case.flops,
+            num_bytes=case.num_bytes,
+        ),
         {b: functools.partial(case.run, backends.LAUNCHERS["grouped_mlp", b]) for b in able_here},
         case.run(backends.LAUNCHERS["grouped_mlp", "reference"], 0, torch.float64),
         {"dense products": case.dense},
-        flops=case.flops,
-        num_bytes=case.num_bytes,
         theirs=theirs,
     )
 
@@ -169,14 +174,10 @@ def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
     )
     reference = backends.LAUNCHERS["grouped_mlp", "reference"]
     measure(
-        f"aligned path of grouped_mlp {direction}",
-        shape,
-        dtype,
+        Case(f"aligned path of grouped_mlp {direction}", shape, dtype, flops=case.flops, num_bytes=case.num_bytes),
         {"reference": functools.partial(case.run, reference), "triton": functools.partial(case.run, by_blocks)},
         case.run(reference, 0, torch.float64),
         {"dense products": case.dense, "gather path": functools.partial(case.run, by_rows)},
-        flops=case.flops,
-        num_bytes=case.num_bytes,
     )
 
 
@@ -217,14 +218,16 @@ def test_director_in_the_same_launches(timer, shape, tiny, measure, path):
         torch.mm(rows, w1.t()), torch.mm(hidden, w2.t())
 
     measure(
-        f"grouped_mlp forward with its director, {path}",
-        shape,
-        dtype,
+        Case(
+            f"grouped_mlp forward with its director, {path}",
+            shape,
+            dtype,
+            flops=4 * B * (K + 1) * N * D * H,
+            num_bytes=dtype.itemsize * (3 * B * N * D + B * K * N * H + (E + 1) * 2 * D * H),
+        ),
         {"reference": functools.partial(run, plain), "triton": functools.partial(run, triton)},
         run(plain, 0, torch.float64),
         {"director apart": functools.partial(run, triton, apart=True), "dense products": dense},
-        flops=4 * B * (K + 1) * N * D * H,
-        num_bytes=dtype.itemsize * (3 * B * N * D + B * K * N * H + (E + 1) * 2 * D * H),
     )
 
 
@@ -242,13 +245,15 @@ def test_align_loss(timer, shape, dtype, measure, kind):
         return [loss, launcher.backward(one.to(loss.dtype), y, d, saved, kind)]
 
     measure(
-        f"align_loss {kind} forward + backward",
-        {k: shape[k] for k in "BND"},
-        dtype,
+        Case(
+            f"align_loss {kind} forward + backward",
+            {k: shape[k] for k in "BND"},
+            dtype,
+            num_bytes=5 * B * N * D * dtype.itemsize,
+        ),
         {b: functools.partial(run, backends.LAUNCHERS["align_loss", b]) for b in able("align_loss", timer)},
         run(backends.LAUNCHERS["align_loss", "reference"], 0, torch.float64),
         {},
-        num_bytes=5 * B * N * D * dtype.itemsize,
     )
 
 
@@ -298,12 +303,8 @@ def test_group_ema(timer, tiny, measure, layers):
     source = torch.empty(num_bytes // 8, device=timer.device).normal_()
     target = torch.empty_like(source)
     measure(
-        "group_ema_",
-        {"D": D, "H": H, "E": E, "layers": layers},
-        torch.float32,
+        Case("group_ema_", {"D": D, "H": H, "E": E, "layers": layers}, torch.float32, num_bytes=num_bytes, flush=True),
         candidates,
         exact,
         others | {"copy of as many bytes": lambda i: target.copy_(source)},
-        num_bytes=num_bytes,
-        flush=True,
     )

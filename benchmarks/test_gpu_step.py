@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dexkernels import DEXLayer
 from dexkernels.testing import ExpertLoop, randomize_
 
+from .measuring import Case
 from .shapes import FLOAT32, SETS, able, cls_rows, draw
 
 LAYERS = 12
@@ -73,14 +74,16 @@ def test_layer_step(timer, shape_name, shape, measure, masters):
     exact_layer = copy.deepcopy(base).double()
     layers = {b: with_backend(b) for b in able("grouped_mlp", timer, dtype)}
     measure(
-        "layer step",
-        shape,
-        dtype,
+        Case(
+            "layer step",
+            shape,
+            dtype,
+            flops=(12 * K + 4) * B * N * D * H,
+            num_bytes=4 * (E * 2 * D * H * 4 + 5 * B * N * D),
+        ),
         {b: functools.partial(step, layer) for b, layer in layers.items()},
         step(exact_layer, 0, torch.float64),
         {"expert loop": loop_step, "dense products": dense},
-        flops=(12 * K + 4) * B * N * D * H,
-        num_bytes=4 * (E * 2 * D * H * 4 + 5 * B * N * D),
     )
 
 
@@ -129,24 +132,18 @@ def test_stack_of_layers(timer, shape, measure):
     loop_stack = Stack(loops, D).to(timer.device)
     exact = step(copy.deepcopy(stack).double(), 0, "reference", torch.float64)
     measure(
-        f"{LAYERS} layers forward + backward",
-        shape,
-        dtype,
+        Case(f"{LAYERS} layers forward + backward", shape, dtype, flops=LAYERS * (12 * K + 4) * B * N * D * H),
         {b: functools.partial(step, stack, backend=b) for b in able("grouped_mlp", timer, dtype)},
         exact,
         {},
-        flops=LAYERS * (12 * K + 4) * B * N * D * H,
         theirs={"expert loop": lambda: functools.partial(step, loop_stack, backend=None)},
     )
     # A row has the memory of its backend alone: the loops' is in one of their own.
     measure(
-        f"{LAYERS} expert loops forward + backward",
-        shape,
-        dtype,
+        Case(f"{LAYERS} expert loops forward + backward", shape, dtype, flops=LAYERS * (12 * K + 4) * B * N * D * H),
         {"reference": functools.partial(step, loop_stack, backend=None)},
         exact,
         {},
-        flops=LAYERS * (12 * K + 4) * B * N * D * H,
     )
 
 
@@ -232,12 +229,14 @@ def test_training_step(timer, tiny, measure, size):
 
         others["the step as a CUDA graph"] = lambda i: graph(compute, images[i % SETS])
     measure(
-        f"training step of {size}",
-        {"B": images_a_step, "N": 1 + int(patches * (1 - m.mask_ratio)), "E": m.num_experts, "K": m.top_k},
-        dtype,
+        Case(
+            f"training step of {size}",
+            {"B": images_a_step, "N": 1 + int(patches * (1 - m.mask_ratio)), "E": m.num_experts, "K": m.top_k},
+            dtype,
+            flops=images_a_step * sum(training_flops(config).values()),
+        ),
         {b: lambda i, b=b: step(model, mine, images[i % SETS], b) for b in able_here},
         exact,
         others,
-        flops=images_a_step * sum(training_flops(config).values()),
         check={b: functools.partial(losses, model, backend=b) for b in able_here},
     )

@@ -8,7 +8,6 @@ beside its bytes.
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import resource
 import time
@@ -22,6 +21,7 @@ from dex.prepare.chunks import HISTOGRAM, Counts, Settings, paths
 from dex.prepare.sources import Source
 
 from . import test_duplicates
+from .timing import apart
 
 IMAGES = int(os.environ.get("DEX_JOIN_IMAGES", "100000"))
 SECONDS_PER_MILLION = 600  # beside the hours that reading the corpus takes
@@ -80,18 +80,6 @@ def joined(private: Path, names: list[str]) -> tuple[int, dict[str, float], floa
     _, facts = join.join([join.Part(source, names)], private, SETTINGS, say)
     steps["written"] = time.perf_counter() - began
     return facts["images"], steps, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def apart(function, *arguments):
-    """Its result, from a process of its own: what is measured in one held nothing of the other's."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=lambda: there.send(function(*arguments)))
-    process.start()
-    there.close()
-    result = here.recv()
-    process.join()
-    return result
 
 
 def test_join(tiny, report, tmp_path):

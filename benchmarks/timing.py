@@ -1,8 +1,10 @@
 """Times, memory and limits, of a GPU by its events and of a CPU by the clock (to execute, not to believe)."""
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -72,3 +74,15 @@ class Timer:
         a, b = (torch.randn(n, n, device=self.device).to(torch.bfloat16) for _ in range(2))
         ms = self.measure({"copy": lambda i: target.copy_(source), "product": lambda i: a @ b})
         return {"copy_gbps": 2 * num_bytes / ms["copy"] / 1e6, "bf16_tflops": 2 * n**3 / ms["product"] / 1e9}
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What ``function`` returns, from a process of its own: its peak of memory is then its own."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=lambda: there.send(function(*arguments)))
+    process.start()
+    there.close()
+    result = here.recv()
+    process.join()
+    return result

@@ -1,0 +1,168 @@
+"""Checks results against the exact ones, times what is right, and makes the rows of a results file (record.ROW)."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dexkernels.testing import relative_error
+
+from . import record
+from .timing import Timer
+
+IN_CACHE = 100e6
+"""Bytes below which the cache may hold what rotated inputs need: the copy bandwidth is no limit then."""
+
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+"""Error that is granted whatever plain torch's is."""
+
+Candidate = Callable[[int], list[Tensor]]
+"""``f(i)`` returns tensors; i chooses its inputs."""
+
+
+class Case(NamedTuple):
+    """What is computed. flush: the inputs must come from memory and not from the cache."""
+
+    name: str
+    shape: dict
+    dtype: torch.dtype
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    flush: bool = False
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape} {self.precision}"
+
+    def limit_ms(self, ceilings: dict[str, float]) -> float | None:
+        """The least time by the limits of this machine; None where they say nothing."""
+        if self.dtype != torch.bfloat16 and self.flops:
+            return None  # the ceiling of products is that of bf16: products in float32 have none here
+        products = self.flops / ceilings["bf16_tflops"] / 1e9
+        limit = max(products, self.num_bytes / ceilings["copy_gbps"] / 1e6)
+        return None if limit > products and self.num_bytes < IN_CACHE and not self.flush else limit
+
+
+class Checked(NamedTuple):
+    """The candidates of one case after the check. red: backend -> why it is not timed."""
+
+    right: dict[str, Candidate]
+    errors: dict[str, float]
+    red: dict[str, object]
+
+
+class Measure:
+    """``measure(case, candidates, exact, others, ...)``: checks every result, then times and records what is right.
+
+    add_row: takes a row and returns what is wrong with it. backend: the only one to measure beside "reference", or
+    None. notes: collects what is said of baselines that are left out.
+    """
+
+    def __init__(
+        self,
+        timer: Timer,
+        ceilings: dict[str, float],
+        add_row: Callable[[dict], list[str]],
+        backend: str | None,
+        notes: list[str],
+    ):
+        self.timer, self.ceilings, self.add_row = timer, ceilings, add_row
+        self.backend, self.notes = backend, notes
+
+    def __call__(
+        self,
+        case: Case,
+        candidates: dict[str, Candidate],
+        exact: list[Tensor],
+        others: dict[str, Callable[[int], object]],
+        *,
+        check: dict[str, Candidate] | None = None,
+        theirs: dict[str, Callable[[], Candidate]] | None = None,
+    ) -> None:
+        """candidates: by backend. exact: what ``f(0)`` is to return. others: baselines without a result.
+
+        check: backend -> another function to be checked in the place of its candidate. theirs: peer -> what makes a
+        function like those of the candidates; one that fails or is wrong is named, not timed.
+        """
+        if self.backend:
+            candidates = {name: f for name, f in candidates.items() if name in (self.backend, "reference")}
+        checked = self._check(case, candidates, check or candidates, exact)
+        peers, notes = self._peers(case, theirs or {}, exact)
+        self.notes.extend(notes)
+        baselines = others | peers
+        ms = self.timer.measure(checked.right | baselines, case.flush)
+        red = dict(checked.red)
+        for backend, f in checked.right.items():
+            result = {"max_rel_err": checked.errors[backend], "peak_mb": self.timer.peak_mb(f)}
+            for row in self._rows(case, backend, baselines, ms):
+                if wrong := self.add_row(row | result):
+                    red[f"{backend} against {row['baseline']}"] = wrong
+        assert not red, f"{case}, no speed of a wrong result: {red}"
+        assert not (self.timer.tiny and notes), notes
+
+    def _check(
+        self, case: Case, candidates: dict[str, Candidate], check: dict[str, Candidate], exact: list[Tensor]
+    ) -> Checked:
+        plain = errors_of(check["reference"], exact)
+        checked = Checked({}, {}, {})
+        for backend, f in candidates.items():
+            try:
+                errors = errors_of(check[backend], exact)
+            except Exception as error:  # a kernel that does not compile or launch leaves the others their rows
+                checked.red[backend] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            checked.errors[backend] = max(errors)
+            bound = record.BOUND[case.precision]
+            if not all(e <= 2 * p + FLOOR[case.dtype] for e, p in zip(errors, plain, strict=True)):
+                checked.red[backend] = f"errors {errors}, plain torch {plain}"
+            elif max(errors) > bound:
+                checked.red[backend] = f"error {max(errors)} is above {bound}"
+            else:
+                checked.right[backend] = f
+        return checked
+
+    def _peers(
+        self, case: Case, theirs: dict[str, Callable[[], Candidate]], exact: list[Tensor]
+    ) -> tuple[dict[str, Candidate], list[str]]:
+        """The peers that run and are right, and notes on the others."""
+        right, notes = {}, []
+        for peer, make in theirs.items():
+            try:
+                f = make()
+                errors = errors_of(f, exact)
+            except Exception as error:
+                notes.append(f"{case}: {peer} did not run: {type(error).__name__}: {error}"[:300])
+                continue
+            # What others round along the way is their affair, within what any result of this dtype may be off.
+            if max(errors) > record.BOUND[case.precision]:
+                notes.append(f"{case}: {peer} is wrong: {errors}")
+            else:
+                right[peer] = f
+        return right, notes
+
+    def _rows(self, case: Case, backend: str, baselines: dict, ms: dict[str, float]) -> Iterator[dict]:
+        """A row for each baseline, of all but the error and the memory."""
+        limit = case.limit_ms(self.ceilings)
+        for baseline in ("reference", *baselines):
+            if baseline in ms:
+                yield {
+                    "case": case.name,
+                    "shape": case.shape,
+                    "backend": backend,
+                    "dtype": case.precision,
+                    "baseline": baseline,
+                    "ms": ms[backend],
+                    "baseline_ms": ms[baseline],
+                    "ratio": ms[baseline] / ms[backend],
+                    "tflops": case.flops / ms[backend] / 1e9 if case.flops else None,
+                    "gbps": case.num_bytes / ms[backend] / 1e6 if case.num_bytes else None,
+                    "share_of_limit": None if limit is None else limit / ms[backend],
+                }
+
+
+def errors_of(f: Candidate, exact: list[Tensor]) -> list[float]:
+    return [relative_error(got, want) for got, want in zip(f(0), exact, strict=True)]
