@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from dex.common.units import format_bytes
+from dex.common.units import duration, format_bytes
 from dex.config import Config, per_layer
 from dex.model import MaskedAutoencoder
 from dex.model.build import build_model
@@ -78,18 +78,18 @@ def estimate(config: Config, steps: int) -> Estimate:
     buffers = sum(b.numel() for b in model.buffers())
     half = config.run.precision != "fp32"
     return Estimate(
-        parameters,
-        trained,
-        training_flops(config),
-        {
+        parameters=parameters,
+        trained=trained,
+        flops=training_flops(config),
+        memory={
             "weights": 4 * (everything + buffers),
             "gradients": 4 * trained,
             "moments": 8 * trained,
             "bf16 copies": 2 * everything if half else 0,
         },
-        activations,
-        4 * (everything + buffers) + 8 * trained,
-        steps * config.data.batch_size,
+        activations=activations,
+        checkpoint=4 * (everything + buffers) + 8 * trained,
+        images=steps * config.data.batch_size,
     )
 
 
@@ -161,20 +161,20 @@ def mfu(config: Config, images_per_s: float, device: str, devices: int) -> float
     return None if peak is None else images_per_s * (sum(parts.values()) - parts["recomputation"]) / (peak * devices)
 
 
-def describe(found: Estimate) -> list[str]:
+def describe(result: Estimate) -> list[str]:
     """A few lines for people; `dex.sizing.scaling.describe` has those about memory on several ranks."""
-    total = sum(found.parameters.values())
+    total = sum(result.parameters.values())
     lines = [
-        f"parameters: {total:,}; " + ", ".join(f"{k} {n:,}" for k, n in found.parameters.items() if n),
-        f"operations per image and step: {found.flops_per_image / 1e9:,.1f} GFLOP; "
-        + ", ".join(f"{k} {n / found.flops_per_image:.0%}" for k, n in found.flops.items() if n),
+        f"parameters: {total:,}; " + ", ".join(f"{k} {n:,}" for k, n in result.parameters.items() if n),
+        f"operations per image and step: {result.flops_per_image / 1e9:,.1f} GFLOP; "
+        + ", ".join(f"{k} {n / result.flops_per_image:.0%}" for k, n in result.flops.items() if n),
         "memory of one device: "
-        + ", ".join(f"{k} {format_bytes(n)}" for k, n in found.memory.items() if n)
-        + f"; activations {format_bytes(found.activations)} an image",
-        f"a checkpoint: {format_bytes(found.checkpoint)}",
+        + ", ".join(f"{k} {format_bytes(n)}" for k, n in result.memory.items() if n)
+        + f"; activations {format_bytes(result.activations)} an image",
+        f"a checkpoint: {format_bytes(result.checkpoint)}",
     ]
     for gpu in GPUS:
-        times = ", ".join(f"{_duration(found.days(gpu, n))} on {n}" for n in (1, 8, 64))
+        times = ", ".join(f"{duration(86400 * result.days(gpu, n))} on {n}" for n in (1, 8, 64))
         lines.append(f"time at {ASSUMED_MFU:.0%} of the peak (assumed, not measured), {gpu.name}: {times}")
     return lines
 
@@ -189,7 +189,3 @@ def _kind(name: str) -> str:
     if ".experts." in name:
         return "experts"
     return "router" if name.endswith("router_weight") else "rest"
-
-
-def _duration(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 2 else f"{days * 24:,.1f} h" if days >= 0.1 else f"{days * 1440:,.1f} min"

@@ -114,8 +114,8 @@ class Step(NamedTuple):
         return max(parts | {"fixed costs": self.fixed}, key=lambda k: (parts | {"fixed costs": self.fixed})[k])
 
 
-def workload(config: Config, modalities: int = 1, found: Estimate | None = None) -> Workload:
-    """Count ``config``; nothing of its size is allocated. ``modalities`` of the data; ``found``: an estimate of it.
+def workload(config: Config, modalities: int = 1, estimated: Estimate | None = None) -> Workload:
+    """Count ``config``; nothing of its size is allocated. ``modalities`` of the data; ``estimated``: its `estimate`.
 
     ValueError as in `check`.
     """
@@ -131,7 +131,7 @@ def workload(config: Config, modalities: int = 1, found: Estimate | None = None)
                 stacked = "experts." in name
                 group.append(Tensor(name, tuple(p.shape), p.requires_grad, int(stacked)))
         groups.append(tuple(group))
-    return Workload(config, found or estimate(config, 1), tuple(groups), modalities)
+    return Workload(config, estimated or estimate(config, 1), tuple(groups), modalities)
 
 
 def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Exchange]:
@@ -275,12 +275,12 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     else:
         window, pieces = compute, len(work.groups)
     return Step(
-        compute,
-        (traffic["casts"] + traffic["gradients"] + traffic["copies"]) / costs.memory,
-        (traffic["adamw"] + traffic["gema"]) / costs.memory,
-        costs.fixed,
-        communication,
-        max(communication - costs.overlap * window, communication / pieces),
+        compute=compute,
+        weights=(traffic["casts"] + traffic["gradients"] + traffic["copies"]) / costs.memory,
+        update=(traffic["adamw"] + traffic["gema"]) / costs.memory,
+        fixed=costs.fixed,
+        communication=communication,
+        exposed=max(communication - costs.overlap * window, communication / pieces),
     )
 
 

@@ -142,6 +142,14 @@ def test_text_names_everything_and_says_what_is_assumed():
         assert word in text
 
 
+def test_times_are_written_as_everywhere():
+    """A run of 1.5 days of one H100 at the assumed share of its peak."""
+    small = estimate.estimate(config(), 1)
+    images = 1.5 * 86400 * 0.4 * 989e12 / small.flops_per_image
+    text = "\n".join(estimate.describe(replace(small, images=images)))
+    assert "H100 SXM: 1d12h on 1, 4h30m on 8, 33m45s on 64" in text
+
+
 def test_mfu_is_a_share_of_the_known_peak():
     c = config()
     flops = sum(estimate.training_flops(c).values())
