@@ -29,6 +29,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "python")]
+
+import record  # noqa: E402
+
+from dex.common import atomic, exits  # noqa: E402
+
 STAGES = {"build": 1, "recorded": 2, "test": 4, "bench": 5, "sanitize": 2}
 """Stage -> its share of the time when there is too little: it may take so much of what is left for it and the later."""
 
@@ -292,14 +298,29 @@ def about(arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"missing": missing}
 
 
-def commit() -> str:
-    """Of the clone that this is; "unknown" where it is none: then the results say so and are refused, but not lost."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return "unknown"
+def _end(number: int) -> None:
+    sys.exit(128 + number)
+
+
+def run_all(arguments, machine: dict) -> list[Outcome]:
+    """Every stage, each outcome printed as it comes."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    outcomes = []
+    for stage in arguments.stages:
+        for outcome in run_stage(stage, arguments, deadline):
+            outcomes.append(outcome)
+            with WRITING:
+                print("{:9} {:52} {:8}{:7.1f} s  {}".format(*outcome), flush=True)
+            # Written after every part: what is known survives whatever ends this program.
+            summary = {
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "python": platform.python_version(),
+                "commit": arguments.commit,
+                **machine,
+                "parts": [outcome._asdict() for outcome in outcomes],
+            }
+            atomic.write(arguments.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return outcomes
 
 
 def main() -> int:
@@ -318,7 +339,7 @@ def main() -> int:
         parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
-    arguments.commit = arguments.commit or commit()
+    arguments.commit = arguments.commit or record.commit()
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = about(arguments)
     if not arguments.cpu and not machine["gpu"]:
@@ -328,25 +349,10 @@ def main() -> int:
         print(f"gpu: not installed: {', '.join(machine['missing'])}; what needs them fails", file=sys.stderr)
     if "bench" in arguments.stages and not arguments.cpu and arguments.commit == "unknown":
         print("gpu: this is no clone: without --commit the results go to rejected.json", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    deadline = time.monotonic() + 60 * arguments.minutes
-    outcomes = []
     for stage in arguments.stages:
         (arguments.out / f"{stage}.log").unlink(missing_ok=True)
-    for stage in arguments.stages:
-        for outcome in run_stage(stage, arguments, deadline):
-            outcomes.append(outcome)
-            with WRITING:
-                print("{:9} {:52} {:8}{:7.1f} s  {}".format(*outcome), flush=True)
-            # Written after every part: what is known survives whatever ends this program.
-            summary = {
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "python": platform.python_version(),
-                "commit": arguments.commit,
-                **machine,
-                "parts": [outcome._asdict() for outcome in outcomes],
-            }
-            (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with exits.handled(_end, (signal.SIGTERM,)):
+        outcomes = run_all(arguments, machine)
     bad = [f"{o.stage} ({o.name})" for o in outcomes if o.state in ("failed", "timeout")]
     skipped = sum(o.state == "skipped" for o in outcomes)
     print(f"{len(outcomes) - len(bad) - skipped} of {len(outcomes)} parts ok, {skipped} skipped" +

@@ -20,11 +20,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, REPORT = (
-    ROOT / "benchmarks/results/long-run/two-ranks.json",
-    ROOT / "docs/long-run.md",
-    ROOT / "docs/long-run.html",
-)
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from generated import atomic, commit_of, settle  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/long-run/two-ranks.json"
+PAGE, REPORT = ROOT / "docs/long-run.md", ROOT / "docs/long-run.html"
 PICTURES = ROOT / "docs/images"
 EVERY = 5
 """Seconds between two looks at the memory of the ranks."""
@@ -103,11 +104,12 @@ def cls_cosine(out: Path) -> list[float]:
     from dex.config import Config, read_yaml
     from dex.data import center, open_dataset
     from dex.train import checkpoint
+    from dex.train.plan import resolve
     from dex.train.trainer import Trainer
 
     config = read_yaml(out / "config.yaml", Config())
     data = open_dataset(config.data.path)
-    trainer, held_out = Trainer(config, data), data.split("val")
+    trainer, held_out = Trainer(resolve(config, data)), data.split("val")
     images = torch.stack([held_out[i].image for i in range(len(held_out))])
     trainer.model.eval()
     found = []
@@ -186,9 +188,9 @@ def page(found: dict) -> str:
         pace = f"{statistics.median(speed):.1f}" if speed else ""
         points.append(f"| {row['step']:,} | {row['val_loss']:.4f} | {probe} | {pace} | {memory} |")
         before = row["step"]
-    commit = (start["commit"] or "an unknown commit")[:10] + (", changed" if start["dirty"] else "")
     machine = (
-        f"Measured on {start['started'][:10]}: {start['cpu']}, {start['cpus']} CPUs, torch {start['torch']}, {commit}."
+        f"Measured on {start['started'][:10]}: {start['cpu']}, {start['cpus']} CPUs, torch {start['torch']}, "
+        f"{commit_of(start)}."
     )
     return TEXT.format(
         steps=steps,
@@ -210,19 +212,7 @@ def page(found: dict) -> str:
 
 def run(data: Path, out: Path, steps: int, ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [
-        "-m",
-        "dex",
-        "pretrain",
-        "--preset",
-        "demo",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--steps",
-        str(steps),
-    ]
+    command += [*"-m dex pretrain --preset demo".split(), "--data", str(data), "--out", str(out), "--steps", str(steps)]
     began = time.monotonic()
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         try:
@@ -233,7 +223,7 @@ def run(data: Path, out: Path, steps: int, ranks: int) -> None:
         raise SystemExit(f"dex pretrain ended with {process.returncode}")
     found = results(out, seen, time.monotonic() - began)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found) + "\n")
+    atomic.write(RESULTS, json.dumps(found) + "\n")
     report = [sys.executable, "-m", "dex", "report", str(out), "--out", str(REPORT)]
     subprocess.run(report, check=True)
     shutil.copy(out / "pictures/losses.png", PICTURES / "long-run.png")
@@ -253,13 +243,8 @@ def main() -> int:
             parser.error("DATA OUT: expected both, or --page")
         run(arguments.data, arguments.out, arguments.steps, arguments.ranks)
     text = page(json.loads(RESULTS.read_text()))
-    if arguments.check:
-        if PAGE.exists() and PAGE.read_text() == text:
-            return 0
-        print(f"{PAGE.relative_to(ROOT)}: not what {RESULTS.relative_to(ROOT)} says; run scripts/long_run.py --page")
-        return 1
-    PAGE.write_text(text)
-    return 0
+    source = str(RESULTS.relative_to(ROOT))
+    return settle(PAGE, text, check=arguments.check, source=source, command="scripts/long_run.py --page")
 
 
 if __name__ == "__main__":

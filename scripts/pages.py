@@ -16,6 +16,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "pyth
 import charts  # noqa: E402
 import record  # noqa: E402
 
+from dex.common import atomic  # noqa: E402
+
 PAGES = ("README.md", "benchmarks/README.md")
 IMAGES = ROOT / "docs/images"
 NO_CHARTS = "Neither a roofline nor cost against experts and images is drawn: nothing was measured on a GPU."
@@ -195,7 +197,7 @@ def main() -> int:
             f"{path.relative_to(ROOT)}: {'not what benchmarks/results/ says; run make pages' if check else 'written'}"
         )
         if not check:
-            path.write_text(files[path])
+            atomic.write(path, files[path])
     gone = stale(files)
     for path in gone:
         print(f"{path.relative_to(ROOT)}: {'of no result; run make pages' if check else 'removed'}")

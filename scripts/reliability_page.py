@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from generated import commit_of, settle  # noqa: E402
+
 RESULTS, PAGE = ROOT / "benchmarks/results/reliability/two-ranks.json", ROOT / "docs/reliability.md"
 
 TEXT = """\
@@ -36,11 +40,7 @@ where Python calls them. Not tried: GPUs and NCCL, more than two ranks, several 
 
 def page(results: dict) -> str:
     machine = results["machine"]
-    commit = ", ".join(
-        sorted(
-            {(r["commit"] or "an unknown commit")[:10] + (", changed" if r["dirty"] else "") for r in results["rows"]}
-        )
-    )
+    commit = ", ".join(sorted({commit_of(row) for row in results["rows"]}))
     size = "in full" if results["full"] else "sampled"
     measured = (
         f"Measured {size} on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, Python {machine['python']}, "
@@ -68,14 +68,9 @@ def _plain(value: object) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
     text = page(json.loads(RESULTS.read_text(encoding="utf-8")))
-    if parser.parse_args().check:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not same:
-            print(f"{PAGE.relative_to(ROOT)}: not what {RESULTS.name} says; run scripts/reliability_page.py")
-        return not same
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return settle(PAGE, text, check=check, source=RESULTS.name, command="scripts/reliability_page.py")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from generated import commit_of, settle  # noqa: E402
 from scaling import ASSUMED, BATCHES, EXPERTS, GPUS, IMAGES, NETWORKS, RANKS, RESULTS, RUN_IMAGES  # noqa: E402
 
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/images/scaling.png"
@@ -161,12 +162,12 @@ def page(results: dict) -> str:
 def tested(results: dict) -> str:
     """What was predicted and measured on this machine."""
     machine, tests, calibration = results["machine"], results["tests"], results["calibration"]
-    commit = (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
     timed = [t for t in tests if "seconds" in t["predicted"]]
     ratios = [_ratio(t) for t in timed]
     return TESTED.format(
         machine=f"Measured on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, one thread a rank, Python "
-        f"{machine['python']}, torch {machine['torch']}, gloo, {commit}; {results['seconds'] / 60:.0f} minutes.",
+        f"{machine['python']}, torch {machine['torch']}, gloo, {commit_of(machine)}; "
+        f"{results['seconds'] / 60:.0f} minutes.",
         noise=f"Load of the machine: {min(results['loads'])} to {max(results['loads'])}, of which the ranks themselves "
         f"make at most {max(RANKS)}"
         + (
@@ -492,16 +493,12 @@ def _scatter(tested, timed: list[dict], ink: str, colours: tuple[str, ...]) -> N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    text = page(results)
-    if parser.parse_args().check:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not same:
-            print(f"{PAGE.relative_to(ROOT)}: not what {RESULTS.name} says; run scripts/scaling_page.py")
-        return not same
-    PAGE.write_text(text, encoding="utf-8")
-    picture(results).savefig(PICTURE)
-    return 0
+    status = settle(PAGE, page(results), check=check, source=RESULTS.name, command="scripts/scaling_page.py")
+    if not check:
+        picture(results).savefig(PICTURE)
+    return status
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels"), str(ROOT / "python")]
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.record import BOUND  # noqa: E402
 from benchmarks.shapes import SETS, SHAPES, draw, routing_of, weights_of  # noqa: E402
 from benchmarks.timing import Timer  # noqa: E402
+from dex.common import atomic  # noqa: E402
 from dexkernels import backends  # noqa: E402
 from dexkernels.kernels import _tuned, configurations, grouped_mlp  # noqa: E402
 from dexkernels.kernels.common import Tile, architecture, precision  # noqa: E402
@@ -332,7 +333,7 @@ def main() -> int:
     today = datetime.datetime.now(datetime.UTC).date()
     text = table(tiles, paths, f"{torch.cuda.get_device_name()}, {today}, torch {torch.__version__}")
     if arguments.write:
-        (ROOT / "dexkernels/kernels/_tuned.py").write_text(text)
+        atomic.write(ROOT / "dexkernels/kernels/_tuned.py", text)
     else:
         print(text)
     return 0

@@ -1,0 +1,25 @@
+"""What the scripts share that make pages from results: write a page, or check that it is what the results say."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "python"))
+
+from dex.common import atomic  # noqa: E402
+
+
+def settle(page: Path, text: str, *, check: bool, source: str, command: str) -> int:
+    """Write ``page``, or where ``check`` is set compare it with ``text`` and say what to run; the exit status."""
+    if not check:
+        atomic.write(page, text)
+        return 0
+    if page.is_file() and page.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{page.relative_to(ROOT)}: not what {source} says; run {command}")
+    return 1
+
+
+def commit_of(machine: dict) -> str:
+    """What a page says of the commit that a run's description names, see `dex.train.runlog.describe_machine`."""
+    return (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
