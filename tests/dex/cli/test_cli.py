@@ -1,5 +1,6 @@
 """What all commands have in common: `dex.cli` itself."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_every_exit_code_is_documented():
         if line[:2] == "| " and line.split("|")[1].strip().isdigit()
     }
     assert codes == {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+
+
+def test_help_imports_nothing_that_is_slow_or_optional():
+    light = subprocess.run(
+        [sys.executable, "-c", "import sys; from dex.cli import main; main(['--help']); print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    slow = {"torch", "numpy", "yaml", "tyro", "PIL", "matplotlib", "monai", "peft", "pyarrow", "sklearn", "dex.config"}
+    assert "dex.cli.doctor" in light.stdout and not slow & set(light.stdout.split())
 
 
 def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):

@@ -6,10 +6,25 @@ import yaml
 
 from dex import config
 from dex.data import CorruptDataError
-from dex.train import checkpoint, cuda_graph
-from dex.train import trainer as engine
+from dex.train import checkpoint, cuda_graph, trainer
 
 CUDA_GRAPH = ("--parallel.cuda-graph",)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """``before_step(n, action)``: ``action()`` comes when n steps are done and another one begins."""
+    real = trainer.Trainer.train_step
+
+    def install(done, action):
+        def train_step(self):
+            if self.step == done:
+                action()
+            return real(self)
+
+        monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+
+    return install
 
 
 def resolved(stdout):
@@ -165,17 +180,14 @@ def test_dry_run_checks_out_and_resume_and_writes_nothing(run, tiny, tmp_path):
 @pytest.mark.parametrize(
     "error", [ValueError("of our own"), PermissionError("a cache"), ModuleNotFoundError("late"), OSError(5, "I/O")]
 )
-def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, monkeypatch):
+def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, before_step):
     """It is raised: Python prints the traceback and ends with 1."""
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
-    real = engine.Trainer.train_step
 
-    def fail(self):
-        if self.step == 6:
-            raise error
-        return real(self)
+    def fail():
+        raise error
 
-    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    before_step(6, fail)
     with pytest.raises(type(error)) as raised:
         run("pretrain", "--config", "c.yaml", "--out", "run")
     assert raised.value is error and (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
@@ -188,32 +200,26 @@ def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, mo
         OSError(errno.ENOSPC, "full"),
     ],
 )
-def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, tmp_path, monkeypatch):
+def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, tmp_path, before_step):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
-    real = engine.Trainer.train_step
 
-    def fail(self):
-        if self.step == 2:
-            raise error
-        return real(self)
+    def fail():
+        raise error
 
-    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    before_step(2, fail)
     code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
     assert (code, err) == (1, f"dex pretrain: {error}\n")
     saved = [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")]
     assert saved == ([2] if isinstance(error, CorruptDataError) else [])
 
 
-def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, before_step):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
-    real = engine.Trainer.train_step
 
-    def interrupted(self):
-        if self.step == 6:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-        return real(self)
+    def interrupt():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(engine.Trainer, "train_step", interrupted)
+    before_step(6, interrupt)
     assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
     assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
