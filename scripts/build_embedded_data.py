@@ -40,7 +40,7 @@ from dex.data.shard_verify import verify  # noqa: E402
 from dex.data.shard_writer import ShardWriter  # noqa: E402
 from dex.prepare import normalise, readers  # noqa: E402
 from dex.prepare.packages import Package, unpack  # noqa: E402
-from dex.prepare.readers.dicom_file import read_header  # noqa: E402
+from dex.prepare.readers.dicom.file import read_header  # noqa: E402
 from dex.prepare.readers.stack import cut  # noqa: E402
 from dex.prepare.slices import places  # noqa: E402
 from dex.prepare.sources import Tile  # noqa: E402

@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 128 * 2**20
 MIN_SIDE = 8
 
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
+TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -63,7 +63,7 @@ def decode_with_maximum(data: bytes, kind: str) -> Decoded:
             if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
                 array, maximum = _sixteen_to_eight(np.asarray(image))
                 return Decoded(Image.fromarray(array), maximum)
-            return Decoded(_to_l_or_rgb(image), None)
+            return Decoded(to_l_or_rgb(image), None)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
@@ -150,10 +150,10 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # unreadable metadata says nothing about the pixels
         orientation = 1
     image.load()
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
-def _to_l_or_rgb(image: Image.Image) -> Image.Image:
+def to_l_or_rgb(image: Image.Image) -> Image.Image:
     # at MAX_PIXELS every copy counts, so nothing is converted that already is what it should be
     if image.has_transparency_data:
         if image.mode not in ("LA", "RGBA"):

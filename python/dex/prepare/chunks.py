@@ -249,7 +249,7 @@ class _Work:
         settings, source = self._job.settings, self._source
         if stack.burned_in and not settings.allow_burned_in:
             raise Refused("burned-in", "the header declares burned-in annotation")
-        alone = self._unit.format != "dicom"
+        alone = not readers.reader_of(self._unit.format).whole_folders
         group = self._names.group(self._unit.files[0].path, stack.patient, alone)
         common = {
             "group": group,

@@ -1,8 +1,9 @@
 """Which files a source has, and how they are cut into chunks of work: a function of the listing alone.
 
 A unit is what is decoded together: all DICOM files of one folder, or one file of another format and, after it, the one
-beside it that holds its data. Units are in the order of their keys' bytes, whatever the locale. A folder of very many
-DICOM files is `large`: `parted` puts its series, which only the headers tell, in its place. A listing is kept as JSON
+beside it that holds its data (`readers` says which format is read by folders). Units are in the order of their keys'
+bytes, whatever the locale. A folder of very many files is `large`: `parted` puts its series, which only the headers
+tell, in its place. A listing is kept as JSON
 lines, one a unit:
 
     {"key": "patient-3/ct", "format": "dicom", "files": [["patient-3/ct/0001.dcm", size, mtime_ns], ...]}
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import readers
-from .sources import Source
+from .sources import AUTO, Source
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
 LARGE = 2000
-"""A folder of more DICOM files is parted into its series before it is cut into chunks."""
+"""A folder of more files that are read together is parted into its series before it is cut into chunks."""
 
 
 class File(NamedTuple):
@@ -80,7 +81,7 @@ def discover(source: Source, root: Path) -> Listing:
     ValueError, without the name of any file: no folder at `root`, one below it that cannot be listed, no file found.
     """
     ignored: Counter[str] = Counter()
-    folders: dict[str, list[File]] = {}
+    folders: dict[tuple[str, str], list[File]] = {}  # (path, format)
     single: list[Unit] = []
     data: set[str] = set()
     common: list[str] | None = None
@@ -93,8 +94,8 @@ def discover(source: Source, root: Path) -> Listing:
         format = _format(source, root, file.path)
         if format is None:
             ignored["of no known format"] += 1
-        elif format == "dicom":
-            folders.setdefault("/".join(parts), []).append(file)
+        elif readers.reader_of(format).whole_folders:
+            folders.setdefault(("/".join(parts), format), []).append(file)
         else:
             others = _beside(source, root, file.path, format)
             single.append(Unit(file.path, format, (file, *others)))
@@ -107,11 +108,12 @@ def discover(source: Source, root: Path) -> Listing:
     ignored = +ignored
     # by a source that says what all its files are
     single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
-    units = single + [Unit(key, "dicom", tuple(sorted(files, key=_path))) for key, files in folders.items()]
+    units = single
+    units += [Unit(key, format, tuple(sorted(files, key=_path))) for (key, format), files in folders.items()]
     if not units:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
         raise ValueError(f"{source.name}: expected files that its patterns name below its root; found {seen}")
-    units.sort(key=lambda unit: os.fsencode(unit.key))
+    units.sort(key=lambda unit: (os.fsencode(unit.key), unit.format))
     lines = [_line(unit) for unit in units]
     digest = hashlib.sha256()
     for line in lines:
@@ -120,7 +122,7 @@ def discover(source: Source, root: Path) -> Listing:
         lines,
         [_size(unit) for unit in units],
         digest.hexdigest(),
-        [number for number, unit in enumerate(units) if unit.format == "dicom" and len(unit.files) > LARGE],
+        [number for number, unit in enumerate(units) if _is_large(unit)],
         sum(len(unit.files) for unit in units),
         sorted({unit.format for unit in units}),
         len(common or ()),
@@ -137,11 +139,12 @@ def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
     for number, names in zip(listing.large, series, strict=True):
         lines += listing.lines[start:number]
         sizes += listing.sizes[start:number]
-        found: dict[str, list[File]] = {}
-        for file, name in zip(listing.unit(number).files, names, strict=True):
-            found.setdefault(name, []).append(file)
-        for files in found.values():  # in the order of their first files
-            unit = Unit(files[0].path, "dicom", tuple(files))
+        whole = listing.unit(number)
+        by_series: dict[str, list[File]] = {}
+        for file, name in zip(whole.files, names, strict=True):
+            by_series.setdefault(name, []).append(file)
+        for files in by_series.values():  # in the order of their first files
+            unit = Unit(files[0].path, whole.format, tuple(files))
             lines.append(_line(unit))
             sizes.append(_size(unit))
         start = number + 1
@@ -198,8 +201,8 @@ def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
                         pending.append(path)
                     elif not source.matches(path):
                         ignored["not named by the patterns"] += 1
-                    elif entry.name.upper() == "DICOMDIR":
-                        ignored["directories of DICOM files"] += 1
+                    elif what := readers.passed_over(entry.name):
+                        ignored[what] += 1
                     elif not entry.is_file(follow_symlinks=False):
                         ignored["no regular files"] += 1
                     else:
@@ -227,12 +230,13 @@ def _file(source: Source, path: str, status: os.stat_result) -> File:
 
 
 def _format(source: Source, root: Path, path: str) -> str | None:
-    if source.format != "auto":
+    if source.format != AUTO:
         return source.format
-    format = readers.format_of(path)
-    if format is None and readers.is_dicom(root / path):  # DICOM files are often called after their UID
-        return "dicom"
-    return format
+    return readers.format_of(path) or readers.recognised(root / path)
+
+
+def _is_large(unit: Unit) -> bool:
+    return len(unit.files) > LARGE and readers.reader_of(unit.format).series_of is not None
 
 
 def _path(file: File) -> bytes:

@@ -50,19 +50,6 @@ NAMED = 20
 """Unreadable units that are named on the screen; the log has all of them."""
 LISTED = 10
 """So many sources are named one by one when they have been listed."""
-DECODERS = (
-    "dexkernels",
-    "numpy",
-    "pillow",
-    "nibabel",
-    "pydicom",
-    "pylibjpeg",
-    "pylibjpeg-libjpeg",
-    "pylibjpeg-openjpeg",
-    "pylibjpeg-rle",
-    "SimpleITK",
-    "opencv-python-headless",
-)
 
 
 class Failed(RuntimeError):
@@ -166,7 +153,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
             "version": 1,
             "settings": dataclasses.asdict(options.settings),
             "limits": dataclasses.asdict(options.limits),
-            "versions": {name: _version(name) for name in DECODERS},
+            "versions": {name: _version(name) for name in _decoders()},
             "sources": [one.entry for one in planned],
         }
         for folder in (private, private / "units", private / "chunks", private / "ids"):
@@ -406,7 +393,8 @@ def _parted(
 ) -> Listing:
     """With the series of large folders as units, for which their headers are read."""
     try:
-        readers.load("dicom")
+        for number in listing.large:
+            readers.load(listing.unit(number).format)
     except readers.Refused:  # as `_list` said: all will be refused
         return listing
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -519,6 +507,12 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes())
+
+
+def _decoders() -> list[str]:
+    """The distributions on which the bytes of a set depend."""
+    needed = {name for format in readers.formats() for name in readers.reader_of(format).needs.values()}
+    return ["dexkernels", "numpy", *sorted(needed | {"pillow"})]
 
 
 def _version(name: str) -> str | None:

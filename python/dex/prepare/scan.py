@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import chunks, readers, workers
-from .discover import File, Listing
+from .discover import File, Listing, Unit
 
 BLOCK = 256
 _EVERY = 5.0  # seconds between lines
@@ -31,6 +31,7 @@ class Block:
     """Files of one folder. target: where the result is kept."""
 
     root: Path = field(repr=False)
+    format: str
     files: tuple[File, ...] = field(repr=False)
     target: Path = field(repr=False)
     limits: readers.Limits
@@ -53,7 +54,7 @@ def scan(
     """
     units = [listing.unit(number) for number in listing.large]
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = [list(_blocks(unit.files, root, folder, limits)) for unit in units]
+    blocks = [list(_blocks(unit, root, folder, limits)) for unit in units]
     every = [block for row in blocks for block in row]
     first = len(every) * part[0] // part[1]
     total, known, said = sum(len(block.files) for block in every), 0, time.monotonic()
@@ -79,7 +80,7 @@ def scan(
         missing(),
         processes=processes,
         memory_mb=limits.memory_mb,
-        preload=functools.partial(chunks.preload, ["dicom"]),
+        preload=functools.partial(chunks.preload, sorted({unit.format for unit in units})),
         on_save=note,
     )
     with contextlib.closing(results):
@@ -98,17 +99,17 @@ def work(task: workers.Task, report: workers.Report) -> list[str]:
         if number not in task.refused:
             file, silence = block.files[number], block.limits.seconds
             report.begin(number, silence, silence * (1 + file.size / 2**20))
-            name = readers.series_of(block.root / file.path, block.limits)
+            name = readers.series_of(block.root / file.path, block.format, block.limits)
         names.append(name)
         report.save(names)
     return names
 
 
-def _blocks(files: tuple[File, ...], root: Path, folder: Path, limits: readers.Limits) -> Iterator[Block]:
-    for start in range(0, len(files), BLOCK):
-        part = files[start : start + BLOCK]
+def _blocks(unit: Unit, root: Path, folder: Path, limits: readers.Limits) -> Iterator[Block]:
+    for start in range(0, len(unit.files), BLOCK):
+        part = unit.files[start : start + BLOCK]
         name = hashlib.sha256(json.dumps(part).encode()).hexdigest()  # the root may differ from machine to machine
-        yield Block(root, part, folder / f"{name}.json", limits)
+        yield Block(root, unit.format, part, folder / f"{name}.json", limits)
 
 
 def _read(block: Block) -> list[str] | None:

@@ -21,7 +21,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from . import readers
 from .packages import Package, compile_globs
+from .readers import PLANES
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 MODALITIES = (
@@ -37,12 +39,11 @@ MODALITIES = (
     "clinical photography",
 )
 NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
-FORMATS = ("auto", "dicom", "nifti", "metaimage", "picture", "array", "video")
-PLANES = ("axial", "coronal", "sagittal", "stored")
+AUTO = "auto"
+"""The format of a source whose files say by their names, or first bytes, what they are."""
 CROPPED = ("fundus", "pathology", "endoscopy", "clinical photography")
 """Modalities whose pictures are cut to the centre square; those of others are padded."""
 BY_MODALITY = {"CT": "ct", "MR": "mr", "PET": "pet"}
-VIDEO_STRIDE = 30
 PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
@@ -83,7 +84,7 @@ class Source:
     root: a folder. In YAML, relative to the file it stands in; here absolute.
     planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired).
     frame_stride: of stacks that are no volume (videos, multi-frame files), one frame in so many. 0: as the corpus,
-        one in 30 of a video file and all of anything else; `for_format` puts the number in its place.
+        one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
     min_foreground: the least share of foreground that a slice is kept with.
     fit: "pad" (the whole picture, its surroundings in its own background level), "crop" (the centre square), "":
         "crop" for fundus, pathology, endoscopy and clinical photography, else "pad".
@@ -100,7 +101,7 @@ class Source:
     name: str
     modality: str
     normalisation: str
-    format: str = "auto"
+    format: str = AUTO
     files: tuple[str, ...] = field(default=(), repr=False)
     exclude: tuple[str, ...] = field(default=(), repr=False)
     root: str | None = field(default=None, repr=False)
@@ -131,7 +132,7 @@ class Source:
         for name, allowed in (
             ("modality", MODALITIES),
             ("normalisation", NORMALISATIONS),
-            ("format", FORMATS),
+            ("format", (AUTO, *readers.formats())),
             ("fit", ("", "pad", "crop")),
             ("split", ("", "train", "val")),
         ):
@@ -172,7 +173,7 @@ class Source:
         """The source as it is for files of one format: `frame_stride` is at least 1."""
         if self.frame_stride:
             return self
-        return dataclasses.replace(self, frame_stride=VIDEO_STRIDE if format == "video" else 1)
+        return dataclasses.replace(self, frame_stride=readers.reader_of(format).frame_stride)
 
     @property
     def crop(self) -> bool:
@@ -299,7 +300,7 @@ def _check_ready(source: Source) -> None:
             f"{source.name}: the description has no {' and no '.join(missing)}{count}. Where its files are and what "
             "they are called is for you to say, who have them: give "
             "--root FOLDER --files 'PATTERN' (for instance '**/*.nii.gz'), or copy the description, fill in root and "
-            f"files, and prepare the copy. It is {CATALOGUE.name}/{source.name}.yaml in the package dex.data"
+            f"files, and prepare the copy. It is {CATALOGUE.name}/{source.name}.yaml in the package dex.prepare"
         )
 
 

@@ -625,11 +625,11 @@ def test_parts_and_later_starts_do_not_read_the_headers_again(flat, tmp_path, mo
     want = start([flat], tmp_path / "whole")[0] and digest(tmp_path / "whole")
     read, real = [], readers.series_of
 
-    def series_of(path, limits):
+    def series_of(path, format, limits):
         read.append(path.name)
         if len(read) == 8:  # the second block of five is not finished
             raise KeyboardInterrupt
-        return real(path, limits)
+        return real(path, format, limits)
 
     monkeypatch.setattr(readers, "series_of", series_of)
     with pytest.raises(KeyboardInterrupt):
@@ -809,12 +809,12 @@ MISHEAD = """
 
     real = readers.series_of
 
-    def series_of(path, limits):
+    def series_of(path, format, limits):
         if "crash" in path.name:
             os.kill(os.getpid(), signal.SIGSEGV)
         if "hang" in path.name:
             time.sleep(60)
-        return real(path, limits)
+        return real(path, format, limits)
 
     def work(task, report):
         readers.series_of = series_of
@@ -886,7 +886,7 @@ def test_a_fault_of_our_own_shows_no_value(here, two, tmp_path, monkeypatch):
         raise KeyError("Jane Doe")
 
     monkeypatch.setattr(join, "_facts", fail)
-    with pytest.raises(Failed, match="a fault in dex: KeyError at test_prepare.py:") as error:
+    with pytest.raises(Failed, match="a fault in dex: KeyError at test_run.py:") as error:
         start(two, tmp_path / "out")
     assert "Jane" not in str(error.value) and error.value.__cause__ is None and error.value.__suppress_context__
     assert "Jane Doe" in (tmp_path / "out.private" / "log.jsonl").read_text()

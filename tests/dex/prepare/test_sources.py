@@ -12,7 +12,6 @@ pytest.importorskip("yaml")
 from dex.data.dataset import EMBEDDED  # noqa: E402
 from dex.prepare.packages import Package  # noqa: E402
 from dex.prepare.sources import (  # noqa: E402
-    FORMATS,
     MODALITIES,
     NORMALISATIONS,
     Source,
@@ -329,5 +328,8 @@ def test_which_files():
 def test_words_are_those_of_readers_and_rules():
     normalise = pytest.importorskip("dex.prepare.normalise")
     readers = pytest.importorskip("dex.prepare.readers")
-    assert FORMATS == ("auto", *readers.FORMATS)
+    for name in ("auto", *readers.formats()):
+        assert Source("a", "CT", "ct", format=name).format == name
+    with pytest.raises(ValueError, match="format: expected one of 'auto', .*'nifti'.*; got 'docx'"):
+        Source("a", "CT", "ct", format="docx")
     assert set(NORMALISATIONS) == set(normalise.RULES)

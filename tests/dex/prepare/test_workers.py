@@ -163,7 +163,7 @@ def test_workers_die_with_their_parent(work, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "if __name__ == '__main__':\n"
         "    import misbehave\n"
-        "    from dex.data import workers\n"
+        "    from dex.prepare import workers\n"
         f"    list(workers.run(misbehave.work, [({str(tmp_path)!r}, ['pid'])], processes=1, memory_mb=200))\n"
     )
     (tmp_path / "parent.py").write_text(code)

@@ -1,95 +1,93 @@
 """Readers of medical image files: one unit (a file with the one that holds its data, or a folder's DICOM files) in, its
 stacks out.
 
+A format is a module or a folder of this package with a description, ``READER`` (`reader.Reader`), and is called after
+it. No table names the formats: to add one, add its module.
+
 Files are opened as regular files only, declared sizes are checked before anything is allocated, nothing is unpickled,
 and no text of a library, which could hold a header's, leaves a reader.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .files import Limits, has_magic, opened
-from .layout import images_of, layout
+from .files import Limits, opened
+from .reader import Reader
 from .stack import PLANES, REASONS, Frame, Geometry, Refused, Stack
 
-FORMATS = ("dicom", "nifti", "metaimage", "picture", "array", "video")
 
-_SUFFIXES = {
-    "dicom": (".dcm", ".dicom", ".ima"),
-    "nifti": (".nii", ".nii.gz", ".hdr", ".hdr.gz"),
-    "metaimage": (".mha", ".mhd", ".nrrd", ".nhdr"),
-    "picture": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
-    "array": (".npy", ".npz"),
-    "video": (".mp4", ".avi", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"),
-}
-_NEEDS = {
-    "dicom": ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "rle", "nibabel"),
-    "nifti": ("nibabel",),
-    "metaimage": ("SimpleITK",),
-    "picture": ("PIL.Image",),
-    "array": (),
-    "video": ("cv2",),
-}
-_BEAT = ("dicom", "nifti", "metaimage")
-_CALLED = {"PIL.Image": "Pillow", "cv2": "opencv-python-headless"}
+def formats() -> tuple[str, ...]:
+    """The names of all formats, sorted."""
+    return tuple(_described(tuple(__path__)))
+
+
+def reader_of(format: str) -> Reader:
+    """The description of a format. ValueError for one that there is not."""
+    described = _described(tuple(__path__))
+    if format not in described:
+        raise ValueError(f"format: expected one of {', '.join(described)}, got {format!r}")
+    return described[format]
 
 
 def format_of(path: bytes | str | os.PathLike) -> str | None:
-    """The format that a file's suffix names, in any case; None for another or no suffix. Nothing is read: whether a
-    file without suffix is DICOM, `is_dicom` says."""
+    """The format that a file's suffix names, in any case; None for another or no suffix. Nothing is read: what a file
+    without a suffix is, `recognised` says."""
     name = os.path.basename(os.fsdecode(path)).lower()
-    return next((format for format, suffixes in _SUFFIXES.items() if name.endswith(suffixes)), None)
+    return next((f for f, reader in _described(tuple(__path__)).items() if name.endswith(reader.suffixes)), None)
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a regular file has the magic of DICOM at byte 128."""
+def recognised(path: Path) -> str | None:
+    """The format of a regular file by its first bytes, for those formats whose files often have no suffix."""
     try:
         with opened(path) as file:
-            return has_magic(file)
+            for format, reader in _described(tuple(__path__)).items():
+                file.seek(0)
+                if reader.recognises(file):
+                    return format
     except (Refused, OSError):
-        return False
+        pass
+    return None
+
+
+def passed_over(name: str) -> str | None:
+    """What a file of this name is that no reader takes for an image; None for any other name."""
+    each = (reader.passed_over.get(name.upper()) for reader in _described(tuple(__path__)).values())
+    return next(filter(None, each), None)
 
 
 def beside(path: Path, format: str) -> list[str]:
     """What the file beside it that holds its data may be called, by its name or header; nothing where it has them
     itself, or says so in a way that is refused."""
-    if format == "nifti":
-        return images_of(path.name)
-    if format != "metaimage":
-        return []
-    try:
-        with opened(path) as file:
-            name = layout(file).name
-    except (Refused, OSError):
-        return []
-    return [name] if name not in ("", path.name) else []
+    return reader_of(format).beside(path)
 
 
-def series_of(path: Path, limits: Limits) -> str:
-    """A name for what `read` puts a DICOM file together with, by its header; "" where that cannot be read."""
-    load("dicom")
-    found = importlib.import_module(".dicom", __name__).series_of(path, limits)
-    return hashlib.sha256("\0".join(found).encode("utf-8", "surrogatepass")).hexdigest()[:16] if found else ""
+def series_of(path: Path, format: str, limits: Limits) -> str:
+    """A name for what `read` puts a file of a large folder together with, by its header; "" where that cannot be
+    read."""
+    load(format)
+    shared = reader_of(format).series_of(path, limits)
+    return hashlib.sha256("\0".join(shared).encode("utf-8", "surrogatepass")).hexdigest()[:16] if shared else ""
 
 
 def load(format: str) -> None:
     """Import what reading a format takes, so that a limit on the process's memory can be set afterwards.
     Refused("unsupported") names a library that is not installed."""
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {FORMATS}, got {format!r}")
-    for module in _NEEDS[format]:
+    reader = reader_of(format)
+    for module, distribution in reader.needs.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
             if error.name != module.partition(".")[0]:
                 raise
-            raise Refused("unsupported", f"{_CALLED.get(module, module)} is not installed (extra 'data')") from None
-    importlib.import_module(f".{format}", __name__)
+            raise Refused("unsupported", f"{distribution} is not installed (extra 'data')") from None
+    reader.load()
 
 
 def read(
@@ -106,30 +104,49 @@ def read(
     called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
     """
     load(format)
-    reader = importlib.import_module(f".{format}", __name__)
     if not files:
         raise ValueError("files: expected at least one")
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
-    for stack in reader.read(paths, limits, beat) if format in _BEAT else reader.read(paths, limits):
+    for stack in reader_of(format).read(paths, limits, beat):
         stack.beat = beat
         yield stack
         del stack
 
 
+@functools.cache
+def _described(folders: tuple[str, ...]) -> dict[str, Reader]:
+    """Format -> description, of the modules in ``folders``, the package's path."""
+    described: dict[str, Reader] = {}
+    owners: dict[str, str] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(folders)):
+        reader = vars(importlib.import_module(f"{__name__}.{name}")).get("READER")
+        if reader is None:  # what readers share
+            continue
+        for suffix in reader.suffixes:
+            if suffix in owners:
+                raise ValueError(f"suffixes: expected {suffix} of one reader, got it of {owners[suffix]} and {name}")
+            owners[suffix] = name
+        described[name] = reader
+    return described
+
+
 __all__ = [
-    "FORMATS",
     "PLANES",
     "REASONS",
     "Frame",
     "Geometry",
     "Limits",
+    "Reader",
     "Refused",
     "Stack",
     "beside",
     "format_of",
-    "is_dicom",
+    "formats",
     "load",
+    "passed_over",
     "read",
+    "reader_of",
+    "recognised",
     "series_of",
 ]

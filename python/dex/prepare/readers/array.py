@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .files import BoundedFile, Limits, fill, only, opened, quiet, quietly
+from .files import BoundedFile, Limits, fill, native, only, opened, quiet, quietly
+from .reader import Beat, Reader
 from .stack import Refused, Stack
 
 MAX_MEMBERS = 1000
@@ -22,7 +23,7 @@ _END = 22
 
 
 @quietly("array")
-def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     with opened(only(files)) as file:
         start = file.read(4)
         file.seek(0)
@@ -105,24 +106,24 @@ def _layout(stream: io.BufferedIOBase, size: int, limits: Limits) -> _Layout:
 
 
 def _stack(stream: io.BufferedIOBase, size: int, limits: Limits, series: str) -> Stack:
-    shape, fortran, dtype, frames, height, width, channels = _layout(stream, size, limits)
-    array = np.empty(int(np.prod(shape)), dtype)
+    layout = _layout(stream, size, limits)
+    array = np.empty(int(np.prod(layout.shape)), layout.dtype)
     fill(stream, array)
-    array = array.reshape(shape, order="F" if fortran else "C")
-    if channels == 1:
+    array = native(array).reshape(layout.shape, order="F" if layout.fortran else "C")
+    if layout.channels == 1:
         array = array[..., 0]
-    if array.ndim == (3 if channels > 1 else 2):
+    if array.ndim == (3 if layout.channels > 1 else 2):
         array = array[None]
-    whole = _eight(array if dtype.isnative else array.byteswap(inplace=True).view(dtype.newbyteorder("=")), channels)
+    whole = _eight(array, layout.channels)
     return Stack(
         quantity="display8" if whole.dtype == np.uint8 else "raw",
-        length=frames,
-        shape=(height, width),
+        length=layout.frames,
+        shape=(layout.height, layout.width),
         dtype=whole.dtype,
         load=lambda wanted: iter(()),
         holds=lambda stored: True,
         channels=3 if whole.ndim == 4 else 1,
-        volume=frames > 1,
+        volume=layout.frames > 1,
         described=True,
         series=series,
         whole=whole,
@@ -159,3 +160,6 @@ class _Counted:
         data = self.stream.read(min(size, 2**16))
         self.count += len(data)
         return data
+
+
+READER = Reader(suffixes=(".npy", ".npz"), read=read)

@@ -26,7 +26,6 @@ _EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
 _MAX_SCANS = 100
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # within a scan's data: what is no stuffing and no restart
-_LOGGERS = ("pydicom", "nibabel.global", "nibabel", "PIL")
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,8 @@ def native(array: np.ndarray) -> np.ndarray:
 def quiet(what: str) -> Iterator[None]:
     """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") that
     names the exception's type alone. A MemoryError is Refused("too large"). Interrupts pass."""
-    levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
-    for logger, _ in levels:
-        logger.setLevel(logging.CRITICAL + 1)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -197,8 +195,7 @@ def quiet(what: str) -> Iterator[None]:
     except BaseException as error:  # a panic of a decoder written in Rust is no Exception
         raise Refused("unreadable", f"{what}: {type(error).__name__}") from None
     finally:
-        for logger, level in levels:
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:

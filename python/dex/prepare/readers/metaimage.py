@@ -7,35 +7,40 @@ chosen by content, and gets no header that leads to more than one file or to ano
 from __future__ import annotations
 
 import bz2
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import SimpleITK
 
 from .files import BoundedFile, Limits, Unpacked, fill, native, opened, quiet
 from .layout import Layout, layout
+from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 
 _BZIP2_BYTES = 2**26  # more take too long: 20 MB a second
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
-_NUMBERS = {
-    SimpleITK.sitkVectorUInt8: np.uint8,
-    **{
-        getattr(SimpleITK, f"sitk{name}"): np.dtype(name.lower())
-        for name in ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
-    },
-}
-
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+_NUMBERS = ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
 
 
-def read(files: list[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+@functools.cache
+def _numbers() -> dict[int, np.dtype]:
+    """The types of numbers that are read, by SimpleITK's own names; SimpleITK is silent and on one thread from here."""
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    numbers = {getattr(SimpleITK, f"sitk{name}"): np.dtype(name.lower()) for name in _NUMBERS}
+    return numbers | {SimpleITK.sitkVectorUInt8: np.dtype(np.uint8)}
+
+
+def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     """files: the header's, then the one that holds the data where that is another."""
-    path = files[0]
+    import SimpleITK
+
+    path, numbers = files[0], _numbers()
     with quiet("MHA or NRRD"), opened(path) as file:
         place = layout(file)
         beside = next((other for other in files[1:] if other.name == place.name), None)
@@ -49,9 +54,9 @@ def read(files: list[Path], limits: Limits, beat: Callable[[], None] = lambda: N
         sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
         if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
             raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
-        if reader.GetPixelID() not in _NUMBERS:
+        if reader.GetPixelID() not in numbers:
             raise Refused("unsupported", "its pixel type")
-        stored = np.dtype(_NUMBERS[reader.GetPixelID()])
+        stored = numbers[reader.GetPixelID()]
         if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
             raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")
         width, height = int(sizes[0]), int(sizes[1])
@@ -86,7 +91,7 @@ def read(files: list[Path], limits: Limits, beat: Callable[[], None] = lambda: N
     yield stack
 
 
-def _fill(file: BoundedFile, place: Layout, out: np.ndarray, declared: int, beat: Callable[[], None]) -> None:
+def _fill(file: BoundedFile, place: Layout, out: np.ndarray, declared: int, beat: Beat) -> None:
     """The first `out.nbytes` of `declared` bytes of numbers."""
     if not place.packing:
         start = file.size - declared if place.start is None else place.start
@@ -119,3 +124,25 @@ def _geometry(reader) -> Geometry:
     direction = np.array(reader.GetDirection()).reshape(count, count)[:3, :3]
     spacing = np.array(reader.GetSpacing())[:3]
     return Geometry.from_affine(_TO_RAS @ (direction * spacing), spacing)
+
+
+def load() -> None:
+    _numbers()
+
+
+def beside(path: Path) -> list[str]:
+    try:
+        with opened(path) as file:
+            name = layout(file).name
+    except (Refused, OSError):
+        return []
+    return [name] if name not in ("", path.name) else []
+
+
+READER = Reader(
+    suffixes=(".mha", ".mhd", ".nrrd", ".nhdr"),
+    read=read,
+    needs={"SimpleITK": "SimpleITK"},
+    load=load,
+    beside=beside,
+)

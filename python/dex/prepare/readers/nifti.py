@@ -6,14 +6,14 @@ are then refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
 
 from .files import RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
+from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
@@ -22,7 +22,7 @@ STREAMED = 4  # times the memory: the largest volume that is streamed
 _BYTES, _RGB, _RGBA = 2, 128, 2304
 
 
-def read(files: list[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     """files: the header's, then the one that holds the image where that is another."""
     with quiet("NIfTI"):
         with opened(files[0]) as raw:
@@ -116,6 +116,8 @@ def _unpacked(raw: BoundedFile, packed: bool) -> BoundedFile | Unpacked:
 
 def _header(data: bytes):
     """The header, its data type's code, and whether the image is in another file."""
+    import nibabel
+
     if len(data) < 348:
         raise Refused("unreadable", "no NIfTI header")
     first = data[:4]
@@ -145,3 +147,15 @@ def _shape(header, code: int) -> tuple[tuple[int, ...], int, int, int]:
     elif more != 1:
         raise Refused("unsupported", f"{more} numbers at each place")
     return shape, shape[2] if len(shape) > 2 else 1, shape[3] if len(shape) > 3 else 1, planes
+
+
+def beside(path: Path) -> list[str]:
+    return images_of(path.name)
+
+
+READER = Reader(
+    suffixes=(".nii", ".nii.gz", ".hdr", ".hdr.gz"),
+    read=read,
+    needs={"nibabel": "nibabel"},
+    beside=beside,
+)

@@ -3,16 +3,18 @@ comes out as the numbers it has. The pages of a TIFF are frames where they are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
-
-from dex.data.images import _TRANSPOSE, _to_l_or_rgb
 
 from .files import BoundedFile, Limits, check_scans, only, opened, quiet, quietly
+from .reader import Beat, Reader
 from .stack import Refused, Stack
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PAGES = 4_000
@@ -27,7 +29,7 @@ _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
 
 
-def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     path = only(files)
     refused: list[Refused] = []
     with quiet("picture"), opened(path) as file:
@@ -81,6 +83,8 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
 
 
 def _open(file: BoundedFile) -> Image.Image:
+    from PIL import Image
+
     if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
         file.largest = MAX_TAG
     file.seek(0)
@@ -105,6 +109,10 @@ def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> Non
 
 def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
     """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded."""
+    from PIL import Image
+
+    from dex.data.images import TRANSPOSE
+
     width, height = image.size
     limits.check_frame(height, width)
     mode = image.mode
@@ -127,21 +135,35 @@ def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole image first
     except Exception:  # unreadable metadata says nothing about the pixels
         orientation = 1
-    return (height, width), mode, orientation if orientation in _TRANSPOSE else 1, dtype
+    return (height, width), mode, orientation if orientation in TRANSPOSE else 1, dtype
 
 
 def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype) -> np.ndarray:
     """Upright, in strips: a whole image made opaque, and numpy's view of it, would be its largest copies."""
+    from dex.data.images import TRANSPOSE, to_l_or_rgb
+
     if orientation != 1:
-        image = image.transpose(_TRANSPOSE[orientation])
+        image = image.transpose(TRANSPOSE[orientation])
     width, height = image.size
     out = np.empty((height, width) + ((3,) if channels == 3 else ()), dtype)
     rows = max(1, _STRIP // width)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(height, top + rows)))
         if dtype == np.uint8:
-            strip = _to_l_or_rgb(strip)
+            strip = to_l_or_rgb(strip)
             if channels == 3 and strip.mode == "L":
                 strip = strip.convert("RGB")
         out[top : top + rows] = np.asarray(strip).view(dtype) if dtype == np.uint32 else np.asarray(strip)
     return out
+
+
+def load() -> None:
+    from dex.data import images  # noqa: F401
+
+
+READER = Reader(
+    suffixes=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
+    read=read,
+    needs={"PIL.Image": "pillow"},
+    load=load,
+)

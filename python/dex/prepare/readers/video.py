@@ -8,16 +8,22 @@ frame of it, so a limit on the process's memory is the last line.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from .files import BoundedFile, Limits, only, opened, quiet, quietly
+from .reader import Beat, Reader
 from .stack import Refused, Stack
+
+if TYPE_CHECKING:
+    import cv2
 
 MAX_BOXES = 10_000
 MOST = 0.9  # of the frames that a container counts; with a varying rate the count is an estimate
@@ -26,13 +32,20 @@ _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 _NESTED = (b"moov", b"trak")
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; read once, when FFmpeg is first used
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-cv2.setNumThreads(1)
+
+@functools.cache
+def _opencv() -> ModuleType:
+    """OpenCV, silent and on one thread."""
+    import cv2
+
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; read once, when FFmpeg is first used
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    cv2.setNumThreads(1)
+    return cv2
 
 
-def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
-    path = only(files)
+def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+    cv2, path = _opencv(), only(files)
     with quiet("video"), opened(path) as file:
         with _capture(file, limits) as (capture, _):
             width, height = (int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
@@ -74,6 +87,7 @@ def read(files: list[Path], limits: Limits) -> Iterator[Stack]:
 @contextmanager
 def _capture(file: BoundedFile, limits: Limits) -> Iterator[tuple[cv2.VideoCapture, tuple[int, int]]]:
     """An opened video whose frames are small enough, and their H, W."""
+    cv2 = _opencv()
     demuxer = _demuxer(file, limits)
     before = os.environ.get(_CAPTURE_OPTIONS)
     os.environ[_CAPTURE_OPTIONS] = f"protocol_whitelist;file|format_whitelist;{demuxer}"
@@ -146,3 +160,16 @@ def _track_sizes(file: BoundedFile) -> Iterator[tuple[int, int]]:
             return
         place += size
     raise Refused("unreadable", f"more than {MAX_BOXES} boxes")
+
+
+def load() -> None:
+    _opencv()
+
+
+READER = Reader(
+    suffixes=(".mp4", ".avi", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"),
+    read=read,
+    needs={"cv2": "opencv-python-headless"},
+    load=load,
+    frame_stride=30,
+)

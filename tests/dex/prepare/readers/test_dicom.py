@@ -334,7 +334,7 @@ def test_headers_are_read_within_bounds(tmp_path, monkeypatch):
         tmp_path / "c.dcm", pixels, Modality="US", PatientComments="Canary" * 10**6, syntax=ImplicitVRLittleEndian
     )
     assert len(stored(read(path)[0])) == 1  # what is not used is not read
-    monkeypatch.setattr("dex.prepare.readers.dicom_file.HEADER_READS", 20)
+    monkeypatch.setattr("dex.prepare.readers.dicom.file.HEADER_READS", 20)
     with pytest.raises(Refused, match="too large"):
         read(path)
 
@@ -689,7 +689,7 @@ def test_a_file_without_preamble_is_read_and_rubbish_is_not(tmp_path):
     bare = tmp_path / "bare.dcm"
     bare.write_bytes(whole[132:])
     assert np.array_equal(stored(read(bare)[0])[0], pixels)
-    assert readers.is_dicom(tmp_path / "a.dcm") and not readers.is_dicom(bare) and not readers.is_dicom(tmp_path)
+    assert [readers.recognised(path) for path in (tmp_path / "a.dcm", bare, tmp_path)] == ["dicom", None, None]
     for content in (b"", b"\0" * 132, b"\0" * 128 + b"DICM", b"hello" * 1000):
         bare.write_bytes(content)
         with pytest.raises(Refused) as caught:

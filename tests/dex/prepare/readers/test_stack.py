@@ -221,7 +221,7 @@ def test_formats_by_suffix():
 def test_an_absent_library_is_named():
     code = (
         "import sys; sys.modules['SimpleITK'] = None; sys.modules['cv2'] = None\n"
-        "from dex.data import readers\n"
+        "from dex.prepare import readers\n"
         "for name in ('metaimage', 'video'):\n"
         "    try: readers.load(name)\n"
         "    except readers.Refused as error: print(error)\n"

@@ -29,8 +29,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from .files import BoundedFile, Limits, check_scans, has_magic, opened, quiet, quietly
-from .stack import Refused
+from ..files import BoundedFile, Limits, check_scans, has_magic, opened, quiet, quietly
+from ..stack import Refused
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
 HEADER_VALUE = 2**20

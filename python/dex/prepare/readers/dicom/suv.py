@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from .dicom_file import GE_PET, PHILIPS_PET, listed, number, private, text
-from .stack import Refused
+from ..stack import Refused
+from .file import GE_PET, PHILIPS_PET, listed, number, private, text
 
 DAY = 86400.0
 DOSE = (1e5, 1e11)  # becquerel: a dose in MBq or mCi written without conversion lies far outside

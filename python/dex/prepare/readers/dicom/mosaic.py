@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .dicom_file import SIEMENS_CSA, SIEMENS_MR, listed, private
-from .dicom_file import number as number_of
-from .stack import Refused
+from ..stack import Refused
+from .file import SIEMENS_CSA, SIEMENS_MR, listed, private
+from .file import number as number_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # "highly experimental": of its DICOM readers; this one is of private headers

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import Limits, quiet
+from ..stack import Geometry, Refused, Stack
 from . import suv
-from .dicom_file import Pixels, Place, describe, listed, read_header, text
-from .dicom_file import number as number_of
-from .files import Limits, quiet
+from .file import Pixels, Place, describe, listed, read_header, text
+from .file import number as number_of
 from .mosaic import Mosaic, first_position, mosaic, tiles
-from .stack import Geometry, Refused, Stack
 
 _DOSE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.2", "1.2.840.10008.1.3.10"
 _SEGMENTATIONS = tuple(f"1.2.840.10008.5.1.4.1.1.66.{n}" for n in (4, 5, 7))
@@ -66,7 +66,7 @@ class Series:
     uptakes: list[suv.Uptake] = field(default_factory=list)
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Iterator[Stack]:
     """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
     can be known; objects without pixels, doses and segmentations are "no image"."""
     found: dict[tuple[str, ...], Series] = defaultdict(Series)
