@@ -3,37 +3,44 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
 INSTALLED := $(VENV)/installed
 # The newest Triton lies beside the environment's own, which the interpreter needs; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 
-.PHONY: pretrain test test-more test-kernels test-compiled check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
 
-test: $(INSTALLED)  ## every test, and every benchmark at its smallest size
-	$(VENV)/bin/python -m pytest tests benchmarks --tiny
+test: $(INSTALLED)  ## what can break in daily work, in minutes: all tests but the slow ones, every benchmark at its smallest size
+	$(PYTEST) --numprocesses=logical --maxprocesses=8 --dist=loadfile -m "not slow" --ignore=tests/kernels tests
+	$(PYTEST) --tiny benchmarks
 
-test-more: $(INSTALLED) $(NEWEST_TRITON)  ## what needs more packages: hosts of the drop-in, two Tritons, wheel and sdist
+test-all: test test-slow test-triton  ## every test; adds the slow ones, hosts of the drop-in, two Tritons, wheel and sdist
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow --ignore=tests/kernels tests
+
+test-triton: $(INSTALLED) $(NEWEST_TRITON)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
-	$(VENV)/bin/python -m pytest tests/dropin
+	$(PYTEST) tests/dropin
 	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled  # one processor each
 	scripts/check_build.sh
 
 test-kernels:
-	$(VENV)/bin/python -m pytest tests/kernels --ignore tests/kernels/test_compiled.py
+	$(PYTEST) tests/kernels --ignore tests/kernels/test_compiled.py
 
 test-compiled:
-	$(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
-	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(VENV)/bin/python -m pytest tests/kernels/test_compiled.py
+	$(PYTEST) tests/kernels/test_compiled.py
+	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(PYTEST) tests/kernels/test_compiled.py
 
 check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
-	$(VENV)/bin/python -m pytest benchmarks
+	$(PYTEST) benchmarks
 
 pages:  ## tables and pictures of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/
 	$(PYTHON) scripts/pages.py
@@ -53,13 +60,13 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 $(NEWEST_TRITON): | $(INSTALLED)
 	$(VENV)/bin/pip install $(PIP_ARGS) --no-deps --target $@ triton==3.9.0
 
-fuzz: $(INSTALLED)  ## hostile and broken files in full, a sample of which `make test` runs
-	DEX_FUZZ=full $(VENV)/bin/python -m pytest tests/hostile -s
+fuzz: $(INSTALLED)  ## hostile and broken files in full, a sample of which `make test-all` runs
+	DEX_FUZZ=full $(PYTEST) tests/hostile -s
 
 reliability: $(INSTALLED)  ## what a run on several ranks promises, in full (20 minutes), and the page about it
 	mkdir -p benchmarks/results/reliability
 	DEX_RELIABILITY=full DEX_RELIABILITY_OUT=benchmarks/results/reliability/two-ranks.json \
-		$(VENV)/bin/python -m pytest tests/reliability; code=$$?; $(PYTHON) scripts/reliability_page.py; exit $$code
+		$(PYTEST) tests/reliability; code=$$?; $(PYTHON) scripts/reliability_page.py; exit $$code
 
 long-run: $(INSTALLED)  ## thousands of steps on two ranks, and the page about them (half an hour); needs runs/long-run to be free
 	test -d data/packages || $(VENV)/bin/dex prepare packages --out data/packages
