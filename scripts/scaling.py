@@ -5,28 +5,29 @@ usage: python scripts/scaling.py --measure    measure (about 20 minutes) and pre
        python scripts/scaling.py --predict    predict anew from what is in the results
 
 Writes benchmarks/results/scaling/gloo.json, of which scripts/scaling_page.py makes docs/scaling.md.
-Measuring starts ranks of its own, which run this file with --rank JOB. Nothing else should run meanwhile.
+Measuring starts ranks of its own, see scripts/scaling_ranks.py. Nothing else should run meanwhile.
 """
 
 import argparse
 import datetime
 import functools
-import gc
 import json
 import os
-import re
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "python")]
+
+import record  # noqa: E402
+from scaling_ranks import CALIBRATION, configuration, launch  # noqa: E402
+
+from dex.common import atomic  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results/scaling/gloo.json"
-CALIBRATION = {"experts": 12, "batches": [12, 36]}
-"""The network of the unit costs; no test point has its number of experts or its batches."""
 EXPERTS, BATCHES = (4, 8, 16, 32), (8, 32)
 RANKS = (1, 2, 4)
 OTHER = {"embed_dim": 256, "depth": 3, "num_heads": 4}
@@ -64,22 +65,6 @@ SIZES = [2**k for k in range(10, 27, 2)]
 """Bytes of the collectives that are timed."""
 
 
-def configuration(point: dict):
-    """The demo preset's network and data with what ``point`` changes."""
-    from dataclasses import replace
-
-    from dex.config import preset
-
-    base = preset("demo")
-    return replace(
-        base,
-        model=replace(base.model, num_experts=point["experts"], **point.get("model", {})),
-        data=replace(base.data, batch_size=point["batch"], path=point.get("data")),
-        parallel=replace(base.parallel, strategy=point.get("strategy", "ddp"), micro_batch=point.get("micro_batch")),
-        run=replace(base.run, device="cpu", precision=point.get("precision", "fp32"), evaluate_every=0),
-    )
-
-
 def test_points(ranks: int) -> list[dict]:
     """What is predicted and then measured with so many ranks."""
     points = [
@@ -97,236 +82,7 @@ def test_points(ranks: int) -> list[dict]:
     return points
 
 
-# What a rank measures. Imports of torch stand inside, since pages are made without it.
-
-
-def rank(job_path: Path) -> None:
-    """One rank of a job {"out", "costs": true | "points": [...]}; rank 0 writes what all found to ``out``."""
-    import torch
-
-    from dex.common.ranks import announced, gather, start, stop
-
-    torch.set_num_threads(1)
-    job = json.loads(job_path.read_text())
-    ranks = start(announced(), torch.device("cpu"), 120)
-    if "points" in job:
-        mine = [measure_point(ranks, point, job["steps"]) for point in job["points"]]
-    else:
-        mine = measure_costs(ranks, job["rounds"], job["sizes"])
-    everyone = gather(ranks, mine)
-    if ranks.first:
-        Path(job["out"]).write_text(json.dumps(everyone))
-    stop(ranks)
-
-
-def _trainer(point: dict, ranks):
-    from dex.data import open_dataset
-    from dex.train.trainer import Trainer
-
-    config = configuration(point)
-    return Trainer(config, open_dataset(config.data.path), ranks=ranks)
-
-
-def _step_seconds(trainer, meet) -> float:
-    """One step without the wait for the loader; all ranks begin together."""
-    meet()
-    trainer.data_wait = 0.0
-    began = time.perf_counter()
-    if trainer.train_step():
-        raise RuntimeError("a step was not finite")
-    return time.perf_counter() - began - trainer.data_wait
-
-
-def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
-    """Seconds of what the unit costs are made of, on this rank while the others do the same."""
-    import torch
-    import torch.distributed as dist
-
-    from dex.common.ranks import ALONE, barrier
-    from dex.train import checkpoint
-
-    def meet():
-        barrier(ranks)
-
-    found = {"steps": {}, "collectives": {}}
-    for batch in CALIBRATION["batches"]:
-        # One process each that knows of no other: what they share is the machine.
-        trainer = _trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
-        for _ in range(2):
-            trainer.train_step()
-        found["steps"][batch] = [_step_seconds(trainer, meet) for _ in range(rounds)]
-        if batch == CALIBRATION["batches"][-1]:
-            mass = [torch.ones(e) for e in trainer.experts]
-            found["update"], found["gema"] = [], []
-            for _ in range(rounds):
-                meet()
-                began = time.perf_counter()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
-                trainer.model.update_directors(mass, 0.999, process_group=False)
-                torch.nn.utils.clip_grads_with_norm_(trainer.parameters, 1.0, norm)
-                trainer.optimizer.step()
-                found["update"].append(time.perf_counter() - began)
-                began = time.perf_counter()
-                trainer.model.update_directors(mass, 0.999, process_group=False)
-                found["gema"].append(time.perf_counter() - began)
-            if ranks.world_size == 1:
-                found["checkpoint"] = []
-                for number in range(3):
-                    with tempfile.TemporaryDirectory() as folder:
-                        saver = checkpoint.Saver(Path(folder), 1)
-                        began = time.perf_counter()
-                        saver.save(number, trainer.tensors(), trainer.state() | {"step": number})
-                        saver.wait()
-                        found["checkpoint"].append(time.perf_counter() - began)
-        trainer.close()
-        del trainer
-        gc.collect()
-    if ranks.world_size == 1:
-        return found
-    n = ranks.world_size
-    for size in sizes:
-        count = size // 4 // n * n
-        whole, part = torch.ones(count), torch.ones(count // n)
-        calls = {
-            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
-        }
-        for kind, call in calls.items():
-            call()
-            times = []
-            for _ in range(4 * rounds if size < 2**20 else rounds):
-                meet()
-                began = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - began)
-            found["collectives"].setdefault(kind, {})[4 * count] = times
-    return found
-
-
-def measure_point(ranks, point: dict, steps: int) -> dict:
-    """Seconds, bytes held and bytes sent of steps of one configuration, on this rank."""
-    from dex.common.ranks import barrier
-
-    gc.collect()
-    _reset_peak()
-    resident = _status("VmRSS")
-    trainer = _trainer(point, ranks)
-
-    def meet():
-        barrier(ranks)
-
-    for _ in range(2):
-        _step_seconds(trainer, meet)
-    seconds = [_step_seconds(trainer, meet) for _ in range(steps)]
-    peak_resident = _status("VmHWM") - resident
-    meet()
-    before = _written()
-    trainer.train_step()
-    wire = _written() - before  # without the barrier's
-    held = _held(trainer)
-    peak, collectives = _profiled(trainer, meet)
-    trainer.close()
-    return {
-        "seconds": seconds,
-        "wire": wire,
-        "collectives": collectives,
-        "held": held,
-        "peak": peak,
-        "peak_resident": peak_resident,
-    }
-
-
-def _held(trainer) -> dict[str, int]:
-    """Bytes of the tensors that lie on this rank between two steps."""
-
-    def local(t) -> int:
-        t = t.to_local() if hasattr(t, "to_local") else t
-        return t.numel() * t.element_size()
-
-    model, optimizer = trainer.model, trainer.optimizer
-    return {
-        "weights": sum(map(local, [*model.parameters(), *model.buffers()])),
-        "gradients": sum(local(p.grad) for p in trainer.parameters),
-        "moments": sum(local(s[k]) for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
-    }
-
-
-def _profiled(trainer, meet) -> tuple[int, dict[str, list[int]]]:
-    """The most bytes allocated during a step beyond those before it, and {collective: [calls, numbers]} of that step.
-
-    By torch's own record of its allocator and of gloo. Gradients of the step before, where they are no views of
-    buckets, are freed first.
-    """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    trainer.optimizer.zero_grad(set_to_none=True)
-    meet()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as record:
-        trainer.train_step()
-    calls: dict[str, list[int]] = {}
-    for event in record.events():
-        if event.name.startswith("gloo:"):
-            entry = calls.setdefault(event.name.removeprefix("gloo:"), [0, 0])
-            entry[0] += 1
-            entry[1] += sum(torch.Size(shape).numel() for shape in event.input_shapes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    first = events[0]["args"]  # torch goes on counting where the record before ended
-    base = first["Total Allocated"] - first["Bytes"]
-    return max(e["args"]["Total Allocated"] for e in events) - base, calls
-
-
-def _status(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _written() -> int:
-    """Bytes that this process handed to writes so far; gloo's messages are writes to sockets."""
-    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
-
-
-def launch(count: int, job: dict, timeout: float = 900) -> list:
-    """Run a job on ``count`` ranks; what every rank found. RuntimeError with a rank's last words when one fails."""
-    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-        s.close()
-        path, out = Path(folder) / "job.json", Path(folder) / "out.json"
-        path.write_text(json.dumps(job | {"out": str(out)}))
-        processes = []
-        for number in range(count):
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(number),
-                "LOCAL_RANK": str(number),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            command = [sys.executable, __file__, "--rank", str(path)]
-            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-        try:
-            ended = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
-        finally:
-            for p in processes:
-                if p.poll() is None:
-                    p.kill()
-        for words, code in ended:
-            if code:
-                raise RuntimeError(f"a rank ended with {code}: {words[-2000:]}")
-        return json.loads(out.read_text())
-
-
-# From what ranks found to unit costs and results.
+# From what ranks measured to unit costs and results.
 
 
 def measure(steps: int = 4, rounds: int = 6) -> dict:
@@ -362,10 +118,17 @@ def measure(steps: int = 4, rounds: int = 6) -> dict:
     }
 
 
-def spread(values: list[float]) -> list[float]:
-    """[median, lower quartile, upper quartile]"""
+class Spread(NamedTuple):
+    """Median and quartiles, a list in the results file."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: list[float]) -> Spread:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [float(f"{v:.5g}") for v in (middle, low, high)]
+    return Spread(*(float(f"{v:.5g}") for v in (middle, low, high)))
 
 
 def summary(everyone: list[dict]) -> dict:
@@ -409,18 +172,20 @@ def unit_costs(results: dict, ranks: int):
 
     seen = results["costs"][str(ranks)]
     small, large = CALIBRATION["batches"]
+    steps = {batch: Spread(*seen["steps"][str(batch)]).median for batch in (small, large)}
+    update = Spread(*seen["update"]).median
     work = workload(
         configuration({"experts": CALIBRATION["experts"], "batch": small}), len(open_dataset(None).modalities)
     )
-    per_image = (seen["steps"][str(large)][0] - seen["steps"][str(small)][0]) / (large - small)
+    per_image = (steps[large] - steps[small]) / (large - small)
     traffic = moved(work, 1, "ddp")
-    bandwidth = (traffic["adamw"] + traffic["gema"]) / seen["update"][0]
-    fixed = seen["steps"][str(small)][0] - small * per_image - seen["update"][0] - traffic["gradients"] / bandwidth
+    bandwidth = (traffic["adamw"] + traffic["gema"]) / update
+    fixed = steps[small] - small * per_image - update - traffic["gradients"] / bandwidth
     link, rates = Link(1.0, 0.0), {}  # alone: never asked
     if ranks > 1:
         speeds = {}
         for kind, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", SCATTER)):
-            times = {int(size): t[0] for size, t in seen["collectives"][kind].items()}
+            times = {int(size): Spread(*entry).median for size, entry in seen["collectives"][kind].items()}
             least, most = min(times), max(times)
             speeds[kind] = passes * (ranks - 1) / ranks * most / (times[most] - times[least])
             if kind == "all_reduce":
@@ -428,7 +193,7 @@ def unit_costs(results: dict, ranks: int):
         link = Link(speeds["all_reduce"], latency)
         rates["gather_rate"] = speeds["all_gather"] / link.bandwidth
         rates["scatter_rate"] = speeds["reduce_scatter"] / link.bandwidth
-    written = results["costs"]["1"]["checkpoint"][0]
+    written = Spread(*results["costs"]["1"]["checkpoint"]).median
     return Costs(
         flops=work.estimate.flops_per_image / per_image,
         memory=bandwidth,
@@ -507,9 +272,6 @@ def predict(results: dict) -> dict:
 
 def gpu_costs(name: str):
     """Unit costs of a GPU, and {cost: "measured" or "assumed"}: from a results file of it where there is one."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import record
-
     from dex.sizing.estimate import ASSUMED_MFU
     from dex.sizing.estimate import GPUS as KNOWN
     from dex.sizing.scaling import Costs, Link
@@ -594,11 +356,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--predict", action="store_true")
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank:
-        rank(options.rank)
-        return 0
     if options.measure:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         write(measure())
@@ -608,7 +366,7 @@ def main() -> int:
 
 
 def write(results: dict) -> None:
-    RESULTS.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
+    atomic.write(RESULTS, json.dumps(rounded(results), indent=1) + "\n")
 
 
 def rounded(value):

@@ -21,8 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex.model import MaskedAutoencoder  # noqa: E402
+from dex.train import plan  # noqa: E402
 from dex.train import trainer as engine  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
+from dex.train.verdict import Agreement  # noqa: E402
+from dex.train.window import Window  # noqa: E402
 from dexkernels import collect_aux, layer, ops, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 
@@ -116,10 +119,10 @@ CASES = {
     "batch is waited for": lambda: instead(Trainer, "_to_device", lambda self, t: t.pin_memory().to(self.device)),
     "step reads the loss": lambda: after(Trainer, "_compute", lambda out, *_: float(out[0].losses[0])),
     "step copies the loss": lambda: after(Trainer, "_compute", lambda out, *_: out[0].losses.cpu()),
-    "verdict decides on the host": lambda: after(Trainer, "_agree", lambda out, *_: bool(out.good)),
-    "verdict is sent and waited for": lambda: after(Trainer, "_send_verdict", lambda out, *_: out.ready.synchronize()),
+    "verdict decides on the host": lambda: after(Agreement, "reach", lambda out, *_: bool(out.good)),
+    "verdict is sent and waited for": lambda: after(engine, "send", lambda out, *_: out.ready.synchronize()),
     "verdict is sent to pageable memory": lambda: after(
-        Trainer, "_send_verdict", lambda out, self, *_: torch.empty(1).copy_(self._slots[:1], non_blocking=True)
+        engine, "send", lambda out, verdict, *_: torch.empty(1).copy_(verdict.slots[:1], non_blocking=True)
     ),
     "verdict is read at once": lambda: instead(Trainer, "_read_verdicts", lambda self, keep: real_read(self, 0)),
     "gradients are checked": lambda: instead(
@@ -128,9 +131,9 @@ CASES = {
         lambda parameters, limit, norm: torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True),
     ),
     "directors ask for skip": lambda: instead(MaskedAutoencoder, "update_directors", ask_for_skip),
-    "weights are counted": lambda: after(Trainer, "_count", lambda out, self, *_: self.parameters[0].nonzero()),
+    "slots are looked through": lambda: after(Window, "count", lambda out, window, *_: window.slots.nonzero()),
     **{name: lambda name=name: as_number(name) for name in ("lr", "noise_std", "momentum", "balance_weight")},
-    "stop": lambda: after(Trainer, "_agree", lambda out, self, *_: torch.full_like(out.good, self.stop_requested)),
+    "stop": lambda: after(Trainer, "_compute", lambda out, self, *_: torch.full_like(out[0].good, self.stop_requested)),
 }
 
 OPTIONS = {
@@ -174,7 +177,7 @@ def steps(name: str, launched: list[list[str]]) -> None:
 
     with contextlib.ExitStack() as stack:
         for owner, attribute, value in (
-            (engine, "resolve_device", lambda *_: DEVICE),
+            (plan, "resolve_device", lambda *_: DEVICE),
             (engine, "build_model", build_model),
             (torch.cuda, "Event", Event),
             (torch.cuda, "is_current_stream_capturing", lambda: False),

@@ -4,6 +4,7 @@ import numpy as np
 
 from dex.config import Config, from_dict
 from dex.data.dataset import Dataset
+from dex.train.plan import resolve
 from dex.train.trainer import Trainer
 
 
@@ -48,4 +49,4 @@ def configuration(
 
 def trainer(*arguments, **options) -> Trainer:
     """Arguments as in `configuration`."""
-    return Trainer(configuration(*arguments, **options), Noise())
+    return Trainer(resolve(configuration(*arguments, **options), Noise()))

@@ -9,9 +9,7 @@ import torch
 
 pytest.importorskip("yaml", reason="a training step is configured in YAML")
 
-from dex import cuda_graph  # noqa: E402
-from dex.data import Loader  # noqa: E402
-from dex.train import checkpoint
+from dex.train import checkpoint, cuda_graph  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dexkernels import backends  # noqa: E402
 
@@ -82,9 +80,9 @@ def run(precision: str = "fp32", stop: int | None = None, evaluate: bool = False
         for step in range(STEPS):
             if step == stop:
                 t = resumed(t, precision, **parallel)
-            before = t._slots.clone()
+            before = t.window.slots.clone()
             t.train_step()
-            slots.append(t._slots - before)
+            slots.append(t.window.slots - before)
             if evaluate and step in (WARM, STEPS - 2):
                 t.evaluate()
                 t.row()
@@ -99,7 +97,6 @@ def resumed(t, precision, **parallel):
         saver.save(t.step, t.tensors(), t.state())
         saver.wait()
         again = trainer("cuda", "triton", precision, **parallel)
-        again.loader = Loader(again.loader.dataset, 8, seed=0, start_batch=t.step)
         again.restore(checkpoint.load(Path(folder) / f"step-{t.step:08d}"))
     t.close()
     return again

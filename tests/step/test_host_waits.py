@@ -39,7 +39,7 @@ STOPPED = {
     "verdict is read at once": "step 0 waits for an event of step 0",
     "gradients are checked": "a value is read on the host: aten._local_scalar_dense",
     "directors ask for skip": "a value is read on the host: aten._local_scalar_dense",
-    "weights are counted": "a value is read on the host: aten.nonzero",
+    "slots are looked through": "a value is read on the host: aten.nonzero",
 }
 """What was put into the step -> what must be found."""
 

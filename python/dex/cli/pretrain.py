@@ -15,7 +15,7 @@ from dex.common import exits
 
 if TYPE_CHECKING:
     from dex.config import Config
-    from dex.train.run import Plan
+    from dex.train.plan import Plan
 
 HELP = "masked-autoencoder pretraining of a DEX vision transformer"
 POSITION = 30
@@ -43,7 +43,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         out = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
     from dex.data import CorruptDataError
-    from dex.train.run import plan, prepare
+    from dex.train.plan import plan
+    from dex.train.run import prepare
 
     if request.dry_run:
         print(_describe(plan(request.config, out, resume)))

@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -110,6 +110,22 @@ def together(ranks: Ranks, error: BaseException | None, group: Any = None) -> No
         raise error
     if told:
         raise Failed(f"rank {told[0][0]}: {told[0][1]}")
+
+
+def everywhere(ranks: Ranks, action: Callable[[], Any], group: Any = None) -> Any:
+    """What ``action()`` gives on this rank. All ranks call it; an error of any is raised on all, as by `together`."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as e:
+        error = e
+    together(ranks, error, group)
+    return result
+
+
+def decided(ranks: Ranks, decide: Callable[[], Any], group: Any = None) -> Any:
+    """What ``decide()`` (JSON) gives on rank 0, on every rank; its error is raised on all, as by `together`."""
+    return from_first(ranks, everywhere(ranks, decide if ranks.first else lambda: None, group))
 
 
 def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, device: torch.device) -> nn.Module:

@@ -12,12 +12,11 @@ import datetime
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from dex.common.ranks import ALONE, Ranks, from_first, gather, together
+from dex.common.atomic import sync_path
+from dex.common.ranks import ALONE, Ranks, everywhere, gather
 
 # torch says so at every save and load of a single process, which is no news.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -104,11 +104,10 @@ class Saver:
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-            mine: dict[str, Any] = {}
-            self._all(lambda: mine.update(self._seal(work)))
+            sealed = self._all(lambda: self._seal(work))
             files: dict[str, Any] = {}
-            for others in gather(self.ranks, mine, self._group):
-                files |= others
+            for of_rank in gather(self.ranks, sealed, self._group):
+                files |= of_rank
             self._first(lambda: self._finish(step, state, files, work, final))
         finally:
             if self.ranks.first:
@@ -123,7 +122,7 @@ class Saver:
         """Flush what this rank wrote to the disk and hash it."""
         written = sorted(work.glob(f"shard-{self.ranks.rank + 1:05d}-*.safetensors"))
         for path in written:
-            _sync(path)
+            sync_path(path)
         return {path.name: _digest(path) for path in written}
 
     def _finish(self, step: int, state: dict[str, Any], files: dict[str, Any], work: Path, final: Path) -> None:
@@ -134,12 +133,12 @@ class Saver:
         files = files | {_STATE: _digest(work / _STATE)}
         (work / _MANIFEST).write_text(_manifest_text(step, files), encoding="utf-8")
         for name in (_STATE, _MANIFEST):
-            _sync(work / name)
-        _sync(work)
+            sync_path(work / name)
+        sync_path(work)
         if final.exists():  # the same step of a run that was taken back to an earlier one
             _set_aside(final)
         work.rename(final)
-        _sync(self.root)
+        sync_path(self.root)
         for _, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
             try:
                 shutil.rmtree(old)
@@ -148,17 +147,12 @@ class Saver:
                 if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
                     raise
 
-    def _first(self, action: Any) -> None:
+    def _first(self, action: Callable[[], Any]) -> None:
         """``action`` on rank 0; its error on all."""
         self._all(action if self.ranks.first else lambda: None)
 
-    def _all(self, action: Any) -> None:
-        error = None
-        try:
-            action()
-        except Exception as e:
-            error = e
-        together(self.ranks, error, self._group)
+    def _all(self, action: Callable[[], Any]) -> Any:
+        return everywhere(self.ranks, action, self._group)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -336,20 +330,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return whole
 
 
-def choose(ranks: Ranks, action: Any) -> Any:
-    """``action()`` on rank 0, which gives a `Checkpoint` or None and notes; the same on every rank."""
-    error, told = None, None
-    if ranks.first:
-        try:
-            saved, notes = action()
-            told = [None if saved is None else [str(saved.folder), saved.state], notes]
-        except Exception as e:
-            error = e
-    together(ranks, error)
-    saved, notes = from_first(ranks, told)
-    return (None if saved is None else Checkpoint(Path(saved[0]), saved[1])), notes
-
-
 def _open(folder: Path) -> tuple[dcp.HuggingFaceStorageReader, dict[str, Any]]:
     """A reader of the folder's safetensors files, and what they hold by name."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -391,14 +371,6 @@ def _manifest_text(step: int, files: Mapping[str, Any]) -> str:
     body = {"format": FORMAT, "step": step, "files": files}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps(body | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _set_aside(folder: Path) -> Path:

@@ -1,149 +1,108 @@
 """One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
 
 import contextlib
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from dex.analysis import plots
-from dex.common.ranks import ALONE, Failed, Ranks, announced, from_first, gather, start, stop, together
-from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, resolve_micro_batch
-from dex.data import CorruptDataError, Loader, open_dataset
-from dex.data.dataset import Dataset
+from dex.common import exits
+from dex.common.ranks import Failed, announced, decided, everywhere, from_first, gather, start, stop
+from dex.config import Config
+from dex.data import CorruptDataError
 from dex.sizing.estimate import mfu
 from dex.train import checkpoint
+from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, look, open_data, place, with_folder
 from dex.train.runlog import Progress, RunLog, describe_machine, now
-from dex.train.schedules import total_steps
-from dex.train.trainer import (
-    NonFinite,
-    Trainer,
-    check_cuda_graph,
-    resolve_device,
-    resolve_precision,
-)
+from dex.train.trainer import Trainer
+from dex.train.verdict import NonFinite
 from dex.train.watch import Watch
 
-EXIT_DONE, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
 NONFINITE_IN_A_ROW = 3
 """A run stops after so many non-finite steps one after another."""
 SLOW_RANK = 0.1
 """A rank is called slow when it alone takes so large a share of a step longer than the median rank."""
 
 
-class Plan(NamedTuple):
-    """A run that nothing speaks against; not a file of it is written yet."""
-
-    config: Config
-    log: RunLog
-    dataset: Dataset
-    device: torch.device
-    precision: str
-    batches_per_epoch: int
-    steps: int
-    saved: checkpoint.Checkpoint | None
-    """Where it goes on; None at step 0."""
-    notes: list[str]
-    """What is to be said about that."""
-
-
-def plan(
-    config: Config, out: Path, resume: str | Path | None = None, ranks: Ranks = ALONE, *, lock: bool = False
-) -> Plan:
-    """Everything that can be checked before a model is built; arguments and errors as in `pretrain`.
-
-    lock: keep other runs out of the folder of the run that is resumed, from now on.
-    """
-    check(config)
-    log = RunLog(out, active=ranks.first)
-    try:
-        return _plan(config, log, resume, ranks, lock)
-    except BaseException:
-        log.close()
-        raise
-
-
-def _plan(config: Config, log: RunLog, resume: str | Path | None, ranks: Ranks, lock: bool) -> Plan:
-    saved, notes = checkpoint.choose(ranks, lambda: _find_start(log, resume, lock))
-    dataset = _open_data(config)
-    train = dataset.split("train")
-    if len(train) == 0:
-        raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
-    resolve_micro_batch(config, ranks.world_size)
-    batches = Loader(train, config.data.batch_size, seed=config.run.seed).batches_per_epoch
-    device = resolve_device(config, ranks)
-    check_cuda_graph(config, device, ranks.world_size)
-    precision, steps = resolve_precision(config, device), total_steps(config, batches)
-    _refuse_other_run(log, saved, config, {"data": dataset.fingerprint, "steps": steps, "precision": precision})
-    return Plan(config, log, dataset, device, precision, batches, steps, saved, notes)
-
-
-def pretrain(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> int:
+def pretrain(
+    config: Config,
+    out: Path,
+    *,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+) -> int:
     """Run to the end, to ``run.stop_at`` or to a signal; returns the process's exit code.
 
     out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
     good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
-    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, before a folder is made;
-    CorruptDataError when too many images cannot be read, after saving.
+    overwrite: start a run in a folder that holds one, whose files are removed once the new run is ready to begin.
+    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed, and
+    when another process writes to the folder; CorruptDataError when too many images cannot be read, after saving.
     """
-    return prepare(config, out, resume=resume, command=command).run()
+    return prepare(config, out, resume=resume, overwrite=overwrite, command=command).run()
 
 
-def prepare(config: Config, out: Path, *, resume: str | Path | None = None, command: Sequence[str] = ()) -> "Run":
-    """`pretrain` up to its first step, with the run folder open. What fails later is no fault of the arguments."""
-    check(config)
-    ranks = announced()
-    ranks = start(ranks, resolve_device(config, ranks), config.parallel.timeout)
+def prepare(
+    config: Config,
+    out: Path,
+    *,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+) -> "PretrainRun":
+    """`pretrain` up to its first step, with the run folder open. Later failures are not caused by the arguments."""
+    placement = place(config, announced())
+    ranks = start(placement.ranks, placement.device, config.parallel.timeout)
+    placement = placement._replace(ranks=ranks)
     watch = Watch(ranks, config.parallel.timeout)
     try:
-        return _prepare(config, Path(from_first(ranks, str(out))), resume, command, ranks, watch)
+        log = RunLog(Path(from_first(ranks, str(out))), active=ranks.first)
+        try:
+            planned = _plan(placement, log, resume, overwrite, watch)
+            return _open(planned, log, overwrite, command, watch)
+        except BaseException:
+            log.discard()
+            raise
     except BaseException as error:
         watch.close(error)
         stop(ranks)
         raise
 
 
-def _prepare(
-    config: Config, out: Path, resume: str | Path | None, command: Sequence[str], ranks: Ranks, watch: Watch
-) -> "Run":
-    planned, error = None, None
+def _plan(placement: Placement, log: RunLog, resume: str | Path | None, overwrite: bool, watch: Watch) -> Plan:
+    """Rank 0 takes hold of the folder and looks into it; every rank checks the rest."""
     watch.at(0, "reading checkpoint and data")
-    try:
-        planned = plan(config, out, resume, ranks, lock=True)
-    except Failed:
-        raise
-    except Exception as e:
-        error = e
-    together(ranks, error)
-    log, saved, notes = planned.log, planned.saved, planned.notes
+    ranks = placement.ranks
+    state = FolderState(*decided(ranks, lambda: look(log, resume, overwrite, hold=True)))
+    dataset = everywhere(ranks, lambda: open_data(placement.config))
+    fingerprint = fingerprint_of(dataset, ranks)
+    return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state))
+
+
+def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], watch: Watch) -> "PretrainRun":
+    """Build the model, load the checkpoint, and begin to write."""
+    saved = planned.saved
     watch.at(saved.state["step"] if saved else 0, "building the model")
-    trainer = Trainer(config, planned.dataset, ranks=ranks, start_batch=saved.state["data_position"] if saved else 0)
+    trainer = Trainer(planned)
     if saved:
-        watch.at(trainer.step, "loading the checkpoint")
+        watch.at(saved.state["step"], "loading the checkpoint")
         trainer.restore(saved)
-    try:
-        error = None
-        try:
-            log.open(config, _start_entry(trainer, planned.dataset, command, saved))
-            if saved and ranks.first:
-                notes += [f"set aside {p.name}" for p in checkpoint.set_aside_after(log.checkpoints, trainer.step)]
-        except Exception as e:
-            error = e
-        together(ranks, error)
-        return Run(trainer, log, notes, saved, watch)
-    except BaseException:
-        if saved is None:
-            log.discard()
-        log.close()
-        raise
+
+    def begin() -> list[Path]:
+        log.open(planned.config, _start_entry(planned, command), overwrite=overwrite)
+        return checkpoint.set_aside_after(log.checkpoints, trainer.step) if saved and planned.ranks.first else []
+
+    notes = [*planned.notes, *(f"set aside {path.name}" for path in everywhere(planned.ranks, begin))]
+    return PretrainRun(trainer, log, notes, saved, watch)
 
 
-class Run:
+class PretrainRun:
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
     def __init__(
@@ -169,7 +128,7 @@ class Run:
 
     def run(self) -> int:
         """Take the steps, once; the exit code. Closes the folder, or removes it when it fails before the first step."""
-        with _stop_signals() as self.signals:
+        with exits.collected() as self.signals:
             try:
                 with self.progress.shown():
                     self._greet()
@@ -241,10 +200,10 @@ class Run:
                 name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
                 self.log.event(done, "preempted", signal=name)
                 self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
-                return EXIT_PREEMPTED
+                return exits.PREEMPTED
         word = "done" if trainer.step == trainer.steps else "stopped as asked"
         self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
-        return EXIT_DONE
+        return exits.DONE
 
     def _row(self) -> None:
         trainer = self.trainer
@@ -259,7 +218,7 @@ class Run:
         self.log.row(row)
         self.progress.row(row)
         self._spikes()
-        for layer, unused in trainer.newly_unused():
+        for layer, unused in trainer.window.newly_unused():
             self.log.event(trainer.step, "unused experts", layer=layer, **unused._asdict())
             for word, experts in (("no image", unused.dead), ("almost no image", unused.nearly_dead)):
                 if experts:
@@ -280,7 +239,7 @@ class Run:
 
     def _spikes(self) -> None:
         """Loss spikes with the worst images of all ranks; every rank found the same steps."""
-        spikes, self.trainer.spikes = self.trainer.spikes, []
+        spikes = self.trainer.window.take_spikes()
         if not spikes:
             return
         told = gather(self.ranks, [spike.samples for spike in spikes])
@@ -378,7 +337,7 @@ class Run:
             f"samples of the last: {_list(bad[-1].samples, 20)}",
             file=sys.stderr,
         )
-        return EXIT_NONFINITE
+        return exits.NONFINITE
 
     def _save_unreadable(self) -> None:
         # The batch was not given, so nothing of this step is done: a resume reads it again, from mended files.
@@ -398,98 +357,19 @@ class Run:
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
 
 
-def _find_start(log: RunLog, resume: str | Path | None, lock: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, or None, and what is to be said about it."""
-    out = log.folder
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"out: expected a folder; {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"out: expected a folder that can be written; {there} cannot")
-    if lock and resume is not None and log.holds_run():
-        log.lock()
-    if resume is None or (resume == "auto" and not log.holds_run()):
-        if log.holds_run():
-            raise ValueError(f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it")
-        if not log.is_empty():
-            raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
-        return None, []
-    if resume != "auto":
-        return checkpoint.load(Path(resume)), []
-    saved, passed_over = checkpoint.newest_good(log.checkpoints)
-    notes = [f"passed over {reason}" for reason in passed_over]
-    return saved, notes if saved else ["no checkpoint yet in this run folder: starting at step 0"]
-
-
-def _open_data(config: Config) -> Dataset:
-    try:
-        return open_dataset(config.data.path)
-    except (ValueError, FileNotFoundError) as error:
-        if not str(error).startswith("path: "):
-            raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"data.{error}") from error
-
-
-def _refuse_other_run(
-    log: RunLog, saved: checkpoint.Checkpoint | None, config: Config, found: Mapping[str, Any]
-) -> None:
-    """ValueError naming every field in which the run in the folder is another one than ``config``'s.
-
-    found: what is not in the configuration: fingerprint of the data, steps, precision. A folder without a checkpoint is
-    known by its ``config.yaml`` and its last start.
-    """
-    if saved:
-        where, state = saved.folder, saved.state
-        old = from_dict(state["config"], Config(), str(where / "state.json"))
-        before = {"data": state["data_fingerprint"], "steps": state["steps"], "precision": state["precision"]}
-    elif log.holds_run():
-        where, old, before = log.folder, log.config(), {}
-        if start := log.last_start():
-            before = {"data": start["data"]["fingerprint"], "steps": start["steps"], "precision": start["precision"]}
-    else:
-        return
-    changed = {k: v for k, v in differences(old, config).items() if k not in FREE_ON_RESUME}
-    for name, value in before.items():
-        if value != found[name]:
-            changed.setdefault(name, (value, found[name]))
-    if changed:
-        listed = "; ".join(f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items())
-        raise ValueError(f"resume: {where} belongs to another run: {listed}")
-
-
-def _start_entry(
-    trainer: Trainer, dataset: Dataset, command: Sequence[str], saved: checkpoint.Checkpoint | None
-) -> dict[str, Any]:
+def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
+    saved, dataset = planned.saved, planned.dataset
     return {
         "started": now(),
-        "step": trainer.step,
+        "step": saved.state["step"] if saved else 0,
         "resumed_from": saved.folder.name if saved else None,
         "command": list(command),
-        "ranks": trainer.ranks.world_size,
-        "steps": trainer.steps,
-        "precision": trainer.precision,
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": dataset.modality_counts()},
-        **describe_machine(trainer.device),
+        "ranks": planned.ranks.world_size,
+        "steps": planned.steps,
+        "precision": planned.precision,
+        "data": {"name": dataset.name, "fingerprint": planned.fingerprint, "images": dataset.modality_counts()},
+        **describe_machine(planned.device),
     }
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGUSR1 and SIGINT; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _list(names: Sequence[str], most: int) -> str:

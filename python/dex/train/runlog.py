@@ -6,15 +6,12 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,12 +21,16 @@ from typing import Any
 
 import torch
 
+from dex.common import atomic
 from dex.common.units import duration
 from dex.config import Config, read_yaml, to_yaml
+from dex.train.lock import LOCK, FolderLock
 
 CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
-LOCK, LOCK_WAIT = ".lock", 30.0
-"""The file that a run holds while it writes to its folder; seconds that another one waits for it."""
+FILES, FOLDERS = (CONFIG, STARTS, METRICS, EVENTS), ("checkpoints", "pictures", "tensorboard")
+"""Everything that a run writes into its folder, but for the lock."""
+LOCK_WAIT = 30.0
+"""Seconds that a resume waits for the process that still writes to the folder."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -58,16 +59,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes one run folder. Nothing is created before `open`; `discard` takes back the `open` of a new run.
+    """Writes one run folder, of which it looks at nothing and changes nothing until it holds it.
+
+    `hold`, then look (`holds_run`, `is_empty`), then `open`; `close` in the end, or `discard`, which takes back what
+    this process made. Looking alone, without `hold`, is for those who write nothing.
 
     active: False on all ranks but one, where nothing is written.
     """
 
     def __init__(self, folder: Path, active: bool = True):
         self.folder, self.active = folder, active
-        self._created: list[Path] = []
-        self._fresh = False
-        self._lock: int | None = None
+        self._lock = FolderLock(folder)
+        self._owned = False
+        """The folder was empty when this process took hold of it, or it has replaced the run there."""
         self._files: dict[str, Any] = {}
         self._board: Any = None
 
@@ -79,48 +83,25 @@ class RunLog:
     def pictures(self) -> Path:
         return self.folder / "pictures"
 
+    def hold(self, wait: bool = False) -> None:
+        """Make the folder and keep other processes' runs out of it until `close`, or until this process ends.
+
+        wait: for a process that may be about to end, `LOCK_WAIT` seconds. Raises: ValueError when another process holds
+        the folder; nothing in it is touched then.
+        """
+        if self.active and not self._lock.held:
+            self._lock.take(LOCK_WAIT if wait else 0.0)
+            self._owned = self.is_empty()
+
     def holds_run(self) -> bool:
         return (self.folder / CONFIG).exists()
 
     def is_empty(self) -> bool:
         """Nothing is there but what a start that was killed at once leaves."""
-        left = {_work(self.folder / CONFIG), self.folder / LOCK}
-        return not self.folder.exists() or left.issuperset(self.folder.iterdir())
-
-    def lock(self) -> None:
-        """Keep other processes' runs out of the folder until `close`, or until this process ends, however it does.
-
-        What still holds it may be about to end: it is waited for, `LOCK_WAIT` seconds. Raises: ValueError when it is
-        held still. A file system that knows no locks keeps nobody out.
-        """
-        if self._lock is not None or not self.active:
-            return
-        path, deadline, told = self.folder / LOCK, time.monotonic() + LOCK_WAIT, False
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            while True:
-                try:
-                    # Not flock, which the loader's forked workers would share and keep.
-                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.truncate(descriptor, 0)
-                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                    break
-                except OSError as error:
-                    if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        break
-                    if error.errno not in (errno.EACCES, errno.EAGAIN):
-                        raise
-                who = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
-                if time.monotonic() > deadline:
-                    raise ValueError(f"out: expected a folder that no other run uses; {who} writes to {self.folder}")
-                if not told:
-                    print(f"dex pretrain: {who} writes to {self.folder}; waiting for it to end", file=sys.stderr)
-                told = True
-                time.sleep(0.2)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._lock = descriptor
+        if not self.folder.exists():
+            return True
+        leftovers = {self.folder / LOCK, *self._leftovers()}
+        return leftovers.issuperset(self.folder.iterdir())
 
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
@@ -135,29 +116,30 @@ class RunLog:
         path = self.folder / STARTS
         return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
 
-    def open(self, config: Config, start: Mapping[str, Any]) -> None:
-        """Create or continue the folder; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
+    def open(self, config: Config, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Begin or continue the run; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
 
-        Rows and events after that step are removed: the run will write them again.
+        Rows and events after that step are removed: the run will write them again. overwrite: remove the run that is
+        in the folder first.
         """
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         step = start["step"]
-        self._fresh = self.is_empty()
-        for folder in (*reversed(self.folder.parents), self.folder):
-            if not folder.exists():
-                folder.mkdir()
-                self._created.append(folder)
-        self.lock()
-        _write(self.folder / CONFIG, to_yaml(config))  # first: it makes the folder a run's, whatever comes next
+        self.hold()
+        if overwrite:
+            self._owned = True
+            self._remove(*FOLDERS, STARTS, METRICS, EVENTS)  # not config.yaml: without it the rest would be no run's
+        self._remove_leftovers()
+        atomic.write(self.folder / CONFIG, to_yaml(config))  # first: it makes the folder a run's, whatever comes next
         self.pictures.mkdir(exist_ok=True)
-        _write(self.folder / STARTS, json.dumps({"starts": [*self._starts(), dict(start)]}, indent=1) + "\n")
+        starts = {"starts": [*self._starts(), dict(start)]}
+        atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n")
         for name in (METRICS, EVENTS):
             path = self.folder / name
             kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
-            _write(path, "".join(json.dumps(row) + "\n" for row in kept))
+            atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -195,25 +177,40 @@ class RunLog:
         return read_rows(self.folder / METRICS)
 
     def close(self) -> None:
+        self._close_files()
+        self._lock.release()
+
+    def discard(self) -> None:
+        """`close`, and remove what this process made: a run that it began, folders. A run that it continued stays."""
+        self._close_files()
+        if self._owned and self._lock.held:
+            self._remove(*FOLDERS, *FILES)
+            self._remove_leftovers()
+        self._lock.release(undo=True)
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
         if self._board is not None:
             self._board.close()
             self._board = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
-    def discard(self) -> None:
-        """Remove what `open` made and what was written since; a continued run stays, and so do older folders."""
-        self.close()
-        if self._fresh:
-            for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for folder in reversed(self._created):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            path = self.folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _leftovers(self) -> list[Path]:
+        """Files that a process which was killed had not finished writing."""
+        return [path for name in FILES for path in self.folder.glob(f"{name}.*{atomic.PARTIAL}")]
+
+    def _remove_leftovers(self) -> None:
+        for path in self._leftovers():
+            path.unlink(missing_ok=True)
 
     def _write_line(self, name: str, row: Mapping[str, Any]) -> None:
         if not self.active:
@@ -306,16 +303,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    work = _work(path)
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, path)
-
-
-def _work(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _version(name: str) -> str | None:

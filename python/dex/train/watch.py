@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dex.common import exits
 from dex.common.ranks import Ranks, gather
 
 INTERVAL = 1.0
@@ -25,7 +26,6 @@ _GRACE = 5.0
 """Seconds after another rank's failure in which this one may still find out by itself what failed."""
 _AT_FULL_RATE = 256
 """Above so many ranks they speak less often: each hears of all, so what the store sends grows with their square."""
-EXIT_FAILED = 1
 
 
 class Watch:
@@ -179,4 +179,4 @@ class Watch:
                 traceback.print_exception(self._error)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()
-            os._exit(EXIT_FAILED)
+            os._exit(exits.FAILED)

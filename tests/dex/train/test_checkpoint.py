@@ -170,7 +170,7 @@ def test_an_old_one_that_is_being_read_does_not_fail_the_save(number, tmp_path, 
     assert [step for step, _ in checkpoint.found(tmp_path)] == [3]
 
 
-@pytest.mark.parametrize("fails", ["_sync", "_digest", "_manifest_text"])
+@pytest.mark.parametrize("fails", ["sync_path", "_digest", "_manifest_text"])
 def test_a_save_that_fails_leaves_what_was_there(fails, tmp_path, monkeypatch):
     save(tmp_path, 1)
     real = getattr(checkpoint, fails)

@@ -189,13 +189,14 @@ def test_a_stopped_rank_is_named_within_its_time(ranks, tiny, change, tmp_path):
 def main(path: Path, out: Path, what: str) -> None:
     from dex.common.ranks import announced, full, gather, start, stop
     from dex.data import open_dataset
-    from dex.train.trainer import Trainer, resolve_device
+    from dex.train.plan import resolve, resolve_device
+    from dex.train.trainer import Trainer
 
     torch.set_num_threads(1)
     configuration = config.read_yaml(path, config.Config())
     ranks = announced()
     ranks = start(ranks, resolve_device(configuration, ranks), 60)
-    trainer = Trainer(configuration, open_dataset(configuration.data.path), ranks=ranks)
+    trainer = Trainer(resolve(configuration, open_dataset(configuration.data.path), ranks))
     if not what.isdigit():
         trainer.restore(checkpoint.load(Path(what)))
         saver = checkpoint.Saver(out, 1, ranks)

@@ -13,7 +13,6 @@ from dex import config
 from dex.data import CorruptDataError, SampleError
 from dex.data.folder import FolderDataset
 from dex.train import checkpoint, runlog
-from dex.train import run as module
 from dex.train import trainer as engine
 from dex.train.run import pretrain
 from dex.train.runlog import read_rows
@@ -481,14 +480,14 @@ def test_unreadable_images_at_the_first_step_leave_no_folder(tiny, tmp_path, mon
 
 def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    real = checkpoint._sync
+    real = checkpoint.sync_path
 
     def full(path):
         if "step-00000010" in str(path):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync_path", full)
     with pytest.raises(OSError, match="No space left"):
         pretrain(tiny, out)
     monkeypatch.undo()
@@ -514,10 +513,6 @@ def test_killed_processes_resume_bit_exactly(whole, tiny, change, tmp_path, dex_
     assert process.wait(timeout=60) == 0, process.communicate()
     assert metrics(out) == metrics(whole)
     assert same_run(digest(last(whole)), digest(last(out)))
-
-
-def test_constants_of_the_contract():
-    assert (module.EXIT_DONE, module.EXIT_NONFINITE, module.EXIT_PREEMPTED) == (0, 3, 75)
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-monolithic"])

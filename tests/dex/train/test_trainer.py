@@ -1,4 +1,3 @@
-import contextlib
 import json
 import shutil
 
@@ -8,13 +7,14 @@ import torch
 from dex.data import open_dataset
 from dex.train import checkpoint
 from dex.train import trainer as engine
+from dex.train.plan import resolve
 from dex.train.trainer import Trainer
 
 
 @pytest.fixture
 def trainer(tiny, images, change):
     def build(**fields):
-        return Trainer(change(tiny, **fields), open_dataset(images))
+        return Trainer(resolve(change(tiny, **fields), open_dataset(images)))
 
     return build
 
@@ -179,7 +179,6 @@ def test_two_halves_are_the_whole(trainer, tmp_path):
     saver.wait()
     folder = tmp_path / "step-00000005"
     second = trainer(data__num_workers=0)
-    second.loader = engine.Loader(second.loader.dataset, 8, seed=0, start_batch=first.loader.position)
     second.restore(checkpoint.load(folder))
     torch.manual_seed(99)
     for _ in range(8):
@@ -218,20 +217,6 @@ def test_row_is_the_mean_of_its_steps(trainer):
     assert all(0 < e <= 1 for e in row["usage_entropy"])
 
 
-def test_dead_experts_are_told_once(trainer):
-    t = trainer(model__num_experts=4)
-    for counts, want in (
-        ([[100, 0, 5, 295], [100] * 4], [(0, ((1,), (2,)))]),
-        ([[100, 0, 5, 295], [100] * 4], []),  # told already
-        ([[10, 0, 5, 25], [100] * 4], []),  # too few slots to judge
-        ([[100] * 4, [0, 100, 100, 200]], [(1, ((0,), ()))]),
-        ([[100] * 4, [100] * 4], []),
-    ):
-        t._slots.copy_(torch.tensor(counts).flatten())
-        assert [(layer, tuple(u)) for layer, u in t.newly_unused()] == want
-    assert t._slots.sum() == 0
-
-
 def test_a_data_set_without_held_out_images_trains(tiny, images, change, tmp_path):
     import shutil
 
@@ -241,48 +226,9 @@ def test_a_data_set_without_held_out_images_trains(tiny, images, change, tmp_pat
         shutil.copy(path, alone / path.name)
     dataset = open_dataset(alone.parent)
     dataset._in_split = lambda name: [name == "train"] * len(dataset)
-    t = Trainer(tiny, dataset)
+    t = Trainer(resolve(tiny, dataset))
     assert t.evaluate() is None
     assert t.train_step() == []
-
-
-def test_too_small_a_data_set_is_refused(tiny, images, change):
-    with pytest.raises(ValueError, match="batch_size: expected at most the .* samples"):
-        Trainer(change(tiny, data__batch_size=1000), open_dataset(images))
-
-
-def test_cuda_is_refused_by_name_where_there_is_none(tiny, change, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="run.device: expected a device that is there; got 'cuda'"):
-        engine.resolve_device(change(tiny, run__device="cuda"))
-    assert engine.resolve_device(change(tiny, run__device="auto")).type == "cpu"
-
-
-@pytest.mark.parametrize(
-    "device, ranks, fields, words",
-    [
-        ("cpu", 1, {}, "expected a CUDA device; got cpu"),
-        ("cuda", 2, {"model__backend": "triton"}, "expected one rank, .*; got 2"),
-        ("cuda", 1, {}, r"expected experts .* \(model.backend triton\); got those of plain torch"),
-        ("cuda", 1, {"model__backend": "reference"}, ".*got those of plain torch"),
-        ("cuda", 1, {"model__backend": "triton"}, None),
-        ("cuda", 1, {"model__num_experts": 0, "model__backend": "reference"}, None),
-    ],
-)
-def test_a_graph_is_refused_by_name_where_a_step_cannot_be_captured(
-    tiny, change, monkeypatch, device, ranks, fields, words
-):
-    monkeypatch.setattr("dexkernels.backends.why_not", lambda op, backend: None)
-    monkeypatch.setattr("dexkernels.backends.architecture", lambda device: "sm_00")
-    device, asked = torch.device(device), change(tiny, parallel__cuda_graph=True, **fields)
-    with pytest.raises(ValueError, match=f"parallel.cuda_graph: {words}") if words else contextlib.nullcontext():
-        engine.check_cuda_graph(asked, device, ranks)
-    engine.check_cuda_graph(change(asked, parallel__cuda_graph=False), device, ranks)
-
-
-def test_a_trainer_on_a_cpu_refuses_a_graph(trainer):
-    with pytest.raises(ValueError, match="parallel.cuda_graph: expected a CUDA device; got cpu"):
-        trainer(parallel__cuda_graph=True)
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,185 @@
+"""What all ranks agree on about a step, and what the host learns of it; every number goes by the name of its field.
+
+Shape letters: B images of this rank, E experts of all layers, E_l experts of layer l, M modalities.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dex.analysis import usage
+from dex.common.ranks import Ranks
+from dex.model import MAEOutput
+
+
+class Losses(NamedTuple):
+    """Means over a batch, each a 0-dim tensor."""
+
+    loss: Tensor
+    total: Tensor
+    align_loss: Tensor
+    balance_loss: Tensor
+    grad_norm: Tensor
+
+
+class Verdict(NamedTuple):
+    """What all ranks know of a step, on the device: ``losses`` are means over the ranks, the other numbers sums."""
+
+    good: Tensor
+    """0-dim bool: every rank could read its images, and everything is finite everywhere."""
+    stop: Tensor
+    """0-dim: how many ranks were asked to stop."""
+    unreadable: Tensor
+    """0-dim: how many ranks cannot read their images."""
+    losses: Tensor
+    """float64 ``[5]``, in the order of `Losses`."""
+    modality_loss: Tensor
+    """float64 ``[M]``."""
+    modality_images: Tensor
+    """float64 ``[M]``."""
+    slots: Tensor
+    """float64 ``[E]``."""
+    gate_mass: list[Tensor]
+    """float32 ``[E_l]`` of every layer with experts."""
+
+
+class HostVerdict(NamedTuple):
+    """What the host knows of a step."""
+
+    good: bool
+    stop: bool
+    unreadable: bool
+    loss: float
+    grad_norm: float
+    image_loss: Tensor
+    """float32 ``[B]``."""
+
+
+class NonFinite(NamedTuple):
+    """A step that changed nothing because its loss, gate mass or gradient was not finite."""
+
+    step: int
+    """Steps done when it began."""
+    loss: float
+    grad_norm: float
+    samples: list[str]
+    """Ids of the images with a non-finite loss; the whole batch when only the gradient was non-finite."""
+
+
+class Fields:
+    """Named tensors in one vector, one after the other. ``shapes``: the shape of each, by name."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+
+    def pack(self, dtype: torch.dtype, **values: Tensor) -> Tensor:
+        """One vector of ``values``, one for every field."""
+        return torch.cat([values[name].to(dtype).reshape(-1) for name in self.shapes])
+
+    def unpack(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of ``vector`` by the names of the fields."""
+        parts = zip(self.shapes.items(), vector.split(self.sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+
+class Agreement:
+    """How the ranks come to a `Verdict`: one sum of one vector over all of them, with nothing to wait for on the host.
+
+    experts: of each layer that has any. modalities: how many.
+    """
+
+    def __init__(self, ranks: Ranks, experts: Sequence[int], modalities: int):
+        self.ranks, self.experts, self.modalities = ranks, list(experts), modalities
+        kinds, numbers = (modalities,), (sum(experts),)
+        self.fields = Fields(
+            {"bad": (), "stop": (), "unreadable": ()}
+            | {"losses": (len(Losses._fields),), "modality_loss": kinds, "modality_images": kinds}
+            | {"slots": numbers, "gate_mass": numbers}
+        )
+
+    @torch.no_grad()
+    def reach(self, losses: Losses, out: MAEOutput, modality: Tensor, stop: Tensor, unreadable: Tensor) -> Verdict:
+        """stop, unreadable: 0-dim bool, of this rank; modality: int64 ``[B]``. All ranks ask."""
+        kinds = usage.one_hot(modality, self.modalities)
+        numbers = torch.stack(losses)
+        judged = torch.stack([losses.total, losses.grad_norm])
+        finite = torch.isfinite(torch.cat([judged, *out.gate_mass])).all()
+        told = self.fields.pack(
+            torch.float64,
+            bad=~finite | unreadable,
+            stop=stop,
+            unreadable=unreadable,
+            losses=numbers / self.ranks.world_size,
+            modality_loss=kinds.T @ out.image_loss.double(),
+            modality_images=kinds.sum(0),
+            slots=self._slots(out),
+            gate_mass=torch.cat(out.gate_mass) if out.gate_mass else numbers.new_empty(0),
+        )
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(told)
+        fields = self.fields.unpack(told)
+        bad, gate_mass = fields.pop("bad"), fields.pop("gate_mass")
+        # The counts of ranks are finite anyway; what is finite on every rank may add up to what is not.
+        good = (bad == 0) & torch.isfinite(told).all()
+        return Verdict(good=good, gate_mass=list(gate_mass.float().split(self.experts)), **fields)
+
+    def _slots(self, out: MAEOutput) -> Tensor:
+        """float64 ``[E]``: how often each expert was chosen."""
+        slots = torch.zeros(sum(self.experts), dtype=torch.float64, device=out.image_loss.device)
+        first = 0
+        for indices, experts in zip(out.expert_indices, self.experts, strict=True):
+            taken = indices.flatten().long() + first
+            slots.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float64))
+            first += experts
+        return slots
+
+
+class Sent(NamedTuple):
+    """A verdict on its way to the host."""
+
+    step: int
+    ids: Sequence[str]
+    values: Tensor
+    """`_host_fields`, float32."""
+    ready: Any
+    """The event after which ``values`` are there; None when they are."""
+
+    def read(self) -> HostVerdict:
+        """Waits until it is there."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        fields = _host_fields(len(self.ids)).unpack(self.values)
+        image_loss = fields.pop("image_loss")
+        good, stop, unreadable = (bool(fields.pop(name).item()) for name in ("good", "stop", "unreadable"))
+        return HostVerdict(good, stop, unreadable, image_loss=image_loss, **{k: v.item() for k, v in fields.items()})
+
+
+def send(verdict: Verdict, image_loss: Tensor, step: int, ids: Sequence[str]) -> Sent:
+    """Start to copy to the host what it needs of a step; no wait on a GPU."""
+    losses = Losses(*verdict.losses)
+    values = _host_fields(len(ids)).pack(
+        torch.float32,
+        good=verdict.good,
+        stop=verdict.stop,
+        unreadable=verdict.unreadable,
+        loss=losses.loss,
+        grad_norm=losses.grad_norm,
+        image_loss=image_loss,
+    )
+    if values.device.type != "cuda":
+        return Sent(step, ids, values, None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return Sent(step, ids, host, ready)
+
+
+def _host_fields(images: int) -> Fields:
+    return Fields(
+        {name: () for name in ("good", "stop", "unreadable", "loss", "grad_norm")} | {"image_loss": (images,)}
+    )
