@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,16 +22,21 @@ def work_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str], *, sync: bool = False, mode: int = 0o666) -> Iterator[IO[bytes]]:
+def writing(
+    path: str | os.PathLike[str], *, sync: bool = False, mode: int = 0o666, locked: bool = False
+) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends; an error in the block leaves ``path`` alone.
 
-    sync: return only when the file is on the disk. mode: permissions of the file, less the umask.
+    sync: return only when the file is on the disk. mode: permissions of the file, less the umask. locked: the caller
+    holds a lock that keeps other writers away; what a writer that was killed left under the `work_name` is replaced.
 
-    Two processes that write one path at the same time each leave a whole file; the last one stays.
+    Without a lock, processes that write one path at the same time, on one machine or several, each leave a whole file;
+    the last one stays.
     """
     path = Path(path)
-    work = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    work.unlink(missing_ok=True)
+    work = work_name(path if locked else path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}"))
+    if locked:
+        work.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.ExitStack() as undo:
         descriptor = os.open(work, flags, mode)
@@ -46,9 +52,11 @@ def writing(path: str | os.PathLike[str], *, sync: bool = False, mode: int = 0o6
         sync_path(path.parent)
 
 
-def write(path: str | os.PathLike[str], data: bytes | str, *, sync: bool = False, mode: int = 0o666) -> None:
+def write(
+    path: str | os.PathLike[str], data: bytes | str, *, sync: bool = False, mode: int = 0o666, locked: bool = False
+) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8) as a whole; arguments as of `writing`."""
-    with writing(path, sync=sync, mode=mode) as file:
+    with writing(path, sync=sync, mode=mode, locked=locked) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
