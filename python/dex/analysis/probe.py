@@ -64,7 +64,7 @@ def knn_accuracy(
     train, valid = _directions(train_features)
     classes, train_index = train_labels.to(device).long().unique(return_inverse=True)
     truth = test_labels.to(device).long()
-    found = torch.empty(len(test_features), dtype=torch.bool, device=device)
+    hit = torch.empty(len(test_features), dtype=torch.bool, device=device)
     rows = max(1, _SIMILARITIES // len(train))
     for begin in range(0, len(test_features), rows):
         part = slice(begin, begin + rows)
@@ -74,12 +74,12 @@ def knn_accuracy(
         votes = ((near - near[:, :1]) / temperature).exp().nan_to_num_(0.0)
         counted = votes.new_zeros(len(test), len(classes)).scatter_add_(1, train_index[index], votes)
         winner = (counted == counted.amax(1, keepdim=True)).int().argmax(1)  # the first of equals
-        found[part] = (classes[winner] == truth[part]) & good & (counted.amax(1) > 0)
+        hit[part] = (classes[winner] == truth[part]) & good & (counted.amax(1) > 0)
     labels, inverse = truth.unique(return_inverse=True)
-    right = torch.zeros(len(labels), dtype=torch.float64, device=device).index_add_(0, inverse, found.double())
+    right = torch.zeros(len(labels), dtype=torch.float64, device=device).index_add_(0, inverse, hit.double())
     share = right / inverse.bincount(minlength=len(labels))
     per_class = dict(zip(labels.tolist(), share.tolist(), strict=True))
-    return KNNAccuracy(float(right.sum() / len(found)), per_class)
+    return KNNAccuracy(float(right.sum() / len(hit)), per_class)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
 
     data: a data set to check and read instead of the one in the package. out: where runs are to be written.
     """
-    found: list[Check] = []
+    checks: list[Check] = []
     for section in (
         versions,
         devices,
@@ -64,11 +64,11 @@ def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
         lambda: data_set(data),
         command,
     ):
-        found += section()
-    _show(found)
-    failed = [c for c in found if c.status == "failed"]
+        checks += section()
+    _show(checks)
+    failed = [c for c in checks if c.status == "failed"]
     if failed:
-        print(f"pretraining cannot run: {len(failed)} of {len(found)} checks failed")
+        print(f"pretraining cannot run: {len(failed)} of {len(checks)} checks failed")
     else:
         print("pretraining can run")
     return len(failed)
@@ -191,22 +191,22 @@ def data_set(path: str | None) -> Iterator[Check]:
 
 def command() -> Iterator[Check]:
     """Whether the shell's `dex` is this one; it is read, not run."""
-    found = shutil.which("dex")
+    path = shutil.which("dex")
     other = f"use {Path(sys.executable).name} -m dex"
-    if found is None:
+    if path is None:
         yield Check("command", "dex", "note", f"not on PATH; {other}")
         return
     try:
-        with open(found, "rb") as file:
+        with open(path, "rb") as file:
             ours = b"dex.cli" in file.read(4096)
     except OSError:
         ours = False
     if not ours:
-        yield Check("command", "dex", "note", f"{found} is another program; {other}")
-    elif Path(found).resolve().parent != Path(sys.executable).absolute().parent:
-        yield Check("command", "dex", "note", f"{found} belongs to another Python than {sys.executable}; {other}")
+        yield Check("command", "dex", "note", f"{path} is another program; {other}")
+    elif Path(path).resolve().parent != Path(sys.executable).absolute().parent:
+        yield Check("command", "dex", "note", f"{path} belongs to another Python than {sys.executable}; {other}")
     else:
-        yield Check("command", "dex", "ok", found)
+        yield Check("command", "dex", "ok", path)
 
 
 def _try(section: str, name: str, action: Callable[[], str], needed: bool) -> Check:
@@ -233,9 +233,9 @@ def _round_trip(name: str) -> str:
     return "written and read back"
 
 
-def _show(found: list[Check]) -> None:
+def _show(checks: list[Check]) -> None:
     if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
-        for c in found:
+        for c in checks:
             print(f"{c.section:9} {c.status:7} {c.name}: {c.detail}")
         return
     from rich.console import Console
@@ -247,7 +247,7 @@ def _show(found: list[Check]) -> None:
         table.add_column(title, overflow="fold")
     colour = {"ok": "green", "note": "yellow", "failed": "bold red"}
     before = None
-    for c in found:
+    for c in checks:
         section = c.section if c.section != before else ""
         if section and before:
             table.add_row()

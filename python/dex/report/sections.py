@@ -32,13 +32,13 @@ def losses(runs: list[RunRecord]) -> str:
         draw.overlay("Balance loss", of_experts("balance_loss"), unused=True, log=True),
         draw.overlay("Gradient norm", lambda run: run.points("grad_norm"), log=True, unit="before clipping"),
     ]
-    said = (
+    caption = (
         "Training values are means over the steps since the row before. Held-out values are of the same images and the "
         "same masks every time. Align and balance loss are shown before their weights."
     )
     if any(is_dense(len(run.points("loss"))) for run in runs):
-        said += " Where rows lie too close together, a line is their mean and the band around it their range."
-    return hero + key + grid(more) + f'<p class="soft">{said}</p>'
+        caption += " Where rows lie too close together, a line is their mean and the band around it their range."
+    return hero + key + grid(more) + f'<p class="soft">{caption}</p>'
 
 
 def modalities(runs: list[RunRecord]) -> str:
@@ -78,8 +78,8 @@ def modalities(runs: list[RunRecord]) -> str:
         if draw.several
         else f"<span>{sample(0, held_out)}training</span>" + (f"<span>{sample(1)}held out</span>" if held_out else "")
     )
-    said = f"Masked loss by modality{', held out' if draw.several and held_out else ''}; all charts have one scale."
-    return f'<p class="soft">{said}</p><p class="key">{legend}</p>{grid(charts)}{table(head, rows, "numbers")}'
+    caption = f"Masked loss by modality{', held out' if draw.several and held_out else ''}; all charts have one scale."
+    return f'<p class="soft">{caption}</p><p class="key">{legend}</p>{grid(charts)}{table(head, rows, "numbers")}'
 
 
 def experts(runs: list[RunRecord]) -> str:
@@ -100,8 +100,8 @@ def experts(runs: list[RunRecord]) -> str:
     maps = "".join(
         _expert_maps(i, run, draw.several) or _picture(i, run, "experts", draw.several) for i, run in enumerate(runs)
     )
-    said = "Which expert takes which modality: share of each modality's gate mass, held-out images."
-    return drawn + (f'<h3>Experts by modality</h3><p class="soft">{said}</p>{maps}' if maps else "")
+    caption = "Which expert takes which modality: share of each modality's gate mass, held-out images."
+    return drawn + (f'<h3>Experts by modality</h3><p class="soft">{caption}</p>{maps}' if maps else "")
 
 
 def _expert_maps(i: int, run: RunRecord, named: bool) -> str:
@@ -113,20 +113,20 @@ def _expert_maps(i: int, run: RunRecord, named: bool) -> str:
     layers = max((len(v) for v in mass.values() if isinstance(v, list)), default=0)
     panels: list[tuple[str, dict[str, list[float]]]] = []
     for layer in range(layers):
-        found = {}
+        by_name = {}
         for name, by_layer in mass.items():
             values = within(by_layer, layer)
             numbers = [real(v) or 0.0 for v in values] if isinstance(values, list) else []
             if sum(numbers) > 0:
-                found[name] = [v / sum(numbers) for v in numbers]
-        if found and len(set(map(len, found.values()))) == 1:
-            panels.append((f"layer {layer}", found))
+                by_name[name] = [v / sum(numbers) for v in numbers]
+        if by_name and len(set(map(len, by_name.values()))) == 1:
+            panels.append((f"layer {layer}", by_name))
     if not panels:
         return ""
-    top = max(share for _, found in panels for shares in found.values() for share in shares)
+    top = max(share for _, by_name in panels for shares in by_name.values() for share in shares)
     scale = f"step {row['step']:,}; the full colour is a share of {top:.0%}"
     head = f"<h4>{chip(i, run)} <small>{scale}</small></h4>" if named else f'<p class="soft">{scale}</p>'
-    return head + grid(heatmap(title, list(found), list(found.values()), top) for title, found in panels)
+    return head + grid(heatmap(title, list(by_name), list(by_name.values()), top) for title, by_name in panels)
 
 
 def speed(runs: list[RunRecord]) -> str:
@@ -189,12 +189,12 @@ def _picture(i: int, run: RunRecord, kind: str, named: bool) -> str:
 
 def _newest_pictures(run: RunRecord, kind: str) -> list[tuple[Path, int]]:
     """The newest first; those of steps that a resumed run has yet to take again come not at all."""
-    found = []
+    pictures = []
     for path in (run.folder / "pictures").glob(f"{kind}-step-*.png"):
         match = re.fullmatch(rf"{kind}-step-(\d+)\.png", path.name)
         if match and int(match[1]) <= run.step:
-            found.append((path, int(match[1])))
-    return sorted(found, key=lambda p: p[1], reverse=True)
+            pictures.append((path, int(match[1])))
+    return sorted(pictures, key=lambda p: p[1], reverse=True)
 
 
 def events(runs: list[RunRecord]) -> str:
@@ -212,10 +212,10 @@ def events(runs: list[RunRecord]) -> str:
         rows += shown
     if not rows:
         return '<p class="soft">None: no resume, no preemption, no step that was not finite, no unused expert.</p>'
-    said = "; ".join(f"{word} ×{n}" if n > 1 else word for word, n in counts.items())
+    summary = "; ".join(f"{word} ×{n}" if n > 1 else word for word, n in counts.items())
     run_head = "<th>run</th>" if len(runs) > 1 else ""
     head = f"<tr>{run_head}<th>step</th><th>event</th><th>details</th></tr>"
-    return f'<p class="soft">{esc(said)}</p>{table(head, rows, "events")}'
+    return f'<p class="soft">{esc(summary)}</p>{table(head, rows, "events")}'
 
 
 def _event_row(event: Mapping[str, Any], run: str | None) -> str:
@@ -262,8 +262,8 @@ def machine(runs: list[RunRecord]) -> str:
             rows.append(f"<tr><th>{esc(name)}</th>{''.join(cells)}</tr>")
     data = []
     for run in runs:
-        found = run.starts[-1].get("data")
-        data.append(f"<td>{esc(plain(within(found, 'name')))}, {esc(plain(within(found, 'fingerprint')))}</td>")
+        dataset = run.starts[-1].get("data")
+        data.append(f"<td>{esc(plain(within(dataset, 'name')))}, {esc(plain(within(dataset, 'fingerprint')))}</td>")
     rows.append(f"<tr><th>data, fingerprint</th>{''.join(data)}</tr>")
     starts = []
     for i, run in enumerate(runs):

@@ -148,12 +148,12 @@ def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Excha
         return {}
     m = work.config.model
     experts = sum(per_layer(m.num_experts, m.depth))
-    found = {"verdict": Exchange("all_reduce", 1, 8 * (3 + 5 + 2 * work.modalities + 2 * experts))}
+    talk = {"verdict": Exchange("all_reduce", 1, 8 * (3 + 5 + 2 * work.modalities + 2 * experts))}
     if strategy == "ddp":
-        return found | {"gradients": Exchange("all_reduce", _buckets(work), 4 * work.estimate.trained)}
+        return talk | {"gradients": Exchange("all_reduce", _buckets(work), 4 * work.estimate.trained)}
     gathered = [4 * sum(t.numbers(ranks) for t in group) for group in work.groups]
     trained = [[t for t in group if t.trained] for group in work.groups]
-    return found | {
+    return talk | {
         "weights": Exchange("all_gather", micro * (2 * len(gathered) - 1), micro * (2 * sum(gathered) - gathered[-1])),
         "gradients": Exchange(
             "reduce_scatter", len(trained), 4 * sum(t.numbers(ranks) for group in trained for t in group)
@@ -197,21 +197,21 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     backward keeps whole; two gathered blocks (in use and fetched ahead) and one block's gradients twice. With several
     micro-batches both hold the whole gradients of the earlier ones until they are exchanged.
     """
-    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
-    held = dict(found.memory)
+    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    held = dict(counted.memory)
     sharded = strategy == "fsdp" and ranks > 1
     if sharded:
         whole = sum(t.numbers(ranks) for group in work.groups for t in group)
         trained = sum(t.numbers(ranks) for group in work.groups for t in group if t.trained)
-        buffers = held["weights"] - 4 * sum(found.parameters.values())
+        buffers = held["weights"] - 4 * sum(counted.parameters.values())
         held |= {
             "weights": 4 * whole // ranks + buffers,
             "gradients": 4 * trained // ranks,
             "moments": 8 * trained // ranks,
         }
-    held["activations"] = work.config.data.batch_size // ranks // micro * found.activations
+    held["activations"] = work.config.data.batch_size // ranks // micro * counted.activations
     if micro > 1 and ranks > 1:
-        held["earlier micro-batches"] = 4 * found.trained
+        held["earlier micro-batches"] = 4 * counted.trained
     if sharded:
         block = max(sum(t.numbers(ranks) for t in group) for group in work.groups)
         block_trained = max(sum(t.numbers(ranks) for t in group if t.trained) for group in work.groups)
@@ -231,20 +231,20 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     """
     if work.config.parallel.checkpointing:
         raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
-    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
-    everything = sum(found.parameters.values())
+    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    everything = sum(counted.parameters.values())
     parallel = work.config.parallel
     held = strategy == "ddp" and not (parallel.compile or parallel.cuda_graph)
-    once = found.parameters["experts"] + found.parameters["directors"] if held else 0
+    once = counted.parameters["experts"] + counted.parameters["directors"] if held else 0
     shards = ranks if strategy == "fsdp" else 1
     traffic = {
-        "casts": AUTOCAST_BYTES * (once + micro * (everything - once)) if found.memory["bf16 copies"] else 0,
-        "gradients": 4 * found.trained * (1 + 3 * (micro - 1)),
-        "adamw": UPDATE_BYTES * found.trained // shards,
-        "gema": 4 * (found.parameters["experts"] + 2 * found.parameters["directors"]) // shards,
+        "casts": AUTOCAST_BYTES * (once + micro * (everything - once)) if counted.memory["bf16 copies"] else 0,
+        "gradients": 4 * counted.trained * (1 + 3 * (micro - 1)),
+        "adamw": UPDATE_BYTES * counted.trained // shards,
+        "gema": 4 * (counted.parameters["experts"] + 2 * counted.parameters["directors"]) // shards,
         "copies": 0,
     }
-    if not found.parameters["directors"]:
+    if not counted.parameters["directors"]:
         traffic["gema"] = 0
     if shards > 1:
         talk = exchanges(work, ranks, strategy)
@@ -264,10 +264,10 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     Raises: ValueError when the batch cannot be cut into equal parts, and as in `moved`.
     """
     _check_costs(costs)
-    found, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
     images = work.config.data.batch_size // ranks
     traffic = moved(work, ranks, strategy)
-    compute = max(images * found.flops_per_image / costs.flops, micro * _read(work, images // micro) / costs.memory)
+    compute = max(images * counted.flops_per_image / costs.flops, micro * _read(work, images // micro) / costs.memory)
     talk = exchanges(work, ranks, strategy)
     communication = sum(exchange_seconds(e, ranks, costs) for e in talk.values())
     if strategy == "ddp":
