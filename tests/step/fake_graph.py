@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dex.train import cuda_graph
+from dex.train import trainer as engine
 from dex.train.trainer import Trainer
 from dexkernels import backends, reference, shadows
 
@@ -148,10 +149,10 @@ def graphs_on_the_cpu():
         made.append(Graph())
         return made[-1]
 
-    def send_verdict(self, *of_the_step):
+    def send(*of_the_step):
         if Stream.now.apart:
             raise Refused("the current stream does not wait for another one")
-        return real_send(self, *of_the_step)
+        return real_send(*of_the_step)
 
     def init(self, *arguments, **options):
         real_init(self, *arguments, **options)
@@ -161,11 +162,11 @@ def graphs_on_the_cpu():
         for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
             reference._group_ema_on_device_(director, stacked, weights, momentum, skip)
 
-    real_send, real_init = Trainer._send_verdict, Trainer.__init__
+    real_send, real_init = engine.send, Trainer.__init__
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (Trainer, "__init__", init),
-            (Trainer, "_send_verdict", send_verdict),
+            (engine, "send", send),
             (cuda_graph, "why_not", lambda *_: None),
             (torch.cuda, "CUDAGraph", new_graph),
             (torch.cuda, "graph", lambda graph, stream: Capture(graph, stream)),
