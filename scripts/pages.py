@@ -116,8 +116,8 @@ def full(results: list[dict]) -> str:
 
 def _not_timed(result: dict) -> str:
     """Peers that the run did without, and why."""
-    told = result["versions"].items()
-    missing = [f"{k.removeprefix('without ')} ({reason})" for k, reason in told if k.startswith("without ")]
+    versions = result["versions"].items()
+    missing = [f"{k.removeprefix('without ')} ({reason})" for k, reason in versions if k.startswith("without ")]
     return f" Not timed: {'; '.join(missing)}." if missing else ""
 
 

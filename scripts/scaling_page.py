@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from generated import commit_of, settle  # noqa: E402
-from scaling import ASSUMED, BATCHES, EXPERTS, GPUS, IMAGES, NETWORKS, RANKS, RESULTS, RUN_IMAGES  # noqa: E402
+from scaling import ASSUMED, BATCHES, EXPERTS, GPUS, IMAGES, NETWORKS, RANKS, RESULTS, RUN_IMAGES, Spread  # noqa: E402
 
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/images/scaling.png"
 
@@ -132,7 +132,7 @@ UNTESTED = """\
 ## Tested here
 
 Not yet: `make scaling` measures unit costs and steps on 1, 2 and 4 gloo ranks. Bytes held and sent are tested against
-three ranks by `tests/dex/test_scaling.py`."""
+three ranks by `tests/dex/sizing/test_scaling.py`."""
 
 
 def page(results: dict) -> str:
@@ -189,8 +189,13 @@ def tested(results: dict) -> str:
     )
 
 
+def _median(test: dict) -> float:
+    """Of the measured seconds of a step."""
+    return Spread(*test["measured"]["seconds"]).median
+
+
 def _ratio(test: dict) -> float:
-    return test["predicted"]["seconds"] / test["measured"]["seconds"][0]
+    return test["predicted"]["seconds"] / _median(test)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -220,12 +225,12 @@ def _bytes_text(tests: list[dict]) -> str:
         peaks.setdefault(name, []).append(t["predicted"]["peak"] / _peak(t))
     # Later points of a process use again what earlier ones freed, so its growth tells of the first alone.
     rss = [_peak(t) / t["measured"]["peak_resident"] for t in tests if _key(t)[1:] == ("ddp", EXPERTS[0], BATCHES[0])]
-    told = "; ".join(f"{name} {min(r):.2f} to {max(r):.2f}" for name, r in peaks.items())
+    ranges = "; ".join(f"{name} {min(r):.2f} to {max(r):.2f}" for name, r in peaks.items())
     text = (
         f"Weights, gradients and moments of a rank are the predicted ones to the byte in {sum(held)} of {len(held)} "
         "cases. Bytes written to sockets\nin a step, by the kernel's count, are "
         f"{min(wire):.4f} to {max(wire):.4f} times the predicted ones; the rest is gloo's headers. The "
-        f"predicted\nsum of memory over the most that torch allocated at once: {told}.\nAbove 1: not all kinds are "
+        f"predicted\nsum of memory over the most that torch allocated at once: {ranges}.\nAbove 1: not all kinds are "
         "there at the same moment. Below 1: images, targets and temporary tensors, which weigh more\nin a network this "
         "small (9 MB of activations an image, 0.8 MB for every copy of its pixels)."
     )
@@ -259,7 +264,7 @@ def _steps_table(timed: list[dict]) -> str:
                     continue
                 cells = [str(ranks), strategy if ranks > 1 else "", str(experts)]
                 for t in row:
-                    cells += [f"{t['predicted']['seconds']:.2f}, {t['measured']['seconds'][0]:.2f}", f"{_ratio(t):.2f}"]
+                    cells += [f"{t['predicted']['seconds']:.2f}, {_median(t):.2f}", f"{_ratio(t):.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -273,7 +278,7 @@ def _other_steps(timed: list[dict]) -> str:
     for t in timed:
         if not _plain(t):
             what = "micro-batches of 4" if "micro_batch" in t else "width 256, 3 layers, 4 heads"
-            seconds = f"{t['predicted']['seconds']:.2f}, {t['measured']['seconds'][0]:.2f}"
+            seconds = f"{t['predicted']['seconds']:.2f}, {_median(t):.2f}"
             rows.append([what, str(t["ranks"]), t["strategy"] if t["ranks"] > 1 else "", seconds, f"{_ratio(t):.2f}"])
     head = ["E = 8, 32 images", "ranks", "strategy", "predicted, measured, s", "ratio"]
     return _table(head, sorted(rows))
@@ -284,11 +289,11 @@ def _why(timed: list[dict], costs: dict) -> str:
     for strategy in ("ddp", "fsdp"):
         for ranks in RANKS[1:]:
             groups[f"{ranks} ranks, {strategy}"] = lambda t, s=strategy, n=ranks: (t["strategy"], t["ranks"]) == (s, n)
-    told = []
+    ranges = []
     for name, belongs in groups.items():
         ratios = [_ratio(t) for t in timed if belongs(t)]
-        told.append(f"{name} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return "Predicted / measured, median and range:\n" + ";\n".join(told) + ".\n\n" + WHY.format(swing=_swing(costs))
+        ranges.append(f"{name} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return "Predicted / measured, median and range:\n" + ";\n".join(ranges) + ".\n\n" + WHY.format(swing=_swing(costs))
 
 
 WHY = """\
@@ -302,11 +307,11 @@ sizes. How much each of these takes was not measured apart."""
 
 def _swing(costs: dict) -> str:
     """How far the calibration's own steps lie apart."""
-    told = []
+    ratios = []
     for ranks, cost in costs.items():
-        _, low, high = list(cost["steps"].values())[-1]
-        told.append(f"{high / low:.1f} with {ranks}")
-    return "the upper quartile of the calibration's own\nequal steps is so many times the lower: " + ", ".join(told)
+        steps = Spread(*list(cost["steps"].values())[-1])
+        ratios.append(f"{steps.high / steps.low:.1f} with {ranks}")
+    return "the upper quartile of the calibration's own\nequal steps is so many times the lower: " + ", ".join(ratios)
 
 
 def _gpu_cost_lines(gpu: dict) -> list[str]:
@@ -449,9 +454,9 @@ def picture(results: dict):
     parts.set_title(f"A step of ViT-L, 64 {gpu['name']}, ddp\n(assumed unit costs)", fontsize=10, color=ink)
 
     for experts, colour in zip((8, 32, 128), colours, strict=False):
-        mine = [r for r in gpu["weak"] if (r["network"], r["experts"]) == ("ViT-L", experts)]
+        rows = [r for r in gpu["weak"] if (r["network"], r["experts"]) == ("ViT-L", experts)]
         run.plot(
-            [r["gpus"] for r in mine], [r["ddp"]["days"] for r in mine], "o-", color=colour, label=f"E = {experts}"
+            [r["gpus"] for r in rows], [r["ddp"]["days"] for r in rows], "o-", color=colour, label=f"E = {experts}"
         )
     fixed_batch = [r for r in gpu["strong"] if r["network"] == "ViT-L"]
     run.plot(
@@ -473,13 +478,13 @@ def _scatter(tested, timed: list[dict], ink: str, colours: tuple[str, ...]) -> N
     """Predicted over measured seconds of a step."""
     kinds = [(n, s) for n in RANKS for s in (("ddp", "fsdp") if n > 1 else ("ddp",))]
     for (ranks, strategy), colour in zip(kinds, colours, strict=True):
-        mine = [t for t in timed if (t["ranks"], t["strategy"]) == (ranks, strategy)]
+        points = [t for t in timed if (t["ranks"], t["strategy"]) == (ranks, strategy)]
         tested.scatter(
-            [t["measured"]["seconds"][0] for t in mine],
-            [t["predicted"]["seconds"] for t in mine],
+            [_median(t) for t in points],
+            [t["predicted"]["seconds"] for t in points],
             s=22, color=colour, alpha=0.8, label=f"{ranks} ranks, {strategy}" if ranks > 1 else "1 rank",
         )  # fmt: skip
-    ends = [f(t["measured"]["seconds"][0], t["predicted"]["seconds"]) for f in (min, max) for t in timed]
+    ends = [f(_median(t), t["predicted"]["seconds"]) for f in (min, max) for t in timed]
     line = [min(ends) * 0.85, max(ends) * 1.15]
     tested.fill_between(line, [0.8 * x for x in line], [1.25 * x for x in line], color="#dddddd", zorder=0)
     tested.plot(line, line, color=ink, linewidth=0.8)

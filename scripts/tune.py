@@ -134,12 +134,12 @@ def path_of(key: Key) -> str:
 
 def taking(key: Key, tile: Tile, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
     """The launches that take this tile: those that another in its place would change."""
-    mine, theirs = (
+    before, after = (
         launches(grouped_mlp.TILES | {key: t}, path_of(key), dtype, arch, shape)
         for t in (tile, tile._replace(stages=tile.stages + 1))
     )
     return list(
-        {compiled_as(a): a for a, b in zip(mine, theirs, strict=True) if compiled_as(a) != compiled_as(b)}.values()
+        {compiled_as(a): a for a, b in zip(before, after, strict=True) if compiled_as(a) != compiled_as(b)}.values()
     )
 
 
@@ -164,8 +164,10 @@ def listed(key: Key, dtype: torch.dtype, arch: int, only_shipped: bool) -> Itera
             yield f"{name} does not compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
             continue
         verdict = f.refused(arch) or "a candidate"
-        told = f"{f.registers:3} registers, {f.stack:5} B stack, {f.local_in_loops:3} spills in loops, {f.shared:6} B"
-        yield f"{name} {told} shared, {f.instructions}: {verdict}"
+        facts_of_it = (
+            f"{f.registers:3} registers, {f.stack:5} B stack, {f.local_in_loops:3} spills in loops, {f.shared:6} B"
+        )
+        yield f"{name} {facts_of_it} shared, {f.instructions}: {verdict}"
 
 
 def climb(

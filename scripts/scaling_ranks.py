@@ -1,0 +1,287 @@
+"""What every rank of a job of scripts/scaling.py measures, and how such ranks are started.
+
+usage: python scripts/scaling_ranks.py JOB    one rank, by `launch`
+
+Imports of torch stand inside of functions, since scripts/scaling_page.py works without it.
+"""
+
+import gc
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CALIBRATION = {"experts": 12, "batches": [12, 36]}
+"""The network of the unit costs; no test point has its number of experts or its batches."""
+
+Meet = Callable[[], None]
+"""Returns when all ranks have called it."""
+
+
+def configuration(point: dict):
+    """The demo preset's network and data with what ``point`` changes."""
+    from dataclasses import replace
+
+    from dex.config import preset
+
+    base = preset("demo")
+    return replace(
+        base,
+        model=replace(base.model, num_experts=point["experts"], **point.get("model", {})),
+        data=replace(base.data, batch_size=point["batch"], path=point.get("data")),
+        parallel=replace(base.parallel, strategy=point.get("strategy", "ddp"), micro_batch=point.get("micro_batch")),
+        run=replace(base.run, device="cpu", precision=point.get("precision", "fp32"), evaluate_every=0),
+    )
+
+
+def rank(job_path: Path) -> None:
+    """One rank of a job: ``rounds`` and ``sizes`` of unit costs, or ``points`` and their ``steps``; the first rank
+    writes what all measured to ``out``."""
+    import torch
+
+    from dex.common.ranks import announced, gather, start, stop
+
+    torch.set_num_threads(1)
+    job = json.loads(job_path.read_text())
+    ranks = start(announced(), torch.device("cpu"), 120)
+    if "points" in job:
+        measured = [measure_point(ranks, point, job["steps"]) for point in job["points"]]
+    else:
+        measured = measure_costs(ranks, job["rounds"], job["sizes"])
+    everyone = gather(ranks, measured)
+    if ranks.first:
+        Path(job["out"]).write_text(json.dumps(everyone))
+    stop(ranks)
+
+
+def _trainer(point: dict, ranks):
+    from dex.data import open_dataset
+    from dex.train.plan import resolve
+    from dex.train.trainer import Trainer
+
+    config = configuration(point)
+    return Trainer(resolve(config, open_dataset(config.data.path), ranks))
+
+
+def _step_seconds(trainer, meet: Meet) -> float:
+    """One step without the wait for the loader; all ranks begin together."""
+    meet()
+    trainer.data_wait = 0.0
+    began = time.perf_counter()
+    if trainer.train_step():
+        raise RuntimeError("a step was not finite")
+    return time.perf_counter() - began - trainer.data_wait
+
+
+def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
+    """Seconds of what the unit costs are made of, on this rank while the others do the same."""
+    from dex.common.ranks import ALONE, barrier
+
+    def meet():
+        barrier(ranks)
+
+    seconds = {"steps": {}}
+    small, large = CALIBRATION["batches"]
+    for batch in (small, large):
+        # One process each that knows of no other: what they share is the machine.
+        trainer = _trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
+        for _ in range(2):
+            trainer.train_step()
+        seconds["steps"][batch] = [_step_seconds(trainer, meet) for _ in range(rounds)]
+        if batch == large:
+            seconds |= _update_seconds(trainer, meet, rounds)
+            if ranks.world_size == 1:
+                seconds["checkpoint"] = [_checkpoint_seconds(trainer, number) for number in range(3)]
+        trainer.close()
+        del trainer
+        gc.collect()
+    return seconds | {"collectives": _collective_seconds(ranks.world_size, meet, rounds, sizes)}
+
+
+def _update_seconds(trainer, meet: Meet, rounds: int) -> dict[str, list[float]]:
+    """Of everything that follows backward, and of the directors' update alone."""
+    import torch
+
+    mass = [torch.ones(e) for e in trainer.experts]
+    seconds = {"update": [], "gema": []}
+    for _ in range(rounds):
+        meet()
+        began = time.perf_counter()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+        trainer.model.update_directors(mass, 0.999, process_group=False)
+        torch.nn.utils.clip_grads_with_norm_(trainer.parameters, 1.0, norm)
+        trainer.optimizer.step()
+        seconds["update"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        trainer.model.update_directors(mass, 0.999, process_group=False)
+        seconds["gema"].append(time.perf_counter() - began)
+    return seconds
+
+
+def _checkpoint_seconds(trainer, number: int) -> float:
+    from dex.train import checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        saver = checkpoint.Saver(Path(folder), 1)
+        began = time.perf_counter()
+        saver.save(number, trainer.tensors(), trainer.state() | {"step": number})
+        saver.wait()
+        return time.perf_counter() - began
+
+
+def _collective_seconds(ranks: int, meet: Meet, rounds: int, sizes: list[int]) -> dict[str, dict[int, list[float]]]:
+    """Kind -> bytes -> seconds of each call; nothing where there is one rank."""
+    import torch
+    import torch.distributed as dist
+
+    seconds: dict[str, dict[int, list[float]]] = {}
+    for size in sizes if ranks > 1 else ():
+        count = size // 4 // ranks * ranks
+        whole, part = torch.ones(count), torch.ones(count // ranks)
+        calls = {
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+        }
+        for kind, call in calls.items():
+            call()
+            times = []
+            for _ in range(4 * rounds if size < 2**20 else rounds):
+                meet()
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            seconds.setdefault(kind, {})[4 * count] = times
+    return seconds
+
+
+def measure_point(ranks, point: dict, steps: int) -> dict:
+    """Seconds, bytes held and bytes sent of steps of one configuration, on this rank."""
+    from dex.common.ranks import barrier
+
+    gc.collect()
+    _reset_peak()
+    resident = _status("VmRSS")
+    trainer = _trainer(point, ranks)
+
+    def meet():
+        barrier(ranks)
+
+    for _ in range(2):
+        _step_seconds(trainer, meet)
+    seconds = [_step_seconds(trainer, meet) for _ in range(steps)]
+    peak_resident = _status("VmHWM") - resident
+    meet()
+    before = _written()
+    trainer.train_step()
+    wire = _written() - before  # without the barrier's
+    held = _held(trainer)
+    peak, collectives = _profiled(trainer, meet)
+    trainer.close()
+    return {
+        "seconds": seconds,
+        "wire": wire,
+        "collectives": collectives,
+        "held": held,
+        "peak": peak,
+        "peak_resident": peak_resident,
+    }
+
+
+def _held(trainer) -> dict[str, int]:
+    """Bytes of the tensors that lie on this rank between two steps."""
+
+    def local(t) -> int:
+        t = t.to_local() if hasattr(t, "to_local") else t
+        return t.numel() * t.element_size()
+
+    model, optimizer = trainer.model, trainer.optimizer
+    return {
+        "weights": sum(map(local, [*model.parameters(), *model.buffers()])),
+        "gradients": sum(local(p.grad) for p in trainer.parameters),
+        "moments": sum(local(s[k]) for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+def _profiled(trainer, meet: Meet) -> tuple[int, dict[str, list[int]]]:
+    """The most bytes allocated during a step beyond those before it, and {collective: [calls, numbers]} of that step.
+
+    By torch's own record of its allocator and of gloo. Gradients of the step before, where they are no views of
+    buckets, are freed first.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    trainer.optimizer.zero_grad(set_to_none=True)
+    meet()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as record:
+        trainer.train_step()
+    calls: dict[str, list[int]] = {}
+    for event in record.events():
+        if event.name.startswith("gloo:"):
+            entry = calls.setdefault(event.name.removeprefix("gloo:"), [0, 0])
+            entry[0] += 1
+            entry[1] += sum(torch.Size(shape).numel() for shape in event.input_shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    first = events[0]["args"]  # torch goes on counting where the record before ended
+    base = first["Total Allocated"] - first["Bytes"]
+    return max(e["args"]["Total Allocated"] for e in events) - base, calls
+
+
+def _status(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _written() -> int:
+    """Bytes that this process handed to writes so far; gloo's messages are writes to sockets."""
+    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def launch(count: int, job: dict, timeout: float = 900) -> list:
+    """Run a job on ``count`` ranks; what every rank measured. RuntimeError with a rank's last words when one fails."""
+    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        path, out = Path(folder) / "job.json", Path(folder) / "out.json"
+        path.write_text(json.dumps(job | {"out": str(out)}))
+        processes = []
+        for number in range(count):
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, __file__, str(path)]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        try:
+            ended = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
+        finally:
+            for p in processes:
+                if p.poll() is None:
+                    p.kill()
+        for words, code in ended:
+            if code:
+                raise RuntimeError(f"a rank ended with {code}: {words[-2000:]}")
+        return json.loads(out.read_text())
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]))
