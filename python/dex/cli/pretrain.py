@@ -24,6 +24,7 @@ NEEDS = "train"
 
 class _Request(NamedTuple):
     config: "Config"
+    overwrite: bool
     dry_run: bool
 
 
@@ -47,9 +48,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.train.run import prepare
 
     if request.dry_run:
-        print(_describe(plan(request.config, out, resume)))
+        print(_describe(plan(request.config, out, resume, overwrite=request.overwrite)))
         return lambda: exits.DONE
-    training = prepare(request.config, out, resume=resume, command=["dex", "pretrain", *arguments])
+    command = ["dex", "pretrain", *arguments]
+    training = prepare(request.config, out, resume=resume, overwrite=request.overwrite, command=command)
 
     def carry_out() -> int:
         try:
@@ -91,6 +93,8 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         """Length of the run. Same as --schedule.steps."""
         resume: str | None = None
         """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
+        overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Start anew in a folder that holds a run; its files are removed once the new run is ready to begin."""
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Check everything and print the configuration and what would run; write nothing."""
         fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
@@ -108,7 +112,7 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         config = replace(config, data=replace(config.data, path=parsed.data))
     if parsed.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
-    return _Request(config, parsed.dry_run)
+    return _Request(config, parsed.overwrite, parsed.dry_run)
 
 
 def _first_options(arguments: list[str]) -> argparse.Namespace:
@@ -162,9 +166,8 @@ def _describe(plan: "Plan") -> str:
 
     config, dataset = plan.config, plan.dataset
     found = estimate(config, plan.steps)
-    train, held_out = dataset.split("train"), dataset.split("val")
     lines = [
-        f"data: {dataset.name}, {len(train):,} training and {len(held_out):,} held-out images",
+        f"data: {dataset.name}, {len(plan.train):,} training and {len(plan.held_out):,} held-out images",
         *(f"  {name}: {count:,}" for name, count in dataset.modality_counts().items()),
         f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
         f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
