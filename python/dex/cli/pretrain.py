@@ -165,16 +165,16 @@ def _describe(plan: "Plan") -> str:
     from dex.train import cuda_graph
 
     config, dataset = plan.config, plan.dataset
-    found = estimate(config, plan.steps)
+    estimated = estimate(config, plan.steps)
     lines = [
         f"data: {dataset.name}, {len(plan.train):,} training and {len(plan.held_out):,} held-out images",
         *(f"  {name}: {count:,}" for name, count in dataset.modality_counts().items()),
         f"{plan.batches_per_epoch:,} steps per epoch, {plan.steps:,} steps, "
         f"{plan.steps / plan.batches_per_epoch:.1f} epochs",
         f"peak learning rate {config.peak_lr:.3g}; {plan.device.type}, {plan.precision}",
-        *describe(found),
+        *describe(estimated),
     ]
-    work = scaling.workload(config, len(dataset.modalities), found)
+    work = scaling.workload(config, len(dataset.modalities), estimated)
     for ranks in sorted({1, 8, announced().world_size}):
         lines += scaling.describe(work, ranks)
     if config.parallel.cuda_graph:
