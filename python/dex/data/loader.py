@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import signal
 from collections.abc import Iterator
 from decimal import Context, Decimal
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dex.common import exits
 from dex.common.random import mix
 
 from .dataset import Dataset, SampleError
@@ -308,9 +308,8 @@ class _Worker(torch.utils.data.Dataset):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A scheduler signals the whole process group; the parent still needs batches to finish its step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """The parent still needs batches to finish its step and save."""
+    exits.ignore_stop_signals()
 
 
 class _Tasks(torch.utils.data.Sampler):

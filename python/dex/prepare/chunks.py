@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dex.common import atomic
+
 from . import filters, normalise, readers
 from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names, split_of
@@ -37,7 +39,6 @@ from .workers import Report, Task, where
 
 HISTOGRAM = np.dtype("<u4")
 HISTOGRAM_BYTES = 256 * HISTOGRAM.itemsize
-PARTIAL = ".partial"
 JPEG_QUALITY = 90
 
 
@@ -310,7 +311,7 @@ class _Files:
 
     def __init__(self, job: Job, sizes: tuple[int, int, int]):
         self._final = paths(job.private, job.name)
-        self._partial = [path.with_name(path.name + PARTIAL) for path in self._final]
+        self._partial = [atomic.work_name(path) for path in self._final]
         self._files: list[Any] = []
         self._start = sizes
         self._finished = False
@@ -382,7 +383,7 @@ class _Files:
                 os.fsync(file.fileno())
             for number in (0, 2, 1):
                 os.replace(self._partial[number], self._final[number])
-                sync_folder(self._final[number].parent)
+                atomic.sync_path(self._final[number].parent)
         except OSError as error:
             raise CannotWrite(error) from None
         self._finished = True
@@ -400,14 +401,6 @@ class _Files:
             except OSError:  # a full disk: what was buffered is lost, and was not promised
                 pass
         self._files = []
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(row: dict[str, Any]) -> bytes:

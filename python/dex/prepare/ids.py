@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
+from dex.common import atomic
+
 from .sources import Source
 
 SALT, SALT_BYTES = "salt", 32
@@ -25,14 +27,7 @@ def read_salt(folder: Path) -> bytes:
     """The salt in `folder`, made once. ValueError when the file there is not one. To be called under a lock."""
     path = folder / SALT
     if not path.exists():
-        work = folder / f"{SALT}.partial"
-        work.unlink(missing_ok=True)
-        descriptor = os.open(work, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(SALT_BYTES))
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(work, path)
+        atomic.write(path, os.urandom(SALT_BYTES), sync=True, mode=0o600, locked=True)
     salt = path.read_bytes()
     if len(salt) != SALT_BYTES:
         raise ValueError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}; without it the ids are lost: begin anew")

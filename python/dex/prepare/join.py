@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dex.common import atomic
 from dex.data import ShardWriter
 
 from . import card, duplicates, filters, normalise
-from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths, sync_folder
+from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths
 from .sources import MODALITIES, PACKAGES, Source
 
 EXAMPLES = 12
@@ -203,7 +204,7 @@ def _image(private: Path, name: str, file: Any, line: dict[str, Any]) -> tuple[b
 
 def _fault(private: Path, name: str, what: str) -> ChunkFault:
     paths(private, name)[1].unlink(missing_ok=True)
-    sync_folder(private / "chunks")
+    atomic.sync_path(private / "chunks")
     return ChunkFault(f"chunk {name} is damaged: {what}. It was removed: start again to make it anew")
 
 

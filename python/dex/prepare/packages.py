@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from dex.common import atomic
+
 REGISTRIES = ("pypi", "npm")
 FETCH_OPTIONS = ("--no-binary", "--only-binary", "--python-version", "--implementation", "--abi", "--platform")
 """What a description may say to pip: which of a release's files, and nothing about where from."""
@@ -142,7 +144,7 @@ def unpack(package: Package, patterns: Sequence[str], cache: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # else another process was faster, with the same
                 raise
-        _sync_folder(parent)
+        atomic.sync_path(parent)
     except ValueError as error:
         raise ValueError(f"{package.file}: {error}") from None
     finally:
@@ -366,13 +368,5 @@ def _is_safe(name: str) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    for path, _, _ in os.walk(folder):
-        _sync_folder(path)
-
-
-def _sync_folder(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path, *_ in os.walk(folder):
+        atomic.sync_path(path)

@@ -33,16 +33,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dex.common import atomic, exits
+from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
 from . import chunks, join, packages, readers, scan, workers
-from .chunks import Counts, Job, Settings, sync_folder
+from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, discover, parted
 from .ids import SALT, read_salt
 from .sources import Source, to_yaml
 from .summary import Progress
 
-EXIT_DONE, EXIT_PREEMPTED = 0, 75
 PLAN, LOG, HEADERS = "plan.json", "log.jsonl", "headers"
 MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.001
 CACHE = Path("~/.cache/dex")
@@ -174,7 +175,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
                 salt = read_salt(private)
                 for path in sorted(Path(scratch).iterdir()):
                     shutil.copyfile(path, private / "units" / path.name)
-                _write_synced(private / PLAN, json.dumps(plan).encode() + b"\n")
+                atomic.write(private / PLAN, json.dumps(plan) + "\n", sync=True, locked=True)
     for one in planned if len(planned) <= LISTED else ():
         say(f"{one.source.name}: {_amount([one])}")
     if len(planned) > 1:
@@ -294,7 +295,7 @@ class Run:
         ]
         folder, facts = join.join(parts, self._private, self._options.settings, self._say)
         os.rename(folder, self._options.out)
-        sync_folder(self._options.out.parent)
+        atomic.sync_path(self._options.out.parent)
         self._log("done", images=facts["images"])
         self._clean()
         return facts
@@ -431,7 +432,7 @@ def _entry(source: Source, listing: Listing) -> dict[str, Any]:
 
 def _amount(planned: Sequence[_Planned]) -> str:
     units, files, size = (sum(one.entry[name] for one in planned) for name in ("units", "files", "bytes"))
-    return f"{files:,} files in {units:,} units, {size / 1e6:,.1f} MB"
+    return f"{files:,} files in {units:,} units, {format_bytes(size)}"
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -479,7 +480,7 @@ def stop_signals() -> Iterator[None]:
     """Within the block SIGTERM and SIGINT raise Stopped; a second SIGINT KeyboardInterrupt."""
     received: list[float] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(time.monotonic())
@@ -487,22 +488,8 @@ def stop_signals() -> Iterator[None]:
             return
         raise Stopped(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with exits.handled(note, (signal.SIGTERM, signal.SIGINT)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    work = path.with_name(f"{path.name}{chunks.PARTIAL}")
-    with open(work, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
-    sync_folder(path.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

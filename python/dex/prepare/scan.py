@@ -11,13 +11,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dex.common import atomic
 
 from . import chunks, readers, workers
 from .discover import File, Listing, Unit
@@ -86,7 +86,8 @@ def scan(
     with contextlib.closing(results):
         for block, names in results:
             note(block, names)
-            _write(block.target, names)
+            # Another machine may write the same, and a killed run is not to read the headers again.
+            atomic.write(block.target, json.dumps(names), sync=True, mode=0o600)
     return [[name for block in row for name in _read(block) or ()] for row in blocks]
 
 
@@ -119,12 +120,3 @@ def _read(block: Block) -> list[str] | None:
     except (FileNotFoundError, ValueError):
         return None
     return names if isinstance(names, list) and len(names) == len(block.files) else None
-
-
-def _write(path: Path, names: Sequence[str]) -> None:
-    # under a name of its own: another machine may write the same
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(json.dumps(names).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)

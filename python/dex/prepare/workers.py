@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from dex.common import exits
+
 ATTEMPTS = 2
 START_SECONDS = 120.0
 _BEAT_EVERY = 0.2
@@ -237,8 +239,7 @@ class _environment:
 
 
 def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, preload: Callable | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    exits.ignore_stop_signals()
     _die_with(parent)
     _be_silent()
     try:
