@@ -101,18 +101,31 @@ def test_a_run_of_before_the_packages_loads_without_its_data(name, tmp_path):
     assert loaded.encoder(pictures(loaded.config)).isfinite().all()
 
 
+def change_model(folder, **fields):
+    """Other values of ``model`` in a checkpoint's configuration, under hashes that agree."""
+    state = folder / "state.json"
+    values = json.loads(state.read_text())
+    values["config"]["model"] |= fields
+    state.write_text(json.dumps(values))
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"] | {"state.json": checkpoints._digest(state)}
+    (folder / "MANIFEST.json").write_text(checkpoints._manifest_text(values["step"], files))
+
+
 def test_the_backend_of_the_run_binds_nobody(copied):
     """A run on a GPU is loaded where its backend cannot run."""
-    state = copied / "checkpoints" / "step-00000012" / "state.json"
-    values = json.loads(state.read_text())
-    values["config"]["model"]["backend"] = "triton"
-    state.write_text(json.dumps(values))
-    manifest = json.loads((state.parent / "MANIFEST.json").read_text())
-    files = manifest["files"] | {"state.json": checkpoints._digest(state)}
-    (state.parent / "MANIFEST.json").write_text(checkpoints._manifest_text(12, files))
+    change_model(checkpoint(copied, 12), backend="triton")
     loaded = dex.load(copied)
     assert loaded.config.model.backend == "triton"
     assert loaded.encoder(pictures(loaded.config)).isfinite().all()
+
+
+def test_weights_of_another_model_are_named(copied):
+    change_model(checkpoint(copied, 12), depth=3)
+    with pytest.raises(CheckpointError, match="step-00000012: model.encoder.blocks.2.* is missing"):
+        dex.load(copied)
+    change_model(checkpoint(copied, 12), depth=2, decoder_embed_dim=32)
+    with pytest.raises(CheckpointError, match=r"model.mask_token: expected torch.float32 \[1, 1, 32\]; got .*16\]"):
+        dex.load(copied)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copied):
