@@ -298,7 +298,7 @@ def _duplicates(facts: dict) -> str:
         for name in rows
     )
     key = "".join(f"<li><b>{place}</b> {_name(sources[name])}</li>" for place, name in enumerate(across, 1))
-    exact = sum(count for (_, _, kind), count in pairs.items() if kind == "exact")
+    exact = sum(count for (source, of, kind), count in pairs.items() if kind == "exact")
     inside = sum(count for (source, of), count in total.items() if source == of)
     count = total.total()
     return (

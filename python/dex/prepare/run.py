@@ -89,6 +89,15 @@ class _Planned:
         return [Chunk(*chunk) for chunk in self.entry["chunks"]]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk of a source. name: of its files."""
+
+    planned: _Planned
+    name: str
+    chunk: Chunk
+
+
 def check(sources: Sequence[Source], options: Options) -> None:
     """ValueError for what can be known to be wrong before any file is looked at."""
     settings, (part, parts) = options.settings, options.shard
@@ -198,13 +207,13 @@ class Run:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, f"part {part}/{parts} of {options.out} is being prepared by another process"
             ) from None
-        self._names = [
-            (one, number, f"{source:03d}-{number:06d}", chunk)
+        self._pieces = [
+            _Piece(one, f"{source:03d}-{number:06d}", chunk)
             for source, one in enumerate(planned)
             for number, chunk in enumerate(one.chunks)
         ]
         # numbered through the whole run, so that small sources do not all fall to the first part
-        self._mine = self._names[part::parts]
+        self._of_part = self._pieces[part::parts]
 
     def run(self, progress: Progress) -> dict[str, Any] | None:
         """Do this part, and write the set when no other part is left; the card's facts, or None when one is.
@@ -231,27 +240,24 @@ class Run:
         if (self._options.out / MANIFEST).exists():
             self._clean()
             return self._facts()
-        done = [entry for entry in self._mine if chunks.is_done(self._private, entry[2])]
-        todo = [entry for entry in self._mine if not chunks.is_done(self._private, entry[2])]
-        self._log("started", part=list(self._options.shard), chunks=len(self._mine), done=len(done))
-        counts = Counts()
-        for _, _, name, _ in done:
-            counts.add(join.read_counts(self._private, name))
+        done = [piece for piece in self._of_part if chunks.is_done(self._private, piece.name)]
+        todo = {piece.name: piece for piece in self._of_part if not chunks.is_done(self._private, piece.name)}
+        self._log("started", part=list(self._options.shard), chunks=len(self._of_part), done=len(done))
+        counts = self._counts(done)
         self._check_readable(counts, done)
         if done:
-            self._say(f"going on: {len(done):,} of {len(self._mine):,} chunks are there")
-        progress.begin(sum(chunk.units for *_, chunk in self._mine), counts)
+            self._say(f"going on: {len(done):,} of {len(self._of_part):,} chunks are there")
+        progress.begin(sum(piece.chunk.units for piece in self._of_part), counts)
         formats = sorted({format for one in self._planned for format in one.entry["formats"]})
         results = workers.run(
             chunks.work,
-            (self._job(*entry) for entry in todo),
+            map(self._job, todo.values()),
             processes=min(self._options.workers, max(len(todo), 1)),
             memory_mb=self._options.limits.memory_mb,
             preload=functools.partial(chunks.preload, formats),
             on_save=lambda job, state: progress.update(job.name, state.result.counts),
             on_beat=lambda job, seen: progress.within(job.name, seen),
         )
-        entries = {name: (one, number, name, chunk) for one, number, name, chunk in todo}
         with progress.shown(), contextlib.closing(results):
             for job, result in results:
                 if result == "changed":
@@ -264,17 +270,17 @@ class Run:
                 for refusal in result.refusals:
                     self._log("refused", source=job.source.name, **refusal._asdict())
                 counts.add(result.counts)
-                done.append(entries[job.name])
+                done.append(todo[job.name])
                 progress.finish(job.name, result.counts)
                 self._check_readable(counts, done)
         return self._finish()
 
     def _finish(self) -> dict[str, Any] | None:
-        left = [entry for entry in self._names if not chunks.is_done(self._private, entry[2])]
+        left = [piece for piece in self._pieces if not chunks.is_done(self._private, piece.name)]
         if (self._options.out / MANIFEST).exists():
             return self._facts()
         if left:
-            self._say(f"this part is done; {len(left):,} of {len(self._names):,} chunks are left to other parts")
+            self._say(f"this part is done; {len(left):,} of {len(self._pieces):,} chunks are left to other parts")
             return None
         try:
             with _lock(self._private / "join.lock"):
@@ -286,12 +292,10 @@ class Run:
             return None
 
     def _join(self) -> dict[str, Any]:
-        counts = Counts()
-        for _, _, name, _ in self._names:
-            counts.add(join.read_counts(self._private, name))
-        self._check_readable(counts, self._names)
+        self._check_readable(self._counts(self._pieces), self._pieces)
         parts = [
-            join.Part(one.source, [name for entry, _, name, _ in self._names if entry is one]) for one in self._planned
+            join.Part(one.source, [piece.name for piece in self._pieces if piece.planned is one])
+            for one in self._planned
         ]
         folder, facts = join.join(parts, self._private, self._options.settings, self._say)
         os.rename(folder, self._options.out)
@@ -307,27 +311,34 @@ class Run:
         for folder in ("chunks", "set", HEADERS):
             shutil.rmtree(self._private / folder, ignore_errors=True)
 
-    def _job(self, one: _Planned, number: int, name: str, chunk: Chunk) -> Job:
+    def _counts(self, pieces: Sequence[_Piece]) -> Counts:
+        """What these pieces, which are done, have counted."""
+        counts = Counts()
+        for piece in pieces:
+            counts.add(join.read_counts(self._private, piece.name))
+        return counts
+
+    def _job(self, piece: _Piece) -> Job:
         return Job(
-            name=name,
+            name=piece.name,
             private=self._private,
-            listing=self._private / "units" / f"{name.split('-')[0]}.jsonl",
-            chunk=chunk,
-            source=one.source,
-            root=one.root,
+            listing=self._private / "units" / f"{piece.name.split('-')[0]}.jsonl",
+            chunk=piece.chunk,
+            source=piece.planned.source,
+            root=piece.planned.root,
             salt=self._salt,
-            common=one.entry["common"],
+            common=piece.planned.entry["common"],
             settings=self._options.settings,
             limits=self._options.limits,
         )
 
-    def _check_readable(self, counts: Counts, done: Sequence[tuple]) -> None:
+    def _check_readable(self, counts: Counts, done: Sequence[_Piece]) -> None:
         allowed = self._options.max_unreadable
         if allowed is None:
             allowed = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * counts.units))
         if counts.unreadable <= allowed:
             return
-        named = {row["id"]: row["refused"] for *_, name, _ in done for row in self._refused(name)}
+        named = {row["id"]: row["refused"] for piece in done for row in self._refused(piece.name)}
         listed = "; ".join(f"{unit} {reason}" for unit, reason in list(named.items())[:NAMED])
         more = f"; and {counts.unreadable - NAMED:,} more" if counts.unreadable > NAMED else ""
         raise Failed(

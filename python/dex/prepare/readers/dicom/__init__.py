@@ -1,7 +1,7 @@
 """DICOM: all files of one folder are read together, since only their headers say which of them are one series.
 
-`series` puts the files in order, `file` reads the header and decodes the frames of one of them, `mosaic` takes Siemens
-mosaics apart, `suv` has the uptake of PET.
+`series` puts the files in order, `file` reads the header and decodes the frames of one of them (`codestream`: the sizes
+that compressed ones declare), `mosaic` takes Siemens mosaics apart, `suv` has the uptake of PET.
 """
 
 from __future__ import annotations

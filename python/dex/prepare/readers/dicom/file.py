@@ -31,6 +31,7 @@ from pydicom.uid import (
 
 from ..files import BoundedFile, Limits, check_scans, has_magic, opened, quiet, quietly
 from ..stack import Refused
+from .codestream import j2k_size, jpeg_size, rle_segments, whole_spectrum
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
 HEADER_VALUE = 2**20
@@ -176,7 +177,7 @@ def _meta(file: BoundedFile) -> tuple[str, int]:
     return syntax, file.tell()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Pixels:
     """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
     `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
@@ -271,7 +272,7 @@ class Pixels:
         for data in self._encapsulated(source, numbers):
             self._check_codestream(data)
             if self.syntax in JPEGTransferSyntaxes:
-                data = _whole_spectrum(data)
+                data = whole_spectrum(data)
             array, photometric = _decoded(decoder, data, options)
             # The decoder makes up what is lacking. Where all is there, it does not look at what follows.
             if self.syntax in _ENDING and data.find(_END, data.rfind(b"\xff\xda")) < 0:
@@ -302,15 +303,15 @@ class Pixels:
             raise Refused("too large", f"{len(data)} bytes in one compressed frame")
         rows, columns, samples = *self.sides, self.options["samples_per_pixel"]
         if self.syntax == RLELossless:
-            found = _rle_segments(data)
+            found = rle_segments(data)
             wanted = samples * self.options["bits_allocated"] // 8
             if found != wanted:
                 raise Refused("inconsistent", f"{found} RLE segments, {wanted} expected")
             return
         if self.syntax in JPEG2000TransferSyntaxes:
-            found = _j2k_size(data)
+            found = j2k_size(data)
         elif self.syntax in JPEGTransferSyntaxes or self.syntax in JPEGLSTransferSyntaxes:
-            found = _jpeg_size(data)
+            found = jpeg_size(data)
             check_scans(data)
         else:
             raise Refused("unsupported", "no decoder for its transfer syntax")
@@ -368,14 +369,14 @@ class Pixels:
 
 def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) -> Pixels:
     """What decoding takes; Refused where the header is not sound or its sizes are too large."""
-    syntax, offset, left, keyword, representation = place
+    syntax = place.syntax
     options = as_pixel_options(head)
-    options.update(pixel_keyword=keyword, transfer_syntax_uid=syntax)
-    if representation:
-        options["pixel_vr"] = representation
+    options.update(pixel_keyword=place.keyword, transfer_syntax_uid=syntax)
+    if place.representation:
+        options["pixel_vr"] = place.representation
     options.setdefault("samples_per_pixel", 1)
     options.setdefault("photometric_interpretation", "MONOCHROME2")
-    floating = keyword != "PixelData"
+    floating = place.keyword != "PixelData"
     if not floating:
         options.setdefault("pixel_representation", 0)
         options.setdefault("bits_stored", options.get("bits_allocated"))
@@ -395,12 +396,12 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         raise Refused("too large", f"{count} frames in one file, at most {MAX_FRAMES}")
     if syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian:
         needed = 8 * count  # an item's tag and length, at least
-        limits.check_all(count * options["rows"] * options["columns"] * samples * max(1, allocated // 8), left)
+        limits.check_all(count * options["rows"] * options["columns"] * samples * max(1, allocated // 8), place.left)
     else:
         needed = count * options["rows"] * options["columns"] * samples * allocated // 8
         needed = needed // 3 * 2 if photometric == "YBR_FULL_422" else needed
-    if needed > left:
-        raise Refused("unreadable", f"{needed} bytes declared, {left} there")
+    if needed > place.left:
+        raise Refused("unreadable", f"{needed} bytes declared, {place.left} there")
     stored = allocated if floating else options["bits_stored"]
     if not isinstance(stored, int) or not 1 <= stored <= allocated:
         raise Refused("unreadable", "bits stored of bits allocated")
@@ -409,9 +410,9 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         shift, options["bits_stored"] = high + 1 - stored, high + 1
     signed = options.get("pixel_representation") == 1
     colour = samples == 3 or photometric == "PALETTE COLOR"
-    table, first = (None, 0)
+    palette, first = (None, 0)
     if photometric == "PALETTE COLOR" and samples == 1:
-        table, first = _palette(head, syntax)
+        palette, first = _palette(head, syntax)
     lut = None
     item = (head.get("ModalityLUTSequence") or [{}])[0]
     if not colour and item.get("LUTDescriptor") is not None and item.get("LUTData") is not None:  # some are empty
@@ -428,10 +429,21 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     else:
         dtype = np.dtype(f"{'i' if signed else 'u'}{max(1, allocated // 8)}")
     pixels = Pixels(
-        path, syntax, offset, options, limits, shift, colour, eight,
-        eight and not colour and photometric == "MONOCHROME1", dtype, table, lut, first,
-        None if colour or floating or allocated == 1 else _padding(head, allocated, signed),
-    )  # fmt: skip
+        path=path,
+        syntax=syntax,
+        offset=place.offset,
+        options=options,
+        limits=limits,
+        shift=shift,
+        colour=colour,
+        eight=eight,
+        invert=eight and not colour and photometric == "MONOCHROME1",
+        dtype=dtype,
+        palette=palette,
+        modality_lut=lut,
+        first=first,
+        padding=None if colour or floating or allocated == 1 else _padding(head, allocated, signed),
+    )
     if not limits.holds(0, *pixels.sides, samples * max(1, allocated // 8)):
         raise Refused("too large", f"{pixels.sides} pixels of {samples * allocated} bits")
     return pixels
@@ -523,63 +535,3 @@ def _decoded(decoder, data: bytes, options: dict) -> tuple[np.ndarray, str]:
     item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
     array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
     return array, properties["photometric_interpretation"]
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int, int]:
-    """(rows, columns, components) of the first frame header of a JPEG or JPEG-LS stream."""
-    place = 2
-    while place + 4 <= len(data):
-        if data[place] != 0xFF:
-            break
-        marker = data[place + 1]
-        if marker == 0xFF:
-            place += 1
-            continue
-        if marker in (0x01, *range(0xD0, 0xD9)):
-            place += 2
-            continue
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            if place + 10 <= len(data):
-                return (
-                    int.from_bytes(data[place + 5 : place + 7], "big"),
-                    int.from_bytes(data[place + 7 : place + 9], "big"),
-                    data[place + 9],
-                )
-            break
-        place += 2 + length
-    raise Refused("unreadable", "no frame header in the compressed data")
-
-
-def _whole_spectrum(data: bytes) -> bytes:
-    """A sequential JPEG stream whose scans say that they hold all coefficients. A widely used encoder of 12 bits wrote
-    "0 to 0", which the decoder refuses and every other reader passes over."""
-    place, sequential = 2, False
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker in (0xC0, 0xC1):
-            sequential = True
-        elif marker == 0xDA:
-            end = place + 2 + length
-            if sequential and data[end - 3 : end - 1] == b"\0\0":
-                return data[: end - 2] + b"\x3f" + data[end - 1 :]
-            return data
-        place += 2 + length
-    return data
-
-
-def _j2k_size(data: bytes) -> tuple[int, int, int]:
-    """(rows, columns, components) of a JPEG 2000 codestream, bare or within a JP2."""
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start < 0 or start + 42 > len(data):
-        raise Refused("unreadable", "no size in the compressed data")
-    width, height, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
-    return height - top, width - left, struct.unpack(">H", data[start + 40 : start + 42])[0]
-
-
-def _rle_segments(data: bytes) -> int:
-    """How many segments an RLE frame has; the decoder stops where each has filled its plane."""
-    count = int.from_bytes(data[:4], "little")
-    if len(data) < 64 or not 1 <= count <= 15:
-        raise Refused("unreadable", "an RLE frame without header")
-    return count

@@ -1,0 +1,67 @@
+"""What a compressed frame says of itself before it is decoded: decoders allocate by the codestream's own sizes."""
+
+from __future__ import annotations
+
+import struct
+
+from ..stack import Refused
+
+
+def jpeg_size(data: bytes) -> tuple[int, int, int]:
+    """(rows, columns, components) of the first frame header of a JPEG or JPEG-LS stream."""
+    place = 2
+    while place + 4 <= len(data):
+        if data[place] != 0xFF:
+            break
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+            continue
+        if marker in (0x01, *range(0xD0, 0xD9)):
+            place += 2
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            if place + 10 <= len(data):
+                return (
+                    int.from_bytes(data[place + 5 : place + 7], "big"),
+                    int.from_bytes(data[place + 7 : place + 9], "big"),
+                    data[place + 9],
+                )
+            break
+        place += 2 + length
+    raise Refused("unreadable", "no frame header in the compressed data")
+
+
+def whole_spectrum(data: bytes) -> bytes:
+    """A sequential JPEG stream whose scans say that they hold all coefficients. A widely used encoder of 12 bits wrote
+    "0 to 0", which the decoder refuses and every other reader passes over."""
+    place, sequential = 2, False
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (0xC0, 0xC1):
+            sequential = True
+        elif marker == 0xDA:
+            end = place + 2 + length
+            if sequential and data[end - 3 : end - 1] == b"\0\0":
+                return data[: end - 2] + b"\x3f" + data[end - 1 :]
+            return data
+        place += 2 + length
+    return data
+
+
+def j2k_size(data: bytes) -> tuple[int, int, int]:
+    """(rows, columns, components) of a JPEG 2000 codestream, bare or within a JP2."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start < 0 or start + 42 > len(data):
+        raise Refused("unreadable", "no size in the compressed data")
+    width, height, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
+    return height - top, width - left, struct.unpack(">H", data[start + 40 : start + 42])[0]
+
+
+def rle_segments(data: bytes) -> int:
+    """How many segments an RLE frame has; the decoder stops where each has filled its plane."""
+    count = int.from_bytes(data[:4], "little")
+    if len(data) < 64 or not 1 <= count <= 15:
+        raise Refused("unreadable", "an RLE frame without header")
+    return count
