@@ -22,4 +22,5 @@ def settle(page: Path, text: str, *, check: bool, source: str, command: str) -> 
 
 def commit_of(machine: dict) -> str:
     """What a page says of the commit that a run's description names, see `dex.train.runlog.describe_machine`."""
-    return (machine["commit"] or "an unknown commit")[:10] + (", changed" if machine["dirty"] else "")
+    name = machine["commit"][:10] if machine["commit"] else "an unknown commit"
+    return name + (", changed" if machine["dirty"] else "")

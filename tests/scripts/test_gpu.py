@@ -9,15 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/gpu.py"
-
-spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
 
 
 def python(code, **options):

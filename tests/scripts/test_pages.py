@@ -1,7 +1,6 @@
 """Files of benchmarks/results/, and what is made from them: defaults of the backends, tables of the pages."""
 
 import copy
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,21 +8,11 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
+import pages
 import pytest
+import record
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pages = load(ROOT / "scripts/pages.py")
-record = pages.record
 
 
 def row(backend="triton", ratio=2.0, **changed):
