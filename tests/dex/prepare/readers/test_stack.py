@@ -1,17 +1,12 @@
-"""Percentiles against numpy, orientation against nibabel, opening of files, and what a Refused may carry."""
+"""Percentiles against numpy, orientation against nibabel, and what a Refused may carry."""
 
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from dex.prepare import readers
 from dex.prepare.readers import Geometry, Refused, Stack
-from dex.prepare.readers.files import fill, opened, quiet
 from dex.prepare.readers.stack import cut
 
 
@@ -147,93 +142,3 @@ def test_a_refusal_pickles_and_names_only_known_reasons():
     assert isinstance(error, ValueError) and str(Refused("crash")) == "crash"
     with pytest.raises(ValueError, match="reason"):
         Refused("other")
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    plain = tmp_path / "a"
-    plain.write_bytes(b"0123456789")
-    (tmp_path / "link").symlink_to(plain)
-    os.mkfifo(tmp_path / "pipe")
-    before = len(os.listdir("/dev/fd"))
-    for name in ("link", "pipe", "absent", ".", "a\0b"):
-        with pytest.raises(Refused) as caught:
-            opened(os.path.join(tmp_path, name))
-        assert caught.value.reason == "unreadable" and str(tmp_path) not in str(caught.value)
-    with pytest.raises(Refused):
-        opened("/dev/zero")
-    assert len(os.listdir("/dev/fd")) == before
-    with opened(plain) as file:
-        assert file.read(10**15) == b"0123456789"  # no more is allocated than is there
-        file.seek(2)
-        assert file.read() == b"23456789"
-        file.seek(0)
-        file.largest = 4
-        assert file.read(4) == b"0123"
-        with pytest.raises(Refused, match="too large"):
-            file.read(5)
-        file.calls = 1
-        file.read(1)
-        with pytest.raises(Refused, match="too large"):
-            file.read(1)
-        file.calls = 10
-        file.seek(8)
-        with pytest.raises(Refused, match="ends after 2"):
-            fill(file, np.empty(3, np.uint8))
-
-
-def test_no_text_of_an_exception_leaves():
-    with pytest.raises(Refused) as caught, quiet("thing"):
-        raise KeyError("Canary^Patient")
-    assert str(caught.value) == "unreadable: thing: KeyError" and caught.value.__cause__ is None
-    with pytest.raises(Refused, match="too large"), quiet("thing"):
-        raise MemoryError
-    for kind in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), quiet("thing"):
-            raise kind
-    panic = type("PanicException", (BaseException,), {})  # as pyo3 has it
-    with pytest.raises(Refused, match="PanicException"), quiet("thing"):
-        raise panic
-    with pytest.raises(Refused, match="constant"), quiet("thing"):
-        raise Refused("constant")
-
-
-def test_formats_by_suffix():
-    cases = {
-        "a.dcm": "dicom",
-        "A.IMA": "dicom",
-        "x/b.nii": "nifti",
-        "b.NII.gz": "nifti",
-        "c.mha": "metaimage",
-        "c.nrrd": "metaimage",
-        "d.JPEG": "picture",
-        "d.tif": "picture",
-        "e.npz": "array",
-        "f.webm": "video",
-        "g": None,
-        "h.gz": None,
-        "x.dcm/h.txt": None,
-        "1.2.840.10008": None,
-    }
-    assert {name: readers.format_of(name) for name in cases} == cases
-    assert readers.format_of(b"/x/\xff.png") == "picture"
-
-
-def test_an_absent_library_is_named():
-    code = (
-        "import sys; sys.modules['SimpleITK'] = None; sys.modules['cv2'] = None\n"
-        "from dex.prepare import readers\n"
-        "for name in ('metaimage', 'video'):\n"
-        "    try: readers.load(name)\n"
-        "    except readers.Refused as error: print(error)\n"
-        "print(sorted({'torch', 'pydicom', 'nibabel'} & set(sys.modules) - {'torch'}))"
-    )
-    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == [
-        "unsupported: SimpleITK is not installed (extra 'data')",
-        "unsupported: opencv-python-headless is not installed (extra 'data')",
-        "[]",
-    ]
-    with pytest.raises(ValueError, match="format"):
-        readers.load("docx")
-    with pytest.raises(ValueError, match="files"):
-        next(readers.read([], "nifti"))

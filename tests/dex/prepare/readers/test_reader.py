@@ -127,3 +127,45 @@ def test_rubbish_is_refused_by_each(format, tmp_path):
     with pytest.raises(readers.Refused):
         for stack in readers.read([path], format):
             list(stack.frames(("stored",), 1))
+
+
+def test_formats_by_suffix():
+    cases = {
+        "a.dcm": "dicom",
+        "A.IMA": "dicom",
+        "x/b.nii": "nifti",
+        "b.NII.gz": "nifti",
+        "c.mha": "metaimage",
+        "c.nrrd": "metaimage",
+        "d.JPEG": "picture",
+        "d.tif": "picture",
+        "e.npz": "array",
+        "f.webm": "video",
+        "g": None,
+        "h.gz": None,
+        "x.dcm/h.txt": None,
+        "1.2.840.10008": None,
+    }
+    assert {name: readers.format_of(name) for name in cases} == cases
+    assert readers.format_of(b"/x/\xff.png") == "picture"
+
+
+def test_an_absent_library_is_named():
+    code = (
+        "import sys; sys.modules['SimpleITK'] = None; sys.modules['cv2'] = None\n"
+        "from dex.prepare import readers\n"
+        "for name in ('metaimage', 'video'):\n"
+        "    try: readers.load(name)\n"
+        "    except readers.Refused as error: print(error)\n"
+        "print(sorted({'torch', 'pydicom', 'nibabel'} & set(sys.modules) - {'torch'}))"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == [
+        "unsupported: SimpleITK is not installed (extra 'data')",
+        "unsupported: opencv-python-headless is not installed (extra 'data')",
+        "[]",
+    ]
+    with pytest.raises(ValueError, match="format"):
+        readers.load("docx")
+    with pytest.raises(ValueError, match="files"):
+        next(readers.read([], "nifti"))
