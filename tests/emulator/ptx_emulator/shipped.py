@@ -1,0 +1,194 @@
+"""The shipped kernels on the emulator: launches of Triton run compiled PTX instead of a GPU.
+
+Everything that the emulator's tests need of the kernel library is imported here.
+"""
+
+import contextlib
+import hashlib
+import time
+from typing import NamedTuple
+
+import torch
+import triton
+from dexkernels.kernels import align_loss, aligned, common, group_ema, grouped_mlp, route
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import GlobalMemory, Launch, Program, TensorMap
+from .launch import POISONS
+
+MODULES = (align_loss, aligned, group_ema, grouped_mlp, route)
+"""Modules whose launchers ask for the architecture of a device."""
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.float64: "fp64", torch.bool: "i1"}
+SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
+
+COMPILED, PROGRAMS = {}, {}
+
+
+class Ran(NamedTuple):
+    """One launch: which kernel, of which PTX, in what time, and what was counted."""
+
+    kernel: str
+    ptx: str  # its hash
+    blocks: int
+    seconds: float
+    counters: object
+
+
+def source(kernel, args, kwargs):
+    """The kernel with its arguments specialised as the just-in-time compiler does: 1 and None are constants."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_kernel(kernel, args, kwargs, arch):
+    """The compiled kernel and its source; the same arguments are compiled once."""
+    made = source(kernel, args, kwargs)
+    options = {name: value for name, value in kwargs.items() if name in ("num_warps", "num_stages")}
+    key = (made.hash(), arch, tuple(sorted(options.items())))
+    if key not in COMPILED:
+        COMPILED[key] = triton.compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+    return COMPILED[key], made
+
+
+def program_of(ptx: str, name: str | None = None, dynamic_shared: int = 0) -> Program:
+    key = (hashlib.sha256(ptx.encode()).hexdigest()[:16], name, dynamic_shared)
+    if key not in PROGRAMS:
+        PROGRAMS[key] = Program(ptx, name, dynamic_shared)
+    return PROGRAMS[key]
+
+
+def span(t: torch.Tensor) -> tuple[int, int]:
+    """First address of the elements of ``t``, and bytes up to the end of the last."""
+    if t.numel() == 0:
+        return t.data_ptr(), 0
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), (last + 1) * t.element_size()
+
+
+def reach(memory: GlobalMemory, tensors, names) -> None:
+    for t, name in zip(tensors, names, strict=True):
+        start, size = span(t)
+        if size:
+            memory.add(start, size, t.element_size(), name)
+
+
+class Poisoned(torch.overrides.TorchFunctionMode):
+    """Tensors that are allocated without values hold poison."""
+
+    ALLOCATE = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def __init__(self, poison: int):
+        super().__init__()
+        self.poison = poison
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function in self.ALLOCATE and made.numel() and made.device.type == "cpu":
+            start, size = span(made)
+            if made.dtype.is_floating_point and size % 2 == 0:
+                made.view(-1).view(torch.int16).fill_(self.poison - 2**16 if self.poison >= 2**15 else self.poison)
+            elif made.dtype != torch.bool:
+                made.fill_(-(2 ** (8 * made.element_size() - 2)))
+        return made
+
+
+class Emulator:
+    """Runs launches for an architecture; ``change`` may edit the PTX of a kernel, given its name and text."""
+
+    def __init__(self, arch, seed=None, count=False, extra=(), change=None):
+        self.arch, self.seed, self.count, self.extra, self.change = arch, seed, count, extra, change
+        self.ran = []
+
+    def run(self, kernel, args, grid, kwargs):
+        compiled, made = compile_kernel(kernel, args, kwargs, self.arch)
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        memory, arguments = GlobalMemory(), []
+        metadata = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if made.signature[parameter.name] == "constexpr":
+                continue
+            if isinstance(value, TensorDescriptor):
+                reach(memory, (value.base,), (parameter.name,))
+                arguments += [tensor_map(value, metadata.pop(0)), *map(int, value.shape), *map(int, value.strides)]
+            elif isinstance(value, torch.Tensor):
+                reach(memory, (value,), (parameter.name,))
+                arguments.append(value.data_ptr())
+            else:
+                arguments.append(value)
+        reach(memory, self.extra, [f"tensor {i}" for i in range(len(self.extra))])
+        ptx = compiled.asm["ptx"]
+        if self.change is not None:
+            ptx = self.change(kernel.__name__, ptx)
+        program = program_of(ptx, None, compiled.metadata.shared)
+        start = time.perf_counter()
+        threads = 32 * compiled.metadata.num_warps
+        launch = Launch(program, memory, grid, threads, [*arguments, 0, 0], self.seed, self.count)
+        counters = launch.run()
+        blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
+        digest = hashlib.sha256(ptx.encode()).hexdigest()[:16]
+        self.ran.append(Ran(kernel.__name__, digest, blocks, time.perf_counter() - start, counters))
+
+
+def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
+    t = descriptor.base
+    swizzle = SWIZZLES[metadata["swizzle"]]
+    shape, strides = tuple(descriptor.shape), tuple(descriptor.strides)
+    return TensorMap(t.data_ptr(), shape, strides, tuple(metadata["block_size"]), t.element_size(), swizzle)
+
+
+@contextlib.contextmanager
+def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), change=None):
+    """Within it, launches of Triton kernels on CPU tensors run their PTX for ``arch``; gives the `Emulator`.
+
+    extra: tensors that kernels reach through tables of addresses.
+    """
+    emulator = Emulator(arch, seed, count, extra, change)
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        emulator.run(self, args, grid(kwargs) if callable(grid) else grid, kwargs)
+
+    poison = POISONS[0 if seed is None else seed % len(POISONS)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(JITFunction, "run", run))
+        for module in MODULES:
+            if hasattr(module, "architecture"):
+                stack.enter_context(_set(module, "architecture", lambda device: arch))
+        stack.enter_context(Poisoned(poison))
+        yield emulator
+
+
+@contextlib.contextmanager
+def _set(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+__all__ = ["align_loss", "common", "emulated", "group_ema", "grouped_mlp", "route"]
