@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-IMAGING = {"PIL", "matplotlib", "nibabel", "pydicom", "pylibjpeg"}
+IMAGING = {"PIL", "matplotlib", "nibabel", "pydicom", "pylibjpeg", "SimpleITK", "cv2", "monai"}
+PROGRAMS = {f"dex.{name}" for name in ("data", "prepare", "sizing", "analysis", "train", "inference", "report", "cli")}
+"""What stands above the model."""
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -19,14 +21,20 @@ def loaded_after(statement: str) -> set[str]:
     [
         ("dexkernels", IMAGING | {"dex", "triton", "tyro", "yaml", "safetensors", "tensorboard"}),
         ("dexkernels.testing", IMAGING | {"dex", "triton", "tyro", "pytest", "hypothesis"}),
-        ("dex.model", IMAGING | {"dex.data", "dex.cli", "dex.train.run", "tyro", "yaml", "tensorboard", "triton"}),
-        ("dex.weights", IMAGING | {"dex.data", "dex.cli", "dex.train.run", "tyro", "yaml", "tensorboard", "triton"}),
+        ("dex.model", IMAGING | PROGRAMS | {"tyro", "yaml", "tensorboard", "triton"}),
+        ("dex.weights", IMAGING | PROGRAMS | {"tyro", "yaml", "tensorboard", "triton"}),
     ],
 )
 def test_import_stays_small(module, banned):
     modules = loaded_after(f"import {module}")
     assert {module, "torch"} <= modules
     assert not {m for m in modules if any(m == b or m.startswith(b + ".") for b in banned)}
+
+
+def test_the_package_alone_loads_next_to_nothing():
+    modules = loaded_after("import dex")
+    heavy = IMAGING | PROGRAMS | {"torch", "numpy", "dexkernels", "tyro", "yaml", "peft", "pyarrow", "sklearn"}
+    assert "dex" in modules and not modules & heavy
 
 
 def test_the_command_line_is_seen_where_it_is_loaded():
