@@ -1,19 +1,16 @@
+"""Listings: which files, in which order, cut into which chunks."""
+
 import os
 import random
 
 import pytest
+from small_runs import SALT, described
 
 from dex.prepare import discover
 from dex.prepare.discover import Chunk, File, cut, is_unchanged, read_units
-from dex.prepare.ids import Names, read_salt, split_of
-from dex.prepare.sources import Source
+from dex.prepare.ids import Names
 
-SALT = bytes(range(32))
 DICOM = b"\0" * 128 + b"DICM"
-
-
-def source(**fields):
-    return Source(**{"name": "mine", "modality": "CT", "normalisation": "ct", "files": ("**/*",), **fields})
 
 
 def write(root, *names, data=b"x"):
@@ -37,7 +34,7 @@ def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
     os.symlink(root / "b", root / "link")
     os.symlink(root / "a.nii.gz", root / "link.nii.gz")
     os.mkfifo(root / "pipe.png")
-    listing = discover.discover(source(), root)
+    listing = discover.discover(described(), root)
     found = units(listing, tmp_path)
     assert [(unit.key, unit.format) for unit in found] == [
         ("Z.mp4", "video"),
@@ -73,7 +70,7 @@ def test_a_file_that_holds_the_data_of_another_belongs_to_it(tmp_path):
         write(root, f"r/{name}.mhd", data=MHD % place)
     write(tmp_path, "secret.raw")
     os.symlink(root / "p/other.raw", root / "r/link.raw")
-    listing = discover.discover(source(), root)
+    listing = discover.discover(described(), root)
     found = {unit.key: (unit.format, [file.path for file in unit.files]) for unit in units(listing, tmp_path)}
     assert found == {
         "c.HDR.gz": ("nifti", ["c.HDR.gz", "c.img.gz"]),
@@ -86,10 +83,10 @@ def test_a_file_that_holds_the_data_of_another_belongs_to_it(tmp_path):
     assert listing.ignored == {"of no known format": 1, "symbolic links": 1}  # p/other.raw, r/link.raw
     assert listing.files == 13
     os.utime(root / "p/scan 1.raw", ns=(0, 1))
-    assert discover.discover(source(), root).digest != listing.digest
+    assert discover.discover(described(), root).digest != listing.digest
     # patterns need not name it, and where they do, or say what every file is, it is no unit of its own
     for files, format in ((("p/*.mhd",), "auto"), (("p/scan*",), "auto"), (("p/scan*",), "metaimage")):
-        listing = discover.discover(source(files=files, format=format), root)
+        listing = discover.discover(described(files=files, format=format), root)
         assert [[file.path for file in unit.files] for unit in units(listing, tmp_path)] == [found["p/scan.mhd"][1]]
         assert listing.ignored == {"not named by the patterns": 12, "symbolic links": 1}
 
@@ -97,11 +94,11 @@ def test_a_file_that_holds_the_data_of_another_belongs_to_it(tmp_path):
 def test_names_that_are_no_utf8_and_patterns(tmp_path):
     root = tmp_path / "root"
     write(root, b"p\xff/scan.nii", "q/scan.nii", "q/labels.nii", "q/scan.png")
-    listing = discover.discover(source(files=("**/*.nii",), exclude=("**/labels.nii",), format="nifti"), root)
+    listing = discover.discover(described(files=("**/*.nii",), exclude=("**/labels.nii",), format="nifti"), root)
     found = units(listing, tmp_path)
     assert [os.fsencode(unit.key) for unit in found] == [b"p\xff/scan.nii", b"q/scan.nii"]
     assert is_unchanged(root, found[0].files[0])
-    names = Names(source(public=True), SALT)
+    names = Names(described(public=True), SALT)
     assert names.sample(found[0].key, "axial-001") == "mine/p%FF/scan.nii/axial-001"
 
 
@@ -114,18 +111,18 @@ def test_order_and_chunks_do_not_depend_on_the_file_system(tmp_path):
         write(root, *names)
         for name in names:
             os.utime(root / name, ns=(0, 10**9))
-        listing = discover.discover(source(), root)
+        listing = discover.discover(described(), root)
         digests.add(listing.digest)
     assert len(digests) == 1
     assert [chunk.units for chunk in listing.chunks] == [64, 64, 64, 8]
     assert [unit.key for unit in units(listing, tmp_path)] == sorted(names)
     os.utime(root / names[3], ns=(0, 10**9 + 1))
-    assert discover.discover(source(), root).digest not in digests
+    assert discover.discover(described(), root).digest not in digests
     os.utime(root / names[3], ns=(0, 10**9))
-    assert discover.discover(source(), root).digest in digests
+    assert discover.discover(described(), root).digest in digests
     write(root, names[5], data=b"yy")
     os.utime(root / names[5], ns=(0, 10**9))
-    assert discover.discover(source(), root).digest not in digests
+    assert discover.discover(described(), root).digest not in digests
 
 
 def test_cut_by_units_and_bytes():
@@ -145,7 +142,7 @@ def test_nothing_to_read_is_an_error_without_a_path(make, tmp_path):
     root = tmp_path / "Jane Doe"
     make(root)
     with pytest.raises(ValueError, match="^mine: expected ") as error:
-        discover.discover(source(), root)
+        discover.discover(described(), root)
     assert "Jane" not in str(error.value)
 
 
@@ -161,65 +158,5 @@ def test_a_changed_or_missing_file_is_seen(tmp_path):
 def test_common_folders(tmp_path):
     write(tmp_path / "one", "data/img/p1/a.png", "data/img/p2/b.png")
     write(tmp_path / "two", "data/img/p1/a.png", "data/c.png")
-    assert discover.discover(source(), tmp_path / "one").common == 2
-    assert discover.discover(source(), tmp_path / "two").common == 1
-
-
-def test_private_names_are_salted_and_hold_nothing():
-    names, other = Names(source(), SALT), Names(source(), SALT[::-1])
-    got = names.sample("Doe^Jane/1.nii", "axial-001")
-    assert got == names.sample("Doe^Jane/1.nii", "axial-001") and got.startswith("mine/") and len(got) == 5 + 32
-    assert len({got, other.sample("Doe^Jane/1.nii", "axial-001"), names.sample("Doe^Jane/1.nii", "axial-002")}) == 3
-    # parts are kept apart: nothing moves from one to the next unseen
-    assert names.sample("a", "bc") != names.sample("ab", "c")
-    for text in (got, names.unit("Doe^Jane/1.nii"), names.group("Doe^Jane/1.nii", "Jane")):
-        assert "Doe" not in text and "Jane" not in text
-
-
-def test_groups_keep_patients_together():
-    here, there = Names(source(), SALT), Names(source(name="other"), SALT)
-    assert here.group("x/1.dcm", "123456") == there.group("y/2.dcm", " 123456 ")  # the header's, over sources
-    assert here.group("x/1.dcm", "123456") != here.group("x/1.dcm", "123457")
-    for nobody in ("", "ANONYMOUS", "Anonymized", "0000", "unknown"):  # then the first folder, within a source
-        assert here.group("x/1.dcm", nobody) == here.group("x/y/2.dcm", "") != here.group("z/1.dcm", nobody)
-        assert here.group("x/1.dcm", nobody) != there.group("x/1.dcm", nobody)
-    assert here.group("1.dcm", "") != here.group("2.dcm", "")
-    assert here.group("1.dcm", "", alone=False) == here.group("2.dcm", "", alone=False)
-    assert here.group("x/y/1.dcm", "", alone=False) == here.group("x/2.dcm", "") != here.group("z/1.dcm", "")
-    below = Names(source(), SALT, common=1)
-    assert below.group("data/p1/a.png", "") == below.group("data/p1/b.png", "") != below.group("data/p2/a.png", "")
-    told = Names(source(patient=r"(sub-\d+)"), SALT)
-    assert told.group("a/sub-01_x.nii", "77") == told.group("b/sub-01_y.nii", "78") != told.group("a/sub-02.nii", "77")
-    public = Names(source(public=True), SALT)
-    assert public.group("x/1.dcm", "123456") == Names(source(public=True), SALT[::-1]).group("y", "123456")
-    assert "123456" not in public.group("x/1.dcm", "123456") and public.group("x/1.dcm", "") == "mine/x"
-
-
-def test_public_names_are_safe_and_different():
-    names = Names(source(public=True), SALT)
-    keys = ["a b", "a%20b", "a\nb", 'a"<b>', "ä" * 300, "ä" * 301, "../x", "-rf"]
-    got = [names.sample(key, "image") for key in keys]
-    assert len(set(got)) == len(keys)
-    for text in got:
-        assert text.isascii() and text.isprintable() and not set(text) & set(" \"'<>&;|$`\\*?") and len(text) < 300
-
-
-def test_split_is_a_share_and_a_function_of_the_group():
-    groups = [f"{i:032x}" for i in range(20000)]
-    val = [split_of(group, 0.05) == "val" for group in groups]
-    assert 0.045 < sum(val) / len(val) < 0.055
-    assert {split_of(group, 0.0) for group in groups} == {"train"}
-    assert {split_of(group, 1.0) for group in groups} == {"val"}
-    assert all(split_of(group, 0.2) == "val" for group, here in zip(groups, val, strict=True) if here)
-
-
-def test_salt_is_made_once_for_the_owner_alone(tmp_path):
-    first = read_salt(tmp_path)
-    assert len(first) == 32 and read_salt(tmp_path) == first
-    assert os.stat(tmp_path / "salt").st_mode & 0o777 == 0o600
-    (tmp_path / "salt").write_bytes(first[:31])
-    with pytest.raises(ValueError, match="salt: expected 32 bytes, got 31"):
-        read_salt(tmp_path)
-    (tmp_path / "salt").unlink()
-    (tmp_path / "salt.partial").write_bytes(b"cut short")
-    assert len(read_salt(tmp_path)) == 32
+    assert discover.discover(described(), tmp_path / "one").common == 2
+    assert discover.discover(described(), tmp_path / "two").common == 1

@@ -171,6 +171,18 @@ def test_shipped_descriptions_are_whole_and_survive_the_way_out_and_back(sources
         assert source.simulated is False and source.root is None
 
 
+def test_a_new_source_is_one_file(tmp_path, monkeypatch):
+    """Whoever puts a YAML into the catalogue can name it; nothing lists them."""
+    monkeypatch.setattr("dex.prepare.sources.CATALOGUE", tmp_path)
+    assert shipped() == {}
+    text = "name: hand-scans\nmodality: MR\nnormalisation: mr\nfiles: ['**/*.nii.gz']\nroot: scans\n"
+    (tmp_path / "hand-scans.yaml").write_text(text)
+    assert list(shipped()) == ["hand-scans"]
+    (source,) = resolve("Hand-Scans", planes=("axial", "coronal"))
+    assert (source.name, source.modality, source.planes) == ("hand-scans", "MR", ("axial", "coronal"))
+    assert source.root == str(tmp_path / "scans") and source.matches("p1/a.nii.gz")
+
+
 def test_the_catalogue_is_the_corpus(sources):
     entries = [source for source in sources.values() if source.package is None]
     assert len(entries) == 44 and sum(source.images for source in entries) == 4_973_080

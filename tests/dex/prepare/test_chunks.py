@@ -1,0 +1,266 @@
+"""From one unit to its images: what is kept, what is counted, and what a file can do to a reader."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import textwrap
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from small_runs import SETTINGS, lines, picture, save, save_dicom, save_series, source, start
+
+from dex.data import ShardDataset, verify
+from dex.prepare import chunks, filters, readers, workers
+from dex.prepare.summary import notes, table
+
+
+def test_every_slice_and_file_is_accounted_for(here, tmp_path):
+    root = tmp_path / "root"
+    for i in range(4):
+        save(root, f"a/{i}.png", picture(i))
+    save(root, "b/same.png", picture(0))
+    near = picture(1).copy()
+    near[:2, :2] += 3
+    save(root, "b/near.png", near)
+    save(root, "b/blank.png", np.full((64, 64), 90, np.uint8))
+    dot = np.zeros((64, 64), np.uint8)
+    dot[20:30, 20:30] = 255
+    save(root, "b/dot.png", dot)
+    save(root, "b/small.png", picture(7, 20))
+    (root / "b/broken.png").write_bytes((root / "b/near.png").read_bytes()[:200])
+    (root / "b/empty.png").write_bytes(b"")
+    save_dicom(root / "us/1.dcm", picture(8), BurnedInAnnotation="YES", PatientID="77-A")
+    save_dicom(root / "us/2.dcm", picture(9), BurnedInAnnotation="NO", PatientID="77-A")
+    facts, _ = start([source(root)], tmp_path / "out")
+    (one,) = facts["sources"]
+    assert one["dropped"] == {
+        "foreground": 1,
+        "blank": 1,
+        "too small": 1,
+        "exact duplicate": 1,
+        "near duplicate": 1,
+    }
+    assert one["refused"] == {"unreadable": 2, "burned-in": 1} and one["burned_in_declared"] == 1
+    assert one["units"] == 12 and one["seen"] == 10 and one["kept"] == 5
+    assert facts["duplicates"] == [{"source": "pictures", "of": "pictures", "exact": 1, "near": 1}]
+    log = [json.loads(line) for line in open(tmp_path / "out.private" / "log.jsonl")]
+    assert sorted(row["reason"] for row in log if row["event"] == "refused") == [
+        "burned-in",
+        "unreadable",
+        "unreadable",
+    ]
+    facts, _ = start([source(root)], tmp_path / "taken", settings=dataclasses.replace(SETTINGS, allow_burned_in=True))
+    assert facts["sources"][0]["kept"] == 6 and facts["sources"][0]["refused"] == {"unreadable": 2}
+    assert "near duplicate 1" in table(facts) and "unreadable 2" in table(facts)
+
+
+def test_the_private_folder_says_which_file_of_a_folder_was_refused(here, tmp_path):
+    root = tmp_path / "root"
+    save_dicom(root / "us/1.dcm", picture(8), PatientID="77-A")
+    (root / "us/broken.dcm").write_bytes(b"no image")
+    (root / "us/short.dcm").write_bytes((root / "us/1.dcm").read_bytes()[:140])
+    facts, _ = start([source(root)], tmp_path / "out")
+    assert facts["sources"][0]["refused"] == {"no image": 1, "unreadable": 1}
+    (ids,) = (tmp_path / "out.private" / "ids").iterdir()
+    refused = [row for row in map(json.loads, ids.read_text().splitlines()) if "refused" in row]
+    assert {row["file"]: row["refused"] for row in refused} == {"broken.dcm": "unreadable", "short.dcm": "no image"}
+    assert {row["path"] for row in refused} == {"us"}
+    assert "broken.dcm" not in (tmp_path / "out.private" / "log.jsonl").read_text()
+
+
+def test_volumes_whose_data_are_in_a_file_of_their_own(here, tmp_path):
+    values = [np.stack([picture(n + k, 40).astype(np.int16) * 2 - 200 for k in range(3)]) for n in (70, 80, 90)]
+    for number, (name, patient) in enumerate((("a", "p1"), ("b", "p2"))):
+        folder = tmp_path / "root" / patient
+        folder.mkdir(parents=True)
+        head = f"NDims = 3\nDimSize = 40 40 3\nElementType = MET_SHORT\nElementDataFile = {name}.raw\n"
+        (folder / f"{name}.mhd").write_text(head)
+        (folder / f"{name}.raw").write_bytes(values[number].astype("<i2").tobytes())
+    nibabel.save(nibabel.Nifti1Pair(values[2].transpose(2, 1, 0), np.diag([-1, -1, 1, 1])), folder / "c.hdr")
+    facts, said = start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+    assert facts["images"] == 9 and facts["sources"][0]["refused"] == {} and facts["sources"][0]["patients"] == 2
+    assert not any("passed over" in line for line in said) and "6 files in 3 units" in said[0]
+    dataset = ShardDataset(tmp_path / "out")
+    for number in range(9):  # identity of MHD is left, posterior, superior, as of the turned NIfTI: 40 pixels become 64
+        want = Image.fromarray(picture((70, 80, 90)[number // 3] + number % 3, 40)).resize((64, 64), Image.BILINEAR)
+        got = dataset[number].image.numpy()[0].astype(float)
+        assert np.corrcoef(np.asarray(want).ravel(), got.ravel())[0, 1] > 0.98
+    os.utime(folder / "b.raw", ns=(0, 1))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="the files have changed"):
+        start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+
+
+def test_a_folder_has_time_for_each_of_its_files(here, tmp_path, monkeypatch):
+    given = []
+
+    class Report:
+        begun = 0
+
+        def begin(self, unit, silence, total):
+            given.append((silence, total))
+
+        def beat(self, done=None):
+            pass
+
+        save = beat
+
+    def inline(work, jobs, **_):
+        for job in jobs:
+            yield job, work(workers.Task(job, None, {}), Report())
+
+    monkeypatch.setattr(workers, "run", inline)
+    save_series(tmp_path / "root" / "a", 1, 5, iter(f"{k}.dcm" for k in range(5)))
+    save_series(tmp_path / "root" / "b", 2, 1, iter(["0.dcm"]))
+    with open(tmp_path / "root" / "b" / "0.dcm", "ab") as file:
+        file.write(bytes(2**20))
+    start([source(tmp_path / "root", modality="CT")], tmp_path / "out", limits=readers.Limits(seconds=4.0))
+    assert [silence for silence, _ in given] == [4.0, 4.0]
+    assert 20.0 < given[0][1] < 21.0 and 8.0 < given[1][1] < 8.1  # five files of 9 kB, one of a MiB
+
+
+def test_ct_as_pictures(here, tmp_path):
+    """Windowed by whoever made them; sixteen bits could mean anything, and are refused."""
+    save(tmp_path / "root", "a/1.png", picture(1))
+    save(tmp_path / "root", "a/2.png", picture(2).astype(np.uint16) * 100)
+    facts, _ = start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+    assert facts["images"] == 1 and facts["sources"][0]["refused"] == {"inconsistent": 1}
+    assert np.array_equal(ShardDataset(tmp_path / "out")[0].image.numpy()[0], picture(1))
+
+
+def test_nothing_stays_of_a_stack_that_fails_half_way(here, two, tmp_path, monkeypatch):
+    real = chunks.slices
+    left = iter([2])  # slices of the first volume
+
+    def failing(stack, *arguments):
+        slices = real(stack, *arguments)
+        if stack.volume and (count := next(left, 0)):
+            yield from itertools.islice(slices, count)
+            raise readers.Refused("not finite", "here")
+        yield from slices
+
+    monkeypatch.setattr(chunks, "slices", failing)
+    facts, _ = start(two, tmp_path / "out")
+    volumes = facts["sources"][1]
+    assert volumes["refused"] == {"not finite": 1} and volumes["seen"] == volumes["kept"] == 6
+    assert len(lines(tmp_path / "out")) == 14 + 6 and verify(tmp_path / "out") == []
+    ids = [json.loads(text) for path in (tmp_path / "out.private" / "ids").iterdir() for text in open(path)]
+    assert len(ids) == 14 + 6 + 1
+
+
+def test_sixteen_bits(here, tmp_path):
+    deep = (picture(1).astype(np.uint16) << 8) + 7
+    save(tmp_path / "root", "a.png", deep)
+    facts, _ = start([source(tmp_path / "root")], tmp_path / "out", settings=chunks.Settings(64, 16, "png"))
+    assert facts["bits"] == 16
+    image = Image.open(io.BytesIO(ShardDataset(tmp_path / "out").image_bytes(0)))
+    low, high = np.percentile(deep, [1, 99])
+    want = np.rint((deep.astype(np.float64).clip(low, high) - low) / (high - low) * 65535)
+    assert image.mode.startswith("I;16") and np.abs(np.asarray(image).astype(int) - want).max() <= 1
+
+
+MISBEHAVE = """
+    import os, signal, time
+    import numpy as np
+    from dex.prepare import chunks
+    from dex.prepare import readers
+
+    real = readers.read
+    heap = []  # what a library never gives back
+
+    def read(files, format, **options):
+        if "crash" in files[0].name:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "hang" in files[0].name:
+            time.sleep(60)
+        if "eat" in files[0].name:
+            np.ones(2**40, np.uint8)
+        if "grow" in files[0].name:
+            try:
+                heap.append(np.ones(400 * 2**20, np.uint8))
+            except MemoryError:
+                raise readers.Refused("too large") from None
+        if "fault" in files[0].name:
+            raise KeyError(files[0].name)
+        if "slow" in files[0].name:
+            for _ in range(40):  # for longer than the limit, but never silent for so long
+                time.sleep(0.1)
+                options["beat"]()
+        if "late" in files[0].name:
+            yield next(real(files, format, **options))
+            raise readers.Refused("unreadable", "later")
+        yield from real(files, format, **options)
+
+    def work(task, report):
+        readers.read = read
+        return chunks.work(task, report)
+"""
+
+
+def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, monkeypatch):
+    """Real workers; what no file is known to do to a reader is done in its place."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "misreader.py").write_text(textwrap.dedent(MISBEHAVE))
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    monkeypatch.delitem(sys.modules, "misreader", raising=False)
+    import misreader
+
+    for i, name in enumerate(["a", "crash", "c", "eat", "fault", "grow1", "grow2", "hang", "late", "slow"]):
+        save(tmp_path / "root", f"{name}.png", picture(i))
+    with open(tmp_path / "root" / "slow.png", "ab") as file:
+        file.write(bytes(9 * 2**20))  # what it may take in all grows with its size
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks, "work", misreader.work)
+        facts, _ = start(
+            [source(tmp_path / "root")], tmp_path / "out", limits=readers.Limits(seconds=3.0), max_unreadable=20
+        )
+    (one,) = facts["sources"]
+    assert one["refused"] == {"crash": 1, "timeout": 1, "too large": 1, "unreadable": 2}
+    assert one["units"] == 10 and one["seen"] == one["kept"] == 6
+    dataset = ShardDataset(tmp_path / "out")
+    for place, seed in enumerate([0, 2, 5, 6, 8, 9]):
+        assert np.array_equal(dataset[place].image.numpy()[0], picture(seed))
+    log = (tmp_path / "out.private" / "log.jsonl").read_text()
+    assert "KeyError at misreader.py" in log and "fault.png" not in log
+
+
+CANARIES = {
+    "PatientName": "Canary^Name",
+    "PatientID": "CANARY-ID-1",
+    "PatientBirthDate": "19010203",
+    "InstitutionName": "Canary Hospital",
+    "StudyDescription": "canary study",
+    "ImageComments": "canary comment",
+    "AccessionNumber": "CANARYACC",
+    "ReferringPhysicianName": "Canary^Doctor",
+}
+
+
+def test_no_patient_data_leaves_the_reader(here, tmp_path, capfd):
+    root = tmp_path / "canaryroot"
+    for i in range(6):
+        save_dicom(root / "canaryfolder" / f"{i}" / f"canaryfile{i}.dcm", picture(i), **CANARIES)
+    broken = root / "canaryfolder" / "9" / "canarybroken.dcm"
+    save_dicom(broken, picture(9), **CANARIES)
+    broken.write_bytes(broken.read_bytes()[:-3000])
+    facts, said = start([source(root)], tmp_path / "out")
+    assert facts["images"] == 6 and sum(facts["sources"][0]["refused"].values()) == 1
+    texts = "\n".join([*said, table(facts), *notes(facts), *capfd.readouterr()]).encode()
+    for path in (tmp_path / "out").rglob("*"):
+        texts += path.read_bytes() if path.is_file() else b""
+    texts += (tmp_path / "out.private" / "log.jsonl").read_bytes()
+    for canary in (*CANARIES.values(), "canaryroot", "canaryfolder", "canaryfile", "canarybroken"):
+        assert canary.lower().encode() not in texts.lower()
+    assert b"canarybroken" not in texts and len(texts) > 10_000
+    # and they can be found where they belong
+    assert "canaryfolder" in "".join(path.read_text() for path in (tmp_path / "out.private" / "ids").iterdir())
+
+
+def test_counts_of_reasons_are_filters_own():
+    assert set(chunks.UNREADABLE) <= set(readers.REASONS) and len(filters.DROPPED) == 5

@@ -1,0 +1,68 @@
+"""Names of samples and patients: salted where private, safe where public."""
+
+import os
+
+import pytest
+from small_runs import SALT, described
+
+from dex.prepare.ids import Names, read_salt, split_of
+
+
+def test_private_names_are_salted_and_hold_nothing():
+    names, other = Names(described(), SALT), Names(described(), SALT[::-1])
+    got = names.sample("Doe^Jane/1.nii", "axial-001")
+    assert got == names.sample("Doe^Jane/1.nii", "axial-001") and got.startswith("mine/") and len(got) == 5 + 32
+    assert len({got, other.sample("Doe^Jane/1.nii", "axial-001"), names.sample("Doe^Jane/1.nii", "axial-002")}) == 3
+    # parts are kept apart: nothing moves from one to the next unseen
+    assert names.sample("a", "bc") != names.sample("ab", "c")
+    for text in (got, names.unit("Doe^Jane/1.nii"), names.group("Doe^Jane/1.nii", "Jane")):
+        assert "Doe" not in text and "Jane" not in text
+
+
+def test_groups_keep_patients_together():
+    here, there = Names(described(), SALT), Names(described(name="other"), SALT)
+    assert here.group("x/1.dcm", "123456") == there.group("y/2.dcm", " 123456 ")  # the header's, over sources
+    assert here.group("x/1.dcm", "123456") != here.group("x/1.dcm", "123457")
+    for nobody in ("", "ANONYMOUS", "Anonymized", "0000", "unknown"):  # then the first folder, within a source
+        assert here.group("x/1.dcm", nobody) == here.group("x/y/2.dcm", "") != here.group("z/1.dcm", nobody)
+        assert here.group("x/1.dcm", nobody) != there.group("x/1.dcm", nobody)
+    assert here.group("1.dcm", "") != here.group("2.dcm", "")
+    assert here.group("1.dcm", "", alone=False) == here.group("2.dcm", "", alone=False)
+    assert here.group("x/y/1.dcm", "", alone=False) == here.group("x/2.dcm", "") != here.group("z/1.dcm", "")
+    below = Names(described(), SALT, common=1)
+    assert below.group("data/p1/a.png", "") == below.group("data/p1/b.png", "") != below.group("data/p2/a.png", "")
+    told = Names(described(patient=r"(sub-\d+)"), SALT)
+    assert told.group("a/sub-01_x.nii", "77") == told.group("b/sub-01_y.nii", "78") != told.group("a/sub-02.nii", "77")
+    public = Names(described(public=True), SALT)
+    assert public.group("x/1.dcm", "123456") == Names(described(public=True), SALT[::-1]).group("y", "123456")
+    assert "123456" not in public.group("x/1.dcm", "123456") and public.group("x/1.dcm", "") == "mine/x"
+
+
+def test_public_names_are_safe_and_different():
+    names = Names(described(public=True), SALT)
+    keys = ["a b", "a%20b", "a\nb", 'a"<b>', "ä" * 300, "ä" * 301, "../x", "-rf"]
+    got = [names.sample(key, "image") for key in keys]
+    assert len(set(got)) == len(keys)
+    for text in got:
+        assert text.isascii() and text.isprintable() and not set(text) & set(" \"'<>&;|$`\\*?") and len(text) < 300
+
+
+def test_split_is_a_share_and_a_function_of_the_group():
+    groups = [f"{i:032x}" for i in range(20000)]
+    val = [split_of(group, 0.05) == "val" for group in groups]
+    assert 0.045 < sum(val) / len(val) < 0.055
+    assert {split_of(group, 0.0) for group in groups} == {"train"}
+    assert {split_of(group, 1.0) for group in groups} == {"val"}
+    assert all(split_of(group, 0.2) == "val" for group, here in zip(groups, val, strict=True) if here)
+
+
+def test_salt_is_made_once_for_the_owner_alone(tmp_path):
+    first = read_salt(tmp_path)
+    assert len(first) == 32 and read_salt(tmp_path) == first
+    assert os.stat(tmp_path / "salt").st_mode & 0o777 == 0o600
+    (tmp_path / "salt").write_bytes(first[:31])
+    with pytest.raises(ValueError, match="salt: expected 32 bytes, got 31"):
+        read_salt(tmp_path)
+    (tmp_path / "salt").unlink()
+    (tmp_path / "salt.partial").write_bytes(b"cut short")
+    assert len(read_salt(tmp_path)) == 32
