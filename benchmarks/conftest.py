@@ -9,7 +9,6 @@ import os
 import platform
 import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 from . import peers, record
 from .measuring import Measure
 from .shapes import SHAPES, tiny_of
-from .timing import Timer
+from .timing import Timer, in_turns, seconds_of
 
 ROWS = pytest.StashKey[list]()
 MEASURED = pytest.StashKey[list]()
@@ -123,13 +122,7 @@ def compare(request, tiny):
     def run(candidates: dict, rounds: int = 15, warmup: int = 3) -> dict:
         if tiny:
             rounds, warmup = 2, 1
-        seconds = {name: [] for name in candidates}
-        for i in range(warmup + rounds):
-            for name, candidate in candidates.items():
-                start = time.perf_counter()
-                candidate()
-                if i >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+        seconds = in_turns(candidates, rounds, warmup, lambda candidate, turn: seconds_of(candidate))
         return {name: statistics.median(s) for name, s in seconds.items()}
 
     return run

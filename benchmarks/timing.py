@@ -15,6 +15,25 @@ HEAD_START = 2_000_000
 """Clock cycles that the GPU idles before a call, about 1 ms: the host is then ahead, and launching costs no time."""
 
 
+def in_turns(
+    candidates: dict[str, Callable], rounds: int, warmup: int, once: Callable[[Callable, int], Any]
+) -> dict[str, list]:
+    """What ``once(candidate, turn)`` gives in every turn after the warm-up, by the candidate's name."""
+    taken = {name: [] for name in candidates}
+    for turn in range(warmup + rounds):
+        for name, candidate in candidates.items():
+            result = once(candidate, turn)
+            if turn >= warmup:
+                taken[name].append(result)
+    return taken
+
+
+def seconds_of(candidate: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    candidate()
+    return time.perf_counter() - began
+
+
 class Timer:
     """Candidates take turns within one run; medians of milliseconds.
 
@@ -29,12 +48,7 @@ class Timer:
 
     def measure(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
         """``{name: f}`` -> ``{name: ms}``; ``f(i)`` is called with rising i, by which it rotates its inputs."""
-        taken = {name: [] for name in candidates}
-        for i in range(self.warmup + self.rounds):
-            for name, candidate in candidates.items():
-                once = self._once(candidate, i, flush)
-                if i >= self.warmup:
-                    taken[name].append(once)
+        taken = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
         if self.on_gpu:
             torch.cuda.synchronize()
             taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
@@ -42,9 +56,7 @@ class Timer:
 
     def _once(self, candidate: Callable[[int], object], i: int, flush: bool):
         if not self.on_gpu:
-            began = time.perf_counter()
-            candidate(i)
-            return 1e3 * (time.perf_counter() - began)
+            return 1e3 * seconds_of(lambda: candidate(i))
         if flush:
             self.flushed.zero_()
         torch.cuda._sleep(HEAD_START)
