@@ -100,8 +100,7 @@ class RunLog:
         """Nothing is there but what a start that was killed at once leaves."""
         if not self.folder.exists():
             return True
-        leftovers = {self.folder / LOCK, *self._leftovers()}
-        return leftovers.issuperset(self.folder.iterdir())
+        return {self.folder / LOCK, *self._partial()}.issuperset(self.folder.iterdir())
 
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
@@ -131,15 +130,15 @@ class RunLog:
         if overwrite:
             self._owned = True
             self._remove(*FOLDERS, STARTS, METRICS, EVENTS)  # not config.yaml: without it the rest would be no run's
-        self._remove_leftovers()
-        atomic.write(self.folder / CONFIG, to_yaml(config))  # first: it makes the folder a run's, whatever comes next
+        # First, since it makes the folder a run's, whatever comes next.
+        atomic.write(self.folder / CONFIG, to_yaml(config), locked=True)
         self.pictures.mkdir(exist_ok=True)
         starts = {"starts": [*self._starts(), dict(start)]}
-        atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n")
+        atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n", locked=True)
         for name in (METRICS, EVENTS):
             path = self.folder / name
             kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
-            atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept))
+            atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -184,8 +183,7 @@ class RunLog:
         """`close`, and remove what this process made: a run that it began, folders. A run that it continued stays."""
         self._close_files()
         if self._owned and self._lock.held:
-            self._remove(*FOLDERS, *FILES)
-            self._remove_leftovers()
+            self._remove(*FOLDERS, *FILES, *(path.name for path in self._partial()))
         self._lock.release(undo=True)
 
     def _close_files(self) -> None:
@@ -204,13 +202,9 @@ class RunLog:
             else:
                 path.unlink(missing_ok=True)
 
-    def _leftovers(self) -> list[Path]:
-        """Files that a process which was killed had not finished writing."""
-        return [path for name in FILES for path in self.folder.glob(f"{name}.*{atomic.PARTIAL}")]
-
-    def _remove_leftovers(self) -> None:
-        for path in self._leftovers():
-            path.unlink(missing_ok=True)
+    def _partial(self) -> list[Path]:
+        """Where a process that was killed may have left what it had not finished writing."""
+        return [atomic.work_name(self.folder / name) for name in FILES]
 
     def _write_line(self, name: str, row: Mapping[str, Any]) -> None:
         if not self.active:

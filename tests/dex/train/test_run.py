@@ -303,14 +303,14 @@ def test_whoever_is_preempted_at_an_evaluation_evaluates_after_the_resume(
     assert metrics(out) == metrics(pictured)
 
 
-def test_a_folder_that_another_run_writes_to_is_refused(tiny, change, dex_process, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_another_run_writes_to_is_refused(
+    tiny, change, dex_process, wait_for_rows, tmp_path, monkeypatch, capsys
+):
     long = change(tiny, schedule__steps=10**6, run__log_every=1)
     (tmp_path / "c.yaml").write_text(config.to_yaml(long))
     out = tmp_path / "out"
     first = dex_process("pretrain", "--config", tmp_path / "c.yaml", "--out", out)
-    deadline = time.monotonic() + 60
-    while len(read_rows(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_rows(first, out, 3)
     monkeypatch.setattr(runlog, "LOCK_WAIT", 0.5)
     starts = (out / "run.json").read_bytes()
     with pytest.raises(ValueError, match=f"out: expected a folder that no other run uses; process {first.pid} on "):
