@@ -280,7 +280,7 @@ def test_layer_weighting(depth):
     model, x = build(depth=depth), images()
     auxes = []
     for layer in model.encoder.dex_layers:
-        layer.register_forward_hook(lambda _, __, out: auxes.append(out[1]))
+        layer.register_forward_hook(lambda module, inputs, out: auxes.append(out[1]))
     out = model(x)
     assert len(auxes) == depth
     align = [a.align_loss.item() for a in auxes]
