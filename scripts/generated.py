@@ -24,3 +24,8 @@ def commit_of(machine: dict) -> str:
     """What a page says of the commit that a run's description names, see `dex.train.runlog.describe_machine`."""
     name = machine["commit"][:10] if machine["commit"] else "an unknown commit"
     return name + (", changed" if machine["dirty"] else "")
+
+
+def literal(lines: list[str]) -> str:
+    """The literal of a dict, one entry a line."""
+    return "{\n" + "".join(lines) + "}" if lines else "{}"

@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "pyth
 
 import charts  # noqa: E402
 import record  # noqa: E402
+from generated import literal  # noqa: E402
 
 from dex.common import atomic  # noqa: E402
 
@@ -43,11 +44,7 @@ def defaults(results: list[dict]) -> str:
     verdicts = record.verdicts(results)
     chosen = [f'    ("{v.architecture}", "{v.op}"): "{v.backend}",\n' for v in verdicts if v.default]
     measured = [f'    ("{v.architecture}", "{v.op}", "{v.backend}"): (\n{_lines(v.text)}    ),\n' for v in verdicts]
-    return DEFAULTS.format(chosen=_literal(chosen), measured=_literal(measured))
-
-
-def _literal(lines: list[str]) -> str:
-    return "{\n" + "".join(lines) + "}" if lines else "{}"
+    return DEFAULTS.format(chosen=literal(chosen), measured=literal(measured))
 
 
 def _lines(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels"), str(ROOT / "python")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("tests/kernels", "scripts", "python"))]
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
@@ -33,6 +33,7 @@ except ImportError:
     sys.exit("tune: needs triton, which is not installed")
 
 import aot  # noqa: E402
+from generated import literal  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.record import BOUND  # noqa: E402
@@ -281,15 +282,11 @@ def table(tiles: dict, paths: dict, measured: str) -> str:
     routes = [f"    {key!r}: {path!r},\n" for key, path in sorted(paths.items())]
     note = f"# {measured}\n" if measured else ""
     return (
-        f"{HEAD}{note}TILES: dict[tuple[str, str, int, str], tuple] = {_literal(lines)}\n"
+        f"{HEAD}{note}TILES: dict[tuple[str, str, int, str], tuple] = {literal(lines)}\n"
         '"""(kernel, precision, architecture, class of shapes) -> tile."""\n\n'
-        f"PATHS: dict[tuple[int, str, str], str] = {_literal(routes)}\n"
+        f"PATHS: dict[tuple[int, str, str], str] = {literal(routes)}\n"
         '"""(architecture, precision, class of shapes) -> path of `grouped_mlp`."""\n'
     )
-
-
-def _literal(lines: list[str]) -> str:
-    return "{\n" + "".join(lines) + "}" if lines else "{}"
 
 
 def main() -> int:

@@ -330,7 +330,8 @@ def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "benchmarks/record.py", tmp_path / "benchmarks")
-    shutil.copy(ROOT / "scripts/charts.py", tmp_path / "scripts")
+    for name in ("charts.py", "generated.py"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     (tmp_path / "docs/images").mkdir(parents=True)
     path = tmp_path / "benchmarks/results" / record.name_of(example())
     path.parent.mkdir()
