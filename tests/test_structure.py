@@ -261,13 +261,16 @@ def homes_of(module: str) -> list[Path]:
     if module in TESTED_ELSEWHERE:
         return [ROOT / TESTED_ELSEWHERE[module]]
     path = Path(module.removeprefix("python/"))
-    operator = re.match(r"dexkernels/ops/(\w+)/", module)
-    if operator and "triton" in (*path.parent.parts, path.stem):
+    mirrored = ROOT / "tests" / path.parent / f"test_{path.stem}.py"
+    operator = re.match(r"dexkernels/ops/(\w+)", module)
+    if operator and any("triton" in part for part in (path.parent.name, path.stem)):
         # These run in the interpreter of Triton, or compiled, and so in a process of their own.
-        return sorted((ROOT / "tests/kernels").rglob(f"test_*{operator[1]}*.py"))
-    if operator and path.stem == "cuda":
-        return [ROOT / f"tests/native/test_{operator[1]}.py"]
-    return [ROOT / "tests" / path.parent / f"test_{path.stem}.py"]
+        kernels = sorted((ROOT / "tests/kernels").glob("test_*.py"))
+        return [mirrored, *(test for test in kernels if operator[1] in test.read_text(encoding="utf-8"))]
+    if path.parent.parent.name == "ops":
+        # Every backend of an operator has to pass the tests of the contract.
+        return [mirrored, mirrored.with_name("test_contract.py")]
+    return [mirrored]
 
 
 def test_every_module_has_a_test_of_its_name(architecture):
