@@ -119,12 +119,12 @@ def counts(found: Iterable[Import]) -> Counter[tuple[str, str]]:
     return Counter((importer, imported) for importer, imported in pairs if importer != imported)
 
 
-def contents(named: Iterable[str], package: str) -> list[str]:
+def contents(named: dict[str, Path], package: str) -> list[str]:
     """What lies directly in a package, by its dotted name: modules, and folders with a slash."""
     prefix = f"{package}."
-    inside = sorted(name.removeprefix(prefix) for name in named if name.startswith(prefix))
-    plain = [name for name in inside if "." not in name and not name.startswith("_")]
-    return [f"{name}/" if any(other.startswith(f"{name}.") for other in inside) else name for name in plain]
+    inside = {name.removeprefix(prefix): path for name, path in sorted(named.items()) if name.startswith(prefix)}
+    plain = {name: path for name, path in inside.items() if "." not in name and not name.startswith("_")}
+    return [f"{name}/" if path.name == "__init__.py" else name for name, path in plain.items()]
 
 
 def wrapped(words: Iterable[str], width: float, most: int) -> list[str]:

@@ -58,12 +58,14 @@ def test_a_module_has_a_package():
 
 
 def test_an_import_is_drawn_with_its_number():
-    named = dict.fromkeys(["dex", "dex.train", "dex.train.run", "dex.data", "dex.data.loader", "dexkernels"])
+    paths = ["dex/__init__", "dex/train/__init__", "dex/train/run", "dex/data/__init__", "dex/data/loader"]
+    paths += ["dexkernels/__init__", "dexkernels/ops/__init__", "dexkernels/ops/route/__init__"]
+    named = {path.removesuffix("/__init__").replace("/", "."): Path(f"{path}.py") for path in paths}
     found = [Import("dex.train.run", "dex.data.loader", line) for line in range(1, 78)]
     svg = architecture.draw(named, found)
     root = xml.etree.ElementTree.fromstring(svg)
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "77" in words and {"train", "data", "run", "loader", "dexkernels"} <= set(words)
+    assert "77" in words and {"train", "data", "run", "loader", "dexkernels", "route"} <= set(words)
     assert svg == architecture.draw(named, found)
 
 
