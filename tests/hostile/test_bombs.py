@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import costly
+import costly_dicom
 import pytest
 import seeds
 from test_fuzz import dex_prepare, keys_of_units
@@ -39,9 +40,9 @@ def folder(tmp_path_factory, full):
         (root / "many").mkdir()
         for number in range(20_000 if full else 500):
             sound = seeds.picture(number % 5, 8)
-            more = costly.element(8, 0x18, "UI", f"1.2.{number}".encode())
-            more += costly.element(0x20, 0x0D, "UI", b"1.3") + costly.element(0x20, 0x0E, "UI", b"1.4")
-            data = costly.dicom(costly.EXPLICIT, (8, 8), costly.native(sound.tobytes()), more=more)
+            more = costly_dicom.element(8, 0x18, "UI", f"1.2.{number}".encode())
+            more += costly_dicom.element(0x20, 0x0D, "UI", b"1.3") + costly_dicom.element(0x20, 0x0E, "UI", b"1.4")
+            data = costly_dicom.dicom(costly_dicom.EXPLICIT, (8, 8), costly_dicom.native(sound.tobytes()), more=more)
             (root / "many" / f"{number:05d}.dcm").write_bytes(data)
         # above discover.LARGE their one series is the unit, called by its first file
         expected["many/00000.dcm" if full else "many"] = ("dcm: a folder of many", ("images",))

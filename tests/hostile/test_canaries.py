@@ -295,7 +295,7 @@ def test_no_patient_data_and_no_key_in_any_artifact(made, figures):
 
 
 def test_the_search_finds_what_is_there(made, tmp_path):
-    _, canaries, _ = made
+    canaries = made[1]
     value = canaries.values[0]
     hidden = {
         "a": value.upper().encode(),

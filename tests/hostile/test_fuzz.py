@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import damage
 import pytest
@@ -47,8 +48,15 @@ def sound_files() -> dict[str, tuple[str, list[bytes]]]:
     return found
 
 
-def damaged(count: int, seed: int = 20) -> list[tuple[str, str, str, bytes]]:
-    """`count` files, (format, suffix, kind of damage, bytes): no two alike, none a sound one, every format in turn."""
+class Damaged(NamedTuple):
+    format: str
+    suffix: str
+    kind: str  # of damage
+    data: bytes
+
+
+def damaged(count: int, seed: int = 20) -> list[Damaged]:
+    """`count` files: no two alike, none a sound one, every format in turn."""
     formats = sound_files()
     sound = {data for _, files in formats.values() for data in files}
     draw, seen, out = random.Random(seed), set(sound), []
@@ -67,11 +75,11 @@ def damaged(count: int, seed: int = 20) -> list[tuple[str, str, str, bytes]]:
             changed = damage.append(changed, other, draw)
         if changed not in seen:
             seen.add(changed)
-            out.append((name, suffix, change.__name__, changed))
+            out.append(Damaged(name, suffix, change.__name__, changed))
     return out
 
 
-def restructured(count: int, seed: int = 21) -> list[tuple[str, str, str, bytes]]:
+def restructured(count: int, seed: int = 21) -> list[Damaged]:
     """The same with damage that knows the format: every pair of format and kind in turn."""
     formats = {name: one for name, one in sound_files().items() if one[0] in damage.STRUCTURED}
     pairs = [(name, change) for name, (suffix, _) in formats.items() for change in damage.STRUCTURED[suffix]]
@@ -90,7 +98,7 @@ def restructured(count: int, seed: int = 21) -> list[tuple[str, str, str, bytes]
         tries += 1
         if changed not in seen:
             seen.add(changed)
-            out.append((name, suffix, change.__name__, changed))
+            out.append(Damaged(name, suffix, change.__name__, changed))
         elif tries <= 50:
             continue
         place, tries = place + 1, 0  # a format may have no such part
@@ -130,12 +138,12 @@ def folder(tmp_path_factory, full):
     """Damaged files, each in a folder of its own (a folder's DICOM files are read together), and two sound ones."""
     root = tmp_path_factory.mktemp("fuzz") / "jane-doe"
     files = damaged(2000 if full else 150) + restructured(1500 if full else 100)
-    for number, (_, suffix, _, data) in enumerate(files):
-        path = root / f"{number:05d}" / f"jane-doe{suffix}"
+    for number, file in enumerate(files):
+        path = root / f"{number:05d}" / f"jane-doe{file.suffix}"
         path.parent.mkdir(parents=True)
-        path.write_bytes(data)
-        if suffix in seeds.BESIDE:
-            name, beside = seeds.BESIDE[suffix]
+        path.write_bytes(file.data)
+        if file.suffix in seeds.BESIDE:
+            name, beside = seeds.BESIDE[file.suffix]
             (path.parent / name).write_bytes(beside)
     for number in range(2):
         path = root / "sound" / f"{number}.png"
@@ -147,13 +155,13 @@ def folder(tmp_path_factory, full):
 def test_the_damage_is_of_many_kinds(folder, full):
     pytest.importorskip("nibabel"), pytest.importorskip("SimpleITK")
     _, files = folder
-    kinds, formats = {kind for *_, kind, _ in files}, {name for name, *_ in files}
-    assert len(kinds) >= 10 and len(formats) >= 4 and len({data for *_, data in files}) == len(files)
+    kinds, formats = {file.kind for file in files}, {file.format for file in files}
+    assert len(kinds) >= 10 and len(formats) >= 4 and len({file.data for file in files}) == len(files)
     assert {"DICOM plain", "DICOM RLE", "DICOM JPEG", "DICOM JPEG 2000", "nii", "nii.gz", "png", "jpg"} <= formats
     assert {"tif", "bmp", "npy", "npz", "nrrd", "mhd", "nhdr", "hdr"} <= formats
     generic = {kind.__name__ for kind in damage.KINDS}
-    pairs = {(name, kind) for name, _, kind, _ in files}
-    plain = [row for row in files if row[2] in generic]
+    pairs = {(file.format, file.kind) for file in files}
+    plain = [file for file in files if file.kind in generic]
     assert len({pair for pair in pairs if pair[1] in generic}) >= min(len(plain), len(generic) * len(formats)) * 0.9
     assert kinds >= generic | {kind.__name__ for some in damage.STRUCTURED.values() for kind in some}
     assert len(plain) >= (2000 if full else 150) and len(files) - len(plain) >= (1500 if full else 100)
@@ -183,15 +191,15 @@ def test_every_damaged_file_gives_images_or_is_named(folder, tmp_path, figures):
             if "refused" in row:
                 names[row["path"]] = row["id"]
     outcomes, slow, silent = Counter(), [], []
-    for number, (name, suffix, kind, _) in enumerate(files):
-        key = f"{number:05d}" + ("" if suffix == ".dcm" else f"/jane-doe{suffix}")
+    for number, file in enumerate(files):
+        key = f"{number:05d}" + ("" if file.suffix == ".dcm" else f"/jane-doe{file.suffix}")
         gave = cost[key]["looked_at"] if key in cost else 0
         refused = reasons.get(names.get(key, ""), [])
         assert set(refused) <= set(readers.REASONS)
         if not gave and not refused:
-            silent.append((name, kind, key))
+            silent.append((file.format, file.kind, key))
         if key not in cost or cost[key]["seconds"] > SECONDS:
-            slow.append((name, kind, key, cost.get(key)))
+            slow.append((file.format, file.kind, key, cost.get(key)))
         outcomes[refused[0] if refused else "images"] += 1
     assert not silent and not slow
     assert not outcomes["crash"] and not outcomes["timeout"]
@@ -200,8 +208,8 @@ def test_every_damaged_file_gives_images_or_is_named(folder, tmp_path, figures):
     memory = max(row["bytes"] for row in cost.values())
     figures["row 20"] = {
         "files": len(files),
-        "kinds of damage": len({kind for *_, kind, _ in files}),
-        "formats": len({name for name, *_ in files}),
+        "kinds of damage": len({file.kind for file in files}),
+        "formats": len({file.format for file in files}),
         "outcomes": dict(sorted(outcomes.items())),
         "slowest file, s": round(max(row["seconds"] for row in cost.values()), 2),
         "largest file in memory, MB": round(memory / 1e6),
