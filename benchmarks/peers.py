@@ -1,7 +1,7 @@
 """What the kernels are measured against: ways to do the same work that others have made, and what is absent.
 
 A peer of the MLP is ``f(x, gates, slot_order, group_offsets, *weights) -> out``, differentiable by autograd, arguments
-as of `dexkernels.reference.grouped_mlp_forward`. Its result is checked like every other before it is timed.
+as of `dexkernels.ops.grouped_mlp.records`. Its result is checked like every other before it is timed.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """What a benchmark measured on a GPU: one JSON file a run, checked when it is written and when it is read.
 
-Defaults of `dexkernels.backends` and the tables of the pages are made from these files by scripts/pages.py.
+Defaults of `dexkernels.ops.backends` and the tables of the pages are made from these files by scripts/pages.py.
 """
 
 import contextlib

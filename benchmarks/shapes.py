@@ -6,7 +6,9 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 import torch
 from torch import Tensor
 
-from dexkernels import Routing, backends
+from dexkernels import Routing
+from dexkernels.ops import backends
+from dexkernels.records import MLPWeights
 from dexkernels.routing import sort_slots
 
 VIT_B, VIT_L, VIT_H = {"D": 768, "H": 3072}, {"D": 1024, "H": 4096}, {"D": 1280, "H": 5120}
@@ -74,14 +76,14 @@ def routing_of(timer, shape: dict, seed: int) -> Routing:
     return Routing(gates, indices, gates.sum(), gates.sum(0), *sort_slots(indices, E))
 
 
-def weights_of(timer, shape: dict, dtype: torch.dtype) -> list[Tensor]:
+def weights_of(timer, shape: dict, dtype: torch.dtype) -> MLPWeights:
     E, D, H = shape["E"], shape["D"], shape["H"]
-    return [
+    return MLPWeights(
         draw(timer, E, H, D, scale=D**-0.5, dtype=dtype, seed=1),
         draw(timer, E, H, scale=0.1, dtype=dtype, seed=2),
         draw(timer, E, D, H, scale=H**-0.5, dtype=dtype, seed=3),
         draw(timer, E, D, scale=0.1, dtype=dtype, seed=4),
-    ]
+    )
 
 
 def able(op: str, timer, dtype: torch.dtype = torch.float32) -> list[str]:

@@ -6,13 +6,19 @@ On a GPU: `--device cuda`. `--tiny` executes everything, on a CPU too; with TRIT
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from dexkernels import backends, reference
+from dexkernels import reference
+from dexkernels.ops import backends
+from dexkernels.ops.dense import mlp
+from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots
+from dexkernels.ops.route.records import Saved as SavedByRoute
+from dexkernels.records import MLPWeights
 
 from . import peers
 from .measuring import Case
@@ -44,7 +50,8 @@ def test_route(timer, shape, measure):
     def run(launcher, i: int, dtype=torch.float32) -> list[Tensor]:
         r, w = rows[i % SETS].to(dtype), router.to(dtype)
         p, gates, indices, balance, mass, *_ = launcher.forward(r, w, K, 0.5, None)
-        dr, dw = launcher.backward(grad_gates.to(dtype), grad_balance.to(dtype), p, indices, gates, r, w, K, 0.5)
+        saved = SavedByRoute(p, gates, indices, r, w)
+        dr, dw = launcher.backward(grad_gates.to(dtype), grad_balance.to(dtype), saved, 0.5)
         return [p, gates, balance, mass, dr, dw]
 
     measure(
@@ -54,8 +61,8 @@ def test_route(timer, shape, measure):
             torch.float32,
             num_bytes=4 * (3 * B * D + 3 * E * D + 3 * B * E),
         ),
-        {b: functools.partial(run, backends.LAUNCHERS["route", b]) for b in able("route", timer)},
-        run(backends.LAUNCHERS["route", "reference"], 0, torch.float64),
+        {b: functools.partial(run, backends.load("route", b)) for b in able("route", timer)},
+        run(backends.load("route", "reference"), 0, torch.float64),
         {},
     )
 
@@ -83,13 +90,13 @@ def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters:
 
     def run(launcher, i: int, real: torch.dtype | None = None) -> list[Tensor]:
         to = (lambda t: t.to(real)) if real else (lambda t: t)
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (to(w.to(dtype)) for w in weights)
-        x, gates = to(xs[i % SETS]), to(routing.gates)
-        out, z, _ = launcher.forward(x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, train)
+        cast = MLPWeights(*(to(w.to(dtype)) for w in weights))
+        x, slots = to(xs[i % SETS]), Slots(to(routing.gates), order, offsets)
+        out, z, _ = launcher.forward(x, slots, cast, train)
         if not train:
             return [out]
-        saved = x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z
-        return [out, *launcher.backward(to(grad_out), *saved, grad_dtype=real or masters)]
+        saved = Saved(x, *slots, cast.fc1_weight, cast.fc2_weight, cast.fc2_bias, z)
+        return [out, *launcher.backward(to(grad_out), saved, Needs(), real or masters)]
 
     def peer(f: Callable, i: int) -> list[Tensor]:
         cast = [w.to(dtype).detach().requires_grad_(train) for w in weights]
@@ -100,7 +107,7 @@ def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters:
 
     rows = draw(timer, B * K * N, D, dtype=dtype, seed=30)
     hidden = draw(timer, B * K * N, H, dtype=dtype, seed=31)
-    w1, w2 = weights[0][0].to(dtype), weights[2][0].to(dtype)
+    w1, w2 = weights.fc1_weight[0].to(dtype), weights.fc2_weight[0].to(dtype)
 
     def dense(i: int) -> None:
         torch.mm(rows, w1.t()), torch.mm(hidden, w2.t())
@@ -144,11 +151,18 @@ def test_grouped_mlp(request, timer, shape_name, shape, measure, direction, weig
             flops=case.flops,
             num_bytes=case.num_bytes,
         ),
-        {b: functools.partial(case.run, backends.LAUNCHERS["grouped_mlp", b]) for b in able_here},
-        case.run(backends.LAUNCHERS["grouped_mlp", "reference"], 0, torch.float64),
+        {b: functools.partial(case.run, backends.load("grouped_mlp", b)) for b in able_here},
+        case.run(backends.load("grouped_mlp", "reference"), 0, torch.float64),
         {"dense products": case.dense},
         theirs=theirs,
     )
+
+
+def on_path(path: str) -> SimpleNamespace:
+    """Triton's backend of `grouped_mlp` on this path."""
+    module = backends.load("grouped_mlp", "triton")
+    halves = {name: functools.partial(getattr(module, name), path=path) for name in ("forward", "backward")}
+    return SimpleNamespace(**halves)
 
 
 @pytest.mark.parametrize("shape_name", [*COMPILED, "ViT-B, B 896", "ViT-B, E 64", "ViT-L", "ViT-H"], indirect=True)
@@ -162,17 +176,13 @@ def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
     dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
     if "triton" not in able("grouped_mlp", timer, dtype):
         pytest.skip(backends.why_not("grouped_mlp", "triton"))
-    from dexkernels.kernels import aligned
+    from dexkernels.ops.grouped_mlp.triton.plan import has_tma
 
-    if not aligned.has_tma(timer.device):
+    if not has_tma(timer.device):
         pytest.skip("the aligned path needs compute capability 9 to 11")
     shape = shape | ({"N": 65} if tiny else {})
     case = grouped_mlp_of(timer, shape, dtype, direction != "forward", dtype)
-    triton = backends.LAUNCHERS["grouped_mlp", "triton"]
-    by_blocks, by_rows = (
-        backends.Launcher(*(functools.partial(half, path=path) for half in triton)) for path in ("aligned", "gather")
-    )
-    reference = backends.LAUNCHERS["grouped_mlp", "reference"]
+    by_blocks, by_rows, reference = on_path("aligned"), on_path("gather"), backends.load("grouped_mlp", "reference")
     measure(
         Case(f"aligned path of grouped_mlp {direction}", shape, dtype, flops=case.flops, num_bytes=case.num_bytes),
         {"reference": functools.partial(case.run, reference), "triton": functools.partial(case.run, by_blocks)},
@@ -192,9 +202,9 @@ def test_director_in_the_same_launches(timer, shape, tiny, measure, path):
     dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
     if "triton" not in able("grouped_mlp", timer, dtype):
         pytest.skip(backends.why_not("grouped_mlp", "triton"))
-    from dexkernels.kernels import aligned
+    from dexkernels.ops.grouped_mlp.triton.plan import has_tma
 
-    if path == "aligned" and not aligned.has_tma(timer.device):
+    if path == "aligned" and not has_tma(timer.device):
         pytest.skip("the aligned path needs compute capability 9 to 11")
     shape = shape | ({"N": 65} if tiny else {})
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
@@ -204,15 +214,14 @@ def test_director_in_the_same_launches(timer, shape, tiny, measure, path):
 
     def run(launcher, i: int, real: torch.dtype | None = None, apart: bool = False) -> list[Tensor]:
         x, gates, *weights = (t.to(real or t.dtype) for t in (xs[i % SETS], routing.gates, *stacked))
-        experts = [w[:E] for w in weights] if apart else weights
-        out, z, director_out = launcher.forward(x, gates, routing.slot_order, routing.group_offsets, *experts, True)
-        return [out, reference.mlp(x, *(w[E] for w in weights)) if apart else director_out]
+        experts = MLPWeights(*((w[:E] for w in weights) if apart else weights))
+        slots = Slots(gates, routing.slot_order, routing.group_offsets)
+        out, z, director_out = launcher.forward(x, slots, experts, True)
+        return [out, mlp(x, *(w[E] for w in weights)) if apart else director_out]
 
-    plain = backends.LAUNCHERS["grouped_mlp", "reference"]
-    triton = backends.LAUNCHERS["grouped_mlp", "triton"]
-    triton = backends.Launcher(functools.partial(triton.forward, path=path), triton.backward)
+    plain, triton = backends.load("grouped_mlp", "reference"), on_path(path)
     rows, hidden = (draw(timer, B * (K + 1) * N, n, dtype=dtype, seed=30) for n in (D, H))
-    w1, w2 = stacked[0][0], stacked[2][0]
+    w1, w2 = stacked.fc1_weight[0], stacked.fc2_weight[0]
 
     def dense(i: int) -> None:
         torch.mm(rows, w1.t()), torch.mm(hidden, w2.t())
@@ -251,8 +260,8 @@ def test_align_loss(timer, shape, dtype, measure, kind):
             dtype,
             num_bytes=5 * B * N * D * dtype.itemsize,
         ),
-        {b: functools.partial(run, backends.LAUNCHERS["align_loss", b]) for b in able("align_loss", timer)},
-        run(backends.LAUNCHERS["align_loss", "reference"], 0, torch.float64),
+        {b: functools.partial(run, backends.load("align_loss", b)) for b in able("align_loss", timer)},
+        run(backends.load("align_loss", "reference"), 0, torch.float64),
         {},
     )
 
@@ -277,7 +286,7 @@ def test_group_ema(timer, tiny, measure, layers):
     exact = checked(reference.group_ema_, torch.float64)
     candidates = {}
     for b in able("group_ema_", timer):
-        update = backends.LAUNCHERS["group_ema_", b]
+        update = backends.load("group_ema_", b).group_ema_
         got = iter([checked(update), checked(update)])
 
         def run(i: int, update=update, got=got) -> list[Tensor]:

@@ -3,7 +3,10 @@
 from ._version import __version__
 from .collect import AuxCollector, collect_aux
 from .layer import Aux, DEXLayer
-from .ops import align_loss, group_ema_, grouped_mlp, route
+from .ops.align_loss import align_loss
+from .ops.group_ema import group_ema_
+from .ops.grouped_mlp import grouped_mlp
+from .ops.route import route
 from .routing import Routing
 from .shadows import hold_weights
 from .upcycle import to_dense_, upcycle_

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .records import MLPWeights
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,9 +44,22 @@ def check_number(name: str, value: float, expected: str, holds) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_x(x: Tensor) -> None:
+def check_x(x: Tensor, width: int | None = None) -> None:
+    """``width``: D, where it is known."""
+    if width is not None and not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width):
+        raise ValueError(f"x: expected [B, N, {width}], got {shape_of(x) if isinstance(x, Tensor) else repr(x)}")
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
         raise ValueError(f"x: expected a floating-point tensor [B, N, D], got {describe(x)}")
+
+
+def check_weights(x: Tensor, weights: MLPWeights) -> None:
+    """Stacked weights of one another's shapes, that fit x; of its dtype, but under autocast, which makes copies."""
+    same_dtype = not torch.is_autocast_enabled(x.device.type)
+    check_tensor("fc1_weight", weights.fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
+    E, H, D = weights.fc1_weight.shape
+    check_tensor("fc1_bias", weights.fc1_bias, (E, H), like=x, same_dtype=same_dtype)
+    check_tensor("fc2_weight", weights.fc2_weight, (E, D, H), like=x, same_dtype=same_dtype)
+    check_tensor("fc2_bias", weights.fc2_bias, (E, D), like=x, same_dtype=same_dtype)
 
 
 def check_tensor(name: str, t: Tensor, shape: tuple, *, like: Tensor, same_dtype: bool = True) -> None:

@@ -4,14 +4,23 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, Self
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends, checks, ops, reference
+from . import checks
+from .ops import backends
+from .ops.align_loss import KINDS, align_loss
+from .ops.common import EPS, guard_version
+from .ops.dense import mlp
+from .ops.group_ema import group_ema_
+from .ops.route import ROUTE_FROM, ROUTINGS, Noise
+from .ops.routed_mlp import Settings, routed_mlp
+from .published import PublishedNames
+from .records import MLPWeights
 from .shadows import Shadows
 
 PATHS = ("experts", "director")
@@ -62,7 +71,11 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(x, *self.weights)
+
+    @property
+    def weights(self) -> MLPWeights:
+        return MLPWeights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Experts(nn.Module):
@@ -78,12 +91,16 @@ class Experts(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim))
 
+    @property
+    def weights(self) -> MLPWeights:
+        return MLPWeights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+
     def extra_repr(self) -> str:
         E, H, D = self.fc1_weight.shape
         return f"{E}, {D}, {H}"
 
 
-class DEXLayer(nn.Module):
+class DEXLayer(PublishedNames, nn.Module):
     """Replaces the MLP of a transformer block: ``y = layer(x)``, ``[B, N, D] -> [B, N, D]``.
 
     Every image is sent whole to K of E experts, chosen from its CLS token; the director, an MLP of the same shape,
@@ -98,12 +115,11 @@ class DEXLayer(nn.Module):
         usage_momentum: of ``usage_ema``, which favours rarely used experts in the exploration noise.
         route_from: ``"cls"``: token 0; ``"mean"``: the mean token, for hosts without a CLS token.
         path: ``"experts"``, or ``"director"`` to fine-tune the director alone as a dense MLP. May be set later.
-        backend: None takes the default of `dexkernels.backends`; a name that cannot run raises with the reason.
+        backend: None takes the default of `dexkernels.ops.backends`; a name that cannot run raises with the reason.
 
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
     precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
-    Under autocast it computes with copies of the parameters; an evaluation in inference mode keeps them from call to
-    call, see `dexkernels.shadows`: whoever writes parameters through ``.data`` meanwhile calls ``layer.eval()`` again.
+    Under autocast every forward computes with new copies of the parameters; inside `hold_weights` forwards share them.
 
     Raises: ValueError naming the argument.
     """
@@ -128,9 +144,9 @@ class DEXLayer(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         checks.check_top_k(top_k, num_experts)
-        checks.check_choice("routing", routing, ops.ROUTINGS)
-        checks.check_choice("align", align, ops.ALIGN_KINDS)
-        checks.check_choice("route_from", route_from, ops.ROUTE_FROM)
+        checks.check_choice("routing", routing, ROUTINGS)
+        checks.check_choice("align", align, KINDS)
+        checks.check_choice("route_from", route_from, ROUTE_FROM)
         checks.check_temperature(temperature)
         checks.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
@@ -157,14 +173,9 @@ class DEXLayer(nn.Module):
     def path(self, path: str) -> None:
         checks.check_choice("path", path, PATHS)
         self._path = path
-        self.shadows.forget()
         self.director.requires_grad_(path == "director")
         self.experts.requires_grad_(path == "experts")
         self.router_weight.requires_grad_(path == "experts")
-
-    def train(self, mode: bool = True) -> Self:
-        self.shadows.evaluate(not mode)
-        return super().train(mode)
 
     def forward(
         self,
@@ -184,9 +195,7 @@ class DEXLayer(nn.Module):
             return_aux: without it neither the director nor a loss is computed.
         """
         checks.check_noise_std(noise_std)
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
-            got = list(x.shape) if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"x: expected [B, N, {self.dim}], got {got}")
+        checks.check_x(x, self.dim)
         if self._path == "director":
             if return_aux:
                 raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
@@ -215,25 +224,16 @@ class DEXLayer(nn.Module):
     def _routed(
         self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
     ) -> Tensor | tuple[Tensor, Aux]:
-        e, d = self.experts, self.director
+        d = self.director
         # Hooks want to be called, FSDP's among them; another module in its place computes something of its own.
         plain = type(d) is MLP and not (d._forward_hooks or d._forward_pre_hooks)
-        director = (d.fc1.weight, d.fc1.bias, d.fc2.weight, d.fc2.bias) if return_aux and plain else None
-        y, routing, director_out = ops.routed_mlp(
+        y, routing, director_out = routed_mlp(
             x,
             self.router_weight,
-            e.fc1_weight,
-            e.fc1_bias,
-            e.fc2_weight,
-            e.fc2_bias,
-            self.top_k,
-            routing=self.routing,
-            route_from=self.route_from,
-            temperature=self.temperature,
-            noise_std=noise_std if self.training else 0.0,
-            router_noise=router_noise,
-            usage_ema=self.usage_ema,
-            director=director,
+            self.experts.weights,
+            Settings(self.top_k, self.routing, self.route_from, self.temperature),
+            Noise(noise_std if self.training else 0.0, router_noise, self.usage_ema),
+            director=d.weights if return_aux and plain else None,
             shadows=self.shadows,
             backend=self.backend,
         )
@@ -242,8 +242,8 @@ class DEXLayer(nn.Module):
         if director_out is None:
             with torch.no_grad():
                 director_out = self.director(x)
-        align = ops.align_loss(y, director_out, self.align, backend=backends.covering("align_loss", self.backend))
-        align = ops.guard_version(align, tuple(self.director.parameters()))
+        align = align_loss(y, director_out, self.align, backend=backends.covering("align_loss", self.backend))
+        align = guard_version(align, tuple(self.director.parameters()))
         return y, Aux(align, routing.balance_loss, routing.gate_mass, routing.gates, routing.expert_indices)
 
     def update_director(
@@ -268,31 +268,14 @@ class DEXLayer(nn.Module):
         """
         update_directors([self], [gate_mass], momentum, skip=skip, process_group=process_group)
 
-    def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights under the published names (``experts.<e>.fc1.weight``, ``router.linear.weight``, ...), strictly.
-
-        Raises: ValueError naming every missing, unknown or mis-shaped key; then nothing was changed.
-        """
-        copy_strictly(state, self.reference_tensors())
-
-    def reference_state_dict(self) -> dict[str, Tensor]:
-        """Copies of all weights under the published names."""
-        return {name: t.detach().clone() for name, t in self.reference_tensors().items()}
-
     def reference_tensors(self) -> dict[str, Tensor]:
         """Published name -> the part of this layer's parameters or buffers that holds it (not a copy)."""
-        e = self.experts
         tensors = {"router.linear.weight": self.router_weight, "expert_activation_count": self.usage_ema}
         for name, t in self.director.named_parameters():
             tensors[f"director.{name}"] = t
-        for i in range(self.num_experts):
-            for name, t in (
-                ("fc1.weight", e.fc1_weight),
-                ("fc1.bias", e.fc1_bias),
-                ("fc2.weight", e.fc2_weight),
-                ("fc2.bias", e.fc2_bias),
-            ):
-                tensors[f"experts.{i}.{name}"] = t.detach()[i]
+        for e in range(self.num_experts):
+            for name, stacked in self.experts.weights._asdict().items():
+                tensors[f"experts.{e}.{name.replace('_', '.')}"] = stacked.detach()[e]
         return tensors
 
     @torch.no_grad()
@@ -303,13 +286,7 @@ class DEXLayer(nn.Module):
 
     def director_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """``(director tensor, stacked expert tensor [E, ...])`` of all four parameters."""
-        d, e = self.director, self.experts
-        return [
-            (d.fc1.weight, e.fc1_weight),
-            (d.fc1.bias, e.fc1_bias),
-            (d.fc2.weight, e.fc2_weight),
-            (d.fc2.bias, e.fc2_bias),
-        ]
+        return list(zip(self.director.weights, self.experts.weights, strict=True))
 
     def extra_repr(self) -> str:
         return (
@@ -356,12 +333,12 @@ def update_directors(
     masses = masses[:-1]
 
     directors, experts, weights = [], [], []
-    group_weights = [m / (m.sum() + reference.EPS) for m in masses.split([layer.num_experts for layer in layers])]
+    group_weights = [m / (m.sum() + EPS) for m in masses.split([layer.num_experts for layer in layers])]
     for layer, a in zip(layers, group_weights, strict=True):
         for director, stacked in layer.director_pairs():
             director, stacked = _local(director, stacked)
             directors.append(director), experts.append(stacked), weights.append(a)
-    ops.group_ema_(
+    group_ema_(
         directors, experts, weights, momentum, skip=still, backend=backends.covering("group_ema_", layers[0].backend)
     )
     for layer, a in zip(layers, group_weights, strict=True):
@@ -385,23 +362,3 @@ def _local(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
     if director.device_mesh != stacked.device_mesh:
         raise ValueError("experts: expected the mesh of the director, got another one")
     return director.to_local(), stacked.to_local()
-
-
-@torch.no_grad()
-def copy_strictly(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Copy each tensor of ``state`` into the target of its name; unless all names and shapes match, nothing changes."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
-    wrong = [f"missing {k}" for k in targets if k not in state] + [f"unknown {k}" for k in state if k not in targets]
-    for k, t in targets.items():
-        if k in state and not isinstance(state[k], Tensor):
-            wrong.append(f"{k}: expected a tensor, got {type(state[k]).__name__}")
-        elif k in state and (state[k].is_complex() or state[k].is_meta):
-            wrong.append(f"{k}: expected real numbers, got {state[k].dtype} on {state[k].device}")
-        elif k in state and state[k].shape != t.shape:
-            wrong.append(f"{k}: expected shape {list(t.shape)}, got {list(state[k].shape)}")
-    if wrong:
-        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError("state: " + "; ".join(wrong[:20]) + more)
-    for k, t in targets.items():
-        t.copy_(state[k])

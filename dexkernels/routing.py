@@ -29,8 +29,16 @@ class Routing(NamedTuple):
     """int64 ``[E + 1]``; expert ``e`` owns ``slot_order[group_offsets[e] : group_offsets[e + 1]]``."""
 
 
-def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``slot_order``, ``group_sizes``, ``group_offsets`` of ``expert_indices`` (any integer dtype and shape)."""
+class SlotOrder(NamedTuple):
+    """The fields of these names of `Routing`."""
+
+    slot_order: Tensor
+    group_sizes: Tensor
+    group_offsets: Tensor
+
+
+def sort_slots(expert_indices: Tensor, num_experts: int) -> SlotOrder:
+    """The slots of ``expert_indices`` (any integer dtype and shape), stably sorted by expert."""
     flat = expert_indices.reshape(-1).long()
     slot_order = flat.argsort(stable=True)
     # A comparison instead of bincount, which makes the host wait for a GPU.
@@ -38,4 +46,4 @@ def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     group_sizes = (flat[:, None] == experts).sum(0)
     group_offsets = flat.new_zeros(num_experts + 1)
     group_offsets[1:] = group_sizes.cumsum(0)
-    return slot_order, group_sizes, group_offsets
+    return SlotOrder(slot_order, group_sizes, group_offsets)

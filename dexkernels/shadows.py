@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .records import MLPWeights
 
-class Kept(NamedTuple):
+
+class Held(NamedTuple):
     """Shadows, and what they were made of."""
 
     masters: list[tuple[int, StorageWeakRef, int]]
@@ -20,81 +22,50 @@ class Kept(NamedTuple):
     dtype: torch.dtype
     stream: int
     """On which they were made: another one would read them before they are written."""
-    copies: list[Tensor]
+    copies: MLPWeights
 
 
 class Shadows:
-    """The shadows of one layer, kept from call to call where nothing can have changed the masters meanwhile.
+    """The shadows of one layer: made in every forward, and kept from one to the next inside `hold_weights` alone.
 
-    Fresh are those whose masters are the same tensors in the same storage at the same version: a state dict, a move to
-    another device or most optimizers change one of these. A fused optimizer of torch changes none, nor does writing
-    through ``.data``, nor do FSDP and its kind, which gather masters anew into the same storage. So they are kept in
-    evaluation alone, by forwards in inference mode, of which no training can make use: from `DEXLayer.eval` on until
-    ``train`` or a forward whose masters need a gradient; and not where torch.distributed is at work. `hold_weights`
-    keeps them wherever it is asked to. In a CUDA graph they are made in the graph, and once a graph holds the layer,
-    whose replays change masters unseen, none are kept any more, inside `hold_weights` neither.
+    There they are made again when a master is another tensor, or has another storage or version. A write through
+    ``.data`` and a fused optimizer of torch change none of these: they break the promise of `hold_weights`. A forward
+    in a CUDA graph makes its own, in the graph.
     """
 
     def __init__(self):
-        self._kept: Kept | None = None
-        self._evaluating = False
-        self._held = 0
-        self._in_a_graph = False
+        self._held: Held | None = None
+        self._holders = 0
 
     def __reduce__(self):
         # A copy of a layer, or one that is loaded, makes its own.
         return Shadows, ()
 
-    def of(
-        self, masters: Sequence[Tensor], director: Sequence[Tensor] | None, dtype: torch.dtype, keep: bool
-    ) -> list[Tensor]:
-        """Of each master ``[E, ...]`` a copy of ``dtype``; with a director's tensors ``[E + 1, ...]``, those last.
+    def of(self, masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype) -> MLPWeights | None:
+        """A copy in ``dtype`` of each master ``[E, ...]``; with a director's tensors ``[E + 1, ...]``, those last.
 
-        keep: whether no gradient of the masters will be asked for, and the director is not trained.
+        None when the masters are of ``dtype`` themselves. Outside of autograd: the operators give the masters their
+        gradients, in the masters' own dtype.
         """
-        if not keep:
-            self._evaluating = False
-        if torch.compiler.is_compiling():
-            if not keep:
-                self.forget()
+        if all(w.dtype == dtype for w in masters):
+            return None
+        if torch.compiler.is_compiling() or not self._holders:
             return _copies(masters, director, dtype)
         tensors = [*masters, *(director or ())]
         device = tensors[0].device
-        self._in_a_graph = self._in_a_graph or capturing(device)
-        evaluating = self._evaluating and torch.is_inference_mode_enabled() and not _distributed()
-        keep = (self._held > 0 or evaluating) and not self._in_a_graph
-        keep = keep and not any(t.is_inference() or _is_wrapped(t) for t in tensors)
-        stream = stream_of(device) if keep else 0
-        kept = self._kept  # read once: another thread may forget them meanwhile
-        if keep and kept is not None and kept.dtype == dtype and kept.stream == stream:
-            if _is_same(kept.masters, tensors):
-                return kept.copies
-        self.forget()
-        # Made in inference mode they could not be saved for a backward later.
-        with torch.inference_mode(False):
-            copies = _copies(masters, director, dtype)
-        if keep:
+        if capturing(device) or any(t.is_inference() or _is_wrapped(t) for t in tensors):
+            return _copies(masters, director, dtype)
+        stream = stream_of(device)
+        held = self._held  # read once: another thread may replace it meanwhile
+        if held is None or (held.dtype, held.stream) != (dtype, stream) or not _is_same(held.masters, tensors):
             seen = [(id(t), StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
-            self._kept = Kept(seen, dtype, stream, copies)
-        return copies
-
-    def evaluate(self, evaluating: bool) -> None:
-        """Begin or end an evaluation."""
-        self._evaluating = evaluating
-        self.forget()
-
-    def used_without(self) -> None:
-        """Of a forward that took the masters themselves, and of which an optimizer may make use."""
-        self._evaluating = False
-        self.forget()
-
-    def forget(self) -> None:
-        self._kept = None
+            held = self._held = Held(seen, dtype, stream, _copies(masters, director, dtype))
+        return held.copies
 
     def hold(self, more: int) -> None:
         """Begin (1) or end (-1) a time in which the masters stay as they are."""
-        self._held += more
-        self.forget()
+        self._holders += more
+        self._held = None
 
 
 @contextlib.contextmanager
@@ -115,6 +86,11 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
             s.hold(-1)
 
 
+def shadowed(weights: MLPWeights, shadows: MLPWeights) -> MLPWeights:
+    """What is computed with: ``shadows``, or ``weights`` when there are none and each of them is None."""
+    return weights if shadows.fc1_weight is None else shadows
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -122,10 +98,6 @@ def capturing(device: torch.device) -> bool:
 
 def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_same(seen: list[tuple[int, StorageWeakRef, int]], tensors: Sequence[Tensor]) -> bool:
@@ -140,15 +112,23 @@ def _is_wrapped(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def _copies(masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype) -> MLPWeights:
+    if torch.compiler.is_compiling():
+        return _copy(masters, director, dtype, one_by_one=False)
+    # Made in inference mode they could not be saved for a backward later.
+    with torch.inference_mode(False):
+        return _copy(masters, director, dtype, one_by_one=any(map(_is_wrapped, (*masters, *(director or ())))))
+
+
 @torch.no_grad()
-def _copies(masters: Sequence[Tensor], director: Sequence[Tensor] | None, dtype: torch.dtype) -> list[Tensor]:
+def _copy(masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype, *, one_by_one: bool) -> MLPWeights:
     more = director is not None
     copies = [m.new_empty((m.shape[0] + more, *m.shape[1:]), dtype=dtype) for m in masters]
     to = [c[: m.shape[0]] for c, m in zip(copies, masters, strict=True)]
     to, of = to + [c[-1] for c in copies] * more, [*masters, *(director or ())]
-    if not torch.compiler.is_compiling() and any(map(_is_wrapped, of)):
+    if one_by_one:
         for c, m in zip(to, of, strict=True):
             c.copy_(m)
     else:
         torch._foreach_copy_(to, of)
-    return copies
+    return MLPWeights(*copies)

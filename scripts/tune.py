@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Chooses the tiles and the path of Triton's `grouped_mlp` by measuring them, offline; writes kernels/_tuned.py.
+"""Chooses the tiles and the path of Triton's `grouped_mlp` by measuring them, offline; writes its _tuned.py.
 
 usage: python scripts/tune.py --list [--shipped] [--kernel NAME ...] [--dtype bfloat16] [--arch 90]    without a GPU
        python scripts/tune.py [--kernel NAME ...] [--dtype bfloat16] [--write]    on the GPU that is to be served
@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
@@ -40,9 +41,13 @@ from benchmarks.record import BOUND  # noqa: E402
 from benchmarks.shapes import SETS, SHAPES, draw, routing_of, weights_of  # noqa: E402
 from benchmarks.timing import Timer  # noqa: E402
 from dex.common import atomic  # noqa: E402
-from dexkernels import backends  # noqa: E402
-from dexkernels.kernels import _tuned, configurations, grouped_mlp  # noqa: E402
-from dexkernels.kernels.common import Tile, architecture, precision  # noqa: E402
+from dexkernels.ops.grouped_mlp import cpu  # noqa: E402
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import _tuned, configurations  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import plan as planning  # noqa: E402
+from dexkernels.ops.triton_common import Tile, architecture, precision  # noqa: E402
+from dexkernels.records import MLPWeights  # noqa: E402
 from dexkernels.testing import relative_error  # noqa: E402
 
 Key = tuple[str, str, int]
@@ -53,7 +58,7 @@ LADDERS = {
     "warps": (4, 8),
     "stages": (2, 3, 4, 5, 6, 7),
 }
-FIXED = {name: ("rows",) for name, *_ in grouped_mlp.aligned.TILES if name != "weight_grad_blocks"}
+FIXED = {name: ("rows",) for name, *_ in configurations.ALIGNED if name != "weight_grad_blocks"}
 """What is not a matter of choice: a tile of the aligned path is so many blocks high."""
 
 MEASURED_ON = {"many": ("ViT-B", "ViT-B, N 257"), "few": ("ViT-B, E 64", "ViT-B, B 8")}
@@ -91,7 +96,7 @@ class Facts(NamedTuple):
 
 def keys(dtype: torch.dtype, arch: int, wanted: list[str] | None = None) -> list[Key]:
     return [
-        key for key in grouped_mlp.TILES if key[1:] == (precision(dtype), arch) and (not wanted or key[0] in wanted)
+        key for key in configurations.TILES if key[1:] == (precision(dtype), arch) and (not wanted or key[0] in wanted)
     ]
 
 
@@ -111,32 +116,33 @@ def launches(tiles: dict[Key, Tile], path: str, dtype: torch.dtype, arch: int, s
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     m = {"device": "meta"}
     x, gates = torch.empty(B, N, D, dtype=dtype, **m), torch.empty(B, K, **m)
-    routed = gates, torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m)
-    w1, b1 = torch.empty(E, H, D, dtype=dtype, **m), torch.empty(E, H, dtype=dtype, **m)
-    w2, b2 = torch.empty(E, D, H, dtype=dtype, **m), torch.empty(E, D, dtype=dtype, **m)
+    slots = Slots(gates, torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m))
+    weights = MLPWeights(*(torch.empty(E, *size, dtype=dtype, **m) for size in ((H, D), (H,), (D, H), (D,))))
     aot.LAUNCHED.clear()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", aot.record))
-        for module in (grouped_mlp, grouped_mlp.aligned):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-        out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, path=path, tiles=tiles)
-        grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, path=path, tiles=tiles)
+        stack.enter_context(mock.patch.object(planning, "architecture", lambda device: arch))
+        out, z, _ = grouped_mlp.forward(x, slots, weights, True, path=path, tiles=tiles)
+        saved = Saved(x, *slots, weights.fc1_weight, weights.fc2_weight, weights.fc2_bias, z)
+        grouped_mlp.backward(out, saved, Needs(), dtype, path=path, tiles=tiles)
     return list(aot.LAUNCHED)
 
 
 def compiled_as(launch: tuple) -> tuple:
     kernel, args, kwargs = launch
-    return kernel.__name__, tuple(v for p, v in zip(kernel.params, args, strict=False) if p.is_constexpr), str(kwargs)
+    values = aot.arguments(kernel, args, kwargs)
+    constants = tuple(values[p.name] for p in kernel.params if p.is_constexpr)
+    return kernel.__name__, constants, kwargs.get("num_warps"), kwargs.get("num_stages")
 
 
 def path_of(key: Key) -> str:
-    return "aligned" if key[0] in {name for name, *_ in grouped_mlp.aligned.TILES} else "gather"
+    return "aligned" if key[0] in {name for name, *_ in configurations.ALIGNED} else "gather"
 
 
 def taking(key: Key, tile: Tile, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
     """The launches that take this tile: those that another in its place would change."""
     before, after = (
-        launches(grouped_mlp.TILES | {key: t}, path_of(key), dtype, arch, shape)
+        launches(configurations.TILES | {key: t}, path_of(key), dtype, arch, shape)
         for t in (tile, tile._replace(stages=tile.stages + 1))
     )
     return list(
@@ -154,7 +160,7 @@ def facts(key: Key, tile: Tile, dtype: torch.dtype, arch: int) -> Facts:
 
 
 def listed(key: Key, dtype: torch.dtype, arch: int, only_shipped: bool) -> Iterator[str]:
-    shipped = grouped_mlp.TILES[key]
+    shipped = configurations.TILES[key]
     for tile in (shipped, *(() if only_shipped else neighbours(key, shipped))):
         name = f"{key[0]:20} {'shipped' if tile == shipped else '':8} " + " ".join(
             f"{k} {v!s:<5}" for k, v in tile._asdict().items()
@@ -204,21 +210,19 @@ class Bench:
         self.routing = routing_of(timer, shape, 5)
         self.xs = [draw(timer, B, N, D, dtype=dtype, seed=10 + i) for i in range(SETS)]
         self.grad = draw(timer, B, N, D, dtype=dtype, seed=20)
-        plain = backends.LAUNCHERS["grouped_mlp", "reference"]
-        self.exact = self._run(plain, 0, torch.float64)
-        self.plain = [relative_error(a, b) for a, b in zip(self._run(plain, 0), self.exact, strict=True)]
+        self.exact = self._run(cpu, 0, torch.float64)
+        self.plain = [relative_error(a, b) for a, b in zip(self._run(cpu, 0), self.exact, strict=True)]
 
-    def _run(self, launcher, i: int, real: torch.dtype | None = None, **options) -> list[torch.Tensor]:
-        w1, b1, w2, b2 = (w.to(real or self.dtype) for w in self.weights)
-        x, grad = self.xs[i % SETS].to(real or self.dtype), self.grad.to(real or self.dtype)
-        r = self.routing
-        routed = r.gates.to(real or r.gates.dtype), r.slot_order, r.group_offsets
-        out, z, _ = launcher.forward(x, *routed, w1, b1, w2, b2, True, **options)
-        return [out, *launcher.backward(grad, x, *routed, w1, w2, b2, z, **options)]
+    def _run(self, launcher: ModuleType, i: int, real: torch.dtype | None = None, **options) -> list[torch.Tensor]:
+        dtype, r = real or self.dtype, self.routing
+        weights = MLPWeights(*(w.to(dtype) for w in self.weights))
+        x, slots = self.xs[i % SETS].to(dtype), Slots(r.gates.to(real or r.gates.dtype), r.slot_order, r.group_offsets)
+        out, z, _ = launcher.forward(x, slots, weights, True, **options)
+        saved = Saved(x, *slots, weights.fc1_weight, weights.fc2_weight, weights.fc2_bias, z)
+        return [out, *launcher.backward(self.grad.to(dtype), saved, Needs(), dtype, **options)]
 
     def run(self, tiles: dict[Key, Tile], path: str, i: int = 0) -> list[torch.Tensor]:
-        launcher = backends.Launcher(grouped_mlp.grouped_mlp_forward, grouped_mlp.grouped_mlp_backward)
-        return self._run(launcher, i, tiles=tiles, path=path)
+        return self._run(grouped_mlp, i, tiles=tiles, path=path)
 
     def right(self, tiles: dict[Key, Tile], path: str) -> bool:
         """Within twice plain torch's error, and the same bits twice."""
@@ -241,10 +245,10 @@ class Bench:
 
 def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], str | None]:
     """The best tile of each key of ``wanted`` that this shape has a use for; the faster path, of two that are right."""
-    tiles, right, found = dict(grouped_mlp.TILES), [], {}
+    tiles, right, found = dict(configurations.TILES), [], {}
     for path in ("gather", "aligned"):
         has_tiles = ("fc1_blocks", precision(bench.dtype), arch) in tiles
-        if path == "aligned" and not (has_tiles and grouped_mlp.aligned.has_tma(bench.grad.device)):
+        if path == "aligned" and not (has_tiles and planning.has_tma(bench.grad.device)):
             continue
         if not bench.right(tiles, path):
             print(f"  {path}: wrong with the shipped tiles")
@@ -277,7 +281,7 @@ def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], s
 
 
 def table(tiles: dict, paths: dict, measured: str) -> str:
-    """The text of kernels/_tuned.py."""
+    """The text of _tuned.py."""
     lines = [f"    {key!r}: {tuple(tile)!r},\n" for key, tile in sorted(tiles.items())]
     routes = [f"    {key!r}: {path!r},\n" for key, path in sorted(paths.items())]
     note = f"# {measured}\n" if measured else ""
@@ -296,7 +300,7 @@ def main() -> int:
     parser.add_argument("--kernel", action="append", help="of the keys of the table alone (default: all of them)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="of --list (default 90)")
-    parser.add_argument("--write", action="store_true", help="into dexkernels/kernels/_tuned.py")
+    parser.add_argument("--write", action="store_true", help="into dexkernels/ops/grouped_mlp/triton/_tuned.py")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if not arguments.list and not torch.cuda.is_available():
@@ -325,14 +329,14 @@ def main() -> int:
             faster.append(path)
         for key in chosen:
             tiles.pop((*key, kind), None)
-        tiles |= {(*key, kind): tile for key, tile in found.items() if tile != grouped_mlp.TILES[key]}
+        tiles |= {(*key, kind): tile for key, tile in found.items() if tile != configurations.TILES[key]}
         if not arguments.kernel:  # the path of a class is that which is faster on all of its shapes
             paths.pop((arch, precision(dtype), kind), None)
             paths |= {(arch, precision(dtype), kind): faster[0]} if len({*faster}) == 1 and faster[0] else {}
     today = datetime.datetime.now(datetime.UTC).date()
     text = table(tiles, paths, f"{torch.cuda.get_device_name()}, {today}, torch {torch.__version__}")
     if arguments.write:
-        atomic.write(ROOT / "dexkernels/kernels/_tuned.py", text)
+        atomic.write(_tuned.__file__, text)
     else:
         print(text)
     return 0

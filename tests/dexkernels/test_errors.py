@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from dexkernels import DEXLayer, Routing, align_loss, backends, group_ema_, grouped_mlp, route
+from dexkernels import DEXLayer, Routing, align_loss, group_ema_, grouped_mlp, route
+from dexkernels.ops import backends
 
 X, W = torch.zeros(2, 3, 4), torch.zeros(5, 4)
 NOISE, USAGE = torch.zeros(2, 1, 5), torch.zeros(5)
@@ -146,13 +147,13 @@ def test_messages_say_what_was_expected_and_what_came():
 
 def test_backend_report_gives_the_reasons_of_the_refusals():
     rows = {(r.op, r.backend): r for r in backends.report()}
-    assert set(rows) == {(op, b) for op in backends.OPS for b in backends.BACKENDS}
+    assert set(rows) == {(op, b) for op in backends.TABLES for b in backends.BACKENDS}
     for (op, backend), row in rows.items():
         assert row.reason and (row.available or backend != "reference")
         if not row.available:
             with pytest.raises(ValueError, match=re.escape(row.reason)):
                 backends.choose(op, backend, torch.device("cpu"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for op in backends.OPS:
+    for op in backends.TABLES:
         assert [b for b in backends.BACKENDS if rows[op, b].default] == [backends.choose(op, None, device)]
     assert layer(4, 6, backend="reference")(X).shape == X.shape

@@ -1,67 +1,14 @@
-"""`DEXLayer`: routing modes, edge cases, strides, paths, autocast, purity, checkpointing, state dicts."""
+"""`DEXLayer`: routing modes, edge cases, strides, frozen parts, paths, autocast, copies."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from layer_cases import D, H, bits, changed, director, expert, images, layer_of, objective, snapshot, step
 
 from dexkernels import Aux, DEXLayer, align_loss
 from dexkernels.testing import ExpertLoop, randomize_, relative_error
-
-D, H = 9, 7
-
-
-def layer_of(E=6, K=2, dtype=torch.float64, seed=0, dim=D, **options):
-    return randomize_(DEXLayer(dim, H, E, K, **options).to(dtype), seed)
-
-
-def images(B=5, N=4, dtype=torch.float64, seed=0):
-    return torch.randn(B, N, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def bits(t):
-    return t.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).clone()
-
-
-def snapshot(module):
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-
-def changed(module, before):
-    now = module.state_dict()
-    assert now.keys() == before.keys()
-    return [k for k in now if not torch.equal(bits(now[k]), bits(before[k]))]
-
-
-def objective(y, aux):
-    """Uses every element of the output and both losses."""
-    return (
-        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + 3 * aux.align_loss + aux.balance_loss
-    )
-
-
-def step(layer, x, **options):
-    """Everything that one forward and backward gives, by name."""
-    x = x.detach().requires_grad_()
-    layer.zero_grad()
-    y, aux = layer(x, return_aux=True, **options)
-    objective(y, aux).backward()
-    grads = {n: p.grad.clone() for n, p in layer.named_parameters() if p.requires_grad}
-    return {"y": y.detach(), "x": x.grad} | {k: v.detach() for k, v in aux._asdict().items()} | grads
-
-
-def expert(layer, e, x):
-    m = layer.experts
-    z = x @ m.fc1_weight[e].T + m.fc1_bias[e]
-    return (z * 0.5 * (1 + torch.erf(z / 2**0.5))) @ m.fc2_weight[e].T + m.fc2_bias[e]
-
-
-def director(layer, x):
-    d = layer.director
-    z = x @ d.fc1.weight.T + d.fc1.bias
-    return (z * 0.5 * (1 + torch.erf(z / 2**0.5))) @ d.fc2.weight.T + d.fc2.bias
 
 
 def token_oracle(layer, x):
@@ -423,146 +370,6 @@ def test_half_precision_layer(dtype):
     assert got["align_loss"].dtype == got["gates"].dtype == got["gate_mass"].dtype == torch.float32
 
 
-# Forward is pure; the order of a step
-
-
-BAD = float("nan")
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("bad", [0.0, BAD, float("inf")])
-@pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_forward_and_backward_change_no_state(training, bad, routing, recompute):
-    layer, x = layer_of(routing=routing).train(training), images().requires_grad_()
-    layer.usage_ema.fill_(0.2)
-    before = snapshot(layer)
-    with torch.no_grad():
-        x[1, 0, 0] += bad
-    for _ in range(3):
-        y, aux = run(layer, x, recompute, noise_std=0.5)
-        (y.sum() + aux.align_loss + aux.balance_loss).backward()
-    assert y.isfinite().all() == (bad == 0)
-    assert changed(layer, before) == []
-    assert aux.gate_mass.isfinite().all() == (bad == 0)
-    if bad != 0:
-        layer.update_director(aux.gate_mass, 0.5)
-        assert changed(layer, before) == []
-
-
-def run(layer, x, recompute, **options):
-    if not recompute:
-        return layer(x, return_aux=True, **options)
-    return checkpoint(lambda x: layer(x, return_aux=True, **options), x, use_reentrant=False)
-
-
-def test_other_images_do_not_see_a_nan_image():
-    layer, x = layer_of(), images()
-    x[1] = BAD
-    y = layer(x)
-    assert y[1].isnan().all()
-    torch.testing.assert_close(y[[0, 2, 3, 4]], layer(x[[0, 2, 3, 4]]), rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("used", ["all", "align", "balance", "output"])
-@pytest.mark.parametrize("noise_std", [0.0, 1.0])
-def test_early_update_is_an_error(recompute, used, noise_std):
-    """Never a wrong gradient: backward raises, or what it gives is what it would have given."""
-    layer, x = layer_of(), images().requires_grad_()
-    layer.usage_ema.copy_(torch.linspace(0, 0.5, 6))
-    noise = torch.randn(5, 1, 6, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-
-    def gradients(early):
-        layer.zero_grad()
-        y, aux = run(layer, x, recompute, noise_std=noise_std, router_noise=noise)
-        loss = {
-            "all": objective(y, aux),
-            "align": aux.align_loss,
-            "balance": aux.balance_loss,
-            "output": y.square().sum(),
-        }
-        if early:
-            layer.update_director(aux.gate_mass, 0.1)
-        loss[used].backward()
-        return [layer.router_weight.grad.clone()]
-
-    want = gradients(early=False)
-    if used in ("all", "align"):
-        with pytest.raises(RuntimeError, match="update_director after backward"):
-            gradients(early=True)
-    else:
-        try:
-            got = gradients(early=True)
-        except RuntimeError:
-            return
-        assert torch.equal(got[0], want[0])
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_right_order_works_step_after_step(recompute):
-    layer, twin, x = layer_of(), layer_of(), images()
-    for _ in range(3):
-        y, aux = run(layer, x.requires_grad_(), recompute)
-        objective(y, aux).backward()
-        layer.update_director(aux.gate_mass, 0.5)
-        z, twin_aux = twin(x, return_aux=True)
-        objective(z, twin_aux).backward()
-        twin.update_director(twin_aux.gate_mass, 0.5)
-    assert changed(layer, snapshot(twin)) == []
-    assert "director.fc1.weight" in changed(layer, snapshot(layer_of()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noise_std", [0.0, 1.0])
-def test_checkpointing_gives_the_same_bits(dtype, noise_std):
-    results = []
-    for recompute in (False, True):
-        layer, x = layer_of(dtype=dtype), images(dtype=dtype).requires_grad_()
-        torch.manual_seed(7)
-        y, aux = run(layer, x, recompute, noise_std=noise_std)
-        objective(y, aux).backward()
-        results.append([y, *aux, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_several_forwards_before_one_backward():
-    layer, x = layer_of(), images()
-    (y1, a1), (y2, a2) = layer(x[:2], return_aux=True), layer(x[2:], return_aux=True)
-    (objective(y1, a1) + objective(y2, a2)).backward()
-    layer.update_director(a1.gate_mass + a2.gate_mass, 0.5)
-    twin = layer_of()
-    twin.update_director(twin(x, return_aux=True)[1].gate_mass, 0.5)
-    torch.testing.assert_close(layer.director.fc1.weight, twin.director.fc1.weight, rtol=1e-13, atol=1e-14)
-
-
-# State dicts
-
-
-def test_published_names():
-    layer = layer_of(E=2)
-    state = layer.reference_state_dict()
-    parts = [
-        f"{part}.{fc}.{name}"
-        for part in ("experts.0", "experts.1", "director")
-        for fc in ("fc1", "fc2")
-        for name in ("weight", "bias")
-    ]
-    assert set(state) == {*parts, "router.linear.weight", "expert_activation_count"}
-    assert torch.equal(state["experts.1.fc2.weight"], layer.experts.fc2_weight[1])
-    state["experts.1.fc2.weight"].zero_(), state["director.fc1.bias"].zero_()
-    assert layer.experts.fc2_weight[1].count_nonzero() and layer.director.fc1.bias.count_nonzero()
-
-
-def test_reference_round_trip():
-    layer, other = layer_of(seed=1), layer_of(seed=2)
-    layer.usage_ema.copy_(torch.arange(6))
-    assert len(changed(other, snapshot(layer))) == 10
-    other.load_reference_state_dict(layer.reference_state_dict())
-    assert changed(other, snapshot(layer)) == []
-
-
 def test_state_dict_round_trip_and_deepcopy():
     layer, other = layer_of(seed=1, path="director"), layer_of(seed=2, path="director")
     other.load_state_dict(layer.state_dict())
@@ -575,36 +382,3 @@ def test_state_dict_round_trip_and_deepcopy():
     with torch.no_grad():
         twin.director.fc1.weight.zero_()
     assert layer.director.fc1.weight.count_nonzero()
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (lambda s: s.pop("experts.3.fc1.bias"), "missing experts.3.fc1.bias"),
-        (lambda s: s.update({"gate.weight": torch.ones(1)}), "unknown gate.weight"),
-        (lambda s: s.update({"experts.6.fc1.bias": torch.ones(H)}), "unknown experts.6.fc1.bias"),
-        (
-            lambda s: s.update({"director.fc1.weight": torch.ones(D, H)}),
-            r"director.fc1.weight: expected shape \[7, 9\]",
-        ),
-        (lambda s: s.update({"director.fc1.bias": torch.ones(1)}), "director.fc1.bias: expected shape"),
-        (lambda s: s.update({"expert_activation_count": [0.0] * 6}), "expert_activation_count: expected a tensor"),
-        (lambda s: s.clear(), "missing router.linear.weight"),
-    ],
-)
-def test_a_wrong_state_is_named_and_changes_nothing(damage, named):
-    layer, state = layer_of(seed=1), layer_of(seed=2).reference_state_dict()
-    before = snapshot(layer)
-    damage(state)
-    with pytest.raises(ValueError, match=named):
-        layer.load_reference_state_dict(state)
-    assert changed(layer, before) == []
-
-
-def test_all_wrong_keys_are_named_at_once():
-    state = layer_of().reference_state_dict()
-    del state["experts.0.fc1.bias"]
-    state["extra"] = torch.ones(1)
-    state["router.linear.weight"] = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"(?s)missing experts.0.fc1.bias.*unknown extra.*router.linear.weight"):
-        layer_of().load_reference_state_dict(state)

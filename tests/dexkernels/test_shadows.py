@@ -1,5 +1,6 @@
-"""Shadows under autocast: never stale, kept where they can be, the director among them, gradients in float32."""
+"""Shadows under autocast: never stale, shared while weights are held, the director among them, gradients in float32."""
 
+import contextlib
 import copy
 import pickle
 
@@ -40,13 +41,28 @@ def evaluate(layer, x, return_aux=False):
         return layer(x, return_aux=return_aux)
 
 
-def test_evaluation_casts_once(monkeypatch):
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_every_forward_of_an_evaluation_casts(mode, monkeypatch):
     layer, x = layer_of(), images()
     made = casts(monkeypatch)
-    first = evaluate(layer, x)
-    assert torch.equal(evaluate(layer, x), first) and len(made) == 1
-    layer.train()
-    assert torch.equal(evaluate(layer, x), first) and torch.equal(evaluate(layer, x), first) and len(made) == 3
+    with mode(), autocast():
+        first = layer(x)
+        assert torch.equal(layer(x), first) and len(made) == 2
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_an_evaluation_sees_what_was_written_through_data(mode):
+    """As every moving average of weights is written; it leaves no trace in a version."""
+    layer, x = layer_of(), images()
+    with mode(), autocast():
+        before, aux = layer(x, return_aux=True)
+    for p in layer.parameters():
+        p.data.mul_(0.5).add_(0.1)
+    with mode(), autocast():
+        after, other = layer(x, return_aux=True)
+        fresh, wanted = copy.deepcopy(layer)(x, return_aux=True)
+    assert torch.equal(after, fresh) and torch.equal(other.align_loss, wanted.align_loss)
+    assert not torch.equal(after, before) and not torch.equal(other.align_loss, aux.align_loss)
 
 
 def test_made_in_inference_mode_they_serve_a_backward(monkeypatch):
@@ -94,7 +110,6 @@ def update(layer):
 def through_data(layer):
     for p in layer.parameters():
         p.data.mul_(2)
-    layer.eval()
 
 
 def train_through_data(layer):
@@ -102,7 +117,7 @@ def train_through_data(layer):
     layer.train()
     with autocast():
         layer(images()).sum().backward()
-    layer.training = False  # not eval(), which forgets
+    layer.eval()
     for p in layer.parameters():
         p.data.mul_(2)
 
@@ -170,18 +185,30 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kept", [False, True], ids=["anew", "kept"])
-def test_a_change_of_the_masters_is_seen(change, kept):
+UNSEEN = (
+    "written through .data",
+    "trained through .data",
+    "fused AdamW",
+    "a forward between backward and fused AdamW",
+    "fine-tuned along the director",
+    "the director's own training",
+)
+"""Changes that leave no trace in a tensor, its storage or its version: they break the promise of `hold_weights`."""
+
+
+@pytest.mark.parametrize(
+    "change, held", [*((change, False) for change in CHANGES), *((c, True) for c in CHANGES if c not in UNSEEN)]
+)
+def test_a_change_of_the_masters_is_seen(change, held):
     """Output and losses after a change are those of a layer that never had shadows."""
     layer, x = layer_of(), images()
-    before = evaluate(layer, x, return_aux=True)
-    if kept:
-        evaluate(layer, x, return_aux=True)
-    CHANGES[change](layer)
-    fresh = copy.deepcopy(layer)
-    assert fresh.shadows is not layer.shadows
-    y, aux = evaluate(layer, x, return_aux=True)
+    with hold_weights(layer) if held else contextlib.nullcontext():
+        before = evaluate(layer, x, return_aux=True)
+        assert (layer.shadows._held is not None) == held
+        CHANGES[change](layer)
+        fresh = copy.deepcopy(layer)
+        assert fresh.shadows is not layer.shadows
+        y, aux = evaluate(layer, x, return_aux=True)
     want, wanted = evaluate(fresh, x, return_aux=True)
     assert torch.equal(y, want) and torch.equal(aux.align_loss, wanted.align_loss)
     assert not torch.equal(aux.align_loss, before[1].align_loss)
@@ -193,7 +220,7 @@ def test_training_casts_in_each_forward_and_holds_none_of_it(monkeypatch):
     for steps in range(1, 3):
         with autocast():
             layer(x, return_aux=True)[0].sum().backward()
-        assert len(made) == steps and layer.shadows._kept is None
+        assert len(made) == steps and layer.shadows._held is None
 
 
 def test_held_weights_are_cast_once(monkeypatch):
@@ -211,7 +238,7 @@ def test_held_weights_are_cast_once(monkeypatch):
             assert len(made) == 4
     together = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.equal(2 * a, b) for a, b in zip(apart, together, strict=True))
-    assert all(layer.shadows._kept is None for layer in model)
+    assert all(layer.shadows._held is None for layer in model)
 
 
 def test_a_change_while_held_is_seen():
@@ -234,31 +261,33 @@ def test_two_forwards_before_their_backwards():
 
 def test_no_storage_gets_the_address_of_one_that_was_seen():
     layer = layer_of()
-    evaluate(layer, images())
-    bias = layer.experts.fc2_bias
-    address = bias.untyped_storage()._cdata
-    bias.data = bias.detach() * 2
-    others = [torch.empty(1).untyped_storage() for _ in range(1000)]
-    assert address not in {s._cdata for s in others}
+    with hold_weights(layer):
+        evaluate(layer, images())
+        bias = layer.experts.fc2_bias
+        address = bias.untyped_storage()._cdata
+        bias.data = bias.detach() * 2
+        others = [torch.empty(1).untyped_storage() for _ in range(1000)]
+        assert address not in {s._cdata for s in others}
 
 
 def test_another_stream_makes_its_own(monkeypatch):
     """It would read what the first stream has yet to write."""
     layer, x = layer_of(), images()
     made = casts(monkeypatch)
-    for stream, count in ((1, 1), (1, 1), (2, 2), (2, 2), (1, 3)):
-        monkeypatch.setattr(shadows, "stream_of", lambda device, stream=stream: stream)
-        evaluate(layer, x)
-        assert len(made) == count
+    with hold_weights(layer):
+        for stream, count in ((1, 1), (1, 1), (2, 2), (2, 2), (1, 3)):
+            monkeypatch.setattr(shadows, "stream_of", lambda device, stream=stream: stream)
+            evaluate(layer, x)
+            assert len(made) == count
 
 
 def test_reentrant_checkpointing_holds_none():
     layer, x = layer_of().train(), images().requires_grad_()
     with autocast():
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
-    assert layer.shadows._kept is None
+    assert layer.shadows._held is None
     y.sum().backward()
-    assert layer.shadows._kept is None and x.grad.count_nonzero()
+    assert layer.shadows._held is None and x.grad.count_nonzero()
 
 
 def test_vmap_over_weights():
@@ -272,30 +301,31 @@ def test_vmap_over_weights():
 
 
 @pytest.mark.parametrize("captured_first", [False, True])
-def test_a_graph_that_holds_the_layer_changes_masters_unseen(captured_first, monkeypatch):
-    """Replays bump no version: once a layer was captured, nothing is kept."""
+def test_a_graph_makes_its_own(captured_first, monkeypatch):
+    """Its copies are of memory that belongs to the graph: no forward outside of it shares them."""
     layer, x = layer_of(), images()
-    if not captured_first:
-        evaluate(layer, x)
     made = casts(monkeypatch)
-    with monkeypatch.context() as m:
-        m.setattr(shadows, "capturing", lambda device: True)
+    with hold_weights(layer):
+        if not captured_first:
+            evaluate(layer, x)
+        before = len(made)
+        with monkeypatch.context() as m:
+            m.setattr(shadows, "capturing", lambda device: True)
+            for _ in range(2):
+                evaluate(layer, x)
+        assert len(made) == before + 2
         evaluate(layer, x)
-        assert len(made) == 1, "a graph makes its own"
-    for _ in range(2):
-        evaluate(layer, x)
-        for p in layer.experts.parameters():
-            p.data.mul_(2)  # as a replay does
-        assert torch.equal(evaluate(layer, x), evaluate(copy.deepcopy(layer), x))
+        assert len(made) == 3, "what was made before the capture still serves"
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_have_none(clone):
     layer, x = layer_of(), images()
-    want = evaluate(layer, x)
-    other = clone(layer)
-    assert layer.shadows._kept is not None and other.shadows._kept is None
-    assert torch.equal(evaluate(other, x), want)
+    with hold_weights(layer):
+        want = evaluate(layer, x)
+        other = clone(layer)
+        assert layer.shadows._held is not None and other.shadows._held is None
+        assert torch.equal(evaluate(other, x), want) and other.shadows._held is None
     assert not any("shadow" in name for name in layer.state_dict())
 
 
@@ -370,9 +400,8 @@ def test_compiled():
     step(layer)
     after = evaluate(compiled, x)
     assert not torch.equal(after, before) and torch.equal(after, evaluate(layer, x))
-    # A compiled forward of training leaves none behind either.
-    assert layer.shadows._kept is not None
-    with autocast():
+    # Compiled forwards make their own, while weights are held too.
+    with hold_weights(layer), autocast():
         compiled(x).sum().backward()
-    assert layer.shadows._kept is None
+        assert layer.shadows._held is None
     torch._dynamo.reset()

@@ -114,7 +114,7 @@ def test_outside_a_block_nothing_is_computed_or_kept(monkeypatch):
     with dexkernels.collect_aux(model) as aux:
         model(x)
     calls = []
-    monkeypatch.setattr(dexkernels.ops, "align_loss", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(dexkernels.layer, "align_loss", lambda *a, **k: calls.append(a))
     model(x).sum().backward()
     assert not calls and [len(c) for c in aux.calls.values()] == [1] * L
 

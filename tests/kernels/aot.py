@@ -18,10 +18,16 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dexkernels.kernels import align_loss, group_ema, grouped_mlp, route
+from dexkernels.ops.align_loss import triton as align_loss
+from dexkernels.ops.group_ema import triton as group_ema
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp
+from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots
+from dexkernels.ops.grouped_mlp.triton import plan
+from dexkernels.ops.route import triton as route
+from dexkernels.ops.route.records import Saved as SavedByRoute
+from dexkernels.records import MLPWeights
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-MODULES = (align_loss, group_ema, grouped_mlp, route)
 LAUNCHED = []
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
@@ -30,9 +36,14 @@ def record(self, *args, grid, warmup, **kwargs):
     LAUNCHED.append((self, args, kwargs))
 
 
+def arguments(kernel, args, kwargs):
+    """Name -> value."""
+    return dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+
+
 def source(kernel, args, kwargs):
     """The kernel with its arguments specialised as the just-in-time compiler does: 1 and None are constants."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    values = arguments(kernel, args, kwargs)
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -107,14 +118,13 @@ def launch_mlp(dtype, B, N, D, H, E, K, path=None):
     order, offsets = torch.empty(B * K, dtype=torch.int64, **m), torch.empty(E + 1, dtype=torch.int64, **m)
     autocast = dtype == torch.bfloat16
     shapes = (H, D), (H,), (D, H), (D,)
-    weights = [torch.empty(E + autocast, *shape, dtype=dtype, **m) for shape in shapes]
-    w1, b1, w2, b2 = (w[:E] for w in weights)
-    routed = x, gates, order, offsets
+    weights = MLPWeights(*(torch.empty(E + autocast, *shape, dtype=dtype, **m) for shape in shapes))
+    alone, slots = MLPWeights(*(w[:E] for w in weights)), Slots(gates, order, offsets)
     if autocast:
-        grouped_mlp.grouped_mlp_forward(*routed, w1, b1, w2, b2, False, path=path)
-    out, z, _ = grouped_mlp.grouped_mlp_forward(*routed, *weights, path=path)
-    grad_dtype = torch.float32 if autocast else None
-    grouped_mlp.grouped_mlp_backward(out, *routed, w1, w2, b2, z, grad_dtype=grad_dtype, path=path)
+        grouped_mlp.forward(x, slots, alone, False, path=path)
+    out, z, _ = grouped_mlp.forward(x, slots, weights, True, path=path)
+    saved = Saved(x, *slots, alone.fc1_weight, alone.fc2_weight, alone.fc2_bias, z)
+    grouped_mlp.backward(out, saved, Needs(), torch.float32 if autocast else dtype, path=path)
     return out
 
 
@@ -137,13 +147,13 @@ def launch_everything(dtype, arch):
     if dtype == torch.float16:
         return  # the other kernels have no products in half precision
     for kind in align_loss.KINDS:
-        loss, saved = align_loss.align_loss_forward(out, out, kind)
-        align_loss.align_loss_backward(loss, out, out, saved, kind)
+        loss, saved = align_loss.forward(out, out, kind)
+        align_loss.backward(loss, out, out, saved, kind)
     r, b2 = torch.empty(B, N, D, dtype=dtype, **m)[:, 0], torch.empty(E, D, dtype=dtype, **m)
     for experts in route.BLOCKS:
         wr, noise = torch.empty(experts, D, **m), torch.empty(B, experts, **m)
-        p, g, indices, balance, *_ = route.route_forward(r, wr, K, 0.5, noise)
-        route.route_backward(g, balance, p, indices, g, r, wr, K, 0.5)
+        p, g, indices, balance, *_ = route.forward(r, wr, K, 0.5, noise)
+        route.backward(g, balance, SavedByRoute(p, g, indices, r, wr), 0.5)
     if dtype == torch.float32:
         skip = torch.empty((), dtype=torch.bool, **m)
         for momentum in (0.999, torch.empty((), **m)):
@@ -152,9 +162,7 @@ def launch_everything(dtype, arch):
 
 def main(arch: int) -> None:
     JITFunction.run = record
-    for module in MODULES:
-        if hasattr(module, "architecture"):
-            module.architecture = lambda device: arch
+    plan.architecture = lambda device: arch
     seen = set()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         LAUNCHED.clear()
@@ -164,7 +172,8 @@ def main(arch: int) -> None:
             if what in seen:
                 continue
             seen.add(what)
-            flags = [v for p, v in zip(kernel.params, args, strict=False) if p.is_constexpr]
+            values = arguments(kernel, args, kwargs)
+            flags = [values[p.name] for p in kernel.params if p.is_constexpr]
             row = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "arch": arch, "flags": flags}
             print(json.dumps(row | compile_one(kernel, args, kwargs, arch)), flush=True)
 

@@ -1,5 +1,8 @@
 """Kernels run here in Triton's interpreter, on CPU tensors with poisoned allocations; compiled by ``--device cuda``.
 
+The folder stands beside tests/dexkernels, and not in it, because the interpreter needs a process of its own: it is
+chosen for all kernels, when triton is first imported.
+
 Where Triton is not installed the tests are skipped, each file saying so.
 """
 
@@ -15,7 +18,13 @@ ON_CUDA = torch.get_default_device().type == "cuda"
 """Set by ``--device cuda``, see the conftest of the repository."""
 
 if ON_CUDA and importlib.util.find_spec("triton") is not None:
-    from dexkernels.kernels import align_loss, aligned, chunks, common, group_ema, grouped_mlp, route  # noqa: F401
+    from dexkernels.ops import triton_common
+    from dexkernels.ops.align_loss import triton as align_loss
+    from dexkernels.ops.group_ema import triton as group_ema
+    from dexkernels.ops.grouped_mlp import triton as grouped_mlp
+    from dexkernels.ops.grouped_mlp.records import Saved
+    from dexkernels.ops.grouped_mlp.triton import aligned, chunks, sums
+    from dexkernels.ops.route import triton as route
 elif importlib.util.find_spec("triton") is not None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,13 +33,19 @@ elif importlib.util.find_spec("triton") is not None:
     import triton.experimental.gluon  # which the first launch would import
     from triton.runtime.interpreter import InterpretedFunction
 
-    from dexkernels.kernels import align_loss, aligned, chunks, common, group_ema, grouped_mlp, route  # noqa: F401
+    from dexkernels.ops import triton_common
+    from dexkernels.ops.align_loss import triton as align_loss
+    from dexkernels.ops.group_ema import triton as group_ema
+    from dexkernels.ops.grouped_mlp import triton as grouped_mlp
+    from dexkernels.ops.grouped_mlp.records import Saved
+    from dexkernels.ops.grouped_mlp.triton import aligned, chunks, sums
+    from dexkernels.ops.route import triton as route
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]
     else:
         os.environ["TRITON_INTERPRET"] = before
-    if not all(isinstance(f, InterpretedFunction) for f in (triton.language.sum, common.find_tile)):
+    if not all(isinstance(f, InterpretedFunction) for f in (triton.language.sum, triton_common.find_tile)):
         raise RuntimeError("triton was imported before tests/kernels: run these tests in a process of their own")
 
 MARGIN = 4096
@@ -78,11 +93,12 @@ def shipped_tiles(request, monkeypatch):
     """``--tiles shipped``: the tables of the launchers, whatever tiles a test asks for."""
     if request.config.getoption("--tiles") != "shipped" or importlib.util.find_spec("triton") is None:
         return
-    for name in ("grouped_mlp_forward", "grouped_mlp_backward"):
+    for name in ("forward", "backward"):
         launch = getattr(grouped_mlp, name)
 
         def run(*args, launch=launch, tiles=None, **kwargs):
-            if kwargs.get("path") == "aligned" and args[0].dtype == torch.float32:
+            x = args[1].x if isinstance(args[1], Saved) else args[0]
+            if kwargs.get("path") == "aligned" and x.dtype == torch.float32:
                 pytest.skip("no tiles of the aligned path in float32 ship")
             return launch(*args, **kwargs)
 
@@ -120,7 +136,7 @@ def poison(monkeypatch):
     def patched_empty(*shape, dtype=None, device=None, **kwargs):
         return poisoned(shape[0] if len(shape) == 1 else shape, dtype or torch.get_default_dtype(), device)
 
-    for module in (align_loss, aligned, chunks, group_ema, grouped_mlp, route):
+    for module in (align_loss, aligned, chunks, group_ema, grouped_mlp, route, sums):
         monkeypatch.setattr(module, "torch", _Torch(empty=patched_empty, empty_like=empty_like))
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "new_empty", new_empty)

@@ -6,8 +6,11 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 import torch
 import torch.nn.functional as F
 
-from dexkernels.kernels import grouped_mlp
-from dexkernels.kernels.common import Tile
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp
+from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots
+from dexkernels.ops.grouped_mlp.triton.configurations import TILES
+from dexkernels.ops.triton_common import Tile
+from dexkernels.records import MLPWeights
 from dexkernels.testing import relative_error
 
 NAMES = ("out", "dx", "dgates", "dfc1_weight", "dfc1_bias", "dfc2_weight", "dfc2_bias")
@@ -16,7 +19,7 @@ FLOOR = {torch.float32: 4e-7, torch.float16: 2e-4}
 
 
 def tiles(rows=32, cols=32, depth=16, halves=False):
-    return {key: Tile(rows, cols, depth, 4, 2, halves) for key in grouped_mlp.TILES}
+    return {key: Tile(rows, cols, depth, 4, 2, halves) for key in TILES}
 
 
 def loop(x, gates, indices, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -52,6 +55,10 @@ def make(B, N, D, H, E, K, dtype, indices=None, seed=0):
     return draw(B, N, D), draw(B, N, D), gates / gates.sum(1, keepdim=True), indices, weights
 
 
+def slots_of(gates, indices, E):
+    return Slots(gates, *sort(indices, E))
+
+
 def sort(indices, E):
     """Slots sorted by expert, and the offsets: by Python's sort."""
     flat = indices.flatten().tolist()
@@ -75,19 +82,14 @@ def run(
 ):
     """The launchers' results in the order of NAMES; with a director's four tensors, its output comes last."""
     E = weights[1].shape[0]
-    order, offsets = sort(indices, E)
     if director is not None:
         weights = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (layout(w) for w in weights)
-    x, grad_out, gates = layout(x), layout(grad_out), layout(gates)
+    weights = MLPWeights(*(layout(w) for w in weights))
+    x, grad_out, slots = layout(x), layout(grad_out), slots_of(layout(gates), indices, E)
     options = {"path": path, "tiles": tiling or tiles()}
-    out, z, director_out = grouped_mlp.grouped_mlp_forward(
-        x, gates, order, offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias, **options
-    )
-    fc1_weight, fc2_weight, fc2_bias = fc1_weight[:E], fc2_weight[:E], fc2_bias[:E]
-    grads = grouped_mlp.grouped_mlp_backward(
-        grad_out, x, gates, order, offsets, fc1_weight, fc2_weight, fc2_bias, z, *needs, grad_dtype, **options
-    )
+    out, z, director_out = grouped_mlp.forward(x, slots, weights, True, **options)
+    saved = Saved(x, *slots, weights.fc1_weight[:E], weights.fc2_weight[:E], weights.fc2_bias[:E], z)
+    grads = grouped_mlp.backward(grad_out, saved, Needs(*needs), grad_dtype or x.dtype, **options)
     if director is None:
         assert director_out.shape == (0, *x.shape[1:])
         return [out, *grads]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import align_loss  # noqa: E402
+from dexkernels.ops.align_loss import triton as align_loss  # noqa: E402
 from dexkernels.testing import relative_error  # noqa: E402
 
 KINDS = ("kd", "cosine", "mse")
@@ -47,8 +47,8 @@ def plain(x, y, kind, scale):
 
 
 def run(x, y, kind, scale=1.0):
-    loss, saved = align_loss.align_loss_forward(x, y, kind)
-    grad = align_loss.align_loss_backward(torch.tensor(scale), x, y, saved, kind)
+    loss, saved = align_loss.forward(x, y, kind)
+    grad = align_loss.backward(torch.tensor(scale), x, y, saved, kind)
     assert loss.shape == () and loss.dtype == torch.float32
     assert grad.shape == x.shape and grad.dtype == x.dtype
     assert saved.numel() == (0 if kind == "mse" or x.numel() == 0 else 3 * x.shape[:-1].numel())
@@ -151,7 +151,7 @@ def test_nothing_gives_a_zero_loss(shape, kind):
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="^director_out: the Triton kernels take .*float64"):
-        align_loss.align_loss_forward(draw(2, 3), draw(2, 3).double(), "kd")
+        align_loss.forward(draw(2, 3), draw(2, 3).double(), "kd")
 
 
 def test_rows_far_apart():

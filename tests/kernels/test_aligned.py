@@ -9,53 +9,25 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 
 import triton.language as tl  # noqa: E402
 
-from dexkernels.kernels import (  # noqa: E402
+from dexkernels.ops import triton_common  # noqa: E402
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import (  # noqa: E402
     aligned,
     aligned_kernels,
-    common,
-    grouped_mlp,
+    configurations,
+    gather,
+    plan,
     to_images_kernels,
     to_slots_kernels,
 )
-from dexkernels.kernels.common import Tile  # noqa: E402
+from dexkernels.records import MLPWeights  # noqa: E402
 
-from . import mlp_cases  # noqa: E402
-from .mlp_cases import make, sort  # noqa: E402
-
-ON_CUDA = torch.get_default_device().type == "cuda"
-DTYPES = [torch.float16] if ON_CUDA else [torch.float32, torch.float16]
-"""float32 has no tiles of this path; in the interpreter it shows errors that half precision hides."""
+from .aligned_cases import DTYPES, ON_CUDA, both_dtypes, check, run, tiles  # noqa: E402
+from .mlp_cases import make, slots_of, sort  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    ON_CUDA and not aligned.has_tma(torch.get_default_device()), reason="the path needs compute capability 9 to 11"
+    ON_CUDA and not plan.has_tma(torch.get_default_device()), reason="the path needs compute capability 9 to 11"
 )
-
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: "fp32" if d == torch.float32 else "fp16")
-
-
-def tiles(cols=32, depth=16, height=16):
-    """The rows of the products are blocks of 64 tokens and can't be smaller. Narrow tiles go without halves."""
-    found = mlp_cases.tiles(32, 32, 16, halves=True)
-    for kind in ("half", "float"):
-        for name, rows in (
-            ("fc1_blocks", 128),
-            ("to_images", 64),
-            ("to_images_even", 128),
-            ("to_images_pairs", 128),
-            ("to_slots_blocks", 128),
-            ("hidden_grad_blocks", 128),
-        ):
-            found[name, kind, 90] = Tile(rows, cols, depth, 4, 2, halves=cols > 16)
-        found["weight_grad_blocks", kind, 90] = Tile(height, cols, depth, 4, 2)
-    return found
-
-
-def run(*case, **kwargs):
-    return mlp_cases.run(*case, **{"path": "aligned", "tiling": tiles()} | kwargs)
-
-
-def check(*case, **kwargs):
-    return mlp_cases.check(*case, **{"path": "aligned", "tiling": tiles()} | kwargs)
 
 
 @both_dtypes
@@ -84,7 +56,7 @@ def test_widths_that_are_no_multiples_of_a_tile(D, H):
     ids=["empty", "one_expert", "K=E", "one_image", "E=1", "E=20", "odd"],
 )
 def test_routings(B, E, K, indices):
-    assert (E > grouped_mlp.ONE_SUM) == (E == 20), "both ways of combining an image's choices"
+    assert (E > plan.ONE_SUM) == (E == 20), "both ways of combining an image's choices"
     case = make(B, 66, 16, 40, E, K, DTYPES[0], torch.tensor(indices))
     got = check(*case)
     unused = sorted(set(range(E)) - set(case[3].flatten().tolist()))
@@ -165,7 +137,7 @@ def test_nan_stays_in_its_image(token):
 def test_evaluation_saves_nothing_and_computes_the_same(path, E):
     x, _, gates, indices, weights = make(3, 66, 16, 24, E, 2, DTYPES[0])
     (out, z, _), (evaluated, nothing, _) = (
-        grouped_mlp.grouped_mlp_forward(x, gates, *sort(indices, E), *weights, save, path=path, tiles=tiles())
+        grouped_mlp.forward(x, slots_of(gates, indices, E), MLPWeights(*weights), save, path=path, tiles=tiles())
         for save in (True, False)
     )
     assert torch.equal(out, evaluated) and nothing.shape == (0, 66, 24)
@@ -188,11 +160,12 @@ def test_repeats_are_bit_equal(E):
 
 
 def choose(path=None, tokens=65, dim=768, hidden=3072, dtype=torch.bfloat16, arch=90, tma=True):
-    return grouped_mlp.choose_path(path, tokens, dim, hidden, dtype, arch, tma)
+    preferred = configurations.path_of("many", triton_common.precision(dtype), arch)
+    return plan.choose_path(path, preferred, tokens, dim, hidden, dtype, tma)
 
 
 def test_the_aligned_path_is_taken_where_it_applies(monkeypatch):
-    monkeypatch.setitem(grouped_mlp.PATH, (90, "half"), "aligned")
+    monkeypatch.setitem(configurations.PATH, (90, "half"), "aligned")
     taken = [{}, {"tokens": 64}, {"dim": 8}, {"hidden": 8}, {"dtype": torch.float16}, {"path": "aligned"}]
     left = [{"tokens": 63}, {"tokens": 1}, {"dim": 12}, {"hidden": 4}, {"tma": False}]
     others = [{"arch": 80}, {"dtype": torch.float32}, {"path": "gather"}]
@@ -208,11 +181,11 @@ def test_the_aligned_path_is_taken_where_it_applies(monkeypatch):
 
 def test_float32_has_no_tiles_that_ship():
     with pytest.raises(ValueError, match="^path: 'aligned' cannot be taken: it has no tiles for torch.float32"):
-        run(*make(1, 64, 8, 8, 1, 1, torch.float32), tiling=grouped_mlp.TILES)
+        run(*make(1, 64, 8, 8, 1, 1, torch.float32), tiling=configurations.TILES)
 
 
 def test_what_is_not_measured_must_be_asked_for():
-    assert set(grouped_mlp.PATH.values()) == {"gather"}
+    assert set(configurations.PATH.values()) == {"gather"}
     assert choose() == "gather" and choose("aligned") == "aligned"
 
 
@@ -222,7 +195,7 @@ def test_the_launchers_take_the_path(monkeypatch):
         (aligned_kernels, ("fc1_blocks_kernel", "hidden_grad_blocks_kernel")),
         (to_images_kernels, ("to_images_kernel",)),
         (to_slots_kernels, ("to_slots_blocks_kernel",)),
-        (grouped_mlp, ("fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel")),
+        (gather, ("fc1_kernel", "to_hidden_grad_kernel", "to_slots_kernel")),
     ):
         for name in names:
             kernel = getattr(module, name)
@@ -250,7 +223,7 @@ if not ON_CUDA:
     @InterpretedFunction
     def probe_blocks(slot_order, offsets, out, num_experts, blocks, first_token, top_k, EXPERTS: tl.constexpr):
         tile = tl.program_id(0)
-        expert, first, stop = common.find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
+        expert, first, stop = triton_common.find_tile(offsets, tile, num_experts, blocks, 2, EXPERTS)
         for i in range(2):
             block = first + i
             if block < stop:
@@ -268,8 +241,8 @@ def test_blocks_cover_every_token_but_the_first(B, E, tokens, random):
     indices = torch.tensor([random.sample(range(E), K) for _ in range(B)])
     order, offsets = sort(indices, E)
     out = torch.full((B * K * blocks, 3), -1, dtype=torch.int64)
-    grid = common.max_tiles(B * K * blocks, E, 2)
-    probe_blocks[(grid,)](order, offsets, out, E, blocks, rest, K, common.experts_block(E))
+    grid = triton_common.max_tiles(B * K * blocks, E, 2)
+    probe_blocks[(grid,)](order, offsets, out, E, blocks, rest, K, triton_common.experts_block(E))
     wanted = [
         [indices.flatten()[slot].item(), slot // K, rest + 64 * j] for slot in order.tolist() for j in range(blocks)
     ]
@@ -281,7 +254,7 @@ def test_blocks_cover_every_token_but_the_first(B, E, tokens, random):
 def test_slots_are_inverted(B, E, random):
     K = random.randint(1, E)
     indices = torch.tensor([random.sample(range(E), K) for _ in range(B)])
-    order, offsets = sort(indices, E)
-    position, expert = aligned.invert_slots(order, offsets)
-    assert order[position.long()].tolist() == list(range(B * K))
+    slots = slots_of(torch.ones(B, K), indices, E)
+    position, expert = aligned.invert_slots(slots)
+    assert slots.slot_order[position.long()].tolist() == list(range(B * K))
     assert expert.tolist() == indices.flatten().tolist()

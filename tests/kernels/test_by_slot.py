@@ -5,11 +5,18 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import aligned, grouped_mlp, to_images_kernels, to_slots_kernels  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import (  # noqa: E402
+    aligned,
+    plan,
+    sums,
+    to_images_kernels,
+    to_slots_kernels,
+)
+from dexkernels.ops.triton_common import precision  # noqa: E402
 from dexkernels.testing import relative_error  # noqa: E402
 
-from .mlp_cases import FLOOR, make, sort  # noqa: E402
-from .test_aligned import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
+from .aligned_cases import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
+from .mlp_cases import FLOOR, make, slots_of  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +26,7 @@ def launched(monkeypatch):
     for module, name in (
         (to_slots_kernels, "to_slots_blocks_kernel"),
         (to_images_kernels, "to_images_kernel"),
-        (grouped_mlp, "combine_kernel"),
+        (sums, "combine_kernel"),
     ):
         kernel = getattr(module, name)
 
@@ -29,7 +36,7 @@ def launched(monkeypatch):
                 return kernel[grid]
 
         monkeypatch.setattr(module, name, Watched())
-    monkeypatch.setattr(grouped_mlp, "ONE_SUM", 0)
+    monkeypatch.setattr(plan, "ONE_SUM", 0)
     return names
 
 
@@ -73,17 +80,18 @@ def test_routings(N, E, K, indices):
 def test_every_slot(dtype, transposed, given):
     B, N, D, H, E, K, blocks, rest = 5, 130, 24, 40, 4, 2, 2, 2
     _, _, gates, indices, (_, _, weight, bias) = make(B, N, D, H, E, K, dtype)
-    order, offsets = sort(indices, E)
+    slots = slots_of(gates, indices, E)
     S, gates, bias = B * K, gates if given else None, bias if given else None
     rows = torch.randn(S * N, H, generator=torch.Generator().manual_seed(0)).to(dtype)
     out = torch.full((B, K, N, D), float("nan"), dtype=dtype)
     laid = weight if transposed else weight.mT.contiguous()
-    aligned.to_slots(rows.view(S, N, H), laid, transposed, order, offsets, gates, bias, out, None, blocks, tiles())
+    product = plan.Product(rows.view(S, N, H), laid, transposed, bias, gates, out, None)
+    aligned.to_slots(product, out, plan.Plan(slots, N, blocks, precision(dtype), 90, tiles()))
     of_blocks, packed = rows.split((S * (N - rest), S * rest))
     by_position = torch.cat([packed.view(S, rest, H), of_blocks.view(S, -1, H)], 1).double()
     expert = indices.flatten()
     wanted = torch.empty(S, N, D, dtype=torch.float64)
-    for position, slot in enumerate(order.tolist()):
+    for position, slot in enumerate(slots.slot_order.tolist()):
         wanted[slot] = by_position[position] @ weight[expert[slot]].double().T
         if given:
             wanted[slot] = gates.flatten()[slot].double() * (wanted[slot] + bias[expert[slot]].double())
@@ -99,9 +107,27 @@ def test_rows_far_apart(within_arguments):
     rows, _, _, _, (weight, bias, *_) = make(2, N, depth, width, 2, 1, torch.float16)
     rows = rows.view(-1, depth)
     to_slots_kernels.to_slots_blocks_kernel[(1,)](
-        aligned._box(rows, 128, 16), torch.tensor([S - 1]), torch.tensor([0, 0, 1]), None,
-        aligned._box(weight, 1, 128, 16), bias, out, None, 2, S, 0, 1, 0, depth, width, True, 16, 128, 16, 8,
-    )  # fmt: skip
+        rows_in=aligned.box(rows, 128, 16),
+        slot_order=torch.tensor([S - 1]),
+        offsets=torch.tensor([0, 0, 1]),
+        gates=None,
+        weight=aligned.box(weight, 1, 128, 16),
+        bias=bias,
+        out=out,
+        director_out=None,
+        num_experts=2,
+        num_slots=S,
+        director_images=0,
+        blocks=1,
+        first_token=0,
+        depth=depth,
+        width=width,
+        TRANSPOSED=True,
+        EXPERTS=16,
+        COLS=128,
+        DEPTH=16,
+        GROUP=8,
+    )
     wanted = rows[:N].double() @ weight[1].double().T + bias[1].double()
     assert relative_error(out[-1], wanted) < 1e-3
 

@@ -11,11 +11,12 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 
 import triton.language as tl  # noqa: E402
 
-from dexkernels.kernels import chunks, common, grouped_mlp, weight_grad_kernels  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import chunks, configurations, weight_grad_kernels  # noqa: E402
+from dexkernels.ops.triton_common import experts_block  # noqa: E402
 
-from . import mlp_cases, test_aligned  # noqa: E402
+from . import aligned_cases, mlp_cases  # noqa: E402
+from .aligned_cases import DTYPES  # noqa: E402
 from .mlp_cases import make  # noqa: E402
-from .test_aligned import DTYPES  # noqa: E402
 
 ON_CUDA = torch.get_default_device().type == "cuda"
 
@@ -55,13 +56,13 @@ def test_chunks_cover_every_slot_once(sizes, most):
     assert part <= S // most + S // (most + 1)
     grid = E + S // most
     out = torch.zeros(grid, 4, dtype=torch.int64)
-    probe[(grid,)](offsets, out, E, most, common.experts_block(E))
+    probe[(grid,)](offsets, out, E, most, experts_block(E))
     assert out[: len(wanted)].tolist() == wanted
     assert (out[len(wanted) :, 0] == E).all()
 
 
 def paths():
-    return [("gather", mlp_cases.tiles(), 9), ("aligned", test_aligned.tiles(), 66)]
+    return [("gather", mlp_cases.tiles(), 9), ("aligned", aligned_cases.tiles(), 66)]
 
 
 @pytest.mark.parametrize("path, tiling, N", paths(), ids=["gather", "aligned"])
@@ -132,7 +133,7 @@ def waves(sizes, most, tiles):
 
 
 def test_hot_experts_fill_the_waves():
-    tile = grouped_mlp.TILES["weight_grad_blocks", "half", 90]
+    tile = configurations.TILES["weight_grad_blocks", "half", 90]
     tiles = -(-768 // tile.rows) * -(-3072 // tile.cols)
     most = chunks.most_slots(448, 8, tiles)
     two_hot, one_hot, uniform = [224, 224] + [0] * 6, [224] + [32] * 7, [56] * 8

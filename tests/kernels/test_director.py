@@ -6,18 +6,21 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import (  # noqa: E402
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import (  # noqa: E402
     aligned,
     aligned_kernels,
-    grouped_mlp,
-    mlp_kernels,
+    gather,
+    gather_kernels,
+    plan,
     to_images_kernels,
     to_slots_kernels,
 )
+from dexkernels.records import MLPWeights  # noqa: E402
 from dexkernels.testing import relative_error  # noqa: E402
 
 from .conftest import embed, embed_rows  # noqa: E402
-from .mlp_cases import check, make, run, sort, tiles  # noqa: E402
+from .mlp_cases import check, make, run, slots_of, tiles  # noqa: E402
 
 
 def with_director(*args, **kwargs):
@@ -87,10 +90,10 @@ def test_a_nan_of_the_one_does_not_reach_the_other(path, E, K, N):
 @pytest.mark.parametrize("path", ["gather", "aligned"])
 def test_nothing_is_saved_of_it(path):
     (x, _, gates, indices, weights), director = with_director(3, 65, 16, 24, 4, 2, torch.float16)
-    stacked = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
-    routed = (x, gates, *sort(indices, 4))
+    stacked = MLPWeights(*(torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)))
+    slots = slots_of(gates, indices, 4)
     for save in (True, False):
-        out, z, director_out = grouped_mlp.grouped_mlp_forward(*routed, *stacked, save, path=path, tiles=tiles())
+        out, z, director_out = grouped_mlp.forward(x, slots, stacked, save, path=path, tiles=tiles())
         assert z.shape == (6 if save else 0, 65, 24)
         for t in (out, director_out):
             # The poisoned margin has 8192 bytes.
@@ -100,7 +103,7 @@ def test_nothing_is_saved_of_it(path):
 @pytest.mark.parametrize("path, E", [("gather", 4), ("aligned", 4), ("aligned", 20)])
 def test_it_comes_in_the_same_launches(path, E, monkeypatch):
     launched = []
-    kind = type(grouped_mlp.fc1_kernel)
+    kind = type(gather.fc1_kernel)
     real = kind.run
     monkeypatch.setattr(kind, "run", lambda self, *a, **k: launched.append(self.__name__) or real(self, *a, **k))
     inputs, director = with_director(3, 65, 16, 24, E, 2, torch.float16)
@@ -162,46 +165,90 @@ def test_rows_far_apart(kernel, monkeypatch, within_arguments):
     rows = rows_in[-ROWS:].copy_(drawn(ROWS, rows_in.shape[1]))
     depth, width = rows_in.shape[1], out.shape[1]
     weight, bias = drawn(E + 1, width, depth, seed=1), drawn(E + 1, width, seed=2)
-    box, (EXPERTS, COLS, DEPTH, GROUP) = aligned._box, (16, 128, 16, 8)
-    sizes = EXPERTS, COLS, DEPTH, GROUP
+    box, COLS, DEPTH = aligned.box, 128, 16
+    shared = {
+        "slot_order": order,
+        "offsets": none,
+        "bias": bias,
+        "num_experts": E,
+        "num_slots": slots,
+        "director_images": images,
+        "EXPERTS": 16,
+        "COLS": COLS,
+        "DEPTH": DEPTH,
+        "GROUP": 8,
+    }
+    of_blocks = shared | {"gates": nothing, "blocks": 1, "first_token": 0, "weight": box(weight, 1, COLS, DEPTH)}
+    to_width = {"depth": depth, "width": width, "director_out": out}
     if kernel in ("fc1", "to_slots"):
-        last_tile(monkeypatch, mlp_kernels, tile)
+        last_tile(monkeypatch, gather_kernels, tile)
         # The experts lie far apart too.
         storage = torch.UntypedStorage(2 * (E * 2**30 + width * depth))
         weight = torch.tensor([], dtype=torch.float16).set_(storage, 0, weight.shape, (2**30, depth, 1)).copy_(weight)
     if kernel == "fc1":
-        mlp_kernels.fc1_kernel[(1,)](
-            rows_in, order, none, weight, bias, None, out, E, slots, images, 1, 1, depth, width, *rows_in.stride(),
-            *weight.stride()[:2], EXPERTS, ROWS, COLS, DEPTH, GROUP,
-        )  # fmt: skip
+        gather_kernels.fc1_kernel[(1,)](
+            x=rows_in,
+            weight=weight,
+            z=None,
+            a=out,
+            tokens=1,
+            top_k=1,
+            dim=depth,
+            hidden=width,
+            stride_xb=rows_in.stride(0),
+            stride_xn=rows_in.stride(1),
+            stride_we=weight.stride(0),
+            stride_wh=weight.stride(1),
+            ROWS=ROWS,
+            **shared,
+        )
     elif kernel == "to_slots":
-        mlp_kernels.to_slots_kernel[(1,)](
-            rows_in, order, none, weight, bias, nothing, out, E, slots, images, 1, depth, width,
-            *weight.mT.stride(), True, EXPERTS, ROWS, COLS, DEPTH, GROUP,
-        )  # fmt: skip
+        gather_kernels.to_slots_kernel[(1,)](
+            rows_in=rows_in,
+            weight=weight,
+            out=nothing,
+            tokens=1,
+            stride_we=weight.mT.stride(0),
+            stride_wk=weight.mT.stride(1),
+            stride_wj=weight.mT.stride(2),
+            HAS_BIAS=True,
+            ROWS=ROWS,
+            **shared,
+            **to_width,
+        )
     elif kernel == "fc1_blocks":
         last_tile(monkeypatch, aligned_kernels, tile)
         aligned_kernels.fc1_blocks_kernel[(1,)](
-            box(rows_in, 64, DEPTH), None, order, none, nothing, box(weight, 1, COLS, DEPTH), bias, None, out,
-            E, slots, images, 1, 0, 1, depth, width, False, *sizes,
-        )  # fmt: skip
+            x=box(rows_in, 64, DEPTH),
+            packed_x=None,
+            z=None,
+            a=out,
+            top_k=1,
+            dim=depth,
+            hidden=width,
+            HALVES=False,
+            **of_blocks,
+        )
     elif kernel == "to_slots_blocks":
         last_tile(monkeypatch, to_slots_kernels, tile)
         to_slots_kernels.to_slots_blocks_kernel[(1,)](
-            box(rows_in, ROWS, DEPTH), order, none, nothing, box(weight, 1, COLS, DEPTH), bias, nothing, out,
-            E, slots, images, 1, 0, depth, width, True, *sizes,
-        )  # fmt: skip
+            rows_in=box(rows_in, ROWS, DEPTH), out=nothing, TRANSPOSED=True, **of_blocks, **to_width
+        )
     else:
-        pairs = kernel == "pairs_to_images"
         places = torch.zeros(2, dtype=torch.int32)
         # Before them come the tiles of images: one of each here.
         last_tile(monkeypatch, to_images_kernels, images + tile)
-        launched = to_images_kernels.pairs_to_images_kernel if pairs else to_images_kernels.to_images_kernel
-        launched[(1,)](
-            box(rows_in, 64 if pairs else ROWS, DEPTH), box(weight, 1, COLS, DEPTH), places, places, order, none,
-            *[places] * (2 * pairs), nothing, bias, nothing, None, out, images, slots, images, E, 1, 0, 1, depth, width,
-            True, 1, EXPERTS, *[ROWS] * (not pairs), COLS, DEPTH, GROUP,
-        )  # fmt: skip
+        arguments = of_blocks | to_width
+        arguments |= {"position": places, "expert": places, "out": nothing, "by_slot": None, "top_k": 1}
+        arguments |= {"TRANSPOSED": True, "CHOICES": 1}
+        if kernel == "pairs_to_images":
+            to_images_kernels.pairs_to_images_kernel[(1,)](
+                rows_in=box(rows_in, 64, DEPTH), order=places, index=places, num_images=images, **arguments
+            )
+        else:
+            to_images_kernels.to_images_kernel[(1,)](
+                rows_in=box(rows_in, ROWS, DEPTH), image_tiles=images, ROWS=ROWS, **arguments
+            )
     wanted = F.linear(rows.double(), weight[-1].double(), bias[-1].double())
     if into_hidden:
         wanted = F.gelu(wanted)
@@ -217,7 +264,7 @@ def test_no_rows(images):
 
 def test_too_many_rows_with_a_director(monkeypatch):
     inputs, director = with_director(3, 5, 8, 12, 4, 2, torch.float32)
-    monkeypatch.setattr(grouped_mlp, "MAX_ROWS", 3 * 5 * 2)
+    monkeypatch.setattr(plan, "MAX_ROWS", 3 * 5 * 2)
     run(*inputs)
     with pytest.raises(ValueError, match=r"x: expected at most 30 rows .* got 45"):
         run(*inputs, director=director)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import group_ema  # noqa: E402
+from dexkernels.ops.group_ema import triton as group_ema  # noqa: E402
 
 SHAPES = [(5, 3), (301,), (16, 16), (1,), (64,), (7, 2, 9), (4, 20)]
 

@@ -8,7 +8,14 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import align_loss, group_ema, grouped_mlp, route  # noqa: E402
+from dexkernels.ops.align_loss import triton as align_loss  # noqa: E402
+from dexkernels.ops.group_ema import triton as group_ema  # noqa: E402
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import gather  # noqa: E402
+from dexkernels.ops.route import triton as route  # noqa: E402
+from dexkernels.ops.route.records import Saved as SavedByRoute  # noqa: E402
+from dexkernels.records import MLPWeights  # noqa: E402
 from dexkernels.testing import HostWaits, NoHostWaits  # noqa: E402
 
 B, N, D, H, E, K = 4, 65, 32, 64, 4, 2
@@ -18,7 +25,7 @@ B, N, D, H, E, K = 4, 65, 32, 64, 4, 2
 def launched(monkeypatch):
     """Names of the kernels that were launched; none of them runs."""
     found = []
-    kinds = {type(grouped_mlp.fc1_kernel), type(group_ema.group_ema_kernel)}
+    kinds = {type(gather.fc1_kernel), type(group_ema.group_ema_kernel)}
     for kind in kinds:
         monkeypatch.setattr(kind, "run", lambda self, *_, **__: found.append(self.__name__))
     return found
@@ -30,26 +37,26 @@ def meta(*shape, dtype=torch.float32):
 
 def mlp(path, dtype=torch.float16, experts=E, needs=(True, True, True), director=False):
     x = meta(B, N, D, dtype=dtype)
-    routed = meta(B, K), meta(B * K, dtype=torch.int64), meta(experts + 1, dtype=torch.int64)
-    weights = [meta(experts + director, *shape, dtype=dtype) for shape in ((H, D), (H,), (D, H), (D,))]
-    w1, b1, w2, b2 = (w[:experts] for w in weights)
-    grouped_mlp.grouped_mlp_forward(x, *routed, w1, b1, w2, b2, False, path=path)
-    out, z, _ = grouped_mlp.grouped_mlp_forward(x, *routed, *weights, path=path)
-    grad_dtype = torch.float32 if director else None
-    grouped_mlp.grouped_mlp_backward(out, x, *routed, w1, w2, b2, z, *needs, grad_dtype, path=path)
+    slots = Slots(meta(B, K), meta(B * K, dtype=torch.int64), meta(experts + 1, dtype=torch.int64))
+    weights = MLPWeights(*(meta(experts + director, *s, dtype=dtype) for s in ((H, D), (H,), (D, H), (D,))))
+    alone = MLPWeights(*(w[:experts] for w in weights))
+    grouped_mlp.forward(x, slots, alone, False, path=path)
+    out, z, _ = grouped_mlp.forward(x, slots, weights, True, path=path)
+    saved = Saved(x, *slots, alone.fc1_weight, alone.fc2_weight, alone.fc2_bias, z)
+    grouped_mlp.backward(out, saved, Needs(*needs), torch.float32 if director else dtype, path=path)
 
 
 def routing(rows, noise=True):
     r, weight = meta(rows, D), meta(E, D)
     noise = meta(rows, E) if noise else None
-    p, gates, indices, balance, *_ = route.route_forward(r, weight, K, 0.5, noise)
-    route.route_backward(gates, balance, p, indices, gates, r, weight, K, 0.5)
+    p, gates, indices, balance, *_ = route.forward(r, weight, K, 0.5, noise)
+    route.backward(gates, balance, SavedByRoute(p, gates, indices, r, weight), 0.5)
 
 
 def align(kind):
     y = meta(B, N, D)
-    loss, saved = align_loss.align_loss_forward(y, y, kind)
-    align_loss.align_loss_backward(loss, y, y, saved, kind)
+    loss, saved = align_loss.forward(y, y, kind)
+    align_loss.backward(loss, y, y, saved, kind)
 
 
 DIRECTORS = [meta(H, D), meta(H), meta(D, H), meta(D)]

@@ -9,10 +9,11 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 
 import triton.language as tl  # noqa: E402
 
-from dexkernels.kernels import aligned, aligned_kernels, common, grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import aligned, aligned_kernels, gather, plan  # noqa: E402
+from dexkernels.ops.triton_common import experts_block, max_tiles  # noqa: E402
 
-from .mlp_cases import make, sort  # noqa: E402
-from .test_aligned import DTYPES, check, run, tiles  # noqa: E402
+from .aligned_cases import DTYPES, check, run, tiles  # noqa: E402
+from .mlp_cases import make, slots_of  # noqa: E402
 
 ON_CUDA = torch.get_default_device().type == "cuda"
 
@@ -40,23 +41,24 @@ def test_tiles_cover_blocks_and_packed_rows_once(sizes, blocks, rest):
         first, end = offsets[e].item(), offsets[e + 1].item()
         for packed, rows in ((0, 64 * blocks), (1, rest)):
             wanted += [[e, packed, row, end * rows] for row in range(first * rows, end * rows, 128)]
-    grid = common.max_tiles(S * blocks, E, 2) + common.max_tiles(S * rest, E, 128)
+    grid = max_tiles(S * blocks, E, 2) + max_tiles(S * rest, E, 128)
     assert len(wanted) <= grid
     if grid:
         out = torch.zeros(grid, 4, dtype=torch.int64)
-        probe[(grid,)](offsets, out, E, blocks, rest, common.experts_block(E))
+        probe[(grid,)](offsets, out, E, blocks, rest, experts_block(E))
         assert out[: len(wanted)].tolist() == wanted
         assert (out[len(wanted) :, 2] >= out[len(wanted) :, 3]).all()
 
 
 def test_rows_are_packed_in_slot_order(monkeypatch, layouts):
     monkeypatch.setattr(aligned, "PACK", 16)
-    x, _, _, indices, _ = make(5, 67, 24, 8, 3, 2, torch.float16)
-    order, _ = sort(indices, 3)
+    x, _, gates, indices, _ = make(5, 67, 24, 8, 3, 2, torch.float16)
+    slots = slots_of(gates, indices, 3)
+    of = plan.Plan(slots, 67, 1, "half", 90, {})
     for t in (x, layouts["rows"](x)):
-        packed = aligned.pack_rest(t, order, 1, 2)
-        assert torch.equal(packed, torch.cat([x[slot // 2, :3] for slot in order.tolist()]))
-    assert aligned.pack_rest(x[:, :64], order, 1, 2) is None
+        packed = aligned.pack_rest(t, of)
+        assert torch.equal(packed, torch.cat([x[slot // 2, :3] for slot in slots.slot_order.tolist()]))
+    assert aligned.pack_rest(x[:, :64], of._replace(tokens=64)) is None
 
 
 @pytest.mark.parametrize("paired", [0, 1000], ids=["pairs", "alone"])
@@ -109,6 +111,6 @@ def test_nothing_is_gathered_but_by_the_weight_gradients(E, monkeypatch):
     def launched(*_, **__):
         raise AssertionError("a row was gathered")
 
-    for name in ("_fc1", "_to_slots", "to_hidden_grad_kernel"):
-        monkeypatch.setattr(grouped_mlp, name, launched)
+    for name in ("fc1", "to_slots", "hidden_grad"):
+        monkeypatch.setattr(gather, name, launched)
     check(*make(3, 65, 16, 24, E, 2, DTYPES[0]), tiling=tiles())

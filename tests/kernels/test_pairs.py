@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import aligned, to_images_kernels  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import aligned, to_images_kernels  # noqa: E402
 
-from .mlp_cases import make, sort  # noqa: E402
-from .test_aligned import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
+from .aligned_cases import DTYPES, both_dtypes, check, run, tiles  # noqa: E402
+from .mlp_cases import make, slots_of  # noqa: E402
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_images_are_ordered_by_their_sets(B, E, random):
     indices = torch.tensor([random.sample(range(E), K) for _ in range(B)])
     sets = [sum(1 << e for e in row) for row in indices.tolist()]
     wanted = sorted(range(B), key=lambda b: sets[b])
-    _, expert = aligned.invert_slots(*sort(indices, E))
+    _, expert = aligned.invert_slots(slots_of(torch.ones(B, K), indices, E))
     order, index = aligned.order_images(expert, B, K)
     assert order.tolist() == wanted
     assert index.tolist() == [sum(sets[c] == sets[b] for c in wanted[:r]) for r, b in enumerate(wanted)]

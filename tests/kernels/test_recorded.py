@@ -18,15 +18,15 @@ ALIGNED_CASES = ["layer_tokens_130", "layer_tokens_65"]
 # float32 has no tiles of the aligned path that ship; the interpreter takes any.
 ALIGNED = """
 import runpy, sys
-from dexkernels.kernels import aligned, grouped_mlp
-for kernel, _, _ in list(aligned.TILES):
-    tile = aligned.TILES[kernel, "half", 90]
-    grouped_mlp.TILES[kernel, "float", 90] = tile._replace(cols=64, depth=32)
-grouped_mlp.PATH[80, "float"] = "aligned"
+from dexkernels.ops.grouped_mlp.triton import aligned, configurations
+for kernel, _, _ in configurations.ALIGNED:
+    tile = configurations.TILES[kernel, "half", 90]
+    configurations.TILES[kernel, "float", 90] = tile._replace(cols=64, depth=32)
+configurations.PATH[80, "float"] = "aligned"
 launch, blocks = aligned.fc1, []
-def fc1(*args):
-    blocks.append(args[8])
-    launch(*args)
+def fc1(x, weights, z, a, plan):
+    blocks.append(plan.blocks)
+    launch(x, weights, z, a, plan)
 aligned.fc1 = fc1
 sys.argv = sys.argv[1:]
 try:

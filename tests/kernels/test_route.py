@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import route  # noqa: E402
+from dexkernels.ops.route import triton as route  # noqa: E402
+from dexkernels.ops.route.records import Saved  # noqa: E402
 from dexkernels.testing import relative_error  # noqa: E402
 
 NAMES = ("p", "gates", "balance_loss", "gate_mass")
@@ -57,13 +58,12 @@ def check(r, weight, top_k, temperature=0.5, noise=None, layout=lambda t: t):
     exact, indices = with_gradients(torch.float64, *case)
     plain, _ = with_gradients(torch.float32, *case)
     r, weight, noise = layout(r), layout(weight), noise if noise is None else layout(noise)
-    p, gates, chosen, balance, mass, order, sizes, offsets = route.route_forward(r, weight, top_k, temperature, noise)
+    p, gates, chosen, balance, mass, order, sizes, offsets = route.forward(r, weight, top_k, temperature, noise)
     assert chosen.dtype == torch.int32 and torch.equal(chosen.long(), indices)
     for got, want in zip((order, sizes, offsets), sort(indices, E), strict=True):
         assert got.dtype == torch.int64 and torch.equal(got, want)
-    dr, dweight = route.route_backward(
-        layout(grad_gates), torch.tensor(0.3), p, chosen, gates, r, weight, top_k, temperature
-    )
+    saved = Saved(p, gates, chosen, r, weight)
+    dr, dweight = route.backward(layout(grad_gates), torch.tensor(0.3), saved, temperature)
     assert dr.dtype == r.dtype and dweight.dtype == weight.dtype
     names = (*NAMES, "dr", "dweight")
     for name, got, want, near in zip(names, (p, gates, balance, mass, dr, dweight), exact, plain, strict=True):
@@ -105,8 +105,7 @@ def test_many_rows_take_two_launches(monkeypatch):
     class Watched:
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
-                do_rows, do_sort = args[20:22]
-                launched.append((grid, do_rows, do_sort))
+                launched.append((grid, kwargs["DO_ROWS"], kwargs["DO_SORT"]))
                 return kernel[grid](*args, **kwargs)
 
             return launch
@@ -130,16 +129,16 @@ def test_ties_go_to_the_lower_index():
 
 def test_probabilities_that_vanish_still_give_distinct_indices():
     weight = torch.tensor([0.0, 0.0, 500.0, 0.0])[:, None]
-    outputs = route.route_forward(torch.ones(3, 1), weight, 4, 0.5)
-    assert outputs[2].tolist() == [[2, 0, 1, 3]] * 3
-    assert torch.equal(outputs[1], torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3))
+    routed = route.forward(torch.ones(3, 1), weight, 4, 0.5, None)
+    assert routed.expert_indices.tolist() == [[2, 0, 1, 3]] * 3
+    assert torch.equal(routed.gates, torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3))
 
 
 def test_nan_rows_have_distinct_indices_and_nan_gates():
     r, weight, noise = make(70, 24, 6)
-    clean = route.route_forward(r, weight, 3, 0.5, noise)
+    clean = route.forward(r, weight, 3, 0.5, noise)
     r[2, 5], r[66] = float("nan"), float("inf")
-    p, gates, chosen, balance, mass, order, sizes, offsets = route.route_forward(r, weight, 3, 0.5, noise)
+    p, gates, chosen, balance, mass, order, sizes, offsets = route.forward(r, weight, 3, 0.5, noise)
     bad = torch.zeros(70, dtype=torch.bool)
     bad[[2, 66]] = True
     assert gates[bad].isnan().all() and p[bad].isnan().all() and balance.isnan()
@@ -149,17 +148,17 @@ def test_nan_rows_have_distinct_indices_and_nan_gates():
     for got, want in zip((order, sizes, offsets), sort(chosen, 6), strict=True):
         assert torch.equal(got, want)
     assert mass[:3].isnan().all() and torch.allclose(mass[3:], _mass(gates, chosen)[3:])
-    dr, dweight = route.route_backward(torch.ones_like(gates), None, p, chosen, gates, r, weight, 3)
+    dr, dweight = route.backward(torch.ones_like(gates), torch.zeros(()), Saved(p, gates, chosen, r, weight), 0.5)
     assert dr[bad].isnan().all() and dweight.isnan().any()
 
 
 def test_a_nan_row_spoils_no_other_rows_gradient_through_the_gates():
     r, weight, noise = make(20, 24, 6)
     r[2, 5] = float("nan")
-    p, gates, chosen, *_ = route.route_forward(r, weight, 3, 0.5, noise)
+    p, gates, chosen, *_ = route.forward(r, weight, 3, 0.5, noise)
     p_balance = p.clone()
     p_balance[2] = 0
-    dr, _ = route.route_backward(torch.ones_like(gates), None, p_balance, chosen, gates, r, weight, 3)
+    dr, _ = route.backward(torch.ones_like(gates), torch.zeros(()), Saved(p_balance, gates, chosen, r, weight), 0.5)
     assert dr[[i for i in range(20) if i != 2]].isfinite().all()
 
 
@@ -167,32 +166,33 @@ def _mass(gates, chosen):
     return torch.zeros(6).index_add(0, chosen.flatten().long(), gates.flatten())
 
 
-def test_gradients_may_be_absent():
+def test_the_gradients_of_gates_and_balance_add_up():
     r, weight, noise = make(20, 24, 6)
-    p, gates, chosen, *_ = route.route_forward(r, weight, 2, 0.5, noise)
-    rest = (p, chosen, gates, r, weight, 2, 0.5)
-    both = route.route_backward(torch.ones_like(gates), torch.tensor(2.0), *rest)
-    through_gates = route.route_backward(torch.ones_like(gates), None, *rest)
-    through_balance = route.route_backward(None, torch.tensor(2.0), *rest)
+    p, gates, chosen, *_ = route.forward(r, weight, 2, 0.5, noise)
+    saved, none = Saved(p, gates, chosen, r, weight), torch.zeros(())
+    both = route.backward(torch.ones_like(gates), torch.tensor(2.0), saved, 0.5)
+    through_gates = route.backward(torch.ones_like(gates), none, saved, 0.5)
+    through_balance = route.backward(torch.zeros_like(gates), torch.tensor(2.0), saved, 0.5)
     for b, g, a in zip(both, through_gates, through_balance, strict=True):
         assert torch.allclose(b, g + a, atol=1e-5)
 
 
 def test_no_rows():
-    outputs = route.route_forward(torch.zeros(0, 4), torch.ones(3, 4), 2)
-    assert [list(t.shape) for t in outputs] == [[0, 3], [0, 2], [0, 2], [], [3], [0], [3], [4]]
-    assert all((t == 0).all() for t in outputs)
-    p, gates, chosen, *_ = outputs
-    dr, dweight = route.route_backward(gates, outputs[3], p, chosen, gates, torch.zeros(0, 4), torch.ones(3, 4), 2)
+    r, weight = torch.zeros(0, 4), torch.ones(3, 4)
+    routed = route.forward(r, weight, 2, 0.5, None)
+    assert [list(t.shape) for t in routed] == [[0, 3], [0, 2], [0, 2], [], [3], [0], [3], [4]]
+    assert all((t == 0).all() for t in routed)
+    saved = Saved(routed.p, routed.gates, routed.expert_indices, r, weight)
+    dr, dweight = route.backward(routed.gates, routed.balance_loss, saved, 0.5)
     assert dr.shape == (0, 4) and torch.equal(dweight, torch.zeros(3, 4))
 
 
 def test_named_errors():
     with pytest.raises(ValueError, match="^r: the Triton kernels take .*float64"):
-        route.route_forward(torch.zeros(1, 2).double(), torch.zeros(3, 2), 1)
+        route.forward(torch.zeros(1, 2).double(), torch.zeros(3, 2), 1, 0.5, None)
     with pytest.raises(ValueError, match="^router_weight: .*at most 128 experts, got 129"):
-        route.route_forward(torch.zeros(1, 2), torch.zeros(129, 2), 1)
+        route.forward(torch.zeros(1, 2), torch.zeros(129, 2), 1, 0.5, None)
     with pytest.raises(ValueError, match="^r: expected D of at least 1"):
-        route.route_forward(torch.zeros(1, 0), torch.zeros(3, 0), 1)
+        route.forward(torch.zeros(1, 0), torch.zeros(3, 0), 1, 0.5, None)
     with pytest.raises(ValueError, match="^r: expected at most .* slots"):
-        route.route_forward(torch.zeros(1, 2).expand(2**30, 2), torch.zeros(3, 2), 3)
+        route.forward(torch.zeros(1, 2).expand(2**30, 2), torch.zeros(3, 2), 3, 0.5, None)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-from dexkernels.kernels import common  # noqa: E402
+from dexkernels.ops import triton_common as common  # noqa: E402
 
 
 @InterpretedFunction
@@ -92,20 +92,19 @@ def test_groups_visit_every_block_once(num_tiles, num_cols):
     "capability, row", [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 90), ((12, 0), 80), ((12, 1), 80)]
 )
 def test_tiles_fit_the_shared_memory_of_the_architecture(capability, row, monkeypatch):
-    from dexkernels.kernels import aligned
+    from dexkernels.ops.grouped_mlp.triton import plan
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     device = torch.device("cuda")
-    assert common.architecture(device) == row and aligned.has_tma(device) == (row == 90)
+    assert common.architecture(device) == row and plan.has_tma(device) == (row == 90)
 
 
 def test_tables_have_both_architectures_and_both_precisions():
-    from dexkernels.kernels import aligned, grouped_mlp
+    from dexkernels.ops.grouped_mlp.triton.configurations import ALIGNED, GATHER, PATH
 
-    gathered = {name for name, _, _ in set(grouped_mlp.TILES) - set(aligned.TILES)}
     both = {(p, a) for p in ("half", "float") for a in (80, 90)}
-    assert set(grouped_mlp.TILES) - set(aligned.TILES) == {(k, *pa) for k in gathered for pa in both}
-    assert {key[1:] for key in aligned.TILES} == {("half", 90)}
-    assert set(grouped_mlp.PATH) == {(a, p) for p, a in both}
+    assert set(GATHER) == {(name, *pa) for name in {name for name, _, _ in GATHER} for pa in both}
+    assert {key[1:] for key in ALIGNED} == {("half", 90)}
+    assert set(PATH) == {(a, p) for p, a in both}
     assert common.precision(torch.float32) == "float"
     assert common.precision(torch.float16) == common.precision(torch.bfloat16) == "half"

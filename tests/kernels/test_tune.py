@@ -12,8 +12,11 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
 
-from dexkernels.kernels import _tuned, configurations, grouped_mlp  # noqa: E402
-from dexkernels.kernels.common import Tile  # noqa: E402
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp  # noqa: E402
+from dexkernels.ops.grouped_mlp.records import Slots  # noqa: E402
+from dexkernels.ops.grouped_mlp.triton import _tuned, configurations, gather  # noqa: E402
+from dexkernels.ops.triton_common import Tile  # noqa: E402
+from dexkernels.records import MLPWeights  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/tune.py"
@@ -34,27 +37,27 @@ def launched(monkeypatch):
     """``(kernel, keyword arguments)`` of every launch; none of them runs."""
     found = []
     monkeypatch.setattr(
-        type(grouped_mlp.fc1_kernel), "run", lambda self, *_, **kwargs: found.append((self.__name__, kwargs))
+        type(gather.fc1_kernel), "run", lambda self, *_, **kwargs: found.append((self.__name__, kwargs))
     )
     return found
 
 
 def forward(B, N, E=4, **options):
     m, half = {"device": "meta"}, {"device": "meta", "dtype": torch.float16}
-    routed = (
+    slots = Slots(
         torch.empty(B, 2, **m),
         torch.empty(2 * B, dtype=torch.int64, **m),
         torch.empty(E + 1, dtype=torch.int64, **m),
     )
-    weights = [torch.empty(s, **half) for s in ((E, 64, 32), (E, 64), (E, 32, 64), (E, 32))]
-    grouped_mlp.grouped_mlp_forward(torch.empty(B, N, 32, **half), *routed, *weights, **options)
+    weights = MLPWeights(*(torch.empty(s, **half) for s in ((E, 64, 32), (E, 64), (E, 32, 64), (E, 32))))
+    grouped_mlp.forward(torch.empty(B, N, 32, **half), slots, weights, True, **options)
 
 
 FEW, MANY = {"B": 4, "N": 65}, {"B": 64, "N": 65}
 
 
 def test_a_measured_tile_serves_its_class_of_shapes_alone(launched, monkeypatch):
-    shipped = grouped_mlp.TILES["fc1", "half", 80]
+    shipped = configurations.TILES["fc1", "half", 80]
     monkeypatch.setattr(_tuned, "TILES", {("fc1", "half", 80, "few"): (32, 64, 32, 4, 2)})
 
     def rows(**options):
@@ -63,7 +66,7 @@ def test_a_measured_tile_serves_its_class_of_shapes_alone(launched, monkeypatch)
         return [kwargs["ROWS"] for name, kwargs in launched if name == "fc1_kernel"]
 
     assert rows(**FEW) == [32] and rows(**MANY) == [shipped.rows]
-    assert rows(**FEW, tiles=grouped_mlp.TILES) == [shipped.rows]
+    assert rows(**FEW, tiles=configurations.TILES) == [shipped.rows]
 
 
 def test_a_measured_path_is_taken_where_it_applies(launched, monkeypatch):
@@ -96,11 +99,11 @@ def test_the_committed_table_is_the_tuners(tune):
     assert text == tune.table(_tuned.TILES, _tuned.PATHS, "".join(noted))
     assert bool(noted) == bool(_tuned.TILES or _tuned.PATHS), "what was measured says on what"
     for name, precision, arch, kind in _tuned.TILES:
-        assert (name, precision, arch) in grouped_mlp.TILES and kind in configurations.CLASSES
+        assert (name, precision, arch) in configurations.TILES and kind in configurations.CLASSES
 
 
 def test_a_neighbour_differs_in_one_number(tune):
-    for key, tile in grouped_mlp.TILES.items():
+    for key, tile in configurations.TILES.items():
         near = list(tune.neighbours(key, tile))
         assert len(near) >= 5 and len(set(near)) == len(near)
         for other in near:
@@ -135,24 +138,24 @@ SHAPE = {"B": 4, "N": 5, "D": 16, "H": 32, "E": 4, "K": 2}
 def test_wrong_results_and_changing_bits_are_no_candidates(tune, monkeypatch):
     timer = tune.Timer(torch.device("cuda" if torch.get_default_device().type == "cuda" else "cpu"), tiny=True)
     bench = tune.Bench(timer, torch.float32, SHAPE)
-    assert bench.right(grouped_mlp.TILES, "gather")
-    assert len(bench.times([(grouped_mlp.TILES, "gather")] * 2)) == 2
-    real, calls = grouped_mlp.grouped_mlp_forward, itertools.count()
+    assert bench.right(configurations.TILES, "gather")
+    assert len(bench.times([(configurations.TILES, "gather")] * 2)) == 2
+    real, calls = grouped_mlp.forward, itertools.count()
     for scale in (lambda: 1.001, lambda: 1 + 1e-6 * (next(calls) % 2)):
 
         def forward(*args, scale=scale, **kwargs):
-            out, z, director_out = real(*args, **kwargs)
-            return out * scale(), z, director_out
+            result = real(*args, **kwargs)
+            return result._replace(out=result.out * scale())
 
-        monkeypatch.setattr(grouped_mlp, "grouped_mlp_forward", forward)
-        assert not bench.right(grouped_mlp.TILES, "gather")
+        monkeypatch.setattr(grouped_mlp, "forward", forward)
+        assert not bench.right(configurations.TILES, "gather")
 
 
 def test_what_is_faster_and_compiles_well_goes_into_the_table(tune, monkeypatch):
     timer = tune.Timer(torch.device("cuda" if torch.get_default_device().type == "cuda" else "cpu"), tiny=True)
     bench = tune.Bench(timer, torch.float32, SHAPE)
     arch, key = tune.architecture(bench.grad.device), "to_slots"
-    stages = grouped_mlp.TILES[key, "float", arch].stages
+    stages = configurations.TILES[key, "float", arch].stages
     monkeypatch.setattr(tune, "LADDERS", {"stages": (stages, stages + 1, stages + 2)})
     monkeypatch.setattr(
         bench, "times", lambda runs: [1 / tiles[key, "float", arch].stages for tiles, path in runs if path == "gather"]
@@ -175,9 +178,9 @@ def test_list_needs_no_gpu():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert lines.keys() == {name for name, precision, arch in grouped_mlp.TILES if (precision, arch) == ("half", 90)}
+    assert lines.keys() == {name for name, precision, arch in configurations.TILES if (precision, arch) == ("half", 90)}
     for key, line in lines.items():
-        assert f"rows {grouped_mlp.TILES[key, 'half', 90].rows}" in line and "m64n" in line
+        assert f"rows {configurations.TILES[key, 'half', 90].rows}" in line and "m64n" in line
         assert line.endswith("a candidate")
 
 

@@ -26,7 +26,7 @@ from dex.train import trainer as engine  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dex.train.verdict import Agreement  # noqa: E402
 from dex.train.window import Window  # noqa: E402
-from dexkernels import collect_aux, layer, ops, shadows  # noqa: E402
+from dexkernels import collect_aux, layer, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 
 STEPS = 4
@@ -104,8 +104,8 @@ CASES = {
     "bf16": contextlib.nullcontext,
     "micro-batches in bf16": contextlib.nullcontext,
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
-    "layer reads group sizes": lambda: after(ops, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
-    "layer asks whether finite": lambda: after(ops, "align_loss", lambda out, *_: bool(out.isfinite())),
+    "layer reads group sizes": lambda: after(layer, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
+    "layer asks whether finite": lambda: after(layer, "align_loss", lambda out, *_: bool(out.isfinite())),
     "model picks by a mask": lambda: after(MaskedAutoencoder, "patch_loss", lambda out, *_: out[out > 0]),
     "model sets by a mask": lambda: after(
         MaskedAutoencoder, "patch_loss", lambda out, *_: out.detach().__setitem__(out > 0, out.detach()[0, 0])

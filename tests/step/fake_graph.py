@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dex.train import cuda_graph
 from dex.train import trainer as engine
 from dex.train.trainer import Trainer
-from dexkernels import backends, reference, shadows
+from dexkernels import shadows
+from dexkernels.ops.group_ema import cpu
 
 
 class Refused(RuntimeError):
@@ -160,7 +161,7 @@ def graphs_on_the_cpu():
 
     def group_ema_(directors, experts, group_weights, momentum, skip=None):
         for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
-            reference._group_ema_on_device_(director, stacked, weights, momentum, skip)
+            cpu.on_device_(director, stacked, weights, momentum, skip)
 
     real_send, real_init = engine.send, Trainer.__init__
     with contextlib.ExitStack() as stack:
@@ -175,5 +176,5 @@ def graphs_on_the_cpu():
             (torch.cuda, "current_stream", lambda: Stream.now),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(mock.patch.dict(backends.LAUNCHERS, {("group_ema_", "reference"): group_ema_}))
+        stack.enter_context(mock.patch.object(cpu, "group_ema_", group_ema_))
         yield made

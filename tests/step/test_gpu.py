@@ -11,7 +11,7 @@ pytest.importorskip("yaml", reason="a training step is configured in YAML")
 
 from dex.train import checkpoint, cuda_graph  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
-from dexkernels import backends  # noqa: E402
+from dexkernels.ops import backends  # noqa: E402
 
 from .small import trainer  # noqa: E402
 

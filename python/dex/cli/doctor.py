@@ -111,7 +111,7 @@ def devices() -> Iterator[Check]:
 
 
 def backends() -> Iterator[Check]:
-    from dexkernels import backends as table
+    from dexkernels.ops import backends as table
 
     for row in table.report():
         text = ("default; " if row.default else "") + row.reason

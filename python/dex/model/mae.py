@@ -4,7 +4,7 @@ Letters: B images, C channels, S image side, P patch side, L patches, N tokens (
 E experts, K chosen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dexkernels import Aux, DEXLayer
 from dexkernels.checks import check_number
-from dexkernels.layer import MLP, copy_strictly, update_directors
-from dexkernels.reference import accumulation_dtype
+from dexkernels.layer import MLP, update_directors
+from dexkernels.ops.common import accumulation_dtype
+from dexkernels.published import PublishedNames
 
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
@@ -201,7 +202,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images: expected floating-point pixels (see dex.data.center), got {images.dtype}")
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(PublishedNames, nn.Module):
     """MAE pretraining with a DEX encoder and a dense decoder.
 
     Args:
@@ -374,17 +375,6 @@ class MaskedAutoencoder(nn.Module):
         ``gate_mass``: ``out.gate_mass``, one ``[E_l]`` per layer. One all-reduce for all layers.
         """
         update_directors(self.encoder.dex_layers, gate_mass, momentum, skip=skip, process_group=process_group)
-
-    def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights under the published names (``blocks.<l>.DEX.experts.<e>.fc1.weight``, ...), strictly.
-
-        Raises: ValueError naming missing, unknown or mis-shaped keys; then nothing was changed.
-        """
-        copy_strictly(state, self.reference_tensors())
-
-    def reference_state_dict(self) -> dict[str, Tensor]:
-        """Copies of all weights under the published names."""
-        return {name: t.detach().clone() for name, t in self.reference_tensors().items()}
 
     def reference_tensors(self) -> dict[str, Tensor]:
         """Published name -> the tensor of this model that holds it (not a copy)."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dexkernels.layer import copy_strictly
+from dexkernels.published import copy_strictly
 
 from .mae import MaskedAutoencoder
 

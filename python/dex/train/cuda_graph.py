@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dexkernels import backends
+from dexkernels.ops import backends
 
 WARM_STEPS = 3
 """Steps before the one that is captured: what they compile and allocate (moments) must be no part of a replay."""

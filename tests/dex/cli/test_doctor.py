@@ -46,7 +46,7 @@ def test_a_graph_of_the_step_says_why_not(monkeypatch):
 
 
 def test_backends_say_why_not():
-    from dexkernels import backends
+    from dexkernels.ops import backends
 
     rows = backends.report()
     found = list(doctor.backends())

@@ -1,0 +1,92 @@
+"""`align_loss`: how far the experts' output is from the director's."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checks import FLOATS, check_choice, check_tensor, describe
+from .. import backends
+from ..common import accumulation_dtype, gradients, without_autocast
+
+KINDS = ("kd", "cosine", "mse")
+
+BACKENDS = {"reference": "cpu", "triton": "triton"}
+"""Backend -> the module of this folder that has its ``forward`` and ``backward``."""
+
+SAVED = {"reference": {"kd": 0, "cosine": 0, "mse": 0}, "triton": {"kd": 3, "cosine": 3, "mse": 0}}
+"""Backend -> kind -> numbers that its forward saves per row for its backward."""
+
+backends.register("align_loss", __name__, BACKENDS)
+
+
+def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, backend: str | None = None) -> Tensor:
+    """How far the experts' output is from the director's, a 0-dim mean over all leading dimensions.
+
+    - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
+    - ``cosine``: ``1 - cos`` along D, the paper's Eq. 7.
+    - ``mse``: mean squared difference.
+
+    Args:
+        experts_out, director_out: ``[..., D]``, same shape; no gradient flows into director_out.
+
+    Returns: 0-dim, float32 for half-precision inputs. Raises: ValueError naming the argument.
+    """
+    check_choice("kind", kind, KINDS)
+    if not isinstance(experts_out, Tensor) or experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
+        raise ValueError(f"experts_out: expected a floating-point tensor [..., D], got {describe(experts_out)}")
+    check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
+    backend = backends.choose("align_loss", backend, experts_out.device)
+    loss, _ = torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), kind, backend)
+    return loss
+
+
+class _Inputs(NamedTuple):
+    """The arguments of the operator, in the order of its schema."""
+
+    experts_out: Tensor
+    director_out: Tensor
+    kind: str
+    backend: str
+
+
+@torch.library.custom_op("dexkernels::align_loss", mutates_args=())
+def _align_loss(experts_out: Tensor, director_out: Tensor, kind: str, backend: str) -> tuple[Tensor, Tensor]:
+    with without_autocast(experts_out.device):
+        return backends.load("align_loss", backend).forward(experts_out, director_out, kind)
+
+
+@_align_loss.register_fake
+def _(experts_out, director_out, kind, backend):
+    dtype = accumulation_dtype(experts_out.dtype)
+    rows = experts_out[..., 0].numel() if experts_out.shape[-1] else 0
+    return experts_out.new_empty((), dtype=dtype), experts_out.new_empty((SAVED[backend][kind], rows), dtype=dtype)
+
+
+@torch.library.custom_op("dexkernels::align_loss_backward", mutates_args=())
+def _align_loss_backward(
+    grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, saved: Tensor, kind: str, backend: str
+) -> Tensor:
+    with without_autocast(experts_out.device):
+        return backends.load("align_loss", backend).backward(grad_loss, experts_out, director_out, saved, kind)
+
+
+@_align_loss_backward.register_fake
+def _(grad_loss, experts_out, director_out, saved, kind, backend):
+    return experts_out.new_empty(experts_out.shape)
+
+
+def _save(ctx, inputs, output):
+    given = _Inputs(*inputs)
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.kind, ctx.backend = given.kind, given.backend
+    ctx.save_for_backward(given.experts_out, given.director_out, saved)
+
+
+def _backward(ctx, grad_loss, _):
+    grad = torch.ops.dexkernels.align_loss_backward(grad_loss, *ctx.saved_tensors, ctx.kind, ctx.backend)
+    return gradients(_Inputs, experts_out=grad)
+
+
+_align_loss.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,56 @@
+"""`align_loss` in plain torch: the forward, and the backward written by hand."""
+
+import torch
+from torch import Tensor
+
+from ..common import EPS, accumulation_dtype
+
+TEMPERATURE = 0.5
+"""Temperature of the director's softmax in the KD align loss; the experts' is 1."""
+
+COSINE_EPS = 1e-8
+"""Smallest norm in the cosine align loss."""
+
+
+def forward(experts_out: Tensor, director_out: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The loss, and what its backward wants saved for each of the R rows, ``[*, R]``: here nothing, ``[0, R]``.
+
+    In the cosine loss norms below 1e-8 count as 1e-8.
+    """
+    dtype = accumulation_dtype(experts_out.dtype)
+    y, d = experts_out.to(dtype), director_out.detach().to(dtype)
+    rows = y[..., 0].numel()
+    if kind == "kd":
+        loss = -((d / TEMPERATURE).softmax(-1) * y.softmax(-1).clamp(min=EPS).log()).sum() / max(rows, 1)
+    elif kind == "cosine":
+        y, d = (t / t.norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS) for t in (y, d))
+        loss = (1 - (y * d).sum(-1)).sum() / max(rows, 1)
+    else:
+        loss = (y - d).square().sum() / max(y.numel(), 1)
+    return loss, loss.new_empty(0, rows)
+
+
+def backward(grad_loss: Tensor, experts_out: Tensor, director_out: Tensor, saved: Tensor, kind: str) -> Tensor:
+    """Gradient of experts_out; none flows into director_out.
+
+    - ``kd``: with ``w = p`` where ``q >= 1e-6`` and 0 elsewhere: ``q * sum_D(w) - w``.
+    - ``cosine``: ``-(d / |d| - cos * y / |y|) / |y|``; norms below 1e-8 count as 1e-8.
+    - ``mse``: ``2 (y - d) / D``.
+    """
+    dtype = accumulation_dtype(experts_out.dtype)
+    y, d = experts_out.to(dtype), director_out.to(dtype)
+    scale = grad_loss.to(dtype) / max(y[..., 0].numel(), 1)
+    if kind == "kd":
+        q = y.softmax(-1)
+        w = (d / TEMPERATURE).softmax(-1).masked_fill(q < EPS, 0)
+        grad = q * w.sum(-1, keepdim=True) - w
+    elif kind == "cosine":
+        norm = y.norm(dim=-1, keepdim=True)
+        y_norm, d_norm = norm.clamp(min=COSINE_EPS), d.norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS)
+        unit = d / d_norm
+        cos = (y / y_norm * unit).sum(-1, keepdim=True)
+        # Below the floor the norm is a constant, and nothing flows through it.
+        grad = -(unit - torch.where(norm < COSINE_EPS, 0, cos) * y / y_norm) / y_norm
+    else:
+        grad = 2 * (y - d) / y.shape[-1]
+    return (scale * grad).to(experts_out.dtype)

@@ -1,0 +1,130 @@
+"""Which backend runs an operator: the tables of all operators, what is available, and why the rest is not."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .. import native
+from .._defaults import DEFAULTS, MEASURED
+
+BACKENDS = ("reference", "triton", "cuda")
+
+TABLES: dict[str, dict[str, str]] = {}
+"""Operator -> backend -> the module that runs it; filled by `register`."""
+
+
+def register(op: str, package: str, table: Mapping[str, str]) -> None:
+    """Add the backends of an operator; its folder calls this once, when it is imported.
+
+    Args:
+        op: the operator's name, as `choose` and `report` know it.
+        package: its folder's ``__name__``.
+        table: backend -> the module of that folder that runs it.
+    """
+    TABLES[op] = {backend: f"{package}.{module}" for backend, module in table.items()}
+
+
+def load(op: str, backend: str) -> ModuleType:
+    """The module that runs ``op``, imported when it is first used: CPU users need no Triton."""
+    return importlib.import_module(TABLES[op][backend])
+
+
+class BackendStatus(NamedTuple):
+    """One row of `report`."""
+
+    op: str
+    backend: str
+    available: bool
+    default: bool
+    """Whether it is what this machine uses when no backend is asked for."""
+    reason: str
+    """Why it is not available, or what it is."""
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the generated tables that serves ``device``: ``"sm_90"``, or the device's type, such as ``"cpu"``."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def why_not(op: str, backend: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` here; None when it can."""
+    if backend not in TABLES[op]:
+        return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
+    if backend == "cuda":
+        return native.why_not()
+    return _why_no_triton() if backend == "triton" else None
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    return None
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise `ValueError` when ``backend`` is unknown, ships no kernel, or cannot run one of its kernels here."""
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    for op in [op for op in TABLES if backend in TABLES[op]] or TABLES:
+        if reason := why_not(op, backend):
+            raise ValueError(f"backend: {backend!r} cannot run: {reason}")
+
+
+def covering(op: str, backend: str | None) -> str | None:
+    """What a layer of ``backend`` asks for in ``op``: the backend where it ships that kernel, else the default.
+
+    The CUDA library has no kernel for some operators by design; `report` shows which.
+    """
+    return backend if backend in TABLES[op] else None
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, backend: str | None, device: torch.device) -> str:
+    """The backend of ``op`` for tensors on ``device``: the one asked for, or what committed measurements chose.
+
+    What they chose and cannot run here (no Triton, say) gives way to plain torch, which `report` tells.
+    """
+    if backend is None:
+        default = DEFAULTS.get((architecture(device), op), "reference") if device.type == "cuda" else "reference"
+        return default if default == "reference" or why_not(op, default) is None else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if reason := why_not(op, backend):
+        raise ValueError(f"backend: {backend!r} cannot run {op}: {reason}")
+    return backend
+
+
+def report() -> list[BackendStatus]:
+    """Every operator and backend: whether it can run on this machine, whether it is the default, and why not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op in TABLES:
+        default = choose(op, None, device)
+        for backend in BACKENDS:
+            reason = why_not(op, backend)
+            text = reason or _proven(op, backend, device)
+            rows.append(BackendStatus(op, backend, reason is None, default == backend, text))
+    return rows
+
+
+def _proven(op: str, backend: str, device: torch.device) -> str:
+    if backend == "reference":
+        return "plain torch, any device"
+    where = architecture(device)
+    if (where, op, backend) in MEASURED:
+        return f"{where}: {MEASURED[where, op, backend]}"
+    elsewhere = sorted({a for a, o, b in MEASURED if (o, b) == (op, backend)})
+    known = f"measured on {', '.join(elsewhere)} alone" if elsewhere else "never measured on a GPU"
+    return f"{known}: only when asked for"

@@ -1,0 +1,82 @@
+"""`group_ema_`: GEMA, by which the directors follow their experts, in place."""
+
+import torch
+from torch import Tensor
+
+from ...checks import check_momentum, check_skip, check_tensor, describe
+from .. import backends
+
+BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
+"""Backend -> the module of this folder that has its ``group_ema_``."""
+
+backends.register("group_ema_", __name__, BACKENDS)
+
+
+def group_ema_(
+    directors: list[Tensor],
+    experts: list[Tensor],
+    group_weights: list[Tensor],
+    momentum: float | Tensor,
+    *,
+    skip: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, of any number of tensors.
+
+    Args:
+        directors: tensors of any shape, float32 or float64: in half precision a director would not move at m = 0.999.
+        experts: one ``[E, *director.shape]`` per director.
+        group_weights: one ``[E]`` per director, normalised gate mass. Weight 0 contributes nothing whatever the expert
+            holds; all 0 leaves the director as it is.
+        momentum: m, a float in [0, 1] or a 0-dim tensor.
+        skip: 0-dim bool tensor; where true nothing changes.
+
+    Raises: ValueError naming the argument, before anything is changed.
+    """
+    for name, tensors in (("directors", directors), ("experts", experts), ("group_weights", group_weights)):
+        if not isinstance(tensors, (list, tuple)):
+            raise ValueError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
+    if not len(directors) == len(experts) == len(group_weights):
+        raise ValueError(
+            f"experts, group_weights: expected one per director ({len(directors)}), "
+            f"got {len(experts)} and {len(group_weights)}"
+        )
+    check_momentum(momentum)
+    check_skip(skip)
+    for i, (d, e, a) in enumerate(zip(directors, experts, group_weights, strict=True)):
+        if not isinstance(d, Tensor) or d.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"directors[{i}]: expected float32 or float64 (half precision cannot follow), got {describe(d)}"
+            )
+        check_tensor(f"experts[{i}]", e, (None, *d.shape), like=d)
+        check_tensor(f"group_weights[{i}]", a, (e.shape[0],), like=d, same_dtype=False)
+    if not directors:
+        return
+    device = directors[0].device
+    if not isinstance(momentum, Tensor):
+        # A kernel that fills, not a copy from the host: nobody waits. float64: 1 - m is exact to the last bit.
+        momentum = torch.full((), momentum, dtype=torch.float64, device=device)
+    backend = backends.choose("group_ema_", backend, device)
+    if torch.compiler.is_compiling():
+        torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
+    else:
+        # There is no gradient to record; the dispatcher would only add its time to each step.
+        with torch.no_grad():
+            backends.load("group_ema_", backend).group_ema_(directors, experts, group_weights, momentum, skip)
+
+
+@torch.library.custom_op("dexkernels::group_ema_", mutates_args=("directors",))
+def _group_ema_(
+    directors: list[Tensor],
+    experts: list[Tensor],
+    group_weights: list[Tensor],
+    momentum: Tensor,
+    skip: Tensor | None,
+    backend: str,
+) -> None:
+    backends.load("group_ema_", backend).group_ema_(directors, experts, group_weights, momentum, skip)
+
+
+@_group_ema_.register_fake
+def _(directors, experts, group_weights, momentum, skip, backend):
+    return None

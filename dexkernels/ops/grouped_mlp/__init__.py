@@ -1,0 +1,213 @@
+"""`grouped_mlp`: every image through its experts. Letters: see `records`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checks import check_tensor, check_weights, check_x, shape_of
+from ...records import MLPWeights
+from ...routing import Routing
+from ...shadows import Shadows, shadowed
+from .. import backends
+from ..common import autocast_dtype, gradients, or_empty, without_autocast
+from .records import Gradients, Needs, Result, Saved, Slots
+
+BACKENDS = {"reference": "cpu", "triton": "triton"}
+"""Backend -> the module of this folder that has its ``forward`` and ``backward``."""
+
+backends.register("grouped_mlp", __name__, BACKENDS)
+
+
+def grouped_mlp(
+    x: Tensor,
+    routing: Routing,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))`` with ``e = expert_indices[b, k]`` and the exact GELU.
+
+    Args:
+        x: ``[B, N, D]``.
+        routing: what `route` returned for this x; gates ``[B, K]`` (per image) or ``[B, N, K]`` (per token).
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: ``[E, H, D]``, ``[E, H]``, ``[E, D, H]``, ``[E, D]``, dtype of x
+            (any of the four float dtypes; under autocast copies of its dtype are computed with, and gradients of the
+            weights come in the weights' own).
+
+    Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
+    Raises: ValueError naming the argument.
+    """
+    weights = MLPWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_x(x)
+    check_weights(x, weights)
+    (B, N, D), E, gates = x.shape, fc1_weight.shape[0], routing.gates
+    if tuple(gates.shape[:-1]) not in ((B,), (B, N)):
+        raise ValueError(f"routing.gates: expected [{B}, K] or [{B}, {N}, K] for this x, got {shape_of(gates)}")
+    check_tensor("routing.group_sizes", routing.group_sizes, (E,), like=x, same_dtype=False)
+    check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
+    check_tensor("routing.group_offsets", routing.group_offsets, (E + 1,), like=x, same_dtype=False)
+    backend = backends.choose("grouped_mlp", backend, x.device)
+    x = x.to(autocast_dtype(x))
+    lowered = Shadows().of(weights, None, x.dtype)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
+    if gates.dim() == 3:
+        x, gates = x.reshape(B * N, 1, D), gates.flatten(0, 1)
+    out, _ = torch.ops.dexkernels.grouped_mlp(
+        x, gates, routing.slot_order, routing.group_offsets, *weights, *(lowered or (None,) * 4), save, backend
+    )
+    return out.view(B, N, D)
+
+
+class _Inputs(NamedTuple):
+    """The arguments of the operator, in the order of its schema."""
+
+    x: Tensor
+    gates: Tensor
+    slot_order: Tensor
+    group_offsets: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    fc1_weight_shadow: Tensor | None
+    fc1_bias_shadow: Tensor | None
+    fc2_weight_shadow: Tensor | None
+    fc2_bias_shadow: Tensor | None
+    save: bool
+    backend: str
+
+    @property
+    def computed(self) -> MLPWeights:
+        """The weights that are computed with."""
+        return shadowed(
+            MLPWeights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias),
+            MLPWeights(self.fc1_weight_shadow, self.fc1_bias_shadow, self.fc2_weight_shadow, self.fc2_bias_shadow),
+        )
+
+
+@torch.library.custom_op("dexkernels::grouped_mlp", mutates_args=())
+def _grouped_mlp(
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    fc1_weight_shadow: Tensor | None,
+    fc1_bias_shadow: Tensor | None,
+    fc2_weight_shadow: Tensor | None,
+    fc2_bias_shadow: Tensor | None,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """out and z of `Result`. Where there are shadows (see `dexkernels.shadows`) they are computed with."""
+    weights = shadowed(
+        MLPWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+        MLPWeights(fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow),
+    )
+    with without_autocast(x.device):
+        result = run_forward(backend, x, Slots(gates, slot_order, group_offsets), weights, save)
+    return result.out, result.z
+
+
+@_grouped_mlp.register_fake
+def _(*args, **kwargs):
+    given = _Inputs(*args, **kwargs)
+    return given.x.new_empty(given.x.shape), empty_z(given.x, given.slot_order.shape[0], given.fc1_bias, given.save)
+
+
+def run_forward(backend: str, x: Tensor, slots: Slots, weights: MLPWeights, save: bool) -> Result:
+    """With autocast off; ``x`` and ``weights`` are of one dtype."""
+    return backends.load("grouped_mlp", backend).forward(x, slots, weights, save)
+
+
+def run_backward(backend: str, grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
+    """With autocast off; the gradients of the weights are of ``grad_dtype``."""
+    return backends.load("grouped_mlp", backend).backward(grad_out, saved, needs, grad_dtype)
+
+
+def empty_z(x: Tensor, num_slots: int, fc1_bias: Tensor, save: bool) -> Tensor:
+    """z of `Result` without values, for fake kernels."""
+    return x.new_empty((num_slots if save else 0, x.shape[1], fc1_bias.shape[1]))
+
+
+@torch.library.custom_op("dexkernels::grouped_mlp_backward", mutates_args=())
+def _grouped_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    slot_order: Tensor,
+    group_offsets: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    z: Tensor,
+    need_x: bool,
+    need_gates: bool,
+    need_weights: bool,
+    grad_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Gradients`; an empty tensor stands for one that is not needed: operators do not return None."""
+    saved = Saved(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
+    with without_autocast(x.device):
+        grads = run_backward(backend, grad_out, saved, Needs(need_x, need_gates, need_weights), grad_dtype)
+    return or_empty(x, *grads)
+
+
+@_grouped_mlp_backward.register_fake
+def _(
+    grad_out, x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z,
+    need_x, need_gates, need_weights, grad_dtype, backend,
+):  # fmt: skip
+    dx, dgates = (t.new_empty(t.shape) if need else x.new_empty(0) for need, t in ((need_x, x), (need_gates, gates)))
+    return dx, dgates, *empty_weight_grads(x, fc2_weight, need_weights, grad_dtype)
+
+
+def empty_weight_grads(x: Tensor, fc2_weight: Tensor, need: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Those of `MLPWeights` without values, for fake kernels."""
+    E, D, H = fc2_weight.shape
+    if not need:
+        return tuple(x.new_empty(0) for _ in range(4))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in ((E, H, D), (E, H), (E, D, H), (E, D)))
+
+
+def _save(ctx, inputs, output):
+    given = _Inputs(*inputs)
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.grad_dtype, ctx.backend = given.fc1_weight.dtype, given.backend
+    weights = given.computed
+    ctx.save_for_backward(
+        *Saved(
+            given.x,
+            given.gates,
+            given.slot_order,
+            given.group_offsets,
+            weights.fc1_weight,
+            weights.fc2_weight,
+            weights.fc2_bias,
+            z,
+        )
+    )
+
+
+def _backward(ctx, grad_out, _):
+    need = _Inputs(*ctx.needs_input_grad)
+    need_weights = MLPWeights(need.fc1_weight, need.fc1_bias, need.fc2_weight, need.fc2_bias)
+    grads = Gradients(
+        *torch.ops.dexkernels.grouped_mlp_backward(
+            grad_out, *ctx.saved_tensors, need.x, need.gates, any(need_weights), ctx.grad_dtype, ctx.backend
+        )
+    )
+    needed = {name: grad for name, grad in grads._asdict().items() if getattr(need, name)}
+    return gradients(_Inputs, **needed)
+
+
+_grouped_mlp.register_autograd(_backward, setup_context=_save)

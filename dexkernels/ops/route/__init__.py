@@ -1,0 +1,223 @@
+"""`route`: which experts an image, or a token, is sent to. Letters: B images, N tokens (CLS first), D width, E experts,
+K chosen, R decisions (B, or B*N token-wise).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checks import (
+    check_choice,
+    check_noise_std,
+    check_temperature,
+    check_tensor,
+    check_top_k,
+    check_x,
+    shape_of,
+)
+from ...routing import Routing, SlotOrder
+from .. import backends
+from ..common import EPS, accumulation_dtype, check_versions, gradients, remember_versions, without_autocast
+from .records import Routed, Saved
+
+ROUTINGS = ("image", "token")
+ROUTE_FROM = ("cls", "mean")
+
+BACKENDS = {"reference": "cpu", "triton": "triton"}
+"""Backend -> the module of this folder that has its ``forward`` and ``backward``."""
+
+backends.register("route", __name__, BACKENDS)
+
+
+class Noise(NamedTuple):
+    """Exploration noise of the router, see `route`."""
+
+    std: float | Tensor = 0.0
+    drawn: Tensor | None = None
+    """Standard normal; torch draws it when None."""
+    usage_ema: Tensor | None = None
+    """``[E]``; needed when there is noise."""
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    routing: str = "image",
+    route_from: str = "cls",
+    temperature: float = 0.5,
+    noise_std: float | Tensor = 0.0,
+    router_noise: Tensor | None = None,
+    usage_ema: Tensor | None = None,
+    backend: str | None = None,
+) -> Routing:
+    """Choose K of E experts for every image (``routing="image"``) or token (``"token"``).
+
+    ``p = softmax((r @ router_weight.T + noise) / temperature)``, gates are the K largest p over their sum. Computed in
+    float32 for half-precision inputs and outside autocast.
+
+    Args:
+        x: ``[B, N, D]``, CLS token first.
+        router_weight: ``[E, D]``.
+        top_k: K, ``1 <= K <= E``.
+        route_from: image-wise only: ``"cls"`` decides from ``x[:, 0]``, ``"mean"`` from the mean token.
+        noise_std: exploration noise, a float or 0-dim tensor, ``>= 0``; a float 0 means none.
+        router_noise: standard normal noise ``[B, 1, E]`` (image) or ``[B, N, E]`` (token); drawn when None.
+        usage_ema: ``[E]`` running usage, needed with noise.
+
+    Returns: a `Routing`. Its ``gates`` and ``balance_loss`` are differentiable in x and router_weight.
+    Raises: ValueError naming the argument.
+    """
+    check_x(x)
+    check_choice("routing", routing, ROUTINGS)
+    check_choice("route_from", route_from, ROUTE_FROM)
+    check_tensor("router_weight", router_weight, (None, x.shape[2]), like=x, same_dtype=False)
+    check_top_k(top_k, router_weight.shape[0])
+    check_temperature(temperature)
+    check_tokens(x)
+    check_noise_std(noise_std)
+    noise = scaled_noise(x, router_weight.shape[0], routing, Noise(noise_std, router_noise, usage_ema))
+    backend = backends.choose("route", backend, x.device)
+    r = router_rows(x, routing, route_from)
+    routed = Routed(*torch.ops.dexkernels.route(r, router_weight, noise, usage_ema, top_k, temperature, backend))
+    return as_routing(routed, x, routing)
+
+
+def check_tokens(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError("x: expected at least one token to route from, got shape " + shape_of(x))
+
+
+def scaled_noise(x: Tensor, num_experts: int, routing: str, noise: Noise) -> Tensor | None:
+    """What is added to the logits, ``[R, E]``, or None; ``noise.std`` was checked before."""
+    if not isinstance(noise.std, Tensor) and noise.std == 0:
+        return None
+    shape = (x.shape[0], 1 if routing == "image" else x.shape[1], num_experts)
+    if noise.usage_ema is None:
+        raise ValueError("usage_ema: expected a tensor [E] when noise_std is not 0, got None")
+    check_tensor("usage_ema", noise.usage_ema, (num_experts,), like=x, same_dtype=False)
+    drawn = torch.randn(shape, device=x.device) if noise.drawn is None else noise.drawn
+    check_tensor("router_noise", drawn, shape, like=x, same_dtype=False)
+    with torch.no_grad():
+        return expert_usage_noise(noise.std, drawn, noise.usage_ema).reshape(-1, num_experts)
+
+
+def expert_usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_ema: Tensor) -> Tensor:
+    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain."""
+    usage = usage_ema.to(router_noise.dtype)
+    return noise_std * (router_noise + (1 - usage / (usage.sum() + EPS)))
+
+
+def router_rows(x: Tensor, routing: str, route_from: str) -> Tensor:
+    """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token; contiguous: strides change no bit."""
+    if routing == "token":
+        return x.reshape(-1, x.shape[2]).contiguous()
+    if route_from == "cls":
+        return x[:, 0].contiguous()
+    return x.contiguous().mean(1, dtype=accumulation_dtype(x.dtype))
+
+
+def as_routing(routed: Routed, x: Tensor, routing: str) -> Routing:
+    """``routed`` without the probabilities; token-wise, gates and indices are ``[B, N, K]``."""
+    gates, indices = routed.gates, routed.expert_indices
+    if routing == "token":
+        shape = (*x.shape[:2], gates.shape[1])
+        gates, indices = gates.view(shape), indices.view(shape)
+    order = SlotOrder(routed.slot_order, routed.group_sizes, routed.group_offsets)
+    return Routing(gates, indices, routed.balance_loss, routed.gate_mass, *order)
+
+
+def remember_usage(ctx, noise: Tensor | None, usage_ema: Tensor | None) -> None:
+    """The noise was made from usage_ema: a forward recomputed after an early update would route otherwise."""
+    remember_versions(ctx, () if noise is None else (usage_ema,))
+
+
+class _Inputs(NamedTuple):
+    """The arguments of the operator, in the order of its schema."""
+
+    r: Tensor
+    router_weight: Tensor
+    noise: Tensor | None
+    usage_ema: Tensor | None
+    top_k: int
+    temperature: float
+    backend: str
+
+
+@torch.library.custom_op("dexkernels::route", mutates_args=())
+def _route(
+    r: Tensor,
+    router_weight: Tensor,
+    noise: Tensor | None,
+    usage_ema: Tensor | None,
+    top_k: int,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Routed`. usage_ema is not read: a backward asks whether it changed."""
+    with without_autocast(r.device):
+        return tuple(backends.load("route", backend).forward(r, router_weight, top_k, temperature, noise))
+
+
+@_route.register_fake
+def _(r, router_weight, noise, usage_ema, top_k, temperature, backend):
+    return tuple(empty_routed(r, r.shape[0], router_weight.shape[0], top_k))
+
+
+def empty_routed(like: Tensor, R: int, E: int, K: int) -> Routed:
+    """`Routed` of R decisions, without values: for fake kernels."""
+    real, ints = {"dtype": accumulation_dtype(like.dtype)}, {"dtype": torch.int64}
+    return Routed(
+        p=like.new_empty((R, E), **real),
+        gates=like.new_empty((R, K), **real),
+        expert_indices=like.new_empty((R, K), dtype=torch.int32),
+        balance_loss=like.new_empty((), **real),
+        gate_mass=like.new_empty((E,), **real),
+        slot_order=like.new_empty(R * K, **ints),
+        group_sizes=like.new_empty(E, **ints),
+        group_offsets=like.new_empty(E + 1, **ints),
+    )
+
+
+@torch.library.custom_op("dexkernels::route_backward", mutates_args=())
+def _route_backward(
+    grad_gates: Tensor,
+    grad_balance: Tensor,
+    p: Tensor,
+    gates: Tensor,
+    expert_indices: Tensor,
+    r: Tensor,
+    router_weight: Tensor,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    saved = Saved(p, gates, expert_indices, r, router_weight)
+    with without_autocast(r.device):
+        return tuple(backends.load("route", backend).backward(grad_gates, grad_balance, saved, temperature))
+
+
+@_route_backward.register_fake
+def _(grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temperature, backend):
+    return r.new_empty(r.shape), router_weight.new_empty(router_weight.shape)
+
+
+def _save(ctx, inputs, output):
+    given, routed = _Inputs(*inputs), Routed(*output)
+    remember_usage(ctx, given.noise, given.usage_ema)
+    ctx.mark_non_differentiable(routed.p, routed.gate_mass)
+    ctx.temperature, ctx.backend = given.temperature, given.backend
+    ctx.save_for_backward(*Saved(routed.p, routed.gates, routed.expert_indices, given.r, given.router_weight))
+
+
+def _backward(ctx, *grad_outputs):
+    check_versions(ctx)
+    grads = Routed(*grad_outputs)
+    dr, drouter = torch.ops.dexkernels.route_backward(
+        grads.gates, grads.balance_loss, *ctx.saved_tensors, ctx.temperature, ctx.backend
+    )
+    return gradients(_Inputs, r=dr, router_weight=drouter)
+
+
+_route.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,54 @@
+"""Which backend is chosen, by committed measurements of an architecture; and what the report says of them."""
+
+import pytest
+import torch
+
+from dexkernels.ops import backends
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def h100(monkeypatch, request):
+    """A machine that would be an sm_90 with Triton, whose results are as given."""
+    if request.config.getoption("--backend"):
+        pytest.skip("--backend replaces the choice")
+    monkeypatch.setattr(backends, "DEFAULTS", {("sm_90", "route"): "triton", ("sm_80", "align_loss"): "triton"})
+    monkeypatch.setattr(
+        backends, "MEASURED", {("sm_90", "route", "triton"): "fast", ("sm_80", "align_loss", "triton"): "so"}
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
+    return monkeypatch
+
+
+def test_a_measured_backend_serves_its_architecture(h100):
+    assert backends.architecture(CUDA) == "sm_90" and backends.architecture(CPU) == "cpu"
+    assert backends.choose("route", None, CUDA) == "triton"
+    assert backends.choose("route", None, CPU) == "reference"
+    assert backends.choose("align_loss", None, CUDA) == "reference"
+    assert backends.choose("route", "reference", CUDA) == "reference"
+    h100.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert backends.choose("route", None, CUDA) == "reference"
+    assert backends.choose("align_loss", None, CUDA) == "triton"
+
+
+def test_a_default_that_cannot_run_gives_way(h100):
+    h100.setattr(backends, "_why_no_triton", lambda: "triton is not installed")
+    assert backends.choose("route", None, CUDA) == "reference"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backends.choose("route", "triton", CUDA)
+
+
+def test_report_says_what_was_measured_where(h100):
+    rows = {(r.op, r.backend): r for r in backends.report()}
+    assert rows["route", "triton"].default and rows["route", "triton"].reason == "sm_90: fast"
+    assert not rows["route", "reference"].default
+    assert rows["align_loss", "triton"].reason == "measured on sm_80 alone: only when asked for"
+    assert rows["group_ema_", "triton"].reason == "never measured on a GPU: only when asked for"
+
+
+@pytest.mark.skipif("config.getoption('--backend')", reason="--backend replaces the choice")
+def test_a_cpu_always_takes_plain_torch():
+    assert {backends.choose(op, None, CPU) for op in backends.TABLES} == {"reference"}
