@@ -10,17 +10,22 @@ from typing import NamedTuple
 
 import torch
 import triton
-from dexkernels.kernels import align_loss, aligned, common, group_ema, grouped_mlp, route
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import GlobalMemory, Launch, Program, TensorMap
-from .launch import POISONS
+from dexkernels.ops import triton_common as common
+from dexkernels.ops.align_loss import triton as align_loss
+from dexkernels.ops.group_ema import triton as group_ema
+from dexkernels.ops.grouped_mlp import triton as grouped_mlp
+from dexkernels.ops.grouped_mlp.triton import plan
+from dexkernels.ops.route import triton as route
 
-MODULES = (align_loss, aligned, group_ema, grouped_mlp, route)
-"""Modules whose launchers ask for the architecture of a device."""
+from .launch import POISONS, GlobalMemory, Launch, Program, TensorMap
+
+MODULES = (plan,)
+"""Modules that ask for the architecture of a device."""
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 TYPES |= {torch.float64: "fp64", torch.bool: "i1"}
