@@ -43,7 +43,7 @@ def handled(handler: Callable[[int], None], signals: tuple[int, ...] = STOP_SIGN
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """The stop signals that have come in the block so far; a second one after SIGINT interrupts at once."""
+    """The stop signals that have come in the block so far; SIGINT after an earlier one raises KeyboardInterrupt."""
     received: list[int] = []
 
     def note(number: int) -> None:

@@ -4,10 +4,7 @@ import select
 import subprocess
 import sys
 
-import pytest
-
 from dex import config
-from dex.common.units import duration
 from dex.train.runlog import Progress, RunLog, read_rows
 
 ROW = {
@@ -70,13 +67,6 @@ with progress.shown():
     assert process.wait() == 0, seen
     text = seen.decode()
     assert "a line [that] stays" in text and "10/10" in text and "━" in text and "loss 0.5000" in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (185, "3m05s"), (7620, "2h07m"), (356400, "4d03h")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_rows_are_cut_at_the_step_and_never_hold_nan(tmp_path):

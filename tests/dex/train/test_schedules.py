@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex import config
-from dex.common.random import step_seed
 from dex.train.schedules import cosine, learning_rate, schedule_at, total_steps
 
 
@@ -54,10 +53,3 @@ def test_steps_override_epochs_and_keep_the_share_of_the_warmup(change):
     short = change(config.preset("published-code"), schedule__steps=20)
     assert total_steps(short, 40) == 20
     assert schedule_at(short, 0, 20).lr == short.peak_lr  # 5 % of 20 steps is one step
-
-
-def test_step_seeds_differ_and_fit_torch():
-    seeds = {step_seed(seed, step) for seed in range(20) for step in range(-1, 500)}
-    assert len(seeds) == 20 * 501
-    assert all(0 <= s < 2**63 for s in seeds)
-    assert step_seed(0, 0) == step_seed(0, 0)

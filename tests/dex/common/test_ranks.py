@@ -1,0 +1,141 @@
+"""What ranks agree on, on two of gloo. Run as a program, this file is one of them: it prints what it saw."""
+
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dex.common import ranks
+from dex.common.ranks import ALONE, Failed, Ranks
+
+
+def main(rank):
+    joined = ranks.start(ranks.announced(), torch.device("cpu"), 60)
+    seen = {"gather": ranks.gather(joined, {"rank": rank, "text": "é" * (rank + 1)})}
+    seen["first"] = ranks.from_first(joined, [rank, None])
+    seen["decided"] = ranks.decided(joined, lambda: f"by {rank}")
+    seen["everywhere"] = ranks.everywhere(joined, lambda: rank)
+
+    def fail(*of):
+        if rank in of:
+            raise KeyError(f"on {rank}")
+
+    for name, act in (
+        ("one fails", lambda: ranks.everywhere(joined, lambda: fail(1))),
+        ("both fail", lambda: ranks.everywhere(joined, lambda: fail(0, 1))),
+        ("the first fails", lambda: ranks.decided(joined, lambda: fail(0))),
+    ):
+        try:
+            act()
+        except Exception as error:
+            seen[name] = f"{type(error).__name__}: {error}"
+    bits = torch.tensor([1.5, -0.0]), torch.tensor([[2.0]])
+    seen["same"] = ranks.same_bits(bits)
+    seen["other sign of zero"] = ranks.same_bits([torch.tensor([1.5, 0.0 if rank else -0.0])])
+    ranks.barrier(joined)
+    ranks.stop(joined)
+    print(json.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What each of two ranks saw."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    path = os.pathsep.join(p for p in sys.path if p)
+    shared = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__), str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(words) for words in said]
+
+
+def test_what_one_says_all_know(seen):
+    for rank, told in enumerate(seen):
+        assert told["gather"] == [{"rank": 0, "text": "é"}, {"rank": 1, "text": "éé"}]
+        assert told["first"] == [0, None] and told["decided"] == "by 0" and told["everywhere"] == rank
+
+
+def test_an_error_of_one_is_raised_on_all(seen):
+    assert [told["one fails"] for told in seen] == ["Failed: rank 1: KeyError: 'on 1'", "KeyError: 'on 1'"]
+    assert [told["both fail"] for told in seen] == ["KeyError: 'on 0'", "KeyError: 'on 1'"]
+    assert [told["the first fails"] for told in seen] == ["KeyError: 'on 0'", "Failed: rank 0: KeyError: 'on 0'"]
+
+
+def test_one_bit_makes_a_difference(seen):
+    assert [(told["same"], told["other sign of zero"]) for told in seen] == [(True, False)] * 2
+
+
+def test_alone_nothing_is_exchanged():
+    value = object()
+    assert ranks.gather(ALONE, value) == [value] and ranks.from_first(ALONE, value) is value
+    assert ranks.decided(ALONE, lambda: value) is value and ranks.start(ALONE, torch.device("cpu"), 1.0) is ALONE
+    with pytest.raises(KeyError):
+        ranks.everywhere(ALONE, lambda: {}["absent"])
+    ranks.barrier(ALONE), ranks.stop(ALONE)
+    tensor = torch.ones(2)
+    assert ranks.full(tensor) is tensor and issubclass(Failed, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("environment", "want"),
+    [
+        ({}, ALONE),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ALONE),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, Ranks(3, 4, 3)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Ranks(3, 4, 1)),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE: expected a whole number, got 'many'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: expected at least 1, got -1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": ""}, "MASTER_PORT: expected it beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected 0 <= RANK < WORLD_SIZE = 2, got 2"),
+    ],
+)
+def test_a_launch_is_read_from_the_environment(environment, want, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"} | environment).items():
+        monkeypatch.setenv(name, value)
+    if isinstance(want, Ranks):
+        assert ranks.announced() == want
+    else:
+        with pytest.raises(ValueError, match=want):
+            ranks.announced()
+
+
+def test_nccl_gives_up_later_than_the_watch(monkeypatch):
+    """Its watchdog aborts the process, and with it the watch that names the rank that hangs."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    ranks.start(Ranks(0, 2, 0), torch.device("cuda", 0), 600.0)
+    ranks.start(Ranks(0, 2, 0), torch.device("cpu"), 600.0)
+    assert [backend for backend, _ in asked] == ["cpu:gloo,cuda:nccl", "gloo"]
+    assert asked[0][1] >= datetime.timedelta(seconds=630) and asked[1][1] == datetime.timedelta(seconds=600)
+
+
+def test_what_cannot_be_cut_evenly_is_refused():
+    ranks.check_cut("experts.fc1", (4, 12, 8), 3)
+    with pytest.raises(ValueError, match=r"parallel.strategy: fsdp cuts experts.fc1 \[4, 12, 8\] along dimension 1"):
+        ranks.check_cut("experts.fc1", (4, 12, 8), 5)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
