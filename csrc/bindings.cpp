@@ -1,15 +1,28 @@
-// The Python module dexkernels._C. Pointers come as integers; dexkernels/native.py is its only caller.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
+// The Python module dexkernels._C: what every operator's bind.cpp adds, and what the library says of itself.
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "launchers.h"
+#include "common/binding.h"
 
+namespace dex {
 namespace {
+
+// A function's own variable: it is there for the first Binding, in whatever order files are initialised.
+std::vector<Binding::Define>& definitions() {
+  static std::vector<Binding::Define> all;
+  return all;
+}
+
+}  // namespace
+
+Binding::Binding(Define define) {
+  definitions().push_back(define);
+}
+
+void Binding::define_all(pybind11::module_& m) {
+  for (const Define define : definitions()) define(m);
+}
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -26,27 +39,11 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + reason);
 }
 
-using Row = std::array<int64_t, 7>;  // see dex::group_ema_tensor
-
-void group_ema(const std::vector<Row>& rows, double momentum, int64_t momentum_at, bool momentum_is_double,
-               int64_t skip_at, int64_t stream) {
-  std::vector<dex::GroupEmaTensor> tensors;
-  tensors.reserve(rows.size());
-  for (const Row& row : rows) tensors.push_back(dex::group_ema_tensor(row.data()));
-  const dex::GroupEmaScalars scalars{momentum, reinterpret_cast<const void*>(momentum_at),
-                                     reinterpret_cast<const bool*>(skip_at), momentum_is_double};
-  check(dex::group_ema(tensors.data(), static_cast<int64_t>(tensors.size()), scalars,
-                       reinterpret_cast<cudaStream_t>(stream)),
-        "group_ema_");
-}
-
-}  // namespace
+}  // namespace dex
 
 PYBIND11_MODULE(_C, m) {
-  namespace py = pybind11;
   m.attr("__version__") = DEX_VERSION;
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("architectures") = DEX_ARCHITECTURES;
-  m.def("group_ema_", &group_ema, py::arg("rows"), py::arg("momentum"), py::arg("momentum_at"),
-        py::arg("momentum_is_double"), py::arg("skip_at"), py::arg("stream"));
+  dex::Binding::define_all(m);
 }

@@ -52,8 +52,8 @@ say "ready; nvcc: $nvcc"
 # sdist, made without nvcc: it must hold the sources all the same.
 PATH=$work/bin build --sdist --outdir "$work/sdist"
 sdist=$(echo "$work"/sdist/*.tar.gz)
-for name in CMakeLists.txt setup.py pyproject.toml csrc/math.h csrc/group_ema.cu csrc/bindings.cpp csrc/strict_nvcc.py \
-    dexkernels/native.py dexkernels/kernels/route.py python/dex/cli/__init__.py LICENSE; do has "$sdist" "^$name\$"; done
+for name in CMakeLists.txt setup.py pyproject.toml csrc/common/math.h csrc/group_ema/group_ema.cu csrc/group_ema/bind.cpp csrc/bindings.cpp csrc/strict_nvcc.py \
+    dexkernels/native.py dexkernels/ops/route/triton.py python/dex/cli/__init__.py LICENSE; do has "$sdist" "^$name\$"; done
 lacks "$sdist" '\.(so|pyc)$'
 say "sdist holds csrc and CMakeLists.txt"
 mkdir "$work/from-sdist"
@@ -82,7 +82,7 @@ if [[ $nvcc == yes ]]; then
     took=$((SECONDS - start))
     ((took < 120)) || fail "the wheel took $took s, expected less than 120"
     wheel=$(echo "$work"/one/*.whl)
-    for name in 'dexkernels/_C\.[^/]*\.so' dexkernels/native.py dexkernels/kernels/route.py dexkernels/py.typed dex/cli.py \
+    for name in 'dexkernels/_C\.[^/]*\.so' dexkernels/native.py dexkernels/ops/route/triton.py dexkernels/py.typed dex/cli/__init__.py \
         dex/data/__init__.py dex/data/embedded/shard-00000.tar; do
         has "$wheel" "^$name\$"
     done

@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "group_ema.h"
+#include "group_ema/group_ema.h"
 
 namespace {
 

@@ -135,6 +135,15 @@ def test_library_loads_without_torch_and_without_a_driver(library):
     assert alone(library, "print(_C.__version__)").strip() == dexkernels.__version__
 
 
+def test_an_operator_is_named_by_its_folder_alone():
+    """CMake and bindings.cpp take every folder of csrc: a new operator edits neither."""
+    folders = {path.parent.name for path in (ROOT / "csrc").glob("*/bind.cpp")}
+    assert "group_ema" in folders
+    for name in ("CMakeLists.txt", "csrc/bindings.cpp"):
+        text = (ROOT / name).read_text()
+        assert not [folder for folder in folders if folder in text], name
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_call_without_a_gpu_says_so(library):
     call = "try:\n _C.group_ema_([(16, 16, 16, 0, 4, 4, 1)], 0.5, 0, False, 0, 0)\nexcept RuntimeError as e: print(e)"

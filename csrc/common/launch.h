@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "common/math.h"
 
 namespace dex {
 

@@ -5,8 +5,7 @@
 
 #include <algorithm>
 
-#include "group_ema.h"
-#include "launchers.h"
+#include "group_ema/launcher.h"
 
 namespace dex {
 namespace {

@@ -1,10 +1,10 @@
-// What bindings.cpp calls: launchers take raw device pointers, sizes and a stream, launch on the current device, never
-// wait for it, and return the error of their own launch.
+// What bind.cpp calls. As every launcher it takes raw device pointers, sizes and a stream, launches on the current
+// device, never waits for it, and returns the error of its own launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "group_ema.h"
+#include "group_ema/group_ema.h"
 
 namespace dex {
 

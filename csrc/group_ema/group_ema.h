@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "launch.h"
-#include "math.h"
+#include "common/launch.h"
+#include "common/math.h"
 
 namespace dex {
 
