@@ -1,1 +1,1 @@
-"""What a pretraining is good for: ``load`` gives its model back."""
+"""What a trained model is good for: `load` it, `embed` images, export it."""

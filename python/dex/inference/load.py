@@ -1,21 +1,30 @@
-"""A pretrained model from its run folder; the training data is not needed."""
+"""A pretrained model from its run folder, a checkpoint, or an exported file; the training data is not needed."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from dex.config import Config, from_dict
+from dex.inference import embed, model_file
+from dex.inference.embed import Embedding
+from dex.inference.preprocess import Preprocessed, preprocess
 from dex.model import MaskedAutoencoder, VisionTransformer
 from dex.model.build import build_model
+from dex.model.weights import resize_pos_embed
 from dex.train import checkpoint
 from dex.train.runlog import CONFIG, STARTS
+
+PATHS = ("experts", "director")
+_EXPECTED = "run: expected a run folder, one of its checkpoint folders, or a folder or .safetensors file of dex export"
 
 
 class Loaded(NamedTuple):
@@ -24,64 +33,180 @@ class Loaded(NamedTuple):
     model: MaskedAutoencoder
     """In evaluation mode, on the host, in float32."""
     config: Config
-    """The run's configuration at this checkpoint."""
+    """The run's configuration at this checkpoint; ``model.img_size`` is that of `model`."""
     modalities: tuple[str, ...]
     """Names of the modalities in the training data; empty for a checkpoint apart from its run folder."""
     step: int
     """Training steps done."""
     folder: Path
-    """The checkpoint's folder."""
+    """The folder of the weights."""
 
     @property
     def encoder(self) -> VisionTransformer:
         """``images [B, 3, S, S] -> tokens [B, 1 + L, D]``, CLS first; images as `dex.data.center` gives them."""
         return self.model.encoder
 
+    @property
+    def path(self) -> str:
+        """``"experts"`` or ``"director"``: what the encoder's forward computes."""
+        return path_of(self.encoder)
 
-def load(path: str | os.PathLike[str]) -> Loaded:
-    """The model in a run folder, with the weights of its newest good checkpoint, or in one checkpoint folder.
+    def preprocess(
+        self, file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("axial",)
+    ) -> Preprocessed:
+        """The images of a picture, a volume or a DICOM folder; see `dex.inference.preprocess.preprocess`."""
+        return preprocess(file, modality, planes)
 
-    Every hash of the checkpoint is checked. A newer checkpoint that is damaged is passed over with a warning. The
-    model takes each kernel's default backend on whatever device it is moved to, not ``model.backend`` of the run.
+    def embed(
+        self,
+        inputs: embed.Inputs,
+        *,
+        layers: Sequence[int] = (),
+        modality: str | None = None,
+        batch_size: int = 64,
+        precision: str = "fp32",
+    ) -> Embedding:
+        """Features of files or arrays.
 
-    Raises: FileNotFoundError and ValueError naming ``path``; `dex.train.checkpoint.CheckpointError` (a ValueError)
+        Args:
+            inputs: one of, or a list of: a path for `preprocess`; what `preprocess` gave; an image ``[H, W]`` or
+                ``[C, H, W]``; images ``[B, C, H, W]``. Arrays are numpy or torch, uint8 or floats within [0, 1], of one
+                or three channels. The centre square is resized to the model's image size.
+            layers: blocks, from 0, whose CLS token is wanted too.
+            modality: of files, as in `preprocess`.
+            batch_size: images per forward.
+            precision: ``"fp32"``, or ``"bf16"`` for autocast.
+
+        Computed where the model is; routing has no exploration noise. Raises: ValueError naming the argument.
+        """
+        images = [image for item in embed.items(inputs) for image in embed.images_of(item, modality)]
+        return embed.embed(self.encoder, images, layers=layers, batch_size=batch_size, precision=precision)
+
+
+class _Source(NamedTuple):
+    """Where a model's weights are, and what they belong to."""
+
+    config: Config
+    modalities: tuple[str, ...]
+    step: int
+    folder: Path
+    fill: Callable[[MaskedAutoencoder], None]
+    """Copies the weights into a model of that configuration."""
+    path: str = "experts"
+
+
+def load(run: str | os.PathLike[str], *, img_size: int | None = None, path: str | None = None) -> Loaded:
+    """The model of a run folder, with the weights of its newest good checkpoint; of one checkpoint folder; or of a
+    folder or a ``.safetensors`` file that `dex export` wrote.
+
+    Args:
+        run: the folder or file.
+        img_size: side of the images that the model is to take, a multiple of its patch size. Position embeddings are
+            resized. None: as trained.
+        path: ``"experts"``, or ``"director"`` for the dense model that follows them. None: experts, unless an exported
+            model says otherwise.
+
+    Every hash is checked. A newer checkpoint that is damaged is passed over with a warning. The model takes each
+    kernel's default backend on whatever device it is moved to, not ``model.backend`` of the run.
+
+    Raises: FileNotFoundError and ValueError naming the argument; `dex.train.checkpoint.CheckpointError` (a ValueError)
     naming the file that is damaged or the tensor that does not fit.
     """
-    saved, run = _find(path)
-    config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
+    source = _find(run)
     with torch.device("meta"):
-        model = build_model(replace(config, model=replace(config.model, backend=None)))
+        model = build_model(replace(source.config, model=replace(source.config.model, backend=None)))
     model.to_empty(device="cpu")
-    checkpoint.restore_model(saved, model)
-    return Loaded(model.eval(), config, _modalities(run), saved.state["step"], saved.folder)
+    source.fill(model)
+    config = source.config
+    if img_size is not None:
+        resize_(model, img_size)
+        config = replace(config, model=replace(config.model, img_size=img_size))
+    choose_path_(model.encoder, source.path if path is None else path)
+    return Loaded(model.eval(), config, source.modalities, source.step, source.folder)
 
 
-def _find(path: str | os.PathLike[str]) -> tuple[checkpoint.Checkpoint, Path]:
-    """The checkpoint that ``path`` names, and its run folder."""
-    expected = "path: expected a run folder or one of its checkpoint folders"
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"{expected}; got {path!r}")
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{expected}; nothing at {folder}")
-    if not folder.is_dir():
-        raise ValueError(f"{expected}; got the file {folder}")
+def path_of(encoder: VisionTransformer) -> str:
+    """``"experts"`` or ``"director"``; a monolithic encoder has one path, ``"experts"``."""
+    return encoder.dex_layers[0].path if encoder.dex_layers else PATHS[0]
+
+
+def choose_path_(encoder: VisionTransformer, path: str) -> None:
+    """Make ``encoder`` compute with its experts or with its directors. ValueError."""
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {', '.join(PATHS)}; got {path!r}")
+    if path == "director" and not encoder.dex_layers:
+        raise ValueError("path: expected experts for a monolithic model, which has no director; got 'director'")
+    if path != path_of(encoder):
+        for layer in encoder.dex_layers:
+            layer.path = path
+
+
+def resize_(model: MaskedAutoencoder, img_size: int) -> None:
+    """Make ``model`` take images of another size; its position embeddings are resized. ValueError."""
+    encoder = model.encoder
+    side = encoder.patch_size
+    if isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < side or img_size % side:
+        raise ValueError(f"img_size: expected a multiple of the patch size, {side}; got {img_size!r}")
+    encoder.img_size, encoder.grid_size = img_size, img_size // side
+    encoder.pos_embed = resize_pos_embed(encoder.pos_embed, encoder.grid_size)
+    model.decoder_pos_embed = resize_pos_embed(model.decoder_pos_embed, encoder.grid_size)
+
+
+def _find(run: str | os.PathLike[str]) -> _Source:
+    """What ``run`` names."""
+    if not isinstance(run, str | os.PathLike) or not os.fspath(run):
+        raise ValueError(f"{_EXPECTED}; got {run!r}")
+    place = Path(run)
+    if not place.exists():
+        raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    if not place.is_dir():
+        return _of_file(place)
+    if model_file.is_model_folder(place):
+        return _of_model(place, *model_file.read_folder(place))
     try:
-        if checkpoint.is_checkpoint(folder):
-            return checkpoint.load(folder), folder.resolve().parent.parent
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"{expected}; {folder} is neither, it holds no {CONFIG}")
-        saved, passed_over = checkpoint.newest_good(folder / "checkpoints")
+        if checkpoint.is_checkpoint(place):
+            return _of_checkpoint(checkpoint.load(place), place.resolve().parent.parent)
+        if not (place / CONFIG).is_file():
+            raise ValueError(f"{_EXPECTED}; {place} holds neither {CONFIG} nor {model_file.WEIGHTS}")
+        saved, passed_over = checkpoint.newest_good(place / "checkpoints")
     except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(f"path: {str(error).removeprefix('resume: ')}") from error
+        raise checkpoint.CheckpointError(f"run: {str(error).removeprefix('resume: ')}") from error
     if saved is None:
         raise ValueError(
-            f"path: expected a run with a checkpoint; {folder} has none yet: the first is written after "
+            f"run: expected a run with a checkpoint; {place} has none yet: the first is written after "
             "run.checkpoint_every steps, or when the run is stopped by a signal"
         )
     for reason in passed_over:
         warnings.warn(f"dex.load: passed over {reason}; loaded {saved.folder.name}", stacklevel=3)
-    return saved, folder
+    return _of_checkpoint(saved, place)
+
+
+def _of_checkpoint(saved: checkpoint.Checkpoint, run: Path) -> _Source:
+    config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
+    modalities = _modalities(run)
+    return _Source(
+        config, modalities, saved.state["step"], saved.folder, lambda model: checkpoint.restore_model(saved, model)
+    )
+
+
+def _of_file(file: Path) -> _Source:
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{_EXPECTED}; got the file {file}")
+    description = model_file.read_description(file)
+    if description is None:
+        raise ValueError(f"{_EXPECTED}; {file} does not describe its model")
+    return _of_model(file.parent, description, load_file(file))
+
+
+def _of_model(folder: Path, description: model_file.Description, tensors: dict[str, torch.Tensor]) -> _Source:
+    def fill(model: MaskedAutoencoder) -> None:
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"run: {folder}: {' '.join(str(error).split())}") from error
+
+    config, modalities, step, path = description
+    return _Source(config, modalities, step, folder, fill, path)
 
 
 def _modalities(run: Path) -> tuple[str, ...]:
@@ -91,4 +216,4 @@ def _modalities(run: Path) -> tuple[str, ...]:
     try:
         return tuple(json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["data"]["images"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"path: expected a run's starts in {path}; got {type(error).__name__}: {error}") from error
+        raise ValueError(f"run: expected a run's starts in {path}; got {type(error).__name__}: {error}") from error

@@ -9,26 +9,12 @@ import pytest
 import torch
 
 import dex
+from dex.model.weights import resize_pos_embed
 from dex.train import checkpoint as checkpoints
 from dex.train import run as training
 from dex.train.checkpoint import CheckpointError
-from dex.train.run import pretrain
 
 EARLIER = Path(__file__).parents[1] / "train" / "earlier_run"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def trained(store, tiny):
-    """Folder of a run of 12 steps with checkpoints at 5, 10 and 12; tests do not change it."""
-    folder = store / "run"
-    if not folder.exists():
-        assert pretrain(tiny, folder) == 0
-    return folder
 
 
 @pytest.fixture
@@ -133,38 +119,38 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copied):
     flip(shard)
     with pytest.warns(UserWarning, match=f"passed over {shard}: damaged, .*; loaded step-00000010"):
         assert dex.load(copied).step == 10
-    with pytest.raises(CheckpointError, match=f"path: {shard}: damaged"):
+    with pytest.raises(CheckpointError, match=f"run: {shard}: damaged"):
         dex.load(checkpoint(copied, 12))
     for step in (5, 10):
         (checkpoint(copied, step) / "MANIFEST.json").unlink()
-    with pytest.raises(CheckpointError, match="path: no checkpoint in .* can be read; .*MANIFEST.json: missing"):
+    with pytest.raises(CheckpointError, match="run: no checkpoint in .* can be read; .*MANIFEST.json: missing"):
         dex.load(copied)
 
 
 def test_a_run_without_a_checkpoint_is_told(copied):
     shutil.rmtree(copied / "checkpoints")
-    with pytest.raises(ValueError, match=f"path: expected a run with a checkpoint; {copied} has none yet"):
+    with pytest.raises(ValueError, match=f"run: expected a run with a checkpoint; {copied} has none yet"):
         dex.load(copied)
 
 
 def test_starts_that_cannot_be_read_are_named(copied):
     (copied / "run.json").write_text('{"starts": []}')
-    with pytest.raises(ValueError, match=f"path: expected a run's starts in {copied}/run.json"):
+    with pytest.raises(ValueError, match=f"run: expected a run's starts in {copied}/run.json"):
         dex.load(copied)
 
 
 @pytest.mark.parametrize("path", ["", None, 3])
 def test_what_is_no_path_is_refused(path):
-    with pytest.raises(ValueError, match=f"path: expected a run folder or one of its .*; got {path!r}"):
+    with pytest.raises(ValueError, match=f"run: expected a run folder, one of its .*; got {path!r}"):
         dex.load(path)
 
 
 def test_a_path_to_nothing_to_a_file_or_to_another_folder_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"path: expected a run folder or .*; nothing at {tmp_path}/absent"):
+    with pytest.raises(FileNotFoundError, match=f"run: expected a run folder, .*; nothing at {tmp_path}/absent"):
         dex.load(tmp_path / "absent")
-    with pytest.raises(ValueError, match=f"path: expected a run folder or .*; got the file {trained}/config.yaml"):
+    with pytest.raises(ValueError, match=f"run: expected a run folder, .*; got the file {trained}/config.yaml"):
         dex.load(trained / "config.yaml")
-    with pytest.raises(ValueError, match="is neither, it holds no config.yaml"):
+    with pytest.raises(ValueError, match="holds neither config.yaml nor model.safetensors"):
         dex.load(trained / "checkpoints")
 
 
@@ -185,3 +171,32 @@ def test_importing_dex_stays_light():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="module 'dex' has no attribute 'laod'"):
         dex.laod  # noqa: B018
+
+
+def test_another_image_size_resizes_the_positions(trained):
+    loaded, as_trained = dex.load(trained, img_size=96), dex.load(trained)
+    assert loaded.config.model.img_size == loaded.encoder.img_size == 96
+    assert loaded.encoder.pos_embed.shape == (1, 1 + 36, 32) and loaded.model.decoder_pos_embed.shape == (1, 37, 16)
+    assert torch.equal(loaded.encoder.pos_embed, resize_pos_embed(as_trained.encoder.pos_embed, 6))
+    assert loaded.encoder(torch.zeros(2, 3, 96, 96)).shape == (2, 37, 32)
+    assert torch.equal(dex.load(trained, img_size=64).encoder.pos_embed, as_trained.encoder.pos_embed)
+    for size in (0, 65, 64.0, True):
+        with pytest.raises(ValueError, match="img_size: expected a multiple of the patch size, 16; got"):
+            dex.load(trained, img_size=size)
+
+
+def test_the_director_is_the_dense_model(trained, control):
+    loaded = dex.load(trained, path="director")
+    assert loaded.path == "director" and dex.load(trained).path == "experts"
+    images, dense = pictures(loaded.config), dex.load(trained).encoder
+    with torch.no_grad():
+        experts = dense(images)
+        for block in dense.blocks:
+            block.mlp, block.dex = block.dex.director, None
+        assert torch.equal(loaded.encoder(images), dense(images))
+        assert not torch.equal(loaded.encoder(images), experts)
+    with pytest.raises(ValueError, match="path: expected one of experts, director; got 'both'"):
+        dex.load(trained, path="both")
+    assert dex.load(control).path == "experts"
+    with pytest.raises(ValueError, match="path: expected experts for a monolithic model"):
+        dex.load(control, path="director")
