@@ -235,94 +235,107 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def check(config: Config) -> None:
     """ValueError, naming the field, what was expected and what came, for values that cannot work."""
-    model, data, optim, schedule, run = config.model, config.data, config.optim, config.schedule, config.run
-    parallel = config.parallel
+    _check_model(config.model)
+    _check_data(config.data)
+    _check_optim(config.optim)
+    _check_schedule(config.schedule)
+    for name, value in _flat(to_dict(config)).items():
+        numbers = value if isinstance(value, list) else [value]
+        _require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
+    _check_parallel(config.parallel)
+    _check_run(config.run)
 
-    def require(good: bool, name: str, expected: str, value: Any) -> None:
-        if not good:
-            raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
+def _require(good: bool, name: str, expected: str, value: Any) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}; got {value!r}")
+
+
+def _check_model(model: ModelConfig) -> None:
     for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
-        require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
+        _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
     for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
-        require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
+        _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
     for whole, part in (
         ("img_size", "patch_size"),
         ("embed_dim", "num_heads"),
         ("decoder_embed_dim", "decoder_num_heads"),
     ):
         value, divisor = getattr(model, whole), getattr(model, part)
-        require(value % divisor == 0, f"model.{whole}", f"a multiple of model.{part} = {divisor}", value)
-    require(model.embed_dim % 4 == 0, "model.embed_dim", "a multiple of 4, for 2-D sine positions", model.embed_dim)
-    require(
-        model.decoder_embed_dim % 4 == 0,
-        "model.decoder_embed_dim",
-        "a multiple of 4, for 2-D sine positions",
-        model.decoder_embed_dim,
+        _require(value % divisor == 0, f"model.{whole}", f"a multiple of model.{part} = {divisor}", value)
+    for name in ("embed_dim", "decoder_embed_dim"):
+        width = getattr(model, name)
+        _require(width % 4 == 0, f"model.{name}", "a multiple of 4, for 2-D sine positions", width)
+    _check_experts(model)
+    _require(model.mlp_ratio > 0, "model.mlp_ratio", "above 0", model.mlp_ratio)
+    patches = (model.img_size // model.patch_size) ** 2
+    kept = int(patches * (1 - model.mask_ratio))
+    _require(
+        0 < model.mask_ratio < 1 and 1 <= kept < patches,
+        "model.mask_ratio",
+        f"a share that keeps and hides at least one of {patches} patches",
+        model.mask_ratio,
     )
+
+
+def _check_experts(model: ModelConfig) -> None:
     for name in ("num_experts", "top_k"):
         value = getattr(model, name)
-        require(
+        _require(
             isinstance(value, int) or len(value) == model.depth,
             f"model.{name}",
             f"one number or model.depth = {model.depth} numbers",
             value,
         )
     experts, chosen = per_layer(model.num_experts, model.depth), per_layer(model.top_k, model.depth)
-    require(all(k >= 1 for k in chosen), "model.top_k", "at least 1", model.top_k)
-    require(
+    _require(all(k >= 1 for k in chosen), "model.top_k", "at least 1", model.top_k)
+    _require(
         all(e == 0 for e in experts) or all(e >= k for e, k in zip(experts, chosen, strict=True)),
         "model.num_experts",
         f"0 in every layer, or at least model.top_k = {model.top_k}",
         model.num_experts,
     )
-    require(model.mlp_ratio > 0, "model.mlp_ratio", "above 0", model.mlp_ratio)
-    patches = (model.img_size // model.patch_size) ** 2
-    kept = int(patches * (1 - model.mask_ratio))
-    require(
-        0 < model.mask_ratio < 1 and 1 <= kept < patches,
-        "model.mask_ratio",
-        f"a share that keeps and hides at least one of {patches} patches",
-        model.mask_ratio,
-    )
-    require(data.path is None or bool(data.path.strip()), "data.path", "a folder", data.path)
-    require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
-    require(0 <= data.temperature <= 1, "data.temperature", "a number from 0 to 1", data.temperature)
-    require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
-    require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
-    require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
-    require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
-    require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
-    require(optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
-    require(schedule.epochs > 0, "schedule.epochs", "above 0", schedule.epochs)
-    require(schedule.steps is None or schedule.steps >= 1, "schedule.steps", "at least 1", schedule.steps)
-    require(0 <= schedule.warmup < 1, "schedule.warmup", "a share in [0, 1)", schedule.warmup)
-    require(min(schedule.noise_std) >= 0, "schedule.noise_std", "two numbers of at least 0", schedule.noise_std)
-    require(
-        all(0 <= m <= 1 for m in schedule.momentum), "schedule.momentum", "two numbers in [0, 1]", schedule.momentum
-    )
-    require(schedule.align_weight >= 0, "schedule.align_weight", "at least 0", schedule.align_weight)
-    require(
-        min(schedule.balance_weight) >= 0,
-        "schedule.balance_weight",
-        "two numbers of at least 0",
-        schedule.balance_weight,
-    )
-    for name, value in _flat(to_dict(config)).items():
-        numbers = value if isinstance(value, list) else [value]
-        require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
-    require(0 <= run.seed < 2**63, "run.seed", "at least 0, below 2^63", run.seed)
-    require(parallel.timeout > 0, "parallel.timeout", "above 0", parallel.timeout)
-    require(
-        parallel.micro_batch is None or parallel.micro_batch >= 1,
-        "parallel.micro_batch",
-        "at least 1, or null",
-        parallel.micro_batch,
-    )
-    require(run.stop_at is None or run.stop_at >= 1, "run.stop_at", "at least 1", run.stop_at)
+
+
+def _check_data(data: DataConfig) -> None:
+    _require(data.path is None or bool(data.path.strip()), "data.path", "a folder", data.path)
+    _require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
+    _require(0 <= data.temperature <= 1, "data.temperature", "a number from 0 to 1", data.temperature)
+    _require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
+    _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
+    _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
+    _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
+    _require(optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    pairs = "two numbers of at least 0"
+    _require(schedule.epochs > 0, "schedule.epochs", "above 0", schedule.epochs)
+    _require(schedule.steps is None or schedule.steps >= 1, "schedule.steps", "at least 1", schedule.steps)
+    _require(0 <= schedule.warmup < 1, "schedule.warmup", "a share in [0, 1)", schedule.warmup)
+    _require(min(schedule.noise_std) >= 0, "schedule.noise_std", pairs, schedule.noise_std)
+    momenta = all(0 <= m <= 1 for m in schedule.momentum)
+    _require(momenta, "schedule.momentum", "two numbers in [0, 1]", schedule.momentum)
+    _require(schedule.align_weight >= 0, "schedule.align_weight", "at least 0", schedule.align_weight)
+    _require(min(schedule.balance_weight) >= 0, "schedule.balance_weight", pairs, schedule.balance_weight)
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    micro = parallel.micro_batch
+    _require(parallel.timeout > 0, "parallel.timeout", "above 0", parallel.timeout)
+    _require(micro is None or micro >= 1, "parallel.micro_batch", "at least 1, or null", micro)
+
+
+def _check_run(run: RunConfig) -> None:
+    _require(0 <= run.seed < 2**63, "run.seed", "at least 0, below 2^63", run.seed)
+    _require(run.stop_at is None or run.stop_at >= 1, "run.stop_at", "at least 1", run.stop_at)
     for name in ("log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
-        require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))
-    require(run.evaluate_every >= 0, "run.evaluate_every", "at least 0", run.evaluate_every)
+        _require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))
+    _require(run.evaluate_every >= 0, "run.evaluate_every", "at least 0", run.evaluate_every)
 
 
 def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:

@@ -149,3 +149,15 @@ def test_every_field_survives_yaml(tmp_path):
     built = config.from_dict(values, config.Config())
     assert yaml.safe_load(config.to_yaml(built)) == values
     assert config.from_dict(yaml.safe_load(config.to_yaml(built)), config.Config()) == built
+
+
+def test_a_batch_is_shared_evenly():
+    base = config.Config(data=config.DataConfig(batch_size=24))
+    assert [config.images_per_rank(base, ranks) for ranks in (1, 2, 8)] == [24, 12, 3]
+    assert [config.resolve_micro_batch(base, ranks) for ranks in (1, 8)] == [24, 3]
+    cut = dataclasses.replace(base, parallel=config.ParallelConfig(micro_batch=6))
+    assert [config.resolve_micro_batch(cut, ranks) for ranks in (1, 4)] == [6, 6]
+    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 5 ranks; got 24"):
+        config.images_per_rank(base, 5)
+    with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the 3 images of a rank; got 6"):
+        config.resolve_micro_batch(cut, 8)
