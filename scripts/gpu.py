@@ -121,7 +121,7 @@ def test_parts(arguments) -> Iterator[Part]:
     # Without a GPU the same is shown with fake tensors.
     yield Part("test", "training step, waits and graph", (*PYTEST, "tests/step"), 6)
     only = ("-k", "why_not") if arguments.cpu else ()
-    others = ("tests/native",) if arguments.cpu else ("tests/native", "tests/data/test_data_augmentation.py")
+    others = ("tests/native",) if arguments.cpu else ("tests/native", "tests/dex/data/test_augmentation.py")
     yield Part("test", "native library and augmentation", (*PYTEST, *others, *only), 3)
 
 
@@ -129,7 +129,8 @@ def _files(folder: str, arguments, apart: bool) -> list[tuple[str, list[str]]]:
     """What a part runs, and what its name says of that: the folder, or ``apart`` each of its files."""
     if arguments.cpu or not apart:
         return [("", [folder])]
-    return [(f", {path.stem}", [f"{folder}/{path.name}"]) for path in sorted((ROOT / folder).glob("test_*.py"))]
+    paths = [path.relative_to(ROOT / folder) for path in sorted((ROOT / folder).rglob("test_*.py"))]
+    return [(f", {path.with_suffix('')}", [f"{folder}/{path}"]) for path in paths]
 
 
 def recorded_parts(arguments) -> Iterator[Part]:

@@ -137,12 +137,14 @@ def test_on_a_gpu_every_file_of_tests_and_every_benchmark_is_run(tmp_path):
         ("tests/kernels", "--tiles", {"small", "shipped"}),
         ("tests/dexkernels", "--backend", {"triton"}),
     ):
-        for path in (ROOT / folder).glob("test_*.py"):
-            name = f"{folder}/{path.name}"
+        for path in (ROOT / folder).rglob("test_*.py"):
+            name = path.relative_to(ROOT).as_posix()
             found = {p.command[p.command.index(option) + 1] for p in run["test"] if name in p.command}
             assert found == ({"shipped"} if path.stem == "test_compiled" else values), name
     whole = {p.command[p.command.index("--backend") + 1] for p in run["test"] if "tests/dexkernels" in p.command}
     assert whole == {"reference", "cuda"}
+    words = [str(word).partition("::")[0] for stage in run for part in run[stage] for word in part.command]
+    assert not [word for word in words if word.startswith(("tests/", "benchmarks/")) and not (ROOT / word).exists()]
     benchmarks = {
         f"{file}::{name}"
         for file in gpu.BENCHMARKS
@@ -195,7 +197,7 @@ def test_results_are_of_a_gpu_alone(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_device_cuda_skips_and_says_why():
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/dexkernels/test_spec.py", "--device", "cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/dexkernels/test_reference.py", "--device", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "torch finds no CUDA device" in done.stdout
     assert re.search(r"^\d+ skipped in", done.stdout, re.M)
