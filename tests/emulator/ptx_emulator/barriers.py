@@ -247,12 +247,16 @@ def _wait(ins, program):
             one = g.wave.mbarrier_for(int(g.rows[warp]), int(g.warps[warp]), int(offsets[i]))
             done[warp] = one.phase % 2 != parities[i]
             found.append(one)
-        if may_wait and not done[warps].all():
+        if may_wait and not done[warps].all() and g.tried != ins.line:
+            # It may give up early, which the loop around it has to bear.
+            g.tried, done[:] = ins.line, False
+        elif may_wait and not done[warps].all():
             whole_offsets, whole_parities = np.zeros(g.size, np.int64), np.zeros(g.size, np.int64)
             whole_offsets[warps], whole_parities[warps] = offsets, parities
             g.blocked = MBarrierWait(whole_offsets, whole_parities)
             return False
-        g.blocked = None
+        else:
+            g.blocked, g.tried = None, None
         for warp, one in zip(warps, found, strict=True):
             if done[warp] and one.known is not None:
                 g.wave.clocks.acquire(int(g.rows[warp]), int(g.warps[warp]), one.known)

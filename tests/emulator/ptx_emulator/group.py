@@ -12,6 +12,9 @@ from .ptx import PTXError
 
 LANES = 32
 
+LIMIT = 1_000_000
+"""Instructions after which a group that neither ends nor waits is given up."""
+
 
 class Frame:
     """Instructions from ``pc`` up to ``until``, done by the threads of ``mask`` (None: all)."""
@@ -31,6 +34,7 @@ class Group:
         self.frames = [Frame(0, len(wave.program.steps), None)]
         self.active = None  # the threads that do the current instruction; None: all
         self.blocked = None
+        self.tried = None  # the line of a try_wait that has come back without success
         self.copies, self.open_copies = [], []  # cp.async: committed groups, and what is not committed yet
         self.products, self.open_products = [], []  # wgmma, likewise
         self.accumulators = {}  # registers of sums in flight -> what they hold, float32 [registers, threads]
@@ -112,7 +116,9 @@ class Group:
         """Runs until the warps have to wait; False when they have finished."""
         steps, executed = self.program.steps, self.wave.counters.executed
         end = len(steps)
-        while self.frames:
+        for _ in range(LIMIT):
+            if not self.frames:
+                return False
             frame = self.frames[-1]
             pc = frame.pc
             if pc in (frame.until, end):
@@ -141,7 +147,7 @@ class Group:
             except PTXError as error:
                 raise self.program.explain(error, pc) from None
             self.frames[-1].pc = pc + 1
-        return False
+        raise self.program.explain(PTXError(f"an endless loop: {LIMIT} instructions without a wait"), pc)
 
     def _guarded(self, guard, mask):
         wanted = self.read(guard.register)
@@ -215,7 +221,7 @@ class Group:
         lanes = (warps[:, None] * LANES + np.arange(LANES)).reshape(-1)
         other.registers = [None if value is None else value[lanes] for value in self.registers]
         other.frames = [Frame(f.pc, f.until, None if f.mask is None else f.mask[lanes]) for f in self.frames]
-        other.active, other.blocked = None, None
+        other.active, other.blocked, other.tried = None, None, self.tried
         other.copies = [[copy.select(lanes) for copy in group] for group in self.copies]
         other.open_copies = [copy.select(lanes) for copy in self.open_copies]
         other.products = [[product.select(warps) for product in group] for group in self.products]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 FOREVER = 2**30 - 1
 """Later than any time."""
 

@@ -15,14 +15,20 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dexkernels.ops import triton_common as common
+from dexkernels import reference
 from dexkernels.ops.align_loss import triton as align_loss
 from dexkernels.ops.group_ema import triton as group_ema
+from dexkernels.ops.grouped_mlp import records as mlp_records
 from dexkernels.ops.grouped_mlp import triton as grouped_mlp
-from dexkernels.ops.grouped_mlp.triton import plan
+from dexkernels.ops.grouped_mlp.triton import configurations, plan
+from dexkernels.ops.route import records as route_records
 from dexkernels.ops.route import triton as route
+from dexkernels.ops.triton_common import Tile
+from dexkernels.records import MLPWeights
+from dexkernels.routing import Routing
+from dexkernels.testing import relative_error
 
-from .launch import POISONS, GlobalMemory, Launch, Program, TensorMap
+from .launch import POISONS, GlobalMemory, Launch, Program, PTXError, TensorMap
 
 MODULES = (plan,)
 """Modules that ask for the architecture of a device."""
@@ -196,4 +202,19 @@ def _set(owner, name, value):
         setattr(owner, name, before)
 
 
-__all__ = ["align_loss", "common", "emulated", "group_ema", "grouped_mlp", "route"]
+__all__ = [
+    "MLPWeights",
+    "PTXError",
+    "Routing",
+    "Tile",
+    "align_loss",
+    "configurations",
+    "emulated",
+    "group_ema",
+    "grouped_mlp",
+    "mlp_records",
+    "reference",
+    "relative_error",
+    "route",
+    "route_records",
+]

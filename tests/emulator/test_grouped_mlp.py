@@ -1,0 +1,63 @@
+"""`grouped_mlp` compiled for sm_80 and sm_90a, on the emulator, against the specification."""
+
+import pytest
+import torch
+from shipped_cases import check_mlp, make_mlp, run_mlp, small_tiles
+
+HALF = (torch.bfloat16, torch.float16)
+SMALL, BLOCKS = (2, 5, 40, 72, 3, 2), (2, 65, 128, 256, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_small_blocks_of_the_gather_path(shipped, arch, dtype):
+    check_mlp(shipped, make_mlp(*SMALL, dtype), shipped.emulated(arch), "gather", small_tiles(shipped))
+
+
+@pytest.mark.parametrize(
+    "arch, dtype", [pytest.param(80, torch.float16, marks=pytest.mark.slow), (80, torch.bfloat16), (90, torch.float16)]
+)
+def test_shipped_blocks_of_the_gather_path(shipped, arch, dtype):
+    check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(arch), "gather")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+def test_aligned_path(shipped, dtype):
+    check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(90), "aligned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 65, 64, 72, 2, 2), id="pairs"),
+        pytest.param((2, 130, 64, 96, 3, 2), id="an even number of blocks"),
+        pytest.param((3, 64, 64, 96, 3, 2), id="no token left over"),
+        pytest.param((3, 66, 64, 96, 20, 2), id="results by slot"),
+        pytest.param((3, 65, 64, 96, 20, 1), id="results by slot are those of the images"),
+        pytest.param((1, 64, 8, 8, 1, 1), id="one of everything"),
+    ],
+)
+def test_forms_of_the_aligned_path(shipped, sizes, dtype):
+    check_mlp(shipped, make_mlp(*sizes, dtype), shipped.emulated(90), "aligned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, path, sizes", [(80, "gather", SMALL), (90, "gather", SMALL), (90, "aligned", BLOCKS)])
+def test_a_director_as_one_more_expert_and_float32_gradients(shipped, arch, path, sizes):
+    case = make_mlp(*sizes, torch.bfloat16)
+    director = [w[0] for w in make_mlp(*sizes, torch.bfloat16, seed=1).weights]
+    check_mlp(shipped, case, shipped.emulated(arch), path, None, director, torch.float32)
+
+
+@pytest.mark.parametrize("arch, path, sizes", [(80, "gather", SMALL), (90, "aligned", (1, 65, 64, 64, 2, 1))])
+@pytest.mark.parametrize("last", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_every_order_of_the_warps_gives_the_same_bits(shipped, arch, path, sizes, last):
+    case, tiles = make_mlp(*sizes, torch.bfloat16), small_tiles(shipped)
+    results = []
+    for seed in range(last - 3 if last > 3 else 0, last):
+        with shipped.emulated(arch, seed=seed):
+            results.append(run_mlp(shipped, case, path, tiles))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
