@@ -142,7 +142,7 @@ def test_known_transformers_have_the_cls_token_first(name):
     options = {"mask_ratio": 0.0} if name == "ViTMAE" else {"mlp_ratio": 2} if name == "Dinov2" else {}
     model = look_trained_(getattr(transformers, f"{name}Model")(vit_config(f"{name}Config", **options))).eval()
     embedded = []
-    hook = model.embeddings.register_forward_hook(lambda _, __, out: embedded.append(out))
+    hook = model.embeddings.register_forward_hook(lambda *call: embedded.append(call[-1]))
     x = torch.randn(2, 3, 16, 16)
     want = model(x).last_hidden_state[:, 0]
     hook.remove()

@@ -3,6 +3,9 @@
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -67,20 +70,23 @@ def sort(indices, E):
     return torch.tensor(order, dtype=torch.int64), torch.tensor(offsets)
 
 
-def run(
-    x,
-    grad_out,
-    gates,
-    indices,
-    weights,
-    layout=lambda t: t,
-    needs=(True, True, True),
-    tiling=None,
-    path=None,
-    director=None,
-    grad_dtype=None,
-):
-    """The launchers' results in the order of NAMES; with a director's four tensors, its output comes last."""
+class How(NamedTuple):
+    """How the launchers are called."""
+
+    layout: Callable = lambda t: t
+    """Puts the same values into other strides."""
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    tiling: dict | None = None
+    path: str | None = None
+    director: list | None = None
+    """Its four tensors; then its output is asked for."""
+    grad_dtype: torch.dtype | None = None
+    """Of the weights' gradients; None: that of x."""
+
+
+def run(x, grad_out, gates, indices, weights, **how):
+    """The launchers' results in the order of NAMES; with a director, its output comes last. ``how``: see `How`."""
+    layout, needs, tiling, path, director, grad_dtype = How(**how)
     E = weights[1].shape[0]
     if director is not None:
         weights = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]

@@ -1,5 +1,7 @@
 """The director as one more expert of the forward's launches, and float32 weight gradients of half precision."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,107 +154,153 @@ def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
-@pytest.mark.parametrize("kernel", ["fc1", "to_slots", "fc1_blocks", "to_images", "pairs_to_images", "to_slots_blocks"])
-def test_rows_far_apart(kernel, monkeypatch, within_arguments):
+class Far(NamedTuple):
+    """Rows of the director, of which the last alone are there, and what a launch of one program takes."""
+
+    rows_in: torch.Tensor
+    out: torch.Tensor
+    weight: torch.Tensor
+    shared: dict
+    of_blocks: dict
+    """What the kernels of the aligned path take besides."""
+
+    @property
+    def sizes(self):
+        return {"depth": self.rows_in.shape[1], "width": self.out.shape[1], "director_out": self.out}
+
+
+ROWS, COLS, DEPTH, NOTHING = 128, 128, 16, torch.zeros(1, dtype=torch.float16)
+
+
+def launch_fc1(case):
+    gather_kernels.fc1_kernel[(1,)](
+        x=case.rows_in,
+        weight=case.weight,
+        z=None,
+        a=case.out,
+        tokens=1,
+        top_k=1,
+        dim=case.rows_in.shape[1],
+        hidden=case.out.shape[1],
+        stride_xb=case.rows_in.stride(0),
+        stride_xn=case.rows_in.stride(1),
+        stride_we=case.weight.stride(0),
+        stride_wh=case.weight.stride(1),
+        ROWS=ROWS,
+        **case.shared,
+    )
+
+
+def launch_to_slots(case):
+    gather_kernels.to_slots_kernel[(1,)](
+        rows_in=case.rows_in,
+        weight=case.weight,
+        out=NOTHING,
+        tokens=1,
+        stride_we=case.weight.stride(0),
+        stride_wk=case.weight.stride(2),
+        stride_wj=case.weight.stride(1),
+        HAS_BIAS=True,
+        ROWS=ROWS,
+        **case.shared,
+        **case.sizes,
+    )
+
+
+def launch_fc1_blocks(case):
+    aligned_kernels.fc1_blocks_kernel[(1,)](
+        x=aligned.box(case.rows_in, 64, DEPTH),
+        packed_x=None,
+        z=None,
+        a=case.out,
+        top_k=1,
+        dim=case.rows_in.shape[1],
+        hidden=case.out.shape[1],
+        HALVES=False,
+        **case.shared,
+        **case.of_blocks,
+    )
+
+
+def launch_to_slots_blocks(case):
+    to_slots_kernels.to_slots_blocks_kernel[(1,)](
+        rows_in=aligned.box(case.rows_in, ROWS, DEPTH),
+        out=NOTHING,
+        TRANSPOSED=True,
+        **case.shared,
+        **case.of_blocks,
+        **case.sizes,
+    )
+
+
+def of_images(case):
+    places = torch.zeros(2, dtype=torch.int32)
+    places = {"position": places, "expert": places, "out": NOTHING, "by_slot": None, "top_k": 1}
+    return case.shared | case.of_blocks | case.sizes | places | {"TRANSPOSED": True, "CHOICES": 1}
+
+
+def launch_to_images(case):
+    images = case.shared["director_images"]
+    to_images_kernels.to_images_kernel[(1,)](
+        rows_in=aligned.box(case.rows_in, 64, DEPTH), image_tiles=images, ROWS=64, **of_images(case)
+    )
+
+
+def launch_pairs_to_images(case):
+    places, images = torch.zeros(2, dtype=torch.int32), case.shared["director_images"]
+    to_images_kernels.pairs_to_images_kernel[(1,)](
+        rows_in=aligned.box(case.rows_in, 64, DEPTH), order=places, index=places, num_images=images, **of_images(case)
+    )
+
+
+LAUNCHES = {
+    launch_fc1: gather_kernels,
+    launch_to_slots: gather_kernels,
+    launch_fc1_blocks: aligned_kernels,
+    launch_to_images: to_images_kernels,
+    launch_pairs_to_images: to_images_kernels,
+    launch_to_slots_blocks: to_slots_kernels,
+}
+"""Launch -> the module of its kernel."""
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda f: f.__name__.removeprefix("launch_"))
+def test_rows_far_apart(launch, monkeypatch, within_arguments):
     # The last of the director's tiles, whose offsets pass 2^31. The pages before are never touched.
-    E, D, ROWS = 3, 80, 64 if kernel == "to_images" else 128
-    tile, height = FAR // ROWS - 1, 64 if kernel.endswith("blocks") or "images" in kernel else 1
-    images, slots = FAR // height, FAR // height
-    order, none, nothing = torch.zeros(2, dtype=torch.int64), torch.zeros(E + 1, dtype=torch.int64), drawn(1)
-    into_hidden = kernel.startswith("fc1")
-    rows_in = far(FAR, 16) if into_hidden else far(2 * FAR, TALL)
-    out = far(2 * FAR, TALL) if into_hidden else far(FAR, D)
-    rows = rows_in[-ROWS:].copy_(drawn(ROWS, rows_in.shape[1]))
+    E, D, rows, gathers = 3, 80, 64 if launch is launch_to_images else ROWS, LAUNCHES[launch] is gather_kernels
+    tile, images = FAR // rows - 1, FAR // (1 if gathers else 64)
+    into_hidden = launch in (launch_fc1, launch_fc1_blocks)
+    rows_in, out = (far(FAR, 16), far(2 * FAR, TALL)) if into_hidden else (far(2 * FAR, TALL), far(FAR, D))
+    last = rows_in[-rows:].copy_(drawn(rows, rows_in.shape[1]))
     depth, width = rows_in.shape[1], out.shape[1]
     weight, bias = drawn(E + 1, width, depth, seed=1), drawn(E + 1, width, seed=2)
-    box, COLS, DEPTH = aligned.box, 128, 16
+    # Before them come the tiles of images: one of each here.
+    in_images = LAUNCHES[launch] is to_images_kernels
+    last_tile(monkeypatch, LAUNCHES[launch], images + tile if in_images else tile)
+    if gathers:
+        # The experts lie far apart too.
+        storage = torch.UntypedStorage(2 * (E * 2**30 + width * depth))
+        weight = torch.tensor([], dtype=torch.float16).set_(storage, 0, weight.shape, (2**30, depth, 1)).copy_(weight)
     shared = {
-        "slot_order": order,
-        "offsets": none,
+        "slot_order": torch.zeros(2, dtype=torch.int64),
+        "offsets": torch.zeros(E + 1, dtype=torch.int64),
         "bias": bias,
         "num_experts": E,
-        "num_slots": slots,
+        "num_slots": images,
         "director_images": images,
         "EXPERTS": 16,
         "COLS": COLS,
         "DEPTH": DEPTH,
         "GROUP": 8,
     }
-    of_blocks = shared | {"gates": nothing, "blocks": 1, "first_token": 0, "weight": box(weight, 1, COLS, DEPTH)}
-    to_width = {"depth": depth, "width": width, "director_out": out}
-    if kernel in ("fc1", "to_slots"):
-        last_tile(monkeypatch, gather_kernels, tile)
-        # The experts lie far apart too.
-        storage = torch.UntypedStorage(2 * (E * 2**30 + width * depth))
-        weight = torch.tensor([], dtype=torch.float16).set_(storage, 0, weight.shape, (2**30, depth, 1)).copy_(weight)
-    if kernel == "fc1":
-        gather_kernels.fc1_kernel[(1,)](
-            x=rows_in,
-            weight=weight,
-            z=None,
-            a=out,
-            tokens=1,
-            top_k=1,
-            dim=depth,
-            hidden=width,
-            stride_xb=rows_in.stride(0),
-            stride_xn=rows_in.stride(1),
-            stride_we=weight.stride(0),
-            stride_wh=weight.stride(1),
-            ROWS=ROWS,
-            **shared,
-        )
-    elif kernel == "to_slots":
-        gather_kernels.to_slots_kernel[(1,)](
-            rows_in=rows_in,
-            weight=weight,
-            out=nothing,
-            tokens=1,
-            stride_we=weight.mT.stride(0),
-            stride_wk=weight.mT.stride(1),
-            stride_wj=weight.mT.stride(2),
-            HAS_BIAS=True,
-            ROWS=ROWS,
-            **shared,
-            **to_width,
-        )
-    elif kernel == "fc1_blocks":
-        last_tile(monkeypatch, aligned_kernels, tile)
-        aligned_kernels.fc1_blocks_kernel[(1,)](
-            x=box(rows_in, 64, DEPTH),
-            packed_x=None,
-            z=None,
-            a=out,
-            top_k=1,
-            dim=depth,
-            hidden=width,
-            HALVES=False,
-            **of_blocks,
-        )
-    elif kernel == "to_slots_blocks":
-        last_tile(monkeypatch, to_slots_kernels, tile)
-        to_slots_kernels.to_slots_blocks_kernel[(1,)](
-            rows_in=box(rows_in, ROWS, DEPTH), out=nothing, TRANSPOSED=True, **of_blocks, **to_width
-        )
-    else:
-        places = torch.zeros(2, dtype=torch.int32)
-        # Before them come the tiles of images: one of each here.
-        last_tile(monkeypatch, to_images_kernels, images + tile)
-        arguments = of_blocks | to_width
-        arguments |= {"position": places, "expert": places, "out": nothing, "by_slot": None, "top_k": 1}
-        arguments |= {"TRANSPOSED": True, "CHOICES": 1}
-        if kernel == "pairs_to_images":
-            to_images_kernels.pairs_to_images_kernel[(1,)](
-                rows_in=box(rows_in, 64, DEPTH), order=places, index=places, num_images=images, **arguments
-            )
-        else:
-            to_images_kernels.to_images_kernel[(1,)](
-                rows_in=box(rows_in, ROWS, DEPTH), image_tiles=images, ROWS=ROWS, **arguments
-            )
-    wanted = F.linear(rows.double(), weight[-1].double(), bias[-1].double())
+    of_blocks = {}
+    if not gathers:
+        of_blocks = {"gates": NOTHING, "blocks": 1, "first_token": 0, "weight": aligned.box(weight, 1, COLS, DEPTH)}
+    launch(Far(rows_in, out, weight, shared, of_blocks))
+    wanted = F.linear(last.double(), weight[-1].double(), bias[-1].double())
     if into_hidden:
         wanted = F.gelu(wanted)
-    assert relative_error(out[-ROWS:], wanted) < 1e-3
+    assert relative_error(out[-rows:], wanted) < 1e-3
 
 
 @pytest.mark.parametrize("images", [0, 1])

@@ -27,7 +27,7 @@ def launched(monkeypatch):
     found = []
     kinds = {type(gather.fc1_kernel), type(group_ema.group_ema_kernel)}
     for kind in kinds:
-        monkeypatch.setattr(kind, "run", lambda self, *_, **__: found.append(self.__name__))
+        monkeypatch.setattr(kind, "run", lambda self, **_: found.append(self.__name__))
     return found
 
 

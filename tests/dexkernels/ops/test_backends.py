@@ -1,8 +1,12 @@
 """Which backend is chosen, by committed measurements of an architecture; and what the report says of them."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
+from dexkernels import ops
 from dexkernels.ops import backends
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -52,3 +56,42 @@ def test_report_says_what_was_measured_where(h100):
 @pytest.mark.skipif("config.getoption('--backend')", reason="--backend replaces the choice")
 def test_a_cpu_always_takes_plain_torch():
     assert {backends.choose(op, None, CPU) for op in backends.TABLES} == {"reference"}
+
+
+@pytest.fixture
+def new_operator(tmp_path, monkeypatch):
+    """A folder beside those of the operators, which the package does not know of."""
+    folder = tmp_path / "negate"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "from dexkernels.ops import backends\n"
+        "BACKENDS = {'reference': 'cpu', 'cuda': 'cuda'}\n"
+        "backends.register('negate', __name__, BACKENDS)\n"
+    )
+    (folder / "cpu.py").write_text("def forward(x):\n    return -x\n")
+    monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
+    monkeypatch.setattr(backends, "TABLES", dict(backends.TABLES))
+    yield
+    for name in [name for name in sys.modules if name.startswith("dexkernels.ops.negate")]:
+        del sys.modules[name]
+    delattr(ops, "negate")
+
+
+def test_a_new_operator_is_found_by_its_folder(new_operator):
+    assert "negate" not in backends.TABLES
+    ops.discover()
+    assert backends.load("negate", "reference").forward(3) == -3
+    rows = {row.backend: row for row in backends.report() if row.op == "negate"}
+    assert rows["reference"].available and rows["reference"].default
+    assert rows["triton"].reason == "this version ships no Triton kernel for negate"
+    assert backends.covering("negate", "triton") is None
+    assert backends.choose("negate", None, CPU) == "reference"
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run negate: this version ships no Triton kernel"):
+        backends.choose("negate", "triton", CPU)
+
+
+def test_the_modules_of_every_table_are_there():
+    for op, table in backends.TABLES.items():
+        assert "reference" in table, op
+        for backend, module in table.items():
+            assert importlib.util.find_spec(module) is not None, (op, backend)
