@@ -209,16 +209,16 @@ def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float)
         return places
     members = [np.flatnonzero(modality == number) for number in range(len(shares))]
     times = np.empty(len(modality), np.int64)
-    for mine, share in zip(members, shares.tolist(), strict=True):
-        times[mine] = (np.arange(len(mine)) < share % max(1, len(mine))) + share // max(1, len(mine))
+    for samples, share in zip(members, shares.tolist(), strict=True):
+        times[samples] = (np.arange(len(samples)) < share % max(1, len(samples))) + share // max(1, len(samples))
     place_modality = np.repeat(modality, times)[places]
     order = np.empty(len(modality), np.int64)
-    for number, (mine, share) in enumerate(zip(members, shares.tolist(), strict=True)):
+    for number, (samples, share) in enumerate(zip(members, shares.tolist(), strict=True)):
         if share:
-            first, skipped = divmod(epoch * share, len(mine))
-            passes = np.arange(first, -((epoch + 1) * share // -len(mine)), dtype=np.uint64)
-            keys = mix(mine.astype(np.uint64) + _stream(seed, passes)[:, None])
-            drawn = mine[np.argsort(keys, axis=1, kind="stable")].ravel()
+            first, skipped = divmod(epoch * share, len(samples))
+            passes = np.arange(first, -((epoch + 1) * share // -len(samples)), dtype=np.uint64)
+            keys = mix(samples.astype(np.uint64) + _stream(seed, passes)[:, None])
+            drawn = samples[np.argsort(keys, axis=1, kind="stable")].ravel()
             order[place_modality == number] = drawn[skipped : skipped + share]
     return order
 

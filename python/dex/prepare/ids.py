@@ -60,9 +60,9 @@ class Names:
     def group(self, path: str, patient: str, alone: bool = True) -> str:
         """What keeps a patient's images together. path: of a file, below the root; patient: the header's, or "";
         alone: False where the files beside it may be the same patient's."""
-        found = self._patient.search(path) if self._patient else None
-        if found and found.group(1):
-            return self._folder(found.group(1))
+        match = self._patient.search(path) if self._patient else None
+        if match and match.group(1):
+            return self._folder(match.group(1))
         patient = " ".join(patient.split())
         if not _NOBODY.fullmatch(patient):
             if self._source.public:

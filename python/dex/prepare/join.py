@@ -241,11 +241,11 @@ def _facts(
     keep = kind == duplicates.KEEP
     sources = []
     for number, (part, counts) in enumerate(zip(parts, table.counts, strict=True)):
-        mine, source = table.source == number, part.source
+        of_source, source = table.source == number, part.source
         dropped = Counter(counts.dropped)
         for reason, code in (("exact duplicate", duplicates.EXACT), ("near duplicate", duplicates.NEAR)):
-            dropped[reason] = int((mine & (kind == code)).sum())
-        kept = mine & keep
+            dropped[reason] = int((of_source & (kind == code)).sum())
+        kept = of_source & keep
         sources.append(
             {
                 "name": source.name,
@@ -269,15 +269,15 @@ def _facts(
                 "burned_in_declared": counts.burned_in,
             }
         )
-    # The package-borne sources stand for the corpus: its modalities of which they hold nothing are told.
+    # The package-borne sources stand for the corpus: its modalities of which they hold nothing are listed too.
     corpus = len(parts) > 1 and all(part.source.package for part in parts)
     modalities = []
     for name in MODALITIES:
-        mine = [source for source in sources if source["modality"] == name]
-        if mine or corpus:
-            train, val = sum(source["train"] for source in mine), sum(source["val"] for source in mine)
+        here = [source for source in sources if source["modality"] == name]
+        if here or corpus:
+            train, val = sum(source["train"] for source in here), sum(source["val"] for source in here)
             modalities.append(
-                {"name": name, "train": train, "val": val, "sources": len(mine), "empty": train + val == 0}
+                {"name": name, "train": train, "val": val, "sources": len(here), "empty": train + val == 0}
             )
     return {
         "name": PACKAGES if corpus else _name([part.source.name for part in parts]),

@@ -49,8 +49,8 @@ def scan(
 ) -> list[list[str]]:
     """The name of each file's series, for each large unit of `listing`; "" for a file whose header cannot be read.
 
-    folder: where results are kept. part: (i, n), of n machines this is number i. say: told now and then how many
-    headers have been read.
+    folder: where results are kept. part: (i, n), of n machines this is number i. say: called now and then with a
+    line on the headers that have been read.
     """
     units = [listing.unit(number) for number in listing.large]
     folder.mkdir(parents=True, exist_ok=True)

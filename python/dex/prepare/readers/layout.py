@@ -34,10 +34,10 @@ class Layout(NamedTuple):
 
 def images_of(name: str) -> list[str]:
     """What the file with the image may be called, for a header of this name; nothing where the header has it itself."""
-    found = re.fullmatch(r"(?i)(.*\.)hdr(\.gz)?", name, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"(?i)(.*\.)hdr(\.gz)?", name, re.DOTALL)
+    if not match:
         return []
-    return [found.group(1) + end for end in ("img", "img.gz", "IMG", "IMG.GZ")]
+    return [match.group(1) + end for end in ("img", "img.gz", "IMG", "IMG.GZ")]
 
 
 def layout(file: BoundedFile) -> Layout:
@@ -113,7 +113,7 @@ def _nrrd(head: bytes, size: int) -> Layout:
 
 def _plain(name: bytes) -> str:
     """The name of a file in the same folder."""
-    found = _NAME.fullmatch(name)
-    if found is None or found.group(1) in (b".", b"..") or name[:4].upper() == b"LIST" or name.upper() == b"LOCAL":
+    match = _NAME.fullmatch(name)
+    if match is None or match.group(1) in (b".", b"..") or name[:4].upper() == b"LIST" or name.upper() == b"LOCAL":
         raise Refused("unsupported", "its data are in another folder or in several files")
-    return found.group(1).decode("utf-8", "surrogateescape")
+    return match.group(1).decode("utf-8", "surrogateescape")

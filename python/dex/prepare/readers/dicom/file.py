@@ -303,20 +303,20 @@ class Pixels:
             raise Refused("too large", f"{len(data)} bytes in one compressed frame")
         rows, columns, samples = *self.sides, self.options["samples_per_pixel"]
         if self.syntax == RLELossless:
-            found = rle_segments(data)
+            segments = rle_segments(data)
             wanted = samples * self.options["bits_allocated"] // 8
-            if found != wanted:
-                raise Refused("inconsistent", f"{found} RLE segments, {wanted} expected")
+            if segments != wanted:
+                raise Refused("inconsistent", f"{segments} RLE segments, {wanted} expected")
             return
         if self.syntax in JPEG2000TransferSyntaxes:
-            found = j2k_size(data)
+            declared = j2k_size(data)
         elif self.syntax in JPEGTransferSyntaxes or self.syntax in JPEGLSTransferSyntaxes:
-            found = jpeg_size(data)
+            declared = jpeg_size(data)
             check_scans(data)
         else:
             raise Refused("unsupported", "no decoder for its transfer syntax")
-        if found != (rows, columns, samples):
-            raise Refused("inconsistent", f"compressed image of {found}, header of {(rows, columns, samples)}")
+        if declared != (rows, columns, samples):
+            raise Refused("inconsistent", f"compressed image of {declared}, header of {(rows, columns, samples)}")
 
     def _rgb(self, array: np.ndarray, photometric: str) -> np.ndarray:
         if self.options["samples_per_pixel"] == 1 or photometric == "RGB":
@@ -465,19 +465,19 @@ def listed(value) -> list:
 def private(head, group: int, creator: str, element: int):
     """The value of an element of a private block, only where its creator is the expected one; else None."""
     block = head.get((group, 0x0010), None)
-    found = head.get((group, 0x1000 | element), None)
-    if block is None or found is None or str(block.value).strip() != creator:
+    member = head.get((group, 0x1000 | element), None)
+    if block is None or member is None or str(block.value).strip() != creator:
         return None
-    return found.value
+    return member.value
 
 
 def number(value) -> float | None:
     """A finite number, or None."""
     try:
-        found = float(value)
+        finite = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return finite if math.isfinite(finite) else None
 
 
 def _first(descriptor, signed: bool) -> int:

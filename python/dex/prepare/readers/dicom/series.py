@@ -69,7 +69,7 @@ class Series:
 def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Iterator[Stack]:
     """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
     can be known; objects without pixels, doses and segmentations are "no image"."""
-    found: dict[tuple[str, ...], Series] = defaultdict(Series)
+    by_identity: dict[tuple[str, ...], Series] = defaultdict(Series)
     faulty: dict[tuple[str, ...], Refused] = {}
     refused: list[Refused] = []
     for path in files:
@@ -79,21 +79,21 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Ite
             with quiet("DICOM header"):
                 head, place = read_header(path, limits)
                 identity = _identity(head)
-                _add(found[identity], head, path, place, limits)
+                _add(by_identity[identity], head, path, place, limits)
         except Refused as error:
             error.file = path.name
             refused.append(error)
             if identity is not None and error.reason != "no image" and not isinstance(error, Repeated):
                 faulty[identity] = error
     stacks = []
-    for identity in sorted(found):
-        slices = found[identity].slices
+    for identity in sorted(by_identity):
+        slices = by_identity[identity].slices
         if identity in faulty and slices:
             refused.append(Refused("inconsistent", f"{len(slices)} slices of a series with a file that is refused"))
         if identity in faulty or not slices:
             continue
         try:
-            stacks.extend(_stacks(identity[0], found[identity], limits, refused))
+            stacks.extend(_stacks(identity[0], by_identity[identity], limits, refused))
         except Refused as error:
             refused.append(error)
     if not stacks:
