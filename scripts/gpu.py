@@ -120,7 +120,7 @@ def test_parts(arguments) -> Iterator[Part]:
                 yield Part("test", f"Triton kernels, {tiles} tiles{name}", command, 5, environment, absent)
     # Without a GPU the same is shown with fake tensors.
     yield Part("test", "training step, waits and graph", (*PYTEST, "tests/step"), 6)
-    only = ("-k", "why_not") if arguments.cpu else ()
+    only = ("-k", "dex_cuda") if arguments.cpu else ()
     others = ("tests/native",) if arguments.cpu else ("tests/native", "tests/dex/data/test_augmentation.py")
     yield Part("test", "native library and augmentation", (*PYTEST, *others, *only), 3)
 

@@ -154,6 +154,16 @@ def test_on_a_gpu_every_file_of_tests_and_every_benchmark_is_run(tmp_path):
     assert sorted(word for part in run["bench"] for word in part.command if "::" in str(word)) == sorted(benchmarks)
 
 
+def test_what_is_chosen_on_a_cpu_exists(tmp_path):
+    chosen = [
+        p for p in gpu.parts("test", arguments(tmp_path, ["test"], cpu=True)) if "-k" in p.command and not p.absent
+    ]
+    assert len(chosen) >= 2
+    for part in chosen:
+        done = subprocess.run([*map(str, part.command), "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{part.name}: {done.stdout}"
+
+
 def test_a_part_that_cannot_run_or_has_no_time(tmp_path):
     assert run(python("", absent="no such tool"), tmp_path)[2:] == ("skipped", 0, "no such tool")
     assert run(python(""), tmp_path, seconds=gpu.GRACE + 1)[2:] == ("skipped", 0, "no time is left (--minutes)")
