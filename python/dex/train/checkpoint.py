@@ -65,7 +65,7 @@ class Saver:
     def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
         self.root, self.keep, self.ranks = root, keep, ranks
         # A group of its own: the thread's messages must not mix with those of the training loop.
-        # No haste: who waits for a save is watched, and whose process ends is missed at once.
+        # Long timeout: the watchdog already covers a rank that hangs or dies.
         alone = ranks.world_size == 1
         self._group = None if alone else dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         self._mesh: Any = None

@@ -4,7 +4,7 @@ Here, too, is what a start makes of the run folder: which run is in it, and whet
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +58,19 @@ class Plan(NamedTuple):
 
 
 class FolderState(NamedTuple):
-    """What rank 0 found in the run folder. Plain values, for all ranks to read."""
+    """What rank 0 found in the run folder. Plain values, for all ranks to read; the defaults are a new run's."""
 
-    checkpoint: tuple[str, dict[str, Any]] | None
-    """Folder and state of the checkpoint to go on from."""
-    notes: list[str]
-    run: tuple[str, dict[str, Any], dict[str, Any]] | None
-    """The run that is to go on: where it was read, its configuration, and its data, steps and precision if known."""
+    checkpoint: str | None = None
+    """Folder of the checkpoint to go on from."""
+    state: dict[str, Any] | None = None
+    """Its state."""
+    notes: Sequence[str] = ()
+    run: str | None = None
+    """The checkpoint or folder that says which run is to go on."""
+    config: Mapping[str, Any] | None = None
+    """That run's configuration."""
+    known: Mapping[str, Any] | None = None
+    """Its data, steps and precision, unless it was killed before it wrote them."""
 
 
 def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
@@ -168,7 +174,7 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
                 )
         elif not log.is_empty():
             raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
-        return FolderState(None, [], None)
+        return FolderState()
     if resume == "auto":
         saved, passed_over = checkpoint.newest_good(log.checkpoints)
         notes = [f"passed over {reason}" for reason in passed_over]
@@ -179,11 +185,11 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
     if saved:
         state = saved.state
         known = {"data": state["data_fingerprint"], "steps": state["steps"], "precision": state["precision"]}
-        return FolderState((str(saved.folder), state), notes, (str(saved.folder), state["config"], known))
+        return FolderState(str(saved.folder), state, notes, str(saved.folder), state["config"], known)
     known = {}
     if start := log.last_start():
         known = {"data": start["data"]["fingerprint"], "steps": start["steps"], "precision": start["precision"]}
-    return FolderState(None, notes, (str(out), to_dict(log.config()), known))
+    return FolderState(notes=notes, run=str(out), config=to_dict(log.config()), known=known)
 
 
 def _check_folder(out: Path) -> None:
@@ -211,32 +217,25 @@ def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state:
     ValueError names what cannot work, or every field in which the run in the folder is not the configuration's.
     """
     planned = _with_data(placement, dataset, fingerprint)
-    notes = list(state.notes)
-    if state.run is not None:
-        where, config, known = state.run
-        old = from_dict(config, Config(), str(Path(where) / "state.json") if state.checkpoint else where)
-        if _refuse_other_run(where, old, known, planned):
-            notes.append(EARLIER_FINGERPRINT)
-    saved = None if state.checkpoint is None else checkpoint.Checkpoint(Path(state.checkpoint[0]), state.checkpoint[1])
+    notes = [*state.notes, *_refuse_other_run(state, planned)]
+    saved = None if state.checkpoint is None else checkpoint.Checkpoint(Path(state.checkpoint), state.state)
     return planned._replace(saved=saved, notes=tuple(notes))
 
 
-def _refuse_other_run(where: str, old: Config, known: Mapping[str, Any], planned: Plan) -> bool:
-    """ValueError naming every difference; returns whether the data agree by their `Dataset.earlier_fingerprint` alone.
-
-    known: what is not in the configuration.
-    """
-    now = {"data": planned.fingerprint, "steps": planned.steps, "precision": planned.precision}
+def _refuse_other_run(state: FolderState, planned: Plan) -> list[str]:
+    """ValueError naming every field in which the run that is to go on is not the planned one; returns notes."""
+    if state.run is None:
+        return []
+    old = from_dict(state.config, Config(), f"{state.run}/state.json" if state.checkpoint else state.run)
     changed = {k: v for k, v in differences(old, planned.config).items() if k not in FREE_ON_RESUME}
-    by_earlier = False
-    for name, value in known.items():
-        if value == now[name]:
-            continue
-        if name == "data" and value == planned.dataset.earlier_fingerprint:
-            by_earlier = True
-            continue
-        changed.setdefault(name, (value, now[name]))
+    now = {"data": planned.fingerprint, "steps": planned.steps, "precision": planned.precision}
+    notes = []
+    for name, value in (state.known or {}).items():
+        if name == "data" and value != now[name] and value == planned.dataset.earlier_fingerprint:
+            notes.append(EARLIER_FINGERPRINT)
+        elif value != now[name]:
+            changed.setdefault(name, (value, now[name]))
     if changed:
         listed = "; ".join(f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items())
-        raise ValueError(f"resume: {where} belongs to another run: {listed}")
-    return by_earlier
+        raise ValueError(f"resume: {state.run} belongs to another run: {listed}")
+    return notes

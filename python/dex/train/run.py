@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dex.analysis import plots
+from dex.analysis.evaluation import Evaluation
 from dex.common import exits
 from dex.common.ranks import Failed, announced, decided, everywhere, from_first, gather, start, stop
 from dex.config import Config
@@ -121,8 +122,9 @@ class PretrainRun:
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         self._saved_step = saved.state["step"] if saved else None
         self._unreadable = 0
-        self._slow: tuple[int | None, int] = (None, 0)
-        """The slow rank, and in how many rows running."""
+        self._slow_rank: int | None = None
+        self._slow_rows = 0
+        """In how many rows in succession it was that rank."""
         on_gpu = trainer.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
@@ -211,7 +213,7 @@ class PretrainRun:
         steps, seconds = trainer.step - self._clock_step, time.perf_counter() - self._clock
         images = steps * trainer.config.data.batch_size
         row |= {"images_per_s": images / seconds, **trainer.pace(steps)}
-        self._slow_rank(row, seconds / steps)
+        self._name_slow_rank(row, seconds / steps)
         if (share := mfu(trainer.config, images / seconds, self._device_name, self.ranks.world_size)) is not None:
             row["mfu"] = share
         self._restart_clock()
@@ -225,12 +227,13 @@ class PretrainRun:
                     listed = ", ".join(map(str, experts))
                     self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
 
-    def _slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
-        """Say which rank the others wait for, once it was the same in two rows running."""
+    def _name_slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
+        """Say which rank the others wait for, once it was the same in two rows in succession."""
         late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
         slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
-        self._slow = (slow, self._slow[1] + 1 if slow == self._slow[0] else 1)
-        if slow is not None and self._slow[1] == 2:
+        self._slow_rows = self._slow_rows + 1 if slow == self._slow_rank else 1
+        self._slow_rank = slow
+        if slow is not None and self._slow_rows == 2:
             self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
             self.progress.say(
                 f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
@@ -242,9 +245,9 @@ class PretrainRun:
         spikes = self.trainer.window.take_spikes()
         if not spikes:
             return
-        told = gather(self.ranks, [spike.samples for spike in spikes])
-        for number, spike in enumerate(spikes):
-            worst = sorted((sample for mine in told for sample in mine[number]), key=lambda s: -s[1])[:5]
+        of_ranks = gather(self.ranks, [spike.samples for spike in spikes])
+        for spike, samples in zip(spikes, zip(*of_ranks, strict=True), strict=True):
+            worst = sorted((sample for of_rank in samples for sample in of_rank), key=lambda sample: -sample[1])[:5]
             self.progress.say(
                 f"warning: step {spike.step + 1}: loss {spike.loss:.4g}, usually {spike.usual:.4g}; samples "
                 + _list([name for name, _ in worst], 5)
@@ -259,38 +262,40 @@ class PretrainRun:
             if not agree:
                 log.event(step, "ranks differ")
                 self.progress.say(f"warning: step {step}: weights or directors differ between ranks")
-        found = trainer.evaluate()
-        if found is None:
-            if step == 0:
-                self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
-        else:
-            row = {"step": step, "val_loss": found.loss, "val_modality_loss": found.modality_loss}
-            row |= {"probe_knn": found.probe, "director_distance": found.director_distance}
-            if found.mass:
-                row["val_gate_entropy"] = found.gate_entropy
-                row["val_expert_mass"] = {
-                    name: [[round(v, 4) for v in layer[m].tolist()] for layer in found.mass]
-                    for m, name in enumerate(trainer.modalities)
-                    if name in found.modality_loss
-                }
-            log.row(row)
-            told = "" if found.probe is None else f"  modality by kNN {found.probe:.1%}"
-            self.progress.say(f"step {step}/{trainer.steps}  held-out loss {found.loss:.4f}{told}")
-            if not log.active:
-                return
-            images = [
-                t.permute(0, 2, 3, 1).float().numpy() for t in (found.original, found.masked, found.reconstruction)
-            ]
-            title = f"step {step}: held-out masked loss {found.loss:.4f}"
-            figure = plots.reconstructions(*images, found.labels, title)
-            log.picture(f"reconstructions-step-{step:06d}.png", "reconstructions", figure, step)
-            if found.mass:
-                title = f"step {step}: experts by modality, held-out images"
-                figure = plots.expert_heatmap([m.numpy() for m in found.mass], trainer.modalities, title)
-                log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
+        evaluation = trainer.evaluate()
+        if evaluation is not None:
+            self._log_evaluation(evaluation)
+        elif step == 0:
+            self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
         rows = log.rows() if log.active else []
         if any("loss" in row for row in rows):
             log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        trainer, step, log = self.trainer, self.trainer.step, self.log
+        row = {"step": step, "val_loss": evaluation.loss, "val_modality_loss": evaluation.modality_loss}
+        row |= {"probe_knn": evaluation.probe, "director_distance": evaluation.director_distance}
+        if evaluation.mass:
+            row["val_gate_entropy"] = evaluation.gate_entropy
+            row["val_expert_mass"] = {
+                name: [[round(v, 4) for v in layer[m].tolist()] for layer in evaluation.mass]
+                for m, name in enumerate(trainer.modalities)
+                if name in evaluation.modality_loss
+            }
+        log.row(row)
+        probe = "" if evaluation.probe is None else f"  modality by kNN {evaluation.probe:.1%}"
+        self.progress.say(f"step {step}/{trainer.steps}  held-out loss {evaluation.loss:.4f}{probe}")
+        if not log.active:
+            return
+        shown = (evaluation.original, evaluation.masked, evaluation.reconstruction)
+        images = [tensor.permute(0, 2, 3, 1).float().numpy() for tensor in shown]
+        title = f"step {step}: held-out masked loss {evaluation.loss:.4f}"
+        figure = plots.reconstructions(*images, evaluation.labels, title)
+        log.picture(f"reconstructions-step-{step:06d}.png", "reconstructions", figure, step)
+        if evaluation.mass:
+            title = f"step {step}: experts by modality, held-out images"
+            figure = plots.expert_heatmap([m.numpy() for m in evaluation.mass], trainer.modalities, title)
+            log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
 
     def _evaluated(self) -> bool:
         """Whether this step's held-out images were looked at before the run was stopped."""

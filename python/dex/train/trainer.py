@@ -182,7 +182,7 @@ class Trainer:
         return verdict, out.image_loss
 
     def close(self) -> None:
-        """End the loader's workers and let go of what spread the model over ranks, before the ranks part."""
+        """Stop the loader and release DDP or FSDP, before the process group is destroyed."""
         self.loader.close()
         self.net, self._graph = self.model, None
         # DistributedDataParallel is part of reference cycles. What is left of it when Python ends, after its process

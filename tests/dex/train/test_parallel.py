@@ -137,6 +137,19 @@ def test_a_checkpoint_is_cut_anew_for_other_ranks(tiny, change, ranks, tmp_path)
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
 
 
+def test_a_folder_that_rank_0_may_not_use_ends_all_ranks(ranks, tiny, tmp_path):
+    """Rank 0 says why on one line; nothing waits, and nothing is changed."""
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    ended = finish(ranks(2, "-m", "dex", "pretrain", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out"), 60)
+    reason = f"out: expected a new or empty folder; {tmp_path / 'out'} holds other files"
+    (first, _, said), (second, _, heard) = ended
+    assert (first, said) == (2, f"dex pretrain: {reason}\n")
+    assert second == 1 and f"Failed: rank 0: ValueError: {reason}" in heard
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
 def running(ranks, tiny, change, tmp_path, **fields):
     """A long run on two ranks that has taken its first steps."""
     c = change(tiny, schedule__steps=100_000, run__log_every=1, run__checkpoint_every=50_000, **fields)

@@ -104,3 +104,40 @@ def test_tensorboard_holds_the_numbers_and_pictures(tmp_path):
     assert got["loss"].value == 0.5 and got["loss"].step == 4
     assert got["modality_loss/ct"].value == 0.25 and got["usage_entropy/layer 1"].value == 0.75
     assert board.Tags()["images"] == ["losses"]
+
+
+def test_another_rank_writes_nothing(tmp_path):
+    log = RunLog(tmp_path / "run", active=False)
+    log.hold()
+    log.open(config.Config(), {"step": 0})
+    log.row({"step": 1, "loss": 1.0})
+    log.event(1, "something")
+    log.picture("losses.png", "losses", None, 1)
+    log.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_takes_back_a_run_and_the_folders_that_were_made_for_it(tmp_path):
+    log = RunLog(tmp_path / "a" / "run")
+    log.hold()
+    assert [p.name for p in log.folder.iterdir()] == [".lock"] and log.is_empty() and not log.holds_run()
+    log.open(config.Config(), {"step": 0})
+    assert log.holds_run() and not log.is_empty()
+    log.checkpoints.mkdir()
+    log.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_leaves_a_run_that_was_there(tmp_path):
+    first = RunLog(tmp_path)
+    first.open(config.Config(), {"step": 0})
+    first.row({"step": 1, "loss": 1.0})
+    first.close()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    second = RunLog(tmp_path)
+    second.hold()
+    second.discard()
+    third = RunLog(tmp_path)  # and so does one that holds nothing
+    third.discard()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert second.last_start() == {"step": 0} and second.config() == config.Config()
