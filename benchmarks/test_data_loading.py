@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from dex.data import Loader, ShardWriter, augment, open_dataset, sample_keys
-from dex.data.loader import epoch_order
+from dex.data.order import epoch_order
 
 WORKERS = 2
 BATCH = 64

@@ -83,7 +83,7 @@ def test_order_of_the_first_batch_is_pinned(dataset):
     # the order is promised to depend on (seed, epoch) alone, so on no library's version either
     first = next(Loader(dataset.split("train"), 4, seed=0)).ids
     assert first == next(Loader(open_dataset(None).split("train"), 4, seed=0, num_workers=1)).ids
-    from dex.data.loader import permutation
+    from dex.data.order import permutation
 
     assert permutation(0, 0, 10).tolist() == [4, 8, 0, 1, 7, 6, 2, 5, 3, 9]
     assert permutation(7, 3, 10).tolist() == [2, 7, 6, 1, 8, 9, 0, 3, 4, 5]

@@ -2,7 +2,7 @@
 
 import torch
 
-from dex.data.slots import Slots
+from dex.data.shared_memory import Slots
 
 
 def test_slots():
