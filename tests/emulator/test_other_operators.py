@@ -103,31 +103,26 @@ def test_group_ema_that_is_skipped(shipped):
     assert torch.equal(directors[0], before) and len(emulator.ran) == 1
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_barrier_deleted_from_route_is_seen(shipped, arch):
-    """`tl.debug_barrier` orders what the first half wrote to global memory; no interpreter misses it."""
-    text = []
+def test_every_barrier_of_route_is_needed_or_changes_nothing(shipped):
+    """Of 31 barriers three are redundant in what Triton 3.6 compiles: the others' absence is a race that is named."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(70, 24, generator=generator), torch.randn(8, 24, generator=generator)
 
-    def delete(name, ptx):
-        if name != "route_kernel":
-            return ptx
-        text.append(ptx)
-        return ptx
+    def forward(change):
+        with shipped.emulated(80, change=change):
+            return shipped.route.forward(x, weight, 2, 0.5, None)
 
-    x, weight = torch.randn(70, 24), torch.randn(8, 24)
-    with shipped.emulated(arch, change=delete):
-        shipped.route.forward(x, weight, 2, 0.5, None)
-    lines = text[0].split("\n")
+    texts = []
+    want = forward(lambda name, ptx: texts.append(ptx) or ptx)
+    lines = texts[0].split("\n")
     barriers = [i for i, line in enumerate(lines) if line.strip().startswith("bar.sync")]
-    seen = 0
-    for deleted in barriers:
-
-        def change(name, ptx, deleted=deleted):
-            return "\n".join(lines[:deleted] + lines[deleted + 1 :])
-
+    redundant = 0
+    for i in barriers:
         try:
-            with shipped.emulated(arch, change=change):
-                shipped.route.forward(x, weight, 2, 0.5, None)
+            got = forward(lambda name, ptx, i=i: "\n".join(lines[:i] + lines[i + 1 :]))
         except shipped.PTXError as error:
-            seen += "race on global memory" in str(error)
-    assert seen >= 1
+            assert "race on" in str(error)
+        else:
+            redundant += 1
+            assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert redundant <= 3 < len(barriers)

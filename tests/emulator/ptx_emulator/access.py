@@ -113,7 +113,7 @@ def store(ins, program):
             g.wave.memory.store(at, values, who)
             g.wave.counters.count_global(g, at, width * count, lanes)
         else:
-            g.wave.shared.store(at.astype(np.int64), values, who)
+            g.wave.shared.store(at.astype(np.int64), values, who, ins.line)
             g.wave.counters.count_shared(g, at, width * count, lanes)
 
     return run

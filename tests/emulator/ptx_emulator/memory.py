@@ -15,6 +15,12 @@ from .ptx import PTXError
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
+def same_bytes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of each word whether its bits are the same; NaN is not equal to itself."""
+    one, other = (np.ascontiguousarray(a).view(np.uint8).reshape(len(a), -1) for a in (one, other))
+    return (one == other).all(1)
+
+
 class Allocation:
     """The bytes from ``start`` to ``stop``; ``granule``: the size of its elements, by which accesses are remembered."""
 
@@ -127,7 +133,7 @@ class GlobalMemory:
             self._note(allocation, offsets, total, writers, True)
             at, view = offsets // total, allocation.views[total]
             view[at] = part
-            lost = (view[at].view(np.uint8) != part.view(np.uint8)).reshape(len(at), -1).any(1)
+            lost = ~same_bytes(view[at], part)
             if lost.any():
                 # Lanes of one warp may differ in the last bit of what they all computed; one of them wins.
                 granules = offsets[lost] // allocation.granule

@@ -5,6 +5,9 @@ Everything that the emulator's tests need of the kernel library is imported here
 
 import contextlib
 import hashlib
+import importlib.util
+import pathlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -193,6 +196,46 @@ def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), 
 
 
 @contextlib.contextmanager
+def sabotaged(module, before: str, after: str, folder: pathlib.Path):
+    """Within it, the kernels of ``module`` are compiled from its source with ``before`` changed to ``after``.
+
+    before: text that the source holds once. folder: where the changed source may lie.
+    """
+    text = pathlib.Path(module.__file__).read_text()
+    if text.count(before) != 1:
+        raise ValueError(f"before: expected {before!r} once in {module.__name__}, got it {text.count(before)} times")
+    file = folder / f"{module.__name__.rpartition('.')[2]}.py"
+    file.write_text(text.replace(before, after))
+    spec = importlib.util.spec_from_file_location(f"{module.__package__}.sabotaged", file)
+    changed = importlib.util.module_from_spec(spec)
+    changed.__package__ = module.__package__
+    spec.loader.exec_module(changed)
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    kernels = {name: value for name, value in kernels.items() if value.__module__ == module.__name__}
+    with contextlib.ExitStack() as stack:
+        for other in [m for name, m in sys.modules.items() if name.startswith("dexkernels") and m is not changed]:
+            for name, value in list(vars(other).items()):
+                replaced = next((n for n, kernel in kernels.items() if kernel is value), None)
+                if replaced is not None:
+                    stack.enter_context(_set(other, name, getattr(changed, replaced)))
+        _forget_hashes()
+        try:
+            yield
+        finally:
+            stack.close()
+            _forget_hashes()
+
+
+def _forget_hashes():
+    """A kernel's hash covers the kernels that it calls, which may be others now."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dexkernels"):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.hash = None
+
+
+@contextlib.contextmanager
 def _set(owner, name, value):
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -217,4 +260,5 @@ __all__ = [
     "relative_error",
     "route",
     "route_records",
+    "sabotaged",
 ]

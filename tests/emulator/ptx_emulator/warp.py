@@ -153,7 +153,7 @@ def store_matrix(ins, program):
         if transposed:
             values = values.transpose(0, 1, 3, 2)
         words = np.ascontiguousarray(values).view(np.uint64).reshape(-1, 2)
-        g.wave.shared.store(rows.reshape(-1), words, who)
+        g.wave.shared.store(rows.reshape(-1), words, who, ins.line)
         g.wave.counters.count_matrix(g, rows)
 
     return run
