@@ -224,11 +224,12 @@ def made(tmp_path_factory):
             ("ct", "--modality", "CT", "--max-unreadable", "100"),
             ("x-ray", "--max-unreadable", "100", "--encoding", "png", "--planes", "axial", "coronal"),
             ("stopped", "--modality", "CT", "--max-unreadable", "3"),
+            ("judged", "--modality", "CT", "--max-unreadable", "100"),
         ):
             private = prepare.private_folder(base / name)
             private.mkdir(mode=0o700)
             (private / "salt").write_bytes(bytes(range(32)))
-            said[name] = dex_prepare(root, base / name, *options)
+            said[name] = dex_prepare(root, base / name, *options, trust=name != "judged")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         arguments = (
             "pretrain --preset demo --steps 2 --run.evaluate-every 1 --run.device cpu --run.precision fp32 "
@@ -248,9 +249,13 @@ def made(tmp_path_factory):
 
 def test_all_ended_as_they_should(made):
     base, canaries, said = made
-    assert {name: done.returncode for name, done in said.items()} == {"ct": 0, "x-ray": 0, "stopped": 1, "run": 0}, {
-        name: done.stderr[-1500:] for name, done in said.items()
-    }
+    assert {name: done.returncode for name, done in said.items()} == {
+        "ct": 0,
+        "x-ray": 0,
+        "stopped": 1,
+        "judged": 0,
+        "run": 0,
+    }, {name: done.stderr[-1500:] for name, done in said.items()}
     assert len(canaries.values) + len(canaries.names) >= 50
     for name in ("ct", "x-ray"):
         assert verify(base / name) == []
@@ -270,9 +275,9 @@ def test_every_canary_is_in_the_source(made):
 def test_no_patient_data_and_no_key_in_any_artifact(made, figures):
     base, canaries, said = made
     artifacts, private = {}, {}
-    for name in ("ct", "x-ray", "run"):
+    for name in ("ct", "x-ray", "judged", "run"):
         artifacts |= {f"{name}: {file}": data for file, data in contents(base / name).items()}
-    for name in ("ct", "x-ray", "stopped"):
+    for name in ("ct", "x-ray", "stopped", "judged"):
         private |= {f"{name}: {file}": data for file, data in contents(base / f"{name}.private").items()}
     for name, done in said.items():
         artifacts[f"{name}: stdout"], artifacts[f"{name}: stderr"] = done.stdout.encode(), done.stderr.encode()

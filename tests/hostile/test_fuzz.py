@@ -105,14 +105,18 @@ def restructured(count: int, seed: int = 21) -> list[Damaged]:
     return out
 
 
-def dex_prepare(root: Path, out: Path, *options: str, measured: Path | None = None, timeout: float = 900.0):
-    """`dex prepare` in a process of its own; `measured` gets what each unit costs its worker."""
+def dex_prepare(
+    root: Path, out: Path, *options: str, measured: Path | None = None, timeout: float = 900.0, trust: bool = True
+):
+    """`dex prepare` in a process of its own; `measured` gets what each unit costs its worker. trust: no header leaves a
+    file out before it is decoded."""
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *(p for p in sys.path if p)])}
     start = [here / "measured.py"] if measured else ["-m", "dex"]
     if measured:
         environment["DEX_MEASURED"] = str(measured)
     arguments = ["prepare", root, "--modality", "X-ray", "--out", out, "--size", "64", "--workers", "2", *options]
+    arguments += ["--trust"] if trust else []
     return subprocess.run(
         [sys.executable, *map(str, start), *map(str, arguments)],
         capture_output=True,

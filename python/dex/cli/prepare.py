@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.prepare import run as prepare
     from dex.prepare import summary
     from dex.prepare.chunks import Settings
+    from dex.prepare.discover import Undetermined
 
     settings = Settings(
         size=options.size,
@@ -43,6 +44,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
     try:
         with prepare.stop_signals():
             preparation = prepare.prepare(sources, wanted)
+    except Undetermined as error:
+        lines = [f"dex prepare: {error}", *_commands(arguments, options, error)]
+        return lambda: _wrong(lines)
     except prepare.Stopped as error:
         stopped = f"dex prepare: stopped by {error}"
         return lambda: _stopped(stopped, again)
@@ -83,18 +87,40 @@ def _parser() -> Parser:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder (with --modality), a description (YAML), a shipped source's name, or 'packages': all sources "
+        help="a folder, a description (YAML), a shipped source's name, or 'packages': all sources "
         "that come with public packages",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the set; DIR.private beside it holds what is not")
-    parser.add_argument("--modality", metavar="M", help="of a folder: CT, MR, PET, X-ray, ultrasound, fundus, ...")
+    parser.add_argument(
+        "--modality",
+        metavar="M",
+        help="of a folder's files: auto (without it), as the header of each says; from-folders, of those without one, "
+        "as a folder above them is called; CT, MR, PET, X-ray, ultrasound, fundus, ... for all; or a name of your own",
+    )
+    parser.add_argument(
+        "--pattern",
+        action="append",
+        metavar="M=GLOB",
+        help="the modality of files without such a header, by their paths, such as 'X-ray=chest/**'; may be repeated",
+    )
+    parser.add_argument(
+        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="with --modality: take all files as that, whatever their headers say, label maps included",
+    )
     parser.add_argument("--root", metavar="DIR", help="where the files of a shipped source or description lie")
     parser.add_argument("--files", nargs="+", metavar="GLOB", help="which files below it, such as '**/*.nii.gz'")
     parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
     parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of grey images (8)")
     parser.add_argument("--encoding", choices=("jpg", "png"), help="jpg for 8 bits, png for 16 without it")
     parser.add_argument(
-        "--planes", nargs="+", choices=("axial", "coronal", "sagittal", "stored"), help="of volumes (axial)"
+        "--planes",
+        nargs="+",
+        choices=("axial", "coronal", "sagittal", "stored", "auto"),
+        help="of volumes; auto, of a folder without it: axial, but as stored of thick slices that are not",
     )
     parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
@@ -112,6 +138,9 @@ def _sources(options: argparse.Namespace) -> list[Any]:
 
     overrides = {
         "modality": options.modality,
+        "normalisation": options.normalisation,
+        "routes": tuple(map(_route, options.pattern)) if options.pattern else None,
+        "trusted": options.trust or None,
         "root": options.root,
         "files": tuple(options.files) if options.files else None,
         "planes": tuple(options.planes) if options.planes else None,
@@ -127,9 +156,45 @@ def _sources(options: argparse.Namespace) -> list[Any]:
             folders += 1
             given |= {"name": f"folder-{folders}"} if folders > 1 else {}
         elif folders or len(options.source) > 1:
-            given.pop("modality", None)  # of the folders beside it
+            for name in ("modality", "normalisation", "routes", "trusted"):  # of the folders beside it
+                given.pop(name, None)
         sources += resolve(argument, **given)
     return sources
+
+
+def _route(text: str) -> Any:
+    from dex.prepare.sources import Route
+
+    modality, _, pattern = text.partition("=")
+    if not modality or not pattern:
+        raise ValueError(f"pattern: expected MODALITY=GLOB, such as 'X-ray=chest/**'; got {text!r}")
+    return Route(modality, (pattern,))
+
+
+def _commands(arguments: list[str], options: argparse.Namespace, error: Any) -> list[str]:
+    """The commands that say what some files' modality is, to be copied."""
+    from dex.prepare.modalities import AUTO, FROM_FOLDERS
+
+    kept = [word for word in arguments if not word.startswith("--modality=")]
+    if options.modality in kept and "--modality" in kept:
+        place = kept.index("--modality")
+        del kept[place : place + 2]
+    command = shlex.join(["dex", "prepare", *kept])
+    if error.by_folders:
+        return ["their folders are called after modalities, so give:", f"{command} --modality {FROM_FOLDERS}"]
+    word = options.modality or AUTO
+    patterns = " ".join(f"--pattern {shlex.quote(f'MODALITY=**/*{suffix}')}" for suffix in error.suffixes)
+    return [
+        "say what they are, with CT, MR, PET, X-ray, ... in the place of MODALITY:",
+        f"{command} --modality {word} {patterns}",
+        "or, where each lies below a folder that is called after its modality:",
+        f"{command} --modality {FROM_FOLDERS}",
+    ]
+
+
+def _wrong(lines: list[str]) -> int:
+    print("\n".join(lines), file=sys.stderr)
+    return exits.USAGE
 
 
 def _shard(text: str) -> tuple[int, int]:

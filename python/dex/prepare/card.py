@@ -15,6 +15,8 @@ from dex.data import images
 
 from .card_style import CSS
 from .filters import DROPPED
+from .label_maps import LABEL_MAP, PROBABILITY_MAP
+from .routing import REASONS, meaning
 
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _BINS = 64  # bars of a histogram
@@ -40,6 +42,8 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
                       refused: {reason: units or parts of them}, seen, dropped: {reason: slices}, kept, train, val,
                       patients, text_suspected, burned_in_declared}]
         duplicates  [{source, of, exact, near}]: images of `source` dropped for an image of the source `of`
+        left_out    [{source, units, refused}]: what gave no image of a known modality, of sources whose files have
+                    modalities of their own; may be absent
         rules       {name: text, number, list or dict}: what was applied
 
     The JSON holds the facts as they are and, under "examples", modality, source and id of each. ValueError when the
@@ -104,6 +108,7 @@ def _page(facts: dict, examples: list[Example]) -> str:
     sections = (
         ("modalities", "Modalities", _modalities(facts)),
         ("sources", "Sources", _sources(facts)),
+        *((("left-out", "Left out", left_out),) if (left_out := _left_out(facts)) else ()),
         ("examples", "Examples", _examples(facts, examples)),
         ("duplicates", "Duplicates", _duplicates(facts)),
         ("text", "Burned-in text", _text(facts)),
@@ -131,7 +136,8 @@ def _header(facts: dict) -> str:
     sources = facts["sources"]
     filled = [row for row in facts["modalities"] if row["train"] + row["val"]]
     seen, dropped = sum(s["seen"] for s in sources), sum(_total(s["dropped"]) for s in sources)
-    units, refused = sum(s["units"] for s in sources), sum(_total(s["refused"]) for s in sources)
+    read = [*sources, *facts.get("left_out", ())]
+    units, refused = sum(s["units"] for s in read), sum(_total(s["refused"]) for s in read)
     suspected = sum(s["text_suspected"] for s in sources)
     private, simulated = sum(not s["public"] for s in sources), sum(s["simulated"] for s in sources)
     kinds = [f"{_n(count)} {kind}" for count, kind in ((private, "private"), (simulated, "simulated")) if count]
@@ -242,6 +248,30 @@ def _sources(facts: dict) -> str:
         '<th scope="col">Kept and dropped</th><th scope="col" class="number">Units</th>'
         f'<th scope="col" class="number">Patients</th></tr></thead>{"".join(bodies)}</table>'
     )
+
+
+def _left_out(facts: dict) -> str:
+    """What is no image of its source's modality, by reason; "" where there is nothing."""
+    total = sum((Counter(s["refused"]) for s in (*facts["sources"], *facts.get("left_out", ()))), Counter())
+    rows = "".join(
+        f'<tr><th scope="row">{escape(reason)}</th><td data-label="Files" class="number">{_n(total[reason])}</td>'
+        f'<td data-label="What they are"><span>{escape(_MEANING[reason])}</span></td></tr>'
+        for reason in _MEANING
+        if total[reason]
+    )
+    if not rows:
+        return ""
+    return (
+        "<p>Files that are no images of their source's modality, by what their headers and numbers say. They gave no "
+        'slice.</p><table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files</th>'
+        f'<th scope="col">What they are</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+_MEANING = {reason: meaning(reason) for reason in REASONS} | {
+    LABEL_MAP: "a segmentation, a mask or an atlas: few values that fill regions",
+    PROBABILITY_MAP: "probabilities of a tissue, by name and numbers",
+}
 
 
 def _examples(facts: dict, examples: list[Example]) -> str:

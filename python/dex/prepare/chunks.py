@@ -19,7 +19,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from PIL import Image
 
 from dex.common import atomic
 
-from . import filters, normalise, readers
+from . import filters, label_maps, normalise, readers, routing
 from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names, split_of
 from .readers.stack import Refused
@@ -80,7 +80,8 @@ class Refusal(NamedTuple):
 @dataclass
 class Counts:
     """units, unreadable (units with a reason in UNREADABLE) and refused are about files; seen and what follows are
-    about slices: seen = kept + sum(dropped)."""
+    about slices: seen = kept + sum(dropped). parts: the same by modality, "" where none is known, of a source whose
+    files have modalities of their own."""
 
     units: int = 0
     unreadable: int = 0
@@ -90,17 +91,32 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     text: int = 0
+    parts: dict[str, Counts] = field(default_factory=dict)
+
+    def part(self, modality: str) -> Counts:
+        return self.parts.setdefault(modality, Counts())
 
     def add(self, other: Counts) -> None:
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if name != "parts":
+                setattr(self, name, getattr(self, name) + value)
+        for modality, part in other.parts.items():
+            self.part(modality).add(part)
+
+    def since(self, before: Counts) -> Counts:
+        """What was counted after `before`, its parts aside."""
+        values = ((name, value) for name, value in vars(self).items() if name != "parts")
+        return Counts(**{name: value - getattr(before, name) for name, value in values})
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        values = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        return values | {"parts": {modality: part.to_dict() for modality, part in self.parts.items()}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Counts:
-        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+        parts = {modality: cls.from_dict(part) for modality, part in values.get("parts", {}).items()}
+        counted = {name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()}
+        return cls(**{**counted, "parts": parts})
 
 
 UNREADABLE = ("unreadable", "timeout", "crash")
@@ -181,6 +197,14 @@ def work(task: Task, report: Report) -> Result | str:
     return state.result
 
 
+class _Part(NamedTuple):
+    """One thing that was refused. file: its name, "" where it is the whole unit; modality: "" where it is not known."""
+
+    refusal: Refusal
+    file: str
+    modality: str
+
+
 class _Work:
     """The work on one unit: writes what is kept, counts what is not; of a stack that is refused nothing stays."""
 
@@ -189,12 +213,18 @@ class _Work:
         self._counts, self._before = counts, counts.seen
         self._names = Names(job.source, job.salt, job.common)
         self._source = job.source.for_format(unit.format)
-        self.refusals: list[Refusal] = []
-        self._refused: list[str] = []  # of each the name of its file, "" where it is the whole unit
+        self._path = unit.files[0].path
+        self._modality = ""  # of the stack that is being worked on
+        self._first = ""  # of the first one
+        self._refused: list[_Part] = []
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        return [part.refusal for part in self._refused]
 
     def refuse(self, reason: str, detail: str = "", file: str = "") -> None:
-        self.refusals.append(Refusal(self._names.unit(self._unit.key), reason, detail))
-        self._refused.append(file)
+        refusal = Refusal(self._names.unit(self._unit.key), reason, detail)
+        self._refused.append(_Part(refusal, file, self._modality))
 
     def run(self) -> None:
         for file in self._unit.files:
@@ -202,9 +232,11 @@ class _Work:
                 raise Changed
             self._report.beat()
         paths = [self._job.root / file.path for file in self._unit.files]
-        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat)
+        decide = None if self._source.trusted else self._decide
+        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, decide=decide)
         number = 0
         while True:
+            self._modality = ""
             try:
                 stack = next(stacks, None)
             except Exception as error:
@@ -220,20 +252,34 @@ class _Work:
                 raise
             except Exception as error:
                 self._files.cut(sizes)
-                self._counts = before
+                self._counts = copy.deepcopy(before)
                 self._refuse_for(error)
             self._counts.burned_in += bool(stack.burned_in)
+            if self._source.routed:
+                self._counts.part(self._modality).add(self._counts.since(before))
+                self._first = self._first or self._modality
+            self._modality = ""
             for part in stack.refused:
                 self.refuse(part.reason, part.detail, part.file)
 
     def finish(self) -> Counts:
         """The counts, this unit's included."""
+        reasons = [part.refusal.reason for part in self._refused]
         self._counts.units += 1
-        self._counts.refused.update(refusal.reason for refusal in self.refusals)
-        self._counts.unreadable += any(refusal.reason in UNREADABLE for refusal in self.refusals)
-        for refusal, file in zip(self.refusals, self._refused, strict=True):
-            self._files.note(refusal.id, self._unit.key, refusal.reason, file)
+        self._counts.refused.update(reasons)
+        unreadable = any(reason in UNREADABLE for reason in reasons)
+        self._counts.unreadable += unreadable
+        if self._source.routed:
+            self._counts.part(self._first).units += 1
+            self._counts.part(self._first).unreadable += unreadable
+            for part in self._refused:
+                self._counts.part(part.modality).refused[part.refusal.reason] += 1
+        for part in self._refused:
+            self._files.note(part.refusal.id, self._unit.key, part.refusal.reason, part.file)
         return self._counts
+
+    def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
+        return routing.decide(routing.facts_of(head, has_pixels), self._source.modality_of(self._path))
 
     def _refuse_for(self, error: Exception) -> None:
         if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
@@ -247,11 +293,14 @@ class _Work:
             self.refuse("unreadable", where(error))
 
     def _stack(self, stack: readers.Stack, number: int) -> None:
-        settings, source = self._job.settings, self._source
+        settings = self._job.settings
+        source = self._source_of(stack)
+        self._modality = "" if source.routed else source.modality
+        self._check_numbers(stack, source)
         if stack.burned_in and not settings.allow_burned_in:
             raise Refused("burned-in", "the header declares burned-in annotation")
         alone = not readers.reader_of(self._unit.format).whole_folders
-        group = self._names.group(self._unit.files[0].path, stack.patient, alone)
+        group = self._names.group(self._path, stack.patient, alone)
         common = {
             "group": group,
             "split": source.split or split_of(group, source.val_share),
@@ -259,6 +308,8 @@ class _Work:
             "stack": number,
             "volume": bool(stack.volume),
         }
+        if self._source.routed:
+            common["modality"] = source.modality
         for one in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
@@ -272,6 +323,37 @@ class _Work:
             self._files.add({**names, **common, **line}, data, self._unit.key)
             self._counts.kept += 1
             self._counts.text += line["text"]
+
+    def _source_of(self, stack: readers.Stack) -> Source:
+        """The source with the stack's modality; the source as it is where nothing says which that is."""
+        if stack.decision is not None:
+            return self._source.for_modality(*stack.decision[:3])
+        modality = self._source.modality_of(self._path)
+        return self._source if modality is None else self._source.for_modality(modality.name, modality.normalisation)
+
+    def _check_numbers(self, stack: readers.Stack, source: Source) -> None:
+        """Refused where the stack is no image by its numbers or by what its file declares, or of no known modality."""
+        reader = readers.reader_of(self._unit.format)
+        if not source.trusted and not reader.decides and reader.frame_stride == 1:  # films hold no labels
+            if stack.declared:
+                raise Refused(stack.declared, "its header declares it")
+            named = label_maps.suspicious(self._path)
+            if label_maps.judge(_frames(stack), named):
+                raise Refused(label_maps.LABEL_MAP, "few values that fill regions")
+            if label_maps.is_probability_map(_frames(stack), os.path.basename(self._path)):
+                raise Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
+        if source.routed:
+            raise Refused("unknown modality", "nothing says of which modality it is")
+
+
+def _frames(stack: readers.Stack) -> Iterator[np.ndarray]:
+    """Some frames of a stack, and all of them where each of these is of one value."""
+    blank = True
+    for frame in stack.sample(frozenset(label_maps.spread(stack.length))):
+        blank = blank and bool((frame == frame.flat[0]).all())
+        yield frame
+    if blank and stack.length > label_maps.FRAMES:
+        yield from stack.sample(range(stack.length))
 
 
 def _describe(one: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:

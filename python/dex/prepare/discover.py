@@ -13,6 +13,7 @@ with paths below the root; bytes that are no UTF-8 are kept as lone surrogates.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import readers
-from .sources import AUTO, Source
+from .label_maps import suspicious
+from .sources import AUTO, FROM_FOLDERS, Source
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
@@ -73,6 +75,16 @@ class Listing(NamedTuple):
 
     def unit(self, number: int) -> Unit:
         return _unit(self.lines[number])
+
+
+class Undetermined(ValueError):
+    """Files whose modality neither a header nor the description says. suffixes: of them; by_folders: whether their
+    folders are called after their modalities."""
+
+    def __init__(self, source: str, suffixes: Counter[str], by_folders: bool):
+        listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
+        super().__init__(f"{source}: expected files whose modality a header or the command says; got {listed} of none")
+        self.suffixes, self.by_folders = sorted(suffixes), by_folders
 
 
 def discover(source: Source, root: Path) -> Listing:
@@ -128,6 +140,24 @@ def discover(source: Source, root: Path) -> Listing:
         len(common or ()),
         dict(sorted(ignored.items())),
     )
+
+
+def check_modalities(source: Source, listing: Listing) -> None:
+    """Undetermined where the description gives no modality to a file whose header cannot. Files that are called like
+    label maps may have none: their numbers will tell."""
+    if not source.routed:
+        return
+    paths = [
+        unit.files[0].path
+        for unit in map(listing.unit, range(len(listing.lines)))
+        if not readers.reader_of(unit.format).decides and not suspicious(unit.key)
+    ]
+    unknown = [path for path in paths if source.modality_of(path) is None]
+    if unknown:
+        by_folders = dataclasses.replace(source, modality=FROM_FOLDERS)
+        raise Undetermined(
+            source.name, Counter(map(_suffix, unknown)), all(by_folders.modality_of(path) for path in unknown)
+        )
 
 
 def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
@@ -237,6 +267,12 @@ def _format(source: Source, root: Path, path: str) -> str | None:
 
 def _is_large(unit: Unit) -> bool:
     return len(unit.files) > LARGE and readers.reader_of(unit.format).series_of is not None
+
+
+def _suffix(path: str) -> str:
+    """The suffix by which the format is known; a file's name is the user's own."""
+    suffixes = readers.reader_of(readers.format_of(path)).suffixes if readers.format_of(path) else ()
+    return max((suffix for suffix in suffixes if path.lower().endswith(suffix)), key=len, default="without suffix")
 
 
 def _path(file: File) -> bytes:

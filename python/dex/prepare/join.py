@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ import numpy as np
 from dex.common import atomic
 from dex.data import ShardWriter
 
-from . import card, duplicates, filters, normalise
+from . import card, duplicates, filters, modalities, normalise
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths
-from .sources import MODALITIES, PACKAGES, Source
+from .sources import PACKAGES, Source
 
 EXAMPLES = 12
 """Images of each modality that the card shows."""
@@ -45,6 +45,15 @@ class Part(NamedTuple):
     chunks: Sequence[str]
 
 
+class _Row(NamedTuple):
+    """Images of one modality of one source, whose own name it has where all of the source's are. part: its number."""
+
+    name: str
+    part: int
+    source: Source
+    counts: Counts
+
+
 @dataclass
 class _Table:
     """Of every image of every chunk, in order."""
@@ -56,8 +65,9 @@ class _Table:
     group: np.ndarray  # int64 [n], numbered through the whole run
     val: np.ndarray  # bool [n]
     text: np.ndarray  # bool [n]
-    source: np.ndarray  # int64 [n]
-    counts: list[Counts] = field(default_factory=list)  # of each source
+    row: np.ndarray  # int64 [n]
+    rows: list[_Row]
+    counts: list[Counts]  # of each source
 
 
 def join(
@@ -84,34 +94,34 @@ def join(
 
     out = private / "set"
     shutil.rmtree(out, ignore_errors=True)
-    modalities = [entry["name"] for entry in facts["modalities"]]
-    histograms = {name: np.zeros(256, np.int64) for name in modalities}
-    chosen = _choose(table, keep, [part.source.modality for part in parts])
+    names = [entry["name"] for entry in facts["modalities"]]
+    histograms = {name: np.zeros(256, np.int64) for name in names}
+    chosen = _choose(table, keep)
     examples: dict[int, card.Example] = {}
     say(f"writing {int(keep.sum()):,} images")
-    with ShardWriter(out, name=facts["name"], modalities=modalities, image_size=settings.size) as writer:
+    with ShardWriter(out, name=facts["name"], modalities=names, image_size=settings.size) as writer:
         number = 0
         for part in parts:
-            source = part.source
             for name in part.chunks:
                 with open(paths(private, name)[0], "rb") as file:
                     for line in _lines(private, name):
                         if keep[number]:
                             data, histogram = _image(private, name, file, line)
-                            histograms[source.modality] += histogram
+                            row = table.rows[table.row[number]]
+                            histograms[row.source.modality] += histogram
                             writer.add(
                                 line["id"],
                                 data,
                                 kind=line["kind"],
-                                modality=source.modality,
+                                modality=row.source.modality,
                                 split="val" if table.val[number] else "train",
                                 group=line["group"],
-                                meta=_meta(source, line),
+                                meta=_meta(row.source, line),
                                 checked=True,
                             )
                             if number in chosen:
                                 examples[number] = card.Example(
-                                    source.modality, source.name, line["id"], data, line["kind"]
+                                    row.source.modality, row.name, line["id"], data, line["kind"]
                                 )
                         number += 1
         for entry in facts["modalities"]:
@@ -135,13 +145,29 @@ def read_counts(private: Path, name: str) -> Counts:
         raise _fault(private, name, "its last line is damaged") from None
 
 
+def _rows(parts: Sequence[Part], counts: Sequence[Counts]) -> list[_Row]:
+    rows = []
+    for number, (part, total) in enumerate(zip(parts, counts, strict=True)):
+        source = part.source
+        if not source.routed:
+            rows.append(_Row(source.name, number, source, total))
+            continue
+        for modality in modalities.CATALOGUE:
+            if modality.name in total.parts:
+                of_modality = source.for_modality(modality.name, modality.normalisation)
+                name = f"{source.name} ({modality.name})"
+                rows.append(_Row(name, number, of_modality, total.parts[modality.name]))
+    return rows
+
+
 def _read(parts: Sequence[Part], private: Path) -> _Table:
     columns = [bytearray() for _ in range(3)]
-    stacks, flags, sources = bytearray(), bytearray(), bytearray()
-    counts = []
+    stacks, flags, numbers = bytearray(), bytearray(), bytearray()
+    counts = [_total(private, part) for part in parts]
+    rows = _rows(parts, counts)
+    places = {(row.part, row.source.modality): number for number, row in enumerate(rows)}
     stack, place = -1, None
     for number, part in enumerate(parts):
-        total = Counts()
         before = len(flags)
         for name in part.chunks:
             for line in _lines(private, name):
@@ -153,11 +179,11 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
                 columns[2] += hashlib.sha256(line["group"].encode()).digest()[:8]
                 stacks += stack.to_bytes(8, "little")
                 flags.append((line["split"] == "val") | line["volume"] << 1 | line["text"] << 2)
-            total.add(read_counts(private, name))
-        counts.append(total)
-        sources += np.full(len(flags) - before, number, "<u2").tobytes()
-        if len(flags) - before != total.kept:
-            raise RuntimeError(f"expected {total.kept} images in the chunks of a source, got {len(flags) - before}")
+                numbers += places[number, line.get("modality", part.source.modality)].to_bytes(4, "little")
+        if len(flags) - before != counts[number].kept:
+            raise RuntimeError(
+                f"expected {counts[number].kept} images in the chunks of a source, got {len(flags) - before}"
+            )
     flag = np.frombuffer(flags, np.uint8)
     return _Table(
         pixels=np.frombuffer(columns[0], np.uint8).reshape(-1, 32),
@@ -167,9 +193,17 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
         group=np.unique(np.frombuffer(columns[2], "<u8"), return_inverse=True)[1],
         val=(flag & 1).astype(bool),
         text=(flag & 4).astype(bool),
-        source=np.frombuffer(sources, "<u2").astype(np.int64),
+        row=np.frombuffer(numbers, "<u4").astype(np.int64),
+        rows=rows,
         counts=counts,
     )
+
+
+def _total(private: Path, part: Part) -> Counts:
+    total = Counts()
+    for name in part.chunks:
+        total.add(read_counts(private, name))
+    return total
 
 
 def _lines(private: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -213,24 +247,25 @@ def _meta(source: Source, line: dict[str, Any]) -> dict[str, Any]:
     return meta | ({"simulated": True} if source.simulated else {})
 
 
-def _choose(table: _Table, keep: np.ndarray, modalities: Sequence[str]) -> set[int]:
+def _choose(table: _Table, keep: np.ndarray) -> set[int]:
     """Places of the examples: of each modality EXAMPLES, spread over its sources and, in each, over its images."""
     chosen: set[int] = set()
-    for modality in set(modalities):
-        rows = {
-            number: np.flatnonzero(keep & (table.source == number))
-            for number, name in enumerate(modalities)
-            if name == modality
+    for modality in {row.source.modality for row in table.rows}:
+        places = {
+            number: np.flatnonzero(keep & (table.row == number))
+            for number, row in enumerate(table.rows)
+            if row.source.modality == modality
         }
-        rows = {number: row for number, row in rows.items() if len(row)}
-        take = dict.fromkeys(rows, 0)
-        for _ in range(min(EXAMPLES, sum(map(len, rows.values())))):
+        places = {number: row for number, row in places.items() if len(row)}
+        take = dict.fromkeys(places, 0)
+        for _ in range(min(EXAMPLES, sum(map(len, places.values())))):
             least = min(
-                (number for number in rows if take[number] < len(rows[number])), key=lambda number: take[number]
+                (number for number in places if take[number] < len(places[number])), key=lambda number: take[number]
             )
             take[least] += 1
         for number, count in take.items():
-            chosen.update(int(rows[number][(2 * i + 1) * len(rows[number]) // (2 * count)]) for i in range(count))
+            row = places[number]
+            chosen.update(int(row[(2 * i + 1) * len(row) // (2 * count)]) for i in range(count))
     return chosen
 
 
@@ -240,15 +275,15 @@ def _facts(
     """All of the card but the histograms, which the second pass brings."""
     keep = kind == duplicates.KEEP
     sources = []
-    for number, (part, counts) in enumerate(zip(parts, table.counts, strict=True)):
-        of_source, source = table.source == number, part.source
+    for number, row in enumerate(table.rows):
+        of_row, source, counts = table.row == number, row.source, row.counts
         dropped = Counter(counts.dropped)
         for reason, code in (("exact duplicate", duplicates.EXACT), ("near duplicate", duplicates.NEAR)):
-            dropped[reason] = int((of_source & (kind == code)).sum())
-        kept = of_source & keep
+            dropped[reason] = int((of_row & (kind == code)).sum())
+        kept = of_row & keep
         sources.append(
             {
-                "name": source.name,
+                "name": row.name,
                 "modality": source.modality,
                 "anatomy": source.anatomy,
                 "normalisation": source.normalisation,
@@ -271,14 +306,13 @@ def _facts(
         )
     # The package-borne sources stand for the corpus: its modalities of which they hold nothing are listed too.
     corpus = len(parts) > 1 and all(part.source.package for part in parts)
-    modalities = []
-    for name in MODALITIES:
+    own = sorted({source["modality"] for source in sources} - set(modalities.NAMES))
+    listed = []
+    for name in (*modalities.NAMES, *own):
         here = [source for source in sources if source["modality"] == name]
         if here or corpus:
             train, val = sum(source["train"] for source in here), sum(source["val"] for source in here)
-            modalities.append(
-                {"name": name, "train": train, "val": val, "sources": len(here), "empty": train + val == 0}
-            )
+            listed.append({"name": name, "train": train, "val": val, "sources": len(here), "empty": train + val == 0})
     return {
         "name": PACKAGES if corpus else _name([part.source.name for part in parts]),
         "image_size": settings.size,
@@ -287,23 +321,33 @@ def _facts(
         "images": int(keep.sum()),
         "train": int((keep & ~table.val).sum()),
         "val": int((keep & table.val).sum()),
-        "modalities": modalities,
+        "modalities": listed,
         "sources": sources,
-        "duplicates": _pairs(parts, table, kind, of),
-        "rules": _rules(parts, settings),
-    }
+        "duplicates": _pairs(table, kind, of),
+        "rules": _rules(table.rows, settings),
+    } | _left_out(parts, table.counts)
 
 
-def _pairs(parts: Sequence[Part], table: _Table, kind: np.ndarray, of: np.ndarray) -> list[dict[str, Any]]:
+def _left_out(parts: Sequence[Part], counts: Sequence[Counts]) -> dict[str, Any]:
+    """Units and refusals of no known modality, of the sources whose files have modalities of their own."""
+    rows = []
+    for part, total in zip(parts, counts, strict=True):
+        if (nowhere := total.parts.get("")) is not None:
+            refused = dict(sorted(nowhere.refused.items()))
+            rows.append({"source": part.source.name, "units": nowhere.units, "refused": refused})
+    return {"left_out": rows} if rows else {}
+
+
+def _pairs(table: _Table, kind: np.ndarray, of: np.ndarray) -> list[dict[str, Any]]:
     dropped = np.flatnonzero(kind != duplicates.KEEP)
-    keys = table.source[dropped] * len(parts) + table.source[of[dropped]]
+    keys = table.row[dropped] * len(table.rows) + table.row[of[dropped]]
     rows = []
     for key in np.unique(keys):
         here = kind[dropped[keys == key]]
         rows.append(
             {
-                "source": parts[key // len(parts)].source.name,
-                "of": parts[key % len(parts)].source.name,
+                "source": table.rows[key // len(table.rows)].name,
+                "of": table.rows[key % len(table.rows)].name,
                 "exact": int((here == duplicates.EXACT).sum()),
                 "near": int((here == duplicates.NEAR).sum()),
             }
@@ -311,8 +355,8 @@ def _pairs(parts: Sequence[Part], table: _Table, kind: np.ndarray, of: np.ndarra
     return rows
 
 
-def _rules(parts: Sequence[Part], settings: Settings) -> dict[str, Any]:
-    shares = sorted({(part.source.modality, part.source.min_foreground) for part in parts})
+def _rules(listed: Sequence[_Row], settings: Settings) -> dict[str, Any]:
+    shares = sorted({(row.source.modality, row.source.min_foreground) for row in listed})
     return {
         "foreground": (
             f"share of pixels that differ by more than {normalise.FOREGROUND_STEP} of full scale from the commonest "

@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+LABEL_MAP, PROBABILITY_MAP = "label map", "probability map"
+"""Why a stack is left out."""
 FRAMES = 16
 """So many frames with more than one value in them are enough to tell."""
 PIXELS = 2**20
@@ -79,7 +81,7 @@ def suspicious(path: str) -> bool:
 
 def intent(code: int) -> str:
     """What a NIfTI intent code says that its numbers are: "label map", "derived map" (a statistic, vectors) or ""."""
-    return "label map" if code in _INTENT_LABELS else "derived map" if code in _INTENT_OTHERS else ""
+    return LABEL_MAP if code in _INTENT_LABELS else "derived map" if code in _INTENT_OTHERS else ""
 
 
 def judge(frames: Iterable[np.ndarray], named: bool = False) -> bool:

@@ -51,7 +51,7 @@ CATALOGUE = (
     ),
     Modality("ultrasound", aliases=("us", "sonography", "echo", "echocardiography")),
     Modality("fundus", aliases=("op", "cfp", "fundusphotography", "retinalphotography"), crop=True),
-    Modality("OCT", aliases=("opt", "opticalcoherencetomography")),
+    Modality("OCT", aliases=("opt", "octa", "opticalcoherencetomography")),
     Modality("pathology", aliases=("sm", "gm", "histology", "histopathology", "microscopy"), crop=True),
     Modality("endoscopy", aliases=("es", "colonoscopy", "gastroscopy", "laparoscopy"), crop=True),
     Modality(
@@ -99,8 +99,8 @@ def known(text: str) -> Modality | None:
 def resolve(text: str, normalisation: str | None = None) -> Modality:
     """The modality that a user's word means, with another normalisation where one is given.
 
-    A name that the catalogue does not have is a modality of the user's own. It needs a normalisation, so that a
-    misspelt name is no new modality. ValueError: a name or a normalisation that cannot be, with what would be right.
+    A name that the catalogue does not have is a modality of the user's own. It needs a normalisation, and must not be
+    one of the catalogue's misspelt. ValueError: a name or a normalisation that cannot be, with what would be right.
     """
     if normalisation is not None and normalisation not in NORMALISATIONS:
         allowed = ", ".join(NORMALISATIONS)
@@ -111,8 +111,9 @@ def resolve(text: str, normalisation: str | None = None) -> Modality:
     name = " ".join(text.split())
     if not _NAME.fullmatch(name) or key(name) in _RESERVED:
         raise ValueError(f"modality: expected {', '.join(NAMES)}, or a name of your own; got {text!r}")
-    if normalisation is None:
-        close = difflib.get_close_matches(key(name), _BY_KEY, n=1, cutoff=0.75)
+    misspelt = [word for word in _BY_KEY if len(word) > 1 and _one_off(key(name), word)]
+    if normalisation is None or misspelt:
+        close = misspelt or difflib.get_close_matches(key(name), _BY_KEY, n=1, cutoff=0.75)
         meant = f" (do you mean {_BY_KEY[close[0]].name!r}?)" if close else ""
         raise ValueError(
             f"modality: expected one of {', '.join(NAMES)}; got {text!r}{meant}. "
@@ -130,3 +131,11 @@ def of_folder(name: str) -> str | None:
     """The catalogue's name that a folder is called by; None for a folder that is called anything else."""
     modality = known(name)
     return None if modality is None else modality.name
+
+
+def _one_off(one: str, other: str) -> bool:
+    """Whether two words differ by one letter, which is missing, added or another."""
+    short, long = sorted((one, other), key=len)
+    if len(short) == len(long):
+        return sum(a != b for a, b in zip(short, long, strict=True)) == 1
+    return len(long) == len(short) + 1 and any(short == long[:i] + long[i + 1 :] for i in range(len(long)))

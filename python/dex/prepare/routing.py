@@ -453,6 +453,13 @@ _IMAGE_TYPES = (
 RULES = (*_OBJECTS, *_CAPTURES, *_MODALITIES, *_IMAGE_TYPES)
 
 
+def meaning(reason: str) -> str:
+    """What files that are left out for this reason are, in words."""
+    if reason == "another modality":
+        return "the header says another modality than the user"
+    return "; ".join(dict.fromkeys(rule.detail for rule in RULES if rule.reason == reason))
+
+
 def _value(head: Any, keyword: str) -> Any:
     try:
         return head.get(keyword)

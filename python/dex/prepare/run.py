@@ -39,7 +39,7 @@ from dex.data.shard_format import MANIFEST
 
 from . import chunks, join, packages, readers, scan, workers
 from .chunks import Counts, Job, Settings
-from .discover import Chunk, Listing, discover, parted
+from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, read_salt
 from .sources import Source, to_yaml
 from .summary import Progress
@@ -138,8 +138,9 @@ def private_folder(out: Path) -> Path:
 def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], None] = print) -> Run:
     """Fetch, list, plan and lock: everything up to the first image that is decoded. Writes OUT.private only.
 
-    ValueError: wrong options, a source without files, an earlier start of other sources or settings, an input that has
-    changed since. OSError: no network, no permission; BlockingIOError: another process does the same part. Failed.
+    ValueError: wrong options, a source without files, files whose modality nothing says (`discover.Undetermined`), an
+    earlier start of other sources or settings, an input that has changed since. OSError: no network, no permission;
+    BlockingIOError: another process does the same part. Failed.
     """
     out = Path(os.path.abspath(options.out))
     if out == out.parent:
@@ -160,7 +161,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
             del listing
         plan = {
             "format": "dex-plan",
-            "version": 1,
+            "version": 2,
             "settings": dataclasses.asdict(options.settings),
             "limits": dataclasses.asdict(options.limits),
             "versions": {name: _version(name) for name in _decoders()},
@@ -390,6 +391,7 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
         if Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
             raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
     listing = discover(source, root)
+    check_modalities(source, listing)
     for format in listing.formats:
         try:
             readers.load(format)

@@ -2,7 +2,8 @@
 
     resolve("packages")                        # every shipped source whose files come with a public package
     resolve("scans.yaml", planes=("axial",))   # a description of one's own, with something changed
-    resolve("scans/", modality="CT")           # a folder; it has no name of its own and is private
+    resolve("scans/")                          # a folder, its files as their headers say: see `routing`
+    resolve("scans/", modality="CT")           # another; it has no name of its own and is private
 
 A description is data: nothing in it is run. A new source is a new file, no code.
 """
@@ -21,29 +22,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from . import readers
+from . import modalities, readers
+from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder
 from .packages import Package, compile_globs
 from .readers import PLANES
 
 CATALOGUE = Path(__file__).parent / "catalogue"
-MODALITIES = (
-    "CT",
-    "MR",
-    "PET",
-    "X-ray",
-    "ultrasound",
-    "fundus",
-    "OCT",
-    "pathology",
-    "endoscopy",
-    "clinical photography",
-)
-NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
-AUTO = "auto"
-"""The format of a source whose files say by their names, or first bytes, what they are."""
-CROPPED = ("fundus", "pathology", "endoscopy", "clinical photography")
-"""Modalities whose pictures are cut to the centre square; those of others are padded."""
-BY_MODALITY = {"CT": "ct", "MR": "mr", "PET": "pet"}
 PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
@@ -73,16 +57,37 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Route:
+    """Files, by patterns of paths below the root, and the modality that they are of."""
+
+    modality: str
+    files: tuple[str, ...]
+
+    def __post_init__(self):
+        name = _named({"modality": self.modality})["modality"]
+        _require(name in modalities.NAMES, "routes.modality", f"one of {', '.join(modalities.NAMES)}", self.modality)
+        object.__setattr__(self, "modality", name)
+        _check_patterns("routes.files", self.files)
+
+
+@dataclass(frozen=True)
 class Source:
     """One data set. ValueError, naming the field, for a value that cannot work.
 
+    modality: a name of the catalogue's, in any case, an alias, or a name of the user's own. "auto": as the header of
+        each file says. "from-folders": for files without such a header, as a folder above them is called.
+    normalisation: "auto" where the modality is not one.
+    routes: the modality of files that `modality` does not give.
+    trusted: the description is right whatever a header says, and no file is a label map. Otherwise files whose header
+        says that they are no image, or of another modality, are left out by name, and so are label maps.
     name: letters, digits, ".", "_", "-"; it stands in shards and cards, so let it name nobody.
     format: "auto": of each file by its suffix, or DICOM by its magic number.
     files, exclude: patterns of paths below `root` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
         within one name, "**" for any folders; letter case does not matter, and hidden names must be named with their
         dot. No `files`: nobody has said yet.
     root: a folder. In YAML, relative to the file it stands in; here absolute.
-    planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired).
+    planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, but as stored
+        where the slices are not axial and lie more than twice as far apart as their pixels.
     frame_stride: of stacks that are no volume (videos, multi-frame files), one frame in so many. 0: as the corpus,
         one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
     min_foreground: the least share of foreground that a slice is kept with.
@@ -108,7 +113,7 @@ class Source:
     anatomy: str = ""
     planes: tuple[str, ...] = ("axial",)
     frame_stride: int = 1
-    min_foreground: float = 0.05
+    min_foreground: float = MIN_FOREGROUND
     fit: str = ""
     tiles: tuple[Tile, ...] = ()
     whole: bool = True
@@ -120,6 +125,8 @@ class Source:
     images: int | None = None
     public: bool = False
     simulated: bool = False
+    routes: tuple[Route, ...] = ()
+    trusted: bool = False
     package: Package | None = None
 
     def __post_init__(self):
@@ -129,9 +136,8 @@ class Source:
             'up to 64 letters, digits, ".", "_", "-"',
             self.name,
         )
+        self._check_modality()
         for name, allowed in (
-            ("modality", MODALITIES),
-            ("normalisation", NORMALISATIONS),
             ("format", (AUTO, *readers.formats())),
             ("fit", ("", "pad", "crop")),
             ("split", ("", "train", "val")),
@@ -148,22 +154,63 @@ class Source:
         _require(0 <= self.min_foreground <= 1, "min_foreground", "a share, 0 to 1", self.min_foreground)
         _require(0 <= self.val_share <= 1, "val_share", "a share, 0 to 1", self.val_share)
         _require(self.images is None or self.images >= 0, "images", "a count", self.images)
-        compile_globs([*self.files, *self.exclude])
         _require(self.whole or len(self.tiles) > 0, "whole", "tiles, where the whole picture is left out", self.whole)
         for name in ("files", "exclude"):
-            for pattern in getattr(self, name):
-                _require(
-                    not pattern.startswith("/") and "" not in pattern.split("/") and ".." not in pattern.split("/"),
-                    name,
-                    'patterns relative to the root, without ".."',
-                    pattern,
-                )
+            _check_patterns(name, getattr(self, name))
         if self.patient:
             try:
                 groups = re.compile(self.patient).groups
             except re.error as error:
                 raise ValueError(f"patient: expected a regular expression; {error}") from None
             _require(groups >= 1, "patient", "a regular expression with a group", self.patient)
+
+    def _check_modality(self) -> None:
+        if self.routed:
+            _require(self.normalisation == AUTO, "normalisation", f"{AUTO!r}, as the modality is", self.normalisation)
+            _require(not self.trusted, "trusted", f"a modality other than {self.modality!r}", self.trusted)
+            return
+        _require(not self.routes, "routes", f"none where the modality is not {AUTO!r} or {FROM_FOLDERS!r}", "routes")
+        _require(
+            modalities.resolve(self.modality, self.normalisation).name == self.modality,
+            "modality",
+            f"one of {', '.join(modalities.NAMES)}, or a name of your own",
+            self.modality,
+        )
+
+    @property
+    def routed(self) -> bool:
+        """Whether files have modalities of their own."""
+        return self.modality in (AUTO, FROM_FOLDERS)
+
+    def modality_of(self, path: str) -> Modality | None:
+        """The modality that the description gives a file, whatever its header says; None where it gives none, or where
+        the folders above it are called after several."""
+        if not self.routed:
+            return modalities.resolve(self.modality, self.normalisation)
+        for route in self.routes:
+            if _matcher(route.files).match(path) is not None:
+                return modalities.known(route.modality)
+        if self.modality == AUTO:
+            return None
+        names = {of_folder(part) for part in path.split("/")[:-1]} - {None}
+        return modalities.known(names.pop()) if len(names) == 1 else None
+
+    def for_modality(self, modality: str, normalisation: str, planes: tuple[str, ...] = (AUTO,)) -> Source:
+        """The source as it is for files of one modality. planes: in the place of "auto"."""
+        if not self.routed:
+            return self
+        of_catalogue = modalities.known(modality)
+        least = self.min_foreground
+        if of_catalogue is not None and least == MIN_FOREGROUND:
+            least = of_catalogue.min_foreground
+        return dataclasses.replace(
+            self,
+            modality=modality,
+            normalisation=normalisation,
+            routes=(),
+            min_foreground=least,
+            planes=planes if self.planes == (AUTO,) else self.planes,
+        )
 
     def matches(self, path: str) -> bool:
         """Whether a path relative to the root, "/" between folders, is one of the files."""
@@ -178,7 +225,8 @@ class Source:
     @property
     def crop(self) -> bool:
         """Whether pictures are cut to the centre square, rather than padded."""
-        return self.fit == "crop" or (not self.fit and self.modality in CROPPED)
+        modality = modalities.known(self.modality)
+        return self.fit == "crop" or (not self.fit and modality is not None and modality.crop)
 
 
 _matcher = functools.lru_cache(compile_globs)
@@ -196,7 +244,7 @@ def read_source(path: str | Path) -> Source:
     try:
         if len(data) > MAX_YAML_BYTES:
             raise ValueError(f"expected at most {MAX_YAML_BYTES} bytes")
-        source = _build(Source, _load(data), "")
+        source = _build(Source, _named(_load(data)), "")
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
     if source.root is not None:
@@ -213,7 +261,7 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
     """The sources that one word of a command line means, ready to be prepared.
 
     argument: a YAML file, the name of a shipped source (in any letter case), "packages" (all sources that come with a
-        package), or a folder, which needs modality=.
+        package), or a folder, whose files' headers say what they are where no modality= does.
     overrides: fields of `Source` to change; None leaves a field as it is. root: relative to the current folder. What a
         root holds is the user's own, so a source with one given here is private.
 
@@ -248,12 +296,13 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
             "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'; "
             + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "nothing is at the path given")
         )
-    if overrides.get("modality", source.modality) != source.modality:
+    given = _named(overrides).get("modality", source.modality)
+    if given != source.modality:
         raise ValueError(
-            f"modality: the source {source.name!r} is {source.modality}, got {overrides['modality']!r}; "
+            f"modality: the source {source.name!r} is {source.modality}, got {given!r}; "
             "copy its description and edit that, where it is wrong"
         )
-    source = _changed(source, overrides)
+    source = _changed(source, {**overrides, "modality": given})
     _check_ready(source)
     return [source]
 
@@ -269,18 +318,32 @@ def to_yaml(source: Source) -> str:
 
 
 def _folder(path: Path, overrides: dict[str, Any]) -> Source:
-    if "modality" not in overrides:
-        raise ValueError(f"SOURCE: a folder needs a modality, one of {', '.join(MODALITIES)}")
-    modality = overrides["modality"]
+    given = _named(overrides)
+    name = given.setdefault("modality", AUTO)
+    if name in (AUTO, FROM_FOLDERS):
+        modality = Modality(name, AUTO)
+    else:
+        modality = modalities.resolve(name, given.get("normalisation"))
     values = {
         "name": FOLDER,
-        "normalisation": BY_MODALITY.get(modality, "display"),
+        "normalisation": modality.normalisation,
         "files": ("**/*",),
         "root": path,
+        "planes": (AUTO,),
         "frame_stride": 0,
-        "min_foreground": 0.01 if modality == "PET" else 0.05,
-    } | overrides
+        "min_foreground": modality.min_foreground,
+    } | given
     return _build(Source, {**values, "root": _absolute(values["root"], Path.cwd())}, "")
+
+
+def _named(values: Any) -> Any:
+    """With the catalogue's name of the modality in the place of another spelling or an alias."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("modality"), str):
+        return values
+    name = values["modality"]
+    word = next((word for word in (AUTO, FROM_FOLDERS) if modalities.key(word) == modalities.key(name)), None)
+    modality = modalities.known(name)
+    return {**values, "modality": word or (modality.name if modality else " ".join(name.split()))}
 
 
 def _changed(source: Source, overrides: dict[str, Any]) -> Source:
@@ -380,6 +443,17 @@ def _plain(value: Any) -> Any:
             if e.default is dataclasses.MISSING or getattr(value, e.name) != e.default
         }
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _check_patterns(name: str, patterns: Sequence[str]) -> None:
+    compile_globs(patterns)
+    for pattern in patterns:
+        _require(
+            not pattern.startswith("/") and "" not in pattern.split("/") and ".." not in pattern.split("/"),
+            name,
+            'patterns relative to the root, without ".."',
+            pattern,
+        )
 
 
 def _require(good: bool, name: str, expected: str, value: Any) -> None:

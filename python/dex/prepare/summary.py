@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from dex.common.units import duration
 
 from .chunks import Counts
+from .label_maps import LABEL_MAP
 
 _EVERY = 5.0  # seconds between lines off a terminal
 _EVERY_ON_BAR = 0.25
@@ -129,7 +131,10 @@ def table(facts: Mapping[str, Any]) -> str:
             _reasons(source["dropped"]),
             _reasons(source["refused"]),
         )
-    total = [f"{sum(source[name] for source in facts['sources']):,}" for name in ("units", "seen", "kept")]
+    for row in facts.get("left_out", ()):
+        rows.add_row(row["source"], "-", f"{row['units']:,}", "0", "0", "0", "0", "-", _reasons(row["refused"]))
+    units = sum(row["units"] for row in (*facts["sources"], *facts.get("left_out", ())))
+    total = [f"{units:,}", *(f"{sum(source[name] for source in facts['sources']):,}" for name in ("seen", "kept"))]
     rows.add_row("all", "", *total, f"{facts['train']:,}", f"{facts['val']:,}", "", "")
     console = Console(width=_WIDTH, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as text:
@@ -144,6 +149,15 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         said.append("no image is held out: too few patients, or none by chance; val_share or split in a description")
     if not facts["train"]:
         said.append("no image to train on: all patients came to val; split: train in a description")
+    refused: Counter[str] = Counter()
+    for row in (*facts["sources"], *facts.get("left_out", ())):
+        refused.update(row["refused"])
+    if refused["another modality"]:
+        said.append(f"{refused['another modality']:,} files are left out: their headers say another modality")
+    if refused["contradictory header"]:
+        said.append(f"{refused['contradictory header']:,} files are left out: their headers contradict themselves")
+    if refused[LABEL_MAP]:
+        said.append(f"{refused[LABEL_MAP]:,} label maps are left out")
     small = sum(source["dropped"].get("too small", 0) for source in facts["sources"])
     if 2 * small > sum(source["seen"] for source in facts["sources"]):
         said.append(f"{small:,} slices are too small; of thick slices planes: stored takes what was acquired")

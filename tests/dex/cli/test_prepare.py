@@ -113,8 +113,13 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
     [
         (["prepare"], "the following arguments are required: SOURCE, --out"),
         (["prepare", "scans"], "the following arguments are required: --out"),
-        (["prepare", "scans", "--out", "o"], "SOURCE: a folder needs a modality, one of CT, MR"),
-        (["prepare", "scans", "--modality", "xray", "--out", "o"], "modality"),
+        (["prepare", "scans", "--modality", "xrays-ct", "--out", "o"], "modality: expected one of CT, MR"),
+        (["prepare", "scans", "--modality", "CTX", "--normalisation", "ct", "--out", "o"], "do you mean 'CT'?"),
+        (["prepare", "scans", "--modality", "CT", "--normalisation", "hu", "--out", "o"], "normalisation: expected"),
+        (["prepare", "scans", "--pattern", "ct/**", "--out", "o"], "pattern: expected MODALITY=GLOB"),
+        (["prepare", "scans", "--pattern", "film=ct/**", "--out", "o"], "routes.modality: expected one of CT"),
+        (["prepare", "scans", "--modality", "CT", "--pattern", "CT=ct/**", "--out", "o"], "routes: expected none"),
+        (["prepare", "scans", "--trust", "--out", "o"], "trusted: expected a modality other than 'auto'"),
         (
             ["prepare", "nowhere", "--out", "o"],
             "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'",

@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 from dex.data import open_dataset
-from dex.prepare.card import Example, build
+from dex.prepare.card import _MEANING, Example, build
+from dex.prepare.label_maps import LABEL_MAP, PROBABILITY_MAP
+from dex.prepare.routing import REASONS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECTIONS = ["modalities", "sources", "examples", "duplicates", "text", "licences", "rules"]
@@ -474,3 +476,18 @@ def test_in_a_browser(facts, examples, width, scheme, tmp_path):
         colours, counts = np.unique(part, axis=0, return_counts=True)
         assert bottom - top > 60 and len(colours) > 30, name
         assert counts.max() < 0.99 * len(part), f"{name} is nearly blank"
+
+
+def test_what_was_left_out_has_a_section_of_its_own(facts):
+    assert 'id="left-out"' not in build(facts)[0].decode()
+    facts["sources"][0]["refused"] = {"localizer": 1_200, "unreadable": 7}
+    facts["left_out"] = [{"source": "heart-ct", "units": 3, "refused": {"secondary capture": 5, "localizer": 1}}]
+    page, numbers = build(facts)
+    section = page.decode().split('id="left-out"', 1)[1].split("</section>", 1)[0]
+    assert "1,201" in section and "a localizer" in section and "secondary capture" in section and "5" in section
+    assert "unreadable" not in section and "label map" not in section
+    assert json.loads(numbers)["left_out"] == facts["left_out"]
+
+
+def test_every_reason_to_leave_a_file_out_is_explained():
+    assert all(_MEANING[reason] for reason in (*REASONS, LABEL_MAP, PROBABILITY_MAP))

@@ -9,6 +9,7 @@ from small_runs import SALT, described
 from dex.prepare import discover
 from dex.prepare.discover import Chunk, File, cut, is_unchanged, read_units
 from dex.prepare.ids import Names
+from dex.prepare.sources import Route
 
 DICOM = b"\0" * 128 + b"DICM"
 
@@ -160,3 +161,35 @@ def test_common_folders(tmp_path):
     write(tmp_path / "two", "data/img/p1/a.png", "data/c.png")
     assert discover.discover(described(), tmp_path / "one").common == 2
     assert discover.discover(described(), tmp_path / "two").common == 1
+
+
+def routed(**fields):
+    return described(modality="auto", normalisation="auto", **fields)
+
+
+def test_files_whose_modality_nothing_says_are_named_by_suffix(tmp_path):
+    write(tmp_path, "ct/1.dcm", "ct/2.png", "mr/3.PNG", "mr/4.nii.gz", "mr/5_seg.nii.gz", "us/a.avi", data=DICOM)
+    source = routed()
+    listing = discover.discover(source, tmp_path)
+    with pytest.raises(discover.Undetermined) as caught:
+        discover.check_modalities(source, listing)
+    assert (caught.value.suffixes, caught.value.by_folders) == ([".avi", ".nii.gz", ".png"], True)
+    assert str(caught.value).endswith("got 1 .avi, 1 .nii.gz, 2 .png of none")
+    routes = (Route("CT", ("ct/**", "mr/*.png")), Route("echo", ("**/*.avi",)))
+    with pytest.raises(discover.Undetermined, match="got 1 .nii.gz of none"):
+        discover.check_modalities(routed(routes=routes), listing)
+    discover.check_modalities(described(modality="from-folders", normalisation="auto"), listing)
+    discover.check_modalities(described(), listing)
+
+
+def test_folders_that_name_no_modality_do_not_say_it(tmp_path):
+    write(tmp_path, "Jane Doe/1.png", "ct/2.png", "ct/mr/3.png")
+    source = described(modality="from-folders", normalisation="auto")
+    with pytest.raises(discover.Undetermined, match="got 2 .png of none") as caught:
+        discover.check_modalities(source, discover.discover(source, tmp_path))
+    assert not caught.value.by_folders and "Jane" not in str(caught.value)
+    bare = described(modality="auto", normalisation="auto", format="picture")
+    write(tmp_path, "x/Jane.jpeg2000")
+    with pytest.raises(discover.Undetermined, match="3 .png, 1 without suffix") as caught:
+        discover.check_modalities(bare, discover.discover(bare, tmp_path))
+    assert "Jane" not in str(caught.value)

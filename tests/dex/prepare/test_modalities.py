@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dex.prepare import modalities, sources
+from dex.prepare import modalities
 from dex.prepare.modalities import CATALOGUE, NAMES, NORMALISATIONS, known, of_dicom, of_folder, resolve
 from dex.prepare.normalise import RULES
 
@@ -40,12 +40,12 @@ def test_every_name_is_its_own_and_no_alias_means_two():
     assert [resolve(name).name for name in NAMES] == list(NAMES)
 
 
-def test_the_catalogue_agrees_with_the_descriptions():
-    assert NAMES == sources.MODALITIES and set(NORMALISATIONS) == set(RULES)
-    assert tuple(modality.name for modality in CATALOGUE if modality.crop) == sources.CROPPED
-    for modality in CATALOGUE:
-        assert modality.normalisation == sources.BY_MODALITY.get(modality.name, "display")
-        assert modality.min_foreground == (0.01 if modality.name == "PET" else 0.05)
+def test_the_catalogue_knows_the_rules():
+    assert set(NORMALISATIONS) == set(RULES)
+    others = {m.name: m.normalisation for m in CATALOGUE if m.normalisation != "display"}
+    assert others == {"CT": "ct", "MR": "mr", "PET": "pet"}
+    assert [m.name for m in CATALOGUE if m.crop] == ["fundus", "pathology", "endoscopy", "clinical photography"]
+    assert [m.name for m in CATALOGUE if m.min_foreground != 0.05] == ["PET"]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,9 @@ def test_what_is_no_name_is_refused(text):
 def test_a_misspelt_name_is_told_the_closest():
     with pytest.raises(ValueError, match="do you mean 'ultrasound'"):
         resolve("ultrasond")
+    for word in ("ultrasond", "ultrasounds", "ultrasoond"):
+        with pytest.raises(ValueError, match="do you mean 'ultrasound'"):
+            resolve(word, "display")
     with pytest.raises(ValueError, match="needs --normalisation, one of ct, mr, pet, suv, display"):
         resolve("photoacoustic")
 

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("yaml")
 
 from dex.data.dataset import EMBEDDED  # noqa: E402
+from dex.prepare.modalities import NAMES, NORMALISATIONS  # noqa: E402
 from dex.prepare.packages import Package  # noqa: E402
 from dex.prepare.sources import (  # noqa: E402
-    MODALITIES,
-    NORMALISATIONS,
+    Route,
     Source,
     Tile,
     read_source,
@@ -95,9 +95,11 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
     # and everything differs from the defaults in at least one place, so the way out and back loses nothing
     again = dataclasses.replace(
         source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
-        licence="CC0", citation="Müller: a, b", public=True, simulated=True,
+        licence="CC0", citation="Müller: a, b", public=True, simulated=True, trusted=True,
     )  # fmt: skip
-    assert all(getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name != "format")
+    assert all(
+        getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in ("format", "routes")
+    )
     assert read_source(write(tmp_path, to_yaml(again), "again.yaml")) == again
 
 
@@ -141,8 +143,14 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "package: {name: a}\n", "package.version: missing"),
         (SMALL.replace("name: a", "name: a/b"), "name: expected up to 64"),
         (SMALL.replace("name: a", "name: ..a"), "name: expected up to 64"),
-        (SMALL.replace("CT", "ct"), "modality: expected one of 'CT'"),
-        (SMALL.replace(": ct", ": window"), "normalisation: expected one of 'ct'"),
+        (SMALL.replace("CT", "CTs"), "modality: expected one of CT, .*do you mean 'CT'"),
+        (SMALL.replace("CT", "a/b"), "modality: expected CT, .*, or a name of your own; got 'a/b'"),
+        (SMALL.replace(": ct", ": window"), "normalisation: expected one of ct, mr"),
+        (SMALL.replace("CT", "auto"), "normalisation: expected 'auto'"),
+        (SMALL + "routes: [{modality: CT, files: ['a/*']}]\n", "routes: expected none"),
+        (SMALL + "routes: [{modality: film, files: ['a/*']}]\n", "routes.modality: expected one of CT"),
+        (SMALL + "routes: [{modality: CT, files: [/a]}]\n", "routes.files: expected patterns relative"),
+        (SMALL.replace("CT", "auto").replace(": ct", ": auto") + "trusted: true\n", "trusted: expected a modality"),
         ("a: [", "expected YAML"),
         ("a: !!python/object/apply:os.system [true]\n", "expected YAML"),
         ("a: " + "[" * 5000, "expected YAML"),
@@ -189,7 +197,7 @@ def test_the_catalogue_is_the_corpus(sources):
     images = Counter()
     for source in entries:
         images[source.modality] += source.images
-    assert images == CATALOGUED and tuple(CATALOGUED) == MODALITIES
+    assert images == CATALOGUED and tuple(CATALOGUED) == NAMES
     assert {source.name for source in entries if source.frame_stride != 1} == VIDEOS
     assert all(sources[name].frame_stride == 30 for name in VIDEOS)
     for source in entries:
@@ -258,25 +266,72 @@ def test_a_folder_is_private_and_nameless(tmp_path):
     folder.mkdir()
     (source,) = resolve(folder, modality="MR")
     assert source == Source(
-        name="folder", modality="MR", normalisation="mr", files=("**/*",), root=str(folder), frame_stride=0
+        name="folder",
+        modality="MR",
+        normalisation="mr",
+        files=("**/*",),
+        root=str(folder),
+        planes=("auto",),
+        frame_stride=0,
     )
     assert "Jane" not in repr(source) and not source.public
-    rules = {m: resolve(folder, modality=m)[0] for m in MODALITIES}
+    rules = {m: resolve(folder, modality=m)[0] for m in NAMES}
     assert {m: s.normalisation for m, s in rules.items()} == {
-        m: {"CT": "ct", "MR": "mr", "PET": "pet"}.get(m, "display") for m in MODALITIES
+        m: {"CT": "ct", "MR": "mr", "PET": "pet"}.get(m, "display") for m in NAMES
     }
     assert {m for m, s in rules.items() if s.min_foreground != 0.05} == {"PET"}
     assert {m for m, s in rules.items() if s.crop} == {"fundus", "pathology", "endoscopy", "clinical photography"}
     (source,) = resolve(folder, modality="PET", normalisation="suv", name="folder-2", files=["a/*"], planes=["stored"])
     assert (source.normalisation, source.name, source.files) == ("suv", "folder-2", ("a/*",))
     assert source.planes == ("stored",) and source.root == str(folder)
-    for bad in ({}, {"modality": "ct"}, {"modality": "CT", "files": ["../x"]}):
+    for bad in ({"modality": "CTs"}, {"modality": "CT", "files": ["../x"]}):
         with pytest.raises(ValueError) as caught:
             resolve(folder, **bad)
         assert "Jane" not in str(caught.value)
     with pytest.raises(ValueError, match="nothing is at the path given") as caught:
         resolve(folder / "gone", modality="CT")
     assert "Jane" not in str(caught.value)
+
+
+def test_a_folder_without_a_modality_is_read_by_its_headers(tmp_path):
+    (source,) = resolve(tmp_path)
+    assert (source.modality, source.normalisation, source.planes) == ("auto", "auto", ("auto",)) and source.routed
+    assert resolve(tmp_path, modality="AUTO") == [source]
+    assert source.modality_of("ct/1.png") is None
+    ct, pet = source.for_modality("CT", "ct"), source.for_modality("PET", "pet", ("stored",))
+    assert (ct.modality, ct.normalisation, ct.min_foreground, ct.routed) == ("CT", "ct", 0.05, False)
+    assert (pet.planes, pet.min_foreground) == (("stored",), 0.01)
+    (source,) = resolve(tmp_path, planes=["coronal"])
+    assert source.for_modality("PET", "pet", ("stored",)).planes == ("coronal",)
+    with pytest.raises(ValueError, match="normalisation: expected 'auto'"):
+        resolve(tmp_path, normalisation="ct")
+
+
+def test_names_of_modalities_are_read_in_any_spelling(tmp_path):
+    for name, wanted in (("ct", "CT"), ("MRI", "MR"), ("x ray", "X-ray"), ("dermoscopy", "clinical photography")):
+        assert resolve(tmp_path, modality=name)[0].modality == wanted
+    text = SMALL.replace("CT", "computed tomography") + "root: .\nfiles: ['*']\n"
+    (source,) = resolve(write(tmp_path, text), modality="ct")
+    assert source.modality == "CT"
+    (own,) = resolve(tmp_path, modality="Photo  acoustic", normalisation="mr")
+    assert (own.modality, own.normalisation, own.crop, own.routed) == ("Photo acoustic", "mr", False, False)
+    assert own.modality_of("ct/1.png").name == "Photo acoustic"
+
+
+def test_folders_and_patterns_give_modalities(tmp_path):
+    (source,) = resolve(tmp_path, modality="from-folders", routes=(Route("mg", ("**/*_mammo.png",)),))
+    wanted = {
+        "p1/CT/a.png": "CT",
+        "mri/p1/t1/a.nii.gz": "MR",
+        "Dermoscopy/a.jpg": "clinical photography",
+        "p1/ct/CT/a.png": "CT",
+        "CT/mr/a.png": None,  # two names
+        "p1/a.png": None,
+        "ct.png": None,
+        "CT/1_mammo.png": "X-ray",
+    }
+    assert {path: m and m.name for path in wanted for m in [source.modality_of(path)]} == wanted
+    assert read_source(write(tmp_path, to_yaml(dataclasses.replace(source, root=None)))).routes == source.routes
 
 
 def test_frames_of_a_folder_are_counted_by_format(tmp_path):

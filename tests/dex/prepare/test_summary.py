@@ -83,3 +83,15 @@ def test_a_line_says_what_is_done_and_what_is_left(monkeypatch, capsys):
     progress.update("000-000001", Counts(units=1, seen=5, kept=5))  # too soon for another line
     want = "units 5/10  kept 55  dropped 10  4.5 slices/s  refused 1  left 17s\n"  # of what this start has done
     assert capsys.readouterr().out == want
+
+
+def test_what_was_left_out_is_counted_and_told():
+    refused = {"another modality": 1234, "contradictory header": 2, "label map": 3, "localizer": 9}
+    lines = notes(facts(refused=refused))
+    assert [line.split()[0] for line in lines] == ["1,234", "2", "3"]
+    assert "their headers say another modality" in lines[0] and "label maps are left out" in lines[2]
+    whole = facts() | {"left_out": [{"source": "mine", "units": 4, "refused": refused}]}
+    assert notes(whole) == lines
+    rows = table(whole).splitlines()
+    assert rows[2].split()[:3] == ["mine", "-", "4"] and "localizer 9" in rows[2]
+    assert rows[3].split()[:2] == ["all", "1,238"]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .files import Limits, opened
-from .reader import Reader
+from .reader import Decide, Reader
 from .stack import PLANES, REASONS, Frame, Geometry, Refused, Stack
 
 
@@ -96,19 +96,22 @@ def read(
     *,
     limits: Limits = Limits(),  # noqa: B008
     beat: Callable[[], None] | None = None,
+    decide: Decide | None = None,
 ) -> Iterator[Stack]:
     """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
     the one that `beside` names.
 
     Refused is raised for a unit that gives nothing; a part that was left out stands in a stack's `refused`. `beat` is
     called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
+    `decide`: for each file of a format whose headers say what they are, whether it is left out; without it none is.
     """
     load(format)
     if not files:
         raise ValueError("files: expected at least one")
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
-    for stack in reader_of(format).read(paths, limits, beat):
+    reader = reader_of(format)
+    for stack in reader.read(paths, limits, beat, *([decide] if reader.decides else [])):
         stack.beat = beat
         yield stack
         del stack

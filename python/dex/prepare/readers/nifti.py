@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..label_maps import intent
 from .files import RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
 from .reader import Beat, Reader
@@ -97,6 +98,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         geometry=geometry,
         volume=frames > 1,
         described=True,
+        declared=intent(int(header["intent_code"])),
         whole=whole[..., :3] if kept and channels > 1 else whole,
     )
     if volumes > 1:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ..routing import Decision
 from .files import BoundedFile, Limits
 from .stack import Stack
 
 Beat = Callable[[], None]
 """A sign of life: whoever runs a reader takes a long silence for a hang."""
+Decide = Callable[[Any, bool], Decision]
+"""From a header, and whether pixels follow it, to what the file is, or why it is left out."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,19 @@ class Reader:
     recognises: whether an opened file without a known suffix is of this format.
     whole_folders: a unit is all files of one folder. series_of: what the files of a large folder that `read` puts
     together have in common, by their headers; () where that cannot be read.
+    decides: the files' headers say what they are, so `read` takes a `Decide`, or None, as a fourth argument.
     frame_stride: of stacks that are no volume the corpus takes one frame in so many.
     passed_over: names of files, in upper case, that are no images -> what they are.
     """
 
     suffixes: tuple[str, ...]
-    read: Callable[[Sequence[Path], Limits, Beat], Iterator[Stack]]
+    read: Callable[..., Iterator[Stack]]
     needs: Mapping[str, str] = field(default_factory=dict)
     load: Callable[[], None] = lambda: None
     beside: Callable[[Path], list[str]] = lambda path: []
     recognises: Callable[[BoundedFile], bool] = lambda file: False
     whole_folders: bool = False
     series_of: Callable[[Path, Limits], tuple[str, ...]] | None = None
+    decides: bool = False
     frame_stride: int = 1
     passed_over: Mapping[str, str] = field(default_factory=dict)

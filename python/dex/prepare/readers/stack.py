@@ -6,11 +6,15 @@ Shape letters: F frames, H rows, W columns. Index axes of a volume: i along colu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+from ..label_maps import LABEL_MAP, PROBABILITY_MAP
+from ..routing import REASONS as LEFT_OUT
+from ..routing import Decision
 
 REASONS = (
     "unreadable",
@@ -20,15 +24,18 @@ REASONS = (
     "constant",
     "burned-in",
     "inconsistent",
-    "no image",
     "timeout",
     "crash",
+    *LEFT_OUT,
+    LABEL_MAP,
+    PROBABILITY_MAP,
 )
-PLANES = ("axial", "coronal", "sagittal", "stored")
+PLANES = ("axial", "coronal", "sagittal", "stored", "auto")
 QUANTITIES = ("HU", "SUV", "raw", "display8")
 
 _NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # of right, anterior, superior
 _CHUNK = 2**20
+_THICK = 2.0  # spacings of rows and columns: slices further apart show nothing across them
 
 
 class Refused(ValueError):
@@ -126,6 +133,8 @@ class Stack:
     described: the file does not say what its numbers are, so the source's description does.
     windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
+    decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
+        that its header gives besides, or "".
     patient, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
 
@@ -149,6 +158,8 @@ class Stack:
     windowed: bool = False
     burned_in: bool = False
     note: str = ""
+    decision: Decision | None = None
+    declared: str = ""
     patient: str = field(default="", repr=False)
     series: str = field(default="", repr=False)
     refused: list[Refused] = field(default_factory=list)
@@ -163,12 +174,15 @@ class Stack:
             raise Refused("inconsistent", "a rescale slope of zero, or a rescale that is not finite")
 
     def frames(self, planes: tuple[str, ...], stride: int) -> Iterator[Frame]:
-        """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once."""
+        """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once. "auto":
+        axial, or as stored where axial slices would be cut across few thick or uneven ones."""
         unknown = [plane for plane in planes if plane not in PLANES]
         if unknown or not planes:
             raise ValueError(f"planes: expected some of {PLANES}, got {list(planes)}")
         if stride < 1:
             raise ValueError(f"stride: expected at least 1, got {stride}")
+        if self.geometry is not None and "auto" in planes:
+            planes = tuple(dict.fromkeys(self._plane() if plane == "auto" else plane for plane in planes))
         if self.geometry is None:
             planes = ("stored",)
         elif not self.volume and planes != ("stored",):
@@ -195,6 +209,17 @@ class Stack:
                 self._keep()
             self._percentiles[low, high] = self._count((low, high))
         return self._percentiles[low, high]
+
+    def _plane(self) -> str:
+        columns, rows, across = self.geometry.spacing
+        thick = not self.geometry.even or across > _THICK * max(columns, rows)
+        return "stored" if self.volume and thick and self._slow_plane() != "axial" else "axial"
+
+    def sample(self, numbers: Collection[int]) -> Iterator[np.ndarray]:
+        """The stored frames of these numbers, as they are stored. A stack of one frame keeps it, if it may."""
+        if self.length == 1 and self.whole is None and self.holds(self._bytes()):
+            self._keep()
+        yield from (pixels for _, pixels in self._loaded(lambda number: number in numbers))
 
     def _slow_plane(self) -> str:
         return next(plane for plane, axis in _NORMAL.items() if self.geometry.axes[axis] == 2)

@@ -227,3 +227,13 @@ def test_more_than_four_sides(tmp_path):
     series = DRAW.integers(0, 1000, (6, 5, 1, 9), dtype=np.int16)
     stack = read(save(tmp_path / "f.nii", series))
     assert stack.length == 1 and "8 volumes" in str(stack.refused[0])
+
+
+@pytest.mark.parametrize(
+    ("intent", "declared"), [(0, ""), (1002, "label map"), (3, "derived map"), (1006, "derived map")]
+)
+def test_intents_declare_what_is_no_image(tmp_path, intent, declared):
+    image = nibabel.Nifti1Image(VALUES, np.eye(4))
+    image.header.set_intent(intent, (1,) if intent == 3 else ())
+    nibabel.save(image, tmp_path / "a.nii")
+    assert read(tmp_path / "a.nii").declared == declared

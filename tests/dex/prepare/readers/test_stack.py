@@ -142,3 +142,49 @@ def test_a_refusal_pickles_and_names_only_known_reasons():
     assert isinstance(error, ValueError) and str(Refused("crash")) == "crash"
     with pytest.raises(ValueError, match="reason"):
         Refused("other")
+
+
+@pytest.mark.parametrize(
+    ("axes", "spacing", "even", "plane", "count"),
+    [
+        ("RAS", (1.0, 1.0, 5.0), True, "axial", 4),  # axial slices, however thick
+        ("RSA", (1.0, 1.0, 4.0), True, "frame", 4),  # few coronal ones
+        ("ASR", (1.0, 1.5, 3.1), True, "frame", 4),  # few sagittal ones
+        ("ASR", (1.0, 1.5, 3.0), True, "axial", 5),
+        ("ASR", (1.0, 1.0, 1.0), True, "axial", 5),
+        ("ASR", (1.0, 1.0, 1.0), False, "frame", 4),
+    ],
+)
+def test_the_automatic_plane_is_axial_but_not_across_thick_slices(axes, spacing, even, plane, count):
+    """axes: where columns, rows and frames point; a stack of 4 frames of 5 rows and 6 columns."""
+    linear = np.zeros((3, 3))
+    for column, letter in enumerate(axes):
+        linear["RAS".index(letter), column] = 1
+    geometry = Geometry.from_affine(linear * spacing, spacing, even)
+    array = DRAW.integers(0, 100, (4, 5, 6), dtype=np.int16)
+    frames = list(stack_of(array, geometry=geometry, volume=True).frames(("auto",), 1))
+    assert {frame.label.rpartition("-")[0] for frame in frames} == {plane} and len(frames) == count
+    if plane == "frame":
+        assert (np.stack([frame.pixels for frame in frames]) == array).all()
+    both = list(stack_of(array, geometry=geometry, volume=True).frames(("auto", "stored"), 1))
+    assert len({frame.label for frame in both}) == len(both) == (4 if plane == "frame" else count + 4)
+
+
+def test_a_stack_without_geometry_has_no_automatic_plane():
+    assert [frame.label for frame in stack_of(ARRAYS["int16"]).frames(("auto",), 1)] == [
+        "frame-0000",
+        "frame-0001",
+        "frame-0002",
+    ]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sample_is_some_frames_as_they_are_stored(keep):
+    array, loads = ARRAYS["int16"], []
+    stack = stack_of(array, keep, slope=2.0)
+    assert (np.stack(list(stack.sample({0, 2}))) == array[[0, 2]]).all()
+    load = stack.load
+    one = stack_of(array[:1], keep, load=lambda wanted: loads.append(1) or load(wanted))
+    for _ in range(2):
+        assert (next(one.sample([0])) == array[0]).all()
+    assert len(loads) == (1 if keep else 2)  # a picture is decoded once

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..files import Limits, has_magic
-from ..reader import Beat, Reader
+from ..reader import Beat, Decide, Reader
 from ..stack import Stack
 
 
@@ -18,10 +18,10 @@ def load() -> None:
     from . import series  # noqa: F401
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat, decide: Decide | None) -> Iterator[Stack]:
     from . import series
 
-    return series.read(files, limits, beat)
+    return series.read(files, limits, beat, decide)
 
 
 def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
@@ -45,5 +45,6 @@ READER = Reader(
     recognises=has_magic,  # files are often called after their UID
     whole_folders=True,
     series_of=series_of,
+    decides=True,
     passed_over={"DICOMDIR": "directories of DICOM files"},
 )

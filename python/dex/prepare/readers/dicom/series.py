@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ...routing import REASONS as LEFT_OUT
+from ...routing import Decision
 from ..files import Limits, quiet
+from ..reader import Decide
 from ..stack import Geometry, Refused, Stack
 from . import suv
 from .file import Pixels, Place, describe, listed, read_header, text
@@ -59,6 +62,7 @@ class Slice:
 
 @dataclass
 class Series:
+    decision: Decision | None = None
     patient: str = ""
     burned_in: bool = False
     slices: list[Slice] = field(default_factory=list)
@@ -66,9 +70,12 @@ class Series:
     uptakes: list[suv.Uptake] = field(default_factory=list)
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Iterator[Stack]:
+def read(
+    files: Sequence[Path], limits: Limits, beat: Callable[[], None], decide: Decide | None = None
+) -> Iterator[Stack]:
     """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
-    can be known; objects without pixels, doses and segmentations are "no image"."""
+    can be known; objects without pixels, doses and segmentations are "no image". decide: leaves out more of them, and
+    none of what it leaves out refuses its series."""
     by_identity: dict[tuple[str, ...], Series] = defaultdict(Series)
     faulty: dict[tuple[str, ...], Refused] = {}
     refused: list[Refused] = []
@@ -79,11 +86,17 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Ite
             with quiet("DICOM header"):
                 head, place = read_header(path, limits)
                 identity = _identity(head)
+                if decide is not None:
+                    decision = decide(head, place is not None)
+                    if decision.left_out:
+                        raise Refused(decision.left_out, decision.detail)
+                    identity = (*identity, decision.modality)
+                    by_identity[identity].decision = decision
                 _add(by_identity[identity], head, path, place, limits)
         except Refused as error:
             error.file = path.name
             refused.append(error)
-            if identity is not None and error.reason != "no image" and not isinstance(error, Repeated):
+            if identity is not None and error.reason not in LEFT_OUT and not isinstance(error, Repeated):
                 faulty[identity] = error
     stacks = []
     for identity in sorted(by_identity):
@@ -97,7 +110,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Callable[[], None]) -> Ite
         except Refused as error:
             refused.append(error)
     if not stacks:
-        refused.sort(key=lambda error: error.reason == "no image")
+        refused.sort(key=lambda error: error.reason in LEFT_OUT)
         refused[0].others = refused[1:]
         raise refused[0]
     stacks[0].refused.extend(refused)
@@ -350,6 +363,7 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         volume=volume or bool(len(slices) > 1 and first.tomographic and apart),
         inverted=first.inverted and quantity == "raw",
         burned_in=series.burned_in,
+        decision=series.decision,
         note=first.note or (note if quantity == "raw" else ""),
         patient=series.patient,
     )

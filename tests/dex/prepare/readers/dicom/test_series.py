@@ -15,6 +15,7 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
+from dex.prepare import modalities, readers, routing
 from dex.prepare.readers import Refused
 
 
@@ -348,3 +349,47 @@ def test_aspect_ratio_and_unknown_spacing(tmp_path):
     (stack,) = read(write(tmp_path / "a.dcm", pixels, Modality="US", PixelAspectRatio=[2, 1], PixelSpacing=[0, 0]))
     assert stack.spacing == (2, 1)
     assert read(write(tmp_path / "b.dcm", pixels, Modality="US"))[0].spacing == (1, 1)
+
+
+def decided(*files, wanted=None):
+    def decide(head, has_pixels):
+        return routing.decide(routing.facts_of(head, has_pixels), wanted)
+
+    return list(readers.read(list(files), "dicom", decide=decide))
+
+
+def test_what_is_left_out_leaves_its_series_whole(tmp_path):
+    pixels = np.arange(16, dtype=np.int16).reshape(4, 4)
+    axial = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    files = [slice_of(tmp_path / f"{z}.dcm", pixels + z, z, ImageType=axial) for z in range(3)]
+    files.append(slice_of(tmp_path / "l.dcm", pixels, 9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    files.append(write(tmp_path / "s.dcm", pixels.astype(np.uint8), kind="1.2.840.10008.5.1.4.1.1.7"))
+    files.append(write(tmp_path / "m.dcm", pixels, Modality="MR", SeriesDescription="Canary^Patient"))
+    (stack,) = decided(*files)
+    assert (stack.length, stack.quantity, stack.volume) == (3, "HU", True)
+    assert stack.decision == routing.Decision("CT", "ct", ("auto",))
+    assert sorted((one.reason, one.file) for one in stack.refused) == [
+        ("contradictory header", "m.dcm"),
+        ("localizer", "l.dcm"),
+        ("secondary capture", "s.dcm"),
+    ]
+    assert not any("Canary" in repr(one.args) + str(one) for one in stack.refused)
+    assert len(read(*files)) > 1  # nobody asked
+
+
+def test_a_folder_of_which_all_is_left_out_is_refused_for_every_file(tmp_path):
+    pixels = np.zeros((4, 4), np.int16)
+    files = [write(tmp_path / f"{n}.dcm", pixels, kind=MRImageStorage, Modality="MR") for n in range(2)]
+    with pytest.raises(Refused) as caught:
+        decided(*files, wanted=modalities.resolve("CT"))
+    assert [one.reason for one in (caught.value, *caught.value.others)] == ["another modality"] * 2
+    (stack,) = decided(files[0], wanted=modalities.resolve("MR"))
+    assert stack.decision.modality == "MR"
+
+
+def test_one_series_uid_of_two_modalities_makes_two_stacks(tmp_path):
+    pixels = np.arange(16, dtype=np.int16).reshape(4, 4)
+    files = [slice_of(tmp_path / f"{z}.dcm", pixels + z, z) for z in range(3)]
+    more = {"kind": MRImageStorage, "Modality": "MR"}
+    files += [slice_of(tmp_path / f"m{z}.dcm", pixels + z, z, **more) for z in range(2)]
+    assert [(stack.decision.modality, stack.length) for stack in decided(*files)] == [("CT", 3), ("MR", 2)]
