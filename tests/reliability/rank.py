@@ -103,158 +103,182 @@ class Written:
         return self._hit("write", lambda: put(data), lambda: put(data[: len(data) // 2]))
 
 
-def put_in(faults):
-    """Change the package as ``faults`` says; keys are read below. ``rank``: where; the others only take part."""
-    import torch
+class Faults:
+    """What is put into the package on one rank; keys of ``asked`` are read where they take effect.
 
-    from dex.data.dataset import SampleError
-    from dex.model import MaskedAutoencoder
-    from dex.train import trainer as engine
+    ``rank``: where the faults are; the others only take part. Each method changes what it is named for.
+    """
 
-    rank = int(os.environ["RANK"])
-    here = faults.get("rank", rank) == rank
-    trace = open(f"{faults['trace']}.{rank}", "a", buffering=1) if "trace" in faults else None  # noqa: SIM115
-    if trace:
-        trace.write(json.dumps({"pid": os.getpid()}) + "\n")
-        real_signal = signal.signal
+    def __init__(self, asked):
+        from dex.model import MaskedAutoencoder
+        from dex.train import trainer as engine
 
-        def traced_signal(number, handler):
-            def note(*a):
-                trace.write(json.dumps({"signal": number, "at": time.monotonic()}) + "\n")
+        self.asked, self.engine, self.model = asked, engine, MaskedAutoencoder
+        self.rank = int(os.environ["RANK"])
+        self.here = asked.get("rank", self.rank) == self.rank
+        self.watched = asked.get("bad_steps", [])
+        self.bad = self.watched if self.here else []
+        self.step = 0
+        self._trace = None
+        if "trace" in asked:
+            self._trace = open(f"{asked['trace']}.{self.rank}", "a", buffering=1)  # noqa: SIM115
+
+    def note(self, **entry):
+        if self._trace:
+            self._trace.write(json.dumps(entry) + "\n")
+
+    def put_in(self):
+        self.note(pid=os.getpid())
+        if self._trace:
+            self.signals()
+        if self.here:
+            self.files()
+        self.steps()
+        self.images()
+        self.forward()
+        self.batches()
+        if self.here:
+            self.loader()
+            self.end()
+
+    def signals(self):
+        real = signal.signal
+
+        def traced(number, handler):
+            def noted(*a):
+                self.note(signal=number, at=time.monotonic())
                 return handler(*a)
 
-            return real_signal(number, note if callable(handler) else handler)
+            return real(number, noted if callable(handler) else handler)
 
-        signal.signal = traced_signal
-    watched = faults.get("bad_steps", [])
-    bad = watched if here else []
-    step = 0
-    if here and "operation" in faults:
-        log = os.open(f"{faults['operations']}.{rank}", os.O_WRONLY | os.O_CREAT) if "operations" in faults else None
-        FileFaults(faults.get("thread", "checkpoint"), faults["operation"], faults.get("how", "before"), log)
+        signal.signal = traced
 
-    real_step, real_augment, real_next = engine.Trainer.train_step, engine.augment, engine.Trainer._next_batch
-    real_forward = MaskedAutoencoder.forward
+    def files(self):
+        if "operation" in self.asked:
+            log = None
+            if "operations" in self.asked:
+                log = os.open(f"{self.asked['operations']}.{self.rank}", os.O_WRONLY | os.O_CREAT)
+            thread, how = self.asked.get("thread", "checkpoint"), self.asked.get("how", "before")
+            FileFaults(thread, self.asked["operation"], how, log)
 
-    def next_batch(self):
-        found = real_next(self)
-        if trace:
-            trace.write(json.dumps({"step": self.step, "ids": list(found[0].ids)}) + "\n")
-        return found
+    def steps(self):
+        """A trace of every step, and of the state around those that are watched."""
+        real = self.engine.Trainer.train_step
 
-    def train_step(self):
-        nonlocal step
-        step = self.step
-        if trace and step in watched:
-            trace.write(json.dumps({"before": step, "hash": everything(self)}) + "\n")
-        try:
-            return real_step(self)
-        finally:
-            if trace:
-                trace.write(json.dumps({"done": step + 1, "at": time.monotonic()}) + "\n")
-            if trace and step in watched:
-                trace.write(json.dumps({"after": step, "hash": everything(self)}) + "\n")
-            if trace and (step + 1) % faults.get("directors_every", 1 << 60) == 0:
-                trace.write(json.dumps({"directors": step + 1, "hash": directors(self)}) + "\n")
-
-    def augment(*a, **k):
-        images = real_augment(*a, **k)
-        if step in bad and faults["kind"] == "pixel":
-            images[0, 0, 3, 5] = float("nan")
-        return images
-
-    def forward(self, *a, **k):
-        out = real_forward(self, *a, **k)
-        if not self.training or step not in bad:
-            return out
-        if faults["kind"] == "loss":
-            poison = torch.zeros_like(out.image_loss)
-            poison[0] = float("inf")
-            return out._replace(loss=out.loss + poison.sum(), image_loss=out.image_loss + poison)
-        if faults["kind"] == "gradient":
-            return out._replace(loss=BadGradient.apply(out.loss))
-        return out
-
-    class BadGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * float("nan")
-
-    engine.Trainer.train_step, engine.Trainer._next_batch = train_step, next_batch
-    engine.augment, MaskedAutoencoder.forward = augment, forward
-
-    if "hang_at" in faults and here:
-
-        def hang(self):
-            if self.step == faults["hang_at"]:
-                time.sleep(3600)
-            return next_batch(self)
-
-        engine.Trainer._next_batch = hang
-    if "drift_at" in faults and here:
-
-        def drift(self):
-            if self.step == faults["drift_at"]:
-                with torch.no_grad():
-                    self.model.encoder.dex_layers[0].director.fc1.bias[0] += 1e-3
-            return next_batch(self)
-
-        engine.Trainer._next_batch = drift
-    if "error_at" in faults and here:
-
-        def fail(self):
-            if self.step == faults["error_at"]:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return next_batch(self)
-
-        engine.Trainer._next_batch = fail
-    if "like_nccl" in faults:  # what waits for a rank that failed goes on waiting, and so does leaving it
-
-        def wait_for_ever(self):
+        def train_step(trainer):
+            self.step = step = trainer.step
+            watched = self._trace and step in self.watched
+            if watched:
+                self.note(before=step, hash=everything(trainer))
             try:
-                return train_step(self)
+                return real(trainer)
+            finally:
+                self.note(done=step + 1, at=time.monotonic())
+                if watched:
+                    self.note(after=step, hash=everything(trainer))
+                if self._trace and (step + 1) % self.asked.get("directors_every", 1 << 60) == 0:
+                    self.note(directors=step + 1, hash=directors(trainer))
+
+        def wait_for_ever(trainer):
+            try:
+                return train_step(trainer)
             except RuntimeError:
                 time.sleep(3600)
 
-        engine.Trainer.train_step = wait_for_ever
-        if here:
-            from dex.train import run as pretrain
+        # What waits for a rank that failed goes on waiting with NCCL.
+        self.engine.Trainer.train_step = wait_for_ever if "like_nccl" in self.asked else train_step
 
-            pretrain.stop = lambda ranks: time.sleep(3600)
-    if "slow_forward" in faults and here:
+    def images(self):
+        real = self.engine.augment
 
-        def slow(self, *a, **k):
-            time.sleep(faults["slow_forward"] if self.training else 0)
-            return forward(self, *a, **k)
+        def augment(*a, **k):
+            images = real(*a, **k)
+            if self.step in self.bad and self.asked["kind"] == "pixel":
+                images[0, 0, 3, 5] = float("nan")
+            return images
 
-        MaskedAutoencoder.forward = slow
-    if "slow_loader" in faults and here:
-        from dex.data import Loader
+        self.engine.augment = augment
 
-        real_batch = Loader.__next__
+    def forward(self):
+        import torch
 
-        def late(self):
-            time.sleep(faults["slow_loader"])
-            return real_batch(self)
+        real = self.model.forward
 
-        Loader.__next__ = late
-    if "unreadable_from" in faults and here:
+        class BadGradient(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, g):
+                return g * float("nan")
+
+        def forward(model, *a, **k):
+            if "slow_forward" in self.asked and self.here and model.training:
+                time.sleep(self.asked["slow_forward"])
+            out = real(model, *a, **k)
+            if not model.training or self.step not in self.bad:
+                return out
+            if self.asked["kind"] == "loss":
+                poison = torch.zeros_like(out.image_loss)
+                poison[0] = float("inf")
+                return out._replace(loss=out.loss + poison.sum(), image_loss=out.image_loss + poison)
+            if self.asked["kind"] == "gradient":
+                return out._replace(loss=BadGradient.apply(out.loss))
+            return out
+
+        self.model.forward = forward
+
+    def batches(self):
+        """A trace of every batch, and what happens before one is given."""
+        import torch
+
+        from dex.data.dataset import SampleError
         from dex.data.folder import FolderDataset
 
-        def spoiled(self):
-            if self.step == faults["unreadable_from"]:
+        def unreadable(data, index, out):
+            raise SampleError(f"broken-{index}", "cut short")
 
-                def unreadable(data, index, out):
-                    raise SampleError(f"broken-{index}", "cut short")
-
+        def before(trainer):
+            step = trainer.step
+            if step == self.asked.get("hang_at"):
+                time.sleep(3600)
+            if step == self.asked.get("drift_at"):
+                with torch.no_grad():
+                    trainer.model.encoder.dex_layers[0].director.fc1.bias[0] += 1e-3
+            if step == self.asked.get("error_at"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if step == self.asked.get("unreadable_from"):
                 FolderDataset.read = unreadable
-            return next_batch(self)
 
-        engine.Trainer._next_batch = spoiled
+        real = self.engine.Trainer._next_batch
+
+        def next_batch(trainer):
+            if self.here:
+                before(trainer)
+            batch, error = real(trainer)
+            self.note(step=trainer.step, ids=list(batch.ids))
+            return batch, error
+
+        self.engine.Trainer._next_batch = next_batch
+
+    def loader(self):
+        if "slow_loader" in self.asked:
+            from dex.data import Loader
+
+            real = Loader.__next__
+
+            def late(loader):
+                time.sleep(self.asked["slow_loader"])
+                return real(loader)
+
+            Loader.__next__ = late
+
+    def end(self):
+        if "like_nccl" in self.asked:  # leaving the others waits for them, too
+            from dex.train import run
+
+            run.stop = lambda ranks: time.sleep(3600)
 
 
 def digest(named):
@@ -287,7 +311,7 @@ def rank_main(order):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["environment"])
     if order["faults"]:
-        put_in(order["faults"])
+        Faults(order["faults"]).put_in()
     from dex.cli import main
 
     sys.exit(main(order["arguments"]))
@@ -333,7 +357,7 @@ def wait(pid, deadline):
 
 if __name__ == "__main__":
     if sys.argv[1:]:  # under torchrun: rank.py FAULTS ARGUMENTS...
-        put_in(json.loads(sys.argv[1]))
+        Faults(json.loads(sys.argv[1])).put_in()
         from dex.cli import main
 
         sys.exit(main(sys.argv[2:]))

@@ -105,11 +105,11 @@ class Failed(RuntimeError):
 def together(ranks: Ranks, error: BaseException | None, group: Any = None) -> None:
     """Raise on every rank when any has an ``error``: its own there, `Failed` with the first one's words elsewhere."""
     words = None if error is None else f"{type(error).__name__}: {error}"
-    told = [(rank, text) for rank, text in enumerate(gather(ranks, words, group)) if text is not None]
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(gather(ranks, words, group)) if text is not None]
     if error is not None:
         raise error
-    if told:
-        raise Failed(f"rank {told[0][0]}: {told[0][1]}")
+    if failed:
+        raise Failed(failed[0])
 
 
 def everywhere(ranks: Ranks, action: Callable[[], Any], group: Any = None) -> Any:

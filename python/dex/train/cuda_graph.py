@@ -58,12 +58,12 @@ class StepGraph:
         if self._graph is None and self._calls > WARM_STEPS:
             self._capture(compute, inputs)
         if self._graph is None or any(
-            mine.shape != given.shape or mine.dtype != given.dtype
-            for mine, given in zip(self._inputs, inputs, strict=True)
+            captured.shape != given.shape or captured.dtype != given.dtype
+            for captured, given in zip(self._inputs, inputs, strict=True)
         ):
             return self._without(compute, inputs)
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
+        for captured, given in zip(self._inputs, inputs, strict=True):
+            captured.copy_(given)
         self._graph.replay()
         torch.autograd.graph.increment_version(self._changes)
         return self._result
@@ -78,13 +78,13 @@ class StepGraph:
 
     def _capture(self, compute: Callable[..., Result], inputs: Sequence[Tensor]) -> None:
         """Nothing runs here: the first replay does the work of this call too."""
-        mine = [tensor.clone() for tensor in inputs]
+        captured = [tensor.clone() for tensor in inputs]
         gc.collect()  # memory that dead cycles hold is of no use to the graph
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
-                self._result = compute(*mine)
+                self._result = compute(*captured)
         except Exception as error:
             error.add_note("while the step was captured: without parallel.cuda_graph it runs uncaptured")
             raise
-        self._graph, self._inputs = graph, mine
+        self._graph, self._inputs = graph, captured

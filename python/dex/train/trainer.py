@@ -22,7 +22,7 @@ from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
 from dex.common.random import step_seed
 from dex.common.ranks import full, gather, same_bits, spread
-from dex.config import per_layer, to_dict
+from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
 from dex.model.build import build_model
@@ -336,7 +336,7 @@ class Trainer:
             if self.ranks.world_size == 1:
                 raise
             self._unreadable = error
-        count, size = self.config.data.batch_size // self.ranks.world_size, self.loader.dataset.image_size
+        count, size = images_per_rank(self.config, self.ranks.world_size), self.plan.dataset.image_size
         black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
         nothing = torch.zeros(count, dtype=torch.int64)
         return Batch(black, nothing, ("",) * count, nothing), self._unreadable

@@ -108,7 +108,7 @@ class Agreement:
         numbers = torch.stack(losses)
         judged = torch.stack([losses.total, losses.grad_norm])
         finite = torch.isfinite(torch.cat([judged, *out.gate_mass])).all()
-        told = self.fields.pack(
+        vector = self.fields.pack(
             torch.float64,
             bad=~finite | unreadable,
             stop=stop,
@@ -120,11 +120,11 @@ class Agreement:
             gate_mass=torch.cat(out.gate_mass) if out.gate_mass else numbers.new_empty(0),
         )
         if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(told)
-        fields = self.fields.unpack(told)
+            torch.distributed.all_reduce(vector)
+        fields = self.fields.unpack(vector)
         bad, gate_mass = fields.pop("bad"), fields.pop("gate_mass")
         # The counts of ranks are finite anyway; what is finite on every rank may add up to what is not.
-        good = (bad == 0) & torch.isfinite(told).all()
+        good = (bad == 0) & torch.isfinite(vector).all()
         return Verdict(good=good, gate_mass=list(gate_mass.float().split(self.experts)), **fields)
 
     def _slots(self, out: MAEOutput) -> Tensor:

@@ -47,8 +47,8 @@ class Watch:
             self._main = threading.get_ident()
             self._answered = self._since
             self._tell()
-            told = enumerate(gather(ranks, self._self))
-            self._seen = {r: ({**self._place, **who}, self._since) for r, who in told if r != ranks.rank}
+            processes = enumerate(gather(ranks, self._self))
+            self._seen = {r: ({**self._place, **who}, self._since) for r, who in processes if r != ranks.rank}
             # The store of a process that was stopped answers nothing, not even an error: who judges must not ask it.
             self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in (self._talk, self._judge)]
             for thread in self._threads:
