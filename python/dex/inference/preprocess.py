@@ -8,7 +8,7 @@ Shape letters: n images, S side of a stored image.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import KINDS
 from dex.prepare import filters, modalities, readers, sources
-from dex.prepare.slices import Slice, slices
+from dex.prepare.slices import slices
 
 
 class Preprocessed(NamedTuple):
@@ -114,16 +114,38 @@ def source_of(folder: Path, modality: str, planes: Sequence[str]) -> sources.Sou
 
 
 def read(unit: Unit, source: sources.Source) -> Preprocessed:
-    """Every slice of the unit. `dex.prepare.readers.Refused` for a unit that gives none, or a part that gives none."""
+    """Every slice of the unit. `dex.prepare.readers.Refused` for a unit that gives none."""
+    parts = [part.images for part in read_stacks(unit, source)]
+    return Preprocessed(
+        torch.cat([part.images for part in parts]),
+        tuple(label for part in parts for label in part.labels),
+        source.modality,
+        tuple(reason for part in parts for reason in part.dropped),
+    )
+
+
+class StackImages(NamedTuple):
+    """What one stack of a unit gives."""
+
+    images: Preprocessed
+    patient: str
+    """As the header has it, "" if unknown: for hashing only."""
+    refused: tuple[readers.Refused, ...]
+    """Parts of the unit that were left out."""
+
+
+def read_stacks(unit: Unit, source: sources.Source) -> Iterator[StackImages]:
+    """The stacks of the unit, one by one. `dex.prepare.readers.Refused` as in `read`."""
     source = source.for_format(unit.format)
-    cut: list[Slice] = []
-    labels: list[str] = []
     for number, stack in enumerate(readers.read(unit.files, unit.format)):
-        for one in slices(stack, source, IMAGE_SIZE, 8):
-            cut.append(one)
-            labels.append(f"s{number:02d}-{one.label}" if number else one.label)
-    dropped = tuple(filters.verdict(one.image, one.share, one.small, source) for one in cut)
-    return Preprocessed(torch.stack([_planes(one.image) for one in cut]), tuple(labels), source.modality, dropped)
+        cut = list(slices(stack, source, IMAGE_SIZE, 8))
+        images = Preprocessed(
+            torch.stack([_planes(one.image) for one in cut]),
+            tuple(f"s{number:02d}-{one.label}" if number else one.label for one in cut),
+            source.modality,
+            tuple(filters.verdict(one.image, one.share, one.small, source) for one in cut),
+        )
+        yield StackImages(images, stack.patient, tuple(stack.refused))
 
 
 def picture(file: Path, kind: str) -> Preprocessed:

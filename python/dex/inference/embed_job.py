@@ -1,0 +1,310 @@
+"""`dex embed`: the features of a collection, written in parts; killed at any moment, it goes on where it was.
+
+    OUT/                    a folder of Parquet parts, or one ``.npz`` file
+        _embedding.json     the model, the input and the options; a start with others is refused
+        part-00000.parquet  there whole, or not at all
+        _summary.json       when all parts are there: how many images, and how many files gave none. Readers of
+                            Parquet folders pass over names with an underscore
+    OUT.private/            mode 0700, never to be given away with the features
+        salt                what the ids of files are hashed with
+        notes/              a file per part: id -> path and label, and why a file was refused
+
+A part is a function of the input, the model and the options alone. Ranks share the parts; they exchange nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dex.common import atomic, exits
+from dex.common.units import duration
+from dex.data import center
+from dex.inference import tables
+from dex.inference.collection import Collection, Decoded, Note, Row
+from dex.inference.embed import Embedding, check_layers, features, joined
+from dex.inference.load import Loaded
+
+PLAN, SUMMARY, NOTES = "_embedding.json", "_summary.json", "notes"
+FORMAT, VERSION = "dex-embedding", 1
+_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+
+class Options(NamedTuple):
+    out: Path
+    layers: tuple[int, ...] = ()
+    batch_size: int = 64
+    precision: str = "fp32"
+    workers: int = 0
+    """Processes that read ahead; 0 reads in this one."""
+    rank: int = 0
+    """This process takes every ``ranks``-th part, from part ``rank`` on."""
+    ranks: int = 1
+
+    @property
+    def single_file(self) -> bool:
+        return self.out.suffix == ".npz"
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop; parts that are written stay."""
+
+
+class Summary(NamedTuple):
+    images: int
+    refused: int
+    """Files, or parts of files, that gave nothing."""
+    complete: bool
+    """Whether all parts of all ranks are there."""
+
+
+class _Part(NamedTuple):
+    number: int
+    rows: list[Row]
+    notes: list[Note]
+    embedding: Embedding
+
+
+def private_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.private")
+
+
+def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
+    """Check everything and write the plan, or compare it with that of an earlier start. ValueError."""
+    check_layers(loaded.encoder, options.layers)
+    if options.batch_size < 1:
+        raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
+    if options.workers < 0:
+        raise ValueError(f"workers: expected at least 0; got {options.workers}")
+    if options.single_file:
+        if options.ranks > 1:
+            raise ValueError("out: expected a folder for several ranks, which write parts; got an .npz file")
+        if options.out.is_dir():
+            raise ValueError(f"out: expected a file; {options.out} is a folder")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        _begin_folder(_plan(loaded, collection, options), options.out)
+    (private_folder(options.out) / NOTES).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def run(loaded: Loaded, collection: Collection, options: Options, say: Callable[[str], None] | None = None) -> Summary:
+    """Embed the parts of this rank that are not there yet. `begin` has been called; the model is on its device.
+
+    say: called now and then with a line of progress. Raises `Stopped` after a signal.
+    """
+    if options.single_file:
+        return _run_single(loaded, collection, options, say)
+    mine = [number for number in range(options.rank, len(collection.parts), options.ranks)]
+    missing = [number for number in mine if not _path(options.out, number).exists()]
+    for part in _embedded(loaded, collection, missing, options, say):
+        _write_notes(options.out, part)
+        tables.write_parquet(_path(options.out, part.number), part.rows, part.embedding)
+    return _finish(collection, options.out)
+
+
+def _run_single(loaded: Loaded, collection: Collection, options: Options, say: Callable[[str], None] | None) -> Summary:
+    parts = list(_embedded(loaded, collection, range(len(collection.parts)), options, say))
+    for part in parts:
+        _write_notes(options.out, part)
+    rows = [row for part in parts for row in part.rows]
+    tables.write_npz(options.out, rows, joined([part.embedding for part in parts]))
+    return Summary(len(rows), sum(bool(note.refused) for part in parts for note in part.notes), True)
+
+
+def _embedded(
+    loaded: Loaded,
+    collection: Collection,
+    numbers: Sequence[int],
+    options: Options,
+    say: Callable[[str], None] | None,
+) -> Iterator[_Part]:
+    """The parts of these numbers, in order, while later items are being read."""
+    order = [(number, item) for number in numbers for item in collection.parts[number]]
+    progress = _Progress(len(order), say)
+    with exits.collected() as signals:
+        decoded = iter(_loader(collection, [item for _, item in order], options.workers))
+        for number in numbers:
+            part = _Batches(loaded, options)
+            for _ in collection.parts[number]:
+                item: Decoded = next(decoded)
+                if signals:
+                    raise Stopped
+                part.add(item)
+                progress.add(len(item.rows))
+            yield part.finish(number)
+
+
+class _Batches:
+    """The images of one part, in batches across its items."""
+
+    def __init__(self, loaded: Loaded, options: Options):
+        self._encoder, self._options = loaded.encoder, options
+        self._device = loaded.encoder.pos_embed.device
+        self._rows: list[Row] = []
+        self._notes: list[Note] = []
+        self._waiting: list[Tensor] = []
+        self._count = 0
+        self._done: list[Embedding] = []
+
+    def add(self, item: Decoded) -> None:
+        self._rows += item.rows
+        self._notes += item.notes
+        images = item.images
+        while len(images):
+            part = images[: self._options.batch_size - self._count]
+            images = images[len(part) :]
+            self._waiting.append(part)
+            self._count += len(part)
+            if self._count == self._options.batch_size:
+                self._forward()
+
+    def finish(self, number: int) -> _Part:
+        if self._waiting or not self._done:
+            self._forward()
+        return _Part(number, self._rows, self._notes, joined(self._done))
+
+    def _forward(self) -> None:
+        size = self._encoder.img_size
+        if self._waiting:
+            images = center(torch.cat(self._waiting).to(self._device), size)
+        else:
+            images = torch.zeros(0, 3, size, size, device=self._device)
+        self._done.append(features(self._encoder, images, self._options.layers, self._options.precision))
+        self._waiting, self._count = [], 0
+
+
+class _Items(torch.utils.data.Dataset):
+    def __init__(self, collection: Collection, order: list[int]):
+        self._collection, self._order = collection, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> Decoded:
+        return self._collection.read(self._order[place])
+
+
+def _loader(collection: Collection, order: list[int], workers: int) -> DataLoader:
+    def start(worker: int) -> None:
+        exits.ignore_stop_signals()
+
+    return DataLoader(
+        _Items(collection, order),
+        batch_size=None,
+        num_workers=min(workers, len(order)),
+        collate_fn=_as_it_is,
+        worker_init_fn=start,
+        prefetch_factor=8 if workers and order else None,
+        multiprocessing_context="fork" if workers and order else None,  # `collection.read` is a closure
+    )
+
+
+def _as_it_is(item: Decoded) -> Decoded:
+    return item
+
+
+class _Progress:
+    def __init__(self, items: int, say: Callable[[str], None] | None):
+        self._items, self._say = items, say
+        self._start = self._last = time.monotonic()
+        self._done = self._images = 0
+
+    def add(self, images: int) -> None:
+        self._done, self._images = self._done + 1, self._images + images
+        now = time.monotonic()
+        if self._say is None or now - self._last < _EVERY:
+            return
+        self._last = now
+        passed = now - self._start
+        left = duration(passed / self._done * (self._items - self._done))
+        self._say(
+            f"{self._done:,} of {self._items:,} items, {self._images:,} images, {self._images / passed:,.0f} images/s, "
+            f"{left} left"
+        )
+
+
+def _plan(loaded: Loaded, collection: Collection, options: Options) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": digest_of(loaded.model),
+        "step": loaded.step,
+        "path": loaded.path,
+        "img_size": loaded.config.model.img_size,
+        "input": collection.fingerprint,
+        "parts": len(collection.parts),
+        "layers": list(options.layers),
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+    }
+
+
+def _begin_folder(plan: dict[str, Any], out: Path) -> None:
+    path = out / PLAN
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"out: expected the plan of an earlier start in {path}; {error}") from error
+        for name, value in plan.items():
+            if earlier.get(name) != value:
+                raise ValueError(
+                    f"out: {out} was begun with {name} {earlier.get(name)}, now it is {value}; give another --out"
+                )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a new or empty folder, or one that this command began; got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, json.dumps(plan, indent=1) + "\n", sync=True)
+
+
+def _finish(collection: Collection, out: Path) -> Summary:
+    """Count what is there, and say so in the folder once nothing is missing."""
+    paths = [path for number in range(len(collection.parts)) if (path := _path(out, number)).exists()]
+    refused = 0
+    for number in range(len(collection.parts)):
+        notes = _notes_path(out, number)
+        if notes.exists():
+            refused += sum(bool(json.loads(line)["refused"]) for line in notes.read_text().splitlines())
+    summary = Summary(sum(map(tables.count_rows, paths)), refused, len(paths) == len(collection.parts))
+    if summary.complete:
+        for left in out.glob(f"*{atomic.PARTIAL}"):  # by a process that was killed; nobody writes any more
+            left.unlink(missing_ok=True)
+        atomic.write(out / SUMMARY, json.dumps({"images": summary.images, "refused": refused}) + "\n", sync=True)
+    return summary
+
+
+def _write_notes(out: Path, part: _Part) -> None:
+    lines = "".join(json.dumps(note._asdict()) + "\n" for note in part.notes)
+    atomic.write(_notes_path(out, part.number), lines, sync=True, mode=0o600)
+
+
+def _path(out: Path, number: int) -> Path:
+    return out / f"part-{number:05d}.parquet"
+
+
+def _notes_path(out: Path, number: int) -> Path:
+    return private_folder(out) / NOTES / f"part-{number:05d}.jsonl"
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 (hex) of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def say_to_stderr(line: str) -> None:
+    print(f"dex embed: {line}", file=sys.stderr, flush=True)
