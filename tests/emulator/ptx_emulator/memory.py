@@ -82,7 +82,7 @@ def _race(verb, did, allocation, at, ordered, who, block, warp):
     lane, column = (int(i[0]) for i in np.nonzero(~ordered))
     raise PTXError(
         f"race on global memory: block {who.block[lane]} warp {who.warp[lane]} {verb} element {at[lane, column]} of "
-        f"{allocation.name}, which block {block[lane, column]} warp {warp[lane, column]} {did} without a barrier between"
+        f"{allocation.name}, which block {block[lane, column]} warp {warp[lane, column]} {did}, and no barrier between"
     )
 
 

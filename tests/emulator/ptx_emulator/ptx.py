@@ -92,7 +92,7 @@ class Kernel(NamedTuple):
     num_registers: int
     register_bits: tuple[int, ...]
     register_names: tuple[str, ...]
-    shared: dict[str, int]  # variable -> offset; dynamic shared memory begins at 0
+    shared: dict[str, int]  # variable -> 0 where its size is the launch's, or else -1 - its offset behind those
     static_shared: int  # bytes behind the dynamic ones
 
 
@@ -124,12 +124,9 @@ class _Parser:
 
     def kernel(self) -> Kernel:
         parameters = tuple(self._parameters(self.entry[2]))
-        shared, static = {}, 0
-        declared = r"\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)\s*\[(\d*)\]"
-        for align, variable, size in re.findall(declared, self.text):
-            if not size:
-                shared[variable] = 0
-        for align, variable, size in re.findall(declared, self.text):
+        declared = re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)\s*\[(\d*)\]", self.text)
+        shared, static = {variable: 0 for _, variable, size in declared if not size}, 0
+        for align, variable, size in declared:
             if size:
                 static = -(-static // int(align)) * int(align)
                 shared[variable] = -1 - static
