@@ -223,3 +223,18 @@ def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, before_step):
     before_step(6, interrupt)
     assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
     assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
+
+
+def test_overwrite_begins_anew(run, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = ("pretrain", "--config", "c.yaml", "--out", "run", "--overwrite", "--run.seed", 7, "--steps", 2)
+    code, out, err = run(*again, "--dry-run")
+    assert (code, err) == (0, "") and resolved(out).run.seed == 7
+    code, _, err = run("pretrain", "--resume", "run", "--overwrite")
+    assert code == 2 and err == "dex pretrain: overwrite: expected a new run, without resume; got both\n"
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    code, out, _ = run(*again)
+    assert code == 0 and "done: 2 of 2" in out
+    assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [2]
