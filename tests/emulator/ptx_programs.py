@@ -1,5 +1,10 @@
 """Small kernels in PTX, right as they stand; tests break one rule in each, by deleting or changing a line."""
 
+from typing import NamedTuple
+
+import numpy as np
+from ptx_emulator.copies import TensorMap
+
 HEADER = """
 .version 8.7
 .target sm_90a
@@ -212,3 +217,27 @@ again:
     ".align 64 .b8 right[128]",
     ".u64 out",
 )
+
+
+class Tensor(TensorMap):
+    """A tensor map that keeps what it describes alive."""
+
+    owner = None
+
+
+class ProductCase(NamedTuple):
+    values: tuple  # of the parameters of PRODUCT; the last is the result
+    want: np.ndarray
+
+
+def product_arguments() -> ProductCase:
+    """Small integers, exact in bfloat16."""
+    maps, matrices = [], []
+    for seed, rows in ((1, 64), (2, 8)):
+        matrix = np.random.default_rng(seed).integers(-4, 5, (rows, 64)).astype(np.float32)
+        bits = (matrix.view(np.uint32) >> 16).astype(np.uint16)
+        one = Tensor(bits.ctypes.data, bits.shape, (64, 1), bits.shape, 2, 128)
+        one.owner = bits
+        maps.append(one)
+        matrices.append(matrix)
+    return ProductCase((*maps, np.full((64, 8), np.nan, np.float32)), matrices[0] @ matrices[1].T)

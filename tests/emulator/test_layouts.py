@@ -146,8 +146,12 @@ def test_a_tensor_copy_out_of_bounds_reads_zeros():
         def load(self, addresses, width, count, who):
             return data.reshape(-1)[(addresses // 2).astype(np.int64)]
 
+    class Counters:
+        def count_tensor(self, addresses, size):
+            pass
+
     class Wave:
-        memory = Memory()
+        memory, counters = Memory(), Counters()
 
     class Who:
         def pick(self, chosen):

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from ptx_emulator.copies import TensorMap
 from ptx_emulator.ptx import PTXError
-from ptx_programs import COPY, EXCHANGE, PIPELINE, PRODUCT, changed, kernel, without
+from ptx_programs import COPY, EXCHANGE, PIPELINE, PRODUCT, changed, kernel, product_arguments, without
 
 SEEDS = (None, 0, 1, 2, 3)
 
@@ -190,29 +189,10 @@ def test_copies_that_are_wrong(run_ptx, seed, before, after, message):
 # --- tensor copies and wgmma ------------------------------------------------------------------------------------------
 
 
-class Tensor(TensorMap):
-    """A tensor map that keeps what it describes alive."""
-
-    owner = None
-
-
-def bfloat16(shape, seed):
-    """Small integers, exact in bfloat16: the values and their bits."""
-    values = np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
-    return values, (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
 def product(run_ptx, text, seed=None):
-    left, left_bits = bfloat16((64, 64), 1)
-    right, right_bits = bfloat16((8, 64), 2)
-    maps = []
-    for bits in (left_bits, right_bits):
-        one = Tensor(bits.ctypes.data, bits.shape, (64, 1), bits.shape, 2, 128)
-        one.owner = bits
-        maps.append(one)
-    out = np.full((64, 8), np.nan, np.float32)
-    run_ptx(text, *maps, out, threads=128, shared=16392, seed=seed)
-    return out, left @ right.T
+    case = product_arguments()
+    run_ptx(text, *case.values, threads=128, shared=16392, seed=seed)
+    return case.values[-1], case.want
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -194,6 +194,7 @@ class TensorCopy(NamedTuple):
         addresses = np.uint64(tensor.address) + (offsets * tensor.itemsize).astype(np.uint64)
         flat = addresses.reshape(-1)
         who = self.who.pick(np.zeros(len(flat), np.int64))
+        wave.counters.count_tensor(flat, tensor.itemsize)
         box[tuple(inside)] = wave.memory.load(flat, tensor.itemsize, 1, who).reshape(addresses.shape)
         return box
 

@@ -1,5 +1,7 @@
 """What a launch did: counted, not timed."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 SECTOR = 32
@@ -8,50 +10,71 @@ SECTOR = 32
 BANKS, WORD = 32, 4
 
 
+class Parts(NamedTuple):
+    """Instructions that warps executed, inside of the loops that hold matrix products and outside of them."""
+
+    main_loop: int
+    rest: int
+
+
 class Counters:
-    """Totals over all warps of a launch. ``executed``: of every instruction, by how many warps."""
+    """Totals over all warps of a launch.
+
+    executed: of every instruction, by how many warps. sectors, least_sectors: 32 bytes of global memory each, asked for
+    by the instructions of warps, and how few could hold what they asked for. rounds, least_rounds: of the 32 banks of
+    shared memory, likewise; those above the least are bank conflicts. products: operations of the tensor cores, two for
+    each multiplication and sum. divergences: branches at which warps, or their lanes, took both ways.
+    """
 
     def __init__(self, num_steps: int):
         self.executed = np.zeros(num_steps, np.int64)
         self.divergences = 0
-        self.products = 0  # operations of the tensor cores
+        self.products = 0
         self.tensor_copies = 0
         self.sectors = self.least_sectors = 0
-        self.wavefronts = self.least_wavefronts = 0
+        self.rounds = self.least_rounds = 0
 
     def count_global(self, g, addresses, size, lanes):
-        """Sectors that each warp asks for, and how few could hold as many bytes."""
-        warps = _warps(g, lanes)
+        warps = _warps(g, lanes).astype(np.uint64) << np.uint64(48)
+        low = np.uint64(2**48 - 1)
         first, last = addresses // np.uint64(SECTOR), (addresses + np.uint64(size - 1)) // np.uint64(SECTOR)
-        key = warps.astype(np.uint64) << np.uint64(48)
-        pairs = np.concatenate((key | first & np.uint64(2**48 - 1), key | last & np.uint64(2**48 - 1)))
-        self.sectors += len(np.unique(pairs))
-        distinct = np.unique(key | addresses & np.uint64(2**48 - 1))
-        per_warp = np.unique(distinct >> np.uint64(48), return_counts=True)[1]
-        self.least_sectors += int((-(-per_warp * size // SECTOR)).sum())
+        self.sectors += len(np.unique(np.concatenate((warps | first & low, warps | last & low))))
+        distinct = np.unique(warps | addresses & low)
+        each = np.unique(distinct >> np.uint64(48), return_counts=True)[1]
+        self.least_sectors += int((-(-each * size // SECTOR)).sum())
+
+    def count_tensor(self, addresses, size):
+        """A tensor copy of elements of ``size`` bytes at these addresses."""
+        self.sectors += len(np.unique(addresses // np.uint64(SECTOR)))
+        self.least_sectors += -(-len(addresses) * size // SECTOR)
 
     def count_shared(self, g, offsets, size, lanes):
-        """Rounds of 128 bytes in which the banks serve an access, and the fewest possible."""
         warps = _warps(g, lanes)
         words = np.asarray(offsets, np.int64)[:, None] // WORD + np.arange(max(size // WORD, 1))
-        self._rounds(warps, words, size)
+        # Wide accesses are served in parts: 8 bytes by half warps, 16 by quarters.
+        lane = (np.arange(g.threads) if lanes is None else lanes) % 32
+        part = lane * max(size // WORD, 1) // 32
+        self._rounds(warps * 32 + part, words)
 
     def count_matrix(self, g, rows):
-        words = (rows[:, :, None] // WORD + np.arange(4)).reshape(len(rows), -1, 8 * 4)
-        for matrix in range(words.shape[1]):
-            self._rounds(np.repeat(np.arange(len(rows)), 32), words[:, matrix].reshape(-1, 1), 4)
+        """ldmatrix and stmatrix: eight rows of 16 bytes at a time."""
+        warps, count = rows.shape
+        words = rows.reshape(-1, 1) // WORD + np.arange(4)
+        self._rounds(np.arange(warps * count) // 8, words)
 
-    def _rounds(self, warps, words, size):
-        # Wide accesses are served in parts: 8 bytes by half warps, 16 by quarters.
-        order = np.arange(len(warps)) - np.searchsorted(warps, warps)
-        part = order * max(size // WORD, 1) // 32
-        key = ((warps * 32 + part)[:, None] << 32) + words
-        distinct = np.unique(key)
-        bank = (distinct >> 32) * BANKS + distinct % BANKS
-        banks, counts = np.unique(bank, return_counts=True)
-        parts, first = np.unique(banks // BANKS, return_index=True)
-        self.wavefronts += int(np.maximum.reduceat(counts, first).sum())
-        self.least_wavefronts += int((-(-np.add.reduceat(counts, first) // BANKS)).sum())
+    def _rounds(self, parts, words):
+        """``words [k, n]`` asked for in ``parts [k]``: those of one part and one bank come one after the other."""
+        distinct = np.unique((parts[:, None].astype(np.int64) << 32) + words)
+        banks, counts = np.unique((distinct >> 32) * BANKS + distinct % BANKS, return_counts=True)
+        _, first = np.unique(banks // BANKS, return_index=True)
+        self.rounds += int(np.maximum.reduceat(counts, first).sum())
+        self.least_rounds += int((-(-np.add.reduceat(counts, first) // BANKS)).sum())
+
+    def parts(self, program) -> Parts:
+        inside = np.zeros(len(program.steps), np.bool_)
+        for first, last in loops(program):
+            inside[first : last + 1] = True
+        return Parts(int(self.executed[inside].sum()), int(self.executed[~inside].sum()))
 
 
 class Nothing(Counters):
@@ -60,6 +83,9 @@ class Nothing(Counters):
     def count_global(self, g, addresses, size, lanes):
         pass
 
+    def count_tensor(self, addresses, size):
+        pass
+
     def count_shared(self, g, offsets, size, lanes):
         pass
 
@@ -67,6 +93,24 @@ class Nothing(Counters):
         pass
 
 
+def loops(program) -> list[tuple[int, int]]:
+    """First and last instruction of every innermost loop that holds matrix products."""
+    instructions = program.kernel.instructions
+    backward = [
+        (ins.operands[0].index, i)
+        for i, ins in enumerate(instructions)
+        if ins.parts[0] == "bra" and ins.operands[0].index <= i
+    ]
+    found = []
+    for first, last in backward:
+        if any(
+            ins.parts[0] == "mma" or ins.parts[:2] == ("wgmma", "mma_async") for ins in instructions[first : last + 1]
+        ):
+            found.append((first, last))
+    return [
+        one for one in found if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in found)
+    ]
+
+
 def _warps(g, lanes):
-    threads = np.arange(g.threads) if lanes is None else lanes
-    return threads // 32
+    return (np.arange(g.threads) if lanes is None else lanes) // 32

@@ -132,7 +132,7 @@ class Group:
                     if self.active is not None and not self.active.any():
                         frame.pc = pc + 1
                         continue
-                executed[pc] += self.size
+                executed[pc] += self.size if self.active is None else len(self.active_warps())
                 if step.branch is not None:
                     self._branch(frame, step.branch)
                     continue

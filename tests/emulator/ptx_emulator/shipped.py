@@ -47,7 +47,8 @@ class Ran(NamedTuple):
     """One launch: which kernel, of which PTX, in what time, and what was counted."""
 
     kernel: str
-    ptx: str  # its hash
+    program: Program
+    ptx: str  # the hash of its text
     blocks: int
     seconds: float
     counters: object
@@ -164,7 +165,7 @@ class Emulator:
         counters = launch.run()
         blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
         digest = hashlib.sha256(ptx.encode()).hexdigest()[:16]
-        self.ran.append(Ran(kernel.__name__, digest, blocks, time.perf_counter() - start, counters))
+        self.ran.append(Ran(kernel.__name__, program, digest, blocks, time.perf_counter() - start, counters))
 
 
 def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
