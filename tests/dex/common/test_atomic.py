@@ -102,3 +102,21 @@ def test_writers_without_a_lock_do_not_meet(tmp_path):
         other.write(b"the other")
     assert (tmp_path / "a").read_bytes() == b"one"  # the last one to finish
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with pytest.raises(OSError, match="disk"):
+        with atomic.writing_folder(target) as work:
+            (work / "a").write_text("half")
+            raise OSError("disk")
+    assert list(target.parent.iterdir()) == []
+    target.mkdir()  # an empty one may be there
+    with atomic.writing_folder(target) as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "a").write_text("whole")
+        assert list(target.iterdir()) == []
+    assert (target / "sub" / "a").read_text() == "whole" and [p.name for p in target.parent.iterdir()] == ["folder"]
+    with pytest.raises(OSError), atomic.writing_folder(target) as work:
+        (work / "b").write_text("another")
+    assert [p.name for p in target.iterdir()] == ["sub"] and [p.name for p in target.parent.iterdir()] == ["folder"]

@@ -1,0 +1,60 @@
+"""`dex export`: a trained model for other programs."""
+
+from collections.abc import Callable
+
+from dex.cli._console import Parser, failed, folder_argument
+from dex.common import exits
+
+HELP = "a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
+POSITION = 44
+NEEDS = "train,data,export"
+
+_FORMATS = ("safetensors", "hf", "timm", "onnx", "torch-export")
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    options = _parser().parse_args(arguments)
+    out = folder_argument("out", options.out)
+    if options.format == "onnx":
+        import onnx  # noqa: F401  before anything is computed
+        import onnxscript  # noqa: F401
+
+    from dex.inference.export import check, export
+    from dex.inference.load import choose_path_, load
+
+    loaded = load(options.run, img_size=options.img_size)
+    path = options.path
+    if path is None and options.format == "timm" and loaded.encoder.dex_layers:
+        path = "director"
+    if path is not None:
+        choose_path_(loaded.encoder, path)
+    check(loaded, options.format, out)
+
+    def carry_out() -> int:
+        try:
+            export(loaded, options.format, out)
+        except OSError as error:
+            return failed("dex export", error)
+        size = sum(file.stat().st_size for file in out.iterdir())
+        print(f"{out}: {options.format}, {size / 1e6:,.1f} MB, {loaded.path if loaded.encoder.dex_layers else 'dense'}")
+        return exits.DONE
+
+    return carry_out
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dex export",
+        description="Write a trained model for other programs, as a folder that appears whole or not at all. "
+        "safetensors: what dex.load takes back. hf: the same with a model card, for the Hugging Face Hub. timm: a "
+        "dense ViT from the directors under timm's names. onnx, torch-export: the encoder as a graph of plain "
+        "operators for any batch size; images in, tokens out.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
+    parser.add_argument("--format", required=True, choices=_FORMATS)
+    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument(
+        "--path", choices=("experts", "director"), help="what the model computes with (experts; director for timm)"
+    )
+    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
+    return parser

@@ -1,0 +1,49 @@
+"""An encoder of plain torch operators with static shapes, for programs that do not have dexkernels.
+
+Letters: B images, N tokens, D width, H hidden, E experts, K chosen.
+"""
+
+import copy
+
+from torch import Tensor, nn
+
+from dex.model import VisionTransformer
+from dexkernels import DEXLayer
+
+
+class GatheredExperts(nn.Module):
+    """What a `DEXLayer` computes in evaluation on its experts' path: ``[B, N, D] -> [B, N, D]``.
+
+    The K experts' weights are gathered for every image, ``[B, K, H, D]``, so that no shape depends on the routing.
+    That costs memory: 2 K H D numbers an image.
+    """
+
+    def __init__(self, layer: DEXLayer):
+        super().__init__()
+        experts = layer.experts
+        self.router_weight = layer.router_weight
+        self.fc1_weight, self.fc1_bias = experts.fc1_weight, experts.fc1_bias
+        self.fc2_weight, self.fc2_bias = experts.fc2_weight, experts.fc2_bias
+        self.top_k, self.temperature = layer.top_k, layer.temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = ((x[:, 0] @ self.router_weight.T) / self.temperature).softmax(-1)
+        p, e = p.topk(self.top_k)
+        gates = p / p.sum(-1, keepdim=True)
+        h = x[:, None] @ self.fc1_weight[e].transpose(2, 3) + self.fc1_bias[e][:, :, None]
+        y = nn.functional.gelu(h) @ self.fc2_weight[e].transpose(2, 3) + self.fc2_bias[e][:, :, None]
+        return (gates[:, :, None, None] * y).sum(1)
+
+
+def plain(encoder: VisionTransformer) -> VisionTransformer:
+    """The encoder in evaluation mode, its DEX layers replaced by `GatheredExperts`, or by their directors on that path.
+
+    Weights are shared with ``encoder``, which is left as it is.
+    """
+    shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
+    made = copy.deepcopy(encoder, shared).eval()
+    for block in made.blocks:
+        if block.dex is not None:
+            block.mlp = block.dex.director if block.dex.path == "director" else GatheredExperts(block.dex)
+            block.dex = None
+    return made
