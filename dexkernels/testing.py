@@ -126,7 +126,7 @@ class NoHostWaits(TorchDispatchMode):
 
     def see(self, op, args: tuple, kwargs: dict | None) -> None:
         if op.namespace != "profiler":
-            self.seen.append(" ".join([str(op), *map(_told, tree_leaves((args, kwargs or {})))]))
+            self.seen.append(" ".join([str(op), *map(_described, tree_leaves((args, kwargs or {})))]))
 
     def _waits(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> str | None:
         if name == "_to_copy":
@@ -164,5 +164,5 @@ _READS = frozenset(
 """Operators that need values on the host."""
 
 
-def _told(leaf) -> str:
+def _described(leaf) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
