@@ -5,23 +5,46 @@ import torch
 from shipped_cases import check_mlp, make_mlp, run_mlp, small_tiles
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 SMALL, BLOCKS = (2, 5, 40, 72, 3, 2), (2, 65, 128, 256, 3, 2)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [
+        (80, torch.bfloat16),
+        (80, torch.float32),
+        slow(80, torch.float16),
+        slow(90, torch.bfloat16),
+        slow(90, torch.float16),
+        slow(90, torch.float32),
+    ],
+)
 def test_small_blocks_of_the_gather_path(shipped, arch, dtype):
     check_mlp(shipped, make_mlp(*SMALL, dtype), shipped.emulated(arch), "gather", small_tiles(shipped))
 
 
 @pytest.mark.parametrize(
-    "arch, dtype", [pytest.param(80, torch.float16, marks=pytest.mark.slow), (80, torch.bfloat16), (90, torch.float16)]
+    "arch, dtype",
+    [
+        (80, torch.bfloat16),
+        slow(80, torch.float16),
+        slow(80, torch.float32),
+        slow(90, torch.bfloat16),
+        slow(90, torch.float16),
+        slow(90, torch.float32),
+    ],
 )
 def test_shipped_blocks_of_the_gather_path(shipped, arch, dtype):
     check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(arch), "gather")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_aligned_path(shipped, dtype):
     check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(90), "aligned")
 
@@ -51,12 +74,21 @@ def test_a_director_as_one_more_expert_and_float32_gradients(shipped, arch, path
     check_mlp(shipped, case, shipped.emulated(arch), path, None, director, torch.float32)
 
 
-@pytest.mark.parametrize("arch, path, sizes", [(80, "gather", SMALL), (90, "aligned", (1, 65, 64, 64, 2, 1))])
-@pytest.mark.parametrize("last", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_every_order_of_the_warps_gives_the_same_bits(shipped, arch, path, sizes, last):
+@pytest.mark.parametrize(
+    "arch, path, sizes, orders",
+    [
+        (80, "gather", SMALL, 3),
+        (90, "aligned", BLOCKS, 3),
+        slow(80, "gather", SMALL, 20),
+        slow(90, "aligned", (1, 65, 64, 64, 2, 1), 20),
+        slow(90, "aligned", (8, 65, 64, 72, 2, 2), 3),
+        slow(90, "aligned", (2, 130, 64, 96, 3, 2), 3),
+    ],
+)
+def test_every_order_of_the_warps_gives_the_same_bits(shipped, arch, path, sizes, orders):
     case, tiles = make_mlp(*sizes, torch.bfloat16), small_tiles(shipped)
     results = []
-    for seed in range(last - 3 if last > 3 else 0, last):
+    for seed in range(orders):
         with shipped.emulated(arch, seed=seed):
             results.append(run_mlp(shipped, case, path, tiles))
     for other in results[1:]:

@@ -6,16 +6,20 @@ import torch
 ARCHITECTURES = (80, 90)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
 @pytest.mark.parametrize(
     "R, D, E, K, dtype",
     [
         (5, 40, 3, 2, torch.bfloat16),
         (70, 24, 8, 2, torch.float32),
-        pytest.param(130, 72, 20, 3, torch.float16, marks=pytest.mark.slow),
-        pytest.param(40, 72, 33, 2, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param(40, 72, 128, 2, torch.float32, marks=pytest.mark.slow),
-        pytest.param(1, 8, 1, 1, torch.float32, marks=pytest.mark.slow),
+        slow(130, 72, 20, 3, torch.float16),
+        slow(40, 72, 33, 2, torch.bfloat16),
+        slow(40, 72, 128, 2, torch.float32),
+        slow(1, 8, 1, 1, torch.float32),
     ],
 )
 def test_route(shipped, arch, R, D, E, K, dtype):
@@ -48,14 +52,14 @@ def test_route(shipped, arch, R, D, E, K, dtype):
         assert shipped.relative_error(got, exact) <= bound
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, slow(90)])
 @pytest.mark.parametrize("kind", ["kd", "cosine", "mse"])
 @pytest.mark.parametrize(
     "R, D, dtype",
     [
         (7, 40, torch.bfloat16),
-        pytest.param(9, 1100, torch.float32, marks=pytest.mark.slow),
-        pytest.param(5, 33, torch.float16, marks=pytest.mark.slow),
+        slow(9, 1100, torch.float32),
+        slow(5, 33, torch.float16),
     ],
 )
 def test_align_loss(shipped, arch, kind, R, D, dtype):
@@ -103,6 +107,7 @@ def test_group_ema_that_is_skipped(shipped):
     assert torch.equal(directors[0], before) and len(emulator.ran) == 1
 
 
+@pytest.mark.slow
 def test_every_barrier_of_route_is_needed_or_changes_nothing(shipped):
     """Of 31 barriers three are redundant in what Triton 3.6 compiles: the others' absence is a race that is named."""
     generator = torch.Generator().manual_seed(0)
