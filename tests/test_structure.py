@@ -37,7 +37,6 @@ RENAMES = {
 
 WITHOUT_TEST = {
     "python/dex/__main__.py": "it calls dex.cli.main",
-    "python/dex/weights.py": "an earlier name of dex.model.weights",
     "python/dex/prepare/card_style.py": "text: the style sheet of the data card",
     "dexkernels/_version.py": "one literal",
     "dexkernels/_defaults.py": "made by scripts/pages.py, whose tests check it",

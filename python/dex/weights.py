@@ -1,5 +1,36 @@
-"""The same as `dex.model.weights`, under its earlier name."""
+"""Weights from elsewhere into a model: `dex.model.weights`, and whatever `dex.load` takes."""
 
-from dex.model.weights import LoadReport, load_pretrained, read_state_dict, resize_patch_embed, resize_pos_embed
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dex.model import MaskedAutoencoder
+from dex.model import weights as _weights
+from dex.model.weights import LoadReport, read_state_dict, resize_patch_embed, resize_pos_embed
 
 __all__ = ["LoadReport", "load_pretrained", "read_state_dict", "resize_patch_embed", "resize_pos_embed"]
+
+
+def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> LoadReport:
+    """`dex.model.weights.load_pretrained`, which also takes a run folder, a checkpoint folder, and a folder or
+    file that `dex export` wrote. Position embeddings are resized to the model's.
+
+    Raises: as the two do; nothing was changed then.
+    """
+    if isinstance(weights, str | os.PathLike) and _is_own(Path(weights)):
+        from dex.inference.load import load
+
+        weights = load(weights).model.reference_state_dict()
+    return _weights.load_pretrained(model, weights)
+
+
+def _is_own(path: Path) -> bool:
+    if path.is_dir():
+        return True
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    from dex.inference.model_file import read_description
+
+    return read_description(path) is not None

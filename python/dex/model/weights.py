@@ -1,4 +1,5 @@
-"""Weights from elsewhere into a `MaskedAutoencoder`: the published DEX, the original MAE, timm's vision transformers.
+"""Weights from elsewhere into a `MaskedAutoencoder`: the published DEX, the original MAE, and vision transformers of
+timm, of Hugging Face and in the style of DINO (`dex.model.foreign`).
 
 A dense checkpoint is upcycled: the director and every expert of a layer start as copies of that layer's MLP.
 Position embeddings and patch embeddings of another size are resized.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dexkernels.published import copy_strictly
 
+from .foreign import read_onnx, timm_names
 from .mae import MaskedAutoencoder
 
 HEAD_PREFIXES = ("head.", "fc_norm.", "head_drop.")
@@ -27,7 +29,7 @@ class LoadReport(NamedTuple):
     """What `load_pretrained` did."""
 
     naming: str
-    """``"published DEX"``, or ``"dense ViT"`` (the original MAE and timm name their encoders alike)."""
+    """``"published DEX"``, or ``"dense ViT"`` (of any program)."""
     upcycled: bool
     """Whether dense MLPs became directors and experts."""
     resized: tuple[str, ...]
@@ -39,14 +41,16 @@ class LoadReport(NamedTuple):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or ``.pt``/``.pth``/``.bin`` file; pickled code is never executed.
+    """Tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin`` or ``.onnx`` file; pickled code is never executed.
 
-    A checkpoint that holds its weights under ``model`` or ``state_dict`` is unwrapped.
+    A checkpoint that holds its weights under ``model`` or ``state_dict`` is unwrapped. ONNX needs the package onnx.
     Raises: FileNotFoundError; ValueError when the file is unreadable, unsafe or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no such file: {path}")
+    if path.suffix == ".onnx":
+        return read_onnx(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -66,7 +70,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | Path) -> LoadReport:
-    """Load published DEX weights, original MAE weights or a timm ViT into ``model``, strictly.
+    """Load published DEX weights, original MAE weights or a ViT of another program into ``model``, strictly.
 
     Args:
         model: any `MaskedAutoencoder`; sizes other than the image grid and the patch side must match the weights.
@@ -74,13 +78,13 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
 
     Raises: ValueError naming every missing, unknown or mis-shaped tensor; then nothing was changed.
     """
-    state = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+    state = timm_names(weights if isinstance(weights, Mapping) else read_state_dict(weights))
     targets = model.reference_tensors()
     published = any(".DEX." in k for k in state)
     if not published and not any(k.startswith("blocks.") and ".mlp.fc1." in k for k in state):
         raise ValueError(
-            "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm) or blocks.<l>.DEX.router.linear.weight "
-            f"(published DEX), got {', '.join(sorted(state)[:4])}, ..."
+            "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm), embeddings.patch_embeddings.* (Hugging Face) or "
+            f"blocks.<l>.DEX.router.linear.weight (published DEX), got {', '.join(sorted(state)[:4])}, ..."
         )
     _check_channels(state, targets)
     resized = _resize(model, state)

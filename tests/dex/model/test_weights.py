@@ -298,8 +298,8 @@ def damaged(**changes):
 @pytest.mark.parametrize(
     ("state", "named"),
     [
-        (damaged(blocks__1__ls1__gamma=torch.ones(D)), "unknown blocks.1.ls1.gamma"),
-        (damaged(blocks__0__ls2__gamma=torch.ones(D)), "unknown blocks.0.ls2.gamma"),
+        (damaged(blocks__1__ls1__gamma=torch.ones(D + 1)), r"blocks.1.ls1.gamma: expected \[16\], got \[17\]"),
+        (damaged(blocks__2__ls2__gamma=torch.ones(D)), "unknown blocks.2.ls2.gamma"),
         (damaged(blocks__0__attn__q_norm__weight=torch.ones(D)), "unknown blocks.0.attn.q_norm.weight"),
         (damaged(reg_token=torch.ones(1, 4, D)), "unknown reg_token"),
         (damaged(blocks__2__norm1__weight=torch.ones(D)), "unknown blocks.2.norm1.weight"),
