@@ -106,6 +106,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
     )
+    parser.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
+    parser.add_argument(
+        "--intercept", type=float, metavar="B", help="files other than DICOM, such as PNG of HU + 32768"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -141,6 +145,8 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "normalisation": options.normalisation,
         "routes": tuple(map(_route, options.pattern)) if options.pattern else None,
         "trusted": options.trust or None,
+        "slope": options.slope,
+        "intercept": options.intercept,
         "root": options.root,
         "files": tuple(options.files) if options.files else None,
         "planes": tuple(options.planes) if options.planes else None,
@@ -156,7 +162,14 @@ def _sources(options: argparse.Namespace) -> list[Any]:
             folders += 1
             given |= {"name": f"folder-{folders}"} if folders > 1 else {}
         elif folders or len(options.source) > 1:
-            for name in ("modality", "normalisation", "routes", "trusted"):  # of the folders beside it
+            for name in (
+                "modality",
+                "normalisation",
+                "routes",
+                "trusted",
+                "slope",
+                "intercept",
+            ):  # of the folders beside it
                 given.pop(name, None)
         sources += resolve(argument, **given)
     return sources

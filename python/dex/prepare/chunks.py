@@ -80,8 +80,8 @@ class Refusal(NamedTuple):
 @dataclass
 class Counts:
     """units, unreadable (units with a reason in UNREADABLE) and refused are about files; seen and what follows are
-    about slices: seen = kept + sum(dropped). parts: the same by modality, "" where none is known, of a source whose
-    files have modalities of their own."""
+    about slices: seen = kept + sum(dropped). masked: stacks with NaN as background. parts: the same by modality, ""
+    where none is known, of a source whose files have modalities of their own."""
 
     units: int = 0
     unreadable: int = 0
@@ -91,6 +91,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     text: int = 0
+    masked: int = 0
     parts: dict[str, Counts] = field(default_factory=dict)
 
     def part(self, modality: str) -> Counts:
@@ -279,7 +280,8 @@ class _Work:
         return self._counts
 
     def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
-        return routing.decide(routing.facts_of(head, has_pixels), self._source.modality_of(self._path))
+        wanted = None if self._source.routed else self._source.modality_of(self._path)
+        return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
     def _refuse_for(self, error: Exception) -> None:
         if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
@@ -310,6 +312,8 @@ class _Work:
         }
         if self._source.routed:
             common["modality"] = source.modality
+        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
+            stack.rescale(source.slope, source.intercept)
         for one in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
@@ -323,6 +327,7 @@ class _Work:
             self._files.add({**names, **common, **line}, data, self._unit.key)
             self._counts.kept += 1
             self._counts.text += line["text"]
+        self._counts.masked += stack.masked
 
     def _source_of(self, stack: readers.Stack) -> Source:
         """The source with the stack's modality; the source as it is where nothing says which that is."""

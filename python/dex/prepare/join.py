@@ -302,6 +302,7 @@ def _facts(
                 "patients": len(np.unique(table.group[kept])),
                 "text_suspected": int((kept & table.text).sum()),
                 "burned_in_declared": counts.burned_in,
+                **({"nan_as_background": counts.masked} if counts.masked else {}),
             }
         )
     # The package-borne sources stand for the corpus: its modalities of which they hold nothing are listed too.

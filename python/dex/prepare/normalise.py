@@ -40,13 +40,14 @@ def percentile_range(values: np.ndarray, percentiles: tuple[float, float] = MR_P
     return ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)
 
 
-def normaliser(rule: str, stack: Stack) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns numbers of a frame of `stack`, any part of it, into unit float32 of the same shape.
+def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns numbers of a frame of `stack`, any piece of it, into unit float32 of the same shape.
 
-    ct: HU clipped to [-200, 400], / 600. suv: SUV clipped to [0, 20], / 20. mr: clipped to the stack's 1st and 99th
-    percentile, min-max. pet: the same clip, z-score, min-max; the z-score is affine and the clipped minimum and maximum
-    are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for display, else as mr; for
-    pictures of 8 bits and videos ct and suv are display too, since their window was applied when they were made.
+    ct: HU clipped to [-200, 400], / 600. suv: SUV clipped to [0, 20], / 20. mr: clipped to the 1st and 99th percentile
+    of the stack, or of its part `part`, min-max. pet: the same clip, z-score, min-max; the z-score is affine and the
+    clipped minimum and maximum are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for
+    display, else as mr; for pictures of 8 bits and videos ct and suv are display too, since their window was applied
+    when they were made.
 
     Refused("inconsistent") when the stack's numbers are not what the rule needs: HU and SUV come from a header that
     says so, or from a format whose files do not say, where the description does. Refused("constant") when the two
@@ -59,11 +60,12 @@ def normaliser(rule: str, stack: Stack) -> Callable[[np.ndarray], np.ndarray]:
     if rule in ("ct", "suv"):
         needed = "HU" if rule == "ct" else "SUV"
         if stack.quantity != needed and not (stack.quantity == "raw" and stack.described):
-            raise Refused("inconsistent", f"{rule} needs {needed}, got {stack.note or stack.quantity}")
+            help_ = "another normalisation, or slope and intercept, would take it"
+            raise Refused("inconsistent", f"{rule} needs {needed}, got {stack.note or stack.quantity}; {help_}")
         return ct_window if rule == "ct" else suv_window
     if rule == "display" and stack.quantity == "display8":
         return lambda values: values.astype(np.float32) / np.float32(255)
-    low, high = stack.percentiles(*MR_PERCENTILES)
+    low, high = stack.percentiles(*MR_PERCENTILES, part)
     if not high > low:
         raise Refused("constant", f"the percentiles {MR_PERCENTILES} coincide")
 

@@ -108,16 +108,19 @@ def facts_of(head: Any, has_pixels: bool = True) -> Facts:
 
 
 def decide(facts: Facts, wanted: Modality | None = None) -> Decision:
-    """The modality of a file's images, or why it is left out. wanted: the modality that the user gave; a header that
-    says another is left out, and one that names no modality of the catalogue takes a modality of the user's own."""
+    """The modality of a file's images, or why it is left out. wanted: the modality that the user gave. A header that
+    says another is left out. One that says nothing takes the user's, and so does one that names no modality of the
+    catalogue, where the user's is none either."""
     rule = next((rule for rule in RULES if rule.applies(facts)), None)
-    if rule is not None and not (rule.reason == "unknown modality" and wanted is not None and wanted.name not in NAMES):
+    silent = not facts.sop_class and facts.modality in ("", "OT")
+    unknown = rule is not None and rule.reason == "unknown modality"
+    if rule is not None and not (unknown and wanted is not None and (silent or wanted.name not in NAMES)):
         return Decision(left_out=rule.reason, detail=rule.detail)
     modality = wanted if rule is not None else known(_modality(facts))
     if wanted is not None and modality.name != wanted.name:
         return Decision(left_out="another modality", detail=f"the header says {modality.name}, not {wanted.name}")
     chosen = wanted or modality
-    return Decision(chosen.name, chosen.normalisation, ("auto",) if modality.volumes else ("stored",))
+    return Decision(chosen.name, chosen.normalisation, ("auto",) if chosen.volumes else ("stored",))
 
 
 def _modality(facts: Facts) -> str:

@@ -451,7 +451,7 @@ def _amount(planned: Sequence[_Planned]) -> str:
 def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:
     """ValueError when an earlier start had other sources, settings or decoders, or other files."""
     if (old.get("format"), old.get("version")) != (new["format"], new["version"]):
-        raise ValueError("out: was begun by another version of dex")
+        raise ValueError("out: was begun by another version of dex; give another --out")
     before, now = ({entry["name"]: entry for entry in plan["sources"]} for plan in (old, new))
     for kind in ("settings", "limits", "versions"):
         for name in new[kind]:

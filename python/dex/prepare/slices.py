@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import normalise
-from .readers import Frame, Stack
+from .readers import Frame, Refused, Stack
 
 if TYPE_CHECKING:
     from .sources import Source, Tile
@@ -45,10 +45,11 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
         raise ValueError(f"bits: expected 8 or 16, got {bits}")
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
-    rule = normalise.normaliser(source.normalisation, stack)
-    if stack.inverted:
-        rule = _inverse(rule)
+    rules = _Rules(stack, source.normalisation)
     for frame in stack.frames(source.planes, 1 if stack.volume else source.frame_stride):
+        rule = rules.of(frame.part)
+        if rule is None:
+            continue
         height, width = frame.pixels.shape[:2]
         if source.whole:
             box, (tall, wide) = (
@@ -63,6 +64,32 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
                 box = (left, top, left + tile.size, top + tile.size)
                 content = resize(frame.pixels, rule, box, size, size)
                 yield _finished(f"{frame.label}-x{left}-y{top}-s{tile.size}", content, size, bits, tile.size)
+
+
+class _Rules:
+    """The rule of each part of a stack. Refused where a stack that has no parts has none."""
+
+    def __init__(self, stack: Stack, name: str):
+        self._stack, self._name = stack, name
+        self._of_parts: dict[int, Callable[[np.ndarray], np.ndarray] | None] = {}
+        if not stack.parts:
+            self._of_parts[0] = self._rule(0)
+
+    def of(self, part: int) -> Callable[[np.ndarray], np.ndarray] | None:
+        """None for a part that cannot be scaled, which is then among the stack's refused ones."""
+        if part not in self._of_parts:
+            self._of_parts[part] = None
+            try:
+                self._of_parts[part] = self._rule(part)
+            except Refused as error:
+                if error.reason != "constant":
+                    raise
+                self._stack.refused.append(error)
+        return self._of_parts[part]
+
+    def _rule(self, part: int) -> Callable[[np.ndarray], np.ndarray]:
+        rule = normalise.normaliser(self._name, self._stack, part)
+        return _inverse(rule) if self._stack.inverted else rule
 
 
 def places(tile: Tile, height: int, width: int) -> Iterator[tuple[int, int]]:

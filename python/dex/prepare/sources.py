@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,8 @@ class Source:
         where the slices are not axial and lie more than twice as far apart as their pixels.
     frame_stride: of stacks that are no volume (videos, multi-frame files), one frame in so many. 0: as the corpus,
         one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
+    slope, intercept: number = slope * stored + intercept, of formats other than DICOM, whose headers say it. With them
+        pictures hold numbers, HU for instance, and no window was applied.
     min_foreground: the least share of foreground that a slice is kept with.
     fit: "pad" (the whole picture, its surroundings in its own background level), "crop" (the centre square), "":
         "crop" for fundus, pathology, endoscopy and clinical photography, else "pad".
@@ -113,6 +116,8 @@ class Source:
     anatomy: str = ""
     planes: tuple[str, ...] = ("axial",)
     frame_stride: int = 1
+    slope: float = 1.0
+    intercept: float = 0.0
     min_foreground: float = MIN_FOREGROUND
     fit: str = ""
     tiles: tuple[Tile, ...] = ()
@@ -151,6 +156,8 @@ class Source:
             self.planes,
         )
         _require(self.frame_stride >= 0, "frame_stride", "at least 0", self.frame_stride)
+        _require(math.isfinite(self.slope) and self.slope != 0, "slope", "a number other than 0", self.slope)
+        _require(math.isfinite(self.intercept), "intercept", "a number", self.intercept)
         _require(0 <= self.min_foreground <= 1, "min_foreground", "a share, 0 to 1", self.min_foreground)
         _require(0 <= self.val_share <= 1, "val_share", "a share, 0 to 1", self.val_share)
         _require(self.images is None or self.images >= 0, "images", "a count", self.images)
@@ -297,7 +304,7 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
             + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "nothing is at the path given")
         )
     given = _named(overrides).get("modality", source.modality)
-    if given != source.modality:
+    if given != source.modality and not (source.routed and given in (AUTO, FROM_FOLDERS)):
         raise ValueError(
             f"modality: the source {source.name!r} is {source.modality}, got {given!r}; "
             "copy its description and edit that, where it is wrong"

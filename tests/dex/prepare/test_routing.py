@@ -202,6 +202,14 @@ def test_a_modality_of_ones_own_takes_what_no_header_names():
     assert decided("4", "CT", wanted=own).left_out == "contradictory header"
 
 
+def test_a_header_that_says_nothing_takes_the_modality_of_the_user():
+    for modality in ("", "OT"):
+        assert decided("", modality).left_out == "unknown modality"
+        assert decided("", modality, wanted=resolve("CT")) == Decision("CT", "ct", ("auto",))
+        assert decided("", modality, has_pixels=False, wanted=resolve("CT")).left_out == "no image"
+    assert decided("", "NM", wanted=resolve("CT")).left_out == "unknown modality"
+
+
 def test_every_storage_class_of_the_standard_is_decided_on():
     classes = [uid for uid, (_, kind, *_) in UID_dictionary.items() if kind == "SOP Class" and uid.startswith(ROOT)]
     assert len(classes) > 150

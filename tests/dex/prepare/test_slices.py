@@ -157,3 +157,20 @@ def test_what_a_rule_refuses():
         images(stack_of(array), bits=12)
     with pytest.raises(ValueError, match="size"):
         images(stack_of(array), size=0)
+
+
+def test_parts_are_scaled_each_by_its_own_numbers():
+    array = DRAW.integers(0, 1000, (4, 40, 40), dtype=np.uint16)
+    array[1] = array[0] * 50
+    array[2] = 7  # constant: nothing to scale
+    stack = stack_of(array, parts=(0, 1, 2, 3), inverted=True)
+    frames = images(stack, size=40, normalisation="mr")
+    assert [frame.label for frame in frames] == ["frame-0000", "frame-0001", "frame-0003"]
+    assert np.array_equal(frames[0].image, frames[1].image)
+    assert [str(one) for one in stack.refused] == [
+        "constant: the percentiles (1.0, 99.0) coincide",
+    ]
+    alone = images(stack_of(array[3:], inverted=True), size=40, normalisation="mr")
+    assert np.array_equal(frames[2].image, alone[0].image)
+    with pytest.raises(Refused, match="ct needs HU"):
+        images(stack_of(array, parts=(0, 1, 2, 3)), normalisation="ct")

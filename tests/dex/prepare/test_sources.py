@@ -96,6 +96,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
     again = dataclasses.replace(
         source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
         licence="CC0", citation="Müller: a, b", public=True, simulated=True, trusted=True,
+        slope=2.0, intercept=-1.0,
     )  # fmt: skip
     assert all(
         getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in ("format", "routes")
@@ -122,6 +123,8 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "public: 'yes'\n", "public: expected bool, got 'yes'"),
         (SMALL + "val_share: 2\n", "val_share: expected a share, 0 to 1; got 2.0"),
         (SMALL + "min_foreground: .nan\n", "min_foreground: expected a share"),
+        (SMALL + "slope: 0\n", "slope: expected a number other than 0; got 0.0"),
+        (SMALL + "intercept: .inf\n", "intercept: expected a number; got inf"),
         (SMALL + "images: -3\n", "images: expected a count; got -3"),
         (SMALL + "format: jpeg\n", "format: expected one of 'auto'"),
         (SMALL + "planes: []\n", "planes: expected some of"),
@@ -313,6 +316,10 @@ def test_names_of_modalities_are_read_in_any_spelling(tmp_path):
     text = SMALL.replace("CT", "computed tomography") + "root: .\nfiles: ['*']\n"
     (source,) = resolve(write(tmp_path, text), modality="ct")
     assert source.modality == "CT"
+    text = "name: a\nmodality: auto\nnormalisation: auto\nroot: .\nfiles: ['*']\n"
+    assert resolve(write(tmp_path, text, "b.yaml"), modality="from-folders")[0].modality == "from-folders"
+    with pytest.raises(ValueError, match="modality: the source 'a' is auto, got 'CT'"):
+        resolve(tmp_path / "b.yaml", modality="CT")
     (own,) = resolve(tmp_path, modality="Photo  acoustic", normalisation="mr")
     assert (own.modality, own.normalisation, own.crop, own.routed) == ("Photo acoustic", "mr", False, False)
     assert own.modality_of("ct/1.png").name == "Photo acoustic"

@@ -60,6 +60,10 @@ class Limits:
         return stored + height * width * (2 * itemsize + 4) <= self.memory - 32 * 2**20
 
 
+BZIP2_BYTES = 2**26
+"""Of data packed by bzip2: more take too long, 20 MB a second."""
+
+
 class BoundedFile(io.BufferedReader):
     """A file that never allocates more than is left of it, nor more than `largest` bytes in one read; a reader that
     makes more than `calls` reads is stopped. Both by Refused("too large")."""

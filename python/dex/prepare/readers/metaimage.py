@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import BoundedFile, Limits, Unpacked, fill, native, opened, quiet
+from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quiet
 from .layout import Layout, layout
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 
-_BZIP2_BYTES = 2**26  # more take too long: 20 MB a second
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
 _NUMBERS = ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
 
@@ -101,8 +100,8 @@ def _fill(file: BoundedFile, place: Layout, out: np.ndarray, declared: int, beat
         fill(file, out, beat)
         return
     if place.packing == "bzip2":
-        if out.nbytes > _BZIP2_BYTES:
-            raise Refused("too large", f"{out.nbytes} bytes packed by bzip2, at most {_BZIP2_BYTES}")
+        if out.nbytes > BZIP2_BYTES:
+            raise Refused("too large", f"{out.nbytes} bytes packed by bzip2, at most {BZIP2_BYTES}")
         file.seek(place.start)
         source = bz2.BZ2File(file)
     else:

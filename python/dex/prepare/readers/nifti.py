@@ -1,4 +1,5 @@
-"""NIfTI-1 and -2 in one file or two, gzipped or not. Of several volumes the first is taken; no more of it is read.
+"""NIfTI-1 and -2 in one file or two, packed by gzip or bzip2 or not. Of several volumes the first is taken; no more is
+read.
 
 A volume that does not fit into the memory is streamed along its slow axis, once for each pass; slices across that axis
 are then refused.
@@ -6,13 +7,14 @@ are then refused.
 
 from __future__ import annotations
 
+import bz2
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..label_maps import intent
-from .files import RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
+from .files import BZIP2_BYTES, RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
@@ -27,7 +29,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     """files: the header's, then the one that holds the image where that is another."""
     with quiet("NIfTI"):
         with opened(files[0]) as raw:
-            header, code, two = _header(_unpacked(raw, _is_packed(raw)).read(HEADER_BYTES))
+            header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
         path = files[0]
         if two:
             names = images_of(path.name)
@@ -44,15 +46,18 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         size = width * height * frames * channels * stored.itemsize
         kept = limits.holds(size * min(planes, 2), height, width, channels * stored.itemsize)
     with quiet("NIfTI"), opened(path) as raw:
-        packed = path.name.lower().endswith(".gz") if two else _is_packed(raw)
+        packed = ("gzip" if path.name.lower().endswith(".gz") else "") if two else _packing(raw)
         file = _unpacked(raw, packed)
         if not kept and (
             planes > 1
             or size > STREAMED * limits.memory
             or (packed and size > RATIO * raw.size)
+            or packed == "bzip2"
             or not limits.holds(0, height, width, channels * stored.itemsize)
         ):
             raise Refused("too large", f"{size} bytes declared")
+        if packed == "bzip2" and size > BZIP2_BYTES:
+            raise Refused("too large", f"{size} bytes packed by bzip2, at most {BZIP2_BYTES}")
         offset = int(header.get_data_offset())
         least = 0 if two else HEADER_BYTES if header.sizeof_hdr == 540 else 348
         if not least <= offset <= LARGEST_OFFSET:
@@ -106,13 +111,16 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
     yield stack
 
 
-def _is_packed(raw: BoundedFile) -> bool:
-    packed = raw.read(2) == b"\x1f\x8b"
+def _packing(raw: BoundedFile) -> str:
+    """What a file is packed by, by its first bytes: "gzip", "bzip2" or ""."""
+    start = raw.read(3)
     raw.seek(0)
-    return packed
+    return "gzip" if start[:2] == b"\x1f\x8b" else "bzip2" if start == b"BZh" else ""
 
 
-def _unpacked(raw: BoundedFile, packed: bool) -> BoundedFile | Unpacked:
+def _unpacked(raw: BoundedFile, packed: str) -> BoundedFile | Unpacked | bz2.BZ2File:
+    if packed == "bzip2":
+        return bz2.BZ2File(raw)
     return Unpacked(raw) if packed else raw
 
 
@@ -156,7 +164,7 @@ def beside(path: Path) -> list[str]:
 
 
 READER = Reader(
-    suffixes=(".nii", ".nii.gz", ".hdr", ".hdr.gz"),
+    suffixes=(".nii", ".nii.gz", ".nii.bz2", ".hdr", ".hdr.gz"),
     read=read,
     needs={"nibabel": "nibabel"},
     beside=beside,

@@ -35,6 +35,7 @@ QUANTITIES = ("HU", "SUV", "raw", "display8")
 
 _NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # of right, anterior, superior
 _CHUNK = 2**20
+_MOST_NAN = 0.98  # of a stack's numbers: with more of them it is refused
 _THICK = 2.0  # spacings of rows and columns: slices further apart show nothing across them
 
 
@@ -58,11 +59,12 @@ class Refused(ValueError):
 
 class Frame(NamedTuple):
     """`label` is unique in its stack. `pixels`: float32 [H, W] in the stack's quantity, or uint8 [H, W] or [H, W, 3]
-    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown."""
+    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown. `part`: of `Stack.parts`."""
 
     label: str
     pixels: np.ndarray
     spacing: tuple[float, float]
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,16 @@ class Stack:
     inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
     described: the file does not say what its numbers are, so the source's description does.
     windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
+    parts: of each frame the number of the image that it belongs to, where several were only read together; an image's
+        numbers say nothing about another's. () where all frames are one.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
         that its header gives besides, or "".
     patient, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
 
-    `frames` and `percentiles` raise Refused too: nothing of a stack is then to be used.
+    NaN is background: what was masked away. It becomes the lowest number that the stack has, and `masked` says whether
+    there was any. `frames` and `percentiles` raise Refused too: nothing of a stack is then to be used.
     """
 
     quantity: str
@@ -152,6 +157,7 @@ class Stack:
     intercept: float | np.ndarray = 0.0
     spacing: tuple[float, float] = (1.0, 1.0)
     geometry: Geometry | None = None
+    parts: tuple[int, ...] = ()
     volume: bool = False
     inverted: bool = False
     described: bool = False
@@ -166,6 +172,7 @@ class Stack:
     whole: np.ndarray | None = field(default=None, repr=False)
     beat: Callable[[], None] = field(default=lambda: None, repr=False)
     _percentiles: dict = field(default_factory=dict, repr=False)
+    _lowest: np.float32 | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.quantity not in QUANTITIES:
@@ -202,24 +209,37 @@ class Stack:
             else:
                 yield from self._along(plane, stride)
 
-    def percentiles(self, low: float, high: float) -> tuple[float, float]:
-        """Of all numbers of the stack, as numpy.percentile (linear) gives them; memory of one frame at most."""
-        if (low, high) not in self._percentiles:
-            if self.whole is None and self.length is not None and self.holds(self._bytes()):
+    def percentiles(self, low: float, high: float, part: int = 0) -> tuple[float, float]:
+        """Of all numbers of the stack, or of one of its parts, as numpy.percentile (linear) gives them; memory of one
+        frame at most."""
+        key = (low, high, part)
+        if key not in self._percentiles:
+            if self.whole is None and self.length is not None and not self.parts and self.holds(self._bytes()):
                 self._keep()
-            self._percentiles[low, high] = self._count((low, high))
-        return self._percentiles[low, high]
+            self._percentiles[key] = self._count((low, high), part)
+        return self._percentiles[key]
 
     def _plane(self) -> str:
         columns, rows, across = self.geometry.spacing
         thick = not self.geometry.even or across > _THICK * max(columns, rows)
         return "stored" if self.volume and thick and self._slow_plane() != "axial" else "axial"
 
+    def rescale(self, slope: float, intercept: float) -> None:
+        """Numbers become slope * number + intercept, and are what the source's description says."""
+        if self.channels > 1:
+            raise Refused("inconsistent", "slope and intercept of colours")
+        self.slope, self.intercept = self.slope * slope, self.intercept * slope + intercept
+        self.quantity, self.described, self.windowed = "raw", True, False
+
     def sample(self, numbers: Collection[int]) -> Iterator[np.ndarray]:
         """The stored frames of these numbers, as they are stored. A stack of one frame keeps it, if it may."""
         if self.length == 1 and self.whole is None and self.holds(self._bytes()):
             self._keep()
         yield from (pixels for _, pixels in self._loaded(lambda number: number in numbers))
+
+    @property
+    def masked(self) -> bool:
+        return self._lowest is not None
 
     def _slow_plane(self) -> str:
         return next(plane for plane, axis in _NORMAL.items() if self.geometry.axes[axis] == 2)
@@ -228,7 +248,8 @@ class Stack:
         spacing = self.spacing if self.geometry is None else (self.geometry.spacing[1], self.geometry.spacing[0])
         for number, pixels in self._loaded(lambda number: number % stride == 0):
             label = "image" if self.length == 1 else f"frame-{number:04d}"
-            yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing)
+            part = self.parts[number] if self.parts else 0
+            yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing, part)
 
     def _along(self, plane: str, stride: int) -> Iterator[Frame]:
         reverse = self.geometry.signs[_NORMAL[plane]] < 0
@@ -289,41 +310,73 @@ class Stack:
         return tuple(v[number] if isinstance(v, np.ndarray) else v for v in (self.slope, self.intercept))
 
     def _numbers(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
+        """The frame's numbers, with the lowest of the stack in the place of NaN."""
         if self.quantity == "display8":
             return stored
+        numbers = self._rescaled(stored, slope, intercept)
+        if self.dtype.kind != "f":
+            return numbers
+        rows = max(1, _CHUNK // max(1, stored.shape[1]))
+        for top in range(0, len(numbers), rows):
+            strip = slice(top, top + rows)
+            finite = np.isfinite(numbers[strip])
+            if finite.all():
+                continue
+            if numbers is stored:
+                numbers = stored.copy()
+            numbers[strip][np.isnan(numbers[strip])] = self._background()
+            if not np.isfinite(numbers[strip]).all():
+                raise Refused("not finite", "a value is infinite")
+        return numbers
+
+    def _rescaled(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
         plain = np.ndim(slope) == 0 and slope == 1 and intercept == 0
-        copied = not (plain and stored.dtype == np.float32)
-        out = np.empty(stored.shape, np.float32) if copied else stored
+        if plain and stored.dtype == np.float32:
+            return stored
+        out = np.empty(stored.shape, np.float32)
         rows = max(1, _CHUNK // max(1, stored.shape[1]))
         with np.errstate(over="ignore", invalid="ignore"):
             for top in range(0, len(stored), rows):  # in strips: float64 of a whole frame would be its largest copy
                 strip = slice(top, top + rows)
-                if not copied:
-                    pass
-                elif plain:
+                if plain:
                     out[strip] = stored[strip]
                 elif np.ndim(slope) == 0:
                     out[strip] = stored[strip] * np.float64(slope) + intercept
                 else:
                     out[strip] = stored[strip] * slope[strip] + intercept[strip]
-                if self.dtype.kind == "f" and not np.isfinite(out[strip]).all():
-                    raise Refused("not finite", "a value is not a finite number")
         return out
 
-    def _count(self, percents: tuple[float, float]) -> tuple[float, float]:
+    def _background(self) -> np.float32:
+        """The lowest number of the stack; Refused where nearly all are NaN."""
+        if self._lowest is None:
+            lowest, count, total = np.float32(np.inf), 0, 0
+            for number, pixels in self._loaded(lambda number: True):
+                numbers = self._rescaled(pixels, *self._scale(number))
+                finite = np.isfinite(numbers)
+                lowest = np.float32(min(lowest, numbers.min(where=finite, initial=np.inf)))
+                count, total = count + int(np.isnan(numbers).sum()), total + numbers.size
+            if count > _MOST_NAN * total or not np.isfinite(lowest):
+                raise Refused("not finite", f"{count} of {total} values are no numbers")
+            self._lowest = lowest
+        return self._lowest
+
+    def _of_part(self, part: int) -> Callable[[int], bool]:
+        return lambda number: not self.parts or self.parts[number] == part
+
+    def _count(self, percents: tuple[float, float], part: int) -> tuple[float, float]:
         uniform = not isinstance(self.slope, np.ndarray) or (
             np.ptp(self.slope) == 0 and np.ptp(np.broadcast_to(self.intercept, self.slope.shape)) == 0
         )
         if self.dtype.kind in "iub" and self.dtype.itemsize <= 2 and uniform:
-            return self._count_integers(percents)
-        return self._count_floats(percents)
+            return self._count_integers(percents, part)
+        return self._count_floats(percents, part)
 
-    def _count_integers(self, percents: tuple[float, float]) -> tuple[float, float]:
+    def _count_integers(self, percents: tuple[float, float], part: int) -> tuple[float, float]:
         lowest = 0 if self.dtype.kind in "ub" else int(np.iinfo(self.dtype).min)
         counts = np.zeros(256**self.dtype.itemsize, np.int64)
-        for _, pixels in self._loaded(lambda number: True):
-            for part in _chunks(pixels):
-                counts += np.bincount(part.astype(np.int64) - lowest, minlength=len(counts))
+        for _, pixels in self._loaded(self._of_part(part)):
+            for chunk in _chunks(pixels):
+                counts += np.bincount(chunk.astype(np.int64) - lowest, minlength=len(counts))
         slope, intercept = self._scale(0) if self.quantity != "display8" else (1.0, 0.0)
         values = (np.arange(len(counts)) + lowest) * float(slope) + float(intercept)
         if slope < 0:
@@ -331,13 +384,13 @@ class Stack:
         ends = np.cumsum(counts)
         return _interpolate(percents, int(ends[-1]), lambda rank: values[np.searchsorted(ends, rank, side="right")])
 
-    def _count_floats(self, percents: tuple[float, float]) -> tuple[float, float]:
+    def _count_floats(self, percents: tuple[float, float], part: int) -> tuple[float, float]:
         """Order statistics of float32 numbers by two passes of counting, high and low half of an ascending key."""
 
         def keys() -> Iterator[np.ndarray]:
-            for number, pixels in self._loaded(lambda number: True):
-                for part in _chunks(self._numbers(pixels, *self._scale(number))):
-                    bits = part.view(np.uint32)
+            for number, pixels in self._loaded(self._of_part(part)):
+                for chunk in _chunks(self._numbers(pixels, *self._scale(number))):
+                    bits = chunk.view(np.uint32)
                     yield np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
         high = np.zeros(2**16, np.int64)

@@ -1,5 +1,6 @@
 """NIfTI through nibabel's own writer, and headers that lie."""
 
+import bz2
 import gzip
 
 import nibabel
@@ -142,10 +143,30 @@ def test_headers_that_lie(tmp_path):
 
 
 def test_not_finite_nifti(tmp_path):
-    values = np.zeros((4, 3, 2), np.float32)
+    values = DRAW.normal(size=(4, 3, 2)).astype(np.float32)
     values[1, 1, 1] = np.nan
+    stack = read(save(tmp_path / "a.nii", values))
+    (low, _), got = stack.percentiles(0, 100), shown(stack, "stored")
+    assert low == np.nanmin(values) and stack.masked
+    assert np.array_equal(got, np.where(np.isnan(values), low, values).transpose(2, 1, 0))
+    values[1, 1, 1] = np.inf
     with pytest.raises(Refused, match="not finite"):
-        shown(read(save(tmp_path / "a.nii", values)))
+        shown(read(save(tmp_path / "b.nii", values)))
+
+
+def test_nifti_packed_by_bzip2(tmp_path, monkeypatch):
+    whole = save(tmp_path / "a.nii", VALUES).read_bytes()
+    path = tmp_path / "b.nii.bz2"
+    path.write_bytes(bz2.compress(whole))
+    assert readers.format_of(path) == "nifti"
+    assert np.array_equal(shown(read(path)), shown(read(tmp_path / "a.nii")))
+    path.write_bytes(bz2.compress(whole)[:-20])
+    with pytest.raises(Refused, match="unreadable"):
+        read(path)
+    path.write_bytes(bz2.compress(whole))
+    monkeypatch.setattr("dex.prepare.readers.nifti.BZIP2_BYTES", VALUES.nbytes - 1)
+    with pytest.raises(Refused, match="too large: .* packed by bzip2"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["anatomical.nii", "example4d.nii.gz", "example_nifti2.nii.gz", "functional.nii"])

@@ -70,8 +70,54 @@ def test_percentiles_of_rescaled_numbers(name, slope, intercept):
     assert got.dtype == np.float32 and np.allclose(got, numbers, rtol=1e-6)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (2.0, -3.0), (np.array([1.0, 2.0, -0.5]), np.zeros(3))])
+def test_nan_is_background(keep, dtype, slope, intercept):
+    array = DRAW.normal(5, 2, (3, 7, 5)).astype(dtype)
+    array[0, 2:5, 1:4] = array[2] = np.nan
+    before = array.copy()
+    stack = stack_of(array, keep, slope=slope, intercept=intercept)
+    assert not stack.masked
+    numbers = (array * np.reshape(slope, (-1, 1, 1)) + np.reshape(intercept, (-1, 1, 1))).astype(np.float32)
+    expected = np.where(np.isnan(numbers), np.nanmin(numbers), numbers)
+    got = np.stack([frame.pixels for frame in stack.frames(("stored",), 1)])
+    assert np.allclose(got, expected, rtol=1e-6) and stack.masked
+    assert stack.percentiles(1, 99) == pytest.approx(np.percentile(expected, (1, 99)), rel=1e-6)
+    assert np.array_equal(array, before, equal_nan=True)  # the reader's own numbers stay
+
+
+def test_nearly_nothing_but_nan_is_refused():
+    array = np.full((2, 10, 10), np.nan, np.float32)
+    array[0, 0, :3] = 1, 2, 3
+    with pytest.raises(Refused, match="not finite: 197 of 200 values are no numbers"):
+        stack_of(array).percentiles(1, 99)
+    array[0, 0, 3] = 4
+    assert stack_of(array).percentiles(0, 100) == (1, 4)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["int16", "float32"])
+def test_numbers_of_one_part_say_nothing_about_another(keep, name):
+    array = ARRAYS[name]
+    stack = stack_of(array, keep, parts=(0, 1, 1))
+    assert stack.percentiles(1, 99, 0) == pytest.approx(np.percentile(array[0].astype(np.float32), (1, 99)), rel=1e-6)
+    assert stack.percentiles(1, 99, 1) == pytest.approx(np.percentile(array[1:].astype(np.float32), (1, 99)), rel=1e-6)
+    assert [frame.part for frame in stack.frames(("stored",), 1)] == [0, 1, 1]
+
+
+def test_rescaled_numbers_are_what_the_description_says():
+    stack = stack_of(ARRAYS["uint16"], slope=2.0, intercept=5.0, windowed=True)
+    stack.rescale(0.5, -32768.0)
+    got = next(iter(stack.frames(("stored",), 1))).pixels
+    assert np.allclose(got, (ARRAYS["uint16"][0] * 2.0 + 5) * 0.5 - 32768)
+    assert (stack.quantity, stack.described, stack.windowed) == ("raw", True, False)
+    with pytest.raises(Refused, match="slope and intercept of colours"):
+        stack_of(ARRAYS["colour"], quantity="display8").rescale(2.0, 0.0)
+
+
 def test_frames_that_are_not_finite_or_not_alike():
-    for bad in (np.nan, np.inf, 1e300):
+    for bad in (-np.inf, np.inf, 1e300):
         array = np.zeros((2, 3, 3))
         array[1, 1, 1] = bad
         with pytest.raises(Refused, match="not finite"):

@@ -31,7 +31,7 @@ def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
 
 
 READER = Reader(
-    suffixes=(".dcm", ".dicom", ".ima"),
+    suffixes=(".dcm", ".dicom", ".ima", ".dcm.gz"),
     read=read,
     needs={
         "pydicom": "pydicom",

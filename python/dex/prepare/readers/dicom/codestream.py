@@ -33,6 +33,28 @@ def jpeg_size(data: bytes) -> tuple[int, int, int]:
     raise Refused("unreadable", "no frame header in the compressed data")
 
 
+def jpeg_colour(data: bytes) -> str:
+    """ "RGB" or "YBR_FULL", as a lossy JPEG stream of three components says itself; "" where it does not.
+
+    An Adobe marker says it. Else JFIF means YCbCr, and so do components called 1, 2, 3, as decoders hold; "R", "G", "B"
+    are what they are called.
+    """
+    place, jfif = 2, False
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        body = data[place + 4 : place + 2 + length]
+        if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
+            return "YBR_FULL" if body[11] == 1 else "RGB"
+        jfif = jfif or (marker == 0xE0 and body[:5] == b"JFIF\0")
+        if marker in (0xC0, 0xC1, 0xC2):
+            names = bytes(body[6 + 3 * number] for number in range(3)) if len(body) >= 15 and body[5] == 3 else b""
+            return "YBR_FULL" if jfif or names == b"\1\2\3" else "RGB" if names == b"RGB" else ""
+        if marker == 0xDA:
+            return ""
+        place += 2 + length
+    return ""
+
+
 def whole_spectrum(data: bytes) -> bytes:
     """A sequential JPEG stream whose scans say that they hold all coefficients. A widely used encoder of 12 bits wrote
     "0 to 0", which the decoder refuses and every other reader passes over."""

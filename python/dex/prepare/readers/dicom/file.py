@@ -29,9 +29,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ..files import BoundedFile, Limits, check_scans, has_magic, opened, quiet, quietly
+from ..files import BoundedFile, Limits, Unpacked, check_scans, has_magic, opened, quiet, quietly
 from ..stack import Refused
-from .codestream import j2k_size, jpeg_size, rle_segments, whole_spectrum
+from .codestream import j2k_size, jpeg_colour, jpeg_size, rle_segments, whole_spectrum
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
 HEADER_VALUE = 2**20
@@ -95,7 +95,7 @@ class Place(NamedTuple):
 
 def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | None]:
     """The elements of KEYWORDS and where the pixels are; None for an object without pixels."""
-    with quiet("DICOM header"), opened(path, _Header) as file:
+    with quiet("DICOM header"), _opened(path, limits, _Header) as file:
         magic = has_magic(file)
         source = _inflated(path, limits) if magic else None
         if source is not None:
@@ -131,6 +131,28 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
         return head, Place(syntax, source.tell(), source.size - source.tell(), keyword, representation)
 
 
+def _opened(path: Path, limits: Limits, kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
+    """The file at `path`, or what it holds where gzip has packed it; Refused when that would not fit."""
+    file = opened(path, kind)
+    if file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        return file
+    with file:
+        file.calls = 2**62  # packed data is read in small blocks
+        unpacked, data = Unpacked(file), bytearray()
+        while block := unpacked.read(2**20):
+            data += block
+            if len(data) > limits.memory // 4:
+                raise Refused("too large", f"unpacks to more than {limits.memory // 4} bytes")
+    return kind(_Unpacked(data), len(data))
+
+
+class _Unpacked(io.BytesIO):
+    """With a name, since pydicom asks every buffered file for one."""
+
+    name = ""
+
+
 def _with_converted(head: pydicom.Dataset) -> None:
     """What an enhanced file that was converted from single images keeps of them aside, as if it stood at the top."""
     shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
@@ -145,7 +167,7 @@ def _at_pixels(tag, vr, length) -> bool:
 
 def _inflated(path: Path, limits: Limits) -> io.BytesIO | None:
     """The data set of a deflated file, or None for another transfer syntax; Refused when it would not fit."""
-    with opened(path) as file:
+    with _opened(path, limits) as file:
         syntax, start = _meta(file)
         if syntax != DeflatedExplicitVRLittleEndian:
             return None
@@ -222,7 +244,7 @@ class Pixels:
     @quietly("DICOM pixels")
     def frames(self, numbers: list[int]) -> Iterator[np.ndarray]:
         """The frames of these numbers, in this order, each [H, W] or [H, W, 3] of `dtype`."""
-        with opened(self.path) as file:
+        with _opened(self.path, self.limits) as file:
             source = file
             if self.syntax == DeflatedExplicitVRLittleEndian:
                 data = _inflated(self.path, self.limits)
@@ -280,6 +302,8 @@ class Pixels:
             if self.syntax in _ENDING and data.find(_END, data.rfind(b"\xff\xda")) < 0:
                 if not np.array_equal(array, _decoded(decoder, data + b"\x55" * 64 + _END, options)[0]):
                     raise Refused("unreadable", "the compressed data end early")
+            if self.syntax in JPEGTransferSyntaxes and self.options["samples_per_pixel"] == 3:
+                photometric = jpeg_colour(data) or photometric  # headers say RGB of streams that are not
             yield self._rgb(array, photometric)
 
     def _encapsulated(self, source: BoundedFile, numbers: list[int]) -> Iterator[bytes]:

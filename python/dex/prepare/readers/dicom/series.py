@@ -29,6 +29,9 @@ _SEGMENTATIONS = tuple(f"1.2.840.10008.5.1.4.1.1.66.{n}" for n in (4, 5, 7))
 _NO_IMAGE = {_DIRECTORY: "a directory of files", _DOSE: "a dose distribution"} | dict.fromkeys(
     _SEGMENTATIONS, "a segmentation"
 )
+_ACQUISITION, _TEMPORAL, _ECHO, _ECHO_TIME, _B_VALUE, _TRIGGER, _STACK = 0, 1, 2, 3, 4, 5, 8  # in `Slice.order`
+_ORDERED_BY = (_ACQUISITION, _TEMPORAL, _ECHO, _ECHO_TIME, _B_VALUE, _TRIGGER, _STACK)
+_SAID_OF_SLICES = (_ACQUISITION, _TRIGGER)  # often of each slice, not of the volume
 _SAME_PLACE = 0.01  # mm along the normal
 _UNEVEN = 0.1  # of the usual distance
 _TILT = math.cos(math.radians(3))
@@ -281,10 +284,10 @@ def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
     loose = [piece for piece in slices if piece.position is None or piece.orientation is None]
     placed = [piece for piece in slices if piece.position is not None and piece.orientation is not None]
     groups = []
-    for parallel in _parallel(placed):
-        places = _places(parallel)
+    for alike in (group for parallel in _parallel(placed) for group in _told_apart(parallel)):
+        places = _places(alike)
         if len(places) < 2:  # one picture, a film of one place, or a turning camera
-            loose.extend(parallel)
+            loose.extend(alike)
             continue
         for phase in range(max(map(len, places))):
             phases = [place[phase] for place in places if phase < len(place)]
@@ -298,6 +301,30 @@ def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
         for piece in loose:
             by_spacing[piece.spacing].append(piece)
         groups.extend((by_spacing[key], False) for key in sorted(by_spacing))
+    return groups
+
+
+def _told_apart(slices: list[Slice]) -> list[list[Slice]]:
+    """The slices by echo, b-value and time, in the order of these, so that no stack mixes them where one is missing.
+
+    What differs from slice to slice of one volume tells nothing apart: half of the slices must find another place in
+    their group, and acquisitions and trigger times only count where a place recurs and all groups have several places.
+    """
+    groups = [slices]
+    for place in _ORDERED_BY:
+        apart = []
+        for group in groups:
+            values: dict[object, list[Slice]] = defaultdict(list)
+            for piece in group:
+                values[piece.order[place]].append(piece)
+            parts = [values[value] for value in sorted(values)]
+            several = [part for part in parts if len(_places(part)) > 1]
+            if place in _SAID_OF_SLICES:
+                told = len(several) == len(parts) and len(_places(group)) < len(group)
+            else:
+                told = 2 * sum(map(len, several)) >= len(group)
+            apart.extend(parts if told else [group])
+        groups = apart
     return groups
 
 
@@ -347,7 +374,10 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         slope, intercept = float(slope[0]), float(intercept[0])
     height, width = pixels.sides
     channels = 3 if pixels.colour else 1
-    apart = pixels.slices or len({id(piece.pixels) for piece in slices}) > 1
+    files: dict[int, int] = {}  # by identity, numbered
+    parts = tuple(files.setdefault(id(piece.pixels), len(files)) for piece in slices)
+    apart = pixels.slices or len(files) > 1
+    stacked = volume or bool(len(slices) > 1 and first.tomographic and apart)
     return Stack(
         quantity=quantity,
         length=len(slices),
@@ -360,7 +390,8 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         intercept=intercept if quantity != "display8" else 0.0,
         spacing=first.spacing,
         geometry=_geometry(slices) if volume else None,
-        volume=volume or bool(len(slices) > 1 and first.tomographic and apart),
+        parts=() if stacked or len(files) == 1 else parts,
+        volume=stacked,
         inverted=first.inverted and quantity == "raw",
         burned_in=series.burned_in,
         decision=series.decision,

@@ -8,10 +8,10 @@ import pytest
 from dicom_files import FILES, read, stored, write
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from dex.prepare.readers import Refused
-from dex.prepare.readers.dicom.codestream import j2k_size, jpeg_size, rle_segments, whole_spectrum
+from dex.prepare.readers.dicom.codestream import j2k_size, jpeg_colour, jpeg_size, rle_segments, whole_spectrum
 
 
 def test_a_sequential_jpeg_that_declares_no_coefficients(tmp_path):
@@ -78,3 +78,53 @@ def test_only_a_sequential_scan_gets_its_coefficients():
     assert whole_spectrum(sequential[: end - 2] + b"\0" + sequential[end - 1 :]) == sequential
     for cut in (b"", sequential[:1], sequential[: end - 12]):
         assert whole_spectrum(cut) == cut
+
+
+def marked(data, *, adobe=None, jfif=True, names=b"\1\2\3"):
+    """A JPEG stream of Pillow's with other markers and names of its components."""
+    if not jfif:
+        data = data[:2] + data[data.index(b"\xff\xdb") :]
+    if adobe is not None:
+        data = data[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([adobe]) + data[2:]
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    out = bytearray(data)
+    for number, name in enumerate(names):
+        out[frame + 10 + 3 * number] = name
+        out[scan + 5 + 2 * number] = name
+    return bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("markers", "colour"),
+    [
+        ({}, "YBR_FULL"),  # JFIF
+        ({"jfif": False}, "YBR_FULL"),
+        ({"jfif": False, "names": b"\0\1\2"}, ""),
+        ({"jfif": False, "names": b"RGB"}, "RGB"),
+        ({"jfif": False, "adobe": 0}, "RGB"),
+        ({"jfif": False, "adobe": 1, "names": b"RGB"}, "YBR_FULL"),
+    ],
+)
+def test_the_colour_of_a_jpeg_stream_is_what_it_says_itself(tmp_path, markers, colour):
+    y, x = np.mgrid[0:32, 0:32]
+    image = np.stack([x * 8, y * 8, 255 - x * 4], axis=2).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=95, subsampling=0)
+    data = marked(stream.getvalue(), **markers)
+    assert jpeg_colour(data) == colour
+    raw = np.asarray(Image.fromarray(image).convert("YCbCr"))
+    for header in ("RGB", "YBR_FULL_422"):
+        path = tmp_path / f"{header}.dcm"
+        more = {"PhotometricInterpretation": header, "SamplesPerPixel": 3, "Modality": "US"}
+        write(path, image, syntax=JPEGBaseline8Bit, data=encapsulate([data]), **more)
+        as_rgb = (colour or header) == "RGB"
+        error = np.abs(stored(read(path)[0])[0].astype(int) - (raw if as_rgb else image)).mean()
+        assert error < 3, (header, error)
+
+
+def test_streams_that_say_no_colour():
+    grey = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(grey, "JPEG")
+    assert jpeg_colour(grey.getvalue()) in ("", "YBR_FULL")
+    for data in (b"", b"\xff\xd8", b"\xff\xd8\xff\xda\0\x08", b"\xff\xd8\xff\xc0\0\x08\x08", b"\0" * 40):
+        assert jpeg_colour(data) == ""

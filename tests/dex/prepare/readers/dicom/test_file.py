@@ -1,5 +1,6 @@
 """One file: its header within bounds, and its numbers, polarity and colours in every transfer syntax."""
 
+import gzip
 import struct
 import zlib
 
@@ -21,7 +22,7 @@ from pydicom.uid import (
 )
 
 from dex.prepare import readers
-from dex.prepare.readers import Refused
+from dex.prepare.readers import Limits, Refused
 
 
 def test_more_frames_than_there_are_bytes(tmp_path):
@@ -325,3 +326,18 @@ def test_a_deflated_file_that_inflates_to_too_much(tmp_path):
     assert path.stat().st_size < 50_000 and zlib is not None
     with pytest.raises(Refused, match="too large"):
         list(readers.read([path], "dicom", limits=limits))
+
+
+def test_files_packed_by_gzip(tmp_path):
+    pixels = np.arange(64, dtype=np.int16).reshape(8, 8)
+    whole = write(tmp_path / "a.dcm", pixels, RescaleSlope=1, RescaleIntercept=0).read_bytes()
+    path = tmp_path / "b.dcm.gz"
+    path.write_bytes(gzip.compress(whole))
+    assert readers.format_of(path) == "dicom"
+    assert np.array_equal(stored(read(path)[0])[0], pixels)
+    path.write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(Refused, match="unreadable"):
+        read(path)
+    path.write_bytes(gzip.compress(whole + b"\0" * 2**25))
+    with pytest.raises(Refused, match="too large: unpacks to more than"):
+        list(readers.read([path], "dicom", limits=Limits(memory_mb=96)))

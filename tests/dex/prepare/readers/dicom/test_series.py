@@ -393,3 +393,62 @@ def test_one_series_uid_of_two_modalities_makes_two_stacks(tmp_path):
     more = {"kind": MRImageStorage, "Modality": "MR"}
     files += [slice_of(tmp_path / f"m{z}.dcm", pixels + z, z, **more) for z in range(2)]
     assert [(stack.decision.modality, stack.length) for stack in decided(*files)] == [("CT", 3), ("MR", 2)]
+
+
+def echoes(folder, missing=(), keyword="EchoNumbers", values=(1, 2), places=5):
+    """Slices of two echoes (b-values, ...) of one series; slice z of echo e holds 100 e + z."""
+    files = []
+    for e, value in enumerate(values):
+        for z in range(places):
+            if (e, z) not in missing:
+                kind = {"kind": MRImageStorage, "Modality": "MR", "RescaleIntercept": 0}
+                pixels = np.full((4, 4), 100 * e + z, np.int16)
+                more = {keyword: value, "InstanceNumber": len(files)}
+                files.append(slice_of(folder / f"{e}-{z}.dcm", pixels, z, **kind, **more))
+    return files
+
+
+def shown(stack):
+    return [int(frame.pixels[0, 0]) for frame in stack.frames(("stored",), 1)]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("EchoNumbers", (1, 2)),
+        ("EchoTime", (2.5, 4.9)),
+        ("DiffusionBValue", (0.0, 1000.0)),
+        ("TemporalPositionIdentifier", (1, 2)),
+    ],
+)
+@pytest.mark.parametrize(
+    "missing", [(), ((0, 2),), ((1, 0), (1, 4)), ((0, 2), (1, 2)), ((1, 0), (1, 1), (1, 2), (1, 3))]
+)
+def test_stacks_never_mix_echoes_b_values_and_times(tmp_path, keyword, values, missing):
+    stacks = read(*echoes(tmp_path, missing, keyword, values))
+    expected = [[100 * e + z for z in range(5) if (e, z) not in missing] for e in (0, 1)]
+    assert sorted(map(shown, stacks)) == expected
+
+
+def test_times_of_each_slice_tell_nothing_apart(tmp_path):
+    """Trigger times and acquisitions that differ from slice to slice of one volume."""
+    files = []
+    for phase in (0, 1):
+        for z in range(4):
+            more = {"TriggerTime": 40.0 * phase + z, "AcquisitionNumber": 1 + 10 * phase + z, "RescaleIntercept": 0}
+            pixels = np.full((4, 4), 100 * phase + z, np.int16)
+            kind = {"kind": MRImageStorage, "Modality": "MR"}
+            files.append(slice_of(tmp_path / f"{phase}-{z}.dcm", pixels, z, **kind, **more))
+    assert list(map(shown, read(*files))) == [[0, 1, 2, 3], [100, 101, 102, 103]]
+    assert list(map(shown, read(*files[:4]))) == [[0, 1, 2, 3]]
+
+
+def test_projections_of_one_series_are_images_of_their_own(tmp_path):
+    pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    kind = {"Modality": "DX", "kind": "1.2.840.10008.5.1.4.1.1.1.1", "stored": 12}
+    files = [write(tmp_path / f"{n}.dcm", pixels * (n + 1), InstanceNumber=n, **kind) for n in range(3)]
+    (stack,) = read(*files)
+    assert (stack.parts, stack.volume, stack.length) == ((0, 1, 2), False, 3)
+    assert [stack.percentiles(0, 100, part) for part in range(3)] == [(0, 15), (0, 30), (0, 45)]
+    (film,) = read(write(tmp_path / "f.dcm", np.stack([pixels, pixels * 2]), **kind))
+    assert film.parts == () and film.percentiles(0, 100) == (0, 30)  # frames of one file are one
