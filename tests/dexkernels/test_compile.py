@@ -124,6 +124,7 @@ def test_under_autocast(compiled):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_training_step_with_moving_schedules(compiled):
     """Forward, backward, GEMA and AdamW; noise, momentum and learning rate are tensors: each is compiled once."""
     model = randomize_(DEXLayer(D, H, E, K))

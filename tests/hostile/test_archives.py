@@ -235,6 +235,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="makes pipes")
 def test_nothing_outside_is_touched(tmp_path, figures):
     outside = make(tmp_path / "outside")
@@ -275,6 +276,7 @@ def test_a_hard_link_is_a_file_of_the_set(tmp_path):
     assert state(outside) == before
 
 
+@pytest.mark.slow
 def test_the_watch_sees(tmp_path):
     """The process that watches finds a folder that is read through a link."""
     outside = make(tmp_path / "outside")

@@ -53,6 +53,7 @@ def folder(tmp_path_factory, full):
     return root, expected
 
 
+@pytest.mark.slow
 def test_what_a_file_may_cost(folder, tmp_path, figures):
     """Every file is read or refused by a reason that fits it, within memory and time, and the others are read. A worker
     that had to be killed would be found as `crash` or `timeout`."""

@@ -19,6 +19,8 @@ from test_fuzz import dex_prepare
 from dex.data import verify
 from dex.prepare import run as prepare
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     "WANDB_API_KEY": "c0ffee5ec7e7c0ffee5ec7e7c0ffee5ec7e7abcd",
     "HF_TOKEN": "hf_CanaryTokenThatNobodyMaySee00000",

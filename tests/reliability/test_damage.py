@@ -11,6 +11,8 @@ import pytest
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
 
+pytestmark = pytest.mark.slow
+
 
 def test_damage_is_found_and_named(base, fleet, tmp_path, state_of, record, full):
     shutil.copytree(base.folder, tmp_path / "out")

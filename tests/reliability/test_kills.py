@@ -9,6 +9,8 @@ import pytest
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

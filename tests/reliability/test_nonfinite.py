@@ -3,8 +3,12 @@
 import itertools
 import re
 
+import pytest
+
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
+
+pytestmark = pytest.mark.slow
 
 BAD = [2, 5, 6, 7]
 """Step numbers from 0: one alone, then three in a row."""

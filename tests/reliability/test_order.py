@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 42
 """Three epochs of 14 batches of 8, of 113 images."""
 

@@ -17,6 +17,7 @@ CURVE = Path(__file__).with_name("loss_curve.json")
 CLOSE = 1e-5
 
 
+@pytest.mark.slow
 def test_directors_stay_bit_identical(fleet, tiny, change, tmp_path, traced, record, full):
     steps, every = (1000, 50) if full else (20, 5)
     good, seen = 0, {}
@@ -30,6 +31,7 @@ def test_directors_stay_bit_identical(fleet, tiny, change, tmp_path, traced, rec
     record(7, f"directors and usage bit-identical on both ranks over {steps:,} steps, ddp and fsdp", good, 2, **seen)
 
 
+@pytest.mark.slow
 def test_a_rank_that_drifts_is_noticed(fleet, tiny, change, tmp_path, record):
     """One number of one director is changed on one rank."""
     c = change(tiny, schedule__steps=8, run__evaluate_every=2)
@@ -49,6 +51,7 @@ def test_a_rank_that_drifts_is_noticed(fleet, tiny, change, tmp_path, record):
     record(7, "a rank whose director differs in one number is noticed at the next evaluation", int(good), 1)
 
 
+@pytest.mark.slow
 def test_more_experts_than_images(fleet, tiny, change, tmp_path, record, full):
     steps = 1000 if full else 20
     c = change(tiny, model__num_experts=16, schedule__steps=steps, run__log_every=1)
@@ -96,6 +99,7 @@ def test_the_loss_curve_on_plainer_instructions(other_fleet, tiny, change, tmp_p
     record(17, promise, done, 100, largest_difference=apart)
 
 
+@pytest.mark.slow
 def test_accumulation_moves_directors_alike(fleet, tiny, change, tmp_path, record, full):
     """1 x 32 images and 4 x 8. The balance loss is a square of means over what is computed at once: weight 0 here."""
     base = change(tiny, data__batch_size=32, schedule__balance_weight=(0.0, 0.0), schedule__steps=10)

@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from dex import config
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 20.0
 LONG = {"schedule__steps": 100_000, "parallel__timeout": TIMEOUT}

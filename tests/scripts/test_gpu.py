@@ -37,6 +37,7 @@ def test_a_part_that_fails_says_how(tmp_path, capsys):
     assert "first\nwhy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path):
     beat = tmp_path / "beat"
     child = f"import pathlib, time\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
@@ -56,6 +57,7 @@ def test_a_part_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     assert (outcome.state, outcome.detail) == ("timeout", "deaf") and time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_tests_that_run_out_of_time_still_say_which_failed(tmp_path):
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(120)\n")
@@ -94,6 +96,7 @@ def test_what_is_timed_runs_alone(tmp_path, monkeypatch):
     assert [o.state for o in outcomes] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_leaves_the_later_ones_their_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.1)
     monkeypatch.setattr(gpu, "STAGES", {"test": 1, "bench": 1})
@@ -104,6 +107,7 @@ def test_a_stage_that_hangs_leaves_the_later_ones_their_time(tmp_path, monkeypat
     assert (first.state, second.state, second.detail) == ("timeout", "ok", "measured") and first.seconds < 8
 
 
+@pytest.mark.slow
 def test_ended_from_outside_it_takes_its_parts_along_and_keeps_their_output(tmp_path):
     beat = tmp_path / "beat"
     forever = f"while True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
@@ -173,6 +177,7 @@ def script(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_stages_run_on_a_cpu_in_small(tmp_path):
     done = script(tmp_path, "--cpu", "--stages", "recorded,sanitize,bench")
     summary = json.loads((tmp_path / "summary.json").read_text())

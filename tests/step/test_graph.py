@@ -140,6 +140,7 @@ def test_a_resumed_run_is_the_unbroken_one(graphs, tmp_path, at, graph):
         assert differ(unbroken, first) == []
 
 
+@pytest.mark.slow
 def test_a_run_with_evaluations_and_saves_goes_on_where_it_was_stopped(graphs, images, tmp_path):
     base = small.configuration("cpu", "reference")
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=str(images)))

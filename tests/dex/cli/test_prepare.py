@@ -216,6 +216,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_pr
         assert len(ShardDataset(out)) == 130
 
 
+@pytest.mark.slow
 def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process, pictures):
     """kill -9 at random moments; another number of workers and of parts at each start."""
     pictures(tmp_path / "scans", 160, side=256)

@@ -203,6 +203,7 @@ MISBEHAVE = """
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, monkeypatch):
     """Real workers; what no file is known to do to a reader is done in its place."""
     (tmp_path / "lib").mkdir()

@@ -100,6 +100,7 @@ def test_unknown_patients_of_a_flat_folder_stay_together(flat, tmp_path):
     assert len(lines(tmp_path / "out")) == 15 and len({row["group"] for row in lines(tmp_path / "out")}) == 1
 
 
+@pytest.mark.slow
 def test_a_header_that_crashes_or_hangs_costs_one_file(tmp_path, monkeypatch):
     """Real workers, as below; the file comes to its readers once more."""
     (tmp_path / "lib").mkdir()

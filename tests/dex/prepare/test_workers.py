@@ -100,6 +100,7 @@ def test_a_bad_unit_costs_only_itself(work, tmp_path):
     assert attempts(tmp_path) == [0, 1, 1, 2, 2, 3, 3, 4]
 
 
+@pytest.mark.slow
 def test_beats_without_end_are_a_hang_too(work, tmp_path):
     began = time.monotonic()
     assert run(work, [(tmp_path, ["talk", "endless", "talk"])]) == {tmp_path: ["talk", "timeout", "talk"]}

@@ -58,6 +58,7 @@ def vary(work, **fields):
     return work._replace(config=config)
 
 
+@pytest.mark.slow
 def test_three_ranks_hold_and_send_what_is_predicted():
     """Three, so that nearly every tensor is padded and 2 (n - 1) / n is no whole number."""
     points = [

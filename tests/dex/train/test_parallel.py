@@ -112,6 +112,7 @@ def test_any_cut_of_a_batch_is_the_same_run(tiny, change, steps):
     assert len(set(whole["losses"])) == 6 and whole["moved"] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_cut_anew_for_other_ranks(tiny, change, ranks, tmp_path):
     """2 ranks DDP -> 1 rank -> 2 ranks FSDP2 -> 1 rank: one run, and what is loaded is what was saved, bit for bit."""
     base = change(tiny, **RUN | {"schedule__steps": 8})
@@ -178,6 +179,7 @@ def test_a_signal_to_one_rank_saves_all(number, ranks, tiny, change, tmp_path):
     assert event == {"step": step, "event": "preempted", "signal": "a signal to another rank"}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_others_end(ranks, tiny, change, tmp_path):
     processes, _ = running(ranks, tiny, change, tmp_path)
     processes[1].kill()
@@ -189,6 +191,7 @@ def test_a_killed_rank_is_named_and_the_others_end(ranks, tiny, change, tmp_path
     assert "train_step" in stderr  # with the stacks
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_within_its_time(ranks, tiny, change, tmp_path):
     processes, _ = running(ranks, tiny, change, tmp_path, parallel__timeout=20.0)
     processes[1].send_signal(signal.SIGSTOP)

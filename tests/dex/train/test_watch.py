@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch.distributed as dist
 
 from dex.common.ranks import ALONE, Ranks
@@ -23,6 +24,7 @@ def test_what_a_process_of_an_earlier_start_said_does_not_count():
     assert watch._seen[1][0]["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_round_of_many_ranks_is_two_requests():
     """A thread for each of 64 ranks at one store: one request would be 63, and live ranks would be called dead."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

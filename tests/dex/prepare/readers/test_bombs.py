@@ -85,6 +85,7 @@ def deflated_dicom(rows, columns, frames):
     return meta + zeros(zlib.compressobj(1, zlib.DEFLATED, -15), body, size // MIB)
 
 
+@pytest.mark.slow
 def test_the_largest_that_are_read_fit(tmp_path):
     """With all bounds a quarter of what they are, for the time's sake. Each in a process of its own, which a worker
     that has read other files asks for when it runs out of memory."""

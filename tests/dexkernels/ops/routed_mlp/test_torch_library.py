@@ -8,7 +8,7 @@ from operator_cases import OPS, B, E, K, N, leaves, noise, shadows
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("route_from", ["cls", "mean"])
+@pytest.mark.parametrize("route_from", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lower, director", [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_opcheck_routed_mlp(routing, route_from, lower, director):
     x, *weights = leaves()
