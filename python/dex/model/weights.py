@@ -83,8 +83,8 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
     published = any(".DEX." in k for k in state)
     if not published and not any(k.startswith("blocks.") and ".mlp.fc1." in k for k in state):
         raise ValueError(
-            "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm), embeddings.patch_embeddings.* (Hugging Face) or "
-            f"blocks.<l>.DEX.router.linear.weight (published DEX), got {', '.join(sorted(state)[:4])}, ..."
+            "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm), embeddings.patch_embeddings.* "
+            f"(Hugging Face) or blocks.<l>.DEX.router.linear.weight (published DEX), got {', '.join(sorted(state)[:4])}, ..."
         )
     _check_channels(state, targets)
     resized = _resize(model, state)
