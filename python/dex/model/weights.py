@@ -82,9 +82,10 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
     targets = model.reference_tensors()
     published = any(".DEX." in k for k in state)
     if not published and not any(k.startswith("blocks.") and ".mlp.fc1." in k for k in state):
+        got = ", ".join(sorted(state)[:4])
         raise ValueError(
             "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm), embeddings.patch_embeddings.* "
-            f"(Hugging Face) or blocks.<l>.DEX.router.linear.weight (published DEX), got {', '.join(sorted(state)[:4])}, ..."
+            f"(Hugging Face) or blocks.<l>.DEX.router.linear.weight (published DEX), got {got}, ..."
         )
     _check_channels(state, targets)
     resized = _resize(model, state)
