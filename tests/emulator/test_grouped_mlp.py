@@ -2,51 +2,34 @@
 
 import pytest
 import torch
-from shipped_cases import check_mlp, make_mlp, run_mlp, small_tiles
+from shipped_cases import check, mlp_case, small_tiles
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def slow(*values, **kwargs):
+    return pytest.param(*values, marks=pytest.mark.slow, **kwargs)
 
 
 SMALL, BLOCKS = (2, 5, 40, 72, 3, 2), (2, 65, 128, 256, 3, 2)
 
+FIRST_TWO = [(80, torch.bfloat16), (80, torch.float32)]
+THE_OTHERS = [slow(80, torch.float16), *(slow(90, dtype) for dtype in (*HALF, torch.float32))]
 
-@pytest.mark.parametrize(
-    "arch, dtype",
-    [
-        (80, torch.bfloat16),
-        (80, torch.float32),
-        slow(80, torch.float16),
-        slow(90, torch.bfloat16),
-        slow(90, torch.float16),
-        slow(90, torch.float32),
-    ],
-)
+
+@pytest.mark.parametrize("arch, dtype", [*FIRST_TWO, *THE_OTHERS])
 def test_small_blocks_of_the_gather_path(shipped, arch, dtype):
-    check_mlp(shipped, make_mlp(*SMALL, dtype), shipped.emulated(arch), "gather", small_tiles(shipped))
+    check(shipped, mlp_case(shipped, SMALL, dtype, "gather", small_tiles(shipped)), shipped.emulated(arch))
 
 
-@pytest.mark.parametrize(
-    "arch, dtype",
-    [
-        (80, torch.bfloat16),
-        slow(80, torch.float16),
-        slow(80, torch.float32),
-        slow(90, torch.bfloat16),
-        slow(90, torch.float16),
-        slow(90, torch.float32),
-    ],
-)
+@pytest.mark.parametrize("arch, dtype", [FIRST_TWO[0], slow(*FIRST_TWO[1]), *THE_OTHERS])
 def test_shipped_blocks_of_the_gather_path(shipped, arch, dtype):
-    check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(arch), "gather")
+    check(shipped, mlp_case(shipped, BLOCKS, dtype, "gather"), shipped.emulated(arch))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_aligned_path(shipped, dtype):
-    check_mlp(shipped, make_mlp(*BLOCKS, dtype), shipped.emulated(90), "aligned")
+    check(shipped, mlp_case(shipped, BLOCKS, dtype, "aligned"), shipped.emulated(90))
 
 
 @pytest.mark.slow
@@ -63,15 +46,13 @@ def test_aligned_path(shipped, dtype):
     ],
 )
 def test_forms_of_the_aligned_path(shipped, sizes, dtype):
-    check_mlp(shipped, make_mlp(*sizes, dtype), shipped.emulated(90), "aligned")
+    check(shipped, mlp_case(shipped, sizes, dtype, "aligned"), shipped.emulated(90))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, path, sizes", [(80, "gather", SMALL), (90, "gather", SMALL), (90, "aligned", BLOCKS)])
-def test_a_director_as_one_more_expert_and_float32_gradients(shipped, arch, path, sizes):
-    case = make_mlp(*sizes, torch.bfloat16)
-    director = [w[0] for w in make_mlp(*sizes, torch.bfloat16, seed=1).weights]
-    check_mlp(shipped, case, shipped.emulated(arch), path, None, director, torch.float32)
+def test_a_director_as_one_more_expert(shipped, arch, path, sizes):
+    check(shipped, mlp_case(shipped, sizes, torch.bfloat16, path, with_director=True), shipped.emulated(arch))
 
 
 @pytest.mark.parametrize(
@@ -86,10 +67,10 @@ def test_a_director_as_one_more_expert_and_float32_gradients(shipped, arch, path
     ],
 )
 def test_every_order_of_the_warps_gives_the_same_bits(shipped, arch, path, sizes, orders):
-    case, tiles = make_mlp(*sizes, torch.bfloat16), small_tiles(shipped)
+    case = mlp_case(shipped, sizes, torch.bfloat16, path, small_tiles(shipped))
     results = []
     for seed in range(orders):
-        with shipped.emulated(arch, seed=seed):
-            results.append(run_mlp(shipped, case, path, tiles))
+        with shipped.emulated(arch, seed=seed) as emulator:
+            results.append(case.compute(emulator))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())

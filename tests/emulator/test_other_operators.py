@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-
-ARCHITECTURES = (80, 90)
+from shipped_cases import align_loss_case, check, group_ema_case, route_case
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("arch", [80, slow(90)])
+ARCHITECTURES = (80, slow(90))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "R, D, E, K, dtype",
     [
@@ -20,83 +22,26 @@ def slow(*values):
         slow(40, 72, 33, 2, torch.bfloat16),
         slow(40, 72, 128, 2, torch.float32),
         slow(1, 8, 1, 1, torch.float32),
+        slow(4100, 16, 4, 2, torch.float32),  # in two launches
     ],
 )
 def test_route(shipped, arch, R, D, E, K, dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(R, 1, D, generator=generator).to(dtype)
-    weight, noise = (torch.randn(E, n, generator=generator) for n in (D, R))
-    weight, noise = weight * 4 * D**-0.5, noise.mT.contiguous()
-    grad_gates, grad_balance = torch.randn(R, K, generator=generator), torch.randn((), generator=generator)
-    with shipped.emulated(arch):
-        routed = shipped.route.forward(x[:, 0], weight, K, 0.5, noise)
-        saved = shipped.route_records.Saved(routed.p, routed.gates, routed.expert_indices, x[:, 0], weight)
-        grads = shipped.route.backward(grad_gates, grad_balance, saved, 0.5)
-    leaves = [t.double().requires_grad_() for t in (x, weight)]
-    options = {"router_noise": noise[:, None].double() - 1, "usage_ema": torch.zeros(E), "noise_std": 1.0}
-    want = shipped.reference.route(*leaves, K, **options)
-    dx, dweight = torch.autograd.grad(
-        (want.gates, want.balance_loss), leaves, (grad_gates.double(), grad_balance.double())
-    )
-    assert torch.equal(routed.expert_indices, want.expert_indices)
-    for name in ("slot_order", "group_sizes", "group_offsets"):
-        assert torch.equal(getattr(routed, name), getattr(want, name)), name
-    half = 4e-3 if dtype == torch.bfloat16 else 6e-4 if dtype == torch.float16 else 2e-6
-    for got, exact, bound in (
-        (routed.gates, want.gates, 2e-6),
-        (routed.balance_loss, want.balance_loss, 2e-6),
-        (routed.gate_mass, want.gate_mass, 2e-6),
-        (grads.r, dx[:, 0], half),
-        (grads.router_weight, dweight, 2e-6),
-    ):
-        assert shipped.relative_error(got, exact) <= bound
+    check(shipped, route_case(shipped, R, D, E, K, dtype), shipped.emulated(arch))
 
 
-@pytest.mark.parametrize("arch", [80, slow(90)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["kd", "cosine", "mse"])
 @pytest.mark.parametrize(
-    "R, D, dtype",
-    [
-        (7, 40, torch.bfloat16),
-        slow(9, 1100, torch.float32),
-        slow(5, 33, torch.float16),
-    ],
+    "R, D, dtype", [(7, 40, torch.bfloat16), slow(9, 1100, torch.float32), slow(5, 33, torch.float16)]
 )
 def test_align_loss(shipped, arch, kind, R, D, dtype):
-    generator = torch.Generator().manual_seed(0)
-    y, d = (3 * torch.randn(R, D, generator=generator).to(dtype) for _ in range(2))
-    with shipped.emulated(arch):
-        loss, saved = shipped.align_loss.forward(y, d, kind)
-        grad = shipped.align_loss.backward(torch.tensor(1.5), y, d, saved, kind)
-
-    def spec(precision):
-        leaf = y.to(precision).requires_grad_()
-        value = shipped.reference.align_loss(leaf, d.to(precision), kind)
-        return value.detach(), torch.autograd.grad(1.5 * value, leaf)[0]
-
-    exact, plain = spec(torch.float64), spec(dtype)
-    for got, want, near in zip((loss, grad), exact, plain, strict=True):
-        assert shipped.relative_error(got, want) <= 2 * shipped.relative_error(near, want) + 4e-7
+    check(shipped, align_loss_case(shipped, R, D, kind, dtype), shipped.emulated(arch))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.75)], ids=["number", "tensor"])
 def test_group_ema(shipped, arch, momentum):
-    generator = torch.Generator().manual_seed(0)
-    shapes, experts = [(5, 3), (4100,), (1,), (4, 20)], (4, 1, 3, 8)
-    directors = [torch.randn(shape, generator=generator) for shape in shapes]
-    stacks = [torch.randn((E, *s), generator=generator) for E, s in zip(experts, shapes, strict=True)]
-    weights = [torch.rand(E, generator=generator) for E in experts]
-    weights[0][1], stacks[0][1] = 0, float("nan")
-    weights[2].zero_()
-    want = [d.double() for d in directors]
-    before = directors[2].clone()
-    with shipped.emulated(arch, extra=(*directors, *stacks)):
-        shipped.group_ema.group_ema_(directors, stacks, weights, momentum, torch.tensor(False))
-    shipped.reference.group_ema_(want, [s.double() for s in stacks], [w.double() for w in weights], momentum)
-    for got, exact in zip(directors, want, strict=True):
-        assert shipped.relative_error(got, exact) <= 2e-7
-    assert torch.equal(directors[2], before)
+    check(shipped, group_ema_case(shipped, momentum), shipped.emulated(arch))
 
 
 def test_group_ema_that_is_skipped(shipped):

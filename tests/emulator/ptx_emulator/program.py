@@ -9,8 +9,8 @@ from . import arithmetic, flow, ptx
 from .arithmetic import UNSIGNED, dtype
 from .ptx import Address, Immediate, Not, PTXError, Register, Sink, Special, Symbol, Vector
 
-PARAMETERS = 1 << 60
-"""Where the parameters of a launch lie in the generic address space."""
+PARAMETERS = 1 << 16
+"""Where the parameters of a launch lie in the generic address space: below everything of the host, within 32 bits."""
 
 INSTRUCTIONS = {}
 """Opcode -> what makes its function; filled by the modules that know them."""
