@@ -14,7 +14,7 @@ from dex.model import MaskedAutoencoder, VisionTransformer, patchify, sincos_pos
 from dex.model import mae as dex_model
 from dexkernels import align_loss
 
-RECORDED = Path(__file__).parent / "recorded" / "mae_tiny_8_steps.safetensors"
+RECORDED = Path(__file__).parents[2] / "recorded" / "mae_tiny_8_steps.safetensors"
 
 
 @pytest.fixture(autouse=True)
