@@ -1,5 +1,6 @@
 """A kernel made ready to run: every instruction becomes a function of the group of warps that executes it."""
 
+import hashlib
 import importlib
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ class Program:
         for module in MODULES:
             importlib.import_module(f".{module}", __package__)
         self.kernel = kernel = ptx.parse(text, name)
+        # Of the instructions alone: the rest of the text names files and lines.
+        self.digest = hashlib.sha256("\n".join(ins.text for ins in kernel.instructions).encode()).hexdigest()[:16]
         aligned = -(-dynamic_shared // 16) * 16 if kernel.static_shared else dynamic_shared
         self.shared_size = aligned + kernel.static_shared
         self.shared = {n: at if at >= 0 else aligned - 1 - at for n, at in kernel.shared.items()}
