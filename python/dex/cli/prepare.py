@@ -106,6 +106,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
     )
+    parser.add_argument(
+        "--volumes",
+        metavar="WHICH",
+        help="of files with several volumes: first (without it), all, mean, or N: every N-th",
+    )
     parser.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
     parser.add_argument(
         "--intercept", type=float, metavar="B", help="files other than DICOM, such as PNG of HU + 32768"
@@ -145,6 +150,7 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "normalisation": options.normalisation,
         "routes": tuple(map(_route, options.pattern)) if options.pattern else None,
         "trusted": options.trust or None,
+        "volumes": options.volumes,
         "slope": options.slope,
         "intercept": options.intercept,
         "root": options.root,

@@ -234,7 +234,8 @@ class _Work:
             self._report.beat()
         paths = [self._job.root / file.path for file in self._unit.files]
         decide = None if self._source.trusted else self._decide
-        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, decide=decide)
+        asked = {"decide": decide, "volumes": self._source.volumes}
+        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
         number = 0
         while True:
             self._modality = ""

@@ -26,7 +26,7 @@ import yaml
 from . import modalities, readers
 from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder
 from .packages import Package, compile_globs
-from .readers import PLANES
+from .readers import PLANES, VOLUMES
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 PACKAGES = "packages"
@@ -91,6 +91,8 @@ class Source:
         where the slices are not axial and lie more than twice as far apart as their pixels.
     frame_stride: of stacks that are no volume (videos, multi-frame files), one frame in so many. 0: as the corpus,
         one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
+    volumes: of files that hold several (time series, echoes): "first", "all" of them, each as a stack of its own, their
+        "mean", or a number N as text: every N-th.
     slope, intercept: number = slope * stored + intercept, of formats other than DICOM, whose headers say it. With them
         pictures hold numbers, HU for instance, and no window was applied.
     min_foreground: the least share of foreground that a slice is kept with.
@@ -116,6 +118,7 @@ class Source:
     anatomy: str = ""
     planes: tuple[str, ...] = ("axial",)
     frame_stride: int = 1
+    volumes: str = "first"
     slope: float = 1.0
     intercept: float = 0.0
     min_foreground: float = MIN_FOREGROUND
@@ -156,6 +159,12 @@ class Source:
             self.planes,
         )
         _require(self.frame_stride >= 0, "frame_stride", "at least 0", self.frame_stride)
+        _require(
+            self.volumes in VOLUMES or (self.volumes.isdecimal() and int(self.volumes) > 0),
+            "volumes",
+            f"one of {', '.join(VOLUMES)}, or a number",
+            self.volumes,
+        )
         _require(math.isfinite(self.slope) and self.slope != 0, "slope", "a number other than 0", self.slope)
         _require(math.isfinite(self.intercept), "intercept", "a number", self.intercept)
         _require(0 <= self.min_foreground <= 1, "min_foreground", "a share, 0 to 1", self.min_foreground)

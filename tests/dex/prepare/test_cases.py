@@ -34,7 +34,7 @@ def read(folder, modality, **fields):
     listing = discover(source, folder)
     for unit in map(listing.unit, range(len(listing.lines))):
         paths = [folder / file.path for file in unit.files]
-        for stack in readers.read(paths, unit.format, decide=decide):
+        for stack in readers.read(paths, unit.format, decide=decide, volumes=source.volumes):
             if (source.slope, source.intercept) != (1, 0):
                 stack.rescale(source.slope, source.intercept)
             images += [one.image for one in slices(stack, source, max(stack.shape), 16)]
@@ -81,11 +81,23 @@ def test_a_voxel_that_is_nan_is_background():
         assert np.abs(image - 65535 * unit[:, :, number].T).max() <= 1
 
 
-def test_of_several_volumes_the_first_is_taken_and_the_rest_is_counted():
-    images, refused = read(CASES / "MR/4d", "MR")
-    expected = list(np.load(CASES / "MR/4d.expected.npz").values())[:6]
-    assert refused == ["inconsistent: 1 volumes after the first"]
-    assert all(np.array_equal(image, wanted) for image, wanted in zip(images, expected, strict=True))
+def test_of_several_volumes_all_can_be_taken():
+    expected = list(np.load(CASES / "MR/4d.expected.npz").values())
+    for volumes, wanted, says in (
+        ("first", expected[:6], ["inconsistent: 1 volumes after the first"]),
+        ("all", expected, []),
+        ("1", expected, []),
+        ("2", expected[:6], ["inconsistent: 1 volumes"]),
+    ):
+        images, refused = read(CASES / "MR/4d", "MR", volumes=volumes)
+        assert refused == says and len(images) == len(wanted)
+        assert all(np.array_equal(image, other) for image, other in zip(images, wanted, strict=True))
+    images, refused = read(CASES / "MR/4d", "MR", volumes="mean")
+    values = np.asarray(nibabel.load(CASES / "MR/4d/a.nii.gz").dataobj, np.float64).mean(axis=3)
+    low, high = np.percentile(values.astype(np.float32), (1, 99))
+    unit = ((values - low) / (high - low)).clip(0, 1)
+    assert refused == [] and len(images) == 6
+    assert all(np.abs(image - 65535 * unit[:, :, n].T).max() <= 1 for n, image in enumerate(images))
 
 
 def test_pictures_of_numbers_need_slope_and_intercept():

@@ -96,7 +96,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
     again = dataclasses.replace(
         source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
         licence="CC0", citation="Müller: a, b", public=True, simulated=True, trusted=True,
-        slope=2.0, intercept=-1.0,
+        slope=2.0, intercept=-1.0, volumes="10",
     )  # fmt: skip
     assert all(
         getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in ("format", "routes")
@@ -123,6 +123,8 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "public: 'yes'\n", "public: expected bool, got 'yes'"),
         (SMALL + "val_share: 2\n", "val_share: expected a share, 0 to 1; got 2.0"),
         (SMALL + "min_foreground: .nan\n", "min_foreground: expected a share"),
+        (SMALL + "volumes: last\n", "volumes: expected one of first, all, mean, or a number; got 'last'"),
+        (SMALL + "volumes: '0'\n", "volumes: expected one of first"),
         (SMALL + "slope: 0\n", "slope: expected a number other than 0; got 0.0"),
         (SMALL + "intercept: .inf\n", "intercept: expected a number; got inf"),
         (SMALL + "images: -3\n", "images: expected a count; got -3"),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .files import Limits, opened
-from .reader import Decide, Reader
+from .reader import VOLUMES, Decide, Reader
 from .stack import PLANES, REASONS, Frame, Geometry, Refused, Stack
 
 
@@ -97,6 +97,7 @@ def read(
     limits: Limits = Limits(),  # noqa: B008
     beat: Callable[[], None] | None = None,
     decide: Decide | None = None,
+    volumes: str = "first",
 ) -> Iterator[Stack]:
     """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
     the one that `beside` names.
@@ -104,6 +105,7 @@ def read(
     Refused is raised for a unit that gives nothing; a part that was left out stands in a stack's `refused`. `beat` is
     called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
     `decide`: for each file of a format whose headers say what they are, whether it is left out; without it none is.
+    `volumes`: which are taken of a file that holds several, one of VOLUMES or "N", every N-th.
     """
     load(format)
     if not files:
@@ -111,7 +113,8 @@ def read(
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
     reader = reader_of(format)
-    for stack in reader.read(paths, limits, beat, *([decide] if reader.decides else [])):
+    given = {"decide": decide, "volumes": volumes}
+    for stack in reader.read(paths, limits, beat, **{name: given[name] for name in reader.choices}):
         stack.beat = beat
         yield stack
         del stack
@@ -137,6 +140,7 @@ def _described(folders: tuple[str, ...]) -> dict[str, Reader]:
 __all__ = [
     "PLANES",
     "REASONS",
+    "VOLUMES",
     "Frame",
     "Geometry",
     "Limits",

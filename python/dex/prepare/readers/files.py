@@ -207,8 +207,8 @@ def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iter
 
     def wrap(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
         @functools.wraps(function)
-        def steps(*arguments) -> Iterator:
-            items = function(*arguments)
+        def steps(*arguments, **keywords) -> Iterator:
+            items = function(*arguments, **keywords)
             while True:
                 with quiet(what):
                     try:

@@ -1,4 +1,4 @@
-"""MHA, MHD and NRRD, in one file or two. Of a series of volumes the first is taken.
+"""MHA, MHD and NRRD, in one file or two.
 
 SimpleITK reads the header: sizes, type of numbers, geometry. It is told which format to use, so that no other can be
 chosen by content, and gets no header that leads to more than one file or to another folder. The numbers are read here.
@@ -12,12 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quiet
+from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quietly
 from .layout import Layout, layout
-from .reader import Beat, Reader
+from .reader import Beat, Reader, chosen, left_out, mean_of
 from .stack import Geometry, Refused, Stack
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
@@ -35,12 +36,13 @@ def _numbers() -> dict[int, np.dtype]:
     return numbers | {SimpleITK.sitkVectorUInt8: np.dtype(np.uint8)}
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+@quietly("MHA or NRRD")
+def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
     """files: the header's, then the one that holds the data where that is another."""
     import SimpleITK
 
-    path, numbers = files[0], _numbers()
-    with quiet("MHA or NRRD"), opened(path) as file:
+    path, types = files[0], _numbers()
+    with opened(path) as file:
         place = layout(file)
         beside = next((other for other in files[1:] if other.name == place.name), None)
         if place.name and beside is None:
@@ -53,62 +55,76 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
         if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
             raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
-        if reader.GetPixelID() not in numbers:
+        if reader.GetPixelID() not in types:
             raise Refused("unsupported", "its pixel type")
-        stored = numbers[reader.GetPixelID()]
+        stored = types[reader.GetPixelID()]
         if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
             raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")
         width, height = int(sizes[0]), int(sizes[1])
-        frames, volumes = (int(v) for v in (*sizes[2:], 1, 1)[:2])
+        frames, count = (int(v) for v in (*sizes[2:], 1, 1)[:2])
         limits.check_frame(height, width)
         needed = width * height * frames * channels * stored.itemsize
         if not limits.holds(needed, height, width, channels * stored.itemsize):
             raise Refused("too large", f"{needed} bytes declared")
         shape = (frames, height, width) + ((channels,) if channels > 1 else ())
-        whole = np.empty(shape, stored.newbyteorder(place.order))
-        with opened(beside) if beside else nullcontext(file) as source:
-            _fill(source, place, whole, needed * volumes, beat)
-        whole = native(whole)
         spacing = reader.GetSpacing()
+        square = (float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0)
         geometry = _geometry(reader) if len(sizes) > 2 else None
-    stack = Stack(
-        quantity="display8" if stored == np.uint8 else "raw",
-        length=frames,
-        shape=(height, width),
-        dtype=stored,
+
+        numbers, refused = chosen(volumes, count), left_out(volumes, count)
+        with opened(beside) if beside else nullcontext(file) as raw:
+            data, start = _data(raw, place, needed * count, needed * (numbers[-1] + 1))
+
+            def whole(number: int) -> np.ndarray:
+                out = np.empty(shape, stored.newbyteorder(place.order))
+                data.seek(start + number * needed)
+                fill(data, out, beat)
+                if place.packing and number == count - 1:
+                    data.read(1)  # at its end the checksum is compared
+                return native(out)
+
+            if volumes == "mean" and count > 1:
+                yield _stack(mean_of(map(whole, numbers)), square, geometry)
+                return
+            for number in numbers:
+                stack = _stack(whole(number), square, geometry)
+                stack.refused, refused = refused, []
+                yield stack
+                del stack
+
+
+def _stack(whole: np.ndarray, spacing: tuple[float, float], geometry: Geometry | None) -> Stack:
+    colour = whole.ndim > 3
+    return Stack(
+        quantity="display8" if whole.dtype == np.uint8 else "raw",
+        length=len(whole),
+        shape=whole.shape[1:3],
+        dtype=whole.dtype,
         load=lambda wanted: iter(()),  # never called, since the stack holds all its frames
         holds=lambda stored: True,
-        channels=min(channels, 3),
-        spacing=(float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0),
+        channels=3 if colour else 1,
+        spacing=spacing,
         geometry=geometry,
-        volume=frames > 1,
+        volume=len(whole) > 1,
         described=True,
-        whole=whole[..., :3] if channels > 1 else whole,
+        whole=whole[..., :3] if colour else whole,
     )
-    if volumes > 1:
-        stack.refused.append(Refused("inconsistent", f"{volumes - 1} volumes after the first"))
-    yield stack
 
 
-def _fill(file: BoundedFile, place: Layout, out: np.ndarray, declared: int, beat: Beat) -> None:
-    """The first `out.nbytes` of `declared` bytes of numbers."""
+def _data(file: BoundedFile, place: Layout, declared: int, wanted: int) -> tuple[Any, int]:
+    """Where the numbers are read from, and where they begin there. declared: bytes of all; wanted: up to the last one
+    that is read."""
     if not place.packing:
         start = file.size - declared if place.start is None else place.start
-        if start < 0 or start + out.nbytes > file.size:
+        if start < 0 or start + wanted > file.size:
             raise Refused("unreadable", f"{declared} bytes declared, the file has {file.size}")
-        file.seek(start)
-        fill(file, out, beat)
-        return
+        return file, start
     if place.packing == "bzip2":
-        if out.nbytes > BZIP2_BYTES:
-            raise Refused("too large", f"{out.nbytes} bytes packed by bzip2, at most {BZIP2_BYTES}")
+        if wanted > BZIP2_BYTES:
+            raise Refused("too large", f"{wanted} bytes packed by bzip2, at most {BZIP2_BYTES}")
         file.seek(place.start)
-        source = bz2.BZ2File(file)
-    else:
-        source = Unpacked(file, place.start)
-    fill(source, out, beat)
-    if declared == out.nbytes:
-        source.read(1)  # at its end the checksum is compared
+        return bz2.BZ2File(file), 0
+    return Unpacked(file, place.start), 0
 
 
 def _same(path: Path, file: BoundedFile) -> None:
@@ -144,4 +160,5 @@ READER = Reader(
     needs={"SimpleITK": "SimpleITK"},
     load=load,
     beside=beside,
+    choices=("volumes",),
 )

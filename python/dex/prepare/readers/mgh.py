@@ -1,4 +1,4 @@
-"""MGH and MGZ, the volumes of FreeSurfer. Of several volumes the first is taken; no more of it is read."""
+"""MGH and MGZ, the volumes of FreeSurfer. Of several volumes no more is read than is taken."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import RATIO, Limits, Unpacked, fill, native, only, opened, quiet
-from .reader import Beat, Reader
+from .files import RATIO, Limits, Unpacked, fill, native, only, opened, quietly
+from .reader import Beat, Reader, chosen, left_out, mean_of
 from .stack import Geometry, Refused, Stack
 
 DATA_AT = 284
@@ -29,38 +29,51 @@ class _Header(NamedTuple):
     axes: tuple[tuple[float, ...], ...]
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
-    with quiet("MGH"), opened(only(files)) as raw:
+@quietly("MGH")
+def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
+    with opened(only(files)) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         file = Unpacked(raw) if packed else raw
         header = _header(file.read(DATA_AT))
-        width, height, depth, volumes = header.sizes
+        width, height, depth, count = header.sizes
         limits.check_frame(height, width)
         needed = width * height * depth * header.dtype.itemsize
         if not limits.holds(needed, height, width, header.dtype.itemsize) or (packed and needed > RATIO * raw.size):
             raise Refused("too large", f"{needed} bytes declared")
         if not packed and DATA_AT + needed > raw.size:
             raise Refused("unreadable", f"{DATA_AT + needed} bytes declared, the file has {raw.size}")
-        whole = np.empty((depth, height, width), header.dtype)
-        fill(file, whole, beat)
-        whole = native(whole)
-        geometry = Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing)
-    stack = Stack(
+
+        def whole(number: int) -> np.ndarray:
+            out = np.empty((depth, height, width), header.dtype)
+            file.seek(DATA_AT + number * needed)
+            fill(file, out, beat)
+            return native(out)
+
+        numbers, refused = chosen(volumes, count), left_out(volumes, count)
+        if volumes == "mean" and count > 1:
+            yield _stack(header, mean_of(map(whole, numbers)))
+            return
+        for number in numbers:
+            stack = _stack(header, whole(number))
+            stack.refused, refused = refused, []
+            yield stack
+            del stack
+
+
+def _stack(header: _Header, whole: np.ndarray) -> Stack:
+    return Stack(
         quantity="display8" if whole.dtype == np.uint8 else "raw",
-        length=depth,
-        shape=(height, width),
+        length=len(whole),
+        shape=whole.shape[1:],
         dtype=whole.dtype,
         load=lambda wanted: iter(()),  # never called, since the stack holds all its frames
         holds=lambda stored: True,
-        geometry=geometry,
-        volume=depth > 1,
+        geometry=Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing),
+        volume=len(whole) > 1,
         described=True,
         whole=whole,
     )
-    if volumes > 1:
-        stack.refused.append(Refused("inconsistent", f"{volumes - 1} volumes after the first"))
-    yield stack
 
 
 def _header(data: bytes) -> _Header:
@@ -78,4 +91,4 @@ def _header(data: bytes) -> _Header:
     return _Header(sizes, np.dtype(_TYPES[kind]), spacing, axes)
 
 
-READER = Reader(suffixes=(".mgz", ".mgh"), read=read)
+READER = Reader(suffixes=(".mgz", ".mgh"), read=read, choices=("volumes",))

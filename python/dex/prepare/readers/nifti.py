@@ -1,5 +1,4 @@
-"""NIfTI-1 and -2 in one file or two, packed by gzip or bzip2 or not. Of several volumes the first is taken; no more is
-read.
+"""NIfTI-1 and -2 in one file or two, packed by gzip or bzip2 or not. Of several volumes no more is read than is taken.
 
 A volume that does not fit into the memory is streamed along its slow axis, once for each pass; slices across that axis
 are then refused.
@@ -10,13 +9,14 @@ from __future__ import annotations
 import bz2
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..label_maps import intent
 from .files import BZIP2_BYTES, RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
-from .reader import Beat, Reader
+from .reader import Beat, Reader, chosen, left_out, mean_of
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
@@ -25,29 +25,57 @@ STREAMED = 4  # times the memory: the largest volume that is streamed
 _BYTES, _RGB, _RGBA = 2, 128, 2304
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+class _Image(NamedTuple):
+    """What a file declares: `frame`, the shape of one; bytes of one volume, `kept` where these may be in memory;
+    `planes` of colours that lie apart; `offset` of the first volume in the unpacked file."""
+
+    path: Path
+    packed: str
+    frames: int
+    frame: tuple[int, ...]
+    volumes: int
+    planes: int
+    stored: np.dtype
+    size: int
+    kept: bool
+    offset: int
+    slope: float
+    intercept: float
+    geometry: Geometry
+    declared: str
+
+    @property
+    def channels(self) -> int:
+        return self.frame[2] if len(self.frame) > 2 else 1
+
+
+def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
     """files: the header's, then the one that holds the image where that is another."""
     with quiet("NIfTI"):
-        with opened(files[0]) as raw:
-            header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
-        path = files[0]
-        if two:
-            names = images_of(path.name)
-            path = next((other for other in files[1:] if other.name in names), None)
-            if path is None:
-                raise Refused("unreadable", "the file with its image is not beside it")
-        shape, frames, volumes, planes = _shape(header, code)
-        channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
-        stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
-        if stored.kind not in "iuf" or stored.itemsize > 8:
-            raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
-        width, height = shape[:2]
-        limits.check_frame(height, width)
-        size = width * height * frames * channels * stored.itemsize
-        kept = limits.holds(size * min(planes, 2), height, width, channels * stored.itemsize)
-    with quiet("NIfTI"), opened(path) as raw:
+        image = _image(files, limits)
+    return _stacks(image, volumes, beat)
+
+
+def _image(files: Sequence[Path], limits: Limits) -> _Image:
+    with opened(files[0]) as raw:
+        header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
+    path = files[0]
+    if two:
+        names = images_of(path.name)
+        path = next((other for other in files[1:] if other.name in names), None)
+        if path is None:
+            raise Refused("unreadable", "the file with its image is not beside it")
+    shape, frames, volumes, planes = _shape(header, code)
+    channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
+    stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
+    if stored.kind not in "iuf" or stored.itemsize > 8:
+        raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
+    width, height = shape[:2]
+    limits.check_frame(height, width)
+    size = width * height * frames * channels * stored.itemsize
+    kept = limits.holds(size * min(planes, 2), height, width, channels * stored.itemsize)
+    with opened(path) as raw:
         packed = ("gzip" if path.name.lower().endswith(".gz") else "") if two else _packing(raw)
-        file = _unpacked(raw, packed)
         if not kept and (
             planes > 1
             or size > STREAMED * limits.memory
@@ -64,51 +92,95 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
             raise Refused("unreadable", f"data at byte {offset}")
         if not packed and offset + size > raw.size:
             raise Refused("unreadable", f"{offset + size} bytes declared, the file has {raw.size}")
-        frame = (height, width) + ((channels,) if channels > 1 else ())
-        whole = None
-        if kept:
-            file.seek(offset)
-            whole = np.empty((frames, *frame) if planes == 1 else (planes, frames, height, width), stored)
-            fill(file, whole, beat)
-            if packed and volumes == 1:
-                file.read(1)  # at its end the checksum is compared
-            whole = native(whole) if planes == 1 else np.ascontiguousarray(np.moveaxis(whole, 0, -1))
-        slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
-        slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
-        eight = stored == np.uint8 and (slope, intercept) == (1.0, 0.0)
-        geometry = Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None)
+    slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
+    return _Image(
+        path=path,
+        packed=packed,
+        frames=frames,
+        frame=(height, width) + ((channels,) if channels > 1 else ()),
+        volumes=volumes,
+        planes=planes,
+        stored=stored,
+        size=size,
+        kept=kept,
+        offset=offset,
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        geometry=Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None),
+        declared=intent(int(header["intent_code"])),
+    )
+
+
+@quietly("NIfTI")
+def _stacks(image: _Image, volumes: str, beat: Beat) -> Iterator[Stack]:
+    """A stack for each volume that is taken, or one of their mean."""
+    numbers = chosen(volumes, image.volumes)
+    refused = left_out(volumes, image.volumes)
+    if not image.kept:
+        if volumes == "mean" and image.volumes > 1:
+            raise Refused("too large", "a mean of volumes that do not fit into the memory")
+        for number in numbers:
+            stack = _stack(image, None, number)
+            stack.refused, refused = refused, []
+            yield stack
+        return
+    with opened(image.path) as raw:
+        file = _unpacked(raw, image.packed)
+        wholes = (_whole(image, file, number, beat) for number in numbers)
+        if volumes == "mean" and image.volumes > 1:
+            yield _stack(image, mean_of(wholes), 0)
+            return
+        for number, whole in zip(numbers, wholes, strict=True):
+            stack = _stack(image, whole, number)
+            stack.refused, refused = refused, []
+            yield stack
+            del stack, whole
+
+
+def _whole(image: _Image, file, number: int, beat: Beat) -> np.ndarray:
+    """[F, H, W, ...] of one volume."""
+    file.seek(image.offset + number * image.size)
+    planes = (image.planes,) if image.planes > 1 else ()
+    frame = image.frame[:2] if planes else image.frame
+    whole = np.empty((*planes, image.frames, *frame), image.stored)
+    fill(file, whole, beat)
+    if image.packed and number == image.volumes - 1:
+        file.read(1)  # at its end the checksum is compared
+    return np.ascontiguousarray(np.moveaxis(whole, 0, -1)) if planes else native(whole)
+
+
+def _stack(image: _Image, whole: np.ndarray | None, volume: int) -> Stack:
+    """whole: None where frames are read one by one, again for each pass."""
 
     @quietly("NIfTI")
     def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
-        with opened(path) as raw:
-            file = _unpacked(raw, packed)
-            length = int(np.prod(frame)) * stored.itemsize
-            for number in range(frames):
+        with opened(image.path) as raw:
+            file = _unpacked(raw, image.packed)
+            length = int(np.prod(image.frame)) * image.stored.itemsize
+            for number in range(image.frames):
                 if wanted(number):
-                    out = np.empty(frame, stored)
-                    file.seek(offset + number * length)
+                    out = np.empty(image.frame, image.stored)
+                    file.seek(image.offset + volume * image.size + number * length)
                     fill(file, out)
-                    yield number, native(out)[..., :3] if channels > 1 else native(out)
+                    yield number, native(out)[..., :3] if image.channels > 1 else native(out)
 
-    stack = Stack(
-        quantity="display8" if eight else "raw",
-        length=frames,
-        shape=(height, width),
-        dtype=stored.newbyteorder("="),
+    dtype = image.stored.newbyteorder("=") if whole is None else whole.dtype
+    return Stack(
+        quantity="display8" if dtype == np.uint8 and (image.slope, image.intercept) == (1.0, 0.0) else "raw",
+        length=image.frames,
+        shape=image.frame[:2],
+        dtype=dtype,
         load=load,
         holds=lambda stored: False,  # what can be kept is kept from the start
-        channels=min(channels, 3),
-        slope=slope,
-        intercept=intercept,
-        geometry=geometry,
-        volume=frames > 1,
+        channels=min(image.channels, 3),
+        slope=image.slope,
+        intercept=image.intercept,
+        geometry=image.geometry,
+        volume=image.frames > 1,
         described=True,
-        declared=intent(int(header["intent_code"])),
-        whole=whole[..., :3] if kept and channels > 1 else whole,
+        declared=image.declared,
+        whole=whole[..., :3] if whole is not None and image.channels > 1 else whole,
     )
-    if volumes > 1:
-        stack.refused.append(Refused("inconsistent", f"{volumes - 1} volumes after the first"))
-    yield stack
 
 
 def _packing(raw: BoundedFile) -> str:
@@ -168,4 +240,5 @@ READER = Reader(
     read=read,
     needs={"nibabel": "nibabel"},
     beside=beside,
+    choices=("volumes",),
 )

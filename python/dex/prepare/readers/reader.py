@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..routing import Decision
 from .files import BoundedFile, Limits
-from .stack import Stack
+from .stack import Refused, Stack
 
 Beat = Callable[[], None]
 """A sign of life: whoever runs a reader takes a long silence for a hang."""
+VOLUMES = ("first", "all", "mean")
+"""Which of several volumes are taken: the first, each as a stack of its own, or their mean. A number N, as text: every
+N-th, from the first on."""
 Decide = Callable[[Any, bool], Decision]
 """From a header, and whether pixels follow it, to what the file is, or why it is left out."""
 
@@ -30,7 +35,8 @@ class Reader:
     recognises: whether an opened file without a known suffix is of this format.
     whole_folders: a unit is all files of one folder. series_of: what the files of a large folder that `read` puts
     together have in common, by their headers; () where that cannot be read.
-    decides: the files' headers say what they are, so `read` takes a `Decide`, or None, as a fourth argument.
+    choices: what else `read` takes, by keyword. "decide", a `Decide` or None: the files' headers say what they are.
+    "volumes", one of `VOLUMES` or a number: a file may hold several.
     frame_stride: of stacks that are no volume the corpus takes one frame in so many.
     passed_over: names of files, in upper case, that are no images -> what they are.
     """
@@ -43,6 +49,34 @@ class Reader:
     recognises: Callable[[BoundedFile], bool] = lambda file: False
     whole_folders: bool = False
     series_of: Callable[[Path, Limits], tuple[str, ...]] | None = None
-    decides: bool = False
+    choices: tuple[str, ...] = ()
     frame_stride: int = 1
     passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the files' headers say what they are."""
+        return "decide" in self.choices
+
+
+def mean_of(wholes: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean of volumes of one shape, float32, with two of them in memory at a time."""
+    total, count = 0.0, 0
+    for whole in wholes:
+        total, count = total + whole.astype(np.float64), count + 1
+    return (total / count).astype(np.float32)
+
+
+def chosen(volumes: str, count: int) -> list[int]:
+    """The numbers of the volumes that are taken of `count`."""
+    if volumes == "first":
+        return [0]
+    return list(range(0, count, int(volumes) if volumes.isdecimal() else 1))
+
+
+def left_out(volumes: str, count: int) -> list[Refused]:
+    """What is said of the volumes that are not taken."""
+    left = count - len(chosen(volumes, count))
+    if not left:
+        return []
+    return [Refused("inconsistent", f"{left} volumes after the first" if volumes == "first" else f"{left} volumes")]

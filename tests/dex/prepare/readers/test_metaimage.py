@@ -243,3 +243,21 @@ def test_packed_data_of_an_mha_that_are_lacking_are_no_image(tmp_path):
     (tmp_path / "c.mha").write_bytes(data[:start].replace(size, b"CompressedDataSize = %d" % len(short)) + short)
     with pytest.raises(Refused, match="unreadable"):
         read(tmp_path / "c.mha")
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "packed.mha"])
+def test_which_volumes_are_taken(tmp_path, name):
+    sitk = pytest.importorskip("SimpleITK")
+    series = DRAW.integers(0, 1000, (5, 4, 5, 6), dtype=np.uint16)
+    sitk.WriteImage(sitk.GetImageFromArray(series, isVector=False), str(tmp_path / name), "packed" in name)
+    files = sorted(tmp_path.iterdir(), key=lambda path: path.name != name)
+    for volumes, wanted in (("first", [0]), ("all", [0, 1, 2, 3, 4]), ("2", [0, 2, 4])):
+        stacks = list(readers.read(files, "metaimage", volumes=volumes))
+        assert len(stacks) == len(wanted)
+        assert all(np.array_equal(shown(stack, "stored"), series[n]) for stack, n in zip(stacks, wanted, strict=True))
+        refused = [str(one) for stack in stacks for one in stack.refused]
+        assert refused == {"first": ["inconsistent: 4 volumes after the first"], "2": ["inconsistent: 2 volumes"]}.get(
+            volumes, []
+        )
+    (stack,) = readers.read(files, "metaimage", volumes="mean")
+    assert np.allclose(shown(stack, "stored"), series.mean(axis=0))

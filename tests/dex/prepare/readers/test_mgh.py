@@ -51,10 +51,21 @@ def test_every_orientation_shows_the_same(tmp_path):
         assert all(np.array_equal(got[label], expected[label]) for label in expected), codes
 
 
-def test_volumes_after_the_first_are_counted(tmp_path):
-    stack = read(save(tmp_path / "a.mgz", np.stack([VALUES, VALUES + 1, VALUES + 2], axis=3).astype(np.float32)))
-    assert np.array_equal(shown(stack, "stored"), VALUES.transpose(2, 1, 0).astype(np.float32))
-    assert [str(one) for one in stack.refused] == ["inconsistent: 2 volumes after the first"]
+@pytest.mark.parametrize("name", ["a.mgz", "a.mgh"])
+def test_which_volumes_are_taken(tmp_path, name):
+    values = np.stack([VALUES * (n + 1) for n in range(5)], axis=3).astype(np.float32)
+    path = save(tmp_path / name, values)
+    for volumes, wanted, says in (
+        ("first", [0], ["inconsistent: 4 volumes after the first"]),
+        ("all", [0, 1, 2, 3, 4], []),
+        ("2", [0, 2, 4], ["inconsistent: 2 volumes"]),
+    ):
+        stacks = list(readers.read([path], "mgh", volumes=volumes))
+        assert len(stacks) == len(wanted) and [str(one) for stack in stacks for one in stack.refused] == says
+        for stack, number in zip(stacks, wanted, strict=True):
+            assert np.array_equal(shown(stack, "stored"), values[..., number].transpose(2, 1, 0))
+    (stack,) = readers.read([path], "mgh", volumes="mean")
+    assert np.allclose(shown(stack, "stored"), values.mean(axis=3).transpose(2, 1, 0))
 
 
 def test_headers_that_lie(tmp_path):

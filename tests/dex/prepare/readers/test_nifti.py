@@ -258,3 +258,32 @@ def test_intents_declare_what_is_no_image(tmp_path, intent, declared):
     image.header.set_intent(intent, (1,) if intent == 3 else ())
     nibabel.save(image, tmp_path / "a.nii")
     assert read(tmp_path / "a.nii").declared == declared
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nii.bz2"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_which_volumes_are_taken(tmp_path, name, streamed, monkeypatch):
+    values = np.stack([VALUES + 7 * n for n in range(5)], axis=3)
+    whole = save(tmp_path / "whole.nii", values, slope=2.0, intercept=1.0).read_bytes()
+    packed = {"nii": bytes, "gz": gzip.compress, "bz2": bz2.compress}[name.rsplit(".", 1)[1]](whole)
+    (tmp_path / name).write_bytes(packed)
+    if streamed and name.endswith("bz2"):
+        pytest.skip("files packed by bzip2 are never streamed")
+    if streamed:
+        monkeypatch.setattr(readers.Limits, "holds", lambda self, stored, *_: stored == 0)
+    for volumes, wanted, says in (
+        ("first", [0], ["inconsistent: 4 volumes after the first"]),
+        ("all", [0, 1, 2, 3, 4], []),
+        ("2", [0, 2, 4], ["inconsistent: 2 volumes"]),
+    ):
+        stacks = list(readers.read([tmp_path / name], "nifti", volumes=volumes))
+        assert len(stacks) == len(wanted) and [str(one) for stack in stacks for one in stack.refused] == says
+        for stack, number in zip(stacks, wanted, strict=True):
+            assert np.array_equal(shown(stack, "stored"), values[..., number].transpose(2, 1, 0) * 2 + 1)
+    if streamed:
+        with pytest.raises(Refused, match="too large: a mean of volumes"):
+            list(readers.read([tmp_path / name], "nifti", volumes="mean"))
+    else:
+        (stack,) = readers.read([tmp_path / name], "nifti", volumes="mean")
+        mean = values.mean(axis=3).transpose(2, 1, 0) * 2 + 1
+        assert np.allclose(shown(stack, "stored"), mean, rtol=1e-6, atol=1e-3)

@@ -45,6 +45,6 @@ READER = Reader(
     recognises=has_magic,  # files are often called after their UID
     whole_folders=True,
     series_of=series_of,
-    decides=True,
+    choices=("decide",),
     passed_over={"DICOMDIR": "directories of DICOM files"},
 )
