@@ -137,7 +137,7 @@ def poison(monkeypatch):
         return poisoned(shape[0] if len(shape) == 1 else shape, dtype or torch.get_default_dtype(), device)
 
     for module in (align_loss, aligned, chunks, group_ema, grouped_mlp, route, sums):
-        monkeypatch.setattr(module, "torch", _Torch(empty=patched_empty, empty_like=empty_like))
+        monkeypatch.setattr(module, "torch", _With(torch, empty=patched_empty, empty_like=empty_like))
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "new_empty", new_empty)
         yield
@@ -183,14 +183,29 @@ def _span(t):
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-class _Torch:
-    """torch with other allocators, for the modules under test alone."""
+class _With:
+    """A module with some names replaced, for the modules under test alone."""
 
-    def __init__(self, **replaced):
+    def __init__(self, module, **replaced):
+        self._module = module
         self.__dict__.update(replaced)
 
     def __getattr__(self, name):
-        return getattr(torch, name)
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def rounded_once(monkeypatch):
+    """Dots of the interpreter are summed in float64: a BLAS may sum the rows of one block in different orders."""
+    if ON_CUDA:
+        return
+    import numpy
+    from triton.runtime import interpreter
+
+    def matmul(a, b, dtype):
+        return numpy.matmul(a.astype(numpy.float64), b.astype(numpy.float64)).astype(dtype)
+
+    monkeypatch.setattr(interpreter, "np", _With(numpy, matmul=matmul))
 
 
 def embed(t, gap=3):

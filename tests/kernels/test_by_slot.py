@@ -145,7 +145,7 @@ def test_nan_of_an_expert_stays_out_of_the_others(K):
         assert torch.equal(a[[0, 2, 3]], b[[0, 2, 3]])
 
 
-def test_the_bits_of_an_image_do_not_depend_on_the_others():
+def test_the_bits_of_an_image_do_not_depend_on_the_others(rounded_once):
     x, grad_out, gates, indices, weights = make(4, 67, 16, 24, 3, 2, DTYPES[0])
     together = run(x, grad_out, gates, indices, weights)
     for b in range(4):
