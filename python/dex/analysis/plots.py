@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dex.analysis.few_shot import Point
 from dex.common import atomic
 
 _INK = "#333333"
@@ -115,6 +116,24 @@ def pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def few_shot_curve(points: Sequence[Point], all_images: float, classes: int) -> Figure:
+    """Accuracy over images per class: mean and 10 to 90 % of the draws; ``all_images``: of a probe that knows all."""
+    shots = sorted({point.shots for point in points})
+    values = [np.array([point.accuracy for point in points if point.shots == count]) for count in shots]
+    low, high = (np.array([np.quantile(v, share) for v in values]) for share in (0.1, 0.9))
+    figure = Figure(figsize=(5, 3.5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    axis.fill_between(shots, low, high, alpha=0.2)
+    axis.plot(shots, [v.mean() for v in values], marker="o", label="few-shot linear, 10 to 90 % of draws")
+    axis.axhline(all_images, linestyle="--", color=_INK, label="linear, all images")
+    axis.axhline(1 / classes, linestyle=":", color="grey", label="chance")
+    axis.set(xscale="log", xlabel="labelled images per class", ylabel="balanced accuracy", ylim=(0, 1.02))
+    axis.set_xticks(shots, [str(count) for count in shots])
+    axis.minorticks_off()
+    axis.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def save(picture: np.ndarray, path: Path) -> None:

@@ -56,6 +56,30 @@ def knn_accuracy(
     similarities at a time. Raises: ValueError naming the argument.
     """
     _check(train_features, train_labels, test_features, test_labels)
+    votes = knn_vote(train_features, train_labels, test_features, k, temperature)
+    truth = test_labels.to(train_features.device).long()
+    hit = (votes.labels == truth) & votes.valid
+    labels, inverse = truth.unique(return_inverse=True)
+    right = torch.zeros(len(labels), dtype=torch.float64, device=truth.device).index_add_(0, inverse, hit.double())
+    share = right / inverse.bincount(minlength=len(labels))
+    per_class = dict(zip(labels.tolist(), share.tolist(), strict=True))
+    return KNNAccuracy(float(right.sum() / len(hit)), per_class)
+
+
+class KNNVotes(NamedTuple):
+    """What the neighbours of the judged images say."""
+
+    labels: Tensor
+    """int64 ``[V]``"""
+    valid: Tensor
+    """bool ``[V]``: false where the image's feature, or all of its neighbours', are not finite."""
+
+
+@torch.no_grad()
+def knn_vote(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20, temperature: float = 0.07
+) -> KNNVotes:
+    """The votes that `knn_accuracy` compares with the truth."""
     expected = "a whole number of at least 1"
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected {expected}, got {k!r}")
@@ -63,8 +87,8 @@ def knn_accuracy(
     device, k = train_features.device, min(k, len(train_features))
     train, valid = _directions(train_features)
     classes, train_index = train_labels.to(device).long().unique(return_inverse=True)
-    truth = test_labels.to(device).long()
-    hit = torch.empty(len(test_features), dtype=torch.bool, device=device)
+    winners = torch.empty(len(test_features), dtype=torch.int64, device=device)
+    found = torch.empty(len(test_features), dtype=torch.bool, device=device)
     rows = max(1, _SIMILARITIES // len(train))
     for begin in range(0, len(test_features), rows):
         part = slice(begin, begin + rows)
@@ -74,12 +98,8 @@ def knn_accuracy(
         votes = ((near - near[:, :1]) / temperature).exp().nan_to_num_(0.0)
         counted = votes.new_zeros(len(test), len(classes)).scatter_add_(1, train_index[index], votes)
         winner = (counted == counted.amax(1, keepdim=True)).int().argmax(1)  # the first of equals
-        hit[part] = (classes[winner] == truth[part]) & good & (counted.amax(1) > 0)
-    labels, inverse = truth.unique(return_inverse=True)
-    right = torch.zeros(len(labels), dtype=torch.float64, device=device).index_add_(0, inverse, hit.double())
-    share = right / inverse.bincount(minlength=len(labels))
-    per_class = dict(zip(labels.tolist(), share.tolist(), strict=True))
-    return KNNAccuracy(float(right.sum() / len(hit)), per_class)
+        winners[part], found[part] = classes[winner], good & (counted.amax(1) > 0)
+    return KNNVotes(winners, found)
 
 
 @torch.no_grad()

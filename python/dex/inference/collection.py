@@ -53,6 +53,8 @@ class Note(NamedTuple):
     path: str
     label: str
     refused: str
+    patient: bool = False
+    """Whether the group of the image is the patient that a header names."""
 
 
 class Decoded(NamedTuple):
@@ -135,12 +137,14 @@ def _of_files(path: Path, private: Path, modality: str | None, planes: tuple[str
         images, rows, notes = [], [], []
 
         def add(part: preprocess.Preprocessed, patient: str) -> None:
-            group = names.group(listed.files[0].path, patient, not readers.reader_of(unit.format).whole_folders)
+            alone = not readers.reader_of(unit.format).whole_folders
+            group = names.group(listed.files[0].path, patient, alone)
+            known = group != names.group(listed.files[0].path, "", alone)
             images.append(part.images)
             for label, dropped in zip(part.labels, part.dropped, strict=True):
                 row = Row(names.sample(listed.key, label), group, part.modality or "", label, dropped or "")
                 rows.append(row)
-                notes.append(Note(row.id, listed.key, label, ""))
+                notes.append(Note(row.id, listed.key, label, "", known))
 
         try:
             if kind is not None and unit.format != "dicom":

@@ -68,7 +68,9 @@ class Summary(NamedTuple):
     """Whether all parts of all ranks are there."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """A part of a collection, embedded."""
+
     number: int
     rows: list[Row]
     notes: list[Note]
@@ -106,14 +108,14 @@ def run(loaded: Loaded, collection: Collection, options: Options, say: Callable[
         return _run_single(loaded, collection, options, say)
     mine = [number for number in range(options.rank, len(collection.parts), options.ranks)]
     missing = [number for number in mine if not _path(options.out, number).exists()]
-    for part in _embedded(loaded, collection, missing, options, say):
+    for part in embedded(loaded, collection, missing, options, say):
         _write_notes(options.out, part)
         tables.write_parquet(_path(options.out, part.number), part.rows, part.embedding)
     return _finish(collection, options.out)
 
 
 def _run_single(loaded: Loaded, collection: Collection, options: Options, say: Callable[[str], None] | None) -> Summary:
-    parts = list(_embedded(loaded, collection, range(len(collection.parts)), options, say))
+    parts = list(embedded(loaded, collection, range(len(collection.parts)), options, say))
     for part in parts:
         _write_notes(options.out, part)
     rows = [row for part in parts for row in part.rows]
@@ -121,13 +123,13 @@ def _run_single(loaded: Loaded, collection: Collection, options: Options, say: C
     return Summary(len(rows), sum(bool(note.refused) for part in parts for note in part.notes), True)
 
 
-def _embedded(
+def embedded(
     loaded: Loaded,
     collection: Collection,
     numbers: Sequence[int],
     options: Options,
     say: Callable[[str], None] | None,
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """The parts of these numbers, in order, while later items are being read."""
     order = [(number, item) for number in numbers for item in collection.parts[number]]
     progress = _Progress(len(order), say)
@@ -168,10 +170,10 @@ class _Batches:
             if self._count == self._options.batch_size:
                 self._forward()
 
-    def finish(self, number: int) -> _Part:
+    def finish(self, number: int) -> Part:
         if self._waiting or not self._done:
             self._forward()
-        return _Part(number, self._rows, self._notes, joined(self._done))
+        return Part(number, self._rows, self._notes, joined(self._done))
 
     def _forward(self) -> None:
         size = self._encoder.img_size
@@ -284,7 +286,7 @@ def _finish(collection: Collection, out: Path) -> Summary:
     return summary
 
 
-def _write_notes(out: Path, part: _Part) -> None:
+def _write_notes(out: Path, part: Part) -> None:
     lines = "".join(json.dumps(note._asdict()) + "\n" for note in part.notes)
     atomic.write(_notes_path(out, part.number), lines, sync=True, mode=0o600)
 

@@ -4,6 +4,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from dex.analysis import plots
+from dex.analysis.few_shot import Point
 
 
 def text_boxes(figure):
@@ -85,3 +86,11 @@ def test_a_picture_is_written_whole(tmp_path):
     plots.save(drawn, tmp_path / "losses.png")
     assert [p.name for p in tmp_path.iterdir()] == ["losses.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "losses.png")), drawn)
+
+
+def test_a_few_shot_curve_has_a_line_a_level_and_chance():
+    points = [Point(shots, 0, draw, 0.5 + 0.1 * draw + shots / 100) for shots in (1, 4) for draw in range(3)]
+    (axis,) = plots.few_shot_curve(points, 0.9, 4).axes
+    curve, level, chance = axis.lines
+    assert curve.get_xdata().tolist() == [1, 4] and curve.get_ydata() == pytest.approx([0.61, 0.64])
+    assert set(level.get_ydata()) == {0.9} and set(chance.get_ydata()) == {0.25}

@@ -31,7 +31,7 @@ def test_pictures_are_taken_as_they_are(images, private):
     assert torch.equal(items[2].images, preprocess(images / "us" / "002.png").images)
     (row,) = items[2].rows
     assert row == ("folder/002.png/image", "folder/002.png", "", "image", "")
-    assert items[2].notes == [("folder/002.png/image", "002.png", "image", "")]
+    assert items[2].notes == [("folder/002.png/image", "002.png", "image", "", False)]
     assert decoded(collection(images / "us", private, modality="CT"))[2].rows[0].modality == "CT"
 
 
@@ -45,6 +45,7 @@ def test_a_dicom_says_what_it_is_and_whose(tmp_path, private):
     assert torch.equal(item.images, preprocess(file).images) and row.modality == "CT"
     patient = pydicom.dcmread(file).PatientID
     assert not any(word in f"{row.id} {row.group}" for word in (patient, "somebody"))
+    assert item.notes[0].patient
     (alone,) = decoded(collection(file, private))
     assert alone.rows[0].group == row.group  # of the header's patient, wherever the file lies
 

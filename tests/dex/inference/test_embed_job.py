@@ -28,7 +28,7 @@ def of_counts(counts):
 def test_batches_cross_items_and_keep_their_size(loaded, tmp_path):
     items, collection = of_counts([3, 0, 9, 1])
     options = embed_job.Options(tmp_path / "a.npz", batch_size=4)
-    (part,) = embed_job._embedded(loaded, collection, [0], options, None)
+    (part,) = embed_job.embedded(loaded, collection, [0], options, None)
     images = center(torch.cat([item.images for item in items]), 64)
     with torch.no_grad():
         want = torch.cat([loaded.encoder(batch)[:, 0] for batch in images.split(4)])

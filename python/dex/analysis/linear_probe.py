@@ -1,0 +1,89 @@
+"""A linear probe: multinomial logistic regression on frozen features, to its optimum.
+
+Shape letters: n images, D width, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""What `choose_penalty` tries."""
+_STEPS = 300
+
+
+class LinearProbe(NamedTuple):
+    """``argmax(((x - mean) / std) @ weight.T + bias)``; float64."""
+
+    mean: Tensor
+    """``[D]``"""
+    std: Tensor
+    """``[D]``; 1 where a feature does not vary."""
+    weight: Tensor
+    """``[C, D]``"""
+    bias: Tensor
+    """``[C]``"""
+
+    def predict(self, features: Tensor) -> Tensor:
+        """int64 ``[n]``; a row that is not finite is class 0."""
+        scores = F.linear((features.double() - self.mean) / self.std, self.weight, self.bias)
+        return scores.nan_to_num(0.0, 0.0, 0.0).argmax(1)
+
+
+def fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> LinearProbe:
+    """The minimum of mean cross-entropy, classes weighted alike, ``+ penalty / 2 * mean(weight**2) * C``.
+
+    Args:
+        features: ``[n, D]``, at least one row. labels: int64 ``[n]``, 0 to classes - 1.
+        penalty: positive; on the standardised features.
+    """
+    if not penalty > 0:
+        raise ValueError(f"penalty: expected a positive number, got {penalty!r}")
+    if len(features) == 0 or len(features) != len(labels):
+        raise ValueError(f"features: expected one row per label, got {len(features)} rows and {len(labels)} labels")
+    x = features.double()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 1e-12, std, 1.0)
+    x = (x - mean) / std
+    width = x.shape[1]
+    counts = torch.bincount(labels, minlength=classes).double()
+    share = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)[labels] / int((counts > 0).sum())
+    weight = torch.zeros(classes, width, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=_STEPS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy(F.linear(x, weight, bias), labels, reduction="none")
+        loss = (share * losses).sum() + penalty / 2 * weight.square().sum() / width
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return LinearProbe(mean, std, weight.detach(), bias.detach())
+
+
+def choose_penalty(
+    features: Tensor, labels: Tensor, folds: Tensor, classes: int, penalties: Sequence[float] = PENALTIES
+) -> float:
+    """The penalty of the best mean accuracy over classes when each fold is judged by the others; the largest of equals.
+
+    folds: int64 ``[n]``: which fold each image is in; patients must not be torn apart.
+    """
+    best, best_share = penalties[-1], -1.0
+    for penalty in sorted(penalties, reverse=True):
+        hits = torch.zeros(classes, dtype=torch.float64)
+        for fold in folds.unique().tolist():
+            test = folds == fold
+            right = fit(features[~test], labels[~test], classes, penalty).predict(features[test]) == labels[test]
+            hits.index_add_(0, labels[test], right.double())
+        share = float((hits / torch.bincount(labels, minlength=classes).clamp(min=1)).mean())
+        if share > best_share:
+            best, best_share = penalty, share
+    return best

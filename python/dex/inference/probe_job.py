@@ -1,0 +1,211 @@
+"""`dex probe`: what the features of labelled images are worth to a linear map, to neighbours, and to a few examples.
+
+    OUT/probe.csv    a row per result: balanced accuracy, its interval over patients, or one draw of the few-shot curve
+    OUT/curve.png    the few-shot curve
+
+Labels are the sub-folders of the input, a CSV file, or the modalities of a shard set.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+
+from dex.analysis.few_shot import Labelled, Point, few_shot, folds_of, knn, linear
+from dex.analysis.intervals import Interval
+from dex.common import atomic
+from dex.inference.collection import Collection, Note, Row
+from dex.inference.embed import joined
+from dex.inference.embed_job import Options, embedded
+from dex.inference.load import Loaded
+
+SHEET, CURVE = "probe.csv", "curve.png"
+COLUMNS = ("features", "probe", "shots", "seed", "draw", "accuracy", "low", "high", "images", "patients", "classes")
+FEATURES = ("cls", "patches")
+
+
+class Label(NamedTuple):
+    """A line of the CSV file."""
+
+    label: str
+    patient: str
+
+
+class Labels(NamedTuple):
+    """How labels and patients are found."""
+
+    table: dict[str, Label] | None = None
+    """Path below the input, or id in a shard set -> label; None: by folder, or by modality in a shard set."""
+    patient: re.Pattern[str] | None = None
+    """Searched in the path; group 1 names the patient."""
+
+
+class Settings(NamedTuple):
+    features: str = "cls"
+    folds: int = 5
+    k: int = 20
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    draws: int = 10
+    seeds: int = 3
+
+
+class Result(NamedTuple):
+    settings: Settings
+    names: list[str]
+    """Of the classes."""
+    data: Labelled
+    linear: Interval
+    knn: Interval
+    curve: list[Point]
+    unlabelled: int
+    """Images that no line of the CSV file names."""
+    refused: int
+
+
+def read_labels(path: Path | None, patient: str | None) -> Labels:
+    """ValueError naming the argument: no CSV file with columns ``path`` (or ``id``), ``label`` and, if there are any,
+    ``patient``; no regular expression with a group."""
+    pattern = None
+    if patient is not None:
+        try:
+            pattern = re.compile(patient)
+        except re.error as error:
+            raise ValueError(f"patient: expected a regular expression; {error}") from None
+        if not pattern.groups:
+            raise ValueError(f"patient: expected a regular expression with a group; got {patient!r}")
+    if path is None:
+        return Labels(None, pattern)
+    if not path.is_file():
+        raise FileNotFoundError(f"labels: expected a CSV file; nothing at {path}")
+    expected = "labels: expected a CSV file with columns path (or id), label and perhaps patient"
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{expected}; {path}: {error}") from error
+    key = next((name for name in ("path", "id") if rows and name in rows[0]), None)
+    if key is None or "label" not in rows[0]:
+        raise ValueError(f"{expected}; {path} has {', '.join(map(str, rows[0])) if rows else 'no line'}")
+    table = {row[key]: Label(row["label"] or "", row.get("patient") or "") for row in rows}
+    if len(table) != len(rows) or not all(label.label for label in table.values()):
+        raise ValueError(f"labels: expected one label for each {key}; {path} has one twice or none")
+    return Labels(table, pattern)
+
+
+def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Settings, options: Options) -> Result:
+    """Embed all images and probe them. ValueError for labels that cannot be split by patient."""
+    check(settings)
+    parts = list(embedded(loaded, collection, range(len(collection.parts)), options, None))
+    rows = [row for part in parts for row in part.rows]
+    notes = {note.id: note for part in parts for note in part.notes if not note.refused}
+    named = [_label(row, notes.get(row.id), labels) for row in rows]
+    chosen = [i for i, label in enumerate(named) if label is not None]
+    if not chosen:
+        raise ValueError(f"labels: expected some of the {len(rows):,} images to have one; got none")
+    names = sorted({named[i].label for i in chosen})
+    if len(names) < 2:
+        raise ValueError(f"labels: expected at least 2 classes; got {names[0]!r} alone")
+    patients = {patient: number for number, patient in enumerate(sorted({named[i].patient for i in chosen}))}
+    data = Labelled(
+        getattr(joined([part.embedding for part in parts]), settings.features)[chosen],
+        torch.tensor([names.index(named[i].label) for i in chosen]),
+        torch.tensor([patients[named[i].patient] for i in chosen]),
+    )
+    try:
+        folds_of(data, settings.folds, 0)
+    except ValueError as error:
+        classes = re.sub(r"class (\d+)", lambda match: f"class {names[int(match[1])]!r}", str(error))
+        raise ValueError(f"{classes}; --patient, or a column patient, says whose an image is") from None
+    refused = sum(bool(note.refused) for part in parts for note in part.notes)
+    return Result(
+        settings,
+        names,
+        data,
+        linear(data, settings.folds),
+        knn(data, settings.k, settings.folds),
+        few_shot(data, settings.shots, settings.draws, settings.seeds, settings.folds),
+        len(rows) - len(chosen),
+        refused,
+    )
+
+
+def check(settings: Settings) -> None:
+    """ValueError naming the argument."""
+    if settings.features not in FEATURES:
+        raise ValueError(f"features: expected one of {', '.join(FEATURES)}; got {settings.features!r}")
+    for name, least in (("folds", 2), ("k", 1), ("draws", 1), ("seeds", 1)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name}: expected at least {least}; got {getattr(settings, name)}")
+    if list(settings.shots) != sorted(set(settings.shots)) or min(settings.shots, default=1) < 1:
+        raise ValueError(f"shots: expected ascending positive numbers; got {list(settings.shots)}")
+
+
+def write(result: Result, out: Path) -> None:
+    """The sheet, and the curve where there is one."""
+    out.mkdir(parents=True, exist_ok=True)
+    stream = io.StringIO()
+    sheet = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    sheet.writeheader()
+    size = {"images": len(result.data.labels), "classes": len(result.names)}
+    size |= {"patients": int(result.data.patients.max()) + 1, "features": result.settings.features}
+    for name, found in (("linear", result.linear), ("knn", result.knn)):
+        sheet.writerow({**size, "probe": name, "accuracy": found.value, "low": found.low, "high": found.high})
+    for point in result.curve:
+        sheet.writerow({**size, "probe": "few-shot linear", **point._asdict()})
+    atomic.write(out / SHEET, stream.getvalue())
+    if result.curve:
+        from dex.analysis.plots import few_shot_curve, pixels, save  # imports matplotlib
+
+        save(pixels(few_shot_curve(result.curve, result.linear.value, len(result.names))), out / CURVE)
+
+
+def _label(row: Row, note: Note | None, labels: Labels) -> Label | None:
+    """Class and patient of an image; None where the table does not name it."""
+    path = note.path if note is not None else row.id
+    if labels.table is not None:
+        label = labels.table.get(path)
+        if label is None:
+            return None
+    elif note is None:
+        label = Label(row.modality, "")
+    elif "/" not in path:
+        raise ValueError(f"labels: expected a sub-folder for each class, or --labels; {path} lies in none")
+    else:
+        label = Label(path.partition("/")[0], "")
+    return label._replace(patient=label.patient or _patient(row, note, path, labels))
+
+
+def _patient(row: Row, note: Note | None, path: str, labels: Labels) -> str:
+    """By the pattern; else a header's, or a shard set's group; else the folder below the class, else the file."""
+    match = labels.patient.search(path) if labels.patient else None
+    if match and match[1]:
+        return match[1]
+    if note is None or note.patient:
+        return row.group
+    folders = PurePosixPath(path).parts[:-1]
+    return "/".join(folders[:2]) if len(folders) > 1 else path
+
+
+def table(result: Result) -> str:
+    """The result as lines for the screen."""
+    lines = []
+    for name, found in (("linear", result.linear), (f"kNN, k = {result.settings.k}", result.knn)):
+        lines.append(
+            f"{name:<14} balanced accuracy {found.value:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}"
+        )
+    for shots in sorted({point.shots for point in result.curve}):
+        values = [point.accuracy for point in result.curve if point.shots == shots]
+        spread = torch.tensor(values, dtype=torch.float64).std(correction=0)
+        mean = sum(values) / len(values)
+        lines.append(f"{shots:>3} per class   balanced accuracy {mean:.3f}, sd {spread:.3f} over {len(values)} draws")
+    return "\n".join(lines)
+
+
+def describe(counts: Sequence[int], names: Sequence[str]) -> str:
+    """``a 12, b 30``."""
+    return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))

@@ -1,0 +1,112 @@
+import csv
+import re
+
+import pytest
+
+import dex
+from dex.inference import probe_job
+from dex.inference.collection import Note, Row, collection
+from dex.inference.embed_job import Options
+from dex.inference.probe_job import Label, Labels, Settings, read_labels
+
+ROW = Row("folder/1", "group", "CT", "image", "")
+
+
+def note(path, patient=False):
+    return Note("folder/1", path, "image", "", patient)
+
+
+@pytest.mark.parametrize(
+    ("note", "labels", "want"),
+    [
+        (note("a/1.png"), Labels(), ("a", "a/1.png")),
+        (note("a/p7/1.png"), Labels(), ("a", "a/p7")),
+        (note("a/p7/s1/1.png"), Labels(), ("a", "a/p7")),
+        (note("a/p7/1.dcm", patient=True), Labels(), ("a", "group")),
+        (note("a/p7/1.dcm", patient=True), Labels(patient=re.compile(r"(p\d)")), ("a", "p7")),
+        (note("1.png"), Labels({"1.png": Label("x", "")}), ("x", "1.png")),
+        (note("1.png"), Labels({"1.png": Label("x", "p1")}, re.compile(r"(\d)")), ("x", "p1")),
+        (note("2.png"), Labels({"1.png": Label("x", "p1")}), None),
+        (None, Labels(), ("CT", "group")),
+        (None, Labels({"folder/1": Label("y", "")}), ("y", "group")),
+    ],
+)
+def test_label_and_patient_of_an_image(note, labels, want):
+    assert probe_job._label(ROW, note, labels) == want
+
+
+def test_a_picture_in_no_class_is_named():
+    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 1.png lies in"):
+        probe_job._label(ROW, note("1.png"), Labels())
+
+
+def test_labels_are_read_from_csv(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("\ufeffpath,label,patient,age\na.png,yes,p1,3\nb.png,no,,4\n", encoding="utf-8")
+    labels = read_labels(file, r"^(\w)")
+    assert labels.table == {"a.png": ("yes", "p1"), "b.png": ("no", "")} and labels.patient.groups == 1
+    for text, message in (
+        ("name,label\na,b\n", "labels: expected a CSV file with columns path .* has name, label"),
+        ("", "labels: expected a CSV file .* has no line"),
+        ("path,label\na,x\na,y\n", "labels: expected one label for each path; .* has one twice or none"),
+        ("path,label\na,\n", "labels: expected one label for each path"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_labels(file, None)
+    with pytest.raises(FileNotFoundError, match="labels: expected a CSV file; nothing at"):
+        read_labels(tmp_path / "absent.csv", None)
+    for pattern, message in (("(", "patient: expected a regular expression;"), (r"p\d", "patient: .* with a group")):
+        with pytest.raises(ValueError, match=message):
+            read_labels(None, pattern)
+
+
+@pytest.fixture
+def probed(trained, images, tmp_path):
+    settings = Settings(shots=(1, 4), draws=3, seeds=2)
+    return probe_job.probe(
+        dex.load(trained), collection(images, tmp_path / "private"), Labels(), settings, Options(tmp_path / "out")
+    )
+
+
+def test_a_folder_of_classes(probed, tmp_path):
+    """The pictures of a class have a colour of their own."""
+    assert probed.names == ["ct", "mr", "us"] and len(probed.data.labels) == 120
+    assert probed.linear.value > 0.9 and probed.linear.low <= probed.linear.value <= probed.linear.high
+    assert probed.knn.value > 0.8 and len(probed.curve) == 2 * 3 * 2
+    probe_job.write(probed, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "probe.csv").open()))
+    assert tuple(rows[0]) == probe_job.COLUMNS and [row["probe"] for row in rows[:3]] == [
+        "linear",
+        "knn",
+        "few-shot linear",
+    ]
+    assert float(rows[0]["accuracy"]) == probed.linear.value and rows[2]["low"] == ""
+    assert rows[0]["patients"] == "120" and (tmp_path / "out" / "curve.png").stat().st_size > 5000
+    assert probe_job.table(probed).startswith("linear         balanced accuracy ")
+
+
+def test_too_few_patients_are_named(trained, images, tmp_path):
+    images_of = collection(images, tmp_path / "private")
+    labels = Labels(patient=re.compile(r"^(ct)"))
+    with pytest.raises(ValueError, match="labels: expected at least 2 patients of each class, got 1 of class 'ct'"):
+        probe_job.probe(dex.load(trained), images_of, labels, Settings(), Options(tmp_path / "out"))
+    with pytest.raises(ValueError, match="labels: expected at least 2 classes; got 'one' alone"):
+        table = {"ct/000.png": Label("one", "")}
+        probe_job.probe(dex.load(trained), images_of, Labels(table), Settings(), Options(tmp_path / "out"))
+    with pytest.raises(ValueError, match="labels: expected some of the 120 images to have one; got none"):
+        probe_job.probe(dex.load(trained), images_of, Labels({}), Settings(), Options(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"features": "all"}, "features: expected one of cls, patches; got 'all'"),
+        ({"folds": 1}, "folds: expected at least 2; got 1"),
+        ({"shots": (4, 2)}, r"shots: expected ascending positive numbers; got \[4, 2\]"),
+        ({"shots": (0,)}, "shots: expected ascending"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        probe_job.check(Settings(**settings))
