@@ -129,8 +129,11 @@ def _want_mlp(shipped, inputs, precision, director) -> Results:
 # --- route ------------------------------------------------------------------------------------------------------------
 
 
-def route_case(shipped, R, D, E, K, dtype) -> Case:
-    """Forward and backward; logits lie wide apart, so that no rounding changes a choice."""
+def route_case(shipped, R, D, E, K, dtype, one_launch=None) -> Case:
+    """Forward and backward; logits lie wide apart, so that no rounding changes a choice.
+
+    one_launch: up to how many rows one program does everything, by default what ships.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(R, 1, D, generator=generator).to(dtype)
     weight = torch.randn(E, D, generator=generator) * 4 * D**-0.5
@@ -138,7 +141,8 @@ def route_case(shipped, R, D, E, K, dtype) -> Case:
     grads = torch.randn(R, K, generator=generator), torch.randn((), generator=generator)
 
     def compute(emulator):
-        routed = shipped.route.forward(x[:, 0], weight, K, 0.5, noise[:, 0])
+        with shipped.replaced(shipped.route, "ONE_LAUNCH", one_launch or shipped.route.ONE_LAUNCH):
+            routed = shipped.route.forward(x[:, 0], weight, K, 0.5, noise[:, 0])
         saved = shipped.route_records.Saved(routed.p, routed.gates, routed.expert_indices, x[:, 0], weight)
         back = shipped.route.backward(*grads, saved, 0.5)
         results = {name: value for name, value in routed._asdict().items() if name != "p"}

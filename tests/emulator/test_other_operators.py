@@ -22,11 +22,16 @@ ARCHITECTURES = (80, slow(90))
         slow(40, 72, 33, 2, torch.bfloat16),
         slow(40, 72, 128, 2, torch.float32),
         slow(1, 8, 1, 1, torch.float32),
-        slow(4100, 16, 4, 2, torch.float32),  # in two launches
     ],
 )
 def test_route(shipped, arch, R, D, E, K, dtype):
     check(shipped, route_case(shipped, R, D, E, K, dtype), shipped.emulated(arch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_route_in_two_launches(shipped, arch):
+    check(shipped, route_case(shipped, 200, 16, 4, 2, torch.float32, one_launch=100), shipped.emulated(arch))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -11,7 +11,7 @@ BANKS, WORD = 32, 4
 
 
 class Parts(NamedTuple):
-    """Instructions that warps executed, inside of the loops that hold matrix products and outside of them."""
+    """Something counted inside of the loops that hold matrix products, and outside of them."""
 
     main_loop: int
     rest: int
@@ -22,8 +22,8 @@ class Counters:
 
     executed: of every instruction, by how many warps. sectors, least_sectors: 32 bytes of global memory each, asked for
     by the instructions of warps, and how few could hold what they asked for. rounds, least_rounds: of the 32 banks of
-    shared memory, likewise; those above the least are bank conflicts. products: operations of the tensor cores, two for
-    each multiplication and sum. divergences: branches at which warps, or their lanes, took both ways.
+    shared memory, for every instruction; those above the least are bank conflicts. products: operations of the tensor
+    cores, two for each multiplication and sum. divergences: branches at which warps, or their lanes, took both ways.
     """
 
     def __init__(self, num_steps: int):
@@ -32,7 +32,7 @@ class Counters:
         self.products = 0
         self.tensor_copies = 0
         self.sectors = self.least_sectors = 0
-        self.rounds = self.least_rounds = 0
+        self.rounds, self.least_rounds = np.zeros((2, num_steps), np.int64)
 
     def count_global(self, g, addresses, size, lanes):
         warps = _warps(g, lanes).astype(np.uint64) << np.uint64(48)
@@ -54,27 +54,30 @@ class Counters:
         # Wide accesses are served in parts: 8 bytes by half warps, 16 by quarters.
         lane = (np.arange(g.threads) if lanes is None else lanes) % 32
         part = lane * max(size // WORD, 1) // 32
-        self._rounds(warps * 32 + part, words)
+        self._rounds(g, warps * 32 + part, words)
 
     def count_matrix(self, g, rows):
         """ldmatrix and stmatrix: eight rows of 16 bytes at a time."""
         warps, count = rows.shape
         words = rows.reshape(-1, 1) // WORD + np.arange(4)
-        self._rounds(np.arange(warps * count) // 8, words)
+        self._rounds(g, np.arange(warps * count) // 8, words)
 
-    def _rounds(self, parts, words):
+    def _rounds(self, g, parts, words):
         """``words [k, n]`` asked for in ``parts [k]``: those of one part and one bank come one after the other."""
         distinct = np.unique((parts[:, None].astype(np.int64) << 32) + words)
         banks, counts = np.unique((distinct >> 32) * BANKS + distinct % BANKS, return_counts=True)
         _, first = np.unique(banks // BANKS, return_index=True)
-        self.rounds += int(np.maximum.reduceat(counts, first).sum())
-        self.least_rounds += int((-(-np.add.reduceat(counts, first) // BANKS)).sum())
+        pc = g.frames[-1].pc
+        self.rounds[pc] += np.maximum.reduceat(counts, first).sum()
+        self.least_rounds[pc] += (-(-np.add.reduceat(counts, first) // BANKS)).sum()
 
-    def parts(self, program) -> Parts:
-        inside = np.zeros(len(program.steps), np.bool_)
-        for first, last in loops(program):
-            inside[first : last + 1] = True
-        return Parts(int(self.executed[inside].sum()), int(self.executed[~inside].sum()))
+
+def parts(program, counted: np.ndarray) -> Parts:
+    """Of numbers that were counted for every instruction: ``executed``, ``rounds`` or ``least_rounds``."""
+    inside = np.zeros(len(program.steps), np.bool_)
+    for first, last in loops(program):
+        inside[first : last + 1] = True
+    return Parts(int(counted[inside].sum()), int(counted[~inside].sum()))
 
 
 class Nothing(Counters):

@@ -186,10 +186,10 @@ def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), 
 
     poison = POISONS[0 if seed is None else seed % len(POISONS)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_set(JITFunction, "run", run))
+        stack.enter_context(replaced(JITFunction, "run", run))
         for module in MODULES:
             if hasattr(module, "architecture"):
-                stack.enter_context(_set(module, "architecture", lambda device: arch))
+                stack.enter_context(replaced(module, "architecture", lambda device: arch))
         stack.enter_context(Poisoned(poison))
         yield emulator
 
@@ -214,9 +214,9 @@ def sabotaged(module, before: str, after: str, folder: pathlib.Path):
     with contextlib.ExitStack() as stack:
         for other in [m for name, m in sys.modules.items() if name.startswith("dexkernels") and m is not changed]:
             for name, value in list(vars(other).items()):
-                replaced = next((n for n, kernel in kernels.items() if kernel is value), None)
-                if replaced is not None:
-                    stack.enter_context(_set(other, name, getattr(changed, replaced)))
+                kernel = next((n for n, one in kernels.items() if one is value), None)
+                if kernel is not None:
+                    stack.enter_context(replaced(other, name, getattr(changed, kernel)))
         _forget_hashes()
         try:
             yield
@@ -235,7 +235,8 @@ def _forget_hashes():
 
 
 @contextlib.contextmanager
-def _set(owner, name, value):
+def replaced(owner, name, value):
+    """Within it, an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -257,6 +258,7 @@ __all__ = [
     "mlp_records",
     "reference",
     "relative_error",
+    "replaced",
     "route",
     "route_records",
     "sabotaged",

@@ -5,7 +5,7 @@ import numpy as np
 from .arithmetic import dtype
 from .group import LANES
 from .program import instruction
-from .ptx import Pair, PTXError, Vector
+from .ptx import Immediate, Pair, PTXError, Vector
 
 
 @instruction("shfl")
@@ -15,31 +15,38 @@ def shuffle(ins, program):
     put_valid = program.destination(to.second, "pred") if isinstance(to, Pair) else None
     value, by, clamp = (program.source(operand, "u32") for operand in ins.operands[1:4])
     mode = ins.parts[2]
-    lane = np.arange(LANES)
+    fixed = None
+    if all(isinstance(operand, Immediate) for operand in ins.operands[2:4]):
+        fixed = _source_lanes(mode, *(np.int64(operand.bits) for operand in ins.operands[2:4]))
 
     def run(g):
         g.whole_warps("shfl.sync")
-
-        def by_warp(x):
-            return np.broadcast_to(x, g.threads).reshape(-1, LANES).astype(np.int64)
-
-        b, c = by_warp(by(g)), by_warp(clamp(g))
-        segment = (c >> 8) & 31
-        limit = (lane & segment) | (c & 31 & ~segment)
-        if mode == "up":
-            source = lane - (b & 31)
-            valid = source >= limit
+        if fixed is None:
+            b, c = (np.broadcast_to(x(g), g.threads).reshape(-1, LANES).astype(np.int64) for x in (by, clamp))
+            source, valid = _source_lanes(mode, b, c)
+            put(g, np.take_along_axis(value(g).reshape(-1, LANES), source, 1).reshape(-1))
         else:
-            source = {"down": lane + (b & 31), "bfly": lane ^ (b & 31), "idx": (lane & segment) | (b & 31 & ~segment)}[
-                mode
-            ]
-            valid = source <= limit
-        source = np.where(valid, source, lane) & 31
-        put(g, np.take_along_axis(value(g).reshape(-1, LANES), source, 1).reshape(-1))
+            source, valid = fixed
+            put(g, value(g).reshape(-1, LANES)[:, source].reshape(-1))
         if put_valid:
-            put_valid(g, valid.reshape(-1))
+            put_valid(g, np.broadcast_to(valid, (g.size, LANES)).reshape(-1))
 
     return run
+
+
+def _source_lanes(mode, by, clamp):
+    """Of every lane the lane that it reads, and whether that is within its segment; if not it keeps its own value."""
+    lane = np.arange(LANES)
+    segment = (clamp >> 8) & 31
+    limit = (lane & segment) | (clamp & 31 & ~segment)
+    source = {
+        "up": lane - (by & 31),
+        "down": lane + (by & 31),
+        "bfly": lane ^ (by & 31),
+        "idx": (lane & segment) | (by & 31 & ~segment),
+    }[mode]
+    valid = source >= limit if mode == "up" else source <= limit
+    return np.where(valid, source, lane) & 31, valid
 
 
 @instruction("redux")
