@@ -19,9 +19,9 @@ def loaded_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "banned"),
     [
-        ("dexkernels", IMAGING | {"dex", "triton", "tyro", "yaml", "safetensors", "tensorboard"}),
+        ("dexkernels", IMAGING | {"dex", "triton", "torch._dynamo", "tyro", "yaml", "safetensors", "tensorboard"}),
         ("dexkernels.testing", IMAGING | {"dex", "triton", "tyro", "pytest", "hypothesis"}),
-        ("dex.model", IMAGING | PROGRAMS | {"tyro", "yaml", "tensorboard", "triton"}),
+        ("dex.model", IMAGING | PROGRAMS | {"torch._dynamo", "tyro", "yaml", "tensorboard", "triton"}),
         ("dex.weights", IMAGING | PROGRAMS | {"tyro", "yaml", "tensorboard", "triton"}),
     ],
 )

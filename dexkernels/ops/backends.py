@@ -90,7 +90,6 @@ def covering(op: str, backend: str | None) -> str | None:
     return backend if backend in TABLES[op] else None
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, backend: str | None, device: torch.device) -> str:
     """The backend of ``op`` for tensors on ``device``: the one asked for, or what committed measurements chose.
 
@@ -104,6 +103,10 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
     if reason := why_not(op, backend):
         raise ValueError(f"backend: {backend!r} cannot run {op}: {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, and Triton with it.
+choose._dynamo_marked_constant = True
 
 
 def report() -> list[BackendStatus]:

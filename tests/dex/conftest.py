@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -86,3 +88,30 @@ def dex_process():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks():
+    """Runs ``program RANK ARGUMENTS`` as each of two ranks of gloo; the JSON that each has printed."""
+
+    def run(program, *arguments):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        path = os.pathsep.join(p for p in sys.path if p)
+        shared = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(program), str(rank), *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0]
+        return [json.loads(words) for words in said]
+
+    return run

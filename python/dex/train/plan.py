@@ -4,13 +4,14 @@ Here, too, is what a start makes of the run folder: which run is in it, and whet
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dex.common.ranks import ALONE, Ranks, decided
+from dex.common.ranks import ALONE, Ranks, decided, from_first, gather
 from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
 from dex.data.dataset import Dataset
@@ -19,6 +20,8 @@ from dex.train import checkpoint, cuda_graph
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
 
+MEET_EVERY = 5.0
+"""Seconds between two meetings of ranks that wait for a fingerprint."""
 EARLIER_FINGERPRINT = (
     "the run was started when fingerprints of folders did not cover pixels: paths and sizes of the images are those of "
     "then, their pixels were not compared"
@@ -48,7 +51,7 @@ class Plan(NamedTuple):
     train: Dataset
     held_out: Dataset
     fingerprint: str
-    """Of the whole data set, as rank 0 sees it."""
+    """Of the whole data set, as rank 0 sees it; empty in a dry run of a new run."""
     batches_per_epoch: int
     steps: int
     saved: checkpoint.Checkpoint | None = None
@@ -124,9 +127,29 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Plan:
     return _with_data(placement, dataset, fingerprint_of(dataset, ranks))
 
 
-def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE) -> str:
-    """Rank 0's, on every rank: it reads every image of a folder."""
-    return decided(ranks, lambda: dataset.fingerprint)
+def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[], None] = lambda: None) -> str:
+    """Rank 0's fingerprint, on every rank. For a folder rank 0 alone reads every image, which may take long.
+
+    Meanwhile the ranks meet every few seconds, so that none waits for longer than it may; each time they call
+    ``waiting``. ValueError when a rank has other data, as far as paths and sizes tell.
+    """
+    if ranks.world_size == 1:
+        return dataset.fingerprint
+    listings = gather(ranks, dataset.earlier_fingerprint or dataset.fingerprint)
+    others = [str(rank) for rank, listing in enumerate(listings) if listing != listings[0]]
+    if others:
+        raise ValueError(
+            f"data.path: expected the same files on every rank; those of rank {', '.join(others)} are not rank 0's"
+        )
+    if not ranks.first:
+        while not from_first(ranks):
+            waiting()
+        return decided(ranks, lambda: None)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(lambda: dataset.fingerprint)
+        while not from_first(ranks, bool(wait([result], timeout=MEET_EVERY).done)):
+            waiting()
+        return decided(ranks, result.result)
 
 
 def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan:
@@ -151,7 +174,8 @@ def plan(config: Config, out: Path, resume: str | Path | None = None, *, overwri
     placement = place(config)
     state = look(RunLog(out), resume, overwrite)
     dataset = open_data(config)
-    return with_folder(placement, dataset, fingerprint_of(dataset), state)
+    fingerprint = fingerprint_of(dataset) if state.run else ""  # without a run there is nothing to compare it with
+    return with_folder(placement, dataset, fingerprint, state)
 
 
 def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool = False) -> FolderState:

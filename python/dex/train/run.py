@@ -82,7 +82,7 @@ def _plan(placement: Placement, log: RunLog, resume: str | Path | None, overwrit
     ranks = placement.ranks
     state = FolderState(*decided(ranks, lambda: look(log, resume, overwrite, hold=True)))
     dataset = everywhere(ranks, lambda: open_data(placement.config))
-    fingerprint = fingerprint_of(dataset, ranks)
+    fingerprint = fingerprint_of(dataset, ranks, lambda: watch.at(0, "reading the data for its fingerprint"))
     return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state))
 
 
@@ -242,7 +242,7 @@ class PretrainRun:
 
     def _spikes(self) -> None:
         """Loss spikes with the worst images of all ranks; every rank found the same steps."""
-        spikes = self.trainer.window.take_spikes()
+        spikes = self.trainer.loss_spikes.take()
         if not spikes:
             return
         of_ranks = gather(self.ranks, [spike.samples for spike in spikes])

@@ -27,6 +27,7 @@ from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
 from dex.model.build import build_model
 from dex.train import checkpoint, cuda_graph
+from dex.train.loss_spikes import LossSpikes
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
 from dex.train.stopwatch import Stopwatch
@@ -97,6 +98,7 @@ class Trainer:
         self._evaluator = Evaluator(config, self.model, plan.train, plan.held_out, self.device, plan.precision)
         self._agreement = Agreement(ranks, self.experts, len(self.modalities))
         self.window = Window(self.modalities, self.experts, self.device)
+        self.loss_spikes = LossSpikes()
         self._graph = self._new_graph()
 
     @property
@@ -258,6 +260,7 @@ class Trainer:
             "data_fingerprint": self.plan.fingerprint,
             "data_position": self.step,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            **self.loss_spikes.state(),
             **self.window.state(),
         }
 
@@ -269,6 +272,7 @@ class Trainer:
         self.loader = self._new_loader(saved.state["data_position"])
         self.step = saved.state["step"]
         self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
+        self.loss_spikes.restore(saved.state)
         self.window.restore(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -384,7 +388,7 @@ class Trainer:
                 raise CorruptDataError(f"step {sent.step + 1}: {named}", self.loader.corrupt)
             if verdict.good:
                 self.nonfinite_in_a_row = 0
-                self.window.watch(sent.step, sent.ids, verdict)
+                self.loss_spikes.watch(sent.step, sent.ids, verdict)
                 continue
             self.nonfinite_in_a_row += 1
             finite = torch.isfinite(verdict.image_loss).tolist()

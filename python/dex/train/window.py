@@ -1,9 +1,8 @@
-"""What is gathered over steps: metrics since the last row, loss spikes, experts that get no images.
+"""What is counted over steps on the device: metrics since the last row, and experts that get no images.
 
 Shape letters: E experts of all layers, E_l experts of layer l, M modalities.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,24 +10,10 @@ import torch
 from torch import Tensor
 
 from dex.analysis.usage import UnusedExperts, min_share, unused_experts, usage_entropy
-from dex.train.verdict import HostVerdict, Losses, Verdict
+from dex.train.verdict import Losses, Verdict
 
-SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_SHARE = 100, 12.0, 0.05
-"""A loss is a spike if it exceeds the median of the last 100 steps by 12 median absolute deviations and by 5 %."""
 SLOTS_TO_JUDGE = 100
 """An expert is judged once its layer has given out this many slots per expert."""
-
-
-class Spike(NamedTuple):
-    """A good step whose loss was far above those before it."""
-
-    step: int
-    """Steps done when it began."""
-    loss: float
-    usual: float
-    """Median loss of the steps before."""
-    samples: list[tuple[str, float]]
-    """Ids and losses of this rank's images with the highest losses, highest first."""
 
 
 class Sums(NamedTuple):
@@ -55,7 +40,7 @@ class Means(NamedTuple):
 
 
 class Window:
-    """`count` works in place on the device, so a CUDA graph may replay it; `watch` takes what the host learned."""
+    """`count` works in place on the device, so a CUDA graph may replay it."""
 
     def __init__(self, modalities: Sequence[str], experts: Sequence[int], device: torch.device):
         """experts: of each layer that has any."""
@@ -68,8 +53,6 @@ class Window:
         self.sums = Sums(zeros(), zeros(), zeros(len(Losses._fields)), zeros(kinds), zeros(kinds))
         self.slots = torch.zeros(sum(experts), dtype=torch.int64, device=device)
         """``[E]``: given to each expert since the last judgement."""
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self._spikes: list[Spike] = []
         self._unused = [UnusedExperts((), ()) for _ in self.experts]
 
     @torch.no_grad()
@@ -124,29 +107,9 @@ class Window:
             if set(new.dead) - set(old.dead) or set(new.nearly_dead) - set(old.dead) - set(old.nearly_dead)
         ]
 
-    def watch(self, step: int, ids: Sequence[str], verdict: HostVerdict) -> None:
-        """A good step's loss and images: note it if it is a spike."""
-        before = torch.tensor(self._losses, dtype=torch.float64)
-        self._losses.append(verdict.loss)
-        if len(before) < SPIKE_WINDOW // 2:
-            return
-        usual = before.median()
-        deviation = float((before - usual).abs().median())
-        limit = usual + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * abs(float(usual)))
-        if verdict.loss > limit:
-            worst = verdict.image_loss.argsort(descending=True)[:5].tolist()
-            samples = [(ids[i], float(verdict.image_loss[i])) for i in worst]
-            self._spikes.append(Spike(step, verdict.loss, float(usual), samples))
-
-    def take_spikes(self) -> list[Spike]:
-        """Those found since they were last taken."""
-        spikes, self._spikes = self._spikes, []
-        return spikes
-
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON, but for spikes not yet taken."""
+        """All of it, as JSON."""
         return {
-            "losses": list(self._losses),
             "window": {name: tensor.tolist() for name, tensor in self.sums._asdict().items()},
             "slots": self.slots.tolist(),
             "unused": [list(map(list, unused)) for unused in self._unused],
@@ -154,7 +117,6 @@ class Window:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; other entries of it are left alone."""
-        self._losses = deque(state["losses"], SPIKE_WINDOW)
         for name, tensor in self.sums._asdict().items():
             tensor.copy_(torch.tensor(state["window"][name], dtype=tensor.dtype))
         self.slots.copy_(torch.tensor(state["slots"], dtype=torch.int64))

@@ -2,11 +2,7 @@
 
 import datetime
 import json
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,26 +41,9 @@ def main(rank):
 
 
 @pytest.fixture(scope="module")
-def seen():
+def seen(on_two_ranks):
     """What each of two ranks saw."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    path = os.pathsep.join(p for p in sys.path if p)
-    shared = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__), str(rank)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(words) for words in said]
+    return on_two_ranks(__file__)
 
 
 def test_what_one_says_all_know(seen):
