@@ -98,6 +98,9 @@ def opened(path: str | bytes | os.PathLike, kind: type[BoundedFile] = BoundedFil
     return kind(io.FileIO(descriptor, "rb"), status.st_size)
 
 
+_MEMBER = b"\x1f\x8b"
+
+
 class Unpacked:
     """The data of a gzip file's members, or of a zlib stream, from byte `start` on. Python's own looks at a member's
     name, and at zeros behind a member, byte by byte, and takes members without end."""
@@ -111,10 +114,12 @@ class Unpacked:
         while True:
             if self._inflate.eof:
                 rest = self._inflate.unused_data.lstrip(b"\0")  # archives on tapes are padded
-                while not rest:
+                while len(rest) < len(_MEMBER):
                     if not (block := self._raw.read(2**16)):
                         return 0
-                    rest = block.lstrip(b"\0")
+                    rest = (rest + block).lstrip(b"\0")
+                if not rest.startswith(_MEMBER):  # bytes that were appended to the file; gzip passes over them too
+                    return 0
                 self._members += 1
                 if self._members > _MAX_MEMBERS:
                     raise Refused("too large", f"more than {_MAX_MEMBERS} gzip members")

@@ -1,5 +1,6 @@
-"""PNG, JPEG, TIFF and BMP. 8 bits for display come out upright, RGB or grey, black behind transparency; deeper grey
-comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others are left out."""
+"""PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 and PPM. 8 bits for display come out upright, RGB or grey, black behind
+transparency; deeper grey comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others,
+and the frames of an animation after the first, are left out."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from .stack import Refused, Stack
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_PAGES = 4_000
 MAX_STRIPS = 2**16
 MAX_TAG = 2**23  # bytes of one tag of a TIFF
-MAX_RUNS = 2**22  # bytes of a BMP with run lengths: Pillow goes through them in Python
+MAX_RUNS = 2**22  # bytes of a BMP with run lengths, or of numbers written as text: Pillow goes through them in Python
 _DEEP = {"I": np.int32, "F": np.float32}
 _DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
 _STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES, _ORIENTATION = 273, 322, 323, 324, 0x0112
@@ -37,6 +38,8 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         kind = _kind(image, limits)
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         _check_packing(image, file, limits)
+        if image.format in ("GIF", "WEBP") and image.is_animated:
+            refused.append(Refused("inconsistent", "frames after the first"))
         pages = [0]
         while image.format == "TIFF":  # asked for their number, Pillow would go through all of them first
             page = image.tell() + 1
@@ -98,6 +101,8 @@ def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> Non
     """Refused where few bytes make the decoder work long."""
     if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and file.size > MAX_RUNS:
         raise Refused("too large", f"{file.size} bytes of runs")
+    if image.format == "PPM" and image.tile and image.tile[0][0] != "raw" and file.size > MAX_RUNS:
+        raise Refused("too large", f"{file.size} bytes of numbers that are not as they are stored")
     if image.format in ("JPEG", "MPO"):
         if file.size > limits.memory // 4:
             raise Refused("too large", f"{file.size} bytes of JPEG")
@@ -162,7 +167,10 @@ def load() -> None:
 
 
 READER = Reader(
-    suffixes=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
+    suffixes=(
+        *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    ),
     read=read,
     needs={"PIL.Image": "pillow"},
     load=load,

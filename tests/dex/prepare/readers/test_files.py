@@ -18,7 +18,7 @@ def test_gzip_members_are_one_file(tmp_path, cuts):
     data = DRAW.integers(0, 256, 2**18, dtype=np.uint8).tobytes()
     places = [0, *cuts, len(data)]
     members = [gzip.compress(data[a:b]) for a, b in zip(places, places[1:], strict=False)]
-    for tail in (b"", bytes(10), bytes(2**17)):
+    for tail in (b"", bytes(10), bytes(2**17), b"x", bytes(9) + b"\x1f", b"appended " * 2**14):
         (tmp_path / "a.gz").write_bytes(b"".join(members) + tail)
         with opened(tmp_path / "a.gz") as raw:
             file = Unpacked(raw)
@@ -29,7 +29,7 @@ def test_gzip_members_are_one_file(tmp_path, cuts):
             assert file.read(9) == data[2**17 + 1 :][:9]
 
 
-@pytest.mark.parametrize("harm", [lambda d: d[:-1], lambda d: d[:-9], lambda d: d[:-6] + b"abcdef", lambda d: d + b"x"])
+@pytest.mark.parametrize("harm", [lambda d: d[:-1], lambda d: d[:-9], lambda d: d[:-6] + b"abcdef"])
 def test_damaged_gzip_is_refused(tmp_path, harm):
     (tmp_path / "a.gz").write_bytes(harm(gzip.compress(bytes(5000))))
     with opened(tmp_path / "a.gz") as raw, pytest.raises((Refused, zlib.error)):

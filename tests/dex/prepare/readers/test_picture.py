@@ -11,12 +11,59 @@ from PIL import Image
 from dex.prepare.readers import Refused
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "jp2", "ppm"])
 @pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "colour"])
 def test_eight_bits(tmp_path, suffix, pixels):
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
     stack, (got,) = frames(tmp_path / f"a.{suffix}")
-    assert stack.quantity == "display8" and not stack.volume and np.array_equal(got, pixels)
+    wanted = np.stack([GREY] * 3, axis=2) if suffix == "webp" and pixels is GREY else pixels  # which has no grey
+    assert stack.quantity == "display8" and not stack.volume and np.array_equal(got, wanted)
+
+
+def test_gif(tmp_path):
+    few = GREY // 64
+    Image.fromarray(few * np.uint8(60)).save(tmp_path / "a.gif")
+    stack, (got,) = frames(tmp_path / "a.gif")
+    assert stack.quantity == "display8" and np.array_equal(got.reshape(*few.shape, -1)[:, :, 0], few * 60)
+    colours = np.array([[200, 0, 0], [0, 90, 0], [7, 8, 9], [250, 250, 0]], np.uint8)
+    Image.fromarray(colours[few]).quantize(4).save(tmp_path / "b.gif")
+    assert np.array_equal(frames(tmp_path / "b.gif")[1][0], colours[few])
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
+    images = [Image.fromarray((GREY // 64 + n).astype(np.uint8) * np.uint8(40)) for n in range(3)]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], lossless=True)
+    stack, (got,) = frames(tmp_path / name)
+    assert np.array_equal(got.reshape(*GREY.shape, -1)[:, :, 0], GREY // 64 * 40)
+    assert [str(one) for one in stack.refused] == ["inconsistent: frames after the first"]
+
+
+def test_deep_ppm_and_jpeg_2000(tmp_path):
+    for name in ("a.pgm", "a.jp2"):
+        Image.fromarray(DEEP).save(tmp_path / name)
+        stack, (got,) = frames(tmp_path / name)
+        assert stack.quantity == "raw" and np.array_equal(got, DEEP)
+    (tmp_path / "b.pgm").write_bytes(b"P2 3 2 255\n0 1 2\n3 4 255\n")
+    assert frames(tmp_path / "b.pgm")[1][0].tolist() == [[0, 1, 2], [3, 4, 255]]
+    (tmp_path / "c.ppm").write_bytes(b"P3 2000 2000 255\n" + b"0 " * 2**22)
+    with pytest.raises(Refused, match="too large"):
+        frames(tmp_path / "c.ppm")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.jp2", "a.ppm"])
+def test_pictures_that_are_cut_off_or_too_large(tmp_path, name):
+    Image.fromarray(COLOUR).save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for end in (4, 12, len(whole) // 2):
+        (tmp_path / name).write_bytes(whole[:end])
+        with pytest.raises(Refused, match="unreadable"):
+            frames(tmp_path / name)
+    (tmp_path / name).unlink()
+    Image.new("RGB", (9000, 5000) if name != "a.jp2" else (7000, 6000)).save(tmp_path / name)
+    with pytest.raises(Refused, match="too large"):
+        frames(tmp_path / name)
 
 
 def test_jpeg(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import struct
@@ -49,6 +50,7 @@ InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoNumbers EchoTime
 ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
 PixelAspectRatio SpacingBetweenSlices SliceThickness SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows
 Columns BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames
+PresentationLUTShape
 RescaleSlope RescaleIntercept RescaleType
 ModalityLUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor
 BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData
@@ -204,7 +206,8 @@ def _meta(file: BoundedFile) -> tuple[str, int]:
 @dataclass(slots=True, kw_only=True)
 class Pixels:
     """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
-    `invert`: 8-bit MONOCHROME1, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
+    `inverse`: low numbers are bright, by MONOCHROME1 or the shape of the presentation LUT. `invert`: such a frame of 8
+    bits, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
     highest stored value that stand for no measurement. `slices`: of a mosaic, `beside` of them in a row; its frames are
     these, while `sides` is what is decoded at once."""
 
@@ -218,6 +221,7 @@ class Pixels:
     eight: bool
     invert: bool
     dtype: np.dtype
+    inverse: bool = False
     palette: np.ndarray | None = field(default=None, repr=False)
     modality_lut: np.ndarray | None = field(default=None, repr=False)
     first: int = 0
@@ -386,7 +390,7 @@ class Pixels:
         if not measured.any():
             return np.zeros_like(array)
         range_of = np.iinfo(array.dtype)
-        if self.photometric == "MONOCHROME1":
+        if self.inverse:
             darkest = array.max(where=measured, initial=range_of.min)
         else:
             darkest = array.min(where=measured, initial=range_of.max)
@@ -436,6 +440,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         shift, options["bits_stored"] = high + 1 - stored, high + 1
     signed = options.get("pixel_representation") == 1
     colour = samples == 3 or photometric == "PALETTE COLOR"
+    inverse = not colour and (photometric == "MONOCHROME1" or text(head, "PresentationLUTShape") == "INVERSE")
     palette, first = (None, 0)
     if photometric == "PALETTE COLOR" and samples == 1:
         palette, first = _palette(head, syntax)
@@ -463,7 +468,8 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         shift=shift,
         colour=colour,
         eight=eight,
-        invert=eight and not colour and photometric == "MONOCHROME1",
+        inverse=inverse,
+        invert=eight and inverse,
         dtype=dtype,
         palette=palette,
         modality_lut=lut,
@@ -561,3 +567,16 @@ def _decoded(decoder, data: bytes, options: dict) -> tuple[np.ndarray, str]:
     item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
     array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
     return array, properties["photometric_interpretation"]
+
+
+def digest(path: Path, place: Place, limits: Limits) -> bytes:
+    """Of the bytes of a file's pixels, as they are stored."""
+    with _opened(path, limits) as file:
+        source: io.BufferedIOBase | io.BytesIO | None = file
+        if place.syntax == DeflatedExplicitVRLittleEndian:
+            source = _inflated(path, limits)
+        source.seek(place.offset)
+        total = hashlib.sha256()
+        while block := source.read(2**20):
+            total.update(block)
+        return total.digest()

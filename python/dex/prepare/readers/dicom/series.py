@@ -20,7 +20,7 @@ from ..files import Limits, quiet
 from ..reader import Decide
 from ..stack import Geometry, Refused, Stack
 from . import suv
-from .file import Pixels, Place, describe, listed, read_header, text
+from .file import Pixels, Place, describe, digest, listed, read_header, text
 from .file import number as number_of
 from .mosaic import Mosaic, first_position, mosaic, tiles
 
@@ -64,12 +64,21 @@ class Slice:
 
 
 @dataclass
+class Alike:
+    """Files of one identity: the first one, and digests of their pixels, made when a second one comes."""
+
+    path: Path
+    place: Place
+    digests: set[bytes] = field(default_factory=set)
+
+
+@dataclass
 class Series:
     decision: Decision | None = None
     patient: str = ""
     burned_in: bool = False
     slices: list[Slice] = field(default_factory=list)
-    instances: set[tuple[str, ...]] = field(default_factory=set)
+    instances: dict[tuple[str, ...], Alike] = field(default_factory=dict)
     uptakes: list[suv.Uptake] = field(default_factory=list)
 
 
@@ -143,11 +152,12 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     if place is None:
         raise Refused("no image", "an object without pixels")
     slabs = mosaic(head)
-    # careless anonymisers give all files one UID, so the place in the series must agree too
+    # careless anonymisers give all files one UID, so the place in the series must agree too, and then the pixels
     instance = tuple(text(head, name) for name in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient"))
-    if instance[0] and instance in series.instances:
-        raise Repeated("inconsistent", "an instance that is there already")
-    series.instances.add(instance)
+    if instance[0]:
+        alike = series.instances.setdefault(instance, Alike(path, place))
+        if alike.path != path:
+            _check_new(alike, path, place, limits)
     series.patient = _patient(head)
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
     pixels = describe(path, head, place, limits)
@@ -159,6 +169,16 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
         units = {piece.units for piece in slices}
         series.uptakes.append(suv.uptake(head, units.pop() if len(units) == 1 else "several"))
     series.slices.extend(slices)
+
+
+def _check_new(alike: Alike, path: Path, place: Place, limits: Limits) -> None:
+    """Repeated where a file of the same identity has the same pixels."""
+    if not alike.digests:
+        alike.digests.add(digest(alike.path, alike.place, limits))
+    pixels = digest(path, place, limits)
+    if pixels in alike.digests:
+        raise Repeated("inconsistent", "an instance that is there already")
+    alike.digests.add(pixels)
 
 
 def _patient(head) -> str:
@@ -217,7 +237,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             order=(*base, times, indices, number),
             kind=(localizer, pixels.shape, pixels.dtype.str, pixels.colour, quantity, pixels.photometric),
             quantity=quantity,
-            inverted=quantity == "raw" and pixels.photometric == "MONOCHROME1",
+            inverted=quantity == "raw" and pixels.inverse,
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
             units=units,

@@ -272,7 +272,7 @@ def test_a_file_without_preamble_is_read_and_rubbish_is_not(tmp_path):
     bare = tmp_path / "bare.dcm"
     bare.write_bytes(whole[132:])
     assert np.array_equal(stored(read(bare)[0])[0], pixels)
-    assert [readers.recognised(path) for path in (tmp_path / "a.dcm", bare, tmp_path)] == ["dicom", None, None]
+    assert [readers.recognised(path) for path in (tmp_path / "a.dcm", bare, tmp_path)] == ["dicom", "dicom", None]
     for content in (b"", b"\0" * 132, b"\0" * 128 + b"DICM", b"hello" * 1000):
         bare.write_bytes(content)
         with pytest.raises(Refused) as caught:
@@ -341,3 +341,16 @@ def test_files_packed_by_gzip(tmp_path):
     path.write_bytes(gzip.compress(whole + b"\0" * 2**25))
     with pytest.raises(Refused, match="too large: unpacks to more than"):
         list(readers.read([path], "dicom", limits=Limits(memory_mb=96)))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("shape", ["", "IDENTITY", "INVERSE"])
+def test_bright_is_high_by_photometric_interpretation_and_lut_shape(tmp_path, photometric, shape):
+    elements = {"Modality": "DX", "PhotometricInterpretation": photometric}
+    elements |= {"PresentationLUTShape": shape} if shape else {}
+    inverse = photometric == "MONOCHROME1" or shape == "INVERSE"
+    eight = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    (stack,) = read(write(tmp_path / "a.dcm", eight, **elements))
+    assert np.array_equal(stored(stack)[0], 255 - eight if inverse else eight) and not stack.inverted
+    (stack,) = read(write(tmp_path / "b.dcm", eight.astype(np.uint16), stored=12, **elements))
+    assert stack.inverted == inverse

@@ -191,6 +191,15 @@ def test_the_same_instance_twice_is_left_out_once(tmp_path):
     assert stack.length == 2 and [error.reason for error in stack.refused] == ["inconsistent"]
 
 
+def test_one_instance_uid_of_several_images_loses_none(tmp_path):
+    """Careless anonymisers: the pixels tell copies from images."""
+    for n in range(4):
+        write(tmp_path / f"{n}.dcm", np.full((4, 4), n % 3, np.int16), SOPInstanceUID="1.2.3", Modality="CR")
+    (stack,) = read(*sorted(tmp_path.iterdir()))
+    assert sorted(int(frame[0, 0]) for frame in stored(stack)) == [0, 1, 2]
+    assert [(error.reason, error.file) for error in stack.refused] == [("inconsistent", "3.dcm")]
+
+
 def test_uneven_spacing_shows_only_what_was_acquired(tmp_path):
     for z in (0, 1, 2, 7):
         slice_of(tmp_path / f"{z}.dcm", np.full((4, 4), z, np.int16), z)
