@@ -38,18 +38,18 @@ class Modality(NamedTuple):
 
 
 CATALOGUE = (
-    Modality("CT", "ct", ("computedtomography",), volumes=True),
-    Modality("MR", "mr", ("mri", "magneticresonance", "magneticresonanceimaging"), volumes=True),
+    Modality("CT", "ct", ("ctscan", "ctscans", "computedtomography"), volumes=True),
+    Modality("MR", "mr", ("mri", "mriscan", "mriscans", "magneticresonance", "magneticresonanceimaging"), volumes=True),
     Modality("PET", "pet", ("pt", "positronemissiontomography"), 0.01, volumes=True),
     Modality(
         "X-ray",
         aliases=(
             *("cr", "dx", "dr", "rg", "mg", "xa", "rf", "px", "io"),
-            *("xr", "xrays", "radiograph", "radiographs", "radiography"),
+            *("xr", "xrays", "cxr", "chestxray", "chestxrays", "radiograph", "radiographs", "radiography"),
             *("mammography", "mammogram", "mammograms", "angiography", "fluoroscopy"),
         ),
     ),
-    Modality("ultrasound", aliases=("us", "sonography", "echo", "echocardiography")),
+    Modality("ultrasound", aliases=("us", "usg", "sonography", "echo", "echocardiography")),
     Modality("fundus", aliases=("op", "cfp", "fundusphotography", "retinalphotography"), crop=True),
     Modality("OCT", aliases=("opt", "octa", "opticalcoherencetomography")),
     Modality("pathology", aliases=("sm", "gm", "histology", "histopathology", "microscopy"), crop=True),

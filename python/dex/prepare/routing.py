@@ -63,6 +63,7 @@ class Facts(NamedTuple):
     rescale_type: str = ""
     component: str = ""
     technique: str = ""
+    series_type: tuple[str, ...] = ()
     has_pixels: bool = True
 
     def __repr__(self) -> str:
@@ -103,6 +104,7 @@ def facts_of(head: Any, has_pixels: bool = True) -> Facts:
         rescale_type=_text(transform, "RescaleType") or _text(head, "RescaleType"),
         component=_text(head, "ComplexImageComponent"),
         technique=_text(head, "VolumeBasedCalculationTechnique"),
+        series_type=_values(head, "SeriesType"),
         has_pixels=has_pixels,
     )
 
@@ -224,7 +226,9 @@ def _colour(facts: Facts) -> bool:
     return facts.photometric.startswith(("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK"))
 
 
-_LOCALIZER = re.compile(r"LOCALI[SZ]ERS?|SCOUTS?|TOPOGRAMS?|TOPO|SURVIEW|SCANOGRAM|LOC|(3|THREE)PLANE")
+_LOCALIZER = re.compile(
+    r"LOCALI[SZ]ERS?|LOCALI[SZ]ADOR(ES)?|PILOT|SCOUTS?|TOPOGRAMS?|TOPO|SURVIEW|SCANOGRAM|LOC|(3|THREE)PLANE"
+)
 _MAPS = (
     *("ADC", "ADC MAP", "ADC_UNSPECIFIED", "EADC", "EXP_ADC", "FA", "FA MAP", "COLFA", "TENSOR", "DIFFUSION_ANISO"),
     *("DIFFUSION MAP", "DENSITY MAP", "T1 MAP", "T2 MAP", "T2_STAR MAP", "T2* MAP", "R2 MAP", "R2_STAR MAP"),
@@ -403,12 +407,12 @@ _IMAGE_TYPES = (
     Rule(
         "projection",
         "a projection of a volume",
-        "C.8.3.1.1.1, C.8.16.2.1.3, C.8.16.1.4",
+        "C.8.3.1.1.1, C.8.9.1.1.4, C.8.16.2.1.3, C.8.16.1.4",
         _both(
             _tomographic,
             _either(
                 _typed("PROJECTION IMAGE", "MIP", "MINIP", "CSA MIP", "MAX_IP", "MIN_IP", "MAXIMUM", "MINIMUM"),
-                lambda facts: facts.technique in ("MAX_IP", "MIN_IP"),
+                lambda facts: facts.technique in ("MAX_IP", "MIN_IP") or "REPROJECTION" in facts.series_type,
                 _both(_derived, _described("MIP", "MINIP", "MIPS", "MAX IP", "MIN IP")),
             ),
         ),

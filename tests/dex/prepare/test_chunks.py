@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections import Counter
 
 import nibabel
 import numpy as np
@@ -17,6 +18,7 @@ from small_runs import SETTINGS, lines, picture, save, save_dicom, save_series, 
 
 from dex.data import ShardDataset, verify
 from dex.prepare import chunks, filters, readers, workers
+from dex.prepare.chunks import Counts
 from dex.prepare.summary import notes, table
 
 
@@ -265,3 +267,17 @@ def test_no_patient_data_leaves_the_reader(here, tmp_path, capfd):
 
 def test_counts_of_reasons_are_filters_own():
     assert set(chunks.UNREADABLE) <= set(readers.REASONS) and len(filters.DROPPED) == 5
+
+
+def test_counts_by_modality_survive_the_way_out_and_back():
+    first, second = Counts(units=1, seen=5, kept=4, dropped=Counter(blank=1)), Counts(units=2, refused=Counter(crash=2))
+    for counts, names in ((first, ("CT", "")), (second, ("CT", "MR"))):
+        for number, name in enumerate(names):
+            counts.part(name).add(Counts(seen=number + 1, dropped=Counter(blank=number)))
+    before = Counts.from_dict(first.to_dict())
+    assert before == first
+    first.add(second)
+    assert (first.units, first.seen, first.refused["crash"]) == (3, 5, 2)
+    assert {name: part.seen for name, part in first.parts.items()} == {"CT": 2, "": 2, "MR": 2}
+    assert first.since(before) == Counts(units=2, refused=Counter(crash=2))
+    assert Counts.from_dict(json.loads(json.dumps(first.to_dict()))) == first

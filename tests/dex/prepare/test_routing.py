@@ -145,6 +145,8 @@ def test_what_is_no_image_of_a_modality_is_left_out_by_name(case):
         ("", "4.1", "MR", {"ComplexImageComponent": "MAGNITUDE"}),
         ("projection", "2.1", "CT", {"VolumeBasedCalculationTechnique": "MAX_IP"}),
         ("", "2.1", "CT", {"VolumeBasedCalculationTechnique": "MPR"}),
+        ("projection", "128", "PT", {"SeriesType": ["WHOLE BODY", "REPROJECTION"]}),
+        ("", "128", "PT", {"SeriesType": ["WHOLE BODY", "IMAGE"]}),
         ("for processing", "1.2", "MG", {"PresentationIntentType": "FOR PROCESSING"}),
         ("", "1.2", "MG", {"PresentationIntentType": "FOR PRESENTATION"}),
         ("secondary capture", "", "CT", {"ConversionType": "WSD"}),
@@ -167,6 +169,7 @@ def test_other_elements_decide_too(reason, kind, modality, elements):
         ("localizer", "2", "CT", AXIAL, "Topogram  0.6  T20f"),
         ("", "2", "CT", AXIAL, "Bone survey low dose"),
         ("", "1", "CR", ("ORIGINAL", "PRIMARY"), "Leg scanogram"),
+        ("localizer", "4", "MR", ("ORIGINAL", "PRIMARY", "M"), "pilot 3 ejes"),
         ("dose report", "2", "CT", ("DERIVED", "SECONDARY", "OTHER"), "Dose Report"),
         ("dose report", "2", "CT", ("DERIVED", "SECONDARY", "OTHER"), "Patient Protocol"),
         ("", "2", "CT", AXIAL, "Thorax low dose"),
@@ -264,7 +267,7 @@ WORDS = sorted({part for case in IMAGES + LEFT_OUT for part in case[1:]}) + [
 ]
 KEYWORDS = (
     "SOPClassUID Modality ImageType PhotometricInterpretation BodyPartExamined SeriesDescription RescaleType "
-    "PresentationIntentType ConversionType ComplexImageComponent VolumeBasedCalculationTechnique "
+    "PresentationIntentType ConversionType ComplexImageComponent VolumeBasedCalculationTechnique SeriesType "
     "SharedFunctionalGroupsSequence"
 ).split()
 values = st.one_of(

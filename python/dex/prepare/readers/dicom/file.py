@@ -43,7 +43,7 @@ STRIP = 2**20
 # Only these are read; everything else, names and private data included, is skipped in the file.
 KEYWORDS = """
 SOPClassUID SOPInstanceUID Modality ImageType BodyPartExamined SeriesDescription PresentationIntentType ConversionType
-ComplexImageComponent VolumeBasedCalculationTechnique
+ComplexImageComponent VolumeBasedCalculationTechnique SeriesType
 PatientID PatientName PatientBirthDate PatientWeight BurnedInAnnotation
 StudyInstanceUID SeriesInstanceUID SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime
 InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoNumbers EchoTime DiffusionBValue TriggerTime
