@@ -202,7 +202,8 @@ def quiet(what: str) -> Iterator[None]:
     except MemoryError:
         raise Refused("too large", f"{what}: not enough memory") from None
     except BaseException as error:  # a panic of a decoder written in Rust is no Exception
-        raise Refused("unreadable", f"{what}: {type(error).__name__}") from None
+        sort = type(error).__name__
+        raise Refused("unreadable", f"damaged, cut off or of another format ({what}: {sort})") from None
     finally:
         logging.disable(disabled)
 
