@@ -37,6 +37,7 @@ _BANDS = 8
 _MOST = 1024  # different values of a label map
 _EQUAL = 0.3  # of all neighbours, in any frame of a label map
 _ORDERED = 4  # fewer values have no order to speak of
+_VOID, _HIGHEST_OF_FEW = -1, 255  # of a file whose name says nothing: names are counted from 0, -1 is "none"
 _PEAK_SHARE, _PEAK_WIDTH, _PEAKS_APART = 0.98, 12, 100  # of a mask that was stored as JPEG, in levels of 8 bits
 
 _INTENT_LABELS = (1002, 1003)  # NIFTI_INTENT_LABEL, NIFTI_INTENT_NEURONAME
@@ -66,12 +67,15 @@ _PLAIN, _IF_NAMED = _Limits(0.6, 0.45, 0.5), _Limits(0.6, 0.25, 0.7)
 class Evidence(NamedTuple):
     """values: how many different ones were seen. flat: how often a neighbour of a pixel has the pixel's value, the mean
     over values, so that small regions count like large ones. inside: the same, over all pixels but those of the
-    commonest value. following: of the neighbours that differ, the share whose values follow each other in order."""
+    commonest value. following: of the neighbours that differ, the share whose values follow each other in order. low,
+    high: the lowest and the highest value."""
 
     values: int
     flat: float
     inside: float
     following: float
+    low: float
+    high: float
 
 
 def suspicious(path: str) -> bool:
@@ -95,8 +99,11 @@ def judge(frames: Iterable[np.ndarray], named: bool = False) -> bool:
         return False
     if evidence.values < 2:
         return named  # nothing was found to be labelled
+    few = evidence.values < _ORDERED
+    if not named and (evidence.low < _VOID or (few and (evidence.low != 0 or evidence.high > _HIGHEST_OF_FEW))):
+        return False
     limits = _IF_NAMED if named else _PLAIN
-    ordered = evidence.values >= _ORDERED and evidence.following > limits.following
+    ordered = not few and evidence.following > limits.following
     return evidence.flat >= limits.flat and evidence.inside >= limits.inside and not ordered
 
 
@@ -117,8 +124,11 @@ def measure(frames: Iterable[np.ndarray]) -> Evidence | None:
     """The evidence in `frames`; None where they are surely no labels, which the first one mostly shows."""
     counts = _Counts()
     informative = 0
+    low, high = np.inf, -np.inf
     for frame in frames:
         found = 0
+        if frame.size:
+            low, high = min(low, float(frame.min())), max(high, float(frame.max()))
         for band in _bands(frame):
             values = counts.add(_codes(band))
             if not values:
@@ -127,7 +137,7 @@ def measure(frames: Iterable[np.ndarray]) -> Evidence | None:
         informative += found > 1
         if informative == FRAMES:
             break
-    return counts.evidence()
+    return counts.evidence(low, high)
 
 
 def spread(count: int, wanted: int = FRAMES) -> Sequence[int]:
@@ -169,7 +179,7 @@ class _Counts:
             self._meetings.append(np.stack([merged[met // size], merged[met % size], times], axis=1))
         return len(values)
 
-    def evidence(self) -> Evidence | None:
+    def evidence(self, low: float, high: float) -> Evidence | None:
         seen = self._neighbours > 0
         if not seen.any():
             return None
@@ -177,9 +187,10 @@ class _Counts:
         rest = np.arange(len(neighbours)) != neighbours.argmax()
         inside = equal[rest].sum() / neighbours[rest].sum() if rest.any() else 0.0
         meetings = np.concatenate(self._meetings)
-        low, high = (np.searchsorted(self._values, meetings[:, i]) for i in (0, 1))
-        following = meetings[high - low == 1, 2].sum() / meetings[:, 2].sum() if len(meetings) else 0.0
-        return Evidence(int(seen.sum()), float((equal / neighbours).mean()), float(inside), float(following))
+        first, second = (np.searchsorted(self._values, meetings[:, i]) for i in (0, 1))
+        following = meetings[second - first == 1, 2].sum() / meetings[:, 2].sum() if len(meetings) else 0.0
+        flat = float((equal / neighbours).mean())
+        return Evidence(int(seen.sum()), flat, float(inside), float(following), low, high)
 
 
 def _placed(counts: np.ndarray, values: np.ndarray, merged: np.ndarray) -> np.ndarray:
