@@ -16,6 +16,7 @@ from dex.config import Config, per_layer
 from dex.data import SampleError, center, denormalize
 from dex.data.dataset import Dataset
 from dex.model import MaskedAutoencoder
+from dexkernels import hold_weights
 
 _SEED = 0xE7A1
 _KNOWN = 4
@@ -91,6 +92,12 @@ class Evaluator:
 
         Changes neither the model nor what training will draw: every step seeds its own random numbers.
         """
+        # Low-precision copies of the experts are made once. With fsdp they would undo what it saves.
+        held = hold_weights(self.model) if self.config.parallel.strategy == "ddp" else contextlib.nullcontext()
+        with held:
+            return self._evaluate(pictures)
+
+    def _evaluate(self, pictures: int) -> Evaluation | None:
         wanted = self.config.run.evaluate_images
         if self._held_out is None:
             self._held_out = _spread_out(self.held_out, wanted)

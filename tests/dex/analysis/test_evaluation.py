@@ -7,6 +7,7 @@ from dex.analysis.probe import knn_accuracy
 from dex.analysis.usage import gate_entropy
 from dex.data import open_dataset
 from dex.model.build import build_model
+from dexkernels import shadows
 
 
 @pytest.fixture
@@ -83,3 +84,15 @@ def test_no_held_out_image_is_no_evaluation(evaluator, images):
     nothing._in_split = lambda name: [name == "train"] * len(nothing)
     e.held_out = nothing.split("val")
     assert e.evaluate() is None
+
+
+def test_in_bf16_the_experts_are_copied_once_in_an_evaluation(evaluator, monkeypatch):
+    made = []
+    copies = shadows._copies
+    monkeypatch.setattr(shadows, "_copies", lambda *arguments: made.append(1) or copies(*arguments))
+    e = evaluator(data__batch_size=2)
+    e.precision = "bf16"
+    first = e.evaluate()
+    assert len(made) == len(e.experts) == 2
+    e.model.encoder.blocks[0].dex.experts.fc1_weight.data.add_(1.0)
+    assert e.evaluate().loss != first.loss and len(made) == 4  # none is kept from one evaluation to the next
