@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -36,16 +37,23 @@ def entry(ptx: str, capacity: int) -> str:
     )
 
 
-def launch(
-    ptx, directors, experts, weights, momentum, shadows=None, skip=None, capacity=SMALL, seed=None, blocks=3, hidden=0
-):
+class Groups(NamedTuple):
+    """The tensors of each group."""
+
+    directors: list
+    experts: list
+    weights: list
+    shadows: list | None = None
+
+
+def launch(ptx, groups, momentum, *, skip=None, capacity=SMALL, seed=None, blocks=3, hidden=0):
     """What the launcher does: a table of the tensors by value, the scalars behind it.
 
     hidden: bytes at the end of every director that do not exist.
     """
-    shadows = [None] * len(directors) if shadows is None else shadows
+    shadows = groups.shadows or [None] * len(groups.directors)
     memory, rows, tiles = GlobalMemory(), [], 0
-    for i, (d, e, w, s) in enumerate(zip(directors, experts, weights, shadows, strict=True)):
+    for i, (d, e, w, s) in enumerate(zip(groups.directors, groups.experts, groups.weights, shadows, strict=True)):
         for name, t in (("director", d), ("experts", e), ("weights", w), ("shadow", s)):
             if t is not None and t.numel():
                 last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
@@ -101,7 +109,7 @@ def test_results_are_the_promised_bits(ptx, momentum):
     weights[3].zero_()  # nothing is written
     shadows = [torch.full(d.shape, -1.0, dtype=torch.bfloat16) for d in directors]
     exact = want(directors, stacks, weights, float(momentum))
-    launch(ptx, directors, stacks, weights, momentum, shadows)
+    launch(ptx, Groups(directors, stacks, weights, shadows), momentum)
     for i, (got, expected, shadow) in enumerate(zip(directors, exact, shadows, strict=True)):
         assert torch.equal(got, expected)
         assert torch.equal(shadow, torch.full_like(shadow, -1) if i == 3 else got.bfloat16())
@@ -111,7 +119,7 @@ def test_addresses_that_are_not_aligned(ptx):
     directors, stacks, weights = make([(70,), (4100,)])
     odd = [torch.empty(d.numel() + 1)[1:].copy_(d) for d in directors]
     exact = want(directors, stacks, weights, 0.9)
-    launch(ptx, odd, stacks, weights, 0.9, seed=1)
+    launch(ptx, Groups(odd, stacks, weights), 0.9, seed=1)
     assert all(torch.equal(got, expected) for got, expected in zip(odd, exact, strict=True))
 
 
@@ -119,7 +127,7 @@ def test_addresses_that_are_not_aligned(ptx):
 def test_skip_is_read_where_it_lies(ptx, skip):
     directors, stacks, weights = make([(70,)])
     expected = directors[0].clone() if skip else want(directors, stacks, weights, 0.9)[0]
-    launch(ptx, directors, stacks, weights, 0.9, skip=torch.tensor(skip))
+    launch(ptx, Groups(directors, stacks, weights), 0.9, skip=torch.tensor(skip))
     assert torch.equal(directors[0], expected)
 
 
@@ -127,11 +135,11 @@ def test_skip_is_read_where_it_lies(ptx, skip):
 def test_the_large_table(ptx):
     directors, stacks, weights = make([(9,)] * 200)
     exact = want(directors, stacks, weights, 0.9)
-    launch(ptx, directors, stacks, weights, 0.9, capacity=LARGE, blocks=64)
+    launch(ptx, Groups(directors, stacks, weights), 0.9, capacity=LARGE, blocks=64)
     assert all(torch.equal(got, expected) for got, expected in zip(directors, exact, strict=True))
 
 
 def test_an_entry_that_says_more_than_there_is(ptx):
     directors, stacks, weights = make([(70,)])
     with pytest.raises(PTXError, match="outside of every allocation: .* past the end of director 0"):
-        launch(ptx, directors, stacks, weights, 0.9, hidden=4)
+        launch(ptx, Groups(directors, stacks, weights), 0.9, hidden=4)
