@@ -126,7 +126,7 @@ def page(results: dict) -> str:
     """docs/kernels.md: of each kernel the largest case, counted."""
     rows = {}
     for name, case in results["cases"].items():
-        arch, dtype, operator, *_ = name.split()
+        arch, dtype, operator, *_ = name.replace(",", "").split()
         for kernel, counted in case["kernels"].items():
             key = (operator, kernel, arch)
             if key not in rows or counted["instructions"] > rows[key][1]["instructions"]:
@@ -156,11 +156,11 @@ Counted, not timed: on the [emulator](emulator.md), from the PTX of Triton {trit
 - banks: rounds in which shared memory serves an access, over the fewest possible, inside of the loops that hold the
   products and outside of them. Above 1 are bank conflicts.
 - Mops: operations of the tensor cores, in millions.
-- outside: instructions outside of the loops that hold the products, of all that warps execute.
+- epilogue: instructions outside of those loops, of all that warps execute: prologue, epilogue and whatever else.
 
 Shapes are small ({{2, 65, 128, 256}} of B, N, D, H at most), so that fixed costs weigh more than in training.
 
-| operator | kernel | target | dtype | sectors | banks, loop | banks, outside | Mops | outside |
+| operator | kernel | target | dtype | sectors | banks, loop | banks, outside | Mops | epilogue |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 

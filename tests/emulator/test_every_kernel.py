@@ -39,11 +39,13 @@ def test_main_loops_have_no_bank_conflicts(results):
 
 
 def test_the_aligned_path_asks_for_few_sectors(results):
-    for name, case in results["cases"].items():
+    """Where rows are whole sectors: of a width of 72 every box begins within one."""
+    cases = {name: case for name, case in results["cases"].items() if name.endswith(" aligned")}
+    assert cases
+    for name, case in cases.items():
         for kernel, counted in case["kernels"].items():
-            if "aligned" in name and "blocks" in kernel:
-                sectors, least = counted["sectors"]
-                assert sectors <= 1.1 * least, f"{name}: {kernel}"
+            sectors, least = counted["sectors"]
+            assert sectors <= 1.1 * least, f"{name}: {kernel}"
 
 
 def test_the_page_is_that_of_the_results(results):
