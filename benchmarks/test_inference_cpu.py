@@ -22,10 +22,10 @@ from dex.inference.load import Loaded
 from dex.model import VisionTransformer
 from dexkernels import route
 
-SMALL = {"img_size": 128, "embed_dim": 384, "depth": 2, "num_heads": 6}
+SMALL = {"img_size": 128, "embed_dim": 384, "depth": 4, "num_heads": 6}
 """The width of ViT-S, 65 tokens."""
 TINY = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
-BATCHES = (1, 4, 16, 64, 256)
+BATCHES = (1, 16, 256)
 PICTURES = 256
 
 
@@ -80,13 +80,13 @@ def test_latency(batch, sizes, encoder, compare, report, tiny):
         t = compare(
             {name: lambda model=model: model(images) for name, model in
              {"dex": encoder, "loop": loop, "dense": dense, "int8": eight}.items()},
-            rounds=2 if batch > 64 else 7,
+            rounds=3 if batch > 16 else 9,
             warmup=1,
         )  # fmt: skip
     case = f"encoder, batch {batch}"
     rate = f"{1e3 * t['dex']:.1f} ms, {len(images) / t['dex']:.0f} images/s"
     report(case, "loop over experts", t["loop"] / t["dex"], 0.9, f"{rate}; loop {1e3 * t['loop']:.1f} ms")
-    report(case, "dense ViT of K H", t["dense"] / t["dex"], 0.5, f"{rate}; dense {1e3 * t['dense']:.1f} ms")
+    report(case, "dense ViT of K H", t["dense"] / t["dex"], 0.4, f"{rate}; dense {1e3 * t['dense']:.1f} ms")
     detail = f"{1e3 * t['int8']:.1f} ms; tokens off by {error:.1%}"
     report(f"{case}, int8 experts", "float32 experts", t["dex"] / t["int8"], 0.3, detail)
 
@@ -104,7 +104,7 @@ def test_embedding_of_a_folder(sizes, encoder, compare, report, tiny, tmp_path):
     loaded = Loaded(model, None, (), 0, tmp_path)
     pictures = collection(tmp_path / "pictures", tmp_path / "private")
     options = Options(tmp_path / "out", workers=1)
-    stored = torch.cat([pictures.read(i).images for i in range(count)])
+    stored = torch.cat([pictures.read(item).images for item in range(pictures.items)])
     batches = center(stored, sizes["img_size"]).split(options.batch_size)
 
     def bare():

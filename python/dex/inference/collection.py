@@ -1,7 +1,7 @@
 """The images of a shard set, a folder or a file, in a fixed order, with names that tell nobody's identity.
 
-A collection is a list of items, the unit of reading: some samples of a shard set, or one file or DICOM series. Items
-make parts, the unit of writing and of resuming. Both are functions of the input alone.
+A collection is a list of items, the unit of reading: some samples of a shard set, some pictures, or one volume, video
+or DICOM series. Items make parts, the unit of writing and of resuming. Both are functions of the input alone.
 Shape letters: n images of an item, S side of a stored image.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,16 @@ from dex.data.folder import KINDS
 from dex.data.shard_format import MANIFEST, read_index
 from dex.inference import preprocess
 from dex.inference.preprocess import Unit
-from dex.prepare import readers, scan
-from dex.prepare.discover import Listing, discover, parted
+from dex.prepare import discover, readers, scan, sources
+from dex.prepare.discover import Listing, parted
 from dex.prepare.ids import Names, read_salt
 
 SAMPLES = 16
-"""Of a shard set, per item."""
-PART_ITEMS, PART_BYTES = 2048, 2**30
+"""Images of an item, of a shard set or of files with one image each: one by one they would cost more on their way from
+the process that reads them than in it."""
+SINGLE = ("picture", "array")
+"""Formats whose files are read together."""
+PART_ITEMS, PART_BYTES = 128, 2**30
 """Items of a part at most, and bytes of their files."""
 
 
@@ -112,7 +115,7 @@ def _of_shards(dataset: ShardDataset) -> Collection:
         return Decoded(_stacked(images, dataset.image_size), rows, notes)
 
     items = -(-len(dataset) // SAMPLES)
-    return Collection(dataset.fingerprint, items, cut([0] * items, PART_ITEMS // 8, PART_BYTES), read)
+    return Collection(dataset.fingerprint, items, cut([0] * items, PART_ITEMS, PART_BYTES), read)
 
 
 def _of_files(path: Path, private: Path, modality: str | None, planes: tuple[str, ...], public: bool) -> Collection:
@@ -121,44 +124,68 @@ def _of_files(path: Path, private: Path, modality: str | None, planes: tuple[str
     source = preprocess.source_of(root, modality or "X-ray", planes)
     if not path.is_dir():
         source = dataclasses.replace(source, files=(_quoted(path.name),))
-    listing = discover(source, root)
+    listing = discover.discover(source, root)
     if listing.large:
         limits, folder = readers.Limits(), private / "headers"
         series = scan.scan(listing, root, folder, limits=limits, processes=1, part=(0, 1), say=lambda text: None)
         listing = parted(listing, series)
-    _check_formats(listing, modality)
-    salt = _salt(private)
-    names = Names(dataclasses.replace(source, public=public), salt, listing.common)
+    groups = _grouped(listing, modality)
+    names = Names(dataclasses.replace(source, public=public), _salt(private), listing.common)
+    files = _Files(root, source, listing, names)
 
     def read(item: int) -> Decoded:
-        listed = listing.unit(item)
-        unit = Unit(tuple(root / file.path for file in listed.files), listed.format)
-        kind = KINDS.get(unit.files[0].suffix.lower()) if modality is None else None
         images, rows, notes = [], [], []
-
-        def add(part: preprocess.Preprocessed, patient: str) -> None:
-            alone = not readers.reader_of(unit.format).whole_folders
-            group = names.group(listed.files[0].path, patient, alone)
-            known = group != names.group(listed.files[0].path, "", alone)
-            images.append(part.images)
-            for label, dropped in zip(part.labels, part.dropped, strict=True):
-                row = Row(names.sample(listed.key, label), group, part.modality or "", label, dropped or "")
-                rows.append(row)
-                notes.append(Note(row.id, listed.key, label, "", known))
-
-        try:
-            if kind is not None and unit.format != "dicom":
-                add(preprocess.picture(unit.files[0], kind), "")
-            else:
-                by = source if modality else preprocess.source_of(root, preprocess.modality_of(unit, None), planes)
-                for stack in preprocess.read_stacks(unit, by):
-                    add(stack.images, stack.patient)
-                    notes.extend(Note(names.unit(listed.key), listed.key, "", str(part)) for part in stack.refused)
-        except (ValueError, OSError) as error:  # Refused is a ValueError
-            notes.append(Note(names.unit(listed.key), listed.key, "", _reason(error)))
+        for number in groups[item]:
+            for part in files.read(number, modality is None, planes):
+                images += [part.images] if part.rows else []
+                rows += part.rows
+                notes += part.notes
         return Decoded(torch.cat(images) if images else _stacked([], preprocess.IMAGE_SIZE), rows, notes)
 
-    return Collection(listing.digest, len(listing.lines), cut(listing.sizes, PART_ITEMS, PART_BYTES), read)
+    sizes = [sum(listing.sizes[number] for number in group) for group in groups]
+    return Collection(listing.digest, len(groups), cut(sizes, PART_ITEMS, PART_BYTES), read)
+
+
+class _Files(NamedTuple):
+    """The files of a folder, one unit at a time."""
+
+    root: Path
+    source: sources.Source
+    listing: Listing
+    names: Names
+
+    def read(self, number: int, as_they_say: bool, planes: tuple[str, ...]) -> Iterator[Decoded]:
+        """What a unit gives, and one more for why a part of it, or all, gave nothing. ``as_they_say``: nobody has
+        given a modality."""
+        listed = self.listing.unit(number)
+        unit = Unit(tuple(self.root / file.path for file in listed.files), listed.format)
+        kind = KINDS.get(unit.files[0].suffix.lower()) if as_they_say and unit.format != "dicom" else None
+        refused: list[str] = []
+        try:
+            if kind is not None:
+                yield self._named(listed, preprocess.picture(unit.files[0], kind), "")
+            else:
+                source = self.source
+                if as_they_say:
+                    source = preprocess.source_of(self.root, preprocess.modality_of(unit, None), planes)
+                for stack in preprocess.read_stacks(unit, source):
+                    yield self._named(listed, stack.images, stack.patient)
+                    refused += map(str, stack.refused)
+        except (ValueError, OSError) as error:  # Refused is a ValueError
+            refused.append(str(error) if isinstance(error, readers.Refused) else type(error).__name__)
+        notes = [Note(self.names.unit(listed.key), listed.key, "", reason) for reason in refused]
+        yield Decoded(_stacked([], preprocess.IMAGE_SIZE), [], notes)
+
+    def _named(self, listed: discover.Unit, part: preprocess.Preprocessed, patient: str) -> Decoded:
+        alone = not readers.reader_of(listed.format).whole_folders
+        group = self.names.group(listed.files[0].path, patient, alone)
+        known = group != self.names.group(listed.files[0].path, "", alone)
+        rows, notes = [], []
+        for label, dropped in zip(part.labels, part.dropped, strict=True):
+            row = Row(self.names.sample(listed.key, label), group, part.modality or "", label, dropped or "")
+            rows.append(row)
+            notes.append(Note(row.id, listed.key, label, "", known))
+        return Decoded(part.images, rows, notes)
 
 
 def _salt(private: Path) -> bytes:
@@ -186,20 +213,26 @@ def cut(sizes: Iterable[int], items: int, total: int) -> list[range]:
     return parts
 
 
-def _check_formats(listing: Listing, modality: str | None) -> None:
-    """ValueError where files need a modality that nobody gave."""
-    if modality is not None:
-        return
-    others = set()
+def _grouped(listing: Listing, modality: str | None) -> list[list[int]]:
+    """Numbers of the units that are read together. ValueError where files need a modality that nobody gave."""
+    groups: list[list[int]] = []
+    silent, single_before = set(), False
     for number in range(len(listing.lines)):
         unit = listing.unit(number)
         if unit.format != "dicom" and os.path.splitext(unit.key)[1].lower() not in KINDS:
-            others.add(unit.format)
-    if others:
+            silent.add(unit.format)
+        single = unit.format in SINGLE
+        if single and single_before and len(groups[-1]) < SAMPLES:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+        single_before = single
+    if silent and modality is None:
         raise ValueError(
-            f"modality: expected one, since files of the formats {', '.join(sorted(others))} do not say what they "
+            f"modality: expected one, since files of the formats {', '.join(sorted(silent))} do not say what they "
             "hold; got none"
         )
+    return groups
 
 
 def _stacked(images: Sequence[Tensor], size: int) -> Tensor:
@@ -209,7 +242,3 @@ def _stacked(images: Sequence[Tensor], size: int) -> Tensor:
 def _quoted(name: str) -> str:
     """A pattern that this name alone fits."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, readers.Refused) else type(error).__name__

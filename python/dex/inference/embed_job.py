@@ -206,7 +206,7 @@ def _loader(collection: Collection, order: list[int], workers: int) -> DataLoade
         num_workers=min(workers, len(order)),
         collate_fn=_as_it_is,
         worker_init_fn=start,
-        prefetch_factor=8 if workers and order else None,
+        prefetch_factor=4 if workers and order else None,
         multiprocessing_context="fork" if workers and order else None,  # `collection.read` is a closure
     )
 

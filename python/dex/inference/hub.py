@@ -36,7 +36,7 @@ class DEXModel(ModelHubMixin, library_name="dexkernels"):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **options: Any) -> "DEXModel":
-        """``model_id``: a repository, or a folder. Further options: those of the download (``cache_dir``, ``token``, ...)
+        """``model_id``: a repository, or a folder. Further options: of the download (``cache_dir``, ``token``, ...)
         and ``img_size`` and ``path`` of `dex.load`."""
         own = {name: options.pop(name) for name in ("img_size", "path") if name in options}
         if Path(model_id).is_dir():

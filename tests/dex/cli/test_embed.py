@@ -117,7 +117,7 @@ class TestParquet:
     @pytest.fixture(autouse=True)
     def small_parts(self, monkeypatch):
         self.parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow, of the extra 'adapt'")
-        monkeypatch.setattr("dex.inference.collection.PART_ITEMS", 50)
+        monkeypatch.setattr("dex.inference.collection.PART_ITEMS", 3)
 
     def test_parts_are_the_archive(self, model, images, run, tmp_path):
         assert run("embed", model, images, "--out", "features", "--public", "--workers", 2)[0] == 0
@@ -172,7 +172,7 @@ class TestParquet:
         assert run("embed", model, images, "--out", "whole", "--workers", 0, "--public")[0] == 0
         script = tmp_path / "sitecustomize.py"  # small parts and a slow disk in the process
         script.write_text(
-            "import time\nimport dex.inference.collection as c\nimport dex.inference.tables as t\nc.PART_ITEMS = 50\n"
+            "import time\nimport dex.inference.collection as c\nimport dex.inference.tables as t\nc.PART_ITEMS = 3\n"
             "write = t.write_parquet\n"
             "t.write_parquet = lambda *a: (write(*a), time.sleep(2))\n"
         )

@@ -27,11 +27,10 @@ def test_parts_hold_every_item_once():
 def test_pictures_are_taken_as_they_are(images, private):
     found = collection(images / "us", private, public=True)
     items = decoded(found)
-    assert len(items) == found.items == 40
-    assert torch.equal(items[2].images, preprocess(images / "us" / "002.png").images)
-    (row,) = items[2].rows
-    assert row == ("folder/002.png/image", "folder/002.png", "", "image", "")
-    assert items[2].notes == [("folder/002.png/image", "002.png", "image", "", False)]
+    assert [len(item.rows) for item in items] == [16, 16, 8] and found.items == 3  # 40 files, some at a time
+    assert torch.equal(items[0].images[2:3], preprocess(images / "us" / "002.png").images)
+    assert items[0].rows[2] == ("folder/002.png/image", "folder/002.png", "", "image", "")
+    assert items[0].notes[2] == ("folder/002.png/image", "002.png", "image", "", False)
     assert decoded(collection(images / "us", private, modality="CT"))[2].rows[0].modality == "CT"
 
 
