@@ -10,7 +10,8 @@ Such a module defines
 
 ``run`` reports wrong usage or input by ValueError, FileNotFoundError, NotADirectoryError or PermissionError: `main`
 prints it on one line and exits with 2. Errors in ``carry_out`` propagate. `dex --help` imports every command module, so
-they import whatever is slow or optional inside their functions.
+they import whatever is slow or optional inside their functions. It lists a module that cannot be imported at the end,
+with the error.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 from dex.cli._console import failed, print_line
 from dex.common import exits
@@ -60,13 +62,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def commands() -> dict[str, ModuleType]:
-    """Every command's module by its name, in the order of `dex --help`."""
-    modules = {name: _module(name) for name in _names()}
-    return dict(sorted(modules.items(), key=lambda item: (item[1].POSITION, item[0])))
+    """The module of every command that can be imported, by its name, in the order of `dex --help`."""
+    return _imported().modules
+
+
+class _Imported(NamedTuple):
+    modules: dict[str, ModuleType]
+    errors: dict[str, Exception]
+    """Of the commands that cannot be imported."""
+
+
+def _imported() -> _Imported:
+    modules: dict[str, ModuleType] = {}
+    errors: dict[str, Exception] = {}
+    for name in _names():
+        try:
+            modules[name] = _module(name)
+        except Exception as error:  # one broken command must not hide the others
+            errors[name] = error
+    return _Imported(dict(sorted(modules.items(), key=lambda item: (item[1].POSITION, item[0]))), errors)
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    command = _module(name)
+    try:
+        command = _module(name)
+    except ImportError as error:
+        print_line(f"dex {name}", f"expected to import {__name__}.{name}; {error}")
+        return exits.USAGE
     try:
         carry_out = command.run(arguments)
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -92,4 +114,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _help() -> str:
-    return _USAGE.format(commands="\n".join(f"  {name:<9}  {module.HELP}" for name, module in commands().items()))
+    modules, errors = _imported()
+    lines = [f"  {name:<9}  {module.HELP}" for name, module in modules.items()]
+    lines += [f"  {name:<9}  cannot be imported: {' '.join(str(error).split())}" for name, error in errors.items()]
+    return _USAGE.format(commands="\n".join(lines))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
+from dex.common.units import format_bytes
 
 HELP = "a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
 POSITION = 44
@@ -36,7 +37,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         except OSError as error:
             return failed("dex export", error)
         size = sum(file.stat().st_size for file in out.iterdir())
-        print(f"{out}: {options.format}, {size / 1e6:,.1f} MB, {loaded.path if loaded.encoder.dex_layers else 'dense'}")
+        computed = loaded.path if loaded.encoder.dex_layers else "dense"
+        print(f"{out}: {options.format}, {format_bytes(size)}, {computed}")
         return exits.DONE
 
     return carry_out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dex.cli._console import Parser
 from dex.common import exits
+from dex.common.units import format_bytes
 
 HELP = "one HTML page about a run, or about several compared"
 POSITION = 40
@@ -28,7 +29,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     written = report(runs, out)  # here, not later: everything that can be wrong is the input
 
     def carry_out() -> int:
-        print(f"{written}, {written.stat().st_size / 1e6:.1f} MB")
+        print(f"{written}, {format_bytes(written.stat().st_size)}")
         return exits.DONE
 
     return carry_out

@@ -94,6 +94,24 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("text", "error"),
+    [("import a_package_that_nobody_has\n", "No module named 'a_package_that_nobody_has'"), ("x = =\n", "invalid")],
+)
+def test_a_command_that_cannot_be_imported_leaves_the_others(text, error, run, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "dex.cli.broken", raising=False)
+    code, out, _ = run("--help")
+    assert code == 0 and "  doctor " in out and f"  broken     cannot be imported: {error}" in out
+    assert "doctor; got 'unknown'" in run("unknown")[2]
+    if "import" in text:
+        assert run("broken") == (2, "", f"dex broken: expected to import dex.cli.broken; {error}\n")
+    else:
+        with pytest.raises(SyntaxError):
+            run("broken")
+
+
+@pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (PermissionError("not yours"), 2, "dex doctor: not yours\n"),
