@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,8 @@ class Dataset:
     name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
     data set knows of and holds no image of; image_size: S; dim: id and maximum of the first 16-bit sample read that
     uses little of its range (None: none so far).
-    fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only.
+    fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only;
+    `take_fingerprint` can be interrupted.
     earlier_fingerprint: what an earlier version of dex would have called the same content, None if nothing else.
 
     A subclass gives `__len__`, `read`, `sample_id`, `modality_index` and `_in_split`.
@@ -93,6 +94,13 @@ class Dataset:
         """Samples of each name in `modalities`; a view may hold 0 of a name that its whole set has."""
         counts = np.bincount(self.modality_index(), minlength=len(self.modalities))
         return {name: int(count) for name, count in zip(self.modalities, counts, strict=True)}
+
+    def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
+        """`fingerprint`. While it takes long, ``meanwhile(bytes read, bytes in all)`` is called every half second.
+
+        What ``meanwhile`` raises ends it.
+        """
+        return self.fingerprint
 
     def split(self, name: str) -> Dataset:
         """The samples of split `name` ("train" or "val") as a data set of their own; may be empty."""
@@ -170,6 +178,13 @@ class View(Dataset):
 
     def note_maximum(self, sample_id: str, maximum: int | None) -> None:
         self._base.note_maximum(sample_id, maximum)
+
+    def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
+        """`fingerprint`. While it takes long, ``meanwhile(bytes read, bytes in all)`` is called every half second.
+
+        What ``meanwhile`` raises ends it.
+        """
+        return self.fingerprint
 
     def split(self, name: str) -> Dataset:
         raise ValueError(f"split: {self.name!r} is already a split; ask the whole data set for {name!r}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import errno
 import hashlib
 import logging
 import os
 import stat
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
@@ -27,7 +29,27 @@ VAL_SHARE = 0.05
 
 _THREADS = 8  # that hash: enough to keep a disk or a network busy
 _PART = 256  # files that a thread hashes at a time
+_CHUNK = 2**18  # bytes that a thread reads between two looks at whether it is still wanted
+_RETRY_AFTER = (0.1, 0.5, 2.0)  # seconds before each further try to read a file
 _UNREADABLE = b"unreadable"
+
+CALL_EVERY = 0.5
+"""Seconds between two calls of `FolderDataset.take_fingerprint`'s ``meanwhile``."""
+
+
+class _Unwanted(Exception):
+    """Nobody waits for this hash any more."""
+
+
+class _Progress:
+    """What threads that hash have in common: ``bytes`` read so far, and ``stop``, after which they end."""
+
+    def __init__(self) -> None:
+        self.bytes, self.stop, self._lock = 0, threading.Event(), threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
 
 
 class FolderDataset(Dataset):
@@ -49,6 +71,7 @@ class FolderDataset(Dataset):
         self.root = Path(root).resolve(strict=True)
         self.name = self.root.name
         self.image_size = image_size
+        self._fingerprint: str | None = None
         self.ignored: Counter[str] = Counter()
         files = sorted(self._walk())
         if self.ignored:
@@ -69,20 +92,47 @@ class FolderDataset(Dataset):
         number = {name: index for index, name in enumerate(self.modalities)}
         self._modality = np.array([number[name] for name in names], dtype=np.int64)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(b"dex folder 2\n")
-        unreadable = 0
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = [self._paths[start : start + _PART] for start in range(0, len(self._paths), _PART)]
-            for paths, contents in zip(parts, pool.map(self._content_hashes, parts), strict=True):
+        return self.take_fingerprint()
+
+    def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
+        """`fingerprint`, read by threads at the first call; ``meanwhile`` is called as in `Dataset`.
+
+        A link or device that has replaced a file since the folder was listed, or a file that has grown too large,
+        counts with its name alone. ValueError names a file that the system fails to read several times.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._read_fingerprint(meanwhile)
+        return self._fingerprint
+
+    def _read_fingerprint(self, meanwhile: Callable[[int, int], None] | None) -> str:
+        total, progress = int(self._sizes.sum()), _Progress()
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fingerprint")
+        try:
+            parts = [
+                pool.submit(self._content_hashes, self._paths[start : start + _PART], progress)
+                for start in range(0, len(self._paths), _PART)
+            ]
+            digest, unread = hashlib.sha256(b"dex folder 2\n"), 0
+            due = time.monotonic() + CALL_EVERY
+            for start, part in zip(range(0, len(self._paths), _PART), parts, strict=True):
+                done = False
+                while not done:
+                    done = bool(wait([part], max(0.0, due - time.monotonic())).done)
+                    if time.monotonic() >= due:
+                        due = time.monotonic() + CALL_EVERY
+                        if meanwhile is not None:
+                            meanwhile(progress.bytes, total)
+                paths, contents = self._paths[start : start + _PART], part.result()
                 for path, content in zip(paths, contents, strict=True):
-                    unreadable += content is None
+                    unread += content is None
                     digest.update(b"%d %s " % (len(path), path) + (content or _UNREADABLE) + b"\n")
-        if unreadable:
-            logger.warning(
-                "%s: %d files cannot be read; the fingerprint covers their names alone", self.name, unreadable
-            )
+        finally:
+            progress.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        if unread:
+            logger.warning("%s: %d files cannot be read; the fingerprint covers their names alone", self.name, unread)
         return digest.hexdigest()
 
     @property
@@ -93,15 +143,40 @@ class FolderDataset(Dataset):
             digest.update(b"%d %d " % (len(path), size) + path + b"\n")
         return digest.hexdigest()
 
-    def _content_hashes(self, paths: Sequence[bytes]) -> list[bytes | None]:
-        """sha256 of each file; None for one that cannot be read, which training replaces by another sample."""
-        return [self._content_hash(path) for path in paths]
+    def _content_hashes(self, paths: Sequence[bytes], progress: _Progress) -> list[bytes | None]:
+        """sha256 of each file; None for one that is refused, which training replaces by another sample."""
+        hashes: list[bytes | None] = []
+        for path in paths:
+            for pause in (*_RETRY_AFTER, None):
+                try:
+                    hashes.append(self._content_hash(path, progress))
+                    break
+                except OSError as error:  # it may pass: an overloaded network disk, too many open files
+                    if pause is None:
+                        reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
+                        raise ValueError(
+                            f"{_printable(path)}: expected a file that can be read, got {reason}"
+                        ) from error
+                    if progress.stop.wait(pause):
+                        raise _Unwanted from None
+        return hashes
 
-    def _content_hash(self, path: bytes) -> bytes | None:
+    def _content_hash(self, path: bytes, progress: _Progress) -> bytes | None:
         try:
             with self._open(path) as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        except (ValueError, OSError):
+                digest = hashlib.sha256()
+                while chunk := file.read(_CHUNK):
+                    if progress.stop.is_set():
+                        raise _Unwanted
+                    digest.update(chunk)
+                    progress.add(len(chunk))
+                return digest.digest()
+        except ValueError:
+            return None
+        except OSError:
+            # A link or a socket is refused when it is opened.
+            if stat.S_ISREG(os.lstat(os.path.join(os.fsencode(self.root), path)).st_mode):
+                raise
             return None
 
     def _walk(self) -> list[tuple[bytes, int]]:

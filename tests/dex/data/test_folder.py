@@ -1,15 +1,17 @@
 """Plain folders: what is taken, what its fingerprint covers, and links that are not followed."""
 
+import errno
 import hashlib
 import os
 import shutil
+import time
 import tracemalloc
 
 import pytest
 import torch
 from picture_files import COLOUR, GREY, jpeg, npy, png, put
 
-from dex.data import FolderDataset, SampleError, open_dataset
+from dex.data import FolderDataset, SampleError, folder, open_dataset
 
 
 def test_modalities_ids_and_order(tmp_path, caplog):
@@ -104,6 +106,73 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_fingerprint(tmp_path, capl
     (tmp_path / "b" / "Z.png").symlink_to(tmp_path / "b" / "a.png")
     assert dataset.fingerprint != open_dataset(files(tmp_path / "sound")).fingerprint
     assert "1 files cannot be read; the fingerprint covers their names alone" in caplog.text
+
+
+def failing(monkeypatch, name, times, number=errno.EIO):
+    """Let the first ``times`` reads of the file fail, without pauses before the next; returns the list of its reads."""
+    opened, real = [], FolderDataset._open
+
+    def fail(self, path):
+        if path == name:
+            opened.append(path)
+            if len(opened) <= times:
+                raise OSError(number, os.strerror(number))
+        return real(self, path)
+
+    monkeypatch.setattr(FolderDataset, "_open", fail)
+    monkeypatch.setattr(folder, "_RETRY_AFTER", (0.0, 0.0))
+    return opened
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_a_read_that_fails_once_leaves_the_fingerprint_as_it_is(tmp_path, monkeypatch, number):
+    want = open_dataset(files(tmp_path)).fingerprint
+    opened = failing(monkeypatch, b"b/Z.png", 2, number)
+    assert open_dataset(tmp_path).fingerprint == want and len(opened) == 3
+
+
+def test_a_file_that_fails_again_and_again_is_named(tmp_path, monkeypatch):
+    opened = failing(monkeypatch, b"b/Z.png", 3)
+    dataset = open_dataset(files(tmp_path))
+    with pytest.raises(ValueError, match=r"b/Z.png: expected a file that can be read, got Input/output error \(EIO\)"):
+        _ = dataset.fingerprint
+    assert len(opened) == 3
+    (tmp_path / "b" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"b/a.png: expected .*, got No such file or directory \(ENOENT\)"):
+        _ = dataset.fingerprint
+
+
+def test_whoever_waits_for_a_fingerprint_hears_how_far_it_is_and_can_end_it(tmp_path, monkeypatch):
+    put(tmp_path, **{f"m__{number:02}_dot_npy": bytes(1000) for number in range(40)})
+    monkeypatch.setattr(folder, "CALL_EVERY", 0.02)
+    monkeypatch.setattr(folder, "_PART", 4)
+    hashed, real = [], FolderDataset._content_hash
+
+    def slow(self, path, progress):
+        time.sleep(0.02)
+        hashed.append(path)
+        return real(self, path, progress)
+
+    monkeypatch.setattr(FolderDataset, "_content_hash", slow)
+    calls = []
+    assert open_dataset(tmp_path).take_fingerprint(lambda done, total: calls.append((done, total)))
+    assert len(calls) >= 2 and [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert {total for _, total in calls} == {40_000} and calls[-1][0] <= 40_000
+    hashed.clear()
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "_THREADS", 1)
+    dataset, began = open_dataset(tmp_path), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        dataset.take_fingerprint(interrupt)
+    assert time.monotonic() - began < 0.4  # 0.8 s for all of them
+    time.sleep(0.1)
+    stopped = len(hashed)
+    time.sleep(0.1)
+    assert len(hashed) == stopped < 40
+    assert dataset.take_fingerprint() == open_dataset(tmp_path).fingerprint
 
 
 def test_split_is_stable_and_about_one_in_twenty(tmp_path):
