@@ -24,7 +24,7 @@ test-slow: $(INSTALLED)
 
 test-triton: $(INSTALLED) $(NEWEST_TRITON)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
-	$(PYTEST) tests/dropin
+	$(PYTEST) tests/dropin tests/dex/inference tests/dex/cli tests/test_checkpoint_page.py
 	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled  # one processor each
 	scripts/check_build.sh
 

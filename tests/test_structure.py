@@ -45,6 +45,7 @@ WITHOUT_TEST = {
 
 TESTED_ELSEWHERE = {
     "python/dex/integrations.py": "tests/dropin/test_trainer.py",  # needs transformers
+    "python/dex/checkpoint.py": "tests/dex/test_aliases.py",  # another name of a module
     "dexkernels/collect.py": "tests/dropin/test_collect.py",  # in models of others
     "dexkernels/upcycle.py": "tests/dropin/test_upcycle.py",  # in models of others
 }
