@@ -10,6 +10,7 @@ and no text of a library, which could hold a header's, leaves a reader.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -37,22 +38,27 @@ def reader_of(format: str) -> Reader:
 
 
 def format_of(path: bytes | str | os.PathLike) -> str | None:
-    """The format that a file's suffix names, in any case; None for another or no suffix. Nothing is read: what a file
-    without a suffix is, `recognised` says."""
+    """The format that a file's suffix names, in any case, the longest suffix that fits; None for another or no suffix.
+    Nothing is read: what a file without a suffix is, `recognised` says."""
     name = os.path.basename(os.fsdecode(path)).lower()
-    return next((f for f, reader in _described(tuple(__path__)).items() if name.endswith(reader.suffixes)), None)
+    described = _described(tuple(__path__))
+    fitting = [(len(s), f) for f, reader in described.items() for s in reader.suffixes if name.endswith(s)]
+    return max(fitting)[1] if fitting else None
 
 
 def recognised(path: Path) -> str | None:
-    """The format of a regular file by its first bytes, for those formats whose files often have no suffix."""
+    """The format of a regular file by its first bytes, for those formats whose files often have no suffix. A reader
+    that refuses the file leaves it to the others."""
     try:
-        with opened(path) as file:
-            for format, reader in _described(tuple(__path__)).items():
+        file = opened(path)
+    except Refused:
+        return None
+    with file:
+        for format, reader in _described(tuple(__path__)).items():
+            with contextlib.suppress(Refused, OSError):
                 file.seek(0)
                 if reader.recognises(file):
                     return format
-    except (Refused, OSError):
-        pass
     return None
 
 

@@ -11,6 +11,7 @@ import pytest
 from dex.data import ShardDataset
 from dex.prepare import chunks, readers
 from dex.prepare import run as prepare
+from dex.prepare.readers.reader import Reader
 from dex.prepare.run import Options
 from dex.prepare.sources import read_source
 from dex.prepare.summary import Progress
@@ -148,6 +149,28 @@ def test_formats_by_suffix():
     }
     assert {name: readers.format_of(name) for name in cases} == cases
     assert readers.format_of(b"/x/\xff.png") == "picture"
+
+
+def test_the_longest_suffix_decides(monkeypatch):
+    described = {"general": Reader((".gz",), iter), "special": Reader((".scan.gz",), iter), "z": Reader((".z",), iter)}
+    for order in (described, dict(reversed(described.items()))):
+        monkeypatch.setattr(readers, "_described", lambda folders, order=order: order)
+        assert [readers.format_of(name) for name in ("a.gz", "a.scan.gz", "a.scan")] == ["general", "special", None]
+
+
+@pytest.mark.parametrize("error", [readers.Refused("too large"), OSError(5, "I/O")])
+def test_a_reader_that_refuses_a_file_leaves_it_to_the_others(error, tmp_path, monkeypatch):
+    def refuse(file):
+        raise error
+
+    def begins(file):
+        return file.read(4) == b"GRID"
+
+    described = {"first": Reader((), iter, recognises=refuse), "second": Reader((), iter, recognises=begins)}
+    monkeypatch.setattr(readers, "_described", lambda folders: described)
+    (tmp_path / "a").write_bytes(b"GRID...")
+    (tmp_path / "b").write_bytes(b"rubbish")
+    assert [readers.recognised(tmp_path / name) for name in ("a", "b", "absent")] == ["second", None, None]
 
 
 def test_an_absent_library_is_named():
