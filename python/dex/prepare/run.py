@@ -50,7 +50,7 @@ CACHE = Path("~/.cache/dex")
 NAMED = 20
 """Unreadable units that are named on the screen; the log has all of them."""
 LISTED = 10
-"""So many sources are named one by one when they have been listed."""
+"""Above this number of sources they are not named one by one when they have been listed."""
 
 
 class Failed(RuntimeError):
@@ -490,7 +490,7 @@ def _lock(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT raise Stopped; a second SIGINT KeyboardInterrupt."""
+    """Within the block each of `exits.STOP_SIGNALS` raises Stopped; a second SIGINT KeyboardInterrupt."""
     received: list[float] = []
 
     def note(number: int) -> None:
@@ -501,7 +501,7 @@ def stop_signals() -> Iterator[None]:
             return
         raise Stopped(signal.Signals(number).name)
 
-    with exits.handled(note, (signal.SIGTERM, signal.SIGINT)):
+    with exits.handled(note):
         yield
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dex.common import exits
 from dex.data import ShardDataset
 from dex.prepare import run as prepare
 from dex.prepare import workers
@@ -189,7 +190,7 @@ def _workers(process):
     return [int(line.split()[0]) for line in shown.splitlines() if "spawn_main" in line]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", list(exits.STOP_SIGNALS))
 def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_process, pictures):
     pictures(tmp_path / "scans", 130, side=256)
     out = tmp_path / "set"
