@@ -22,17 +22,21 @@ POISONS = (0x7FE5, 0xFFC3, 0x7FD2, 0xFFF1)
 class Launch:
     """One launch; ``run`` does it.
 
+    blocks: the numbers of those to run, by default all; x varies fastest.
     Arguments are numbers (int: a pointer or an integer, float), bytes, or `TensorMap`s, in the order of the kernel's
     parameters.
     """
 
-    def __init__(self, program: Program, memory: GlobalMemory, grid, threads, arguments, seed=None, count=False):
+    def __init__(
+        self, program: Program, memory: GlobalMemory, grid, threads, arguments, seed=None, count=False, blocks=None
+    ):
         if threads % 32:
             raise ValueError(f"threads: expected a multiple of 32, got {threads}")
         self.program, self.memory, self.threads, self.seed = program, memory, threads, seed
         self.grid = (*grid, 1, 1)[:3]
         self.poison = POISONS[0 if seed is None else seed % len(POISONS)]
         self.counters = (Counters if count else Nothing)(len(program.steps))
+        self.blocks = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         self.now = 1
         self._pack(arguments)
 
@@ -57,15 +61,14 @@ class Launch:
             self.parameters[parameter.offset : parameter.offset + len(argument)] = np.frombuffer(argument, np.uint8)
 
     def run(self) -> Counters:
-        total = int(np.prod(self.grid))
         shared = max(self.program.shared_size, 1)
         at_once = max(1, min(LANES_AT_ONCE // self.threads, SHARED_AT_ONCE // shared))
-        order = np.arange(total)
+        order = self.blocks
         if self.seed is not None:
-            order = np.random.default_rng(self.seed).permutation(total)
+            order = np.random.default_rng(self.seed).permutation(order)
         self.memory.forget_order()
         with np.errstate(all="ignore"):
-            for first in range(0, total, at_once):
+            for first in range(0, len(order), at_once):
                 wave = Wave(self, np.sort(order[first : first + at_once]))
                 wave.run()
                 self.now = wave.clocks.now + 1

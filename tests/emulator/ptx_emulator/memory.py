@@ -39,42 +39,72 @@ class Allocation:
 
 
 class Shadow:
-    """Of every granule: the last write (block, warp, time) and the reads, by the first and the last reader."""
+    """Of every granule: the last write (block, warp, time) and the reads, by the first and the last reader.
 
-    def __init__(self, size: int):
-        self.block, self.warp, self.time = (np.full(size, -1, np.int32) for _ in range(3))
-        self.first_reader, self.reader, self.reader_warp, self.read_time = (
-            np.full(size, -1, np.int32) for _ in range(4)
-        )
+    Kept in pages, so that of a tensor of which little is touched little is kept.
+    """
 
-    def read(self, allocation, at, who: Who, now):
+    PAGE = 2**16
+    FIELDS = ("block", "warp", "time", "first_reader", "reader", "reader_warp", "read_time")
+
+    def __init__(self):
+        self.pages = {}
+        for field in self.FIELDS:
+            setattr(self, field, np.full(self.PAGE, -1, np.int32))
+
+    def place(self, granules: np.ndarray) -> np.ndarray:
+        """Where in the fields these granules are."""
+        numbers = granules // self.PAGE
+        within = granules % self.PAGE
+        if numbers.size == 0 or numbers.min() == numbers.max():
+            return within + (self._page(int(numbers.flat[0])) if numbers.size else 0)
+        distinct, which = np.unique(numbers, return_inverse=True)
+        starts = np.array([self._page(int(number)) for number in distinct])
+        return within + starts[which].reshape(granules.shape)
+
+    def _page(self, number):
+        if number not in self.pages:
+            self.pages[number] = len(self.pages) * self.PAGE
+            for field in self.FIELDS:
+                held = getattr(self, field)
+                if len(held) <= self.pages[number]:
+                    setattr(self, field, np.concatenate((held, np.full(len(held), -1, np.int32))))
+        return self.pages[number]
+
+    def read(self, allocation, granules, who: Who, now):
+        at = self.place(granules)
         block = self.block[at]
         written = block >= 0
         if written.any():
             mine = block == who.block[:, None]
             ordered = ~written | (mine & who.knows(np.maximum(self.warp[at], 0), self.time[at]))
             if not ordered.all():
-                _race("reads", "wrote", allocation, at, ordered, who, block, self.warp[at])
+                _race("reads", "wrote", allocation, granules, ordered, who, block, self.warp[at])
         self._note_read(at, who, now)
+
+    def read_before(self, granules, who: Who, now):
+        """A read of what nobody had written."""
+        self._note_read(self.place(granules), who, now)
 
     def _note_read(self, at, who, now):
         block = np.broadcast_to(who.block[:, None], at.shape)
         self.first_reader[at] = np.where(self.first_reader[at] < 0, block, self.first_reader[at])
         self.reader[at], self.reader_warp[at], self.read_time[at] = block, who.warp[:, None], now
 
-    def write(self, allocation, at, who: Who, now):
+    def write(self, allocation, granules, who: Who, now):
+        at = self.place(granules)
         block, reader = self.block[at], self.reader[at]
         mine = who.block[:, None]
         if (block >= 0).any():
             ordered = (block < 0) | ((block == mine) & who.knows(np.maximum(self.warp[at], 0), self.time[at]))
             if not ordered.all():
-                _race("writes", "wrote", allocation, at, ordered, who, block, self.warp[at])
+                _race("writes", "wrote", allocation, granules, ordered, who, block, self.warp[at])
         if (reader >= 0).any():
             same = (reader == mine) & (self.first_reader[at] == mine)
             ordered = (reader < 0) | (same & who.knows(np.maximum(self.reader_warp[at], 0), self.read_time[at]))
             if not ordered.all():
                 other = np.where(reader == mine, self.first_reader[at], reader)
-                _race("writes", "read", allocation, at, ordered, who, other, self.reader_warp[at])
+                _race("writes", "read", allocation, granules, ordered, who, other, self.reader_warp[at])
         self.block[at], self.warp[at], self.time[at] = mine, who.warp[:, None], now
 
 
@@ -136,7 +166,7 @@ class GlobalMemory:
             lost = ~same_bytes(view[at], part)
             if lost.any():
                 # Lanes of one warp may differ in the last bit of what they all computed; one of them wins.
-                granules = offsets[lost] // allocation.granule
+                granules = allocation.shadow.place(offsets[lost] // allocation.granule)
                 winner = allocation.shadow.block[granules], allocation.shadow.warp[granules]
                 if (winner[0] != writers.block[lost]).any() or (winner[1] != writers.warp[lost]).any():
                     raise PTXError(f"race on global memory: two warps store different values in {allocation.name}")
@@ -190,9 +220,9 @@ class GlobalMemory:
         at = (offsets // granule)[:, None] + np.arange(max(size // granule, 1))
         now = who.clocks.now
         if writes and allocation.shadow is None:
-            allocation.shadow = Shadow(-(-(allocation.stop - allocation.base) // granule) + 1)
+            allocation.shadow = Shadow()
             for earlier in allocation.reads:
-                allocation.shadow._note_read(*earlier)
+                allocation.shadow.read_before(*earlier)
             allocation.reads = []
         if writes:
             allocation.shadow.write(allocation, at, who, now)

@@ -130,10 +130,11 @@ class Poisoned(torch.overrides.TorchFunctionMode):
 
 
 class Emulator:
-    """Runs launches for an architecture; ``change`` may edit the PTX of a kernel, given its name and text."""
+    """Runs launches for an architecture; see `emulated`."""
 
-    def __init__(self, arch, seed=None, count=False, extra=(), change=None):
-        self.arch, self.seed, self.count, self.extra, self.change = arch, seed, count, extra, change
+    def __init__(self, arch, seed=None, count=False, extra=(), change=None, only=None):
+        self.arch, self.seed, self.count, self.extra = arch, seed, count, extra
+        self.change, self.only = change, only or {}
         self.ran = []
 
     def run(self, kernel, args, grid, kwargs):
@@ -160,10 +161,10 @@ class Emulator:
         program = program_of(ptx, None, compiled.metadata.shared)
         start = time.perf_counter()
         threads = 32 * compiled.metadata.num_warps
-        launch = Launch(program, memory, grid, threads, [*arguments, 0, 0], self.seed, self.count)
+        blocks = self.only.get(kernel.__name__)
+        launch = Launch(program, memory, grid, threads, [*arguments, 0, 0], self.seed, self.count, blocks)
         counters = launch.run()
-        blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
-        self.ran.append(Ran(kernel.__name__, program, blocks, time.perf_counter() - start, counters))
+        self.ran.append(Ran(kernel.__name__, program, len(launch.blocks), time.perf_counter() - start, counters))
 
 
 def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
@@ -174,12 +175,13 @@ def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
 
 
 @contextlib.contextmanager
-def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), change=None):
+def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), change=None, only=None):
     """Within it, launches of Triton kernels on CPU tensors run their PTX for ``arch``; gives the `Emulator`.
 
-    extra: tensors that kernels reach through tables of addresses.
+    extra: tensors that kernels reach through tables of addresses. change: may edit the PTX of a kernel, given its name
+    and text. only: kernel -> the numbers of the blocks to run, of those of which not all are.
     """
-    emulator = Emulator(arch, seed, count, extra, change)
+    emulator = Emulator(arch, seed, count, extra, change, only)
 
     def run(self, *args, grid, warmup=False, **kwargs):
         emulator.run(self, args, grid(kwargs) if callable(grid) else grid, kwargs)
@@ -256,6 +258,7 @@ __all__ = [
     "group_ema",
     "grouped_mlp",
     "mlp_records",
+    "plan",
     "reference",
     "relative_error",
     "replaced",
