@@ -1,7 +1,8 @@
 """From one file of a patient, or one DICOM folder, to images as training saw them.
 
 With a modality, files go the way of `dex prepare`: its readers, the modality's normalisation, square slices. Without
-one, PNG, JPEG and NPY files go the way of a plain folder of images (`dex.data.folder`): the centre square.
+one, PNG, JPEG and NPY files go the way of a plain folder of images (`dex.data.folder`): the centre square. DICOM files
+that `dex prepare` leaves out by their headers (`dex.prepare.routing`) are refused.
 Shape letters: n images, S side of a stored image.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import KINDS
-from dex.prepare import filters, modalities, readers, sources
+from dex.prepare import filters, modalities, readers, routing, sources
+from dex.prepare.readers.files import quiet
 from dex.prepare.slices import slices
 
 
@@ -46,27 +48,30 @@ class Unit(NamedTuple):
 def preprocess(
     file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("axial",)
 ) -> Preprocessed:
-    """Every image of ``file``; none is left out.
+    """Every image of ``file``, except the files of a DICOM folder that `dex prepare` leaves out by their headers.
 
     Args:
         file: a file of any format that `dex prepare` reads, or a folder with the files of a DICOM series.
-        modality: a name or alias of `dex.prepare.modalities`, which decides the normalisation. None: what a DICOM
-            header says; pictures (PNG, JPEG, NPY) are then taken as a plain folder of images gives them; other formats
-            do not say what they hold.
+        modality: a name or alias of `dex.prepare.modalities`, which decides the normalisation. None: what the first
+            DICOM header says that holds an image; pictures (PNG, JPEG, NPY) are then taken as a plain folder of images
+            gives them; other formats do not say what they hold.
         planes: of volumes: axial, coronal, sagittal, stored.
 
-    Raises: FileNotFoundError; ValueError naming the argument, with the reader's reason for a file that it refuses.
+    Raises: FileNotFoundError; ValueError naming the argument, with the reason for a file that is refused.
     """
     unit = unit_of(file)
     if modality is None and unit.format != "dicom":
         kind = KINDS.get(unit.files[0].suffix.lower())
         if kind is not None:
             return picture(unit.files[0], kind)
-    modality = modality_of(unit, modality)
     try:
-        return read(unit, source_of(unit.files[0].parent, modality, planes))
+        return read(unit, source_of(unit.files[0].parent, modality_of(unit, modality), planes))
     except readers.Refused as error:
-        raise ValueError(f"file: expected a readable {unit.format} file; {file}: {error}") from None
+        if error.reason in routing.REASONS:
+            expected = "file: expected DICOM images that dex prepare takes"
+        else:
+            expected = f"file: expected a readable {unit.format} file"
+        raise ValueError(f"{expected}; {file}: {error}") from None
 
 
 def unit_of(file: str | os.PathLike[str]) -> Unit:
@@ -90,22 +95,32 @@ def unit_of(file: str | os.PathLike[str]) -> Unit:
 
 
 def modality_of(unit: Unit, modality: str | None) -> str:
-    """The modality's name in the catalogue: the given one, else what a DICOM header says. ValueError."""
+    """The modality's name in the catalogue: the given one, else that of the first DICOM file that is not left out.
+
+    ValueError; `dex.prepare.readers.Refused`, of the first file, when all are left out or unreadable.
+    """
     if modality is not None:
         return modalities.resolve(modality).name
-    expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
     if unit.format != "dicom":
-        raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none")
-    from dex.prepare.readers.dicom.file import read_header, text  # needs pydicom
+        raise ValueError(
+            f"modality: expected one of {', '.join(modalities.NAMES)}, since a {unit.format} file does not say what it "
+            "holds; got none"
+        )
+    from dex.prepare.readers.dicom.file import read_header  # needs pydicom
 
-    try:
-        code = text(read_header(unit.files[0], readers.Limits())[0], "Modality")
-    except readers.Refused as error:
-        raise ValueError(f"file: expected a readable DICOM file; {unit.files[0]}: {error}") from None
-    name = modalities.of_dicom(code)
-    if name is None:
-        raise ValueError(f"{expected}, since the DICOM header's modality is none of the catalogue; got {code!r}")
-    return name
+    refused: list[readers.Refused] = []
+    for file in unit.files:
+        try:
+            with quiet("DICOM header"):
+                head, place = read_header(file, readers.Limits())
+        except readers.Refused as error:
+            refused.append(error)
+            continue
+        decision = routing.decide(routing.facts_of(head, place is not None))
+        if not decision.left_out:
+            return decision.modality
+        refused.append(readers.Refused(decision.left_out, decision.detail))
+    raise refused[0]
 
 
 def source_of(folder: Path, modality: str, planes: Sequence[str]) -> sources.Source:
@@ -135,9 +150,15 @@ class StackImages(NamedTuple):
 
 
 def read_stacks(unit: Unit, source: sources.Source) -> Iterator[StackImages]:
-    """The stacks of the unit, one by one. `dex.prepare.readers.Refused` as in `read`."""
+    """The stacks of the unit, one by one, without what a header says that `dex prepare` leaves out.
+    `dex.prepare.readers.Refused` as in `read`."""
     source = source.for_format(unit.format)
-    for number, stack in enumerate(readers.read(unit.files, unit.format)):
+    wanted = modalities.resolve(source.modality, source.normalisation)
+
+    def decide(head: Any, has_pixels: bool) -> routing.Decision:
+        return routing.decide(routing.facts_of(head, has_pixels), wanted)
+
+    for number, stack in enumerate(readers.read(unit.files, unit.format, decide=decide)):
         cut = list(slices(stack, source, IMAGE_SIZE, 8))
         images = Preprocessed(
             torch.stack([_planes(one.image) for one in cut]),

@@ -101,10 +101,53 @@ def test_what_cannot_be_read_is_named(tmp_path, dicom):
         preprocess(tmp_path / "broken.png")
     with pytest.raises(ValueError, match=re.escape(f"file: expected a readable picture file; {tmp_path}/broken.png:")):
         preprocess(tmp_path / "broken.png", "fundus")
+    (tmp_path / "broken.dcm").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=re.escape(f"expected a readable dicom file; {tmp_path}/broken.dcm: unreadab")):
+        preprocess(tmp_path / "broken.dcm")
+
+
+def changed(dicom, path, **values):
+    """The slice with other values in its header."""
     data = pydicom.dcmread(dicom)
-    data.Modality = "SEG"
-    data.save_as(tmp_path / "seg.dcm")
-    with pytest.raises(ValueError, match="modality: expected one of CT, .*; got 'SEG'"):
-        preprocess(tmp_path / "seg.dcm")
-    with pytest.raises(ValueError, match="file: expected a readable dicom file; .*no image"):
-        preprocess(tmp_path / "seg.dcm", "CT")
+    for name, value in values.items():
+        setattr(data, name, value)
+    data.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"Modality": "SEG"}, "segmentation: labels of another image"),
+        ({"Modality": "MR"}, "contradictory header: SOP class and Modality name different ones"),
+        ({"Modality": "OT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary capture: a secondary capture"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer: a localizer"),
+        ({"Modality": "NM", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.20"}, "unknown modality: nuclear medicine"),
+    ],
+)
+def test_dicom_that_prepare_leaves_out_is_refused_by_name(values, reason, dicom, tmp_path):
+    file = changed(dicom, tmp_path / "a.dcm", **values)
+    said = re.escape(f"file: expected DICOM images that dex prepare takes; {file}: {reason}")
+    for modality in (None, "CT"):
+        with pytest.raises(ValueError, match=said):
+            preprocess(file, modality)
+
+
+def test_another_modality_than_the_header_says_is_refused(dicom):
+    with pytest.raises(ValueError, match="another modality: the header says CT, not MR"):
+        preprocess(dicom, "MR")
+
+
+def test_a_header_that_says_nothing_takes_the_given_modality(dicom, tmp_path):
+    file = changed(dicom, tmp_path / "a.dcm", Modality="OT", SOPClassUID="")
+    with pytest.raises(ValueError, match="unknown modality: neither SOP class nor Modality names one"):
+        preprocess(file)
+    got = preprocess(file, "MR")
+    assert (got.modality, len(got.images)) == ("MR", 1)
+
+
+def test_files_of_a_series_that_prepare_leaves_out_give_no_image(dicom, tmp_path):
+    changed(dicom, tmp_path / "0.dcm", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SOPInstanceUID="1.2.3")
+    shutil.copy(dicom, tmp_path / "1.dcm")
+    got = preprocess(tmp_path)
+    assert got.modality == "CT" and torch.equal(got.images, preprocess(dicom).images)
