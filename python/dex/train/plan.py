@@ -4,14 +4,16 @@ Here, too, is what a start makes of the run folder: which run is in it, and whet
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from dex.common.ranks import ALONE, Ranks, decided, from_first, gather
+from dex.common.units import duration, format_bytes
 from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
 from dex.data.dataset import Dataset
@@ -20,12 +22,15 @@ from dex.train import checkpoint, cuda_graph
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
 
-MEET_EVERY = 5.0
-"""Seconds between two meetings of ranks that wait for a fingerprint."""
 EARLIER_FINGERPRINT = (
-    "the run was started when fingerprints of folders did not cover pixels: paths and sizes of the images are those of "
-    "then, their pixels were not compared"
+    "This run was started by a version whose fingerprint did not cover pixels; paths and sizes agree, pixels were not "
+    "compared."
 )
+LONG_READ = 5.0
+"""Seconds: a read for a fingerprint is announced if it is likely to take longer."""
+SAY_EVERY = 30.0
+"""Seconds between two lines that say how far it is."""
+_BYTES_PER_S, _FILES_PER_S = 300e6, 10_000
 
 
 class Placement(NamedTuple):
@@ -65,15 +70,11 @@ class FolderState(NamedTuple):
 
     checkpoint: str | None = None
     """Folder of the checkpoint to go on from."""
-    state: dict[str, Any] | None = None
-    """Its state."""
-    notes: Sequence[str] = ()
     run: str | None = None
     """The checkpoint or folder that says which run is to go on."""
-    config: Mapping[str, Any] | None = None
-    """That run's configuration."""
-    known: Mapping[str, Any] | None = None
-    """Its data, steps and precision, unless it was killed before it wrote them."""
+    state: dict[str, Any] | None = None
+    """That run's: of its checkpoint, or without one what is known from its start, config, data, steps and precision."""
+    notes: Sequence[str] = ()
 
 
 def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
@@ -130,11 +131,11 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Plan:
 def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[], None] = lambda: None) -> str:
     """Rank 0's fingerprint, on every rank. For a folder rank 0 alone reads every image, which may take long.
 
-    Meanwhile the ranks meet every few seconds, so that none waits for longer than it may; each time they call
-    ``waiting``. ValueError when a rank has other data, as far as paths and sizes tell.
+    Meanwhile the ranks meet twice a second, so that none waits for longer than it may; each time they call
+    ``waiting``. ValueError when a rank has other data, as far as paths and sizes tell, or a file cannot be read.
     """
     if ranks.world_size == 1:
-        return dataset.fingerprint
+        return dataset.take_fingerprint(_Reading(dataset))
     listings = gather(ranks, dataset.earlier_fingerprint or dataset.fingerprint)
     others = [str(rank) for rank, listing in enumerate(listings) if listing != listings[0]]
     if others:
@@ -145,11 +146,51 @@ def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[],
         while not from_first(ranks):
             waiting()
         return decided(ranks, lambda: None)
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(lambda: dataset.fingerprint)
-        while not from_first(ranks, bool(wait([result], timeout=MEET_EVERY).done)):
-            waiting()
-        return decided(ranks, result.result)
+    reading = _Reading(dataset)
+
+    def meet(done: int, total: int) -> None:
+        reading(done, total)
+        from_first(ranks, False)
+        waiting()
+
+    fingerprint, error = "", None
+    try:
+        fingerprint = dataset.take_fingerprint(meet)
+    except RuntimeError:  # in a meeting: another rank is gone
+        raise
+    except Exception as e:
+        error = e
+    from_first(ranks, True)
+
+    def answer() -> str:
+        if error is not None:
+            raise error
+        return fingerprint
+
+    return decided(ranks, answer)
+
+
+class _Reading:
+    """Called while a data set is read for its fingerprint; says on stderr that this takes long, and how far it is."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset, self._began = dataset, time.monotonic()
+        self._said: float | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        taken = now - self._began
+        if self._said is None:
+            likely = max(taken, total / _BYTES_PER_S + len(self._dataset) / _FILES_PER_S)
+            if likely > LONG_READ:
+                self._say(f"reading {len(self._dataset):,} images, {format_bytes(total)}, for their fingerprint", now)
+        elif now - self._said >= SAY_EVERY:
+            left = taken * (total - done) / max(done, 1)
+            self._say(f"read {format_bytes(done)} of {format_bytes(total)}  left {duration(left)}", now)
+
+    def _say(self, text: str, now: float) -> None:
+        self._said = now
+        print(text, file=sys.stderr, flush=True)
 
 
 def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan:
@@ -207,13 +248,12 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
     else:
         saved, notes = checkpoint.load(Path(resume)), []
     if saved:
-        state = saved.state
-        known = {"data": state["data_fingerprint"], "steps": state["steps"], "precision": state["precision"]}
-        return FolderState(str(saved.folder), state, notes, str(saved.folder), state["config"], known)
-    known = {}
-    if start := log.last_start():
-        known = {"data": start["data"]["fingerprint"], "steps": start["steps"], "precision": start["precision"]}
-    return FolderState(notes=notes, run=str(out), config=to_dict(log.config()), known=known)
+        return FolderState(str(saved.folder), str(saved.folder), saved.state, notes)
+    state: dict[str, Any] = {"config": to_dict(log.config())}
+    if start := log.last_start():  # none: it was killed before it wrote one
+        state["data_fingerprint"] = start["data"]["fingerprint"]
+        state |= {name: start[name] for name in ("steps", "precision")}
+    return FolderState(run=str(out), state=state, notes=notes)
 
 
 def _check_folder(out: Path) -> None:
@@ -246,20 +286,29 @@ def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state:
     return planned._replace(saved=saved, notes=tuple(notes))
 
 
-def _refuse_other_run(state: FolderState, planned: Plan) -> list[str]:
+def _refuse_other_run(folder: FolderState, planned: Plan) -> list[str]:
     """ValueError naming every field in which the run that is to go on is not the planned one; returns notes."""
-    if state.run is None:
+    if folder.run is None:
         return []
-    old = from_dict(state.config, Config(), f"{state.run}/state.json" if state.checkpoint else state.run)
-    changed = {k: v for k, v in differences(old, planned.config).items() if k not in FREE_ON_RESUME}
-    now = {"data": planned.fingerprint, "steps": planned.steps, "precision": planned.precision}
+    state = folder.state
+    earlier = from_dict(state["config"], Config(), f"{folder.run}/state.json" if folder.checkpoint else folder.run)
+    changed = {k: v for k, v in differences(earlier, planned.config).items() if k not in FREE_ON_RESUME}
+    for name in ("steps", "precision"):
+        value = getattr(planned, name)
+        if state.get(name, value) != value:
+            changed.setdefault(name, (state[name], value))
+    refused = [f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items()]
     notes = []
-    for name, value in (state.known or {}).items():
-        if name == "data" and value != now[name] and value == planned.dataset.earlier_fingerprint:
+    fingerprint = state.get("data_fingerprint", planned.fingerprint)
+    if fingerprint != planned.fingerprint:
+        if fingerprint == planned.dataset.earlier_fingerprint:
             notes.append(EARLIER_FINGERPRINT)
-        elif value != now[name]:
-            changed.setdefault(name, (value, now[name]))
-    if changed:
-        listed = "; ".join(f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items())
-        raise ValueError(f"resume: {state.run} belongs to another run: {listed}")
+        else:
+            place = planned.config.data.path or planned.dataset.name
+            refused.append(
+                f"data: expected the images that the run was started with; those in {place} are others (paths, sizes "
+                "or pixels changed): give --data with the earlier images, or a new --out"
+            )
+    if refused:
+        raise ValueError(f"resume: {folder.run} belongs to another run: {'; '.join(refused)}")
     return notes

@@ -293,7 +293,9 @@ def test_a_run_whose_fingerprint_did_not_cover_pixels_goes_on_and_says_so(earlie
     assert checkpoint.newest_good(earlier / "checkpoints")[0].state["data_fingerprint"] == dataset.fingerprint
     assert plan.plan(tiny, earlier, "auto").notes == ()
     started_with(earlier, "0" * 64)
-    with pytest.raises(ValueError, match=f"data: expected '{'0' * 64}', got '{dataset.fingerprint}'"):
+    with pytest.raises(
+        ValueError, match=f"{earlier}/.*: data: expected the images .* started with; those in {images} are others"
+    ):
         pretrain(tiny, earlier, resume="auto")
 
 
@@ -306,5 +308,27 @@ def test_pixels_that_were_replaced_in_place_are_noticed(tiny, change, images, tm
     data[-20] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(ValueError, match="belongs to another run: data: expected '[0-9a-f]{64}', got '[0-9a-f]{64}'"):
+    with pytest.raises(
+        ValueError, match=f"belongs to another run: data: expected .* in {copy} are others .*pixels.*new --out$"
+    ):
         pretrain(c, tmp_path / "out", resume="auto")
+
+
+def test_a_long_read_is_announced_and_says_how_far_it_is(images, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(plan.time, "monotonic", lambda: now[0])
+    large, slow = plan._Reading(open_dataset(images)), plan._Reading(open_dataset(images))
+    for seconds in (0.5, 4.0, 25.0, 6.0, 30.0):
+        now[0] += seconds
+        large(int(now[0] - 100) * 10**9, 100 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading 120 images, 100.0 GB, for their fingerprint",
+        "read 35.0 GB of 100.0 GB  left 1m06s",
+        "read 65.0 GB of 100.0 GB  left 35s",
+    ]
+    now[0] = 104.0
+    slow(10, 1000)
+    assert capsys.readouterr().err == ""
+    now[0] = 106.0
+    slow(20, 1000)
+    assert capsys.readouterr().err == "reading 120 images, 1 kB, for their fingerprint\n"
