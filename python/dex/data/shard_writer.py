@@ -29,7 +29,7 @@ class ShardWriter:
     """Write a shard set to the folder `root`; the set exists only once `close()` has renamed its manifest into place.
 
     name: of the set; modalities: all names it knows of, in order; those that stay without a sample are written down as
-    empty. samples_per_shard: a new shard is begun after so many.
+    empty. samples_per_shard: a shard that has this many is full.
 
     Until `close()` every file has the suffix ".partial"; an error inside the `with` block, or in `close()`, removes
     what was written. The same calls give the same bytes: nothing of the time, the user or the machine is stored.
@@ -137,7 +137,7 @@ class ShardWriter:
             raise ValueError(f"file: expected a plain name, or one in one folder, got {file!r}")
         (self.root / file).parent.mkdir(exist_ok=True)
         self._begun.append(file)
-        _write_synced(self._partial(file), data)
+        self._write_partial(file, data)
         self._documents.append({"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
 
     def close(self) -> None:
@@ -160,12 +160,10 @@ class ShardWriter:
                 "shards": self._shards,
                 "documents": sorted(self._documents, key=lambda entry: entry["file"]),
             }
-            _write_synced(self._partial(MANIFEST), manifest_bytes(body))
             for file in self._files():
                 os.replace(self._partial(file), self.root / file)
             atomic.sync_path(self.root)
-            os.replace(self._partial(MANIFEST), self.root / MANIFEST)
-            atomic.sync_path(self.root)
+            atomic.write(self.root / MANIFEST, manifest_bytes(body), sync=True, locked=True)
             self._closed = True
         except BaseException:
             self.discard()
@@ -198,6 +196,10 @@ class ShardWriter:
     def _partial(self, file: str) -> Path:
         return atomic.work_name(self.root / file)
 
+    def _write_partial(self, file: str, data: bytes) -> None:
+        self._partial(file).write_bytes(data)
+        atomic.sync_path(self._partial(file))
+
     def _member(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
         info.size = len(data)
@@ -218,7 +220,7 @@ class ShardWriter:
         self._tar = None
         digest, self._tar_digest = self._tar_digest.hexdigest(), hashlib.sha256()
         table = b"".join(self._lines)
-        _write_synced(self._partial(index), table)
+        self._write_partial(index, table)
         self._shards.append(
             {
                 "file": file,
@@ -235,10 +237,3 @@ class ShardWriter:
 
 def _json_line(record: dict) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -10,8 +10,6 @@ import gzip
 import hashlib
 import os
 import re
-import secrets
-import shutil
 import stat
 import struct
 import subprocess
@@ -125,30 +123,21 @@ def unpack(package: Package, patterns: Sequence[str], cache: Path) -> Path:
     if not patterns:
         raise ValueError("patterns: expected at least one")
     key = hashlib.sha256("\n".join([package.sha256, *patterns]).encode()).hexdigest()[:16]
-    parent = cache / f"{package.name}-{package.version}"
-    folder = parent / key
+    folder = cache / f"{package.name}-{package.version}" / key
     if folder.is_dir():
         return folder
     archive = fetch(package, cache)
-    parent.mkdir(parents=True, exist_ok=True)
-    fresh = parent / f".{key}-{secrets.token_hex(8)}"
-    fresh.mkdir()
     try:
-        try:
-            _extract(archive, patterns, fresh)
-        except BAD_ARCHIVE as error:
-            raise ValueError(f"the archive is damaged ({type(error).__name__})") from None
-        _sync(fresh)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same
-                raise
-        atomic.sync_path(parent)
+        with atomic.writing_folder(folder) as fresh:
+            try:
+                _extract(archive, patterns, fresh)
+            except BAD_ARCHIVE as error:
+                raise ValueError(f"the archive is damaged ({type(error).__name__})") from None
     except ValueError as error:
         raise ValueError(f"{package.file}: {error}") from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same
+            raise
     return folder
 
 
@@ -353,8 +342,6 @@ def _write(member: _Member, folder: Path) -> None:
             file.write(data)
         if written != member.size:
             raise ValueError(f"member {member.name[:100]!r}: expected {member.size} bytes, as declared")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _is_safe(name: str) -> bool:
@@ -365,8 +352,3 @@ def _is_safe(name: str) -> bool:
         and not any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
         and not any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
     )
-
-
-def _sync(folder: Path) -> None:
-    for path, *_ in os.walk(folder):
-        atomic.sync_path(path)

@@ -329,16 +329,16 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_whole(cache, monk
 
 def test_two_at_once_give_one_folder(cache, monkeypatch):
     thing = package(cache, "t.zip", zipped(*GOOD))
-    real = packages._sync
+    real = packages._extract
     inner = []
 
-    def meanwhile(folder):
-        real(folder)
+    def meanwhile(*arguments):
+        real(*arguments)
         if not inner:
             inner.append(None)
             inner[0] = unpack(thing, ["d/*"], cache)
 
-    monkeypatch.setattr(packages, "_sync", meanwhile)
+    monkeypatch.setattr(packages, "_extract", meanwhile)
     assert unpack(thing, ["d/*"], cache) == inner[0]
     assert [p.name for p in (cache / "thing-1.0").iterdir()] == [inner[0].name]
 
