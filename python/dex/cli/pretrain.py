@@ -51,7 +51,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
         print(_describe(plan(request.config, out, resume, overwrite=request.overwrite)))
         return lambda: exits.DONE
     command = ["dex", "pretrain", *arguments]
-    training = prepare(request.config, out, resume=resume, overwrite=request.overwrite, command=command)
+    try:
+        training = prepare(request.config, out, resume=resume, overwrite=request.overwrite, command=command)
+    except exits.Stopped:
+        return lambda: exits.PREEMPTED
 
     def carry_out() -> int:
         try:
@@ -77,7 +80,7 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         """Masked-autoencoder pretraining of a DEX vision transformer.
 
         The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 1 failed, 2 wrong usage or
-        input, 3 stopped by three non-finite steps in a row, 75 stopped by SIGTERM or SIGINT, saved and resumable, 130
+        input, 3 stopped by three non-finite steps in a row, 75 stopped by a signal, saved and resumable, 130
         interrupted at once.
         """
 
@@ -94,7 +97,7 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         resume: str | None = None
         """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Start anew in a folder that holds a run; its files are removed once the new run is ready to begin."""
+        """Start anew in a folder that holds a run; its files are removed after the new run's first step."""
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Check everything and print the configuration and what would run; write nothing."""
         fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)

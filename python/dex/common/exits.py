@@ -15,12 +15,19 @@ USAGE = 2
 NONFINITE = 3
 """Pretraining stopped after several non-finite steps in a row."""
 PREEMPTED = 75
-"""Stopped by a signal, saved; the same command, or ``--resume auto``, goes on."""
+"""Stopped by a signal with all that is done saved. The same command goes on; for ``dex pretrain`` only with
+``--resume auto``."""
 INTERRUPTED = 130
 """Interrupted at once by a second SIGINT."""
 
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers stop a run with."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What schedulers and people stop a run with."""
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop; the message is its name."""
 
 
 @contextlib.contextmanager
@@ -53,6 +60,25 @@ def collected() -> Iterator[list[int]]:
 
     with handled(note):
         yield received
+
+
+@contextlib.contextmanager
+def stopping(signals: tuple[int, ...] = SCHEDULER_SIGNALS) -> Iterator[None]:
+    """Raise `Stopped` when the first of ``signals`` comes in the block; later ones change nothing.
+
+    It is raised once more at the end of the block if code in the block has swallowed it.
+    """
+    received: list[str] = []
+
+    def stop(number: int) -> None:
+        received.append(signal.Signals(number).name)
+        if len(received) == 1:
+            raise Stopped(received[0])
+
+    with handled(stop, signals):
+        yield
+        if received:
+            raise Stopped(received[0])
 
 
 def ignore_stop_signals() -> None:

@@ -46,7 +46,11 @@ def pretrain(
     Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed, and
     when another process writes to the folder; CorruptDataError when too many images cannot be read, after saving.
     """
-    return prepare(config, out, resume=resume, overwrite=overwrite, command=command).run()
+    try:
+        run = prepare(config, out, resume=resume, overwrite=overwrite, command=command)
+    except exits.Stopped:
+        return exits.PREEMPTED
+    return run.run()
 
 
 def prepare(
@@ -57,22 +61,31 @@ def prepare(
     overwrite: bool = False,
     command: Sequence[str] = (),
 ) -> "PretrainRun":
-    """`pretrain` up to its first step, with the run folder open. Later failures are not caused by the arguments."""
+    """`pretrain` up to its first step, with the run folder open. Later failures are not caused by the arguments.
+
+    Raises also: `dex.common.exits.Stopped` after SIGTERM or SIGUSR1, with nothing made or removed.
+    """
     placement = place(config, announced())
     ranks = start(placement.ranks, placement.device, config.parallel.timeout)
     placement = placement._replace(ranks=ranks)
     watch = Watch(ranks, config.parallel.timeout)
+    log = None
     try:
-        log = RunLog(Path(from_first(ranks, str(out))), active=ranks.first)
-        try:
+        with exits.stopping():
+            log = RunLog(Path(from_first(ranks, str(out))), active=ranks.first)
             planned = _plan(placement, log, resume, overwrite, watch)
             return _open(planned, log, overwrite, command, watch)
-        except BaseException:
-            log.discard()
-            raise
     except BaseException as error:
-        watch.close(error)
-        stop(ranks)
+        # A scheduler may signal twice; the first one is on its way out already.
+        with exits.handled(lambda number: None, exits.SCHEDULER_SIGNALS):
+            if isinstance(error, exits.Stopped) and ranks.first:
+                print(f"dex pretrain: {error} before the first step: start the same command again", file=sys.stderr)
+            try:
+                if log is not None:
+                    log.discard()
+            finally:
+                watch.close(error)
+                stop(ranks)
         raise
 
 
@@ -100,27 +113,21 @@ def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], w
         return checkpoint.set_aside_after(log.checkpoints, trainer.step) if saved and planned.ranks.first else []
 
     notes = [*planned.notes, *(f"set aside {path.name}" for path in everywhere(planned.ranks, begin))]
-    return PretrainRun(trainer, log, notes, saved, watch)
+    return PretrainRun(trainer, log, notes, watch)
 
 
 class PretrainRun:
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        log: RunLog,
-        notes: list[str],
-        saved: checkpoint.Checkpoint | None,
-        watch: Watch,
-    ):
-        self.trainer, self.log, self.notes, self.saved, self.watch = trainer, log, notes, saved, watch
+    def __init__(self, trainer: Trainer, log: RunLog, notes: list[str], watch: Watch):
+        self.trainer, self.log, self.notes, self.watch = trainer, log, notes, watch
+        self.saved = trainer.plan.saved
         self.ranks = trainer.ranks
         self.signals: list[int] = []
         self.run_config = trainer.config.run
         self.saver = checkpoint.Saver(log.checkpoints, self.run_config.keep_checkpoints, self.ranks)
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
-        self._saved_step = saved.state["step"] if saved else None
+        self._saved_step = self.saved.state["step"] if self.saved else None
         self._unreadable = 0
         self._slow_rank: int | None = None
         self._slow_rows = 0

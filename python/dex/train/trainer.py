@@ -62,11 +62,11 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan):
-        """At step 0, wherever the plan goes on: `restore` takes it there."""
+        """At step 0, wherever the plan goes on: `restore` takes it there. The loader is there already."""
         config, ranks = plan.config, plan.ranks
         self.plan, self.config, self.ranks, self.device = plan, config, ranks, plan.device
         self.modalities, self.steps = plan.dataset.modalities, plan.steps
-        self.loader = self._new_loader(0)
+        self.loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
         self.step = 0
         """Steps done."""
         torch.manual_seed(step_seed(config.run.seed, _INIT))
@@ -268,8 +268,9 @@ class Trainer:
         """Continue from ``saved``, a checkpoint of this run; `dex.train.plan` refuses another run's."""
         checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
         self._graph = self._new_graph()  # moments lie elsewhere now
-        self.loader.close()
-        self.loader = self._new_loader(saved.state["data_position"])
+        if self.loader.position != saved.state["data_position"]:
+            self.loader.close()
+            self.loader = self._new_loader(saved.state["data_position"])
         self.step = saved.state["step"]
         self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
         self.loss_spikes.restore(saved.state)

@@ -213,6 +213,14 @@ def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, 
     assert saved == ([2] if isinstance(error, CorruptDataError) else [])
 
 
+def test_a_signal_while_the_model_is_built_ends_with_75(run, tiny, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
+    monkeypatch.setattr(trainer, "build_model", lambda config: signal.raise_signal(signal.SIGTERM))
+    code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run", "--resume", "auto")
+    assert (code, err) == (75, "dex pretrain: SIGTERM before the first step: start the same command again\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, before_step):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,6 +43,29 @@ def test_handlers_come_back_when_the_handler_raises():
     with pytest.raises(RuntimeError, match=f"signal {signal.SIGUSR1}"), exits.handled(stop, (signal.SIGUSR1,)):
         signal.raise_signal(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("number", exits.SCHEDULER_SIGNALS)
+def test_a_scheduler_stops_a_block_once(number):
+    before = [signal.getsignal(n) for n in exits.STOP_SIGNALS]
+    with pytest.raises(exits.Stopped, match=signal.Signals(number).name), exits.stopping():
+        try:
+            signal.raise_signal(number)
+        finally:
+            for again in exits.SCHEDULER_SIGNALS:
+                signal.raise_signal(again)  # on the way out
+    assert [signal.getsignal(n) for n in exits.STOP_SIGNALS] == before
+    with pytest.raises(KeyboardInterrupt), exits.stopping():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_swallowed_stop_is_raised_at_the_end():
+    reached = []
+    with pytest.raises(exits.Stopped), exits.stopping():
+        with contextlib.suppress(exits.Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        reached.append(True)
+    assert reached
 
 
 def test_a_worker_outlives_a_signal_to_the_group():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from dex import config
-from dex.data import open_dataset
+from dex.common import exits
+from dex.data import FolderDataset, open_dataset
 from dex.train import checkpoint, plan
 from dex.train.plan import EARLIER_FINGERPRINT, check_cuda_graph, resolve, resolve_device, resolve_precision
 from dex.train.run import pretrain
@@ -236,8 +238,53 @@ def test_a_failed_resume_removes_nothing(earlier, tiny, monkeypatch):
     assert changed <= {"config.yaml", "run.json", "events.jsonl"}  # a start leaves its mark
 
 
+def test_overwrite_that_fails_at_the_first_step_leaves_the_run_before(earlier, tiny, change, monkeypatch, capsys):
+    before = tree(earlier)
+    with monkeypatch.context() as patch:
+        fail_at_the_first_step(patch, then=lambda: (earlier / "thesis.txt").write_text("mine"))
+        with pytest.raises(MemoryError):
+            pretrain(change(tiny, run__seed=7, run__evaluate_every=6), earlier, overwrite=True)
+    assert tree(earlier) == before | {"thesis.txt": b"mine"}
+    assert not [p.name for p in earlier.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+    assert pretrain(change(tiny, run__stop_at=4), earlier, resume="auto") == 0
+    assert "resumed from step-" in capsys.readouterr().out
+
+
+def test_overwrite_that_is_killed_before_its_first_step_leaves_the_run_before(earlier, tiny, change, capsys):
+    """As by a kill: what was begun is neither discarded nor closed."""
+    before = tree(earlier)
+    new = RunLog(earlier)
+    new.open(change(tiny, run__seed=7), {"step": 0, "new": True}, overwrite=True)
+    new.close()
+    assert plan.plan(tiny, earlier, "auto").saved.state["step"] == 2  # whoever only looks sees it where it is
+    assert pretrain(change(tiny, run__stop_at=4), earlier, resume="auto") == 0
+    said = capsys.readouterr()
+    assert f"put back the run that an unfinished --overwrite had set aside in {earlier}" in said.err
+    assert "resumed from step-00000002" in said.out
+    after = tree(earlier)
+    assert before.keys() <= after.keys() and not (earlier / ".replaced").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": "auto"}, {"overwrite": True}], ids=str)
+@pytest.mark.parametrize("number", exits.SCHEDULER_SIGNALS)
+def test_a_signal_before_the_first_step_changes_nothing(number, options, earlier, tiny, tmp_path, monkeypatch, capsys):
+    out = earlier if options else tmp_path / "out"
+    before = tree(out)
+
+    def interrupted(self, meanwhile):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(FolderDataset, "take_fingerprint", interrupted)
+    assert pretrain(tiny, out, **options) == exits.PREEMPTED
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == f"dex pretrain: {name} before the first step: start the same command again\n"
+    assert tree(out) == before and out.exists() == bool(options)
+
+
 def test_overwrite_leaves_nothing_of_the_run_before(earlier, tiny, change):
     (earlier / "notes.txt").write_text("mine")
+    (earlier / "report.html").write_text("of the run before")
     assert pretrain(change(tiny, run__seed=7, schedule__steps=4), earlier, overwrite=True) == 0
     (start,) = json.loads((earlier / "run.json").read_text())["starts"]
     assert (start["step"], start["steps"], start["resumed_from"]) == (0, 4, None)
@@ -245,6 +292,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(earlier, tiny, change):
     assert [step for step, _ in checkpoint.found(earlier / "checkpoints")] == [4]
     assert [row["step"] for row in read_rows(earlier / "metrics.jsonl")] == [4]
     assert len(list((earlier / "tensorboard").iterdir())) == 1
+    assert not (earlier / "report.html").exists() and not (earlier / ".replaced").exists()
     assert (earlier / "notes.txt").read_text() == "mine"
     new = earlier.with_name("new")  # where there is nothing to replace
     assert pretrain(change(tiny, schedule__steps=1), new, overwrite=True) == 0

@@ -191,6 +191,24 @@ def test_two_halves_are_the_whole(trainer, tmp_path):
     assert whole.row() == second.row()
 
 
+def test_a_resume_builds_one_loader(trainer, tmp_path, monkeypatch):
+    first = trainer()
+    first.train_step()
+    saver = checkpoint.Saver(tmp_path, 1)
+    saver.save(1, first.tensors(), first.state())
+    saver.wait()
+    saved, starts, real = checkpoint.load(tmp_path / "step-00000001"), [], engine.Loader
+
+    def loader(*arguments, start_batch, **options):
+        starts.append(start_batch)
+        return real(*arguments, start_batch=start_batch, **options)
+
+    monkeypatch.setattr(engine, "Loader", loader)
+    second = Trainer(first.plan._replace(saved=saved))
+    second.restore(saved)
+    assert starts == [1] and second.loader.position == 1 == second.step
+
+
 def test_row_is_the_mean_of_its_steps(trainer):
     t = trainer()
     losses, wholes = [], []
