@@ -190,7 +190,7 @@ class DEXLayer(PublishedNames, nn.Module):
         Args:
             x: the block's normalised input, any strides.
             noise_std: exploration noise of the router in training, a float or 0-dim tensor; ignored in evaluation.
-                Inside `collect_aux` a 0.0 here gives way to the noise asked for there.
+                Inside `collect_aux`, 0.0 means the noise that was given to `collect_aux`.
             router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
             return_aux: without it neither the director nor a loss is computed.
         """

@@ -74,7 +74,7 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 
     For steps of several forwards, such as those that accumulate gradients over micro-batches; without it each of
     them makes its own copy. The copies of all layers live until the end of the block. Forwards in a CUDA graph or
-    compiled by torch.compile make their own as ever.
+    under torch.compile make their own copies.
     """
     shadows = [module.shadows for module in model.modules() if isinstance(getattr(module, "shadows", None), Shadows)]
     for s in shadows:

@@ -128,7 +128,7 @@ def contents(named: dict[str, Path], package: str) -> list[str]:
 
 
 def wrapped(words: Iterable[str], width: float, most: int) -> list[str]:
-    """Words with commas in at most so many lines of ``width`` pixels; an ellipsis where there are more."""
+    """Words with commas in at most ``most`` lines of ``width`` pixels; an ellipsis where there are more."""
     lines = [""]
     for word in words:
         longer = f"{lines[-1]}, {word}" if lines[-1] else word

@@ -66,7 +66,7 @@ SIZES = [2**k for k in range(10, 27, 2)]
 
 
 def test_points(ranks: int) -> list[dict]:
-    """What is predicted and then measured with so many ranks."""
+    """What is predicted and then measured with this number of ranks."""
     points = [
         {"strategy": strategy, "experts": experts, "batch": batch}
         for strategy in (("ddp", "fsdp") if ranks > 1 else ("ddp",))
@@ -162,7 +162,7 @@ def measured(everyone: list[dict]) -> dict:
 
 
 def unit_costs(results: dict, ranks: int):
-    """What the calibration says of so many busy ranks on this machine.
+    """What the calibration says of this number of busy ranks on this machine.
 
     Two batches of one network give the seconds of an image, and what is left of the smaller one when its images,
     its gradients and its update are taken off is the fixed part.
@@ -315,7 +315,7 @@ def counted(name: str, experts: int):
 
 
 def gpu_row(name: str, experts: int, count: int, batch: int, costs) -> dict:
-    """One network on so many GPUs, both strategies; what cannot be cut is None."""
+    """One network on ``count`` GPUs, both strategies; what cannot be cut is None."""
     from dataclasses import replace
 
     from dex.sizing.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step

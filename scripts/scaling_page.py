@@ -311,7 +311,8 @@ def _swing(costs: dict) -> str:
     for ranks, cost in costs.items():
         steps = Spread(*list(cost["steps"].values())[-1])
         ratios.append(f"{steps.high / steps.low:.1f} with {ranks}")
-    return "the upper quartile of the calibration's own\nequal steps is so many times the lower: " + ", ".join(ratios)
+    start = "the upper quartile of the calibration's own\nequal steps exceeds the lower one by a factor of "
+    return start + ", ".join(ratios) + " ranks"
 
 
 def _gpu_cost_lines(gpu: dict) -> list[str]:

@@ -59,7 +59,7 @@ LADDERS = {
     "stages": (2, 3, 4, 5, 6, 7),
 }
 FIXED = {name: ("rows",) for name, *_ in configurations.ALIGNED if name != "weight_grad_blocks"}
-"""What is not a matter of choice: a tile of the aligned path is so many blocks high."""
+"""What is not a matter of choice: the number of blocks in the height of a tile of the aligned path."""
 
 MEASURED_ON = {"many": ("ViT-B", "ViT-B, N 257"), "few": ("ViT-B, E 64", "ViT-B, B 8")}
 """Class of shapes -> those that it is measured on; a tile on the first that has a use for it."""

@@ -117,7 +117,7 @@ def nrrds(full: bool) -> Iterator[One]:
 
 
 def bzip2_of_zeros(count: int) -> bytes:
-    """So many MiB, as streams one after the other."""
+    """``count`` MiB, as streams one after the other."""
     return bz2.compress(bytes(4 * MIB)) * (count // 4)
 
 

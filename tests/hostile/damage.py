@@ -424,7 +424,7 @@ def _put(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def _near(data: bytes, mark: bytes, after: int, new: bytes, draw: random.Random) -> bytes:
-    """`new` so many bytes after one of the places where `mark` is."""
+    """`new`, `after` bytes behind one of the places where `mark` is."""
     found = [match.start() for match in re.finditer(re.escape(mark), data)]
     return _put(data, draw.choice(found) + after, new) if found else data
 

@@ -97,7 +97,7 @@ def knn(data: Labelled, k: int = 20, folds: int = 5, seed: int = 0) -> Interval:
 
 
 def few_shot(data: Labelled, shots: Sequence[int], draws: int, seeds: int, folds: int = 5) -> list[Point]:
-    """Linear probes of so many images per class, drawn from the training patients of one split per seed.
+    """Linear probes for each number of images per class, drawn from the training patients of one split per seed.
 
     A class with fewer images than shots there ends the curve: no point is made of fewer.
     """

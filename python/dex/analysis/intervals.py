@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 def bca(
     statistic: Statistic, patients: int, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The BCa interval of ``statistic`` over so many patients; with fewer than two, or where no resample differs, both
+    """The BCa interval of ``statistic`` over the patients; with fewer than two, or where no resample differs, both
     ends are the value.
 
     Resamples whose statistic is not finite (a class that none of its patients has) are left out.

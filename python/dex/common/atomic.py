@@ -1,7 +1,7 @@
 """Files that are either the old ones or the new ones, whatever stops the process that writes them.
 
-A file is written under its `work_name` in the same folder and renamed over the old one. With ``sync`` it is also on
-the disk when the call returns: the file before its name, the name by flushing the folder.
+A file is written in the same folder under a name that ends in ``.partial``, and renamed over the old one. With ``sync``
+it is also on the disk when the call returns: the file before its name, the name by flushing the folder.
 """
 
 from __future__ import annotations

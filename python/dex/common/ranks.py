@@ -179,7 +179,7 @@ def same_bits(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_cut(name: str, shape: Sequence[int], ranks: int) -> None:
-    """ValueError when fsdp cannot cut the stacked tensor ``name`` evenly over so many ranks."""
+    """ValueError when fsdp cannot cut the stacked tensor ``name`` evenly over the ranks."""
     if shape[1] % ranks:
         raise ValueError(
             f"parallel.strategy: fsdp cuts {name} {list(shape)} along dimension 1; expected it to be a multiple "

@@ -25,7 +25,7 @@ from .normalise import NEAR_DUPLICATE_BITS
 
 KEEP, EXACT, NEAR = 0, 1, 2
 HASH_BITS = 256
-ONES_PER_BIT = 10  # of the ones in a or b, one in so many may differ
+ONES_PER_BIT = 10  # one in this many of the ones in a or b may differ
 
 _BLOCK = 4096
 _PAIRS = 2**18  # compared at a time: what fits a cache

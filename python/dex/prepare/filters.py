@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DROPPED = ("foreground", "blank", "too small", "exact duplicate", "near duplicate")
 
 _BLOCK = 16  # pixels a side of the blocks whose means decide on "blank": noise is averaged out
-_WINDOW, _STRIDE = 24, 8  # text is looked for in strips of so many columns, one every so many
+_WINDOW, _STRIDE = 24, 8  # text is looked for in strips: their width, and the step between them, in columns
 _LINE = (4, 12)  # rows of a line of text
 _GROUNDS = ((0.06, 0.2), (0.18, 0.6))
 """Of full scale: the contrast that a row may have and still be background, and what letters differ from it by at least.

@@ -30,7 +30,7 @@ import numpy as np
 LABEL_MAP, PROBABILITY_MAP = "label map", "probability map"
 """Why a stack is left out."""
 FRAMES = 16
-"""So many frames with more than one value in them are enough to tell."""
+"""The number of frames with more than one value that is enough to tell."""
 PIXELS = 2**20
 """Of one frame: a larger one is judged by bands of its rows."""
 _BANDS = 8

@@ -51,8 +51,8 @@ class Report:
         self.begun = 0
 
     def begin(self, unit: int, silence: float, total: float) -> None:
-        """Unit number `unit` of the job comes next; a silence of more than so many seconds, or more of them in all,
-        means that it hangs."""
+        """Unit number `unit` of the job comes next. It hangs if nothing is heard of it for `silence` seconds, or if it
+        takes more than `total`."""
         self.begun += 1
         self._done = 0
         self._say("begin", unit, silence, total)

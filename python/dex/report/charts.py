@@ -238,7 +238,7 @@ def _points_drawn(width: int) -> int:
 
 
 def is_dense(points: int) -> bool:
-    """Whether so many points are too many for a narrow chart, which then shows their means and range."""
+    """Whether a narrow chart has no room for this number of points; it then shows their means and range."""
     return points > 2 * _points_drawn(360)
 
 

@@ -305,7 +305,7 @@ def split(config: Config, ranks: int, most: int) -> Config:
 
 
 def describe(work: Workload, ranks: int) -> list[str]:
-    """Lines for people: what each of so many ranks of one machine holds, copies to the host at a save, and sends."""
+    """Lines for people: what each of the ranks of one machine holds, copies to the host at a save, and sends."""
     try:
         at_once = resolve_micro_batch(work.config, ranks)
     except ValueError as error:
@@ -331,7 +331,7 @@ def describe(work: Workload, ranks: int) -> list[str]:
 
 
 def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
-    """How many; and all that must hold for so many ranks."""
+    """The number of micro-batches of a step. ValueError where the network cannot run on this number of ranks."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
     if strategy not in get_args(Strategy):
@@ -343,7 +343,7 @@ def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
 
 
 def _buckets(work: Workload) -> int:
-    """About so many buckets of gradients: a tensor is never cut, so a large one is a bucket of its own."""
+    """The approximate number of gradient buckets: a tensor is never cut, so a large one is a bucket of its own."""
     filled, count, limit = 0, 0, FIRST_BUCKET
     # As ddp fills them: from the last tensor to the first, closed by the one that passes the limit.
     order = [t for group in (work.groups[-1], *work.groups[:-1]) for t in group if t.trained]

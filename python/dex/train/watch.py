@@ -25,7 +25,7 @@ DEAD_AFTER = 15.0
 _GRACE = 5.0
 """Seconds after another rank's failure in which this one may still find out by itself what failed."""
 _AT_FULL_RATE = 256
-"""Above so many ranks they speak less often: each hears of all, so what the store sends grows with their square."""
+"""Above this number of ranks each reports less often: every rank reads all reports, so the store sends their square."""
 
 
 class Watch:

@@ -15,7 +15,7 @@ def loaded(trained):
 
 
 def of_counts(counts):
-    """Items of so many images each, in one part."""
+    """Items with these numbers of images, in one part."""
     generator = torch.Generator().manual_seed(0)
     items = []
     for i, n in enumerate(counts):

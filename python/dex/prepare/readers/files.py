@@ -50,7 +50,7 @@ class Limits:
             raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}")
 
     def check_all(self, total: int, packed: int) -> None:
-        """Refused where so many bytes of frames come from so few packed ones that they cannot be images."""
+        """Refused where `total` bytes of frames come from too few packed ones to be images."""
         if total > self.memory and total > RATIO * packed:
             raise Refused("too large", f"{total} bytes in all from {packed} packed ones")
 

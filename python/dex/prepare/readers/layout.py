@@ -12,7 +12,7 @@ from .files import BoundedFile
 from .stack import Refused
 
 HEADER_BYTES = 2**16
-MAX_AXES = 10  # MetaIO has room for so many
+MAX_AXES = 10  # the limit of MetaIO
 _LINE = re.compile(rb"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*([^\r\n]*)\r?")
 _NAME = re.compile(rb"(?:\./)?([^/\\%:\x00-\x1f\x7f]{1,255})")
 _ENCODINGS = {b"raw": "", b"gz": "gzip", b"gzip": "gzip", b"bz2": "bzip2", b"bzip2": "bzip2"}

@@ -37,7 +37,7 @@ class Reader:
     together have in common, by their headers; () where that cannot be read.
     choices: what else `read` takes, by keyword. "decide", a `Decide` or None: the files' headers say what they are.
     "volumes", one of `VOLUMES` or a number: a file may hold several.
-    frame_stride: of stacks that are no volume the corpus takes one frame in so many.
+    frame_stride: N where the corpus takes every N-th frame of stacks that are no volume.
     passed_over: names of files, in upper case, that are no images -> what they are.
     """
 

@@ -130,7 +130,7 @@ class Stack:
     load(wanted): (number, stored frame) for each frame number that `wanted` takes, in ascending order.
     whole: [F, H, W, ...] where the reader holds all frames anyway.
     slope, intercept: numbers, or float64 [F]; value = slope * stored + intercept.
-    holds(bytes): whether so many bytes may be kept in memory beside one frame's work.
+    holds(bytes): whether that number of bytes may be kept in memory beside one frame's work.
     inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
     described: the file does not say what its numbers are, so the source's description does.
     windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
