@@ -136,9 +136,9 @@ def few_shot_curve(points: Sequence[Point], all_images: float, classes: int) -> 
     return figure
 
 
-def save(picture: np.ndarray, path: Path) -> None:
-    """Write `pixels` as a PNG, so that a reader never sees half of one."""
-    with atomic.writing(path) as file:
+def save(picture: np.ndarray, path: Path, *, locked: bool = False) -> None:
+    """Write `pixels` as a PNG, so that a reader never sees half of one; ``locked`` as of `atomic.writing`."""
+    with atomic.writing(path, locked=locked) as file:
         Image.fromarray(picture).save(file, "PNG")
 
 

@@ -79,11 +79,16 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(step, staged, state), name="checkpoint")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """A save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the last save is complete; raises OSError or `dex.common.ranks.Failed` when it is not."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error

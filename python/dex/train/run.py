@@ -42,7 +42,7 @@ def pretrain(
 
     out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
     good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
-    overwrite: start a run in a folder that holds one, whose files are removed once the new run is ready to begin.
+    overwrite: start a run in a folder that holds one, whose files are removed after the new run's first step.
     Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed, and
     when another process writes to the folder; CorruptDataError when too many images cannot be read, after saving.
     """
@@ -136,7 +136,10 @@ class PretrainRun:
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
     def run(self) -> int:
-        """Take the steps, once; the exit code. Closes the folder, or removes it when it fails before the first step."""
+        """Take the steps, once; the exit code. Closes the folder.
+
+        A new run that fails before its first step leaves the folder as it was.
+        """
         with exits.collected() as self.signals:
             try:
                 with self.progress.shown():
@@ -158,7 +161,8 @@ class PretrainRun:
                 raise
             finally:
                 self.watch.close()
-                self.log.close()
+                # After an error on several ranks a save may still be on its way: nobody else may write there meanwhile.
+                self.log.close(release=not self.saver.busy)
                 self.trainer.close()
                 stop(self.ranks)
 
@@ -185,6 +189,8 @@ class PretrainRun:
                 self._save_unreadable()
                 raise
             done = trainer.step
+            if done == 1:
+                self.log.settle()
             # Alone, a signal counts at once; read once, since one may come at any moment below. Among several ranks
             # all stop after the step in which one of them said so.
             stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))

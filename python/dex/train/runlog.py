@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from dex.train.lock import LOCK, FolderLock
 CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 FILES, FOLDERS = (CONFIG, STARTS, METRICS, EVENTS), ("checkpoints", "pictures", "tensorboard")
 """Everything that a run writes into its folder, but for the lock."""
+REPORT = "report.html"
+"""What `dex report` writes there."""
 LOCK_WAIT = 30.0
 """Seconds that a resume waits for the process that still writes to the folder."""
 
@@ -58,26 +60,87 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class RunLog:
-    """Writes one run folder, of which it looks at nothing and changes nothing until it holds it.
+class ReplacedRun:
+    """The run that a new one replaces. It stays in the run folder until the new one has taken its first step.
 
-    `hold`, then look (`holds_run`, `is_empty`), then `open`; `close` in the end, or `discard`, which takes back what
-    this process made. Looking alone, without `hold`, is for those who write nothing.
+    ``.replaced.partial/`` while its files move, ``.replaced/`` once all of them are there, ``.removing/`` while they
+    are removed. So a process that was killed leaves either the old run, whole, or the new one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._kept, self._removing = folder / ".replaced", folder / ".removing"
+        self._moving = atomic.work_name(self._kept)
+
+    @property
+    def there(self) -> bool:
+        """The new run has not taken its first step, or will never take it."""
+        return self._kept.exists() or self._moving.exists()
+
+    def path(self, name: str) -> Path:
+        """Where the file or folder ``name`` of the old run is."""
+        if self._kept.exists():
+            return self._kept / name
+        return self._moving / name if (self._moving / name).exists() else self.folder / name
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Move what is there of ``names``. ValueError names a link among them: its target would be left behind."""
+        present = [name for name in names if os.path.lexists(self.folder / name)]
+        for name in present:
+            if (self.folder / name).is_symlink():
+                raise ValueError(f"overwrite: expected a run of files and folders; {self.folder / name} is a link")
+        self._moving.mkdir()
+        for name in present:
+            (self.folder / name).rename(self._moving / name)
+        self._moving.rename(self._kept)
+
+    def put_back(self, names: Iterable[str]) -> bool:
+        """Undo `set_aside`, also when either was cut short; first remove what is there of ``names``, the new run's.
+
+        Returns whether there was a run to put back.
+        """
+        shutil.rmtree(self._removing, ignore_errors=True)
+        if self._kept.exists():
+            for name in names:
+                _remove(self.folder / name)
+            self._kept.rename(self._moving)
+        if not self._moving.exists():
+            return False
+        for path in self._moving.iterdir():
+            path.rename(self.folder / path.name)
+        self._moving.rmdir()
+        return True
+
+    def remove(self) -> None:
+        """For good."""
+        if self._kept.exists():
+            self._kept.rename(self._removing)
+        shutil.rmtree(self._removing, ignore_errors=True)
+
+
+class RunLog:
+    """Writes one run folder. It changes nothing there before it holds it.
+
+    Call `hold`, then look (`holds_run`, `is_empty`), then `open`, and `settle` after the first step; `close` in the
+    end, or `discard`, which takes back what this process made. Readers that write nothing need no `hold`.
 
     active: False on all ranks but one, where nothing is written.
     """
 
     def __init__(self, folder: Path, active: bool = True):
         self.folder, self.active = folder, active
-        self._lock = FolderLock(folder)
+        self._lock = FolderLock(folder, _say)
+        self._replaced = ReplacedRun(folder)
         self._owned = False
         """The folder was empty when this process took hold of it, or it has replaced the run there."""
+        self._start_file: tuple[int, int] | None = None
+        """Inode and time of the ``run.json`` that this process wrote."""
         self._files: dict[str, Any] = {}
         self._board: Any = None
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self._path("checkpoints")
 
     @property
     def pictures(self) -> Path:
@@ -86,15 +149,28 @@ class RunLog:
     def hold(self, wait: bool = False) -> None:
         """Make the folder and keep other processes' runs out of it until `close`, or until this process ends.
 
+        A run that an unfinished start has set aside is put back.
+
         wait: for a process that may be about to end, `LOCK_WAIT` seconds. Raises: ValueError when another process holds
         the folder; nothing in it is touched then.
         """
-        if self.active and not self._lock.held:
-            self._lock.take(LOCK_WAIT if wait else 0.0)
-            self._owned = self.is_empty()
+        if not self.active or self._lock.held:
+            return
+        self._lock.take(LOCK_WAIT if wait else 0.0)
+        if self._lock.real:
+            if self._replaced.put_back(self._new_names()):
+                _say(f"put back the run that an unfinished --overwrite had set aside in {self.folder}")
+        else:
+            _say(f"{self.folder} is on a file system without locks: nothing keeps a second process out")
+            if self._replaced.there:
+                raise ValueError(
+                    f"out: expected no run that --overwrite has set aside; {self.folder / '.replaced'} holds one, and "
+                    "without locks a process may still be about to replace it: move its files back when none is"
+                )
+        self._owned = self.is_empty() and (self._lock.real or self._lock.made_file)
 
     def holds_run(self) -> bool:
-        return (self.folder / CONFIG).exists()
+        return self._path(CONFIG).exists()
 
     def is_empty(self) -> bool:
         """Nothing is there but what a start that was killed at once leaves."""
@@ -104,22 +180,26 @@ class RunLog:
 
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
-        return read_yaml(self.folder / CONFIG, Config())
+        return read_yaml(self._path(CONFIG), Config())
 
     def last_start(self) -> dict[str, Any] | None:
         """The newest entry of ``run.json``; None when the run was killed before it wrote one."""
         starts = self._starts()
         return starts[-1] if starts else None
 
+    def _path(self, name: str) -> Path:
+        """Where ``name`` of the run is that the next start would find in the folder."""
+        return self.folder / name if self._lock.held or not self.active else self._replaced.path(name)
+
     def _starts(self) -> list[dict[str, Any]]:
-        path = self.folder / STARTS
+        path = self._path(STARTS)
         return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
 
     def open(self, config: Config, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Begin or continue the run; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
 
-        Rows and events after that step are removed: the run will write them again. overwrite: remove the run that is
-        in the folder first.
+        Rows and events after that step are removed: the run will write them again. overwrite: first set aside the run
+        that is in the folder, until `settle`; ValueError when a link is part of it.
         """
         if not self.active:
             return
@@ -127,20 +207,29 @@ class RunLog:
 
         step = start["step"]
         self.hold()
-        if overwrite:
+        if overwrite and self.holds_run():
+            reports = [REPORT, *(path.name for path in self.folder.glob(f"{REPORT}.*{atomic.PARTIAL}"))]
+            self._replaced.set_aside([*self._new_names(), *reports])
             self._owned = True
-            self._remove(*FOLDERS, STARTS, METRICS, EVENTS)  # not config.yaml: without it the rest would be no run's
         # First, since it makes the folder a run's, whatever comes next.
         atomic.write(self.folder / CONFIG, to_yaml(config), locked=True)
         self.pictures.mkdir(exist_ok=True)
+        for path in (*self._partial(), *self.pictures.glob(f"*{atomic.PARTIAL}"), *self.pictures.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
         starts = {"starts": [*self._starts(), dict(start)]}
         atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n", locked=True)
+        self._start_file = self._newest_start_file()
         for name in (METRICS, EVENTS):
             path = self.folder / name
             kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
             atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def settle(self) -> None:
+        """The run has taken its first step: the run that it replaced is removed for good."""
+        if self.active:
+            self._replaced.remove()
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Append to ``metrics.jsonl`` and draw every number in tensorboard."""
@@ -169,22 +258,32 @@ class RunLog:
         from dex.analysis import plots
 
         drawn = plots.pixels(figure)
-        plots.save(drawn, self.pictures / name)
+        plots.save(drawn, self.pictures / name, locked=True)
         self._board.add_image(tag, drawn, step, dataformats="HWC")
 
     def rows(self) -> list[dict[str, Any]]:
         return read_rows(self.folder / METRICS)
 
-    def close(self) -> None:
+    def close(self, release: bool = True) -> None:
+        """End writing. release: let other processes have the folder; otherwise this one keeps it until it ends."""
         self._close_files()
-        self._lock.release()
+        if release:
+            self._lock.release()
 
     def discard(self) -> None:
-        """`close`, and remove what this process made: a run that it began, folders. A run that it continued stays."""
+        """`close`, and remove what this process made: a run that it began, folders. A run that it continued stays, and
+        one that it replaced is put back.
+
+        Without locks another process may have begun a run meanwhile: then nothing is removed.
+        """
         self._close_files()
-        if self._owned and self._lock.held:
-            self._remove(*FOLDERS, *FILES, *(path.name for path in self._partial()))
-        self._lock.release(undo=True)
+        ours = self._lock.real or (self._start_file is not None and self._start_file == self._newest_start_file())
+        if self._lock.held and ours:
+            if self._owned:
+                for name in self._new_names():
+                    _remove(self.folder / name)
+            self._replaced.put_back(self._new_names())
+        self._lock.release(undo=ours or not self._lock.held)
 
     def _close_files(self) -> None:
         for file in self._files.values():
@@ -194,17 +293,24 @@ class RunLog:
             self._board.close()
             self._board = None
 
-    def _remove(self, *names: str) -> None:
-        for name in names:
-            path = self.folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    def _new_names(self) -> list[str]:
+        """Everything that a run may have written into its folder."""
+        return [*FOLDERS, *FILES, *(path.name for path in self._partial())]
 
     def _partial(self) -> list[Path]:
-        """Where a process that was killed may have left what it had not finished writing."""
-        return [atomic.work_name(self.folder / name) for name in FILES]
+        """Where a process that was killed may have left what it had not finished writing.
+
+        ``.NAME.tmp`` is what an earlier version called it.
+        """
+        paths = [self.folder / name for name in FILES]
+        return [work for path in paths for work in (atomic.work_name(path), path.with_name(f".{path.name}.tmp"))]
+
+    def _newest_start_file(self) -> tuple[int, int] | None:
+        """Which ``run.json`` is in the folder: every start writes a new one."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = (self.folder / STARTS).stat()
+            return stat.st_ino, stat.st_mtime_ns
+        return None
 
     def _write_line(self, name: str, row: Mapping[str, Any]) -> None:
         if not self.active:
@@ -272,6 +378,17 @@ class Progress:
             self._console.print(text, markup=False, highlight=False)
         elif self._active:
             print(text, flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"dex pretrain: {line}", file=sys.stderr)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def now() -> str:

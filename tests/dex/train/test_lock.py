@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from dex.train import lock
 from dex.train.lock import LOCK, FolderLock
 
 OTHER = """
@@ -111,9 +112,9 @@ def test_a_folder_that_is_held_is_refused_and_left_alone(other, tmp_path):
     late.release()
 
 
-def test_whoever_ends_is_waited_for(other, tmp_path, capsys):
-    first = other(tmp_path)
-    held = FolderLock(tmp_path)
+def test_whoever_ends_is_waited_for(other, tmp_path):
+    first, said = other(tmp_path), []
+    held = FolderLock(tmp_path, said.append)
     held.take()
     first.begin("take")
     time.sleep(0.5)
@@ -121,10 +122,7 @@ def test_whoever_ends_is_waited_for(other, tmp_path, capsys):
     first.end()
     with pytest.raises(ValueError, match="no other run uses"):
         held.take(wait=0.5)
-    assert capsys.readouterr().err == (
-        f"dex pretrain: process {first.process.pid} on {os.uname().nodename} writes to {tmp_path}; "
-        "waiting for it to end\n"
-    )
+    assert said == [f"process {first.process.pid} on {os.uname().nodename} writes to {tmp_path}; waiting for it to end"]
 
 
 def test_a_lock_on_a_file_that_was_removed_is_none(other, tmp_path, monkeypatch):
@@ -178,8 +176,56 @@ def test_a_file_system_without_locks_keeps_nobody_out(number, tmp_path, monkeypa
     first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.take()
     second.take()
-    assert first.held and second.held
+    assert first.held and second.held and not first.real and not second.real
+    assert first.made_file and not second.made_file
     first.release(), second.release()
+
+
+def test_a_second_lock_in_this_process_is_refused_and_leaves_the_first(other, tmp_path):
+    """Closing any descriptor of a file drops all locks that the process has on it."""
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.take()
+    assert first.real
+    with pytest.raises(ValueError, match=f"no other run uses; this process, process {os.getpid()} on "):
+        second.take(wait=20.0)
+    second.release(undo=True)
+    third = other(tmp_path)
+    third.begin("take")
+    time.sleep(0.5)
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    first.release()
+    third.end()
+    third.do("release")
+    second.take()
+    second.release()
+
+
+@pytest.mark.parametrize("target", ["absent", "thesis.txt", "folder"])
+def test_a_lock_file_that_is_a_link_is_refused(target, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOCK).symlink_to(tmp_path / target)
+    held = FolderLock(run)
+    with pytest.raises(ValueError, match=f"out: expected a file to lock; {run / LOCK} is a link"):
+        held.take(wait=20.0)
+    held.release(undo=True)
+    assert (run / LOCK).is_symlink() and (tmp_path / "thesis.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "run", "thesis.txt"]
+
+
+def test_a_lock_file_that_is_a_folder_is_refused(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(ValueError, match=f"out: expected a file to lock; {tmp_path / LOCK} is a folder"):
+        FolderLock(tmp_path).take()
+
+
+def test_a_lock_file_that_never_stays_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_RACE", 0.3)
+    monkeypatch.setattr(FolderLock, "_in_place", lambda *_: False)
+    with pytest.raises(ValueError, match=f"out: expected a folder that stays; others keep removing {tmp_path / LOCK}"):
+        FolderLock(tmp_path).take()
 
 
 def test_a_link_to_nothing_is_refused(tmp_path):

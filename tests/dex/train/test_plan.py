@@ -244,7 +244,8 @@ def test_overwrite_that_fails_at_the_first_step_leaves_the_run_before(earlier, t
         fail_at_the_first_step(patch, then=lambda: (earlier / "thesis.txt").write_text("mine"))
         with pytest.raises(MemoryError):
             pretrain(change(tiny, run__seed=7, run__evaluate_every=6), earlier, overwrite=True)
-    assert tree(earlier) == before | {"thesis.txt": b"mine"}
+    (earlier / "thesis.txt").unlink()
+    assert tree(earlier) == before
     assert not [p.name for p in earlier.iterdir() if p.name.startswith(".") and p.name != ".lock"]
     assert pretrain(change(tiny, run__stop_at=4), earlier, resume="auto") == 0
     assert "resumed from step-" in capsys.readouterr().out

@@ -1,11 +1,15 @@
+import errno
+import fcntl
 import os
 import pty
 import select
 import subprocess
 import sys
 
+import pytest
+
 from dex import config
-from dex.train.runlog import Progress, RunLog, read_rows
+from dex.train.runlog import FOLDERS, Progress, ReplacedRun, RunLog, read_rows
 
 ROW = {
     "step": 4,
@@ -141,3 +145,202 @@ def test_discard_leaves_a_run_that_was_there(tmp_path):
     third.discard()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     assert second.last_start() == {"step": 0} and second.config() == config.Config()
+
+
+def test_what_an_earlier_version_left_unfinished_is_no_run_and_goes(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.yaml.tmp").write_text("cut sh")
+    log = RunLog(tmp_path)
+    assert log.is_empty() and not log.holds_run()
+    (tmp_path / "pictures").mkdir()
+    for name in ("losses.png.12-ab.partial", "losses.png.partial", ".losses.png.tmp", "losses.png"):
+        (tmp_path / "pictures" / name).touch()
+    log.open(config.Config(), {"step": 0})
+    log.close()
+    assert [p.name for p in log.pictures.iterdir()] == ["losses.png"]
+    assert not (tmp_path / ".config.yaml.tmp").exists()
+
+
+# Without locks.
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+
+
+def test_without_locks_a_failed_start_leaves_the_run_that_another_began(no_locks, tmp_path, capsys):
+    first, second = RunLog(tmp_path / "run"), RunLog(tmp_path / "run")
+    second.hold()
+    first.hold()
+    assert capsys.readouterr().err == 2 * (
+        f"dex pretrain: {tmp_path / 'run'} is on a file system without locks: nothing keeps a second process out\n"
+    )
+    first.open(config.Config(), {"step": 0})
+    first.row({"step": 1, "loss": 1.0})
+    second.discard()
+    assert (tmp_path / "run" / ".lock").exists()
+    second = RunLog(tmp_path / "run")
+    second.open(config.Config(), {"step": 0})  # as one does that looked when the folder was empty
+    first.discard()  # the folder is no longer its own
+    assert second.last_start() == {"step": 0} and (tmp_path / "run" / "metrics.jsonl").exists()
+    second.discard()  # and this one did not find it empty
+    assert second.last_start() == {"step": 0}
+
+
+def test_without_locks_a_failed_start_takes_back_its_own_run(no_locks, tmp_path):
+    log = RunLog(tmp_path / "run")
+    log.open(config.Config(), {"step": 0})
+    log.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_run_that_is_set_aside_is_left_alone(no_locks, earlier_run):
+    new = RunLog(earlier_run)
+    new.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
+    late = RunLog(earlier_run)
+    with pytest.raises(ValueError, match="out: expected no run that --overwrite has set aside; .*/.replaced holds one"):
+        late.hold()
+    late.discard()
+    assert new.last_start() == {"step": 0, "new": True}
+    new.discard()
+    assert new.last_start() == {"step": 0, "old": True}
+
+
+# A run that another replaces.
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture
+def earlier_run(tmp_path):
+    """A run folder with something of everything, and a file of somebody else's."""
+    folder = tmp_path / "earlier"
+    log = RunLog(folder)
+    log.open(config.Config(), {"step": 0, "old": True})
+    log.row({"step": 1, "loss": 1.0})
+    log.event(1, "something")
+    log.close()
+    (log.checkpoints / "step-00000001").mkdir(parents=True)
+    (log.checkpoints / "step-00000001" / "state.json").write_text("old")
+    for name in ("pictures/losses.png", "report.html", "notes.txt"):
+        (folder / name).write_text("old")
+    return folder
+
+
+def replace(folder):
+    new = RunLog(folder)
+    new.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
+    new.row({"step": 0, "loss": 2.0})
+    new.checkpoints.mkdir()
+    (new.pictures / "new.png").touch()
+    return new
+
+
+def test_a_run_is_replaced_after_the_first_step(earlier_run):
+    new = replace(earlier_run)
+    new.settle()
+    new.close()
+    assert new.last_start() == {"step": 0, "new": True} and (earlier_run / "notes.txt").read_text() == "old"
+    names = {".lock", "config.yaml", "run.json", "metrics.jsonl", "events.jsonl", "notes.txt", *FOLDERS}
+    assert {p.name for p in earlier_run.iterdir()} == names
+    assert list(new.checkpoints.iterdir()) == [] and [p.name for p in new.pictures.iterdir()] == ["new.png"]
+
+
+def test_discard_puts_back_the_run_that_was_replaced(earlier_run):
+    before = tree(earlier_run)
+    replace(earlier_run).discard()
+    assert tree(earlier_run) == before
+    assert {p.name for p in earlier_run.iterdir() if p.name.startswith(".")} == {".lock"}
+
+
+def test_a_killed_start_leaves_a_whole_run_at_whatever_moment(earlier_run, monkeypatch, capsys):
+    """Every call that changes the folder is the last one once, while replacing a run and while putting it back."""
+    before, real = tree(earlier_run), {name: getattr(os, name) for name in ("rename", "unlink", "mkdir", "rmdir")}
+    calls, last = 0, 0
+
+    def counted(name):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if last and calls > last:
+                raise KeyboardInterrupt
+            return real[name](*arguments, **options)
+
+        return call
+
+    def stopped(action, at):
+        nonlocal calls, last
+        calls, last = 0, at
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, counted(name))
+            try:
+                action()
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    def begin():
+        log = RunLog(earlier_run)
+        try:
+            log.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
+        finally:
+            log.close()
+
+    def look():
+        log = RunLog(earlier_run)
+        try:
+            log.hold()
+        finally:
+            log.close()
+
+    at = 1
+    while stopped(begin, at):
+        assert RunLog(earlier_run).holds_run() and RunLog(earlier_run).last_start() == {"step": 0, "old": True}
+        assert (RunLog(earlier_run).checkpoints / "step-00000001").exists()
+        look()
+        assert tree(earlier_run) == before, at
+        at += 1
+    assert at > 8
+    back = 1
+    while stopped(look, back):
+        assert RunLog(earlier_run).last_start() == {"step": 0, "old": True}
+        look()
+        assert tree(earlier_run) == before, back
+        begin()
+        back += 1
+    assert back > 8 and tree(earlier_run) == before
+    assert f"dex pretrain: put back the run that an unfinished --overwrite had set aside in {earlier_run}\n" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_removal_that_is_cut_short_leaves_the_new_run(earlier_run, monkeypatch):
+    new = replace(earlier_run)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        new.settle()
+    new.close()
+    assert (earlier_run / ".removing").exists() and new.last_start() == {"step": 0, "new": True}
+    again = RunLog(earlier_run)
+    again.hold()
+    again.close()
+    assert not (earlier_run / ".removing").exists() and again.last_start() == {"step": 0, "new": True}
+
+
+def test_a_link_in_a_run_is_not_replaced(earlier_run, tmp_path):
+    (earlier_run / "checkpoints").rename(tmp_path / "elsewhere")
+    (earlier_run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    before = tree(earlier_run)
+    new = RunLog(earlier_run)
+    with pytest.raises(ValueError, match=f"overwrite: expected a run of .* {earlier_run / 'checkpoints'} is a link"):
+        new.open(config.Config(), {"step": 0}, overwrite=True)
+    new.discard()
+    assert tree(earlier_run) == before and (earlier_run / "checkpoints").is_symlink()
+    assert not ReplacedRun(earlier_run).there
