@@ -117,8 +117,8 @@ CASES = {
         Trainer, "_to_device", lambda self, t: t.to(self.device, non_blocking=True)
     ),
     "batch is waited for": lambda: instead(Trainer, "_to_device", lambda self, t: t.pin_memory().to(self.device)),
-    "step reads the loss": lambda: after(Trainer, "_compute", lambda out, *_: float(out[0].losses[0])),
-    "step copies the loss": lambda: after(Trainer, "_compute", lambda out, *_: out[0].losses.cpu()),
+    "step reads the loss": lambda: after(Trainer, "_compute", lambda out, *_: float(out[0].losses.loss)),
+    "step copies the loss": lambda: after(Trainer, "_compute", lambda out, *_: out[0].losses.loss.cpu()),
     "verdict decides on the host": lambda: after(Agreement, "reach", lambda out, *_: bool(out.good)),
     "verdict is sent and waited for": lambda: after(engine, "send", lambda out, *_: out.ready.synchronize()),
     "verdict is sent to pageable memory": lambda: after(

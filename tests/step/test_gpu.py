@@ -56,7 +56,7 @@ def test_a_wait_is_found(monkeypatch):
 
     def reading(self, *arguments):
         out = real(self, *arguments)
-        out[0].losses[0].item()
+        out[0].losses.loss.item()
         return out
 
     monkeypatch.setattr(type(t), "_compute", reading)

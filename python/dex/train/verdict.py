@@ -34,8 +34,8 @@ class Verdict(NamedTuple):
     """0-dim: how many ranks were asked to stop."""
     unreadable: Tensor
     """0-dim: how many ranks cannot read their images."""
-    losses: Tensor
-    """float64 ``[5]``, in the order of `Losses`."""
+    losses: Losses
+    """float64."""
     modality_loss: Tensor
     """float64 ``[M]``."""
     modality_images: Tensor
@@ -97,7 +97,8 @@ class Agreement:
         kinds, numbers = (modalities,), (sum(experts),)
         self.fields = Fields(
             {"bad": (), "stop": (), "unreadable": ()}
-            | {"losses": (len(Losses._fields),), "modality_loss": kinds, "modality_images": kinds}
+            | dict.fromkeys(Losses._fields, ())
+            | {"modality_loss": kinds, "modality_images": kinds}
             | {"slots": numbers, "gate_mass": numbers}
         )
 
@@ -105,7 +106,7 @@ class Agreement:
     def reach(self, losses: Losses, out: MAEOutput, modality: Tensor, stop: Tensor, unreadable: Tensor) -> Verdict:
         """stop, unreadable: 0-dim bool, of this rank; modality: int64 ``[B]``. All ranks ask."""
         kinds = usage.one_hot(modality, self.modalities)
-        numbers = torch.stack(losses)
+        means = torch.stack(losses) / self.ranks.world_size
         judged = torch.stack([losses.total, losses.grad_norm])
         finite = torch.isfinite(torch.cat([judged, *out.gate_mass])).all()
         vector = self.fields.pack(
@@ -113,19 +114,21 @@ class Agreement:
             bad=~finite | unreadable,
             stop=stop,
             unreadable=unreadable,
-            losses=numbers / self.ranks.world_size,
+            **Losses(*means.double())._asdict(),
             modality_loss=kinds.T @ out.image_loss.double(),
             modality_images=kinds.sum(0),
             slots=self._slots(out),
-            gate_mass=torch.cat(out.gate_mass) if out.gate_mass else numbers.new_empty(0),
+            gate_mass=torch.cat(out.gate_mass) if out.gate_mass else means.new_empty(0),
         )
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(vector)
         fields = self.fields.unpack(vector)
         bad, gate_mass = fields.pop("bad"), fields.pop("gate_mass")
+        agreed = Losses(**{name: fields.pop(name) for name in Losses._fields})
         # The counts of ranks are finite anyway; what is finite on every rank may add up to what is not.
         good = (bad == 0) & torch.isfinite(vector).all()
-        return Verdict(good=good, gate_mass=list(gate_mass.float().split(self.experts)), **fields)
+        masses = list(gate_mass.float().split(self.experts))
+        return Verdict(good=good, losses=agreed, gate_mass=masses, **fields)
 
     def _slots(self, out: MAEOutput) -> Tensor:
         """float64 ``[E]``: how often each expert was chosen."""
@@ -160,14 +163,13 @@ class Sent(NamedTuple):
 
 def send(verdict: Verdict, image_loss: Tensor, step: int, ids: Sequence[str]) -> Sent:
     """Start to copy to the host what it needs of a step; no wait on a GPU."""
-    losses = Losses(*verdict.losses)
     values = _host_fields(len(ids)).pack(
         torch.float32,
         good=verdict.good,
         stop=verdict.stop,
         unreadable=verdict.unreadable,
-        loss=losses.loss,
-        grad_norm=losses.grad_norm,
+        loss=verdict.losses.loss,
+        grad_norm=verdict.losses.grad_norm,
         image_loss=image_loss,
     )
     if values.device.type != "cuda":

@@ -10,25 +10,11 @@ import torch
 from torch import Tensor
 
 from dex.analysis.usage import UnusedExperts, min_share, unused_experts, usage_entropy
-from dex.train.verdict import Losses, Verdict
+from dex.train.verdict import Fields, Losses, Verdict
 
+_MODALITY = ("modality_loss", "modality_images")
 SLOTS_TO_JUDGE = 100
 """An expert is judged once its layer has given out this many slots per expert."""
-
-
-class Sums(NamedTuple):
-    """Sums over the good steps since the last row, float64; all ranks have the same."""
-
-    steps: Tensor
-    """0-dim: all steps but those without images."""
-    good: Tensor
-    """0-dim: good ones among them."""
-    sums: Tensor
-    """``[5]``, in the order of `dex.train.verdict.Losses`."""
-    modality_loss: Tensor
-    """``[M]``: losses of its images."""
-    modality_images: Tensor
-    """``[M]``: how many."""
 
 
 class Means(NamedTuple):
@@ -45,43 +31,48 @@ class Window:
     def __init__(self, modalities: Sequence[str], experts: Sequence[int], device: torch.device):
         """experts: of each layer that has any."""
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        kinds = len(modalities)
+        kinds = (len(modalities),)
         self.modalities, self.experts = modalities, list(experts)
-        self.sums = Sums(zeros(), zeros(), zeros(len(Losses._fields)), zeros(kinds), zeros(kinds))
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        """0-dim: steps since the last row, but for those without images."""
+        self._fields = Fields({"good": (), **dict.fromkeys(Losses._fields, ())} | dict.fromkeys(_MODALITY, kinds))
+        self._sums = torch.zeros(sum(self._fields.sizes), dtype=torch.float64, device=device)
+        """Over the good ones among them, by `sums`; all ranks have the same."""
         self.slots = torch.zeros(sum(experts), dtype=torch.int64, device=device)
         """``[E]``: given to each expert since the last judgement."""
         self._unused = [UnusedExperts((), ()) for _ in self.experts]
 
     @torch.no_grad()
     def count(self, verdict: Verdict) -> None:
-        sums = self.sums
-        sums.steps.add_(verdict.unreadable == 0)  # a step without its images will be taken again
-        sums.good.add_(verdict.good)
-        for total, value in (
-            (sums.sums, verdict.losses),
-            (sums.modality_loss, verdict.modality_loss),
-            (sums.modality_images, verdict.modality_images),
-        ):
-            total.add_(torch.where(verdict.good, value, 0.0))
+        self.steps.add_(verdict.unreadable == 0)  # a step without its images will be taken again
+        numbers = self._fields.pack(
+            torch.float64,
+            good=verdict.good,
+            **verdict.losses._asdict(),
+            modality_loss=verdict.modality_loss,
+            modality_images=verdict.modality_images,
+        )
+        self._sums.add_(torch.where(verdict.good, numbers, 0.0))
         self.slots.add_(torch.where(verdict.good, verdict.slots, 0.0).long())
 
     def read(self) -> Means:
         """Means over the steps since they were last read; waits for the device."""
-        sums = Sums(*(tensor.tolist() for tensor in self.sums))
-        for tensor in self.sums:
-            tensor.zero_()
-        of_modality = zip(self.modalities, sums.modality_loss, sums.modality_images, strict=True)
+        steps, sums = self.steps.item(), self.sums()
+        self.steps.zero_(), self._sums.zero_()
+        good, of_modality = sums["good"], zip(self.modalities, *(sums[name] for name in _MODALITY), strict=True)
         return Means(
-            {
-                name: value / sums.good if sums.good else None
-                for name, value in zip(Losses._fields, sums.sums, strict=True)
-            },
-            int(sums.steps - sums.good),
+            {name: sums[name] / good if good else None for name in Losses._fields},
+            int(steps - good),
             {name: loss / images for name, loss, images in of_modality if images},
         )
+
+    def sums(self) -> dict[str, Any]:
+        """Sums over the good steps since the last row; waits for the device.
+
+        good: how many steps. Each field of `Losses`. By modality, modality_loss: losses of its images;
+        modality_images: how many.
+        """
+        return {name: values.tolist() for name, values in self._fields.unpack(self._sums.cpu()).items()}
 
     def load(self) -> dict[str, list[float]]:
         """How even the experts' load is, by layer, since the last judgement; waits for the device."""
@@ -109,16 +100,21 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
+        sums = self.sums()
+        losses = [sums.pop(name) for name in Losses._fields]
         return {
-            "window": {name: tensor.tolist() for name, tensor in self.sums._asdict().items()},
+            "window": {"steps": self.steps.item(), "good": sums.pop("good"), "sums": losses, **sums},
             "slots": self.slots.tolist(),
             "unused": [list(map(list, unused)) for unused in self._unused],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; other entries of it are left alone."""
-        for name, tensor in self.sums._asdict().items():
-            tensor.copy_(torch.tensor(state["window"][name], dtype=tensor.dtype))
+        window = dict(state["window"])
+        self.steps.fill_(window.pop("steps"))
+        window |= zip(Losses._fields, window.pop("sums"), strict=True)
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in window.items()}
+        self._sums.copy_(self._fields.pack(torch.float64, **values))
         self.slots.copy_(torch.tensor(state["slots"], dtype=torch.int64))
         self._unused = [UnusedExperts(tuple(dead), tuple(nearly)) for dead, nearly in state["unused"]]
 

@@ -19,13 +19,13 @@ def verdict(loss=1.0, good=True, unreadable=0, slots=(1,) * 8, modality_loss=(1.
     def double(*values):
         return torch.tensor(values, dtype=torch.float64)
 
-    numbers = double(loss, 2.0, 3.0, 4.0, 5.0)
+    losses = Losses(*double(loss, 2.0, 3.0, 4.0, 5.0))
     zero, mass = torch.zeros(()), [torch.zeros(4)] * 2
     return Verdict(
         torch.tensor(good),
         zero,
         torch.tensor(float(unreadable)),
-        numbers,
+        losses,
         double(*modality_loss),
         double(*modality_images),
         double(*slots),
@@ -51,11 +51,11 @@ def test_means_are_of_the_good_steps_alone():
 def test_counts_stay_in_place():
     """A CUDA graph adds to the memory that it was captured with."""
     w = window()
-    before = [tensor.data_ptr() for tensor in (*w.sums, w.slots)]
+    before = [tensor.data_ptr() for tensor in (w.steps, w._sums, w.slots)]
     w.count(verdict())
     w.read(), w.load(), w.newly_unused()
     w.restore(w.state())
-    assert [tensor.data_ptr() for tensor in (*w.sums, w.slots)] == before
+    assert [tensor.data_ptr() for tensor in (w.steps, w._sums, w.slots)] == before
 
 
 def test_the_load_is_of_each_layer():
@@ -83,6 +83,13 @@ def test_dead_experts_are_told_once():
     w.slots[0] -= 1
     assert w.newly_unused() == [] and w.slots.sum() > 0  # one slot short of a judgement
     assert window(experts=()).newly_unused() == []
+
+
+def test_the_state_keeps_losses_in_the_order_of_earlier_versions():
+    w = window()
+    w.count(verdict(1.0))
+    want = {"steps": 1.0, "good": 1.0, "sums": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    assert w.state()["window"] == want | {"modality_loss": [1.0, 2.0], "modality_images": [1.0, 4.0]}
 
 
 def test_a_restored_window_goes_on_as_the_first_would():
