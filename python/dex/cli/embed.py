@@ -87,15 +87,15 @@ def _parser() -> Parser:
     parser.add_argument(
         "--modality",
         metavar="M",
-        help="of scans and pictures: CT, MR, PET, X-ray, ...; without it DICOM says it and pictures are taken as a "
-        "plain folder of images gives them",
+        help="of scans and pictures: CT, MR, PET, X-ray, ..., or from-folders; without it DICOM says it and pictures "
+        "are taken as a plain folder of images gives them",
     )
     parser.add_argument(
         "--planes",
         nargs="+",
-        default=["axial"],
-        choices=("axial", "coronal", "sagittal", "stored"),
-        help="of volumes (axial)",
+        default=["auto"],
+        choices=("auto", "axial", "coronal", "sagittal", "stored"),
+        help="of volumes; auto: as they were acquired",
     )
     parser.add_argument(
         "--layers", nargs="+", type=int, default=[], metavar="L", help="blocks, from 0, whose CLS token is wanted too"

@@ -82,12 +82,13 @@ class Collection(NamedTuple):
 
 
 def collection(
-    path: Path, private: Path, *, modality: str | None = None, planes: Sequence[str] = ("axial",), public: bool = False
+    path: Path, private: Path, *, modality: str | None = None, planes: Sequence[str] = ("auto",), public: bool = False
 ) -> Collection:
     """The images at ``path``: a shard set, a folder of files that `dex prepare` reads, or one such file.
 
     private: the folder with the salt of the ids of files, which is made when it is missing; never to be given away
-    with the features. modality, planes: as of `dex.inference.preprocess.preprocess`. public: readable ids.
+    with the features. modality, planes: as of `dex.inference.preprocess.preprocess`, and ``from-folders``. public:
+    readable ids.
     Raises: FileNotFoundError; ValueError naming the argument.
     """
     if not path.exists():
@@ -120,8 +121,7 @@ def _of_shards(dataset: ShardDataset) -> Collection:
 
 def _of_files(path: Path, private: Path, modality: str | None, planes: tuple[str, ...], public: bool) -> Collection:
     root = path if path.is_dir() else path.parent
-    # Without a modality each file is taken by what it says itself; the listing asks for none.
-    source = preprocess.source_of(root, modality or "X-ray", planes)
+    source = preprocess.source_of(root, modality, planes)
     if not path.is_dir():
         source = dataclasses.replace(source, files=(_quoted(path.name),))
     listing = discover.discover(source, root)
@@ -136,7 +136,7 @@ def _of_files(path: Path, private: Path, modality: str | None, planes: tuple[str
     def read(item: int) -> Decoded:
         images, rows, notes = [], [], []
         for number in groups[item]:
-            for part in files.read(number, modality is None, planes):
+            for part in files.read(number, modality is None):
                 images += [part.images] if part.rows else []
                 rows += part.rows
                 notes += part.notes
@@ -154,21 +154,18 @@ class _Files(NamedTuple):
     listing: Listing
     names: Names
 
-    def read(self, number: int, as_they_say: bool, planes: tuple[str, ...]) -> Iterator[Decoded]:
+    def read(self, number: int, as_they_say: bool) -> Iterator[Decoded]:
         """What a unit gives, and one more for why a part of it, or all, gave nothing. ``as_they_say``: nobody has
         given a modality."""
         listed = self.listing.unit(number)
         unit = Unit(tuple(self.root / file.path for file in listed.files), listed.format)
-        kind = KINDS.get(unit.files[0].suffix.lower()) if as_they_say and unit.format != "dicom" else None
+        kind = preprocess.picture_kind(unit) if as_they_say else None
         refused: list[str] = []
         try:
             if kind is not None:
                 yield self._named(listed, preprocess.picture(unit.files[0], kind), "")
             else:
-                source = self.source
-                if as_they_say:
-                    source = preprocess.source_of(self.root, preprocess.modality_of(unit, None), planes)
-                for stack in preprocess.read_stacks(unit, source):
+                for stack in preprocess.read_stacks(unit, self.source, listed.files[0].path):
                     yield self._named(listed, stack.images, stack.patient)
                     refused += map(str, stack.refused)
         except (ValueError, OSError) as error:  # Refused is a ValueError
@@ -219,7 +216,8 @@ def _grouped(listing: Listing, modality: str | None) -> list[list[int]]:
     silent, single_before = set(), False
     for number in range(len(listing.lines)):
         unit = listing.unit(number)
-        if unit.format != "dicom" and os.path.splitext(unit.key)[1].lower() not in KINDS:
+        says = readers.reader_of(unit.format).decides or os.path.splitext(unit.key)[1].lower() in KINDS
+        if not says:
             silent.add(unit.format)
         single = unit.format in SINGLE
         if single and single_before and len(groups[-1]) < SAMPLES:

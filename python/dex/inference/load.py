@@ -52,7 +52,7 @@ class Loaded(NamedTuple):
         return path_of(self.encoder)
 
     def preprocess(
-        self, file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("axial",)
+        self, file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
     ) -> Preprocessed:
         """The images of a picture, a volume or a DICOM folder; see `dex.inference.preprocess.preprocess`."""
         return preprocess(file, modality, planes)

@@ -21,7 +21,6 @@ from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import KINDS
 from dex.prepare import filters, modalities, readers, routing, sources
-from dex.prepare.readers.files import quiet
 from dex.prepare.slices import slices
 
 
@@ -46,7 +45,7 @@ class Unit(NamedTuple):
 
 
 def preprocess(
-    file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("axial",)
+    file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
 ) -> Preprocessed:
     """Every image of ``file``, except the files of a DICOM folder that `dex prepare` leaves out by their headers.
 
@@ -60,12 +59,16 @@ def preprocess(
     Raises: FileNotFoundError; ValueError naming the argument, with the reason for a file that is refused.
     """
     unit = unit_of(file)
-    if modality is None and unit.format != "dicom":
-        kind = KINDS.get(unit.files[0].suffix.lower())
+    if modality is None:
+        kind = picture_kind(unit)
         if kind is not None:
             return picture(unit.files[0], kind)
+        if not readers.reader_of(unit.format).decides:
+            expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
+            raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none")
+    source = source_of(unit.files[0].parent, None if modality is None else modalities.resolve(modality).name, planes)
     try:
-        return read(unit, source_of(unit.files[0].parent, modality_of(unit, modality), planes))
+        return read(unit, source)
     except readers.Refused as error:
         if error.reason in routing.REASONS:
             expected = "file: expected DICOM images that dex prepare takes"
@@ -94,47 +97,23 @@ def unit_of(file: str | os.PathLike[str]) -> Unit:
     return Unit((path, *(other for other in beside if other.is_file())), format)
 
 
-def modality_of(unit: Unit, modality: str | None) -> str:
-    """The modality's name in the catalogue: the given one, else that of the first DICOM file that is not left out.
-
-    ValueError; `dex.prepare.readers.Refused`, of the first file, when all are left out or unreadable.
-    """
-    if modality is not None:
-        return modalities.resolve(modality).name
-    if unit.format != "dicom":
-        raise ValueError(
-            f"modality: expected one of {', '.join(modalities.NAMES)}, since a {unit.format} file does not say what it "
-            "holds; got none"
-        )
-    from dex.prepare.readers.dicom.file import read_header  # needs pydicom
-
-    refused: list[readers.Refused] = []
-    for file in unit.files:
-        try:
-            with quiet("DICOM header"):
-                head, place = read_header(file, readers.Limits())
-        except readers.Refused as error:
-            refused.append(error)
-            continue
-        decision = routing.decide(routing.facts_of(head, place is not None))
-        if not decision.left_out:
-            return decision.modality
-        refused.append(readers.Refused(decision.left_out, decision.detail))
-    raise refused[0]
+def picture_kind(unit: Unit) -> str | None:
+    """``png``, ``jpg`` or ``npy`` for a file that a plain folder of images may hold; else None."""
+    return None if readers.reader_of(unit.format).decides else KINDS.get(unit.files[0].suffix.lower())
 
 
-def source_of(folder: Path, modality: str, planes: Sequence[str]) -> sources.Source:
-    """How `dex prepare` would take the files of ``folder``."""
-    return sources.resolve(folder, modality=modality, planes=tuple(planes))[0]
+def source_of(folder: Path, modality: str | None, planes: Sequence[str]) -> sources.Source:
+    """How `dex prepare` would take the files of ``folder``. modality: also ``from-folders``; None: as a file says."""
+    return sources.resolve(folder, modality=modality or modalities.AUTO, planes=tuple(planes))[0]
 
 
 def read(unit: Unit, source: sources.Source) -> Preprocessed:
     """Every slice of the unit. `dex.prepare.readers.Refused` for a unit that gives none."""
-    parts = [part.images for part in read_stacks(unit, source)]
+    parts = [part.images for part in read_stacks(unit, source, unit.files[0].name)]
     return Preprocessed(
         torch.cat([part.images for part in parts]),
         tuple(label for part in parts for label in part.labels),
-        source.modality,
+        parts[0].modality,
         tuple(reason for part in parts for reason in part.dropped),
     )
 
@@ -149,24 +128,38 @@ class StackImages(NamedTuple):
     """Parts of the unit that were left out."""
 
 
-def read_stacks(unit: Unit, source: sources.Source) -> Iterator[StackImages]:
+def read_stacks(unit: Unit, source: sources.Source, path: str) -> Iterator[StackImages]:
     """The stacks of the unit, one by one, without what a header says that `dex prepare` leaves out.
-    `dex.prepare.readers.Refused` as in `read`."""
+    `dex.prepare.readers.Refused` as in `read`.
+
+    path: of the unit below the source's root, for its folders may name the modality.
+    """
     source = source.for_format(unit.format)
-    wanted = modalities.resolve(source.modality, source.normalisation)
+    wanted = None if source.routed else source.modality_of(path)
 
     def decide(head: Any, has_pixels: bool) -> routing.Decision:
         return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
     for number, stack in enumerate(readers.read(unit.files, unit.format, decide=decide)):
-        cut = list(slices(stack, source, IMAGE_SIZE, 8))
+        of_stack = _for_stack(source, stack, path)
+        cut = list(slices(stack, of_stack, IMAGE_SIZE, 8))
         images = Preprocessed(
             torch.stack([_planes(one.image) for one in cut]),
             tuple(f"s{number:02d}-{one.label}" if number else one.label for one in cut),
-            source.modality,
-            tuple(filters.verdict(one.image, one.share, one.small, source) for one in cut),
+            of_stack.modality,
+            tuple(filters.verdict(one.image, one.share, one.small, of_stack) for one in cut),
         )
         yield StackImages(images, stack.patient, tuple(stack.refused))
+
+
+def _for_stack(source: sources.Source, stack: readers.Stack, path: str) -> sources.Source:
+    """The source with the modality of the stack."""
+    if stack.decision is not None:
+        return source.for_modality(*stack.decision[:3])
+    modality = source.modality_of(path)
+    if modality is not None:
+        return source.for_modality(modality.name, modality.normalisation)
+    raise readers.Refused("unknown modality", "nothing says of which modality it is")
 
 
 def picture(file: Path, kind: str) -> Preprocessed:

@@ -49,6 +49,17 @@ def test_a_dicom_says_what_it_is_and_whose(tmp_path, private):
     assert alone.rows[0].group == row.group  # of the header's patient, wherever the file lies
 
 
+def test_folders_may_name_the_modalities(images, tmp_path, private):
+    found = decoded(collection(images, private, modality="from-folders"))
+    rows = [row for item in found for row in item.rows]
+    assert [row.modality for row in rows] == ["CT"] * 40 + ["MR"] * 40 + ["ultrasound"] * 40
+    want = preprocess(images / "mr" / "000.png", "MR").images[0]
+    assert torch.equal(torch.cat([item.images for item in found])[40], want)
+    shutil.copytree(images / "ct", tmp_path / "scans" / "first patient")
+    (item, *_) = decoded(collection(tmp_path / "scans", private, modality="from-folders"))
+    assert not item.rows and item.notes[0].refused == "unknown modality: nothing says of which modality it is"
+
+
 def test_one_salt_serves_all_processes(private):
     assert collections._salt(private) == collections._salt(private)
     assert (private / "salt").read_bytes() == collections._salt(private)
