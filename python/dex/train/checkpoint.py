@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Writes checkpoints of one run in a thread of its own while training goes on; all ranks call the same methods.
 
-    keep: so many of the newest stay, counted up to the step that is saved. What stops a save half-way (a kill, a full
+    keep: the number of the newest that stay, counted up to the step that is saved. What stops a save half-way (a kill, a full
     disk, another rank) leaves the earlier checkpoints as they were.
     """
 
