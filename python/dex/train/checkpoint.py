@@ -58,8 +58,8 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Writes checkpoints of one run in a thread of its own while training goes on; all ranks call the same methods.
 
-    keep: the number of the newest that stay, counted up to the step that is saved. What stops a save half-way (a kill, a full
-    disk, another rank) leaves the earlier checkpoints as they were.
+    keep: the number of the newest that stay, counted up to the step that is saved. What stops a save half-way (a kill,
+    a full disk, another rank) leaves the earlier checkpoints as they were.
     """
 
     def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
