@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from dex import config
+from dex.cli import commands
 from dex.data import CorruptDataError
 from dex.train import checkpoint, cuda_graph, trainer
 
@@ -80,7 +81,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
     ("arguments", "message"),
     [
         ([], "usage: dex COMMAND"),
-        (["train"], "dex: command: expected one of prepare, data, pretrain, report, doctor; got 'train'"),
+        (["train"], f"dex: command: expected one of {', '.join(commands())}; got 'train'"),
         (["pretrain"], "preset: expected one of published-code, paper, demo, demo-monolithic, or --config FILE"),
         (
             ["pretrain", "--preset", "x"],
