@@ -70,9 +70,10 @@ def test_what_is_saved_is_what_was_there_when_save_returned(tmp_path, monkeypatc
     saver.save(1, values, {"step": 1})
     for value in values.values():
         value.zero_()
-    assert not (tmp_path / "step-00000001").exists()
+    assert not (tmp_path / "step-00000001").exists() and saver.busy
     go.set()
     saver.wait()
+    assert not saver.busy
     assert same(checkpoint.tensors(tmp_path / "step-00000001"), tensors())
 
 

@@ -478,6 +478,36 @@ def test_unreadable_images_at_the_first_step_leave_no_folder(tiny, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_stays_locked_while_a_failed_run_still_saves(tiny, tmp_path, monkeypatch):
+    """Among several ranks nobody waits for the thread after a failure; here a second Ctrl-C ends the waiting."""
+    out, go, real = tmp_path / "out", threading.Event(), checkpoint.dcp.save
+    late, step = (lambda *a, **o: go.wait(60) and real(*a, **o)), engine.Trainer.train_step
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    def fail(self):
+        if self.step == 6:
+            monkeypatch.setattr(checkpoint.Saver, "wait", interrupt)
+            raise RuntimeError("the power went")
+        return step(self)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", late)
+    monkeypatch.setattr(engine.Trainer, "train_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny, out)
+    monkeypatch.undo()
+    try:
+        with pytest.raises(ValueError, match="out: expected a folder that no other run uses; this process"):
+            pretrain(tiny, out, resume="auto")
+    finally:
+        go.set()
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(60)
+    assert checkpoint.verify(last(out, 5)) == 5
+
+
 def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     real = checkpoint.sync_path
