@@ -31,6 +31,7 @@ RENAMES = {
     "python/dex/prepare/packages.py": "a file that pip or npm fetched moves into place",
     "python/dex/prepare/run.py": "the finished folder moves into place",
     "python/dex/train/checkpoint.py": "a folder that several ranks write, under one name, moves into place",
+    "python/dex/train/runlog.py": "--overwrite sets the earlier run aside and may put it back",
     "scripts/build_embedded_data.py": "the folder of the rebuilt set moves into place",
 }
 """What may move a file or a folder, and why."""

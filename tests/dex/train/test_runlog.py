@@ -324,7 +324,7 @@ def test_a_killed_start_leaves_a_whole_run_at_whatever_moment(earlier_run, monke
 def test_a_removal_that_is_cut_short_leaves_the_new_run(earlier_run, monkeypatch):
     new = replace(earlier_run)
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("shutil.rmtree", lambda *paths, **options: None)
         new.settle()
     new.close()
     assert (earlier_run / ".removing").exists() and new.last_start() == {"step": 0, "new": True}
