@@ -189,6 +189,8 @@ def main() -> int:
             print(f"{name}: {error}", flush=True)
             failed += 1
             continue
+        finally:
+            shipped.PROGRAMS.clear()  # large, and of little use to the next case
         print(f"{name}: {results['cases'][name]['seconds']} s", flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed else 0
