@@ -30,6 +30,7 @@ def test_few_patients_make_few_folds_and_one_is_refused():
         folds_of(data(patients=5), 5, 0)
 
 
+@pytest.mark.slow
 def test_planted_classes_are_found_and_noise_is_not():
     for probe in (linear, knn):
         assert probe(data(noise=0.1)).value > 0.98
