@@ -5,7 +5,10 @@ version will do. Equal folders give equal bytes.
 """
 
 import base64
+import contextlib
+import glob
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,9 @@ from dex.report.facts import Fact, facts, sentence, unlike
 from dex.report.parts import chip, run_heads, table
 from dex.report.runs import RunRecord, labels, read_run
 from dex.report.style import SCRIPT, STYLE
+
+UNFINISHED_AFTER = 3600.0
+"""Seconds after which a page that is not finished never will be."""
 
 
 class _Section(NamedTuple):
@@ -40,8 +46,17 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     read = [read_run(folder, name) for folder, name in zip(folders, labels(folders), strict=True)]
     page = _page(read).encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(out)
     atomic.write(out, page)
     return out
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what reports that were killed left beside ``out``; a younger file may still be being written."""
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*{atomic.PARTIAL}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > UNFINISHED_AFTER:
+                left.unlink()
 
 
 def _page(runs: list[RunRecord]) -> str:

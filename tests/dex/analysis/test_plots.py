@@ -84,6 +84,8 @@ def test_a_picture_is_written_whole(tmp_path):
     figure = plots.loss_curves([], "nothing yet")
     drawn = plots.pixels(figure)
     plots.save(drawn, tmp_path / "losses.png")
+    (tmp_path / "losses.png.partial").write_text("of a writer that was killed")
+    plots.save(drawn, tmp_path / "losses.png", locked=True)
     assert [p.name for p in tmp_path.iterdir()] == ["losses.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "losses.png")), drawn)
 

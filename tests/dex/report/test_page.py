@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -149,6 +150,17 @@ def test_wrong_arguments(few, tmp_path):
         report([tmp_path / "none"], tmp_path / "r.html")
     with pytest.raises(ValueError, match="out: expected a file"):
         report([few], tmp_path)
+
+
+def test_what_a_killed_report_left_goes_once_it_is_old(few, tmp_path):
+    names = ["a[1].html.12-ab.partial", "a[1].html.34-cd.partial", "a1.html.12-ab.partial", "losses.png.12-ab.partial"]
+    for name in names:
+        (tmp_path / name).write_text("cut sh")
+    for name in (names[0], *names[2:]):
+        os.utime(tmp_path / name, (0, 0))
+    report([few], tmp_path / "a[1].html")
+    left = {p.name for p in tmp_path.iterdir() if p.is_file()}
+    assert left == {"a[1].html", *names[1:]}
 
 
 def test_two_runs_are_compared(few, tmp_path):
