@@ -153,8 +153,13 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
     base = configuration.preset(preset) if preset is not None else None
     if file is not None:
         return configuration.read_yaml(file, base or configuration.preset("published-code"))
-    if base is None and resumed is not None and (resumed / "config.yaml").is_file():
-        base = configuration.read_yaml(resumed / "config.yaml", configuration.Config())
+    if base is not None or resumed is None:
+        return base
+    from dex.train.runlog import RunLog
+
+    log = RunLog(resumed)
+    if log.holds_run():
+        base = log.config()
         return replace(base, run=replace(base.run, stop_at=None))  # where an earlier start was to stop
     return base
 

@@ -31,6 +31,8 @@ FILES, FOLDERS = (CONFIG, STARTS, METRICS, EVENTS), ("checkpoints", "pictures", 
 """Everything that a run writes into its folder, but for the lock."""
 REPORT = "report.html"
 """What `dex report` writes there."""
+REPLACED, REMOVED = ".replaced-run", ".removed-run"
+"""Where the run that a new one replaces is until the new one has taken its first step, and while it is removed."""
 LOCK_WAIT = 30.0
 """Seconds that a resume waits for the process that still writes to the folder."""
 
@@ -63,13 +65,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class ReplacedRun:
     """The run that a new one replaces. It stays in the run folder until the new one has taken its first step.
 
-    ``.replaced.partial/`` while its files move, ``.replaced/`` once all of them are there, ``.removing/`` while they
-    are removed. So a process that was killed leaves either the old run, whole, or the new one.
+    It is under the `dex.common.atomic.work_name` of `REPLACED` while its files move, then under `REPLACED`, and under
+    `REMOVED` while they are removed. So a process that was killed leaves either the old run, whole, or the new one.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._kept, self._removing = folder / ".replaced", folder / ".removing"
+        self._kept, self._removed = folder / REPLACED, folder / REMOVED
         self._moving = atomic.work_name(self._kept)
 
     @property
@@ -99,14 +101,14 @@ class ReplacedRun:
 
         Returns whether there was a run to put back.
         """
-        shutil.rmtree(self._removing, ignore_errors=True)
+        shutil.rmtree(self._removed, ignore_errors=True)
         if self._kept.exists():
             for name in names:
                 _remove(self.folder / name)
             self._kept.rename(self._moving)
         if not self._moving.exists():
             return False
-        for path in self._moving.iterdir():
+        for path in list(self._moving.iterdir()):
             path.rename(self.folder / path.name)
         self._moving.rmdir()
         return True
@@ -114,8 +116,8 @@ class ReplacedRun:
     def remove(self) -> None:
         """For good."""
         if self._kept.exists():
-            self._kept.rename(self._removing)
-        shutil.rmtree(self._removing, ignore_errors=True)
+            self._kept.rename(self._removed)
+        shutil.rmtree(self._removed, ignore_errors=True)
 
 
 class RunLog:
@@ -164,7 +166,7 @@ class RunLog:
             _say(f"{self.folder} is on a file system without locks: nothing keeps a second process out")
             if self._replaced.there:
                 raise ValueError(
-                    f"out: expected no run that --overwrite has set aside; {self.folder / '.replaced'} holds one, and "
+                    f"out: expected no run that --overwrite has set aside; {self.folder / REPLACED} holds one, and "
                     "without locks a process may still be about to replace it: move its files back when none is"
                 )
         self._owned = self.is_empty() and (self._lock.real or self._lock.made_file)

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import signal
 
@@ -8,6 +9,7 @@ from dex import config
 from dex.cli import commands
 from dex.data import CorruptDataError
 from dex.train import checkpoint, cuda_graph, trainer
+from dex.train.runlog import RunLog
 
 CUDA_GRAPH = ("--parallel.cuda-graph",)
 
@@ -157,6 +159,11 @@ def test_resume_finds_run_and_configuration(run, tiny, tmp_path):
     assert code == 2 and "run.seed: expected 0, got 3" in err
     code, out, _ = run("pretrain", "--resume", "run/checkpoints/step-00000003", "--run.stop-at", 5)
     assert code == 0 and "resumed from step-00000003" in out
+    new = RunLog(tmp_path / "run")  # a start that was killed before its first step
+    new.open(dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, seed=7)), {"step": 0}, overwrite=True)
+    new.close()
+    code, out, _ = run("pretrain", "--resume", "auto", "--out", "run", "--dry-run")
+    assert code == 0 and "# resumes from step-00000005" in out
     code, out, _ = run("pretrain", "--resume", "auto", "--out", "run")
     assert code == 0 and "resumed from step-00000005" in out and "done: 12 of 12" in out
 

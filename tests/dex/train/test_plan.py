@@ -263,7 +263,7 @@ def test_overwrite_that_is_killed_before_its_first_step_leaves_the_run_before(ea
     assert f"put back the run that an unfinished --overwrite had set aside in {earlier}" in said.err
     assert "resumed from step-00000002" in said.out
     after = tree(earlier)
-    assert before.keys() <= after.keys() and not (earlier / ".replaced").exists()
+    assert before.keys() <= after.keys() and not (earlier / ".replaced-run").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": "auto"}, {"overwrite": True}], ids=str)
@@ -293,7 +293,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(earlier, tiny, change):
     assert [step for step, _ in checkpoint.found(earlier / "checkpoints")] == [4]
     assert [row["step"] for row in read_rows(earlier / "metrics.jsonl")] == [4]
     assert len(list((earlier / "tensorboard").iterdir())) == 1
-    assert not (earlier / "report.html").exists() and not (earlier / ".replaced").exists()
+    assert not (earlier / "report.html").exists() and not (earlier / ".replaced-run").exists()
     assert (earlier / "notes.txt").read_text() == "mine"
     new = earlier.with_name("new")  # where there is nothing to replace
     assert pretrain(change(tiny, schedule__steps=1), new, overwrite=True) == 0

@@ -202,7 +202,9 @@ def test_without_locks_a_run_that_is_set_aside_is_left_alone(no_locks, earlier_r
     new = RunLog(earlier_run)
     new.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
     late = RunLog(earlier_run)
-    with pytest.raises(ValueError, match="out: expected no run that --overwrite has set aside; .*/.replaced holds one"):
+    with pytest.raises(
+        ValueError, match="out: expected no run that --overwrite has set aside; .*/.replaced-run holds one"
+    ):
         late.hold()
     late.discard()
     assert new.last_start() == {"step": 0, "new": True}
@@ -327,11 +329,11 @@ def test_a_removal_that_is_cut_short_leaves_the_new_run(earlier_run, monkeypatch
         patch.setattr("shutil.rmtree", lambda *paths, **options: None)
         new.settle()
     new.close()
-    assert (earlier_run / ".removing").exists() and new.last_start() == {"step": 0, "new": True}
+    assert (earlier_run / ".removed-run").exists() and new.last_start() == {"step": 0, "new": True}
     again = RunLog(earlier_run)
     again.hold()
     again.close()
-    assert not (earlier_run / ".removing").exists() and again.last_start() == {"step": 0, "new": True}
+    assert not (earlier_run / ".removed-run").exists() and again.last_start() == {"step": 0, "new": True}
 
 
 def test_a_link_in_a_run_is_not_replaced(earlier_run, tmp_path):
