@@ -24,8 +24,6 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 RAW = {"bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32}
-MODIFIERS = {"rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "approx", "full", "relu", "noftz"}
-
 TABLE = {}
 
 
@@ -431,20 +429,25 @@ def to_generic(parts, num_operands):
     return Computation(lambda x: x, ("u64",), ("u64",))
 
 
+ROUND = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 def float_to_integer(x, to, rounding):
-    round_ = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    x = np.nan_to_num(round_(x.astype(np.float64)), nan=0.0)
+    """NaN becomes 0, and what is too large or too small the nearest that ``to`` holds."""
+    x = ROUND[rounding](x.astype(np.float64))
+    x = np.where(np.isnan(x), 0.0, x)
     limits = np.iinfo(to)
-    inside = np.clip(x, float(limits.min), float(limits.max))
     # float(max) of 64 bits is one too large to convert.
-    return np.where(
-        inside >= float(limits.max), limits.max, np.where(inside >= float(limits.max), 0, inside).astype(to)
-    )
+    too_large = x >= float(limits.max)
+    return np.where(too_large, limits.max, np.where(too_large, 0, np.maximum(x, float(limits.min))).astype(to))
 
 
 @computes("cvt")
 def convert(parts, num_operands):
     to, kind = parts[-2:]
+    halves = to in ("bf16", "f16", "bf16x2", "f16x2")
+    if halves and any(part in parts for part in ("rz", "rm", "rp")):
+        raise PTXError(f"{'.'.join(parts)}: to 16 bits only rounding to nearest is known")
     if "pack" in parts or not re.fullmatch(r"(bf16|f16)(x2)?|[fsu](8|16|32|64)", to):
         raise PTXError(f"{'.'.join(parts)} is not known")
     if to in ("bf16x2", "f16x2"):
@@ -460,13 +463,11 @@ def convert(parts, num_operands):
         then = to_bfloat16 if to == "bf16" else (lambda x: x.astype(dtype(to)))
         return Computation(lambda x: then(first(x)), (kind,), (to,))
     target = dtype(to)
+    rounding = next((part for part in parts if part in ROUND), None)
     if kind[0] == "f" and to[0] != "f":
-        rounding = next(part for part in parts if part in ("rzi", "rni", "rmi", "rpi"))
         return Computation(lambda x: float_to_integer(x, target, rounding), (kind,), (to,))
-    if kind[0] == "f" and any(part in parts for part in ("rzi", "rni", "rmi", "rpi")):
-        rounding = next(part for part in parts if part in ("rzi", "rni", "rmi", "rpi"))
-        round_ = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
-        return Computation(lambda x: round_(x).astype(target), (kind,), (to,))
+    if rounding:
+        return Computation(lambda x: ROUND[rounding](x).astype(target), (kind,), (to,))
     if "sat" in parts and to[0] != "f":
         limits = np.iinfo(target)
         return Computation(lambda x: np.clip(x.astype(np.int64), limits.min, limits.max).astype(target), (kind,), (to,))

@@ -96,10 +96,9 @@ class Program:
         found = arithmetic.lookup(ins.parts, len(ins.operands))
         if found is None:
             raise PTXError("unknown opcode")
-        function, kinds, results = found
-        put = [self.destination(operand, kind) for operand, kind in zip(self._results(ins), results, strict=True)]
-        sources = [self.source(operand, kind) for operand, kind in zip(ins.operands[1:], kinds, strict=True)]
-        put = put[0]
+        function, kinds, (kind,) = found
+        put = self.destination(ins.operands[0], kind)
+        sources = [self.source(operand, of) for operand, of in zip(ins.operands[1:], kinds, strict=True)]
         if len(sources) == 1:
             first = sources[0]
             return lambda g: put(g, function(first(g)))
@@ -107,9 +106,6 @@ class Program:
             first, second = sources
             return lambda g: put(g, function(first(g), second(g)))
         return lambda g: put(g, function(*(source(g) for source in sources)))
-
-    def _results(self, ins):
-        return ins.operands[:1]
 
     # --- operands -----------------------------------------------------------------------------------------------------
 
