@@ -34,6 +34,13 @@ def test_the_gradient_is_zero_at_the_optimum():
     assert weight.grad.abs().max() < 1e-5
 
 
+def test_where_it_begins_does_not_matter():
+    features, labels = clusters()
+    want = fit(features, labels, 3, 0.01)
+    again = fit(features, labels, 3, 0.01, start=fit(features, labels, 3, 1.0))
+    torch.testing.assert_close(again.weight, want.weight, rtol=1e-3, atol=1e-4)
+
+
 def test_scale_and_shift_of_features_do_not_matter():
     features, labels = clusters()
     moved = features * torch.logspace(-3, 3, 8) + 100
