@@ -25,9 +25,9 @@ from dex.train.verdict import NonFinite
 from dex.train.watch import Watch
 
 NONFINITE_IN_A_ROW = 3
-"""A run stops after so many non-finite steps one after another."""
+"""A run stops after this many consecutive non-finite steps."""
 SLOW_RANK = 0.1
-"""A rank is called slow when it alone takes so large a share of a step longer than the median rank."""
+"""A rank is slow if it takes this share of a step longer than the median rank."""
 
 
 def pretrain(
