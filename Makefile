@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 # The newest Triton lies beside the environment's own, which the interpreter needs; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 
-.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -25,7 +25,8 @@ test-slow: $(INSTALLED)
 test-triton: $(INSTALLED) $(NEWEST_TRITON)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
 	$(PYTEST) tests/dropin tests/dex/inference tests/dex/cli tests/test_checkpoint_page.py
-	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled  # one processor each
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) --no-deps nvidia-cutlass  # for its headers; the rest of it would bring CUDA
+	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled test-emulator  # one processor each
 	scripts/check_build.sh
 
 test-kernels:
@@ -34,6 +35,9 @@ test-kernels:
 test-compiled:
 	$(PYTEST) tests/kernels/test_compiled.py
 	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(PYTEST) tests/kernels/test_compiled.py
+
+test-emulator:
+	$(PYTEST) tests/emulator
 
 check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff check .
