@@ -26,7 +26,7 @@ SMALL = {"img_size": 128, "embed_dim": 384, "depth": 4, "num_heads": 6}
 """The width of ViT-S, 65 tokens."""
 TINY = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
 BATCHES = (1, 16, 256)
-PICTURES = 256
+PICTURES = 192
 
 
 class LoopedExperts(nn.Module):
@@ -91,8 +91,9 @@ def test_latency(batch, sizes, encoder, compare, report, tiny):
     report(f"{case}, int8 experts", "float32 experts", t["dex"] / t["int8"], 0.3, detail)
 
 
-def test_embedding_of_a_folder(sizes, encoder, compare, report, tiny, tmp_path):
-    """Reading, decoding, normalising and copying, while the encoder computes: within 20 % of the encoder alone."""
+def test_embedding_of_a_folder(sizes, compare, report, tiny, tmp_path):
+    """Reading, decoding, resizing and normalising beside a ViT-S of 65 tokens: within 20 % of the encoder alone."""
+    encoder = VisionTransformer(**sizes | ({} if tiny else {"depth": 12})).eval()
     rng = np.random.default_rng(0)
     count = 6 if tiny else PICTURES
     (tmp_path / "pictures").mkdir()
@@ -103,7 +104,7 @@ def test_embedding_of_a_folder(sizes, encoder, compare, report, tiny, tmp_path):
     model.encoder = encoder
     loaded = Loaded(model, None, (), 0, tmp_path)
     pictures = collection(tmp_path / "pictures", tmp_path / "private")
-    options = Options(tmp_path / "out", workers=1)
+    options = Options(tmp_path / "out")
     stored = torch.cat([pictures.read(item).images for item in range(pictures.items)])
     batches = center(stored, sizes["img_size"]).split(options.batch_size)
 
@@ -114,6 +115,6 @@ def test_embedding_of_a_folder(sizes, encoder, compare, report, tiny, tmp_path):
         return torch.cat([p.embedding.cls for p in embedded(loaded, pictures, [0], options, None)])
 
     assert torch.equal(bare(), folder())
-    t = compare({"bare": bare, "folder": folder}, rounds=5, warmup=1)
+    t = compare({"bare": bare, "folder": folder}, rounds=3, warmup=1)
     detail = f"{count / t['folder']:.0f} images/s, encoder alone {count / t['bare']:.0f}"
     report("dex embed of a folder of PNG", "bare forward", t["bare"] / t["folder"], 1 / 1.2, detail)

@@ -1,6 +1,7 @@
 """What the commands share: how they parse options and how they report an error on one line."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -31,3 +32,8 @@ def failed(command: str, error: Exception | str) -> int:
     """Print ``error``; the exit code of a command that failed after its input was accepted."""
     print_line(command, str(error))
     return exits.FAILED
+
+
+def default_workers(device: str) -> int:
+    """Processes that read ahead of a model on ``device``: none on a CPU, whose forwards they would slow down."""
+    return 0 if device == "cpu" else min(8, len(os.sched_getaffinity(0)) // 2)

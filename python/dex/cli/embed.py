@@ -1,12 +1,11 @@
 """`dex embed`: features of images by a trained model."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dex.cli._console import Parser, failed, folder_argument
+from dex.cli._console import Parser, default_workers, failed, folder_argument
 from dex.common import exits
 
 HELP = "features of images, scans or a shard set, as Parquet or NPZ"
@@ -36,7 +35,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         tuple(options.layers),
         options.batch_size,
         options.precision,
-        options.workers if options.workers is not None else min(8, len(os.sched_getaffinity(0)) // 2),
+        default_workers(device.type) if options.workers is None else options.workers,
         ranks.rank,
         ranks.world_size,
     )
@@ -105,6 +104,11 @@ def _parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read ahead; 0 for none")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read ahead; 0, the default on a CPU, reads between the forwards",
+    )
     parser.add_argument("--public", action="store_true", help="readable ids from the files' paths, not salted hashes")
     return parser

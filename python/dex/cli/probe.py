@@ -1,12 +1,11 @@
 """`dex probe`: linear, kNN and few-shot probes of a trained model on labelled images."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dex.cli._console import Parser, failed, folder_argument
+from dex.cli._console import Parser, default_workers, failed, folder_argument
 from dex.common import exits
 
 HELP = "linear, kNN and few-shot probes on labelled images, with intervals over patients"
@@ -35,7 +34,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     config = loaded.config
     device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
     loaded.model.to(device)
-    workers = options.workers if options.workers is not None else min(8, len(os.sched_getaffinity(0)) // 2)
+    workers = default_workers(device.type) if options.workers is None else options.workers
     job = Options(out, (), options.batch_size, options.precision, workers)
 
     def carry_out() -> int:
@@ -97,5 +96,5 @@ def _parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read ahead; 0 for none")
+    parser.add_argument("--workers", type=int, metavar="N", help="as of dex embed")
     return parser
