@@ -45,8 +45,16 @@ def test_handlers_come_back_when_the_handler_raises():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell has started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", exits.SCHEDULER_SIGNALS)
-def test_a_scheduler_stops_a_block_once(number):
+def test_a_scheduler_stops_a_block_once(number, interruptible):
     before = [signal.getsignal(n) for n in exits.STOP_SIGNALS]
     with pytest.raises(exits.Stopped, match=signal.Signals(number).name), exits.stopping():
         try:
