@@ -103,6 +103,7 @@ def test_forward_and_backward(compiled, make, objective):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_under_autocast(compiled):
     """The copies of the weights are made in the graph: they follow the weights, and nothing is compiled anew."""
     layer, device = randomize_(DEXLayer(D, H, E, K)), torch.get_default_device().type

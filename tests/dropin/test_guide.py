@@ -32,6 +32,7 @@ def test_every_block_belongs_to_a_test():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_distributed_recipe_keeps_directors_identical(tmp_path):
     """The block as it stands, on two gloo ranks."""
     (code,) = [code for info, code in BLOCKS if info == "torchrun"]

@@ -21,6 +21,8 @@ from dex.train.trainer import Trainer  # noqa: E402
 from . import small  # noqa: E402
 from .fake_graph import Refused, graphs_on_the_cpu  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WARM, STEPS = cuda_graph.WARM_STEPS, 9
 TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb")
 
@@ -140,7 +142,6 @@ def test_a_resumed_run_is_the_unbroken_one(graphs, tmp_path, at, graph):
         assert differ(unbroken, first) == []
 
 
-@pytest.mark.slow
 def test_a_run_with_evaluations_and_saves_goes_on_where_it_was_stopped(graphs, images, tmp_path):
     base = small.configuration("cpu", "reference")
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=str(images)))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
