@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
-
 HERE = Path(__file__).parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="a C++ compiler makes the stand-in for a GPU, and there is none"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA: test_gpu.py is its test"),
 ]
