@@ -15,12 +15,13 @@ pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained
 
 test: $(INSTALLED)  ## what can break in daily work, in minutes: all tests but the slow ones, every benchmark at its smallest size
 	$(PYTEST) --numprocesses=logical --maxprocesses=8 --dist=loadfile -m "not slow" --ignore=tests/kernels tests
-	$(PYTEST) --tiny benchmarks
+	$(PYTEST) --tiny -m "not slow" benchmarks
 
 test-all: test test-slow test-triton  ## every test; adds the slow ones, hosts of the drop-in, two Tritons, wheel and sdist
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow --ignore=tests/kernels tests
+	$(PYTEST) --tiny -m slow benchmarks
 
 test-triton: $(INSTALLED) $(NEWEST_TRITON)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0

@@ -113,6 +113,7 @@ def loading_seconds(loader, batches, use=lambda batch: None):
     return seconds
 
 
+@pytest.mark.slow
 def test_loading_against_bare_decoding(files, shards, tiny, report):
     kind, encoded = files
     times = 1 if tiny else 3
