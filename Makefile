@@ -24,8 +24,8 @@ test-slow: $(INSTALLED)
 	$(PYTEST) --tiny -m slow benchmarks
 
 test-triton: $(INSTALLED) $(NEWEST_TRITON)
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt]' triton==3.6.0
-	$(PYTEST) tests/dropin tests/dex/inference tests/dex/cli tests/test_checkpoint_page.py
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt,export]' triton==3.6.0
+	$(PYTEST) tests/dropin tests/dex/inference tests/dex/analysis tests/dex/model tests/dex/cli tests/test_checkpoint_page.py
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) --no-deps nvidia-cutlass  # for its headers; the rest of it would bring CUDA
 	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled test-emulator  # one processor each
 	scripts/check_build.sh
