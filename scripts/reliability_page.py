@@ -22,7 +22,7 @@ TEXT = """\
 
 What a pretraining run on several ranks promises when processes die, disks fill up and numbers overflow, and how often
 the promise was kept when it was tried. Each row was tried on two processes of one machine that talk through gloo, with
-a small model, by `make reliability`; `make test-all` tries a sample of every row. Made by `scripts/reliability_page.py` of
+a small model, by `make reliability`; `make test-all` tries a sample of each. Made by `scripts/reliability_page.py` of
 [{name}](../{path}); not edited.
 
 {measured}

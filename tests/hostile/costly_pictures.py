@@ -137,11 +137,11 @@ def bmps(full: bool) -> Iterator[One]:
 
 
 def others(full: bool) -> Iterator[One]:
-    """Formats that are not read, called pictures."""
+    """Formats that are not read, and pictures under a suffix that is not theirs."""
     stream = io.BytesIO()
     blank = [Image.new("P", (4000, 4000), i % 2) for i in range(4)]
     blank[0].save(stream, "GIF", save_all=True, append_images=blank[1:])
     yield "GIF", stream.getvalue(), BROKEN
-    yield "JPEG 2000", j2k(30000, 30000, 30000), BROKEN
+    yield "JPEG 2000", j2k(30000, 30000, 30000), (*BROKEN, "too large")
     yield "PostScript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n" + b"showpage\n" * 1000, BROKEN
     yield "Photoshop", b"8BPS\0\1" + bytes(6) + struct.pack(">HLLHH", 3, 30000, 30000, 8, 3) + bytes(100), BROKEN
