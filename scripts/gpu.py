@@ -225,7 +225,7 @@ def run(part: Part, out: Path, deadline: float) -> Outcome:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=exits.heed_interrupts,
         )
         code = _wait(process, min(60 * part.minutes, left))
         if code is None:
@@ -242,11 +242,6 @@ def run(part: Part, out: Path, deadline: float) -> Outcome:
         with WRITING:
             print(*(line[:300] for line in lines[-TAIL:]), sep="\n")
     return Outcome(part.stage, part.name, state, round(time.monotonic() - began, 1), detail)
-
-
-def _heed_interrupts() -> None:
-    """A part inherits that SIGINT is ignored when a shell has started this program in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -85,3 +85,8 @@ def ignore_stop_signals() -> None:
     """For worker processes: a scheduler signals the whole group, and the parent still needs them to finish."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def heed_interrupts() -> None:
+    """For child processes: SIGINT ends them, also when a shell has started their parent in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
