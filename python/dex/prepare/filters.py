@@ -35,9 +35,11 @@ def verdict(image: np.ndarray, share: float, small: bool, source: Source) -> str
     """
     if small:
         return "too small"
-    means = _unit(image)[: len(image) // _BLOCK * _BLOCK, : image.shape[1] // _BLOCK * _BLOCK]
-    means = means.reshape(len(means) // _BLOCK, _BLOCK, means.shape[1] // _BLOCK, _BLOCK).mean(axis=(1, 3))
-    if means.max() - means.min() <= FOREGROUND_STEP:
+    bright = _brightest(image)
+    tall, wide = (side // _BLOCK for side in bright.shape)
+    bands = bright[: tall * _BLOCK, : wide * _BLOCK].reshape(tall, _BLOCK, wide * _BLOCK)
+    sums = bands.sum(axis=1, dtype=np.uint32).reshape(tall, wide, _BLOCK).sum(axis=2)
+    if int(sums.max()) - int(sums.min()) <= FOREGROUND_STEP * np.iinfo(image.dtype).max * _BLOCK**2:
         return "blank"
     return "foreground" if share < source.min_foreground else None
 
@@ -53,18 +55,33 @@ def suspect_text(image: np.ndarray) -> bool:
     are letters lower than 4 or higher than 12 pixels, nor faint ones on grain; a single letter (the side marker of a
     radiograph) only on black: no finding is no proof.
     """
-    unit = _unit(image)
-    if min(unit.shape) < _WINDOW:
+    bright = _brightest(image)
+    if min(bright.shape) < _WINDOW:
         return False
-    windows = np.lib.stride_tricks.sliding_window_view(unit, _WINDOW, axis=1)[:, ::_STRIDE]  # [S, N, 24]
-    high, low = windows.max(axis=2).T, windows.min(axis=2).T  # [N, S]
-    variation = np.abs(np.diff(windows, axis=2)).sum(axis=2).T
+    count = (bright.shape[1] - _WINDOW) // _STRIDE + 1
+    # along the first axis, over which numpy reduces many rows at a time: each window is three strips of eight columns
+    columns = np.ascontiguousarray(bright.T[: (count + 2) * _STRIDE])
+    strips = columns.reshape(count + 2, _STRIDE, -1)
+    high = _over_three(np.maximum, strips.max(axis=1))
+    low = _over_three(np.minimum, strips.min(axis=1))
+    steps = np.zeros(columns.shape, np.uint16)
+    np.subtract(np.maximum(columns[1:], columns[:-1]), np.minimum(columns[1:], columns[:-1]), out=steps[:-1])
+    total = np.add.reduce(steps.reshape(strips.shape), axis=1, dtype=np.int32)
+    variation = _over_three(np.add, total) - steps[_WINDOW - 1 :: _STRIDE]  # the step out of the window
 
-    return any(_lines(high, low, variation, *ground) >= _WINDOWS for ground in _GROUNDS)
+    full = int(np.iinfo(image.dtype).max)
+    high, low = high.astype(np.int32), low.astype(np.int32)
+    return any(_lines(high, low, variation, quiet * full, least * full) >= _WINDOWS for quiet, least in _GROUNDS)
+
+
+def _over_three(join: np.ufunc, strips: np.ndarray) -> np.ndarray:
+    """[N, S] of N + 2 strips: each with the next two."""
+    return join(join(strips[:-2], strips[1:-1]), strips[2:])
 
 
 def _lines(high: np.ndarray, low: np.ndarray, variation: np.ndarray, quiet: float, least: float) -> int:
-    """How many windows show a line of text, of [N, S] each: a row's highest and lowest value and its variation."""
+    """How many windows show a line of text. high, low, variation: int32 [N, S], of each row of a window; quiet, least:
+    as in `_GROUNDS`, in levels."""
     busy = np.ones((high.shape[0], high.shape[1] + 2), bool)  # no quiet row is seen beyond the border
     busy[:, 1:-1] = high - low > quiet
     edge = np.flatnonzero(busy.ravel()[1:] != busy.ravel()[:-1]) + 1
@@ -83,9 +100,10 @@ def _lines(high: np.ndarray, low: np.ndarray, variation: np.ndarray, quiet: floa
     return int(((contrast >= least) & (strokes >= _STROKES)).sum())
 
 
-def _unit(image: np.ndarray) -> np.ndarray:
-    """float32 [S, S] within [0, 1]: the brightest channel."""
+def _brightest(image: np.ndarray) -> np.ndarray:
+    """[S, S] of the image's dtype: the brightest channel."""
     if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
         raise ValueError(f"image: expected uint8 or uint16 [S, S] or [S, S, 3], got {image.dtype} {list(image.shape)}")
-    grey = image if image.ndim == 2 else image.max(axis=2)
-    return grey.astype(np.float32) / np.iinfo(image.dtype).max
+    if image.ndim == 2:
+        return image
+    return np.maximum(np.maximum(image[:, :, 0], image[:, :, 1]), image[:, :, 2])

@@ -90,8 +90,7 @@ def to_uint8(unit: np.ndarray) -> np.ndarray:
 def background(image: np.ndarray) -> int:
     """The background level of a uint8 image [H, W] or [H, W, 3]: the commonest grey value (the
     lowest of several) in its outermost ring of pixels."""
-    grey = _grey(image)
-    return int(np.bincount(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])).argmax())
+    return _commonest_of_ring(grey(image))
 
 
 def foreground_share(image: np.ndarray) -> float:
@@ -100,15 +99,28 @@ def foreground_share(image: np.ndarray) -> float:
     Foreground is what differs from the background level by more than 0.02 of full scale. "Brighter than black" would
     call the whole of a slice foreground whose air is grey after the CT window.
     """
-    grey = _grey(image).astype(np.int16)
-    return float((np.abs(grey - background(image)) > FOREGROUND_STEP * 255).mean())
+    levels = grey(image)
+    level, step = _commonest_of_ring(levels), int(FOREGROUND_STEP * 255)
+    below, above = levels < max(0, level - step), levels > min(255, level + step)
+    return (np.count_nonzero(below) + np.count_nonzero(above)) / levels.size
 
 
 def difference_hash(image: np.ndarray) -> int:
     """256 bits that near-duplicates share: the sign of each horizontal step of the uint8 image shrunk to 16 x 17."""
-    small = np.asarray(Image.fromarray(_grey(image)).resize((17, 16), Image.Resampling.BOX)).astype(np.int16)
+    small = np.asarray(Image.fromarray(grey(image)).resize((17, 16), Image.Resampling.BOX)).astype(np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
-    return image if image.ndim == 2 else (image.sum(axis=2, dtype=np.uint16) // 3).astype(np.uint8)
+def grey(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W] of a uint8 image [H, W] or [H, W, 3]: the mean of its channels, rounded down."""
+    if image.ndim == 2:
+        return image
+    total = image[:, :, 0].astype(np.uint16)
+    total += image[:, :, 1]
+    total += image[:, :, 2]
+    total //= 3
+    return total.astype(np.uint8)
+
+
+def _commonest_of_ring(grey: np.ndarray) -> int:
+    return int(np.bincount(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])).argmax())
