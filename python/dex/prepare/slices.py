@@ -24,12 +24,14 @@ _STRIP = 2**21  # numbers worked on at a time: float32 of a whole picture would 
 
 class Slice(NamedTuple):
     """`image`: uint8 or uint16 [S, S], or uint8 [S, S, 3]. `share`: of its content, padding apart, that is foreground.
-    `small`: the content's shorter side had fewer than MIN_SIDE pixels before it was resized."""
+    `small`: the content's shorter side had fewer than MIN_SIDE pixels before it was resized. `number`: of the stored
+    frame that it shows, None where it is cut across several."""
 
     label: str
     image: np.ndarray
     share: float
     small: bool
+    number: int | None = None
 
 
 def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice]:
@@ -58,12 +60,13 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
                 else ((0.0, 0.0, width, height), _square_pixels(frame, size))
             )
             content = resize(frame.pixels, rule, box, tall, wide)
-            yield _finished(frame.label, content, size, bits, min(height, width))
+            yield _finished(frame.label, content, size, bits, min(height, width))._replace(number=frame.number)
         for tile in source.tiles:
             for left, top in places(tile, height, width):
                 box = (left, top, left + tile.size, top + tile.size)
                 content = resize(frame.pixels, rule, box, size, size)
-                yield _finished(f"{frame.label}-x{left}-y{top}-s{tile.size}", content, size, bits, tile.size)
+                label = f"{frame.label}-x{left}-y{top}-s{tile.size}"
+                yield _finished(label, content, size, bits, tile.size)._replace(number=frame.number)
 
 
 class _Rules:

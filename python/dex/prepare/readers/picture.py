@@ -79,6 +79,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         load=load,
         holds=lambda stored: limits.holds(stored, height, width, 4),
         channels=channels,
+        origins=tuple(("", page) for page in pages),
         windowed=dtype == np.uint8,
         inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,

@@ -59,12 +59,14 @@ class Refused(ValueError):
 
 class Frame(NamedTuple):
     """`label` is unique in its stack. `pixels`: float32 [H, W] in the stack's quantity, or uint8 [H, W] or [H, W, 3]
-    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown. `part`: of `Stack.parts`."""
+    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown. `part`: of `Stack.parts`.
+    `number`: of the stored frame that it shows; None where it is cut across several."""
 
     label: str
     pixels: np.ndarray
     spacing: tuple[float, float]
     part: int = 0
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Stack:
     windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
     parts: of each frame the number of the image that it belongs to, where several were only read together; an image's
         numbers say nothing about another's. () where all frames are one.
+    origins: of each stored frame the name of its file and its number in that, from 0; "" names the unit's only file.
+        () where that is the frame's number in the stack.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
         that its header gives besides, or "".
@@ -158,6 +162,7 @@ class Stack:
     spacing: tuple[float, float] = (1.0, 1.0)
     geometry: Geometry | None = None
     parts: tuple[int, ...] = ()
+    origins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     volume: bool = False
     inverted: bool = False
     described: bool = False
@@ -249,7 +254,7 @@ class Stack:
         for number, pixels in self._loaded(lambda number: number % stride == 0):
             label = "image" if self.length == 1 else f"frame-{number:04d}"
             part = self.parts[number] if self.parts else 0
-            yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing, part)
+            yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing, part, number)
 
     def _along(self, plane: str, stride: int) -> Iterator[Frame]:
         reverse = self.geometry.signs[_NORMAL[plane]] < 0
@@ -260,7 +265,8 @@ class Stack:
         for number, pixels in self._loaded(lambda number: place(number) % stride == 0):
             numbers = self._numbers(pixels, *self._scale(number))
             image = cut(self.geometry.canonical(numbers[None]), plane, 0)
-            yield Frame(f"{plane}-{place(number):03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+            label, spacing = f"{plane}-{place(number):03d}", self.geometry.plane_spacing(plane)
+            yield Frame(label, np.ascontiguousarray(image), spacing, number=number)
 
     def _across(self, plane: str, stride: int) -> Iterator[Frame]:
         if self.whole is None:

@@ -1,16 +1,18 @@
 """DICOM files to stacks: series apart, frames in their order in space, numbers in Hounsfield units or SUV where known.
 
 A series is split where size, kind of pixels, orientation or localizer differ, and where a position recurs (phases,
-echoes, b-values): each position's n-th image belongs to the n-th stack. A mosaic is taken apart into its slices.
+echoes, b-values), by what the headers say of these (`apart`). A mosaic is taken apart into its slices.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from ...routing import Decision
 from ..files import Limits, quiet
 from ..reader import Decide
 from ..stack import Geometry, Refused, Stack
-from . import suv
+from . import apart, suv
 from .file import Pixels, Place, describe, digest, listed, read_header, text
 from .file import number as number_of
 from .mosaic import Mosaic, first_position, mosaic, tiles
@@ -29,9 +31,6 @@ _SEGMENTATIONS = tuple(f"1.2.840.10008.5.1.4.1.1.66.{n}" for n in (4, 5, 7))
 _NO_IMAGE = {_DIRECTORY: "a directory of files", _DOSE: "a dose distribution"} | dict.fromkeys(
     _SEGMENTATIONS, "a segmentation"
 )
-_ACQUISITION, _TEMPORAL, _ECHO, _ECHO_TIME, _B_VALUE, _TRIGGER, _STACK = 0, 1, 2, 3, 4, 5, 8  # in `Slice.order`
-_ORDERED_BY = (_ACQUISITION, _TEMPORAL, _ECHO, _ECHO_TIME, _B_VALUE, _TRIGGER, _STACK)
-_SAID_OF_SLICES = (_ACQUISITION, _TRIGGER)  # often of each slice, not of the volume
 _SAME_PLACE = 0.01  # mm along the normal
 _UNEVEN = 0.1  # of the usual distance
 _TILT = math.cos(math.radians(3))
@@ -44,8 +43,9 @@ class Repeated(Refused):
 
 @dataclass(slots=True)
 class Slice:
-    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place.
-    `units`: of PET where the frame has a mapping of its own, else ""."""
+    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place. `said`: as
+    `apart.said_by` gives it. `location`: mm along an unknown line. `units`: of PET where the frame has a mapping of its
+    own, else ""."""
 
     pixels: Pixels
     number: int
@@ -54,13 +54,25 @@ class Slice:
     spacing: tuple[float, float]
     slope: float
     intercept: float
+    instance: int
     order: tuple
     kind: tuple
     quantity: str
     inverted: bool
     note: str
     tomographic: bool
+    said: tuple = field(repr=False, default=())
+    location: float | None = None
     units: str = ""
+
+
+class Group(NamedTuple):
+    """Slices of one stack. volume: each at a place of its own, parallel to the others. alone: their numbers say nothing
+    about each other's."""
+
+    slices: list[Slice]
+    volume: bool
+    alone: bool
 
 
 @dataclass
@@ -234,12 +246,15 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             spacing=_spacing(measures, head),
             slope=1.0 if pixels.modality_lut is not None else slope,
             intercept=0.0 if pixels.modality_lut is not None else intercept,
+            instance=base[6],
             order=(*base, times, indices, number),
             kind=(localizer, pixels.shape, pixels.dtype.str, pixels.colour, quantity, pixels.photometric),
             quantity=quantity,
             inverted=quantity == "raw" and pixels.inverse,
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
+            said=apart.said_by(head, groups, content),
+            location=None if enhanced or several else number_of(head.get("SliceLocation")),
             units=units,
         )
 
@@ -281,7 +296,7 @@ def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused
         kinds[piece.kind].append(piece)
     groups = []
     for kind in sorted(kinds, key=repr):
-        groups.extend(_by_orientation(kinds[kind]))
+        groups.extend(_groups(kinds[kind], refused))
     factor, note = None, ""
     if series.uptakes:
         try:
@@ -289,9 +304,9 @@ def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused
         except Refused as error:
             note = error.detail
     stacks = []
-    for group, volume in groups:
+    for group in groups:
         try:
-            stacks.append(_stack(group, volume, series, factor, note, limits))
+            stacks.append(_stack(group, series, factor, note, limits))
         except Refused as error:
             refused.append(error)
     for number, stack in enumerate(stacks):
@@ -299,52 +314,61 @@ def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused
     return stacks
 
 
-def _by_orientation(slices: list[Slice]) -> list[tuple[list[Slice], bool]]:
-    """Lists of slices that belong together, and whether they are a volume: parallel, each at a place of its own."""
+def _groups(slices: list[Slice], refused: list[Refused]) -> list[Group]:
+    """The stacks of one kind of slices: volumes first."""
     loose = [piece for piece in slices if piece.position is None or piece.orientation is None]
     placed = [piece for piece in slices if piece.position is not None and piece.orientation is not None]
     groups = []
-    for alike in (group for parallel in _parallel(placed) for group in _told_apart(parallel)):
-        places = _places(alike)
-        if len(places) < 2:  # one picture, a film of one place, or a turning camera
-            loose.extend(alike)
-            continue
-        for phase in range(max(map(len, places))):
-            phases = [place[phase] for place in places if phase < len(place)]
-            if len(phases) > 1:
-                groups.append((phases, True))
-            else:
-                loose.extend(phases)
-    if loose:
-        loose.sort(key=lambda piece: (piece.order[6], piece.order))
-        by_spacing: dict[tuple, list[Slice]] = defaultdict(list)
-        for piece in loose:
-            by_spacing[piece.spacing].append(piece)
-        groups.extend((by_spacing[key], False) for key in sorted(by_spacing))
+    single: list[Slice] = []  # of which nothing says that others are of the same volume
+    for parallel in _parallel(placed):
+        normal = _upwards(parallel[0].orientation)
+        along = [float(piece.position @ normal) for piece in parallel]
+        for volume in _apart(parallel, along, single, refused):
+            groups.append(Group(volume, volume=True, alone=False))
+    known = [piece for piece in loose if piece.location is not None and piece.tomographic]
+    if len(known) == len(loose):  # a header without places
+        along = [piece.location for piece in known]
+        groups.extend(Group(volume, False, False) for volume in _apart(known, along, single, refused))
+    else:
+        groups.extend(_without_places(loose, alone=False))
+    groups.extend(_without_places(single, alone=True))
     return groups
 
 
-def _told_apart(slices: list[Slice]) -> list[list[Slice]]:
-    """The slices by echo, b-value and time, in the order of these, so that no stack mixes them where one is missing.
+def _apart(slices: list[Slice], along: list[float], single: list[Slice], refused: list[Refused]) -> list[list[Slice]]:
+    """The volumes of slices at these places along a line, each in order; what is of none goes into `single`."""
+    if not slices:
+        return []
+    places = apart.numbered(along, _SAME_PLACE)
+    if len(set(places)) < 2:  # one picture, a film of one place, or a turning camera
+        single.extend(slices)
+        return []
+    stacks, alone, copies = apart.split(slices, places, _pixels_of)
+    for piece in copies:
+        copy = Repeated("inconsistent", "an image that is there already")
+        copy.file = piece.pixels.path.name
+        refused.append(copy)
+    single.extend(piece for piece in alone)
+    single.extend(stack[0] for stack in stacks if len(stack) == 1)
+    return [stack for stack in stacks if len(stack) > 1]
 
-    What differs from slice to slice of one volume tells nothing apart: half of the slices must find another place in
-    their group, and acquisitions and trigger times only count where a place recurs and all groups have several places.
-    """
-    groups = [slices]
-    for place in _ORDERED_BY:
-        apart = []
-        for group in groups:
-            values: dict[object, list[Slice]] = defaultdict(list)
-            for piece in group:
-                values[piece.order[place]].append(piece)
-            parts = [values[value] for value in sorted(values)]
-            several = [part for part in parts if len(_places(part)) > 1]
-            if place in _SAID_OF_SLICES:
-                told = len(several) == len(parts) and len(_places(group)) < len(group)
-            else:
-                told = 2 * sum(map(len, several)) >= len(group)
-            apart.extend(parts if told else [group])
-        groups = apart
+
+def _pixels_of(piece: Slice) -> bytes:
+    (frame,) = piece.pixels.frames([piece.number])
+    return hashlib.sha256(np.ascontiguousarray(frame)).digest()
+
+
+def _without_places(slices: list[Slice], alone: bool) -> list[Group]:
+    """By instance number. alone: of tomographic slices each is."""
+    groups = []
+    by_spacing: dict[tuple, list[Slice]] = defaultdict(list)
+    for piece in slices:
+        by_spacing[piece.spacing].append(piece)
+    for key in sorted(by_spacing):
+        parts = [by_spacing[key]] if alone else apart.told_apart(by_spacing[key])
+        for part in parts:
+            part.sort(key=lambda piece: (piece.instance, piece.order))
+            groups.append(Group(part, False, alone and part[0].tomographic))
     return groups
 
 
@@ -367,24 +391,8 @@ def _parallel(slices: list[Slice]) -> list[list[Slice]]:
     return lists
 
 
-def _places(slices: list[Slice]) -> list[list[Slice]]:
-    """Slices by place along the common normal, towards right, front or head; those at one place in their order."""
-    normal = _upwards(slices[0].orientation)
-    along = sorted(((float(piece.position @ normal), piece) for piece in slices), key=lambda item: item[0])
-    places: list[list[Slice]] = []
-    last = -math.inf
-    for where, piece in along:
-        if where - last > _SAME_PLACE:
-            places.append([])
-            last = where
-        places[-1].append(piece)
-    for place in places:
-        place.sort(key=lambda piece: piece.order)
-    return places
-
-
-def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str, limits: Limits) -> Stack:
-    first = slices[0]
+def _stack(group: Group, series: Series, factor, note: str, limits: Limits) -> Stack:
+    slices, first = group.slices, group.slices[0]
     pixels = first.pixels
     quantity = first.quantity
     slope, intercept = (np.array([getattr(piece, name) for piece in slices]) for name in ("slope", "intercept"))
@@ -396,8 +404,12 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
     channels = 3 if pixels.colour else 1
     files: dict[int, int] = {}  # by identity, numbered
     parts = tuple(files.setdefault(id(piece.pixels), len(files)) for piece in slices)
-    apart = pixels.slices or len(files) > 1
-    stacked = volume or bool(len(slices) > 1 and first.tomographic and apart)
+    several = pixels.slices or len(files) > 1
+    stacked = group.volume or bool(len(slices) > 1 and first.tomographic and several)
+    if group.alone and len(slices) > 1:
+        parts = tuple(range(len(slices)))
+    elif stacked or len(files) == 1:
+        parts = ()
     return Stack(
         quantity=quantity,
         length=len(slices),
@@ -409,8 +421,9 @@ def _stack(slices: list[Slice], volume: bool, series: Series, factor, note: str,
         slope=slope if quantity != "display8" else 1.0,
         intercept=intercept if quantity != "display8" else 0.0,
         spacing=first.spacing,
-        geometry=_geometry(slices) if volume else None,
-        parts=() if stacked or len(files) == 1 else parts,
+        geometry=_geometry(slices) if group.volume else None,
+        parts=parts,
+        origins=tuple((piece.pixels.path.name, piece.number) for piece in slices),
         volume=stacked,
         inverted=first.inverted and quantity == "raw",
         burned_in=series.burned_in,
