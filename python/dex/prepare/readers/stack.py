@@ -135,6 +135,8 @@ class Stack:
     holds(bytes): whether that number of bytes may be kept in memory beside one frame's work.
     inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
     described: the file does not say what its numbers are, so the source's description does.
+    extent: rows and columns of a frame that the image fills, where a file was read at a part of its size: the last ones
+        may be filled in part. None: all.
     windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
     parts: of each frame the number of the image that it belongs to, where several were only read together; an image's
         numbers say nothing about another's. () where all frames are one.
@@ -143,7 +145,7 @@ class Stack:
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
         that its header gives besides, or "".
-    patient, series: raw identities, for hashing only; "" unknown. Never printed.
+    patient, study, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
 
     NaN is background: what was masked away. It becomes the lowest number that the stack has, and `masked` says whether
@@ -167,11 +169,13 @@ class Stack:
     inverted: bool = False
     described: bool = False
     windowed: bool = False
+    extent: tuple[float, float] | None = None
     burned_in: bool = False
     note: str = ""
     decision: Decision | None = None
     declared: str = ""
     patient: str = field(default="", repr=False)
+    study: str = field(default="", repr=False)
     series: str = field(default="", repr=False)
     refused: list[Refused] = field(default_factory=list)
     whole: np.ndarray | None = field(default=None, repr=False)

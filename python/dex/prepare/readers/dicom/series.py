@@ -130,7 +130,7 @@ def read(
         if identity in faulty or not slices:
             continue
         try:
-            stacks.extend(_stacks(identity[0], by_identity[identity], limits, refused))
+            stacks.extend(_stacks(identity, by_identity[identity], limits, refused))
         except Refused as error:
             refused.append(error)
     if not stacks:
@@ -290,7 +290,7 @@ def _quantity(pixels: Pixels, modality: str, localizer: bool, transform) -> tupl
     return "HU", ""
 
 
-def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused]) -> list[Stack]:
+def _stacks(identity: tuple[str, ...], series: Series, limits: Limits, refused: list[Refused]) -> list[Stack]:
     kinds: dict[tuple, list[Slice]] = defaultdict(list)
     for piece in series.slices:
         kinds[piece.kind].append(piece)
@@ -310,7 +310,8 @@ def _stacks(identity: str, series: Series, limits: Limits, refused: list[Refused
         except Refused as error:
             refused.append(error)
     for number, stack in enumerate(stacks):
-        stack.series = identity if len(stacks) == 1 else f"{identity}\0{number}"
+        stack.series = identity[0] if len(stacks) == 1 else f"{identity[0]}\0{number}"
+        stack.study = identity[1]
     return stacks
 
 

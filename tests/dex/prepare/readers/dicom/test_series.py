@@ -115,6 +115,7 @@ def test_series_in_one_folder_are_separate_and_sorted(tmp_path):
             slice_of(tmp_path / f"{series}-{z}.dcm", np.full((4, 4), z, np.int16), z, SeriesInstanceUID=series)
     stacks = read(*sorted(tmp_path.iterdir(), reverse=True))
     assert [stack.series for stack in stacks] == ["1.10", "1.2", "1.9"] and {s.length for s in stacks} == {2}
+    assert {stack.study for stack in stacks} == {"1.2"}  # of which study it is keeps a visit together
 
 
 def test_one_uid_for_the_series_of_two_patients(tmp_path):
