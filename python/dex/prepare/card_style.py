@@ -54,7 +54,8 @@ header .bar { height: 1.4rem; border-radius: .3rem; }
 .part-train { background: var(--train); } .part-val { background: var(--val); }
 .part-foreground { background: var(--foreground); } .part-blank { background: var(--blank); }
 .part-too-small { background: var(--too-small); } .part-exact-duplicate { background: var(--exact-duplicate); }
-.part-near-duplicate { background: var(--near-duplicate); } .part-other { background: var(--other); }
+.part-near-duplicate { background: var(--near-duplicate); }
+.part-withdrawn, .part-other { background: var(--other); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); gap: 1rem;
   margin-top: 1.2rem; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1rem; }

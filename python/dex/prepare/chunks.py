@@ -4,7 +4,7 @@ A chunk's result is three files, which exist whole or not at all; the second com
 
     chunks/<source>-<chunk>.bin      of each kept image its encoded bytes, then its histogram (HISTOGRAM_BYTES)
     chunks/<source>-<chunk>.jsonl    a line for each kept image, then one of counts
-    ids/<source>-<chunk>.jsonl       id -> path and label, of each kept image and of each file that was refused
+    ids/<source>-<chunk>.jsonl       which file each kept image and each refusal is of: rows of `trace`
 
 While they are written their names end in ".partial", and the process that writes them holds a lock.
 """
@@ -16,6 +16,7 @@ import copy
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections import Counter
@@ -29,7 +30,7 @@ from PIL import Image
 
 from dex.common import atomic
 
-from . import filters, label_maps, normalise, readers, routing
+from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names, split_of
 from .readers.stack import Refused
@@ -67,6 +68,8 @@ class Job:
     common: int
     settings: Settings
     limits: readers.Limits
+    withdrawn: frozenset[str] = field(default=frozenset(), repr=False)
+    """Ids of images and groups that are not to be kept."""
 
 
 class Refusal(NamedTuple):
@@ -237,7 +240,7 @@ class _Work:
         asked = {"decide": decide, "volumes": self._source.volumes}
         stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
         number = 0
-        while True:
+        for order in itertools.count():
             self._modality = ""
             try:
                 stack = next(stacks, None)
@@ -248,7 +251,7 @@ class _Work:
                 return None
             sizes, before = self._files.sizes(), copy.deepcopy(self._counts)
             try:
-                self._stack(stack, number)
+                self._stack(stack, number, order)
                 number += 1
             except CannotWrite:
                 raise
@@ -277,7 +280,7 @@ class _Work:
             for part in self._refused:
                 self._counts.part(part.modality).refused[part.refusal.reason] += 1
         for part in self._refused:
-            self._files.note(part.refusal.id, self._unit.key, part.refusal.reason, part.file)
+            self._files.note(trace.refusal(*part.refusal, self._unit.key, part.file))
         return self._counts
 
     def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
@@ -295,7 +298,8 @@ class _Work:
         else:
             self.refuse("unreadable", where(error))
 
-    def _stack(self, stack: readers.Stack, number: int) -> None:
+    def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
+        """number: among the unit's stacks that are used; order: among all that its reader gives."""
         settings = self._job.settings
         source = self._source_of(stack)
         self._modality = "" if source.routed else source.modality
@@ -315,6 +319,7 @@ class _Work:
             common["modality"] = source.modality
         if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
             stack.rescale(source.slope, source.intercept)
+        origins = trace.Origins(stack, self._unit.key, number, self._volume(order))
         for one in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
@@ -323,12 +328,24 @@ class _Work:
                 self._counts.dropped[dropped] += 1
                 continue
             label = f"s{number:02d}-{one.label}" if number else one.label
+            sample = self._names.sample(self._unit.key, label)
+            if group in self._job.withdrawn or sample in self._job.withdrawn:
+                self._counts.dropped[filters.WITHDRAWN] += 1
+                continue
             line, data = _describe(one, settings.encoding)
-            names = {"id": self._names.sample(self._unit.key, label), "label": label}
-            self._files.add({**names, **common, **line}, data, self._unit.key)
+            self._files.add({"id": sample, "label": label, **common, **line}, data)
+            for row in origins.rows(sample, label, one.number):
+                self._files.note(row)
             self._counts.kept += 1
             self._counts.text += line["text"]
         self._counts.masked += stack.masked
+
+    def _volume(self, order: int) -> int | None:
+        """The number of a stack's volume in its file, where the description asks for others than the first."""
+        volumes = self._source.volumes
+        if volumes in ("first", "mean") or "volumes" not in readers.reader_of(self._unit.format).choices:
+            return None
+        return order * (int(volumes) if volumes.isdecimal() else 1)
 
     def _source_of(self, stack: readers.Stack) -> Source:
         """The source with the stack's modality; the source as it is where nothing says which that is."""
@@ -426,15 +443,14 @@ class _Files:
                 path.unlink(missing_ok=True)
         self._close()
 
-    def add(self, line: dict[str, Any], data: bytes, key: str) -> None:
+    def add(self, line: dict[str, Any], data: bytes) -> None:
         offset = self._files[0].tell()
         self._write(0, data)
         self._write(1, _json({**line, "offset": offset}))
-        self._write(2, _json({"id": line["id"], "path": key, "label": line["label"]}))
 
-    def note(self, unit_id: str, key: str, reason: str, file: str) -> None:
-        """Keep the path of a unit, or of one of its files, that was refused."""
-        self._write(2, _json({"id": unit_id, "path": key, "refused": reason} | ({"file": file} if file else {})))
+    def note(self, row: dict[str, Any]) -> None:
+        """Keep where an image, or what was refused, comes from."""
+        self._write(2, _json(row))
 
     def sizes(self) -> tuple[int, int, int]:
         return tuple(file.tell() for file in self._files)

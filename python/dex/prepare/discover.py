@@ -58,7 +58,8 @@ class Chunk(NamedTuple):
 class Listing(NamedTuple):
     """lines: one a unit, in order; sizes: the bytes of each unit's files; digest: sha256 (hex) of paths, sizes and
     times, another one means that the input has changed; large: the numbers of the units that `parted` parts; ignored:
-    what was passed over, by reason; common: the number of folders that all paths begin with."""
+    what was passed over, by reason; common: the number of folders that all paths begin with; passed_over: path ->
+    reason, of each of these files."""
 
     lines: list[bytes]
     sizes: list[int]
@@ -68,6 +69,7 @@ class Listing(NamedTuple):
     formats: list[str]
     common: int
     ignored: dict[str, int]
+    passed_over: dict[str, str]
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -92,12 +94,12 @@ def discover(source: Source, root: Path) -> Listing:
 
     ValueError, without the name of any file: no folder at `root`, one below it that cannot be listed, no file found.
     """
-    ignored: Counter[str] = Counter()
+    passed_over: dict[str, str] = {}  # path -> reason
     folders: dict[tuple[str, str], list[File]] = {}  # (path, format)
     single: list[Unit] = []
     data: set[str] = set()
     common: list[str] | None = None
-    for file in _walk(source, root, ignored):
+    for file in _walk(source, root, passed_over):
         parts = file.path.split("/")[:-1]
         if common is None:
             common = parts
@@ -105,19 +107,16 @@ def discover(source: Source, root: Path) -> Listing:
             common.pop()
         format = _format(source, root, file.path)
         if format is None:
-            ignored["of no known format"] += 1
+            passed_over[file.path] = "of no known format"
         elif readers.reader_of(format).whole_folders:
             folders.setdefault(("/".join(parts), format), []).append(file)
         else:
             others = _beside(source, root, file.path, format)
             single.append(Unit(file.path, format, (file, *others)))
             data.update(other.path for other in others)
-    for path in data:  # which are not passed over
-        if not source.matches(path):
-            ignored["not named by the patterns"] -= 1
-        elif _format(source, root, path) is None:
-            ignored["of no known format"] -= 1
-    ignored = +ignored
+    for path in data:
+        passed_over.pop(path, None)
+    ignored = Counter(passed_over.values())
     # by a source that says what all its files are
     single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
     units = single
@@ -139,6 +138,7 @@ def discover(source: Source, root: Path) -> Listing:
         sorted({unit.format for unit in units}),
         len(common or ()),
         dict(sorted(ignored.items())),
+        passed_over,
     )
 
 
@@ -214,7 +214,7 @@ def is_unchanged(root: Path, file: File) -> bool:
     return status.st_size == file.size and file.mtime_ns in (0, status.st_mtime_ns)
 
 
-def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
+def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[File]:
     """The files that the source's patterns name, in no order."""
     if not root.is_dir():
         raise ValueError(f"{source.name}: expected its root to be a folder; there is none")
@@ -226,15 +226,15 @@ def _walk(source: Source, root: Path, ignored: Counter[str]) -> Iterator[File]:
                 for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_symlink():
-                        ignored["symbolic links"] += 1
+                        passed_over[path] = "symbolic links"
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(path)
                     elif not source.matches(path):
-                        ignored["not named by the patterns"] += 1
+                        passed_over[path] = "not named by the patterns"
                     elif what := readers.passed_over(entry.name):
-                        ignored[what] += 1
+                        passed_over[path] = what
                     elif not entry.is_file(follow_symlinks=False):
-                        ignored["no regular files"] += 1
+                        passed_over[path] = "no regular files"
                     else:
                         yield _file(source, path, entry.stat(follow_symlinks=False))
         except OSError as error:

@@ -14,7 +14,8 @@ from .normalise import FOREGROUND_STEP
 if TYPE_CHECKING:
     from .sources import Source
 
-DROPPED = ("foreground", "blank", "too small", "exact duplicate", "near duplicate")
+WITHDRAWN = "withdrawn"
+DROPPED = ("foreground", "blank", "too small", "exact duplicate", "near duplicate", WITHDRAWN)
 
 _BLOCK = 16  # pixels a side of the blocks whose means decide on "blank": noise is averaged out
 _WINDOW, _STRIDE = 24, 8  # text is looked for in strips: their width, and the step between them, in columns

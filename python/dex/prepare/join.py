@@ -21,7 +21,7 @@ import numpy as np
 from dex.common import atomic
 from dex.data import ShardWriter
 
-from . import card, duplicates, filters, modalities, normalise
+from . import card, duplicates, filters, modalities, normalise, trace
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths
 from .sources import PACKAGES, Source
 
@@ -94,12 +94,16 @@ def join(
 
     out = private / "set"
     shutil.rmtree(out, ignore_errors=True)
+    keys = np.cumsum(keep) - 1  # of a kept image: its number among them
     names = [entry["name"] for entry in facts["modalities"]]
     histograms = {name: np.zeros(256, np.int64) for name in names}
     chosen = _choose(table, keep)
     examples: dict[int, card.Example] = {}
     say(f"writing {int(keep.sum()):,} images")
-    with ShardWriter(out, name=facts["name"], modalities=names, image_size=settings.size) as writer:
+    with (
+        atomic.writing(private / trace.DUPLICATES, mode=0o600, locked=True) as repeated,
+        ShardWriter(out, name=facts["name"], modalities=names, image_size=settings.size) as writer,
+    ):
         number = 0
         for part in parts:
             for name in part.chunks:
@@ -123,6 +127,9 @@ def join(
                                 examples[number] = card.Example(
                                     row.source.modality, row.name, line["id"], data, line["kind"]
                                 )
+                        else:
+                            near = bool(kind[number] == duplicates.NEAR)
+                            repeated.write(trace.duplicate(line["id"], line["group"], int(keys[of[number]]), near))
                         number += 1
         for entry in facts["modalities"]:
             entry["histogram"] = histograms[entry["name"]].tolist()

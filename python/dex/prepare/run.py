@@ -3,10 +3,11 @@
     OUT/            the shard set with its card: there whole, or not at all
     OUT.private/    mode 0700, never to be given away with the set
         salt            what private ids are hashed with; made once
-        plan.json       what was listed and how it is cut into chunks; units/: the listing itself
+        plan.json       what was listed and how it is cut into chunks; units/: the listing itself, what was passed over
         headers/        which series the files of large folders belong to, until the set is written
         chunks/         what is done, until the set is written
-        ids/            id -> path, of every image and of every file that was refused
+        ids/            which file every image and every refusal is of, and duplicates.jsonl beside it: see `trace`
+        withdrawn.jsonl what `dex data withdraw` took out, which no later start brings back
         log.jsonl       starts, refusals with their reasons, faults
 
 The plan is a function of the sources alone. Chunk c belongs to part c % n of `--shard i/n`; whoever finishes the last
@@ -37,7 +38,7 @@ from dex.common import atomic, exits
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
-from . import chunks, join, packages, readers, scan, workers
+from . import chunks, join, packages, readers, scan, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, read_salt
@@ -157,7 +158,8 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
                 listing = _parted(source, root, listing, options, private, say)
             with open(Path(scratch) / f"{number:03d}.jsonl", "wb") as file:
                 file.writelines(listing.lines)
-            planned.append(_Planned(source, root, _entry(source, listing)))
+            trace.write_passed_over(Path(scratch) / f"{number:03d}{trace.PASSED_OVER}", listing.passed_over)
+            planned.append(_Planned(source, root, _entry(source, root, listing)))
             del listing
         plan = {
             "format": "dex-plan",
@@ -200,6 +202,7 @@ class Run:
         self._options, self._planned, self._say = options, planned, say
         self._private = private_folder(options.out)
         self._salt = salt
+        self._withdrawn = trace.withdrawn(self._private)
         part, parts = options.shard
         self._lock = contextlib.ExitStack()
         try:
@@ -331,6 +334,7 @@ class Run:
             common=piece.planned.entry["common"],
             settings=self._options.settings,
             limits=self._options.limits,
+            withdrawn=frozenset(name for record in self._withdrawn for name in (*record.ids, *record.groups)),
         )
 
     def _check_readable(self, counts: Counts, done: Sequence[_Piece]) -> None:
@@ -427,11 +431,12 @@ def _parted(
     return parted(listing, series)
 
 
-def _entry(source: Source, listing: Listing) -> dict[str, Any]:
+def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
     """What the plan says of a source."""
     return {
         "name": source.name,
-        # where the files lie may differ from machine to machine
+        # where the files lie may differ from machine to machine: `root` is where the first start found them
+        "root": os.path.abspath(root),
         "description": to_yaml(dataclasses.replace(source, root=None)),
         "digest": listing.digest,
         "units": len(listing.lines),

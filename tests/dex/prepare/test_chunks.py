@@ -266,7 +266,7 @@ def test_no_patient_data_leaves_the_reader(here, tmp_path, capfd):
 
 
 def test_counts_of_reasons_are_filters_own():
-    assert set(chunks.UNREADABLE) <= set(readers.REASONS) and len(filters.DROPPED) == 5
+    assert set(chunks.UNREADABLE) <= set(readers.REASONS) and len(filters.DROPPED) == 6
 
 
 def test_counts_by_modality_survive_the_way_out_and_back():
