@@ -52,8 +52,9 @@ class DataConfig:
     temperature: float = 1.0
     """Shares of the modalities: proportional to their numbers of images to this power. 1 shows every image equally
     often, 0 every modality."""
-    num_workers: int = 0
-    """Processes that read ahead; 0 reads in the training process. The order of images does not depend on it."""
+    num_workers: int | None = 0
+    """Processes that read ahead; 0 reads in the training process, null takes the cores at hand, at most 8. The order of
+    images does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ class Config:
         return self.optim.base_lr * self.data.batch_size / 512
 
 
+MOST_WORKERS = 256
+"""Of one rank: each is a process of about 0.3 GB."""
+
 # Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
 # otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
 FREE_ON_RESUME = frozenset(
@@ -150,7 +154,7 @@ FREE_ON_RESUME = frozenset(
     | {f"run.{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in ("seed", "precision")}
 )
 
-_PUBLISHED = Config(data=DataConfig(num_workers=8))
+_PUBLISHED = Config(data=DataConfig(num_workers=None))
 _DEMO = Config(
     model=ModelConfig(
         embed_dim=192,
@@ -212,14 +216,27 @@ def from_dict(values: Any, base: Config, source: str = "configuration") -> Confi
 
 def read_yaml(path: str | Path, base: Config) -> Config:
     """``base`` with the fields that the file names replaced. FileNotFoundError; ValueError as in `from_dict`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"config: expected a YAML file; nothing at {path}")
+        there = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"config: expected a YAML file; {there} at {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"config: expected YAML in {path}; {' '.join(str(error).split())}") from error
+        raise ValueError(f"config: expected YAML in {path}; got: {' '.join(str(error).split())}") from error
     return from_dict({} if values is None else values, base, str(path))
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that comes twice in one mapping is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}")
+        return super().construct_mapping(node, deep)
 
 
 def to_yaml(config: Config) -> str:
@@ -237,7 +254,7 @@ def check(config: Config) -> None:
     """ValueError, naming the field, what was expected and what came, for values that cannot work."""
     _check_model(config.model)
     _check_data(config.data)
-    _check_optim(config.optim)
+    _check_optim(config.optim, config.peak_lr)
     _check_schedule(config.schedule)
     for name, value in _flat(to_dict(config)).items():
         numbers = value if isinstance(value, list) else [value]
@@ -267,7 +284,11 @@ def _check_model(model: ModelConfig) -> None:
         width = getattr(model, name)
         _require(width % 4 == 0, f"model.{name}", "a multiple of 4, for 2-D sine positions", width)
     _check_experts(model)
-    _require(model.mlp_ratio > 0, "model.mlp_ratio", "above 0", model.mlp_ratio)
+    # Each at its own width: of a small ratio the narrower one comes out as no unit at all.
+    for name in ("embed_dim", "decoder_embed_dim"):
+        width = getattr(model, name)
+        hidden = f"a ratio that gives at least one hidden unit of model.{name} = {width}"
+        _require(1 <= width * model.mlp_ratio < math.inf, "model.mlp_ratio", hidden, model.mlp_ratio)
     patches = (model.img_size // model.patch_size) ** 2
     kept = int(patches * (1 - model.mask_ratio))
     _require(
@@ -301,11 +322,20 @@ def _check_data(data: DataConfig) -> None:
     _require(data.path is None or bool(data.path.strip()), "data.path", "a folder", data.path)
     _require(data.batch_size >= 1, "data.batch_size", "at least 1", data.batch_size)
     _require(0 <= data.temperature <= 1, "data.temperature", "a number from 0 to 1", data.temperature)
-    _require(data.num_workers >= 0, "data.num_workers", "at least 0", data.num_workers)
+    workers = data.num_workers
+    _require(workers is None or 0 <= workers <= MOST_WORKERS, "data.num_workers", f"0 to {MOST_WORKERS}", workers)
 
 
-def _check_optim(optim: OptimConfig) -> None:
+def _check_optim(optim: OptimConfig, peak_lr: float) -> None:
     _require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
+    # AdamW's steps are about as long as the learning rate, so that above 1 no weight outlives one.
+    if peak_lr > 1:
+        raise ValueError(
+            "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got "
+            f"{optim.base_lr:g}, whose peak is {peak_lr:g}"
+        )
+    decay = "a share of less than 1 at the peak learning rate"
+    _require(optim.weight_decay * peak_lr < 1, "optim.weight_decay", decay, optim.weight_decay)
     _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
     _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
     _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
@@ -368,7 +398,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _merge(base: Any, values: Any, source: str, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.') or source}: expected fields and their values; got {values!r} ({source})")
+        name = prefix.rstrip(".") or "config"
+        raise ValueError(f"{name}: expected fields and their values; got {_shown(values)} in {source}")
     kinds = typing.get_type_hints(type(base))
     changes = {}
     for key, value in values.items():
@@ -385,8 +416,12 @@ def _merge(base: Any, values: Any, source: str, prefix: str) -> Any:
 def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
     found = _match(value, kind)
     if found is _NO:
-        raise ValueError(f"{name}: expected {_words(kind)}; got {value!r} in {source}")
+        raise ValueError(f"{name}: expected {words(kind)}; got {_shown(value)} in {source}")
     return found
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
 
 
 _NO = object()
@@ -420,13 +455,29 @@ def _match(value: Any, kind: Any) -> Any:
     return value if type(value) is kind else _NO
 
 
-def _words(kind: Any) -> str:
+def field_kind(kind: type, name: str) -> Any:
+    """The annotation of the field with this dotted name, in a dataclass of dataclasses; None when there is none.
+
+    Hyphens count as underscores; the fields of `Config` may lie below a field of their own.
+    """
+    first, _, rest = name.replace("-", "_").partition(".")
+    hints = typing.get_type_hints(kind)
+    if first not in hints:
+        return field_kind(Config, name) if kind is not Config and Config in hints.values() else None
+    annotation = hints[first]
+    if rest:
+        return field_kind(annotation, rest) if dataclasses.is_dataclass(annotation) else None
+    return None if dataclasses.is_dataclass(annotation) else annotation
+
+
+def words(kind: Any) -> str:
+    """What is expected of a value of this annotation."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_words(k) for k in arguments)
+        return " or ".join(words(k) for k in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"a list of {_words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
+        return f"a list of {words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
     return names[kind]

@@ -28,7 +28,7 @@ def test_published_presets_hold_the_published_values():
     s = code.schedule
     assert (s.epochs, s.warmup * s.epochs, s.noise_std, s.momentum) == (200, 10, (1.0, 0.0), (0.99, 0.999))
     assert (s.align_weight, s.balance_weight, code.run.precision) == (0.01, (0.01, 0.01), "bf16")
-    assert code.data.num_workers == paper.data.num_workers == 8
+    assert code.data.num_workers is None and paper.data.num_workers is None
     assert config.differences(code, paper) == {
         "model.align": ("kd", "cosine"),
         "data.batch_size": (896, 448),
@@ -70,6 +70,9 @@ def test_monolithic_control_differs_in_the_experts_alone():
         ("model: {align: dot}", r"model\.align: expected one of kd, cosine, mse; got 'dot'"),
         ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false; got 1"),
         ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
+        ("optim: {eps: 1e-8}\nrun: {}\noptim: {clip_norm: 2}", r"optim comes twice, in lines 1 and 3"),
+        ("optim: {\n  eps: 1e-8,\n  eps: 1e-9}", r"eps comes twice, in lines 2 and 3"),
+        ("model:", r"model: expected fields and their values; got nothing"),
         ("model: {", r"expected YAML in .*config\.yaml"),
     ],
 )
@@ -111,6 +114,10 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("data__path", " ", "data.path: expected a folder; got ' '"),
         ("data__batch_size", 0, "data.batch_size: expected at least 1; got 0"),
         ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0; got nan"),
+        ("optim__base_lr", 1.0, "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got 1"),
+        ("optim__weight_decay", 1e5, "optim.weight_decay: expected a share of less than 1 at the peak"),
+        ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit of"),
+        ("data__num_workers", 257, "data.num_workers: expected 0 to 256; got 257"),
         ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),
         ("optim__betas", (0.9, 1.0), "optim.betas: expected two numbers in"),
         ("schedule__warmup", 1.0, "schedule.warmup: expected a share in"),

@@ -1,7 +1,6 @@
 """What the commands share: how they parse options and how they report an error on one line."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +16,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder_argument(name: str, text: str) -> Path:
-    """The folder that option ``name`` gives; ValueError for an empty text."""
+    """The folder that option ``name`` gives, with a leading ``~`` expanded; ValueError for an empty text."""
     if not text.strip():
         raise ValueError(f"{name}: expected a folder; got {text!r}")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def print_line(command: str, message: str) -> None:
@@ -32,8 +31,3 @@ def failed(command: str, error: Exception | str) -> int:
     """Print ``error``; the exit code of a command that failed after its input was accepted."""
     print_line(command, str(error))
     return exits.FAILED
-
-
-def default_workers(device: str) -> int:
-    """Processes that read ahead of a model on ``device``: none on a CPU, whose forwards they would slow down."""
-    return 0 if device == "cpu" else min(8, len(os.sched_getaffinity(0)) // 2)

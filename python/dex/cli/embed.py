@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dex.cli._console import Parser, default_workers, failed, folder_argument
+from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
 HELP = "features of images, scans or a shard set, as Parquet or NPZ"
@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if not single:
         import pyarrow  # noqa: F401  before anything is computed
 
-    from dex.common.ranks import announced
+    from dex.common.ranks import announced, default_workers
     from dex.inference import embed_job
     from dex.inference.collection import collection
     from dex.inference.load import load

@@ -5,12 +5,14 @@ import contextlib
 import datetime
 import errno
 import io
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from dex.cli._console import Parser, failed
+from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
     except SystemExit as error:
         if not error.code:  # --help
             return None
-        raise ValueError(_one_line(complaint.getvalue())) from None
+        raise ValueError(_complaint(_one_line(complaint.getvalue()), arguments, Pretrain)) from None
     config = parsed.fields
     if parsed.data is not None:
         config = replace(config, data=replace(config.data, path=parsed.data))
@@ -128,14 +130,14 @@ def _first_options(arguments: list[str]) -> argparse.Namespace:
 
 def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:
     """What `dex.train.run.pretrain` takes as ``resume`` and ``out``."""
-    folder = Path(out) if out is not None else None
+    folder = folder_argument("out", out) if out is not None else None
     if resume is None:
         return None, folder
     if resume == "auto":
         if folder is None:
             raise ValueError("resume: expected --out with the run folder beside --resume auto")
         return "auto", folder
-    path = Path(resume)
+    path = folder_argument("resume", resume)
     if not path.is_dir():
         raise FileNotFoundError(f"resume: expected auto, a run folder or a checkpoint folder; nothing at {path}")
     is_run = (path / "config.yaml").is_file()
@@ -191,6 +193,25 @@ def _describe(plan: "Plan") -> str:
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def _complaint(text: str, arguments: list[str], kind: type) -> str:
+    """tyro's ``text`` in the words of `dex.config.check`, where it is about the value of one field of ``kind``."""
+    from dex.config import field_kind, words
+
+    options = [word for word in arguments if word.startswith("--")]
+    if text.startswith("Unrecognized options:"):
+        for before, word in itertools.pairwise(arguments):
+            is_switch = before in options and field_kind(kind, before.strip("-")) is bool
+            if is_switch and word.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+                return f"{before.strip('-').replace('-', '_')}: expected a switch without a value; got {word}"
+        return text
+    option = next((word for word in options if re.search(rf"{re.escape(word)}(?![\w.-])", text)), None)
+    expected = None if option is None else field_kind(kind, option.strip("-"))
+    if expected is None:
+        return text
+    values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[arguments.index(option) + 1 :])
+    return f"{option.strip('-').replace('-', '_')}: expected {words(expected)}; got {' '.join(values) or 'nothing'}"
 
 
 def _one_line(box: str) -> str:

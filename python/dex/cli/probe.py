@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dex.cli._console import Parser, default_workers, failed, folder_argument
+from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
 HELP = "linear, kNN and few-shot probes on labelled images, with intervals over patients"
@@ -17,6 +17,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
 
+    from dex.common.ranks import default_workers
     from dex.inference import probe_job
     from dex.inference.collection import collection
     from dex.inference.embed_job import Options, Stopped

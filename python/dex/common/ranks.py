@@ -53,6 +53,17 @@ def announced() -> Ranks:
     return Ranks(rank, world_size, _environment("LOCAL_RANK", rank))
 
 
+def ranks_here() -> int:
+    """Ranks of this machine, as torchrun says in LOCAL_WORLD_SIZE; one without it."""
+    return max(_environment("LOCAL_WORLD_SIZE", 1), 1)
+
+
+def default_workers(device: str) -> int:
+    """Processes that read ahead of a model on ``device``: none on a CPU, whose forwards they would slow down, else half
+    of the cores that each rank of this machine has, at most 8."""
+    return 0 if device == "cpu" else min(8, len(os.sched_getaffinity(0)) // (2 * ranks_here()))
+
+
 def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
     """Join the others; ``timeout`` in seconds for every collective. One rank stays alone."""
     if ranks.world_size == 1:

@@ -21,16 +21,16 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     """
     if path is not None and not os.fspath(path):  # Path("") would be the current folder
         raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
-    root = EMBEDDED if path is None else Path(path)
+    root = EMBEDDED if path is None else Path(path).expanduser()
     if not root.exists():
         if path is None:
             raise FileNotFoundError(
                 "the embedded data set is not in this installation; rebuild it with "
                 "scripts/build_embedded_data.py, or pass a folder"
             )
-        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(path)!r}")
+        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(root)!r}")
     if not root.is_dir():
-        raise ValueError(f"path: expected a folder of images or shards, got the file {str(path)!r}")
+        raise ValueError(f"path: expected a folder of images or shards, got the file {str(root)!r}")
     if (root / MANIFEST).exists() or path is None:
         return ShardDataset(root)
     return FolderDataset(root)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dex.common.ranks import ALONE, Ranks, decided, from_first, gather
+from dex.common.ranks import ALONE, Ranks, decided, default_workers, from_first, gather, ranks_here
 from dex.common.units import duration, format_bytes
 from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
@@ -21,6 +21,7 @@ from dex.data.loader import batches_per_epoch
 from dex.train import checkpoint, cuda_graph
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
+from dexkernels.ops import backends
 
 EARLIER_FINGERPRINT = (
     "This run was started by a version whose fingerprint did not cover pixels; paths and sizes agree, pixels were not "
@@ -42,6 +43,8 @@ class Placement(NamedTuple):
     precision: str
     micro_batch: int
     """Images that a rank computes at once."""
+    num_workers: int
+    """Processes of a rank that read ahead."""
 
 
 class Plan(NamedTuple):
@@ -52,6 +55,7 @@ class Plan(NamedTuple):
     device: torch.device
     precision: str
     micro_batch: int
+    num_workers: int
     dataset: Dataset
     train: Dataset
     held_out: Dataset
@@ -62,7 +66,7 @@ class Plan(NamedTuple):
     saved: checkpoint.Checkpoint | None = None
     """Where it goes on; None at step 0."""
     notes: tuple[str, ...] = ()
-    """What is to be said about that."""
+    """What is to be said before the run."""
 
 
 class FolderState(NamedTuple):
@@ -113,10 +117,15 @@ def check_cuda_graph(config: Config, device: torch.device, world_size: int) -> N
 def place(config: Config, ranks: Ranks = ALONE) -> Placement:
     """Check ``config`` and resolve what needs no data. The ranks need not have started. ValueError names the field."""
     check(config)
+    try:
+        backends.check_backend(config.model.backend)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
     micro_batch = resolve_micro_batch(config, ranks.world_size)
     device = resolve_device(config, ranks)
     check_cuda_graph(config, device, ranks.world_size)
-    return Placement(config, ranks, device, resolve_precision(config, device), micro_batch)
+    workers = default_workers(device.type) if config.data.num_workers is None else config.data.num_workers
+    return Placement(config, ranks, device, resolve_precision(config, device), micro_batch, workers)
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Plan:
@@ -198,7 +207,27 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
     train = dataset.split("train")
     if len(train) == 0:
         raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+    if config.data.batch_size > len(train):
+        raise ValueError(
+            f"data.batch_size: expected at most the {len(train):,} training images of {dataset.name!r}; got "
+            f"{config.data.batch_size:,}"
+        )
+    if config.model.img_size > dataset.image_size:
+        raise ValueError(
+            f"model.img_size: expected at most {dataset.image_size}, the pixels a side of the images of "
+            f"{dataset.name!r}; got {config.model.img_size}"
+        )
     batches = batches_per_epoch(train, config.data.batch_size)
+    steps = total_steps(config, batches)
+    if config.run.stop_at is not None and config.run.stop_at > steps:
+        raise ValueError(
+            f"run.stop_at: expected at most the run's {steps:,} steps; got {config.run.stop_at:,}. Without it the run "
+            "goes to its end"
+        )
+    cores = len(os.sched_getaffinity(0))
+    notes = ()
+    if placement.num_workers * ranks_here() > cores:
+        notes = (f"data.num_workers: {placement.num_workers} for each rank, but only {cores} cores here",)
     return Plan(
         **placement._asdict(),
         dataset=dataset,
@@ -206,7 +235,8 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
         held_out=dataset.split("val"),
         fingerprint=fingerprint,
         batches_per_epoch=batches,
-        steps=total_steps(config, batches),
+        steps=steps,
+        notes=notes,
     )
 
 
@@ -281,7 +311,7 @@ def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state:
     ValueError names what cannot work, or every field in which the run in the folder is not the configuration's.
     """
     planned = _with_data(placement, dataset, fingerprint)
-    notes = [*state.notes, *_refuse_other_run(state, planned)]
+    notes = [*planned.notes, *state.notes, *_refuse_other_run(state, planned)]
     saved = None if state.checkpoint is None else checkpoint.Checkpoint(Path(state.checkpoint), state.state)
     return planned._replace(saved=saved, notes=tuple(notes))
 

@@ -287,7 +287,7 @@ class Trainer:
             config.data.batch_size,
             seed=config.run.seed,
             temperature=config.data.temperature,
-            num_workers=config.data.num_workers,
+            num_workers=self.plan.num_workers,
             start_batch=start_batch,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,

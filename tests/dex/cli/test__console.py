@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dex.cli._console import Parser, default_workers, failed, folder_argument, print_line
+from dex.cli._console import Parser, failed, folder_argument, print_line
 
 
 def test_wrong_usage_is_a_value_error_and_help_ends():
@@ -17,6 +17,7 @@ def test_wrong_usage_is_a_value_error_and_help_ends():
 
 def test_an_empty_folder_is_not_the_current_one():
     assert folder_argument("out", "a b") == Path("a b")
+    assert folder_argument("out", "~/set") == Path.home() / "set"
     for text in ("", " \n"):
         with pytest.raises(ValueError, match="out: expected a folder; got "):
             folder_argument("out", text)
@@ -26,7 +27,3 @@ def test_messages_are_one_line_on_stderr(capsys):
     print_line("dex x", "two\n  lines")
     assert failed("dex y", OSError(5, "I/O\nerror")) == 1
     assert capsys.readouterr() == ("", "dex x: two lines\ndex y: [Errno 5] I/O error\n")
-
-
-def test_nothing_reads_beside_the_forwards_of_a_cpu():
-    assert default_workers("cpu") == 0 and 0 <= default_workers("cuda") <= 8

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -95,15 +96,38 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             ["pretrain", "--preset", "demo", "--optim.lr", "3"],
             "Unrecognized options: --optim.lr, 3; perhaps --optim.base-lr",
         ),
-        (["pretrain", "--preset", "demo", "--steps", "many"], "--steps"),
+        (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null; got many"),
         (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
-        (["pretrain", "--preset", "demo", "--run.device", "tpu"], "'tpu' for argument '--run.device'"),
+        (
+            ["pretrain", "--preset", "demo", "--run.device", "tpu"],
+            "run.device: expected one of auto, cpu, cuda; got tpu",
+        ),
+        (["pretrain", "--preset", "demo", "--model.depth", "4.5"], "model.depth: expected a whole number; got 4.5"),
+        (
+            ["pretrain", "--preset", "demo", "--schedule.momentum", "0.9"],
+            "schedule.momentum: expected 2 numbers; got 0.9",
+        ),
+        (["pretrain", "--preset", "demo", "--optim.betas"], "optim.betas: expected 2 numbers; got nothing"),
+        (
+            ["pretrain", "--preset", "demo", "--parallel.compile", "true"],
+            "parallel.compile: expected a switch without a value; got true",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--run.stop-at", "1001"],
+            "run.stop_at: expected at most the run's 1,000 steps",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--model.img-size", "272"],
+            "model.img_size: expected at most 256, the pixels",
+        ),
+        (["pretrain", "--preset", "demo", "--config", "~/absent.yaml"], f"nothing at {Path.home()}/absent.yaml"),
+        (["pretrain", "--preset", "demo", "--data", "~/absent"], f"found nothing at '{Path.home()}/absent'"),
         (
             ["pretrain", "--preset", "demo", "--run.device", "cpu", "--parallel.cuda-graph"],
             "parallel.cuda_graph: expected a CUDA device; got cpu",
         ),
         (["pretrain", "--preset", "demo", "--model.img-size", "100"], "model.img_size: expected a multiple of"),
-        (["pretrain", "--preset", "demo", "--model.backend", "x"], "backend: expected one of"),
+        (["pretrain", "--preset", "demo", "--model.backend", "x"], "model.backend: expected one of"),
         (
             ["pretrain", "--preset", "demo", "--data", "absent"],
             "data.path: expected a folder of images or shards, found",
@@ -112,7 +136,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["doctor", "--data", ""], "data: expected a folder; got ''"),
         (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
         (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
-        (["pretrain", "--preset", "demo", "--data.batch-size", "1000000"], "batch_size: expected at most"),
+        (["pretrain", "--preset", "demo", "--data.batch-size", "6000"], "data.batch_size: expected at most the 540"),
         (["pretrain", "--preset", "demo", "--data", "empty"], "expected PNG, JPEG or NPY files below"),
         (["pretrain", "--preset", "demo", "--data", "file"], "expected a folder of images or shards, got the file"),
         (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected --out"),

@@ -46,6 +46,13 @@ def seen(on_two_ranks):
     return on_two_ranks(__file__)
 
 
+def test_nothing_reads_beside_the_forwards_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(24))
+    assert (ranks.default_workers("cpu"), ranks.default_workers("cuda")) == (0, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (ranks.default_workers("cpu"), ranks.default_workers("cuda")) == (0, 3)
+
+
 def test_what_one_says_all_know(seen):
     for rank, told in enumerate(seen):
         assert told["gather"] == [{"rank": 0, "text": "é"}, {"rank": 1, "text": "éé"}]

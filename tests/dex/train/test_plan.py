@@ -56,7 +56,7 @@ def test_a_data_set_without_training_images_is_refused(tiny, images):
 
 
 def test_too_small_a_data_set_is_refused(tiny, images, change):
-    with pytest.raises(ValueError, match="batch_size: expected at most the .* samples"):
+    with pytest.raises(ValueError, match="data.batch_size: expected at most the 113 training images"):
         resolve(change(tiny, data__batch_size=1000), open_dataset(images))
 
 
