@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -39,6 +40,9 @@ MODULES = (plan,)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 TYPES |= {torch.float64: "fp64", torch.bool: "i1"}
 SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
+
+FUNCTIONS = (JITFunction, InterpretedFunction)
+"""What `triton.jit` makes: compiled, or interpreted where the process asks for that."""
 
 COMPILED, PROGRAMS = {}, {}
 
@@ -205,14 +209,21 @@ def sabotaged(module, before: str, after: str, folder: pathlib.Path):
     text = pathlib.Path(module.__file__).read_text()
     if text.count(before) != 1:
         raise ValueError(f"before: expected {before!r} once in {module.__name__}, got it {text.count(before)} times")
+    with with_source(module, text.replace(before, after), folder):
+        yield
+
+
+@contextlib.contextmanager
+def with_source(module, text: str, folder: pathlib.Path):
+    """Within it, the kernels of ``module`` are those of another source. folder: where that may lie."""
     file = folder / f"{module.__name__.rpartition('.')[2]}.py"
-    file.write_text(text.replace(before, after))
+    file.write_text(text)
     spec = importlib.util.spec_from_file_location(f"{module.__package__}.sabotaged", file)
     changed = importlib.util.module_from_spec(spec)
     changed.__package__ = module.__package__
     spec.loader.exec_module(changed)
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    kernels = {name: value for name, value in kernels.items() if value.__module__ == module.__name__}
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, FUNCTIONS)}
+    kernels = {name: value for name, value in kernels.items() if value.fn.__module__ == module.__name__}
     with contextlib.ExitStack() as stack:
         for other in [m for name, m in sys.modules.items() if name.startswith("dexkernels") and m is not changed]:
             for name, value in list(vars(other).items()):
@@ -249,7 +260,9 @@ def replaced(owner, name, value):
 
 __all__ = [
     "MLPWeights",
+    "POISONS",
     "PTXError",
+    "Poisoned",
     "Routing",
     "Tile",
     "align_loss",
@@ -265,4 +278,5 @@ __all__ = [
     "route",
     "route_records",
     "sabotaged",
+    "with_source",
 ]
