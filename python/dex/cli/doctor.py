@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from dex.cli._console import Parser
 from dex.common import exits
+from dex.common import formats as table
 
 HELP = "what works on this machine, what does not, and why"
 POSITION = 50
@@ -39,7 +40,8 @@ class Check(NamedTuple):
 def run(arguments: list[str]) -> Callable[[], int]:
     parser = Parser(
         prog="dex doctor",
-        description="Versions, devices, kernel backends, codecs, disk, data. Exit code 1 when pretraining cannot run.",
+        description="Versions, devices, kernel backends, codecs, file formats, disk, data. Exit code 1 when pretraining "
+        "cannot run.",
     )
     parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
     parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")
@@ -59,7 +61,9 @@ def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
         versions,
         devices,
         backends,
+        kernels,
         codecs,
+        formats,
         lambda: disk(out),
         lambda: data_set(data),
         command,
@@ -118,13 +122,35 @@ def backends() -> Iterator[Check]:
         yield Check("backends", f"{row.op} {row.backend}", "ok" if row.available else "note", text)
 
 
+def kernels() -> Iterator[Check]:
+    """Of every operator and backend that has kernels: on an emulator, on a GPU, or never."""
+    from dexkernels.ops import backends as table
+
+    for row in table.report():
+        if row.executed:
+            yield Check("kernels", f"{row.op} {row.backend}", "ok", row.executed)
+
+
 def codecs() -> Iterator[Check]:
     """Each is used: a small picture goes through it and must come back."""
     for name, needed in (("JPEG", True), ("PNG", True), ("WEBP", False), ("JPEG2000", False)):
         yield _try("codecs", name, lambda name=name: _round_trip(name), needed)
-    for package, what in (("nibabel", "NIfTI"), ("pydicom", "DICOM")):
-        there = importlib.util.find_spec(package) is not None
-        yield Check("codecs", what, "ok" if there else "note", f"{package} {'is' if there else 'is not'} installed")
+
+
+def formats() -> Iterator[Check]:
+    """The files that `dex prepare` reads, and which of them a plain folder may hold; each by its suffixes."""
+    for format in table.FORMATS:
+        suffixes, missing = " ".join(format.suffixes), format.missing()
+        plain = "" if not format.plain else "; each is an image of a plain folder"
+        if format.plain and format.plain != format.suffixes:
+            plain = f"; {' '.join(format.plain)} also in a plain folder"
+        if missing:
+            lacking = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; {table.EXTRA}"
+            yield Check("formats", format.title, "note", f"{suffixes}: {lacking} in the clone")
+        else:
+            libraries = ", ".join(dict.fromkeys(format.needs.values())) or "no library"
+            note = f" ({format.note})" if format.note else ""
+            yield Check("formats", format.title, "ok", f"{suffixes}{note}: read with {libraries}{plain}")
 
 
 def disk(out: Path) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""A plain folder of PNG, JPEG and NPY files as a data set: one sub-folder per modality."""
+"""A plain folder of pictures and NPY files as a data set: one sub-folder per modality."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import os
+import shlex
 import stat
 import threading
 import time
@@ -18,13 +19,15 @@ from typing import IO
 
 import numpy as np
 
+from dex.common import formats
+
 from . import images
 from .dataset import IMAGE_SIZE, Dataset, SampleError
 
 logger = logging.getLogger("dex.data")
 
-KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".npy": "npy"}
 UNKNOWN = "unknown"
+_KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".npy": "npy"}
 VAL_SHARE = 0.05
 
 _THREADS = 8  # that hash: enough to keep a disk or a network busy
@@ -60,7 +63,9 @@ class FolderDataset(Dataset):
     ids, chosen by their hash alone, are the split "val": adding files moves no other file across. Slices of one
     patient may so stand on both sides; in a shard set whoever writes it says on which side each sample is.
 
-    Symbolic links are never followed. `ignored` counts what was passed over, by suffix or reason.
+    Symbolic links are never followed. `ignored` counts what was passed over, by suffix or reason. Scans, films and
+    whatever else `dex prepare` reads and a plain folder does not are a ValueError with the command to give: none of
+    `dex.common.formats` is passed over.
 
     `fingerprint` covers the paths and every byte of the files. All of them are read when it is first asked for: no
     size or date proves that the pixels are the same. One core hashes 300 to 700 MB, or 10,000 small files, a second.
@@ -73,7 +78,10 @@ class FolderDataset(Dataset):
         self.image_size = image_size
         self._fingerprint: str | None = None
         self.ignored: Counter[str] = Counter()
-        files = sorted(self._walk())
+        scans: Counter[str] = Counter()
+        files = sorted(self._walk(scans))
+        if scans:
+            raise ValueError(_for_prepare(self.root, scans, len(files)))
         if self.ignored:
             logger.warning(
                 "%s: ignored %s",
@@ -82,8 +90,8 @@ class FolderDataset(Dataset):
             )
         if not files:
             raise ValueError(
-                f"path: expected PNG, JPEG or NPY files below {str(root)!r}, found none "
-                f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'})"
+                f"path: expected PNG, JPEG or NPY files, or other pictures, below {str(root)!r}, found none "
+                f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'}); scans become images by `dex prepare`"
             )
         self._paths = [path for path, _ in files]
         self._sizes = np.array([size for _, size in files], np.int64)
@@ -179,7 +187,8 @@ class FolderDataset(Dataset):
                 raise
             return None
 
-    def _walk(self) -> list[tuple[bytes, int]]:
+    def _walk(self, scans: Counter[str]) -> list[tuple[bytes, int]]:
+        """Paths and sizes of the images. scans: takes the count of what `dex prepare` reads, by suffix."""
         listed = []
         root = os.fsencode(self.root)
         pending = [b""]
@@ -187,15 +196,20 @@ class FolderDataset(Dataset):
             folder = pending.pop()
             for entry in os.scandir(os.path.join(root, folder)):
                 below = os.path.join(folder, entry.name)
-                suffix = os.path.splitext(os.fsdecode(entry.name))[1].lower()
                 if entry.is_symlink():
                     self.ignored["symbolic link"] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     pending.append(below)
-                elif suffix in KINDS and entry.is_file(follow_symlinks=False):
+                elif not entry.is_file(follow_symlinks=False):
+                    self.ignored[_suffix(entry.name)] += 1
+                elif formats.is_plain(entry.name):
                     listed.append((below, entry.stat(follow_symlinks=False).st_size))
+                elif formats.format_of(entry.name) is not None:
+                    scans[formats.suffix_of(entry.name)] += 1
+                elif self._is_dicom(below):
+                    scans["DICOM without a suffix of its own"] += 1
                 else:
-                    self.ignored[suffix or "without suffix"] += 1
+                    self.ignored[_suffix(entry.name)] += 1
         return listed
 
     def __len__(self) -> int:
@@ -211,9 +225,7 @@ class FolderDataset(Dataset):
         index = self._check_index(index)
         path = self._paths[index]
         try:
-            image, maximum = images.decode_with_maximum(
-                self._bytes(path), KINDS[os.path.splitext(os.fsdecode(path))[1].lower()]
-            )
+            image, maximum = images.decode_with_maximum(self._bytes(path), kind_of(path), images.PICTURES)
         except (ValueError, OSError) as error:
             # no path in the reason: an OSError's own text would name the whole of it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -221,6 +233,14 @@ class FolderDataset(Dataset):
         self.note_maximum(_printable(path), maximum)
         images.to_planes(image, out)
         return int(self._modality[index]), _printable(path)
+
+    def _is_dicom(self, path: bytes) -> bool:
+        """By the magic of DICOM, of a file whose suffix says nothing."""
+        try:
+            with self._open(path) as file:
+                return file.read(132)[128:] == b"DICM"
+        except (ValueError, OSError):
+            return False
 
     def _bytes(self, path: bytes) -> bytes:
         with self._open(path) as file:
@@ -243,6 +263,26 @@ class FolderDataset(Dataset):
         limit = int(VAL_SHARE * 2**64)
         val = np.array([int.from_bytes(hashlib.sha256(path).digest()[:8], "big") < limit for path in self._paths])
         return val if name == "val" else ~val
+
+
+def kind_of(path: bytes | str | os.PathLike[str]) -> str | None:
+    """What `images.decode` calls a file of a plain folder, by its name; None for a file that none may hold."""
+    return _KINDS.get(formats.suffix_of(path), "picture") if formats.is_plain(path) else None
+
+
+def _for_prepare(root: Path, scans: Counter[str], images: int) -> str:
+    """What to do with a folder that holds scans."""
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(scans.items()))
+    beside = f", beside {images:,} pictures" if images else ""
+    folder, out = shlex.quote(str(root)), shlex.quote(str(root.with_name(f"{root.name}-set")))
+    return (
+        f"path: expected PNG, JPEG or NPY files, or other pictures; got {counts}{beside}, which `dex prepare` makes "
+        f"images of: dex prepare {folder} --out {out}; dex pretrain --data {out}"
+    )
+
+
+def _suffix(name: bytes) -> str:
+    return os.path.splitext(os.fsdecode(name))[1].lower() or "without suffix"
 
 
 def _modality(path: bytes) -> str:

@@ -1,4 +1,4 @@
-"""From the bytes of an untrusted PNG, JPEG or NPY to uint8 RGB. Nothing here unpickles; sizes are checked first.
+"""From the bytes of an untrusted picture or NPY to uint8 RGB. Nothing here unpickles; sizes are checked first.
 
 Pillow keeps four bytes a pixel; the largest image decoded, a copy of it turned or made opaque, and its file together
 stay under 512 MB.
@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from dex.common import bombs, faults
+
 MAX_PIXELS = 40_000_000
 MAX_FILE_BYTES = 128 * 2**20
 MIN_SIDE = 8
+PICTURES = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+"""The formats of pictures, as Pillow calls them."""
+IN_SHARDS = PICTURES[:2]
+DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
+"""Pillow's modes of 8 bits and fewer, which are made for the eye."""
+PREPARE = "`dex prepare` makes images of it"
 
 _ORIENTATION_TAG = 0x0112
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,44 +41,94 @@ TRANSPOSE = {
 
 
 class Decoded(NamedTuple):
-    """`image` of mode L or RGB; `maximum`: the largest stored value of a grey 16-bit PNG or a uint16 NPY, else None
-    (of a 16-bit colour PNG the decoder gives 8 bits only)."""
+    """`image` of mode L or RGB; `maximum`: the largest stored value of a grey picture of 16 bits or a uint16 NPY, else
+    None (of a 16-bit colour PNG the decoder gives 8 bits only)."""
 
     image: Image.Image
     maximum: int | None
 
 
-def decode(data: bytes, kind: str) -> Image.Image:
+class _Refused(ValueError):
+    """In words of our own, what cannot be used."""
+
+
+def decode(data: bytes, kind: str, formats: Sequence[str] = IN_SHARDS) -> Image.Image:
     """The image in `data` as a Pillow image of mode L or RGB, upright (EXIF), every declared size checked.
 
-    kind: "png", "jpg" or "npy". ValueError says what is wrong. What lies behind transparency is black.
+    kind: "npy", or what messages call the picture: "png", "jpg", "picture". formats: some of PICTURES, whatever its
+    name is; those of a shard without it. ValueError says what is wrong. What lies behind transparency is black. Of an
+    animation the first frame is taken.
     """
-    return decode_with_maximum(data, kind).image
+    return decode_with_maximum(data, kind, formats).image
 
 
-def decode_with_maximum(data: bytes, kind: str) -> Decoded:
+def decode_with_maximum(data: bytes, kind: str, formats: Sequence[str] = IN_SHARDS) -> Decoded:
     """`decode`, and how much of its 16 bits the image uses."""
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {len(data)}")
     if kind == "npy":
         array, maximum = _npy(data)
         return Decoded(Image.fromarray(array), maximum)
-    if kind not in ("png", "jpg"):
-        raise ValueError(f"kind: expected png, jpg or npy, got {kind!r}")
+    if kind not in ("png", "jpg", "picture"):
+        raise ValueError(f"kind: expected png, jpg, picture or npy, got {kind!r}")
+    if not data:
+        raise ValueError(f"not a readable {kind}: the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-            _check_size(image.width, image.height)
-            image = _upright(image)
-            if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-                array, maximum = _sixteen_to_eight(np.asarray(image))
-                return Decoded(Image.fromarray(array), maximum)
-            return Decoded(to_l_or_rgb(image), None)
+            image = Image.open(io.BytesIO(data), formats=formats)
+            return _decoded(image, data)
     except MemoryError:
         raise
+    except _Refused as error:
+        raise ValueError(f"not a readable {kind}: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"size: expected at most {MAX_PIXELS} pixels in all, got more") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-        raise ValueError(f"not a readable {kind}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"not a readable {kind}: {faults.sentence(error)}") from error
+
+
+def _decoded(image: Image.Image, data: bytes) -> Decoded:
+    try:
+        _check_size(image.width, image.height)
+    except ValueError as error:
+        raise _Refused(str(error)) from None
+    inverted = image.format == "TIFF" and _check_tiff(image)
+    if reason := bombs.too_much(image, len(data), lambda: data):
+        raise _Refused(reason)
+    image = _upright(image)
+    if image.mode == "F":
+        return Decoded(Image.fromarray(_inverse(_unit_to_eight(np.asarray(image)), inverted)), None)
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        array, maximum = _sixteen_to_eight(np.asarray(image))
+        return Decoded(Image.fromarray(_inverse(array, inverted)), maximum)
+    if image.mode not in DISPLAY:
+        raise _Refused(f"colours of the kind {image.mode} are not read; save it as RGB")
+    return Decoded(to_l_or_rgb(image), None)
+
+
+def _check_tiff(image: Image.Image) -> bool:
+    """Whether low numbers are bright, of a TIFF whose first page may be taken as an image. _Refused."""
+    if reason := bombs.too_much_of_tiff(image, MAX_PIXELS):
+        raise _Refused(reason)
+    bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
+    if image.mode == "I" or (sign == _SIGNED and image.mode != "F"):
+        raise _Refused(f"{'' if sign == _SIGNED else 'un'}signed numbers of {bits} bits; {PREPARE}")
+    inverted = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    first = image.size, image.mode
+    try:
+        image.seek(1)
+        alike = (image.size, image.mode) == first
+        image.seek(0)
+    except EOFError:
+        alike = False
+    if alike:
+        raise _Refused("it has several pages, and a plain folder holds one image a file; `dex prepare` takes each")
+    return inverted and image.mode not in DISPLAY  # Pillow itself inverts 8 bits and fewer
+
+
+def _inverse(array: np.ndarray, inverted: bool) -> np.ndarray:
+    return 255 - array if inverted else array
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -110,15 +171,17 @@ def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     try:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version}")
+            raise NotImplementedError(f"version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(stream)
     except Exception as error:  # the header is parsed as a literal: SyntaxError, RecursionError and others come too
-        raise ValueError(f"not a readable npy: {type(error).__name__}: {error}") from error
+        says = "the file is empty" if not data else faults.sentence(error)
+        raise ValueError(f"not a readable npy: {says}") from error
     if dtype.hasobject or not (dtype.kind == "f" or dtype in (np.dtype("u1"), np.dtype("<u2"), np.dtype(">u2"))):
-        raise ValueError(f"dtype: expected uint8, uint16 or float, got {dtype}")
+        way = "an array of objects is never read" if dtype.hasobject else PREPARE
+        raise ValueError(f"dtype: expected uint8, uint16 or float, got {dtype}; {way}")
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
-        raise ValueError(f"shape: expected [H, W], [H, W, 1] or [H, W, 3], got {list(shape)}")
+        raise ValueError(f"shape: expected [H, W], [H, W, 1] or [H, W, 3], got {list(shape)}; {PREPARE}")
     _check_size(shape[1], shape[0])
     count = int(np.prod(shape, dtype=object))
     if count * dtype.itemsize != len(data) - stream.tell():
@@ -130,11 +193,18 @@ def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if dtype.kind == "f":
-        low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # NaN fails both
-            raise ValueError(f"float values: expected finite and within [0, 1], got minimum {low}, maximum {high}")
-        return np.rint(array.astype(np.float32) * 255).astype(np.uint8), None
+        return _unit_to_eight(array), None
     return _sixteen_to_eight(array) if dtype.itemsize == 2 else (np.ascontiguousarray(array), None)
+
+
+def _unit_to_eight(array: np.ndarray) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise _Refused(
+            f"float values: expected finite and within [0, 1], got minimum {low}, maximum {high}; scale them, or "
+            "`dex prepare` does"
+        )
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -145,6 +215,9 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":  # Pillow turns it
+        image.load()
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # unreadable metadata says nothing about the pixels

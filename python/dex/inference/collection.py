@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dex.data import SampleError, ShardDataset
-from dex.data.folder import KINDS
+from dex.data.folder import kind_of
 from dex.data.shard_format import MANIFEST, read_index
 from dex.inference import preprocess
 from dex.inference.preprocess import Unit
@@ -216,7 +216,7 @@ def _grouped(listing: Listing, modality: str | None) -> list[list[int]]:
     silent, single_before = set(), False
     for number in range(len(listing.lines)):
         unit = listing.unit(number)
-        says = readers.reader_of(unit.format).decides or os.path.splitext(unit.key)[1].lower() in KINDS
+        says = readers.reader_of(unit.format).decides or kind_of(unit.key) is not None
         if not says:
             silent.add(unit.format)
         single = unit.format in SINGLE

@@ -1,7 +1,7 @@
 """From one file of a patient, or one DICOM folder, to images as training saw them.
 
 With a modality, files go the way of `dex prepare`: its readers, the modality's normalisation, square slices. Without
-one, PNG, JPEG and NPY files go the way of a plain folder of images (`dex.data.folder`): the centre square. DICOM files
+one, pictures and NPY files go the way of a plain folder of images (`dex.data.folder`): the centre square. DICOM files
 that `dex prepare` leaves out by their headers (`dex.prepare.routing`) are refused.
 Shape letters: n images, S side of a stored image.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
-from dex.data.folder import KINDS
+from dex.data.folder import kind_of
 from dex.prepare import filters, modalities, readers, routing, sources
 from dex.prepare.slices import slices
 
@@ -52,7 +52,7 @@ def preprocess(
     Args:
         file: a file of any format that `dex prepare` reads, or a folder with the files of a DICOM series.
         modality: a name or alias of `dex.prepare.modalities`, which decides the normalisation. None: what the first
-            DICOM header says that holds an image; pictures (PNG, JPEG, NPY) are then taken as a plain folder of images
+            DICOM header says that holds an image; pictures and NPY files are then taken as a plain folder of images
             gives them; other formats do not say what they hold.
         planes: of volumes: axial, coronal, sagittal, stored.
 
@@ -98,8 +98,8 @@ def unit_of(file: str | os.PathLike[str]) -> Unit:
 
 
 def picture_kind(unit: Unit) -> str | None:
-    """``png``, ``jpg`` or ``npy`` for a file that a plain folder of images may hold; else None."""
-    return None if readers.reader_of(unit.format).decides else KINDS.get(unit.files[0].suffix.lower())
+    """``png``, ``jpg``, ``picture`` or ``npy`` for a file that a plain folder of images may hold; else None."""
+    return None if readers.reader_of(unit.format).decides else kind_of(unit.files[0])
 
 
 def source_of(folder: Path, modality: str | None, planes: Sequence[str]) -> sources.Source:
@@ -168,7 +168,7 @@ def picture(file: Path, kind: str) -> Preprocessed:
         raise ValueError(f"file: expected at most {images.MAX_FILE_BYTES} bytes; {file} has more")
     out = np.empty((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     try:
-        images.to_planes(images.decode(file.read_bytes(), kind), out)
+        images.to_planes(images.decode(file.read_bytes(), kind, images.PICTURES), out)
     except ValueError as error:
         raise ValueError(f"file: expected a readable picture; {file}: {error}") from error
     return Preprocessed(torch.from_numpy(out)[None], ("image",), None, (None,))

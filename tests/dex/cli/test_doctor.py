@@ -10,7 +10,7 @@ from dex.cli import doctor
 def test_all_is_well_with_good_data(images, tmp_path, capsys):
     assert cli.main(["doctor", "--data", str(images), "--out", str(tmp_path / "deep" / "runs")]) == 0
     out = capsys.readouterr().out
-    for section in ("versions", "devices", "backends", "codecs", "disk", "data", "command"):
+    for section in ("versions", "devices", "backends", "codecs", "formats", "disk", "data", "command"):
         assert any(line.startswith(section) for line in out.splitlines()), section
     assert " failed " not in out and out.splitlines()[-1] == "pretraining can run"
     assert "120 images" in out and "images/s" in out and "MB/s" in out
@@ -36,6 +36,22 @@ def test_missing_packages_are_named(monkeypatch):
     found = {c.name: c for c in doctor.versions()}
     assert found["tyro"].status == "failed" and "pip install -e '.[train]'" in found["tyro"].detail
     assert found["nibabel"].status == "note" and found["torch"].status == "ok"
+
+
+def test_every_format_says_its_suffixes_and_what_brings_its_library(monkeypatch):
+    installed = {check.name: check for check in doctor.formats()}
+    assert list(installed) == [format.title for format in doctor.table.FORMATS]
+    for format in doctor.table.FORMATS:
+        assert all(suffix in installed[format.title].detail for suffix in format.suffixes)
+    assert "an image of a plain folder" in installed["picture"].detail
+    assert ".npy also in a plain folder" in installed["NumPy"].detail
+
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "nibabel" else find(name))
+    lacking = {check.name: check for check in doctor.formats()}
+    assert [name for name in lacking if lacking[name].status == "note"] == ["DICOM", "NIfTI"]
+    assert "nibabel is not installed; pip install -e '.[data]' in the clone" in lacking["NIfTI"].detail
+    assert lacking["MGH"].status == "ok"
 
 
 def test_a_graph_of_the_step_says_why_not(monkeypatch):

@@ -203,3 +203,19 @@ def test_links_and_devices_are_not_followed(tmp_path):
     (root / "m" / "in.png").symlink_to(outside / "secret.png")
     with pytest.raises(SampleError):
         dataset[0]
+
+
+def test_scans_are_answered_with_the_command_to_give(tmp_path):
+    """What `dex prepare` reads is never passed over in silence, not even beside pictures."""
+    root = put(
+        tmp_path / "my scans", p__1_dot_dcm=b"", p__2_dot_NII_dot_gz=b"", m__1_dot_png=png(GREY), notes_dot_txt=b""
+    )
+    (root / "IM0001").write_bytes(bytes(128) + b"DICM")
+    out = f"'{tmp_path}/my scans-set'"
+    with pytest.raises(ValueError) as caught:
+        open_dataset(root)
+    assert "got 1 .dcm, 1 .nii.gz, 1 DICOM without a suffix of its own, beside 1 pictures" in str(caught.value)
+    assert f"dex prepare '{root}' --out {out}; dex pretrain --data {out}" in str(caught.value)
+    for path in ("p/1.dcm", "p/2.NII.gz", "IM0001"):
+        (root / path).unlink()
+    assert len(open_dataset(root)) == 1

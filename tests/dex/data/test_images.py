@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import re
 import struct
 import zlib
 
@@ -206,3 +207,54 @@ def test_no_pickle_is_executed(tmp_path):
     with pytest.raises(ValueError, match="dtype: expected"):
         npy_to_uint8(_object_npy(canary))
     assert not os.path.exists(canary)
+
+
+def saved(image, kind, **options):
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+FLOATS = (WIDE / 65535).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "suffix, data, expected, tolerance",
+    [
+        ("tif", saved(COLOUR, "TIFF"), COLOUR, 0),
+        ("TIFF", saved(GREY, "TIFF", compression="tiff_lzw"), GREY, 0),
+        ("tif", saved(WIDE, "TIFF"), EIGHT, 0),
+        ("tif", saved(WIDE, "TIFF", tiffinfo={262: 0}), 255 - EIGHT, 0),
+        ("tif", saved(FLOATS, "TIFF"), EIGHT, 0),
+        ("bmp", saved(COLOUR, "BMP"), COLOUR, 0),
+        ("gif", saved(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)]), GREY, 0),
+        ("webp", saved(COLOUR, "WEBP", lossless=True), COLOUR, 0),
+        ("jp2", saved(COLOUR, "JPEG2000"), COLOUR, 0),
+        ("ppm", saved(COLOUR, "PPM"), COLOUR, 0),
+        ("pgm", saved(WIDE, "PPM"), EIGHT, 0),
+        ("png", saved(COLOUR, "WEBP", lossless=True), COLOUR, 0),  # whatever it is called
+        ("tif", saved(smooth(), "TIFF", compression="jpeg"), smooth(), 12),
+    ],
+)
+def test_every_format_of_pictures_is_read_in_a_plain_folder(suffix, data, expected, tolerance, tmp_path):
+    got = only(put(tmp_path, **{f"m__x_dot_{suffix}": data}))
+    expected = expected if expected.ndim == 3 else expected[:, :, None].repeat(3, 2)
+    assert np.abs(got.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (saved(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "several pages"),
+        (saved(WIDE.astype(np.int32), "TIFF"), "signed numbers of 32 bits; `dex prepare`"),
+        (saved(FLOATS * 900, "TIFF"), r"within \[0, 1\], got minimum .* scale them"),
+        (saved(Image.fromarray(COLOUR).convert("LAB"), "TIFF"), "colours of the kind LAB are not read; save it as RGB"),
+        (b"%PDF-1.4 and so on", "first bytes are those of no picture"),
+        (saved(COLOUR, "TIFF", compression="tiff_lzw")[:4000], "not a readable picture: it"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_what_a_plain_folder_cannot_use_is_a_sentence(data, says, tmp_path):
+    with pytest.raises(SampleError, match=says) as caught:
+        open_dataset(put(tmp_path, m__x_dot_tif=data))[0]
+    assert not re.search(r"\w+(Error|Exception)\b", str(caught.value).replace("SampleError", ""))

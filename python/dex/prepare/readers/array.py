@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dex.common import formats
+
 from .files import BoundedFile, Limits, fill, native, only, opened, quiet, quietly
 from .reader import Beat, Reader
 from .stack import Refused, Stack
@@ -162,4 +164,4 @@ class _Counted:
         return data
 
 
-READER = Reader(suffixes=(".npy", ".npz"), read=read)
+READER = Reader(suffixes=formats.of("array").suffixes, read=read)

@@ -6,7 +6,6 @@ import functools
 import io
 import logging
 import os
-import re
 import stat
 import warnings
 import zlib
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dex.common import bombs, faults
+
 from .stack import Refused
 
 RATIO = 100
@@ -24,8 +25,6 @@ RATIO = 100
 
 _EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
-_MAX_SCANS = 100
-_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # within a scan's data: what is no stuffing and no restart
 
 
 @dataclass(frozen=True)
@@ -153,15 +152,9 @@ class Unpacked:
 
 
 def check_scans(data: bytes) -> None:
-    """Refused where a JPEG has more scans than any encoder writes: of a few bytes each, through the whole image."""
-    place, scans = 2, 0
-    while found := _MARKER.search(data, place):
-        marker, place = data[found.end() - 1], found.end()
-        if 0xC0 <= marker <= 0xFE and marker not in (0xD8, 0xD9):
-            place += int.from_bytes(data[place : place + 2], "big")
-        scans += marker == 0xDA
-        if scans > _MAX_SCANS:
-            raise Refused("too large", f"more than {_MAX_SCANS} scans")
+    """Refused where a JPEG has more scans than any encoder writes."""
+    if bombs.has_too_many_scans(data):
+        raise Refused("too large", bombs.SCANS)
 
 
 def has_magic(file: BoundedFile) -> bool:
@@ -189,8 +182,8 @@ def native(array: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def quiet(what: str) -> Iterator[None]:
-    """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") that
-    names the exception's type alone. A MemoryError is Refused("too large"). Interrupts pass."""
+    """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
+    words of our own. A MemoryError is Refused("too large"). Interrupts pass."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -202,8 +195,7 @@ def quiet(what: str) -> Iterator[None]:
     except MemoryError:
         raise Refused("too large", f"{what}: not enough memory") from None
     except BaseException as error:  # a panic of a decoder written in Rust is no Exception
-        sort = type(error).__name__
-        raise Refused("unreadable", f"damaged, cut off or of another format ({what}: {sort})") from None
+        raise Refused("unreadable", f"{what}: {faults.sentence(error)}") from None
     finally:
         logging.disable(disabled)
 

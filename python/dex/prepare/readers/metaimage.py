@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from dex.common import formats
+
 from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quietly
 from .layout import Layout, layout
 from .reader import Beat, Reader, chosen, left_out, mean_of
@@ -155,9 +157,9 @@ def beside(path: Path) -> list[str]:
 
 
 READER = Reader(
-    suffixes=(".mha", ".mhd", ".nrrd", ".nhdr"),
+    suffixes=formats.of("metaimage").suffixes,
     read=read,
-    needs={"SimpleITK": "SimpleITK"},
+    needs=formats.of("metaimage").needs,
     load=load,
     beside=beside,
     choices=("volumes",),

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dex.common import formats
+
 from .files import RATIO, Limits, Unpacked, fill, native, only, opened, quietly
 from .reader import Beat, Reader, chosen, left_out, mean_of
 from .stack import Geometry, Refused, Stack
@@ -91,4 +93,4 @@ def _header(data: bytes) -> _Header:
     return _Header(sizes, np.dtype(_TYPES[kind]), spacing, axes)
 
 
-READER = Reader(suffixes=(".mgz", ".mgh"), read=read, choices=("volumes",))
+READER = Reader(suffixes=formats.of("mgh").suffixes, read=read, choices=("volumes",))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dex.common import formats
+
 from ..label_maps import intent
 from .files import BZIP2_BYTES, RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
@@ -236,9 +238,9 @@ def beside(path: Path) -> list[str]:
 
 
 READER = Reader(
-    suffixes=(".nii", ".nii.gz", ".nii.bz2", ".hdr", ".hdr.gz"),
+    suffixes=formats.of("nifti").suffixes,
     read=read,
-    needs={"nibabel": "nibabel"},
+    needs=formats.of("nifti").needs,
     beside=beside,
     choices=("volumes",),
 )

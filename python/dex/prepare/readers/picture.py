@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .files import BoundedFile, Limits, check_scans, only, opened, quiet, quietly
+from dex.common import bombs, formats
+
+from .files import BoundedFile, Limits, only, opened, quiet, quietly
 from .reader import Beat, Reader
 from .stack import Refused, Stack
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_PAGES = 4_000
-MAX_STRIPS = 2**16
 MAX_TAG = 2**23  # bytes of one tag of a TIFF
-MAX_RUNS = 2**22  # bytes of a BMP with run lengths, or of numbers written as text: Pillow goes through them in Python
 _DEEP = {"I": np.int32, "F": np.float32}
-_DISPLAY = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
-_STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES, _ORIENTATION = 273, 322, 323, 324, 0x0112
+_ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
@@ -89,48 +87,48 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
 def _open(file: BoundedFile) -> Image.Image:
     from PIL import Image
 
+    from dex.data.images import PICTURES
+
     if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
         file.largest = MAX_TAG
     file.seek(0)
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=PICTURES)
     except Image.DecompressionBombError:
         raise Refused("too large", "more pixels than Pillow opens") from None
 
 
 def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> None:
     """Refused where few bytes make the decoder work long."""
-    if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and file.size > MAX_RUNS:
-        raise Refused("too large", f"{file.size} bytes of runs")
-    if image.format == "PPM" and image.tile and image.tile[0][0] != "raw" and file.size > MAX_RUNS:
-        raise Refused("too large", f"{file.size} bytes of numbers that are not as they are stored")
-    if image.format in ("JPEG", "MPO"):
-        if file.size > limits.memory // 4:
-            raise Refused("too large", f"{file.size} bytes of JPEG")
-        place = file.tell()
+    if image.format in ("JPEG", "MPO") and file.size > limits.memory // 4:
+        raise Refused("too large", f"{file.size:,} bytes of JPEG, at most {limits.memory // 4:,}")
+    place = file.tell()
+
+    def whole() -> bytes:
         file.seek(0)
-        check_scans(file.read())
-        file.seek(place)
+        return file.read()
+
+    reason = bombs.too_much(image, file.size, whole)
+    file.seek(place)
+    if reason:
+        raise Refused("too large", reason)
 
 
 def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
     """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded."""
     from PIL import Image
 
-    from dex.data.images import TRANSPOSE
+    from dex.data.images import DISPLAY, TRANSPOSE
 
     width, height = image.size
     limits.check_frame(height, width)
     mode = image.mode
-    if mode not in _DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
+    if mode not in DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
         raise Refused("unsupported", "its colour mode")
     dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
     if image.format == "TIFF":
-        tile = [int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
-        if tile[0] * tile[1] > limits.pixels:
-            raise Refused("too large", f"tiles of {tile[0]} x {tile[1]} pixels")
-        if any(len(image.tag_v2.get(tag, ())) > MAX_STRIPS for tag in (_STRIPS, _TILES)):
-            raise Refused("too large", f"more than {MAX_STRIPS} strips or tiles")
+        if reason := bombs.too_much_of_tiff(image, limits.pixels):
+            raise Refused("too large", reason)
         bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
         if dtype == np.uint8 and sign == _SIGNED:
             raise Refused("unsupported", "signed numbers of 8 bits")
@@ -168,11 +166,8 @@ def load() -> None:
 
 
 READER = Reader(
-    suffixes=(
-        *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
-    ),
+    suffixes=formats.of("picture").suffixes,
     read=read,
-    needs={"PIL.Image": "pillow"},
+    needs=formats.of("picture").needs,
     load=load,
 )

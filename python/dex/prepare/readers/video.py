@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dex.common import formats
+
 from .files import BoundedFile, Limits, only, opened, quiet, quietly
 from .reader import Beat, Reader
 from .stack import Refused, Stack
@@ -167,9 +169,9 @@ def load() -> None:
 
 
 READER = Reader(
-    suffixes=(".mp4", ".avi", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"),
+    suffixes=formats.of("video").suffixes,
     read=read,
-    needs={"cv2": "opencv-python-headless"},
+    needs=formats.of("video").needs,
     load=load,
     frame_stride=30,
 )

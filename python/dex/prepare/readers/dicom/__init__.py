@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dex.common import formats
+
 from ..files import BoundedFile, Limits, has_magic
 from ..reader import Beat, Decide, Reader
 from ..stack import Stack
@@ -73,16 +75,9 @@ def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
 
 
 READER = Reader(
-    suffixes=(".dcm", ".dicom", ".ima", ".dcm.gz"),
+    suffixes=formats.of("dicom").suffixes,
     read=read,
-    needs={
-        "pydicom": "pydicom",
-        "pylibjpeg": "pylibjpeg",
-        "openjpeg": "pylibjpeg-openjpeg",
-        "libjpeg": "pylibjpeg-libjpeg",
-        "rle": "pylibjpeg-rle",
-        "nibabel": "nibabel",
-    },
+    needs=formats.of("dicom").needs,
     load=load,
     recognises=recognises,  # files are often called after their UID
     whole_folders=True,

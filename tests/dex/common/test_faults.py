@@ -1,0 +1,47 @@
+"""A library's exception becomes a sentence about the file, and nothing of its text gets out."""
+
+import io
+import struct
+import zipfile
+import zlib
+
+import pytest
+
+from dex.common import faults
+
+
+def raised(action):
+    with pytest.raises(BaseException) as caught:
+        action()
+    return faults.sentence(caught.value)
+
+
+def pillow(data):
+    image = pytest.importorskip("PIL.Image")
+    return lambda: image.open(io.BytesIO(data)).load()
+
+
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    "action, says",
+    [
+        (pillow(b"Doe, Jane"), "first bytes are those of no picture"),
+        (lambda: zipfile.ZipFile(io.BytesIO(b"Doe, Jane")), "not a whole zip archive"),
+        (lambda: zlib.decompress(b"Doe, Jane"), "packed data are damaged"),
+        (lambda: struct.unpack("<Q", b"Doe"), "cut off or contradicts itself"),
+        (lambda: open("/absent/Doe, Jane"), "does not read it: No such file"),
+        (lambda: b"Doe\xff".decode("utf-8"), "bytes that are no text"),
+        (lambda: {}["Doe"], "cut off or contradicts itself"),
+        (lambda: 1 // 0, "a number that cannot be"),
+        (lambda: exec("raise RuntimeError('Doe')"), "damaged, cut off or of another format"),
+        (lambda: exec("raise OSError('image file is truncated: Doe')"), "ends before its image does"),
+        (lambda: exec("raise OSError('broken data stream: Doe')"), "its data are damaged"),
+        (lambda: exec("raise NotImplementedError('Doe')"), "variant of its format"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(action, says):
+    sentence = raised(action)
+    assert says in sentence and "Doe" not in sentence
+    assert not any(word.endswith(("Error", "Exception")) for word in sentence.split())
