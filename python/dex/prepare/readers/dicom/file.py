@@ -58,12 +58,17 @@ BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData Segmente
 SegmentedBluePaletteColorLookupTableData SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
 DetectorInformationSequence Units DecayCorrection CorrectedImage SUVType RadiopharmaceuticalInformationSequence
 DecayCorrected AttenuationCorrected DecayCorrectionDateTime
+SeriesNumber ProtocolName SequenceName SliceLocation InversionTime FlipAngle RepetitionTime KVP ConvolutionKernel
+ContrastBolusAgent ContentTime FrameReferenceTime DiffusionGradientOrientation NominalPercentageOfCardiacPhase
+NominalCardiacTriggerDelayTime TemporalPositionTimeOffset
 ExtendedOffsetTable ExtendedOffsetTableLengths
 """.split()
 GE_PET, PHILIPS_PET = "GEMS_PETD_01", "Philips PET Private Group"
 SIEMENS_MR, SIEMENS_CSA = "SIEMENS MR HEADER", "SIEMENS CSA HEADER"
+GE_PARAMETERS, PHILIPS_MR = "GEMS_PARM_01", "Philips Imaging DD 001"
 _PRIVATE = [(0x0009, 0x0010), (0x0009, 0x100D), (0x7053, 0x0010), (0x7053, 0x1000), (0x7053, 0x1009)]
-_PRIVATE += [(0x0019, 0x0010), (0x0019, 0x100A), (0x0029, 0x0010), (0x0029, 0x1010)]
+_PRIVATE += [(0x0019, 0x0010), (0x0019, 0x100A), (0x0019, 0x100C), (0x0029, 0x0010), (0x0029, 0x1010)]
+_PRIVATE += [(0x0043, 0x0010), (0x0043, 0x1039), (0x2001, 0x0010), (0x2001, 0x1003)]
 _TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | element for group, element in _PRIVATE]
 _ENDING, _END = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes), b"\xff\xd9"
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
