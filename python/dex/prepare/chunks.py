@@ -356,17 +356,29 @@ class _Work:
 
     def _check_numbers(self, stack: readers.Stack, source: Source) -> None:
         """Refused where the stack is no image by its numbers or by what its file declares, or of no known modality."""
-        reader = readers.reader_of(self._unit.format)
-        if not source.trusted and not reader.decides and reader.frame_stride == 1:  # films hold no labels
-            if stack.declared:
-                raise Refused(stack.declared, "its header declares it")
-            named = label_maps.suspicious(self._path)
-            if label_maps.judge(_frames(stack), named):
-                raise Refused(label_maps.LABEL_MAP, "few values that fill regions")
-            if label_maps.is_probability_map(_frames(stack), os.path.basename(self._path)):
-                raise Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
+        if not source.trusted:
+            refused = not_an_image(stack, self._unit.format, self._path)
+            if refused is not None:
+                raise refused
         if source.routed:
             raise Refused("unknown modality", "nothing says of which modality it is")
+
+
+def not_an_image(stack: readers.Stack, format: str, path: str) -> Refused | None:
+    """Why a stack of a format without a header that tells is no image: by what its file declares or by its numbers.
+
+    path: of its file, whose name is a hint.
+    """
+    reader = readers.reader_of(format)
+    if reader.decides or reader.frame_stride != 1:  # films hold no labels
+        return None
+    if stack.declared:
+        return Refused(stack.declared, "its header declares it")
+    if label_maps.judge(_frames(stack), label_maps.suspicious(path)):
+        return Refused(label_maps.LABEL_MAP, "few values that fill regions")
+    if label_maps.is_probability_map(_frames(stack), os.path.basename(path)):
+        return Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
+    return None
 
 
 def _frames(stack: readers.Stack) -> Iterator[np.ndarray]:

@@ -83,7 +83,7 @@ class Task(NamedTuple):
 
 def run(
     work: Callable[[Task, Report], Any],
-    jobs: Iterable[Any],
+    jobs: Iterable[Any | None],
     *,
     processes: int,
     memory_mb: int,
@@ -93,6 +93,7 @@ def run(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (job, result) as they come, where result = work(Task(job, ...), report), a function at module level.
 
+    jobs: None among them says that no job is to be begun before another one is done; at least one is at work then.
     memory_mb: a worker may allocate so much (address space, MiB) above what it has after `preload()`. on_save(job,
     state) is called in this process for every state that is saved, on_beat(job, done) now and then within a unit.
     Raises OSError when a worker cannot write (a full disk) and WorkerFault for a fault of our own. When the iterator is

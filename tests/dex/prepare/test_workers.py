@@ -132,6 +132,27 @@ def test_several_processes_do_every_job_once_and_say_nothing(work, tmp_path, cap
     assert (said.out, said.err) == ("", "")
 
 
+@pytest.mark.slow
+def test_a_job_waits_while_the_caller_holds_it_back(work, tmp_path):
+    first, second = ((tmp_path / name, ["fine"]) for name in "ab")
+    for folder, _ in (first, second):
+        folder.mkdir()
+    done, held_back = [], 0
+
+    def jobs():
+        nonlocal held_back
+        yield first
+        while not done:
+            held_back += 1
+            yield None
+        yield second
+
+    for job, _ in workers.run(work, jobs(), processes=2, memory_mb=200):
+        done.append(job)
+        assert (second[0] / "attempts").exists() == (job == second)
+    assert done == [first, second] and held_back
+
+
 def test_a_full_disk_and_a_fault_of_ours_reach_the_parent_without_values(work, tmp_path):
     with pytest.raises(OSError) as full:
         run(work, [(tmp_path, ["full"])])
