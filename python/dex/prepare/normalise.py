@@ -64,7 +64,7 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
             raise Refused("inconsistent", f"{rule} needs {needed}, got {stack.note or stack.quantity}; {help_}")
         return ct_window if rule == "ct" else suv_window
     if rule == "display" and stack.quantity == "display8":
-        return lambda values: values.astype(np.float32) / np.float32(255)
+        return display
     low, high = stack.percentiles(*MR_PERCENTILES, part)
     if not high > low:
         raise Refused("constant", f"the percentiles {MR_PERCENTILES} coincide")
@@ -74,6 +74,11 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
         return np.clip((clipped - np.float32(low)) / np.float32(high - low), 0, 1)
 
     return scaled
+
+
+def display(values: np.ndarray) -> np.ndarray:
+    """8 bits for display, of any shape -> unit float32: / 255."""
+    return values.astype(np.float32) / np.float32(255)
 
 
 def suv_window(uptake: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Shape letters: H, W of a frame; S of a stored image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,13 +13,18 @@ import numpy as np
 from PIL import Image
 
 from . import normalise
-from .readers import Frame, Refused, Stack
+from .readers import Refused, Stack
 
 if TYPE_CHECKING:
     from .sources import Source, Tile
 
 MIN_SIDE = 32
 
+OVERSAMPLING = 2
+"""Pixels of a frame for each that is stored, along a side: down to this many, means of neighbours may stand for a
+frame of 8 bits for display."""
+_REACH = 2  # of the bicubic filter, in pixels that come out
+_LACKING = 0.25  # of the neighbours that a mean is of
 _STRIP = 2**21  # numbers worked on at a time: float32 of a whole picture would be its largest copy
 
 
@@ -37,7 +43,8 @@ class Slice(NamedTuple):
 def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice]:
     """Every image that `source` (normalisation, planes, frame_stride, fit, whole, tiles) makes of `stack`, as unit
     float32 until one last rounding to 8 or 16 bits; colour always has 8, and where all channels agree it is given as
-    grey. The stride is for stacks that are no volume.
+    grey. What is 8 bits for display already, and becomes 8 bits, stays so (`resize_eight`). The stride is for stacks
+    that are no volume.
 
     Padded: square pixels by the spacing, the longer side `size`, the content's own background level around it. Cropped:
     the centre square. Tiles are cut at their size in pixels beside the whole, the spacing
@@ -52,19 +59,22 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
         rule = rules.of(frame.part)
         if rule is None:
             continue
-        height, width = frame.pixels.shape[:2]
+        resized = functools.partial(resize, rule=rule)
+        if bits == 8 and rule is normalise.display:
+            resized = resize_eight
+        height, width = stack.extent or frame.pixels.shape[:2]
         if source.whole:
             box, (tall, wide) = (
-                (_centre(frame), (size, size))
+                (_centre(height, width, frame.spacing), (size, size))
                 if source.crop
-                else ((0.0, 0.0, width, height), _square_pixels(frame, size))
+                else ((0.0, 0.0, width, height), _square_pixels(height, width, frame.spacing, size))
             )
-            content = resize(frame.pixels, rule, box, tall, wide)
+            content = resized(frame.pixels, box=box, height=tall, width=wide)
             yield _finished(frame.label, content, size, bits, min(height, width))._replace(number=frame.number)
         for tile in source.tiles:
             for left, top in places(tile, height, width):
                 box = (left, top, left + tile.size, top + tile.size)
-                content = resize(frame.pixels, rule, box, size, size)
+                content = resized(frame.pixels, box=box, height=size, width=size)
                 label = f"{frame.label}-x{left}-y{top}-s{tile.size}"
                 yield _finished(label, content, size, bits, tile.size)._replace(number=frame.number)
 
@@ -123,6 +133,51 @@ def resize(
     return np.clip(_each(columns, width, height, (0, top - first, width, bottom - first)), 0, 1)
 
 
+def resize_eight(pixels: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
+    """uint8 [height, width] or [height, width, 3] of the box (left, top, right, bottom) of a uint8 frame [H, W] or
+    [H, W, 3]: what `resize` makes of it by / 255, rounded, where its sides are less than 2 x OVERSAMPLING times too
+    long. Longer ones are first divided by a whole number, by means of as many neighbours.
+    """
+    rows, columns = (
+        _span(*side) for side in ((box[1], box[3], height, pixels.shape[0]), (box[0], box[2], width, pixels.shape[1]))
+    )
+    part = pixels[rows.first : rows.last, columns.first : columns.last]
+    if rows.by * columns.by > 1:
+        tall = max(1, _STRIP // (part[0].size * rows.by)) * rows.by
+        strips = (np.ascontiguousarray(part[y : y + tall]) for y in range(0, len(part), tall))
+        part = np.concatenate([np.asarray(Image.fromarray(strip).reduce((columns.by, rows.by))) for strip in strips])
+    box = (columns.start, rows.start, columns.end, rows.end)
+    if box == (0, 0, part.shape[1], part.shape[0]) and part.shape[:2] == (height, width):
+        return part
+    bands = []
+    for band in Image.fromarray(np.ascontiguousarray(part)).split():  # as floats: nothing is clipped on the way
+        values = np.asarray(band.convert("F").resize((width, height), Image.Resampling.BICUBIC, box=box))
+        bands.append(np.rint(values.clip(0, 255)).astype(np.uint8))
+    return np.stack(bands, axis=2) if part.ndim == 3 else bands[0]
+
+
+class _Span(NamedTuple):
+    """Pixels first .. last - 1 along a side of a frame, divided by `by`; start, end: of the box, in what comes out."""
+
+    first: int
+    last: int
+    by: int
+    start: float
+    end: float
+
+
+def _span(start: float, end: float, wanted: int, length: int) -> _Span:
+    """What of a side of `length` pixels it takes to make `wanted` ones of its part from `start` to `end`: beyond that
+    part, as far as the filter reaches."""
+    scale = max(1.0, (end - start) / wanted)
+    most = max(1, int(scale / OVERSAMPLING))
+    reach = int(np.ceil(_REACH * scale)) + most
+    first, last = max(0, int(start) - reach), min(length, int(np.ceil(end)) + reach)
+    # a last mean of few pixels would weigh as much as the others
+    by = min(range(most // 2 + 1, most + 1), key=lambda by: (-(last - first) % by > _LACKING * by, -by))
+    return _Span(first, last, by, (start - first) / by, (end - first) / by)
+
+
 def _each(unit: np.ndarray, width: int, height: int, box: tuple[float, float, float, float]) -> np.ndarray:
     if unit.ndim == 3:
         return np.stack([_each(unit[:, :, c], width, height, box) for c in range(unit.shape[2])], axis=2)
@@ -136,42 +191,41 @@ def _inverse(rule: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray],
     return lambda values: 1 - rule(values)
 
 
-def _square_pixels(frame: Frame, size: int) -> tuple[int, int]:
-    """Height and width that show the frame with square pixels, the longer of them `size`."""
-    extent = np.array(frame.pixels.shape[:2]) * np.array(frame.spacing)
+def _square_pixels(height: float, width: float, spacing: tuple[float, float], size: int) -> tuple[int, int]:
+    """Height and width that show a frame with square pixels, the longer of them `size`."""
+    extent = np.array((height, width)) * np.array(spacing)
     tall, wide = (max(1, round(float(v))) for v in extent * (size / extent.max()))
     return tall, wide
 
 
-def _centre(frame: Frame) -> tuple[float, float, float, float]:
+def _centre(height: float, width: float, spacing: tuple[float, float]) -> tuple[float, float, float, float]:
     """The largest centre square, in mm, as a box in pixels."""
-    height, width = frame.pixels.shape[:2]
-    rows, columns = frame.spacing
+    rows, columns = spacing
     side = min(height * rows, width * columns)
     tall, wide = side / rows, side / columns
     left, top = (width - wide) / 2, (height - tall) / 2
     return max(0.0, left), max(0.0, top), min(width, left + wide), min(height, top + tall)
 
 
-def _finished(label: str, content: np.ndarray, size: int, bits: int, shorter: int) -> Slice:
-    if content.ndim == 3 and (content == content[:, :, :1]).all():
-        content = content[:, :, 0]
-    eight = normalise.to_uint8(content)
-    share = normalise.foreground_share(eight)
+def _finished(label: str, content: np.ndarray, size: int, bits: int, shorter: float) -> Slice:
+    if content.ndim == 3 and all(np.array_equal(content[:, :, 0], content[:, :, c]) for c in (1, 2)):
+        content = np.ascontiguousarray(content[:, :, 0])
+    eight = content if content.dtype == np.uint8 else normalise.to_uint8(content)
+    grey = normalise.grey(eight)
+    share = normalise.foreground_share(grey)
     whole = np.rint(content * 65535).astype(np.uint16) if bits == 16 and content.ndim == 2 else eight
-    return Slice(label, _padded(whole, eight, size), share, shorter < MIN_SIDE)
+    return Slice(label, _padded(whole, grey, size), share, shorter < MIN_SIDE)
 
 
-def _padded(content: np.ndarray, eight: np.ndarray, size: int) -> np.ndarray:
-    """The content in the middle of its background: the mean of those pixels of its outermost ring whose grey value is
-    the background level of its 8-bit form."""
+def _padded(content: np.ndarray, grey: np.ndarray, size: int) -> np.ndarray:
+    """The content in the middle of its background: the mean of those pixels of its outermost ring whose grey value, of
+    8 bits, is the background level."""
     height, width = content.shape[:2]
     if (height, width) == (size, size):
         return content
-    grey = eight if eight.ndim == 2 else (eight.sum(axis=2, dtype=np.uint16) // 3).astype(np.uint8)
     ring = np.zeros((height, width), bool)
     ring[[0, -1], :] = ring[:, [0, -1]] = True
-    level = np.rint(content[ring & (grey == normalise.background(eight))].mean(axis=0)).astype(content.dtype)
+    level = np.rint(content[ring & (grey == normalise.background(grey))].mean(axis=0)).astype(content.dtype)
     out = np.full((size, size, *content.shape[2:]), level, content.dtype)
     top, left = (size - height) // 2, (size - width) // 2
     out[top : top + height, left : left + width] = content
