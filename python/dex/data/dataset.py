@@ -44,6 +44,14 @@ class Sample(NamedTuple):
     id: str
 
 
+class Withdrawal(NamedTuple):
+    """Images that were taken out of a data set. date: UTC; before: its fingerprint until then."""
+
+    date: str
+    images: int
+    before: str
+
+
 class Dataset:
     """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
 
@@ -53,6 +61,7 @@ class Dataset:
     fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only;
     `take_fingerprint` can be interrupted.
     earlier_fingerprint: what an earlier version of dex would have called the same content, None if nothing else.
+    withdrawals: what was taken out of it, in order.
 
     A subclass gives `__len__`, `read`, `sample_id`, `modality_index` and `_in_split`.
     """
@@ -62,6 +71,7 @@ class Dataset:
     empty_modalities: tuple[str, ...] = ()
     fingerprint: str
     earlier_fingerprint: str | None = None
+    withdrawals: tuple[Withdrawal, ...] = ()
     image_size: int = IMAGE_SIZE
     dim: tuple[str, int] | None = None
 
@@ -101,6 +111,11 @@ class Dataset:
         What ``meanwhile`` raises ends it.
         """
         return self.fingerprint
+
+    def withdrawn_since(self, fingerprint: str) -> list[Withdrawal]:
+        """The withdrawals that it has seen since it had this fingerprint; none where it never had."""
+        before = [withdrawal.before for withdrawal in self.withdrawals]
+        return list(self.withdrawals[before.index(fingerprint) :]) if fingerprint in before else []
 
     def split(self, name: str) -> Dataset:
         """The samples of split `name` ("train" or "val") as a data set of their own; may be empty."""

@@ -2,7 +2,8 @@
 
 A set is a folder:
 
-    manifest.json             what the set is; names and hashes every other file, and itself
+    manifest.json             what the set is; names and hashes every other file, and itself; which withdrawals it has
+                              seen (`shard_rewrite`): date, number of images, the fingerprint before
     shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR: any WebDataset reader takes them
     shard-00000.index.jsonl   one line a sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
                               image's bytes, which lie at `offset` in the tar); more keys may stand there
@@ -51,6 +52,16 @@ _INDEX_FIELDS = {
     "sha256": str,
 }
 
+_SHARD_FIELDS = {
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "samples": int,
+    "index": str,
+    "index_bytes": int,
+    "index_sha256": str,
+}
+
 
 def read_manifest(root: Path) -> tuple[dict, bytes]:
     """The manifest and its bytes; ValueError when it is not exactly what a writer wrote, or names files elsewhere."""
@@ -64,38 +75,34 @@ def read_manifest(root: Path) -> tuple[dict, bytes]:
             )
         if manifest_bytes(body) != raw:
             raise ValueError("its own sha256 does not fit: it was edited or damaged")
-        _check_fields(
-            manifest,
-            {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list, "documents": list},
-        )
-        for row in manifest["modalities"]:
-            _check_fields(row, {"name": str, "train": int, "val": int, "empty": bool})
-            if row["empty"] != (row["train"] + row["val"] == 0):
-                raise ValueError(f"modality {row['name']!r}: 'empty' contradicts its counts")
-        for entry in manifest["shards"]:
-            _check_fields(
-                entry,
-                {
-                    "file": str,
-                    "bytes": int,
-                    "sha256": str,
-                    "samples": int,
-                    "index": str,
-                    "index_bytes": int,
-                    "index_sha256": str,
-                },
-            )
-            _check_names(_FILE_NAME, entry["file"], entry["index"])
-        for entry in manifest["documents"]:
-            _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
-            _check_names(DOCUMENT_NAME, entry["file"])
-        if not manifest["shards"]:
-            raise ValueError("shards: expected at least one, got none")
-        if sum(entry["samples"] for entry in manifest["shards"]) != manifest["samples"]:
-            raise ValueError("'samples' is not the sum over the shards")
+        check_manifest(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{MANIFEST}: {reason_of(error)}") from error
     return manifest, raw
+
+
+def check_manifest(manifest: dict) -> None:
+    """ValueError, KeyError or TypeError unless it has all fields, names files within the folder and adds up."""
+    _check_fields(
+        manifest,
+        {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list, "documents": list},
+    )
+    for row in manifest["modalities"]:
+        _check_fields(row, {"name": str, "train": int, "val": int, "empty": bool})
+        if row["empty"] != (row["train"] + row["val"] == 0):
+            raise ValueError(f"modality {row['name']!r}: 'empty' contradicts its counts")
+    for entry in manifest["shards"]:
+        _check_fields(entry, _SHARD_FIELDS)
+        _check_names(_FILE_NAME, entry["file"], entry["index"])
+    for entry in manifest["documents"]:
+        _check_fields(entry, {"file": str, "bytes": int, "sha256": str})
+        _check_names(DOCUMENT_NAME, entry["file"])
+    for entry in manifest.get("withdrawals", ()):
+        _check_fields(entry, {"date": str, "images": int, "before": str})
+    if not manifest["shards"]:
+        raise ValueError("shards: expected at least one, got none")
+    if sum(entry["samples"] for entry in manifest["shards"]) != manifest["samples"]:
+        raise ValueError("'samples' is not the sum over the shards")
 
 
 def read_index(root: Path, entry: dict) -> Iterator[dict]:

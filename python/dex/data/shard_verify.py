@@ -26,6 +26,8 @@ def verify(path: str | Path | None = None) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = []
+    if "next" in manifest:
+        problems.append(f"{MANIFEST}: a withdrawal was cut short, its images are still in files: start it again")
     seen: set[str] = set()
     for document in manifest["documents"]:
         problems += _verify_file(root, document["file"], document["bytes"], document["sha256"])

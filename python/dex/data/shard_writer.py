@@ -105,8 +105,8 @@ class ShardWriter:
             self._finish_shard()
         key = f"{len(self._ids):08d}"
         common = {"id": sample_id, "modality": modality, "split": split, "group": group}
-        described = _json_line({**common, **(meta or {})})
-        line = _json_line(
+        described = json_line({**common, **(meta or {})})
+        line = json_line(
             {
                 **common,
                 "key": key,
@@ -124,8 +124,8 @@ class ShardWriter:
             names = [f"shard-{len(self._shards):05d}.tar", f"shard-{len(self._shards):05d}.index.jsonl"]
             self._begun += names
             self._tar = open(self._partial(names[0]), "wb")
-        self._member(f"{key}.{kind}", data)
-        self._member(f"{key}.json", described)
+        self._write(tar_member(f"{key}.{kind}", data))
+        self._write(tar_member(f"{key}.json", described))
         self._lines.append(line)
         self._table_bytes += len(line)
         self._ids.add(sample_id)
@@ -200,11 +200,6 @@ class ShardWriter:
         self._partial(file).write_bytes(data)
         atomic.sync_path(self._partial(file))
 
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-
     def _write(self, data: bytes) -> None:
         self._tar.write(data)
         self._tar_digest.update(data)
@@ -235,5 +230,12 @@ class ShardWriter:
         self._lines, self._table_bytes = [], 0
 
 
-def _json_line(record: dict) -> bytes:
+def tar_member(name: str, data: bytes) -> bytes:
+    """A file of a tar: header, bytes, padding."""
+    info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
+
+
+def json_line(record: dict) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

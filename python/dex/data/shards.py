@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import images
-from .dataset import SPLITS, Dataset, SampleError
+from .dataset import SPLITS, Dataset, SampleError, Withdrawal
 from .shard_format import KINDS, MANIFEST, check_file_size, read_bytes, read_index, read_manifest, reason_of
 
 _ROW = np.dtype(
@@ -45,6 +45,9 @@ class ShardDataset(Dataset):
         self.name = manifest["name"]
         self.image_size = manifest["image_size"]
         self.fingerprint = hashlib.sha256(raw).hexdigest()
+        self.withdrawals = tuple(
+            Withdrawal(entry["date"], entry["images"], entry["before"]) for entry in manifest.get("withdrawals", ())
+        )
         rows = manifest["modalities"]
         self.modalities = tuple(row["name"] for row in rows if not row["empty"])
         self.empty_modalities = tuple(row["name"] for row in rows if row["empty"])
