@@ -34,7 +34,7 @@ from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names, split_of
 from .readers.stack import Refused
-from .slices import Slice, slices
+from .slices import Slice, enough, slices
 from .sources import Source
 from .workers import Report, Task, where
 
@@ -237,7 +237,7 @@ class _Work:
             self._report.beat()
         paths = [self._job.root / file.path for file in self._unit.files]
         decide = None if self._source.trusted else self._decide
-        asked = {"decide": decide, "volumes": self._source.volumes}
+        asked = {"decide": decide, "volumes": self._source.volumes, "enough": self._enough()}
         stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
         number = 0
         for order in itertools.count():
@@ -347,9 +347,15 @@ class _Work:
             return None
         return order * (int(volumes) if volumes.isdecimal() else 1)
 
-    def _source_of(self, stack: readers.Stack) -> Source:
-        """The source with the stack's modality; the source as it is where nothing says which that is."""
-        if stack.decision is not None:
+    def _enough(self) -> int | None:
+        """As `slices.enough`; None where the name makes every pixel count."""
+        if label_maps.suspicious(self._path):
+            return None
+        return enough(self._source_of(), self._job.settings.size, self._job.settings.bits)
+
+    def _source_of(self, stack: readers.Stack | None = None) -> Source:
+        """The source with the stack's modality, or with its path's; as it is where nothing says which that is."""
+        if stack is not None and stack.decision is not None:
             return self._source.for_modality(*stack.decision[:3])
         modality = self._source.modality_of(self._path)
         return self._source if modality is None else self._source.for_modality(modality.name, modality.normalisation)

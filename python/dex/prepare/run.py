@@ -42,6 +42,7 @@ from . import chunks, join, packages, readers, scan, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, read_salt
+from .slices import PIXELS
 from .sources import Source, to_yaml
 from .summary import Progress
 
@@ -166,7 +167,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
             "version": 2,
             "settings": dataclasses.asdict(options.settings),
             "limits": dataclasses.asdict(options.limits),
-            "versions": {name: _version(name) for name in _decoders()},
+            "versions": {"pixels": PIXELS} | {name: _version(name) for name in _decoders()},
             "sources": [one.entry for one in planned],
         }
         for folder in (private, private / "units", private / "chunks", private / "ids"):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .sources import Source, Tile
 
 MIN_SIDE = 32
+PIXELS = 2
+"""The number of the rules by which the pixels of an image come about: images of two of them are not to be mixed."""
 
 OVERSAMPLING = 2
 """Pixels of a frame for each that is stored, along a side: down to this many, means of neighbours may stand for a
@@ -77,6 +79,15 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
                 content = resized(frame.pixels, box=box, height=size, width=size)
                 label = f"{frame.label}-x{left}-y{top}-s{tile.size}"
                 yield _finished(label, content, size, bits, tile.size)._replace(number=frame.number)
+
+
+def enough(source: Source, size: int, bits: int) -> int | None:
+    """The pixels of the shorter side that suffice of a picture of `source` (`readers.read`): as `resize_eight` leaves
+    them. None: the whole is needed, for tiles, for numbers, or since nothing says what becomes of it."""
+    by_bytes = source.normalisation in ("display", "ct", "suv") and (source.slope, source.intercept) == (1, 0)
+    if source.tiles or not source.whole or bits != 8 or not by_bytes:
+        return None
+    return OVERSAMPLING * size
 
 
 class _Rules:

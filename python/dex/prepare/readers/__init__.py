@@ -104,6 +104,8 @@ def read(
     beat: Callable[[], None] | None = None,
     decide: Decide | None = None,
     volumes: str = "first",
+    enough: int | None = None,
+    headers: bool = False,
 ) -> Iterator[Stack]:
     """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
     the one that `beside` names.
@@ -112,6 +114,8 @@ def read(
     called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
     `decide`: for each file of a format whose headers say what they are, whether it is left out; without it none is.
     `volumes`: which are taken of a file that holds several, one of VOLUMES or "N", every N-th.
+    `headers`: no pixel is read: the numbers of the stacks are not to be used.
+    `enough`: a picture may be given with sides divided by a whole number while its shorter one has so many pixels left.
     """
     load(format)
     if not files:
@@ -119,7 +123,7 @@ def read(
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
     reader = reader_of(format)
-    given = {"decide": decide, "volumes": volumes}
+    given = {"decide": decide, "volumes": volumes, "enough": enough, "headers": headers}
     for stack in reader.read(paths, limits, beat, **{name: given[name] for name in reader.choices}):
         stack.beat = beat
         yield stack

@@ -1,6 +1,7 @@
 """PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 and PPM. 8 bits for display come out upright, RGB or grey, black behind
 transparency; deeper grey comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others,
-and the frames of an animation after the first, are left out."""
+and the frames of an animation after the first, are left out. A JPEG whose sides are longer than is asked for is decoded
+at a half, a quarter or an eighth of them."""
 
 from __future__ import annotations
 
@@ -26,9 +27,12 @@ _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
+_COSINES = (b"\xc0", b"\xc1", b"\xc2")  # baseline, extended, progressive: the frames of a JPEG of cosines
+_MAX_SEGMENTS = 1000  # before the frame of a JPEG
+_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables, among their markers
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None = None) -> Iterator[Stack]:
     path = only(files)
     refused: list[Refused] = []
     with quiet("picture"), opened(path) as file:
@@ -51,6 +55,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
                 pages.append(page)
             else:
                 refused.append(Refused("inconsistent", "a page unlike the first"))
+        by = _divided(image, file, enough)
         size = file.size
     del image
     (height, width), mode, orientation, dtype = kind
@@ -67,8 +72,13 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
                     image.seek(page)
                     if _kind(image, limits) != kind:
                         raise Refused("inconsistent", "a page that changed")
+                    if by > 1:
+                        image.draft(None, (width // by, height // by))
                     yield number, _pixels(image, orientation, channels, dtype)
 
+    extent = (height / by, width / by) if by > 1 else None
+    if extent is not None:
+        height, width = -(-height // by), -(-width // by)
     yield Stack(
         quantity="display8" if dtype == np.uint8 else "raw",
         length=len(pages),
@@ -79,6 +89,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
         channels=channels,
         origins=tuple(("", page) for page in pages),
         windowed=dtype == np.uint8,
+        extent=extent[::-1] if extent is not None and orientation >= 5 else extent,
         inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,
     )
@@ -112,6 +123,28 @@ def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> Non
     file.seek(place)
     if reason:
         raise Refused("too large", reason)
+
+
+def _divided(image: Image.Image, file: BoundedFile, enough: int | None) -> int:
+    """By what the sides of a JPEG are divided while it is decoded: the shorter one keeps `enough` pixels."""
+    if enough is None or image.format not in ("JPEG", "MPO") or not _is_of_cosines(file):
+        return 1
+    return next((by for by in (8, 4, 2) if min(image.size) >= by * enough), 1)
+
+
+def _is_of_cosines(file: BoundedFile) -> bool:
+    """Whether a JPEG can be decoded at a part of its size: a lossless one cannot. Leaves the file where it was."""
+    place = file.tell()
+    file.seek(2)
+    marker = b""
+    for _ in range(_MAX_SEGMENTS):
+        marker = file.read(2)
+        if len(marker) < 2 or marker[0] != 0xFF or (0xC0 <= marker[1] <= 0xCF and marker[1] not in _NO_FRAMES):
+            break
+        # 0xff before a marker fills up
+        file.seek(int.from_bytes(file.read(2), "big") - 2 if marker[1] != 0xFF else -1, 1)
+    file.seek(place)
+    return marker[:1] == b"\xff" and marker[1:] in _COSINES
 
 
 def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
@@ -170,4 +203,5 @@ READER = Reader(
     read=read,
     needs=formats.of("picture").needs,
     load=load,
+    choices=("enough",),
 )
