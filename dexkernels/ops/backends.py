@@ -11,6 +11,7 @@ import torch
 
 from .. import native
 from .._defaults import DEFAULTS, MEASURED
+from .._executed import EXECUTED
 
 BACKENDS = ("reference", "triton", "cuda")
 
@@ -44,6 +45,8 @@ class BackendStatus(NamedTuple):
     """Whether it is what this machine uses when no backend is asked for."""
     reason: str
     """Why it is not available, or what it is."""
+    executed: str
+    """Its kernels and where they have been executed; empty where it has none."""
 
 
 def architecture(device: torch.device) -> str:
@@ -118,7 +121,8 @@ def report() -> list[BackendStatus]:
         for backend in BACKENDS:
             reason = why_not(op, backend)
             text = reason or _proven(op, backend, device)
-            rows.append(BackendStatus(op, backend, reason is None, default == backend, text))
+            executed = EXECUTED.get((op, backend), "")
+            rows.append(BackendStatus(op, backend, reason is None, default == backend, text, executed))
     return rows
 
 
