@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from ptx_emulator.counters import parts
+from ptx_emulator.launch import Program
 from ptx_programs import COPY, EXCHANGE, PRODUCT, kernel, product_arguments
 
 ACCESS = """
@@ -67,6 +69,37 @@ def test_products(run_ptx):
     counted = run_ptx(PRODUCT, *product_arguments().values, threads=128, shared=16392, count=True)
     assert counted.products == 2 * 64 * 8 * 64 and counted.tensor_copies == 2
     assert counted.divergences == 0
+
+
+LOOP = """
+  mov.u32 %r1, memory;
+  mov.u32 %r2, 0;
+  mov.u32 %f1, 0;
+  st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2};
+  bar.sync 0;
+again:
+  ld.shared.v2.b32 {%f2, %f3}, [%r1];
+  SUM
+  add.s32 %r2, %r2, 1;
+  setp.lt.s32 %p1, %r2, 3;
+  @%p1 bra again;
+  ret;
+"""
+
+
+@pytest.mark.parametrize(
+    "line, count, inside",
+    [
+        ("fma.rn.f32 %f1, %f2, %f3, %f1;", 16, True),
+        ("fma.rn.f32 %f1, %f2, %f3, %f1;", 15, False),
+        ("fma.rn.f32 %f1, %f2, %f1, %f3;", 16, False),  # a polynomial
+    ],
+)
+def test_a_loop_of_products_without_tensor_cores(run_ptx, line, count, inside):
+    text = kernel(LOOP.replace("SUM", line * count), ".u64 data")
+    counted = run_ptx(text, aligned(64), shared=64, count=True)
+    main_loop, rest = parts(Program(text, None, 64), counted.rounds)
+    assert (main_loop, rest) == ((6, 4) if inside else (0, 10))
 
 
 def aligned(size):

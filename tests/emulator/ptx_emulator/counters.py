@@ -11,7 +11,7 @@ BANKS, WORD = 32, 4
 
 
 class Parts(NamedTuple):
-    """Something counted inside of the loops that hold matrix products, and outside of them."""
+    """Something counted inside of the loops that hold matrix products, see `loops`, and outside of them."""
 
     main_loop: int
     rest: int
@@ -97,22 +97,35 @@ class Nothing(Counters):
 
 
 def loops(program) -> list[tuple[int, int]]:
-    """First and last instruction of every innermost loop that holds matrix products."""
+    """First and last instruction of every innermost loop that holds matrix products.
+
+    Of tensor cores, or of float32: sums of products whose two factors come from shared memory.
+    """
     instructions = program.kernel.instructions
     backward = [
         (ins.operands[0].index, i)
         for i, ins in enumerate(instructions)
         if ins.parts[0] == "bra" and ins.operands[0].index <= i
     ]
-    found = []
-    for first, last in backward:
-        if any(
-            ins.parts[0] == "mma" or ins.parts[:2] == ("wgmma", "mma_async") for ins in instructions[first : last + 1]
-        ):
-            found.append((first, last))
+    loaded = set()
+    for ins in (ins for ins in instructions if ins.parts[:2] == ("ld", "shared") or ins.parts[0] == "ldmatrix"):
+        loaded |= set(getattr(ins.operands[0], "items", ins.operands[:1]))
+    found = [(first, last) for first, last in backward if _has_products(instructions[first : last + 1], loaded)]
     return [
         one for one in found if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in found)
     ]
+
+
+FEWEST_SUMS = 16
+"""Sums of products in a loop from which on they are taken for a matrix product."""
+
+
+def _has_products(loop, loaded) -> bool:
+    """loaded: registers that get their values from shared memory."""
+    if any(ins.parts[0] == "mma" or ins.parts[:2] == ("wgmma", "mma_async") for ins in loop):
+        return True
+    sums = (ins for ins in loop if ins.parts[0] == "fma")
+    return sum(loaded.issuperset(ins.operands[1:3]) for ins in sums) >= FEWEST_SUMS
 
 
 def _warps(g, lanes):
