@@ -16,7 +16,7 @@ import numpy as np
 from dex.common import formats
 
 from .files import BoundedFile, Limits, fill, native, only, opened, quiet, quietly
-from .reader import Beat, Reader
+from .reader import Beat, Reader, no_numbers
 from .stack import Refused, Stack
 
 MAX_MEMBERS = 1000
@@ -25,12 +25,12 @@ _END = 22
 
 
 @quietly("array")
-def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
+def read(files: Sequence[Path], limits: Limits, beat: Beat, headers: bool = False) -> Iterator[Stack]:
     with opened(only(files)) as file:
         start = file.read(4)
         file.seek(0)
         if start != b"PK\x03\x04":
-            yield _stack(file, file.size, limits, "")
+            yield _stack(file, file.size, limits, "", headers)
             return
         _check_directory(file)
         file.seek(0)
@@ -51,7 +51,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
                 raise refused[0] if refused else Refused("no image", "no array")
             for member in sound:
                 with archive.open(member) as stream:
-                    stack = _stack(stream, member.file_size, limits, member.filename[:-4])
+                    stack = _stack(stream, member.file_size, limits, member.filename[:-4], headers)
                 stack.refused, refused = refused, []
                 yield stack
                 del stack
@@ -107,11 +107,15 @@ def _layout(stream: io.BufferedIOBase, size: int, limits: Limits) -> _Layout:
     return _Layout(shape, fortran, dtype, frames, height, width, channels)
 
 
-def _stack(stream: io.BufferedIOBase, size: int, limits: Limits, series: str) -> Stack:
+def _stack(stream: io.BufferedIOBase, size: int, limits: Limits, series: str, headers: bool) -> Stack:
     layout = _layout(stream, size, limits)
-    array = np.empty(int(np.prod(layout.shape)), layout.dtype)
-    fill(stream, array)
-    array = native(array).reshape(layout.shape, order="F" if layout.fortran else "C")
+    if headers:
+        eight = layout.channels > 1 or layout.dtype == bool
+        array = no_numbers(layout.shape, np.dtype(np.uint8) if eight else layout.dtype.newbyteorder("="))
+    else:
+        array = np.empty(int(np.prod(layout.shape)), layout.dtype)
+        fill(stream, array)
+        array = native(array).reshape(layout.shape, order="F" if layout.fortran else "C")
     if layout.channels == 1:
         array = array[..., 0]
     if array.ndim == (3 if layout.channels > 1 else 2):
@@ -164,4 +168,4 @@ class _Counted:
         return data
 
 
-READER = Reader(suffixes=formats.of("array").suffixes, read=read)
+READER = Reader(suffixes=formats.of("array").suffixes, read=read, choices=("headers",))

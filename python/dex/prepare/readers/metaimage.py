@@ -20,7 +20,7 @@ from dex.common import formats
 
 from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quietly
 from .layout import Layout, layout
-from .reader import Beat, Reader, chosen, left_out, mean_of
+from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
 from .stack import Geometry, Refused, Stack
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
@@ -39,7 +39,9 @@ def _numbers() -> dict[int, np.dtype]:
 
 
 @quietly("MHA or NRRD")
-def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
+def read(
+    files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
+) -> Iterator[Stack]:
     """files: the header's, then the one that holds the data where that is another."""
     import SimpleITK
 
@@ -78,6 +80,8 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "firs
             data, start = _data(raw, place, needed * count, needed * (numbers[-1] + 1))
 
             def whole(number: int) -> np.ndarray:
+                if headers:
+                    return no_numbers(shape, stored)
                 out = np.empty(shape, stored.newbyteorder(place.order))
                 data.seek(start + number * needed)
                 fill(data, out, beat)
@@ -162,5 +166,5 @@ READER = Reader(
     needs=formats.of("metaimage").needs,
     load=load,
     beside=beside,
-    choices=("volumes",),
+    choices=("volumes", "headers"),
 )

@@ -12,7 +12,7 @@ import numpy as np
 from dex.common import formats
 
 from .files import RATIO, Limits, Unpacked, fill, native, only, opened, quietly
-from .reader import Beat, Reader, chosen, left_out, mean_of
+from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
 from .stack import Geometry, Refused, Stack
 
 DATA_AT = 284
@@ -32,7 +32,9 @@ class _Header(NamedTuple):
 
 
 @quietly("MGH")
-def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
+def read(
+    files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
+) -> Iterator[Stack]:
     with opened(only(files)) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -47,6 +49,8 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "firs
             raise Refused("unreadable", f"{DATA_AT + needed} bytes declared, the file has {raw.size}")
 
         def whole(number: int) -> np.ndarray:
+            if headers:
+                return no_numbers((depth, height, width), header.dtype.newbyteorder("="))
             out = np.empty((depth, height, width), header.dtype)
             file.seek(DATA_AT + number * needed)
             fill(file, out, beat)
@@ -93,4 +97,4 @@ def _header(data: bytes) -> _Header:
     return _Header(sizes, np.dtype(_TYPES[kind]), spacing, axes)
 
 
-READER = Reader(suffixes=formats.of("mgh").suffixes, read=read, choices=("volumes",))
+READER = Reader(suffixes=formats.of("mgh").suffixes, read=read, choices=("volumes", "headers"))

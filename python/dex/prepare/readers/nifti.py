@@ -18,7 +18,7 @@ from dex.common import formats
 from ..label_maps import intent
 from .files import BZIP2_BYTES, RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
 from .layout import images_of
-from .reader import Beat, Reader, chosen, left_out, mean_of
+from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
 from .stack import Geometry, Refused, Stack
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
@@ -51,11 +51,13 @@ class _Image(NamedTuple):
         return self.frame[2] if len(self.frame) > 2 else 1
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first") -> Iterator[Stack]:
+def read(
+    files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
+) -> Iterator[Stack]:
     """files: the header's, then the one that holds the image where that is another."""
     with quiet("NIfTI"):
         image = _image(files, limits)
-    return _stacks(image, volumes, beat)
+    return _stacks(image, volumes, beat, headers)
 
 
 def _image(files: Sequence[Path], limits: Limits) -> _Image:
@@ -114,7 +116,7 @@ def _image(files: Sequence[Path], limits: Limits) -> _Image:
 
 
 @quietly("NIfTI")
-def _stacks(image: _Image, volumes: str, beat: Beat) -> Iterator[Stack]:
+def _stacks(image: _Image, volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
     """A stack for each volume that is taken, or one of their mean."""
     numbers = chosen(volumes, image.volumes)
     refused = left_out(volumes, image.volumes)
@@ -128,7 +130,7 @@ def _stacks(image: _Image, volumes: str, beat: Beat) -> Iterator[Stack]:
         return
     with opened(image.path) as raw:
         file = _unpacked(raw, image.packed)
-        wholes = (_whole(image, file, number, beat) for number in numbers)
+        wholes = (_nothing(image) if headers else _whole(image, file, number, beat) for number in numbers)
         if volumes == "mean" and image.volumes > 1:
             yield _stack(image, mean_of(wholes), 0)
             return
@@ -137,6 +139,10 @@ def _stacks(image: _Image, volumes: str, beat: Beat) -> Iterator[Stack]:
             stack.refused, refused = refused, []
             yield stack
             del stack, whole
+
+
+def _nothing(image: _Image) -> np.ndarray:
+    return no_numbers((image.frames, *image.frame), image.stored.newbyteorder("="))
 
 
 def _whole(image: _Image, file, number: int, beat: Beat) -> np.ndarray:
@@ -242,5 +248,5 @@ READER = Reader(
     read=read,
     needs=formats.of("nifti").needs,
     beside=beside,
-    choices=("volumes",),
+    choices=("volumes", "headers"),
 )

@@ -69,6 +69,15 @@ class Frame(NamedTuple):
     number: int | None = None
 
 
+class Planned(NamedTuple):
+    """Images of one plane of a stack before any pixel is decoded: how many, H and W, mm of rows and of columns."""
+
+    plane: str
+    count: int
+    shape: tuple[int, int]
+    spacing: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where a volume's index axes (i, j, k) point.
@@ -192,6 +201,37 @@ class Stack:
     def frames(self, planes: tuple[str, ...], stride: int) -> Iterator[Frame]:
         """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once. "auto":
         axial, or as stored where axial slices would be cut across few thick or uneven ones."""
+        planes, across = self._chosen(planes, stride)
+        for plane in planes:
+            if plane == "stored":
+                yield from self._stored(stride)
+            elif plane in across:
+                yield from self._across(plane, stride)
+            else:
+                yield from self._along(plane, stride)
+
+    def planned(self, planes: tuple[str, ...], stride: int) -> Iterator[Planned]:
+        """What `frames` would give of each plane, from the header alone; a stack without a length gives nothing."""
+        planes, across = self._chosen(planes, stride)
+        for plane in planes if self.length is not None else ():
+            if plane in across:
+                self._check_whole(plane)
+            count, shape, spacing = self.length, self.extent or self.shape, self.spacing
+            if self.geometry is not None:
+                spacing = (self.geometry.spacing[1], self.geometry.spacing[0])
+            if plane != "stored":
+                sides = (self.shape[1], self.shape[0], self.length)
+                right, anterior, superior = (sides[axis] for axis in self.geometry.axes)
+                rows, columns, count = {
+                    "axial": (anterior, right, superior),
+                    "coronal": (superior, right, anterior),
+                    "sagittal": (superior, anterior, right),
+                }[plane]
+                shape, spacing = (rows, columns), self.geometry.plane_spacing(plane)
+            yield Planned(plane, -(-count // stride), shape, spacing)
+
+    def _chosen(self, planes: tuple[str, ...], stride: int) -> tuple[tuple[str, ...], list[str]]:
+        """The planes that are cut, and which of them across the stored frames."""
         unknown = [plane for plane in planes if plane not in PLANES]
         if unknown or not planes:
             raise ValueError(f"planes: expected some of {PLANES}, got {list(planes)}")
@@ -210,13 +250,7 @@ class Stack:
             if not planes:
                 raise uneven
             self.refused.append(uneven)
-        for plane in planes:
-            if plane == "stored":
-                yield from self._stored(stride)
-            elif plane in across:
-                yield from self._across(plane, stride)
-            else:
-                yield from self._along(plane, stride)
+        return planes, across
 
     def percentiles(self, low: float, high: float, part: int = 0) -> tuple[float, float]:
         """Of all numbers of the stack, or of one of its parts, as numpy.percentile (linear) gives them; memory of one
@@ -273,9 +307,8 @@ class Stack:
             yield Frame(label, np.ascontiguousarray(image), spacing, number=number)
 
     def _across(self, plane: str, stride: int) -> Iterator[Frame]:
+        self._check_whole(plane)
         if self.whole is None:
-            if not self.holds(self._bytes()):
-                raise Refused("too large", f"{plane} slices need all {self._bytes()} bytes of the volume at once")
             self._keep()
         values = self.geometry.canonical(self.whole)
         slope, intercept = (
@@ -285,6 +318,11 @@ class Stack:
         for n in range(0, values.shape[_NORMAL[plane]], stride):
             image = self._numbers(cut(values, plane, n), cut(slope, plane, n), cut(intercept, plane, n))
             yield Frame(f"{plane}-{n:03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+
+    def _check_whole(self, plane: str) -> None:
+        """Refused where the whole volume, which slices across the stored frames need, may not be in memory."""
+        if self.whole is None and not self.holds(self._bytes()):
+            raise Refused("too large", f"{plane} slices need all {self._bytes()} bytes of the volume at once")
 
     def _loaded(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
         if self.whole is not None:
