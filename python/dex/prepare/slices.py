@@ -134,7 +134,7 @@ def resize(
     """Unit float32 [height, width] or [height, width, 3] of `rule` over the box (left, top, right, bottom) of a frame
     [H, W] or [H, W, 3]: antialiased bicubic, first along the rows, strip by strip, then along the columns."""
     left, top, right, bottom = box
-    first, last = int(np.floor(top)), int(np.ceil(bottom))
+    first, last = _reached(top, bottom, height, len(pixels))
     rows = max(1, _STRIP // (pixels.shape[1] * (3 if pixels.ndim == 3 else 1)))
     narrow = []
     for start in range(first, last, rows):
@@ -178,15 +178,18 @@ class _Span(NamedTuple):
 
 
 def _span(start: float, end: float, wanted: int, length: int) -> _Span:
-    """What of a side of `length` pixels it takes to make `wanted` ones of its part from `start` to `end`: beyond that
-    part, as far as the filter reaches."""
-    scale = max(1.0, (end - start) / wanted)
-    most = max(1, int(scale / OVERSAMPLING))
-    reach = int(np.ceil(_REACH * scale)) + most
-    first, last = max(0, int(start) - reach), min(length, int(np.ceil(end)) + reach)
+    """What of a side of `length` pixels it takes to make `wanted` ones of its part from `start` to `end`."""
+    most = max(1, int((end - start) / wanted / OVERSAMPLING))
+    first, last = _reached(start, end, wanted, length, most)
     # a last mean of few pixels would weigh as much as the others
     by = min(range(most // 2 + 1, most + 1), key=lambda by: (-(last - first) % by > _LACKING * by, -by))
     return _Span(first, last, by, (start - first) / by, (end - first) / by)
+
+
+def _reached(start: float, end: float, wanted: int, length: int, more: int = 0) -> tuple[int, int]:
+    """First and last + 1 of a side's pixels that the filter takes for its part from `start` to `end`, and `more`."""
+    reach = int(np.ceil(_REACH * max(1.0, (end - start) / wanted))) + more
+    return max(0, int(start) - reach), min(length, int(np.ceil(end)) + reach)
 
 
 def _each(unit: np.ndarray, width: int, height: int, box: tuple[float, float, float, float]) -> np.ndarray:

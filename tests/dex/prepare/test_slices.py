@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dex.data import open_dataset
+from dex.prepare import normalise, readers
 from dex.prepare.readers import Geometry, Refused, Stack
-from dex.prepare.slices import slices
+from dex.prepare.slices import OVERSAMPLING, enough, resize, resize_eight, slices
 from dex.prepare.sources import Source, Tile
 
 DRAW = np.random.default_rng(8)
@@ -174,3 +176,66 @@ def test_parts_are_scaled_each_by_its_own_numbers():
     assert np.array_equal(frames[2].image, alone[0].image)
     with pytest.raises(Refused, match="ct needs HU"):
         images(stack_of(array, parts=(0, 1, 2, 3)), normalisation="ct")
+
+
+def real_images():
+    """uint8 [256, 256, 3], one of each modality."""
+    dataset = open_dataset(None)
+    index = dataset.modality_index()
+    return [
+        dataset[int(np.flatnonzero(index == m)[3])].image.numpy().transpose(1, 2, 0)
+        for m, count in enumerate(dataset.modality_counts().values())
+        if count
+    ]
+
+
+BOXES = ((0, 0, 256, 256), (10.5, 0, 245.25, 200), (40, 30, 140, 250), (3, 60, 64, 256))
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_bytes_are_resized_as_floats_are(box):
+    """Where no means are taken: to 400, to a half, and down to a fourth of the sides."""
+    for image in real_images():
+        for pixels in (image, image[:, :, 0]):
+            for height, width in ((400, 300), (128, 128), ((box[3] - box[1]) // 3.9 + 1, (box[2] - box[0]) // 3.9 + 1)):
+                height, width = int(height), int(width)
+                exact = np.rint(resize(pixels, normalise.display, box, height, width) * 255)
+                got = resize_eight(pixels, box, height, width)
+                assert got.dtype == np.uint8 and got.shape == exact.shape
+                assert np.abs(got - exact).max() <= 1 and (got != exact).mean() < 1e-3
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("by", [4, 5.3, 8, 11])
+def test_means_of_neighbours_stay_near_the_exact_levels(box, by, monkeypatch):
+    """The stated bound, at small sizes, where neighbours differ most."""
+    for image in real_images():
+        height, width = round((box[3] - box[1]) / by), round((box[2] - box[0]) / by)
+        got = resize_eight(image, box, height, width)
+        difference = np.abs(got - np.rint(resize(image, normalise.display, box, height, width) * 255))
+        assert difference.mean() <= 1.4
+        monkeypatch.setattr("dex.prepare.slices._STRIP", 5000)
+        assert np.array_equal(resize_eight(image, box, height, width), got)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_jpeg_at_a_part_of_its_sides_gives_nearly_the_same_slice(tmp_path, fit):
+    settings = {"size": 24, "bits": 8}
+    for image in real_images():
+        Image.fromarray(image[:250, :203]).save(tmp_path / "a.jpg", quality=95)
+        both = []
+        for least in (None, enough(source(), **settings)):
+            (stack,) = readers.read([tmp_path / "a.jpg"], "picture", enough=least)
+            both += slices(stack, source(fit=fit), **settings)
+        assert stack.extent == (250 / 4, 203 / 4)
+        whole, part = (one.image.astype(int) for one in both)
+        assert whole.shape == part.shape and (whole != part).any()
+        content = slice(2, 21) if fit == "pad" else slice(None)  # the level around it is one of many in a small ring
+        assert np.abs(whole - part)[:, content].mean() <= 1.4 and not both[1].small
+
+
+def test_what_needs_the_whole_picture():
+    assert enough(source(), 256, 8) == OVERSAMPLING * 256 == enough(source(normalisation="ct", modality="CT"), 256, 8)
+    assert enough(source(), 256, 16) is None
+    for fields in ({"normalisation": "mr"}, {"normalisation": "ct", "slope": 2.0}, {"tiles": (Tile(8, 8),)}):
+        assert enough(source(**fields), 256, 8) is None

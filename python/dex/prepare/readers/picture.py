@@ -76,20 +76,20 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None =
                         image.draft(None, (width // by, height // by))
                     yield number, _pixels(image, orientation, channels, dtype)
 
-    extent = (height / by, width / by) if by > 1 else None
-    if extent is not None:
-        height, width = -(-height // by), -(-width // by)
+    shape, extent = (-(-height // by), -(-width // by)), (height / by, width / by)
+    if orientation >= 5:
+        shape, extent = shape[::-1], extent[::-1]
     yield Stack(
         quantity="display8" if dtype == np.uint8 else "raw",
         length=len(pages),
-        shape=(width, height) if orientation >= 5 else (height, width),
+        shape=shape,
         dtype=dtype,
         load=load,
         holds=lambda stored: limits.holds(stored, height, width, 4),
         channels=channels,
         origins=tuple(("", page) for page in pages),
         windowed=dtype == np.uint8,
-        extent=extent[::-1] if extent is not None and orientation >= 5 else extent,
+        extent=extent if by > 1 else None,
         inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,
     )

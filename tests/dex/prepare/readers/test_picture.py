@@ -8,7 +8,8 @@ import pytest
 from flat_files import COLOUR, DEEP, DRAW, GREY, frames
 from PIL import Image
 
-from dex.prepare.readers import Refused
+from dex.data import open_dataset
+from dex.prepare.readers import Refused, read
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "jp2", "ppm"])
@@ -199,3 +200,57 @@ def test_pictures_that_ask_for_too_much(tmp_path):
         (tmp_path / "e.png").write_bytes(content)
         with pytest.raises(Refused, match="unreadable"):
             frames(tmp_path / "e.png")
+
+
+def at_a_part(path, enough):
+    """The stack and its only frame, where `enough` pixels of the shorter side suffice."""
+    (stack,) = read([path], "picture", enough=enough)
+    return stack, next(stack.frames(("stored",), 1)).pixels
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    """Colour, 250 x 198."""
+    dataset = open_dataset(None)
+    places = np.flatnonzero(dataset.modality_index() == dataset.modalities.index("clinical photography"))
+    return Image.fromarray(dataset[places[0]].image.numpy().transpose(1, 2, 0)).crop((0, 0, 250, 198))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"format": "MPO"}], ids=str)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_is_decoded_at_a_part_of_its_sides(tmp_path, photograph, mode, options):
+    photograph.convert(mode).save(tmp_path / "a.jpg", quality=95, **options)
+    whole = at_a_part(tmp_path / "a.jpg", None)[1].astype(int)
+    for enough, by in ((198, 1), (100, 1), (99, 2), (50, 2), (49, 4), (24, 8), (1, 8)):
+        stack, pixels = at_a_part(tmp_path / "a.jpg", enough)
+        assert stack.shape == pixels.shape[:2] == (-(-198 // by), -(-250 // by))
+        assert stack.extent == (None if by == 1 else (198 / by, 250 / by))
+        tall, wide = 198 // by, 250 // by  # whole blocks
+        means = whole[: tall * by, : wide * by].reshape(tall, by, wide, by, -1).mean(axis=(1, 3))
+        difference = np.abs(pixels[:tall, :wide].reshape(means.shape) - means)
+        assert difference.mean() < 1.5
+
+
+def test_a_jpeg_is_turned_after_it_was_decoded_at_a_part(tmp_path, photograph):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    photograph.save(tmp_path / "plain.jpg", quality=95)
+    stack, pixels = at_a_part(tmp_path / "turned.jpg", 60)
+    assert stack.extent == (250 / 2, 198 / 2) and stack.shape == (125, 99)
+    assert np.array_equal(pixels, np.rot90(at_a_part(tmp_path / "plain.jpg", 60)[1], -1))
+
+
+def test_what_is_never_decoded_at_a_part(tmp_path, photograph):
+    photograph.save(tmp_path / "a.png")
+    assert at_a_part(tmp_path / "a.png", 8)[0].extent is None
+    photograph.save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    frame = data.index(b"\xff\xc0")
+    for name, changed, extent in (
+        ("filled.jpg", data[:frame] + b"\xff" * 5 + data[frame:], (198 / 8, 250 / 8)),
+        ("lossless.jpg", data[:frame] + b"\xff\xc3" + data[frame + 2 :], None),
+    ):
+        (tmp_path / name).write_bytes(changed)
+        (stack,) = read([tmp_path / name], "picture", enough=8)
+        assert stack.extent == extent
