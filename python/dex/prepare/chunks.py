@@ -181,14 +181,11 @@ def work(task: Task, report: Report) -> Result | str:
     try:
         with _Files(job, state.sizes) as files:
             for number in range(state.next, len(units)):
-                done = _Work(job, number, units[number], copy.deepcopy(state.result.counts), files, report)
+                done = UnitWork(job, number, units[number], copy.deepcopy(state.result.counts), files, report)
                 if number in task.refused:
                     done.refuse(task.refused[number])
                 else:
-                    # Every decoded frame is a sign of life, and a few bytes may declare any number of frames.
-                    sizes = [file.size for file in units[number].files]
-                    silence = job.limits.seconds
-                    report.begin(number, silence, silence * (len(sizes) + sum(sizes) / 2**20))
+                    done.begin()
                     done.run()
                 result = Result(done.finish(), state.result.refusals + done.refusals)
                 state = _State(number + 1, files.flush(), result)
@@ -209,8 +206,10 @@ class _Part(NamedTuple):
     modality: str
 
 
-class _Work:
+class UnitWork:
     """The work on one unit: writes what is kept, counts what is not; of a stack that is refused nothing stays."""
+
+    headers = False  # whether no pixel is read
 
     def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: _Files, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
@@ -230,6 +229,12 @@ class _Work:
         refusal = Refusal(self._names.unit(self._unit.key), reason, detail)
         self._refused.append(_Part(refusal, file, self._modality))
 
+    def begin(self) -> None:
+        """Say that this unit comes next, and how long it may take."""
+        # Every decoded frame is a sign of life, and a few bytes may declare any number of frames.
+        sizes, silence = [file.size for file in self._unit.files], self._job.limits.seconds
+        self._report.begin(self._number, silence, silence * (len(sizes) + sum(sizes) / 2**20))
+
     def run(self) -> None:
         for file in self._unit.files:
             if not is_unchanged(self._job.root, file):
@@ -238,6 +243,7 @@ class _Work:
         paths = [self._job.root / file.path for file in self._unit.files]
         decide = None if self._source.trusted else self._decide
         asked = {"decide": decide, "volumes": self._source.volumes, "enough": self._enough()}
+        asked["headers"] = self.headers
         stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
         number = 0
         for order in itertools.count():
@@ -301,13 +307,7 @@ class _Work:
     def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
         """number: among the unit's stacks that are used; order: among all that its reader gives."""
         settings = self._job.settings
-        source = self._source_of(stack)
-        self._modality = "" if source.routed else source.modality
-        self._check_numbers(stack, source)
-        if stack.burned_in and not settings.allow_burned_in:
-            raise Refused("burned-in", "the header declares burned-in annotation")
-        alone = not readers.reader_of(self._unit.format).whole_folders
-        group = self._names.group(self._path, stack.patient, alone)
+        source, group = self._admitted(stack), self._group(stack)
         common = {
             "group": group,
             "split": source.split or split_of(group, source.val_share),
@@ -317,8 +317,6 @@ class _Work:
         }
         if self._source.routed:
             common["modality"] = source.modality
-        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
-            stack.rescale(source.slope, source.intercept)
         origins = trace.Origins(stack, self._unit.key, number, self._volume(order))
         for one in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
@@ -339,6 +337,22 @@ class _Work:
             self._counts.kept += 1
             self._counts.text += line["text"]
         self._counts.masked += stack.masked
+
+    def _admitted(self, stack: readers.Stack) -> Source:
+        """The source as it is for the stack. Refused where that is no image, or is not to be used."""
+        source = self._source_of(stack)
+        self._modality = "" if source.routed else source.modality
+        self._check_numbers(stack, source)
+        if stack.burned_in and not self._job.settings.allow_burned_in:
+            raise Refused("burned-in", "the header declares burned-in annotation")
+        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
+            stack.rescale(source.slope, source.intercept)
+        return source
+
+    def _group(self, stack: readers.Stack) -> str:
+        """The name of the stack's patient."""
+        alone = not readers.reader_of(self._unit.format).whole_folders
+        return self._names.group(self._path, stack.patient, alone)
 
     def _volume(self, order: int) -> int | None:
         """The number of a stack's volume in its file, where the description asks for others than the first."""
