@@ -5,28 +5,31 @@ PIP_ARGS ?=
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 INSTALLED := $(VENV)/installed
-# The newest Triton lies beside the environment's own, which the interpreter needs; the kernels are compiled with both.
+# Two Tritons lie beside the environment, which works without one: this one, with the headers of CuTe, for the emulator,
+TRITON := $(VENV)/triton-3.6.0
+# and the newest; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
+EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
 .PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
 
-test: $(INSTALLED)  ## what can break in daily work, in minutes: all tests but the slow ones, every benchmark at its smallest size
-	$(PYTEST) --numprocesses=logical --maxprocesses=8 --dist=loadfile -m "not slow" --ignore=tests/kernels tests
+test: $(INSTALLED) $(TRITON)  ## what can break in daily work, in minutes: all tests but the slow ones, every benchmark at its smallest size
+	$(PYTEST) --numprocesses=logical --maxprocesses=8 --dist=loadfile -m "not slow" --ignore=tests/kernels --ignore=tests/emulator tests
+	$(EMULATOR) --numprocesses=logical --maxprocesses=4 -m "not slow"  # in processes that have Triton
 	$(PYTEST) --tiny -m "not slow" benchmarks
 
 test-all: test test-slow test-triton  ## every test; adds the slow ones, hosts of the drop-in, two Tritons, wheel and sdist
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow --ignore=tests/kernels tests
+	$(PYTEST) -m slow --ignore=tests/kernels --ignore=tests/emulator tests
 	$(PYTEST) --tiny -m slow benchmarks
 
 test-triton: $(INSTALLED) $(NEWEST_TRITON)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[adapt,export]' triton==3.6.0
 	$(PYTEST) tests/dropin tests/dex/inference tests/dex/analysis tests/dex/model tests/dex/cli tests/test_checkpoint_page.py
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) --no-deps nvidia-cutlass  # for its headers; the rest of it would bring CUDA
 	$(MAKE) --jobs=2 --output-sync test-kernels test-compiled test-emulator  # one processor each
 	scripts/check_build.sh
 
@@ -37,8 +40,8 @@ test-compiled:
 	$(PYTEST) tests/kernels/test_compiled.py
 	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(PYTEST) tests/kernels/test_compiled.py
 
-test-emulator:
-	$(PYTEST) tests/emulator
+test-emulator: $(TRITON)
+	$(EMULATOR)
 
 check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff check .
@@ -47,7 +50,7 @@ check: $(INSTALLED)  ## static checks
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(PYTEST) benchmarks
 
-pages:  ## tables and pictures of README and benchmarks/README.md, and the defaults of the backends, from benchmarks/results/; the drawing of the packages
+pages:  ## tables and pictures of README, benchmarks/README.md and docs/kernels.md, and the defaults of the backends, from the results of benchmarks and emulator; the drawing of the packages
 	$(PYTHON) scripts/pages.py
 	$(PYTHON) scripts/architecture.py
 
@@ -62,6 +65,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
+
+$(TRITON): | $(INSTALLED)  # without what they depend on, which would bring CUDA
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) --no-deps --target $@ 'triton==3.6.0; sys_platform == "linux"' nvidia-cutlass
 
 $(NEWEST_TRITON): | $(INSTALLED)
 	$(VENV)/bin/pip install $(PIP_ARGS) --no-deps --target $@ triton==3.9.0
