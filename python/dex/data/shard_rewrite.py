@@ -106,6 +106,11 @@ def carry_out(root: Path, change: Change) -> None:
     settle(root)
 
 
+def fingerprint(root: Path) -> str:
+    """Of the set, as `ShardDataset` gives it."""
+    return hashlib.sha256(read_manifest(root)[1]).hexdigest()
+
+
 def settle(root: Path) -> bool:
     """Finish a change that was cut short after the manifest named its files, and remove the files of one that was cut
     short before. Whether there was one to finish."""

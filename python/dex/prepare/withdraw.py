@@ -1,0 +1,292 @@
+"""Take a patient, or single images, out of a prepared set for good.
+
+What goes: the images from the shards (`dex.data.shard_rewrite`), their thumbnails and counts from the card, their rows
+from the private table, and every other image that `prepare` left out as a copy of one of them or that stayed in the
+place of one. `DIR.private/withdrawn.jsonl` keeps their hashed ids, so that no later start of `dex prepare` brings them
+back; the manifest and the card keep the date and the number.
+
+The record is written first, then the shards change, then the private folder is cleared. A call that was cut short
+anywhere is finished by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dex.data import shard_rewrite
+from dex.data.dataset import SPLITS
+from dex.data.shard_format import read_bytes, read_manifest
+
+from . import card, lookup, trace
+from .card import Example
+from .filters import WITHDRAWN
+from .lookup import Found, Private
+
+LEFTOVERS = ("chunks", "set", "headers")
+"""What `prepare` keeps in the private folder until the set is written, and a killed one may have left."""
+CARD_HTML, CARD_JSON = "card.html", "card.json"
+
+
+class NotFound(ValueError):
+    """A name leads to no image that is in the set."""
+
+
+class Outcome(NamedTuple):
+    """images: how many were taken out now; patients: of whom; copies: of the images, those that were not named but
+    repeat one that was; others: images of the same patients that stay, because single images were named; before, after:
+    the set's fingerprints; knows_copies: False where an earlier version made the set. finished: whether an earlier
+    withdrawal, which was cut short, was finished first; earlier: dates of those that took out what was named before."""
+
+    images: int
+    patients: int
+    copies: int
+    others: int
+    before: str
+    after: str
+    knows_copies: bool
+    finished: bool
+    earlier: tuple[str, ...]
+
+
+class _Chosen(NamedTuple):
+    """ids: of all images that must not be there, in the set or not; kept: (shard, index line) of those in the set."""
+
+    ids: frozenset[str]
+    groups: frozenset[str]
+    kept: list[tuple[dict, dict]]
+    copies: int
+
+
+def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
+    """Take what `texts` (see `lookup`) name out of the set in `root`, whose private folder is `folder`.
+
+    An earlier call that was cut short is finished first; without a text that is all. NotFound names a text that leads
+    to nothing; ValueError for a set that is damaged, or that would be empty; BlockingIOError when another process
+    withdraws from it; OSError. The set is then as it was.
+    """
+    with _alone(root):
+        private = Private(folder) if folder.exists() else None
+        finished = shard_rewrite.settle(root)
+        if private:
+            finished |= _settle_private(root, private)
+            private = Private(folder)
+        found = lookup.find(root, private, texts)
+        earlier = tuple(sorted({record.time for one in found for record in one.withdrawn}))
+        chosen = _chosen(root, private, found)
+        if chosen.kept:
+            return _carry_out(root, private, chosen)._replace(finished=finished, earlier=earlier)
+        now = shard_rewrite.fingerprint(root)
+        return Outcome(0, 0, 0, 0, now, now, True, finished, earlier)
+
+
+def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Chosen:
+    for one in found:
+        if not any(image.line for image in one.images.values()) and not one.withdrawn:
+            raise NotFound(_nothing(one, private))
+    images = {name: image for one in found for name, image in one.images.items()}
+    groups = frozenset(group for one in found for group in one.groups)
+    keys = {image.line["key"] for image in images.values() if image.line}
+    ids: set[str] = set(images)
+    if private:
+        keys |= {row["key"] for row in private.duplicates() if row["id"] in images or row["group"] in groups}
+        ids |= {row["id"] for row in private.duplicates() if row["key"] in keys}
+    manifest, _ = read_manifest(root)
+    kept = [(entry, line) for entry, line in shard_rewrite.lines(root, manifest) if line["key"] in keys]
+    copies = sum(line["id"] not in images for _, line in kept)
+    return _Chosen(frozenset(ids.union(line["id"] for _, line in kept)), groups, kept, copies)
+
+
+def _nothing(one: Found, private: Private | None) -> str:
+    """What was looked for, where nothing was found."""
+    if one.images:
+        return (
+            f"ID: {one.text} names images that were left out as copies of others, which are in the set; `dex data "
+            "where` lists them: name one that is kept"
+        )
+    if one.refused:
+        return f"ID: {one.text} names what was refused; nothing of it is in the set"
+    if private is None:
+        ways = "the ids of images and patient groups; patients and paths are known to the private folder alone"
+    else:
+        sources = ", ".join(listed.name for listed in private.sources[:3])
+        more = f" and {len(private.sources) - 3} more" if len(private.sources) > 3 else ""
+        ways = f"ids of images, units and patient groups, PatientIDs, folders and paths of {sources}{more}"
+        if any(listed.naming("") is None for listed in private.sources):
+            ways += "; without its salt no patient can be looked up by name"
+    alike = f". Is it {' or '.join(one.alike)}?" if one.alike else ""
+    return f"ID: expected what is in the set; got {one.text}, looked for among {ways}{alike}"
+
+
+def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
+    date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    manifest, _ = read_manifest(root)
+    gone = frozenset(line["id"] for _, line in chosen.kept)
+    named = {line["group"] for _, line in chosen.kept}
+    documents, others = _documents(root, manifest, chosen, date)
+    change = shard_rewrite.plan(root, gone, documents, date)
+    record = trace.Withdrawn(
+        date, len(gone), tuple(sorted(chosen.ids)), tuple(sorted(chosen.groups)), change.before, change.after
+    )
+    if private:
+        earlier = [one for one in trace.withdrawn(private.folder) if one.before != change.before]
+        trace.write_withdrawn(private.folder, [*earlier, record])
+    shard_rewrite.carry_out(root, change)
+    if private:
+        _clear(private, record)
+    return Outcome(
+        images=len(gone),
+        patients=len(named),
+        copies=chosen.copies,
+        others=others,
+        before=change.before,
+        after=change.after,
+        knows_copies=private is None or private.knows_duplicates,
+        finished=False,
+        earlier=(),
+    )
+
+
+def _settle_private(root: Path, private: Private) -> bool:
+    """Clear the private folder after a withdrawal that was cut short; forget one that never reached the shards."""
+    records = trace.withdrawn(private.folder)
+    if not records:
+        return False
+    manifest, _ = read_manifest(root)
+    last = records[-1]
+    if all(entry["before"] != last.before for entry in manifest.get("withdrawals", ())):
+        if shard_rewrite.fingerprint(root) == last.before:
+            trace.write_withdrawn(private.folder, records[:-1])
+        return False
+    return _clear(private, last)
+
+
+def _clear(private: Private, record: trace.Withdrawn) -> bool:
+    """Remove what the private folder holds of withdrawn images; whether there was any."""
+    changed = False
+    for name in LEFTOVERS:
+        if (private.folder / name).exists():
+            shutil.rmtree(private.folder / name)
+            changed = True
+    tables = [private.folder / trace.DUPLICATES, *sorted((private.folder / trace.IDS).glob("*.jsonl"))]
+    for table in tables:
+        if table.exists():
+            changed |= trace.remove(table, frozenset(record.ids))
+    if changed:
+        trace.log(private.folder, "withdrawn", images=record.images, date=record.time)
+    return changed
+
+
+def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[dict[str, bytes], int]:
+    """The set's card without the images, and how many others of the same patients stay."""
+    gone = {line["id"]: (entry, line) for entry, line in chosen.kept}
+    groups = {line["group"] for _, line in chosen.kept}
+    stay = [
+        (entry, line)
+        for entry, line in shard_rewrite.lines(root, manifest)
+        if line["group"] in groups and line["id"] not in gone
+    ]
+    listed = {entry["file"]: entry for entry in manifest["documents"]}
+    if not {CARD_HTML, CARD_JSON} <= listed.keys():
+        return {}, len(stay)
+    facts = json.loads(read_bytes(root, CARD_JSON, 0, None))
+    shown = facts.pop("examples")
+    left = {(_row_of(facts, root, entry, line)["name"], line["group"]) for entry, line in stay}
+    for entry, line in chosen.kept:
+        row = _row_of(facts, root, entry, line)
+        row["kept"] -= 1
+        row[line["split"]] -= 1
+        row["dropped"][WITHDRAWN] = row["dropped"].get(WITHDRAWN, 0) + 1
+        row["text_suspected"] -= bool(shard_rewrite.meta(root, entry, line).get("text_suspected"))
+        if (row["name"], line["group"]) not in left:
+            row["patients"] -= 1
+            left.add((row["name"], line["group"]))
+    for name in {line["modality"] for _, line in chosen.kept}:
+        here = [(entry, line) for entry, line in chosen.kept if line["modality"] == name]
+        _subtract(next(row for row in facts["modalities"] if row["name"] == name), root, here)
+    for split in SPLITS:
+        facts[split] = sum(row[split] for row in facts["modalities"])
+    facts["images"] = facts["train"] + facts["val"]
+    facts["withdrawn"] = [*facts.get("withdrawn", ()), {"date": date, "images": len(gone)}]
+    page, numbers = card.build(facts, _examples(root, manifest, facts, shown, gone))
+    return {CARD_HTML: page, CARD_JSON: numbers}, len(stay)
+
+
+def _row_of(facts: dict, root: Path, entry: dict, line: dict) -> dict[str, Any]:
+    """The card's row that an image is counted in. ValueError where there is none."""
+    source = shard_rewrite.meta(root, entry, line).get("source", "")
+    for row in facts["sources"]:
+        if row["name"] in (source, f"{source} ({line['modality']})") and row["modality"] == line["modality"]:
+            return row
+    raise ValueError(f"{CARD_JSON}: expected the card that dex prepare wrote; it lists no source of {line['id']}")
+
+
+def _subtract(row: dict[str, Any], root: Path, kept: Sequence[tuple[dict, dict]]) -> None:
+    """Take images out of a modality's counts and histogram. That is of the pixels before they were encoded: what JPEG
+    has moved to another level since is taken from the next one."""
+    pixels = np.zeros(256, np.int64)
+    for entry, line in kept:
+        row[line["split"]] -= 1
+        pixels += _histogram(shard_rewrite.image(root, entry, line))
+    row["empty"] = not (row["train"] or row["val"])
+    before = np.array(row["histogram"], np.int64)
+    total = max(0, int(before.sum() - pixels.sum()))
+    rising = np.minimum(np.maximum.accumulate(np.cumsum(before - pixels).clip(0)), total)
+    row["histogram"] = [0] * 256 if row["empty"] else np.diff(rising, prepend=0).tolist()
+
+
+def _histogram(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
+        image = np.asarray(opened)
+    eight = image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.bincount(eight.ravel(), minlength=256)
+
+
+def _examples(root: Path, manifest: dict, facts: dict, shown: Sequence[dict], gone: dict) -> list[Example]:
+    """The card's pictures, with others of the same modality in the place of those that go."""
+    left = [one["id"] for one in shown if one["id"] not in gone]
+    missing = Counter(one["modality"] for one in shown if one["id"] in gone)
+    count = {row["name"]: row["train"] + row["val"] for row in facts["modalities"]}
+    places = {
+        name: {(2 * i + 1) * count[name] // (2 * most) for i in range(most)} if count[name] else set()
+        for name, most in missing.items()
+    }
+    wanted, seen, chosen = set(left), Counter[str](), []
+    for entry, line in shard_rewrite.lines(root, manifest):
+        name = line["modality"]
+        if line["id"] in gone:
+            continue
+        if line["id"] in wanted or seen[name] in places.get(name, ()):
+            data = shard_rewrite.image(root, entry, line)
+            source = _row_of(facts, root, entry, line)["name"]
+            chosen.append(Example(name, source, line["id"], data, line["kind"]))
+        seen[name] += 1
+    return chosen
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"DIR: another process withdraws from {root}") from None
+        except OSError:  # a file system without locks keeps nobody out
+            pass
+        yield
+    finally:
+        os.close(descriptor)
