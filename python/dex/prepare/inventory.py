@@ -1,0 +1,251 @@
+"""What a source holds and what `dex prepare` would make of it, from headers and a small sample of pixels.
+
+Files are listed, judged and read by the code of a real run (`discover`, `chunks.UnitWork`, the readers, `routing`),
+which is told to read headers alone. So these numbers are exact, as far as the files' pixels can be read:
+
+    modality, size, planes and spacing of every image, patients, what headers leave out and why, what is passed over,
+    slices that are too small, files whose modality nothing says
+
+These are estimates, from units drawn by a seed whose pixels are read as a real run would read them:
+
+    slices that are kept or dropped for what they show, label maps (known by their numbers), damage in pixel data, the
+    set's bytes, the time
+
+No date, name, path or description of a series gets into an inventory; patients are counted by salted hashes, under a
+salt that is forgotten.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import chunks, label_maps, readers, run, workers
+from .chunks import Job, Settings
+from .discover import Listing, Undetermined, Unit, check_modalities, cut, discover
+from .ids import SALT_BYTES
+from .sources import Source
+from .survey import Kind, Measured, Survey, look, measure
+
+SAMPLE_BYTES = 64 * 2**20
+"""Of a unit: larger ones are not read while there are others."""
+_EVERY = 5.0  # seconds between lines
+_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,7}")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Of one source. passed_over: reason, or suffix of no known format -> files. undetermined: why a real run would not
+    begin; None where it would. workers: for the time."""
+
+    source: str
+    files: int
+    bytes: int
+    survey: Survey
+    sample: dict[Kind, Measured]
+    passed_over: dict[str, int]
+    undetermined: Undetermined | None
+    workers: int
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return sorted({leaf.kind for leaf in self.survey.leaves})
+
+    @property
+    def estimate(self) -> Estimate:
+        return _estimate(self)
+
+
+class Estimate(NamedTuple):
+    """slices: by headers. kept, bytes, seconds (of one processor): estimates; label_maps: of stacks. unmeasured: slices
+    of kinds of which no unit was read, which are in none of these."""
+
+    slices: int
+    small: int
+    kept: int
+    bytes: int
+    seconds: float
+    label_maps: int
+    unmeasured: int
+    sampled: int
+
+
+def take(
+    sources: Sequence[Source],
+    settings: Settings,
+    *,
+    processes: int,
+    cache: Path = run.CACHE,
+    limits: readers.Limits = readers.Limits(),  # noqa: B008
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Inventory]:
+    """The inventory of each source, by name. Nothing is written but packages into `cache`.
+
+    ValueError for a source without files, as from a real run; `run.Failed` for a fault of our own.
+    """
+    try:
+        taken = []
+        for source in sorted(sources, key=lambda source: source.name):
+            root = run.root_of(source, cache.expanduser(), say)
+            with tempfile.TemporaryDirectory(prefix="dex-") as scratch:
+                salt = secrets.token_bytes(SALT_BYTES)
+                work = _Worked(source, root, settings, limits, Path(scratch), salt, processes, say)
+                taken.append(work.inventory())
+        return taken
+    except workers.WorkerFault as fault:
+        raise run.Failed(f"a fault in dex: {fault}") from None
+
+
+@dataclass(frozen=True)
+class _Worked:
+    """One source, and how its units are given to workers."""
+
+    source: Source
+    root: Path
+    settings: Settings
+    limits: readers.Limits
+    scratch: Path
+    salt: bytes
+    processes: int
+    say: Callable[[str], None]
+
+    def inventory(self) -> Inventory:
+        listing = discover(self.source, self.root)
+        undetermined = None
+        try:
+            check_modalities(self.source, listing)
+        except Undetermined as error:
+            undetermined = error
+        survey = self.survey(listing)
+        if survey.given_up:  # one file of a large folder may be to blame: its series apart, as a real run has them
+            options = run.Options(out=self.scratch / "out", workers=self.processes, limits=self.limits)
+            survey = self.survey(
+                run.parted_by_headers(self.source, self.root, listing, options, self.scratch, self.say)
+            )
+        return Inventory(
+            source=self.source.name,
+            files=listing.files,
+            bytes=sum(listing.sizes),
+            survey=survey,
+            sample=self.sample(survey),
+            passed_over=passed_over(listing),
+            undetermined=undetermined,
+            workers=self.processes,
+        )
+
+    def survey(self, listing: Listing) -> Survey:
+        path = self.scratch / "units.jsonl"
+        path.write_bytes(b"".join(listing.lines))
+        total, known, said = len(listing.lines), 0, time.monotonic()
+        jobs = [self._job(path, chunk, listing.common) for chunk in listing.chunks]
+        result = Survey()
+        for job, survey in self._run(look, jobs, listing.formats):
+            known += job.chunk.units
+            if time.monotonic() - said >= _EVERY:
+                said = time.monotonic()
+                self.say(f"{self.source.name}: headers of {known:,}/{total:,} units")
+            result.add(survey)
+        return result
+
+    def sample(self, survey: Survey) -> dict[Kind, Measured]:
+        kinds = sorted(kind for kind in survey.candidates if kind.modality)
+        jobs = []
+        for number, kind in enumerate(kinds):
+            drawn = [unit for _, unit in survey.candidates[kind]]
+            drawn = [unit for unit in drawn if _bytes(unit) <= SAMPLE_BYTES] or [min(drawn, key=_bytes)]
+            path = self.scratch / f"sample-{number}.jsonl"
+            lines = [json.dumps(unit._asdict()).encode() + b"\n" for unit in drawn]
+            path.write_bytes(b"".join(lines))
+            whole = cut([(sum(map(len, lines)), 0)])[0]._replace(units=len(drawn))
+            jobs.append(self._job(path, whole, 0))
+        measured: dict[Kind, Measured] = {}
+        for _, by_kind in self._run(measure, jobs, sorted({kind.format for kind in kinds})):
+            for kind, one in by_kind.items():
+                measured.setdefault(kind, Measured()).add(one)
+        return measured
+
+    def _job(self, listing: Path, chunk: Any, common: int) -> Job:
+        return Job(
+            name=listing.stem,
+            private=self.scratch,
+            listing=listing,
+            chunk=chunk,
+            source=self.source,
+            root=self.root,
+            salt=self.salt,
+            common=common,
+            settings=self.settings,
+            limits=self.limits,
+        )
+
+    def _run(self, work: Callable, jobs: Sequence[Job], formats: Sequence[str]) -> Iterator[tuple[Job, Any]]:
+        return workers.run(
+            work,
+            jobs,
+            processes=max(1, min(self.processes, len(jobs))),
+            memory_mb=self.limits.memory_mb,
+            preload=functools.partial(chunks.preload, sorted(formats)),
+        )
+
+
+def passed_over(listing: Listing) -> dict[str, int]:
+    """How many files are no unit's, by reason; those of no known format by their suffix."""
+    counts: Counter[str] = Counter()
+    for path, reason in listing.passed_over.items():
+        if reason == "of no known format":
+            suffix = os.path.splitext(path)[1].lower()
+            reason = suffix if _SUFFIX.fullmatch(suffix) else "without a suffix"
+        counts[reason] += 1
+    return dict(sorted(counts.items()))
+
+
+def _estimate(inventory: Inventory) -> Estimate:
+    survey, sample = inventory.survey, inventory.sample
+    total = sum(alike.slices for alike in survey.leaves.values())
+    kept = size = labels = seconds = 0.0
+    unmeasured = 0
+    for kind in inventory.kinds:
+        count, one = survey.slices(kind), _nearest(kind, sample)
+        if one is None:
+            unmeasured += count
+            continue
+        share = count / one.expected
+        kept, size, seconds = kept + one.kept * share, size + one.bytes * share, seconds + one.seconds * share
+        stacks = sum(alike.stacks for leaf, alike in survey.leaves.items() if leaf.kind == kind)
+        left_out = one.refused[label_maps.LABEL_MAP] + one.refused[label_maps.PROBABILITY_MAP]
+        labels += stacks * min(1.0, left_out / one.units)
+    return Estimate(
+        slices=total,
+        small=sum(alike.small for alike in survey.leaves.values()),
+        kept=round(kept),
+        bytes=round(size),
+        seconds=seconds + survey.idle,
+        label_maps=round(labels),
+        unmeasured=unmeasured,
+        sampled=sum(one.expected for one in sample.values()),
+    )
+
+
+def _nearest(kind: Kind, sample: dict[Kind, Measured]) -> Measured | None:
+    """What was measured of a kind, else of all kinds of its format."""
+    if kind in sample and sample[kind].expected:
+        return sample[kind]
+    total = Measured()
+    for other, one in sample.items():
+        if other.format == kind.format and other.named == kind.named:
+            total.add(one)
+    return total if total.expected else None
+
+
+def _bytes(unit: Unit) -> int:
+    return sum(file.size for file in unit.files)
