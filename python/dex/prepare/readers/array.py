@@ -5,19 +5,22 @@ Headers are checked against the file's size before anything is allocated. Each m
 
 from __future__ import annotations
 
+import functools
 import io
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dex.common import formats
 
 from .files import BoundedFile, Limits, fill, native, only, opened, quiet, quietly
-from .reader import Beat, Reader, no_numbers
+from .reader import Beat, Reader
 from .stack import Refused, Stack
+from .volume import Volumes, is_kept
 
 MAX_MEMBERS = 1000
 MAX_DIRECTORY = 2**20
@@ -26,35 +29,69 @@ _END = 22
 
 @quietly("array")
 def read(files: Sequence[Path], limits: Limits, beat: Beat, headers: bool = False) -> Iterator[Stack]:
-    with opened(only(files)) as file:
+    path = only(files)
+    with opened(path) as file:
         start = file.read(4)
         file.seek(0)
         if start != b"PK\x03\x04":
-            yield _stack(file, file.size, limits, "", headers)
-            return
-        _check_directory(file)
-        file.seek(0)
-        refused, sound = [], []
-        with zipfile.ZipFile(file) as archive:
-            for member in sorted(archive.infolist(), key=lambda member: member.filename.encode("utf-8", "replace")):
-                if member.filename.endswith(".npy"):
-                    try:
-                        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                            raise Refused("unsupported", "a compression other than deflate")
-                        with quiet("array"), archive.open(member) as stream:
-                            _layout(stream, member.file_size, limits)
-                        limits.check_all(sum(one.file_size for one in [*sound, member]), file.size)
-                        sound.append(member)
-                    except Refused as error:
-                        refused.append(error)
-            if not sound:
+            layout = _layout(file, file.size, file.size, False, limits)
+            members = [(functools.partial(opened, path), layout, "")]
+            refused = []
+        else:
+            _check_directory(file)
+            file.seek(0)
+            members, refused = _members(path, file, limits)
+            if not members:
                 raise refused[0] if refused else Refused("no image", "no array")
-            for member in sound:
-                with archive.open(member) as stream:
-                    stack = _stack(stream, member.file_size, limits, member.filename[:-4], headers)
-                stack.refused, refused = refused, []
-                yield stack
-                del stack
+    for open_, layout, name in members:
+        image = Volumes(
+            open=open_,
+            start=layout.start,
+            frame=layout.frame,
+            frames=layout.frames,
+            dtype=layout.dtype,
+            limits=limits,
+            kept=layout.kept,
+            what="array",
+            seen=functools.partial(_eight, channels=layout.channels),
+        )
+        make = functools.partial(_stack, layout, name)
+        if layout.fortran and not headers:
+            with open_() as stream:
+                whole = image.seen(_transposed(stream, layout))
+            channels = whole.shape[3] if whole.ndim > 3 else 1
+            stack = make(dtype=whole.dtype, channels=channels, whole=whole, load=_nothing, holds=_nothing)
+        else:
+            (stack,) = image.stacks(make, "first", beat, headers)
+        stack.refused, refused = refused, []
+        yield stack
+        del stack
+
+
+def _members(path: Path, file: BoundedFile, limits: Limits) -> tuple[list[Any], list[Refused]]:
+    """How each sound array of an archive is opened, its layout and its name; why the others are none."""
+    sound, refused, total = [], [], 0
+    with zipfile.ZipFile(file) as archive:
+        for member in sorted(archive.infolist(), key=lambda member: member.filename.encode("utf-8", "replace")):
+            if not member.filename.endswith(".npy"):
+                continue
+            try:
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise Refused("unsupported", "a compression other than deflate")
+                with quiet("array"), archive.open(member) as stream:
+                    layout = _layout(stream, member.file_size, file.size, True, limits)
+                limits.check_all(total + member.file_size, file.size)
+                total += member.file_size
+                sound.append((functools.partial(_member, path, member), layout, member.filename[:-4]))
+            except Refused as error:
+                refused.append(error)
+    return sound, refused
+
+
+@contextmanager
+def _member(path: Path, member: zipfile.ZipInfo) -> Iterator[Any]:
+    with opened(path) as file, zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+        yield stream
 
 
 def _check_directory(file: BoundedFile) -> None:
@@ -70,19 +107,24 @@ def _check_directory(file: BoundedFile) -> None:
 
 
 class _Layout(NamedTuple):
-    """`channels`: 0 where there is no axis of them."""
+    """shape: as declared. start: the first byte of the numbers. frame: H, W and, where there is an axis of them, the
+    channels. kept: whether all may be in memory."""
 
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype
+    start: int
     frames: int
-    height: int
-    width: int
-    channels: int
+    frame: tuple[int, ...]
+    kept: bool
+
+    @property
+    def channels(self) -> int:
+        return self.frame[2] if len(self.frame) > 2 else 0
 
 
-def _layout(stream: io.BufferedIOBase, size: int, limits: Limits) -> _Layout:
-    """What the header of an array of `size` bytes in all says, with the stream left at its numbers."""
+def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limits: Limits) -> _Layout:
+    """What the header of an array of `size` bytes in all says, which is packed in a file of `file` bytes."""
     counted = _Counted(stream)
     version = np.lib.format.read_magic(counted)
     if version not in ((1, 0), (2, 0)):
@@ -99,47 +141,45 @@ def _layout(stream: io.BufferedIOBase, size: int, limits: Limits) -> _Layout:
     channels = shape[-1] if len(shape) > 2 and shape[-1] in (1, 3, 4) else 0
     if len(shape) == 4 and not channels:
         raise Refused("unsupported", "4 axes without channels last")
-    height, width = shape[-3:-1] if channels else shape[-2:]
+    frame = tuple(int(side) for side in (shape[-3:] if channels else shape[-2:]))
     frames = int(shape[0]) if len(shape) == (4 if channels else 3) else 1
-    limits.check_frame(height, width)
-    if not limits.holds(needed, height, width, max(1, channels) * dtype.itemsize):
-        raise Refused("too large", f"{needed} bytes declared")
-    return _Layout(shape, fortran, dtype, frames, height, width, channels)
+    fortran = fortran and len(shape) > 1
+    kept = is_kept(limits, frame, frames, dtype.itemsize, file=file, packing="deflate" if packed else "")
+    if fortran and not kept:
+        raise Refused("too large", f"{needed:,} bytes in Fortran order; save it in C order, or {limits.remedy}")
+    return _Layout(shape, fortran, dtype, counted.count, frames, frame, kept)
 
 
-def _stack(stream: io.BufferedIOBase, size: int, limits: Limits, series: str, headers: bool) -> Stack:
-    layout = _layout(stream, size, limits)
-    if headers:
-        eight = layout.channels > 1 or layout.dtype == bool
-        array = no_numbers(layout.shape, np.dtype(np.uint8) if eight else layout.dtype.newbyteorder("="))
-    else:
-        array = np.empty(int(np.prod(layout.shape)), layout.dtype)
-        fill(stream, array)
-        array = native(array).reshape(layout.shape, order="F" if layout.fortran else "C")
-    if layout.channels == 1:
-        array = array[..., 0]
-    if array.ndim == (3 if layout.channels > 1 else 2):
-        array = array[None]
-    whole = _eight(array, layout.channels)
+def _transposed(stream: io.BufferedIOBase, layout: _Layout) -> np.ndarray:
+    """[F, H, W] or [F, H, W, C] of an array in Fortran order."""
+    array = np.empty(int(np.prod(layout.shape)), layout.dtype)
+    stream.seek(layout.start)
+    fill(stream, array)
+    return native(array).reshape(layout.shape, order="F").reshape(layout.frames, *layout.frame)
+
+
+def _stack(layout: _Layout, series: str, **fields: Any) -> Stack:
     return Stack(
-        quantity="display8" if whole.dtype == np.uint8 else "raw",
+        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
         length=layout.frames,
-        shape=(layout.height, layout.width),
-        dtype=whole.dtype,
-        load=lambda wanted: iter(()),
-        holds=lambda stored: True,
-        channels=3 if whole.ndim == 4 else 1,
+        shape=layout.frame[:2],
         volume=layout.frames > 1,
         described=True,
         series=series,
-        whole=whole,
+        **fields,
     )
 
 
+def _nothing(*_: Any) -> Any:
+    """Never called: the stack holds all its frames."""
+
+
 def _eight(array: np.ndarray, channels: int) -> np.ndarray:
-    """Colour as uint8 [F, H, W, 3], bool as 0 and 255, all else as it is."""
+    """Colour as uint8 [F, H, W, 3], bool as 0 and 255, all else as it is, without an axis of one channel."""
     if array.dtype == bool:
         array = array.view(np.uint8) * np.uint8(255)
+    if channels == 1:
+        return array[..., 0]
     if channels < 2:
         return array
     array = array[..., :3]

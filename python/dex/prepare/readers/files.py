@@ -23,6 +23,9 @@ from .stack import Refused
 RATIO = 100
 """Of what a file's frames come to in all to its own size: what packs better is empty, and takes long to unpack."""
 
+STREAMED = 4
+"""Times the memory that the largest volume may have which is read frame by frame."""
+
 _EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
 
@@ -36,17 +39,32 @@ class Limits:
     seconds: float = 10.0
     pixels: int = 40_000_000
 
+    @classmethod
+    def within(cls, memory_mb: int) -> Limits:
+        """Those of so much memory: with twice as much a frame may have twice as many pixels."""
+        return cls(memory_mb, pixels=cls.pixels * memory_mb // cls.memory_mb)
+
     @property
     def memory(self) -> int:
         """Bytes."""
         return self.memory_mb * 2**20
+
+    @property
+    def streamed(self) -> int:
+        """Bytes of the largest volume that is read frame by frame."""
+        return STREAMED * self.memory
+
+    @property
+    def remedy(self) -> str:
+        """What takes larger files than these, for a refusal."""
+        return f"--memory above {self.memory_mb} takes more"
 
     def check_frame(self, height: int, width: int) -> None:
         """Refused unless a frame of these sides may be decoded."""
         if height < 1 or width < 1:
             raise Refused("unreadable", f"sides of {height} and {width} pixels")
         if height * width > self.pixels:
-            raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}")
+            raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}; {self.remedy}")
 
     def check_all(self, total: int, packed: int) -> None:
         """Refused where `total` bytes of frames come from too few packed ones to be images."""

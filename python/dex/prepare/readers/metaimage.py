@@ -10,7 +10,7 @@ import bz2
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 
 from dex.common import formats
 
-from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, fill, native, opened, quietly
+from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, opened, quiet, quietly
 from .layout import Layout, layout
-from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
+from .reader import Beat, Reader, chosen
 from .stack import Geometry, Refused, Stack
+from .volume import Volumes, is_kept
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
 _NUMBERS = ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
@@ -38,11 +39,17 @@ def _numbers() -> dict[int, np.dtype]:
     return numbers | {SimpleITK.sitkVectorUInt8: np.dtype(np.uint8)}
 
 
-@quietly("MHA or NRRD")
 def read(
     files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
 ) -> Iterator[Stack]:
     """files: the header's, then the one that holds the data where that is another."""
+    with quiet("MHA or NRRD"):
+        image, others = _image(files, limits, volumes)
+    return quietly("MHA or NRRD")(image.stacks)(functools.partial(_stack, image, **others), volumes, beat, headers)
+
+
+def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes, dict[str, Any]]:
+    """The volumes, and what else their stacks are made of."""
     import SimpleITK
 
     path, types = files[0], _numbers()
@@ -56,81 +63,75 @@ def read(
         reader.SetFileName(os.fspath(path))
         reader.ReadImageInformation()
         _same(path, file)
-        sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
-        if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
-            raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
-        if reader.GetPixelID() not in types:
-            raise Refused("unsupported", "its pixel type")
-        stored = types[reader.GetPixelID()]
-        if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
-            raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")
-        width, height = int(sizes[0]), int(sizes[1])
-        frames, count = (int(v) for v in (*sizes[2:], 1, 1)[:2])
-        limits.check_frame(height, width)
-        needed = width * height * frames * channels * stored.itemsize
-        if not limits.holds(needed, height, width, channels * stored.itemsize):
-            raise Refused("too large", f"{needed} bytes declared")
-        shape = (frames, height, width) + ((channels,) if channels > 1 else ())
-        spacing = reader.GetSpacing()
-        square = (float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0)
-        geometry = _geometry(reader) if len(sizes) > 2 else None
-
-        numbers, refused = chosen(volumes, count), left_out(volumes, count)
-        with opened(beside) if beside else nullcontext(file) as raw:
-            data, start = _data(raw, place, needed * count, needed * (numbers[-1] + 1))
-
-            def whole(number: int) -> np.ndarray:
-                if headers:
-                    return no_numbers(shape, stored)
-                out = np.empty(shape, stored.newbyteorder(place.order))
-                data.seek(start + number * needed)
-                fill(data, out, beat)
-                if place.packing and number == count - 1:
-                    data.read(1)  # at its end the checksum is compared
-                return native(out)
-
-            if volumes == "mean" and count > 1:
-                yield _stack(mean_of(map(whole, numbers)), square, geometry)
-                return
-            for number in numbers:
-                stack = _stack(whole(number), square, geometry)
-                stack.refused, refused = refused, []
-                yield stack
-                del stack
+    sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
+    if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
+        raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
+    if reader.GetPixelID() not in types:
+        raise Refused("unsupported", "its pixel type")
+    stored = types[reader.GetPixelID()]
+    if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
+        raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")
+    width, height = int(sizes[0]), int(sizes[1])
+    frames, count = (int(v) for v in (*sizes[2:], 1, 1)[:2])
+    frame = (height, width) if channels == 1 else (height, width, channels)
+    source = beside or path
+    with opened(source) as raw:
+        kept = is_kept(limits, frame, frames, stored.itemsize, file=raw.size, packing=place.packing)
+        size = height * width * frames * channels * stored.itemsize
+        start = _start(raw.size, place, size * count, size * (chosen(volumes, count)[-1] + 1))
+    spacing = reader.GetSpacing()
+    image = Volumes(
+        open=functools.partial(_opened, source, place),
+        start=start,
+        frame=frame,
+        frames=frames,
+        dtype=stored.newbyteorder(place.order),
+        limits=limits,
+        kept=kept,
+        what="MHA or NRRD",
+        count=count,
+        packed=bool(place.packing),
+        seen=lambda stack: stack[..., :3] if channels > 1 else stack,
+    )
+    return image, {
+        "spacing": (float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0),
+        "geometry": _geometry(reader) if len(sizes) > 2 else None,
+    }
 
 
-def _stack(whole: np.ndarray, spacing: tuple[float, float], geometry: Geometry | None) -> Stack:
-    colour = whole.ndim > 3
+def _stack(image: Volumes, **fields: Any) -> Stack:
     return Stack(
-        quantity="display8" if whole.dtype == np.uint8 else "raw",
-        length=len(whole),
-        shape=whole.shape[1:3],
-        dtype=whole.dtype,
-        load=lambda wanted: iter(()),  # never called, since the stack holds all its frames
-        holds=lambda stored: True,
-        channels=3 if colour else 1,
-        spacing=spacing,
-        geometry=geometry,
-        volume=len(whole) > 1,
+        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
+        length=image.frames,
+        shape=image.frame[:2],
+        volume=image.frames > 1,
         described=True,
-        whole=whole[..., :3] if colour else whole,
+        **fields,
     )
 
 
-def _data(file: BoundedFile, place: Layout, declared: int, wanted: int) -> tuple[Any, int]:
-    """Where the numbers are read from, and where they begin there. declared: bytes of all; wanted: up to the last one
-    that is read."""
-    if not place.packing:
-        start = file.size - declared if place.start is None else place.start
-        if start < 0 or start + wanted > file.size:
-            raise Refused("unreadable", f"{declared} bytes declared, the file has {file.size}")
-        return file, start
-    if place.packing == "bzip2":
-        if wanted > BZIP2_BYTES:
+@contextmanager
+def _opened(path: Path, place: Layout) -> Iterator[Any]:
+    """The unpacked data."""
+    with opened(path) as file:
+        if place.packing == "bzip2":
+            file.seek(place.start)
+            yield bz2.BZ2File(file)
+        else:
+            yield Unpacked(file, place.start) if place.packing else file
+
+
+def _start(file: int, place: Layout, declared: int, wanted: int) -> int:
+    """The first byte of the numbers in the unpacked data of a file of that many bytes. declared: bytes of all; wanted:
+    up to the last one that is read."""
+    if place.packing:
+        if place.packing == "bzip2" and wanted > BZIP2_BYTES:
             raise Refused("too large", f"{wanted} bytes packed by bzip2, at most {BZIP2_BYTES}")
-        file.seek(place.start)
-        return bz2.BZ2File(file), 0
-    return Unpacked(file, place.start), 0
+        return 0
+    start = file - declared if place.start is None else place.start
+    if start < 0 or start + wanted > file:
+        raise Refused("unreadable", f"{declared} bytes declared, the file has {file}")
+    return start
 
 
 def _same(path: Path, file: BoundedFile) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dex.common import formats
 
-from .files import RATIO, Limits, Unpacked, fill, native, only, opened, quietly
-from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
+from .files import Limits, Unpacked, only, opened, quiet, quietly
+from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
+from .volume import Volumes, is_kept
 
 DATA_AT = 284
 _HEADER = struct.Struct(">7ih15f")
@@ -31,55 +34,50 @@ class _Header(NamedTuple):
     axes: tuple[tuple[float, ...], ...]
 
 
-@quietly("MGH")
 def read(
     files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
 ) -> Iterator[Stack]:
-    with opened(only(files)) as raw:
+    path = only(files)
+    with quiet("MGH"), opened(path) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        file = Unpacked(raw) if packed else raw
-        header = _header(file.read(DATA_AT))
+        header = _header((Unpacked(raw) if packed else raw).read(DATA_AT))
         width, height, depth, count = header.sizes
-        limits.check_frame(height, width)
-        needed = width * height * depth * header.dtype.itemsize
-        if not limits.holds(needed, height, width, header.dtype.itemsize) or (packed and needed > RATIO * raw.size):
-            raise Refused("too large", f"{needed} bytes declared")
-        if not packed and DATA_AT + needed > raw.size:
-            raise Refused("unreadable", f"{DATA_AT + needed} bytes declared, the file has {raw.size}")
-
-        def whole(number: int) -> np.ndarray:
-            if headers:
-                return no_numbers((depth, height, width), header.dtype.newbyteorder("="))
-            out = np.empty((depth, height, width), header.dtype)
-            file.seek(DATA_AT + number * needed)
-            fill(file, out, beat)
-            return native(out)
-
-        numbers, refused = chosen(volumes, count), left_out(volumes, count)
-        if volumes == "mean" and count > 1:
-            yield _stack(header, mean_of(map(whole, numbers)))
-            return
-        for number in numbers:
-            stack = _stack(header, whole(number))
-            stack.refused, refused = refused, []
-            yield stack
-            del stack
+        packing = "gzip" if packed else ""
+        kept = is_kept(limits, (height, width), depth, header.dtype.itemsize, file=raw.size, packing=packing)
+        image = Volumes(
+            open=functools.partial(_opened, path, packed),
+            start=DATA_AT,
+            frame=(height, width),
+            frames=depth,
+            dtype=header.dtype,
+            limits=limits,
+            kept=kept,
+            what="MGH",
+            count=count,
+        )
+        if not packed and DATA_AT + image.size > raw.size:
+            raise Refused("unreadable", f"{DATA_AT + image.size} bytes declared, the file has {raw.size}")
+        geometry = Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing)
+    return quietly("MGH")(image.stacks)(functools.partial(_stack, image, geometry), volumes, beat, headers)
 
 
-def _stack(header: _Header, whole: np.ndarray) -> Stack:
+def _stack(image: Volumes, geometry: Geometry, **fields: Any) -> Stack:
     return Stack(
-        quantity="display8" if whole.dtype == np.uint8 else "raw",
-        length=len(whole),
-        shape=whole.shape[1:],
-        dtype=whole.dtype,
-        load=lambda wanted: iter(()),  # never called, since the stack holds all its frames
-        holds=lambda stored: True,
-        geometry=Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing),
-        volume=len(whole) > 1,
+        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
+        length=image.frames,
+        shape=image.frame,
+        geometry=geometry,
+        volume=image.frames > 1,
         described=True,
-        whole=whole,
+        **fields,
     )
+
+
+@contextmanager
+def _opened(path: Path, packed: bool) -> Iterator[Any]:
+    with opened(path) as raw:
+        yield Unpacked(raw) if packed else raw
 
 
 def _header(data: bytes) -> _Header:

@@ -1,54 +1,31 @@
 """NIfTI-1 and -2 in one file or two, packed by gzip or bzip2 or not. Of several volumes no more is read than is taken.
 
-A volume that does not fit into the memory is streamed along its slow axis, once for each pass; slices across that axis
-are then refused.
+A volume that does not fit into the memory is streamed along its slow axis, once for each pass.
 """
 
 from __future__ import annotations
 
 import bz2
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dex.common import formats
 
 from ..label_maps import intent
-from .files import BZIP2_BYTES, RATIO, BoundedFile, Limits, Unpacked, fill, native, opened, quiet, quietly
+from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, opened, quiet, quietly
 from .layout import images_of
-from .reader import Beat, Reader, chosen, left_out, mean_of, no_numbers
+from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
+from .volume import Volumes, is_kept
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
 LARGEST_OFFSET = 2**26
-STREAMED = 4  # times the memory: the largest volume that is streamed
 _BYTES, _RGB, _RGBA = 2, 128, 2304
-
-
-class _Image(NamedTuple):
-    """What a file declares: `frame`, the shape of one; bytes of one volume, `kept` where these may be in memory;
-    `planes` of colours that lie apart; `offset` of the first volume in the unpacked file."""
-
-    path: Path
-    packed: str
-    frames: int
-    frame: tuple[int, ...]
-    volumes: int
-    planes: int
-    stored: np.dtype
-    size: int
-    kept: bool
-    offset: int
-    slope: float
-    intercept: float
-    geometry: Geometry
-    declared: str
-
-    @property
-    def channels(self) -> int:
-        return self.frame[2] if len(self.frame) > 2 else 1
 
 
 def read(
@@ -56,11 +33,12 @@ def read(
 ) -> Iterator[Stack]:
     """files: the header's, then the one that holds the image where that is another."""
     with quiet("NIfTI"):
-        image = _image(files, limits)
-    return _stacks(image, volumes, beat, headers)
+        image, others = _image(files, limits)
+    return quietly("NIfTI")(image.stacks)(functools.partial(_stack, **others), volumes, beat, headers)
 
 
-def _image(files: Sequence[Path], limits: Limits) -> _Image:
+def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, Any]]:
+    """The volumes, and what else their stacks are made of."""
     with opened(files[0]) as raw:
         header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
     path = files[0]
@@ -69,25 +47,19 @@ def _image(files: Sequence[Path], limits: Limits) -> _Image:
         path = next((other for other in files[1:] if other.name in names), None)
         if path is None:
             raise Refused("unreadable", "the file with its image is not beside it")
-    shape, frames, volumes, planes = _shape(header, code)
+    shape, frames, count, planes = _shape(header, code)
     channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
     stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
     if stored.kind not in "iuf" or stored.itemsize > 8:
         raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
     width, height = shape[:2]
-    limits.check_frame(height, width)
+    frame = (height, width) if channels == 1 else (height, width, channels)
     size = width * height * frames * channels * stored.itemsize
-    kept = limits.holds(size * min(planes, 2), height, width, channels * stored.itemsize)
     with opened(path) as raw:
         packed = ("gzip" if path.name.lower().endswith(".gz") else "") if two else _packing(raw)
-        if not kept and (
-            planes > 1
-            or size > STREAMED * limits.memory
-            or (packed and size > RATIO * raw.size)
-            or packed == "bzip2"
-            or not limits.holds(0, height, width, channels * stored.itemsize)
-        ):
-            raise Refused("too large", f"{size} bytes declared")
+        kept = is_kept(
+            limits, frame, frames, stored.itemsize, file=raw.size, packing=packed, copies=1 if planes == 1 else 2
+        )
         if packed == "bzip2" and size > BZIP2_BYTES:
             raise Refused("too large", f"{size} bytes packed by bzip2, at most {BZIP2_BYTES}")
         offset = int(header.get_data_offset())
@@ -97,98 +69,52 @@ def _image(files: Sequence[Path], limits: Limits) -> _Image:
         if not packed and offset + size > raw.size:
             raise Refused("unreadable", f"{offset + size} bytes declared, the file has {raw.size}")
     slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
-    return _Image(
-        path=path,
-        packed=packed,
-        frames=frames,
-        frame=(height, width) + ((channels,) if channels > 1 else ()),
-        volumes=volumes,
-        planes=planes,
-        stored=stored,
-        size=size,
+
+    def colours(stack: np.ndarray) -> np.ndarray:
+        if planes > 1:
+            stack = np.ascontiguousarray(np.moveaxis(stack.reshape(planes, frames, height, width), 0, -1))
+        return stack[..., :3]
+
+    image = Volumes(
+        open=functools.partial(_opened, path, packed),
+        start=offset,
+        frame=frame if planes == 1 else (height, width),
+        frames=frames * planes,
+        dtype=stored,
+        limits=limits,
         kept=kept,
-        offset=offset,
-        slope=1.0 if slope is None else float(slope),
-        intercept=0.0 if intercept is None else float(intercept),
-        geometry=Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None),
-        declared=intent(int(header["intent_code"])),
+        what="NIfTI",
+        count=count,
+        packed=bool(packed),
+        seen=colours if channels > 1 else lambda stack: stack,
     )
+    return image, {
+        "length": frames,
+        "shape": (height, width),
+        "slope": 1.0 if slope is None else float(slope),
+        "intercept": 0.0 if intercept is None else float(intercept),
+        "geometry": Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None),
+        "declared": intent(int(header["intent_code"])),
+    }
 
 
-@quietly("NIfTI")
-def _stacks(image: _Image, volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
-    """A stack for each volume that is taken, or one of their mean."""
-    numbers = chosen(volumes, image.volumes)
-    refused = left_out(volumes, image.volumes)
-    if not image.kept:
-        if volumes == "mean" and image.volumes > 1:
-            raise Refused("too large", "a mean of volumes that do not fit into the memory")
-        for number in numbers:
-            stack = _stack(image, None, number)
-            stack.refused, refused = refused, []
-            yield stack
-        return
-    with opened(image.path) as raw:
-        file = _unpacked(raw, image.packed)
-        wholes = (_nothing(image) if headers else _whole(image, file, number, beat) for number in numbers)
-        if volumes == "mean" and image.volumes > 1:
-            yield _stack(image, mean_of(wholes), 0)
-            return
-        for number, whole in zip(numbers, wholes, strict=True):
-            stack = _stack(image, whole, number)
-            stack.refused, refused = refused, []
-            yield stack
-            del stack, whole
-
-
-def _nothing(image: _Image) -> np.ndarray:
-    return no_numbers((image.frames, *image.frame), image.stored.newbyteorder("="))
-
-
-def _whole(image: _Image, file, number: int, beat: Beat) -> np.ndarray:
-    """[F, H, W, ...] of one volume."""
-    file.seek(image.offset + number * image.size)
-    planes = (image.planes,) if image.planes > 1 else ()
-    frame = image.frame[:2] if planes else image.frame
-    whole = np.empty((*planes, image.frames, *frame), image.stored)
-    fill(file, whole, beat)
-    if image.packed and number == image.volumes - 1:
-        file.read(1)  # at its end the checksum is compared
-    return np.ascontiguousarray(np.moveaxis(whole, 0, -1)) if planes else native(whole)
-
-
-def _stack(image: _Image, whole: np.ndarray | None, volume: int) -> Stack:
-    """whole: None where frames are read one by one, again for each pass."""
-
-    @quietly("NIfTI")
-    def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
-        with opened(image.path) as raw:
-            file = _unpacked(raw, image.packed)
-            length = int(np.prod(image.frame)) * image.stored.itemsize
-            for number in range(image.frames):
-                if wanted(number):
-                    out = np.empty(image.frame, image.stored)
-                    file.seek(image.offset + volume * image.size + number * length)
-                    fill(file, out)
-                    yield number, native(out)[..., :3] if image.channels > 1 else native(out)
-
-    dtype = image.stored.newbyteorder("=") if whole is None else whole.dtype
+def _stack(*, dtype: np.dtype, length: int, slope: float, intercept: float, **fields: Any) -> Stack:
     return Stack(
-        quantity="display8" if dtype == np.uint8 and (image.slope, image.intercept) == (1.0, 0.0) else "raw",
-        length=image.frames,
-        shape=image.frame[:2],
+        quantity="display8" if dtype == np.uint8 and (slope, intercept) == (1.0, 0.0) else "raw",
         dtype=dtype,
-        load=load,
-        holds=lambda stored: False,  # what can be kept is kept from the start
-        channels=min(image.channels, 3),
-        slope=image.slope,
-        intercept=image.intercept,
-        geometry=image.geometry,
-        volume=image.frames > 1,
+        length=length,
+        slope=slope,
+        intercept=intercept,
+        volume=length > 1,
         described=True,
-        declared=image.declared,
-        whole=whole[..., :3] if whole is not None and image.channels > 1 else whole,
+        **fields,
     )
+
+
+@contextmanager
+def _opened(path: Path, packed: str) -> Iterator[Any]:
+    with opened(path) as raw:
+        yield _unpacked(raw, packed)
 
 
 def _packing(raw: BoundedFile) -> str:

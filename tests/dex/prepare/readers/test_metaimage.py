@@ -58,7 +58,7 @@ NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: {size}\nencoding: raw\nendia
 @pytest.mark.parametrize(
     "name, head, reason",
     [
-        ("a.mha", MHA.format(more="", size="1000 1000 1000", file="LOCAL"), "too large"),
+        ("a.mha", MHA.format(more="", size="2000 2000 2000", file="LOCAL"), "too large"),
         ("a.mha", MHA.format(more="", size="9 9 0", file="LOCAL"), "unsupported"),
         ("a.mhd", MHA.format(more="", size="9 9 10", file="other.raw"), "unreadable"),
         ("a.mhd", MHA.format(more="", size="9 9 9", file="lost.raw"), "unreadable"),
@@ -83,7 +83,7 @@ NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: {size}\nencoding: raw\nendia
         ("a.mha", MHA.format(more="no equals sign\n", size="9 9 9", file="LOCAL"), "unreadable"),
         ("a.mha", "NRRD", "unreadable"),
         ("a.mha", "", "unreadable"),
-        ("a.nrrd", NRRD.format(more="", size="1000 1000 1000"), "too large"),
+        ("a.nrrd", NRRD.format(more="", size="2000 2000 2000"), "too large"),
         ("a.nhdr", NRRD.format(more="data file: other.raw\n", size="9 9 10"), "unreadable"),
         ("a.nhdr", NRRD.format(more="data file: link.raw\n", size="9 9 9"), "unreadable"),
         ("a.nhdr", NRRD.format(more="Data  File: other.raw\n", size="9 9 9"), "unreadable"),

@@ -1,0 +1,128 @@
+"""Volumes whose frames lie in a file one after another: kept in memory where they fit, else read frame by frame, again
+for each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .files import RATIO, Limits, fill, native, quietly
+from .reader import Beat, chosen, left_out, mean_of
+from .stack import Refused, Stack
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """`count` volumes of `frames` frames of the shape `frame`, [H, W] or [H, W, C], in `dtype`'s byte order.
+
+    open: gives the unpacked data, of which the first number is at byte `start`. packed: its end has a checksum. kept:
+    whether one volume may be in memory (`check`). seen: makes of frames [F, H, W, ...] as they are stored those of a
+    stack. what: the format, for messages.
+    """
+
+    open: Callable[[], AbstractContextManager[Any]] = field(repr=False)
+    start: int
+    frame: tuple[int, ...]
+    frames: int
+    dtype: np.dtype
+    limits: Limits
+    kept: bool
+    what: str
+    count: int = 1
+    packed: bool = False
+    seen: Callable[[np.ndarray], np.ndarray] = field(default=lambda frames: frames, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of one volume."""
+        return self.frames * self._length
+
+    @property
+    def _length(self) -> int:
+        return int(np.prod(self.frame)) * self.dtype.itemsize
+
+    def stacks(self, make: Callable[..., Stack], volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
+        """A stack for each volume that is taken, or one of their mean. headers: no number is read before it is asked
+        for.
+
+        make(dtype, channels, whole, load, holds): a stack of these fields of it, and of all its others.
+        """
+        numbers, refused = chosen(volumes, self.count), left_out(volumes, self.count)
+        mean = volumes == "mean" and self.count > 1
+        if mean and not self.kept:
+            raise Refused("too large", f"a mean of volumes of {self.size:,} bytes each; {self.limits.remedy}")
+        if headers or not self.kept:
+            for number in [0] if mean else numbers:
+                stack = self._made(make, None, number)
+                stack.refused, refused = refused, []
+                yield stack
+            return
+        with self.open() as file:
+            wholes = (self._whole(file, number, beat) for number in numbers)
+            if mean:
+                yield self._made(make, mean_of(wholes), 0)
+                return
+            for number, whole in zip(numbers, wholes, strict=True):
+                stack = self._made(make, whole, number)
+                stack.refused, refused = refused, []
+                yield stack
+                del stack, whole
+
+    def _made(self, make: Callable[..., Stack], whole: np.ndarray | None, volume: int) -> Stack:
+        sample = self.seen(np.zeros((1, *self.frame), self.dtype.newbyteorder("="))) if whole is None else whole
+        height, width = self.frame[:2]
+        bytes_a_pixel = self._length // (height * width)
+        return make(
+            dtype=sample.dtype,
+            channels=sample.shape[3] if sample.ndim > 3 else 1,
+            whole=whole,
+            load=self._loader(volume),
+            holds=lambda stored: whole is None and self.limits.holds(stored, height, width, bytes_a_pixel),
+        )
+
+    def _whole(self, file: Any, number: int, beat: Beat) -> np.ndarray:
+        whole = np.empty((self.frames, *self.frame), self.dtype)
+        file.seek(self.start + number * self.size)
+        fill(file, whole, beat)
+        if self.packed and number == self.count - 1:
+            file.read(1)  # at its end the checksum is compared
+        return self.seen(native(whole))
+
+    def _loader(self, volume: int) -> Callable[[Callable[[int], bool]], Iterator[tuple[int, np.ndarray]]]:
+        @quietly(self.what)
+        def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
+            with self.open() as file:
+                for number in range(self.frames):
+                    if wanted(number):
+                        out = np.empty((1, *self.frame), self.dtype)
+                        file.seek(self.start + volume * self.size + number * self._length)
+                        fill(file, out)
+                        yield number, self.seen(native(out))[0]
+                if self.packed and volume == self.count - 1 and wanted(self.frames - 1):
+                    file.read(1)
+
+        return load
+
+
+def is_kept(
+    limits: Limits, frame: Sequence[int], frames: int, itemsize: int, *, file: int, packing: str = "", copies: int = 1
+) -> bool:
+    """Whether a volume of that many frames may be kept in memory; Refused where it can be read frame by frame neither.
+
+    frame: H, W and, of colours, how many. file: the bytes of the file; copies: of the volume that making it takes.
+    """
+    height, width, *channels = frame
+    limits.check_frame(height, width)
+    bytes_a_pixel = itemsize * int(np.prod(channels or 1))
+    size = height * width * frames * bytes_a_pixel
+    if limits.holds(size * copies, height, width, bytes_a_pixel):
+        return True
+    empty = packing and size > RATIO * file  # it takes long to unpack for what it is
+    never = empty or packing == "bzip2" or copies > 1
+    if never or size > limits.streamed or not limits.holds(0, height, width, bytes_a_pixel):
+        raise Refused("too large", f"{size:,} bytes declared; {limits.remedy}")
+    return False
