@@ -70,9 +70,11 @@ def suspect_text(image: np.ndarray) -> bool:
     total = np.add.reduce(steps.reshape(strips.shape), axis=1, dtype=np.int32)
     variation = _over_three(np.add, total) - steps[_WINDOW - 1 :: _STRIDE]  # the step out of the window
 
+    rows = np.zeros((3, count, columns.shape[1] + 2), np.int32)  # and one beyond either border
+    rows[0, :, 1:-1], rows[1, :, 1:-1], rows[2, :, 1:-1] = high, low, variation
+    np.negative(rows[1], out=rows[1])
     full = int(np.iinfo(image.dtype).max)
-    high, low = high.astype(np.int32), low.astype(np.int32)
-    return any(_lines(high, low, variation, quiet * full, least * full) >= _WINDOWS for quiet, least in _GROUNDS)
+    return any(_lines(rows, quiet * full, least * full) >= _WINDOWS for quiet, least in _GROUNDS)
 
 
 def _over_three(join: np.ufunc, strips: np.ndarray) -> np.ndarray:
@@ -80,11 +82,11 @@ def _over_three(join: np.ufunc, strips: np.ndarray) -> np.ndarray:
     return join(join(strips[:-2], strips[1:-1]), strips[2:])
 
 
-def _lines(high: np.ndarray, low: np.ndarray, variation: np.ndarray, quiet: float, least: float) -> int:
-    """How many windows show a line of text. high, low, variation: int32 [N, S], of each row of a window; quiet, least:
-    as in `_GROUNDS`, in levels."""
-    busy = np.ones((high.shape[0], high.shape[1] + 2), bool)  # no quiet row is seen beyond the border
-    busy[:, 1:-1] = high - low > quiet
+def _lines(rows: np.ndarray, quiet: float, least: float) -> int:
+    """How many windows show a line of text. rows: int32 [3, N, S + 2], of each row of a window its highest value, its
+    lowest one negated, its variation; quiet, least: as in `_GROUNDS`, in levels."""
+    busy = rows[0] + rows[1] > quiet
+    busy[:, [0, -1]] = True  # no quiet row is seen beyond the border
     edge = np.flatnonzero(busy.ravel()[1:] != busy.ravel()[:-1]) + 1
     if len(edge) < 2:
         return 0
@@ -94,7 +96,7 @@ def _lines(high: np.ndarray, low: np.ndarray, variation: np.ndarray, quiet: floa
     begin, end = begin[inside], end[inside]
     if not len(begin):
         return 0
-    flat = np.pad(np.stack([high, -low, variation]), ((0, 0), (0, 0), (1, 1))).reshape(3, -1)
+    flat = rows.reshape(3, -1)
     bounds = np.stack([begin, end], axis=1).ravel()  # reduceat: every second one is the gap between two runs
     contrast = np.maximum.reduceat(flat[0], bounds)[::2] + np.maximum.reduceat(flat[1], bounds)[::2]
     strokes = np.add.reduceat(flat[2], bounds)[::2] / (contrast * (end - begin)) / 2
