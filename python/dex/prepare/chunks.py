@@ -199,10 +199,11 @@ def work(task: Task, report: Report) -> Result | str:
 
 
 class _Part(NamedTuple):
-    """One thing that was refused. file: its name, "" where it is the whole unit; modality: "" where it is not known."""
+    """One thing that was refused. files: their names, () where it is the whole unit; modality: "" where it is not
+    known."""
 
     refusal: Refusal
-    file: str
+    files: tuple[str, ...]
     modality: str
 
 
@@ -225,9 +226,9 @@ class UnitWork:
     def refusals(self) -> list[Refusal]:
         return [part.refusal for part in self._refused]
 
-    def refuse(self, reason: str, detail: str = "", file: str = "") -> None:
+    def refuse(self, reason: str, detail: str = "", files: tuple[str, ...] = ()) -> None:
         refusal = Refusal(self._names.unit(self._unit.key), reason, detail)
-        self._refused.append(_Part(refusal, file, self._modality))
+        self._refused.append(_Part(refusal, files, self._modality))
 
     def begin(self) -> None:
         """Say that this unit comes next, and how long it may take."""
@@ -264,14 +265,14 @@ class UnitWork:
             except Exception as error:
                 self._files.cut(sizes)
                 self._counts = copy.deepcopy(before)
-                self._refuse_for(error)
+                self._refuse_for(error, stack)
             self._counts.burned_in += bool(stack.burned_in)
             if self._source.routed:
                 self._counts.part(self._modality).add(self._counts.since(before))
                 self._first = self._first or self._modality
             self._modality = ""
             for part in stack.refused:
-                self.refuse(part.reason, part.detail, part.file)
+                self.refuse(part.reason, part.detail, (part.file,) if part.file else part.files)
 
     def finish(self) -> Counts:
         """The counts, this unit's included."""
@@ -286,21 +287,23 @@ class UnitWork:
             for part in self._refused:
                 self._counts.part(part.modality).refused[part.refusal.reason] += 1
         for part in self._refused:
-            self._files.note(trace.refusal(*part.refusal, self._unit.key, part.file))
+            self._files.note(trace.refusal(*part.refusal, self._unit.key, part.files))
         return self._counts
 
     def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
         wanted = None if self._source.routed else self._source.modality_of(self._path)
         return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
-    def _refuse_for(self, error: Exception) -> None:
+    def _refuse_for(self, error: Exception, stack: readers.Stack | None = None) -> None:
+        """stack: the one that is refused, where it is one of several in its unit."""
+        files = trace.files_of(stack) if stack is not None else ()
         if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
             if self._report.begun > 1:
                 raise MemoryError  # what other units left behind may be to blame: once more, in a fresh process
-            self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory")
+            self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory", files)
         elif isinstance(error, Refused):
             for one in (error, *error.others):
-                self.refuse(one.reason, one.detail, one.file)
+                self.refuse(one.reason, one.detail, (one.file,) if one.file else one.files or files)
         else:
             self.refuse("unreadable", where(error))
 

@@ -122,7 +122,7 @@ class Private:
             for row in _rows(path):
                 key = row["path"]
                 folder = os.path.dirname(key) if key in listed.by_series else key
-                if "files" in row:
+                if "id" not in row:
                     stacks = {(key, row["stack"]): tuple(_join(folder, name) for name in row["files"])}
                     continue
                 file = _join(folder, row["file"]) if "file" in row else key
@@ -133,7 +133,8 @@ class Private:
                     root=listed.root,
                     unit=key,
                     file=file,
-                    files=stacks.get((key, row.get("stack", -1)), ()),
+                    files=tuple(_join(folder, name) for name in row.get("files", ()))
+                    or stacks.get((key, row.get("stack", -1)), ()),
                     label=row.get("label", ""),
                     frame=row.get("frame"),
                     volume=row.get("volume"),

@@ -108,7 +108,8 @@ class _Rules:
             except Refused as error:
                 if error.reason != "constant":
                     raise
-                self._stack.refused.append(error)
+                origins = self._stack.origins
+                self._stack.refused.append(error.about([origins[self._stack.parts.index(part)][0]] if origins else []))
         return self._of_parts[part]
 
     def _rule(self, part: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -4,7 +4,7 @@ A row is a JSON object on a line of its own. `path` is the unit's key, below the
 
     {"id": image, "path": key, "label": label, "file": name, "frame": n, "volume": n, "stack": n}
     {"path": key, "stack": n, "files": [name, ...]}
-    {"id": unit, "path": key, "refused": reason, "detail": text, "file": name}
+    {"id": unit, "path": key, "refused": reason, "detail": text, "file": name or "files": [name, ...]}
 
 A kept image has `file` where its unit has several, the number of the stored frame in the file (from 0) where it shows
 one, that of the volume where others than the first were asked for, and `stack` where it is cut across the frames of
@@ -40,7 +40,7 @@ class Origins:
     def __init__(self, stack: readers.Stack, unit: str, number: int, volume: int | None):
         self._origins, self._unit, self._number, self._volume = stack.origins, unit, number, volume
         self._single = stack.length == 1
-        self._files = sorted({name for name, _ in stack.origins if name})
+        self._files = files_of(stack)
         self._listed = False
 
     def rows(self, sample: str, label: str, number: int | None) -> Iterator[dict[str, Any]]:
@@ -65,10 +65,15 @@ class Origins:
         yield row
 
 
-def refusal(unit: str, reason: str, detail: str, key: str, file: str) -> dict[str, Any]:
-    """The row of a unit that was refused, or of one of its files."""
-    row = {"id": unit, "path": key, "refused": reason}
-    return row | ({"detail": detail} if detail else {}) | ({"file": file} if file else {})
+def files_of(stack: readers.Stack) -> tuple[str, ...]:
+    """The names of its files, where the unit has others too."""
+    return tuple(sorted({name for name, _ in stack.origins if name}))
+
+
+def refusal(unit: str, reason: str, detail: str, key: str, files: tuple[str, ...]) -> dict[str, Any]:
+    """The row of a unit that was refused, or of some of its files."""
+    row: dict[str, Any] = {"id": unit, "path": key, "refused": reason} | ({"detail": detail} if detail else {})
+    return row | ({"file": files[0]} if len(files) == 1 else {"files": files} if files else {})
 
 
 def duplicate(sample: str, group: str, of: int, near: bool) -> bytes:
@@ -118,7 +123,7 @@ def remove(table: Path, ids: frozenset[str]) -> bool:
     with open(table, "rb") as old, atomic.writing(table, sync=True, mode=0o600, locked=True) as new:
         for line in old:
             row = json.loads(line)
-            if "files" in row:
+            if "id" not in row:
                 files = line
             elif row["id"] not in ids:
                 new.write((files if "stack" in row else b"") + line)

@@ -126,13 +126,14 @@ def read(
     for identity in sorted(by_identity):
         slices = by_identity[identity].slices
         if identity in faulty and slices:
-            refused.append(Refused("inconsistent", f"{len(slices)} slices of a series with a file that is refused"))
+            spoiled = Refused("inconsistent", f"{len(slices)} slices of a series with a file that is refused")
+            refused.append(spoiled.about(_names(slices)))
         if identity in faulty or not slices:
             continue
         try:
             stacks.extend(_stacks(identity, by_identity[identity], limits, refused))
         except Refused as error:
-            refused.append(error)
+            refused.append(error.about(_names(slices)))
     if not stacks:
         refused.sort(key=lambda error: error.reason in LEFT_OUT)
         refused[0].others = refused[1:]
@@ -149,6 +150,10 @@ def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
             return _identity(read_header(path, limits)[0])
     except Refused:
         return ()
+
+
+def _names(slices: Sequence[Slice]) -> Iterator[str]:
+    return (piece.pixels.path.name for piece in slices)
 
 
 def _identity(head) -> tuple[str, ...]:
@@ -308,7 +313,7 @@ def _stacks(identity: tuple[str, ...], series: Series, limits: Limits, refused: 
         try:
             stacks.append(_stack(group, series, factor, note, limits))
         except Refused as error:
-            refused.append(error)
+            refused.append(error.about(_names(group.slices)))
     for number, stack in enumerate(stacks):
         stack.series = identity[0] if len(stacks) == 1 else f"{identity[0]}\0{number}"
         stack.study = identity[1]
