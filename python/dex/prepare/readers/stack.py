@@ -222,8 +222,8 @@ class Stack:
         """What `frames` would give of each plane, from the header alone; a stack without a length gives nothing."""
         planes, across = self._chosen(planes, stride)
         for plane in planes if self.length is not None else ():
-            if plane in across:
-                self._check_whole(plane)
+            if plane in across and self.whole is None:
+                self._most(plane)
             count, shape, spacing = self.length, self.extent or self.shape, self.spacing
             if self.geometry is not None:
                 spacing = (self.geometry.spacing[1], self.geometry.spacing[0])
@@ -315,22 +315,49 @@ class Stack:
             yield Frame(label, np.ascontiguousarray(image), spacing, number=number)
 
     def _across(self, plane: str, stride: int) -> Iterator[Frame]:
-        self._check_whole(plane)
-        if self.whole is None:
-            self._keep()
-        values = self.geometry.canonical(self.whole)
-        slope, intercept = (
-            self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), self.whole.shape[:3]))
-            for v in (self.slope, self.intercept)
-        )
-        for n in range(0, values.shape[_NORMAL[plane]], stride):
-            image = self._numbers(cut(values, plane, n), cut(slope, plane, n), cut(intercept, plane, n))
-            yield Frame(f"{plane}-{n:03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+        for begin, end in self._blocks(plane):
+            part = self._block(plane, begin, end)
+            slope, intercept = (
+                self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), part.shape[:3]))
+                for v in (self.slope, self.intercept)
+            )
+            values = self.geometry.canonical(part)
+            for n in range(-(-begin // stride) * stride, end, stride):
+                image, *scale = (cut(v, plane, n - begin) for v in (values, slope, intercept))
+                image = self._numbers(image, *scale)
+                yield Frame(f"{plane}-{n:03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
 
-    def _check_whole(self, plane: str) -> None:
-        """Refused where the whole volume, which slices across the stored frames need, may not be in memory."""
-        if self.whole is None and not self.holds(self._bytes()):
-            raise Refused("too large", f"{plane} slices need all {self._bytes()} bytes of the volume at once")
+    def _blocks(self, plane: str) -> Iterator[tuple[int, int]]:
+        """The slices of a plane across the stored frames, in rows of them that may be in memory together."""
+        if self.whole is None and self.holds(self._bytes()):
+            self._keep()
+        count = self.shape[1 - self.geometry.axes[_NORMAL[plane]]]
+        most = count if self.whole is not None else self._most(plane)
+        return ((begin, min(begin + most, count)) for begin in range(0, count, most))
+
+    def _most(self, plane: str) -> int:
+        """How many slices of a plane across the stored frames may be in memory together; Refused where none may."""
+        count = self.shape[1 - self.geometry.axes[_NORMAL[plane]]]
+        for most in range(count, 0, -1):
+            if self.holds(-(-self._bytes() * most // count)):
+                return most
+        raise Refused("too large", f"{plane} slices need at least {self._bytes() // count:,} bytes at once")
+
+    def _block(self, plane: str, begin: int, end: int) -> np.ndarray:
+        """[F, H, W, ...] of the stored frames, of whose rows or columns only those of slices begin .. end - 1."""
+        if self.whole is not None:
+            return self.whole
+        axis = _NORMAL[plane]
+        side = 1 - self.geometry.axes[axis]  # of a frame: 0 rows, 1 columns
+        if self.geometry.signs[axis] < 0:
+            begin, end = self.shape[side] - end, self.shape[side] - begin
+        part = (slice(begin, end), slice(None))[:: 1 if side == 0 else -1]
+        out: np.ndarray | None = None
+        for number, pixels in self._loaded(lambda number: True):
+            if out is None:
+                out = np.empty((self.length, *pixels[part].shape), pixels.dtype)
+            out[number] = pixels[part]
+        return out
 
     def _loaded(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
         if self.whole is not None:
