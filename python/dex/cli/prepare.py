@@ -19,8 +19,8 @@ NEEDS = "data"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
 
+    from dex.prepare import readers, summary
     from dex.prepare import run as prepare
-    from dex.prepare import summary
     from dex.prepare.chunks import Settings
     from dex.prepare.discover import Undetermined
 
@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         shard=_shard(options.shard),
         cache=folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
         max_unreadable=options.max_unreadable,
+        limits=readers.Limits.within(options.memory),
     )
     sources = _sources(options)
     prepare.check(sources, wanted)
@@ -133,6 +134,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=512,
+        metavar="MB",
+        help="of each process, for one file (512); files up to 4 times as large are read piece by piece, and pictures "
+        "may have 40 million pixels for each 512",
+    )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
     parser.add_argument("--cache", metavar="DIR", help="where packages are kept (~/.cache/dex)")
     parser.add_argument(

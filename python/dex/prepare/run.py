@@ -48,6 +48,7 @@ from .summary import Progress
 
 PLAN, LOG, HEADERS = trace.PLAN, trace.LOG, "headers"
 MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.001
+MIN_MEMORY_MB = 128
 CACHE = Path("~/.cache/dex")
 NAMED = 20
 """Unreadable units that are named on the screen; the log has all of them."""
@@ -115,6 +116,8 @@ def check(sources: Sequence[Source], options: Options) -> None:
         raise ValueError(f"workers: expected at least 1; got {options.workers}")
     if not 0 <= part < parts:
         raise ValueError(f"shard: expected i/n with 0 <= i < n; got {part}/{parts}")
+    if options.limits.memory_mb < MIN_MEMORY_MB:
+        raise ValueError(f"memory: expected at least {MIN_MEMORY_MB} MB; got {options.limits.memory_mb}")
     if options.max_unreadable is not None and options.max_unreadable < 0:
         raise ValueError(f"max-unreadable: expected at least 0; got {options.max_unreadable}")
     if not sources:

@@ -162,6 +162,8 @@ def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(ru
     assert run(*command, "--size", 64, "--shard", "0/2")[0] == 0
     code, _, err = run(*command, "--size", 32)
     assert code == 2 and "begun with size 64, now it is 32" in err and len(err.splitlines()) == 1
+    code, _, err = run(*command, "--size", 64, "--memory", 1024)
+    assert code == 2 and "begun with memory_mb 512, now it is 1024" in err and len(err.splitlines()) == 1
     for i in range(4):
         (tmp_path / "scans" / "p0" / f"x{i}.png").write_bytes(b"x")
     code, _, err = run(*command, "--size", 64)

@@ -16,7 +16,7 @@ import pytest
 from small_runs import SETTINGS, digest, lines, picture, save, source, start
 
 from dex.data import ShardDataset, verify
-from dex.prepare import chunks, join
+from dex.prepare import chunks, join, readers
 from dex.prepare import run as prepare
 from dex.prepare.run import Failed, Options
 from dex.prepare.summary import Progress
@@ -303,6 +303,7 @@ def test_a_fault_of_our_own_shows_no_value(here, two, tmp_path, monkeypatch):
         ({"settings": chunks.Settings(encoding="gif")}, "encoding: expected jpg or png; got 'gif'"),
         ({"workers": 0}, "workers: expected at least 1; got 0"),
         ({"shard": (3, 3)}, "shard: expected i/n with 0 <= i < n; got 3/3"),
+        ({"limits": readers.Limits.within(64)}, "memory: expected at least 128 MB; got 64"),
         ({"max_unreadable": -1}, "max-unreadable: expected at least 0; got -1"),
     ],
 )
