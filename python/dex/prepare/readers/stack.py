@@ -316,16 +316,20 @@ class Stack:
 
     def _across(self, plane: str, stride: int) -> Iterator[Frame]:
         for begin, end in self._blocks(plane):
-            part = self._block(plane, begin, end)
-            slope, intercept = (
-                self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), part.shape[:3]))
-                for v in (self.slope, self.intercept)
-            )
-            values = self.geometry.canonical(part)
-            for n in range(-(-begin // stride) * stride, end, stride):
-                image, *scale = (cut(v, plane, n - begin) for v in (values, slope, intercept))
-                image = self._numbers(image, *scale)
-                yield Frame(f"{plane}-{n:03d}", np.ascontiguousarray(image), self.geometry.plane_spacing(plane))
+            yield from self._slices_of(self._block(plane, begin, end), plane, range(begin, end), stride)
+
+    def _slices_of(self, part: np.ndarray, plane: str, numbers: range, stride: int) -> Iterator[Frame]:
+        """Every stride-th slice across [F, H, W, ...], of which `numbers` there are."""
+        values = self.geometry.canonical(part)
+        slope, intercept = (
+            self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), part.shape[:3]))
+            for v in (self.slope, self.intercept)
+        )
+        for n in numbers:
+            if n % stride == 0:
+                image, *scale = (cut(v, plane, n - numbers.start) for v in (values, slope, intercept))
+                image = np.ascontiguousarray(self._numbers(image, *scale))
+                yield Frame(f"{plane}-{n:03d}", image, self.geometry.plane_spacing(plane))
 
     def _blocks(self, plane: str) -> Iterator[tuple[int, int]]:
         """The slices of a plane across the stored frames, in rows of them that may be in memory together."""
@@ -339,7 +343,7 @@ class Stack:
         """How many slices of a plane across the stored frames may be in memory together; Refused where none may."""
         count = self.shape[1 - self.geometry.axes[_NORMAL[plane]]]
         for most in range(count, 0, -1):
-            if self.holds(-(-self._bytes() * most // count)):
+            if self.holds(2 * -(-self._bytes() * most // count)):  # whoever takes the last slice may hold all of them
                 return most
         raise Refused("too large", f"{plane} slices need at least {self._bytes() // count:,} bytes at once")
 
