@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
@@ -20,10 +21,11 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if not single:
         import pyarrow  # noqa: F401  before anything is computed
 
-    from dex.common.ranks import announced, default_workers
+    from dex.common.ranks import announced
     from dex.inference import embed_job
     from dex.inference.collection import collection
     from dex.inference.load import load
+    from dex.prepare.workers import WorkerFault
     from dex.train.plan import resolve_device
 
     ranks = announced()
@@ -35,16 +37,16 @@ def run(arguments: list[str]) -> Callable[[], int]:
         tuple(options.layers),
         options.batch_size,
         options.precision,
-        default_workers(device.type) if options.workers is None else options.workers,
+        _features.workers(options),
         ranks.rank,
         ranks.world_size,
     )
     images = collection(
         Path(options.input),
         embed_job.private_folder(out),
-        modality=options.modality,
-        planes=options.planes,
         public=options.public,
+        processes=job.workers,
+        **_features.reading(options),
     )
     embed_job.begin(loaded, images, job)
     loaded.model.to(device)
@@ -56,11 +58,17 @@ def run(arguments: list[str]) -> Callable[[], int]:
             rest = "nothing is written" if single else f"{out}: what is written stays; the same command goes on"
             print(f"dex embed: stopped; {rest}", file=sys.stderr)
             return exits.PREEMPTED
-        except OSError as error:
+        except (OSError, WorkerFault) as error:
             return failed("dex embed", error)
         if summary.refused:
             notes = embed_job.private_folder(out) / embed_job.NOTES
-            print(f"refused: {summary.refused:,} files or parts of files; which and why is in {notes}")
+            why = ", ".join(f"{reason} {count:,}" for reason, count in summary.refused.items())
+            count = sum(summary.refused.values())
+            print(f"refused: {count:,} files or parts of files ({why}); which and why is in {notes}")
+            if summary.complete and not summary.images:
+                return failed(
+                    "dex embed", f"input: expected at least one image that can be read; {options.input} has none"
+                )
         print(f"{out}: {summary.images:,} images" + ("" if summary.complete else "; other ranks are still at work"))
         return exits.DONE
 
@@ -84,31 +92,8 @@ def _parser() -> Parser:
         help="folder of Parquet parts, or FILE.npz for small sets; OUT.private beside it says which file is which",
     )
     parser.add_argument(
-        "--modality",
-        metavar="M",
-        help="of scans and pictures: CT, MR, PET, X-ray, ..., or from-folders; without it DICOM says it and pictures "
-        "are taken as a plain folder of images gives them",
-    )
-    parser.add_argument(
-        "--planes",
-        nargs="+",
-        default=["auto"],
-        choices=("auto", "axial", "coronal", "sagittal", "stored"),
-        help="of volumes; auto: as they were acquired",
-    )
-    parser.add_argument(
         "--layers", nargs="+", type=int, default=[], metavar="L", help="blocks, from 0, whose CLS token is wanted too"
     )
-    parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
-    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that read ahead; 0, the default on a CPU, reads between the forwards",
-    )
     parser.add_argument("--public", action="store_true", help="readable ids from the files' paths, not salted hashes")
+    _features.add_options(parser)
     return parser

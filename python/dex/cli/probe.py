@@ -1,10 +1,12 @@
 """`dex probe`: linear, kNN and few-shot probes of a trained model on labelled images."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
@@ -17,11 +19,11 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
 
-    from dex.common.ranks import default_workers
     from dex.inference import probe_job
     from dex.inference.collection import collection
     from dex.inference.embed_job import Options, Stopped
     from dex.inference.load import load
+    from dex.prepare.workers import WorkerFault
     from dex.train.plan import resolve_device
 
     settings = probe_job.Settings(
@@ -31,29 +33,37 @@ def run(arguments: list[str]) -> Callable[[], int]:
     labels = probe_job.read_labels(Path(options.labels) if options.labels else None, options.patient)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder; got the file {out}")
+    if (out / probe_job.SHEET).exists():
+        raise ValueError(
+            f"out: expected a folder without results; {out / probe_job.SHEET} is there. Give another --out"
+        )
+    private = tempfile.TemporaryDirectory()  # the ids' salt: no id leaves; it goes with its last reference
+    workers = _features.workers(options)
+    where = Path(private.name) / "private"
+    images = collection(Path(options.input), where, processes=workers, **_features.reading(options))
+    probe_job.check_labels(images, labels)
     loaded = load(options.run, img_size=options.img_size, path=options.path)
     config = loaded.config
     device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
     loaded.model.to(device)
-    workers = default_workers(device.type) if options.workers is None else options.workers
     job = Options(out, (), options.batch_size, options.precision, workers)
 
     def carry_out() -> int:
         try:
-            with tempfile.TemporaryDirectory() as private:  # the ids' salt: no id leaves
-                images = collection(Path(options.input), Path(private) / "private", modality=options.modality)
+            with private:
                 result = probe_job.probe(loaded, images, labels, settings, job)
             probe_job.write(result, out)
         except Stopped:
+            print("dex probe: stopped; nothing is written", file=sys.stderr)
             return exits.PREEMPTED
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, WorkerFault) as error:
             return failed("dex probe", error)
         counts = result.data.labels.bincount().tolist()
         print(f"{len(result.data.labels):,} images of {int(result.data.patients.max()) + 1:,} patients: ", end="")
         print(probe_job.describe(counts, result.names))
         print(probe_job.table(result))
-        if result.unlabelled or result.refused:
-            print(f"left out: {result.unlabelled:,} images without a label, {result.refused:,} files refused")
+        for line in probe_job.left_out(result, out):
+            print(line)
         print(f"{out / probe_job.SHEET}")
         return exits.DONE
 
@@ -78,7 +88,6 @@ def _parser() -> Parser:
         help="searched in the path; group 1 is the patient. Without it: a DICOM header's patient, else the folder "
         "below the class, else each file is a patient",
     )
-    parser.add_argument("--modality", metavar="M", help="as of dex embed")
     parser.add_argument("--features", choices=("cls", "patches"), default="cls", help="CLS token or mean of patches")
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (5)")
     parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours (20)")
@@ -92,10 +101,5 @@ def _parser() -> Parser:
     )
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="of images, per number of shots (10)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the split by patient (3)")
-    parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
-    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument("--workers", type=int, metavar="N", help="as of dex embed")
+    _features.add_options(parser)
     return parser

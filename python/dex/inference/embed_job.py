@@ -14,28 +14,30 @@ A part is a function of the input, the model and the options alone. Ranks share 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dex.common import atomic, exits
 from dex.common.units import duration
 from dex.data import center
-from dex.inference import tables
+from dex.inference import reading, tables
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.inference.embed import Embedding, check_layers, features, joined
 from dex.inference.load import Loaded
 
 PLAN, SUMMARY, NOTES = "_embedding.json", "_summary.json", "notes"
 FORMAT, VERSION = "dex-embedding", 1
+_READING = "reading"
 _EVERY = 10.0
 """Seconds between two lines of progress."""
 
@@ -46,7 +48,7 @@ class Options(NamedTuple):
     batch_size: int = 64
     precision: str = "fp32"
     workers: int = 0
-    """Processes that read ahead; 0 reads in this one."""
+    """Processes that read, within limits; 0 reads in this one."""
     rank: int = 0
     """This process takes every ``ranks``-th part, from part ``rank`` on."""
     ranks: int = 1
@@ -62,8 +64,8 @@ class Stopped(BaseException):
 
 class Summary(NamedTuple):
     images: int
-    refused: int
-    """Files, or parts of files, that gave nothing."""
+    refused: dict[str, int]
+    """Files, or parts of files, that gave nothing, by reason."""
     complete: bool
     """Whether all parts of all ranks are there."""
 
@@ -120,7 +122,7 @@ def _run_single(loaded: Loaded, collection: Collection, options: Options, say: C
         _write_notes(options.out, part)
     rows = [row for part in parts for row in part.rows]
     tables.write_npz(options.out, rows, joined([part.embedding for part in parts]))
-    return Summary(len(rows), sum(bool(note.refused) for part in parts for note in part.notes), True)
+    return Summary(len(rows), reasons(note.refused for part in parts for note in part.notes), True)
 
 
 def embedded(
@@ -134,16 +136,21 @@ def embedded(
     order = [(number, item) for number in numbers for item in collection.parts[number]]
     progress = _Progress(len(order), say)
     with exits.collected() as signals:
-        decoded = iter(_loader(collection, [item for _, item in order], options.workers))
-        for number in numbers:
-            part = _Batches(loaded, options)
-            for _ in collection.parts[number]:
-                item: Decoded = next(decoded)
-                if signals:
-                    raise Stopped
-                part.add(item)
-                progress.add(len(item.rows))
-            yield part.finish(number)
+
+        def check() -> None:
+            if signals:
+                raise Stopped
+
+        items = reading.decoded(collection, [item for _, item in order], options.workers, check)
+        with contextlib.closing(items):
+            for number in numbers:
+                part = _Batches(loaded, options)
+                for _ in collection.parts[number]:
+                    item = next(items)
+                    check()
+                    part.add(item)
+                    progress.add(len(item.rows))
+                yield part.finish(number)
 
 
 class _Batches:
@@ -161,14 +168,15 @@ class _Batches:
     def add(self, item: Decoded) -> None:
         self._rows += item.rows
         self._notes += item.notes
-        images = item.images
-        while len(images):
-            part = images[: self._options.batch_size - self._count]
-            images = images[len(part) :]
-            self._waiting.append(part)
-            self._count += len(part)
-            if self._count == self._options.batch_size:
-                self._forward()
+        for array in item.images:
+            images = torch.from_numpy(array)
+            while len(images):
+                part = images[: self._options.batch_size - self._count]
+                images = images[len(part) :]
+                self._waiting.append(part)
+                self._count += len(part)
+                if self._count == self._options.batch_size:
+                    self._forward()
 
     def finish(self, number: int) -> Part:
         if self._waiting or not self._done:
@@ -178,41 +186,13 @@ class _Batches:
     def _forward(self) -> None:
         size = self._encoder.img_size
         if self._waiting:
-            images = center(torch.cat(self._waiting).to(self._device), size)
+            channels = max(images.shape[1] for images in self._waiting)
+            batch = torch.cat([images.expand(-1, channels, -1, -1) for images in self._waiting])
+            images = center(batch.to(self._device).expand(-1, 3, -1, -1), size)
         else:
             images = torch.zeros(0, 3, size, size, device=self._device)
         self._done.append(features(self._encoder, images, self._options.layers, self._options.precision))
         self._waiting, self._count = [], 0
-
-
-class _Items(torch.utils.data.Dataset):
-    def __init__(self, collection: Collection, order: list[int]):
-        self._collection, self._order = collection, order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, place: int) -> Decoded:
-        return self._collection.read(self._order[place])
-
-
-def _loader(collection: Collection, order: list[int], workers: int) -> DataLoader:
-    def start(worker: int) -> None:
-        exits.ignore_stop_signals()
-
-    return DataLoader(
-        _Items(collection, order),
-        batch_size=None,
-        num_workers=min(workers, len(order)),
-        collate_fn=_as_it_is,
-        worker_init_fn=start,
-        prefetch_factor=4 if workers and order else None,
-        multiprocessing_context="fork" if workers and order else None,  # `collection.read` is a closure
-    )
-
-
-def _as_it_is(item: Decoded) -> Decoded:
-    return item
 
 
 class _Progress:
@@ -244,6 +224,7 @@ def _plan(loaded: Loaded, collection: Collection, options: Options) -> dict[str,
         "path": loaded.path,
         "img_size": loaded.config.model.img_size,
         "input": collection.fingerprint,
+        _READING: collection.reading,
         "parts": len(collection.parts),
         "layers": list(options.layers),
         "batch_size": options.batch_size,
@@ -259,7 +240,7 @@ def _begin_folder(plan: dict[str, Any], out: Path) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(f"out: expected the plan of an earlier start in {path}; {error}") from error
         for name, value in plan.items():
-            if earlier.get(name) != value:
+            if earlier.get(name, value if name == _READING else None) != value:  # plans of old do not say it
                 raise ValueError(
                     f"out: {out} was begun with {name} {earlier.get(name)}, now it is {value}; give another --out"
                 )
@@ -273,17 +254,20 @@ def _begin_folder(plan: dict[str, Any], out: Path) -> None:
 def _finish(collection: Collection, out: Path) -> Summary:
     """Count what is there, and say so in the folder once nothing is missing."""
     paths = [path for number in range(len(collection.parts)) if (path := _path(out, number)).exists()]
-    refused = 0
-    for number in range(len(collection.parts)):
-        notes = _notes_path(out, number)
-        if notes.exists():
-            refused += sum(bool(json.loads(line)["refused"]) for line in notes.read_text().splitlines())
+    notes = [path for number in range(len(collection.parts)) if (path := _notes_path(out, number)).exists()]
+    refused = reasons(json.loads(line)["refused"] for path in notes for line in path.read_text().splitlines())
     summary = Summary(sum(map(tables.count_rows, paths)), refused, len(paths) == len(collection.parts))
     if summary.complete:
         for left in out.glob(f"*{atomic.PARTIAL}"):  # by a process that was killed; nobody writes any more
             left.unlink(missing_ok=True)
-        atomic.write(out / SUMMARY, json.dumps({"images": summary.images, "refused": refused}) + "\n", sync=True)
+        counted = {"images": summary.images, "refused": sum(refused.values())}
+        atomic.write(out / SUMMARY, json.dumps(counted) + "\n", sync=True)
     return summary
+
+
+def reasons(notes: Iterable[str]) -> dict[str, int]:
+    """How often each reason stands in notes of the form ``reason: detail``, most often first; "" is none."""
+    return dict(Counter(note.partition(":")[0] for note in notes if note).most_common())
 
 
 def _write_notes(out: Path, part: Part) -> None:

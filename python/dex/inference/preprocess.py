@@ -9,7 +9,7 @@ Shape letters: n images, S side of a stored image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import kind_of
-from dex.prepare import filters, modalities, readers, routing, sources
-from dex.prepare.slices import slices
+from dex.prepare import chunks, filters, label_maps, modalities, readers, routing, sources
+from dex.prepare.readers.files import opened
+from dex.prepare.slices import enough, slices
 
 
 class Preprocessed(NamedTuple):
@@ -34,7 +35,8 @@ class Preprocessed(NamedTuple):
     modality: str | None
     """None where a picture was taken as it is."""
     dropped: tuple[str | None, ...]
-    """Why `dex prepare` would leave an image out of a corpus (``blank``, ``foreground``, ``too small``); None: kept."""
+    """Why `dex prepare` would leave an image out of a corpus (``blank``, ``foreground``, ``too small``, or for all
+    images of a stack ``label map``, ``probability map``, ``burned-in``); None: kept."""
 
 
 class Unit(NamedTuple):
@@ -45,7 +47,7 @@ class Unit(NamedTuple):
 
 
 def preprocess(
-    file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
+    file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",), **overrides: Any
 ) -> Preprocessed:
     """Every image of ``file``, except the files of a DICOM folder that `dex prepare` leaves out by their headers.
 
@@ -55,18 +57,21 @@ def preprocess(
             DICOM header says that holds an image; pictures and NPY files are then taken as a plain folder of images
             gives them; other formats do not say what they hold.
         planes: of volumes: axial, coronal, sagittal, stored.
+        overrides: what else the training set was prepared with, as of `dex prepare`: ``normalisation``, ``volumes``,
+            ``slope`` and ``intercept``, ``frame_stride`` (`dex.prepare.sources.Source`).
 
     Raises: FileNotFoundError; ValueError naming the argument, with the reason for a file that is refused.
     """
     unit = unit_of(file)
     if modality is None:
-        kind = picture_kind(unit)
+        kind = None if overrides else picture_kind(unit)
         if kind is not None:
             return picture(unit.files[0], kind)
         if not readers.reader_of(unit.format).decides:
             expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
             raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none")
-    source = source_of(unit.files[0].parent, None if modality is None else modalities.resolve(modality).name, planes)
+    known = None if modality is None else modalities.resolve(modality).name
+    source = source_of(unit.files[0].parent, known, planes, **overrides)
     try:
         return read(unit, source)
     except readers.Refused as error:
@@ -102,16 +107,16 @@ def picture_kind(unit: Unit) -> str | None:
     return None if readers.reader_of(unit.format).decides else kind_of(unit.files[0])
 
 
-def source_of(folder: Path, modality: str | None, planes: Sequence[str]) -> sources.Source:
+def source_of(folder: Path, modality: str | None, planes: Sequence[str], **overrides: Any) -> sources.Source:
     """How `dex prepare` would take the files of ``folder``. modality: also ``from-folders``; None: as a file says."""
-    return sources.resolve(folder, modality=modality or modalities.AUTO, planes=tuple(planes))[0]
+    return sources.resolve(folder, modality=modality or modalities.AUTO, planes=tuple(planes), **overrides)[0]
 
 
 def read(unit: Unit, source: sources.Source) -> Preprocessed:
     """Every slice of the unit. `dex.prepare.readers.Refused` for a unit that gives none."""
-    parts = [part.images for part in read_stacks(unit, source, unit.files[0].name)]
+    parts = list(read_stacks(unit, source, unit.files[0].name))
     return Preprocessed(
-        torch.cat([part.images for part in parts]),
+        torch.cat([torch.from_numpy(part.images).expand(-1, 3, -1, -1) for part in parts]),
         tuple(label for part in parts for label in part.labels),
         parts[0].modality,
         tuple(reason for part in parts for reason in part.dropped),
@@ -119,20 +124,29 @@ def read(unit: Unit, source: sources.Source) -> Preprocessed:
 
 
 class StackImages(NamedTuple):
-    """What one stack of a unit gives."""
+    """What one stack of a unit, or a picture, gives; labels, modality and dropped as of `Preprocessed`."""
 
-    images: Preprocessed
+    images: np.ndarray
+    """uint8 ``[n, C, S, S]``, C = 1 where all of them are grey, else 3."""
+    labels: tuple[str, ...]
+    modality: str | None
+    dropped: tuple[str | None, ...]
     patient: str
     """As the header has it, "" if unknown: for hashing only."""
+    files: tuple[str, ...]
+    """Names of the files that the images are of, in a unit of several; "" where an image is not of one."""
     refused: tuple[readers.Refused, ...]
     """Parts of the unit that were left out."""
 
 
-def read_stacks(unit: Unit, source: sources.Source, path: str) -> Iterator[StackImages]:
+def read_stacks(
+    unit: Unit, source: sources.Source, path: str, beat: Callable[[], None] = lambda: None
+) -> Iterator[StackImages]:
     """The stacks of the unit, one by one, without what a header says that `dex prepare` leaves out.
     `dex.prepare.readers.Refused` as in `read`.
 
-    path: of the unit below the source's root, for its folders may name the modality.
+    path: of the unit below the source's root, for its folders may name the modality. beat: called for every frame and
+    slice, a sign of life.
     """
     source = source.for_format(unit.format)
     wanted = None if source.routed else source.modality_of(path)
@@ -140,44 +154,73 @@ def read_stacks(unit: Unit, source: sources.Source, path: str) -> Iterator[Stack
     def decide(head: Any, has_pixels: bool) -> routing.Decision:
         return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
-    for number, stack in enumerate(readers.read(unit.files, unit.format, decide=decide)):
+    least = None if label_maps.suspicious(path) else enough(_for_stack(source, None, path), IMAGE_SIZE, 8)
+    asked = {"decide": None if source.trusted else decide, "volumes": source.volumes, "enough": least}
+    stacks = readers.read(unit.files, unit.format, beat=beat, **asked)
+    for number, stack in enumerate(stacks):
         of_stack = _for_stack(source, stack, path)
-        cut = list(slices(stack, of_stack, IMAGE_SIZE, 8))
-        images = Preprocessed(
-            torch.stack([_planes(one.image) for one in cut]),
-            tuple(f"s{number:02d}-{one.label}" if number else one.label for one in cut),
+        if of_stack.routed:
+            raise readers.Refused("unknown modality", "nothing says of which modality it is")
+        refused = None if source.trusted else chunks.not_an_image(stack, unit.format, path)
+        whole = "burned-in" if stack.burned_in else refused and refused.reason
+        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(unit.format).decides:
+            stack.rescale(source.slope, source.intercept)
+        images, labels, dropped, files = [], [], [], []
+        for one in slices(stack, of_stack, IMAGE_SIZE, 8):
+            beat()
+            images.append(one.image)
+            labels.append(f"s{number:02d}-{one.label}" if number else one.label)
+            dropped.append(whole or filters.verdict(one.image, one.share, one.small, of_stack))
+            files.append(stack.origins[one.number][0] if stack.origins and one.number is not None else "")
+        yield StackImages(
+            _planes(images),
+            tuple(labels),
             of_stack.modality,
-            tuple(filters.verdict(one.image, one.share, one.small, of_stack) for one in cut),
+            tuple(dropped),
+            stack.patient,
+            tuple(files),
+            tuple(stack.refused),
         )
-        yield StackImages(images, stack.patient, tuple(stack.refused))
 
 
-def _for_stack(source: sources.Source, stack: readers.Stack, path: str) -> sources.Source:
-    """The source with the modality of the stack."""
-    if stack.decision is not None:
+def _for_stack(source: sources.Source, stack: readers.Stack | None, path: str) -> sources.Source:
+    """The source with the modality of the stack, or of the path; as it is where neither says one."""
+    if stack is not None and stack.decision is not None:
         return source.for_modality(*stack.decision[:3])
     modality = source.modality_of(path)
-    if modality is not None:
-        return source.for_modality(modality.name, modality.normalisation)
-    raise readers.Refused("unknown modality", "nothing says of which modality it is")
+    return source if modality is None else source.for_modality(modality.name, modality.normalisation)
 
 
 def picture(file: Path, kind: str) -> Preprocessed:
     """A PNG, JPEG or NPY file as `dex.data.FolderDataset` gives it. ValueError, with the decoder's reason."""
-    if file.stat().st_size > images.MAX_FILE_BYTES:
-        raise ValueError(f"file: expected at most {images.MAX_FILE_BYTES} bytes; {file} has more")
-    out = np.empty((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     try:
-        images.to_planes(images.decode(file.read_bytes(), kind, images.PICTURES), out)
+        planes = picture_planes(file, kind)
+    except readers.Refused as error:
+        raise ValueError(f"file: expected a readable picture; {file}: {error.detail}") from None
+    return Preprocessed(torch.from_numpy(planes)[None], ("image",), None, (None,))
+
+
+def picture_planes(file: Path, kind: str) -> np.ndarray:
+    """uint8 ``[3, S, S]`` of a PNG, JPEG or NPY file. `dex.prepare.readers.Refused` with the decoder's reason."""
+    out = np.empty((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    with opened(file) as stream:
+        if stream.size > images.MAX_FILE_BYTES:
+            raise readers.Refused("too large", f"{stream.size} bytes, at most {images.MAX_FILE_BYTES}")
+        data = stream.read()
+    try:
+        images.to_planes(images.decode(data, kind), out)
     except ValueError as error:
-        raise ValueError(f"file: expected a readable picture; {file}: {error}") from error
-    return Preprocessed(torch.from_numpy(out)[None], ("image",), None, (None,))
+        raise readers.Refused("unreadable", str(error)) from error
+    return out
 
 
-def _planes(image: np.ndarray) -> Tensor:
-    """uint8 ``[3, S, S]`` of uint8 ``[S, S]`` or ``[S, S, 3]``."""
-    array = np.repeat(image[None], 3, axis=0) if image.ndim == 2 else image.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _planes(images: list[np.ndarray]) -> np.ndarray:
+    """uint8 ``[n, C, S, S]`` of n uint8 ``[S, S]`` or ``[S, S, 3]``; C = 1 where all are grey, else 3."""
+    channels = 3 if any(image.ndim == 3 for image in images) else 1
+    out = np.empty((len(images), channels, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    for target, image in zip(out, images, strict=True):
+        target[:] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return out
 
 
 def _format(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
     OUT/probe.csv    a row per result: balanced accuracy, its interval over patients, or one draw of the few-shot curve
     OUT/curve.png    the few-shot curve
+    OUT.private/refused.jsonl    where files gave nothing: which, and why. Mode 0600
 
 Labels are the sub-folders of the input, a CSV file, or the modalities of a shard set.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -22,12 +24,14 @@ from dex.analysis.intervals import Interval
 from dex.common import atomic
 from dex.inference.collection import Collection, Note, Row
 from dex.inference.embed import joined
-from dex.inference.embed_job import Options, embedded
+from dex.inference.embed_job import Options, embedded, private_folder, reasons
 from dex.inference.load import Loaded
 
-SHEET, CURVE = "probe.csv", "curve.png"
+SHEET, CURVE, REFUSED = "probe.csv", "curve.png", "refused.jsonl"
 COLUMNS = ("features", "probe", "shots", "seed", "draw", "accuracy", "low", "high", "images", "patients", "classes")
 FEATURES = ("cls", "patches")
+_NAMED = 5
+"""Lines without an image that are named."""
 
 
 class Label(NamedTuple):
@@ -65,7 +69,10 @@ class Result(NamedTuple):
     curve: list[Point]
     unlabelled: int
     """Images that no line of the CSV file names."""
-    refused: int
+    unmatched: list[str]
+    """Lines of the CSV file that name no image."""
+    refused: list[Note]
+    """Files, or parts of files, that gave nothing."""
 
 
 def read_labels(path: Path | None, patient: str | None) -> Labels:
@@ -91,9 +98,13 @@ def read_labels(path: Path | None, patient: str | None) -> Labels:
     key = next((name for name in ("path", "id") if rows and name in rows[0]), None)
     if key is None or "label" not in rows[0]:
         raise ValueError(f"{expected}; {path} has {', '.join(map(str, rows[0])) if rows else 'no line'}")
-    table = {row[key]: Label(row["label"] or "", row.get("patient") or "") for row in rows}
-    if len(table) != len(rows) or not all(label.label for label in table.values()):
-        raise ValueError(f"labels: expected one label for each {key}; {path} has one twice or none")
+    table: dict[str, Label] = {}
+    for number, row in enumerate(rows, 2):
+        if row[key] in table:
+            raise ValueError(f"labels: expected one line for each {key}; {path}, row {number}, names {row[key]} again")
+        if not row["label"]:
+            raise ValueError(f"labels: expected a label for each {key}; {path}, row {number}, has none")
+        table[row[key]] = Label(row["label"], row.get("patient") or "")
     return Labels(table, pattern)
 
 
@@ -105,11 +116,7 @@ def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Sett
     notes = {note.id: note for part in parts for note in part.notes if not note.refused}
     named = [_label(row, notes.get(row.id), labels) for row in rows]
     chosen = [i for i, label in enumerate(named) if label is not None]
-    if not chosen:
-        raise ValueError(f"labels: expected some of the {len(rows):,} images to have one; got none")
-    names = sorted({named[i].label for i in chosen})
-    if len(names) < 2:
-        raise ValueError(f"labels: expected at least 2 classes; got {names[0]!r} alone")
+    names = _classes({named[i].label for i in chosen}, len(rows))
     patients = {patient: number for number, patient in enumerate(sorted({named[i].patient for i in chosen}))}
     data = Labelled(
         getattr(joined([part.embedding for part in parts]), settings.features)[chosen],
@@ -121,7 +128,7 @@ def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Sett
     except ValueError as error:
         classes = re.sub(r"class (\d+)", lambda match: f"class {names[int(match[1])]!r}", str(error))
         raise ValueError(f"{classes}; --patient, or a column patient, says whose an image is") from None
-    refused = sum(bool(note.refused) for part in parts for note in part.notes)
+    refused = [note for part in parts for note in part.notes if note.refused]
     return Result(
         settings,
         names,
@@ -130,8 +137,48 @@ def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Sett
         knn(data, settings.k, settings.folds),
         few_shot(data, settings.shots, settings.draws, settings.seeds, settings.folds),
         len(rows) - len(chosen),
+        _unmatched(collection, labels),
         refused,
     )
+
+
+def check_labels(collection: Collection, labels: Labels) -> None:
+    """ValueError for what the names of files and the table say before anything is read: no label, or one class."""
+    if not collection.reader.has_paths and labels.table is None:
+        return  # the modalities of a shard set
+    names = _names(collection)
+    if labels.table is not None:
+        found = {labels.table[name].label for several in names for name in several if name in labels.table}
+    else:
+        found = {_folder_of(several[-1]) for several in names}
+    _classes(found, len(names))
+
+
+def _classes(found: set[str], images: int) -> list[str]:
+    if not found:
+        raise ValueError(
+            f"labels: expected some of the {images:,} files or images to have one, by paths below INPUT (or ids of a "
+            "shard set); got none"
+        )
+    if len(found) < 2:
+        raise ValueError(f"labels: expected at least 2 classes; got {min(found)!r} alone")
+    return sorted(found)
+
+
+def _names(collection: Collection) -> list[list[str]]:
+    """Of each unit, as `Reader.names` gives them."""
+    units = (unit for item in range(collection.items) for unit in collection.units(item))
+    return [collection.reader.names(unit) for unit in units]
+
+
+def _unmatched(collection: Collection, labels: Labels) -> list[str]:
+    return [] if labels.table is None else sorted(set(labels.table).difference(*_names(collection)))
+
+
+def _folder_of(path: str) -> str:
+    if "/" not in path:
+        raise ValueError(f"labels: expected a sub-folder for each class, or --labels; {path} lies in none")
+    return path.partition("/")[0]
 
 
 def check(settings: Settings) -> None:
@@ -146,7 +193,7 @@ def check(settings: Settings) -> None:
 
 
 def write(result: Result, out: Path) -> None:
-    """The sheet, and the curve where there is one."""
+    """The sheet, the curve and the refused files, where there are any."""
     out.mkdir(parents=True, exist_ok=True)
     stream = io.StringIO()
     sheet = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
@@ -158,6 +205,11 @@ def write(result: Result, out: Path) -> None:
     for point in result.curve:
         sheet.writerow({**size, "probe": "few-shot linear", **point._asdict()})
     atomic.write(out / SHEET, stream.getvalue())
+    if result.refused:
+        private = private_folder(out)
+        private.mkdir(mode=0o700, exist_ok=True)
+        lines = "".join(json.dumps({"path": note.path, "refused": note.refused}) + "\n" for note in result.refused)
+        atomic.write(private / REFUSED, lines, mode=0o600)
     if result.curve:
         from dex.analysis.plots import few_shot_curve, pixels, save  # imports matplotlib
 
@@ -167,16 +219,16 @@ def write(result: Result, out: Path) -> None:
 def _label(row: Row, note: Note | None, labels: Labels) -> Label | None:
     """Class and patient of an image; None where the table does not name it."""
     path = note.path if note is not None else row.id
+    if note is not None and note.file and (labels.table is None or note.file in labels.table):
+        path = note.file
     if labels.table is not None:
         label = labels.table.get(path)
         if label is None:
             return None
     elif note is None:
         label = Label(row.modality, "")
-    elif "/" not in path:
-        raise ValueError(f"labels: expected a sub-folder for each class, or --labels; {path} lies in none")
     else:
-        label = Label(path.partition("/")[0], "")
+        label = Label(_folder_of(path), "")
     return label._replace(patient=label.patient or _patient(row, note, path, labels))
 
 
@@ -188,7 +240,7 @@ def _patient(row: Row, note: Note | None, path: str, labels: Labels) -> str:
     if note is None or note.patient:
         return row.group
     folders = PurePosixPath(path).parts[:-1]
-    return "/".join(folders[:2]) if len(folders) > 1 else path
+    return "/".join(folders[:2]) if note.file or len(folders) > 1 else path
 
 
 def table(result: Result) -> str:
@@ -204,6 +256,21 @@ def table(result: Result) -> str:
         mean = sum(values) / len(values)
         lines.append(f"{shots:>3} per class   balanced accuracy {mean:.3f}, sd {spread:.3f} over {len(values)} draws")
     return "\n".join(lines)
+
+
+def left_out(result: Result, out: Path) -> list[str]:
+    """What was left out, for the screen; `write` has been called."""
+    lines = []
+    if result.unlabelled:
+        lines.append(f"left out: {result.unlabelled:,} images without a label")
+    if result.unmatched:
+        some = ", ".join(result.unmatched[:_NAMED]) + (", ..." if len(result.unmatched) > _NAMED else "")
+        lines.append(f"labels without an image: {len(result.unmatched):,} ({some})")
+    if result.refused:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons(n.refused for n in result.refused).items())
+        where = private_folder(out) / REFUSED
+        lines.append(f"refused: {len(result.refused):,} files or parts of files ({why}); which and why is in {where}")
+    return lines
 
 
 def describe(counts: Sequence[int], names: Sequence[str]) -> str:

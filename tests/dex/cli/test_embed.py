@@ -81,9 +81,16 @@ def test_scans_that_cannot_be_read_are_counted(model, run, tmp_path):
     (folder / "b.nii").write_bytes(b"no volume")
     out = tmp_path / "features.npz"
     code, printed, _ = run("embed", model, folder, "--modality", "CT", "--out", out, "--workers", 0)
-    assert code == 0 and "refused: 1 files" in printed and printed.endswith(f"{out}: 3 images\n")
+    assert (
+        code == 0
+        and "refused: 1 files or parts of files (unreadable 1); which and why is in" in printed
+        and printed.endswith(f"{out}: 3 images\n")
+    )
     assert [note["path"] for note in notes(out) if note["refused"]] == ["b.nii"]
     assert list(np.load(out)["label"]) == ["axial-000", "axial-001", "axial-002"]
+    (folder / "a.nii").unlink()
+    code, _, err = run("embed", model, folder, "--modality", "CT", "--out", tmp_path / "none.npz", "--workers", 0)
+    assert code == 1 and err.startswith("dex embed: input: expected at least one image that can be read; ")
     code, _, err = run("embed", model, folder, "--out", out)
     assert code == 2 and "modality: expected one, since files of the formats nifti do not say what they hold" in err
 

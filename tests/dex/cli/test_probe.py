@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 MODEL = Path(__file__).parents[1] / "train" / "earlier_run" / "embedded"
@@ -26,6 +27,40 @@ def test_labels_of_a_table(images, run, tmp_path):
     assert "left out: 90 images without a label" in out and not (tmp_path / "x" / "curve.png").exists()
 
 
+def test_classes_of_dicom_files_and_one_that_is_broken(run, tmp_path):
+    """Two folders of slices, each file of another patient; the same table by file."""
+    pydicom = pytest.importorskip("pydicom")
+    files = pytest.importorskip("pydicom.data")
+    data = pydicom.dcmread(files.get_testdata_file("CT_small.dcm", download=False))
+    rng, lines = np.random.default_rng(0), ["path,label"]
+    for name, top in (("low", 300), ("high", 2000)):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for i in range(4):
+            data.PixelData = rng.integers(0, top, (128, 128), dtype=np.int16).tobytes()
+            data.PatientID, data.SOPInstanceUID, data.SeriesInstanceUID = (f"{name}{i}", f"1.2.{i}", f"1.3.{top}.{i}")
+            data.save_as(tmp_path / "scans" / name / f"{i}.dcm")
+            lines.append(f"{name}/{i}.dcm,{'even' if i % 2 else 'odd'}")
+    (tmp_path / "scans" / "low" / "broken.dcm").write_bytes(b"rubbish")
+    options = ("--workers", 1, "--shots")
+    code, out, err = run("probe", MODEL, "scans", "--out", "a", *options)
+    assert (code, err) == (0, "") and out.startswith("8 images of 8 patients: high 4, low 4\n")
+    assert "refused: 1 files or parts of files (unreadable 1); which and why is in a.private/refused.jsonl\n" in out
+    (tmp_path / "labels.csv").write_text("\n".join([*lines, "gone.dcm,odd"]) + "\n")
+    code, out, _ = run("probe", MODEL, "scans", "--out", "b", "--labels", "labels.csv", *options)
+    assert code == 0 and out.startswith("8 images of 8 patients: even 4, odd 4\n")
+    assert "labels without an image: 1 (gone.dcm)\n" in out
+
+
+def test_results_are_not_overwritten(images, run, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "probe.csv").write_text("earlier")
+    code, _, err = run("probe", MODEL, images, "--out", "x")
+    assert (code, err) == (
+        2,
+        "dex probe: out: expected a folder without results; x/probe.csv is there. Give another --out\n",
+    )
+
+
 def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
     code, _, err = run("probe", MODEL, images, "--out", "x", "--patient", "^(ct)", "--workers", 0)
     assert code == 1 and err.startswith("dex probe: labels: expected at least 2 patients of each class, got 1 of")
@@ -34,12 +69,19 @@ def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--labels", "empty.csv"), "labels: expected a CSV file with columns path"),
+        (("--labels", "other.csv"), "labels: expected some of the 120 files or images to have one"),
+        (("--labels", "one.csv"), "labels: expected at least 2 classes; got 'a' alone"),
+        (("--slope", "2"), "modality: expected one, since files of the formats picture do not say"),
+        (("--modality", "XRY"), "modality: expected one of"),
         (("--folds", "1"), "folds: expected at least 2; got 1"),
         (("--labels", "absent.csv"), "labels: expected a CSV file; nothing at absent.csv"),
         (("--patient", "("), "patient: expected a regular expression"),
         (("--path", "both"), "argument --path: invalid choice"),
     ],
 )
-def test_wrong_input_is_one_line(options, message, images, run):
+def test_wrong_input_is_one_line(options, message, images, run, tmp_path):
+    for name, lines in (("empty", ""), ("other", "path,label\nx.png,a\n"), ("one", "path,label\nct/000.png,a\n")):
+        (tmp_path / f"{name}.csv").write_text(lines)
     code, _, err = run("probe", MODEL, images, "--out", "x", *options)
     assert code == 2 and err.startswith(f"dex probe: {message}") and err.count("\n") == 1

@@ -14,22 +14,32 @@ def loaded(trained):
     return dex.load(trained)
 
 
+class Listed:
+    """A reader whose units are what they give."""
+
+    has_paths = False
+
+    def read(self, unit, beat):
+        return unit
+
+
 def of_counts(counts):
-    """Items with these numbers of images, in one part."""
+    """Items with these numbers of images, in one part; every other item is grey."""
     generator = torch.Generator().manual_seed(0)
     items = []
     for i, n in enumerate(counts):
-        images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
-        notes = [] if n else [Note(f"unit/{i}", f"{i}.dcm", "", "unreadable")]
-        items.append(Decoded(images, [Row(f"{i}/{k}", "", "", "", "") for k in range(n)], notes))
-    return items, Collection("print", len(items), [range(len(items))], items.__getitem__)
+        images = torch.randint(0, 256, (n, 3 - 2 * (i % 2), 64, 64), dtype=torch.uint8, generator=generator)
+        notes = [] if n else [Note(f"unit/{i}", f"{i}.dcm", "", "unreadable: by its numbers")]
+        items.append(Decoded([images.numpy()], [Row(f"{i}/{k}", "", "", "", "") for k in range(n)], notes))
+    return items, Collection("print", [range(len(items))], lambda number: [items[number]], Listed())
 
 
 def test_batches_cross_items_and_keep_their_size(loaded, tmp_path):
-    items, collection = of_counts([3, 0, 9, 1])
+    items, collection = of_counts([3, 0, 9, 1, 4, 8])
     options = embed_job.Options(tmp_path / "a.npz", batch_size=4)
     (part,) = embed_job.embedded(loaded, collection, [0], options, None)
-    images = center(torch.cat([item.images for item in items]), 64)
+    images = torch.cat([torch.from_numpy(item.images[0]).expand(-1, 3, -1, -1) for item in items])
+    images = center(images, 64)
     with torch.no_grad():
         want = torch.cat([loaded.encoder(batch)[:, 0] for batch in images.split(4)])
     assert torch.equal(part.embedding.cls, want)
@@ -41,7 +51,8 @@ def test_a_collection_without_images_is_an_empty_table(loaded, tmp_path, counts)
     _, collection = of_counts(counts)
     options = embed_job.Options(tmp_path / "a.npz")
     embed_job.begin(loaded, collection, options)
-    assert embed_job.run(loaded, collection, options) == (0, len(counts), True)
+    refused = {"unreadable": len(counts)} if counts else {}
+    assert embed_job.run(loaded, collection, options) == (0, refused, True)
 
 
 def test_progress_says_how_much_is_left(loaded, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 
 import pytest
@@ -12,8 +13,8 @@ from dex.inference.probe_job import Label, Labels, Settings, read_labels
 ROW = Row("folder/1", "group", "CT", "image", "")
 
 
-def note(path, patient=False):
-    return Note("folder/1", path, "image", "", patient)
+def note(path, patient=False, file=""):
+    return Note("folder/1", path, "image", "", patient, file)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,10 @@ def note(path, patient=False):
         (note("1.png"), Labels({"1.png": Label("x", "")}), ("x", "1.png")),
         (note("1.png"), Labels({"1.png": Label("x", "p1")}, re.compile(r"(\d)")), ("x", "p1")),
         (note("2.png"), Labels({"1.png": Label("x", "p1")}), None),
+        (note("a", file="a/1.dcm"), Labels(), ("a", "a")),
+        (note("a", True, "a/1.dcm"), Labels(), ("a", "group")),
+        (note("a", True, "a/1.dcm"), Labels({"a/1.dcm": Label("x", "")}), ("x", "group")),
+        (note("a", True, "a/1.dcm"), Labels({"a": Label("x", "")}), ("x", "group")),
         (None, Labels(), ("CT", "group")),
         (None, Labels({"folder/1": Label("y", "")}), ("y", "group")),
     ],
@@ -48,8 +53,8 @@ def test_labels_are_read_from_csv(tmp_path):
     for text, message in (
         ("name,label\na,b\n", "labels: expected a CSV file with columns path .* has name, label"),
         ("", "labels: expected a CSV file .* has no line"),
-        ("path,label\na,x\na,y\n", "labels: expected one label for each path; .* has one twice or none"),
-        ("path,label\na,\n", "labels: expected one label for each path"),
+        ("path,label\na,x\na,y\n", "labels: expected one line for each path; .*, row 3, names a again"),
+        ("path,label\na,\n", "labels: expected a label for each path; .*, row 2, has none"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -94,8 +99,37 @@ def test_too_few_patients_are_named(trained, images, tmp_path):
     with pytest.raises(ValueError, match="labels: expected at least 2 classes; got 'one' alone"):
         table = {"ct/000.png": Label("one", "")}
         probe_job.probe(dex.load(trained), images_of, Labels(table), Settings(), Options(tmp_path / "out"))
-    with pytest.raises(ValueError, match="labels: expected some of the 120 images to have one; got none"):
-        probe_job.probe(dex.load(trained), images_of, Labels({}), Settings(), Options(tmp_path / "out"))
+
+
+def test_labels_are_judged_before_anything_is_read(images, tmp_path, monkeypatch):
+    pictures = collection(images, tmp_path / "private")
+    monkeypatch.setattr("dex.inference.collection._Files.read", None)
+    probe_job.check_labels(pictures, Labels())
+    probe_job.check_labels(pictures, Labels({"ct/000.png": Label("a", ""), "us/001.png": Label("b", "")}))
+    for labels, message in (
+        (Labels({"absent.png": Label("a", "")}), "labels: expected some of the 120 files or images to have one"),
+        (Labels({"ct/000.png": Label("a", ""), "x": Label("b", "")}), "labels: expected at least 2 classes; got 'a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe_job.check_labels(pictures, labels)
+    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 000.png lies in"):
+        probe_job.check_labels(collection(images / "ct", tmp_path / "private"), Labels())
+
+
+def test_what_was_left_out_is_said(probed, tmp_path):
+    notes = [Note("folder/1", "ct/a.png", "", "unreadable: not a PNG"), Note("folder/2", "ct/b.png", "", "crash")]
+    result = probed._replace(unlabelled=3, unmatched=[f"{i}.png" for i in range(7)], refused=notes)
+    out = tmp_path / "out"
+    probe_job.write(result, out)
+    where = tmp_path / "out.private" / "refused.jsonl"
+    assert probe_job.left_out(result, out) == [
+        "left out: 3 images without a label",
+        "labels without an image: 7 (0.png, 1.png, 2.png, 3.png, 4.png, ...)",
+        f"refused: 2 files or parts of files (unreadable 1, crash 1); which and why is in {where}",
+    ]
+    assert [json.loads(line)["path"] for line in where.read_text().splitlines()] == ["ct/a.png", "ct/b.png"]
+    assert where.stat().st_mode & 0o77 == 0
+    assert probe_job.left_out(probed, out) == []
 
 
 @pytest.mark.parametrize(

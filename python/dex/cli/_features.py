@@ -1,0 +1,58 @@
+"""What `dex embed` and `dex probe` share: options of the model and of reading files."""
+
+import argparse
+import os
+from typing import Any
+
+_READING = ("modality", "planes", "normalisation", "volumes", "slope", "intercept", "frame_stride")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--modality",
+        metavar="M",
+        help="of scans and pictures: CT, MR, PET, X-ray, ..., or from-folders; without it DICOM says it and pictures "
+        "are taken as a plain folder of images gives them",
+    )
+    parser.add_argument(
+        "--planes",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", "axial", "coronal", "sagittal", "stored"),
+        help="of volumes; auto: axial, but as stored of thick slices that are not",
+    )
+    group = parser.add_argument_group("reading", "as of dex prepare, for a run on a set that was prepared with them")
+    group.add_argument(
+        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
+    )
+    group.add_argument("--volumes", metavar="WHICH", help="of files with several volumes: first (without it), all or N")
+    group.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
+    group.add_argument("--intercept", type=float, metavar="B", help="files other than DICOM")
+    group.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
+    parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
+    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read, each with limits on memory and time, so that a file that crashes or hangs costs "
+        "only itself; one for each processor, at most 8, without it. 0 reads in the command's own process, unguarded",
+    )
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What `dex.inference.collection.collection` takes of the options that were given."""
+    given = {name: getattr(options, name) for name in _READING}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def workers(options: argparse.Namespace) -> int:
+    """Processes that read."""
+    if options.workers is not None:
+        return options.workers
+    from dex.common.ranks import ranks_here
+
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))

@@ -1,0 +1,24 @@
+from dex.cli import _features
+from dex.cli._console import Parser
+
+
+def parsed(*arguments):
+    parser = Parser()
+    _features.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_reading_is_what_was_given():
+    assert _features.reading(parsed()) == {"planes": ["auto"]}
+    options = ("--modality", "CT", "--slope", "2", "--intercept", "-3", "--frame-stride", "5", "--planes", "axial")
+    want = {"modality": "CT", "slope": 2.0, "intercept": -3.0, "frame_stride": 5, "planes": ["axial"]}
+    assert _features.reading(parsed(*options)) == want
+
+
+def test_a_process_for_each_core_of_a_rank_reads(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    assert _features.workers(parsed()) == 8 and _features.workers(parsed("--workers", "0")) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert _features.workers(parsed()) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert _features.workers(parsed()) == 1
