@@ -281,3 +281,13 @@ def test_counts_by_modality_survive_the_way_out_and_back():
     assert {name: part.seen for name, part in first.parts.items()} == {"CT": 2, "": 2, "MR": 2}
     assert first.since(before) == Counts(units=2, refused=Counter(crash=2))
     assert Counts.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+
+
+def test_noise_in_colour_is_a_jpeg_too():
+    """Which takes more than eight bits a pixel."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    data = chunks.encode(noise, "jpg")
+    assert len(data) > 256 * 256
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (256, 256) and image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - noise).mean() < 10

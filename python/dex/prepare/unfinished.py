@@ -1,0 +1,75 @@
+"""What is done of a chunk that is not finished, so that a run that was killed goes on within it.
+
+It is one file beside the chunk's own, replaced at most once in `EVERY` seconds, and believed only where those files
+bear it out: a machine that lost its power may have kept the one and not the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dex.common import atomic
+
+EVERY = 1.0
+"""Seconds of work that a kill may cost, beside the unit that was begun."""
+
+
+class Unfinished:
+    """path: of the file; files: the chunk's three while they are written: images, their lines, ids. identity: what else
+    decides about the chunk; another one makes it begin anew. tail: bytes that follow each image."""
+
+    def __init__(self, path: Path, files: Sequence[Path], identity: str, tail: int):
+        self._path, self._files, self._identity, self._tail = path, files, identity, tail
+        self._kept = time.monotonic()
+
+    def keep(self, sizes: Sequence[int], state: dict[str, Any]) -> None:
+        """Write down that `state` is reached with the files' first `sizes` bytes, unless it was done a moment ago."""
+        if time.monotonic() - self._kept < EVERY:
+            return
+        row = {"identity": self._identity, "sizes": list(sizes), "sha256": self._digests(sizes), "state": state}
+        atomic.write(self._path, json.dumps(row), mode=0o600, locked=True)
+        self._kept = time.monotonic()
+
+    def left(self) -> tuple[tuple[int, int, int], dict[str, Any]] | None:
+        """The sizes and the state of the last `keep`; None where there was none, or the files are not what they were
+        then."""
+        try:
+            row = json.loads(self._path.read_bytes())
+            sizes = tuple(row["sizes"])
+            if row["identity"] != self._identity or row["sha256"] != self._digests(sizes) or not self._fit(sizes):
+                return None
+            return sizes, row["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _digests(self, sizes: Sequence[int]) -> list[str]:
+        """Of the lines and of the ids."""
+        return [
+            hashlib.sha256(_start(path, size)).hexdigest()
+            for path, size in zip(self._files[1:], sizes[1:], strict=True)
+        ]
+
+    def _fit(self, sizes: Sequence[int]) -> bool:
+        """Whether every line's image is there: the images themselves are too many to be read at each `keep`."""
+        end = 0
+        with open(self._files[0], "rb") as images:
+            for line in map(json.loads, _start(self._files[1], sizes[1]).splitlines()):
+                images.seek(line["offset"])
+                data = images.read(line["size"] + self._tail)
+                if hashlib.sha256(data).hexdigest() != line["sha256"]:
+                    return False
+                end = images.tell()
+        return end == sizes[0]
+
+
+def _start(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
