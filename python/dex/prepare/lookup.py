@@ -209,13 +209,15 @@ class Found:
 
 @dataclass
 class Image:
-    """shard, line: of the set, None where it is not in it. duplicate: the row of one that was left out for another."""
+    """shard, line: of the set, None where it is not in it. duplicate: the row of one that was left out for another;
+    copy_of: the id of that."""
 
     id: str
     shard: dict[str, Any] | None = None
     line: dict[str, Any] | None = None
     place: Place | None = None
     duplicate: dict[str, Any] | None = None
+    copy_of: str = ""
 
 
 def find(root: Path, private: Private | None, texts: Sequence[str]) -> list[Found]:
@@ -236,14 +238,22 @@ def find(root: Path, private: Private | None, texts: Sequence[str]) -> list[Foun
     _in_index(root, manifest, found, groups)
     if private:
         _in_private(private, found, groups)
-        missing = {image.id for one in found for image in one.images.values() if image.line is None}
-        if missing:  # found by their files: where are they in the set?
-            for entry, line in shard_rewrite.lines(root, manifest):
-                if line["id"] in missing:
-                    for one in found:
-                        if image := one.images.get(line["id"]):
-                            image.shard, image.line = entry, line
+        _complete(root, manifest, [image for one in found for image in one.images.values() if image.line is None])
     return found
+
+
+def _complete(root: Path, manifest: dict, images: Sequence[Image]) -> None:
+    """Where in the set are images that were found by their files, and those that others are copies of?"""
+    by_id, by_key = defaultdict(list), defaultdict(list)
+    for image in images:
+        by_id[image.id].append(image)
+        if image.duplicate:
+            by_key[image.duplicate["key"]].append(image)
+    for entry, line in shard_rewrite.lines(root, manifest) if images else ():
+        for image in by_id.get(line["id"], ()):
+            image.shard, image.line = entry, line
+        for image in by_key.get(line["key"], ()):
+            image.copy_of = line["id"]
 
 
 def _in_index(root: Path, manifest: dict, found: Sequence[Found], groups: dict[str, list[tuple[Found, str]]]) -> None:

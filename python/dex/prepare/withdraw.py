@@ -39,15 +39,16 @@ LEFTOVERS = ("chunks", "set", "headers")
 CARD_HTML, CARD_JSON = "card.html", "card.json"
 
 
-class NotFound(ValueError):
-    """A name leads to no image that is in the set."""
+class Impossible(ValueError):
+    """What was asked for names nothing that is in the set, or all of it."""
 
 
 class Outcome(NamedTuple):
     """images: how many were taken out now; patients: of whom; copies: of the images, those that were not named but
     repeat one that was; others: images of the same patients that stay, because single images were named; before, after:
-    the set's fingerprints; knows_copies: False where an earlier version made the set. finished: whether an earlier
-    withdrawal, which was cut short, was finished first; earlier: dates of those that took out what was named before."""
+    the set's fingerprints; seen_by: all that it had before; knows_copies: False where an earlier version made the set.
+    finished: whether an earlier withdrawal, which was cut short, was finished first; earlier: dates of those that took
+    out what was named before."""
 
     images: int
     patients: int
@@ -55,6 +56,7 @@ class Outcome(NamedTuple):
     others: int
     before: str
     after: str
+    seen_by: tuple[str, ...]
     knows_copies: bool
     finished: bool
     earlier: tuple[str, ...]
@@ -72,9 +74,9 @@ class _Chosen(NamedTuple):
 def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
     """Take what `texts` (see `lookup`) name out of the set in `root`, whose private folder is `folder`.
 
-    An earlier call that was cut short is finished first; without a text that is all. NotFound names a text that leads
-    to nothing; ValueError for a set that is damaged, or that would be empty; BlockingIOError when another process
-    withdraws from it; OSError. The set is then as it was.
+    An earlier call that was cut short is finished first; without a text that is all. Impossible for a text that leads
+    to nothing, and where nothing would be left; ValueError for a set that is damaged; BlockingIOError when another
+    process withdraws from it; OSError. The set is then as it was.
     """
     with _alone(root):
         private = Private(folder) if folder.exists() else None
@@ -82,19 +84,21 @@ def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
         if private:
             finished |= _settle_private(root, private)
             private = Private(folder)
+        if not texts and not finished:
+            raise Impossible("ID: expected a patient or an id; no earlier withdrawal is left to be finished")
         found = lookup.find(root, private, texts)
         earlier = tuple(sorted({record.time for one in found for record in one.withdrawn}))
         chosen = _chosen(root, private, found)
         if chosen.kept:
             return _carry_out(root, private, chosen)._replace(finished=finished, earlier=earlier)
         now = shard_rewrite.fingerprint(root)
-        return Outcome(0, 0, 0, 0, now, now, True, finished, earlier)
+        return Outcome(0, 0, 0, 0, now, now, (), True, finished, earlier)
 
 
 def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Chosen:
     for one in found:
-        if not any(image.line for image in one.images.values()) and not one.withdrawn:
-            raise NotFound(_nothing(one, private))
+        if not any(image.line or image.duplicate for image in one.images.values()) and not one.withdrawn:
+            raise Impossible(nothing(one, private))
     images = {name: image for one in found for name, image in one.images.items()}
     groups = frozenset(group for one in found for group in one.groups)
     keys = {image.line["key"] for image in images.values() if image.line}
@@ -108,12 +112,12 @@ def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Cho
     return _Chosen(frozenset(ids.union(line["id"] for _, line in kept)), groups, kept, copies)
 
 
-def _nothing(one: Found, private: Private | None) -> str:
-    """What was looked for, where nothing was found."""
+def nothing(one: Found, private: Private | None) -> str:
+    """Says what was looked for, where nothing was found."""
     if one.images:
         return (
-            f"ID: {one.text} names images that were left out as copies of others, which are in the set; `dex data "
-            "where` lists them: name one that is kept"
+            f"ID: {one.text} names images that were left out as copies of others; this set was made before it was "
+            "written down of which"
         )
     if one.refused:
         return f"ID: {one.text} names what was refused; nothing of it is in the set"
@@ -134,6 +138,10 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
     manifest, _ = read_manifest(root)
     gone = frozenset(line["id"] for _, line in chosen.kept)
     named = {line["group"] for _, line in chosen.kept}
+    if len(gone) == manifest["samples"]:
+        raise Impossible(
+            f"ID: expected some of the set's images; these are all {len(gone):,}: remove {root}, or prepare others"
+        )
     documents, others = _documents(root, manifest, chosen, date)
     change = shard_rewrite.plan(root, gone, documents, date)
     record = trace.Withdrawn(
@@ -152,6 +160,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
         others=others,
         before=change.before,
         after=change.after,
+        seen_by=(*(one["before"] for one in manifest.get("withdrawals", ())), change.before),
         knows_copies=private is None or private.knows_duplicates,
         finished=False,
         earlier=(),

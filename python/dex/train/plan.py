@@ -333,6 +333,13 @@ def _refuse_other_run(folder: FolderState, planned: Plan) -> list[str]:
     if fingerprint != planned.fingerprint:
         if fingerprint == planned.dataset.earlier_fingerprint:
             notes.append(EARLIER_FINGERPRINT)
+        elif withdrawn := planned.dataset.withdrawn_since(fingerprint):
+            count, dates = sum(one.images for one in withdrawn), ", ".join(one.date[:10] for one in withdrawn)
+            refused.append(
+                f"data: {count:,} images were withdrawn from {planned.config.data.path} since ({dates}); the run's "
+                "checkpoints have seen them and cannot go on without: start anew with a new --out, and keep or delete "
+                f"{folder.run} as the withdrawal asks"
+            )
         else:
             place = planned.config.data.path or planned.dataset.name
             refused.append(
