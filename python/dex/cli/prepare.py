@@ -65,6 +65,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
             return failed("dex prepare", error)
         if facts is not None:
             print(f"\n{summary.table(facts)}\n")
+            print(*summary.counts(facts), "", sep="\n")
             for note in summary.notes(facts):
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):

@@ -211,7 +211,7 @@ def _of_files(root: Path, source: sources.Source, private: Path, as_it_is: bool,
         )
         listing = parted(listing, series)
     groups = _grouped(listing, source.modality == AUTO, as_it_is)
-    names = Names(source, _salt(private), listing.common)
+    names = Names(source, _salt(private), listing.common, listing.level.number)
     sizes = [sum(listing.sizes[number] for number in group) for group in groups]
     return Collection(
         listing.digest,

@@ -17,6 +17,7 @@ from .card_style import CSS
 from .filters import DROPPED
 from .label_maps import LABEL_MAP, PROBABILITY_MAP
 from .routing import REASONS, meaning
+from .splits import hints, sides
 
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _BINS = 64  # bars of a histogram
@@ -45,6 +46,8 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
         left_out    [{source, units, refused}]: what gave no image of a known modality, of sources whose files have
                     modalities of their own; may be absent
         withdrawn   [{date, images}]: what was taken out of the set after it was written; may be absent
+        split       [{source, by, images: {train, val}, groups: {kind: {train, val}}, ...}]: as `splits.Split.rows`, a
+                    source each; may be absent
         rules       {name: text, number, list or dict}: what was applied
 
     The JSON holds the facts as they are and, under "examples", modality, source and id of each. ValueError when the
@@ -109,6 +112,7 @@ def _page(facts: dict, examples: list[Example]) -> str:
     sections = (
         ("modalities", "Modalities", _modalities(facts)),
         ("sources", "Sources", _sources(facts)),
+        *((("split", "Train and held out", _held_out(facts)),) if facts.get("split") else ()),
         *((("left-out", "Left out", left_out),) if (left_out := _left_out(facts)) else ()),
         *((("withdrawn", "Withdrawn", withdrawn),) if (withdrawn := _withdrawn(facts)) else ()),
         ("examples", "Examples", _examples(facts, examples)),
@@ -406,6 +410,28 @@ def _licences(facts: dict) -> str:
     )
 
 
+def _held_out(facts: dict) -> str:
+    counted = zip(("train", "held out"), sides(facts), strict=True)
+    rows = "".join(
+        f"<dt>{side}</dt><dd>{images}{groups and f' of {groups}'}</dd>" for side, (images, groups) in counted
+    )
+    said = "".join(f"<li>{escape(hint)}</li>" for hint in hints(facts))
+    how = "".join(
+        f'<tr><th scope="row"><span class="name">{escape(row["source"])}</span></th>'
+        f'<td data-label="Split by"><span>{_SPLIT_BY[row["by"]]}</span></td>'
+        f'<td data-label="Train" class="number">{_n(row["images"]["train"])}</td>'
+        f'<td data-label="Held out" class="number">{_n(row["images"]["val"])}</td></tr>'
+        for row in facts["split"]
+    )
+    return (
+        "<p>What is named here is never on both sides.</p>"
+        f'<dl class="rules">{rows}</dl>{f"<ul>{said}</ul>" if said else ""}'
+        '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col">Split by</th>'
+        '<th scope="col" class="number">Train</th><th scope="col" class="number">Held out</th></tr></thead>'
+        f"<tbody>{how}</tbody></table>"
+    )
+
+
 def _rules(rules: object) -> str:
     if isinstance(rules, dict):
         rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{_rules(value)}</dd>" for key, value in rules.items())
@@ -417,6 +443,14 @@ def _rules(rules: object) -> str:
     return _n(rules) if isinstance(rules, int) else escape(str(rules))
 
 
+_SPLIT_BY = {
+    "patient": "patient",
+    "folder": "folder: all headers name one patient",
+    "study": "study, or file",
+    "series": "series, or file",
+    "stated": "the table or --split",
+    "source": "its description, all to one side",
+}
 _SIMULATED = '<span class="mark simulated">simulated</span>'
 _PARTLY = '<span class="mark simulated">partly simulated</span>'
 _PRIVATE = '<span class="mark">private</span>'

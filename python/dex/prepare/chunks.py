@@ -33,7 +33,7 @@ from dex.common import atomic
 
 from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, read_units
-from .ids import Names, split_of
+from .ids import Names
 from .readers.stack import Refused
 from .slices import Slice, enough, slices
 from .sources import Source
@@ -57,8 +57,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A chunk to be done. name: of its files; private: the private folder; listing: the source's units; common: as in
-    `discover.Listing`."""
+    """A chunk to be done. name: of its files; private: the private folder; listing: the source's units; common, level:
+    as in `discover.Listing`."""
 
     name: str
     private: Path = field(repr=False)
@@ -68,6 +68,7 @@ class Job:
     root: Path = field(repr=False)
     salt: bytes = field(repr=False)
     common: int
+    level: int
     settings: Settings
     limits: readers.Limits
     withdrawn: frozenset[str] = field(default=frozenset(), repr=False)
@@ -220,7 +221,7 @@ class UnitWork:
     def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: _Files, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
         self._counts, self._before = counts, counts.seen
-        self._names = Names(job.source, job.salt, job.common)
+        self._names = Names(job.source, job.salt, job.common, job.level)
         self._source = job.source.for_format(unit.format)
         self._path = unit.files[0].path
         self._modality = ""  # of the stack that is being worked on
@@ -315,10 +316,11 @@ class UnitWork:
     def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
         """number: among the unit's stacks that are used; order: among all that its reader gives."""
         settings = self._job.settings
-        source, group = self._admitted(stack), self._group(stack)
+        source, kept_together = self._admitted(stack), self._kept_together(stack)
+        group = kept_together["group"]
         common = {
-            "group": group,
-            "split": source.split or split_of(group, source.val_share),
+            **kept_together,
+            "split": source.split,
             "unit": self._number,
             "stack": number,
             "volume": bool(stack.volume),
@@ -357,17 +359,29 @@ class UnitWork:
             stack.rescale(source.slope, source.intercept)
         return source
 
-    def _group(self, stack: readers.Stack) -> str:
-        """The name of the stack's patient."""
-        alone = not readers.reader_of(self._unit.format).whole_folders
-        return self._names.group(self._path, stack.patient, alone)
-
     def _volume(self, order: int) -> int | None:
         """The number of a stack's volume in its file, where the description asks for others than the first."""
         volumes = self._source.volumes
         if volumes in ("first", "mean") or "volumes" not in readers.reader_of(self._unit.format).choices:
             return None
         return order * (int(volumes) if volumes.isdecimal() else 1)
+
+    def _kept_together(self, stack: readers.Stack) -> dict[str, Any]:
+        """What `splits` must know of a stack: its patient, and what it is of where patients are too few."""
+        names, alone = self._names, not readers.reader_of(self._unit.format).whole_folders
+        group = names.identity(self._path, stack.patient, alone)
+        line: dict[str, Any] = {"group": group.name, "by": group.by}
+        if group == names.identity(self._path, "", alone):
+            place = group
+        else:
+            place = names.folder(self._path, alone)
+            line["folder"] = place.name
+        if alone:
+            return line if place.by == "file" else line | {"file": names.part("file", self._unit.key)}
+        identity = stack.patient, stack.study
+        series = stack.series.partition("\0")[0]  # its stacks show one anatomy
+        line["series"] = names.part("series", *identity, series or self._unit.key)
+        return line | ({"study": names.part("study", *identity)} if stack.study else {})
 
     def _enough(self) -> int | None:
         """As `slices.enough`; None where the name makes every pixel count."""

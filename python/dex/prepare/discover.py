@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import readers
+from .folders import Level, Place, level_of
 from .label_maps import suspicious
-from .sources import AUTO, FROM_FOLDERS, Source
+from .sources import AUTO, BY_FOLDER, FROM_FOLDERS, Source
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
@@ -59,7 +60,7 @@ class Listing(NamedTuple):
     """lines: one a unit, in order; sizes: the bytes of each unit's files; digest: sha256 (hex) of paths, sizes and
     times, another one means that the input has changed; large: the numbers of the units that `parted` parts; ignored:
     what was passed over, by reason; common: the number of folders that all paths begin with; passed_over: path ->
-    reason, of each of these files."""
+    reason, of each of these files; level: which folder tells patients apart."""
 
     lines: list[bytes]
     sizes: list[int]
@@ -70,6 +71,7 @@ class Listing(NamedTuple):
     common: int
     ignored: dict[str, int]
     passed_over: dict[str, str]
+    level: Level
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -139,6 +141,7 @@ def discover(source: Source, root: Path) -> Listing:
         len(common or ()),
         dict(sorted(ignored.items())),
         passed_over,
+        _level(source, units, len(common or ())),
     )
 
 
@@ -212,6 +215,13 @@ def is_unchanged(root: Path, file: File) -> bool:
     except OSError:
         return False
     return status.st_size == file.size and file.mtime_ns in (0, status.st_mtime_ns)
+
+
+def _level(source: Source, units: Iterable[Unit], common: int) -> Level:
+    if source.patient == BY_FOLDER:
+        return Level(common)
+    places = (Place(tuple(unit.files[0].path.split("/")[:-1]), unit.format == "picture") for unit in units)
+    return level_of(places, common, source.val_share)
 
 
 def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[File]:

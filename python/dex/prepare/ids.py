@@ -11,11 +11,12 @@ import hmac
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
 from dex.common import atomic
 
-from .sources import Source
+from .sources import BY_FOLDER, Source
 
 SALT, SALT_BYTES = "salt", 32
 _MAX_NAME = 200
@@ -34,16 +35,26 @@ def read_salt(folder: Path) -> bytes:
     return salt
 
 
+class Group(NamedTuple):
+    """What keeps a patient's images together. by: "patient" where it is named, "folder" where a folder stands for it,
+    "file" where only the file itself does."""
+
+    name: str
+    by: str
+
+
 class Names:
     """The names of one source's samples.
 
-    common: the number of folders that all paths of the source begin with; the first one that tells patients apart is
-    the next.
+    common: the number of folders that all paths of the source begin with; level: the number of the folder in a path
+    that tells patients apart (`folders.level_of`), without it the first one after those.
     """
 
-    def __init__(self, source: Source, salt: bytes, common: int = 0):
+    def __init__(self, source: Source, salt: bytes, common: int = 0, level: int | None = None):
         self._source, self._salt, self._common = source, salt, common
-        self._patient = re.compile(source.patient) if source.patient else None
+        self._level = common if level is None else level
+        self._folders = source.patient == BY_FOLDER
+        self._patient = re.compile(source.patient) if source.patient and not self._folders else None
 
     def sample(self, key: str, label: str) -> str:
         """The id of one image: unit `key` (a path below the root), `label` unique in the unit."""
@@ -58,20 +69,50 @@ class Names:
         return "/".join(part for part in (self._source.name, _safe(key)) if part)
 
     def group(self, path: str, patient: str, alone: bool = True) -> str:
-        """What keeps a patient's images together. path: of a file, below the root; patient: the header's, or "";
-        alone: False where the files beside it may be the same patient's."""
-        match = self._patient.search(path) if self._patient else None
-        if match and match.group(1):
-            return self._folder(match.group(1))
+        """The name of `identity`'s group."""
+        return self.identity(path, patient, alone).name
+
+    def identity(self, path: str, patient: str, alone: bool = True, stated: str = "") -> Group:
+        """The group of a file's images. path: below the root; patient: the header's, or ""; alone: False where the
+        files beside it may be the same patient's; stated: the patient by a table, or ""."""
+        if stated:
+            return Group(self.patient(stated), "patient")
+        if (found := self.in_path(path)) is not None:
+            return Group(self._folder(found), "patient")
+        if self._folders:
+            return self.folder(path, alone)._replace(by="patient")
+        if not _NOBODY.fullmatch(" ".join(patient.split())):
+            return Group(self.patient(patient), "patient")
+        return self.folder(path, alone)
+
+    def patient(self, patient: str) -> str:
+        """The group of a patient by a header or a table. Without the source: a patient may be in several."""
         patient = " ".join(patient.split())
-        if not _NOBODY.fullmatch(patient):
-            if self._source.public:
-                return "patient-" + hashlib.sha256(patient.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-            return self._hash("patient", patient)  # without the source: a patient may be in several
-        parts = path.split("/")
-        if not alone:
-            parts[-1] = ""
-        return self._folder("/".join(parts[: self._common + 1]))
+        if self._source.public:
+            return "patient-" + hashlib.sha256(patient.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return self._hash("patient", patient)
+
+    def in_path(self, path: str) -> str | None:
+        """The patient that the source's pattern finds in a path."""
+        match = self._patient.search(path) if self._patient else None
+        return (match.group(1) or None) if match else None
+
+    def folder(self, path: str, alone: bool = True) -> Group:
+        """What stands for the patient where none is named. Folders above the one that tells patients apart are left
+        out, so that `CT/p1` and `MR/p1` are one."""
+        *folders, _ = path.split("/")
+        if 0 <= self._level < len(folders):
+            return Group(self._folder("/".join([*folders[: self._common], folders[self._level]])), "folder")
+        if alone:
+            return Group(self._folder(path), "file")
+        return Group(self._folder("/".join([*folders, ""])), "folder")
+
+    def part(self, kind: str, *identity: str) -> str:
+        """The name of a study, a series or a file, which is less than a patient."""
+        if self._source.public:
+            digest = hashlib.sha256("\0".join(identity).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            return f"{self._source.name}/{kind}-{digest}"
+        return self._hash(kind, self._source.name, *identity)
 
     def _folder(self, name: str) -> str:
         if self._source.public:
@@ -84,10 +125,9 @@ class Names:
         return hmac.digest(self._salt, message, "sha256")[:16].hex()
 
 
-def split_of(group: str, val_share: float) -> str:
-    """ "train" or "val", by the hash of the group alone."""
-    place = int.from_bytes(hashlib.sha256(b"dex split\0" + group.encode()).digest()[:8], "big")
-    return "val" if place < val_share * 2**64 else "train"
+def place_of(group: str) -> int:
+    """Where the hash of a group's name lies, 0 <= place < 2**64."""
+    return int.from_bytes(hashlib.sha256(b"dex split\0" + group.encode()).digest()[:8], "big")
 
 
 def _safe(name: str) -> str:

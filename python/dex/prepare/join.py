@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 from dex.common import atomic
 from dex.data import ShardWriter
 
-from . import card, duplicates, filters, modalities, normalise, trace
+from . import card, duplicates, filters, modalities, normalise, splits, trace
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths
 from .sources import PACKAGES, Source
 
@@ -39,10 +39,14 @@ class NothingKept(ValueError):
 
 
 class Part(NamedTuple):
-    """The chunks of one source, in order."""
+    """The chunks of one source, in order. sides: of patients by their groups, as the user gave them; default: of all
+    others, "" where they are drawn. sure: whether folders may be taken for patients (`folders.Level`)."""
 
     source: Source
     chunks: Sequence[str]
+    sides: Mapping[str, str] = {}
+    default: str = ""
+    sure: bool = True
 
 
 class _Row(NamedTuple):
@@ -62,12 +66,11 @@ class _Table:
     hashes: np.ndarray  # uint8 [n, 32]
     stack: np.ndarray  # int64 [n], numbered through the whole run
     volume: np.ndarray  # bool [n]
-    group: np.ndarray  # int64 [n], numbered through the whole run
-    val: np.ndarray  # bool [n]
     text: np.ndarray  # bool [n]
     row: np.ndarray  # int64 [n]
     rows: list[_Row]
     counts: list[Counts]  # of each source
+    stacks: splits.Columns
 
 
 def join(
@@ -75,18 +78,18 @@ def join(
 ) -> tuple[Path, dict[str, Any]]:
     """Write the shard set of all chunks to `private/set`; returns that folder and the card's facts.
 
-    The first of several equal or alike images is kept. A patient who would stand on both sides (two sources may ask
-    for that) stands in "val". Where the hashes of a few patients leave nothing to train on, and no source asks for
-    that, all stand in "train". NothingKept; ChunkFault.
+    The first of several equal or alike images is kept; `splits` says what is held out. NothingKept; ChunkFault;
+    splits.BothSides.
     """
     table = _read(parts, private)
-    say(f"looking for duplicates among {len(table.val):,} images")
+    say(f"looking for duplicates among {len(table.stack):,} images")
     kind, of = duplicates.find(table.pixels, table.hashes, table.stack, table.volume)
     keep = kind == duplicates.KEEP
-    table.val = np.isin(table.group, np.unique(table.group[table.val]))
-    if table.val[keep].all() and all(part.source.split != "val" and part.source.val_share < 1 for part in parts):
-        table.val = np.zeros_like(table.val)
-    facts = _facts(parts, settings, table, kind, of)
+    images = np.bincount(table.stack[keep], minlength=len(table.stacks.part))
+    split = splits.draw(table.stacks, images, [part.source for part in parts])
+    for row, part in zip(split.rows, parts, strict=True):
+        row["sure"] = part.sure
+    facts = _facts(parts, settings, table, split, kind, of)
     if not keep.any():
         small = sum(counts.dropped["too small"] for counts in table.counts)
         hint = "; of thick slices --planes stored takes what was acquired" if small else ""
@@ -121,8 +124,8 @@ def join(
                                 data,
                                 kind=line["kind"],
                                 modality=row.source.modality,
-                                split="val" if table.val[number] else "train",
-                                group=line["group"],
+                                split="val" if split.val[table.stack[number]] else "train",
+                                group=splits.name_of(line, int(split.level[table.stack[number]])),
                                 meta=_meta(row.source, line),
                                 checked=True,
                             )
@@ -173,12 +176,12 @@ def _rows(parts: Sequence[Part], counts: Sequence[Counts]) -> list[_Row]:
 
 
 def _read(parts: Sequence[Part], private: Path) -> _Table:
-    columns = [bytearray() for _ in range(3)]
+    columns = [bytearray() for _ in range(2)]
     stacks, flags, numbers = bytearray(), bytearray(), bytearray()
     counts = [_total(private, part) for part in parts]
     rows = _rows(parts, counts)
     places = {(row.part, row.source.modality): number for number, row in enumerate(rows)}
-    stack, place = -1, None
+    stacked, stack, place = splits.Stacks(), -1, None
     for number, part in enumerate(parts):
         before = len(flags)
         for name in part.chunks:
@@ -186,11 +189,11 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
                 if place != (name, line["unit"], line["stack"]):
                     place = (name, line["unit"], line["stack"])
                     stack += 1
+                    stacked.add(number, splits.side_of(line, part.sides, part.default))
                 columns[0] += bytes.fromhex(line["pixels_sha256"])
                 columns[1] += bytes.fromhex(line["dhash"])
-                columns[2] += hashlib.sha256(line["group"].encode()).digest()[:8]
                 stacks += stack.to_bytes(8, "little")
-                flags.append((line["split"] == "val") | line["volume"] << 1 | line["text"] << 2)
+                flags.append(line["volume"] << 1 | line["text"] << 2)
                 numbers += places[number, line.get("modality", part.source.modality)].to_bytes(4, "little")
         if len(flags) - before != counts[number].kept:
             raise RuntimeError(
@@ -202,12 +205,11 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
         hashes=np.frombuffer(columns[1], np.uint8).reshape(-1, 32),
         stack=np.frombuffer(stacks, "<i8"),
         volume=(flag & 2).astype(bool),
-        group=np.unique(np.frombuffer(columns[2], "<u8"), return_inverse=True)[1],
-        val=(flag & 1).astype(bool),
         text=(flag & 4).astype(bool),
         row=np.frombuffer(numbers, "<u4").astype(np.int64),
         rows=rows,
         counts=counts,
+        stacks=stacked.columns(),
     )
 
 
@@ -282,10 +284,11 @@ def _choose(table: _Table, keep: np.ndarray) -> set[int]:
 
 
 def _facts(
-    parts: Sequence[Part], settings: Settings, table: _Table, kind: np.ndarray, of: np.ndarray
+    parts: Sequence[Part], settings: Settings, table: _Table, split: splits.Split, kind: np.ndarray, of: np.ndarray
 ) -> dict[str, Any]:
     """All of the card but the histograms, which the second pass brings."""
     keep = kind == duplicates.KEEP
+    held = split.val[table.stack]
     sources = []
     for number, row in enumerate(table.rows):
         of_row, source, counts = table.row == number, row.source, row.counts
@@ -309,9 +312,9 @@ def _facts(
                 "seen": counts.seen,
                 "dropped": {reason: dropped[reason] for reason in filters.DROPPED if dropped[reason]},
                 "kept": int(kept.sum()),
-                "train": int((kept & ~table.val).sum()),
-                "val": int((kept & table.val).sum()),
-                "patients": len(np.unique(table.group[kept])),
+                "train": int((kept & ~held).sum()),
+                "val": int((kept & held).sum()),
+                "patients": split.patients(table.stacks, np.unique(table.stack[kept])),
                 "text_suspected": int((kept & table.text).sum()),
                 "burned_in_declared": counts.burned_in,
                 **({"nan_as_background": counts.masked} if counts.masked else {}),
@@ -332,8 +335,9 @@ def _facts(
         "bits": settings.bits,
         "encoding": settings.encoding,
         "images": int(keep.sum()),
-        "train": int((keep & ~table.val).sum()),
-        "val": int((keep & table.val).sum()),
+        "train": int((keep & ~held).sum()),
+        "val": int((keep & held).sum()),
+        "split": split.rows,
         "modalities": listed,
         "sources": sources,
         "duplicates": _pairs(table, kind, of),
@@ -385,8 +389,8 @@ def _rules(listed: Sequence[_Row], settings: Settings) -> dict[str, Any]:
         "burned-in annotation": "kept although declared" if settings.allow_burned_in else "refused when declared",
         "suspected text": "counted, not dropped",
         "splits": (
-            "all images of a patient on one side, by the hash of the patient or as the source says; a patient on both "
-            "sides goes to val; where no hash says train, all go there"
+            "all images of a patient on one side, by the hash of the patient or as the source says; where patients are "
+            "too few, of a study, a series or a file"
         ),
     }
 

@@ -63,6 +63,7 @@ class _Listed(NamedTuple):
     salt: bytes | None
     common: int
     prefix: str
+    level: int
     by_series: frozenset[str]
     """Keys of units that are called by their first file: a series of a large folder."""
     folders: frozenset[str]
@@ -72,7 +73,7 @@ class _Listed(NamedTuple):
         """Its names, if its paths named patients by this pattern; None without the salt."""
         if self.salt is None and not self.source.public:
             return None
-        return Names(replace(self.source, patient=patient), self.salt or b"", self.common)
+        return Names(replace(self.source, patient=patient), self.salt or b"", self.common, self.level)
 
 
 class Private:
@@ -109,7 +110,8 @@ class Private:
                 series.update([unit["key"]] if unit["key"] == first else ())
                 folders.update([unit["key"]] if len(unit["files"]) > 1 else ())
         where = (source.name, entry.get("root", ""))
-        return _Listed(*where, source, salt, common, prefix, frozenset(series), frozenset(folders))
+        level = entry.get("level", [common])[0]
+        return _Listed(*where, source, salt, common, prefix, level, frozenset(series), frozenset(folders))
 
     def _units(self, number: int) -> Iterator[dict[str, Any]]:
         yield from _rows(self.folder / trace.UNITS / f"{number:03d}.jsonl")

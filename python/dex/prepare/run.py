@@ -38,7 +38,7 @@ from dex.common import atomic, exits
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
-from . import chunks, join, packages, readers, scan, trace, workers
+from . import chunks, join, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, read_salt
@@ -167,7 +167,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
             del listing
         plan = {
             "format": "dex-plan",
-            "version": 2,
+            "version": 3,
             "settings": dataclasses.asdict(options.settings),
             "limits": dataclasses.asdict(options.limits),
             "versions": {"pixels": PIXELS} | {name: _version(name) for name in _decoders()},
@@ -237,7 +237,7 @@ class Run:
             except join.NothingKept as error:
                 self._log_if_possible("failed", reason=str(error))
                 raise Failed(f"{error}. Each refusal's reason is in {self._private / LOG}") from None
-            except (Failed, join.ChunkFault) as error:
+            except (Failed, join.ChunkFault, splits.BothSides) as error:
                 self._log_if_possible("failed", reason=str(error))
                 raise Failed(str(error)) from None
             except Exception as error:
@@ -302,7 +302,11 @@ class Run:
     def _join(self) -> dict[str, Any]:
         self._check_readable(self._counts(self._pieces), self._pieces)
         parts = [
-            join.Part(one.source, [piece.name for piece in self._pieces if piece.planned is one])
+            join.Part(
+                one.source,
+                [piece.name for piece in self._pieces if piece.planned is one],
+                sure=one.entry["level"][1],
+            )
             for one in self._planned
         ]
         folder, facts = join.join(parts, self._private, self._options.settings, self._say)
@@ -336,6 +340,7 @@ class Run:
             root=piece.planned.root,
             salt=self._salt,
             common=piece.planned.entry["common"],
+            level=piece.planned.entry["level"][0],
             settings=self._options.settings,
             limits=self._options.limits,
             withdrawn=frozenset(name for record in self._withdrawn for name in (*record.ids, *record.groups)),
@@ -448,6 +453,7 @@ def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
         "bytes": sum(listing.sizes),
         "formats": listing.formats,
         "common": listing.common,
+        "level": listing.level,
         "chunks": [list(chunk) for chunk in listing.chunks],
     }
 

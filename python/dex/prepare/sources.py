@@ -33,6 +33,8 @@ PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
 """The name of a source that is a folder and nothing else: what a folder is called may be a patient's name."""
+BY_FOLDER = "folder"
+"""What `patient` says where a folder names the patient, whatever headers say."""
 MAX_YAML_BYTES = 2**20
 
 
@@ -100,9 +102,9 @@ class Source:
         "crop" for fundus, pathology, endoscopy and clinical photography, else "pad".
     tiles: square cut-outs of large pictures.
     whole: False where only the tiles are images and the whole picture is not (text around an ultrasound sector).
-    patient: a regular expression searched in the relative path, whose group 1 names the patient. "": the header's
-        patient, else the first folder, else the file.
-    split: "train" or "val" for all of it. "": by the hash of the patient, `val_share` of the patients are "val".
+    patient: a regular expression searched in the relative path, whose group 1 names the patient; "folder": the first
+        folder that the paths do not share. "": the header's patient, else a folder (`folders`), else the file.
+    split: "train" or "val" for all of it. "": `val_share` of the images are "val", by whole patients (`splits`).
     images: the number that a catalogue counts, None where unknown.
     public: ids are readable. Others get salted hashes.
     package: the public package that the files come with; `files` are then its members.
@@ -173,12 +175,12 @@ class Source:
         _require(self.whole or len(self.tiles) > 0, "whole", "tiles, where the whole picture is left out", self.whole)
         for name in ("files", "exclude"):
             _check_patterns(name, getattr(self, name))
-        if self.patient:
+        if self.patient and self.patient != BY_FOLDER:
             try:
                 groups = re.compile(self.patient).groups
             except re.error as error:
                 raise ValueError(f"patient: expected a regular expression; {error}") from None
-            _require(groups >= 1, "patient", "a regular expression with a group", self.patient)
+            _require(groups >= 1, "patient", "'folder', or a regular expression with a group", self.patient)
 
     def _check_modality(self) -> None:
         if self.routed:

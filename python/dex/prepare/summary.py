@@ -17,6 +17,7 @@ from dex.common.units import duration
 from .chunks import Counts
 from .filters import WITHDRAWN
 from .label_maps import LABEL_MAP
+from .splits import hints, sides
 
 _EVERY = 5.0  # seconds between lines off a terminal
 _EVERY_ON_BAR = 0.25
@@ -143,11 +144,15 @@ def table(facts: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
+def counts(facts: Mapping[str, Any]) -> list[str]:
+    """What is trained on and what is held out: images, and what was kept whole."""
+    train, val = (f"{count} of {groups}" if groups else count for count, groups in sides(facts))
+    return [f"train:    {train}", f"held out: {val}"]
+
+
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """What somebody who is about to train on the set should know first."""
-    said = []
-    if not facts["val"]:
-        said.append("no image is held out: too few patients, or none by chance; val_share or split in a description")
+    said = list(hints(facts))
     if not facts["train"]:
         said.append("no image to train on: all patients came to val; split: train in a description")
     refused: Counter[str] = Counter()

@@ -239,7 +239,7 @@ class _Look(UnitWork):
         if stack.length is None:
             self._survey.lengthless += 1
             self._survey.leaves.setdefault(Leaf(kind, "", *stack.shape), Alike()).add(Alike(1))
-        self._survey.groups.add(self._group(stack))
+        self._survey.groups.add(self._kept_together(stack)["group"])
 
     def _may_be_labels(self, source: Source) -> bool:
         reader = readers.reader_of(self._unit.format)

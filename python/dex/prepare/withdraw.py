@@ -221,6 +221,7 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
         if (row["name"], line["group"]) not in left:
             row["patients"] -= 1
             left.add((row["name"], line["group"]))
+    _subtract_sides(facts, root, chosen)
     for name in {line["modality"] for _, line in chosen.kept}:
         here = [(entry, line) for entry, line in chosen.kept if line["modality"] == name]
         _subtract(next(row for row in facts["modalities"] if row["name"] == name), root, here)
@@ -230,6 +231,16 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
     facts["withdrawn"] = [*facts.get("withdrawn", ()), {"date": date, "images": len(gone)}]
     page, numbers = card.build(facts, _examples(root, manifest, facts, shown, gone))
     return {CARD_HTML: page, CARD_JSON: numbers}, len(stay)
+
+
+def _subtract_sides(facts: dict, root: Path, chosen: _Chosen) -> None:
+    """From what the card says of the split: images, and no longer how many patients or files they are of."""
+    rows = {row["source"]: row for row in facts.get("split", ())}
+    for entry, line in chosen.kept:
+        row = rows.get(shard_rewrite.meta(root, entry, line).get("source", ""))
+        if row is not None:
+            row["images"][line["split"]] -= 1
+            row["groups"] = {}
 
 
 def _row_of(facts: dict, root: Path, entry: dict, line: dict) -> dict[str, Any]:

@@ -104,4 +104,4 @@ def save_series(root, patient, count, names, **tags):
         scale = {"RescaleSlope": 1, "RescaleIntercept": 0, "PixelSpacing": [1, 1], "Modality": "CT"}
         deep = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1}
         identity = {"SeriesInstanceUID": f"1.2.{patient}", "PatientID": f"MRN-{patient}"}
-        save_dicom(root / next(names), values, **place, **scale, **deep, **identity, **tags)
+        save_dicom(root / next(names), values, **{**place, **scale, **deep, **identity, **tags})

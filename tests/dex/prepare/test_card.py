@@ -491,3 +491,12 @@ def test_what_was_left_out_has_a_section_of_its_own(facts):
 
 def test_every_reason_to_leave_a_file_out_is_explained():
     assert all(_MEANING[reason] for reason in (*REASONS, LABEL_MAP, PROBABILITY_MAP))
+
+
+def test_what_is_held_out_is_counted_and_what_is_unsure_is_said(facts):
+    assert "Train and held out" not in build(facts)[0].decode()
+    row = {"source": "a<b>", "by": "series", "images": {"train": 90, "val": 10}, "fits": True, "sure": True}
+    row |= {"groups": {"file": {"train": 18, "val": 2}}, "wanted": 0.05, "patients": 2}
+    page = build(facts | {"split": [row]})[0].decode()
+    assert "18 files" in page and "of 2 files" in page and "a&lt;b&gt;" in page
+    assert "2 patients, by headers and folders, are too few" in page and "--patient" in page

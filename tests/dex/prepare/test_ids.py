@@ -5,7 +5,7 @@ import os
 import pytest
 from small_runs import SALT, described
 
-from dex.prepare.ids import Names, read_salt, split_of
+from dex.prepare.ids import Names, place_of, read_salt
 
 
 def test_private_names_are_salted_and_hold_nothing():
@@ -47,13 +47,10 @@ def test_public_names_are_safe_and_different():
         assert text.isascii() and text.isprintable() and not set(text) & set(" \"'<>&;|$`\\*?") and len(text) < 300
 
 
-def test_split_is_a_share_and_a_function_of_the_group():
-    groups = [f"{i:032x}" for i in range(20000)]
-    val = [split_of(group, 0.05) == "val" for group in groups]
-    assert 0.045 < sum(val) / len(val) < 0.055
-    assert {split_of(group, 0.0) for group in groups} == {"train"}
-    assert {split_of(group, 1.0) for group in groups} == {"val"}
-    assert all(split_of(group, 0.2) == "val" for group, here in zip(groups, val, strict=True) if here)
+def test_the_place_of_a_name_is_even_and_its_own():
+    places = [place_of(f"{i:032x}") / 2**64 for i in range(20000)]
+    assert 0.045 < sum(place < 0.05 for place in places) / len(places) < 0.055
+    assert 0 <= min(places) and max(places) < 1 and len(set(places)) == len(places)
 
 
 def test_salt_is_made_once_for_the_owner_alone(tmp_path):

@@ -12,6 +12,7 @@ from small_runs import digest, lines, picture, save_series, source, start
 from dex.data import ShardDataset
 from dex.prepare import discover, readers, scan
 from dex.prepare import run as prepare
+from dex.prepare.summary import notes
 
 
 @pytest.fixture
@@ -87,8 +88,8 @@ def test_a_damaged_record_of_headers_is_made_anew(flat, tmp_path, monkeypatch):
     assert digest(tmp_path / "out") == want
 
 
-def test_unknown_patients_of_a_flat_folder_stay_together(flat, tmp_path):
-    """Nobody knows whose the series are, so they may be one patient's."""
+def test_unknown_patients_of_a_flat_folder_are_parted_by_series(flat, tmp_path):
+    """Nobody knows whose the series are: they may be one patient's, and that is said."""
     root = tmp_path / "unknown"
     for series in range(3):
         save_series(root, series, 5, (f"{number:03d}.dcm" for number in range(series, 100, 3)))
@@ -96,8 +97,13 @@ def test_unknown_patients_of_a_flat_folder_stay_together(flat, tmp_path):
         data = pydicom.dcmread(path)
         data.PatientID = "ANONYMOUS"
         data.save_as(path)
-    start([source(root, "unknown", "CT")], tmp_path / "out")
-    assert len(lines(tmp_path / "out")) == 15 and len({row["group"] for row in lines(tmp_path / "out")}) == 1
+    facts, _ = start([source(root, "unknown", "CT", val_share=0.3)], tmp_path / "out")
+    rows = lines(tmp_path / "out")
+    assert len(rows) == 15 and len({row["group"] for row in rows}) == 3 and facts["sources"][0]["patients"] == 0
+    assert {row["split"] for row in rows} == {"train", "val"}
+    assert len({(row["group"], row["split"]) for row in rows}) == 3  # no series is torn
+    (note,) = notes(facts)
+    assert "1 patient, by headers and folders, is too few" in note and "split by series" in note
 
 
 @pytest.mark.slow

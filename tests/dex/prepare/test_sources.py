@@ -139,7 +139,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "files: [a/../../b]\n", "files: expected patterns relative to the root"),
         (SMALL + "files: ['[z-a]']\n", "patterns: expected such as"),
         (SMALL + "patient: '('\n", "patient: expected a regular expression"),
-        (SMALL + "patient: 'p[0-9]+'\n", "patient: expected a regular expression with a group"),
+        (SMALL + "patient: 'p[0-9]+'\n", "patient: expected .folder., or a regular expression with a group"),
         (SMALL + "tiles: [{size: 0, stride: 1}]\n", "tiles.size: expected at least 1; got 0"),
         (SMALL + "tiles: [{size: 9, stride: 0}]\n", "tiles.stride: expected at least 1; got 0"),
         (SMALL + "tiles: [{size: 9, stride: 1, box: [0, 0, 8, 9]}]\n", "tiles.box: expected left, top"),

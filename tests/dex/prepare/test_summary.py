@@ -8,7 +8,7 @@ from small_runs import start
 
 from dex.prepare import summary, workers
 from dex.prepare.chunks import Counts
-from dex.prepare.summary import Progress, notes, table
+from dex.prepare.summary import Progress, counts, notes, table
 
 
 def test_a_long_unit_says_how_far_it_is(here, two, tmp_path, monkeypatch, capsys):
@@ -46,7 +46,7 @@ def facts(**changed):
     """What a card says of a run, of one source where little went wrong."""
     one = {"name": "mine", "modality": "CT", "simulated": False, "units": 1234, "seen": 100, "kept": 90}
     one |= {"train": 80, "val": 10, "dropped": {"blank": 10}, "refused": {}, "text_suspected": 0} | changed
-    return {"sources": [one], "train": one["train"], "val": one["val"]}
+    return {"sources": [one], "train": one["train"], "val": one["val"], "images": one["train"] + one["val"]}
 
 
 def test_the_table_names_every_source_and_the_sum():
@@ -59,8 +59,15 @@ def test_the_table_names_every_source_and_the_sum():
 
 def test_notes_say_what_is_to_be_known_before_training():
     assert notes(facts()) == []
-    (note,) = notes(facts(val=0))
-    assert note.startswith("no image is held out")
+    row = {
+        "source": "mine",
+        "by": "patient",
+        "images": {"train": 90, "val": 0},
+        "groups": {"patient": {"train": 1, "val": 0}},
+    }
+    split = [row | {"wanted": 0.05, "patients": 1, "fits": False, "sure": True}]
+    (note,) = notes(facts(val=0) | {"split": split})
+    assert note.startswith("mine: no image is held out") and "--split FILE" in note
     (note,) = notes(facts(train=0))
     assert note.startswith("no image to train on")
     assert notes(facts(dropped={"too small": 50})) == []
@@ -68,6 +75,16 @@ def test_notes_say_what_is_to_be_known_before_training():
     assert note.startswith("51 slices are too small") and "planes: stored" in note
     (note,) = notes(facts(text_suspected=1200))
     assert "burned-in text is suspected in 1,200 of the images" in note
+
+
+def test_both_sides_are_counted():
+    groups = {"patient": {"train": 1200, "val": 1}, "file": {"train": 2, "val": 0}}
+    split = {"split": [{"groups": groups}, {"groups": {"patient": {"train": 0, "val": 3}}}]}
+    assert counts(facts(train=950, val=50, kept=1000) | split) == [
+        "train:    950 images of 1,200 patients, 2 files",
+        "held out: 50 images (5.0 %) of 4 patients",
+    ]
+    assert counts(facts()) == ["train:    80 images", "held out: 10 images (11.1 %)"]  # of a set made before
 
 
 def test_a_line_says_what_is_done_and_what_is_left(monkeypatch, capsys):

@@ -1,0 +1,332 @@
+"""Which images are held out: whole patients where there are enough of them, else what is smaller, and said so.
+
+What may not be torn is an atom. Of each source the first of these levels is taken whose atoms leave a share of images
+between half of `val_share` and three times it to be held out; where none does, the one that comes nearest:
+
+    patient   the patient that header, table or --patient names; where none is named, the folder, or the file itself
+    study     DICOM studies, and files of other formats
+    series    DICOM series, and files of other formats
+
+A patient who is named stays whole at every level, unless no other one is named in the source. An atom is held out when
+the hash of its name says so, as long as that comes to such a share, else atoms are taken in the order of the hashes,
+each that brings the share nearer. So the sides are a function of names, number of images and `val_share` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ids import place_of
+from .sources import Source
+
+PATIENT, FOLDER, FILE, STUDY, SERIES = KINDS = ("patient", "folder", "file", "study", "series")
+"""What an atom can be."""
+TRAIN, VAL = "train", "val"
+STATED, WHOLE = "stated", "source"
+"""How a source is split where nothing is drawn: by the table or `--split`, or as all of it."""
+LEVELS = (PATIENT, STUDY, SERIES)
+HOW = "--patient says who is whose, --split FILE what is held out"
+LEAST, MOST = 0.5, 3.0
+"""Of the share that is wanted: with less or more held out, the next level is tried."""
+
+_NAMED, _IN_HEADER = 1, 2  # flags of a stack: its patient is named; by its header
+
+
+class BothSides(ValueError):
+    """Something that may not be torn is on both sides of what the user gave."""
+
+
+class Side(NamedTuple):
+    """Of a stack. atoms: the name of its atom at each level. folder: what its place alone would make of it, where its
+    header names the patient. kinds: of the atoms."""
+
+    atoms: tuple[str, str, str]
+    folder: str
+    kinds: tuple[str, str, str]
+    fixed: str
+
+
+def side_of(line: Mapping[str, Any], sides: Mapping[str, str], default: str) -> Side:
+    """From a line of a chunk. sides: of patients by their groups, as the user gave them; default: of all others."""
+    group, by = line["group"], line["by"]
+    finest, kind = line.get("series") or line.get("file", group), SERIES if "series" in line else FILE
+    kinds = (by, STUDY if "study" in line else kind, kind)
+    fixed = line["split"] or sides.get(group, default)
+    return Side((group, line.get("study", finest), finest), line.get("folder", group), kinds, fixed)
+
+
+class Stacks:
+    """The stacks of all sources, in order, as columns."""
+
+    def __init__(self) -> None:
+        self._places, self._kinds, self._flags = bytearray(), bytearray(), bytearray()
+        self._fixed, self._parts = bytearray(), bytearray()
+
+    def add(self, part: int, side: Side) -> None:
+        """part: the number of its source."""
+        names = (*side.atoms, side.folder)
+        places = {name: place_of(name).to_bytes(8, "little") for name in set(names)}
+        for name in names:
+            self._places += places[name]
+        self._kinds += bytes(map(KINDS.index, side.kinds))
+        named = side.kinds[0] == PATIENT
+        self._flags.append(_NAMED * named | _IN_HEADER * (named and side.folder != side.atoms[0]))
+        self._fixed.append(("", TRAIN, VAL).index(side.fixed))
+        self._parts += part.to_bytes(4, "little")
+
+    def columns(self) -> Columns:
+        places = np.frombuffer(self._places, "<u8").reshape(-1, len(LEVELS) + 1)
+        flags = np.frombuffer(self._flags, np.uint8)
+        return Columns(
+            atoms=places[:, : len(LEVELS)],
+            folder=places[:, len(LEVELS)],
+            kinds=np.frombuffer(self._kinds, np.uint8).reshape(-1, len(LEVELS)),
+            named=(flags & _NAMED).astype(bool),
+            in_header=(flags & _IN_HEADER).astype(bool),
+            fixed=np.frombuffer(self._fixed, np.uint8),
+            part=np.frombuffer(self._parts, "<u4").astype(np.int64),
+        )
+
+
+class Columns(NamedTuple):
+    """[n] of n stacks; atoms and kinds [n, levels]. An atom is the place of its name (`ids.place_of`)."""
+
+    atoms: np.ndarray
+    folder: np.ndarray
+    kinds: np.ndarray
+    named: np.ndarray
+    in_header: np.ndarray
+    fixed: np.ndarray
+    part: np.ndarray
+
+
+class Split(NamedTuple):
+    """val: bool [n]. level: of each stack, the number of the level that its atom is of; -1: its folder. rows: for the
+    card, one a source: how it was split, and what stands on each side."""
+
+    val: np.ndarray
+    level: np.ndarray
+    rows: list[dict[str, Any]]
+
+    def patients(self, stacks: Columns, some: np.ndarray) -> int:
+        """How many patients, named or by their folder or file, some stacks are of; those that were torn are no
+        patients, or not named as such."""
+        whole = some[(self.level[some] <= 0) | stacks.named[some]]
+        return len(np.unique(np.where(self.level[whole] < 0, stacks.folder[whole], stacks.atoms[whole, 0])))
+
+
+def name_of(line: Mapping[str, Any], level: int) -> str:
+    """What a line's image is said to be of: its patient where one is named, else its atom at that level."""
+    return line["group"] if line["by"] == PATIENT else side_of(line, {}, "").atoms[max(level, 0)]
+
+
+def draw(stacks: Columns, images: np.ndarray, sources: Sequence[Source]) -> Split:
+    """The sides of all stacks. images: int [n], the number that is kept of each.
+
+    A patient of several sources stands on one side: where an earlier source drew it, or in "val" where a source asks
+    for that. Where that leaves nothing to train on, and no source asks for it, all is trained on. BothSides.
+    """
+    val = stacks.fixed == 2
+    level = np.zeros(len(val), np.int64)
+    used = images > 0
+    drawn: dict[int, bool] = {}
+    how: list[_Drawn | None] = []
+    for number, source in enumerate(sources):
+        here = stacks.part == number
+        free = here & used & (stacks.fixed == 0)
+        stated = here & used & (stacks.fixed > 0)
+        if stated.any() and not source.split:
+            _check_one_side(stacks, stated)
+            if _torn(stacks.atoms[stated, 0], val[stated]):  # a folder was no patient
+                level[here & ~stacks.named] = len(LEVELS) - 1
+        if not free.any():
+            how.append(None)
+            continue
+        one = _draw(stacks, images, free, source.val_share, drawn)
+        val[free], level[here] = one.val, one.level
+        # a named patient is whole at every level but where it is the only one
+        level[here & stacks.named] = 0 if one.whole else one.level
+        how.append(one)
+        for atom, held in zip(stacks.atoms[free, 0][stacks.named[free]], one.val[stacks.named[free]], strict=True):
+            if one.whole:
+                drawn[int(atom)] = bool(held)
+    whole = stacks.named & (level == 0)
+    val |= whole & np.isin(stacks.atoms[:, 0], np.unique(stacks.atoms[whole & val & used, 0]))
+    asked = any(source.split == VAL or source.val_share >= 1 for source in sources) or (stacks.fixed[used] == 2).any()
+    if used.any() and val[used].all() and not asked:
+        val[:] = False
+    atoms = np.where(level < 0, stacks.folder, stacks.atoms[np.arange(len(val)), np.maximum(level, 0)])
+    kinds = np.where(level < 0, KINDS.index(FOLDER), stacks.kinds[np.arange(len(val)), np.maximum(level, 0)])
+    rows = []
+    for number, (source, one) in enumerate(zip(sources, how, strict=True)):
+        here = used & (stacks.part == number)
+        rows.append(_row(source, one, here, val, atoms, kinds, images))
+    return Split(val, level, rows)
+
+
+class _Drawn(NamedTuple):
+    """val: bool, of the free stacks. level: as in `Split`. whole: whether named patients are whole. fits: whether the
+    share is near what is wanted. patients: how many named patients or folders there were."""
+
+    val: np.ndarray
+    level: int
+    whole: bool
+    fits: bool
+    patients: int
+
+
+def _draw(stacks: Columns, images: np.ndarray, free: np.ndarray, share: float, drawn: Mapping[int, bool]) -> _Drawn:
+    named, counts = stacks.named[free], images[free]
+    patients = np.unique(stacks.atoms[free, 0])
+    only = named.all() and len(patients) == 1 and int(patients[0]) not in drawn
+    whole = not only
+    candidates = [(0, stacks.atoms[free, 0])]
+    if only and stacks.in_header[free].all() and len(np.unique(stacks.folder[free])) > 1:
+        candidates.append((-1, stacks.folder[free]))  # a name that all headers give tells nobody apart
+    for number in range(1, len(LEVELS)):
+        candidates.append((number, np.where(named & whole, stacks.atoms[free, 0], stacks.atoms[free, number])))
+    tried, by_folders = [], True
+    for level, atoms in candidates:
+        val, fits = _choose(atoms, counts, share, drawn)
+        if level == 0 and _torn(stacks.atoms[free, 1][~named], val[~named]):  # a study of two folders
+            fits, by_folders = False, False
+        tried.append(_Drawn(val, level, whole or level == 0, fits, len(patients)))
+        if fits:
+            break
+    # where none fits, none is torn that brings the share no nearer
+    best = tried[-1] if tried[-1].fits else min(tried, key=lambda one: _distance(counts, one.val, share))
+    # what the finest atoms make of it may be whole patients all the same
+    if by_folders and not _torn(stacks.atoms[free, 0], best.val):
+        best = best._replace(level=0, whole=True)
+    return best
+
+
+def _choose(atoms: np.ndarray, images: np.ndarray, share: float, drawn: Mapping[int, bool]) -> tuple[np.ndarray, bool]:
+    """Which stacks are held out, bool [n], and whether that is a share near the one that is wanted."""
+    if share <= 0 or share >= 1:
+        return np.full(len(atoms), share >= 1), True
+    codes, inverse = np.unique(atoms, return_inverse=True)
+    counts = np.bincount(inverse, images).astype(np.int64)
+    total = int(counts.sum())
+    known = {number: drawn[int(code)] for number, code in enumerate(codes) if int(code) in drawn} if drawn else {}
+
+    def fits(held: np.ndarray) -> bool:
+        taken = int(counts[held].sum())
+        return LEAST * share * total <= taken <= MOST * share * total and 0 < taken < total
+
+    held = codes < np.uint64(int(share * 2**64))
+    for number, value in known.items():
+        held[number] = value
+    if not fits(held):
+        held = np.zeros(len(codes), bool)
+        held[[number for number, value in known.items() if value]] = True
+        taken = int(counts[held].sum())
+        free = [number for number in range(len(codes)) if number not in known]  # in the order of the hashes
+        for number in free:
+            if abs(taken + counts[number] - share * total) < abs(taken - share * total):
+                held[number] = True
+                taken += int(counts[number])
+        if not taken and len(codes) > 1 and free:
+            held[min(free, key=lambda number: (counts[number], number))] = True
+    return held[inverse], fits(held)
+
+
+def _distance(images: np.ndarray, val: np.ndarray, share: float) -> tuple[bool, float]:
+    """How far from what is wanted; nothing held out is farthest."""
+    held = int(images[val].sum())
+    return not held, abs(held - share * int(images.sum()))
+
+
+def _torn(atoms: np.ndarray, val: np.ndarray) -> bool:
+    return len(np.intersect1d(atoms[val], atoms[~val])) > 0
+
+
+def _check_one_side(stacks: Columns, fixed: np.ndarray) -> None:
+    """What may not be torn: named patients, and series."""
+    val = stacks.fixed[fixed] == 2
+    for what, column in (("patients", 0), ("files or series", len(LEVELS) - 1)):
+        atoms = stacks.atoms[fixed, column]
+        rows = stacks.named[fixed] if column == 0 else np.ones(len(atoms), bool)
+        both = np.intersect1d(atoms[rows & val], atoms[rows & ~val])
+        if len(both):
+            raise BothSides(f"split: expected each patient on one side; got {len(both):,} {what} on both")
+
+
+def _row(
+    source: Source,
+    one: _Drawn | None,
+    here: np.ndarray,
+    val: np.ndarray,
+    atoms: np.ndarray,
+    kinds: np.ndarray,
+    images: np.ndarray,
+) -> dict[str, Any]:
+    groups = {}
+    for number, kind in enumerate(KINDS):
+        of_kind = here & (kinds == number)
+        sides = {name: len(np.unique(atoms[of_kind & side])) for name, side in ((TRAIN, ~val), (VAL, val))}
+        if any(sides.values()):
+            groups[kind] = sides
+    if one is None:
+        by = WHOLE if source.split else STATED
+    else:
+        by = FOLDER if one.level < 0 else LEVELS[one.level]
+    row = {
+        "source": source.name,
+        "by": by,
+        "images": {name: int(images[here & side].sum()) for name, side in ((TRAIN, ~val), (VAL, val))},
+        "groups": groups,
+    }
+    return row if one is None else row | {"wanted": source.val_share, "patients": one.patients, "fits": one.fits}
+
+
+def sides(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """For train and val: the number of images, and of what was kept whole, in words."""
+    described = []
+    for side in (TRAIN, VAL):
+        groups = dict.fromkeys(KINDS, 0)
+        for row in facts.get("split", ()):
+            for kind, count in row["groups"].items():
+                groups[kind] += count[side]
+        share = f" ({100 * facts[VAL] / facts['images']:.1f} %)" if side == VAL and facts[VAL] else ""
+        listed = ", ".join(_count(count, kind) for kind, count in groups.items() if count)
+        described.append((f"{_count(facts[side], 'image')}{share}", listed))
+    return described
+
+
+def hints(facts: Mapping[str, Any]) -> list[str]:
+    """What is to be known of how the images were split, a sentence for each source that needs one."""
+    said = []
+    for row in facts.get("split", ()):
+        images, by, name = row["images"], row["by"], row["source"]
+        total = sum(images.values())
+        if by in (WHOLE, STATED) or not 0 < row["wanted"] < 1 or not total:
+            continue
+        wanted = f"{100 * row['wanted']:g} %"
+        loose = [kind for kind in row["groups"] if kind != PATIENT]
+        few = row["patients"] * MOST * row["wanted"] < 1
+        if not images[VAL]:
+            said.append(f"{name}: no image is held out: all are of one {next(iter(row['groups']), PATIENT)}; {HOW}")
+        elif by != PATIENT and (few or by == FOLDER):
+            are = "is" if row["patients"] == 1 else "are"
+            said.append(
+                f"{name}: {_count(row['patients'], 'patient')}, by headers and folders, {are} too few to hold out "
+                f"{wanted}: split by {' and '.join(loose)}, so that a patient may be on both sides; {HOW}"
+            )
+        elif loose and (by != PATIENT or FILE in loose or not row["sure"]):
+            unnamed = " and ".join(_count(sum(row["groups"][kind].values()), kind) for kind in loose)
+            said.append(
+                f"{name}: nothing names the patients of {unnamed}; each counts as one, so that a patient may be on "
+                f"both sides; {HOW}"
+            )
+        if images[VAL] and not row["fits"]:
+            said.append(f"{name}: {100 * images[VAL] / total:.0f} % of the images are held out: {wanted} cannot be met")
+    return said
+
+
+def _count(number: int, what: str) -> str:
+    plural = {STUDY: "studies", SERIES: SERIES}.get(what, f"{what}s")
+    return f"{number:,} {what if number == 1 else plural}"
