@@ -208,7 +208,7 @@ def picture_planes(file: Path, kind: str) -> np.ndarray:
             raise readers.Refused("too large", f"{stream.size} bytes, at most {images.MAX_FILE_BYTES}")
         data = stream.read()
     try:
-        images.to_planes(images.decode(data, kind), out)
+        images.to_planes(images.decode(data, kind, images.PICTURES), out)
     except ValueError as error:
         raise readers.Refused("unreadable", str(error)) from error
     return out

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
+import pydicom.data
 import pytest
 import torch
 from PIL import Image
@@ -209,3 +211,58 @@ class TestParquet:
         assert np.array_equal(np.array([row["cls"] for row in rows], np.float32), tokens[:, 0].numpy())
         code, _, err = run("embed", model, shards, "--out", "more", "--modality", "CT")
         assert code == 2 and "modality: expected none for a shard set" in err
+
+
+def blobs(height, width, count, seed=0):
+    """float32 ``[height, width, count]``, each another smooth image."""
+    rng = np.random.default_rng(seed)
+    small = [Image.fromarray(rng.uniform(100, 900, (7, 7)).astype(np.float32)) for _ in range(count)]
+    return np.stack([np.asarray(one.resize((width, height), Image.Resampling.BICUBIC)) for one in small], 2)
+
+
+def scans_by_folder(root):
+    """A DICOM slice, a volume of thick coronal slices, a photograph larger than what is stored, a flat picture."""
+    rng = np.random.default_rng(0)
+    for name in ("CT", "MR", "fundus"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(pydicom.data.get_testdata_file("CT_small.dcm", download=False), root / "CT" / "a.dcm")
+    coronal = np.array([[1.0, 0, 0, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(blobs(60, 50, 4), coronal), root / "MR" / "b.nii.gz")
+    small = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    small.resize((1200, 1600), Image.Resampling.BICUBIC).save(root / "fundus" / "c.jpg")
+    Image.new("RGB", (300, 300), (9, 9, 9)).save(root / "fundus" / "d.png")
+
+
+def stored_numbers(root):
+    """16-bit PNG of HU + 32768."""
+    root.mkdir()
+    Image.fromarray((blobs(90, 70, 1)[..., 0] + 32268).astype(np.uint16)).save(root / "a.png")
+
+
+def several_volumes(root):
+    root.mkdir()
+    values = blobs(60, 50, 12).reshape(60, 50, 4, 3)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 4.0, 1.0])), root / "a.nii")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "options", "count"),
+    [
+        (scans_by_folder, ("--modality", "from-folders"), 6),
+        (stored_numbers, ("--modality", "CT", "--slope", 1, "--intercept", -32768), 1),
+        (several_volumes, ("--modality", "MR", "--volumes", "all", "--planes", "axial"), 12),
+    ],
+)
+def test_images_are_those_of_prepare_bit_by_bit(write, options, count, model, run, tmp_path, monkeypatch):
+    """From the same files and options: what `dex prepare` stores without loss, and what reaches the model here."""
+    write(tmp_path / "scans")
+    code, _, err = run("prepare", "scans", "--out", "set", "--encoding", "png", "--workers", 1, *options)
+    assert code == 0, err
+    prepared = [sample.image.numpy().tobytes() for sample in open_dataset(tmp_path / "set")]
+    seen = []
+    monkeypatch.setattr("dex.inference.embed_job.center", lambda *given: seen.append(given[0]) or center(*given))
+    assert run("embed", model, "scans", "--out", "a.npz", "--workers", 1, *options)[0] == 0
+    kept = [not dropped for dropped in np.load(tmp_path / "a.npz")["dropped"]]
+    embedded = [image.numpy().tobytes() for image, wanted in zip(torch.cat(seen), kept, strict=True) if wanted]
+    assert len(prepared) == len(set(prepared)) == count and sorted(prepared) == sorted(embedded)
