@@ -268,7 +268,8 @@ def _print_outcome(folder: Path, outcome: "Outcome", has_private: bool) -> None:
         print(f"fingerprint: {outcome.after}")
         return
     copies = f", {outcome.copies:,} of which only repeat what was named" if outcome.copies else ""
-    print(f"withdrawn: {_count(outcome.images, 'image')} of {_count(outcome.patients, 'patient')}{copies}")
+    whose = f" of {_count(outcome.patients, 'patient')}" if outcome.patients else ""
+    print(f"withdrawn: {_count(outcome.images, 'image')}{whose}{copies}")
     print(f"fingerprint before: {outcome.before}\nfingerprint now:    {outcome.after}")
     seen = "|".join(outcome.seen_by)
     print(
@@ -278,7 +279,7 @@ def _print_outcome(folder: Path, outcome: "Outcome", has_private: bool) -> None:
     print("note: a training that reads the set at this moment will find images unreadable: stop it")
     print(f"note: their files are where they were; no start with --out {folder.name} takes them again, others do")
     if outcome.others:
-        print(f"note: {_count(outcome.others, 'other image')} of the same patients stay in the set")
+        print(f"note: {_count(outcome.others, 'other image')} of the same patients, series or folders stay in the set")
     if not outcome.knows_copies:
         print(
             "note: this set was made before copies were written down: an image of theirs that was left out as a copy "

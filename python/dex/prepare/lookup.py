@@ -69,6 +69,23 @@ class _Listed(NamedTuple):
     folders: frozenset[str]
     """Keys of units that are folders of several files."""
 
+    @property
+    def by_folder(self) -> str:
+        return f"the folder in {self.name}"
+
+    def folders_called(self, text: str) -> set[str]:
+        """Folders that stand for the patient `text`: a name, or a path as far as it."""
+        above = [*self.prefix.split("/")[: self.common], *["-"] * (self.level - self.common)] if self.prefix else []
+        above += ["-"] * (self.level - len(above))
+        paths = {"/".join([*above, text])} if "/" not in text else set()
+        paths |= {path for path in _below(text, self.root) if path.count("/") == self.level}
+        return paths if self.level >= 0 else set()
+
+    def is_of(self, text: str, file: str) -> bool:
+        """Whether a file lies in the folder of the patient `text`."""
+        folders = file.split("/")[:-1]
+        return 0 <= self.level < len(folders) and folders[self.level] == text
+
     def naming(self, patient: str) -> Names | None:
         """Its names, if its paths named patients by this pattern; None without the salt."""
         if self.salt is None and not self.source.public:
@@ -167,16 +184,12 @@ class Private:
         for listed in self.sources:
             if (names := listed.naming("")) is None:
                 continue
-            nobody = names.group("", "")
-            if (group := names.group("", text)) != nobody:
+            if (group := names.group("", text)) != names.group("", ""):
                 called[group] = "the PatientID in the headers"
             if match := _NAME_AND_BIRTH.fullmatch(text):
                 called[names.group("", "\0".join(match.groups()))] = "name and birth date in the headers"
-            for path in {text, *_below(text, listed.root)}:
-                parts = [part for part in path.split("/") if part]
-                for whole in {"/".join(parts), _join(listed.prefix, "/".join(parts))}:
-                    if len(whole.split("/")) == listed.common + 1:
-                        called.setdefault(names.group(f"{whole}/file", ""), f"the folder in {listed.name}")
+            for path in listed.folders_called(text):
+                called.setdefault(names.group(f"{path}/file", ""), listed.by_folder)
             if listed.source.patient:
                 called.setdefault(listed.naming("^(.*)$").group(text, ""), f"the paths of {listed.name}")
         return called
@@ -190,7 +203,7 @@ class Private:
 class Found:
     """What a text leads to. images: id -> of the set, and those that were left out as duplicates; ways: as what it was
     found; groups: patients of whom it names all images; withdrawn: what was taken out under this name before; alike:
-    ids that begin as it does."""
+    ids that begin as it does; called: group -> as what, that a patient of this name would have."""
 
     text: str
     images: dict[str, Image] = field(default_factory=dict)
@@ -199,6 +212,7 @@ class Found:
     groups: set[str] = field(default_factory=set)
     withdrawn: list[trace.Withdrawn] = field(default_factory=list)
     alike: list[str] = field(default_factory=list)
+    called: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.images or self.refused or self.withdrawn)
@@ -231,11 +245,11 @@ def find(root: Path, private: Private | None, texts: Sequence[str]) -> list[Foun
     for one in found:
         if not one.text or set(one.text) <= set("./"):
             raise ValueError(f"ID: expected an id, a patient or a path; got {one.text!r}")
-        called = {one.text: "the id of a patient group"} | (private.groups_called(one.text) if private else {})
-        for group, way in called.items():
+        one.called = {one.text: "the id of a patient group"} | (private.groups_called(one.text) if private else {})
+        for group, way in one.called.items():
             groups[group].append((one, way))
         for record in private.withdrawn if private else ():
-            if not {one.text, *called}.isdisjoint(record.groups) or _ends(record.ids, one.text):
+            if not one.called.keys().isdisjoint(record.groups) or _ends(record.ids, one.text):
                 one.withdrawn.append(record)
     _in_index(root, manifest, found, groups)
     if private:
@@ -281,13 +295,16 @@ def _in_private(private: Private, found: Sequence[Found], groups: dict[str, list
             one.add(row["id"], way)
             one.groups.add(row["group"])
         left_out[row["id"]] = row
+    listed_as = {listed.name: listed for listed in private.sources}
     paths = {listed.name: [_below(one.text, listed.root) for one in found] for listed in private.sources}
     unit, name = None, ""
     for place in private.places():
         if (place.source, place.unit) != unit:
             unit, name = (place.source, place.unit), private.unit_id(place)
         for one, below in zip(found, paths[place.source], strict=True):
-            way = _way(one, place, name, below)
+            way = _way(one, place, name, below, listed_as[place.source])
+            if way == listed_as[place.source].by_folder:
+                one.groups.update(group for group, called in one.called.items() if called == way)
             if place.refused:
                 if way:
                     one.refused.append(place)
@@ -297,12 +314,14 @@ def _in_private(private: Private, found: Sequence[Found], groups: dict[str, list
                 image.place, image.duplicate = place, left_out.get(place.id)
 
 
-def _way(one: Found, place: Place, unit: str, below: set[str]) -> str:
+def _way(one: Found, place: Place, unit: str, below: set[str], listed: _Listed) -> str:
     """As what a text names the row of the table; "" where it does not."""
     if one.text in (unit, unit.rpartition("/")[2]) and unit:
         return "the id of a unit"
     if not place.refused and one.text in (place.id, place.id.rpartition("/")[2]):
         return "the id of an image"
+    if listed.is_of(one.text, place.file):
+        return listed.by_folder
     for path in below:
         if any(file == path or file.startswith(f"{path}/") for file in place.files or (place.file,)):
             return "a path"

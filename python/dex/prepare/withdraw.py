@@ -36,6 +36,8 @@ from .lookup import Found, Private
 
 LEFTOVERS = ("chunks", "set", "headers")
 """What `prepare` keeps in the private folder until the set is written, and a killed one may have left."""
+_BY_PATIENT = (None, "patient", "source")
+"""How a card's sources are split whose groups are all patients; one of an earlier version does not say."""
 CARD_HTML, CARD_JSON = "card.html", "card.json"
 
 
@@ -44,11 +46,12 @@ class Impossible(ValueError):
 
 
 class Outcome(NamedTuple):
-    """images: how many were taken out now; patients: of whom; copies: of the images, those that were not named but
-    repeat one that was; others: images of the same patients that stay, because single images were named; before, after:
-    the set's fingerprints; seen_by: all that it had before; knows_copies: False where an earlier version made the set.
-    finished: whether an earlier withdrawal, which was cut short, was finished first; earlier: dates of those that took
-    out what was named before."""
+    """images: how many were taken out now; patients: how many of those that were named had some of them; copies: of the
+    images, those that were not named but repeat one that was; others: images of the same patients, or of what was kept
+    together in their place, that stay, because single images were named; before, after: the set's fingerprints;
+    seen_by: all that it had before; knows_copies: False where an earlier version made the set. finished: whether an
+    earlier withdrawal, which was cut short, was finished first; earlier: dates of those that took out what was named
+    before."""
 
     images: int
     patients: int
@@ -69,6 +72,7 @@ class _Chosen(NamedTuple):
     groups: frozenset[str]
     kept: list[tuple[dict, dict]]
     copies: int
+    patients: int
 
 
 def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
@@ -109,7 +113,8 @@ def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Cho
     manifest, _ = read_manifest(root)
     kept = [(entry, line) for entry, line in shard_rewrite.lines(root, manifest) if line["key"] in keys]
     copies = sum(line["id"] not in images for _, line in kept)
-    return _Chosen(frozenset(ids.union(line["id"] for _, line in kept)), groups, kept, copies)
+    patients = sum(bool(one.groups and one.images) for one in found)
+    return _Chosen(frozenset(ids.union(line["id"] for _, line in kept)), groups, kept, copies, patients)
 
 
 def nothing(one: Found, private: Private | None) -> str:
@@ -137,7 +142,6 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
     date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     manifest, _ = read_manifest(root)
     gone = frozenset(line["id"] for _, line in chosen.kept)
-    named = {line["group"] for _, line in chosen.kept}
     if len(gone) == manifest["samples"]:
         raise Impossible(
             f"ID: expected some of the set's images; these are all {len(gone):,}: remove {root}, or prepare others"
@@ -155,7 +159,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
         _clear(private, record)
     return Outcome(
         images=len(gone),
-        patients=len(named),
+        patients=chosen.patients,
         copies=chosen.copies,
         others=others,
         before=change.before,
@@ -211,6 +215,7 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
         return {}, len(stay)
     facts = json.loads(read_bytes(root, CARD_JSON, 0, None))
     shown = facts.pop("examples")
+    split = {row["source"]: row["by"] for row in facts.get("split", ())}
     left = {(_row_of(facts, root, entry, line)["name"], line["group"]) for entry, line in stay}
     for entry, line in chosen.kept:
         row = _row_of(facts, root, entry, line)
@@ -219,8 +224,9 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
         row["dropped"][WITHDRAWN] = row["dropped"].get(WITHDRAWN, 0) + 1
         row["text_suspected"] -= bool(shard_rewrite.meta(root, entry, line).get("text_suspected"))
         if (row["name"], line["group"]) not in left:
-            row["patients"] -= 1
             left.add((row["name"], line["group"]))
+            whole = line["group"] in chosen.groups or split.get(row["name"].partition(" (")[0]) in _BY_PATIENT
+            row["patients"] = max(0, row["patients"] - whole)  # what is less than a patient was not counted as one
     _subtract_sides(facts, root, chosen)
     for name in {line["modality"] for _, line in chosen.kept}:
         here = [(entry, line) for entry, line in chosen.kept if line["modality"] == name]

@@ -336,9 +336,9 @@ def _refuse_other_run(folder: FolderState, planned: Plan) -> list[str]:
         elif withdrawn := planned.dataset.withdrawn_since(fingerprint):
             count, dates = sum(one.images for one in withdrawn), ", ".join(one.date[:10] for one in withdrawn)
             refused.append(
-                f"data: {count:,} images were withdrawn from {planned.config.data.path} since ({dates}); the run's "
-                "checkpoints have seen them and cannot go on without: start anew with a new --out, and keep or delete "
-                f"{folder.run} as the withdrawal asks"
+                f"data: images were withdrawn from {planned.config.data.path} since the run began: {count:,} "
+                f"({dates}). Its checkpoints have seen them, so it cannot go on without: start anew with a new --out, "
+                "and delete the old run if the withdrawal asks for that"
             )
         else:
             place = planned.config.data.path or planned.dataset.name

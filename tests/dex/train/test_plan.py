@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dex import config
 from dex.common import exits
-from dex.data import FolderDataset, open_dataset
+from dex.data import FolderDataset, ShardWriter, open_dataset, shard_rewrite
 from dex.train import checkpoint, plan
 from dex.train.plan import EARLIER_FINGERPRINT, check_cuda_graph, resolve, resolve_device, resolve_precision
 from dex.train.run import pretrain
@@ -346,6 +349,45 @@ def test_a_run_whose_fingerprint_did_not_cover_pixels_goes_on_and_says_so(earlie
         ValueError, match=f"{earlier}/.*: data: expected the images .* started with; those in {images} are others"
     ):
         pretrain(tiny, earlier, resume="auto")
+
+
+def test_arrays_that_were_replaced_in_place_are_noticed(tiny, change, tmp_path):
+    """Other pixels, with the same names, sizes and times."""
+    folder = tmp_path / "arrays"
+    for number in range(24):
+        (folder / "ct").mkdir(parents=True, exist_ok=True)
+        np.save(folder / "ct" / f"{number:02d}.npy", np.full((32, 32), number, np.uint8))
+    c = change(tiny, data__path=str(folder))
+    assert pretrain(change(c, run__stop_at=2), tmp_path / "out") == 0
+    for path in (folder / "ct").iterdir():
+        times = path.stat()
+        np.save(path, 255 - np.load(path))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match=f"data: expected the images .* started with; those in {folder} are others"):
+        pretrain(c, tmp_path / "out", resume="auto")
+
+
+def test_a_run_on_images_that_were_withdrawn_is_refused(tiny, change, tmp_path):
+    """Also when others were withdrawn since; a run that was started in between has seen the second ones alone."""
+    folder = tmp_path / "set"
+    with ShardWriter(folder, name="set", modalities=("CT",), image_size=64) as writer:
+        for number in range(24):
+            stream = io.BytesIO()
+            Image.fromarray(np.full((64, 64), 10 * number, np.uint8)).save(stream, "PNG")
+            group = f"p{number // 4}"
+            writer.add(f"s{number}", stream.getvalue(), kind="png", modality="CT", split="train", group=group)
+    c = change(tiny, data__path=str(folder))
+    stopped = change(c, run__stop_at=2)
+    for run, gone in (("first", ["s1", "s2"]), ("second", ["s7"])):
+        assert pretrain(stopped, tmp_path / run) == 0
+        withdrawal = shard_rewrite.plan(folder, frozenset(gone), {}, f"2026-01-0{len(gone)}T03:04:05+00:00")
+        shard_rewrite.carry_out(folder, withdrawal)
+    for run, words in (("first", r"3 \(2026-01-02, 2026-01-01\)"), ("second", r"1 \(2026-01-01\)")):
+        before = tree(tmp_path / run)
+        with pytest.raises(ValueError, match=f"withdrawn from {folder} since .*: {words}. Its checkpoints have seen"):
+            pretrain(c, tmp_path / run, resume="auto")
+        assert tree(tmp_path / run) == before
+    assert pretrain(stopped, tmp_path / "third") == 0
 
 
 def test_pixels_that_were_replaced_in_place_are_noticed(tiny, change, images, tmp_path):
