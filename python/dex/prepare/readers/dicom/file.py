@@ -32,6 +32,7 @@ from pydicom.uid import (
 
 from ..files import BoundedFile, Limits, Unpacked, check_scans, has_magic, opened, quiet, quietly
 from ..stack import Refused
+from . import elements
 from .codestream import j2k_size, jpeg_colour, jpeg_size, rle_segments, whole_spectrum
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
@@ -70,6 +71,7 @@ _PRIVATE = [(0x0009, 0x0010), (0x0009, 0x100D), (0x7053, 0x0010), (0x7053, 0x100
 _PRIVATE += [(0x0019, 0x0010), (0x0019, 0x100A), (0x0019, 0x100C), (0x0029, 0x0010), (0x0029, 0x1010)]
 _PRIVATE += [(0x0043, 0x0010), (0x0043, 0x1039), (0x2001, 0x0010), (0x2001, 0x1003)]
 _TAGS = [tag_for_keyword(keyword) for keyword in KEYWORDS] + [group << 16 | element for group, element in _PRIVATE]
+_WANTED = frozenset(_TAGS)
 _ENDING, _END = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes), b"\xff\xd9"
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
@@ -104,8 +106,12 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
     """The elements of KEYWORDS and where the pixels are; None for an object without pixels."""
     with quiet("DICOM header"), _opened(path, limits, _Header) as file:
         magic = has_magic(file)
-        source = _inflated(path, limits) if magic else None
-        if source is not None:
+        simple = elements.plain(file, _WANTED, _PIXELS) if magic else None
+        source = _inflated(path, limits) if magic and simple is None else None
+        if simple is not None:
+            source, head, syntax = file, simple.head, simple.syntax
+            file.seek(simple.pixels)
+        elif source is not None:
             source = _Header(source, len(source.getbuffer()))
             head = read_dataset(source, False, True, stop_when=_at_pixels, specific_tags=_TAGS)
             syntax = DeflatedExplicitVRLittleEndian

@@ -1,0 +1,200 @@
+"""The wanted elements of a plain DICOM header, found in a fraction of the time that pydicom takes to step over the
+others. pydicom converts their values, and reads every header that is not plain.
+
+Plain: with preamble and magic, little endian and not deflated, its elements in order and none of those that are wanted
+a sequence. `plain` gives None for any other, and wherever pydicom would have something to say.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+from pydicom import Dataset
+from pydicom.charset import convert_encodings, default_encoding
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
+from pydicom.tag import BaseTag
+from pydicom.uid import UID, ImplicitVRLittleEndian, PrivateTransferSyntaxes
+
+from ..files import BoundedFile
+
+BLOCK = 2**14  # bytes that are looked at together
+MOST = 10_000  # elements, those of sequences included
+LONGEST = 2**16  # bytes of a value
+DEEPEST = 8  # of sequences
+_OPEN = 0xFFFFFFFF
+_LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+_SHORT = frozenset(
+    (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL")
+    + (b"SS", b"ST", b"TM", b"UI", b"UL", b"US")
+)
+_TAG, _LONG_HEAD, _SHORT_LENGTH = struct.Struct("<HHL"), struct.Struct("<L"), struct.Struct("<H")
+_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+_CHARACTERS, _SYNTAX, _META_END = 0x00080005, 0x00020010, 0x0002FFFF
+
+
+class Head(Dataset):
+    """A data set that is soon asked for many elements, most of which it does not have."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        tag = _tag(key) if isinstance(key, str) else None
+        if tag is None:
+            return super().get(key, default)
+        return self[tag].value if tag in self.keys() else default
+
+
+@functools.cache
+def _tag(keyword: str) -> BaseTag | None:
+    number = tag_for_keyword(keyword)
+    return None if number is None else BaseTag(number)
+
+
+class Plain(NamedTuple):
+    """head: the wanted elements. pixels: the offset of the element that holds them, the file's size where none does."""
+
+    head: Dataset
+    syntax: UID
+    pixels: int
+
+
+class _NotPlain(Exception):
+    """pydicom is to read this header."""
+
+
+def plain(file: BoundedFile, wanted: Container[int], pixels: Container[int]) -> Plain | None:
+    """The wanted elements before the first one of `pixels`, of a file with the magic of DICOM."""
+    try:
+        descriptor = file.fileno()
+    except OSError:  # unpacked
+        return None
+    scan = _Scan(descriptor, file.size)
+    try:
+        syntax = scan.syntax()
+        implicit = syntax == ImplicitVRLittleEndian
+        raw = scan.elements(implicit, wanted, pixels)
+    except (_NotPlain, struct.error):
+        return None
+    head = Head(raw)
+    encoding: object = default_encoding
+    if _CHARACTERS in raw:
+        encoding = convert_encodings(convert_raw_data_element(raw[BaseTag(_CHARACTERS)]).value)
+    head.set_original_encoding(implicit, True, encoding)
+    return Plain(head, syntax, scan.place)
+
+
+class _Scan:
+    """Steps over the elements of a file. place: of the next one."""
+
+    def __init__(self, descriptor: int, size: int):
+        self._descriptor, self._size = descriptor, size
+        self._data, self._start = os.pread(descriptor, BLOCK, 0), 0
+        self._left = MOST
+        self.place = 132
+
+    def syntax(self) -> UID:
+        """The transfer syntax, of the file meta group, which is stepped over."""
+        syntax = ""
+        while (element := self._next(False)) is not None and element[0] <= _META_END:
+            tag, _, length, head = element
+            if tag == _SYNTAX:
+                syntax = self._value(head, length).rstrip(b"\0 ").decode("ascii", "replace")
+            self._step(head + length)
+        uid = UID(syntax)
+        if not syntax or uid in PrivateTransferSyntaxes or not uid.is_transfer_syntax or uid.is_deflated:
+            raise _NotPlain
+        if not uid.is_little_endian:
+            raise _NotPlain
+        return uid
+
+    def elements(self, implicit: bool, wanted: Container[int], pixels: Container[int]) -> dict[BaseTag, RawDataElement]:
+        raw: dict[BaseTag, RawDataElement] = {}
+        before = -1
+        while (element := self._next(implicit)) is not None and element[0] not in pixels:
+            tag, representation, length, head = element
+            if tag <= before:
+                raise _NotPlain
+            before = tag
+            if tag in wanted or tag == _CHARACTERS:
+                if length > LONGEST or representation in (b"SQ", b"UN"):
+                    raise _NotPlain
+                name, value = BaseTag(tag), self._value(head, length)
+                word = None if implicit else representation.decode("ascii")
+                raw[name] = RawDataElement(name, word, length, value, self.place + head, implicit, True, True)
+            if length == _OPEN:
+                self._step(head)
+                self._sequence(implicit, 1)
+            else:
+                self._step(head + length)
+        if element is None:
+            self.place = self._size
+        return raw
+
+    def _next(self, implicit: bool) -> tuple[int, bytes, int, int] | None:
+        """Tag, value representation, length and bytes before the value of the element here; None at the file's end."""
+        self._left -= 1
+        if self._left < 0:
+            raise _NotPlain
+        at = self.place - self._start
+        if at + 12 > len(self._data) and self._start + len(self._data) < self._size:
+            self._data, self._start, at = os.pread(self._descriptor, BLOCK, self.place), self.place, 0
+        if at + 8 > len(self._data):
+            if self.place < self._size:
+                raise _NotPlain
+            return None
+        group, member, length = _TAG.unpack_from(self._data, at)
+        tag = group << 16 | member
+        if group == 0xFFFE:
+            return tag, b"", length, 8
+        representation = self._data[at + 4 : at + 6]
+        if implicit:
+            if representation in _SHORT or representation in _LONG:  # perhaps it is not
+                raise _NotPlain
+            return tag, b"", length, 8
+        if representation in _SHORT:
+            return tag, representation, _SHORT_LENGTH.unpack_from(self._data, at + 6)[0], 8
+        if representation not in _LONG:
+            raise _NotPlain
+        return tag, representation, _LONG_HEAD.unpack_from(self._data, at + 8)[0], 12
+
+    def _value(self, head: int, length: int) -> bytes:
+        at = self.place + head - self._start
+        value = self._data[at : at + length]
+        if len(value) < length:
+            value = os.pread(self._descriptor, length, self.place + head)
+        if len(value) < length:
+            raise _NotPlain
+        return value
+
+    def _step(self, count: int) -> None:
+        self.place += count
+
+    def _sequence(self, implicit: bool, depth: int) -> None:
+        """Step over the items of a sequence without a length, and its end."""
+        if depth > DEEPEST:
+            raise _NotPlain
+        while True:
+            tag, _, length, head = self._next(implicit) or (0, b"", 0, 0)
+            if tag not in (_ITEM, _SEQUENCE_END):
+                raise _NotPlain
+            self._step(head)
+            if tag == _SEQUENCE_END:
+                return
+            if length != _OPEN:
+                self._step(length)
+                continue
+            while (element := self._next(implicit)) is not None and element[0] != _ITEM_END:
+                _, representation, length, head = element
+                self._step(head)
+                if length != _OPEN:
+                    self._step(length)
+                elif representation in (b"SQ", b""):
+                    self._sequence(implicit, depth + 1)
+                else:
+                    raise _NotPlain
+            if element is None:
+                raise _NotPlain
+            self._step(8)
