@@ -69,8 +69,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
             for note in summary.notes(facts):
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
-                private = shlex.quote(str(prepare.private_folder(wanted.out)))
-                print(f"refused: why in {private}/{prepare.LOG}, which files in {private}/ids")
+                print(f"refused: `dex data refused {shlex.quote(str(wanted.out))}` says which files, and why")
             out = shlex.quote(str(wanted.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE
