@@ -22,7 +22,7 @@ from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import kind_of
 from dex.prepare import chunks, filters, label_maps, modalities, readers, routing, sources
 from dex.prepare.readers.files import opened
-from dex.prepare.slices import enough, slices
+from dex.prepare.slices import enough, pieces, slices
 
 
 class Preprocessed(NamedTuple):
@@ -154,8 +154,10 @@ def read_stacks(
     def decide(head: Any, has_pixels: bool) -> routing.Decision:
         return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
-    least = None if label_maps.suspicious(path) else enough(_for_stack(source, None, path), IMAGE_SIZE, 8)
+    described = _for_stack(source, None, path)
+    least = None if label_maps.suspicious(path) else enough(described, IMAGE_SIZE, 8)
     asked = {"decide": None if source.trusted else decide, "volumes": source.volumes, "enough": least}
+    asked["pieces"] = pieces(described, IMAGE_SIZE)
     stacks = readers.read(unit.files, unit.format, beat=beat, **asked)
     for number, stack in enumerate(stacks):
         of_stack = _for_stack(source, stack, path)

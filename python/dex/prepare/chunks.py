@@ -35,7 +35,7 @@ from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names
 from .readers.stack import Refused
-from .slices import Slice, enough, slices
+from .slices import Slice, enough, pieces, slices
 from .sources import Source
 from .unfinished import Unfinished
 from .workers import Report, Task, where
@@ -250,7 +250,7 @@ class UnitWork:
         paths = [self._job.root / file.path for file in self._unit.files]
         decide = None if self._source.trusted else self._decide
         asked = {"decide": decide, "volumes": self._source.volumes, "enough": self._enough()}
-        asked["headers"] = self.headers
+        asked |= {"pieces": pieces(self._source_of(), self._job.settings.size), "headers": self.headers}
         stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
         number = 0
         for order in itertools.count():

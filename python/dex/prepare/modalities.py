@@ -27,7 +27,8 @@ _SEPARATORS = re.compile(r"[\s_-]+")
 class Modality(NamedTuple):
     """name: as shards, cards and messages show it. normalisation: the corpus' rule. aliases: other names, in the form
     that `key` gives. min_foreground: the least share of foreground that a slice is kept with. crop: whether pictures
-    are cut to the centre square, rather than padded. volumes: whether its images are slices of volumes."""
+    are cut to the centre square, rather than padded. volumes: whether its images are slices of volumes. pieces: whether
+    a picture too large for one image is cut into images at its own resolution, rather than shrunk."""
 
     name: str
     normalisation: str = "display"
@@ -35,6 +36,7 @@ class Modality(NamedTuple):
     min_foreground: float = MIN_FOREGROUND
     crop: bool = False
     volumes: bool = False
+    pieces: bool = False
 
 
 CATALOGUE = (
@@ -52,7 +54,7 @@ CATALOGUE = (
     Modality("ultrasound", aliases=("us", "usg", "sonography", "echo", "echocardiography")),
     Modality("fundus", aliases=("op", "cfp", "fundusphotography", "retinalphotography"), crop=True),
     Modality("OCT", aliases=("opt", "octa", "opticalcoherencetomography")),
-    Modality("pathology", aliases=("sm", "gm", "histology", "histopathology", "microscopy"), crop=True),
+    Modality("pathology", aliases=("sm", "gm", "histology", "histopathology", "microscopy"), crop=True, pieces=True),
     Modality("endoscopy", aliases=("es", "colonoscopy", "gastroscopy", "laparoscopy"), crop=True),
     Modality(
         "clinical photography",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import normalise
+from . import modalities, normalise
 from .readers import Refused, Stack
 
 if TYPE_CHECKING:
@@ -88,6 +88,16 @@ def enough(source: Source, size: int, bits: int) -> int | None:
     if source.tiles or not source.whole or bits != 8 or not by_bytes:
         return None
     return OVERSAMPLING * size
+
+
+def pieces(source: Source, size: int) -> int | None:
+    """The sides of the pieces that a picture of `source` is cut into where it has too many pixels for one frame
+    (`readers.read`): those of the images that are stored, so that each keeps its resolution. None: it is shrunk. 0: it
+    is refused, since the description's own tiles are of the whole picture."""
+    if source.tiles:
+        return 0
+    modality = modalities.known(source.modality)
+    return size if modality is not None and modality.pieces else None
 
 
 class _Rules:

@@ -291,3 +291,31 @@ def test_noise_in_colour_is_a_jpeg_too():
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (256, 256) and image.mode == "RGB"
         assert np.abs(np.asarray(image).astype(int) - noise).mean() < 10
+
+
+def test_large_pictures_of_pathology_are_cut_and_others_shrunk(here, tmp_path):
+    """The picture is tissue on the left, and nothing on the right."""
+    y, x = np.mgrid[0:300, 0:400]
+    tissue = np.where(x < 192, 100 + 60 * np.sin(x / 7) * np.sin(y / (9 + x / 80)), 240).astype(np.uint8)
+    for folder in ("pathology", "x-ray"):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+        Image.fromarray(tissue).save(tmp_path / "root" / folder / "a.tif")
+    fields = {"modality": "from-folders", "normalisation": "auto", "planes": ("auto",), "trusted": False}
+    routed = source(tmp_path / "root", **fields)
+    settings = chunks.Settings(size=64, encoding="png")
+    facts, _ = start([routed], tmp_path / "out", settings=settings, limits=readers.Limits(pixels=100_000))
+    rows = lines(tmp_path / "out")
+    dataset = ShardDataset(tmp_path / "out")
+    labels = {"pathology": [], "X-ray": []}
+    ids = [json.loads(line) for path in (tmp_path / "out.private/ids").iterdir() for line in path.open()]
+    label_of = {one["id"]: one["label"] for one in ids if "label" in one}
+    for number, row in enumerate(rows):
+        labels[row["modality"]].append(label_of[row["id"]])
+        if row["modality"] == "pathology":
+            left, top = (int(part[1:]) for part in label_of[row["id"]].split("-")[1:3])
+            assert np.array_equal(dataset[number].image.numpy()[0], tissue[top : top + 64, left : left + 64])
+    assert labels["X-ray"] == ["image"]
+    assert sorted(labels["pathology"]) == sorted(
+        f"image-x{x}-y{y}-s64" for x in (0, 64, 128) for y in (0, 64, 128, 192)
+    )
+    assert sum(one["seen"] for one in facts["sources"]) == 25 and not any(one["refused"] for one in facts["sources"])

@@ -105,6 +105,7 @@ def read(
     decide: Decide | None = None,
     volumes: str = "first",
     enough: int | None = None,
+    pieces: int | None = None,
     headers: bool = False,
 ) -> Iterator[Stack]:
     """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
@@ -116,6 +117,8 @@ def read(
     `volumes`: which are taken of a file that holds several, one of VOLUMES or "N", every N-th.
     `headers`: no pixel is read: the numbers of the stacks are not to be used.
     `enough`: a picture may be given with sides divided by a whole number while its shorter one has so many pixels left.
+    `pieces`: a picture of more pixels than `limits` has for a frame is cut into squares of so many pixels a side, a
+    frame each; without it such a picture is shrunk, and with 0 it is refused.
     """
     load(format)
     if not files:
@@ -123,7 +126,7 @@ def read(
     beat = beat or (lambda: None)
     paths = [Path(os.fsdecode(path)) for path in files]
     reader = reader_of(format)
-    given = {"decide": decide, "volumes": volumes, "enough": enough, "headers": headers}
+    given = {"decide": decide, "volumes": volumes, "enough": enough, "pieces": pieces, "headers": headers}
     for stack in reader.read(paths, limits, beat, **{name: given[name] for name in reader.choices}):
         stack.beat = beat
         yield stack

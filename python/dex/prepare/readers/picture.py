@@ -1,13 +1,14 @@
 """PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 and PPM. 8 bits for display come out upright, RGB or grey, black behind
 transparency; deeper grey comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others,
 and the frames of an animation after the first, are left out. A JPEG whose sides are longer than is asked for is decoded
-at a half, a quarter or an eighth of them."""
+at a half, a quarter or an eighth of them. `large` reads those of more pixels than a frame may have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,25 +21,37 @@ from .stack import Refused, Stack
 if TYPE_CHECKING:
     from PIL import Image
 
+    from . import large
+
 MAX_PAGES = 4_000
 MAX_TAG = 2**23  # bytes of one tag of a TIFF
 _DEEP = {"I": np.int32, "F": np.float32}
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_PLANAR, _APART = 284, 2
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
 _COSINES = (b"\xc0", b"\xc1", b"\xc2")  # baseline, extended, progressive: the frames of a JPEG of cosines
+_CUTS = (8, 4, 2)  # by which the sides of such a JPEG can be divided
+_CODING_STYLE = 2**16  # bytes within which a JPEG 2000 says how many resolutions it has
 _MAX_SEGMENTS = 1000  # before the frame of a JPEG
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables, among their markers
 
 
-def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None = None) -> Iterator[Stack]:
+def read(
+    files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None = None, pieces: int | None = None
+) -> Iterator[Stack]:
     path = only(files)
     refused: list[Refused] = []
     with quiet("picture"), opened(path) as file:
         image = _open(file)
+        page = _large_page(image, limits, refused)
+        if page is not None:
+            from . import large
+
+            yield large.stack(path, _large(file, page, limits), limits, pieces, refused)
+            return
         kind = _kind(image, limits)
-        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         _check_packing(image, file, limits)
         if image.format in ("GIF", "WEBP") and image.is_animated:
             refused.append(Refused("inconsistent", "frames after the first"))
@@ -56,10 +69,11 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None =
             else:
                 refused.append(Refused("inconsistent", "a page unlike the first"))
         by = _divided(image, file, enough)
+        fields = _fields(image, kind[3])
         size = file.size
     del image
     (height, width), mode, orientation, dtype = kind
-    channels = 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
+    channels = _channels(mode, dtype)
     if len(pages) > 1:
         limits.check_all(len(pages) * height * width * channels * dtype.itemsize, size)
 
@@ -80,7 +94,6 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None =
     if orientation >= 5:
         shape, extent = shape[::-1], extent[::-1]
     yield Stack(
-        quantity="display8" if dtype == np.uint8 else "raw",
         length=len(pages),
         shape=shape,
         dtype=dtype,
@@ -88,10 +101,9 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, enough: int | None =
         holds=lambda stored: limits.holds(stored, height, width, 4),
         channels=channels,
         origins=tuple(("", page) for page in pages),
-        windowed=dtype == np.uint8,
         extent=extent if by > 1 else None,
-        inverted=inverted and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
         refused=refused,
+        **fields,
     )
 
 
@@ -103,10 +115,93 @@ def _open(file: BoundedFile) -> Image.Image:
     if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
         file.largest = MAX_TAG
     file.seek(0)
-    try:
+    with _of_any_size():
         return Image.open(file, formats=PICTURES)
-    except Image.DecompressionBombError:
-        raise Refused("too large", "more pixels than Pillow opens") from None
+
+
+def _large_page(image: Image.Image, limits: Limits, refused: list[Refused]) -> int | None:
+    """The first page that has more pixels than a frame may have, None where there is none; the others are refused."""
+    large = [image.size[0] * image.size[1] > limits.pixels]
+    with _of_any_size():
+        while image.format == "TIFF" and len(large) < MAX_PAGES:
+            try:
+                image.seek(len(large))
+            except EOFError:
+                break
+            large.append(image.size[0] * image.size[1] > limits.pixels)
+        if len(large) > 1:
+            image.seek(0)
+    if True not in large:
+        return None
+    refused.extend(Refused("inconsistent", "a page beside the large one") for _ in large[1:])
+    return large.index(True)
+
+
+def _large(file: BoundedFile, page: int, limits: Limits) -> large.Picture:
+    from . import large
+
+    image = _page(file, page)
+    _check_packing(image, file, limits)
+    _, mode, orientation, dtype = _kind(image, None)
+    channels = _channels(mode, dtype)
+    if image.format == "TIFF":
+        orientation = int(image.tag_v2.get(_ORIENTATION, 1))
+    return large.Picture(
+        page=page,
+        channels=channels,
+        dtype=dtype,
+        orientation=orientation if orientation in range(1, 9) else 1,
+        divisor=_divisor(image, file),
+        open=_page,
+        convert=lambda part: _pixels(part, 1, channels, dtype),
+        fields=_fields(image, dtype),
+    )
+
+
+def _divisor(image: Image.Image, file: BoundedFile) -> int:
+    """The largest power of two by which the decoder can divide a picture's sides."""
+    if image.format in ("JPEG", "MPO") and _is_of_cosines(file):
+        return _CUTS[0]
+    if image.format != "JPEG2000":
+        return 1
+    file.seek(0)
+    start = file.read(_CODING_STYLE)
+    place = start.find(b"\xff\x52", start.find(b"\xff\x4f\xff\x51") + 1)
+    return 2 ** min(start[place + 9], 6) if 0 <= place < len(start) - 9 else 1
+
+
+@contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Pillow opens pictures of any size: whoever opens them checks it."""
+    from PIL import Image
+
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def _page(file: BoundedFile, page: int) -> Image.Image:
+    file.seek(0)
+    image = _open(file)
+    with _of_any_size():
+        image.seek(page)
+    return image
+
+
+def _channels(mode: str, dtype: np.dtype) -> int:
+    return 3 if dtype == np.uint8 and mode not in ("1", "L", "LA", "La") else 1
+
+
+def _fields(image: Image.Image, dtype: np.dtype) -> dict[str, Any]:
+    """What a stack of it says of its numbers."""
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    return {
+        "quantity": "display8" if dtype == np.uint8 else "raw",
+        "windowed": dtype == np.uint8,
+        "inverted": white_is_zero and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
+    }
 
 
 def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> None:
@@ -129,7 +224,7 @@ def _divided(image: Image.Image, file: BoundedFile, enough: int | None) -> int:
     """By what the sides of a JPEG are divided while it is decoded: the shorter one keeps `enough` pixels."""
     if enough is None or image.format not in ("JPEG", "MPO") or not _is_of_cosines(file):
         return 1
-    return next((by for by in (8, 4, 2) if min(image.size) >= by * enough), 1)
+    return next((by for by in _CUTS if min(image.size) >= by * enough), 1)
 
 
 def _is_of_cosines(file: BoundedFile) -> bool:
@@ -147,22 +242,26 @@ def _is_of_cosines(file: BoundedFile) -> bool:
     return marker[:1] == b"\xff" and marker[1:] in _COSINES
 
 
-def _kind(image: Image.Image, limits: Limits) -> tuple[tuple[int, int], str, int, np.dtype]:
-    """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded."""
+def _kind(image: Image.Image, limits: Limits | None) -> tuple[tuple[int, int], str, int, np.dtype]:
+    """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded. limits: of a
+    picture that becomes a frame."""
     from PIL import Image
 
     from dex.data.images import DISPLAY, TRANSPOSE
 
     width, height = image.size
-    limits.check_frame(height, width)
+    if limits is not None:
+        limits.check_frame(height, width)
     mode = image.mode
     if mode not in DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
         raise Refused("unsupported", "its colour mode")
     dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
     if image.format == "TIFF":
-        if reason := bombs.too_much_of_tiff(image, limits.pixels):
+        if limits is not None and (reason := bombs.too_much_of_tiff(image, limits.pixels)):
             raise Refused("too large", reason)
         bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
+        if bits > 8 and len(image.getbands()) > 1 and image.tag_v2.get(_PLANAR) == _APART:
+            raise Refused("unsupported", f"colours of {bits} bits in planes that lie apart; save it as PNG")
         if dtype == np.uint8 and sign == _SIGNED:
             raise Refused("unsupported", "signed numbers of 8 bits")
         if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow's have a sign, of the same bits
@@ -203,5 +302,5 @@ READER = Reader(
     read=read,
     needs=formats.of("picture").needs,
     load=load,
-    choices=("enough",),
+    choices=("enough", "pieces"),
 )

@@ -37,7 +37,8 @@ class Reader:
     together have in common, by their headers; () where that cannot be read.
     choices: what else `read` takes, by keyword. "decide", a `Decide` or None: the files' headers say what they are.
     "volumes", one of `VOLUMES` or a number: a file may hold several. "enough", the pixels of the shorter side from
-    which on a picture may be given at a part of its size, or None. "headers", True: the reader would read numbers
+    which on a picture may be given at a part of its size, or None. "pieces", the sides of those that a large picture is
+    cut into, or None: it is shrunk. "headers", True: the reader would read numbers
     before it gives a stack, and gives it with `no_numbers` in their place. Others look at headers alone until then.
     frame_stride: N where the corpus takes every N-th frame of stacks that are no volume.
     passed_over: names of files, in upper case, that are no images -> what they are.

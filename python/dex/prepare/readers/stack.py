@@ -159,6 +159,8 @@ class Stack:
         numbers say nothing about another's. () where all frames are one.
     origins: of each stored frame the name of its file and its number in that, from 0; "" names the unit's only file.
         () where that is the frame's number in the stack.
+    labels: of the stored frames, () where their numbers do. peek: frames to judge the stack by, where those that it has
+        are not as they were stored.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
         that its header gives besides, or "".
@@ -182,6 +184,8 @@ class Stack:
     geometry: Geometry | None = None
     parts: tuple[int, ...] = ()
     origins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    labels: tuple[str, ...] = field(default=(), repr=False)
+    peek: Callable[[], Iterator[np.ndarray]] | None = field(default=None, repr=False)
     volume: bool = False
     inverted: bool = False
     described: bool = False
@@ -284,6 +288,9 @@ class Stack:
 
     def sample(self, numbers: Collection[int]) -> Iterator[np.ndarray]:
         """The stored frames of these numbers, as they are stored. A stack of one frame keeps it, if it may."""
+        if self.peek is not None:
+            yield from self.peek()
+            return
         if self.length == 1 and self.whole is None and self.holds(self._bytes()):
             self._keep()
         yield from (pixels for _, pixels in self._loaded(lambda number: number in numbers))
@@ -299,6 +306,7 @@ class Stack:
         spacing = self.spacing if self.geometry is None else (self.geometry.spacing[1], self.geometry.spacing[0])
         for number, pixels in self._loaded(lambda number: number % stride == 0):
             label = "image" if self.length == 1 else f"frame-{number:04d}"
+            label = self.labels[number] if self.labels else label
             part = self.parts[number] if self.parts else 0
             yield Frame(label, self._numbers(pixels, *self._scale(number)), spacing, part, number)
 
