@@ -9,6 +9,7 @@ from .ops.grouped_mlp import grouped_mlp
 from .ops.route import route
 from .routing import Routing
 from .shadows import hold_weights
+from .sharding import shard
 from .upcycle import to_dense_, upcycle_
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_mlp",
     "hold_weights",
     "route",
+    "shard",
     "to_dense_",
     "upcycle_",
 ]

@@ -44,6 +44,22 @@ def check_number(name: str, value: float, expected: str, holds) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_transforms(*tensors: Tensor | None) -> None:
+    """ValueError for what torch.func differentiates: its `jvp` would take an operator for a constant."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for t in tensors:
+        while isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_gradtrackingtensor(t):
+                raise ValueError(
+                    "torch.func: expected torch.autograd around the operators of dexkernels, got grad, jvp, jacrev or "
+                    "another derivative of torch.func, which cannot see into them; for gradients per sample call "
+                    "torch.autograd.grad once for each image"
+                )
+            t = functorch.get_unwrapped(t)
+
+
 def check_x(x: Tensor, width: int | None = None) -> None:
     """``width``: D, where it is known."""
     if width is not None and not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width):
@@ -54,6 +70,7 @@ def check_x(x: Tensor, width: int | None = None) -> None:
 
 def check_weights(x: Tensor, weights: MLPWeights) -> None:
     """Stacked weights of one another's shapes, that fit x; of its dtype, but under autocast, which makes copies."""
+    check_transforms(x, *weights)
     same_dtype = not torch.is_autocast_enabled(x.device.type)
     check_tensor("fc1_weight", weights.fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
     E, H, D = weights.fc1_weight.shape

@@ -3,12 +3,15 @@
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
@@ -62,6 +65,33 @@ class Recording:
         self.calls.append(aux)
 
 
+class Replaced:
+    """Weak references to parameters whose place a layer took in a host. A copy of the layer has none."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter] = ()):
+        self._parameters = [weakref.ref(p) for p in parameters]
+
+    def __reduce__(self):
+        return Replaced, ()
+
+    def check_optimizers(self) -> None:
+        """ValueError when an optimizer still holds one of them. Asks once, and looks only if one is alive."""
+        if torch.compiler.is_compiling() or not self._parameters:
+            return
+        alive = {id(p) for reference in self._parameters if (p := reference()) is not None}
+        self._parameters = []
+        if not alive:
+            return
+        for o in (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)):
+            held = sum(id(p) in alive for group in o.param_groups for p in group["params"])
+            if held:
+                raise ValueError(
+                    f"optimizer: expected one that was built after upcycle_, got {type(o).__name__} with {held} "
+                    "parameters that a DEXLayer took the place of: it would never train the experts. Build it again "
+                    "from model.parameters()"
+                )
+
+
 class MLP(nn.Module):
     """``fc2(gelu(fc1(x)))``, ``[..., D] -> [..., D]``, exact GELU: the director, or the dense MLP of a ViT."""
 
@@ -71,7 +101,9 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, *self.weights)
+        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+            return mlp(x, *self.weights)
+        return self.fc2(F.gelu(self.fc1(x)))  # quantised maps and adapters compute something of their own
 
     @property
     def weights(self) -> MLPWeights:
@@ -155,6 +187,7 @@ class DEXLayer(PublishedNames, nn.Module):
         self.usage_momentum, self.backend = usage_momentum, backend
         self.recording: Recording | None = None
         self.shadows = Shadows()
+        self.replaced = Replaced()
 
         self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
         self.experts = Experts(num_experts, dim, hidden_dim)
@@ -177,6 +210,18 @@ class DEXLayer(PublishedNames, nn.Module):
         self.experts.requires_grad_(path == "experts")
         self.router_weight.requires_grad_(path == "experts")
 
+    def named_modules(self, *args, **kwargs):
+        """Those of `torch.nn.Module`; what the path does not use takes no gradient from here on.
+
+        ``model.requires_grad_(True)`` reaches the directors too. Optimizers, DDP and FSDP ask for modules or parameters
+        before they look at ``requires_grad``, and so pass here.
+        """
+        routed = (self.router_weight, *self.experts.parameters())
+        for p in self.director.parameters() if self._path == "experts" else routed:
+            if isinstance(p, nn.Parameter) and p.requires_grad:  # functional_call puts other tensors there
+                p.requires_grad_(False)
+        return super().named_modules(*args, **kwargs)
+
     def forward(
         self,
         x: Tensor,
@@ -196,6 +241,14 @@ class DEXLayer(PublishedNames, nn.Module):
         """
         checks.check_noise_std(noise_std)
         checks.check_x(x, self.dim)
+        self._check_dtypes(x, return_aux)
+        if not hasattr(self.experts, "weights"):  # before their first use
+            raise ValueError(
+                f"experts: expected the layer's own module, got {type(self.experts).__name__}: stacked experts take no "
+                "adapters. Let the adapters reach attention, or the director of layers with path='director'"
+            )
+        if torch.jit.is_tracing() and torch.is_grad_enabled():
+            raise ValueError("torch.jit.trace: expected it under torch.no_grad(), got one that records gradients")
         if self._path == "director":
             if return_aux:
                 raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
@@ -220,6 +273,29 @@ class DEXLayer(PublishedNames, nn.Module):
         if not again:
             recording.add(aux)
         return y
+
+    def _check_dtypes(self, x: Tensor, return_aux: bool) -> None:
+        """ValueError that blames what is of another dtype than the rest: a parameter, x, or the whole layer."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        director = next((p.dtype for p in self.director.parameters()), None)  # none: quantised, or of a user's own
+        own = director if self._path == "director" else self.router_weight.dtype
+        if self._path == "experts" and not autocast:
+            for name, p in self.experts.named_parameters():
+                if p.dtype != own:
+                    raise ValueError(f"experts.{name}: expected {own}, the dtype of router_weight, got {p.dtype}")
+            if return_aux and director not in (own, None):
+                raise ValueError(f"director: expected {own}, the dtype of the experts, got {director}")
+        if own is not None and (torch.float64 in (x.dtype, own) if autocast else x.dtype != own):
+            half = x.dtype in (torch.float16, torch.bfloat16)
+            remedy = "wrap the forward in torch.autocast" if half else f"x.to({own}), or layer.to({x.dtype})"
+            raise ValueError(f"x: expected {own}, the dtype of the layer's parameters, got {x.dtype}: {remedy}")
+        half = self._path == "experts" and self.usage_ema.dtype in (torch.float16, torch.bfloat16)
+        if half and self.training and torch.is_grad_enabled() and self.experts.fc1_weight.requires_grad:
+            raise ValueError(
+                f"parameters: expected float32 or float64 for training, got {own}, in which a director cannot follow "
+                "its experts: keep the layer in float32 and wrap the forward in torch.autocast; in evaluation "
+                "(layer.eval()) it may be in half precision"
+            )
 
     def _routed(
         self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
@@ -320,6 +396,8 @@ def update_directors(
             raise ValueError(f"gate_mass[{i}]: expected device {layer.usage_ema.device}, got {mass.device}")
     if not layers:
         return
+    for layer in layers:
+        layer.replaced.check_optimizers()
     if len({layer.backend for layer in layers}) > 1:
         raise ValueError(f"layers: expected one backend, got {', '.join(str(layer.backend) for layer in layers)}")
     if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
@@ -336,7 +414,7 @@ def update_directors(
     group_weights = [m / (m.sum() + EPS) for m in masses.split([layer.num_experts for layer in layers])]
     for layer, a in zip(layers, group_weights, strict=True):
         for director, stacked in layer.director_pairs():
-            director, stacked = _local(director, stacked)
+            director, stacked = _local_pair(director, stacked)
             directors.append(director), experts.append(stacked), weights.append(a)
     group_ema_(
         directors, experts, weights, momentum, skip=still, backend=backends.covering("group_ema_", layers[0].backend)
@@ -346,19 +424,30 @@ def update_directors(
         u.copy_(torch.where(still, u, m * u + (1 - m) * a.to(u.dtype)))
 
 
-def _local(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's pieces of a pair that FSDP2 cut over ranks: GEMA needs nothing of the other pieces."""
+def _local_pair(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's pieces ``(director, stacked experts [E, ...])``: the same features of both, in every placement.
+
+    A director that is cut along dimension d goes with experts that are cut along d + 1. Experts that are cut otherwise,
+    as `fully_shard` does by default, are sent to where they are needed; every rank must call this then.
+
+    Raises: ValueError when the director is cut and the experts are not, or over another mesh.
+    """
     if not (hasattr(director, "placements") or hasattr(stacked, "placements")):
         return director, stacked
     from torch.distributed.tensor import DTensor, Shard
 
-    for name, tensor, dim in (("director", director, 0), ("experts", stacked, 1)):
-        if not isinstance(tensor, DTensor) or tensor.placements != (Shard(dim),):
-            got = getattr(tensor, "placements", "a plain tensor")
-            raise ValueError(
-                f"{name}: expected directors cut along dimension 0 and stacked experts along dimension 1, both by "
-                f"FSDP2 over one mesh, got {got}"
-            )
+    if not isinstance(director, DTensor):  # whole on every rank
+        return director, stacked.full_tensor()
+    if not isinstance(stacked, DTensor):
+        raise ValueError(
+            "experts: expected them to be cut over ranks as their director is, got whole tensors: wrap the module that "
+            "holds the DEXLayer, not its director alone, or call dexkernels.shard(model)"
+        )
     if director.device_mesh != stacked.device_mesh:
-        raise ValueError("experts: expected the mesh of the director, got another one")
+        raise ValueError("experts: expected the mesh of the director, got another one; call dexkernels.shard(model)")
+    placements = tuple(Shard(p.dim + 1) if p.is_shard() else p for p in director.placements)
+    if any(p.is_partial() for p in (*director.placements, *stacked.placements)):
+        raise ValueError(f"director: expected placements Shard or Replicate, got {director.placements}")
+    if stacked.placements != placements:
+        stacked = stacked.redistribute(placements=placements)
     return director.to_local(), stacked.to_local()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer import DEXLayer
+from .layer import DEXLayer, Replaced
 
 PLACES = (
     ("fc1", "act", "fc2"),  # timm
@@ -147,6 +147,8 @@ def upcycle_(
         for mlp, originals in reversed(replaced):
             mlp.place(*originals)
         raise
+    for mlp, (fc1, _, fc2) in replaced:
+        layers[mlp.name].replaced = Replaced((*fc1.parameters(), *fc2.parameters()))
     return layers
 
 

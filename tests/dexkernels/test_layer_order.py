@@ -85,14 +85,15 @@ def test_the_right_order_works_step_after_step(recompute):
     assert "director.fc1.weight" in changed(layer, snapshot(layer_of()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("noise_std", [0.0, 1.0])
-def test_checkpointing_gives_the_same_bits(dtype, noise_std):
+def test_checkpointing_gives_the_same_bits(half, noise_std):
     results = []
     for recompute in (False, True):
-        layer, x = layer_of(dtype=dtype), images(dtype=dtype).requires_grad_()
+        layer, x = layer_of(dtype=torch.float32), images(dtype=torch.float32).requires_grad_()
         torch.manual_seed(7)
-        y, aux = run(layer, x, recompute, noise_std=noise_std)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            y, aux = run(layer, x, recompute, noise_std=noise_std)
         objective(y, aux).backward()
         results.append([y, *aux, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
     for a, b in zip(*results, strict=True):

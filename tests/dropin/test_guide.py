@@ -32,18 +32,22 @@ def test_every_block_belongs_to_a_test():
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_distributed_recipe_keeps_directors_identical(tmp_path):
-    """The block as it stands, on two gloo ranks."""
-    (code,) = [code for info, code in BLOCKS if info == "torchrun"]
-    script = tmp_path / "train.py"
+def run_on_two_ranks(code, result, folder):
+    """The block as it stands, on two gloo ranks; each saves ``result``, an expression."""
+    script = folder / "train.py"
     script.write_text(
-        code + f"torch.save((model.module.state_dict(), aux.calls), {str(tmp_path)!r} + f'/{{dist.get_rank()}}.pt')\n"
+        f"{code}torch.save({result}, {str(folder)!r} + f'/{{dist.get_rank()}}.pt')\n"
         "dist.barrier()\ndist.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_distributed_recipe_keeps_directors_identical(tmp_path):
+    code = next(code for info, code in BLOCKS if info == "torchrun" and "DistributedDataParallel" in code)
+    run_on_two_ranks(code, "(model.module.state_dict(), aux.calls)", tmp_path)
     (one, calls_one), (two, calls_two) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     assert all(torch.equal(t, two[name]) for name, t in one.items())
     # Not because nothing moved, nor because both ranks saw the same.
@@ -51,3 +55,13 @@ def test_distributed_recipe_keeps_directors_identical(tmp_path):
     assert one["layers.0.linear1.usage_ema"].sum() > 0
     first, second = (calls["module.layers.0.linear1"][0].gate_mass for calls in (calls_one, calls_two))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_sharded_recipe_trains_and_moves_directors(tmp_path):
+    code = next(code for info, code in BLOCKS if info == "torchrun" and "dexkernels.shard(model)" in code)
+    run_on_two_ranks(code, "{n: p.full_tensor() for n, p in model.named_parameters()}", tmp_path)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    director, experts = (one[f"layers.0.linear1.{n}"] for n in ("director.fc1.weight", "experts.fc1_weight"))
+    assert not torch.equal(director, experts[0]) and not torch.equal(experts[0], experts[1])

@@ -420,3 +420,30 @@ def test_random_numbers_of_the_caller_are_those_of_the_layers_alone():
 
 def test_every_kind_of_host_is_here():
     assert {"torch-pre-norm", "torch-post-norm", "transformers-vit", "timm-vit", "timm-structure"} <= set(HOSTS)
+
+
+def test_an_optimizer_that_was_built_before_is_noticed_at_the_first_update(host):
+    model, x = look_trained_(host.build()), host.inputs(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dexkernels.upcycle_(model, E, K, route_from=host.route_from)
+    with dexkernels.collect_aux(model) as aux:
+        loss = host.output(model(x)).square().mean()
+    (loss + aux.losses()).backward()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match="optimizer: expected one that was built after upcycle_, got AdamW with "):
+        aux.update_directors(0.9)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    del optimizer
+
+
+def test_replaced_parameters_that_no_optimizer_holds_are_no_error(host):
+    model, x = look_trained_(host.build()), host.inputs(1)
+    kept = list(model.parameters())
+    dexkernels.upcycle_(model, E, K, route_from=host.route_from)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with dexkernels.collect_aux(model) as aux:
+        loss = host.output(model(x)).square().mean()
+    (loss + aux.losses()).backward()
+    aux.update_directors(0.9)
+    optimizer.step()
+    assert set(kept) - set(model.parameters())

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import FLOATS, check_choice, check_tensor, describe
+from ...checks import FLOATS, check_choice, check_tensor, check_transforms, describe
 from .. import backends
 from ..common import accumulation_dtype, gradients, without_autocast
 
@@ -33,6 +33,7 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", *, b
     Returns: 0-dim, float32 for half-precision inputs. Raises: ValueError naming the argument.
     """
     check_choice("kind", kind, KINDS)
+    check_transforms(experts_out, director_out)
     if not isinstance(experts_out, Tensor) or experts_out.dim() < 1 or experts_out.dtype not in FLOATS:
         raise ValueError(f"experts_out: expected a floating-point tensor [..., D], got {describe(experts_out)}")
     check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)

@@ -13,6 +13,7 @@ from ...checks import (
     check_temperature,
     check_tensor,
     check_top_k,
+    check_transforms,
     check_x,
     shape_of,
 )
@@ -71,6 +72,7 @@ def route(
     Raises: ValueError naming the argument.
     """
     check_x(x)
+    check_transforms(x, router_weight)
     check_choice("routing", routing, ROUTINGS)
     check_choice("route_from", route_from, ROUTE_FROM)
     check_tensor("router_weight", router_weight, (None, x.shape[2]), like=x, same_dtype=False)

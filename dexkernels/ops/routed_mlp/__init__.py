@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor, check_weights
+from ...checks import check_tensor, check_transforms, check_weights
 from ...records import MLPWeights
 from ...routing import Routing
 from ...shadows import Shadows, shadowed
@@ -56,6 +56,7 @@ def routed_mlp(
     """
     E, D = weights.fc1_weight.shape[0], x.shape[2]
     check_tokens(x)
+    check_transforms(router_weight)
     check_tensor("router_weight", router_weight, (E, D), like=x, same_dtype=False)
     check_weights(x, weights)
     if director is not None:

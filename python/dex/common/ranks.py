@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dexkernels import shard
+
 Strategy = Literal["ddp", "fsdp"]
 _NCCL_GRACE = datetime.timedelta(seconds=60)
 
@@ -157,8 +159,6 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
                 gradient_as_bucket_view=True,
             )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
 
     # A block's output is never changed in place, which is what the warning, at every block and step, is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -167,13 +167,7 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
     for p in model.parameters():
         if id(p) in stacked:
             check_cut(stacked[id(p)], p.shape, mesh.size())
-
-    def place(parameter: nn.Parameter) -> Shard:
-        return Shard(1 if id(parameter) in stacked else 0)
-
-    for block in blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=place)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    return shard(model, mesh, blocks=blocks)
 
 
 def same_bits(tensors: Iterable[Tensor]) -> bool:

@@ -227,7 +227,7 @@ def test_decoder_puts_every_token_in_its_place():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_of_half_precision_images_counts_patches_exactly(dtype):
     """273 removed patches: not a number in bfloat16, whose neighbours are 272 and 274."""
-    model = build(img_size=11, patch_size=1, in_chans=2, depth=1).to(dtype)
+    model = build(img_size=11, patch_size=1, in_chans=2, depth=1).to(dtype).eval()
     out = model(images(S=11, C=2).to(dtype))
     assert out.mask.sum(dtype=torch.float64) == 273 and out.loss.dtype == torch.float32
     assert out.loss.item() == pytest.approx(out.image_loss.double().mean().item(), rel=1e-5)

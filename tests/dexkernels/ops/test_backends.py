@@ -53,6 +53,13 @@ def test_report_says_what_was_measured_where(h100):
     assert rows["group_ema_", "triton"].reason == "never measured on a GPU: only when asked for"
 
 
+def test_report_says_where_kernels_have_been_executed(monkeypatch):
+    monkeypatch.setattr(backends, "EXECUTED", {("route", "triton"): "3 kernels, somewhere"})
+    rows = {(r.op, r.backend): r.executed for r in backends.report()}
+    assert rows["route", "triton"] == "3 kernels, somewhere" and rows["align_loss", "triton"] == ""
+    assert rows["route", "reference"] == ""
+
+
 @pytest.mark.skipif("config.getoption('--backend')", reason="--backend replaces the choice")
 def test_a_cpu_always_takes_plain_torch():
     assert {backends.choose(op, None, CPU) for op in backends.TABLES} == {"reference"}
