@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from . import chunks, label_maps, readers, run, workers
 from .chunks import Job, Settings
-from .discover import Listing, Undetermined, Unit, check_modalities, cut, discover
+from .discover import Chunk, Listing, Undetermined, Unit, check_modalities, cut, discover
 from .ids import SALT_BYTES
 from .sources import Source
 from .survey import Kind, Measured, Survey, look, measure
@@ -137,7 +137,7 @@ class _Worked:
             files=listing.files,
             bytes=sum(listing.sizes),
             survey=survey,
-            sample=self.sample(survey),
+            sample=self.sample(listing, survey),
             passed_over=passed_over(listing),
             undetermined=undetermined,
             workers=self.processes,
@@ -147,7 +147,7 @@ class _Worked:
         path = self.scratch / "units.jsonl"
         path.write_bytes(b"".join(listing.lines))
         total, known, said = len(listing.lines), 0, time.monotonic()
-        jobs = [self._job(path, chunk, listing.common) for chunk in listing.chunks]
+        jobs = [self._job(path, chunk, listing) for chunk in listing.chunks]
         result = Survey()
         for job, survey in self._run(look, jobs, listing.formats):
             known += job.chunk.units
@@ -157,7 +157,7 @@ class _Worked:
             result.add(survey)
         return result
 
-    def sample(self, survey: Survey) -> dict[Kind, Measured]:
+    def sample(self, listing: Listing, survey: Survey) -> dict[Kind, Measured]:
         kinds = sorted(kind for kind in survey.candidates if kind.modality)
         jobs = []
         for number, kind in enumerate(kinds):
@@ -167,23 +167,24 @@ class _Worked:
             lines = [json.dumps(unit._asdict()).encode() + b"\n" for unit in drawn]
             path.write_bytes(b"".join(lines))
             whole = cut([(sum(map(len, lines)), 0)])[0]._replace(units=len(drawn))
-            jobs.append(self._job(path, whole, 0))
+            jobs.append(self._job(path, whole, listing))
         measured: dict[Kind, Measured] = {}
         for _, by_kind in self._run(measure, jobs, sorted({kind.format for kind in kinds})):
             for kind, one in by_kind.items():
                 measured.setdefault(kind, Measured()).add(one)
         return measured
 
-    def _job(self, listing: Path, chunk: Any, common: int) -> Job:
+    def _job(self, path: Path, chunk: Chunk, listing: Listing) -> Job:
         return Job(
-            name=listing.stem,
+            name=path.stem,
             private=self.scratch,
-            listing=listing,
+            listing=path,
             chunk=chunk,
             source=self.source,
             root=self.root,
             salt=self.salt,
-            common=common,
+            common=listing.common,
+            level=listing.level.number,
             settings=self.settings,
             limits=self.limits,
         )

@@ -38,13 +38,19 @@ _CHARACTERS, _SYNTAX, _META_END = 0x00080005, 0x00020010, 0x0002FFFF
 
 
 class Head(Dataset):
-    """A data set that is soon asked for many elements, most of which it does not have."""
+    """A data set that is soon asked for many elements, for most of them in vain and for some again and again. It is not
+    changed once it was asked."""
 
     def get(self, key: Any, default: Any = None) -> Any:
         tag = _tag(key) if isinstance(key, str) else None
         if tag is None:
             return super().get(key, default)
-        return self[tag].value if tag in self.keys() else default
+        if tag not in self.keys():
+            return default
+        values = self.__dict__.setdefault("_values", {})
+        if key not in values:
+            values[key] = self[tag].value
+        return values[key]
 
 
 @functools.cache
