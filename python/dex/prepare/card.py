@@ -13,9 +13,12 @@ from typing import NamedTuple
 
 from dex.data import images
 
-from .card_style import CSS
+from . import page
 from .filters import DROPPED
 from .label_maps import LABEL_MAP, PROBABILITY_MAP
+from .page import count as _count
+from .page import number as _n
+from .page import percent as _percent
 from .routing import REASONS, meaning
 from .splits import hints, sides
 
@@ -108,7 +111,6 @@ def _counts(source: dict) -> list[tuple[str, int]]:
 
 
 def _page(facts: dict, examples: list[Example]) -> str:
-    name = escape(facts["name"])
     sections = (
         ("modalities", "Modalities", _modalities(facts)),
         ("sources", "Sources", _sources(facts)),
@@ -121,20 +123,8 @@ def _page(facts: dict, examples: list[Example]) -> str:
         ("licences", "Licences and citations", _licences(facts)),
         ("rules", "Rules applied", _rules(facts["rules"])),
     )
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{html}</section>\n'
-        for key, title, html in sections
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # the page asks the browser to keep it to its word: nothing is fetched, nothing is run
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f'<meta name="color-scheme" content="light dark">\n<title>{name}: data card</title>\n'
-        f"<style>\n{CSS}</style>\n</head>\n<body>\n<main>\n{_header(facts)}\n<nav>{links}</nav>\n{body}</main>\n"
-        "</body>\n</html>\n"
+    return page.document(
+        f"{facts['name']}: data card", _header(facts), [page.Section(*section) for section in sections]
     )
 
 
@@ -147,8 +137,12 @@ def _header(facts: dict) -> str:
     suspected = sum(s["text_suspected"] for s in sources)
     private, simulated = sum(not s["public"] for s in sources), sum(s["simulated"] for s in sources)
     kinds = [f"{_n(count)} {kind}" for count, kind in ((private, "private"), (simulated, "simulated")) if count]
-    tiles = [
-        ("Images", _n(facts["images"]), f"{_n(facts['train'])} train, {_n(facts['val'])} val"),
+    listed = [
+        (
+            "Images",
+            _n(facts["images"]),
+            f"{_n(facts['train'])} train, {_n(facts['val'])} val",
+        ),
         ("Modalities", f"{len(filled)}", f"of {len(facts['modalities'])}"),
         ("Sources", _n(len(sources)), ", ".join(kinds) or "all public"),
         ("Patients", _n(sum(s["patients"] for s in sources)), "counted source by source"),
@@ -170,11 +164,8 @@ def _header(facts: dict) -> str:
         f'<header><p class="kicker">Data card</p><h1>{escape(facts["name"])}</h1>'
         f"<p>{_count(facts['images'], 'image')} of {facts['image_size']} × {facts['image_size']} pixels, "
         f"{facts['bits']}-bit {escape(str(facts['encoding']).upper())}.</p>{notice}"
-        '<dl class="tiles">'
-        + "".join(
-            f"<div><dt>{label}</dt><dd><b>{big}</b><span>{small}</span></dd></div>" for label, big, small in tiles
-        )
-        + f'</dl><h2 class="small">What became of {_count(seen, "slice")}</h2>{_bar(parts, seen, "all sources")}'
+        + page.tiles(listed)
+        + f'<h2 class="small">What became of {_count(seen, "slice")}</h2>{_bar(parts, seen, "all sources")}'
         + f'<ul class="legend">{"".join(_key(label, count, seen) for label, count in parts if count)}</ul></header>'
     )
 
@@ -509,23 +500,3 @@ def _short(example: Example) -> str:
 
 def _total(counts: dict[str, int]) -> int:
     return sum(counts.values())
-
-
-def _n(number: int) -> str:
-    return f"{number:,}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{_n(number)} {what}{'' if number == 1 else 's'}"
-
-
-def _percent(part: int, whole: int) -> str:
-    """A share in few digits, which is "0 %" or "100 %" only where it is exactly that."""
-    if not part:
-        return "0 %"
-    share = 100 * part / whole
-    if share < 0.1:
-        return "< 0.1 %"
-    if part == whole:
-        return "100 %"
-    return f"{min(share, 99.9):.1f} %" if share < 10 or share > 99 else f"{share:.0f} %"
