@@ -39,6 +39,16 @@ class ModelConfig:
     """Share of patches hidden from the encoder."""
     align: Literal["kd", "cosine", "mse"] = "kd"
     """Which align loss: kd is the published code's, cosine the paper's Eq. 7; see `dexkernels.align_loss`."""
+    route_from: Literal["cls", "mean"] = "cls"
+    """What the routers read: the CLS token, as published, or the mean of all tokens."""
+    temperature: float = 0.5
+    """Of the routers' softmax."""
+    router_init: Literal["xavier", "linear"] = "xavier"
+    """How routers are drawn; linear as torch.nn.Linear draws, like the published runs: 0.4 times as wide at 768."""
+    usage_momentum: float = 0.99
+    """Of the average usage that exploration noise favours rarely used experts by."""
+    init: str | None = None
+    """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run; none draws all weights."""
     backend: str | None = None
     """Kernel backend of every op; none takes each op's default. `dex doctor` lists them."""
 
@@ -83,7 +93,8 @@ class ScheduleConfig:
     """Exploration noise of the router."""
     momentum: tuple[float, float] = (0.99, 0.999)
     """Momentum of the directors (GEMA)."""
-    align_weight: float = 0.01
+    align_weight: float | tuple[float, float] = 0.01
+    """One number for the whole run, or a pair."""
     balance_weight: tuple[float, float] = (0.01, 0.01)
 
 
@@ -149,7 +160,7 @@ MOST_WORKERS = 256
 # Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
 # otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
 FREE_ON_RESUME = frozenset(
-    {"data.path", "data.num_workers", "model.backend"}
+    {"data.path", "data.num_workers", "model.backend", "model.init"}
     | {f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)}
     | {f"run.{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in ("seed", "precision")}
 )
@@ -284,6 +295,9 @@ def _check_model(model: ModelConfig) -> None:
         width = getattr(model, name)
         _require(width % 4 == 0, f"model.{name}", "a multiple of 4, for 2-D sine positions", width)
     _check_experts(model)
+    _require(model.temperature > 0, "model.temperature", "above 0", model.temperature)
+    _require(0 <= model.usage_momentum <= 1, "model.usage_momentum", "a number in [0, 1]", model.usage_momentum)
+    _require(model.init is None or bool(model.init.strip()), "model.init", "a file or folder, or null", model.init)
     # Each at its own width: of a small ratio the narrower one comes out as no unit at all.
     for name in ("embed_dim", "decoder_embed_dim"):
         width = getattr(model, name)
@@ -350,7 +364,8 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     _require(min(schedule.noise_std) >= 0, "schedule.noise_std", pairs, schedule.noise_std)
     momenta = all(0 <= m <= 1 for m in schedule.momentum)
     _require(momenta, "schedule.momentum", "two numbers in [0, 1]", schedule.momentum)
-    _require(schedule.align_weight >= 0, "schedule.align_weight", "at least 0", schedule.align_weight)
+    align = pair(schedule.align_weight)
+    _require(min(align) >= 0, "schedule.align_weight", "a number or two of at least 0", schedule.align_weight)
     _require(min(schedule.balance_weight) >= 0, "schedule.balance_weight", pairs, schedule.balance_weight)
 
 
@@ -371,6 +386,11 @@ def _check_run(run: RunConfig) -> None:
 def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
     """One number per layer of a field that may be one number for all."""
     return (value,) * depth if isinstance(value, int) else value
+
+
+def pair(value: float | tuple[float, float]) -> tuple[float, float]:
+    """First and last value of a schedule that may be one number."""
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def images_per_rank(config: Config, world_size: int) -> int:

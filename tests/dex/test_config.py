@@ -142,7 +142,7 @@ def test_every_field_survives_yaml(tmp_path):
     def altered(value):
         if isinstance(value, tuple):
             return [altered(v) for v in value]
-        choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine", "ddp": "fsdp"}
+        choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine", "ddp": "fsdp", "cls": "mean", "xavier": "linear"}
         return choices[value] if value in choices else other[type(value)]
 
     values = {

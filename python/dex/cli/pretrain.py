@@ -94,6 +94,8 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         """Folder of images or shard set; the small set in the package without it. Same as --data.path."""
         out: str | None = None
         """Run folder; runs/NAME-DATE without it."""
+        init: str | None = None
+        """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run. Same as --model.init."""
         steps: int | None = None
         """Length of the run. Same as --schedule.steps."""
         resume: str | None = None
@@ -115,6 +117,8 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
     config = parsed.fields
     if parsed.data is not None:
         config = replace(config, data=replace(config.data, path=parsed.data))
+    if parsed.init is not None:
+        config = replace(config, model=replace(config.model, init=parsed.init))
     if parsed.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
     return _Request(config, parsed.overwrite, parsed.dry_run)

@@ -1,12 +1,17 @@
 """The model that a configuration describes."""
 
+import math
+
+import torch
+from torch import nn
+
 from dex.config import Config
 from dex.model.mae import MaskedAutoencoder
 
 
 def build_model(config: Config) -> MaskedAutoencoder:
     m = config.model
-    return MaskedAutoencoder(
+    model = MaskedAutoencoder(
         m.img_size,
         m.patch_size,
         m.embed_dim,
@@ -21,4 +26,17 @@ def build_model(config: Config) -> MaskedAutoencoder:
         norm_pix_loss=m.norm_pix_loss,
         backend=m.backend,
         align=m.align,
+        route_from=m.route_from,
+        temperature=m.temperature,
+        usage_momentum=m.usage_momentum,
     )
+    init_routers_(model, config)
+    return model
+
+
+@torch.no_grad()
+def init_routers_(model: MaskedAutoencoder, config: Config) -> None:
+    """Draw the routers anew as ``model.router_init`` says, unless that is how they are drawn anyway."""
+    if config.model.router_init == "linear":
+        for layer in model.encoder.dex_layers:
+            nn.init.kaiming_uniform_(layer.router_weight, a=math.sqrt(5))  # as torch.nn.Linear: 1 / sqrt(D) at most

@@ -5,7 +5,7 @@ E experts, K chosen.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,10 @@ from dexkernels.published import PublishedNames
 
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
+
+
+DEX_OPTIONS = ("align", "backend", "route_from", "temperature", "usage_momentum")
+"""What all `DEXLayer` of a model share, beside their sizes."""
 
 
 class MAEOutput(NamedTuple):
@@ -73,8 +77,7 @@ class Block(nn.Module):
         hidden_dim: int,
         num_experts: int = 0,
         top_k: int = 1,
-        backend: str | None = None,
-        align: str = "kd",
+        **dex_options: Any,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -82,7 +85,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.dex = self.mlp = None
         if num_experts:
-            self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, align=align, backend=backend)
+            self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, **dex_options)
         else:
             self.mlp = MLP(dim, hidden_dim)
 
@@ -105,7 +108,7 @@ class VisionTransformer(nn.Module):
     Args:
         num_experts, top_k: an int, or one int per layer; ``num_experts=0`` is the monolithic control, whose dense MLPs
             have hidden size ``top_k * mlp_ratio * embed_dim``.
-        align: the align loss of all layers, see `dexkernels.align_loss`.
+        dex_options: of every `dexkernels.DEXLayer`: align, backend, route_from, temperature, usage_momentum.
 
     Raises: ValueError naming the argument.
     """
@@ -121,10 +124,11 @@ class VisionTransformer(nn.Module):
         top_k: int | Sequence[int] = 2,
         mlp_ratio: float = 4.0,
         in_chans: int = 3,
-        backend: str | None = None,
-        align: str = "kd",
+        **dex_options: Any,
     ):
         super().__init__()
+        if unknown := dex_options.keys() - DEX_OPTIONS:
+            raise TypeError(f"expected {', '.join(DEX_OPTIONS)} beside the sizes, got {', '.join(sorted(unknown))}")
         _check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans)
         if img_size % patch_size:
             raise ValueError(f"img_size: expected a multiple of patch_size ({patch_size}), got {img_size}")
@@ -142,7 +146,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim if e else k * hidden_dim, e, k, backend, align)
+            Block(embed_dim, num_heads, hidden_dim if e else k * hidden_dim, e, k, **dex_options)
             for e, k in zip(experts, chosen, strict=True)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
@@ -207,7 +211,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
 
     Args:
         img_size, patch_size: S and P in pixels, P divides S.
-        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, align: see `VisionTransformer`.
+        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, dex_options: see `VisionTransformer`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder, which sees all L patches.
         norm_pix_loss: targets are patches normalised by their own mean and standard deviation.
 
@@ -230,12 +234,11 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = True,
         in_chans: int = 3,
-        backend: str | None = None,
-        align: str = "kd",
+        **dex_options: Any,
     ):
         super().__init__()
         self.encoder = VisionTransformer(
-            img_size, patch_size, embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, backend, align
+            img_size, patch_size, embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, **dex_options
         )
         _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         if norm_pix_loss and patch_size**2 * in_chans < 2:

@@ -19,6 +19,7 @@ from dex.data import open_dataset
 from dex.data.dataset import Dataset
 from dex.data.loader import batches_per_epoch
 from dex.train import checkpoint, cuda_graph
+from dex.train.initial import check_initial
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
 from dexkernels.ops import backends
@@ -311,6 +312,8 @@ def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state:
     ValueError names what cannot work, or every field in which the run in the folder is not the configuration's.
     """
     planned = _with_data(placement, dataset, fingerprint)
+    if state.checkpoint is None:
+        check_initial(planned.config)
     notes = [*planned.notes, *state.notes, *_refuse_other_run(state, planned)]
     saved = None if state.checkpoint is None else checkpoint.Checkpoint(Path(state.checkpoint), state.state)
     return planned._replace(saved=saved, notes=tuple(notes))

@@ -16,6 +16,7 @@ from dex.common import exits
 from dex.common.ranks import Failed, announced, decided, everywhere, from_first, gather, start, stop
 from dex.config import Config
 from dex.data import CorruptDataError
+from dex.model.weights import LoadReport
 from dex.sizing.estimate import mfu
 from dex.train import checkpoint
 from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, look, open_data, place, with_folder
@@ -112,7 +113,8 @@ def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], w
         log.open(planned.config, _start_entry(planned, command), overwrite=overwrite)
         return checkpoint.set_aside_after(log.checkpoints, trainer.step) if saved and planned.ranks.first else []
 
-    notes = [*planned.notes, *(f"set aside {path.name}" for path in everywhere(planned.ranks, begin))]
+    started = [] if trainer.initial is None else [_initial_note(planned.config.model.init, trainer.initial)]
+    notes = [*planned.notes, *started, *(f"set aside {path.name}" for path in everywhere(planned.ranks, begin))]
     return PretrainRun(trainer, log, notes, watch)
 
 
@@ -388,6 +390,13 @@ def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
         "data": {"name": dataset.name, "fingerprint": planned.fingerprint, "images": dataset.modality_counts()},
         **describe_machine(planned.device),
     }
+
+
+def _initial_note(place: str, report: LoadReport) -> str:
+    drawn = {name.split(".")[0].split("_")[0] for name in report.kept if "router" not in name and "count" not in name}
+    kept = " and ".join(["routers"] * report.upcycled + sorted(drawn))
+    what = f"{report.naming}{', upcycled' if report.upcycled else ''}"
+    return f"weights of {place}: {what}" + (f"; drawn anew: {kept}" if kept else "")
 
 
 def _list(names: Sequence[str], most: int) -> str:

@@ -6,7 +6,7 @@ Every schedule has its first value at step 0 and its last value at the last step
 import math
 from typing import NamedTuple
 
-from dex.config import Config
+from dex.config import Config, pair
 
 
 class Schedule(NamedTuple):
@@ -52,6 +52,6 @@ def schedule_at(config: Config, step: int, steps: int) -> Schedule:
         lr=learning_rate(config.peak_lr, step, steps, round(s.warmup * steps)),
         noise_std=cosine(*s.noise_std, step, steps),
         momentum=cosine(*s.momentum, step, steps),
-        align_weight=s.align_weight,
+        align_weight=cosine(*pair(s.align_weight), step, steps),
         balance_weight=cosine(*s.balance_weight, step, steps),
     )

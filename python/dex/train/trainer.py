@@ -27,6 +27,7 @@ from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
 from dex.model.build import build_model
 from dex.train import checkpoint, cuda_graph
+from dex.train.initial import load_initial
 from dex.train.loss_spikes import LossSpikes
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
@@ -70,7 +71,10 @@ class Trainer:
         self.step = 0
         """Steps done."""
         torch.manual_seed(step_seed(config.run.seed, _INIT))
-        self.model = build_model(config).to(self.device)
+        model = build_model(config)
+        self.initial = load_initial(model, config) if config.model.init and not plan.saved else None
+        """What became of the weights of ``model.init``; None without them, or where a checkpoint brings others."""
+        self.model = model.to(self.device)
         self.net = self._prepare_model()
         """The model as training calls it: spread over the ranks."""
         self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -206,6 +210,7 @@ class Trainer:
             "lr": values.lr,
             "momentum": values.momentum,
             "noise_std": values.noise_std,
+            "align_weight": values.align_weight,
             "balance_weight": values.balance_weight,
             "skipped": means.skipped,
             "modality_loss": means.modality_loss,

@@ -1,0 +1,61 @@
+"""The weights that a new run starts from, `model.init`: a dense ViT or a DEX of elsewhere, or a run of one's own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dex.config import Config, from_dict
+from dex.model import MaskedAutoencoder
+from dex.model.build import build_model, init_routers_
+from dex.model.weights import LoadReport, load_pretrained
+from dex.train import checkpoint
+
+CHECKPOINTS = "checkpoints"
+_EXPECTED = (
+    "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
+)
+
+
+def check_initial(config: Config) -> None:
+    """FileNotFoundError or ValueError when ``model.init`` names nothing that weights could come from."""
+    if config.model.init is None:
+        return
+    place = Path(config.model.init).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    if place.is_dir() and not checkpoint.is_checkpoint(place) and not (place / CHECKPOINTS).is_dir():
+        raise ValueError(f"{_EXPECTED}; {place} is another folder")
+
+
+def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:
+    """Load what ``model.init`` names into ``model``, strictly; see `dex.model.weights.load_pretrained`.
+
+    A dense ViT is upcycled: director and experts of a layer start as its MLP; routers, and a decoder that the file
+    lacks, keep what they were drawn as. Raises: ValueError naming the field and what does not fit; nothing has changed
+    then.
+    """
+    place = Path(config.model.init).expanduser()
+    try:
+        report = load_pretrained(model, _run_weights(place) if place.is_dir() else place)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"model.init: {place}: {error}") from error
+    if report.upcycled:
+        init_routers_(model, config)
+    return report
+
+
+def _run_weights(place: Path) -> dict[str, torch.Tensor]:
+    """The published names and tensors of a run's newest good checkpoint, or of one checkpoint."""
+    if checkpoint.is_checkpoint(place):
+        saved = checkpoint.load(place)
+    else:
+        saved, _ = checkpoint.newest_good(place / CHECKPOINTS)
+        if saved is None:
+            raise ValueError("expected a run with a checkpoint, got none that is whole")
+    config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
+    with torch.device("meta"):
+        model = build_model(replace(config, model=replace(config.model, backend=None)))
+    model.to_empty(device="cpu")
+    checkpoint.restore_model(saved, model)
+    return model.reference_state_dict()
