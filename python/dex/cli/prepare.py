@@ -88,8 +88,8 @@ def _parser() -> Parser:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder, a description (YAML), a shipped source's name, or 'packages': all sources "
-        "that come with public packages",
+        help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a description (YAML), a "
+        "shipped source's name, or 'packages': all sources that come with public packages",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the set; DIR.private beside it holds what is not")
     parser.add_argument(
@@ -121,7 +121,9 @@ def _parser() -> Parser:
         action="store_true",
         help="with --modality: take all files as that, whatever their headers say, label maps included",
     )
-    parser.add_argument("--root", metavar="DIR", help="where the files of a shipped source or description lie")
+    parser.add_argument(
+        "--root", metavar="DIR", help="where the files of a table, a shipped source or a description lie"
+    )
     parser.add_argument("--files", nargs="+", metavar="GLOB", help="which files below it, such as '**/*.nii.gz'")
     parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
     parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of grey images (8)")
@@ -133,6 +135,20 @@ def _parser() -> Parser:
         help="of volumes; auto, of a folder without it: axial, but as stored of thick slices that are not",
     )
     parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
+    parser.add_argument(
+        "--val-share", type=float, metavar="S", help="part of the images to be held out, by whole patients (0.05)"
+    )
+    parser.add_argument(
+        "--patient",
+        metavar="WHO",
+        help="who a file's patient is: a regular expression over paths, whose group names it; 'folder', the first that "
+        "the paths do not share; or a column of the table. Without it the header's patient, else the folder",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="FILE",
+        help="a table of paths or patients, each train or val; what it does not name is train",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
     parser.add_argument(
         "--memory",
@@ -153,6 +169,7 @@ def _parser() -> Parser:
 
 def _sources(options: argparse.Namespace) -> list[Any]:
     from dex.prepare.sources import resolve
+    from dex.prepare.table import is_table
 
     overrides = {
         "modality": options.modality,
@@ -166,6 +183,9 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "files": tuple(options.files) if options.files else None,
         "planes": tuple(options.planes) if options.planes else None,
         "frame_stride": options.frame_stride,
+        "val_share": options.val_share,
+        "patient": options.patient,
+        "split_file": options.split,
     }
     if len(options.source) > 1 and (options.root or options.files):
         raise ValueError(f"root, files: expected one SOURCE beside them; got {len(options.source)}")
@@ -173,7 +193,7 @@ def _sources(options: argparse.Namespace) -> list[Any]:
     folders = 0
     for argument in options.source:
         given = {name: value for name, value in overrides.items() if value is not None}
-        if Path(argument).expanduser().is_dir():
+        if Path(argument).expanduser().is_dir() or is_table(argument):
             folders += 1
             given |= {"name": f"folder-{folders}"} if folders > 1 else {}
         elif folders or len(options.source) > 1:
@@ -184,6 +204,9 @@ def _sources(options: argparse.Namespace) -> list[Any]:
                 "trusted",
                 "slope",
                 "intercept",
+                "val_share",
+                "patient",
+                "split_file",
             ):  # of the folders beside it
                 given.pop(name, None)
         sources += resolve(argument, **given)

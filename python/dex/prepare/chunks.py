@@ -32,8 +32,9 @@ from PIL import Image
 from dex.common import atomic
 
 from . import filters, label_maps, normalise, readers, routing, trace
-from .discover import Chunk, Unit, is_unchanged, read_units
+from .discover import Chunk, Unit, is_unchanged, modality_of, read_units
 from .ids import Names
+from .modalities import known
 from .readers.stack import Refused
 from .slices import Slice, enough, pieces, slices
 from .sources import Source
@@ -297,7 +298,9 @@ class UnitWork:
         return self._counts
 
     def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
-        wanted = None if self._source.routed else self._source.modality_of(self._path)
+        wanted = known(self._unit.stated.modality)
+        if wanted is None and not self._source.routed:
+            wanted = self._source.modality_of(self._path)
         return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
     def _refuse_for(self, error: Exception, stack: readers.Stack | None = None) -> None:
@@ -320,7 +323,7 @@ class UnitWork:
         group = kept_together["group"]
         common = {
             **kept_together,
-            "split": source.split,
+            "split": source.split or self._unit.stated.split,
             "unit": self._number,
             "stack": number,
             "volume": bool(stack.volume),
@@ -369,9 +372,10 @@ class UnitWork:
     def _kept_together(self, stack: readers.Stack) -> dict[str, Any]:
         """What `splits` must know of a stack: its patient, and what it is of where patients are too few."""
         names, alone = self._names, not readers.reader_of(self._unit.format).whole_folders
-        group = names.identity(self._path, stack.patient, alone)
+        stated = self._unit.stated.patient
+        group = names.identity(self._path, stack.patient, alone, stated)
         line: dict[str, Any] = {"group": group.name, "by": group.by}
-        if group == names.identity(self._path, "", alone):
+        if group == names.identity(self._path, "", alone, stated):
             place = group
         else:
             place = names.folder(self._path, alone)
@@ -393,7 +397,7 @@ class UnitWork:
         """The source with the stack's modality, or with its path's; as it is where nothing says which that is."""
         if stack is not None and stack.decision is not None:
             return self._source.for_modality(*stack.decision[:3])
-        modality = self._source.modality_of(self._path)
+        modality = modality_of(self._source, self._unit)
         return self._source if modality is None else self._source.for_modality(modality.name, modality.normalisation)
 
     def _check_numbers(self, stack: readers.Stack, source: Source) -> None:

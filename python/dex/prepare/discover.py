@@ -26,7 +26,9 @@ from typing import NamedTuple
 from . import readers
 from .folders import Level, Place, level_of
 from .label_maps import suspicious
+from .modalities import Modality, known
 from .sources import AUTO, BY_FOLDER, FROM_FOLDERS, Source
+from .stated import Rest, Said, Stated
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
@@ -46,6 +48,7 @@ class Unit(NamedTuple):
     key: str
     format: str
     files: tuple[File, ...]
+    stated: Stated = Stated()
 
 
 class Chunk(NamedTuple):
@@ -60,7 +63,8 @@ class Listing(NamedTuple):
     """lines: one a unit, in order; sizes: the bytes of each unit's files; digest: sha256 (hex) of paths, sizes and
     times, another one means that the input has changed; large: the numbers of the units that `parted` parts; ignored:
     what was passed over, by reason; common: the number of folders that all paths begin with; passed_over: path ->
-    reason, of each of these files; level: which folder tells patients apart."""
+    reason, of each of these files; level: which folder tells patients apart; rest: the sides of files of which the
+    units do not say them."""
 
     lines: list[bytes]
     sizes: list[int]
@@ -72,6 +76,7 @@ class Listing(NamedTuple):
     ignored: dict[str, int]
     passed_over: dict[str, str]
     level: Level
+    rest: Rest
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -97,11 +102,12 @@ def discover(source: Source, root: Path) -> Listing:
     ValueError, without the name of any file: no folder at `root`, one below it that cannot be listed, no file found.
     """
     passed_over: dict[str, str] = {}  # path -> reason
-    folders: dict[tuple[str, str], list[File]] = {}  # (path, format)
+    folders: dict[tuple[str, str], dict[Stated, list[File]]] = {}  # (path, format)
+    said = Said(source, root)
     single: list[Unit] = []
     data: set[str] = set()
     common: list[str] | None = None
-    for file in _walk(source, root, passed_over):
+    for file in _walk(source, root, passed_over) if source.table is None else _listed(source, said):
         parts = file.path.split("/")[:-1]
         if common is None:
             common = parts
@@ -111,18 +117,20 @@ def discover(source: Source, root: Path) -> Listing:
         if format is None:
             passed_over[file.path] = "of no known format"
         elif readers.reader_of(format).whole_folders:
-            folders.setdefault(("/".join(parts), format), []).append(file)
+            folders.setdefault(("/".join(parts), format), {}).setdefault(said.of(file.path), []).append(file)
         else:
             others = _beside(source, root, file.path, format)
-            single.append(Unit(file.path, format, (file, *others)))
+            single.append(Unit(file.path, format, (file, *others), said.of(file.path)))
             data.update(other.path for other in others)
     for path in data:
         passed_over.pop(path, None)
     ignored = Counter(passed_over.values())
+    if said.columns:
+        ignored[f"columns ({', '.join(said.columns)})"] = len(said.columns)
     # by a source that says what all its files are
     single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
     units = single
-    units += [Unit(key, format, tuple(sorted(files, key=_path))) for (key, format), files in folders.items()]
+    units += [unit for (key, format), by_stated in folders.items() for unit in _of_folder(key, format, by_stated)]
     if not units:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
         raise ValueError(f"{source.name}: expected files that its patterns name below its root; found {seen}")
@@ -131,6 +139,9 @@ def discover(source: Source, root: Path) -> Listing:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line)
+    rest = said.rest(any(readers.reader_of(unit.format).decides for unit in units))
+    if rest.sides:
+        digest.update(json.dumps(rest).encode())
     return Listing(
         lines,
         [_size(unit) for unit in units],
@@ -142,6 +153,7 @@ def discover(source: Source, root: Path) -> Listing:
         dict(sorted(ignored.items())),
         passed_over,
         _level(source, units, len(common or ())),
+        rest,
     )
 
 
@@ -150,17 +162,22 @@ def check_modalities(source: Source, listing: Listing) -> None:
     label maps may have none: their numbers will tell."""
     if not source.routed:
         return
-    paths = [
-        unit.files[0].path
+    units = [
+        unit
         for unit in map(listing.unit, range(len(listing.lines)))
         if not readers.reader_of(unit.format).decides and not suspicious(unit.key)
     ]
-    unknown = [path for path in paths if source.modality_of(path) is None]
+    unknown = [unit.files[0].path for unit in units if modality_of(source, unit) is None]
     if unknown:
         by_folders = dataclasses.replace(source, modality=FROM_FOLDERS)
         raise Undetermined(
             source.name, Counter(map(_suffix, unknown)), all(by_folders.modality_of(path) for path in unknown)
         )
+
+
+def modality_of(source: Source, unit: Unit) -> Modality | None:
+    """The modality that a table or the description gives a unit, whatever its header says; None where neither does."""
+    return known(unit.stated.modality) if unit.stated.modality else source.modality_of(unit.files[0].path)
 
 
 def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
@@ -177,7 +194,7 @@ def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
         for file, name in zip(whole.files, names, strict=True):
             by_series.setdefault(name, []).append(file)
         for files in by_series.values():  # in the order of their first files
-            unit = Unit(files[0].path, whole.format, tuple(files))
+            unit = Unit(files[0].path, whole.format, tuple(files), whole.stated)
             lines.append(_line(unit))
             sizes.append(_size(unit))
         start = number + 1
@@ -215,6 +232,19 @@ def is_unchanged(root: Path, file: File) -> bool:
     except OSError:
         return False
     return status.st_size == file.size and file.mtime_ns in (0, status.st_mtime_ns)
+
+
+def _listed(source: Source, said: Said) -> Iterator[File]:
+    """The files that a table names."""
+    for one in said.listed.values():
+        yield _file(source, one.path, one.status)
+
+
+def _of_folder(key: str, format: str, by_stated: dict[Stated, list[File]]) -> Iterator[Unit]:
+    """The files of one folder that are read together: those of which the same is said."""
+    for stated, files in by_stated.items():
+        files.sort(key=_path)
+        yield Unit(key if len(by_stated) == 1 else files[0].path, format, tuple(files), stated)
 
 
 def _level(source: Source, units: Iterable[Unit], common: int) -> Level:
@@ -294,9 +324,13 @@ def _size(unit: Unit) -> int:
 
 
 def _line(unit: Unit) -> bytes:
-    return json.dumps(unit._asdict(), separators=(",", ":")).encode() + b"\n"
+    row = unit._asdict()
+    if unit.stated == Stated():
+        del row["stated"]
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
 def _unit(line: bytes) -> Unit:
     row = json.loads(line)
-    return Unit(row["key"], row["format"], tuple(File(*file) for file in row["files"]))
+    files = tuple(File(*file) for file in row["files"])
+    return Unit(row["key"], row["format"], files, Stated(*row.get("stated", ())))

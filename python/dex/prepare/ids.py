@@ -54,7 +54,7 @@ class Names:
         self._source, self._salt, self._common = source, salt, common
         self._level = common if level is None else level
         self._folders = source.patient == BY_FOLDER
-        self._patient = re.compile(source.patient) if source.patient and not self._folders else None
+        self._patient = re.compile(source.patient_pattern) if source.patient_pattern else None
 
     def sample(self, key: str, label: str) -> str:
         """The id of one image: unit `key` (a path below the root), `label` unique in the unit."""

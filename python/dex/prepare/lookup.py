@@ -116,7 +116,7 @@ class Private:
 
     def _listed(self, number: int, entry: dict[str, Any], salt: bytes | None) -> _Listed:
         said = yaml.safe_load(entry["description"])
-        needed = ("name", "modality", "normalisation", "patient", "public")
+        needed = ("name", "modality", "normalisation", "patient", "public", "table")
         known = {name: said[name] for name in needed if name in said}
         source, common = Source(**known), entry["common"]
         series, folders, prefix = set(), set(), ""

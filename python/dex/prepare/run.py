@@ -41,7 +41,7 @@ from dex.data.shard_format import MANIFEST
 from . import chunks, join, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
-from .ids import SALT, read_salt
+from .ids import SALT, Names, read_salt
 from .slices import PIXELS
 from .sources import Source, to_yaml
 from .summary import Progress
@@ -305,7 +305,9 @@ class Run:
             join.Part(
                 one.source,
                 [piece.name for piece in self._pieces if piece.planned is one],
-                sure=one.entry["level"][1],
+                {Names(one.source, self._salt).patient(name): side for name, side in one.entry["rest"][0].items()},
+                one.entry["rest"][1],
+                one.entry["level"][1],
             )
             for one in self._planned
         ]
@@ -400,7 +402,8 @@ def root_of(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
 
 def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple[Path, Listing]:
     root = root_of(source, options.cache, say)
-    if source.package is None and Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
+    outside = source.package is not None or source.table is not None
+    if not outside and Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
         raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
     listing = discover(source, root)
     check_modalities(source, listing)
@@ -442,11 +445,12 @@ def parted_by_headers(
 
 def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
     """What the plan says of a source."""
+    files = {name: os.path.basename(value) for name in ("table", "split_file") if (value := getattr(source, name))}
     return {
         "name": source.name,
         # where the files lie may differ from machine to machine: `root` is where the first start found them
         "root": os.path.abspath(root),
-        "description": to_yaml(dataclasses.replace(source, root=None)),
+        "description": to_yaml(dataclasses.replace(source, root=None, **files)),
         "digest": listing.digest,
         "units": len(listing.lines),
         "files": listing.files,
@@ -454,6 +458,7 @@ def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
         "formats": listing.formats,
         "common": listing.common,
         "level": listing.level,
+        "rest": listing.rest,
         "chunks": [list(chunk) for chunk in listing.chunks],
     }
 

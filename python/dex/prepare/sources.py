@@ -4,6 +4,7 @@
     resolve("scans.yaml", planes=("axial",))   # a description of one's own, with something changed
     resolve("scans/")                          # a folder, its files as their headers say: see `routing`
     resolve("scans/", modality="CT")           # another; it has no name of its own and is private
+    resolve("scans.csv")                       # a table that says of each file what it is: see `table`
 
 A description is data: nothing in it is run. A new source is a new file, no code.
 """
@@ -27,12 +28,15 @@ from . import modalities, readers
 from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder
 from .packages import Package, compile_globs
 from .readers import PLANES, VOLUMES
+from .table import is_table
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
 """The name of a source that is a folder and nothing else: what a folder is called may be a patient's name."""
+TABLE = "table"
+"""The name of a source that is a table and nothing else."""
 BY_FOLDER = "folder"
 """What `patient` says where a folder names the patient, whatever headers say."""
 MAX_YAML_BYTES = 2**20
@@ -104,9 +108,12 @@ class Source:
     whole: False where only the tiles are images and the whole picture is not (text around an ultrasound sector).
     patient: a regular expression searched in the relative path, whose group 1 names the patient; "folder": the first
         folder that the paths do not share. "": the header's patient, else a folder (`folders`), else the file.
+        In a table also the name of the column that names the patient.
     split: "train" or "val" for all of it. "": `val_share` of the images are "val", by whole patients (`splits`).
     images: the number that a catalogue counts, None where unknown.
     public: ids are readable. Others get salted hashes.
+    table: a file that lists the files below `root`, with modality, patient and side of each (`table`). split_file: one
+        that gives the sides of files or patients. Both are absolute here; in YAML, relative to it.
     package: the public package that the files come with; `files` are then its members.
     """
 
@@ -137,6 +144,8 @@ class Source:
     simulated: bool = False
     routes: tuple[Route, ...] = ()
     trusted: bool = False
+    table: str | None = field(default=None, repr=False)
+    split_file: str | None = field(default=None, repr=False)
     package: Package | None = None
 
     def __post_init__(self):
@@ -175,12 +184,13 @@ class Source:
         _require(self.whole or len(self.tiles) > 0, "whole", "tiles, where the whole picture is left out", self.whole)
         for name in ("files", "exclude"):
             _check_patterns(name, getattr(self, name))
-        if self.patient and self.patient != BY_FOLDER:
+        if self.patient and self.patient != BY_FOLDER and not self.patient_column:
             try:
                 groups = re.compile(self.patient).groups
             except re.error as error:
                 raise ValueError(f"patient: expected a regular expression; {error}") from None
             _require(groups >= 1, "patient", "'folder', or a regular expression with a group", self.patient)
+        _require(not (self.split and self.split_file), "split_file", "none where all is on one side", "split_file")
 
     def _check_modality(self) -> None:
         if self.routed:
@@ -194,6 +204,21 @@ class Source:
             f"one of {', '.join(modalities.NAMES)}, or a name of your own",
             self.modality,
         )
+
+    @property
+    def patient_column(self) -> str:
+        """The table's column that names the patient, where `patient` says which."""
+        if self.table is None or self.patient == BY_FOLDER:
+            return ""
+        try:
+            return "" if re.compile(self.patient).groups else self.patient
+        except re.error:
+            return self.patient
+
+    @property
+    def patient_pattern(self) -> str:
+        """The regular expression that finds the patient in a path, where there is one."""
+        return "" if self.patient == BY_FOLDER or self.patient_column else self.patient
 
     @property
     def routed(self) -> bool:
@@ -265,9 +290,8 @@ def read_source(path: str | Path) -> Source:
         source = _build(Source, _named(_load(data)), "")
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-    if source.root is not None:
-        source = dataclasses.replace(source, root=_absolute(source.root, path.parent))
-    return source
+    given = {name: value for name in ("root", "table", "split_file") if (value := getattr(source, name)) is not None}
+    return dataclasses.replace(source, **{name: _absolute(value, path.parent) for name, value in given.items()})
 
 
 def shipped() -> dict[str, Path]:
@@ -303,15 +327,21 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
         sources = [read_source(path) for path in shipped().values()]
         return [_changed(source, overrides) for source in sources if source.package is not None]
     path = Path(argument).expanduser()
+    if overrides.get("split_file"):
+        overrides["split_file"] = _absolute(overrides["split_file"], Path.cwd())
     if argument and path.is_dir():
         return [_folder(path, overrides)]
+    if is_table(argument):
+        _require("files" not in overrides, "files", "none beside a table, which names them", overrides.get("files"))
+        given = {"name": TABLE, "root": path.parent, "table": _absolute(path, Path.cwd())}
+        return [_folder(path, given | overrides)]
     if path.suffix.lower() in (".yaml", ".yml"):
         source = read_source(path)
     elif argument.lower() in names:
         source = read_source(names[argument.lower()])
     else:
         raise ValueError(
-            "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'; "
+            "SOURCE: expected a folder, a table, a YAML file, a shipped source or 'packages'; "
             + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "nothing is at the path given")
         )
     given = _named(overrides).get("modality", source.modality)

@@ -123,7 +123,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--trust", "--out", "o"], "trusted: expected a modality other than 'auto'"),
         (
             ["prepare", "nowhere", "--out", "o"],
-            "SOURCE: expected a YAML file, a folder, a shipped source or 'packages'",
+            "SOURCE: expected a folder, a table, a YAML file, a shipped source or 'packages'",
         ),
         (["prepare", "EchoNet-Dynamic", "--out", "o"], "--root FOLDER --files 'PATTERN'"),
         (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder; got ''"),

@@ -44,7 +44,7 @@ def test_a_large_folder_is_parted_into_series(flat, tmp_path):
     found = {}
     for text in sorted((tmp_path / "out.private" / "ids").iterdir()):
         for row in map(json.loads, text.read_text().splitlines()):
-            found.setdefault(row["path"], []).append(row.get("file") or row["label"])
+            found.setdefault(row["path"], []).append(row.get("label") or row["file"])
     assert list(found) == ["all/000.dcm", "all/001.dcm", "all/002.dcm", "all/900.dcm", "other"]
     assert found["all/001.dcm"] == [f"axial-{k:03d}" for k in range(6)] and found["all/900.dcm"] == ["900.dcm"]
     assert not (tmp_path / "out.private" / "headers").exists()

@@ -96,12 +96,15 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
     again = dataclasses.replace(
         source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
         licence="CC0", citation="Müller: a, b", public=True, simulated=True, trusted=True,
-        slope=2.0, intercept=-1.0, volumes="10",
+        slope=2.0, intercept=-1.0, volumes="10", table="/lists/a.csv",
     )  # fmt: skip
-    assert all(
-        getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in ("format", "routes")
-    )
+    elsewhere = ("format", "routes", "split_file")
+    assert all(getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in elsewhere)
     assert read_source(write(tmp_path, to_yaml(again), "again.yaml")) == again
+    given = read_source(write(tmp_path, SMALL + "table: lists/a.csv\nsplit_file: sides.csv\npatient: who\n"))
+    assert given.table == str(tmp_path / "lists/a.csv") and given.split_file == str(tmp_path / "sides.csv")
+    assert (given.patient_column, given.patient_pattern) == ("who", "")
+    assert dataclasses.replace(given, patient="p([0-9])").patient_pattern == "p([0-9])"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "planes: []\n", "planes: expected some of"),
         (SMALL + "planes: [axial, axial]\n", "planes: expected some of"),
         (SMALL + "planes: [oblique]\n", "planes: expected some of"),
+        (SMALL + "split: val\nsplit_file: a.csv\n", "split_file: expected none where all is on one side"),
         (SMALL + "split: test\n", "split: expected one of '', 'train', 'val'"),
         (SMALL + "fit: stretch\n", "fit: expected one of"),
         (SMALL + "whole: false\n", "whole: expected tiles"),
@@ -375,9 +379,9 @@ def test_groups_and_unknown_words():
     assert {source.frame_stride for source in resolve("packages", frame_stride=5)} == {5}
     with pytest.raises(ValueError, match="packages: expected no more than planes and frame_stride"):
         resolve("packages", modality="CT")
-    with pytest.raises(ValueError, match="SOURCE: expected a YAML file.*got 'imagenet'"):
+    with pytest.raises(ValueError, match="SOURCE: expected a folder, a table.*got 'imagenet'"):
         resolve("imagenet")
-    with pytest.raises(ValueError, match="SOURCE: expected a YAML file.*got ''"):
+    with pytest.raises(ValueError, match="SOURCE: expected a folder, a table.*got ''"):
         resolve("", modality="CT")
     (source,) = resolve("pydicom-data-us-echo")
     assert source.public and source.package.name == "pydicom-data"

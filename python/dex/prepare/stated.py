@@ -1,0 +1,193 @@
+"""What a table, or a file of sides, says of each file of a source.
+
+A row names a file, or a folder: then it speaks of all files below it. Paths are relative to the source's root, or
+absolute. All is checked before anything is read or written.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import table
+from .ids import Names
+from .sources import Source
+from .table import Row, lines
+
+
+class Stated(NamedTuple):
+    """Of a file; "" for what is not said."""
+
+    modality: str = ""
+    patient: str = ""
+    split: str = ""
+
+
+class Listed(NamedTuple):
+    """A file that a table names. path: below the root, or absolute where it is not below it."""
+
+    path: str
+    status: os.stat_result
+    stated: Stated
+    line: int
+
+
+def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
+    """The files that the rows of a table name. ValueError names the lines of a file that is not there, that is none, or
+    that comes twice."""
+    listed: list[Listed] = []
+    missing, links = [], []
+    for row in rows:
+        path = _below(root, row.path)
+        try:
+            status = os.lstat(os.path.join(root, path))
+        except (OSError, ValueError):
+            missing.append(row.line)
+            continue
+        stated = Stated(row.modality, row.patient, row.split)
+        if stat.S_ISDIR(status.st_mode):
+            listed += [Listed(one, found, stated, row.line) for one, found in _files_below(root, path)]
+        elif stat.S_ISREG(status.st_mode):
+            listed.append(Listed(path, status, stated, row.line))
+        else:
+            links.append(row.line)
+    if missing:
+        raise ValueError(
+            f"{file.name}: {lines(missing)}: path: expected a file or a folder; nothing is there. Paths are relative "
+            "to the table's folder, or to --root DIR"
+        )
+    if links:
+        raise ValueError(f"{file.name}: {lines(links)}: path: expected a file; got a symbolic link or a device")
+    first: dict[str, int] = {}
+    twice: set[int] = set()
+    for one in listed:
+        if one.path in first:
+            twice |= {first[one.path], one.line}
+        first.setdefault(one.path, one.line)
+    if twice:
+        again = len(listed) - len(first)
+        raise ValueError(f"{file.name}: {lines(sorted(twice))}: path: expected each file once; got {again:,} again")
+    return listed
+
+
+class Sides:
+    """The sides that a file gives to paths and patients.
+
+    ValueError, naming lines, when one path or patient has both.
+    """
+
+    def __init__(self, file: Path, root: Path):
+        self._file, self._root = file, root
+        self._rows = table.read_split(file)
+        self._paths: dict[str, Row] = {}
+        self._names: dict[str, Row] = {}
+        self._seen: set[int] = set()
+        both = []
+        for row in self._rows:
+            for named, known in ((row.path or row.name, self._paths), (row.patient or row.name, self._names)):
+                name = _below(root, named) if known is self._paths else " ".join(named.split())
+                if named and known.setdefault(name, row).split != row.split:
+                    both += [known[name].line, row.line]
+        if both:
+            raise ValueError(f"{file.name}: {lines(sorted(set(both)))}: expected each on one side; got both")
+
+    def of(self, path: str, patient: str) -> str:
+        """The side of a file, "" where none is given. patient: by its path or a table, or ""."""
+        parts = path.split("/")
+        above = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+        rows = [self._paths[name] for name in above if name in self._paths]
+        rows += [self._names[name] for name in {*parts[:-1], " ".join(patient.split())} if name in self._names]
+        self._seen.update(row.line for row in rows)
+        if len({row.split for row in rows}) > 1:
+            both = lines(sorted({row.line for row in rows}))
+            raise ValueError(f"{self._file.name}: {both}: expected each file on one side; got both")
+        return rows[0].split if rows else ""
+
+    def left(self, headers: bool) -> dict[str, str]:
+        """Patients that no path names -> side. headers: whether there are files whose headers may; ValueError where
+        there are none."""
+        left = [row for row in self._rows if row.line not in self._seen]
+        unknown = [row.line for row in left if row.path or not headers]
+        if unknown:
+            raise ValueError(
+                f"{self._file.name}: {lines(unknown)}: expected paths or patients of the source; got others"
+            )
+        return {" ".join((row.patient or row.name).split()): row.split for row in left}
+
+
+class Said:
+    """What is said of the files of one source before any is read. listed: by a table, in the order of its rows;
+    columns: of the table, those that say nothing."""
+
+    def __init__(self, source: Source, root: Path):
+        self._in_path = Names(source, b"").in_path
+        self._sides = Sides(Path(source.split_file), root) if source.split_file else None
+        self._patients: defaultdict[str, set[str]] = defaultdict(set)
+        self.listed: dict[str, Listed] = {}
+        self.columns: list[str] = []
+        if source.table:
+            file = Path(source.table)
+            rows, self.columns = _read(source, file)
+            self.listed = {one.path: one for one in files_of(file, root, rows)}
+        self._drawn = self._sides is None and not any(one.stated.split for one in self.listed.values())
+
+    def of(self, path: str) -> Stated:
+        """What is said of the file at a path below the root."""
+        stated = self.listed[path].stated if path in self.listed else Stated()
+        patient = stated.patient or self._in_path(path) or ""
+        if self._sides is not None:
+            side = self._sides.of(path, patient)
+            if side and stated.split and side != stated.split:
+                raise ValueError("split: expected each file on one side; got one in the table and another in --split")
+            stated = stated._replace(split=side or stated.split)
+        if patient and stated.split:
+            self._patients[patient].add(stated.split)
+        return stated
+
+    def rest(self, headers: bool) -> Rest:
+        """When `of` was asked for every file. headers: whether there are files whose headers name patients.
+        ValueError for a patient on both sides, and for a name that is nobody's."""
+        both = sum(len(each) > 1 for each in self._patients.values())
+        if both:
+            raise ValueError(
+                f"split: expected each patient on one side; got {both:,} of {len(self._patients):,} on both"
+            )
+        return Rest(self._sides.left(headers) if self._sides else {}, "" if self._drawn else "train")
+
+
+class Rest(NamedTuple):
+    """sides: of patients that only headers name; default: of all else whose side nothing says, "" where it is drawn."""
+
+    sides: dict[str, str]
+    default: str
+
+
+def _read(source: Source, file: Path) -> table.Table:
+    rows, columns = table.read(file, source.patient_column)
+    other = [row.line for row in rows if row.modality and not source.routed and row.modality != source.modality]
+    if other:
+        raise ValueError(
+            f"{file.name}: {lines(other)}: modality: expected {source.modality}, as --modality says; got another"
+        )
+    return table.Table(rows, columns)
+
+
+def _below(root: Path, path: str) -> str:
+    """As a path below the root, or absolute where it is not below it."""
+    whole = os.path.normpath(os.path.join(root, os.path.expanduser(path)))
+    top = os.path.normpath(root)
+    return os.path.relpath(whole, top) if whole.startswith(top.rstrip("/") + "/") else whole
+
+
+def _files_below(root: Path, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    for above, folders, names in os.walk(os.path.join(root, folder)):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(above, name)
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and not name.startswith("."):
+                yield _below(root, path), status
