@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dex.cli import prepare
 from dex.cli._console import Parser, failed, folder_argument, print_line
 from dex.common import exits
 
@@ -31,6 +32,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         return _check(options.dir)
     if options.command == "leak":
         return _leak(options.a, options.b)
+    if options.command == "inventory":
+        return prepare.dry_run("dex data inventory", arguments[1:], options, folder_argument("out", options.out))
     folder = _set(options.dir)
     if options.command == "where":
         return _where(folder, options.id)
@@ -48,6 +51,16 @@ def _parser() -> Parser:
         description="Read every byte of a shard set and name what is not as it was written. Exit code 1 for any.",
     )
     check.add_argument("dir", metavar="DIR")
+    inventory = commands.add_parser(
+        "inventory",
+        help="what a folder of scans holds, and what `dex prepare` would make of it",
+        description="Modalities, sizes, planes, spacing and patients by headers alone; what would be left out and why; "
+        "by a few pixels, how much would be kept, how long it would take and how large the set would be: printed, and "
+        "as a page and JSON. No name, path or date gets into either. Exit code 2 where nothing says of which modality "
+        "some files are, with the command that does.",
+    )
+    inventory.add_argument("--out", default="inventory", metavar="DIR", help="for inventory.html and .json (inventory)")
+    prepare.add_source_options(inventory)
     where = commands.add_parser(
         "where",
         help="the files behind images, and the images of a file or patient",
@@ -213,6 +226,8 @@ def _refused(folder: Path, reason: str | None, as_csv: bool) -> Callable[[], int
 
     def carry_out() -> int:
         print(_PRIVATE, file=sys.stderr)
+        if not private.knows_duplicates:
+            print("made by an earlier version, which kept neither details nor what it passed over", file=sys.stderr)
         if as_csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["source", "path", "reason", "detail"])

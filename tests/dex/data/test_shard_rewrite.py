@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dex.data import ShardDataset, ShardWriter, shard_rewrite, verify
+from dex.data import SampleError, ShardDataset, ShardWriter, shard_rewrite, verify
 from dex.data.shard_format import read_manifest
 
 DATE = "2026-01-02T03:04:05+00:00"
@@ -151,6 +151,21 @@ def test_killed_at_every_step(write, tmp_path):
             break
         step += 1
     assert step > 30 and outcomes == {12, 9}
+
+
+def test_whoever_reads_meanwhile_gets_no_wrong_image(write):
+    root = write("set")
+    open_before = ShardDataset(root)
+    withdraw(root, ["s1", "s5"])
+    read, unreadable = 0, 0
+    for number in range(12):
+        try:
+            assert open_before.image_bytes(number) == encoded(number)
+            read += 1
+        except SampleError as error:
+            assert error.sample_id == f"s{number}"
+            unreadable += 1
+    assert read >= 4 and unreadable >= 2  # the shard that stayed; what was withdrawn
 
 
 def test_check_says_that_bytes_are_left(write, monkeypatch):

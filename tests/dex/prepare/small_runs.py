@@ -105,3 +105,20 @@ def save_series(root, patient, count, names, **tags):
         deep = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1}
         identity = {"SeriesInstanceUID": f"1.2.{patient}", "PatientID": f"MRN-{patient}"}
         save_dicom(root / next(names), values, **{**place, **scale, **deep, **identity, **tags})
+
+
+def make_older(out):
+    """Turn the private folder into one of a version that knew units alone."""
+    private = prepare.private_folder(out)
+    (private / "duplicates.jsonl").unlink()
+    for path in (private / "units").glob("*-passed-over.jsonl"):
+        path.unlink()
+    for path in (private / "ids").iterdir():
+        rows = [json.loads(line) for line in open(path)]
+        keep = ("id", "path", "label", "refused")
+        old = [{name: row[name] for name in keep if name in row} for row in rows if "id" in row]
+        path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    plan = json.loads((private / "plan.json").read_text())
+    for entry in plan["sources"]:
+        del entry["root"]
+    (private / "plan.json").write_text(json.dumps(plan))

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from small_runs import lines, picture, save, save_dicom, save_series, save_volume, source, start
+from small_runs import lines, make_older, picture, save, save_dicom, save_series, save_volume, source, start
 
 from dex.prepare import discover, lookup
 from dex.prepare.run import private_folder
@@ -133,23 +133,6 @@ def test_the_files_of_a_large_folder_are_beside_their_units_name(here, tmp_path,
     start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
     assert {place.unit for place in private_of(tmp_path / "out").places()} == {"flat/10.dcm", "flat/20.dcm"}
     assert files(one(tmp_path / "out", "MRN-2")) == [("pictures", f"flat/2{k}.dcm") for k in range(4)]
-
-
-def make_older(out):
-    """Turn the private folder into one of a version that knew units alone."""
-    private = private_folder(out)
-    (private / "duplicates.jsonl").unlink()
-    for path in (private / "units").glob("*-passed-over.jsonl"):
-        path.unlink()
-    for path in (private / "ids").iterdir():
-        rows = [json.loads(line) for line in open(path)]
-        keep = ("id", "path", "label", "refused")
-        old = [{name: row[name] for name in keep if name in row} for row in rows if "id" in row]
-        path.write_text("".join(json.dumps(row) + "\n" for row in old))
-    plan = json.loads((private / "plan.json").read_text())
-    for entry in plan["sources"]:
-        del entry["root"]
-    (private / "plan.json").write_text(json.dumps(plan))
 
 
 def test_a_set_of_an_earlier_version(mixed):

@@ -1,6 +1,7 @@
 """The private table: which file and frame each image and each refusal is of."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -83,8 +84,9 @@ def test_refusals_name_their_files_reasons_and_details(here, tmp_path):
     (root / "p1" / "bad.dcm").write_bytes(b"no image")
     (root / "p2").mkdir()
     (root / "p2" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    start([source(root, modality="CT")], tmp_path / "out")
+    facts, _ = start([source(root, modality="CT")], tmp_path / "out")
     refused = [row for row in rows(tmp_path / "out.private") if "refused" in row]
+    assert Counter(row["refused"] for row in refused) == facts["sources"][0]["refused"]
     by_reason = {row["refused"]: row for row in refused}
     burned = by_reason["burned-in"]
     assert burned["path"] == "p1" and burned["files"] == [f"2-{k}.dcm" for k in range(4)]

@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import SETTINGS, lines, picture, save, save_series, source, start
+from small_runs import SETTINGS, lines, make_older, picture, save, save_series, source, start
 
 from dex.data import ShardDataset, verify
 from dex.prepare import lookup, withdraw
@@ -275,6 +275,15 @@ def test_a_set_that_was_given_away_alone(whole):
         take(whole, "MRN-2")
     assert take(whole, row["group"]).images == 3 and verify(whole) == []
     assert not private_folder(whole).exists()
+
+
+def test_a_set_of_an_earlier_version(whole):
+    """It does not know copies, and says so; the rest is as ever."""
+    make_older(whole)
+    outcome = take(whole, "MRN-2", "p0")
+    assert outcome.images == 5 and not outcome.knows_copies and verify(whole) == []
+    with pytest.raises(withdraw.Impossible, match="left out as copies .* made before it was written down"):
+        take(whole, "p4/copy.png")
 
 
 def test_a_set_of_colour_pictures(here, tmp_path):
