@@ -40,8 +40,8 @@ class Check(NamedTuple):
 def run(arguments: list[str]) -> Callable[[], int]:
     parser = Parser(
         prog="dex doctor",
-        description="Versions, devices, kernel backends, codecs, file formats, disk, data. Exit code 1 when pretraining "
-        "cannot run.",
+        description="Versions, devices, kernel backends, codecs, file formats, disk, data. Exit code 1 when "
+        "pretraining cannot run.",
     )
     parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
     parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")

@@ -1,6 +1,7 @@
 """`dex prepare`: raw scans, pictures and videos to shards."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dex.cli._console import Parser, failed, folder_argument
-from dex.common import exits
+from dex.common import atomic, exits
 
 HELP = "raw scans, pictures and videos to shards and a data card"
 POSITION = 10
@@ -19,25 +20,19 @@ NEEDS = "data"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
 
-    from dex.prepare import readers, summary
     from dex.prepare import run as prepare
-    from dex.prepare.chunks import Settings
+    from dex.prepare import summary
     from dex.prepare.discover import Undetermined
 
-    settings = Settings(
-        size=options.size,
-        bits=options.bits,
-        encoding=options.encoding or ("jpg" if options.bits == 8 else "png"),
-        allow_burned_in=options.allow_burned_in,
-    )
-    wanted = prepare.Options(
+    if options.dry_run:
+        return dry_run("dex prepare", arguments, options)
+    if options.out is None:
+        raise ValueError("the following arguments are required: --out")
+    wanted = dataclasses.replace(
+        _looked_at(options),
         out=folder_argument("out", options.out),
-        settings=settings,
-        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
         shard=_shard(options.shard),
-        cache=folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
         max_unreadable=options.max_unreadable,
-        limits=readers.Limits.within(options.memory),
     )
     sources = _sources(options)
     prepare.check(sources, wanted)
@@ -46,7 +41,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         with prepare.stop_signals():
             preparation = prepare.prepare(sources, wanted)
     except Undetermined as error:
-        lines = [f"dex prepare: {error}", *_commands(arguments, options, error)]
+        lines = [f"dex prepare: {error}", *_commands(["dex", "prepare"], arguments, options, error)]
         return lambda: _wrong(lines)
     except prepare.Stopped as error:
         stopped = f"dex prepare: stopped by {error}"
@@ -77,6 +72,71 @@ def run(arguments: list[str]) -> Callable[[], int]:
     return carry_out
 
 
+def dry_run(command: str, arguments: list[str], options: argparse.Namespace, page: Path | None = None) -> Callable:
+    """What a run with these options would find and keep: printed, and written to ``page``, a folder."""
+    from dex.prepare import inventory, inventory_page
+    from dex.prepare import run as prepare
+
+    wanted = _looked_at(options)
+    if getattr(options, "out", None) is not None and page is None:
+        wanted = dataclasses.replace(wanted, out=folder_argument("out", options.out))
+        prepare.check(_sources(options), wanted)
+    sources = _sources(options)
+    prepare.check_settings(sources, wanted)
+    try:
+        with prepare.stop_signals():
+            taken = inventory.take(
+                sources,
+                wanted.settings,
+                processes=wanted.workers,
+                cache=wanted.cache,
+                limits=wanted.limits,
+                say=lambda text: print(text, file=sys.stderr),
+            )
+    except prepare.Stopped as error:
+        stopped = f"{command}: stopped by {error}; nothing was written"
+        return lambda: _stopped(stopped)
+    except prepare.Failed as error:
+        message = str(error)
+        return lambda: failed(command, message)
+
+    def carry_out() -> int:
+        print(inventory_page.to_text(taken))
+        if page is not None:
+            page.mkdir(parents=True, exist_ok=True)
+            html, data = inventory_page.build(taken)
+            for name, content in (("inventory.html", html), ("inventory.json", data)):
+                atomic.write(page / name, content)
+            print(f"page: {page}/inventory.html\njson: {page}/inventory.json")
+        undetermined = [one.undetermined for one in taken if one.undetermined is not None]
+        if undetermined:
+            words = ["dex", *command.split()[1:]]
+            return _wrong([f"{command}: {undetermined[0]}", *_commands(words, arguments, options, undetermined[0])])
+        return exits.DONE
+
+    return carry_out
+
+
+def _looked_at(options: argparse.Namespace) -> Any:
+    """The options of a run that say how files are looked at; without a folder for the set."""
+    from dex.prepare import readers
+    from dex.prepare import run as prepare
+    from dex.prepare.chunks import Settings
+
+    return prepare.Options(
+        out=Path(),
+        settings=Settings(
+            size=options.size,
+            bits=options.bits,
+            encoding=options.encoding or ("jpg" if options.bits == 8 else "png"),
+            allow_burned_in=options.allow_burned_in,
+        ),
+        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
+        cache=folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
+        limits=readers.Limits.within(options.memory),
+    )
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="dex prepare",
@@ -84,6 +144,23 @@ def _parser() -> Parser:
         "stopped, the same command goes on where it was and ends in the same bytes.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",
     )
+    parser.add_argument("--out", metavar="DIR", help="the set; DIR.private beside it holds what is not")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="look at headers and a few pixels, and say what would be kept and left out, how long it would take and "
+        "how large the set would be; nothing is written",
+    )
+    add_source_options(parser)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
+    parser.add_argument(
+        "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"
+    )
+    return parser
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What is looked at, and how."""
     parser.add_argument(
         "source",
         nargs="+",
@@ -91,7 +168,6 @@ def _parser() -> Parser:
         help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a description (YAML), a "
         "shipped source's name, or 'packages': all sources that come with public packages",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the set; DIR.private beside it holds what is not")
     parser.add_argument(
         "--modality",
         metavar="M",
@@ -158,13 +234,8 @@ def _parser() -> Parser:
         help="of each process, for one file (512); files up to 4 times as large are read piece by piece, and pictures "
         "may have 40 million pixels for each 512",
     )
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
     parser.add_argument("--cache", metavar="DIR", help="where packages are kept (~/.cache/dex)")
-    parser.add_argument(
-        "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"
-    )
     parser.add_argument("--allow-burned-in", action="store_true", help="take images that declare burned-in annotation")
-    return parser
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
@@ -222,7 +293,7 @@ def _route(text: str) -> Any:
     return Route(modality, (pattern,))
 
 
-def _commands(arguments: list[str], options: argparse.Namespace, error: Any) -> list[str]:
+def _commands(command: list[str], arguments: list[str], options: argparse.Namespace, error: Any) -> list[str]:
     """The commands that say what some files' modality is, to be copied."""
     from dex.prepare.modalities import AUTO, FROM_FOLDERS
 
@@ -230,7 +301,7 @@ def _commands(arguments: list[str], options: argparse.Namespace, error: Any) -> 
     if options.modality in kept and "--modality" in kept:
         place = kept.index("--modality")
         del kept[place : place + 2]
-    command = shlex.join(["dex", "prepare", *kept])
+    command = shlex.join([*command, *kept])
     if error.by_folders:
         return ["their folders are called after modalities, so give:", f"{command} --modality {FROM_FOLDERS}"]
     word = options.modality or AUTO

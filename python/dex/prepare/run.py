@@ -103,6 +103,19 @@ class _Piece:
 
 def check(sources: Sequence[Source], options: Options) -> None:
     """ValueError for what can be known to be wrong before any file is looked at."""
+    check_settings(sources, options)
+    out, private = options.out, private_folder(options.out)
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"out: expected a folder; {out} is something else")
+    if out.is_dir() and any(out.iterdir()) and not ((out / MANIFEST).exists() and (private / PLAN).exists()):
+        raise ValueError(f"out: expected a new or empty folder, or a set that this command wrote; {out} holds files")
+    for path in (out.parent, private):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out: expected a folder; {path} is something else")
+
+
+def check_settings(sources: Sequence[Source], options: Options) -> None:
+    """`check` of all but the set's folder."""
     settings, (part, parts) = options.settings, options.shard
     if not 32 <= settings.size <= 4096:
         raise ValueError(f"size: expected 32 to 4096 pixels; got {settings.size}")
@@ -126,14 +139,6 @@ def check(sources: Sequence[Source], options: Options) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"SOURCE: expected sources of different names; {name!r} comes {names.count(name)} times")
-    out, private = options.out, private_folder(options.out)
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"out: expected a folder; {out} is something else")
-    if out.is_dir() and any(out.iterdir()) and not ((out / MANIFEST).exists() and (private / PLAN).exists()):
-        raise ValueError(f"out: expected a new or empty folder, or a set that this command wrote; {out} holds files")
-    for path in (out.parent, private):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out: expected a folder; {path} is something else")
 
 
 def private_folder(out: Path) -> Path:

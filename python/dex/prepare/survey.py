@@ -68,13 +68,14 @@ class Alike:
 @dataclass
 class Survey:
     """What headers say of some units. leaves: of what may be kept. refused: (modality or "", reason, detail) -> how
-    often. groups: hashes of patients. candidates: for the sample, (draw, unit) of each kind. seconds: of a processor;
-    idle: those of units that gave no stack. given_up: large units whose worker died or hung. lengthless: stacks whose
-    header does not say how many frames they have."""
+    often. groups: what says that it is one patient's ("patient", or "folder" or "file" where nothing does), and its
+    hash. candidates: for the sample, (draw, unit) of each kind. seconds: of a processor; idle: those of units that gave
+    no stack. given_up: large units whose worker died or hung. lengthless: stacks whose header does not say how many
+    frames they have."""
 
     leaves: dict[Leaf, Alike] = field(default_factory=dict)
     refused: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    groups: set[str] = field(default_factory=set)
+    groups: set[tuple[str, str]] = field(default_factory=set)
     candidates: dict[Kind, list[tuple[str, Unit]]] = field(default_factory=dict)
     seconds: float = 0.0
     idle: float = 0.0
@@ -91,6 +92,10 @@ class Survey:
         self.seconds, self.idle = self.seconds + other.seconds, self.idle + other.idle
         self.given_up += other.given_up
         self.lengthless += other.lengthless
+
+    @property
+    def patients(self) -> int:
+        return sum(by == "patient" for by, _ in self.groups)
 
     def slices(self, kind: Kind) -> int:
         """Of one kind, those apart that are too small."""
@@ -239,7 +244,8 @@ class _Look(UnitWork):
         if stack.length is None:
             self._survey.lengthless += 1
             self._survey.leaves.setdefault(Leaf(kind, "", *stack.shape), Alike()).add(Alike(1))
-        self._survey.groups.add(self._kept_together(stack)["group"])
+        patient = self._kept_together(stack)
+        self._survey.groups.add((patient["by"], patient["group"]))
 
     def _may_be_labels(self, source: Source) -> bool:
         reader = readers.reader_of(self._unit.format)

@@ -291,3 +291,45 @@ def test_a_modality_of_ones_own_and_one_that_is_trusted(mixed, run, tmp_path):
     assert sum(kept(tmp_path / "own").values()) == 2  # nuclear medicine and a radiotherapy image
     code, _, _ = run("prepare", "scans", "--files", "p1/ct/**", "--modality", "MR", "--trust", "--out", "all")
     assert code == 0 and sum(kept(tmp_path / "all").values()) == 20 and not refused(tmp_path / "all")
+
+
+def test_a_dry_run_promises_what_the_run_then_does(mixed, run, tmp_path):
+    """Modalities, slices, patients and what headers leave out are exact; label maps by their numbers are estimated."""
+    (tmp_path / "scans" / "notes.txt").write_text(NAME)
+    (tmp_path / "scans" / "link").symlink_to("p1")
+    command = ("scans", "--modality", "from-folders", "--size", SIDE)
+    code, out, err = run("data", "inventory", *command, "--out", "page")
+    assert code == 0 and not (tmp_path / "set").exists()
+    (inventory,) = json.loads((tmp_path / "page" / "inventory.json").read_text())
+    code, _, _ = run("prepare", *command, "--out", "set")
+    assert code == 0
+    card = json.loads((tmp_path / "set" / "card.json").read_text())
+
+    exact = inventory["exact"]
+    by_pixels = Counter({"label map": 4, "probability map": 1})  # the fifth label map is declared
+    left_out = Counter()
+    for row in exact["left_out"]:
+        left_out[row["reason"]] += row["count"]
+    assert left_out + by_pixels == mixed.reasons == refused(tmp_path / "set")
+    slices = Counter()
+    for row in exact["images"]:
+        named = row["named_like_label_maps"] or row["modality"] == "" or row["format"] == "nifti"
+        slices[row["modality"]] += 0 if named else row["slices"]
+    assert slices + Counter({"MR": 8, "": 0}) == mixed.slices
+    assert exact["passed_over"] == {".txt": 1, "symbolic links": 1} and exact["undetermined"] == []
+    estimate = inventory["estimate"]
+    assert 0.8 * card["images"] <= estimate["kept"] <= 1.2 * card["images"]
+    assert {row["format"] for row in estimate["rates"]} == {"dicom", "nifti", "picture", "video"}
+    page = (tmp_path / "page" / "inventory.html").read_text()
+    for text in (out, err, page, json.dumps(inventory)):
+        assert not any(word in text for word in ("Jane", "p1", "Dermoscopy", "t1_seg", "notes"))
+    assert "Content-Security-Policy" in page and "secondary capture" in page and "symbolic links" in out
+
+
+def test_a_dry_run_lists_what_it_cannot_place_and_ends_with_the_command(mixed, run, tmp_path):
+    code, out, err = run("prepare", "scans", "--dry-run", "--size", SIDE)
+    assert code == 2 and "not said" in out and "secondary capture" in out
+    assert "6 .jpg" in err and err.splitlines()[-1] == "dex prepare scans --dry-run --size 64 --modality from-folders"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scans"]
+    code, out, err = run(*shlex.split(err.splitlines()[-1])[1:])
+    assert code == 0 and "not said, named like label maps" in out and "Estimate" in out

@@ -1,0 +1,307 @@
+"""An inventory as text, as an HTML page in the data card's style, and as JSON: a function of the inventory alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from dex.common import formats
+from dex.common.units import duration, format_bytes
+
+from . import page
+from .inventory import Inventory
+from .survey import Alike, Kind, Leaf
+
+SIZES = 4
+"""Sizes in pixels that are listed one by one, of each modality and plane; the rest is a range."""
+NOT_SAID = "not said"
+EXACT = (
+    "Exact, from listing and headers: files, modalities, sizes, planes, spacing, patients, what is left out by "
+    "headers, what is passed over."
+)
+
+
+class _Row(NamedTuple):
+    """Images of one kind and plane. sizes: H x W -> slices."""
+
+    kind: Kind
+    plane: str
+    total: Alike
+    sizes: Counter[tuple[int, int]]
+
+
+def to_text(inventories: Sequence[Inventory]) -> str:
+    return "\n\n".join("\n".join(_lines(inventory)) for inventory in inventories)
+
+
+def build(inventories: Sequence[Inventory]) -> tuple[bytes, bytes]:
+    """(HTML, JSON)."""
+    data = json.dumps([to_dict(inventory) for inventory in inventories], indent=1, ensure_ascii=False) + "\n"
+    return _page(inventories).encode(), data.encode()
+
+
+def to_dict(inventory: Inventory) -> dict[str, Any]:
+    """Plain values: "exact" is from listing and headers, "estimate" from the sample."""
+    survey, estimate = inventory.survey, inventory.estimate
+    return {
+        "source": inventory.source,
+        "exact": {
+            "files": inventory.files,
+            "bytes": inventory.bytes,
+            "patients": survey.patients,
+            "groups_without_patient": len(survey.groups) - survey.patients,
+            "slices": estimate.slices,
+            "too_small": estimate.small,
+            "images": [_leaf(leaf, alike) for leaf, alike in sorted(survey.leaves.items())],
+            "left_out": [
+                {"reason": reason, "detail": detail, "modality": modality, "count": count}
+                for (modality, reason, detail), count in sorted(survey.refused.items())
+            ],
+            "passed_over": inventory.passed_over,
+            "undetermined": list(inventory.undetermined.suffixes) if inventory.undetermined else [],
+            "without_length": survey.lengthless,
+        },
+        "estimate": {
+            "kept": estimate.kept,
+            "label_maps": estimate.label_maps,
+            "bytes": estimate.bytes,
+            "processor_seconds": round(estimate.seconds, 1),
+            "seconds": round(estimate.seconds / inventory.workers, 1),
+            "workers": inventory.workers,
+            "not_measured_slices": estimate.unmeasured,
+            "rates": [
+                {
+                    "format": kind.format,
+                    "modality": kind.modality,
+                    "named_like_label_maps": kind.named,
+                    "sampled_slices": one.expected,
+                    "kept": one.kept,
+                    "dropped": dict(sorted(one.dropped.items())),
+                    "refused": dict(sorted(one.refused.items())),
+                    "slices_per_second": round(one.expected / one.seconds, 1) if one.seconds else None,
+                    "bytes_per_image": round(one.bytes / one.kept) if one.kept else None,
+                }
+                for kind, one in sorted(inventory.sample.items())
+            ],
+        },
+    }
+
+
+def _leaf(leaf: Leaf, alike: Alike) -> dict[str, Any]:
+    return {
+        "format": leaf.kind.format,
+        "modality": leaf.kind.modality,
+        "named_like_label_maps": leaf.kind.named,
+        "plane": leaf.plane,
+        "height": leaf.height,
+        "width": leaf.width,
+        "stacks": alike.stacks,
+        "slices": alike.slices,
+        "too_small": alike.small,
+        "spacing_mm": alike.spacing,
+        "between_slices_mm": alike.apart,
+    }
+
+
+def _rows(inventory: Inventory) -> list[_Row]:
+    rows = []
+    leaves = sorted(inventory.survey.leaves.items())
+    for (kind, plane), group in groupby(leaves, key=lambda item: (item[0].kind, item[0].plane)):
+        total, sizes = Alike(), Counter()
+        for leaf, alike in group:
+            total.add(alike)
+            sizes[leaf.height, leaf.width] += alike.slices
+        rows.append(_Row(kind, plane, total, sizes))
+    return rows
+
+
+def _lines(inventory: Inventory) -> Iterable[str]:
+    yield (
+        f"{inventory.source}: {page.count(inventory.files, 'file')}, {format_bytes(inventory.bytes)}, "
+        f"{_patients(inventory)}, {page.count(inventory.estimate.slices, 'slice')}"
+    )
+    before = ""
+    for row in _rows(inventory):
+        if row.kind.format != before:
+            before = row.kind.format
+            yield f"  {_title(before)}"
+        what = _modality(row.kind)
+        yield f"    {what:<22} {_stacks(row)}, {page.count(row.total.slices, 'slice')}{_plane(row)}"
+        yield f"      {_sizes(row)}{_spacing(row.total)}"
+    for title, listed in (("left out, by headers", _left_out(inventory)), ("passed over", _passed_over(inventory))):
+        if listed:
+            yield f"  {title}"
+            yield from (f"    {count:>7,} {what}" for what, count in listed)
+    yield from (f"  {line}" for line in _estimated(inventory))
+
+
+def _patients(inventory: Inventory) -> str:
+    survey = inventory.survey
+    others = len(survey.groups) - survey.patients
+    text = page.count(survey.patients, "patient")
+    return text + (
+        f" and {page.number(others) + (' folders or files' if others > 1 else ' folder or file')} that name none"
+        if others
+        else ""
+    )
+
+
+def _estimated(inventory: Inventory) -> list[str]:
+    """Sentences, for text and page."""
+    estimate = inventory.estimate
+    lines = []
+    if estimate.small:
+        lines.append(f"{page.count(estimate.small, 'slice')} will be dropped: too small.")
+    if estimate.sampled:
+        measured = estimate.slices - estimate.small - estimate.unmeasured
+        lines.append(
+            f"Estimate, from {page.count(estimate.sampled, 'slice')} that were read as a run reads them: about "
+            f"{page.number(estimate.kept)} of {page.number(measured)} slices kept "
+            f"({page.percent(estimate.kept, measured)}), {format_bytes(estimate.bytes)}, "
+            f"{duration(estimate.seconds / inventory.workers)} with {inventory.workers} at work."
+        )
+        rates = [
+            f"{_title(kind.format)} {_modality(kind)} {one.expected / one.seconds:,.0f}"
+            for kind, one in sorted(inventory.sample.items())
+            if one.seconds
+        ]
+        lines.append(f"Rates measured on these, slices a second and process: {', '.join(rates)}.")
+    if estimate.label_maps:
+        lines.append(
+            f"Label maps, which are known by their numbers: about {page.number(estimate.label_maps)} left out."
+        )
+    if estimate.unmeasured:
+        lines.append(f"Not measured: {page.count(estimate.unmeasured, 'slice')}, of which none was read.")
+    if inventory.survey.lengthless:
+        lines.append(f"{page.count(inventory.survey.lengthless, 'film')} without a number of frames: not counted.")
+    lines.append(f"{EXACT} Near-duplicates are found in the whole set alone.")
+    return lines
+
+
+def _left_out(inventory: Inventory) -> list[tuple[str, int]]:
+    counts: Counter[str] = Counter()
+    for (_, reason, detail), number in inventory.survey.refused.items():
+        counts[f"{reason}: {detail}" if detail else reason] += number
+    return counts.most_common()
+
+
+def _passed_over(inventory: Inventory) -> list[tuple[str, int]]:
+    return sorted(inventory.passed_over.items(), key=lambda item: -item[1])
+
+
+def _title(format: str) -> str:
+    return next((one.title for one in formats.FORMATS if one.name == format), format)
+
+
+def _modality(kind: Kind) -> str:
+    return (kind.modality or NOT_SAID) + (", named like label maps" if kind.named else "")
+
+
+def _stacks(row: _Row) -> str:
+    what = "series" if row.kind.format == "dicom" else "file or volume"
+    if what == "series":
+        return f"{page.number(row.total.stacks)} series"
+    return page.count(row.total.stacks, "stack")
+
+
+def _plane(row: _Row) -> str:
+    return f", {'as stored' if row.plane == 'stored' else row.plane}" if row.plane else ""
+
+
+def _sizes(row: _Row) -> str:
+    listed = [f"{height} x {width}" for (height, width), _ in row.sizes.most_common(SIZES)]
+    rest = len(row.sizes) - len(listed)
+    if rest:
+        low, high = (tuple(choose(size[i] for size in row.sizes) for i in (0, 1)) for choose in (min, max))
+        listed.append(f"{rest:,} other sizes, {low[0]} x {low[1]} to {high[0]} x {high[1]}")
+    return f"{', '.join(listed)} pixels"
+
+
+def _spacing(total: Alike) -> str:
+    text = f"; {_range(total.spacing)} mm a pixel" if total.spacing else ""
+    return text + (f", {_range(total.apart)} mm between slices" if total.apart else "")
+
+
+def _range(ends: tuple[float, float]) -> str:
+    low, high = (f"{end:.3g}" for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def _page(inventories: Sequence[Inventory]) -> str:
+    files, size = sum(one.files for one in inventories), sum(one.bytes for one in inventories)
+    estimates = [one.estimate for one in inventories]
+    slices, kept = sum(one.slices for one in estimates), sum(one.kept for one in estimates)
+    left_out = sum(one.survey.refused.total() for one in inventories)
+    passed = sum(sum(one.passed_over.values()) for one in inventories)
+    seconds = sum(one.seconds for one in estimates) / inventories[0].workers
+    head = page.tiles(
+        [
+            page.Tile("Files", page.number(files), format_bytes(size)),
+            page.Tile("Slices", page.number(slices), "by their headers"),
+            page.Tile("Patients", page.number(sum(one.survey.patients for one in inventories)), "counted by hashes"),
+            page.Tile("Left out", page.number(left_out), "by headers"),
+            page.Tile("Passed over", page.number(passed), "no files of images"),
+            page.Tile("Kept", f"≈ {page.number(kept)}", "estimate"),
+            page.Tile("Size of the set", f"≈ {format_bytes(sum(one.bytes for one in estimates))}", "estimate"),
+            page.Tile("Time", f"≈ {duration(seconds)}", "estimate"),
+        ]
+    )
+    names = escape(", ".join(one.source for one in inventories))
+    unsure = sum(len(one.undetermined.suffixes) for one in inventories if one.undetermined)
+    notice = (
+        '<p class="notice">Nothing says of which modality some files are: <code>dex prepare</code> will not begin '
+        "until its command does.</p>"
+        if unsure
+        else ""
+    )
+    header = f'<header><p class="kicker">Inventory</p><h1>{names}</h1>{notice}{head}</header>'
+    sections = []
+    for number, one in enumerate(inventories):
+        key, name = f"-{number}" if number else "", f": {escape(one.source)}" if len(inventories) > 1 else ""
+        sections += [
+            page.Section(f"images{key}", f"Images{name}", _tree(one)),
+            page.Section(f"left-out{key}", f"Left out{name}", _counts(_left_out(one), "By headers", "Files or parts")),
+            page.Section(f"passed-over{key}", f"Passed over{name}", _counts(_passed_over(one), "What", "Files")),
+            page.Section(f"estimate{key}", f"Estimate{name}", _sentences(_estimated(one))),
+        ]
+    return page.document("Inventory", header, sections)
+
+
+def _tree(inventory: Inventory) -> str:
+    bodies = []
+    for format, group in groupby(_rows(inventory), key=lambda row: row.kind.format):
+        cells = "".join(
+            f'<tr><th scope="row"><span class="name">{escape(_modality(row.kind))}</span></th>'
+            f'<td data-label="Slices" class="number">{page.number(row.total.slices)}<small>{_stacks(row)}</small></td>'
+            f'<td data-label="Plane"><span>{escape(_plane(row).removeprefix(", ")) or "picture"}</span></td>'
+            f'<td data-label="Size"><span>{_sizes(row)}</span>'
+            f"<small>{_spacing(row.total).removeprefix('; ')}</small></td></tr>"
+            for row in group
+        )
+        head = f'<tr class="group"><th colspan="4" scope="rowgroup">{escape(_title(format))}</th></tr>'
+        bodies.append(f"<tbody>{head}{cells}</tbody>")
+    return (
+        '<table class="cards"><thead><tr><th scope="col">Modality</th><th scope="col" class="number">Slices</th>'
+        f'<th scope="col">Plane</th><th scope="col">Size</th></tr></thead>{"".join(bodies)}</table>'
+    )
+
+
+def _counts(listed: Sequence[tuple[str, int]], what: str, of: str) -> str:
+    if not listed:
+        return "<p>Nothing.</p>"
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td data-label="{of}" class="number">{page.number(count)}</td></tr>'
+        for name, count in listed
+    )
+    return (
+        f'<table class="cards"><thead><tr><th scope="col">{what}</th><th scope="col" class="number">{of}</th></tr>'
+        f"</thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _sentences(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
