@@ -1,7 +1,7 @@
 """Pictures of more pixels than a frame may have: cut into pieces at their own resolution, or shrunk by a whole number.
 
-    stack(path, picture, limits, 256, [])     # pieces of 256 x 256 pixels, a frame each
-    stack(path, picture, limits, None, [])    # one frame, of means of neighbours
+    stack(path, picture, limits, beat, side=256)     # pieces of 256 x 256 pixels, a frame each
+    stack(path, picture, limits, beat, side=None)    # one frame, of means of neighbours
 
 A TIFF is decoded by its own tiles or strips: those that an area needs are put together as a small TIFF. Pictures of
 other formats can only be decoded whole, for as long as that fits into the memory.
@@ -24,6 +24,7 @@ from PIL import Image
 from dex.common import bombs
 
 from .files import BoundedFile, Limits, opened, quietly
+from .reader import Beat
 from .stack import Refused, Stack
 
 MAX_TILES = 2**18
@@ -65,8 +66,13 @@ class Picture(NamedTuple):
     convert: Callable[[Image.Image], np.ndarray]
     fields: dict[str, Any]
 
+    @property
+    def pixel(self) -> int:
+        """Bytes."""
+        return self.channels * self.dtype.itemsize
 
-def stack(path: Path, picture: Picture, limits: Limits, side: int | None, refused: list[Refused]) -> Stack:
+
+def stack(path: Path, picture: Picture, limits: Limits, beat: Beat, side: int | None) -> Stack:
     """side: of the pieces, which begin at the upper left; what is left over at the right and below is not shown. None:
     one frame, its sides divided by the least whole number with which it has few enough pixels. 0: Refused."""
     with opened(path) as file:
@@ -81,9 +87,8 @@ def stack(path: Path, picture: Picture, limits: Limits, side: int | None, refuse
             raise Refused("too large", f"{height} x {width} pixels; {limits.remedy}")
         by_parts = _tiling(image) is not None
         if not by_parts:
-            _check_whole(image, picture, limits, by if drafted else 1)
-        depth = picture.channels * picture.dtype.itemsize
-        limits.check_all(height * width * depth, file.size)
+            _check_whole(image, picture, limits, by, drafted)
+        limits.check_all(height * width * picture.pixel, file.size)
     if image.format == "TIFF" and not by_parts and picture.orientation != 1:  # Pillow turns it
         picture, (height, width) = picture._replace(orientation=1), image.size[::-1]
     if side is not None:
@@ -91,14 +96,13 @@ def stack(path: Path, picture: Picture, limits: Limits, side: int | None, refuse
     elif drafted:
         fields = _drafted(path, picture, (height, width), by)
     else:
-        fields = _shrunk(path, picture, limits, (height, width), by)
+        fields = _shrunk(path, picture, limits, beat, (height, width), by)
     tall, wide = fields["shape"]
     return Stack(
         dtype=picture.dtype,
         channels=picture.channels,
         holds=lambda stored: limits.holds(stored, tall, wide, 4),
         origins=(("", picture.page),) * fields["length"],
-        refused=refused,
         **fields,
         **picture.fields,
     )
@@ -119,7 +123,9 @@ def _in_pieces(path: Path, picture: Picture, limits: Limits, sides: tuple[int, i
     return {"length": down * across, "shape": (side, side), "load": load, "labels": tuple(labels)}
 
 
-def _shrunk(path: Path, picture: Picture, limits: Limits, sides: tuple[int, int], by: int) -> dict[str, Any]:
+def _shrunk(
+    path: Path, picture: Picture, limits: Limits, beat: Beat, sides: tuple[int, int], by: int
+) -> dict[str, Any]:
     """By means of by x by neighbours."""
     height, width = (length // by for length in sides)
     depth = () if picture.channels == 1 else (picture.channels,)
@@ -130,6 +136,7 @@ def _shrunk(path: Path, picture: Picture, limits: Limits, sides: tuple[int, int]
             source = _source(picture, file, limits)
             for top in range(0, height, rows):
                 bottom = min(height, top + rows)
+                beat()
                 yield top, source.area(0, top * by, width * by, bottom * by)
 
     @quietly("picture")
@@ -138,9 +145,7 @@ def _shrunk(path: Path, picture: Picture, limits: Limits, sides: tuple[int, int]
             return
         out = np.empty((height, width, *depth), picture.dtype)
         for top, band in bands():
-            rows = len(band) // by
-            mean = band.reshape(rows, by, width, by, *depth).mean(axis=(1, 3), dtype=np.float64)
-            out[top : top + rows] = mean if out.dtype.kind == "f" else np.rint(mean)
+            out[top : top + len(band) // by] = _means(band, by)
         yield 0, _turned(out, picture.orientation)
 
     shape = (width, height) if picture.orientation >= 5 else (height, width)
@@ -150,6 +155,18 @@ def _shrunk(path: Path, picture: Picture, limits: Limits, sides: tuple[int, int]
         "load": load,
         "peek": quietly("picture")(lambda: (band for _, band in bands())),
     }
+
+
+def _means(band: np.ndarray, by: int) -> np.ndarray:
+    """Of by x by neighbours in [by * H, by * W] or [by * H, by * W, 3], in the same type."""
+    if band.dtype == np.uint8:
+        return np.asarray(Image.fromarray(band).reduce(by))
+    total = np.zeros((len(band) // by, band.shape[1] // by, *band.shape[2:]))
+    for y in range(by):
+        for x in range(by):
+            total += band[y::by, x::by]
+    total /= by**2
+    return (total if band.dtype.kind == "f" else np.rint(total)).astype(band.dtype)
 
 
 def _drafted(path: Path, picture: Picture, sides: tuple[int, int], by: int) -> dict[str, Any]:
@@ -196,8 +213,9 @@ def _sides(image: Image.Image) -> tuple[int, int]:
     return image.size[1], image.size[0]
 
 
-def _check_whole(image: Image.Image, picture: Picture, limits: Limits, by: int) -> None:
-    """Refused where a picture that is only decoded whole does not fit into the memory. by: its sides are divided."""
+def _check_whole(image: Image.Image, picture: Picture, limits: Limits, by: int, drafted: bool) -> None:
+    """Refused where a picture that is only decoded whole does not fit into the memory. by: its sides are divided;
+    drafted: by the decoder."""
     height, width = _sides(image)
     mode = image.mode
     pixel = 2 if mode.startswith("I;16") else _SMALL.get(mode, 4)
@@ -208,10 +226,11 @@ def _check_whole(image: Image.Image, picture: Picture, limits: Limits, by: int) 
     elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
         working = 2 * len(image.getbands())  # coefficients of the whole image
     elif image.format in ("JPEG2000", "WEBP"):
-        working = _WORKING * len(image.getbands()) / (by**2 if image.format == "JPEG2000" else 1)
+        working = _WORKING * len(image.getbands()) / (by**2 if drafted else 1)
     if reason := image.format == "TIFF" and bombs.too_much_of_tiff(image, limits.pixels):
         raise Refused("too large", reason)
-    needed = math.ceil(height * width * (pixel * turned / by**2 + working)) + _SPARE
+    made = picture.pixel / by**2 if by > 1 else 0  # the frame
+    needed = math.ceil(height * width * (pixel * turned / (by**2 if drafted else 1) + working + made)) + _SPARE
     if needed > limits.memory:
         raise Refused(
             "too large",

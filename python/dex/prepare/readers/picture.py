@@ -49,7 +49,9 @@ def read(
         if page is not None:
             from . import large
 
-            yield large.stack(path, _large(file, page, limits), limits, pieces, refused)
+            stack = large.stack(path, _large(file, page, limits), limits, beat, pieces)
+            stack.refused = refused
+            yield stack
             return
         kind = _kind(image, limits)
         _check_packing(image, file, limits)

@@ -163,10 +163,8 @@ def test_without_pieces_a_picture_is_shrunk_by_means_of_neighbours(tmp_path, nam
     (frame,) = stack.frames(("stored",), 1)
     assert frame.label == "image" and stack.shape == (HEIGHT // 3, WIDTH // 3)  # 7,700 pixels
     means = pixels.reshape(HEIGHT // 3, 3, WIDTH // 3, 3, *pixels.shape[2:]).mean(axis=(1, 3), dtype=np.float64)
-    assert (
-        np.abs(frame.pixels - means).max()
-        <= (0.5 if pixels.dtype.kind == "u" else 1e-3) * (1 + 1e-6) + means.max() * 1e-7
-    )
+    bound = 0.6 if pixels.dtype == np.uint8 else 0.51 if pixels.dtype == np.uint16 else means.max() * 2e-7
+    assert np.abs(frame.pixels - means).max() <= bound
     assert np.array_equal(np.concatenate(list(stack.sample([0]))), pixels)  # labels are judged by what was stored
 
 

@@ -120,7 +120,8 @@ def test_what_can_be_read_by_no_means(tmp_path):
 
 def test_more_memory_takes_larger_files(tmp_path):
     limits = readers.Limits.within(1024)
-    assert (limits.memory_mb, limits.pixels, limits.seconds) == (1024, 80_000_000, readers.Limits().seconds)
+    assert (limits.memory_mb, limits.pixels, limits.seconds) == (1024, 80_000_000, 2 * readers.Limits().seconds)
+    assert readers.Limits.within(128) == readers.Limits(128, pixels=10_000_000)
     assert readers.Limits.within(512) == readers.Limits() and limits.streamed == 2 * readers.Limits().streamed
 
 
