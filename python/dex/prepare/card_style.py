@@ -107,6 +107,7 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
   .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; }
   #sources .cards th, #sources .cards td, #text .cards th, #text .cards td, #licences .cards th, #licences .cards td {
     width: auto; padding: .25rem 0; border: 0; text-align: left; }
+  .cards th, .cards td { padding: .25rem 0; border: 0; text-align: left; }
   .cards tr { border-bottom: 1px solid var(--line); padding: .7rem 0; }
   .cards .group { border: 0; padding: 1.1rem 0 0; }
   .cards td { display: grid; grid-template-columns: 7.5rem 1fr; column-gap: .75rem; }

@@ -162,7 +162,7 @@ def _estimated(inventory: Inventory) -> list[str]:
             f"Estimate, from {page.count(estimate.sampled, 'slice')} that were read as a run reads them: about "
             f"{page.number(estimate.kept)} of {page.number(measured)} slices kept "
             f"({page.percent(estimate.kept, measured)}), {format_bytes(estimate.bytes)}, "
-            f"{duration(estimate.seconds / inventory.workers)} with {inventory.workers} at work."
+            f"{_time(estimate.seconds / inventory.workers)} with {inventory.workers} at work."
         )
         rates = [
             f"{_title(kind.format)} {_modality(kind)} {one.expected / one.seconds:,.0f}"
@@ -226,6 +226,10 @@ def _spacing(total: Alike) -> str:
     return text + (f", {_range(total.apart)} mm between slices" if total.apart else "")
 
 
+def _time(seconds: float, about: str = "") -> str:
+    return "less than 1s" if seconds < 1 else about + duration(seconds)
+
+
 def _range(ends: tuple[float, float]) -> str:
     low, high = (f"{end:.3g}" for end in ends)
     return low if low == high else f"{low} to {high}"
@@ -247,7 +251,7 @@ def _page(inventories: Sequence[Inventory]) -> str:
             page.Tile("Passed over", page.number(passed), "no files of images"),
             page.Tile("Kept", f"≈ {page.number(kept)}", "estimate"),
             page.Tile("Size of the set", f"≈ {format_bytes(sum(one.bytes for one in estimates))}", "estimate"),
-            page.Tile("Time", f"≈ {duration(seconds)}", "estimate"),
+            page.Tile("Time", _time(seconds, "≈ "), "estimate"),
         ]
     )
     names = escape(", ".join(one.source for one in inventories))
