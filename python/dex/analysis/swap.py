@@ -1,0 +1,118 @@
+"""The swap test: is an image worse off with the experts of another one?
+
+A heatmap of experts by modality is no evidence of specialisation: a random router on a random encoder shows one too. If
+experts have specialised, an image's loss rises when it is given another modality's experts; if they are
+interchangeable, it does not. Shape letters: B images, L layers, E experts, K chosen, G groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dex.analysis.intervals import Interval, bca
+from dex.analysis.routes import Override, Routes, masked_forward
+from dex.model import MaskedAutoencoder
+
+KINDS = ("same modality", "other modality", "random")
+
+
+class Swap(NamedTuple):
+    """Masked losses of B images by whose experts they were given."""
+
+    own: Tensor
+    """float ``[B]``: with the router's own choice."""
+    given: Tensor
+    """float ``[3, L + 1, B]``: with those of another image of the same modality, of an image of another modality, and
+    of random experts (`KINDS`); in one layer alone, and last in all layers at once. NaN: there is no such image."""
+    modality: Tensor
+    """int64 ``[B]``."""
+
+
+class Gap(NamedTuple):
+    """How much worse off images are, mean over images: ``mean_b(given[b] - own[b])``."""
+
+    kind: str
+    layer: int | None
+    """None: all layers at once."""
+    gap: Interval
+    own: float
+    """Mean loss of the same images with their own experts: what the gap is to be compared with."""
+
+
+def swap(
+    model: MaskedAutoencoder,
+    images: Tensor,
+    modality: Tensor,
+    mask_noise: Tensor,
+    *,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Swap:
+    """The masked losses of ``images [B, C, S, S]`` under their own and under others' routes; masks are the same.
+
+    Everything else of the forward is the image's own: with swapped experts in layer l, later layers route what they see
+    then, unless they are swapped too. Takes ``1 + 3 (L + 1)`` forwards of the images. modality: int64 ``[B]``.
+    """
+    options = {"mask_ratio": mask_ratio, "batch_size": batch_size}
+    own = masked_forward(model, images, mask_noise, **options)
+    generator = torch.Generator().manual_seed(seed)
+    layers = len(own.routes.gates)
+    given = torch.full((len(KINDS), layers + 1, len(images)), float("nan"))
+    for k, kind in enumerate(KINDS):
+        routes, there = _others(kind, own.routes, modality.cpu(), model, generator)
+        for place in range(layers + 1):
+            chosen = [r if place in (layer, layers) else None for layer, r in enumerate(routes)]
+            loss = masked_forward(model, images, mask_noise, overrides=chosen, **options).loss.cpu()
+            given[k, place] = torch.where(there, loss, torch.nan)
+    return Swap(own.loss.cpu(), given, modality.cpu())
+
+
+def gaps(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> list[Gap]:
+    """A gap for each kind and layer, and for all layers at once, with its BCa interval over groups.
+
+    groups: int64 ``[B]``: patients or sources; images of one are not independent of each other. No gap of a kind for
+    which no image has a partner.
+    """
+    numbers = groups.unique(return_inverse=True)[1]
+    count, layers = int(numbers.max()) + 1, swap.given.shape[1] - 1
+    found = []
+    for k, kind in enumerate(KINDS):
+        for place in range(layers + 1):
+            there = swap.given[k, place].isfinite()
+            if not there.any():
+                continue
+            difference = (swap.given[k, place] - swap.own).double()[there]
+            total = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers[there], difference)
+            shown = torch.bincount(numbers[there], minlength=count).double()
+            held = shown > 0  # a group without such images would make resamples of nothing
+            interval = bca(
+                lambda w, t=total[held], s=shown[held]: (w @ t) / (w @ s), int(held.sum()), level=level, seed=seed
+            )
+            own = float(swap.own[there].double().mean())
+            found.append(Gap(kind, None if place == layers else place, interval, own))
+    return found
+
+
+def _others(
+    kind: str, routes: Routes, modality: Tensor, model: MaskedAutoencoder, generator: torch.Generator
+) -> tuple[list[Override], Tensor]:
+    """A route per layer for each image, and for which images there is one ``[B]``."""
+    if kind == "random":
+        found = []
+        for layer, gates in zip(model.encoder.dex_layers, routes.gates, strict=True):
+            drawn = torch.rand(len(gates), layer.num_experts, generator=generator).argsort(1)[:, : gates.shape[1]]
+            found.append(Override(gates, drawn.to(gates.device)))
+        return found, torch.ones(len(modality), dtype=torch.bool)
+    partner = torch.arange(len(modality))
+    there = torch.zeros(len(modality), dtype=torch.bool)
+    for b in range(len(modality)):
+        fits = (modality == modality[b]) if kind == "same modality" else (modality != modality[b])
+        fits[b] = False
+        choices = fits.nonzero().flatten()
+        if len(choices):
+            partner[b] = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+            there[b] = True
+    other = routes.of(partner.to(routes.gates[0].device))
+    return [Override(g, e) for g, e in zip(other.gates, other.experts, strict=True)], there
