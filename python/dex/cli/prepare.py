@@ -165,8 +165,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a description (YAML), a "
-        "shipped source's name, or 'packages': all sources that come with public packages",
+        help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a zip or a URL of either, a "
+        "description (YAML), a shipped source's name, or 'packages': all sources that come with public packages",
     )
     parser.add_argument(
         "--modality",
@@ -239,8 +239,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
-    from dex.prepare.sources import resolve
-    from dex.prepare.table import is_table
+    from dex.prepare.sources import is_place, resolve
 
     overrides = {
         "modality": options.modality,
@@ -264,7 +263,7 @@ def _sources(options: argparse.Namespace) -> list[Any]:
     folders = 0
     for argument in options.source:
         given = {name: value for name, value in overrides.items() if value is not None}
-        if Path(argument).expanduser().is_dir() or is_table(argument):
+        if is_place(argument):
             folders += 1
             given |= {"name": f"folder-{folders}"} if folders > 1 else {}
         elif folders or len(options.source) > 1:

