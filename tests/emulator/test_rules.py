@@ -135,6 +135,49 @@ def test_a_register_that_nobody_wrote(run_ptx):
     breaks(lambda: run_ptx(broken, np.zeros(256, np.int32), threads=64), "uninitialised: nothing wrote register %r1")
 
 
+# Every warp of every block reads what the first warp of one block then writes.
+READ_THEN_WRITE = kernel(
+    """
+  ld.param.u64 %d1, [out];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, %ctaid.x;
+  and.b32 %r3, %r1, 31;
+  mul.wide.u32 %d2, %r3, 4;
+  add.s64 %d3, %d1, %d2;
+  setp.lt.u32 %p1, %r1, 32;
+  setp.eq.u32 %p2, %r2, 1;
+  and.pred %p3, %p1, %p2;
+  ld.global.b32 %r4, [%d3];
+  bar.sync 0;
+  @%p1 ld.global.b32 %r4, [%d3]; // again
+  add.s32 %r5, %r4, 1;
+  @%p3 st.global.b32 [%d3], %r5;
+  ret;
+""",
+    ".u64 out",
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_warp_reads_what_another_one_then_writes(run_ptx, seed):
+    alone = changed(READ_THEN_WRITE, "setp.eq.u32 %p2, %r2, 1;", "setp.eq.u32 %p2, %r2, 0;")
+    out = np.zeros(32, np.int32)
+    run_ptx(alone, out, threads=128, seed=seed)
+    assert (out == 1).all()
+    breaks(
+        lambda: run_ptx(without(alone, "bar.sync 0;"), out, threads=128, seed=seed),
+        "race on global memory: block 0 warp 0 writes element . of argument 0, which block 0 warp [123] read",
+    )
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("writer", [0, 1])
+def test_a_block_reads_what_another_one_then_writes(run_ptx, writer, again):
+    text = changed(READ_THEN_WRITE, "setp.eq.u32 %p2, %r2, 1;", f"setp.eq.u32 %p2, %r2, {writer};")
+    text = text if again else without(text, "// again")
+    breaks(lambda: run_ptx(text, np.zeros(32, np.int32), grid=(2,), threads=64), "race on global memory")
+
+
 # --- shared memory ----------------------------------------------------------------------------------------------------
 
 
@@ -221,12 +264,33 @@ def test_product(run_ptx, seed):
         ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 8704;", "misaligned: a tensor copy"),
         ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 7168;", "in flight: writes"),
         ("mov.b64 %d3, right;", "mov.b64 %d3, out;", "through something that is no tensor map"),
+        ("bar.sync 0; // before the end\n", "", "race: mbarrier 0x4000 is invalidated while warp [123] may use it"),
         ("bar.sync 0; // before the end\n  @%p1 mbarrier.inval.shared::cta.b64 [%r4];",
          "mov.b64 %d20, 0;\n  @%p1 mbarrier.inval.shared::cta.b64 [%r4+8];", "misaligned|outside of shared"),
     ],
 )  # fmt: skip
 def test_products_that_are_wrong(run_ptx, seed, before, after, message):
     breaks(lambda: product(run_ptx, changed(PRODUCT, before, after), seed), message)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("address", 8, "its address is a multiple of 16 bytes"),
+        ("strides", (60, 1), "a stride is a multiple of 16 bytes"),
+        ("strides", (64, 2), "elements of a row follow one another"),
+        ("box", (64, 128), "its row is at most as wide as the swizzle"),
+        ("box", (64, 4), "a row of its box is a multiple of 16 bytes"),
+        ("box", (512, 64), "a box has 1 to 256 elements along each dimension"),
+        ("shape", (0, 64), "no dimension is empty"),
+    ],
+)
+def test_tensor_maps_that_cannot_be_made(run_ptx, field, value, message):
+    left, *others = product_arguments().values
+    value = left.address + value if field == "address" else value
+    spoilt = left._replace(**{field: value})
+    spoilt.owner = left.owner
+    breaks(lambda: run_ptx(PRODUCT, spoilt, *others, threads=128, shared=16392), f"tensor map: expected that {message}")
 
 
 ORDINARY_STORE = "  wgmma.fence.sync.aligned;"

@@ -113,6 +113,7 @@ class MBarrier:
         self.made_by, self.made_at = who_made, made_at
         self.pending, self.bytes, self.phase = count, 0, 0
         self.coming, self.known = None, None  # what arrivals of this phase, and of the last, knew
+        self.used = {}  # warp -> when it last arrived or waited
 
     def learn(self, known):
         self.coming = known if self.coming is None else np.maximum(self.coming, known)
@@ -177,8 +178,8 @@ def _invalidate(ins, program):
         lanes, who = g.lanes()
         at = _per_lane(g, address(g), lanes)
         _own(g, at, who)
-        for row, offset in zip(who.row, at, strict=True):
-            g.wave.drop_mbarrier(int(row), int(offset))
+        for row, warp, offset in zip(who.row, who.warp, at, strict=True):
+            g.wave.drop_mbarrier(int(row), int(warp), int(offset))
 
     return run
 

@@ -141,6 +141,24 @@ class TensorMap(NamedTuple):
     itemsize: int
     swizzle: int  # bytes of a row of the pattern: 0, 32, 64 or 128
 
+    def check(self) -> None:
+        """What cuTensorMapEncodeTiled refuses."""
+        row = self.box[-1] * self.itemsize
+        expected = {
+            "its address is a multiple of 16 bytes": self.address % 16 == 0,
+            "elements of a row follow one another": self.strides[-1] == 1,
+            "a stride is a multiple of 16 bytes, below 2^40": all(
+                n * self.itemsize % 16 == 0 and 0 <= n * self.itemsize < 2**40 for n in self.strides[:-1]
+            ),
+            "no dimension is empty, or longer than 2^32": all(1 <= n <= 2**32 for n in self.shape),
+            "a box has 1 to 256 elements along each dimension": all(1 <= n <= 256 for n in self.box),
+            "a row of its box is a multiple of 16 bytes": row % 16 == 0,
+            "its row is at most as wide as the swizzle": not self.swizzle or row <= self.swizzle,
+        }
+        for rule, held in expected.items():
+            if not held:
+                raise PTXError(f"tensor map: expected that {rule}, got {self}")
+
 
 SWIZZLE_BITS = {0: 0, 32: 1, 64: 3, 128: 7}
 

@@ -50,6 +50,7 @@ class Launch:
         self.tensor_maps = {}
         for parameter, argument in zip(parameters, arguments, strict=True):
             if isinstance(argument, TensorMap):
+                argument.check()
                 self.tensor_maps[parameter.offset] = argument
                 continue
             if isinstance(argument, float):

@@ -39,18 +39,20 @@ class Allocation:
 
 
 class Shadow:
-    """Of every granule: the last write (block, warp, time) and the reads, by the first and the last reader.
+    """Of every granule: the last write (block, warp, time), the last block that read, whether others did, and when each
+    of its warps read last.
 
     Kept in pages, so that of a tensor of which little is touched little is kept.
     """
 
     PAGE = 2**16
-    FIELDS = ("block", "warp", "time", "first_reader", "reader", "reader_warp", "read_time")
+    FIELDS = ("block", "warp", "time", "reader", "many")
 
-    def __init__(self):
-        self.pages = {}
+    def __init__(self, warps: int):
+        self.pages, self.warps = {}, warps
         for field in self.FIELDS:
             setattr(self, field, np.full(self.PAGE, -1, np.int32))
+        self.read_at = np.full((self.PAGE, warps), -1, np.int32)
 
     def place(self, granules: np.ndarray) -> np.ndarray:
         """Where in the fields these granules are."""
@@ -65,10 +67,10 @@ class Shadow:
     def _page(self, number):
         if number not in self.pages:
             self.pages[number] = len(self.pages) * self.PAGE
-            for field in self.FIELDS:
+            for field in (*self.FIELDS, "read_at"):
                 held = getattr(self, field)
                 if len(held) <= self.pages[number]:
-                    setattr(self, field, np.concatenate((held, np.full(len(held), -1, np.int32))))
+                    setattr(self, field, np.concatenate((held, np.full_like(held, -1))))
         return self.pages[number]
 
     def read(self, allocation, granules, who: Who, now):
@@ -87,9 +89,12 @@ class Shadow:
         self._note_read(self.place(granules), who, now)
 
     def _note_read(self, at, who, now):
-        block = np.broadcast_to(who.block[:, None], at.shape)
-        self.first_reader[at] = np.where(self.first_reader[at] < 0, block, self.first_reader[at])
-        self.reader[at], self.reader_warp[at], self.read_time[at] = block, who.warp[:, None], now
+        block, before = np.broadcast_to(who.block[:, None], at.shape), self.reader[at]
+        self.reader[at] = block
+        # Where several blocks read at once, one of them is noted.
+        others = ((before >= 0) & (before != block)) | (self.reader[at] != block)
+        self.many[at[others]] = 1
+        self.read_at[at, who.warp[:, None]] = now
 
     def write(self, allocation, granules, who: Who, now):
         at = self.place(granules)
@@ -100,11 +105,14 @@ class Shadow:
             if not ordered.all():
                 _race("writes", "wrote", allocation, granules, ordered, who, block, self.warp[at])
         if (reader >= 0).any():
-            same = (reader == mine) & (self.first_reader[at] == mine)
-            ordered = (reader < 0) | (same & who.knows(np.maximum(self.reader_warp[at], 0), self.read_time[at]))
+            ordered = (reader < 0) | ((reader == mine) & (self.many[at] < 0))
             if not ordered.all():
-                other = np.where(reader == mine, self.first_reader[at], reader)
-                _race("writes", "read", allocation, granules, ordered, who, other, self.reader_warp[at])
+                _race("writes", "read", allocation, granules, ordered, who, reader, self.read_at[at].argmax(-1))
+            for warp in range(self.warps):
+                number = np.full_like(at, warp)
+                ordered = who.knows(number, self.read_at[at, warp])
+                if not ordered.all():
+                    _race("writes", "read", allocation, granules, ordered, who, reader, number)
         self.block[at], self.warp[at], self.time[at] = mine, who.warp[:, None], now
 
 
@@ -220,7 +228,7 @@ class GlobalMemory:
         at = (offsets // granule)[:, None] + np.arange(max(size // granule, 1))
         now = who.clocks.now
         if writes and allocation.shadow is None:
-            allocation.shadow = Shadow()
+            allocation.shadow = Shadow(who.clocks.warps)
             for earlier in allocation.reads:
                 allocation.shadow.read_before(*earlier)
             allocation.reads = []

@@ -92,8 +92,10 @@ class Wave:
             raise PTXError(f"more than {Clocks.MBARRIERS} mbarriers")
         self.mbarriers[row, offset] = MBarrier(offset, count, agent, warp, self.clocks.now)
 
-    def drop_mbarrier(self, row, offset):
-        self.mbarrier(row, offset)
+    def drop_mbarrier(self, row, warp, offset):
+        for user, when in self.mbarrier(row, offset).used.items():
+            if user != warp and self.clocks.seen[row, warp, user] < when:
+                raise PTXError(f"race: mbarrier {offset:#x} is invalidated while warp {user} may use it")
         if any(flight.row == row and flight.mbarrier.offset == offset for flight in self.flights):
             raise PTXError(f"mbarrier {offset:#x} is invalidated while a copy that reports to it is in flight")
         del self.mbarriers[row, offset]
@@ -108,6 +110,7 @@ class Wave:
         one = self.mbarrier(row, offset)
         if warp != one.made_by and self.clocks.seen[row, warp, one.made_by] < one.made_at:
             raise PTXError(f"race: mbarrier {offset:#x} is used without order after its mbarrier.init")
+        one.used[warp] = self.clocks.now
         return one
 
     def end(self, rows, warps):
