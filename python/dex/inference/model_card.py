@@ -28,12 +28,36 @@ and has not been validated for clinical use.
 | --- | --- |
 {model}
 
+## Intended use
+
+Research: features of medical images for probes, retrieval and clustering, or a start for fine-tuning. Not for
+diagnosis, triage or any other decision about a patient.
+
 ## Training
 
 | | |
 | --- | --- |
 {training}
 {data}
+## Measured
+
+{measured}
+The held-out images come from the same sources as the training images; no other data was tried.
+
+**No study measured.** What the features are worth on labelled tasks, against a control of equal size, is not known;
+`dex probe` measures it on images of your own.
+
+## Limits
+
+- Modalities, devices, sites and patients other than those of the training data are untested; age, sex and origin of
+  the patients are not recorded.
+- Volumes are seen slice by slice, pictures at {size} x {size} pixels: what is smaller than a pixel there is lost.
+- Which expert an image takes follows how it looks, and is no finding.
+
+## Licence
+
+No licence is stated for these weights: whoever publishes them decides, and is bound by the licences of the training
+data. {licences}
 ## Use
 
 ```python
@@ -47,6 +71,10 @@ Images are square, RGB or grey, and normalised as in training: `model.preprocess
 normalises arrays. The weights in `model.safetensors` hold no pickle; `config.json` has their SHA-256 and every field of
 the training configuration but the place of the data.
 """
+
+
+_EMBEDDED = "They were the small set in the package dexkernels, whose sources and licences it ships.\n"
+_OWN = "These are not recorded here; the data card of a set that `dex prepare` wrote has them.\n"
 
 
 def model_card(loaded: Loaded) -> str:
@@ -67,35 +95,56 @@ def model_card(loaded: Loaded) -> str:
     run = loaded.folder.parent.parent
     training = {"steps": f"{loaded.step:,}", "images per step": f"{loaded.config.data.batch_size:,}"}
     training |= {"modalities": ", ".join(loaded.modalities) or "not recorded"}
-    training |= _evaluation(run, loaded.step)
+    embedded = _start(run).get("name") == "embedded" and loaded.config.data.path is None
     return _CARD.format(
         title=f"DEX ViT {m.embed_dim}/{m.depth}/{m.num_heads}",
         model=_rows(model),
         training=_rows(training),
         data=_data(run),
+        measured=_evaluation(run, loaded.step),
+        size=m.img_size,
+        licences=_EMBEDDED if embedded else _OWN,
         width=m.embed_dim,
     )
 
 
-def _evaluation(run: Path, step: int) -> dict[str, str]:
-    """The last evaluation on held-out images up to the checkpoint."""
+def _evaluation(run: Path, step: int) -> str:
+    """The last evaluation on held-out images up to the checkpoint, beside that before training."""
     rows = [row for row in read_rows(run / METRICS) if "val_loss" in row and row.get("step", 0) <= step]
     if not rows:
-        return {}
-    row = rows[-1]
-    said = {"held-out loss": f"{row['val_loss']:.4f} at step {row['step']:,}"}
-    if row.get("probe_knn") is not None:
-        said["modality by kNN, held out"] = f"{row['probe_knn']:.1%}"
-    return said
+        return "Nothing was measured on held-out images.\n"
+    last, first = rows[-1], rows[0] if rows[0]["step"] == 0 and len(rows) > 1 else {}
+    lines = [f"| on held-out images | step {last['step']:,} | before training |", "| --- | --- | --- |"]
+    lines.append(_measured("reconstruction loss", last, first, "val_loss", ".4f"))
+    if last.get("probe_knn") is not None:
+        lines.append(_measured("modality found by kNN", last, first, "probe_knn", ".1%"))
+    losses = last.get("val_modality_loss") or {}
+    before = first.get("val_modality_loss") or {}
+    lines += [_measured(f"reconstruction loss, {name}", losses, before, name, ".4f") for name in losses]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(what: str, last: dict[str, Any], first: dict[str, Any], name: str, form: str) -> str:
+    before = first.get(name)
+    return f"| {what} | {last[name]:{form}} | {'not measured' if before is None else f'{before:{form}}'} |"
 
 
 def _data(run: Path) -> str:
+    start = _start(run)
     try:
-        counts: dict[str, Any] = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]["images"]
-    except (OSError, ValueError, LookupError, TypeError):
+        rows = "\n".join(f"| {name} | {count:,} |" for name, count in start["images"].items())
+        return f"\n| modality | images |\n| --- | --- |\n{rows}\n\nFingerprint of the data: `{start['fingerprint']}`.\n"
+    except (LookupError, TypeError, AttributeError, ValueError):
         return ""
-    rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
-    return f"\n| modality | images |\n| --- | --- |\n{rows}\n"
+
+
+def _start(run: Path) -> dict[str, Any]:
+    """What the run's last start says of its data; empty where there is none."""
+    try:
+        data = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _rows(values: dict[str, str]) -> str:

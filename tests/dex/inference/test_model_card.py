@@ -14,12 +14,22 @@ def test_the_card_says_what_the_run_was(tmp_path):
         "# DEX ViT 16/2/2",
         "| experts | 4 per layer, 2 per image |",
         "| steps | 3 |",
-        "| held-out loss | 2.1260 at step 3 |",
-        "| modality by kNN, held out | 75.0% |",
+        "| on held-out images | step 3 | before training |",
         "| fundus | 46 |",
     ):
         assert line in text.splitlines()
     assert "Jane" not in text and str(tmp_path) not in text
+    assert "| reconstruction loss | 2.1260 | " in text and "| modality found by kNN | 75.0% | " in text
+    assert "**No study measured.**" in text and "licences it ships" in text
+    sections = [line for line in text.splitlines() if line.startswith("## ")]
+    assert sections == [f"## {name}" for name in ("Intended use", "Training", "Measured", "Limits", "Licence", "Use")]
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    run = Path(shutil.copytree(EARLIER / "embedded", tmp_path / "run"))
+    (run / "metrics.jsonl").unlink()
+    text = model_card(dex.load(run))
+    assert "Nothing was measured on held-out images." in text and "before training" not in text
 
 
 def test_a_checkpoint_alone_and_the_control_have_a_card(trained, control, tmp_path):
