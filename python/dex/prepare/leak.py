@@ -1,13 +1,21 @@
 """Images that two data sets have in common: what must not stand in training and test at once.
 
 Every image is decoded as a batch would get it (uint8 RGB of the set's size) and hashed anew, so that shard sets and
-folders, PNG and JPEG, 8 and 16 bits can be compared: equal pixels are exact duplicates, alike ones near duplicates
-(`duplicates`). An image that was turned, mirrored or cropped is not recognised.
+folders, PNG and JPEG, 8 and 16 bits can be compared. An image of b is
+
+    exact       equal pixels
+    near        a copy in another encoding, size, brightness or contrast: hashes that are alike (`duplicates`), or fine
+                detail that is the same once the two lie upon each other (`candidates`, `alignment`)
+    moved       such a copy that was shifted, cropped, mirrored or turned by quarters
+    neighbour   the same anatomy in the same place, with detail of its own: the next slice of the same volume
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import logging
 import multiprocessing
 from collections import Counter
@@ -16,27 +24,50 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
+from dex.common import atomic
 from dex.data import Dataset, SampleError, open_dataset
 
-from . import duplicates
-from .normalise import difference_hash
+from . import alignment, duplicates
+from .candidates import Candidates, candidates, turned, view
+from .normalise import difference_hash, grey
 
 logger = logging.getLogger("dex.data")
 
-EXAMPLES = 20  # pairs, and ids of unreadable images, that a report names
+KINDS = ("exact", "near", "moved", "neighbour")
+EXAMPLES = 20  # pairs, and ids of unreadable images, that a report names on the screen
 
 _CHUNK = 256
 _CHUNKS_PER_WORKER = 8  # fewer do not pay for starting a process
 _NOTE = 50_000
+_AT_ONCE = 256  # images of b whose candidates are decoded together
+_PAIRS = 64  # aligned together
+_STILL = 0.006, 0.01  # shift in sides, and change of scale, of a copy that was not moved
+_NAMES = {name: number for number, name in enumerate(KINDS, 1)}
+_TURNS = (
+    *("", "mirrored left to right", "mirrored top to bottom", "turned by a half"),
+    *("transposed", "turned by a quarter", "turned by a quarter", "transposed along the other diagonal"),
+)
 _dataset: Dataset | None = None  # of a worker process
+
+
+class Pair(NamedTuple):
+    """kind: one of KINDS. b, a: ids. how: what was done to b, "" where nothing was or is known."""
+
+    kind: str
+    b: str
+    a: str
+    how: str = ""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sets. found: of its images, how many occur in the other one, {"exact": n, "near": n}."""
+    """One of the two sets. found: of its images, how many occur in the other one, for each of KINDS."""
 
     name: str
     images: int
@@ -49,16 +80,16 @@ class Side:
 class Leak:
     """What `leak` found. The tables count images of b by the image of a that each repeats; only what is not 0.
 
-    by_modality: {"modality", "images", "exact", "near"}, all modalities of b. by_source: {"source", "of", "exact",
-    "near"}: sources of b and of a, which are the ids' parts before the first "/". pairs: {"kind", "b", "a"}: ids of
-    the first `EXAMPLES` of b.
+    by_modality: {"modality", "images"} and each of KINDS, all modalities of b. by_source: {"source", "of"} and each of
+    KINDS: sources of b and of a, which are the ids' parts before the first "/". pairs: each image of b that occurs in
+    a, in order, with the one that it is most like.
     """
 
     a: Side
     b: Side
     by_modality: tuple[dict, ...]
     by_source: tuple[dict, ...]
-    pairs: tuple[dict, ...]
+    pairs: tuple[Pair, ...]
 
     @property
     def overlap(self) -> bool:
@@ -80,8 +111,18 @@ class Leak:
             },
             "by_modality": list(self.by_modality),
             "by_source": list(self.by_source),
-            "pairs": list(self.pairs),
+            "pairs": [pair._asdict() for pair in self.pairs],
         }
+
+    def write(self, path: Path) -> None:
+        """All pairs: a table where the name ends in .csv, else the whole report as JSON."""
+        if path.suffix.lower() != ".csv":
+            return atomic.write(path, json.dumps(self.to_json(), indent=1) + "\n")
+        table = io.StringIO()
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(Pair._fields)
+        rows.writerows(self.pairs)
+        return atomic.write(path, table.getvalue())
 
     def to_text(self) -> str:
         lines = []
@@ -89,7 +130,7 @@ class Leak:
             found = sum(side.found.values())
             lines.append(
                 f"{side.name}: {found:,} of {side.images:,} images occur in {other.name} "
-                f"({side.found['exact']:,} exact, {side.found['near']:,} near)"
+                f"({', '.join(f'{side.found[kind]:,} {kind}' for kind in KINDS)})"
             )
             if side.unreadable:
                 lines.append(f"  not compared, unreadable: {side.unreadable:,} ({', '.join(side.unreadable_ids)})")
@@ -97,71 +138,180 @@ class Leak:
             return "\n".join([*lines, "no overlap found"])
         lines += ["", f"{self.b.name} by modality", *_columns(self.by_modality)]
         lines += ["", f"by source: of {self.b.name}, and of {self.a.name}", *_columns(self.by_source)]
-        lines += ["", f"the first {len(self.pairs):,} images of {self.b.name}, and what they repeat"]
-        return "\n".join([*lines, *_columns(self.pairs)])
+        shown = self.pairs[:EXAMPLES]
+        lines += ["", f"the first {len(shown):,} images of {self.b.name}, and what they repeat"]
+        return "\n".join([*lines, *_columns(tuple(pair._asdict() for pair in shown))])
 
 
 def leak(a: str | Path | None, b: str | Path | None, workers: int = 1) -> Leak:
     """Compare two data sets, each a shard set, a folder of images or None (the embedded set); see `open_dataset`.
 
     workers: processes that decode; the report does not depend on it. Images that cannot be read are counted, named
-    and left out. Memory: some 500 bytes an image. `dex data leak A B` exits with 0 when the report has no overlap
+    and left out. Memory: some 1,500 bytes an image. `dex data leak A B` exits with 0 when the report has no overlap
     and with 1 when it has.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     set_a, set_b = open_dataset(a), open_dataset(b)
-    places_a, pixels_a, hashes_a, lost_a = _hashes(a, set_a, workers)
-    places_b, pixels_b, hashes_b, lost_b = _hashes(b, set_b, workers)
-    kind, of = duplicates.between(hashes_a, pixels_a, hashes_b, pixels_b)
-    kind_a, _ = duplicates.between(hashes_b, pixels_b, hashes_a, pixels_a)
+    prints_a, prints_b = _prints(a, set_a, workers), _prints(b, set_b, workers)
+    kind, of = duplicates.between(prints_a.hashes, prints_a.pixels, prints_b.hashes, prints_b.pixels)
+    kind_a, _ = duplicates.between(prints_b.hashes, prints_b.pixels, prints_a.hashes, prints_a.pixels)
+    how = _look_closer(_Sets(set_a, set_b, prints_a, prints_b), kind, of, kind_a)
 
     modality = set_b.modality_index()
     counts: Counter = Counter()
     sources: Counter = Counter()
     pairs = []
     for i in np.flatnonzero(kind).tolist():
-        name = "exact" if kind[i] == duplicates.EXACT else "near"
-        place = int(places_b[i])
-        ids = set_b.sample_id(place), set_a.sample_id(int(places_a[of[i]]))
+        name = KINDS[kind[i] - 1]
+        place = int(prints_b.places[i])
+        ids = set_b.sample_id(place), set_a.sample_id(int(prints_a.places[of[i]]))
         counts[int(modality[place]), name] += 1
         sources[_source(ids[0]), _source(ids[1]), name] += 1
-        if len(pairs) < EXAMPLES:
-            pairs.append({"kind": name, "b": ids[0], "a": ids[1]})
+        pairs.append(Pair(name, *ids, how.get(i, "")))
     return Leak(
-        a=_side(set_a, lost_a, kind_a),
-        b=_side(set_b, lost_b, kind),
+        a=_side(set_a, prints_a.lost, kind_a),
+        b=_side(set_b, prints_b.lost, kind),
         by_modality=tuple(
-            {"modality": name, "images": images, "exact": counts[m, "exact"], "near": counts[m, "near"]}
+            {"modality": name, "images": images} | {kind: counts[m, kind] for kind in KINDS}
             for m, (name, images) in enumerate(set_b.modality_counts().items())
         ),
         by_source=tuple(
-            {"source": b, "of": a, "exact": sources[b, a, "exact"], "near": sources[b, a, "near"]}
+            {"source": b, "of": a} | {kind: sources[b, a, kind] for kind in KINDS}
             for b, a in sorted({key[:2] for key in sources})
         ),
         pairs=tuple(pairs),
     )
 
 
-def _hashes(
-    path: str | Path | None, dataset: Dataset, workers: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """Places int64 [n] of the readable images, sha256 of their pixels and difference hashes uint8 [n, 32] each, and
-    the places of the others."""
+class _Prints(NamedTuple):
+    """Of the n images that can be read: places int64 [n] in the data set, sha256 of their pixels and difference hashes
+    uint8 [n, 32] each, views uint8 [n, 32, 32]; and the places of the others."""
+
+    places: np.ndarray
+    pixels: np.ndarray
+    hashes: np.ndarray
+    views: np.ndarray
+    lost: list[int]
+
+
+class _Sets(NamedTuple):
+    a: Dataset
+    b: Dataset
+    prints_a: _Prints
+    prints_b: _Prints
+
+
+def _prints(path: str | Path | None, dataset: Dataset, workers: int) -> _Prints:
     pixels = np.zeros((len(dataset), 32), np.uint8)
     hashes = np.zeros((len(dataset), 32), np.uint8)
+    views = np.zeros((len(dataset), 32, 32), np.uint8)
     good = np.zeros(len(dataset), bool)
     done = 0
     for start, part in _parts(path, dataset, workers):
-        for i, pair in enumerate(part, start):
-            if pair:
-                pixels[i], hashes[i], good[i] = np.frombuffer(pair[0], np.uint8), np.frombuffer(pair[1], np.uint8), True
+        for i, prints in enumerate(part, start):
+            if prints:
+                pixels[i], hashes[i] = (np.frombuffer(digest, np.uint8) for digest in prints[:2])
+                views[i], good[i] = prints[2], True
         if (done + len(part)) // _NOTE > done // _NOTE:
             logger.info("%s: %d of %d images hashed", dataset.name, done + len(part), len(dataset))
         done += len(part)
-    places = np.flatnonzero(good)
-    lost = np.flatnonzero(~good).tolist()
-    return (places, pixels[places], hashes[places], lost) if lost else (places, pixels, hashes, lost)
+    places, lost = np.flatnonzero(good), np.flatnonzero(~good).tolist()
+    if lost:
+        pixels, hashes, views = pixels[places], hashes[places], views[places]
+    return _Prints(places, pixels, hashes, views, lost)
+
+
+def _look_closer(sets: _Sets, kind: np.ndarray, of: np.ndarray, kind_a: np.ndarray) -> dict[int, str]:
+    """Align the images of b that are no exact copies with those of a that may show the same, and write what comes out
+    into `kind`, `of` and `kind_a`. Returns what was done to each image of b."""
+    how: dict[int, str] = {}
+    rows = np.flatnonzero(kind != _NAMES["exact"])
+    if not len(rows) or not len(kind_a):
+        return how
+    likely = candidates(sets.prints_a.views, sets.prints_b.views[rows])
+    of_a: dict[int, int] = {}
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        pairs = _pairs(part, Candidates(*(table[start : start + _AT_ONCE] for table in likely)), kind, of)
+        best: dict[int, tuple[float, int, int, str]] = {}
+        for pair, fine, code, done in _aligned(sets, pairs):
+            of_a[pair.a] = min(code, of_a.get(pair.a, code))
+            if fine > best.get(pair.b, (-1.0,))[0]:
+                best[pair.b] = fine, code, pair.a, done
+        for row, (_, code, a, done) in best.items():
+            kind[row], of[row] = code, a
+            how[row] = done
+    for a, code in of_a.items():
+        if kind_a[a] != _NAMES["exact"]:
+            kind_a[a] = code
+    return how
+
+
+class _Candidate(NamedTuple):
+    """Rows of b and of a, the way to turn b, and where alignment starts."""
+
+    b: int
+    a: int
+    turn: int
+    start: tuple[float, float, float]
+
+
+def _pairs(rows: np.ndarray, likely: Candidates, kind: np.ndarray, of: np.ndarray) -> list[_Candidate]:
+    """The candidates of images of b, and those whose hashes are alike."""
+    pairs = []
+    for number, row in enumerate(rows.tolist()):
+        if kind[row] == _NAMES["near"]:
+            pairs.append(_Candidate(row, int(of[row]), 0, (0.0, 0.0, 1.0)))
+        for k in np.flatnonzero(likely.of[number] >= 0).tolist():
+            start = tuple(likely.start[number, k].tolist())
+            pairs.append(_Candidate(row, int(likely.of[number, k]), int(likely.turn[number, k]), start))
+    return pairs
+
+
+def _aligned(sets: _Sets, pairs: list[_Candidate]) -> Iterator[tuple[_Candidate, float, int, str]]:
+    """Of pairs that show the same: the fine correlation, which of KINDS that is (from 1), and what was done to b."""
+    images_a = _grey_images(sets.a, sets.prints_a.places, {pair.a for pair in pairs})
+    images_b = _grey_images(sets.b, sets.prints_b.places, {pair.b for pair in pairs})
+    pairs = [pair for pair in pairs if pair.a in images_a and pair.b in images_b]
+    for start in range(0, len(pairs), _PAIRS):
+        part = pairs[start : start + _PAIRS]
+        result = alignment.align(
+            torch.stack([images_a[pair.a] for pair in part]),
+            torch.stack([turned(images_b[pair.b], pair.turn) for pair in part]),
+            torch.tensor([pair.start for pair in part]),
+        )
+        for number, pair in enumerate(part):
+            fine, shift, scale = float(result.fine[number]), result.shift[number], result.scale[number]
+            if fine < alignment.RELATED or float(result.coarse[number]) < alignment.COARSE:
+                continue
+            done = _how(pair.turn, float(shift.abs().max()), float(scale.log().mean().exp()))
+            name = "neighbour" if fine < alignment.COPY else "moved" if done else "near"
+            yield pair, fine, _NAMES[name], done
+
+
+def _how(turn: int, shift: float, scale: float) -> str:
+    """In words. shift: in sides; scale: how much longer the sides of b are in a."""
+    words = [_TURNS[turn]]
+    if abs(scale - 1) > _STILL[1]:
+        words.append(f"cropped to {scale:.0%}" if scale < 1 else f"uncropped from {1 / scale:.0%}")
+    elif shift > _STILL[0]:
+        words.append(f"shifted by {shift:.1%}")
+    return ", ".join(filter(None, words))
+
+
+def _grey_images(dataset: Dataset, places: np.ndarray, rows: set[int]) -> dict[int, torch.Tensor]:
+    """float32 [SIDE, SIDE] by row; without those that can no longer be read."""
+    side = (alignment.SIDE, alignment.SIDE)
+    images = {}
+    for row in sorted(rows):
+        try:
+            levels = grey(dataset[int(places[row])].image.numpy().transpose(1, 2, 0))
+        except SampleError:
+            continue
+        small = Image.fromarray(levels).resize(side, Image.Resampling.BOX)
+        images[row] = torch.from_numpy(np.asarray(small).astype(np.float32))
+    return images
 
 
 def _parts(path: str | Path | None, dataset: Dataset, workers: int) -> Iterator[tuple[int, list]]:
@@ -188,7 +338,7 @@ def _hash_here(places: tuple[int, int]) -> list:
     return _hash_part(_dataset, *places)
 
 
-def _hash_part(dataset: Dataset, start: int, stop: int) -> list[tuple[bytes, bytes] | None]:
+def _hash_part(dataset: Dataset, start: int, stop: int) -> list[tuple[bytes, bytes, np.ndarray] | None]:
     part = []
     for i in range(start, stop):
         try:
@@ -196,7 +346,7 @@ def _hash_part(dataset: Dataset, start: int, stop: int) -> list[tuple[bytes, byt
         except SampleError:
             part.append(None)
             continue
-        part.append((hashlib.sha256(image).digest(), difference_hash(image).to_bytes(32, "big")))
+        part.append((hashlib.sha256(image).digest(), difference_hash(image).to_bytes(32, "big"), view(image)))
     return part
 
 
@@ -206,7 +356,7 @@ def _side(dataset: Dataset, lost: list[int], kind: np.ndarray) -> Side:
         images=len(dataset),
         unreadable=len(lost),
         unreadable_ids=tuple(dataset.sample_id(i) for i in lost[:EXAMPLES]),
-        found={"exact": int((kind == duplicates.EXACT).sum()), "near": int((kind == duplicates.NEAR).sum())},
+        found={name: int((kind == number).sum()) for name, number in _NAMES.items()},
     )
 
 
