@@ -60,14 +60,17 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
     if rule in ("ct", "suv"):
         needed = "HU" if rule == "ct" else "SUV"
         if stack.quantity != needed and not (stack.quantity == "raw" and stack.described):
-            help_ = "another normalisation, or slope and intercept, would take it"
-            raise Refused("inconsistent", f"{rule} needs {needed}, got {stack.note or stack.quantity}; {help_}")
+            help_ = "another normalisation, or slope and intercept, would take it: use --normalisation, or --slope"
+            raise Refused(
+                "inconsistent",
+                f"values are not {needed}: {rule} needs {needed}, got {stack.note or stack.quantity}; {help_}",
+            )
         return ct_window if rule == "ct" else suv_window
     if rule == "display" and stack.quantity == "display8":
         return display
     low, high = stack.percentiles(*MR_PERCENTILES, part)
     if not high > low:
-        raise Refused("constant", f"the percentiles {MR_PERCENTILES} coincide")
+        raise Refused("constant", f"the percentiles {MR_PERCENTILES} coincide: nearly all of it is one value")
 
     def scaled(values: np.ndarray) -> np.ndarray:
         clipped = np.clip(values.astype(np.float32), np.float32(low), np.float32(high))

@@ -25,6 +25,7 @@ from .volume import Volumes, is_kept
 MAX_MEMBERS = 1000
 MAX_DIRECTORY = 2**20
 _END = 22
+_ENCRYPTED = 1
 
 
 @quietly("array")
@@ -76,6 +77,8 @@ def _members(path: Path, file: BoundedFile, limits: Limits) -> tuple[list[Any], 
             if not member.filename.endswith(".npy"):
                 continue
             try:
+                if member.flag_bits & _ENCRYPTED:
+                    raise Refused("unsupported", "it is encrypted; save it without a password")
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise Refused("unsupported", "a compression other than deflate")
                 with quiet("array"), archive.open(member) as stream:
@@ -100,7 +103,7 @@ def _check_directory(file: BoundedFile) -> None:
     tail = file.read(_END + 20)
     end = tail[-_END:]
     if end[:4] != b"PK\x05\x06" or tail[:4] == b"PK\x06\x07":
-        raise Refused("unreadable", "not a plain zip archive")
+        raise Refused("unreadable", "cut off, or not a plain zip archive; copy it anew")
     count, size = int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little")
     if count > MAX_MEMBERS or size > MAX_DIRECTORY:
         raise Refused("too large", f"{count} arrays in one archive, at most {MAX_MEMBERS}")
@@ -132,12 +135,12 @@ def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limit
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(counted)
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise Refused("unsupported", "no array of plain numbers")
+        raise Refused("unsupported", "no array of plain numbers; save integers or floats")
     if not 2 <= len(shape) <= 4 or min(shape) < 1:
         raise Refused("unsupported", f"{len(shape)} axes, or one of no length")
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if needed != size - counted.count:
-        raise Refused("unreadable", f"{needed} bytes declared, {size - counted.count} there")
+        raise Refused("unreadable", f"{needed} bytes declared, {size - counted.count} there: cut off; copy it anew")
     channels = shape[-1] if len(shape) > 2 and shape[-1] in (1, 3, 4) else 0
     if len(shape) == 4 and not channels:
         raise Refused("unsupported", "4 axes without channels last")
@@ -188,7 +191,7 @@ def _eight(array: np.ndarray, channels: int) -> np.ndarray:
     if array.dtype not in (np.uint16, np.float16, np.float32, np.float64):
         raise Refused("unsupported", f"colour of type {array.dtype}")
     if array.dtype != np.uint16 and not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
-        raise Refused("unsupported", "colour that is not within 0 and 1")
+        raise Refused("unsupported", "colour that is not within 0 and 1; scale it, or save uint8")
     out = np.empty(array.shape, np.uint8)
     for target, frame in zip(out, array, strict=True):
         for row, values in zip(target, frame, strict=True):

@@ -26,6 +26,7 @@ RATIO = 100
 STREAMED = 4
 """Times the memory that the largest volume may have which is read frame by frame."""
 
+OTHER = "it is damaged or of another format; copy it anew, or give it its own suffix"
 _EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
 
@@ -112,7 +113,10 @@ def opened(path: str | bytes | os.PathLike, kind: type[BoundedFile] = BoundedFil
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise Refused("unreadable", "not a regular file")
+        raise Refused("unreadable", "not a regular file: a link, a device or a folder; copy the file itself")
+    if not status.st_size:
+        os.close(descriptor)
+        raise Refused("unreadable", "the file is empty; copy it anew, or leave it out")
     return kind(io.FileIO(descriptor, "rb"), status.st_size)
 
 
@@ -144,7 +148,7 @@ class Unpacked:
                 self._inflate, self._input = zlib.decompressobj(_EITHER), rest
             block = self._input or self._raw.read(2**16)
             if not block:
-                raise Refused("unreadable", "the packed data end early")
+                raise Refused("unreadable", "the packed data end early: cut off; copy it anew")
             data = self._inflate.decompress(block, len(out))
             self._input = self._inflate.unconsumed_tail
             if data:
@@ -189,7 +193,7 @@ def fill(file, out: np.ndarray, beat: Callable[[], None] = lambda: None) -> None
     while done < len(view):
         got = file.readinto(view[done : done + 2**22])
         if not got:
-            raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}")
+            raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}: copy it anew")
         done += got
         beat()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .files import BoundedFile
+from .files import OTHER, BoundedFile
 from .stack import Refused
 
 HEADER_BYTES = 2**16
@@ -51,26 +51,26 @@ def _metaimage(head: bytes) -> Layout:
     while True:
         line = _LINE.match(head, place)
         if line is None or head[line.end() : line.end() + 1] not in (b"\n", b""):
-            raise Refused("unreadable", "not the header of an MHA or NRRD file")
+            raise Refused("unreadable", f"not the header of an MHA or NRRD file: {OTHER}")
         place = line.end() + 1
         name, value = line.group(1).lower(), line.group(2).strip()
         if name == b"ndims" and not (value.isdigit() and len(value) < 3 and int(value) <= MAX_AXES):
             raise Refused("unsupported", f"not between 1 and {MAX_AXES} axes")
         if name == b"binarydata" and value[:1] not in (b"T", b"t", b"1"):
-            raise Refused("unsupported", "its data are written as text")
+            raise Refused("unsupported", "its data are written as text; save them in binary form")
         fields[name] = value
         if name == b"elementdatafile":
             if line.group(1) != b"ElementDataFile":
-                raise Refused("unsupported", "its data are in another file")
+                raise Refused("unsupported", "its data are in another file, oddly named; save both as one")
             break
         if b"elementdatafile" in value.lower() or place >= len(head):
-            raise Refused("unreadable", "not the header of an MHA or NRRD file")
+            raise Refused("unreadable", f"not the header of an MHA or NRRD file: {OTHER}")
     local = value == b"LOCAL"
     packed = fields.get(b"compresseddata", b"")[:1] in (b"T", b"t", b"1")
     big = fields.get(b"binarydatabyteordermsb", fields.get(b"elementbyteordermsb", b""))[:1] in (b"T", b"t", b"1")
     skipped = fields.get(b"headersize", b"0")
     if not re.fullmatch(rb"-1|\d{1,18}", skipped) or (skipped not in (b"0", b"-1") and (local or packed)):
-        raise Refused("unsupported", "its data do not follow the header")
+        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
     start: int | None = place if local else int(skipped)
     if skipped == b"-1" and not packed:
         start = None
@@ -88,17 +88,17 @@ def _nrrd(head: bytes, size: int) -> Layout:
     fields = dict(line.split(b":", 1) for line in squeezed if b":" in line and line[:1] != b"#")
     elsewhere = [number for number, line in enumerate(squeezed) if b"datafile" in line]
     if elsewhere and (len(elsewhere) > 1 or not squeezed[elsewhere[0]].startswith(b"datafile:")):
-        raise Refused("unsupported", "its data are in another file")
+        raise Refused("unsupported", "its data are in another file, oddly named; save both as one")
     if end is None and (not elsewhere or size > len(head)):
-        raise Refused("unreadable", "no end of the header")
+        raise Refused("unreadable", "no end of the header: it is damaged or cut off; copy it anew")
     if fields.get(b"encoding") not in _ENCODINGS:  # the parser of numbers reads beyond its memory
-        raise Refused("unsupported", "its data are written as text")
+        raise Refused("unsupported", "its data are written as text; save them in binary form")
     packing = _ENCODINGS[fields[b"encoding"]]
     skipped = fields.get(b"byteskip", b"0")
     if fields.get(b"lineskip", b"0") != b"0" or not re.fullmatch(rb"-1|\d{1,18}", skipped):
-        raise Refused("unsupported", "its data do not follow the header")
+        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
     if skipped != b"0" and (packing or not elsewhere):
-        raise Refused("unsupported", "its data do not follow the header")
+        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
     start = None if skipped == b"-1" else int(skipped)
     name = ""
     if elsewhere:
@@ -115,5 +115,5 @@ def _plain(name: bytes) -> str:
     """The name of a file in the same folder."""
     match = _NAME.fullmatch(name)
     if match is None or match.group(1) in (b".", b"..") or name[:4].upper() == b"LIST" or name.upper() == b"LOCAL":
-        raise Refused("unsupported", "its data are in another folder or in several files")
+        raise Refused("unsupported", "its data are in another folder or in several files; save them as one file")
     return match.group(1).decode("utf-8", "surrogateescape")

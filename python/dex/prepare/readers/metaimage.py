@@ -57,7 +57,7 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
         place = layout(file)
         beside = next((other for other in files[1:] if other.name == place.name), None)
         if place.name and beside is None:
-            raise Refused("unreadable", "the file with its data is not beside it")
+            raise Refused("unreadable", "the file with its data is not beside it; put it into the same folder")
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO(place.kind)
         reader.SetFileName(os.fspath(path))
@@ -67,7 +67,7 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
     if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
         raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
     if reader.GetPixelID() not in types:
-        raise Refused("unsupported", "its pixel type")
+        raise Refused("unsupported", "its pixel type; save integers or floats of one component")
     stored = types[reader.GetPixelID()]
     if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
         raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dex.common import formats
 
-from .files import Limits, Unpacked, only, opened, quiet, quietly
+from .files import OTHER, Limits, Unpacked, only, opened, quiet, quietly
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 from .volume import Volumes, is_kept
@@ -57,7 +57,8 @@ def read(
             count=count,
         )
         if not packed and DATA_AT + image.size > raw.size:
-            raise Refused("unreadable", f"{DATA_AT + image.size} bytes declared, the file has {raw.size}")
+            declared = DATA_AT + image.size
+            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: cut off; copy it anew")
         geometry = Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing)
     return quietly("MGH")(image.stacks)(functools.partial(_stack, image, geometry), volumes, beat, headers)
 
@@ -82,11 +83,11 @@ def _opened(path: Path, packed: bool) -> Iterator[Any]:
 
 def _header(data: bytes) -> _Header:
     if len(data) < DATA_AT:
-        raise Refused("unreadable", "no MGH header")
+        raise Refused("unreadable", f"no MGH header: {OTHER}")
     version, *values = _HEADER.unpack_from(data)
     sizes, kind, placed = tuple(values[:4]), values[4], values[6]
     if version != 1 or min(sizes) < 1:
-        raise Refused("unreadable", "no MGH header")
+        raise Refused("unreadable", f"no MGH header: {OTHER}")
     if kind not in _TYPES:
         raise Refused("unsupported", f"numbers of type {kind}")
     spacing, axes = _WITHOUT_GEOMETRY

@@ -17,7 +17,7 @@ import numpy as np
 from dex.common import formats
 
 from ..label_maps import intent
-from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, opened, quiet, quietly
+from .files import BZIP2_BYTES, OTHER, BoundedFile, Limits, Unpacked, opened, quiet, quietly
 from .layout import images_of
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
@@ -46,7 +46,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
         names = images_of(path.name)
         path = next((other for other in files[1:] if other.name in names), None)
         if path is None:
-            raise Refused("unreadable", "the file with its image is not beside it")
+            raise Refused("unreadable", "the file with its image is not beside it; put the .img into the same folder")
     shape, frames, count, planes = _shape(header, code)
     channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
     stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
@@ -67,7 +67,8 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
         if not least <= offset <= LARGEST_OFFSET:
             raise Refused("unreadable", f"data at byte {offset}")
         if not packed and offset + size > raw.size:
-            raise Refused("unreadable", f"{offset + size} bytes declared, the file has {raw.size}")
+            declared = offset + size
+            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: cut off; copy it anew")
     slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
 
     def colours(stack: np.ndarray) -> np.ndarray:
@@ -135,18 +136,18 @@ def _header(data: bytes):
     import nibabel
 
     if len(data) < 348:
-        raise Refused("unreadable", "no NIfTI header")
+        raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     first = data[:4]
     if first in ((348).to_bytes(4, "little"), (348).to_bytes(4, "big")):
         kind, magic = nibabel.Nifti1Header, data[344:348]
     elif first in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big")) and len(data) >= 540:
         kind, magic = nibabel.Nifti2Header, data[4:8]
     else:
-        raise Refused("unreadable", "no NIfTI header")
+        raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     if magic == bytes(4):
-        raise Refused("unsupported", "an Analyze header, which does not say where left is")
+        raise Refused("unsupported", "an Analyze header, which does not say where left is; convert it to NIfTI")
     if magic[:3] not in (b"n+1", b"n+2", b"ni1", b"ni2"):
-        raise Refused("unreadable", "no NIfTI header")
+        raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     header = kind(data[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
     return header, int(header["datatype"]), magic[:2] == b"ni"
 

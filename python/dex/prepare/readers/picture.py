@@ -256,7 +256,7 @@ def _kind(image: Image.Image, limits: Limits | None) -> tuple[tuple[int, int], s
         limits.check_frame(height, width)
     mode = image.mode
     if mode not in DISPLAY and mode not in _DEEP and not mode.startswith("I;16"):
-        raise Refused("unsupported", "its colour mode")
+        raise Refused("unsupported", "its colour mode; save it as RGB or grey")
     dtype = np.dtype(_DEEP.get(mode, np.uint16 if mode.startswith("I;16") else np.uint8))
     if image.format == "TIFF":
         if limits is not None and (reason := bombs.too_much_of_tiff(image, limits.pixels)):
@@ -265,7 +265,7 @@ def _kind(image: Image.Image, limits: Limits | None) -> tuple[tuple[int, int], s
         if bits > 8 and len(image.getbands()) > 1 and image.tag_v2.get(_PLANAR) == _APART:
             raise Refused("unsupported", f"colours of {bits} bits in planes that lie apart; save it as PNG")
         if dtype == np.uint8 and sign == _SIGNED:
-            raise Refused("unsupported", "signed numbers of 8 bits")
+            raise Refused("unsupported", "signed numbers of 8 bits; save them with 16")
         if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow's have a sign, of the same bits
             dtype = np.dtype(np.uint32)
         return (height, width), mode, 1, dtype  # turned by Pillow, which says so in the size

@@ -102,7 +102,7 @@ def _capture(file: BoundedFile, limits: Limits) -> Iterator[tuple[cv2.VideoCaptu
             os.environ[_CAPTURE_OPTIONS] = before
     try:
         if not capture.isOpened():
-            raise Refused("unreadable", "no video stream that can be decoded")
+            raise Refused("unreadable", "no video stream that can be decoded; convert it, to H.264 in MP4 for instance")
         width, height = (int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         _check(height, width, limits)
         yield capture, (height, width)
@@ -136,7 +136,7 @@ def _demuxer(file: BoundedFile, limits: Limits) -> str:
         return "mpeg"
     if start[:4] == b"\0\0\1\xb3":
         return "mpegvideo"
-    raise Refused("unreadable", "not a video container")
+    raise Refused("unreadable", "not a video container that is read (MP4, MOV, AVI, Matroska, ASF, MPEG); convert it")
 
 
 def _track_sizes(file: BoundedFile) -> Iterator[tuple[int, int]]:
