@@ -128,7 +128,7 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
         _with_converted(head)
         element = source.read(8)
         if not magic and "Rows" not in head and "SOPClassUID" not in head:
-            raise Refused("unreadable", "not a DICOM file")
+            raise Refused("unreadable", "not a DICOM file; give it its own suffix, or leave it out")
         if len(element) < 8:
             return head, None
         order = "<" if syntax.is_little_endian else ">"
@@ -300,13 +300,13 @@ class Pixels:
         data = source.read((first % 8 + count + 7) // 8)
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[first % 8 : first % 8 + count]
         if len(bits) != count:
-            raise Refused("unreadable", f"the file ends within frame {number}")
+            raise Refused("unreadable", f"the file ends within frame {number}: cut off; copy it anew")
         return bits.reshape(self.sides)
 
     def _compressed(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
         decoder = get_decoder(self.syntax)
         if not decoder.is_available:
-            raise Refused("unsupported", "no decoder for its transfer syntax")
+            raise Refused("unsupported", "no decoder for its transfer syntax; decompress it with a DICOM tool")
         options = {k: v for k, v in self.options.items() if k != "extended_offsets"} | {"number_of_frames": 1}
         for data in self._encapsulated(source, numbers):
             self._check_codestream(data)
@@ -316,7 +316,7 @@ class Pixels:
             # The decoder makes up what is lacking. Where all is there, it does not look at what follows.
             if self.syntax in _ENDING and data.find(_END, data.rfind(b"\xff\xda")) < 0:
                 if not np.array_equal(array, _decoded(decoder, data + b"\x55" * 64 + _END, options)[0]):
-                    raise Refused("unreadable", "the compressed data end early")
+                    raise Refused("unreadable", "the compressed data end early: cut off; copy it anew")
             if self.syntax in JPEGTransferSyntaxes and self.options["samples_per_pixel"] == 3:
                 photometric = jpeg_colour(data) or photometric  # headers say RGB of streams that are not
             yield self._rgb(array, photometric)
@@ -355,7 +355,7 @@ class Pixels:
             declared = jpeg_size(data)
             check_scans(data)
         else:
-            raise Refused("unsupported", "no decoder for its transfer syntax")
+            raise Refused("unsupported", "no decoder for its transfer syntax; decompress it with a DICOM tool")
         if declared != (rows, columns, samples):
             raise Refused("inconsistent", f"compressed image of {declared}, header of {(rows, columns, samples)}")
 
@@ -363,7 +363,7 @@ class Pixels:
         if self.options["samples_per_pixel"] == 1 or photometric == "RGB":
             return array
         if photometric not in ("YBR_FULL", "YBR_FULL_422"):
-            raise Refused("unsupported", "its colour space")
+            raise Refused("unsupported", "its colour space; convert it to RGB or grey")
         if array.dtype != np.uint8:
             raise Refused("unsupported", "YBR of more than 8 bits")
         out = np.empty(array.shape, np.uint8)
@@ -442,7 +442,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         needed = count * options["rows"] * options["columns"] * samples * allocated // 8
         needed = needed // 3 * 2 if photometric == "YBR_FULL_422" else needed
     if needed > place.left:
-        raise Refused("unreadable", f"{needed} bytes declared, {place.left} there")
+        raise Refused("unreadable", f"{needed} bytes declared, {place.left} there: cut off; copy it anew")
     stored = allocated if floating else options["bits_stored"]
     if not isinstance(stored, int) or not 1 <= stored <= allocated:
         raise Refused("unreadable", "bits stored of bits allocated")
@@ -550,7 +550,7 @@ def _table(data, descriptor, syntax) -> np.ndarray:
     else:
         values = np.asarray(listed(data)[:count], np.int64) % 2**16
     if not len(values):
-        raise Refused("unreadable", "an empty lookup table")
+        raise Refused("unreadable", "an empty lookup table: its header is damaged; export it anew")
     return values.astype(np.uint16)
 
 
