@@ -7,7 +7,7 @@ EXECUTED: dict[tuple[str, str], str] = {
         "not yet"
     ),
     ("group_ema_", "cuda"): (
-        "1 kernel, on a GPU: not yet; never: group_ema_kernel"
+        "1 kernel, executed on the emulator for sm_80, sm_90 in fp32, 2026-11-30; on a GPU: not yet"
     ),
     ("group_ema_", "triton"): (
         "1 kernel, executed on the emulator for sm_80, sm_90 in fp32, 2026-11-30; on a GPU: not yet"

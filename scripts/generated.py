@@ -29,3 +29,15 @@ def commit_of(machine: dict) -> str:
 def literal(lines: list[str]) -> str:
     """The literal of a dict, one entry a line."""
     return "{\n" + "".join(lines) + "}" if lines else "{}"
+
+
+def strings(text: str) -> str:
+    """Text as adjacent string literals that fit into a line."""
+    parts, line = [], ""
+    for word in text.replace('"', "").replace("'", "").replace("\\", "").split(" "):
+        if len(line) + len(word) > 98:
+            parts.append(line)
+            line = ""
+        line += word + " "
+    parts.append(line.rstrip())
+    return "".join(f'        "{part}"\n' for part in parts)

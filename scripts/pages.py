@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Writes what follows from benchmarks/results/: dexkernels/_defaults.py, pictures, the marked regions of the pages.
+"""Writes what follows from benchmarks/results/ and tests/emulator/results.json.
+
+dexkernels/_defaults.py and _executed.py, pictures, the marked regions of the pages.
 
 usage: python scripts/pages.py [--check]
 --check: change nothing; exit 1, naming each, when a file is not what the results say. Needs no other package.
@@ -14,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "python")]
 
 import charts  # noqa: E402
+import kernel_page  # noqa: E402
 import record  # noqa: E402
-from generated import literal  # noqa: E402
+from generated import literal, strings  # noqa: E402
 
 from dex.common import atomic  # noqa: E402
 
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "docs/kernels.md")
 IMAGES = ROOT / "docs/images"
 NO_CHARTS = "Neither a roofline nor cost against experts and images is drawn: nothing was measured on a GPU."
 NOTHING = """\
-Not measured on a GPU: no kernel of this library has run on one. The Triton kernels agree with float64 in Triton's
-interpreter and compile for sm_80 and sm_90, the CUDA one is tested as host code; none is used unless asked for by
-name, and CUDA tensors take the same plain-torch operators as the CPU."""
+Not measured on a GPU: no kernel is used unless asked for by name, and CUDA tensors take the same plain-torch operators
+as the CPU."""
 
 DEFAULTS = '''\
 """Which backend serves an operator on which GPU. Made by scripts/pages.py from benchmarks/results/; not edited."""
@@ -43,24 +45,14 @@ def defaults(results: list[dict]) -> str:
     """The text of dexkernels/_defaults.py."""
     verdicts = record.verdicts(results)
     chosen = [f'    ("{v.architecture}", "{v.op}"): "{v.backend}",\n' for v in verdicts if v.default]
-    measured = [f'    ("{v.architecture}", "{v.op}", "{v.backend}"): (\n{_lines(v.text)}    ),\n' for v in verdicts]
+    measured = [f'    ("{v.architecture}", "{v.op}", "{v.backend}"): (\n{strings(v.text)}    ),\n' for v in verdicts]
     return DEFAULTS.format(chosen=literal(chosen), measured=literal(measured))
-
-
-def _lines(text: str) -> str:
-    """Text as adjacent string literals that fit into a line."""
-    parts, line = [], ""
-    for word in text.replace('"', "").replace("'", "").replace("\\", "").split(" "):
-        if len(line) + len(word) > 98:
-            parts.append(line)
-            line = ""
-        line += word + " "
-    parts.append(line.rstrip())
-    return "".join(f'        "{part}"\n' for part in parts)
 
 
 def region(name: str, results: list[dict]) -> str:
     """What stands between the markers ``<!-- results: NAME -->`` and ``<!-- end of results -->``."""
+    if name in kernel_page.REGIONS:
+        return kernel_page.REGIONS[name](kernel_page.load(), results)
     if name == "charts":
         return pictures_of(results, "../docs/images")
     if not results:
@@ -168,7 +160,10 @@ def fill(text: str, results: list[dict], where: str) -> str:
 
 def made(results: list[dict]) -> dict[Path, str]:
     """Every generated file and its text."""
-    files = {ROOT / "dexkernels/_defaults.py": defaults(results)}
+    files = {
+        ROOT / "dexkernels/_defaults.py": defaults(results),
+        ROOT / "dexkernels/_executed.py": kernel_page.module(kernel_page.load(), results),
+    }
     for page in PAGES:
         files[ROOT / page] = fill((ROOT / page).read_text(), results, page)
     return files | {IMAGES / name: svg for name, svg in pictures(results).items()}

@@ -1,209 +1,367 @@
-"""Runs every shipped Triton kernel and configuration on the emulator, once an architecture, and keeps what came of it.
+"""Runs every shipped kernel and configuration on the emulator, once an architecture, and keeps what came of it.
 
-    python tests/emulator/every_kernel.py          # what is missing in results.json, or was made of other sources
-    python tests/emulator/every_kernel.py --page   # the table of docs/kernels.md from results.json
+    python tests/emulator/every_kernel.py    # what is missing in results.json, or was made of other sources
+    make pages                               # docs/kernels.md and what `dex doctor` says, from results.json
 
-It can be stopped and started again: results are written case by case. Of each case: the errors beside plain torch's,
-whether three orders of the warps give the same bits, and of each kernel the hash of its PTX and what was counted.
+The installed Triton compiles the Triton kernels: all cases with the version that the tests use, the smallest of every
+family with another one. nvcc, where it is installed, compiles those of the CUDA library.
+Results are written case by case, so the run can be stopped and started again. A case keeps its errors beside plain
+torch's, in how many orders of the warps the bits are the same, and of each kernel the hash of its PTX and the counts.
 """
 
 import argparse
 import datetime
 import hashlib
+import importlib.util
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cuda_library  # noqa: E402
 import torch  # noqa: E402
-from ptx_emulator.counters import parts  # noqa: E402
-from shipped_cases import align_loss_case, errors_of, group_ema_case, mlp_case, route_case, small_tiles  # noqa: E402
+from ptx_emulator.counters import Counters, parts  # noqa: E402
+from ptx_emulator.program import Program  # noqa: E402
+from ptx_emulator.ptx import PTXError  # noqa: E402
+from shipped_cases import (  # noqa: E402
+    Case,
+    align_loss_case,
+    errors_of,
+    group_ema_case,
+    mlp_case,
+    mlp_parts_case,
+    route_case,
+    small_tiles,
+)
+
+from dex.common import atomic  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RESULTS, PAGE = HERE / "results.json", ROOT / "docs/kernels.md"
-ORDERS = 3
+RESULTS = HERE / "results.json"
+TRITON = "3.6.0"
+"""The version with which every case is run."""
+
+ORDERS, MANY_ORDERS = 3, 20
+"""Of the warps; many for the smallest cases of each family."""
 
 SMALL, BLOCKS = (2, 5, 40, 72, 3, 2), (2, 65, 128, 256, 3, 2)
-ALIGNED = {
-    "": BLOCKS,
-    ", pairs": (8, 65, 64, 72, 2, 2),
-    ", an even number of blocks": (2, 130, 64, 96, 3, 2),
-    ", no token left over": (3, 64, 64, 96, 3, 2),
-    ", results by slot": (3, 66, 64, 96, 20, 2),
-    ", results by slot, K = 1": (3, 65, 64, 96, 20, 1),
+FORMS = {
+    "pairs": (8, 65, 64, 72, 2, 2),
+    "an even number of blocks": (2, 130, 64, 96, 3, 2),
+    "no token left over": (3, 64, 64, 96, 3, 2),
+    "results by slot": (3, 66, 64, 96, 20, 2),
+    "results by slot, K = 1": (3, 65, 64, 96, 20, 1),
 }
+"""Of the aligned path, beside `BLOCKS`."""
+
+ONE_AT_A_TIME = (2, 65, 64, 96, 3, 2)
 ROUTES = [(5, 40, 3, 2), (130, 24, 20, 3), (40, 72, 40, 2), (40, 72, 128, 2), (200, 16, 4, 2)]
 ONE_LAUNCH = 150
 """Rows up to which one launch routes: the last of ROUTES takes two, as larger inputs do with what ships."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EMA_SHAPES = [(5, 3), (4100,), (1,), (64, 8)]
 
 
-def cases(shipped) -> dict[str, tuple[int, Callable]]:
-    """Name -> architecture, and what makes the `Case`."""
-    found = {}
+class Planned(NamedTuple):
+    """make: of the module `ptx_emulator.shipped`. smallest: of its family."""
+
+    arch: int
+    make: Callable[[object], Case]
+    smallest: bool
+
+    @property
+    def orders(self) -> int:
+        return MANY_ORDERS if self.smallest else ORDERS
+
+
+class Launched(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: str
+    program: Program
+    blocks: int
+    counters: Counters
+
+
+Compute = Callable[[int | None, bool], tuple[dict[str, torch.Tensor], list[Launched]]]
+"""seed, whether to count -> results, and the launches that made them."""
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+
+
+def triton_cases() -> dict[str, Planned]:
+    """Name -> case: target, dtype, operator, and what is special."""
+    made = {}
     for arch in (80, 90):
         for name, dtype in DTYPES.items():
-            of = f"sm_{arch} {name}"
-            found |= {f"{of} grouped_mlp gather": (arch, lambda d=dtype: mlp_case(shipped, BLOCKS, d, "gather"))}
-            found |= {f"{of} grouped_mlp gather, small blocks": (arch, lambda d=dtype: _small(shipped, d))}
-            if arch == 90 and name != "fp32":
-                for form, sizes in ALIGNED.items():
-                    made = (arch, lambda d=dtype, s=sizes: mlp_case(shipped, s, d, "aligned"))
-                    found[f"{of} grouped_mlp aligned{form}"] = made
-            for sizes in ROUTES:
-                key = f"{of} route R {sizes[0]}, E {sizes[2]}, K {sizes[3]}"
-                found[key] = (arch, lambda d=dtype, s=sizes: route_case(shipped, *s, d, ONE_LAUNCH))
-            for kind in ("kd", "cosine", "mse"):
-                found[f"{of} align_loss {kind}"] = (
-                    arch,
-                    lambda d=dtype, k=kind: align_loss_case(shipped, 70, 136, k, d),
-                )
-        found |= {f"sm_{arch} fp32 group_ema": (arch, lambda: group_ema_case(shipped, 0.9))}
-        on_device = (arch, lambda: group_ema_case(shipped, torch.tensor(0.75)))
-        found[f"sm_{arch} fp32 group_ema, momentum on the device"] = on_device
-        for path, sizes in (("gather", SMALL), ("aligned", BLOCKS))[: 2 if arch == 90 else 1]:
-            made = (arch, lambda p=path, s=sizes: mlp_case(shipped, s, torch.bfloat16, p, with_director=True))
-            found[f"sm_{arch} bf16 grouped_mlp {path}, with a director"] = made
-    return found
+            for what, make in (*_mlp_cases(arch, dtype), *_other_cases(dtype)):
+                smallest = name == "bf16" and what in SMALLEST
+                made[f"sm_{arch} {name} {what}"] = Planned(arch, make, smallest)
+        for what, make in _ema_cases():
+            made[f"sm_{arch} fp32 {what}"] = Planned(arch, make, True)
+    return made
 
 
-def _small(shipped, dtype):
-    return mlp_case(shipped, SMALL, dtype, "gather", small_tiles(shipped))
+Made = Iterator[tuple[str, Callable[[object], Case]]]
 
 
-def sources() -> str:
-    """A hash of everything that the kernels are made of."""
-    ops = ROOT / "dexkernels/ops"
-    files = sorted({ops / "triton_common.py", *ops.glob("*/triton.py"), *ops.glob("*/triton/*.py")})
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+def _mlp_cases(arch: int, dtype: torch.dtype) -> Made:
+    def case(path, sizes, tiles=lambda s: None, **options):
+        return lambda s: mlp_case(s, sizes, dtype, path, tiles(s), **options)
+
+    def alone(path, sizes, tiles=lambda s: None):
+        return lambda s: mlp_parts_case(s, sizes, dtype, path, tiles(s))
+
+    yield "grouped_mlp gather", case("gather", BLOCKS)
+    yield "grouped_mlp gather, small blocks", case("gather", SMALL, small_tiles)
+    yield "grouped_mlp gather, with a director", case("gather", SMALL, with_director=True)
+    yield "grouped_mlp gather, one gradient at a time", alone("gather", SMALL)
+    if arch == 90 and dtype != torch.float32:
+        yield "grouped_mlp aligned", case("aligned", BLOCKS)
+        yield "grouped_mlp aligned, with a director", case("aligned", BLOCKS, with_director=True)
+        yield "grouped_mlp aligned, one gradient at a time", alone("aligned", ONE_AT_A_TIME)
+        for form, sizes in FORMS.items():
+            yield f"grouped_mlp aligned, {form}", case("aligned", sizes)
 
 
-def run(shipped, arch: int, make: Callable) -> dict:
-    """One case: its errors, the kernels that ran, and whether other orders of the warps give the same bits."""
-    case, start = make(), time.perf_counter()
-    with shipped.emulated(arch, count=True) as emulator:
-        results = case.compute(emulator)
+def _other_cases(dtype: torch.dtype) -> Made:
+    for sizes in ROUTES:
+        name = f"route R {sizes[0]}, E {sizes[2]}, K {sizes[3]}"
+        yield name, lambda s, sizes=sizes: route_case(s, *sizes, dtype, ONE_LAUNCH)
+    yield "route without noise, K = 1", lambda s: route_case(s, 5, 40, 3, 1, dtype, with_noise=False)
+    for kind in ("kd", "cosine", "mse"):
+        yield f"align_loss {kind}", lambda s, kind=kind: align_loss_case(s, 70, 136, kind, dtype)
+
+
+def _ema_cases() -> Made:
+    yield "group_ema", lambda s: group_ema_case(s, 0.9)
+    yield "group_ema, momentum on the device", lambda s: group_ema_case(s, torch.tensor(0.75))
+    yield "group_ema, never skipped", lambda s: group_ema_case(s, 0.9, with_skip=False)
+
+
+SMALLEST = {
+    "grouped_mlp gather, small blocks",
+    "grouped_mlp gather, with a director",
+    "grouped_mlp aligned, with a director",
+    *(f"grouped_mlp aligned, {form}" for form in FORMS),
+    "route R 5, E 3, K 2",
+    "route R 200, E 4, K 2",
+    "align_loss kd",
+    "align_loss cosine",
+    "align_loss mse",
+}
+"""Of each family, in bf16. Every kernel is in one of them."""
+
+
+def cuda_cases() -> dict[str, tuple[int, dict]]:
+    """Name -> architecture, and options of `_captured_ema`."""
+    forms = {
+        "group_ema": {},
+        "group_ema, the large table": {"capacity": cuda_library.LARGE},
+        "group_ema, addresses that are not aligned": {"offset": 1},
+        "group_ema, captured: scalars on the device": {"momentum": torch.tensor(0.75), "skip": torch.tensor(False)},
+        "group_ema, captured: momentum in float64": {"momentum": torch.tensor(0.75, dtype=torch.float64)},
+    }
+    return {
+        f"sm_{arch} fp32 {form}": (arch, options) for arch in cuda_library.TARGETS for form, options in forms.items()
+    }
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
+
+
+def run(compute: Compute, case: Case, orders: int) -> dict:
+    """One case: its errors, the kernels that ran, and in how many orders of the warps it has the same bits."""
+    start = time.perf_counter()
+    results, launches = compute(None, True)
     same = 0
-    for seed in range(ORDERS):
-        with shipped.emulated(arch, seed=seed) as other:
-            again = case.compute(other)
+    for seed in range(orders):
+        again, _ = compute(seed, False)
         same += all(torch.equal(again[name], value) for name, value in results.items())
     return {
-        "errors": {name: list(e) for name, e in errors_of(shipped, case, results).items()},
-        "orders_with_the_same_bits": f"{same} of {ORDERS}",
-        "kernels": _kernels(emulator.ran),
+        "errors": {name: list(e) for name, e in errors_of(case, results).items()},
+        "orders_with_the_same_bits": f"{same} of {orders}",
+        "kernels": _kernels(launches),
         "seconds": round(time.perf_counter() - start, 1),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def _kernels(launches) -> dict:
+def run_triton(shipped, planned: Planned, orders: int) -> dict:
+    case = planned.make(shipped)
+
+    def compute(seed, count):
+        with shipped.emulated(planned.arch, seed=seed, count=count) as emulator:
+            results = case.compute(emulator)
+        return results, [Launched(ran.kernel, ran.program, ran.blocks, ran.counters) for ran in emulator.ran]
+
+    try:
+        return run(compute, case, orders)
+    finally:
+        shipped.PROGRAMS.clear()  # large, and of little use to the next case
+
+
+def run_cuda(ptx: str, momentum=0.9, skip=None, capacity=cuda_library.SMALL, offset=0) -> dict:
+    """One case of the CUDA library, in 20 orders: the promised bits, and the shadows' copies of them.
+
+    offset: elements by which directors lie behind an address that is a multiple of 16.
+    """
+    before = cuda_library.make(EMA_SHAPES)
+    before.weights[1][1], before.experts[1][1] = 0, float("nan")  # not read
+    exact = cuda_library.want(before, float(momentum))
+
+    def compute(seed, count):
+        directors = [torch.empty(d.numel() + offset)[offset:].view(d.shape).copy_(d) for d in before.directors]
+        shadows = [torch.full(d.shape, -1.0, dtype=torch.bfloat16) for d in directors]
+        groups = before._replace(directors=directors, shadows=shadows)
+        captured = cuda_library.Captured(ptx, groups, momentum, skip=skip, capacity=capacity)
+        counters = captured.run(seed, count)
+        for got, promised, shadow in zip(directors, exact, shadows, strict=True):
+            assert torch.equal(got, promised) and torch.equal(shadow, got.bfloat16())
+        launched = Launched("group_ema_kernel", captured.program, captured.grid[0], counters)
+        return _named(directors), [launched]
+
+    def want(precision):
+        results = []
+        for d, stack, w in zip(before.directors, before.experts, before.weights, strict=True):
+            d, stack, w = (t.to(precision) for t in (d, stack.nan_to_num(), w))
+            results.append(float(momentum) * d + (1 - float(momentum)) * torch.tensordot(w, stack, 1))
+        return _named(results)
+
+    return run(compute, Case(torch.float32, None, want), MANY_ORDERS)
+
+
+def _named(tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"director {i}": t for i, t in enumerate(tensors)}
+
+
+def _kernels(launches: Iterable[Launched]) -> dict:
     """Of every kernel the hashes of the PTX that ran, and what was counted of its longest launch."""
     found = {}
-    for ran in launches:
-        one = _counted(ran)
-        before = found.get(ran.kernel, one)
+    for launched in launches:
+        one = _counted(launched)
+        before = found.get(launched.kernel, one)
         longest = max(before, one, key=lambda counted: sum(counted["instructions"]))
-        found[ran.kernel] = longest | {"ptx": sorted({*before["ptx"], *one["ptx"]})}
+        found[launched.kernel] = longest | {"ptx": sorted({*before["ptx"], *one["ptx"]})}
     return found
 
 
-def _counted(ran) -> dict:
-    counters = ran.counters
-    rounds, least = (parts(ran.program, of) for of in (counters.rounds, counters.least_rounds))
+def _counted(launched: Launched) -> dict:
+    program, counters = launched.program, launched.counters
+    rounds, least = (parts(program, of) for of in (counters.rounds, counters.least_rounds))
     return {
-        "ptx": [ran.program.digest],
-        "blocks": ran.blocks,
+        "ptx": [program.digest],
+        "blocks": launched.blocks,
         "sectors": [counters.sectors, counters.least_sectors],
         "rounds_in_main_loop": [rounds.main_loop, least.main_loop],
         "rounds_outside": [rounds.rest, least.rest],
         "tensor_operations": counters.products,
-        "instructions": list(parts(ran.program, counters.executed)),
+        "instructions": list(parts(program, counters.executed)),
     }
 
 
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def sources(compiler: str) -> str:
+    """A hash of everything that the kernels are made of which ``"triton 3.6.0"`` or ``"nvcc 13.0"`` compiles."""
+    ops, csrc = ROOT / "dexkernels/ops", ROOT / "csrc"
+    files = {ops / "triton_common.py", *ops.glob("*/triton.py"), *ops.glob("*/triton/*.py")}
+    if compiler.startswith("nvcc"):
+        files = {file for file in csrc.rglob("*") if file.suffix in (".cu", ".h")}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def load() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
+    """Compiler -> ``{"sources": hash, "cases": {name: what `run` found}}``."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def page(results: dict) -> str:
-    """docs/kernels.md: of each kernel the largest case, counted."""
-    rows = {}
-    for name, case in results["cases"].items():
-        arch, dtype, operator, *_ = name.replace(",", "").split()
-        for kernel, counted in case["kernels"].items():
-            key = (operator, kernel, arch)
-            if key not in rows or counted["instructions"] > rows[key][1]["instructions"]:
-                rows[key] = (dtype, counted)
-    lines = [HEAD.format(triton=results["triton"], count=len(results["cases"]))]
-    for (operator, kernel, arch), (dtype, counted) in sorted(rows.items()):
-        main_loop, rest = counted["instructions"]
-        share = f"{rest / (main_loop + rest):.0%}" if main_loop else ""
-        conflicts = [_over(counted[key]) for key in ("rounds_in_main_loop", "rounds_outside")]
-        products = f"{counted['tensor_operations'] / 1e6:.1f}" if counted["tensor_operations"] else ""
-        cells = (operator, f"`{kernel}`", arch, dtype, _over(counted["sectors"]), *conflicts, products, share)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def expected(compiler: str) -> dict[str, int]:
+    """The cases of a compiler, and in how many orders of the warps each is run."""
+    if compiler.startswith("nvcc"):
+        return dict.fromkeys(cuda_cases(), MANY_ORDERS)
+    planned = triton_cases()
+    if compiler == f"triton {TRITON}":
+        return {name: one.orders for name, one in planned.items()}
+    return {name: ORDERS for name, one in planned.items() if one.smallest}
 
 
-def _over(pair):
-    got, least = pair
-    return f"{got / least:.2f}" if least else ""
+class Keeper:
+    """Runs what is missing of one compiler's cases and writes each result as soon as it is there."""
+
+    def __init__(self, compiler: str):
+        self.compiler, self.failed = compiler, 0
+
+    def run(self, only: str, run_case: Callable[[str], dict]) -> None:
+        for name, orders in expected(self.compiler).items():
+            done = self._kept()["cases"].get(name, {}).get("orders_with_the_same_bits")
+            if done == f"{orders} of {orders}" or only not in name:
+                continue
+            try:
+                case = run_case(name)
+            except (PTXError, AssertionError) as error:
+                print(f"{self.compiler}, {name}: {error}", flush=True)
+                self.failed += 1
+                continue
+            print(f"{self.compiler}, {name}: {case['seconds']} s", flush=True)
+            self._keep(name, case)
+
+    def _kept(self) -> dict:
+        """What is kept of this compiler, unless it is of other sources."""
+        kept = load().get(self.compiler, {})
+        today = sources(self.compiler)
+        return kept if kept.get("sources") == today else {"sources": today, "cases": {}}
+
+    def _keep(self, name: str, case: dict) -> None:
+        kept = self._kept()
+        cases = kept["cases"] | {name: case}
+        kept["cases"] = {name: cases[name] for name in expected(self.compiler) if name in cases}
+        atomic.write(RESULTS, _text(load() | {self.compiler: kept}))
 
 
-HEAD = """# Kernels: what they do, counted
-
-Counted, not timed: on the [emulator](emulator.md), from the PTX of Triton {triton}, in {count} cases;
-`python tests/emulator/every_kernel.py` runs them and `--page` writes this page from `tests/emulator/results.json`.
-
-- sectors: 32 bytes of global memory that warps ask for, over the fewest that could hold what they asked for.
-- banks: rounds in which shared memory serves an access, over the fewest possible, inside of the loops that hold the
-  products and outside of them. Above 1 are bank conflicts.
-- Mops: operations of the tensor cores, in millions.
-- epilogue: instructions outside of those loops, of all that warps execute: prologue, epilogue and whatever else.
-
-Shapes are small ({{2, 65, 128, 256}} of B, N, D, H at most), so that fixed costs weigh more than in training.
-
-| operator | kernel | target | dtype | sectors | banks, loop | banks, outside | Mops | epilogue |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+def _text(results: dict) -> str:
+    """JSON in which a case is a line."""
+    compilers = []
+    for compiler, kept in sorted(results.items()):
+        cases = ",\n".join(f"   {json.dumps(name)}: {json.dumps(case)}" for name, case in kept["cases"].items())
+        head = f' {json.dumps(compiler)}: {{\n  "sources": {json.dumps(kept["sources"])},\n'
+        compilers.append(f'{head}  "cases": {{\n{cases}\n  }}\n }}')
+    return "{\n" + ",\n".join(compilers) + "\n}\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--page", action="store_true", help="write docs/kernels.md from the results")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    options = parser.parse_args()
-    results = load()
-    if options.page:
-        PAGE.write_text(page(results))
-        return 0
-    import triton
-    from ptx_emulator import shipped
+    only, failed = parser.parse_args().only, 0
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+        from ptx_emulator import shipped
 
-    made_of = {"sources": sources(), "triton": triton.__version__}
-    if {key: results.get(key) for key in made_of} != made_of:
-        results = {**made_of, "cases": {}}
-    failed = 0
-    for name, (arch, make) in cases(shipped).items():
-        if name in results["cases"] or options.only not in name:
-            continue
-        try:
-            results["cases"][name] = run(shipped, arch, make)
-        except (shipped.PTXError, AssertionError) as error:
-            print(f"{name}: {error}", flush=True)
-            failed += 1
-            continue
-        finally:
-            shipped.PROGRAMS.clear()  # large, and of little use to the next case
-        print(f"{name}: {results['cases'][name]['seconds']} s", flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        keeper, planned = Keeper(f"triton {triton.__version__}"), triton_cases()
+        orders = expected(keeper.compiler)
+        keeper.run(only, lambda name: run_triton(shipped, planned[name], orders[name]))
+        failed += keeper.failed
+    if compiler := cuda_library.nvcc():
+        keeper, forms = Keeper(f"nvcc {cuda_library.version(compiler)}"), cuda_cases()
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = {
+                arch: cuda_library.compiled(compiler, target, Path(folder))
+                for arch, target in cuda_library.TARGETS.items()
+            }
+        keeper.run(only, lambda name: run_cuda(ptx[forms[name][0]], **forms[name][1]))
+        failed += keeper.failed
     return 1 if failed else 0
 
 

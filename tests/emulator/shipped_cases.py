@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from dexkernels.testing import relative_error
+
 FLOOR = {torch.float32: 4e-7, torch.float16: 2e-4, torch.bfloat16: 1.6e-3}
 """Error that is granted whatever plain torch's is: a few units in the last place."""
 
@@ -30,7 +32,7 @@ class Errors(NamedTuple):
     bound: float
 
 
-def errors_of(shipped, case: Case, results: Results) -> dict[str, Errors]:
+def errors_of(case: Case, results: Results) -> dict[str, Errors]:
     """Of every result that is not whole numbers; those must be the specification's."""
     exact, plain = case.want(torch.float64), case.want(case.dtype)
     found = {}
@@ -38,8 +40,8 @@ def errors_of(shipped, case: Case, results: Results) -> dict[str, Errors]:
         if not value.dtype.is_floating_point:
             assert torch.equal(value, exact[name]), name
             continue
-        near = shipped.relative_error(plain[name], exact[name])
-        found[name] = Errors(shipped.relative_error(value, exact[name]), near, 2 * near + FLOOR[case.dtype])
+        near = relative_error(plain[name], exact[name])
+        found[name] = Errors(relative_error(value, exact[name]), near, 2 * near + FLOOR[case.dtype])
     return found
 
 
@@ -47,7 +49,7 @@ def check(shipped, case: Case, emulated) -> Results:
     """Errors against float64 are at most twice plain torch's in the same precision."""
     with emulated as emulator:
         results = case.compute(emulator)
-    for name, (error, _, bound) in errors_of(shipped, case, results).items():
+    for name, (error, _, bound) in errors_of(case, results).items():
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
     return results
 
@@ -65,16 +67,21 @@ class MLPInputs(NamedTuple):
     weights: list[torch.Tensor]
 
 
-def mlp_inputs(B, N, D, H, E, K, dtype, seed=0) -> MLPInputs:
+def mlp_inputs(B, N, D, H, E, K, dtype, seed=0, skewed=False, scale_of_biases=1.0) -> MLPInputs:
+    """skewed: all but the last image take the experts from 1 on. scale_of_biases: of the gates too."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
     indices = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(B)])
+    if skewed:
+        indices[:-1] = 1 + torch.arange(K)
     gates = torch.rand(B, K, generator=generator) + 0.1
-    weights = [draw(E, H, D, scale=D**-0.5), draw(E, H), draw(E, D, H, scale=H**-0.5), draw(E, D)]
-    return MLPInputs(draw(B, N, D), draw(B, N, D), gates / gates.sum(1, keepdim=True), indices, weights)
+    biases = {"scale": scale_of_biases}
+    weights = [draw(E, H, D, scale=D**-0.5), draw(E, H, **biases), draw(E, D, H, scale=H**-0.5), draw(E, D, **biases)]
+    gates = scale_of_biases * gates / gates.sum(1, keepdim=True)
+    return MLPInputs(draw(B, N, D), draw(B, N, D), gates, indices, weights)
 
 
 def small_tiles(shipped):
@@ -83,9 +90,12 @@ def small_tiles(shipped):
     return shipped.configurations.TILES | {k: shipped.Tile(64, 64, 32, 4, 3, k[0] == "to_hidden_grad") for k in table}
 
 
-def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False) -> Case:
-    """Forward and backward; with a director as one more expert, and then float32 gradients of the weights."""
-    inputs = mlp_inputs(*sizes, dtype)
+def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False, **options) -> Case:
+    """Forward and backward; with a director as one more expert, and then float32 gradients of the weights.
+
+    options: of `mlp_inputs`. Where they are skewed, an expert's weight gradients are cut into parts.
+    """
+    inputs = mlp_inputs(*sizes, dtype, **options)
     director = [w[0] for w in mlp_inputs(*sizes, dtype, seed=1).weights] if with_director else None
 
     def compute(emulator):
@@ -97,12 +107,64 @@ def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False) -> Ca
     return Case(dtype, compute, want)
 
 
-def _run_mlp(shipped, inputs, path, tiles, director) -> Results:
+def mlp_parts_case(shipped, sizes, dtype, path, tiles=None) -> Case:
+    """A forward that saves nothing, and of every gradient a backward that is asked for it alone."""
+    inputs, options = mlp_inputs(*sizes, dtype), {"path": path, "tiles": tiles}
+
+    def compute(emulator):
+        slots, weights = _slots(shipped, inputs), shipped.MLPWeights(*inputs.weights)
+        out, unsaved, _ = shipped.grouped_mlp.forward(inputs.x, slots, weights, False, **options)
+        assert unsaved.numel() == 0
+        z = shipped.grouped_mlp.forward(inputs.x, slots, weights, True, **options)[1]
+        saved = shipped.mlp_records.Saved(inputs.x, *slots, weights.fc1_weight, weights.fc2_weight, weights.fc2_bias, z)
+        results = {"out": out}
+        for needs in ((True, False, False), (False, True, False), (False, False, True)):
+            needed = shipped.mlp_records.Needs(*needs)
+            grads = shipped.grouped_mlp.backward(inputs.grad_out, saved, needed, dtype, **options)
+            results |= {name: t for name, t in zip(NAMES[1:], grads, strict=True) if t is not None}
+        assert set(results) == set(NAMES)
+        return results
+
+    return Case(dtype, compute, lambda precision: _want_mlp(shipped, inputs, precision, None))
+
+
+def slots_case(shipped, images=150, width=1040) -> Case:
+    """Where slots, images of the same experts and packed rows lie, of more of each than one program places."""
+    inputs = mlp_inputs(images, 66, 8, 8, 5, 2, torch.bfloat16)
+    slots, aligned = _slots(shipped, inputs), shipped.aligned
+    x = torch.randn(images, 66, width, generator=torch.Generator().manual_seed(0)).bfloat16()[:3]
+
+    def compute(emulator):
+        position, expert = aligned.invert_slots(slots)
+        order, index = aligned.order_images(expert, images, 2)
+        few = slots._replace(slot_order=torch.tensor([5, 0, 3, 2, 4, 1]), gates=slots.gates[:3])
+        plan = shipped.plan.Plan(few, 66, 1, "half", 90, shipped.configurations.TILES)
+        packed = aligned.pack_rest(x, plan)
+        return {"position": position, "expert": expert, "order": order, "index": index, "packed": packed}
+
+    def want(precision):
+        position = torch.empty(2 * images, dtype=torch.int32)
+        position[slots.slot_order] = torch.arange(2 * images, dtype=torch.int32)
+        sets = (1 << inputs.indices).sum(1)
+        order = sets.sort(stable=True).indices
+        index = [int((sets[order[:i]] == sets[b]).sum()) for i, b in enumerate(order)]
+        packed = x[torch.tensor([5, 0, 3, 2, 4, 1]) // 2, :2].flatten(0, 1).to(precision)
+        ints = {"position": position, "expert": inputs.indices.flatten(), "order": order, "index": torch.tensor(index)}
+        return {name: value.int() for name, value in ints.items()} | {"packed": packed}
+
+    return Case(torch.bfloat16, compute, want)
+
+
+def _slots(shipped, inputs):
     E = inputs.weights[1].shape[0]
     flat = inputs.indices.flatten()
     offsets = torch.tensor([int((flat < limit).sum()) for limit in range(E + 1)])
-    slots = shipped.mlp_records.Slots(inputs.gates, flat.sort(stable=True).indices, offsets)
-    stacked = inputs.weights
+    return shipped.mlp_records.Slots(inputs.gates, flat.sort(stable=True).indices, offsets)
+
+
+def _run_mlp(shipped, inputs, path, tiles, director) -> Results:
+    slots, stacked = _slots(shipped, inputs), inputs.weights
+    E = slots.num_experts
     if director is not None:
         stacked = [torch.cat((w, d[None])) for w, d in zip(inputs.weights, director, strict=True)]
     options = {"path": path, "tiles": tiles}
@@ -129,7 +191,7 @@ def _want_mlp(shipped, inputs, precision, director) -> Results:
 # --- route ------------------------------------------------------------------------------------------------------------
 
 
-def route_case(shipped, R, D, E, K, dtype, one_launch=None) -> Case:
+def route_case(shipped, R, D, E, K, dtype, one_launch=None, with_noise=True) -> Case:
     """Forward and backward; logits lie wide apart, so that no rounding changes a choice.
 
     one_launch: up to how many rows one program does everything, by default what ships.
@@ -137,12 +199,12 @@ def route_case(shipped, R, D, E, K, dtype, one_launch=None) -> Case:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(R, 1, D, generator=generator).to(dtype)
     weight = torch.randn(E, D, generator=generator) * 4 * D**-0.5
-    noise = torch.randn(R, 1, E, generator=generator)
+    noise = torch.randn(R, 1, E, generator=generator) if with_noise else None
     grads = torch.randn(R, K, generator=generator), torch.randn((), generator=generator)
 
     def compute(emulator):
         with shipped.replaced(shipped.route, "ONE_LAUNCH", one_launch or shipped.route.ONE_LAUNCH):
-            routed = shipped.route.forward(x[:, 0], weight, K, 0.5, noise[:, 0])
+            routed = shipped.route.forward(x[:, 0], weight, K, 0.5, noise[:, 0] if with_noise else None)
         saved = shipped.route_records.Saved(routed.p, routed.gates, routed.expert_indices, x[:, 0], weight)
         back = shipped.route.backward(*grads, saved, 0.5)
         results = {name: value for name, value in routed._asdict().items() if name != "p"}
@@ -154,7 +216,9 @@ def route_case(shipped, R, D, E, K, dtype, one_launch=None) -> Case:
             weight.to(shipped.reference.real(precision)).requires_grad_(),
         )
         # The specification adds 1 to the noise where no expert was ever used.
-        noisy = {"router_noise": noise.double() - 1, "usage_ema": torch.zeros(E), "noise_std": 1.0}
+        noisy = {"usage_ema": torch.zeros(E), "noise_std": 0.0}
+        if with_noise:
+            noisy |= {"router_noise": noise.double() - 1, "noise_std": 1.0}
         routing = shipped.reference.route(leaf, leaf_weight, K, **noisy)
         outputs = routing.gates, routing.balance_loss
         back = torch.autograd.grad(
@@ -168,9 +232,9 @@ def route_case(shipped, R, D, E, K, dtype, one_launch=None) -> Case:
 # --- align_loss -------------------------------------------------------------------------------------------------------
 
 
-def align_loss_case(shipped, R, D, kind, dtype) -> Case:
+def align_loss_case(shipped, R, D, kind, dtype, scale=3) -> Case:
     generator = torch.Generator().manual_seed(0)
-    y, d = (3 * torch.randn(R, D, generator=generator).to(dtype) for _ in range(2))
+    y, d = (scale * torch.randn(R, D, generator=generator).to(dtype) for _ in range(2))
 
     def compute(emulator):
         loss, saved = shipped.align_loss.forward(y, d, kind)
@@ -187,7 +251,7 @@ def align_loss_case(shipped, R, D, kind, dtype) -> Case:
 # --- group_ema_ -------------------------------------------------------------------------------------------------------
 
 
-def group_ema_case(shipped, momentum) -> Case:
+def group_ema_case(shipped, momentum, with_skip=True) -> Case:
     """Tensors of many sizes; of the first an expert has no weight and holds NaN, of the third none has any."""
     generator = torch.Generator().manual_seed(0)
     shapes, experts = [(5, 3), (4100,), (1,), (4, 20)], (4, 1, 3, 8)
@@ -203,12 +267,12 @@ def group_ema_case(shipped, momentum) -> Case:
     def compute(emulator):
         directors = [d.clone() for d in before]
         emulator.extra = (*directors, *stacks)
-        shipped.group_ema.group_ema_(directors, stacks, weights, momentum, torch.tensor(False))
+        shipped.group_ema.group_ema_(directors, stacks, weights, momentum, torch.tensor(False) if with_skip else None)
         assert torch.equal(directors[2], before[2])
         return named(directors)
 
     def want(precision):
-        directors = [d.to(precision) for d in before]
+        directors = [d.to(precision, copy=True) for d in before]
         shipped.reference.group_ema_(
             directors, [s.to(precision) for s in stacks], [w.to(precision) for w in weights], momentum
         )

@@ -62,7 +62,7 @@ def test_committed_results_are_right():
 def test_committed_pages_and_defaults_follow_from_the_results():
     """`make pages` mends it."""
     first, second = pages.made(record.newest()), pages.made(record.newest())
-    assert first == second and {p.name for p in first} == {"_defaults.py", "README.md"}
+    assert first == second and {p.name for p in first} == {"_defaults.py", "_executed.py", "README.md", "kernels.md"}
     for path, text in first.items():
         assert path.read_text() == text, path
 
@@ -326,12 +326,14 @@ def test_what_was_not_measured_is_not_drawn():
 
 def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     """In a copy of the tree with a results file: what is made, then nothing to do, then what is left without it."""
-    for name in ("README.md", "benchmarks/README.md", "dexkernels/_defaults.py", "scripts/pages.py"):
+    code = ("benchmarks/record.py", "scripts/pages.py", "scripts/charts.py", "scripts/generated.py")
+    code += ("scripts/kernel_page.py", "tests/emulator/results.json")
+    generated = ("dexkernels/_defaults.py", "dexkernels/_executed.py")
+    for name in (*pages.PAGES, *generated, *code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "benchmarks/record.py", tmp_path / "benchmarks")
-    for name in ("charts.py", "generated.py"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ("dexkernels/ops", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docs/images").mkdir(parents=True)
     path = tmp_path / "benchmarks/results" / record.name_of(example())
     path.parent.mkdir()
@@ -349,5 +351,5 @@ def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     assert "of no result" in run("--check").stdout
     assert run().returncode == 0 and run("--check").returncode == 0
     assert not list((tmp_path / "docs/images").iterdir())
-    for name in ("README.md", "benchmarks/README.md"):
+    for name in (*pages.PAGES, *generated):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text()

@@ -10,7 +10,7 @@ from dex.cli import doctor
 def test_all_is_well_with_good_data(images, tmp_path, capsys):
     assert cli.main(["doctor", "--data", str(images), "--out", str(tmp_path / "deep" / "runs")]) == 0
     out = capsys.readouterr().out
-    for section in ("versions", "devices", "backends", "codecs", "formats", "disk", "data", "command"):
+    for section in ("versions", "devices", "backends", "kernels", "codecs", "formats", "disk", "data", "command"):
         assert any(line.startswith(section) for line in out.splitlines()), section
     assert " failed " not in out and out.splitlines()[-1] == "pretraining can run"
     assert "120 images" in out and "images/s" in out and "MB/s" in out
@@ -69,6 +69,20 @@ def test_backends_say_why_not():
     assert len(found) == len(rows) > 0
     assert {c.status for c, r in zip(found, rows, strict=True) if not r.available} <= {"note"}
     assert all(r.reason in c.detail for c, r in zip(found, rows, strict=True))
+
+
+def test_kernels_say_where_they_have_been_executed():
+    found = {c.name: c.detail for c in doctor.kernels()}
+    assert list(found) == [
+        "align_loss triton",
+        "group_ema_ triton",
+        "group_ema_ cuda",
+        "grouped_mlp triton",
+        "route triton",
+    ]
+    for detail in found.values():
+        assert "executed on the emulator for sm_80, sm_90" in detail and "on a GPU: " in detail
+        assert "never" not in detail
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG"])
