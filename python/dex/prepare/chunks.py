@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dex.common import atomic
+from dex.common import atomic, faults
 
 from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, modality_of, read_units
@@ -129,6 +129,10 @@ class Counts:
 
 UNREADABLE = ("unreadable", "timeout", "crash")
 """Reasons that say that a file is broken rather than unsuitable: too many of them stop a run."""
+GIVEN_UP = {
+    "timeout": "its reader took too long, twice; it may be damaged: copy the file anew, or leave it out",
+    "crash": "its reader died of it, twice; it may be damaged: copy the file anew, or leave it out",
+}
 
 
 class Result(NamedTuple):
@@ -189,7 +193,7 @@ def work(task: Task, report: Report) -> Result | str:
             for number in range(state.next, len(units)):
                 done = UnitWork(job, number, units[number], copy.deepcopy(state.result.counts), files, report)
                 if number in task.refused:
-                    done.refuse(task.refused[number])
+                    done.refuse(task.refused[number], GIVEN_UP[task.refused[number]])
                 else:
                     done.begin()
                     done.run()
@@ -314,7 +318,7 @@ class UnitWork:
             for one in (error, *error.others):
                 self.refuse(one.reason, one.detail, (one.file,) if one.file else one.files or files)
         else:
-            self.refuse("unreadable", where(error))
+            self.refuse("unreadable", f"{faults.sentence(error)} ({where(error)})")
 
     def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
         """number: among the unit's stacks that are used; order: among all that its reader gives."""
@@ -357,7 +361,7 @@ class UnitWork:
         self._modality = "" if source.routed else source.modality
         self._check_numbers(stack, source)
         if stack.burned_in and not self._job.settings.allow_burned_in:
-            raise Refused("burned-in", "the header declares burned-in annotation")
+            raise Refused("burned-in", "the header declares burned-in annotation; --allow-burned-in takes it")
         if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
             stack.rescale(source.slope, source.intercept)
         return source
@@ -407,24 +411,32 @@ class UnitWork:
             if refused is not None:
                 raise refused
         if source.routed:
-            raise Refused("unknown modality", "nothing says of which modality it is")
+            raise Refused("unknown modality", "nothing says of which modality it is; --modality or --pattern would")
 
 
 def not_an_image(stack: readers.Stack, format: str, path: str) -> Refused | None:
-    """Why a stack of a format without a header that tells is no image: by what its file declares or by its numbers.
+    """Why a stack is no image: by what its file declares or by its numbers.
 
-    path: of its file, whose name is a hint.
+    path: of its file, whose name is a hint, as what its header calls it is.
     """
     reader = readers.reader_of(format)
-    if reader.decides or reader.frame_stride != 1:  # films hold no labels
+    if reader.frame_stride != 1:  # films hold no labels
         return None
     if stack.declared:
         return Refused(stack.declared, "its header declares it")
-    if label_maps.judge(_frames(stack), label_maps.suspicious(path)):
+    named = stack.named or label_maps.suspicious(path)
+    if label_maps.judge(_frames(stack), named) or (reader.decides and label_maps.judge(_rescaled(stack), named)):
         return Refused(label_maps.LABEL_MAP, "few values that fill regions")
-    if label_maps.is_probability_map(_frames(stack), os.path.basename(path)):
+    if not reader.decides and label_maps.is_probability_map(_frames(stack), os.path.basename(path)):
         return Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
     return None
+
+
+def _rescaled(stack: readers.Stack) -> Iterator[np.ndarray]:
+    """The same frames in the numbers that the header makes of them, where these are others: the labels of a map that
+    was given the rescale of its CT begin at 0 in either the one or the other."""
+    if np.ndim(stack.slope) == 0 and (stack.slope, stack.intercept) != (1, 0) and stack.quantity != "display8":
+        yield from (frame * stack.slope + stack.intercept for frame in _frames(stack))
 
 
 def _frames(stack: readers.Stack) -> Iterator[np.ndarray]:

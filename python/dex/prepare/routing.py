@@ -159,7 +159,7 @@ _IMAGES = {
         "endoscopy": "77.1.1 77.1.1.1",
         "pathology": "77.1.2 77.1.2.1 77.1.3",
         "clinical photography": "77.1.4 77.1.4.1 77.1.7",
-        "fundus": "77.1.5.1 77.1.5.2 77.1.5.5",
+        "fundus": "77.1.5.1 77.1.5.2 77.1.5.5 77.1.5.6",
         "PET": "128 128.1 130",
     }.items()
     for kind in kinds.split()
@@ -267,24 +267,37 @@ def _front_of_the_eye(facts: Facts) -> bool:
 # Objects that are no images, by their SOP class, then by their Modality where the class is absent or private.
 _OBJECTS = (
     Rule(
-        "dose report", "an object of radiation dose", "A.35.8, A.35.14", _of_class("88.67", "88.68", "88.73", "88.76")
+        "dose report",
+        "an object of radiation dose",
+        "A.35.8, A.35.14, A.35.18, A.35.22",
+        _of_class("88.67", "88.68", "88.73", "88.76"),
     ),
     Rule("key object selection", "a list of other objects", "A.35.4", _of_class("88.59")),
     Rule("structured report", "a structured report", "A.35", _of_class("88.", "79.1")),
-    Rule("encapsulated document", "a document: PDF, CDA, a model", "A.45", _of_class("104.")),
-    Rule("presentation state", "how to show other images", "A.33", _of_class("11.")),
+    Rule("encapsulated document", "a document: PDF, CDA, a model", "A.45, A.85", _of_class("104.")),
+    Rule("presentation state", "how to show other images", "A.33, A.80", _of_class("11.")),
     Rule("waveform", "an ECG, audio or another waveform", "A.34", _of_class("9.", "129")),
     Rule("segmentation", "labels of another image", "A.51, A.57", _of_class("66.4", "66.5", "66.7", "66.8")),
-    Rule("unknown modality", "a radiotherapy image", "A.17", _of_class("481.1", "481.23", "481.24")),
-    Rule("radiotherapy object", "a dose, plan, record or structure set", "A.18 to A.20", _of_class("481.")),
-    Rule("derived map", "a parametric map", "A.75, PS3.4 B.5", _of_class("30", "81.1", "82.1", "77.1.5.8", "77.1.5.7")),
+    Rule("unknown modality", "a radiotherapy image", "A.17, A.86", _of_class("481.1", "481.23", "481.24")),
+    Rule(
+        "radiotherapy object",
+        "a dose, plan, record or structure set",
+        "A.18 to A.20, A.29 to A.31, A.49, A.50, A.64, A.79, A.86",
+        _of_class("481."),
+    ),
+    Rule(
+        "derived map",
+        "a parametric map",
+        "A.67, A.73, A.75, A.83, A.84",
+        _of_class("30", "81.1", "82.1", "77.1.5.8", "77.1.5.7"),
+    ),
     Rule(
         "no image",
         "an object that holds no image",
-        "A.37 to A.79",
+        "A.33.5, A.36.3, A.37, A.39, A.40, A.43, A.46, A.60, A.65, A.68, A.69, A.78, A.81, A.82, A.87, A.88",
         _either(
             _of_class("4.2", "66", "66.", "67", "68.", "78.", "80.", "90.", "91.", "131", "200.", "201."),
-            _of_class("77.1.5.3", "77.1.5.6"),
+            _of_class("77.1.5.3"),
             lambda facts: facts.sop_class in ("1.2.840.10008.1.3.10", "1.2.840.10008.5.1.4.38.1"),
             lambda facts: facts.sop_class.startswith(("1.2.840.10008.5.1.4.34.", "1.2.840.10008.5.1.4.4")),
         ),
@@ -336,7 +349,7 @@ _CAPTURES = (
 )
 # Objects that are images, but of no modality of the catalogue, or whose header does not say of which.
 _MODALITIES = (
-    Rule("whole slide", "a whole slide", "A.32.8", _of_class("77.1.6", "77.1.9")),
+    Rule("whole slide", "a whole slide", "A.32.8, A.90.2", _of_class("77.1.6", "77.1.9")),
     Rule(
         "unknown modality",
         "nuclear medicine",
@@ -345,7 +358,7 @@ _MODALITIES = (
     ),
     Rule("unknown modality", "a radiotherapy image", "C.7.3.1.1.1", _of_modality("RTIMAGE")),
     Rule("unknown modality", "a volume made of X-ray projections", "A.53, A.54", _of_class("13.1.1", "13.1.2")),
-    Rule("unknown modality", "photoacoustic imaging or confocal microscopy", "PS3.4, B.5", _of_class("6.3", "77.1.8")),
+    Rule("unknown modality", "photoacoustic imaging or confocal microscopy", "A.89, A.90", _of_class("6.3", "77.1.8")),
     Rule("unknown modality", "not of medical imaging", "DICOS, DICONDE", _of_class("501.", "601.")),
     Rule(
         "unknown modality",
@@ -389,7 +402,7 @@ _IMAGE_TYPES = (
     Rule(
         "rendering",
         "colour in a modality of grey images",
-        "C.8.2.1.1.2, C.8.3.1.1.2, C.8.13.1.1.2",
+        "C.8.2.1, C.8.3.1.1.3, C.8.13.1.1.2",
         _both(_grey, _either(_colour, _of_class("4.3"))),
     ),
     Rule(
@@ -436,7 +449,7 @@ _IMAGE_TYPES = (
         lambda facts: (
             _modality(facts) == "MR"
             and (
-                facts.component in ("PHASE", "IMAGINARY")
+                facts.component in ("PHASE", "IMAGINARY", "MIXED")
                 or not {"P", "I", "PHASE", "IMAGINARY"}.isdisjoint(facts.image_type[2:])
             )
         ),

@@ -319,3 +319,46 @@ def test_large_pictures_of_pathology_are_cut_and_others_shrunk(here, tmp_path):
         f"image-x{x}-y{y}-s64" for x in (0, 64, 128) for y in (0, 64, 128, 192)
     )
     assert sum(one["seen"] for one in facts["sources"]) == 25 and not any(one["refused"] for one in facts["sources"])
+
+
+def labels(count, sides=(64, 64)):
+    """int16 [5, H, W]: `count` labels that fill regions, each from the border of its neighbours on."""
+    y, x = np.mgrid[0 : sides[0], 0 : sides[1]]
+    rng = np.random.default_rng(count)
+    places = rng.uniform(8, 56, (count, 2))
+    near = np.argmin([(y - a) ** 2 + (x - b) ** 2 for a, b in places], axis=0)
+    frames = [np.where((y - 32) ** 2 + (x - 32) ** 2 < (20 + z) ** 2, 1 + near, 0) for z in range(5)]
+    return np.stack(frames).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    ("modality", "count", "offset", "intercept", "tags"),
+    [
+        ("CT", 20, 0, 0, {}),
+        ("CT", 20, 1024, -1024, {}),  # numbers of a CT, which its rescale makes labels
+        ("CT", 20, 0, -1024, {}),  # labels under the header of their CT
+        ("MR", 6, 0, 0, {}),
+        ("MR", 1, 0, 0, {}),
+        ("PT", 3, 0, 0, {}),
+        ("MR", 3, 500, 0, {"SeriesDescription": "tumor segmentation"}),  # by what it is called
+    ],
+)
+def test_label_maps_of_dicom_are_left_out(here, tmp_path, modality, count, offset, intercept, tags):
+    kind = {"CT": "2", "MR": "4", "PT": "128"}[modality]
+    number = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1, "Modality": modality}
+    scale = {"RescaleSlope": 1, "RescaleIntercept": intercept, "SOPClassUID": f"1.2.840.10008.5.1.4.1.1.{kind}"}
+    for name, frames in (
+        ("map", labels(count) + offset),
+        ("scan", [picture(z).astype(np.int16) - intercept for z in range(5)]),
+    ):
+        series = {"SeriesInstanceUID": f"1.2.{len(name)}"} | (tags if name == "map" else {})
+        for z, frame in enumerate(frames):
+            place = {"ImagePositionPatient": [0, 0, 2 * z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+            noisy = frame if name == "map" else frame + np.random.default_rng(z).integers(0, 9, frame.shape, np.int16)
+            save_dicom(tmp_path / f"root/a/{name}{z}.dcm", noisy.astype(np.int16), **number, **scale, **place, **series)
+    fields = {"modality": "auto", "normalisation": "auto", "planes": ("auto",), "trusted": False}
+    facts, _ = start([source(tmp_path / "root", **fields)], tmp_path / "out")
+    refused = Counter()
+    for one in facts["sources"]:
+        refused.update(one["refused"])
+    assert refused == {"label map": 1} and facts["images"] == 5

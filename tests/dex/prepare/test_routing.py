@@ -48,6 +48,7 @@ IMAGES = [
     ("ultrasound", "6", "US"),
     ("ultrasound", "6.1", "IVUS"),
     ("fundus", "77.1.5.1", "OP", "ORIGINAL", "PRIMARY"),
+    ("fundus", "77.1.5.6", "OP"),  # wide field, with the place of each pixel in the eye beside it
     ("OCT", "77.1.5.4", "OPT"),
     ("OCT", "77.1.5.4", "OCT"),
     ("OCT", "14.1", "IVOCT"),
@@ -142,6 +143,7 @@ def test_what_is_no_image_of_a_modality_is_left_out_by_name(case):
         ("derived map", "2", "CT", {"RescaleType": "MGML"}),
         ("", "2", "CT", {"RescaleType": "HU"}),
         ("derived map", "4.1", "MR", {"ComplexImageComponent": "PHASE"}),
+        ("derived map", "4.1", "MR", {"ComplexImageComponent": "MIXED"}),
         ("", "4.1", "MR", {"ComplexImageComponent": "MAGNITUDE"}),
         ("projection", "2.1", "CT", {"VolumeBasedCalculationTechnique": "MAX_IP"}),
         ("", "2.1", "CT", {"VolumeBasedCalculationTechnique": "MPR"}),

@@ -106,7 +106,7 @@ class Geometry:
         linear = np.asarray(affine, np.float64)[:3, :3]
         lengths = np.sqrt((linear**2).sum(axis=0))
         if not np.isfinite(linear).all() or not lengths.all() or abs(np.linalg.det(linear / lengths)) < 1e-3:
-            raise Refused("inconsistent", "the header's axes do not span a volume")
+            raise Refused("inconsistent", "the header's axes do not span a volume; mend its directions and spacing")
         cosines = linear / lengths
         axes = max(itertools.permutations(range(3)), key=lambda order: sum(abs(cosines[a, order[a]]) for a in range(3)))
         signs = tuple(1 if cosines[a, axes[a]] > 0 else -1 for a in range(3))
@@ -163,7 +163,7 @@ class Stack:
         are not as they were stored.
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
-        that its header gives besides, or "".
+        that its header gives besides, or "". named: its header calls it what label maps are called.
     patient, study, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
 
@@ -195,6 +195,7 @@ class Stack:
     note: str = ""
     decision: Decision | None = None
     declared: str = ""
+    named: bool = False
     patient: str = field(default="", repr=False)
     study: str = field(default="", repr=False)
     series: str = field(default="", repr=False)
@@ -282,7 +283,7 @@ class Stack:
     def rescale(self, slope: float, intercept: float) -> None:
         """Numbers become slope * number + intercept, and are what the source's description says."""
         if self.channels > 1:
-            raise Refused("inconsistent", "slope and intercept of colours")
+            raise Refused("inconsistent", "slope and intercept of colours; give them for grey images alone")
         self.slope, self.intercept = self.slope * slope, self.intercept * slope + intercept
         self.quantity, self.described, self.windowed = "raw", True, False
 
@@ -421,7 +422,7 @@ class Stack:
                 numbers = stored.copy()
             numbers[strip][np.isnan(numbers[strip])] = self._background()
             if not np.isfinite(numbers[strip]).all():
-                raise Refused("not finite", "a value is infinite")
+                raise Refused("not finite", "a value is infinite; put a number in its place")
         return numbers
 
     def _rescaled(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
@@ -451,7 +452,7 @@ class Stack:
                 lowest = np.float32(min(lowest, numbers.min(where=finite, initial=np.inf)))
                 count, total = count + int(np.isnan(numbers).sum()), total + numbers.size
             if count > _MOST_NAN * total or not np.isfinite(lowest):
-                raise Refused("not finite", f"{count} of {total} values are no numbers")
+                raise Refused("not finite", f"{count} of {total} values are no numbers: leave it out")
             self._lowest = lowest
         return self._lowest
 

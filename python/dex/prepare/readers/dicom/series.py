@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...label_maps import suspicious
 from ...routing import REASONS as LEFT_OUT
 from ...routing import Decision
 from ..files import Limits, quiet
@@ -89,6 +90,7 @@ class Series:
     decision: Decision | None = None
     patient: str = ""
     burned_in: bool = False
+    named: bool = False
     slices: list[Slice] = field(default_factory=list)
     instances: dict[tuple[str, ...], Alike] = field(default_factory=dict)
     uptakes: list[suv.Uptake] = field(default_factory=list)
@@ -176,6 +178,8 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
         if alike.path != path:
             _check_new(alike, path, place, limits)
     series.patient = _patient(head)
+    called = (head.get("SeriesDescription"), head.get("ProtocolName"), *listed(head.get("ImageType")))
+    series.named |= suspicious(" ".join(str(name) for name in called if name))
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
     pixels = describe(path, head, place, limits)
     if slabs is None:
@@ -434,6 +438,7 @@ def _stack(group: Group, series: Series, factor, note: str, limits: Limits) -> S
         inverted=first.inverted and quantity == "raw",
         burned_in=series.burned_in,
         decision=series.decision,
+        named=series.named,
         note=first.note or (note if quantity == "raw" else ""),
         patient=series.patient,
     )
