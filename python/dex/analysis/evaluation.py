@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dex.analysis.probe import director_distance, knn_accuracy
+from dex.analysis.sample import Sample, spread_out
 from dex.analysis.usage import expert_by_modality, gate_entropy, one_hot
 from dex.common.random import step_seed
 from dex.config import Config, per_layer
-from dex.data import SampleError, center, denormalize
+from dex.data import center, denormalize
 from dex.data.dataset import Dataset
 from dex.model import MaskedAutoencoder
 from dexkernels import hold_weights
@@ -41,15 +42,6 @@ class Evaluation(NamedTuple):
     masked: Tensor
     reconstruction: Tensor
     labels: list[str]
-
-
-class _Sample(NamedTuple):
-    """Images of a data set that are looked at again and again."""
-
-    images: Tensor
-    """uint8 ``[B, 3, H, W]`` on the host."""
-    modality: Tensor
-    """int64 ``[B]``."""
 
 
 class _Pictures(NamedTuple):
@@ -83,8 +75,8 @@ class Evaluator:
         self.config, self.model, self.train, self.held_out = config, model, train, held_out
         self.device, self.precision, self.modalities = device, precision, held_out.modalities
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
-        self._held_out: _Sample | None = None
-        self._known: _Sample | None = None
+        self._held_out: Sample | None = None
+        self._known: Sample | None = None
 
     @torch.no_grad()
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
@@ -100,7 +92,7 @@ class Evaluator:
     def _evaluate(self, pictures: int) -> Evaluation | None:
         wanted = self.config.run.evaluate_images
         if self._held_out is None:
-            self._held_out = _spread_out(self.held_out, wanted)
+            self._held_out = spread_out(self.held_out, wanted)
         held_out = self._held_out
         if len(held_out.images) == 0:
             return None
@@ -142,10 +134,10 @@ class Evaluator:
             labels=[names[m] for m in held_out.modality[: len(drawn.original)].tolist()],
         )
 
-    def _probe(self, held_out: _Sample) -> float | None:
+    def _probe(self, held_out: Sample) -> float | None:
         """Accuracy of a kNN probe of the modality, by CLS tokens of whole images: held-out ones among training ones."""
         if self._known is None:
-            self._known = _spread_out(self.train, _KNOWN * self.config.run.evaluate_images)
+            self._known = spread_out(self.train, _KNOWN * self.config.run.evaluate_images)
         known = self._known
         kinds = len(known.modality.unique())
         if kinds < 2:
@@ -175,23 +167,3 @@ class Evaluator:
         grid = self.config.model.img_size // self.config.model.patch_size
         hidden = mask.reshape(-1, 1, grid, grid).repeat_interleave(self.config.model.patch_size, 2)
         return images.masked_fill(hidden.repeat_interleave(self.config.model.patch_size, 3) == 1, float("nan"))
-
-
-def _spread_out(dataset: Dataset, wanted: int) -> _Sample:
-    """Up to ``wanted`` images whose modalities take turns; always the same ones."""
-    kinds = torch.as_tensor(dataset.modality_index())
-    present = kinds.unique().tolist()
-    order = []
-    for m in present:
-        places = torch.nonzero(kinds == m).flatten()
-        # Spread over the modality: neighbours may be slices of one volume.
-        count = min(len(places), -(-wanted // len(present)))
-        order += [(turn, m, int(places[turn * len(places) // count])) for turn in range(count)]
-    images, modality = [], []
-    for _, m, index in sorted(order)[:wanted]:
-        with contextlib.suppress(SampleError):  # one that cannot be read is left out
-            images.append(dataset[index].image)
-            modality.append(m)
-    if not images:
-        return _Sample(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    return _Sample(torch.stack(images), torch.tensor(modality))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dex.common.random import step_seed
 from dex.config import Config, from_dict
 from dex.model import MaskedAutoencoder
 from dex.model.build import build_model, init_routers_
@@ -12,9 +13,19 @@ from dex.model.weights import LoadReport, load_pretrained
 from dex.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
+_INIT = -1
 _EXPECTED = (
     "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
 )
+
+
+def first_model(config: Config) -> MaskedAutoencoder:
+    """The model at step 0 of a run with this configuration, on the host; draws from torch's global generator.
+
+    Weights of ``model.init`` are not in it yet: `load_initial` brings them.
+    """
+    torch.manual_seed(step_seed(config.run.seed, _INIT))
+    return build_model(config)
 
 
 def check_initial(config: Config) -> None:

@@ -25,9 +25,8 @@ from dex.common.ranks import full, gather, same_bits, spread
 from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
-from dex.model.build import build_model
 from dex.train import checkpoint, cuda_graph
-from dex.train.initial import load_initial
+from dex.train.initial import first_model, load_initial
 from dex.train.loss_spikes import LossSpikes
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
@@ -36,7 +35,6 @@ from dex.train.verdict import Agreement, Losses, NonFinite, Sent, Verdict, send
 from dex.train.window import Window
 from dexkernels import hold_weights
 
-_INIT = -1
 """The 'step' whose seed draws the initial weights."""
 _SCHEDULE = {"momentum": torch.float64}
 """What is not float32: of a float32 momentum, 1 - m would have four digits."""
@@ -70,8 +68,7 @@ class Trainer:
         self.loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
         self.step = 0
         """Steps done."""
-        torch.manual_seed(step_seed(config.run.seed, _INIT))
-        model = build_model(config)
+        model = first_model(config)
         self.initial = load_initial(model, config) if config.model.init and not plan.saved else None
         """What became of the weights of ``model.init``; None without them, or where a checkpoint brings others."""
         self.model = model.to(self.device)
