@@ -100,6 +100,8 @@ def test_counts_and_histograms_are_those_of_a_set_without_the_patient(whole, inp
     ((date, images),) = (row.values() for row in got["withdrawn"])
     assert images == 5 and len(date) == 25 and "Withdrawn" in (whole / "card.html").read_text()
     assert len(got["examples"]) == len(want["examples"])
+    sides = ("train", "val")
+    assert [sum(row["images"][side] for row in got["split"]) for side in sides] == [got[side] for side in sides]
 
 
 def test_what_prepare_wrote_is_what_is_left_to_read(whole):
