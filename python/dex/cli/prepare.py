@@ -20,8 +20,8 @@ NEEDS = "data"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
 
+    from dex.prepare import left_out, summary
     from dex.prepare import run as prepare
-    from dex.prepare import summary
     from dex.prepare.discover import Undetermined
 
     if options.dry_run:
@@ -65,6 +65,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
                 print(f"refused: `dex data refused {shlex.quote(str(wanted.out))}` says which files, and why")
+                private = prepare.private_folder(wanted.out) / left_out.PAGE
+                print(f"         {shlex.quote(str(private))} shows some of them")
             out = shlex.quote(str(wanted.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE

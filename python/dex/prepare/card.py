@@ -262,7 +262,8 @@ def _left_out(facts: dict) -> str:
         return ""
     return (
         "<p>Files that are no images of their source's modality, by what their headers and numbers say. They gave no "
-        'slice.</p><table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files</th>'
+        "slice. Thumbnails are in the private folder alone, in left_out.html: such files may show names.</p>"
+        '<table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files</th>'
         f'<th scope="col">What they are</th></tr></thead><tbody>{rows}</tbody></table>'
     )
 

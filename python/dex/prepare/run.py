@@ -7,6 +7,7 @@
         headers/        which series the files of large folders belong to, until the set is written
         chunks/         what is done, until the set is written
         ids/            which file every image and every refusal is of, and duplicates.jsonl beside it: see `trace`
+        left_out.html   what was refused or left out, by reason, with thumbnails: see `left_out`
         withdrawn.jsonl what `dex data withdraw` took out, which no later start brings back
         log.jsonl       starts, refusals with their reasons, faults
 
@@ -38,7 +39,7 @@ from dex.common import atomic, exits
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
-from . import chunks, join, packages, readers, scan, splits, trace, workers
+from . import chunks, join, left_out, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .ids import SALT, Names, read_salt
@@ -319,6 +320,9 @@ class Run:
             for one in self._planned
         ]
         folder, facts = join.join(parts, self._private, self._options.settings, self._say)
+        with contextlib.suppress(workers.WorkerFault):  # the set does not depend on it
+            roots = [one.root for one in self._planned]
+            left_out.write(self._private, roots, self._options.limits, self._options.workers)
         os.rename(folder, self._options.out)
         atomic.sync_path(self._options.out.parent)
         self._log("done", images=facts["images"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import label_maps, normalise, readers
-from .chunks import Changed, Counts, Job, UnitWork
+from .chunks import GIVEN_UP, Changed, Counts, Job, UnitWork
 from .discover import LARGE, Unit, read_units
 from .readers.stack import Refused, Stack
 from .slices import MIN_SIDE, places
@@ -137,7 +137,7 @@ def look(task: Task, report: Report) -> Survey:
         one = _Look(job, number, units[number], report)
         survey = Survey()
         if number in task.refused:
-            one.refuse(task.refused[number])
+            one.refuse(task.refused[number], GIVEN_UP[task.refused[number]])
             survey.given_up = int(len(units[number].files) > LARGE)
         else:
             one.begin()
