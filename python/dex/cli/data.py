@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if options.command == "check":
         return _check(options.dir)
     if options.command == "leak":
-        return _leak(options.a, options.b)
+        return _leak(options.a, options.b, options.out)
     if options.command == "inventory":
         return prepare.dry_run("dex data inventory", arguments[1:], options, folder_argument("out", options.out))
     folder = _set(options.dir)
@@ -101,11 +101,13 @@ def _parser() -> Parser:
     leak = commands.add_parser(
         "leak",
         help="images that two sets share",
-        description="Exact and near duplicates between two data sets (shard sets or folders), as a batch would get "
-        "them. Exit code 1 when there are any.",
+        description="Images of one data set (a shard set or a folder) that occur in another: equal pixels, copies in "
+        "another encoding or brightness, shifted, cropped, mirrored and turned ones, and neighbours in a volume. Exit "
+        "code 1 when there are any.",
     )
     leak.add_argument("a", metavar="A", help="what is trained on")
     leak.add_argument("b", metavar="B", help="what is tested on")
+    leak.add_argument("--out", metavar="FILE", help="write all pairs: FILE.csv, or FILE.json with all counts")
     return parser
 
 
@@ -315,17 +317,23 @@ def _printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _leak(a: str, b: str) -> Callable[[], int]:
+def _leak(a: str, b: str, out: str | None) -> Callable[[], int]:
     for name, path in (("A", a), ("B", b)):
         folder = folder_argument(name, path)
         if not folder.is_dir():
             raise ValueError(f"{name}: expected a shard set or a folder of images; {folder} is no folder")
+
+    path = None if out is None else Path(out)
+    if path is not None and (path.suffix.lower() not in (".csv", ".json") or not path.parent.is_dir()):
+        raise ValueError(f"--out: expected NAME.csv or NAME.json in a folder that is there, got {out}")
 
     def carry_out() -> int:
         from dex.prepare.leak import leak
 
         try:
             overlap = leak(a, b, workers=len(os.sched_getaffinity(0)))
+            if path is not None:
+                overlap.write(path)
         except (ValueError, OSError) as error:
             return failed("dex data leak", error)
         print(overlap.to_text())

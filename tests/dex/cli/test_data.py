@@ -32,8 +32,10 @@ def test_leak(run, tmp_path, pictures, monkeypatch):
             "prepare", name, "--modality", "X-ray", "--size", 64, "--encoding", "png", "--out", f"set-{name}"
         )
         assert code == 0
-    code, out, err = run("data", "leak", "set-a", "set-b")
+    code, out, err = run("data", "leak", "set-a", "set-b", "--out", "pairs.csv")
     assert code == 1 and err == "" and "3 of 6 images occur in" in out and "3 exact" in out
+    header, *rows = (tmp_path / "pairs.csv").read_text().splitlines()
+    assert header == "kind,b,a,how" and len(rows) == 3 and all(row.startswith("exact,") for row in rows)
     code, out, err = run("data", "leak", "set-a", "set-c")
     assert (code, err) == (0, "") and "no overlap found" in out
     (tmp_path / "set-c" / "manifest.json").write_text("{}")
@@ -51,6 +53,7 @@ def test_leak(run, tmp_path, pictures, monkeypatch):
         (["data", "where", "scans"], "the following arguments are required: ID"),
         (["data", "refused", "nowhere"], "DIR: expected a shard set; nowhere holds no manifest.json"),
         (["data", "withdraw", "scans", "x"], "DIR: expected a shard set; scans holds no manifest.json"),
+        (["data", "leak", "scans", "scans", "--out", "pairs.txt"], "--out: expected NAME.csv or NAME.json in a folder"),
         (["data", "leak", "scans", "nowhere"], "B: expected a shard set or a folder of images; nowhere is no folder"),
     ],
 )
