@@ -9,20 +9,25 @@ broken, or no end in time. Triton's interpreter takes float16 in place of bfloat
 """
 
 import argparse
+import collections
 import functools
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import equivalent  # noqa: E402
 import mutants  # noqa: E402
 import torch  # noqa: E402
 from shipped_cases import (  # noqa: E402
@@ -32,12 +37,16 @@ from shipped_cases import (  # noqa: E402
     mlp_case,
     mlp_parts_case,
     route_case,
+    slots_case,
     small_tiles,
 )
 
 RESULTS = Path(__file__).parent / "mutations.json"
-SEED, COUNT = 13, 260
-TIMEOUT = 90
+PAGE = Path(__file__).resolve().parents[2] / "docs/emulator-mutations.md"
+SEED, COUNT = 13, 280
+SECONDS = 60
+"""Of the processor, that a case may take."""
+
 INTERPRETER, EMULATOR = "interpreter", "emulator"
 TOOLS = (INTERPRETER, EMULATOR)
 
@@ -50,12 +59,15 @@ class Case(NamedTuple):
     arch: int
     make: Callable  # of shipped and a dtype
     dtype: torch.dtype
+    tools: tuple[str, ...] = TOOLS
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SMALL = (2, 5, 40, 72, 3, 2)
 
 
 def cases() -> dict[str, Case]:
-    """Small ones that together reach every kernel in every form."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    small, blocks = (2, 5, 40, 72, 3, 2), (2, 65, 128, 256, 3, 2)
+    """Small ones that together reach every kernel in every form, and then those that few changes need."""
 
     def gather(sizes, **options):
         return lambda shipped, dtype: mlp_case(shipped, sizes, dtype, "gather", small_tiles(shipped), **options)
@@ -63,39 +75,61 @@ def cases() -> dict[str, Case]:
     def aligned(sizes, **options):
         return lambda shipped, dtype: mlp_case(shipped, sizes, dtype, "aligned", **options)
 
-    def alone(path, sizes):
-        return lambda shipped, dtype: mlp_parts_case(shipped, sizes, dtype, path, small_tiles(shipped))
+    def alone(path, sizes, tiles=small_tiles):
+        return lambda shipped, dtype: mlp_parts_case(shipped, sizes, dtype, path, tiles(shipped))
 
+    return {
+        "gather": Case(80, gather(SMALL), BF16),
+        "gather, fp32": Case(80, gather(SMALL), FP32),
+        "gather, a director": Case(80, gather(SMALL, with_director=True), BF16),
+        "gather, one expert of many slots": Case(80, gather((9, 5, 40, 72, 8, 1), skewed=True), BF16),
+        "gather, one gradient at a time": Case(80, alone("gather", SMALL), BF16),
+        "aligned": Case(90, aligned((2, 65, 128, 256, 3, 2)), BF16),
+        "aligned, a director": Case(90, aligned((2, 65, 128, 256, 3, 2), with_director=True), BF16),
+        "aligned, pairs": Case(90, aligned((8, 65, 64, 72, 2, 2)), BF16),
+        "aligned, an even number of blocks": Case(90, aligned((2, 130, 64, 96, 3, 2)), BF16),
+        "aligned, by slot": Case(90, aligned((3, 66, 64, 96, 20, 2)), BF16),
+        "aligned, one expert of many slots": Case(90, aligned((5, 65, 64, 96, 20, 1), skewed=True), BF16),
+        "aligned, one gradient at a time": Case(90, alone("aligned", (2, 65, 64, 96, 3, 2)), BF16),
+        **_other_cases(),
+        "slots": Case(90, lambda shipped, dtype: slots_case(shipped), BF16),
+        "gather, many rows": Case(80, gather((2, 70, 40, 72, 3, 2)), BF16),
+        "gather, parts of unequal length": Case(80, gather((12, 5, 40, 72, 8, 1), skewed=True), BF16),
+        "gather, fp32, one gradient at a time": Case(80, alone("gather", SMALL, lambda shipped: None), FP32),
+        "aligned, pairs of three blocks": Case(90, aligned((4, 228, 64, 72, 2, 2)), BF16),
+        "aligned, three blocks": Case(90, aligned((2, 193, 64, 72, 3, 2)), BF16),
+        "aligned, two blocks by slot": Case(90, aligned((3, 130, 64, 72, 20, 2)), BF16),
+        "aligned, parts of unequal length": Case(90, aligned((8, 65, 64, 72, 4, 1), skewed=True), BF16),
+        "aligned, two blocks of columns": Case(90, aligned((1, 65, 264, 264, 1, 1)), BF16),
+        # Numbers that float16 does not have.
+        "aligned, large": Case(90, aligned((2, 65, 64, 72, 3, 2), scale_of_biases=2.0**17), BF16, (EMULATOR,)),
+        "aligned, large, by slot": Case(
+            90, aligned((3, 66, 64, 72, 20, 2), scale_of_biases=2.0**17), BF16, (EMULATOR,)
+        ),
+    }
+
+
+def _other_cases() -> dict[str, Case]:
     def route(*sizes, **options):
         return lambda shipped, dtype: route_case(shipped, *sizes, dtype, **options)
 
-    def align_loss(kind, R, D):
-        return lambda shipped, dtype: align_loss_case(shipped, R, D, kind, dtype)
+    def align_loss(kind, R, D, scale=3):
+        return lambda shipped, dtype: align_loss_case(shipped, R, D, kind, dtype, scale)
 
     def group_ema(momentum, **options):
         return lambda shipped, dtype: group_ema_case(shipped, momentum, **options)
 
     return {
-        "gather": Case(80, gather(small), bf16),
-        "gather, fp32": Case(80, gather(small), fp32),
-        "gather, a director": Case(80, gather(small, with_director=True), bf16),
-        "gather, one expert of many slots": Case(80, gather((9, 5, 40, 72, 8, 1), skewed=True), bf16),
-        "gather, one gradient at a time": Case(80, alone("gather", small), bf16),
-        "aligned": Case(90, aligned(blocks), bf16),
-        "aligned, a director": Case(90, aligned(blocks, with_director=True), bf16),
-        "aligned, pairs": Case(90, aligned((8, 65, 64, 72, 2, 2)), bf16),
-        "aligned, an even number of blocks": Case(90, aligned((2, 130, 64, 96, 3, 2)), bf16),
-        "aligned, by slot": Case(90, aligned((3, 66, 64, 96, 20, 2)), bf16),
-        "aligned, one expert of many slots": Case(90, aligned((5, 65, 64, 96, 20, 1), skewed=True), bf16),
-        "aligned, one gradient at a time": Case(90, alone("aligned", (2, 65, 64, 96, 3, 2)), bf16),
-        "route": Case(80, route(5, 40, 3, 2), bf16),
-        "route without noise": Case(80, route(5, 40, 3, 1, with_noise=False), bf16),
-        "route, many rows": Case(80, route(70, 24, 20, 3), fp32),
-        "route in two launches": Case(80, route(200, 16, 4, 2, one_launch=100), fp32),
-        **{f"align_loss {kind}": Case(80, align_loss(kind, 7, 40), bf16) for kind in ("kd", "cosine", "mse")},
-        **{f"align_loss {kind}, wide": Case(80, align_loss(kind, 9, 1100), fp32) for kind in ("kd", "cosine", "mse")},
-        "group_ema": Case(80, group_ema(0.9), fp32),
-        "group_ema, momentum on the device": Case(80, group_ema(torch.tensor(0.75), with_skip=False), fp32),
+        "route": Case(80, route(5, 40, 3, 2), BF16),
+        "route without noise": Case(80, route(5, 40, 3, 1, with_noise=False), BF16),
+        "route, many rows": Case(80, route(70, 24, 20, 3), FP32),
+        "route in two launches": Case(80, route(200, 16, 4, 2, one_launch=100), FP32),
+        **{f"align_loss {kind}": Case(80, align_loss(kind, 7, 40), BF16) for kind in ("kd", "cosine", "mse")},
+        **{f"align_loss {kind}, wide": Case(80, align_loss(kind, 9, 1100), FP32) for kind in ("kd", "cosine", "mse")},
+        "align_loss kd, large": Case(80, align_loss("kd", 7, 40, 60), torch.float16),
+        "align_loss mse, many rows": Case(80, align_loss("mse", 4104, 2), FP32),
+        "group_ema": Case(80, group_ema(0.9), FP32),
+        "group_ema, momentum on the device": Case(80, group_ema(torch.tensor(0.75), with_skip=False), FP32),
     }
 
 
@@ -109,9 +143,13 @@ class Checker:
         from ptx_emulator import shipped
 
         self.tool, self.shipped = tool, shipped
+        if tool == EMULATOR:
+            _without_machine_code()
         self.functions = self._functions()
-        self.cases, self.reached, self.ptx = {}, {}, {}
-        for name, (arch, make, dtype) in cases().items():
+        self.cases, self.reached, self.ptx, self.recorded = {}, {}, {}, collections.defaultdict(list)
+        for name, (arch, make, dtype, tools) in cases().items():
+            if tool not in tools:
+                continue
             if tool == INTERPRETER and dtype == torch.bfloat16:
                 dtype = torch.float16 if "aligned" in name else torch.float32
             case = make(shipped, dtype)
@@ -137,7 +175,7 @@ class Checker:
         """What is wrong with the results of a case, None if nothing."""
         arch, case = self.cases[name]
         launched = set()
-        with self.running(arch, launched) as emulator:
+        with self.running(name, arch, launched) as emulator:
             results = case.compute(emulator)
         self.reached[name] = set().union(*(self.functions.get(kernel, set()) for kernel in launched))
         self.ptx[name] = sorted(ran.program.digest for ran in emulator.ran) if self.tool == EMULATOR else None
@@ -146,9 +184,9 @@ class Checker:
                 return f"{result} is off by {error:.1e}, {bound:.1e} is granted"
         return None
 
-    def running(self, arch: int, launched: set):
+    def running(self, name: str, arch: int, launched: set):
         if self.tool == EMULATOR:
-            return _Emulated(self.shipped, arch, launched)
+            return _Emulated(self.shipped, arch, launched, self.recorded[name])
         return _Interpreted(self.shipped, launched)
 
     def relevant(self, mutant: mutants.Mutant) -> list[str]:
@@ -163,6 +201,8 @@ class Checker:
         with tempfile.TemporaryDirectory() as folder:
             with self.shipped.with_source(sys.modules[name], text, Path(folder)):
                 for case in relevant:
+                    used = int(time.process_time())
+                    resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
                     try:
                         wrong = self.check(case)
                     except Exception as error:
@@ -183,14 +223,66 @@ class Checker:
         return f"{case}: {kind}: {text[:90]}"
 
 
+def _without_machine_code() -> None:
+    """Triton stops at PTX, which takes half as long. Its cache is this process's own: none would find code in it."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    knobs.cache.dir = tempfile.mkdtemp()
+    CUDABackend.make_cubin = lambda self, *args: b""
+
+
+class Recorded(NamedTuple):
+    """One launch of the kernels as they are."""
+
+    compiled: object
+    ran: object
+    results: list[torch.Tensor]
+    """What its tensors held afterwards."""
+
+
+def _replaying(shipped, recorded: list[Recorded]):
+    """An emulator that copies the results of launches that nothing has changed, or records them where none are."""
+
+    class Replaying(shipped.Emulator):
+        recording, changed = not recorded, False
+
+        def run(self, kernel, args, grid, kwargs):
+            compiled, _ = shipped.compile_kernel(kernel, args, kwargs, self.arch)
+            values = [*args, *kwargs.values(), *self.extra]
+            tensors = [getattr(value, "base", value) for value in values]
+            tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+            known = None if self.recording or self.changed else recorded[len(self.ran)]
+            if known is not None and known.compiled is compiled:
+                with torch.no_grad():
+                    for t, result in zip(tensors, known.results, strict=True):
+                        t.copy_(result)
+                self.ran.append(known.ran)
+                return
+            super().run(kernel, args, grid, kwargs)
+            if self.recording:
+                recorded.append(Recorded(compiled, self.ran[-1], [t.detach().clone() for t in tensors]))
+            elif known is not None:
+                after = zip(tensors, known.results, strict=True)
+                self.changed = not all(torch.equal(_bits(t), _bits(result)) for t, result in after)
+
+    return Replaying
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().contiguous().view(-1).view(torch.uint8)
+
+
 class _Emulated:
     """Names the kernels that are launched."""
 
-    def __init__(self, shipped, arch, launched):
-        self.context, self.launched = shipped.emulated(arch), launched
+    def __init__(self, shipped, arch, launched, recorded):
+        with shipped.replaced(shipped, "Emulator", _replaying(shipped, recorded)):
+            self.context = shipped.emulated(arch)
+            self.emulator = self.context.__enter__()
+        self.launched = launched
 
     def __enter__(self):
-        self.emulator = self.context.__enter__()
         return self.emulator
 
     def __exit__(self, *error):
@@ -239,13 +331,12 @@ def in_child(checker: Checker, mutant: mutants.Mutant) -> str:
     child.start()
     send.close()
     try:
-        if not receive.poll(TIMEOUT):
-            return f"no end in {TIMEOUT} s"
         return receive.recv()
     except EOFError:
         child.join()
-        name = signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"exit {child.exitcode}"
-        return f"crash: {name}"
+        if child.exitcode == -signal.SIGXCPU:
+            return f"no end in {SECONDS} s"
+        return f"crash: {signal.Signals(-child.exitcode).name}" if child.exitcode < 0 else f"crash: {child.exitcode}"
     finally:
         child.kill()
         child.join()
@@ -276,20 +367,122 @@ def load() -> dict:
 def save(results: dict) -> None:
     """One line a change."""
     head = {key: value for key, value in results.items() if key != "changes"}
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results["changes"].items()]
+    order = [mutant.key for mutant in mutants.draw(COUNT, SEED)]
+    changes = {key: results["changes"][key] for key in order if key in results["changes"]}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in changes.items()]
     text = json.dumps(head, indent=1)[:-2] + ',\n "changes": {\n' + ",\n".join(lines) + "\n}}\n"
     before = RESULTS.with_suffix(".part")
     before.write_text(text)
     before.replace(RESULTS)
 
 
+class Counts(NamedTuple):
+    """Of some changes: how many there are, do not compile, and were seen by whom."""
+
+    changes: int
+    stillborn: int
+    both: int
+    emulator: int
+    interpreter: int
+    survived: int
+
+
+def count(changes) -> Counts:
+    stillborn = sum(one[EMULATOR] == STILLBORN for one in changes)
+    alive = [
+        tuple(not one[tool].startswith(SURVIVED) for tool in TOOLS) for one in changes if one[EMULATOR] != STILLBORN
+    ]
+    seen = [alive.count(by) for by in ((True, True), (False, True), (True, False), (False, False))]
+    return Counts(len(changes), stillborn, *seen)
+
+
+def survivors(results: dict) -> list[str]:
+    """What neither tool saw."""
+    return [key for key, one in results["changes"].items() if all(one[tool].startswith(SURVIVED) for tool in TOOLS)]
+
+
+REASONS = {
+    "a result too far from float64": "is off by",
+    "a number that is not the specification's": "AssertionError",
+    "outside of every allocation, or misaligned": "outside of|misaligned|an address outside",
+    "a race on global memory": "race on global memory",
+    "a race on shared memory": "race on shared memory",
+    "uninitialised, in flight, too early or a missing fence": "uninitialised|in flight|too early|missing",
+    "deadlock, or no end": "deadlock|no end|gave up|endless",
+    "an instruction that is not known": "cannot be run",
+    "the process ended": "crash",
+}
+"""What is said of a change that was seen -> the verdicts that say it; any other was refused when it ran."""
+
+
+def reasons(results: dict, tool: str) -> dict[str, int]:
+    found = dict.fromkeys((*REASONS, "refused when it ran"), 0)
+    for one in results["changes"].values():
+        if one[tool].startswith(SURVIVED) or one[EMULATOR] == STILLBORN:
+            continue
+        name = next((n for n, words in REASONS.items() if re.search(words, one[tool])), "refused when it ran")
+        found[name] += 1
+    return found
+
+
+def page(results: dict) -> str:
+    """docs/emulator-mutations.md."""
+    every = results["changes"]
+    total = count(every.values())
+    lines = [HEAD.format(total=total, alive=total.changes - total.stillborn, seed=results["seed"])]
+    for module in mutants.modules():
+        counts = count([one for key, one in every.items() if key.split()[0] == module])
+        lines.append(f"| `{module}` | " + " | ".join(map(str, counts)) + " |")
+    lines.append("| all | " + " | ".join(map(str, total)) + " |")
+    lines.append("\nWhat was seen:\n\n| | interpreter | emulator |\n| --- | --- | --- |")
+    by_tool = {tool: reasons(results, tool) for tool in TOOLS}
+    for name in by_tool[EMULATOR]:
+        lines.append(f"| {name} | {by_tool[INTERPRETER][name]} | {by_tool[EMULATOR][name]} |")
+    lines.append(SURVIVORS)
+    for key in survivors(results):
+        where, change = key.split(": ", 1)
+        before, after = (part.replace("|", "\\|") for part in change.split(" -> ", 1))
+        lines.append(f"| `{where}` | `{before}` | `{after}` | {equivalent.PROOFS[key]} |")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Changes of kernel lines: which of them are seen
+
+`python tests/emulator/mutations.py` draws {total.changes} changes of single lines of the Triton kernels from the seed
+{seed}: operators, comparisons, constants, masks, indices, casts, arguments, and statements that are left out, of all
+device functions in turn. {alive} of them compile. Each is run in the interpreter and on the [emulator](emulator.md),
+in small cases that reach every kernel, until something is wrong. `tests/emulator/mutations.json` holds what that was,
+and `--page` writes this page.
+
+| module | changes | do not compile | seen by both | by the emulator alone | by the interpreter alone | by neither |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+SURVIVORS = """
+## What neither saw
+
+Each of these changes nothing that a result could show, and this is why.
+
+| where | line | changed to | proof |
+| --- | --- | --- | --- |"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--page", action="store_true", help="write docs/emulator-mutations.md from the results")
+    parser.add_argument("--again", action="store_true", help="run what survived once more, of tests that have changed")
     parser.add_argument("--tool", choices=TOOLS, help="that alone, in this process")
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(load()))
+        return 0
     if options.tool:
         run(options.tool)
         return 0
+    if options.again:
+        results = load()
+        for key in survivors(results):
+            del results["changes"][key]
+        save(results)
     for tool in TOOLS:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(tool == INTERPRETER))}
         code = subprocess.run([sys.executable, __file__, "--tool", tool], env=environment).returncode

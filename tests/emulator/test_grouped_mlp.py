@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shipped_cases import check, mlp_case, small_tiles
+from shipped_cases import check, mlp_case, slots_case, small_tiles
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -47,6 +47,58 @@ def test_aligned_path(shipped, dtype):
 )
 def test_forms_of_the_aligned_path(shipped, sizes, dtype):
     check(shipped, mlp_case(shipped, sizes, dtype, "aligned"), shipped.emulated(90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch, path, sizes",
+    [
+        pytest.param(80, "gather", (1, 230, 336, 336, 1, 1), id="gather"),
+        pytest.param(90, "gather", (1, 500, 392, 392, 1, 1), id="gather, wgmma"),
+        pytest.param(90, "aligned", (2, 65, 392, 72, 1, 1), id="fc1, and back"),
+        pytest.param(90, "aligned", (2, 65, 72, 200, 2, 2), id="to images"),
+        pytest.param(90, "aligned", (2, 65, 72, 392, 1, 1), id="by slot"),
+        pytest.param(90, "aligned", (1, 449, 64, 72, 1, 1), id="weight gradients"),
+    ],
+)
+def test_sums_longer_than_their_pipelines(shipped, arch, path, sizes):
+    """Every stage is filled again, and every parity turns."""
+    check(shipped, mlp_case(shipped, sizes, torch.bfloat16, path), shipped.emulated(arch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((1, 65, 264, 264, 1, 1), id="two blocks of columns"),
+        pytest.param((2, 193, 64, 72, 3, 2), id="three blocks of tokens"),
+        pytest.param((3, 130, 64, 72, 20, 2), id="two, by slot"),
+        pytest.param((4, 228, 64, 72, 2, 2), id="three, in pairs"),
+        pytest.param((13, 65, 64, 72, 3, 2), id="pairs of several sets"),
+    ],
+)
+def test_tiles_of_the_aligned_path(shipped, sizes):
+    check(shipped, mlp_case(shipped, sizes, torch.bfloat16, "aligned"), shipped.emulated(90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch, path, sizes", [(80, "gather", (12, 5, 40, 72, 8, 1)), (90, "aligned", (8, 65, 64, 72, 4, 1))]
+)
+def test_weight_gradients_in_parts_of_unequal_length(shipped, arch, path, sizes):
+    case = mlp_case(shipped, sizes, torch.bfloat16, path, small_tiles(shipped), skewed=True)
+    check(shipped, case, shipped.emulated(arch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 65, 64, 72, 3, 2), (3, 66, 64, 72, 20, 2)], ids=["to images", "by slot"])
+def test_gates_and_biases_that_float16_does_not_have(shipped, sizes):
+    case = mlp_case(shipped, sizes, torch.bfloat16, "aligned", scale_of_biases=2.0**17)
+    check(shipped, case, shipped.emulated(90))
+
+
+def test_slots_and_images_of_several_programs(shipped):
+    check(shipped, slots_case(shipped), shipped.emulated(90))
 
 
 @pytest.mark.slow

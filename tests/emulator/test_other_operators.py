@@ -43,6 +43,13 @@ def test_align_loss(shipped, arch, kind, R, D, dtype):
     check(shipped, align_loss_case(shipped, R, D, kind, dtype), shipped.emulated(arch))
 
 
+@pytest.mark.parametrize(
+    "R, D, kind, dtype, scale", [slow(4104, 2, "mse", torch.float32, 3), (7, 40, "kd", torch.float16, 60)]
+)
+def test_align_loss_of_many_rows_and_of_large_numbers(shipped, R, D, kind, dtype, scale):
+    check(shipped, align_loss_case(shipped, R, D, kind, dtype, scale), shipped.emulated(80))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.75)], ids=["number", "tensor"])
 def test_group_ema(shipped, arch, momentum):

@@ -24,7 +24,7 @@ from dexkernels.ops.align_loss import triton as align_loss
 from dexkernels.ops.group_ema import triton as group_ema
 from dexkernels.ops.grouped_mlp import records as mlp_records
 from dexkernels.ops.grouped_mlp import triton as grouped_mlp
-from dexkernels.ops.grouped_mlp.triton import configurations, plan
+from dexkernels.ops.grouped_mlp.triton import aligned, configurations, plan
 from dexkernels.ops.route import records as route_records
 from dexkernels.ops.route import triton as route
 from dexkernels.ops.triton_common import Tile
@@ -259,6 +259,7 @@ def replaced(owner, name, value):
 
 
 __all__ = [
+    "Emulator",
     "MLPWeights",
     "POISONS",
     "PTXError",
@@ -266,6 +267,8 @@ __all__ = [
     "Routing",
     "Tile",
     "align_loss",
+    "aligned",
+    "compile_kernel",
     "configurations",
     "emulated",
     "group_ema",
