@@ -29,7 +29,7 @@ from dex.common import atomic
 
 from . import chunks, page, readers, trace, workers
 
-PAGE = "left_out.html"
+PAGE = trace.LEFT_OUT
 SHOWN = 6
 """Thumbnails of each reason."""
 SIDE = 128  # pixels of a thumbnail

@@ -30,7 +30,7 @@ from dex.common import atomic
 from . import readers
 
 DUPLICATES, WITHDRAWN, PASSED_OVER = "duplicates.jsonl", "withdrawn.jsonl", "-passed-over.jsonl"
-PLAN, LOG, UNITS, IDS = "plan.json", "log.jsonl", "units", "ids"
+PLAN, LOG, UNITS, IDS, LEFT_OUT = "plan.json", "log.jsonl", "units", "ids", "left_out.html"
 
 
 class Origins:

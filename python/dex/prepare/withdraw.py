@@ -192,6 +192,7 @@ def _clear(private: Private, record: trace.Withdrawn) -> bool:
         if (private.folder / name).exists():
             shutil.rmtree(private.folder / name)
             changed = True
+    (private.folder / trace.LEFT_OUT).unlink(missing_ok=True)  # its pixels may be the patient's
     tables = [private.folder / trace.DUPLICATES, *sorted((private.folder / trace.IDS).glob("*.jsonl"))]
     for table in tables:
         if table.exists():
