@@ -14,6 +14,7 @@ from dex.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
 _INIT = -1
+"""The 'step' whose seed draws the initial weights."""
 _EXPECTED = (
     "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
 )

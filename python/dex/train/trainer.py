@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
-from dex.common.random import step_seed
 from dex.common.ranks import full, gather, same_bits, spread
 from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
@@ -35,7 +34,6 @@ from dex.train.verdict import Agreement, Losses, NonFinite, Sent, Verdict, send
 from dex.train.window import Window
 from dexkernels import hold_weights
 
-"""The 'step' whose seed draws the initial weights."""
 _SCHEDULE = {"momentum": torch.float64}
 """What is not float32: of a float32 momentum, 1 - m would have four digits."""
 _MASK_STREAM, _ROUTER_STREAM = 1, 16
