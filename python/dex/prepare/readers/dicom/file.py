@@ -32,7 +32,7 @@ from pydicom.uid import (
 
 from ..files import BoundedFile, Limits, Unpacked, check_scans, has_magic, opened, quiet, quietly
 from ..stack import Refused
-from . import elements
+from . import bits, elements
 from .codestream import j2k_size, jpeg_colour, jpeg_size, rle_segments, whole_spectrum
 
 HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
@@ -285,23 +285,18 @@ class Pixels:
     def _native(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
         syntax = ExplicitVRLittleEndian if self.syntax == DeflatedExplicitVRLittleEndian else self.syntax
         for number in numbers:
-            if self.options["bits_allocated"] == 1:
-                yield self._bits(source, number)
+            if self.options["bits_allocated"] in bits.PACKED:
+
+                def read(start: int, count: int) -> bytes:
+                    source.seek(self.offset + start)
+                    return source.read(count)
+
+                signed = self.options.get("pixel_representation") == 1
+                yield bits.frame(read, self.sides, self.options["bits_allocated"], signed, number)
                 continue
             source.seek(self.offset)
             array, _ = get_decoder(syntax).as_array(source, index=number, raw=True, **self.options)
             yield self._rgb(array, self.photometric)
-
-    def _bits(self, source: BoundedFile, number: int) -> np.ndarray:
-        """A frame of single bits; frames follow each other without padding, the first pixel in the lowest bit."""
-        count = self.sides[0] * self.sides[1]
-        first = number * count
-        source.seek(self.offset + first // 8)
-        data = source.read((first % 8 + count + 7) // 8)
-        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[first % 8 : first % 8 + count]
-        if len(bits) != count:
-            raise Refused("unreadable", f"the file ends within frame {number}: cut off; copy it anew")
-        return bits.reshape(self.sides)
 
     def _compressed(self, source: BoundedFile, numbers: list[int]) -> Iterator[np.ndarray]:
         decoder = get_decoder(self.syntax)
@@ -428,7 +423,9 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     photometric = options["photometric_interpretation"] = str(options["photometric_interpretation"])
     allocated, samples = options["bits_allocated"], options["samples_per_pixel"]
     limits.check_frame(options["rows"], options["columns"])
-    if samples not in (1, 3) or allocated not in (1, 8, 16, 32, 64) or options["number_of_frames"] < 1:
+    packed = allocated == 12 and samples == 1 and syntax.is_little_endian and not syntax.is_encapsulated
+    sound = packed or allocated in (1, 8, 16, 32, 64)
+    if samples not in (1, 3) or not sound or options["number_of_frames"] < 1:
         raise Refused("unsupported", f"{samples} samples of {allocated} bits a pixel")
     if samples == 3:
         options.setdefault("planar_configuration", 0)
@@ -469,7 +466,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     elif lut is not None:
         dtype = lut.dtype
     else:
-        dtype = np.dtype(f"{'i' if signed else 'u'}{max(1, allocated // 8)}")
+        dtype = np.dtype(f"{'i' if signed else 'u'}{-(-allocated // 8)}")
     pixels = Pixels(
         path=path,
         syntax=syntax,
@@ -487,7 +484,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         first=first,
         padding=None if colour or floating or allocated == 1 else _padding(head, allocated, signed),
     )
-    if not limits.holds(0, *pixels.sides, samples * max(1, allocated // 8)):
+    if not limits.holds(0, *pixels.sides, samples * -(-allocated // 8)):
         raise Refused("too large", f"{pixels.sides} pixels of {samples * allocated} bits")
     return pixels
 
