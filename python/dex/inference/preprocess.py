@@ -20,7 +20,8 @@ from torch import Tensor
 from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import kind_of
-from dex.prepare import chunks, filters, label_maps, modalities, readers, routing, sources
+from dex.prepare import filters, label_maps, modalities, readers, routing, sources
+from dex.prepare.no_images import not_an_image
 from dex.prepare.readers.files import opened
 from dex.prepare.slices import enough, pieces, slices
 
@@ -163,7 +164,7 @@ def read_stacks(
         of_stack = _for_stack(source, stack, path)
         if of_stack.routed:
             raise readers.Refused("unknown modality", "nothing says of which modality it is")
-        refused = None if source.trusted else chunks.not_an_image(stack, unit.format, path)
+        refused = None if source.trusted else not_an_image(stack, unit.format, path)
         whole = "burned-in" if stack.burned_in else refused and refused.reason
         if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(unit.format).decides:
             stack.rescale(source.slope, source.intercept)

@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from . import filters, label_maps, normalise, readers, routing, trace
 from .discover import Chunk, Unit, is_unchanged, modality_of, read_units
 from .ids import Names
 from .modalities import known
+from .no_images import not_an_image
 from .readers.stack import Refused
 from .slices import Slice, enough, pieces, slices
 from .sources import Source
@@ -412,41 +413,6 @@ class UnitWork:
                 raise refused
         if source.routed:
             raise Refused("unknown modality", "nothing says of which modality it is; --modality or --pattern would")
-
-
-def not_an_image(stack: readers.Stack, format: str, path: str) -> Refused | None:
-    """Why a stack is no image: by what its file declares or by its numbers.
-
-    path: of its file, whose name is a hint, as what its header calls it is.
-    """
-    reader = readers.reader_of(format)
-    if reader.frame_stride != 1:  # films hold no labels
-        return None
-    if stack.declared:
-        return Refused(stack.declared, "its header declares it")
-    named = stack.named or label_maps.suspicious(path)
-    if label_maps.judge(_frames(stack), named) or (reader.decides and label_maps.judge(_rescaled(stack), named)):
-        return Refused(label_maps.LABEL_MAP, "few values that fill regions")
-    if not reader.decides and label_maps.is_probability_map(_frames(stack), os.path.basename(path)):
-        return Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
-    return None
-
-
-def _rescaled(stack: readers.Stack) -> Iterator[np.ndarray]:
-    """The same frames in the numbers that the header makes of them, where these are others: the labels of a map that
-    was given the rescale of its CT begin at 0 in either the one or the other."""
-    if np.ndim(stack.slope) == 0 and (stack.slope, stack.intercept) != (1, 0) and stack.quantity != "display8":
-        yield from (frame * stack.slope + stack.intercept for frame in _frames(stack))
-
-
-def _frames(stack: readers.Stack) -> Iterator[np.ndarray]:
-    """Some frames of a stack, and all of them where each of these is of one value."""
-    blank = True
-    for frame in stack.sample(frozenset(label_maps.spread(stack.length))):
-        blank = blank and bool((frame[:1] == frame.flat[0]).all() and (frame == frame.flat[0]).all())
-        yield frame
-    if blank and stack.length > label_maps.FRAMES:
-        yield from stack.sample(range(stack.length))
 
 
 def _describe(one: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:
