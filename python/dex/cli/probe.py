@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
 
+    from dex.common.ranks import announced
     from dex.inference import probe_job
     from dex.inference.collection import collection
     from dex.inference.embed_job import Options, Stopped
@@ -30,6 +31,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         options.features, options.folds, options.k, tuple(options.shots), options.draws, options.seeds
     )
     probe_job.check(settings)
+    if announced().world_size > 1:
+        raise ValueError(f"WORLD_SIZE: expected one process, which dex probe runs in; got {announced().world_size}")
     labels = probe_job.read_labels(Path(options.labels) if options.labels else None, options.patient)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder; got the file {out}")

@@ -203,7 +203,7 @@ class _Samples:
 
 
 def _of_files(root: Path, source: sources.Source, private: Path, as_it_is: bool, processes: int) -> Collection:
-    listing = discover.discover(source, root)
+    listing = _listed(source, root)
     if listing.large:
         limits, folder = readers.Limits(), private / "headers"
         series = scan.scan(
@@ -219,6 +219,17 @@ def _of_files(root: Path, source: sources.Source, private: Path, as_it_is: bool,
         lambda item: [listing.unit(number) for number in groups[item]],
         _Files(root, source, names, as_it_is, listing.formats),
     )
+
+
+def _listed(source: sources.Source, root: Path) -> Listing:
+    try:
+        return discover.discover(source, root)
+    except ValueError as error:
+        found = str(error).rpartition("; ")[2]
+        raise ValueError(
+            f"input: expected a regular file of the formats {', '.join(readers.formats())}, or a folder of such files; "
+            f"links are not followed; {found}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)

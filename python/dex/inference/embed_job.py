@@ -95,6 +95,8 @@ def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
             raise ValueError("out: expected a folder for several ranks, which write parts; got an .npz file")
         if options.out.is_dir():
             raise ValueError(f"out: expected a file; {options.out} is a folder")
+        if options.out.exists():
+            raise ValueError(f"out: expected a new file; {options.out} is there. Give another --out")
         options.out.parent.mkdir(parents=True, exist_ok=True)
     else:
         _begin_folder(_plan(loaded, collection, options), options.out)

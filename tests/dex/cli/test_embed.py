@@ -103,13 +103,17 @@ def test_scans_that_cannot_be_read_are_counted(model, run, tmp_path):
         (("absent", "INPUT", "--out", "x.npz"), "run: expected a run folder"),
         (("MODEL", "absent", "--out", "x.npz"), "input: expected a shard set, a folder or a file; nothing at absent"),
         (("MODEL", "INPUT", "--out", " "), "out: expected a folder"),
+        (("MODEL", "INPUT", "--out", "there.npz"), "out: expected a new file; there.npz is there. Give another --out"),
+        (("MODEL", "notes.txt", "--out", "x.npz"), "input: expected a regular file of the formats array, dicom, "),
         (("MODEL", "INPUT", "--out", "x.npz", "--layers", "9"), "layers: expected numbers of blocks, 0 to 1; got 9"),
         (("MODEL", "INPUT", "--out", "x.npz", "--batch-size", "0"), "batch-size: expected at least 1; got 0"),
         (("MODEL", "INPUT", "--out", "x.npz", "--img-size", "33"), "img_size: expected a multiple of the patch size"),
         (("MODEL", "INPUT", "--out", "x.npz", "--modality", "CTT"), "modality: expected one of CT"),
     ],
 )
-def test_wrong_input_is_one_line(options, message, model, images, run):
+def test_wrong_input_is_one_line(options, message, model, images, run, tmp_path):
+    for name in ("there.npz", "notes.txt"):
+        (tmp_path / name).touch()
     code, _, err = run("embed", *[{"MODEL": model, "INPUT": images}.get(o, o) for o in options])
     assert code == 2 and err.startswith(f"dex embed: {message}") and err.count("\n") == 1
 

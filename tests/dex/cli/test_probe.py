@@ -51,6 +51,13 @@ def test_classes_of_dicom_files_and_one_that_is_broken(run, tmp_path):
     assert "labels without an image: 1 (gone.dcm)\n" in out
 
 
+def test_several_ranks_are_refused(images, run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("probe", MODEL, images, "--out", "x")
+    assert (code, err) == (2, "dex probe: WORLD_SIZE: expected one process, which dex probe runs in; got 2\n")
+
+
 def test_results_are_not_overwritten(images, run, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "probe.csv").write_text("earlier")
