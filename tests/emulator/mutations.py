@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import equivalent  # noqa: E402
 import mutants  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from far_cases import far_cases  # noqa: E402
 from shipped_cases import (  # noqa: E402
     align_loss_case,
     errors_of,
@@ -42,7 +44,8 @@ from shipped_cases import (  # noqa: E402
 )
 
 RESULTS = Path(__file__).parent / "mutations.json"
-PAGE = Path(__file__).resolve().parents[2] / "docs/emulator-mutations.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, KERNEL_TESTS = ROOT / "docs/emulator-mutations.md", ROOT / "tests/kernels"
 SEED, COUNT = 13, 280
 SECONDS = 60
 """Of the processor, that a case may take."""
@@ -106,7 +109,12 @@ def cases() -> dict[str, Case]:
         "aligned, large, by slot": Case(
             90, aligned((3, 66, 64, 72, 20, 2), scale_of_biases=2.0**17), BF16, (EMULATOR,)
         ),
+        **{name: Case(arch, _far(name), BF16, (EMULATOR,)) for name, (arch, _) in far_cases(None).items()},
     }
+
+
+def _far(name: str) -> Callable:
+    return lambda shipped, dtype: far_cases(shipped)[name][1]()
 
 
 def _other_cases() -> dict[str, Case]:
@@ -209,9 +217,27 @@ class Checker:
                         return self._named(case, error)
                     if wrong:
                         return f"{case}: {wrong}"
+                if self.tool == INTERPRETER:
+                    failed = self._far_apart()
+                    if failed:
+                        return failed
         if self.tool == EMULATOR and all(self.ptx[case] == before[case] for case in relevant):
             return SAME_PTX
         return SURVIVED if relevant else "survived: no case reaches it"
+
+    def _far_apart(self) -> str | None:
+        """The test of tests/kernels that fails of those with offsets of more than 32 bits."""
+        failed = []
+
+        class Failed:
+            def pytest_runtest_logreport(self, report):
+                if report.failed:
+                    failed.append(report.nodeid.rpartition("/")[2])
+
+        used = int(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
+        pytest.main([str(KERNEL_TESTS), "-k", "far_apart", "-xq", "-p", "no:cacheprovider"], [Failed()])
+        return failed[0] if failed else None
 
     def _named(self, case: str, error: Exception) -> str:
         kind = type(error).__name__
@@ -230,6 +256,10 @@ def _without_machine_code() -> None:
 
     knobs.cache.dir = tempfile.mkdtemp()
     CUDABackend.make_cubin = lambda self, *args: b""
+
+
+LARGE = 2**24
+"""Elements of a tensor that is not recorded: of most of them no page is touched."""
 
 
 class Recorded(NamedTuple):
@@ -252,7 +282,7 @@ def _replaying(shipped, recorded: list[Recorded]):
             values = [*args, *kwargs.values(), *self.extra]
             tensors = [getattr(value, "base", value) for value in values]
             tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
-            known = None if self.recording or self.changed else recorded[len(self.ran)]
+            known = recorded[len(self.ran)] if len(self.ran) < len(recorded) and not self.changed else None
             if known is not None and known.compiled is compiled:
                 with torch.no_grad():
                     for t, result in zip(tensors, known.results, strict=True):
@@ -260,6 +290,8 @@ def _replaying(shipped, recorded: list[Recorded]):
                 self.ran.append(known.ran)
                 return
             super().run(kernel, args, grid, kwargs)
+            if max((t.numel() for t in tensors), default=0) > LARGE:
+                return
             if self.recording:
                 recorded.append(Recorded(compiled, self.ran[-1], [t.detach().clone() for t in tensors]))
             elif known is not None:

@@ -1,0 +1,134 @@
+"""Cases whose results, or what they read, lie more than 2^31 elements from the first, as of `shipped_cases`.
+
+Offsets that a kernel computes in 32 bits would wrap around. The storages are the size that such shapes need, and hardly
+a page of them is touched; one block of a launch is run.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from shipped_cases import Case
+
+COLS = 256
+
+EXPERTS, LAST = 128, 127
+FAR = (2**31 // LAST // 8 + 1) * 8
+"""Columns of an expert: the biases of the last expert begin just past element 2^31."""
+
+
+def untouched(*shape) -> torch.Tensor:
+    size = torch.Size(shape).numel()
+    return torch.tensor([], dtype=torch.bfloat16).set_(torch.UntypedStorage(2 * size), 0, shape)
+
+
+def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
+    """Name -> architecture, and what makes the case."""
+    return {
+        "an image far apart": (90, lambda: third_image(shipped)),
+        "hidden biases far apart": (90, lambda: hidden_biases(shipped)),
+        "biases by slot far apart": (90, lambda: biases_by_slot(shipped)),
+        "biases of packed rows far apart": (90, lambda: biases_of_packed_rows(shipped)),
+        "biases of gathered rows far apart": (80, lambda: biases_of_gathered_rows(shipped)),
+    }
+
+
+def _case(kernel, block, run, exact) -> Case:
+    """run: gives the columns that are looked at; exact: what they must be, in float64."""
+
+    def compute(emulator):
+        emulator.only = {kernel: [block]}
+        return {"columns": run()}
+
+    return Case(torch.bfloat16, compute, lambda precision: {"columns": exact.to(precision)})
+
+
+def third_image(shipped) -> Case:
+    """The first columns of the third image of three, by `sum_choices`."""
+    tokens, width, depth = 64, 2**24, 16
+    generator = torch.Generator().manual_seed(0)
+    out, weight, bias = untouched(3, tokens, width), untouched(2, width, depth), untouched(2, width)
+    rows = torch.randn(6, tokens, depth, generator=generator).bfloat16()
+    weight[:, :COLS] = torch.randn(2, COLS, depth, generator=generator)
+    bias[:, :COLS] = torch.randn(2, COLS, generator=generator)
+    gates = torch.rand(3, 2, generator=generator)
+    # Every image takes expert 0, then expert 1: slots 0, 2, 4, then 1, 3, 5.
+    order, offsets = torch.tensor([0, 2, 4, 1, 3, 5]), torch.tensor([0, 3, 6])
+    slots = shipped.mlp_records.Slots(gates, order, offsets)
+    plan = shipped.plan.Plan(slots, tokens, 1, "half", 90, shipped.configurations.TILES)
+    product = shipped.plan.Product(rows, weight, True, bias, gates, out, None)
+    w, b = weight[:, :COLS].double(), bias[:, :COLS].double()
+    exact = sum(rows[place].double() @ w[e].T + gates[2, e].double() * b[e] for e, place in ((0, 2), (1, 5)))
+
+    def run():
+        shipped.aligned.sum_choices(product, plan)
+        return out[2, :, :COLS]
+
+    # Three tiles of rows walk the columns side by side: the third program has the third image.
+    return _case("to_images_kernel", 2, run, exact)
+
+
+def far_expert(shipped, tokens, depth):
+    """One slot of the last expert: its plan, rows ``[1, tokens, depth]``, weights whose experts overlap, and biases."""
+    generator = torch.Generator().manual_seed(0)
+    weight = untouched((FAR + LAST) * depth).as_strided((EXPERTS, FAR, depth), (depth, depth, 1))
+    weight[LAST, :COLS] = torch.randn(COLS, depth, generator=generator)
+    bias = untouched(EXPERTS, FAR)
+    bias[LAST, :COLS] = torch.randn(COLS, generator=generator)
+    offsets = torch.tensor([0] * EXPERTS + [1])
+    slots = shipped.mlp_records.Slots(torch.tensor([[0.75]]), torch.tensor([0]), offsets)
+    plan = shipped.plan.Plan(slots, tokens, tokens // 64, "half", 90, shipped.configurations.TILES)
+    return plan, torch.randn(1, tokens, depth, generator=generator).bfloat16(), weight, bias
+
+
+def _exact(rows, weight, bias, gate=1.0):
+    return rows[0].double() @ weight[LAST, :COLS].double().T + gate * bias[LAST, :COLS].double()
+
+
+def hidden_biases(shipped) -> Case:
+    plan, x, weight, bias = far_expert(shipped, 64, 8)
+    a = untouched(1, 64, FAR)
+    weights = shipped.MLPWeights(weight, bias, None, None)
+
+    def run():
+        shipped.aligned.fc1(x, weights, None, a, plan)
+        return a[0, :, :COLS]
+
+    return _case("fc1_blocks_kernel", 0, run, torch.nn.functional.gelu(_exact(x, weight, bias)))
+
+
+def biases_by_slot(shipped) -> Case:
+    plan, rows, weight, bias = far_expert(shipped, 64, 16)
+    out = untouched(1, 64, FAR)
+    product = shipped.plan.Product(rows, weight, True, bias, plan.slots.gates, out, None)
+
+    def run():
+        shipped.aligned.to_slots(product, out, plan)
+        return out[0, :, :COLS]
+
+    return _case("to_slots_blocks_kernel", 0, run, 0.75 * _exact(rows, weight, bias))
+
+
+def biases_of_packed_rows(shipped) -> Case:
+    """The packed rows come behind those of the block, and their tile is the second."""
+    plan, rows, weight, bias = far_expert(shipped, 66, 16)
+    product = shipped.plan.Product(rows, weight, True, bias, plan.slots.gates, untouched(1, 66, FAR), None)
+
+    def run():
+        return shipped.aligned.sum_choices(product, plan)[0, 0, :, :COLS]
+
+    return _case("to_images_kernel", 1, run, _exact(rows, weight, bias, 0.75)[64:])
+
+
+def biases_of_gathered_rows(shipped) -> Case:
+    plan, rows, weight, bias = far_expert(shipped, 64, 16)
+    plan, out = plan._replace(blocks=0, arch=80), untouched(1, 1, 64, FAR)
+    product = shipped.plan.Product(rows, weight, True, bias, None, out, None)
+    gather = sys.modules[shipped.grouped_mlp.__name__ + ".gather"]
+    columns = plan.tile("to_slots").cols
+
+    def run():
+        gather.to_slots(product, out, plan)
+        return out[0, 0, :, :columns]
+
+    return _case("to_slots_kernel", 0, run, _exact(rows, weight, bias)[:, :columns])
