@@ -63,6 +63,12 @@ def write(private: Path, roots: Sequence[Path], limits: readers.Limits, processe
         counts[row.reason] += 1
         chosen[row.reason] = sorted([*chosen.get(row.reason, []), row])[:SHOWN]
     jobs = [job for rows in chosen.values() for row in rows if (job := _job(row, roots, limits)) is not None]
+    thumbnails = dict(_looked(jobs, limits, processes)) if jobs else {}
+    html = _page(counts, chosen, thumbnails)
+    atomic.write(private / PAGE, html, mode=0o600, locked=True)
+
+
+def _looked(jobs: Sequence[_Job], limits: readers.Limits, processes: int) -> Iterator[tuple[_Row, bytes]]:
     formats = {format for job in jobs if (format := _format(job.files[0])) is not None}
     results = workers.run(
         look,
@@ -71,9 +77,7 @@ def write(private: Path, roots: Sequence[Path], limits: readers.Limits, processe
         memory_mb=limits.memory_mb,
         preload=functools.partial(chunks.preload, sorted(formats)),
     )
-    thumbnails = {job.row: picture for job, picture in results if picture}
-    html = _page(counts, chosen, thumbnails)
-    atomic.write(private / PAGE, html, mode=0o600, locked=True)
+    yield from ((job.row, picture) for job, picture in results)
 
 
 def look(task: workers.Task, report: workers.Report) -> bytes:
@@ -150,7 +154,8 @@ def _page(counts: Counter[str], chosen: Mapping[str, Sequence[_Row]], thumbnails
 
 
 def _figure(row: _Row, picture: bytes | None) -> str:
-    name = escape(f"{row.path}/{row.file}" if row.file else row.path)
+    path = f"{row.path}/{row.file}" if row.file else row.path
+    name = escape(path.encode("utf-8", "backslashreplace").decode())
     image = '<p class="quiet">no image</p>'
     if picture:
         data = base64.b64encode(picture).decode()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import stat
 
@@ -31,6 +32,8 @@ def made(inline_workers, tmp_path):
     for number in range(8):
         save_dicom(root / f"p1/Doe-{number}.dcm", picture(50 + number), Modality="OT", SOPClassUID=CAPTURE)
     (root / "p1" / "bad.jpg").write_bytes(b"no picture")
+    with open(os.path.join(os.fsencode(root), b"p1/\xff<b>.jpg"), "wb") as file:
+        file.write(b"no picture")
     prepare(resolve(root, modality="X-ray"), Options(tmp_path / "out", Settings(size=64)), lambda text: None).run(
         Progress()
     )
@@ -52,7 +55,11 @@ def test_the_page_is_private_and_shows_a_few_of_each_reason(made):
     shown = pictures(html)
     assert len(shown) == 1 + left_out.SHOWN and {image.shape for image in shown} == {(64, 64)}
     assert sorted(np.unique(shown[0])) == [0, 127, 255]  # a mask of 0, 1 and 2 is to be seen
-    assert html.count("no image") >= 1 and "first bytes are those of no picture" in html
+    assert (
+        "p1/\\udcff&lt;b&gt;.jpg" in html
+        and html.count(">no image<") == 2
+        and "first bytes are those of no picture" in html
+    )
     assert "<script" not in html and "default-src 'none'" in html
 
 
