@@ -18,7 +18,7 @@ NEEDS = "data"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
-    options = _parser().parse_args(arguments)
+    options = _parser("--dry-run" not in arguments).parse_args(arguments)
 
     from dex.prepare import left_out, summary
     from dex.prepare import run as prepare
@@ -26,8 +26,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
     if options.dry_run:
         return dry_run("dex prepare", arguments, options)
-    if options.out is None:
-        raise ValueError("the following arguments are required: --out")
     wanted = dataclasses.replace(
         _looked_at(options),
         out=folder_argument("out", options.out),
@@ -139,21 +137,23 @@ def _looked_at(options: argparse.Namespace) -> Any:
     )
 
 
-def _parser() -> Parser:
+def _parser(needs_out: bool) -> Parser:
     parser = Parser(
         prog="dex prepare",
         description="Raw scans, pictures and videos to normalised images in shards, with a data card. Killed or "
         "stopped, the same command goes on where it was and ends in the same bytes.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",
     )
-    parser.add_argument("--out", metavar="DIR", help="the set; DIR.private beside it holds what is not")
+    add_source_options(parser)
+    parser.add_argument(
+        "--out", required=needs_out, metavar="DIR", help="the set; DIR.private beside it holds what is not"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="look at headers and a few pixels, and say what would be kept and left out, how long it would take and "
         "how large the set would be; nothing is written",
     )
-    add_source_options(parser)
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
     parser.add_argument(
         "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"

@@ -68,7 +68,9 @@ def test_damaged_headers_are_as_pydicom_reads_them_or_left_to_it(tmp_path):
             expected, syntax, pixels, _ = by_pydicom(target)
         except Exception as error:
             pytest.fail(f"pydicom does not read what is taken for plain: {type(error).__name__}")
-        assert values_or_error(header.head) == values_or_error(expected) and header.pixels == min(pixels, len(data)), trial
+        assert values_or_error(header.head) == values_or_error(expected) and header.pixels == min(pixels, len(data)), (
+            trial
+        )
     assert fast > 100
 
 
