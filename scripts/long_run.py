@@ -4,9 +4,9 @@
 usage: python scripts/long_run.py DATA OUT [--steps N] [--ranks N]
        python scripts/long_run.py --page [--check]
 
-DATA: the shard set. OUT: a new run folder. Writes benchmarks/results/long-run/two-ranks.json, docs/long-run.html
-(`dex report`), docs/images/long-run.png and docs/long-run.md. --page: that last one alone, from the
-results; --check: change nothing, exit 1 when it would.
+DATA: the shard set. OUT: a new run folder, in which report.html is made too. Writes benchmarks/results/long-run/
+two-ranks.json, docs/images/long-run.png and docs/long-run.md. --page: that last one alone, from the results; --check:
+change nothing, exit 1 when it would.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from generated import atomic, commit_of, settle  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/long-run/two-ranks.json"
-PAGE, REPORT = ROOT / "docs/long-run.md", ROOT / "docs/long-run.html"
+PAGE = ROOT / "docs/long-run.md"
 PICTURES = ROOT / "docs/images"
 EVERY = 5
 """Seconds between two looks at the memory of the ranks."""
@@ -36,8 +36,7 @@ TEXT = """\
 {steps:,} steps of {batch} images on {ranks} ranks that talk through gloo, {strategy}, on the {images:,} images that
 `dex prepare packages` makes of public packages: a small model ({width} wide, {depth} layers of {experts} experts, of
 which an image takes {top_k}), made to find leaks and drift, not to learn much. Made by `make long-run`, from
-[its results](../benchmarks/results/long-run/two-ranks.json); not edited. [The report of the run](long-run.html) is a
-page to download and open.
+[its results](../benchmarks/results/long-run/two-ranks.json); not edited.
 
 {machine}
 
@@ -224,7 +223,7 @@ def run(data: Path, out: Path, steps: int, ranks: int) -> None:
     found = results(out, seen, time.monotonic() - began)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(RESULTS, json.dumps(found) + "\n")
-    report = [sys.executable, "-m", "dex", "report", str(out), "--out", str(REPORT)]
+    report = [sys.executable, "-m", "dex", "report", str(out)]
     subprocess.run(report, check=True)
     shutil.copy(out / "pictures/losses.png", PICTURES / "long-run.png")
 

@@ -51,11 +51,9 @@ ASSUMED = {
 """What nobody has measured here. The share of the peak that products reach is `dex.sizing.estimate.ASSUMED_MFU`."""
 NETWORKS = {"ViT-B": (768, 12, 12), "ViT-L": (1024, 24, 16), "ViT-H": (1280, 32, 16)}
 """Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; all else as the preset published-code."""
-GPU, GPUS, GPU_EXPERTS = "H100 SXM", (1, 8, 64, 256, 1024), (8, 16, 32, 64, 128)
+GPU, GPUS, GPU_EXPERTS = "H100 SXM", (8, 64, 256), (8, 32)
 IMAGES = 112
 """Images of a GPU in a step where the batch grows with the GPUs (896 on 8), and the most that are computed at once."""
-STRONG = {1: 896, 8: 896, 64: 896, 256: 1024, 1024: 1024}
-"""GPUs -> batch where it stays: the published code's 896, or 1,024 where 896 are no whole number of images a GPU."""
 MODALITIES = 10
 RUN_IMAGES = 200 * 4.97e6
 """Images of the published run: 200 epochs of 4.97 million."""
@@ -253,18 +251,8 @@ def predict(results: dict) -> dict:
             "costs": gpu._asdict(),
             "sources": source,
             "mfu": ASSUMED_MFU,
-            "weak": [
-                gpu_row(name, experts, count, count * IMAGES, gpu)
-                for name in NETWORKS
-                for experts in GPU_EXPERTS
-                for count in GPUS
-            ],
-            "strong": [gpu_row(name, 8, count, STRONG[count], gpu) for name in NETWORKS for count in GPUS],
-            "others": [
-                gpu_row(name, experts, 64, 64 * IMAGES, gpu_costs(device)[0]) | {"device": device}
-                for device in MAKERS
-                for name in NETWORKS
-                for experts in (8, 128)
+            "rows": [
+                gpu_row(name, experts, count, gpu) for name in NETWORKS for experts in GPU_EXPERTS for count in GPUS
             ],
         },
     }
@@ -314,39 +302,26 @@ def counted(name: str, experts: int):
     return workload(replace(base, model=model), MODALITIES)
 
 
-def gpu_row(name: str, experts: int, count: int, batch: int, costs) -> dict:
-    """One network on ``count`` GPUs, both strategies; what cannot be cut is None."""
+def gpu_row(name: str, experts: int, count: int, costs) -> dict:
+    """One network on ``count`` GPUs, `IMAGES` on each, both strategies; what cannot be cut says why."""
     from dataclasses import replace
 
-    from dex.sizing.scaling import checkpoint_seconds, days, exchanges, memory, sent, split, step
+    from dex.sizing.scaling import days, memory, split, step
 
     work = counted(name, experts)
-    config = replace(work.config, data=replace(work.config.data, batch_size=batch))
+    config = replace(work.config, data=replace(work.config.data, batch_size=count * IMAGES))
     work = work._replace(config=split(config, count, IMAGES))
-    row = {
-        "network": name,
-        "experts": experts,
-        "gpus": count,
-        "batch": batch,
-        "parameters": sum(work.estimate.parameters.values()),
-        "checkpoint": work.estimate.checkpoint,
-        "checkpoint_seconds": checkpoint_seconds(work, costs),
-    }
+    row = {"network": name, "experts": experts, "gpus": count}
     for strategy in ("ddp", "fsdp"):
         try:
             parts, held = step(work, count, strategy, costs), memory(work, count, strategy)
         except ValueError as error:
             row[strategy] = {"refused": str(error)}
             continue
-        talk = [sent(e, count, costs.per_node) for e in exchanges(work, count, strategy).values()]
         row[strategy] = {
             "seconds": parts.total,
             "bound": parts.bound,
-            "parts": parts._asdict(),
             "memory": sum(held.values()),
-            "held": held,
-            "sent_inside": sum(inner for inner, _ in talk),
-            "sent_between": sum(outer for _, outer in talk),
             "days": days(work, parts.total, RUN_IMAGES),
         }
     return row
@@ -366,7 +341,20 @@ def main() -> int:
 
 
 def write(results: dict) -> None:
-    atomic.write(RESULTS, json.dumps(rounded(results), indent=1) + "\n")
+    atomic.write(RESULTS, lines(rounded(results)) + "\n")
+
+
+def lines(value, depth: int = 0) -> str:
+    """JSON with one line for each item of a list and for each value of the two outermost dictionaries."""
+    inner = " " * (depth + 1)
+    if isinstance(value, dict) and depth < 2:
+        items = [f"{inner}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        items = [inner + json.dumps(v) for v in value]
+    else:
+        return json.dumps(value)
+    first, last = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    return f"{first}\n" + ",\n".join(items) + f"\n{' ' * depth}{last}"
 
 
 def rounded(value):
