@@ -17,9 +17,9 @@ FAR = (2**31 // LAST // 8 + 1) * 8
 """Columns of an expert: the biases of the last expert begin just past element 2^31."""
 
 
-def untouched(*shape) -> torch.Tensor:
-    size = torch.Size(shape).numel()
-    return torch.tensor([], dtype=torch.bfloat16).set_(torch.UntypedStorage(2 * size), 0, shape)
+def untouched(*shape, dtype=torch.bfloat16) -> torch.Tensor:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.tensor([], dtype=dtype).set_(torch.UntypedStorage(size), 0, shape)
 
 
 def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
@@ -30,17 +30,18 @@ def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
         "biases by slot far apart": (90, lambda: biases_by_slot(shipped)),
         "biases of packed rows far apart": (90, lambda: biases_of_packed_rows(shipped)),
         "biases of gathered rows far apart": (80, lambda: biases_of_gathered_rows(shipped)),
+        "probabilities far apart": (80, lambda: probabilities()),
     }
 
 
-def _case(kernel, block, run, exact) -> Case:
+def _case(kernel, block, run, exact, dtype=torch.bfloat16) -> Case:
     """run: gives the columns that are looked at; exact: what they must be, in float64."""
 
     def compute(emulator):
         emulator.only = {kernel: [block]}
         return {"columns": run()}
 
-    return Case(torch.bfloat16, compute, lambda precision: {"columns": exact.to(precision)})
+    return Case(dtype, compute, lambda precision: {"columns": exact.to(precision)})
 
 
 def third_image(shipped) -> Case:
@@ -132,3 +133,19 @@ def biases_of_gathered_rows(shipped) -> Case:
         return out[0, 0, :, :columns]
 
     return _case("to_slots_kernel", 0, run, _exact(rows, weight, bias)[:, :columns])
+
+
+def probabilities() -> Case:
+    """Of three rows, of which the third begins at element 2^31."""
+    import probes
+
+    experts, columns = 2**30, 16
+    p, out = untouched(3, experts, dtype=torch.float32), torch.empty(columns)
+    p[:, :columns] = torch.rand(3, columns, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        probes.mean_probability_kernel[(1,)](p, out, 3, experts, columns, 16)
+        return out
+
+    exact = p[:, :columns].double().mean(0)
+    return _case("mean_probability_kernel", 0, run, exact, torch.float32)

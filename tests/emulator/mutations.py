@@ -43,8 +43,8 @@ from shipped_cases import (  # noqa: E402
     small_tiles,
 )
 
-RESULTS = Path(__file__).parent / "mutations.json"
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+RESULTS, ROOT = HERE / "mutations.json", HERE.parents[1]
 PAGE, KERNEL_TESTS = ROOT / "docs/emulator-mutations.md", ROOT / "tests/kernels"
 SEED, COUNT = 13, 280
 SECONDS = 60
@@ -169,7 +169,7 @@ class Checker:
     def _functions(self) -> dict[str, set[str]]:
         """Of each function of the device, it and all that it calls, by name."""
         direct = {}
-        for file in mutants.modules().values():
+        for file in (*mutants.modules().values(), HERE / "probes.py"):
             for function in mutants.jitted(file.read_text()):
                 direct.setdefault(function.name, set()).update({function.name} | mutants.called(function))
         while True:
@@ -221,9 +221,11 @@ class Checker:
                     failed = self._far_apart()
                     if failed:
                         return failed
+        if not relevant:
+            return "survived: no case reaches it"
         if self.tool == EMULATOR and all(self.ptx[case] == before[case] for case in relevant):
             return SAME_PTX
-        return SURVIVED if relevant else "survived: no case reaches it"
+        return SURVIVED
 
     def _far_apart(self) -> str | None:
         """The test of tests/kernels that fails of those with offsets of more than 32 bits."""

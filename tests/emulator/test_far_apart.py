@@ -14,6 +14,7 @@ OFFSET = "out += (image.to(tl.int64) * tokens + n) * width"
     "name",
     [
         IMAGE,
+        "probabilities far apart",
         *(
             pytest.param(f"{what} far apart", marks=pytest.mark.slow)
             for what in ("hidden biases", "biases by slot", "biases of packed rows", "biases of gathered rows")

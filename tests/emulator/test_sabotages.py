@@ -162,7 +162,9 @@ def target(request, tmp_path_factory):
     return target
 
 
-@pytest.mark.parametrize("change", [pytest.param(c, id=c.name) for c in CUDA])
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, id=c.name, marks=() if i < 3 else pytest.mark.slow) for i, c in enumerate(CUDA)]
+)
 def test_spoilt_cuda_is_seen(target, change, tmp_path):
     csrc = shutil.copytree(cuda_library.CSRC, tmp_path / "csrc")
     file = csrc / change.file

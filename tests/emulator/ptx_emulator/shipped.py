@@ -44,6 +44,9 @@ SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 FUNCTIONS = (JITFunction, InterpretedFunction)
 """What `triton.jit` makes: compiled, or interpreted where the process asks for that."""
 
+CALLERS = ("dexkernels", "probes")
+"""Modules, and those of packages, whose kernels call device functions of the library."""
+
 COMPILED, PROGRAMS = {}, {}
 
 
@@ -225,7 +228,7 @@ def with_source(module, text: str, folder: pathlib.Path):
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, FUNCTIONS)}
     kernels = {name: value for name, value in kernels.items() if value.fn.__module__ == module.__name__}
     with contextlib.ExitStack() as stack:
-        for other in [m for name, m in sys.modules.items() if name.startswith("dexkernels") and m is not changed]:
+        for other in [m for name, m in sys.modules.items() if name.startswith(CALLERS) and m is not changed]:
             for name, value in list(vars(other).items()):
                 kernel = next((n for n, one in kernels.items() if one is value), None)
                 if kernel is not None:
@@ -241,7 +244,7 @@ def with_source(module, text: str, folder: pathlib.Path):
 def _forget_hashes():
     """A kernel's hash covers the kernels that it calls, which may be others now."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("dexkernels"):
+        if name.startswith(CALLERS):
             for value in vars(module).values():
                 if isinstance(value, JITFunction):
                     value.hash = None
