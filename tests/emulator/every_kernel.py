@@ -61,6 +61,9 @@ FORMS = {
 """Of the aligned path, beside `BLOCKS`."""
 
 ONE_AT_A_TIME = (2, 65, 64, 96, 3, 2)
+CHUNKS = {"gather": (12, 5, 40, 72, 8, 1), "aligned": (8, 65, 64, 72, 4, 1)}
+"""One expert has most of the slots: its weight gradients are cut into parts of unequal length."""
+
 ROUTES = [(5, 40, 3, 2), (130, 24, 20, 3), (40, 72, 40, 2), (40, 72, 128, 2), (200, 16, 4, 2)]
 ONE_LAUNCH = 150
 """Rows up to which one launch routes: the last of ROUTES takes two, as larger inputs do with what ships."""
@@ -124,10 +127,12 @@ def _mlp_cases(arch: int, dtype: torch.dtype) -> Made:
     yield "grouped_mlp gather, small blocks", case("gather", SMALL, small_tiles)
     yield "grouped_mlp gather, with a director", case("gather", SMALL, with_director=True)
     yield "grouped_mlp gather, one gradient at a time", alone("gather", SMALL)
+    yield "grouped_mlp gather, chunks", case("gather", CHUNKS["gather"], small_tiles, skewed=True)
     if arch == 90 and dtype != torch.float32:
         yield "grouped_mlp aligned", case("aligned", BLOCKS)
         yield "grouped_mlp aligned, with a director", case("aligned", BLOCKS, with_director=True)
         yield "grouped_mlp aligned, one gradient at a time", alone("aligned", ONE_AT_A_TIME)
+        yield "grouped_mlp aligned, chunks", case("aligned", CHUNKS["aligned"], skewed=True)
         for form, sizes in FORMS.items():
             yield f"grouped_mlp aligned, {form}", case("aligned", sizes)
 

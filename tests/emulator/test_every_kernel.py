@@ -35,6 +35,28 @@ def test_every_case_ran_on_the_kernels_of_today(results):
         assert list(kept["cases"]) == list(every_kernel.expected(compiler)), AGAIN
 
 
+def test_another_triton_compiles_other_ptx(results):
+    """Only then is it worth a run: of the same cases it has other hashes."""
+    (other,) = [c for c in results if c.startswith("triton") and c != f"triton {TRITON}"]
+    for name, case in results[other]["cases"].items():
+        first = results[f"triton {TRITON}"]["cases"][name]
+        assert first["kernels"].keys() == case["kernels"].keys(), name
+        assert any(first["kernels"][k]["ptx"] != counted["ptx"] for k, counted in case["kernels"].items()), name
+
+
+def test_chunks_of_a_weight_gradient_are_added(launches):
+    """Where no expert has many slots the kernel that adds them finds nothing to do."""
+    found = set()
+    for _, name, kernel, counted in launches:
+        if kernel == "sum_chunks_kernel" and name.endswith(", chunks"):
+            D, H = every_kernel.CHUNKS["aligned" if "aligned" in name else "gather"][2:4]
+            sectors_of_a_part = D * H * 4 // 32
+            assert counted["sectors"][1] > 2 * sectors_of_a_part, name
+            found.add(name.removesuffix(", chunks"))
+    gather = {f"{t} {d} grouped_mlp gather" for t in ("sm_80", "sm_90") for d in ALL}
+    assert found == gather | {f"sm_90 {d} grouped_mlp aligned" for d in HALF}
+
+
 def test_the_version_with_which_every_case_ran_is_that_of_the_tests():
     makefile = (every_kernel.ROOT / "Makefile").read_text()
     assert f"triton=={TRITON}" in makefile
