@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -52,10 +52,14 @@ class Loaded(NamedTuple):
         return path_of(self.encoder)
 
     def preprocess(
-        self, file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
+        self,
+        file: str | os.PathLike[str],
+        modality: str | None = None,
+        planes: Sequence[str] = ("auto",),
+        **overrides: Any,
     ) -> Preprocessed:
         """The images of a picture, a volume or a DICOM folder; see `dex.inference.preprocess.preprocess`."""
-        return preprocess(file, modality, planes)
+        return preprocess(file, modality, planes, **overrides)
 
     def embed(
         self,

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dex
 from dex.model.weights import resize_pos_embed
@@ -200,3 +202,13 @@ def test_the_director_is_the_dense_model(trained, control):
     assert dex.load(control).path == "experts"
     with pytest.raises(ValueError, match="path: expected experts for a monolithic model"):
         dex.load(control, path="director")
+
+
+def test_preprocess_takes_what_the_set_was_prepared_with(trained, tmp_path):
+    """16-bit PNG of HU + 32768, as data sets of CT are handed out."""
+    hounsfield = np.full((256, 256), -200, np.int32)
+    hounsfield[64:192, 64:192], hounsfield[96:160, 96:160] = 100, 400
+    Image.fromarray((hounsfield + 32768).astype(np.uint16)).save(tmp_path / "slice.png")
+    options = {"slope": 1.0, "intercept": -32768.0}
+    (image,) = dex.load(trained).preprocess(tmp_path / "slice.png", "CT", **options).images
+    assert sorted(image.unique().tolist()) == [0, 128, 255]  # (HU + 200) / 600
