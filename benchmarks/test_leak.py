@@ -177,9 +177,9 @@ def test_false_alarms(images, tiny, capsys):
     lines, shares = [], {}
     for half in ("set", "other"):
         pairs = [pair for pair in neighbours(images) if images.half[pair[0]] == half]
-        fine = [one.fine for one in aligned(levels, [Way(a, b, 0, (0.0, 0.0, 1.0)) for a, b in pairs])]
-        copies = sum(value >= alignment.COPY for value in fine)
-        related = sum(value >= alignment.RELATED for value in fine) - copies
+        fine = list(aligned(levels, [Way(a, b, 0, (0.0, 0.0, 1.0)) for a, b in pairs]))
+        copies = sum(one.fine >= alignment.RELATED and one.finest >= alignment.COPY for one in fine)
+        related = sum(one.fine >= alignment.RELATED for one in fine) - copies
         shares[half] = copies / max(1, len(fine))
         lines.append(
             f"next slices, {half}: copies {wilson(copies, len(fine))}, neighbours {wilson(related, len(fine))}"
@@ -205,16 +205,17 @@ class Way(NamedTuple):
 class Fine(NamedTuple):
     way: Way
     fine: float
+    finest: float
 
 
 def aligned(levels, ways):
-    """The fine correlation of each pair, -1 where the coarse one says enough."""
+    """The fine and the finest correlation of each pair, the fine one -1 where the coarse one says enough."""
     for first in range(0, len(ways), 64):
         part = ways[first : first + 64]
         a, b = torch.stack([levels[w.a] for w in part]), torch.stack([turned(levels[w.b], w.turn) for w in part])
         result = alignment.align(a, b, torch.tensor([way.start for way in part]))
         values = torch.where(result.coarse >= alignment.COARSE, result.fine, torch.tensor(-1.0))
-        yield from map(Fine, part, values.tolist())
+        yield from map(Fine, part, values.tolist(), result.finest.tolist())
 
 
 def grey(dataset, place):
@@ -237,9 +238,9 @@ def strangers(images, half, views, levels, tiny):
             for row, k in zip(*np.nonzero(likely.of >= 0), strict=True)
         ]
         best = {}
-        for way, fine in aligned(levels, ways):
+        for way, fine, finest in aligned(levels, ways):
             if fine >= alignment.RELATED and fine > best.get(way.b, (-1.0,))[0]:
-                best[way.b] = fine, f"{one} of {source[way.a]}{' (copy)' if fine >= alignment.COPY else ''}"
+                best[way.b] = fine, f"{one} of {source[way.a]}{' (copy)' if finest >= alignment.COPY else ''}"
         for _, name in best.values():
             found[name] = found.get(name, 0) + 1
     return f"{wilson(sum(found.values()), len(places))} " + "; ".join(

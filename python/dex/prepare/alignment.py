@@ -1,9 +1,9 @@
 """Whether two images show the same, once the one is shifted and scaled to lie upon the other.
 
 `align` finds shift and scale by Gauss-Newton steps from coarse to fine, gain and offset of the grey levels left free.
-Then two correlations are taken where the images overlap: `coarse`, of the levels; and `fine`, of what remains of them
-when everything wider than some pixels is taken away. Of a copy, whatever was done to it, the fine one is near 1; slices
-that are neighbours in a volume are alike in the coarse one and have their own noise and edges in the fine one.
+Then correlations are taken where the images overlap: `coarse`, of the levels; `fine` and `finest`, of what remains of
+them when everything wider than some pixels is taken away. Of a copy, whatever was done to it, all are near 1; slices
+that are neighbours in a volume are alike in the coarse one and have their own edges and noise in the others.
 
 Shape letters: P pairs; S `SIDE`.
 """
@@ -17,26 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 128
-COPY = 0.985
-"""The fine correlation from which on an image is a copy. Measured by `benchmarks/test_leak.py`, as is the next."""
+COPY = 0.988
+"""The finest correlation from which on an image is a copy. Measured by `benchmarks/test_leak.py`, as is the next."""
 RELATED, COARSE = 0.85, 0.9
 """The fine and the coarse correlation from which on two images show the same anatomy, copies or neighbours."""
 _MOST_SHIFT, _MOST_SCALE = 0.3, 0.25  # of half a side; natural logarithm
 _LEVELS = ((16, 5), (32, 5))  # sides, steps: of all pairs, then, of those that are alike, also
 _FINER = ((64, 4), (SIDE, 3))
-_SMOOTH, _WIDE = 1.2, 4.0  # pixels: what is finer than the one, or wider than the other, does not count
+_SMOOTH, _WIDE, _NARROW = 1.2, 4.0, 2.0  # pixels: what is finer than the first, or wider than another, does not count
 _DETAIL = 0.5  # levels of 255: images with less have nothing to compare
 _LEAST_OVERLAP = 0.5
 
 
 class Alignment(NamedTuple):
     """shift: [P, 2], of a against b, along x and y in sides; scale: [P, 2], how much longer the sides of b are in a;
-    coarse, fine: [P], correlations within [-1, 1]; -1 where the images do not overlap or have no detail."""
+    coarse, fine, finest: [P], correlations within [-1, 1]; -1 where the images do not overlap or have no detail."""
 
     shift: Tensor
     scale: Tensor
     coarse: Tensor
     fine: Tensor
+    finest: Tensor
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def align(a: Tensor, b: Tensor, start: Tensor) -> Alignment:
         place = _steps(_smaller(a, side), _smaller(b, side), place, steps)
     side = _LEVELS[-1][0]
     coarse = _correlation(*_overlap(_smaller(a, side), _smaller(b, side), place))
-    fine = torch.full_like(coarse, -1)
+    fine, finest = torch.full_like(coarse, -1), torch.full_like(coarse, -1)
     near = torch.nonzero(coarse >= COARSE)[:, 0]
     if len(near):
         a, b, finer = a[near], b[near], place[near]
@@ -58,8 +59,9 @@ def align(a: Tensor, b: Tensor, start: Tensor) -> Alignment:
             finer = _steps(_smaller(a, side), _smaller(b, side), finer, steps)
         moved, b, inside = _overlap(a, b, finer)
         place[near], coarse[near] = finer, _correlation(moved, b, inside)
-        fine[near] = _fine_correlation(moved, b, inside)
-    return Alignment(place[:, :2] / 2, place[:, 2:].exp(), coarse, fine)
+        fine[near] = _fine_correlation(moved, b, inside, _WIDE)
+        finest[near] = _fine_correlation(moved, b, inside, _NARROW)
+    return Alignment(place[:, :2] / 2, place[:, 2:].exp(), coarse, fine, finest)
 
 
 def _steps(a: Tensor, b: Tensor, place: Tensor, count: int) -> Tensor:
@@ -112,10 +114,10 @@ def _overlap(a: Tensor, b: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tenso
     return moved, b, (grid.abs() <= 1).all(dim=-1)
 
 
-def _fine_correlation(a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
-    a, b = (_blurred(image, _SMOOTH) - _blurred(image, _WIDE) for image in (a, b))
+def _fine_correlation(a: Tensor, b: Tensor, inside: Tensor, wide: float) -> Tensor:
+    a, b = (_blurred(image, _SMOOTH) - _blurred(image, wide) for image in (a, b))
     inner = F.avg_pool2d(inside.float()[:, None], 9, stride=1, padding=4, count_include_pad=False)[:, 0] > 0.999
-    return _correlation(a, b, inner, _DETAIL)
+    return _correlation(a, b, inner, _DETAIL * wide / _WIDE)
 
 
 def _correlation(a: Tensor, b: Tensor, inside: Tensor, least: float = 0.0) -> Tensor:

@@ -286,7 +286,7 @@ def _aligned(sets: _Sets, pairs: list[_Candidate]) -> Iterator[tuple[_Candidate,
             if fine < alignment.RELATED or float(result.coarse[number]) < alignment.COARSE:
                 continue
             done = _how(pair.turn, float(shift.abs().max()), float(scale.log().mean().exp()))
-            name = "neighbour" if fine < alignment.COPY else "moved" if done else "near"
+            name = "neighbour" if float(result.finest[number]) < alignment.COPY else "moved" if done else "near"
             yield pair, fine, _NAMES[name], done
 
 

@@ -34,7 +34,7 @@ def cut(images: torch.Tensor, left: float, top: float, side: float) -> torch.Ten
 @pytest.mark.parametrize("left, top, side", [(0, 0, 256), (4, 9, 243), (10, 2, 240), (3, 3, 250)])
 def test_where_a_crop_lies(images, left, top, side):
     result = align(small(images), small(cut(images, left, top, side)), STILL.expand(len(images), 3))
-    assert (result.fine > COPY).all() and (result.coarse > 0.97).all()
+    assert (result.finest > COPY).all() and (result.fine > COPY).all() and (result.coarse > 0.97).all()
     centre = torch.tensor([left + side / 2 - 128, top + side / 2 - 128]) / 256
     assert torch.allclose(result.shift, centre.expand_as(result.shift), atol=0.004)
     assert torch.allclose(result.scale, torch.full_like(result.scale, side / 256), atol=0.006)
@@ -58,7 +58,7 @@ def test_own_detail_lowers_the_fine_correlation_alone(images):
     detail = F.interpolate(torch.randn(len(images), 1, 64, 64, generator=draw), size=(256, 256), mode="bicubic")[:, 0]
     spread = images.std(dim=(1, 2), keepdim=True)
     result = align(small(images), small(images + 0.2 * spread * detail), STILL.expand(len(images), 3))
-    assert (result.coarse > 0.97).all() and (result.fine < COPY).all()
+    assert (result.coarse > 0.97).all() and (result.finest < COPY).all()
 
 
 def test_without_detail_nothing_is_compared():
