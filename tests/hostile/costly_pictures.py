@@ -24,7 +24,7 @@ def png(*chunks: bytes) -> bytes:
 def pngs(full: bool) -> Iterator[One]:
     stream, text = io.BytesIO(), zeros(b"", 1000)
     Image.new("1", (16000, 16000)).save(stream, "PNG")
-    yield "256 million pixels", stream.getvalue(), LARGE
+    yield "256 million pixels", stream.getvalue(), ("images",)
 
     def empty(color: int, interlaced: int, data: bytes) -> bytes:
         head = chunk(b"IHDR", struct.pack(">LLBBBBB", 6300, 6300, 8, color, 0, 0, interlaced))
@@ -83,7 +83,7 @@ def tiff(count: int, data: bytes, **page_options) -> bytes:
 def tifs(full: bool) -> Iterator[One]:
     stream, small = io.BytesIO(), bytes(range(64)) * 64
     Image.new("1", (16000, 16000)).save(stream, "TIFF", compression="group4")
-    yield "256 million pixels", stream.getvalue(), LARGE
+    yield "256 million pixels", stream.getvalue(), ("images",)
     yield "pages", tiff(200_000 if full else 10_500, small), LARGE
     yield "pages in a ring", b"II*\0" + struct.pack("<L", 4104) + small + page(4104 + 114) + page(4104), (
         *BROKEN, "images", *LARGE
@@ -141,7 +141,7 @@ def others(full: bool) -> Iterator[One]:
     stream = io.BytesIO()
     blank = [Image.new("P", (4000, 4000), i % 2) for i in range(4)]
     blank[0].save(stream, "GIF", save_all=True, append_images=blank[1:])
-    yield "GIF", stream.getvalue(), BROKEN
+    yield "GIF", stream.getvalue(), ("images", *BROKEN)
     yield "JPEG 2000", j2k(30000, 30000, 30000), (*BROKEN, "too large")
     yield "PostScript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n" + b"showpage\n" * 1000, BROKEN
     yield "Photoshop", b"8BPS\0\1" + bytes(6) + struct.pack(">HLLHH", 3, 30000, 30000, 8, 3) + bytes(100), BROKEN
