@@ -16,16 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from dex.common import bombs
 
 from .files import BoundedFile, Limits, opened, quietly
 from .reader import Beat
 from .stack import Refused, Stack
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_TILES = 2**18
 _WORKING = 6  # bytes of a channel of a pixel that decoders work with which keep the whole picture
@@ -160,6 +162,8 @@ def _shrunk(
 def _means(band: np.ndarray, by: int) -> np.ndarray:
     """Of by x by neighbours in [by * H, by * W] or [by * H, by * W, 3], in the same type."""
     if band.dtype == np.uint8:
+        from PIL import Image
+
         return np.asarray(Image.fromarray(band).reduce(by))
     total = np.zeros((len(band) // by, band.shape[1] // by, *band.shape[2:]))
     for y in range(by):
