@@ -6,7 +6,7 @@ import os
 import pytest
 from small_runs import picture, save, source, start
 
-from dex.prepare import chunks, readers, unfinished, workers
+from dex.prepare import chunks, unfinished, workers
 from dex.prepare.run import private_folder
 
 UNITS = 6
@@ -46,18 +46,18 @@ def run(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(workers, "run", inline)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
-    real = readers.read
+    real = chunks.UnitWork.run
 
     def begin(after=10**9, out=tmp_path / "out"):
         read = []
 
-        def counted(*arguments, **options):
+        def counted(unit):
             if len(read) == after:
                 raise Killed
-            read.append(arguments)
-            return real(*arguments, **options)
+            read.append(unit)
+            return real(unit)
 
-        monkeypatch.setattr(readers, "read", counted)
+        monkeypatch.setattr(chunks.UnitWork, "run", counted)
         try:
             start([source(root)], out)
         except Killed:
