@@ -6,13 +6,14 @@ changes some of them, the command line the rest; `check` refuses what cannot wor
 
 import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from dex.common.fields import OnceLoader, flat, merge
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes with the step; every pair is (first step, last step), joined by half a cosine."""
+    """What changes with the step; every pair is (first step, last step of the span), joined by half a cosine."""
 
     epochs: float = 200.0
     steps: int | None = None
     """Length in steps; overrides epochs."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises linearly; 0.05 is 10 of 200 epochs."""
+    lr_shape: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: half a cosine to 0; the peak and, at the end, a straight line to 0; or the peak."""
+    decay: float = 0.1
+    """Share of the run over which wsd falls to 0."""
+    span: int | None = None
+    """Steps that warm-up and pairs span; null is the whole run. A run that is extended gets the length it had."""
     noise_std: tuple[float, float] = (1.0, 0.0)
     """Exploration noise of the router."""
     momentum: tuple[float, float] = (0.99, 0.999)
@@ -120,6 +127,11 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
+    """The newest ones; older ones are removed."""
+    milestones: tuple[int, ...] | None = None
+    """Steps whose checkpoints stay for good."""
+    keep_best: bool = False
+    """The checkpoint of the lowest held-out loss stays; an evaluation that is the best so far is followed by a save."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +234,7 @@ def from_dict(values: Any, base: Config, source: str = "configuration") -> Confi
 
     ValueError, naming the field and ``source``: an unknown key or a value of the wrong type.
     """
-    return _merge(base, values, source, "")
+    return merge(base, values, source)
 
 
 def read_yaml(path: str | Path, base: Config) -> Config:
@@ -232,22 +244,10 @@ def read_yaml(path: str | Path, base: Config) -> Config:
         there = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"config: expected a YAML file; {there} at {path}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config: expected YAML in {path}; got: {' '.join(str(error).split())}") from error
     return from_dict({} if values is None else values, base, str(path))
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that comes twice in one mapping is an error; plain YAML takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}")
-        return super().construct_mapping(node, deep)
 
 
 def to_yaml(config: Config) -> str:
@@ -257,7 +257,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted name of each field that differs -> (old value, new value)."""
-    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    a, b = flat(to_dict(old)), flat(to_dict(new))
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
 
 
@@ -267,7 +267,7 @@ def check(config: Config) -> None:
     _check_data(config.data)
     _check_optim(config.optim, config.peak_lr)
     _check_schedule(config.schedule)
-    for name, value in _flat(to_dict(config)).items():
+    for name, value in flat(to_dict(config)).items():
         numbers = value if isinstance(value, list) else [value]
         _require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
     _check_parallel(config.parallel)
@@ -361,6 +361,11 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     _require(schedule.epochs > 0, "schedule.epochs", "above 0", schedule.epochs)
     _require(schedule.steps is None or schedule.steps >= 1, "schedule.steps", "at least 1", schedule.steps)
     _require(0 <= schedule.warmup < 1, "schedule.warmup", "a share in [0, 1)", schedule.warmup)
+    _require(0 < schedule.decay <= 1, "schedule.decay", "a share above 0, at most 1", schedule.decay)
+    if schedule.lr_shape == "wsd":
+        rest = f"at most what schedule.warmup = {schedule.warmup:g} leaves"
+        _require(schedule.warmup + schedule.decay <= 1, "schedule.decay", rest, schedule.decay)
+    _require(schedule.span is None or schedule.span >= 1, "schedule.span", "at least 1, or null", schedule.span)
     _require(min(schedule.noise_std) >= 0, "schedule.noise_std", pairs, schedule.noise_std)
     momenta = all(0 <= m <= 1 for m in schedule.momentum)
     _require(momenta, "schedule.momentum", "two numbers in [0, 1]", schedule.momentum)
@@ -381,6 +386,9 @@ def _check_run(run: RunConfig) -> None:
     for name in ("log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
         _require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))
     _require(run.evaluate_every >= 0, "run.evaluate_every", "at least 0", run.evaluate_every)
+    _require(min(run.milestones or (1,)) >= 1, "run.milestones", "steps of at least 1", run.milestones)
+    evaluates = not run.keep_best or run.evaluate_every > 0
+    _require(evaluates, "run.keep_best", "evaluations, run.evaluate_every above 0", run.keep_best)
 
 
 def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -409,72 +417,6 @@ def resolve_micro_batch(config: Config, world_size: int) -> int:
     return micro or part
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _merge(base: Any, values: Any, source: str, prefix: str) -> Any:
-    if not isinstance(values, dict):
-        name = prefix.rstrip(".") or "config"
-        raise ValueError(f"{name}: expected fields and their values; got {_shown(values)} in {source}")
-    kinds = typing.get_type_hints(type(base))
-    changes = {}
-    for key, value in values.items():
-        if key not in kinds:
-            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}")
-        old = getattr(base, key)
-        if dataclasses.is_dataclass(old):
-            changes[key] = _merge(old, value, source, f"{prefix}{key}.")
-        else:
-            changes[key] = _convert(value, kinds[key], f"{prefix}{key}", source)
-    return replace(base, **changes)
-
-
-def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
-    found = _match(value, kind)
-    if found is _NO:
-        raise ValueError(f"{name}: expected {words(kind)}; got {_shown(value)} in {source}")
-    return found
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
-
-
-_NO = object()
-
-
-def _match(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``, or `_NO`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return next((found for k in arguments if (found := _match(value, k)) is not _NO), _NO)
-    if origin is Literal:
-        return value if value in arguments else _NO
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return _NO
-        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-        if not value or len(kinds) != len(value):
-            return _NO
-        found = tuple(_match(v, k) for v, k in zip(value, kinds, strict=True))
-        return _NO if _NO in found else found
-    if kind is types.NoneType:
-        return value if value is None else _NO
-    if kind is float:
-        # YAML 1.1 reads 1e-4 as text.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                return _NO
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO
-    return value if type(value) is kind else _NO
-
-
 def field_kind(kind: type, name: str) -> Any:
     """The annotation of the field with this dotted name, in a dataclass of dataclasses; None when there is none.
 
@@ -488,16 +430,3 @@ def field_kind(kind: type, name: str) -> Any:
     if rest:
         return field_kind(annotation, rest) if dataclasses.is_dataclass(annotation) else None
     return None if dataclasses.is_dataclass(annotation) else annotation
-
-
-def words(kind: Any) -> str:
-    """What is expected of a value of this annotation."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(words(k) for k in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        return f"a list of {words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return names[kind]

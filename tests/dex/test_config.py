@@ -123,6 +123,9 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("schedule__warmup", 1.0, "schedule.warmup: expected a share in"),
         ("schedule__steps", 0, "schedule.steps: expected at least 1; got 0"),
         ("schedule__momentum", (0.9, 1.1), "schedule.momentum: expected two numbers in"),
+        ("schedule__decay", 0.0, "schedule.decay: expected a share above 0, at most 1; got 0.0"),
+        ("schedule__span", 0, "schedule.span: expected at least 1, or null; got 0"),
+        ("run__milestones", (5, 0), "run.milestones: expected steps of at least 1; got (5, 0)"),
         ("run__seed", -1, "run.seed: expected at least 0"),
         ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
         ("parallel__micro_batch", 0, "parallel.micro_batch: expected at least 1, or null; got 0"),
@@ -135,6 +138,13 @@ def test_values_that_cannot_work_are_named(field, value, message, change):
     assert message in str(error.value)
 
 
+def test_warmup_and_decay_fit_into_a_run(change):
+    both = change(config.Config(), schedule__warmup=0.6, schedule__decay=0.5)
+    config.check(both)  # a cosine has no decay
+    with pytest.raises(ValueError, match=r"schedule.decay: expected at most what schedule.warmup = 0.6 leaves"):
+        config.check(change(both, schedule__lr_shape="wsd"))
+
+
 def test_every_field_survives_yaml(tmp_path):
     """Every field, set to something else than its default, comes back."""
     other = {int: 3, float: 0.3, bool: False, str: "x", type(None): None}
@@ -143,6 +153,7 @@ def test_every_field_survives_yaml(tmp_path):
         if isinstance(value, tuple):
             return [altered(v) for v in value]
         choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine", "ddp": "fsdp", "cls": "mean", "xavier": "linear"}
+        choices |= {"cosine": "wsd"}
         return choices[value] if value in choices else other[type(value)]
 
     values = {
@@ -153,6 +164,7 @@ def test_every_field_survives_yaml(tmp_path):
         for section in dataclasses.fields(config.Config)
     }
     values["schedule"]["steps"], values["run"]["stop_at"], values["data"]["path"] = 7, 5, "p"
+    values["schedule"]["span"], values["run"]["milestones"] = 6, [2, 4]
     built = config.from_dict(values, config.Config())
     assert yaml.safe_load(config.to_yaml(built)) == values
     assert config.from_dict(yaml.safe_load(config.to_yaml(built)), config.Config()) == built

@@ -17,6 +17,7 @@ from dex.common import exits
 
 if TYPE_CHECKING:
     from dex.config import Config
+    from dex.train.continuation import Override
     from dex.train.plan import Plan
 
 HELP = "masked-autoencoder pretraining of a DEX vision transformer"
@@ -28,6 +29,7 @@ class _Request(NamedTuple):
     config: "Config"
     overwrite: bool
     dry_run: bool
+    override: "Override | None"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
@@ -50,11 +52,13 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.train.run import prepare
 
     if request.dry_run:
-        print(_describe(plan(request.config, out, resume, overwrite=request.overwrite)))
+        print(_describe(plan(request.config, out, resume, overwrite=request.overwrite, override=request.override)))
         return lambda: exits.DONE
     command = ["dex", "pretrain", *arguments]
     try:
-        training = prepare(request.config, out, resume=resume, overwrite=request.overwrite, command=command)
+        training = prepare(
+            request.config, out, resume=resume, overwrite=request.overwrite, command=command, override=request.override
+        )
     except exits.Stopped:
         return lambda: exits.PREEMPTED
 
@@ -102,6 +106,10 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Start anew in a folder that holds a run; its files are removed after the new run's first step."""
+        override: tuple[str, ...] = ()
+        """Fields in which the run that is resumed may differ from here on; needs --reason."""
+        reason: str | None = None
+        """Why, for the record of the run."""
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Check everything and print the configuration and what would run; write nothing."""
         fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
@@ -121,7 +129,15 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
         config = replace(config, model=replace(config.model, init=parsed.init))
     if parsed.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
-    return _Request(config, parsed.overwrite, parsed.dry_run)
+    return _Request(config, parsed.overwrite, parsed.dry_run, _override(parsed.override, parsed.reason))
+
+
+def _override(fields: tuple[str, ...], reason: str | None) -> "Override | None":
+    from dex.train.continuation import Override
+
+    if reason is not None and not fields:
+        raise ValueError("override: expected the fields that the reason is for; got none")
+    return Override(tuple(name.strip("-").replace("-", "_") for name in fields), reason or "") if fields else None
 
 
 def _first_options(arguments: list[str]) -> argparse.Namespace:
@@ -201,7 +217,8 @@ def _describe(plan: "Plan") -> str:
 
 def _complaint(text: str, arguments: list[str], kind: type) -> str:
     """tyro's ``text`` in the words of `dex.config.check`, where it is about the value of one field of ``kind``."""
-    from dex.config import field_kind, words
+    from dex.common.fields import words
+    from dex.config import field_kind
 
     options = [word for word in arguments if word.startswith("--")]
     if text.startswith("Unrecognized options:"):

@@ -8,6 +8,7 @@ and renamed, so a folder of that name is complete; reading checks every hash bef
 All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``.
 """
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -16,7 +17,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ _NAME = re.compile(r"step-(\d{8,})$")
 _SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _TEMPORARY = ".writing-"
 FORMAT = 2
+MILESTONE = "milestone"
+"""True in the state of a checkpoint that stays for good."""
 
 
 class CheckpointError(ValueError):
@@ -58,7 +61,8 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Writes checkpoints of one run in a thread of its own while training goes on; all ranks call the same methods.
 
-    keep: the number of the newest that stay, counted up to the step that is saved. What stops a save half-way (a kill,
+    keep: the number of the newest that stay, counted up to the step that is saved; so do those whose state says
+    `MILESTONE`. What stops a save half-way (a kill,
     a full disk, another rank) leaves the earlier checkpoints as they were.
     """
 
@@ -72,11 +76,14 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Copy everything and return while ``root/step-XXXXXXXX`` is being written; raises what the save before met."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], stay: Collection[int] = ()) -> None:
+        """Copy everything and return while ``root/step-XXXXXXXX`` is being written; raises what the save before met.
+
+        stay: steps whose checkpoints are not removed when this one is complete, however old.
+        """
         self.wait()
         staged = {name: self._copy(tensor) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._run, args=(step, staged, state), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(step, staged, state, stay), name="checkpoint")
         self._thread.start()
 
     @property
@@ -93,13 +100,13 @@ class Saver:
         if error is not None:
             raise error
 
-    def _run(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _run(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], stay: Collection[int]) -> None:
         try:
-            self._write(step, tensors, state)
+            self._write(step, tensors, state, stay)
         except BaseException as error:  # CheckpointException of torch is no Exception
             self._error = _plain_error(error)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], stay: Collection[int]) -> None:
         final, work = self.root / f"step-{step:08d}", self.root / f"{_TEMPORARY}step-{step:08d}"
         try:
             self._first(lambda: self._begin(work))
@@ -114,6 +121,7 @@ class Saver:
             for of_rank in gather(self.ranks, sealed, self._group):
                 files |= of_rank
             self._first(lambda: self._finish(step, state, files, work, final))
+            self._first(lambda: self._remove_old(step, stay))
         finally:
             if self.ranks.first:
                 _remove_unfinished(self.root)
@@ -144,7 +152,11 @@ class Saver:
             _set_aside(final)
         work.rename(final)
         sync_path(self.root)
-        for _, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
+
+    def _remove_old(self, step: int, stay: Collection[int]) -> None:
+        for at, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
+            if at in stay or _is_milestone(old):
+                continue
             try:
                 shutil.rmtree(old)
             except OSError as error:
@@ -383,6 +395,12 @@ def _set_aside(folder: Path) -> Path:
     if target.exists():
         shutil.rmtree(target)
     return folder.rename(target)
+
+
+def _is_milestone(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # one that cannot be read is of no use to anybody
+        return json.loads((folder / _STATE).read_text(encoding="utf-8")).get(MILESTONE, False)
+    return False
 
 
 def _remove_unfinished(root: Path) -> None:

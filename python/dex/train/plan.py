@@ -14,11 +14,12 @@ import torch
 
 from dex.common.ranks import ALONE, Ranks, decided, default_workers, from_first, gather, ranks_here
 from dex.common.units import duration, format_bytes
-from dex.config import FREE_ON_RESUME, Config, check, differences, from_dict, per_layer, resolve_micro_batch, to_dict
+from dex.config import Config, check, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
 from dex.data.dataset import Dataset
 from dex.data.loader import batches_per_epoch
 from dex.train import checkpoint, cuda_graph
+from dex.train.continuation import Change, Override, go_on
 from dex.train.initial import check_initial
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
@@ -68,6 +69,8 @@ class Plan(NamedTuple):
     """Where it goes on; None at step 0."""
     notes: tuple[str, ...] = ()
     """What is to be said before the run."""
+    changes: tuple[Change, ...] = ()
+    """In which fields the run is another from here on."""
 
 
 class FolderState(NamedTuple):
@@ -225,6 +228,14 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
             f"run.stop_at: expected at most the run's {steps:,} steps; got {config.run.stop_at:,}. Without it the run "
             "goes to its end"
         )
+    if max(config.run.milestones or (0,)) > steps:
+        raise ValueError(f"run.milestones: expected at most the run's {steps:,} steps; got {config.run.milestones}")
+    if config.run.keep_best and len(dataset.split("val")) == 0:
+        raise ValueError(f"run.keep_best: expected held-out images; {dataset.name!r} has none")
+    if config.schedule.span is not None and config.schedule.span > steps:
+        raise ValueError(
+            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,}"
+        )
     cores = len(os.sched_getaffinity(0))
     notes = ()
     if placement.num_workers * ranks_here() > cores:
@@ -241,13 +252,22 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
     )
 
 
-def plan(config: Config, out: Path, resume: str | Path | None = None, *, overwrite: bool = False) -> Plan:
+def plan(
+    config: Config,
+    out: Path,
+    resume: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    override: Override | None = None,
+) -> Plan:
     """What `dex.train.run.pretrain` would run, with its arguments and errors; nothing is written or locked."""
     placement = place(config)
+    if override is not None:
+        override.check(resume)
     state = look(RunLog(out), resume, overwrite)
     dataset = open_data(config)
     fingerprint = fingerprint_of(dataset) if state.run else ""  # without a run there is nothing to compare it with
-    return with_folder(placement, dataset, fingerprint, state)
+    return with_folder(placement, dataset, fingerprint, state, override)
 
 
 def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool = False) -> FolderState:
@@ -306,7 +326,9 @@ def open_data(config: Config) -> Dataset:
         raise kind(f"data.{error}") from error
 
 
-def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state: FolderState) -> Plan:
+def with_folder(
+    placement: Placement, dataset: Dataset, fingerprint: str, state: FolderState, override: Override | None = None
+) -> Plan:
     """The plan of a run in a folder whose state is known.
 
     ValueError names what cannot work, or every field in which the run in the folder is not the configuration's.
@@ -314,24 +336,21 @@ def with_folder(placement: Placement, dataset: Dataset, fingerprint: str, state:
     planned = _with_data(placement, dataset, fingerprint)
     if state.checkpoint is None:
         check_initial(planned.config)
-    notes = [*planned.notes, *state.notes, *_refuse_other_run(state, planned)]
+    if state.run is not None:
+        planned = _continued(state, planned, override)
     saved = None if state.checkpoint is None else checkpoint.Checkpoint(Path(state.checkpoint), state.state)
-    return planned._replace(saved=saved, notes=tuple(notes))
+    return planned._replace(saved=saved)
 
 
-def _refuse_other_run(folder: FolderState, planned: Plan) -> list[str]:
-    """ValueError naming every field in which the run that is to go on is not the planned one; returns notes."""
-    if folder.run is None:
-        return []
+def _continued(folder: FolderState, planned: Plan, override: Override | None) -> Plan:
+    """``planned`` as what goes on in the folder. ValueError names every field in which the run there is another."""
     state = folder.state
     earlier = from_dict(state["config"], Config(), f"{folder.run}/state.json" if folder.checkpoint else folder.run)
-    changed = {k: v for k, v in differences(earlier, planned.config).items() if k not in FREE_ON_RESUME}
-    for name in ("steps", "precision"):
-        value = getattr(planned, name)
-        if state.get(name, value) != value:
-            changed.setdefault(name, (state[name], value))
-    refused = [f"{name}: expected {was!r}, got {came!r}" for name, (was, came) in changed.items()]
-    notes = []
+    resolved = {"steps": planned.steps, "precision": planned.precision}
+    config, changes, refused = go_on(earlier, state, planned.config, resolved, override)
+    if refused:
+        refused.append("--override FIELD --reason TEXT goes on with another value")
+    notes = [*planned.notes, *folder.notes]
     fingerprint = state.get("data_fingerprint", planned.fingerprint)
     if fingerprint != planned.fingerprint:
         if fingerprint == planned.dataset.earlier_fingerprint:
@@ -351,4 +370,5 @@ def _refuse_other_run(folder: FolderState, planned: Plan) -> list[str]:
             )
     if refused:
         raise ValueError(f"resume: {folder.run} belongs to another run: {'; '.join(refused)}")
-    return notes
+    notes += [f"{c.field}: {c.was!r} becomes {c.now!r}{f', {c.reason}' if c.reason else ''}" for c in changes]
+    return planned._replace(config=config, notes=tuple(notes), changes=tuple(changes))

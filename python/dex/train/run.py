@@ -1,12 +1,13 @@
 """One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,8 +20,10 @@ from dex.data import CorruptDataError
 from dex.model.weights import LoadReport
 from dex.sizing.estimate import mfu
 from dex.train import checkpoint
+from dex.train.continuation import Override
 from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, look, open_data, place, with_folder
 from dex.train.runlog import Progress, RunLog, describe_machine, now
+from dex.train.schedules import stable_steps
 from dex.train.trainer import Trainer
 from dex.train.verdict import NonFinite
 from dex.train.watch import Watch
@@ -38,17 +41,19 @@ def pretrain(
     resume: str | Path | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    override: Override | None = None,
 ) -> int:
     """Run to the end, to ``run.stop_at`` or to a signal; returns the process's exit code.
 
     out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
     good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
     overwrite: start a run in a folder that holds one, whose files are removed after the new run's first step.
+    override: fields in which a resumed run may be another, and why; both are recorded.
     Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed, and
     when another process writes to the folder; CorruptDataError when too many images cannot be read, after saving.
     """
     try:
-        run = prepare(config, out, resume=resume, overwrite=overwrite, command=command)
+        run = prepare(config, out, resume=resume, overwrite=overwrite, command=command, override=override)
     except exits.Stopped:
         return exits.PREEMPTED
     return run.run()
@@ -61,11 +66,14 @@ def prepare(
     resume: str | Path | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    override: Override | None = None,
 ) -> "PretrainRun":
     """`pretrain` up to its first step, with the run folder open. Later failures are not caused by the arguments.
 
     Raises also: `dex.common.exits.Stopped` after SIGTERM or SIGUSR1, with nothing made or removed.
     """
+    if override is not None:
+        override.check(resume)
     placement = place(config, announced())
     ranks = start(placement.ranks, placement.device, config.parallel.timeout)
     placement = placement._replace(ranks=ranks)
@@ -74,7 +82,7 @@ def prepare(
     try:
         with exits.stopping():
             log = RunLog(Path(from_first(ranks, str(out))), active=ranks.first)
-            planned = _plan(placement, log, resume, overwrite, watch)
+            planned = _plan(placement, log, watch, resume, overwrite, override)
             return _open(planned, log, overwrite, command, watch)
     except BaseException as error:
         # A scheduler may signal twice; the first one is on its way out already.
@@ -90,14 +98,21 @@ def prepare(
         raise
 
 
-def _plan(placement: Placement, log: RunLog, resume: str | Path | None, overwrite: bool, watch: Watch) -> Plan:
+def _plan(
+    placement: Placement,
+    log: RunLog,
+    watch: Watch,
+    resume: str | Path | None,
+    overwrite: bool,
+    override: Override | None,
+) -> Plan:
     """Rank 0 takes hold of the folder and looks into it; every rank checks the rest."""
     watch.at(0, "reading checkpoint and data")
     ranks = placement.ranks
     state = FolderState(*decided(ranks, lambda: look(log, resume, overwrite, hold=True)))
     dataset = everywhere(ranks, lambda: open_data(placement.config))
     fingerprint = fingerprint_of(dataset, ranks, lambda: watch.at(0, "reading the data for its fingerprint"))
-    return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state))
+    return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state, override))
 
 
 def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], watch: Watch) -> "PretrainRun":
@@ -118,6 +133,13 @@ def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], w
     return PretrainRun(trainer, log, notes, watch)
 
 
+class _Best(NamedTuple):
+    """The lowest held-out loss of a step that is saved."""
+
+    step: int
+    loss: float
+
+
 class PretrainRun:
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
@@ -129,6 +151,10 @@ class PretrainRun:
         self.run_config = trainer.config.run
         self.saver = checkpoint.Saver(log.checkpoints, self.run_config.keep_checkpoints, self.ranks)
         self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
+        stable = stable_steps(trainer.config, trainer.steps) if trainer.config.schedule.lr_shape == "wsd" else None
+        self._milestones = {*(self.run_config.milestones or ()), *([stable] if stable else [])}
+        """Of warm-up-stable-decay also the last step before the decay, from which a longer run can go on."""
+        self._best = self._best_so_far()
         self._saved_step = self.saved.state["step"] if self.saved else None
         self._unreadable = 0
         self._slow_rank: int | None = None
@@ -175,6 +201,9 @@ class PretrainRun:
         if self.saved:
             self.progress.say(f"resumed from {self.saved.folder.name}, {self.trainer.step} steps done")
             self.log.event(self.trainer.step, "resumed", notes=self.notes)
+        for change in self.trainer.plan.changes:
+            kind = "extended" if change.reason is None else "overridden"
+            self.log.event(self.trainer.step, kind, **change._asdict())
 
     def _steps(self) -> int:
         trainer, run = self.trainer, self.run_config
@@ -196,8 +225,9 @@ class PretrainRun:
             # Alone, a signal counts at once; read once, since one may come at any moment below. Among several ranks
             # all stop after the step in which one of them said so.
             stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))
-            saving = stopping or done == last or done % run.checkpoint_every == 0
-            if saving:
+            saving = stopping or done == last or done % run.checkpoint_every == 0 or done in self._milestones
+            due = run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps)
+            if saving or (due and run.keep_best):
                 bad += trainer.flush()
                 self._spikes()
             self.progress.step(done)
@@ -208,16 +238,18 @@ class PretrainRun:
                 self._row()
             if stopping:  # at once: whoever stops a run kills it soon
                 self._save(wait=True)
-            due = run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps)
             if due and not (stopping and done < last):  # else it is the first thing after the resume
                 self._paused(self._evaluate)
-            if saving:
+            if saving or (self._best and self._best.step == done):
                 self._paused(self._save)
             if stopping and done < last:
                 name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
                 self.log.event(done, "preempted", signal=name)
                 self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
                 return exits.PREEMPTED
+        if self._best:
+            where = f"checkpoints/step-{self._best.step:08d}"
+            self.progress.say(f"lowest held-out loss {self._best.loss:.4f} at step {self._best.step}: {where}")
         word = "done" if trainer.step == trainer.steps else "stopped as asked"
         self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
         return exits.DONE
@@ -280,6 +312,9 @@ class PretrainRun:
         evaluation = trainer.evaluate()
         if evaluation is not None:
             self._log_evaluation(evaluation)
+            is_better = self._best is None or evaluation.loss < self._best.loss
+            if self.run_config.keep_best and step > 0 and math.isfinite(evaluation.loss) and is_better:
+                self._best = _Best(step, evaluation.loss)
         elif step == 0:
             self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
         rows = log.rows() if log.active else []
@@ -312,6 +347,18 @@ class PretrainRun:
             figure = plots.expert_heatmap([m.numpy() for m in evaluation.mass], trainer.modalities, title)
             log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
 
+    def _best_so_far(self) -> "_Best | None":
+        """The lowest held-out loss among the steps whose checkpoints are there; None unless ``run.keep_best``."""
+        if not self.run_config.keep_best:
+            return None
+        best = None
+        if self.ranks.first:
+            there = {step for step, _ in checkpoint.found(self.log.checkpoints)}
+            rows = [row for row in self.log.rows() if row.get("val_loss") is not None and row["step"] in there]
+            best = min(((row["val_loss"], row["step"]) for row in rows), default=None)
+        best = from_first(self.ranks, best)
+        return best and _Best(best[1], best[0])
+
     def _evaluated(self) -> bool:
         """Whether this step's held-out images were looked at before the run was stopped."""
         step, rows = self.trainer.step, self.log.rows() if self.ranks.first else []
@@ -322,7 +369,9 @@ class PretrainRun:
         trainer = self.trainer
         self.watch.at(trainer.step, "checkpoint")
         if trainer.step != self._saved_step:
-            self.saver.save(trainer.step, trainer.tensors(), trainer.state())
+            state = trainer.state() | ({checkpoint.MILESTONE: True} if trainer.step in self._milestones else {})
+            stay = {*self._milestones, *([self._best.step] if self._best else [])}
+            self.saver.save(trainer.step, trainer.tensors(), state, stay)
             self._saved_step = trainer.step
         if wait:
             self.saver.wait()
@@ -379,9 +428,11 @@ class PretrainRun:
 
 def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
     saved, dataset = planned.saved, planned.dataset
+    step = saved.state["step"] if saved else 0
+    changes = [change._asdict() | {"step": step} for change in planned.changes]
     return {
         "started": now(),
-        "step": saved.state["step"] if saved else 0,
+        "step": step,
         "resumed_from": saved.folder.name if saved else None,
         "command": list(command),
         "ranks": planned.ranks.world_size,
@@ -389,6 +440,7 @@ def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
         "precision": planned.precision,
         "data": {"name": dataset.name, "fingerprint": planned.fingerprint, "images": dataset.modality_counts()},
         **describe_machine(planned.device),
+        **({"changes": changes} if changes else {}),
     }
 
 

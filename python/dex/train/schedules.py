@@ -1,6 +1,7 @@
 """What each step uses, as pure functions of the step; steps count from 0.
 
-Every schedule has its first value at step 0 and its last value at the last step, exactly.
+Every schedule has its first value at step 0 and its last value at the last step, exactly. In a run that was extended
+all but the learning rate keep the span that they had, and then their last value.
 """
 
 import math
@@ -28,15 +29,28 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
     return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * step / (steps - 1)))
 
 
-def learning_rate(peak: float, step: int, steps: int, warmup_steps: int) -> float:
+def learning_rate(peak: float, step: int, steps: int, warmup_steps: int, stable_steps: int | None = None) -> float:
     """Linear to ``peak``, reached at step ``warmup_steps - 1``, then half a cosine to 0 at the last step.
 
-    The first step is never 0, so that no step is idle; without a warm-up step 0 has ``peak``.
+    stable_steps: ``peak`` is held until so many steps are done instead, then comes a straight line to 0 at the last
+    step. The first step is never 0, so that no step is idle; without a warm-up step 0 has ``peak``.
     """
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
-    top = max(warmup_steps - 1, 0)
-    return cosine(peak, 0.0, step - top, steps - top)
+    if stable_steps is None:
+        top = max(warmup_steps - 1, 0)
+        return cosine(peak, 0.0, step - top, steps - top)
+    if step < stable_steps or steps <= 1:
+        return peak
+    return peak * (max(steps - 1 - step, 0) / (steps - stable_steps))
+
+
+def stable_steps(config: Config, steps: int) -> int | None:
+    """Steps of a run of ``steps`` that do not depend on its length; None for a cosine, where all do."""
+    s = config.schedule
+    if s.lr_shape == "cosine":
+        return None
+    return steps - max(1, round(s.decay * steps)) if s.lr_shape == "wsd" else steps
 
 
 def total_steps(config: Config, batches_per_epoch: int) -> int:
@@ -48,10 +62,11 @@ def total_steps(config: Config, batches_per_epoch: int) -> int:
 def schedule_at(config: Config, step: int, steps: int) -> Schedule:
     """The values of step ``step`` of ``steps``."""
     s = config.schedule
+    span = s.span or steps
     return Schedule(
-        lr=learning_rate(config.peak_lr, step, steps, round(s.warmup * steps)),
-        noise_std=cosine(*s.noise_std, step, steps),
-        momentum=cosine(*s.momentum, step, steps),
-        align_weight=cosine(*pair(s.align_weight), step, steps),
-        balance_weight=cosine(*s.balance_weight, step, steps),
+        lr=learning_rate(config.peak_lr, step, steps, round(s.warmup * span), stable_steps(config, steps)),
+        noise_std=cosine(*s.noise_std, step, span),
+        momentum=cosine(*s.momentum, step, span),
+        align_weight=cosine(*pair(s.align_weight), step, span),
+        balance_weight=cosine(*s.balance_weight, step, span),
     )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex import config
-from dex.train.schedules import cosine, learning_rate, schedule_at, total_steps
+from dex.train.schedules import cosine, learning_rate, schedule_at, stable_steps, total_steps
 
 
 def test_end_points_are_exact(change):
@@ -53,3 +53,39 @@ def test_steps_override_epochs_and_keep_the_share_of_the_warmup(change):
     short = change(config.preset("published-code"), schedule__steps=20)
     assert total_steps(short, 40) == 20
     assert schedule_at(short, 0, 20).lr == short.peak_lr  # 5 % of 20 steps is one step
+
+
+def test_wsd_holds_the_peak_and_falls_in_a_line_to_exactly_zero(change):
+    c = change(config.preset("published-code"), schedule__lr_shape="wsd", schedule__warmup=0.1, schedule__decay=0.2)
+    rates = [schedule_at(c, t, 100).lr / c.peak_lr for t in range(100)]
+    assert rates[:10] == pytest.approx([(t + 1) / 10 for t in range(10)], rel=1e-15)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[80:] == pytest.approx([t / 20 for t in range(19, -1, -1)], rel=1e-15) and rates[-1] == 0.0
+    assert stable_steps(c, 100) == 80
+
+
+@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.5), decay=st.floats(0.01, 0.5))
+def test_wsd_is_monotone_after_its_warmup_and_never_idle_at_first(steps, warmup, decay):
+    stable = steps - max(1, round(decay * steps))
+    first = round(warmup * steps)
+    rates = [learning_rate(1.0, t, steps, first, stable) for t in range(steps)]
+    assert all(0.0 <= r <= 1.0 for r in rates) and rates[0] > 0
+    assert all(a >= b for a, b in zip(rates[first:], rates[first + 1 :], strict=False))
+
+
+def test_a_constant_rate_stays(change):
+    c = change(config.preset("published-code"), schedule__lr_shape="constant", schedule__warmup=0.1)
+    assert {schedule_at(c, t, 100).lr for t in range(9, 100)} == {c.peak_lr}
+    assert schedule_at(c, 0, 100).lr == pytest.approx(c.peak_lr / 10)
+    assert (stable_steps(c, 100), stable_steps(config.preset("paper"), 100)) == (100, None)
+
+
+def test_a_longer_run_takes_the_same_first_steps_and_then_holds_the_last_values(change):
+    """What an extension promises: with the span of the shorter run nothing that was done depends on the length."""
+    for shape in ("wsd", "constant"):
+        short = change(config.preset("published-code"), schedule__lr_shape=shape, schedule__decay=0.2)
+        long = change(short, schedule__span=50)
+        stable = stable_steps(short, 50)
+        assert [schedule_at(short, t, 50) for t in range(stable)] == [schedule_at(long, t, 200) for t in range(stable)]
+        after = [schedule_at(long, t, 200) for t in range(49, 200)]
+        assert {(v.noise_std, v.momentum) for v in after} == {(0.0, 0.999)}

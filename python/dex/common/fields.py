@@ -1,0 +1,106 @@
+"""Nested dataclasses of plain values: filled from mappings with every mistake named, and what their types expect."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import replace
+from typing import Any, Literal
+
+import yaml
+
+
+class OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that comes twice in one mapping is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}")
+        return super().construct_mapping(node, deep)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name of every field -> value."""
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        fields |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return fields
+
+
+def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
+    """The dataclass ``base`` with the fields that ``values`` names replaced.
+
+    ``prefix`` comes before a field's name in errors. ValueError, naming the field and ``source``: an unknown key or a
+    value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        name = prefix.rstrip(".") or "config"
+        raise ValueError(f"{name}: expected fields and their values; got {_shown(values)} in {source}")
+    kinds = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            changes[key] = merge(old, value, source, f"{prefix}{key}.")
+        else:
+            changes[key] = _convert(value, kinds[key], f"{prefix}{key}", source)
+    return replace(base, **changes)
+
+
+def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
+    found = _match(value, kind)
+    if found is _NO:
+        raise ValueError(f"{name}: expected {words(kind)}; got {_shown(value)} in {source}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+_NO = object()
+
+
+def _match(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or `_NO`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return next((found for k in arguments if (found := _match(value, k)) is not _NO), _NO)
+    if origin is Literal:
+        return value if value in arguments else _NO
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _NO
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        if not value or len(kinds) != len(value):
+            return _NO
+        found = tuple(_match(v, k) for v, k in zip(value, kinds, strict=True))
+        return _NO if _NO in found else found
+    if kind is types.NoneType:
+        return value if value is None else _NO
+    if kind is float:
+        # YAML 1.1 reads 1e-4 as text.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return _NO
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO
+    return value if type(value) is kind else _NO
+
+
+def words(kind: Any) -> str:
+    """What is expected of a value of this annotation."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(words(k) for k in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list of {words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names[kind]
