@@ -146,7 +146,6 @@ def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limit
         raise Refused("unsupported", "4 axes without channels last")
     frame = tuple(int(side) for side in (shape[-3:] if channels else shape[-2:]))
     frames = int(shape[0]) if len(shape) == (4 if channels else 3) else 1
-    fortran = fortran and len(shape) > 1
     kept = is_kept(limits, frame, frames, dtype.itemsize, file=file, packing="deflate" if packed else "")
     if fortran and not kept:
         raise Refused("too large", f"{needed:,} bytes in Fortran order; save it in C order, or {limits.remedy}")

@@ -42,7 +42,7 @@ class Limits:
 
     @classmethod
     def within(cls, memory_mb: int) -> Limits:
-        """Those of so much memory: with twice as much a frame may have twice as many pixels, and take as long."""
+        """With twice the memory a frame may have twice as many pixels and take twice as long."""
         more = memory_mb / cls.memory_mb
         return cls(memory_mb, cls.seconds * max(1.0, more), int(cls.pixels * more))
 

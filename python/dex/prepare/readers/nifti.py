@@ -73,7 +73,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
 
     def colours(stack: np.ndarray) -> np.ndarray:
         if planes > 1:
-            stack = np.ascontiguousarray(np.moveaxis(stack.reshape(planes, frames, height, width), 0, -1))
+            stack = np.ascontiguousarray(np.moveaxis(stack.reshape(planes, -1, height, width), 0, -1))
         return stack[..., :3]
 
     image = Volumes(
@@ -87,6 +87,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
         what="NIfTI",
         count=count,
         packed=bool(packed),
+        planes=planes,
         seen=colours if channels > 1 else lambda stack: stack,
     )
     return image, {

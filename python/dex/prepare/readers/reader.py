@@ -38,8 +38,8 @@ class Reader:
     choices: what else `read` takes, by keyword. "decide", a `Decide` or None: the files' headers say what they are.
     "volumes", one of `VOLUMES` or a number: a file may hold several. "enough", the pixels of the shorter side from
     which on a picture may be given at a part of its size, or None. "pieces", the sides of those that a large picture is
-    cut into, or None: it is shrunk. "headers", True: the reader would read numbers
-    before it gives a stack, and gives it with `no_numbers` in their place. Others look at headers alone until then.
+    cut into, or None: it is shrunk. "headers", a bool: the reader would read numbers before it gives a stack; where
+    True it leaves that until they are asked for. Readers without this choice look at headers alone until then.
     frame_stride: N where the corpus takes every N-th frame of stacks that are no volume.
     passed_over: names of files, in upper case, that are no images -> what they are.
     """
@@ -60,11 +60,6 @@ class Reader:
     def decides(self) -> bool:
         """Whether the files' headers say what they are."""
         return "decide" in self.choices
-
-
-def no_numbers(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Of that shape and type, and without memory: what stands for numbers where only headers are read."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def mean_of(wholes: Iterable[np.ndarray]) -> np.ndarray:

@@ -20,8 +20,8 @@ class Volumes:
     """`count` volumes of `frames` frames of the shape `frame`, [H, W] or [H, W, C], in `dtype`'s byte order.
 
     open: gives the unpacked data, of which the first number is at byte `start`. packed: its end has a checksum. kept:
-    whether one volume may be in memory (`check`). seen: makes of frames [F, H, W, ...] as they are stored those of a
-    stack. what: the format, for messages.
+    whether one volume may be in memory (`is_kept`). planes: how many stored frames make one frame of a stack. seen:
+    makes of frames [F, H, W, ...] as they are stored those of a stack. what: the format, for messages.
     """
 
     open: Callable[[], AbstractContextManager[Any]] = field(repr=False)
@@ -34,6 +34,7 @@ class Volumes:
     what: str
     count: int = 1
     packed: bool = False
+    planes: int = 1
     seen: Callable[[np.ndarray], np.ndarray] = field(default=lambda frames: frames, repr=False)
 
     @property
@@ -73,7 +74,9 @@ class Volumes:
                 del stack, whole
 
     def _made(self, make: Callable[..., Stack], whole: np.ndarray | None, volume: int) -> Stack:
-        sample = self.seen(np.zeros((1, *self.frame), self.dtype.newbyteorder("="))) if whole is None else whole
+        sample = (
+            self.seen(np.zeros((self.planes, *self.frame), self.dtype.newbyteorder("="))) if whole is None else whole
+        )
         height, width = self.frame[:2]
         bytes_a_pixel = self._length // (height * width)
         return make(
@@ -111,7 +114,7 @@ class Volumes:
 def is_kept(
     limits: Limits, frame: Sequence[int], frames: int, itemsize: int, *, file: int, packing: str = "", copies: int = 1
 ) -> bool:
-    """Whether a volume of that many frames may be kept in memory; Refused where it can be read frame by frame neither.
+    """Whether a volume of that many frames may be kept in memory; Refused where it cannot be read frame by frame either.
 
     frame: H, W and, of colours, how many. file: the bytes of the file; copies: of the volume that making it takes.
     """

@@ -358,7 +358,7 @@ def _apart(slices: list[Slice], along: list[float], single: list[Slice], refused
         copy = Repeated("inconsistent", "an image that is there already")
         copy.file = piece.pixels.path.name
         refused.append(copy)
-    single.extend(piece for piece in alone)
+    single.extend(alone)
     single.extend(stack[0] for stack in stacks if len(stack) == 1)
     return [stack for stack in stacks if len(stack) > 1]
 
