@@ -30,6 +30,7 @@ def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
         "biases by slot far apart": (90, lambda: biases_by_slot(shipped)),
         "biases of packed rows far apart": (90, lambda: biases_of_packed_rows(shipped)),
         "biases of gathered rows far apart": (80, lambda: biases_of_gathered_rows(shipped)),
+        "packed rows far apart": (90, lambda: packed_rows(shipped)),
         "probabilities far apart": (80, lambda: probabilities()),
     }
 
@@ -133,6 +134,22 @@ def biases_of_gathered_rows(shipped) -> Case:
         return out[0, 0, :, :columns]
 
     return _case("to_slots_kernel", 0, run, _exact(rows, weight, bias)[:, :columns])
+
+
+def packed_rows(shipped) -> Case:
+    """The row that begins at element 2^31 of the packed ones."""
+    row, width = 2**21, 1024
+    x = torch.randn(1, 65, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed, slot_order = untouched(row + 1, width), torch.zeros(row + 1, dtype=torch.int64)
+    strides = {"stride_b": x.stride(0), "stride_n": x.stride(1)}
+
+    def run():
+        shipped.aligned.aligned_kernels.pack_rows_kernel[(row + 1,)](
+            x=x, slot_order=slot_order, packed=packed, rest=1, top_k=1, dim=width, COLS=width, **strides
+        )
+        return packed[row]
+
+    return _case("pack_rows_kernel", row, run, x[0, 0].double())
 
 
 def probabilities() -> Case:

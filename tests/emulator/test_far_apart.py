@@ -15,6 +15,7 @@ OFFSET = "out += (image.to(tl.int64) * tokens + n) * width"
     [
         IMAGE,
         "probabilities far apart",
+        "packed rows far apart",
         *(
             pytest.param(f"{what} far apart", marks=pytest.mark.slow)
             for what in ("hidden biases", "biases by slot", "biases of packed rows", "biases of gathered rows")
