@@ -462,3 +462,15 @@ def test_projections_of_one_series_are_images_of_their_own(tmp_path):
     assert [stack.percentiles(0, 100, part) for part in range(3)] == [(0, 15), (0, 30), (0, 45)]
     (film,) = read(write(tmp_path / "f.dcm", np.stack([pixels, pixels * 2]), **kind))
     assert film.parts == () and film.percentiles(0, 100) == (0, 30)  # frames of one file are one
+
+
+def test_images_of_one_series_are_inverted_each_by_its_own_header(tmp_path):
+    pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    kind = {"Modality": "DX", "kind": "1.2.840.10008.5.1.4.1.1.1.1", "stored": 12}
+    said = [{}, {"PresentationLUTShape": "INVERSE"}, {"PhotometricInterpretation": "MONOCHROME1"}, {}]
+    files = [write(tmp_path / f"{n}.dcm", pixels * (n + 1), InstanceNumber=n, **kind, **said[n]) for n in range(4)]
+    stacks = read(*files)
+    inverted = {  # by the smallest number but 0
+        int(frame.pixels[0, 1]) - 1: stack.inverted for stack in stacks for frame in stack.frames(("stored",), 1)
+    }
+    assert inverted == {0: False, 1: True, 2: True, 3: False}
