@@ -26,7 +26,7 @@ _SORTS = (
     _Sort(("NotImplementedError",), "it uses a variant of its format that is not read; save it in another one"),
     _Sort(("RecursionError",), "its header is nested without end; leave it out"),
     _Sort(("UnicodeError",), f"its header holds bytes that are no text: it is damaged or of another format; {AGAIN}"),
-    _Sort(("zlib.error", "lzma.LZMAError", "BadGzipFile"), f"its packed data are damaged; {AGAIN}"),
+    _Sort(("zlib.error", "LZMAError", "BadGzipFile"), f"its packed data are damaged; {AGAIN}"),
     _Sort(
         ("struct.error", "IndexError", "KeyError", "SyntaxError", "AttributeError", "TypeError", "HeaderDataError"),
         f"its header is cut off or contradicts itself, or it is of another format; {AGAIN}",

@@ -56,14 +56,15 @@ class _Job(NamedTuple):
 
 
 def write(private: Path, roots: Sequence[Path], limits: readers.Limits, processes: int) -> None:
-    """Write the page of a run whose chunks are all done, where anything was left out. roots: of the sources, in their
-    order."""
+    """Write the page of a run whose chunks are all done; where nothing was left out, remove that of an earlier run.
+    roots: of the sources, in their order."""
     counts: Counter[str] = Counter()
     chosen: dict[str, list[_Row]] = {}
     for row in _rows(private):
         counts[row.reason] += 1
         chosen[row.reason] = sorted([*chosen.get(row.reason, []), row])[:SHOWN]
     if not counts:
+        (private / PAGE).unlink(missing_ok=True)
         return
     jobs = [job for rows in chosen.values() for row in rows if (job := _job(row, roots, limits)) is not None]
     thumbnails = dict(_looked(jobs, limits, processes)) if jobs else {}

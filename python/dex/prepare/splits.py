@@ -28,6 +28,8 @@ TRAIN, VAL = "train", "val"
 STATED, WHOLE = "stated", "source"
 """How a source is split where nothing is drawn: by the table or `--split`, or as all of it."""
 LEVELS = (PATIENT, STUDY, SERIES)
+_PARTED_BY = {FOLDER: "folder", STUDY: "study or file", SERIES: "series or file"}
+"""What a level takes apart where its atoms are no longer counted, after a withdrawal."""
 HOW = "--patient says who is whose, --split FILE what is held out"
 LEAST, MOST = 0.5, 3.0
 """Of the share that is wanted: with less or more held out, the next level is tried."""
@@ -314,7 +316,7 @@ def hints(facts: Mapping[str, Any]) -> list[str]:
             are = "is" if row["patients"] == 1 else "are"
             said.append(
                 f"{name}: {_count(row['patients'], 'patient')}, by headers and folders, {are} too few to hold out "
-                f"{wanted}: split by {' and '.join(loose)}, so that a patient may be on both sides; {HOW}"
+                f"{wanted}: split by {' and '.join(loose) or _PARTED_BY[by]}, so that a patient may be on both sides; {HOW}"
             )
         elif loose and (by != PATIENT or FILE in loose or not row["sure"]):
             unnamed = " and ".join(_count(sum(row["groups"][kind].values()), kind) for kind in loose)

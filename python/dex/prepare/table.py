@@ -72,9 +72,7 @@ def read(path: Path, patient: str = "") -> Table:
     meaning = _meanings(path, text.columns, ("path", "modality", "patient", "split"), patient)
     if "path" not in meaning.values():
         aliases = ", ".join(COLUMNS["path"][:4])
-        raise _fault(
-            path, 1, f"expected a column of paths ({aliases}, ...); got {', '.join(text.columns) or 'nothing'}"
-        )
+        raise _fault(path, 1, f"expected a column of paths ({aliases}, ...); got {_others(text)}")
     rows = _rows(path, text, meaning)
     missing = [row.line for row in rows if not row.path]
     if missing:
@@ -92,8 +90,7 @@ def read_split(path: Path) -> list[Row]:
     if named and not {"path", "patient"} & set(meaning.values()):
         meaning[named[0]] = "name"
     if "split" not in meaning.values() or len(meaning) < 2:
-        got = ", ".join(text.columns) or "nothing"
-        raise _fault(path, 1, f"expected a column of paths or patients and one called split; got {got}")
+        raise _fault(path, 1, f"expected a column of paths or patients and one called split; got {_others(text)}")
     rows = _rows(path, text, meaning)
     for what, lines in (
         (
@@ -114,6 +111,14 @@ def lines(numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers[:NAMED]))
     more = f" and {len(numbers) - NAMED:,} more" if len(numbers) > NAMED else ""
     return f"line{'' if len(numbers) == 1 else 's'} {listed}{more}"
+
+
+def _others(text: _Text) -> str:
+    """The number of columns: without a line of their names, the first line is the user's own."""
+    if not text.columns:
+        return "nothing"
+    columns = f"{len(text.columns)} column{'' if len(text.columns) == 1 else 's'}"
+    return f"{columns} with other names; the first line must name them"
 
 
 def _open(path: Path) -> _Text:
@@ -200,7 +205,7 @@ def _meanings(path: Path, columns: Sequence[str], wanted: Sequence[str], patient
                 meaning[keys.index(alias)] = what
                 break
         else:
-            if what == "patient" and patient:
+            if what == "patient" and patient and "path" in meaning.values():
                 got = ", ".join(columns)
                 raise ValueError(
                     f"patient: expected a column of {path.name} ({got}), 'folder', or a regular expression with a group"
@@ -221,7 +226,7 @@ def _rows(path: Path, text: _Text, meaning: dict[int, str]) -> list[Row]:
             values["modality"] = known.name
         if side := values.get("split"):
             if key(side) not in SIDES:
-                raise _fault(path, line, f"split: expected train or val; got {side[:20]!r}")
+                raise _fault(path, line, f"split: expected train or val; got another word")
             values["split"] = SIDES[key(side)]
         rows.append(Row(line, **values))
     return rows

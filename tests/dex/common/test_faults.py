@@ -1,6 +1,7 @@
 """A library's exception becomes a sentence about the file, and nothing of its text gets out."""
 
 import io
+import lzma
 import struct
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n"
         (pillow(b"Doe, Jane"), "first bytes are those of no picture"),
         (lambda: zipfile.ZipFile(io.BytesIO(b"Doe, Jane")), "not a whole zip archive"),
         (lambda: zlib.decompress(b"Doe, Jane"), "packed data are damaged"),
+        (lambda: lzma.decompress(b"Doe, Jane"), "packed data are damaged"),
         (lambda: struct.unpack("<Q", b"Doe"), "cut off or contradicts itself"),
         (lambda: open("/absent/Doe, Jane"), "does not read it: No such file"),
         (lambda: b"Doe\xff".decode("utf-8"), "bytes that are no text"),

@@ -72,6 +72,14 @@ def test_nothing_of_it_is_in_the_set(made):
     assert len(kept) == 2 and shown.isdisjoint(kept)
 
 
+def test_an_earlier_page_does_not_stay_where_nothing_is_left_out(made):
+    private = run.private_folder(made / "out")
+    for table in (private / "ids").iterdir():
+        table.unlink()
+    left_out.write(private, [made / "scans"], run.Options(made).limits, 1)
+    assert not (private / left_out.PAGE).exists()
+
+
 def test_the_same_files_are_shown_again(made):
     private = run.private_folder(made / "out")
     before = (private / left_out.PAGE).read_bytes()

@@ -17,6 +17,7 @@ from small_runs import SETTINGS, lines, make_older, picture, save, save_series, 
 from dex.data import ShardDataset, verify
 from dex.prepare import lookup, withdraw
 from dex.prepare.run import private_folder
+from dex.prepare.splits import hints
 from dex.prepare.summary import notes
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -145,6 +146,17 @@ def test_single_images_leave_the_others_of_the_patient(whole):
     assert (card["kept"], card["patients"]) == (8, 3)
     take(whole, *(row["id"].split("/")[1] for row in lines(whole)[:2]))
     assert card_of(whole)["sources"][0]["patients"] == 2
+
+
+def test_the_card_still_says_that_patients_were_too_few(here, tmp_path):
+    for number in range(40):
+        save(tmp_path / "root", f"p{number % 2}/{number}.png", picture(number))
+    start([source(tmp_path / "root")], tmp_path / "out")
+    (before,) = hints(card_of(tmp_path / "out"))
+    assert "split by file, so that a patient may be on both sides" in before
+    take(tmp_path / "out", lines(tmp_path / "out")[0]["id"])
+    (after,) = hints(card_of(tmp_path / "out"))
+    assert after == before.replace("split by file", "split by series or file")
 
 
 def test_prepare_does_not_bring_the_patient_back(whole, inputs):
