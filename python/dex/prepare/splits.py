@@ -314,9 +314,10 @@ def hints(facts: Mapping[str, Any]) -> list[str]:
             said.append(f"{name}: no image is held out: all are of one {next(iter(row['groups']), PATIENT)}; {HOW}")
         elif by != PATIENT and (few or by == FOLDER):
             are = "is" if row["patients"] == 1 else "are"
+            parted = " and ".join(loose) or _PARTED_BY[by]
             said.append(
                 f"{name}: {_count(row['patients'], 'patient')}, by headers and folders, {are} too few to hold out "
-                f"{wanted}: split by {' and '.join(loose) or _PARTED_BY[by]}, so that a patient may be on both sides; {HOW}"
+                f"{wanted}: split by {parted}, so that a patient may be on both sides; {HOW}"
             )
         elif loose and (by != PATIENT or FILE in loose or not row["sure"]):
             unnamed = " and ".join(_count(sum(row["groups"][kind].values()), kind) for kind in loose)

@@ -226,7 +226,7 @@ def _rows(path: Path, text: _Text, meaning: dict[int, str]) -> list[Row]:
             values["modality"] = known.name
         if side := values.get("split"):
             if key(side) not in SIDES:
-                raise _fault(path, line, f"split: expected train or val; got another word")
+                raise _fault(path, line, "split: expected train or val; got another word")
             values["split"] = SIDES[key(side)]
         rows.append(Row(line, **values))
     return rows

@@ -156,7 +156,7 @@ def test_the_card_still_says_that_patients_were_too_few(here, tmp_path):
     assert "split by file, so that a patient may be on both sides" in before
     take(tmp_path / "out", lines(tmp_path / "out")[0]["id"])
     (after,) = hints(card_of(tmp_path / "out"))
-    assert after == before.replace("split by file", "split by series or file")
+    assert after == before.replace("split by file", "split by study or file")
 
 
 def test_prepare_does_not_bring_the_patient_back(whole, inputs):
