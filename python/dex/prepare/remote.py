@@ -4,7 +4,8 @@
 
 Readers open local files alone: workers that may be killed at any moment, within a limit of memory, are no place for a
 connection. So the files that a source names are copied first, once, and no more than the disk has room for; a later
-start copies what is missing or has changed. The copies are the user's own, in a folder that no other may enter.
+start copies what is missing or has another size or time, and removes what is no longer there. The copies are the user's
+own, in a folder that no other may enter.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import calendar
 import concurrent.futures
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,9 +57,9 @@ def place_of(argument: str) -> str:
     return argument
 
 
-def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[str], None], keep: bool = False) -> Path:
+def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[str], None]) -> Path:
     """The folder with copies of the files below `url` that are wanted, by their paths below it, and of the files that
-    hold their data. keep: whether other copies from there stay.
+    hold their data. Copies that were made for other runs stay.
 
     ValueError: no such place, nothing that opens it, no room for it. OSError: the connection, the disk.
     """
@@ -69,12 +71,28 @@ def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[s
     if not entries:
         raise ValueError(f"root: expected files below {_shown(url)}; got none")
     chosen = {path for path in entries if wanted(path)}
-    _copy(system, url, root, {path: entries[path] for path in chosen}, say)
-    beside = {other for path in chosen for other in _beside(root, path) if other in entries} - chosen
-    _copy(system, url, root, {path: entries[path] for path in beside}, say)
-    for path in set() if keep else _held(root) - chosen - beside:
-        (root / path).unlink()
+    with _alone(root, say):
+        _copy(system, url, root, {path: entries[path] for path in chosen}, say)
+        beside = {other for path in chosen for other in _beside(root, path) if other in entries} - chosen
+        _copy(system, url, root, {path: entries[path] for path in beside}, say)
+        _remove_others(root, entries)
     return root
+
+
+@contextlib.contextmanager
+def _alone(root: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Other runs that copy into the same folder wait."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks keeps nobody out
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("waiting for another run, which copies files from the same place")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -156,9 +174,12 @@ def _beside(root: Path, path: str) -> Iterator[str]:
         yield f"{folder}/{name}" if folder else name
 
 
-def _held(root: Path) -> set[str]:
-    walked: Iterable = os.walk(root)
-    return {os.path.relpath(os.path.join(above, name), root) for above, _, names in walked for name in names}
+def _remove_others(root: Path, paths: Collection[str]) -> None:
+    """Remove copies of files that are no longer there, and what a run that was killed has left."""
+    for above, _, names in os.walk(root):
+        for path in (os.path.join(above, name) for name in names):
+            if os.path.relpath(path, root) not in paths:
+                os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -168,10 +189,13 @@ def _named(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"root: expected a folder at {_shown(url)}; nothing is there") from None
-    except (ValueError, ImportError) as error:
-        if isinstance(error, ValueError) and str(error).startswith("root: "):
-            raise
+    except ImportError as error:
         raise ValueError(f"root: {_shown(url)} cannot be opened: {error}") from None
+    except ValueError as error:
+        if str(error).startswith("root: "):
+            raise
+        why = "fsspec does not know it" if "rotocol not known" in str(error) else "expected a URL that fsspec takes"
+        raise ValueError(f"root: {_shown(url)} cannot be opened: {why}") from None
     except OSError as error:
         raise OSError(error.errno, f"{_shown(url)}: {error.strerror or type(error).__name__}") from None
     except Exception as error:  # of the many libraries, each its own

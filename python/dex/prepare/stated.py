@@ -166,7 +166,7 @@ def copied(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
     if source.table:
         name = os.path.basename(source.table)
         own = is_url(source.table)  # then it lies at the root
-        file = remote.fetch(url, lambda path: path == name, cache, say, keep=True) / name if own else Path(source.table)
+        file = remote.fetch(url, lambda path: path == name, cache, say) / name if own else Path(source.table)
         paths = {os.path.normpath(row.path) for row in _read(source, file).rows}
 
         def wanted(path: str) -> bool:

@@ -1,7 +1,10 @@
 """Folders and tables that are elsewhere are copied once, and prepared as those that are here."""
 
+import fcntl
 import os
 import stat
+import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -90,6 +93,32 @@ def test_what_changes_there_changes_here(bucket, tmp_path):
     assert sorted(path.name for path in root.rglob("*") if path.is_file()) == [f"{i:02d}.png" for i in range(5)]
 
 
+def test_runs_that_want_other_files_leave_each_others_copies(bucket, tmp_path):
+    root = fetch(bucket, lambda path: path.endswith(".png"), tmp_path / "cache", lambda text: None)
+    assert fetch(bucket, lambda path: path.endswith(".gz"), tmp_path / "cache", lambda text: None) == root
+    assert len(list(root.rglob("*.png"))) == 6 and len(list(root.rglob("*.gz"))) == 1
+
+
+def test_one_run_at_a_time_copies(bucket, tmp_path):
+    """Another one's unfinished file would otherwise be taken for a leftover."""
+    cache, said = tmp_path / "cache", []
+    root = fetch(bucket, lambda path: path.endswith(".gz"), cache, said.append)
+    work = root / "p0" / "00.png.1-a.partial"
+    work.parent.mkdir()
+    work.write_bytes(b"half")
+    other = os.open(root, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    thread = threading.Thread(target=fetch, args=(bucket, lambda path: path.endswith(".png"), cache, said.append))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not any("waiting" in text for text in said) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert work.exists() and not list(root.rglob("*.png"))
+    os.close(other)
+    thread.join(20)
+    assert not work.exists() and len(list(root.rglob("*.png"))) == 6
+
+
 def test_files_that_hold_the_data_of_another_come_with_it(bucket, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/m/a.mhd", b"NDims = 3\nElementDataFile = a.raw\n")
@@ -107,6 +136,9 @@ def test_what_cannot_be_opened_is_named_without_its_password(bucket, tmp_path, m
         get("memory://nothing")
     with pytest.raises(ValueError, match="^root: nosuch:// cannot be opened"):
         get("nosuch://user:secret@host/x")
+    with pytest.raises(ValueError, match="^root: ftp:// cannot be opened") as error:
+        get("ftp://user:sec/ret@host/x")  # "/" in a password ends the host
+    assert "sec" not in str(error.value)
     with pytest.raises(ValueError, match="^root: zip:// cannot be opened|^root: expected a folder at zip://"):
         get(f"zip://::{tmp_path}/none.zip")
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=remote.RESERVE + 10))
