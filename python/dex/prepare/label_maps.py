@@ -6,7 +6,8 @@ The values of a label map are names: each fills regions, and where two regions m
 The grey levels of an image are amounts: a pixel rarely equals its neighbour, and where an image has few levels, or was
 clipped, the way from dark to bright leads through those between. So three numbers decide, none of which depends on how
 values are scaled: how many there are, how often a pixel's neighbour has its value, and how often values that meet
-follow each other in order.
+follow each other in order. Whole numbers that end at 15 are names even where they follow each other in order, as the
+layers of a retina do.
 
 A name alone decides nothing: it lowers what the numbers must show. Maps of probabilities, of tissue for instance, look
 like images: these are known by name and by numbers from 0 to 1, 100 or 255, most of them exactly 0.
@@ -40,6 +41,8 @@ _BANDS = 8
 _MOST = 1024  # different values of a label map
 _EQUAL = 0.3  # of all neighbours, in any frame of a label map
 _ORDERED = 4  # fewer values have no order to speak of
+_NUMBERED, _NUMBERED_IF_NAMED = 15, 63  # whole numbers from 0 to these are names, in whatever order they meet
+_LEVELS_IF_NAMED = 16  # so many whole numbers, too
 _VOID, _HIGHEST_OF_FEW = -1, 255  # of a file whose name says nothing: names are counted from 0, -1 is "none"
 _PEAK_SHARE, _PEAK_WIDTH, _PEAKS_APART = 0.98, 12, 100  # of a mask that was stored as JPEG, in levels of 8 bits
 
@@ -71,7 +74,7 @@ class Evidence(NamedTuple):
     """values: how many different ones were seen. flat: how often a neighbour of a pixel has the pixel's value, the mean
     over values, so that small regions count like large ones. inside: the same, over all pixels but those of the
     commonest value. following: of the neighbours that differ, the share whose values follow each other in order. low,
-    high: the lowest and the highest value."""
+    high: the lowest and the highest value. whole: whether all are grey and whole numbers."""
 
     values: int
     flat: float
@@ -79,6 +82,7 @@ class Evidence(NamedTuple):
     following: float
     low: float
     high: float
+    whole: bool
 
 
 def suspicious(path: str) -> bool:
@@ -106,8 +110,18 @@ def judge(frames: Iterable[np.ndarray], named: bool = False) -> bool:
     if not named and (evidence.low < _VOID or (few and (evidence.low != 0 or evidence.high > _HIGHEST_OF_FEW))):
         return False
     limits = _IF_NAMED if named else _PLAIN
-    ordered = not few and evidence.following > limits.following
+    ordered = not few and not _numbered(evidence, named) and evidence.following > limits.following
     return evidence.flat >= limits.flat and evidence.inside >= limits.inside and not ordered
+
+
+def _numbered(evidence: Evidence, named: bool) -> bool:
+    """Whether values count something rather than measure it: the layers of a retina, a cavity within its muscle and
+    other labels that follow each other would else pass for a few grey levels."""
+    if not evidence.whole or evidence.low < _VOID:
+        return False
+    if named and evidence.values <= _LEVELS_IF_NAMED:
+        return True
+    return evidence.high <= (_NUMBERED_IF_NAMED if named else _NUMBERED)
 
 
 def is_probability_map(frames: Iterable[np.ndarray], name: str) -> bool:
@@ -127,11 +141,12 @@ def measure(frames: Iterable[np.ndarray]) -> Evidence | None:
     """The evidence in `frames`; None where they are surely no labels, which the first one mostly shows."""
     counts = _Counts()
     informative = 0
-    low, high = np.inf, -np.inf
+    low, high, whole = np.inf, -np.inf, True
     for frame in frames:
         found = 0
         if frame.size:
             low, high = min(low, float(frame.min())), max(high, float(frame.max()))
+            whole = whole and frame.ndim == 2 and (frame.dtype.kind in "iub" or bool((frame == np.rint(frame)).all()))
         for band in _bands(frame):
             if _varies(band) or len(np.unique(_codes(band[::4, ::4]))) > _MOST:  # which most photographs show
                 return None
@@ -142,7 +157,7 @@ def measure(frames: Iterable[np.ndarray]) -> Evidence | None:
         informative += found > 1
         if informative == FRAMES:
             break
-    return counts.evidence(low, high)
+    return counts.evidence(low, high, whole)
 
 
 def spread(count: int, wanted: int = FRAMES) -> Sequence[int]:
@@ -184,7 +199,7 @@ class _Counts:
             self._meetings.append(np.stack([merged[met // size], merged[met % size], times], axis=1))
         return len(values)
 
-    def evidence(self, low: float, high: float) -> Evidence | None:
+    def evidence(self, low: float, high: float, whole: bool) -> Evidence | None:
         seen = self._neighbours > 0
         if not seen.any():
             return None
@@ -195,7 +210,7 @@ class _Counts:
         first, second = (np.searchsorted(self._values, meetings[:, i]) for i in (0, 1))
         following = meetings[second - first == 1, 2].sum() / meetings[:, 2].sum() if len(meetings) else 0.0
         flat = float((equal / neighbours).mean())
-        return Evidence(int(seen.sum()), flat, float(inside), float(following), low, high)
+        return Evidence(int(seen.sum()), flat, float(inside), float(following), low, high, whole)
 
 
 def _placed(counts: np.ndarray, values: np.ndarray, merged: np.ndarray) -> np.ndarray:

@@ -50,6 +50,20 @@ def parcels(count):
     return np.where(ball(12, 48, 40, 40), names[nearest], 0).astype(np.int16)
 
 
+def layers():
+    """Nine layers of a retina, from 0 down to 8."""
+    y, x = np.mgrid[0:96, 0:80]
+    return np.digitize(y + 6 * np.sin(x / 12), np.arange(20, 84, 8)).astype(np.uint8)[None]
+
+
+def heart():
+    """A cavity (3) within its muscle (2), and another (1) beside it."""
+    labels = np.where(ball(12, 48, 40, 30), 2, 0)
+    labels[ball(12, 48, 40, 20)] = 3
+    labels[ball(12, 48, 6, 12)] = 1
+    return labels.astype(np.int16)
+
+
 def vessels():
     mask = np.zeros((256, 256), np.uint8)
     for phase in np.linspace(0, 6, 9):
@@ -76,6 +90,9 @@ LABELS = {
     "bool": organs() == 5,
     "atlas": parcels(120),
     "vessels": vessels()[None],
+    "layers, in order": layers(),
+    "nested": heart(),
+    "nested, as float": heart().astype(np.float32),
     "two of many slices": np.concatenate([np.zeros((40, 96, 80), np.uint8), (organs() == 52).astype(np.uint8)]),
 }
 
@@ -104,7 +121,9 @@ IMAGES = {
     "MR": (noisy(anatomy(), 0.02).clip(0) * 900).astype(np.uint16),
     "MR of 16 levels": (noisy(anatomy(), 0.02).clip(0, 1) * 15).astype(np.uint8),
     "MR of 8 levels": (noisy(anatomy(), 0.05).clip(0, 1) * 7).astype(np.uint8),
-    "MR of 8 levels without noise": np.rint(anatomy() * 7).astype(np.int16),
+    "MR of 8 levels without noise": np.rint(anatomy() * 7).astype(np.int16) * 36,
+    "MR of 8 fractions without noise": (np.rint(anatomy() * 7) / 7).astype(np.float32),
+    "dark, without noise": np.rint(anatomy() * 40).astype(np.uint8),
     "MR, skull stripped": np.where(organs() > 0, noisy(anatomy(), 0.02) * 900, 0).astype(np.float32),
     "float": noisy(anatomy(), 0.02).astype(np.float32),
     "fluorescence": RNG.poisson(anatomy() ** 4 * 3).astype(np.uint16),
@@ -120,8 +139,18 @@ IMAGES = {
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_none_of_any_name(name):
     frames = IMAGES[name]
-    assert not judge(frames) and (not judge(frames, named=True) or name.startswith("phantom"))
+    drawn = name.startswith("phantom") or name.endswith("without noise")
+    assert not judge(frames) and (not judge(frames, named=True) or drawn)
     assert not any(judge(frame[None]) for frame in frames[:: max(1, len(frames) // 4)] if len(np.unique(frame)) > 3)
+
+
+@pytest.mark.parametrize("scale", [1, 12])
+def test_labels_that_follow_each_other_are_known_with_a_name_whatever_they_count(scale):
+    """Layers from 0 to 8 are known without; those from 0 to 96 could be grey levels."""
+    assert judge(layers() * scale, named=True) and judge(layers() * scale) == (scale == 1)
+    deep = np.arange(0, 60).repeat(4)[None, :, None].repeat(40, 2)
+    assert judge(deep, named=True) and not judge(deep) and not judge(deep * 4, named=True)
+    assert not judge(deep / 60, named=True)
 
 
 @pytest.mark.parametrize("value", [0, 255])
