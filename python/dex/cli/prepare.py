@@ -77,11 +77,9 @@ def dry_run(command: str, arguments: list[str], options: argparse.Namespace, pag
     from dex.prepare import inventory, inventory_page
     from dex.prepare import run as prepare
 
-    wanted = _looked_at(options)
-    if getattr(options, "out", None) is not None and page is None:
-        wanted = dataclasses.replace(wanted, out=folder_argument("out", options.out))
-        prepare.check(_sources(options), wanted)
-    sources = _sources(options)
+    wanted, sources = _looked_at(options), _sources(options)
+    if page is None and options.out is not None:
+        prepare.check(sources, dataclasses.replace(wanted, out=folder_argument("out", options.out)))
     prepare.check_settings(sources, wanted)
     try:
         with prepare.stop_signals():
@@ -305,11 +303,20 @@ def _commands(command: list[str], arguments: list[str], options: argparse.Namesp
     command = shlex.join([*command, *kept])
     if error.by_folders:
         return ["their folders are called after modalities, so give:", f"{command} --modality {FROM_FOLDERS}"]
-    word = options.modality or AUTO
-    patterns = " ".join(f"--pattern {shlex.quote(f'MODALITY=**/*{suffix}')}" for suffix in error.suffixes)
+    lines = []
+    if error.patterns:
+        patterns = " ".join(f"--pattern {shlex.quote(f'MODALITY={pattern}')}" for pattern in error.patterns)
+        lines += [
+            "say what they are, with CT, MR, PET, X-ray, ... in the place of MODALITY:",
+            f"{command} --modality {options.modality or AUTO} {patterns}",
+        ]
+    if error.unnamed:
+        lines.append(f"no pattern tells those with {', '.join(error.unnamed)} from files whose folders say a modality")
+    moved = "move each into a folder that is called after its modality, and give the same command"
+    if options.modality == FROM_FOLDERS:
+        return [*lines, f"or {moved}" if lines else moved]
     return [
-        "say what they are, with CT, MR, PET, X-ray, ... in the place of MODALITY:",
-        f"{command} --modality {word} {patterns}",
+        *lines,
         "or, where each lies below a folder that is called after its modality:",
         f"{command} --modality {FROM_FOLDERS}",
     ]

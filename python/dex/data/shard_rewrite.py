@@ -82,13 +82,13 @@ def plan(root: Path, ids: frozenset[str], documents: Mapping[str, bytes], date: 
         if not samples:
             raise ValueError("all images of the set would go, and a set has at least one: remove its folder")
         before = hashlib.sha256(raw).hexdigest()
-        told = {"date": date, "images": manifest["samples"] - samples, "before": before}
+        withdrawal = {"date": date, "images": manifest["samples"] - samples, "before": before}
         last = {key: value for key, value in manifest.items() if key != "sha256"} | {
             "samples": samples,
             "modalities": _counts(root, manifest, ids),
             "shards": [_renamed(entry, old) for entry, old in zip(shards, manifest["shards"], strict=True)],
             "documents": [_document(root, entry, documents) for entry in manifest["documents"]],
-            "withdrawals": [*manifest.get("withdrawals", ()), told],
+            "withdrawals": [*manifest.get("withdrawals", ()), withdrawal],
         }
         passing = last | {
             "shards": shards,

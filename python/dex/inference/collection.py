@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from dex.common import faults
 from dex.data import SampleError, ShardDataset
 from dex.data.folder import kind_of
 from dex.data.shard_format import MANIFEST, read_index
@@ -263,7 +264,8 @@ class _Files:
         except (ValueError, OSError) as error:  # Refused is a ValueError
             if isinstance(error.__context__, MemoryError):
                 raise MemoryError from None
-            refused.append(str(error) if isinstance(error, readers.Refused) else type(error).__name__)
+            known = isinstance(error, readers.Refused)
+            refused.append(str(error) if known else f"unreadable: {faults.sentence(error)}")
         return joined([*parts, *(self.refused(unit, reason) for reason in refused)])
 
     def refused(self, unit: discover.Unit, reason: str) -> Decoded:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dex.common import faults
 from dex.inference.collection import Collection, Decoded, Reader, joined
 from dex.prepare import readers, workers
 
@@ -19,7 +20,7 @@ OUTPUT_MB = 1024
 _AHEAD = 4
 """Items for each process that may be read before the one that is waited for."""
 _WORTH = 4
-"""Items for which it is worth to start another process."""
+"""Items that are worth starting another process for."""
 
 
 class _Job(NamedTuple):
@@ -105,4 +106,5 @@ def _work(reader: Reader, limits: readers.Limits, task: workers.Task, report: wo
         except OSError:
             raise  # of the connection: a reader's own are notes
         except Exception as error:
-            report.save(_State(number + 1, reader.refused(unit, f"unreadable: {workers.where(error)}")))
+            reason = f"unreadable: {faults.sentence(error)} ({workers.where(error)})"
+            report.save(_State(number + 1, reader.refused(unit, reason)))

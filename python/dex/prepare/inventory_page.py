@@ -202,8 +202,7 @@ def _modality(kind: Kind) -> str:
 
 
 def _stacks(row: _Row) -> str:
-    what = "series" if row.kind.format == "dicom" else "file or volume"
-    if what == "series":
+    if row.kind.format == "dicom":
         return f"{page.number(row.total.stacks)} series"
     return page.count(row.total.stacks, "stack")
 

@@ -60,10 +60,10 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
     if rule in ("ct", "suv"):
         needed = "HU" if rule == "ct" else "SUV"
         if stack.quantity != needed and not (stack.quantity == "raw" and stack.described):
-            help_ = "another normalisation, or slope and intercept, would take it: use --normalisation, or --slope"
             raise Refused(
                 "inconsistent",
-                f"values are not {needed}: {rule} needs {needed}, got {stack.note or stack.quantity}; {help_}",
+                f"values are not {needed}: {rule} needs {needed}, got {stack.note or stack.quantity}; "
+                "use --normalisation, or --slope and --intercept",
             )
         return ct_window if rule == "ct" else suv_window
     if rule == "display" and stack.quantity == "display8":

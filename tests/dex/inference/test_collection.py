@@ -27,6 +27,16 @@ def test_parts_hold_every_item_once():
     assert cut([6, 5, 5, 1, 30, 1], 9, 10) == [range(0, 1), range(1, 3), range(3, 4), range(4, 5), range(5, 6)]
 
 
+def test_an_error_of_a_library_is_a_sentence(images, private, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("Jane")
+
+    monkeypatch.setattr(collections.preprocess, "read_stacks", fail)
+    found = collection(images / "us", private, modality="CT")
+    reasons = {note.refused for item in decoded(found) for note in item.notes}
+    assert reasons == {"unreadable: it is damaged, cut off or of another format; copy the file anew, or leave it out"}
+
+
 def test_pictures_are_taken_as_they_are(images, private):
     found = collection(images / "us", private, public=True)
     items = decoded(found)

@@ -101,7 +101,7 @@ def test_of_several_volumes_all_can_be_taken():
 
 
 def test_pictures_of_numbers_need_slope_and_intercept():
-    with pytest.raises(readers.Refused, match="ct needs HU, got raw; another normalisation, or slope and intercept"):
+    with pytest.raises(readers.Refused, match="ct needs HU, got raw; use --normalisation, or --slope and --intercept"):
         read(CASES / "CT/deeplesion", "CT")
 
 
