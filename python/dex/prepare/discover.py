@@ -27,6 +27,7 @@ from . import readers
 from .folders import Level, Place, level_of
 from .label_maps import suspicious
 from .modalities import Modality, known
+from .packages import compile_globs
 from .sources import AUTO, BY_FOLDER, FROM_FOLDERS, Source
 from .stated import Rest, Said, Stated
 
@@ -88,12 +89,21 @@ class Listing(NamedTuple):
 
 class Undetermined(ValueError):
     """Files whose modality neither a header nor the description says. suffixes: of them; by_folders: whether their
-    folders are called after their modalities."""
+    folders are called after their modalities; patterns: name them, and none of the other files that need one; unnamed:
+    suffixes of which there are no such patterns."""
 
-    def __init__(self, source: str, suffixes: Counter[str], by_folders: bool):
+    def __init__(
+        self,
+        source: str,
+        suffixes: Counter[str],
+        by_folders: bool,
+        patterns: Sequence[str] = (),
+        unnamed: Sequence[str] = (),
+    ):
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
         super().__init__(f"{source}: expected files whose modality a header or the command says; got {listed} of none")
         self.suffixes, self.by_folders = sorted(suffixes), by_folders
+        self.patterns, self.unnamed = list(patterns), list(unnamed)
 
 
 def discover(source: Source, root: Path) -> Listing:
@@ -167,12 +177,35 @@ def check_modalities(source: Source, listing: Listing) -> None:
         for unit in map(listing.unit, range(len(listing.lines)))
         if not readers.reader_of(unit.format).decides and not suspicious(unit.key)
     ]
-    unknown = [unit.files[0].path for unit in units if modality_of(source, unit) is None]
+    unknown, others = [], []
+    for unit in units:
+        (unknown if modality_of(source, unit) is None else others).append(unit.files[0].path)
     if unknown:
         by_folders = dataclasses.replace(source, modality=FROM_FOLDERS)
+        patterns, unnamed = _patterns(unknown, others if source.modality == FROM_FOLDERS else ())
         raise Undetermined(
-            source.name, Counter(map(_suffix, unknown)), all(by_folders.modality_of(path) for path in unknown)
+            source.name,
+            Counter(map(_suffix, unknown)),
+            all(by_folders.modality_of(path) for path in unknown),
+            patterns,
+            unnamed,
         )
+
+
+def _patterns(unknown: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Patterns that name `unknown` by suffix, or by suffix and depth, and none of `others`; the suffixes of those that
+    have none. A pattern goes before what a folder says, so one that is too wide would change modalities."""
+    patterns, unnamed = [], []
+    for suffix in sorted(set(map(_suffix, unknown))):
+        depths = sorted({path.count("/") for path in unknown if _suffix(path) == suffix})
+        for tried in ([f"**/*{suffix}"], [f"{'*/' * depth}*{suffix}" for depth in depths]):
+            matcher = compile_globs(tried)
+            if not any(matcher.match(path) for path in others):
+                patterns += tried
+                break
+        else:
+            unnamed.append(suffix)
+    return patterns, unnamed
 
 
 def modality_of(source: Source, unit: Unit) -> Modality | None:

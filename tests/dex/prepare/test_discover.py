@@ -193,3 +193,16 @@ def test_folders_that_name_no_modality_do_not_say_it(tmp_path):
     with pytest.raises(discover.Undetermined, match="3 .png, 1 without suffix") as caught:
         discover.check_modalities(bare, discover.discover(bare, tmp_path))
     assert "Jane" not in str(caught.value)
+
+
+def test_the_patterns_to_give_name_no_file_whose_folder_says_its_modality(tmp_path):
+    """A pattern goes before a folder's name."""
+    write(tmp_path, "ct/1.png", "fundus/a/2.png", "3.png", "4.jpg", "x/y/z/5.jpg", "ct/6.nii", "x/7.nii")
+    source = described(modality="from-folders", normalisation="auto")
+    with pytest.raises(discover.Undetermined, match="got 2 .jpg, 1 .nii, 1 .png of none") as caught:
+        discover.check_modalities(source, discover.discover(source, tmp_path))
+    assert caught.value.patterns == ["**/*.jpg", "*.png"] and caught.value.unnamed == [".nii"]
+    source = routed(routes=(Route("CT", ("ct/*",)),))  # an earlier pattern goes before a later one
+    with pytest.raises(discover.Undetermined, match="got 2 .jpg, 1 .nii, 2 .png of none") as caught:
+        discover.check_modalities(source, discover.discover(source, tmp_path))
+    assert caught.value.patterns == ["**/*.jpg", "**/*.nii", "**/*.png"] and not caught.value.unnamed
