@@ -3,6 +3,7 @@
 from ._version import __version__
 from .collect import AuxCollector, collect_aux
 from .layer import Aux, DEXLayer
+from .masking import mask_tokens
 from .ops.align_loss import align_loss
 from .ops.group_ema import group_ema_
 from .ops.grouped_mlp import grouped_mlp
@@ -23,6 +24,7 @@ __all__ = [
     "group_ema_",
     "grouped_mlp",
     "hold_weights",
+    "mask_tokens",
     "route",
     "shard",
     "to_dense_",

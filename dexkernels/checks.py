@@ -63,7 +63,10 @@ def check_transforms(*tensors: Tensor | None) -> None:
 def check_x(x: Tensor, width: int | None = None) -> None:
     """``width``: D, where it is known."""
     if width is not None and not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width):
-        raise ValueError(f"x: expected [B, N, {width}], got {shape_of(x) if isinstance(x, Tensor) else repr(x)}")
+        got = shape_of(x) if isinstance(x, Tensor) else repr(x)
+        maps = isinstance(x, Tensor) and x.dim() == 4
+        remedy = ": maps need layout='channels_last' ([B, H, W, D]) or 'channels_first' ([B, D, H, W])" if maps else ""
+        raise ValueError(f"x: expected [B, N, {width}], got {got}{remedy}")
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
         raise ValueError(f"x: expected a floating-point tensor [B, N, D], got {describe(x)}")
 
@@ -89,6 +92,27 @@ def check_tensor(name: str, t: Tensor, shape: tuple, *, like: Tensor, same_dtype
         raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
     if same_dtype and t.dtype != like.dtype:
         raise ValueError(f"{name}: expected {like.dtype}, got {t.dtype}")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == tuple(shape)):
+        raise ValueError(f"{name}: expected torch.bool {list(shape)}, true for real tokens, got {describe(mask)}")
+    if mask.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {mask.device}")
+
+
+def check_token_mask(mask: Tensor, x: Tensor, *, cls: bool) -> None:
+    """``cls``: token 0 is routed from. That it is real is checked on a CPU alone: a GPU would have to be waited for."""
+    check_mask("token_mask", mask, tuple(x.shape[:2]), x)
+    if not cls or mask.device.type != "cpu" or torch.compiler.is_compiling() or mask.numel() == 0:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        return
+    if not bool((mask[:, 0] | ~mask.any(1)).all()):
+        raise ValueError(
+            "token_mask: expected token 0, from which route_from='cls' routes, to be real, got an image whose token 0 "
+            "is padding: put padding last, or route from the mean token (route_from='mean')"
+        )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
 import gc
+import inspect
 import threading
 import weakref
 from collections.abc import Iterable
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .layout import LAYOUTS, Layout
 from .ops import backends
 from .ops.align_loss import KINDS, align_loss
 from .ops.common import EPS, guard_version
-from .ops.dense import mlp
+from .ops.dense import ACTIVATIONS, mlp
 from .ops.group_ema import group_ema_
 from .ops.route import ROUTE_FROM, ROUTINGS, Noise
 from .ops.routed_mlp import Settings, routed_mlp
@@ -93,17 +95,19 @@ class Replaced:
 
 
 class MLP(nn.Module):
-    """``fc2(gelu(fc1(x)))``, ``[..., D] -> [..., D]``, exact GELU: the director, or the dense MLP of a ViT."""
+    """``fc2(gelu(fc1(x)))``, ``[..., D] -> [..., D]``: the director, or the dense MLP of a ViT."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
-            return mlp(x, *self.weights)
-        return self.fc2(F.gelu(self.fc1(x)))  # quantised maps and adapters compute something of their own
+            return mlp(x, *self.weights, self.activation)
+        # Quantised maps and adapters compute something of their own.
+        return self.fc2(F.gelu(self.fc1(x), approximate=ACTIVATIONS[self.activation]))
 
     @property
     def weights(self) -> MLPWeights:
@@ -147,6 +151,12 @@ class DEXLayer(PublishedNames, nn.Module):
         usage_momentum: of ``usage_ema``, which favours rarely used experts in the exploration noise.
         route_from: ``"cls"``: token 0; ``"mean"``: the mean token, for hosts without a CLS token.
         path: ``"experts"``, or ``"director"`` to fine-tune the director alone as a dense MLP. May be set later.
+        activation: ``"gelu"``, the exact GELU, or ``"gelu_tanh"``, its approximation by tanh, which has no kernels:
+            plain torch computes those experts, whatever the backend.
+        layout: ``"tokens"``: x is ``[B, N, D]``; ``"channels_last"``: ``[B, H, W, D]``; ``"channels_first"``:
+            ``[B, D, H, W]``. Maps have no CLS token: they need ``route_from="mean"`` or ``routing="token"``.
+        windows: P, for hosts that pass an image as P consecutive windows, ``[B * P, ...]``. The image is routed as one,
+            from its mean token. May be set later.
         backend: None takes the default of `dexkernels.ops.backends`; a name that cannot run raises with the reason.
 
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
@@ -169,29 +179,40 @@ class DEXLayer(PublishedNames, nn.Module):
         usage_momentum: float = 0.99,
         route_from: str = "cls",
         path: str = "experts",
+        activation: str = "gelu",
+        layout: str = "tokens",
+        windows: int = 1,
         backend: str | None = None,
     ):
         super().__init__()
-        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+        sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts, "windows": windows}
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         checks.check_top_k(top_k, num_experts)
         checks.check_choice("routing", routing, ROUTINGS)
         checks.check_choice("align", align, KINDS)
         checks.check_choice("route_from", route_from, ROUTE_FROM)
+        checks.check_choice("activation", activation, tuple(ACTIVATIONS))
+        checks.check_choice("layout", layout, tuple(LAYOUTS))
+        if routing == "image" and route_from == "cls" and (layout != "tokens" or windows > 1):
+            host = f"layout={layout!r}" if layout != "tokens" else f"windows={windows}"
+            raise ValueError(f"route_from: expected 'mean' with {host}, where no token is the CLS token, got 'cls'")
         checks.check_temperature(temperature)
         checks.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
         self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
         self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
         self.usage_momentum, self.backend = usage_momentum, backend
+        self.activation, self.layout, self.windows = activation, layout, windows
         self.recording: Recording | None = None
+        self.token_mask: Tensor | None = None
         self.shadows = Shadows()
         self.replaced = Replaced()
 
         self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
         self.experts = Experts(num_experts, dim, hidden_dim)
-        self.director = MLP(dim, hidden_dim)
+        self.director = MLP(dim, hidden_dim, activation)
         self.register_buffer("usage_ema", torch.zeros(num_experts))
         nn.init.xavier_uniform_(self.router_weight)
         self.copy_director_to_experts_()
@@ -228,19 +249,28 @@ class DEXLayer(PublishedNames, nn.Module):
         *,
         noise_std: float | Tensor = 0.0,
         router_noise: Tensor | None = None,
+        token_mask: Tensor | None = None,
         return_aux: bool = False,
     ) -> Tensor | tuple[Tensor, Aux]:
-        """``[B, N, D] -> [B, N, D]``; with ``return_aux`` also the `Aux` of this call.
+        """``[B, N, D] -> [B, N, D]``, or maps in the layer's layout; with ``return_aux`` also the `Aux` of this call.
 
         Args:
             x: the block's normalised input, any strides.
             noise_std: exploration noise of the router in training, a float or 0-dim tensor; ignored in evaluation.
                 Inside `collect_aux`, 0.0 means the noise that was given to `collect_aux`.
             router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
+            token_mask: bool, the shape of x without D, true for real tokens; None: that of `mask_tokens`, or all are
+                real. Padding may hold anything, NaN included: its outputs and gradients are 0, the mean token is that
+                of the real ones, and losses and gate masses leave padding out, and images that are nothing else. With
+                ``route_from="cls"`` token 0 must be real (which a CPU checks, and a GPU does not). A loss over no
+                real token is 0.
             return_aux: without it neither the director nor a loss is computed.
+
+        Raises: ValueError naming the argument.
         """
         checks.check_noise_std(noise_std)
-        checks.check_x(x, self.dim)
+        layout, mask = Layout(self.layout, self.windows), self.token_mask if token_mask is None else token_mask
+        layout.check(x, self.dim)
         self._check_dtypes(x, return_aux)
         if not hasattr(self.experts, "weights"):  # before their first use
             raise ValueError(
@@ -249,19 +279,40 @@ class DEXLayer(PublishedNames, nn.Module):
             )
         if torch.jit.is_tracing() and torch.is_grad_enabled():
             raise ValueError("torch.jit.trace: expected it under torch.no_grad(), got one that records gradients")
+        if self._path == "director" and return_aux:
+            raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
+        images = layout.images(x)
+        if mask is not None:
+            mask = layout.token_mask(mask, x)
+            images = images.masked_fill(~mask[..., None], 0)
+        aux = None
         if self._path == "director":
-            if return_aux:
-                raise ValueError("return_aux: expected False with path='director', which has no auxiliary losses")
-            return self.director(x)
+            y = self.director(images)
+        else:
+            y, aux = self._recorded(images, noise_std, router_noise, mask, return_aux)
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+        y = layout.restore(y, x)
+        return (y, aux) if return_aux else y
+
+    def _recorded(
+        self,
+        x: Tensor,
+        noise_std: float | Tensor,
+        router_noise: Tensor | None,
+        token_mask: Tensor | None,
+        return_aux: bool,
+    ) -> tuple[Tensor, Aux | None]:
+        """The experts' output ``[B, N, D]``; `Aux` when it is returned. `collect_aux` gets its own."""
         recording = None if return_aux else self.recording
         if recording is None:
-            return self._routed(x, noise_std, router_noise, return_aux)
+            return self._routed(x, noise_std, router_noise, token_mask, return_aux)
         # Inside backward this is a recomputation (activation checkpointing), usually after collect_aux's block has
         # ended: it repeats what the recorded forward did, but is no other forward.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not (recording.open or again):
             recording.passed = recording.passed or self.training
-            return self._routed(x, noise_std, router_noise, False)
+            return self._routed(x, noise_std, router_noise, token_mask, False)
         if again and recording.passed:
             raise ValueError(
                 "collect_aux: expected every checkpointed forward of a step inside the block, got one after it, "
@@ -269,10 +320,10 @@ class DEXLayer(PublishedNames, nn.Module):
             )
         if not isinstance(noise_std, Tensor) and noise_std == 0:
             noise_std = recording.noise_std
-        y, aux = self._routed(x, noise_std, router_noise, True)
+        y, aux = self._routed(x, noise_std, router_noise, token_mask, True)
         if not again:
             recording.add(aux)
-        return y
+        return y, None
 
     def _check_dtypes(self, x: Tensor, return_aux: bool) -> None:
         """ValueError that blames what is of another dtype than the rest: a parameter, x, or the whole layer."""
@@ -298,8 +349,13 @@ class DEXLayer(PublishedNames, nn.Module):
             )
 
     def _routed(
-        self, x: Tensor, noise_std: float | Tensor, router_noise: Tensor | None, return_aux: bool
-    ) -> Tensor | tuple[Tensor, Aux]:
+        self,
+        x: Tensor,
+        noise_std: float | Tensor,
+        router_noise: Tensor | None,
+        token_mask: Tensor | None,
+        return_aux: bool,
+    ) -> tuple[Tensor, Aux | None]:
         d = self.director
         # Hooks want to be called, FSDP's among them; another module in its place computes something of its own.
         plain = type(d) is MLP and not (d._forward_hooks or d._forward_pre_hooks)
@@ -307,18 +363,20 @@ class DEXLayer(PublishedNames, nn.Module):
             x,
             self.router_weight,
             self.experts.weights,
-            Settings(self.top_k, self.routing, self.route_from, self.temperature),
+            Settings(self.top_k, self.routing, self.route_from, self.temperature, self.activation),
             Noise(noise_std if self.training else 0.0, router_noise, self.usage_ema),
+            token_mask=token_mask,
             director=d.weights if return_aux and plain else None,
             shadows=self.shadows,
             backend=self.backend,
         )
         if not return_aux:
-            return y
+            return y, None
         if director_out is None:
             with torch.no_grad():
                 director_out = self.director(x)
-        align = align_loss(y, director_out, self.align, backend=backends.covering("align_loss", self.backend))
+        backend = backends.covering("align_loss", self.backend, None if token_mask is None else "token_mask")
+        align = align_loss(y, director_out, self.align, token_mask=token_mask, backend=backend)
         align = guard_version(align, tuple(self.director.parameters()))
         return y, Aux(align, routing.balance_loss, routing.gate_mass, routing.gates, routing.expert_indices)
 
@@ -365,10 +423,11 @@ class DEXLayer(PublishedNames, nn.Module):
         return list(zip(self.director.weights, self.experts.weights, strict=True))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.dim}, {self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
-            f"routing={self.routing!r}, align={self.align!r}, path={self._path!r}"
-        )
+        """Sizes, and every other argument that is not at its default."""
+        options = [p for p in inspect.signature(DEXLayer).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        values = {p.name: getattr(self, p.name) for p in options if getattr(self, p.name) != p.default}
+        sizes = f"{self.dim}, {self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}"
+        return ", ".join((sizes, *(f"{name}={value!r}" for name, value in values.items())))
 
 
 @torch.no_grad()

@@ -29,16 +29,21 @@ def route(
     noise_std: float | Tensor = 0.0,
     router_noise: Tensor | None = None,
     usage_ema: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Routing:
     """``p = softmax((r @ router_weight.T + noise) / temperature)``; gates are the K largest p over their sum.
 
     r is the CLS token or the mean token of an image ``[B, 1, D]``, or every token ``[B, N, D]``.
-    ``balance_loss = E * sum_e mean(p_e) * stop_grad(mean(p_e))``.
+    ``balance_loss = E * sum_e mean(p_e) * stop_grad(mean(p_e))``. ``token_mask [B, N]`` is true for real tokens: the
+    mean token is theirs; the loss and ``gate_mass`` count decisions about real tokens and about images that have some.
     """
     dtype, E = real(x.dtype), router_weight.shape[0]
-    r = x.to(dtype)
+    m = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
+    r = torch.where(m[..., None], x, 0).to(dtype)
+    counted = m
     if routing == "image":
-        r = r[:, :1] if route_from == "cls" else r.mean(1, keepdim=True)
+        r = r[:, :1] if route_from == "cls" else r.sum(1, keepdim=True) / m.sum(1).clamp(min=1)[:, None, None]
+        counted = m.any(1, keepdim=True)
     logits = r @ router_weight.to(dtype).t()
     if router_noise is not None:
         logits = logits + usage_noise(noise_std, router_noise.to(dtype), usage_ema.to(dtype))
@@ -46,9 +51,9 @@ def route(
     indices = p.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     chosen = p.gather(-1, indices)
     gates = chosen / chosen.sum(-1, keepdim=True)
-    mean_p = p.sum((0, 1)) / max(p[..., 0].numel(), 1)
+    mean_p = torch.where(counted[..., None], p, 0).sum((0, 1)) / counted.sum().clamp(min=1)
     balance_loss = E * (mean_p * mean_p.detach()).sum()
-    gate_mass = torch.stack([gates.detach()[indices == e].sum() for e in range(E)])
+    gate_mass = torch.stack([gates.detach()[(indices == e) & counted[..., None]].sum() for e in range(E)])
     group_sizes = torch.stack([(indices == e).sum() for e in range(E)])
     group_offsets = torch.cat([group_sizes.new_zeros(1), group_sizes.cumsum(0)])
     slot_order = indices.flatten().sort(stable=True).indices
@@ -62,13 +67,33 @@ def usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_ema: Tens
     return noise_std * (router_noise + 1 - usage_ema / (usage_ema.sum() + 1e-6))
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU."""
-    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+def gelu(z: Tensor, activation: str) -> Tensor:
+    """``z * Phi(z)`` with the normal distribution's Phi, or, ``gelu_tanh``, with an approximation of it by tanh."""
+    if activation == "gelu_tanh":
+        return 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    return F.gelu(z)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str = "gelu",
+) -> Tensor:
+    """``fc2(gelu(fc1(x)))``."""
+    return F.linear(gelu(F.linear(x, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
 
 
 def grouped_mlp(
-    x: Tensor, routing: Routing, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+    x: Tensor,
+    routing: Routing,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str = "gelu",
 ) -> Tensor:
     """``out[b] = sum_k gates[b, k] * mlp_e(x[b])``, ``e = expert_indices[b, k]``.
 
@@ -78,12 +103,14 @@ def grouped_mlp(
     for e in range(fc1_weight.shape[0]):
         gate = torch.where(routing.expert_indices == e, routing.gates, 0).sum(-1).to(x.dtype)
         weight = gate[..., None] if gate.dim() == 2 else gate[:, None, None]
-        out = out + weight * mlp(x, fc1_weight[e], fc1_bias[e], fc2_weight[e], fc2_bias[e])
+        out = out + weight * mlp(x, fc1_weight[e], fc1_bias[e], fc2_weight[e], fc2_bias[e], activation)
     return out
 
 
-def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> Tensor:
+def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", token_mask: Tensor | None = None) -> Tensor:
     """How far the experts' output ``[..., D]`` is from the director's; a 0-dim mean over all leading dimensions.
+
+    With a mask ``[...]`` the mean is that over the rows where it is true.
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
       Where q is below 1e-6 the gradient is zero.
@@ -100,6 +127,8 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd") -> T
         loss = 1 - (y * d).sum(-1)
     else:
         loss = (y - d).square().mean(-1)
+    if token_mask is not None:
+        loss = loss[token_mask]
     return loss.sum() / max(loss.numel(), 1)
 
 

@@ -18,15 +18,22 @@ BACKENDS = ("reference", "triton", "cuda")
 TABLES: dict[str, dict[str, str]] = {}
 """Operator -> backend -> the module that runs it; filled by `register`."""
 
+LIMITS: dict[str, Mapping[str, Mapping[str, str]]] = {}
+"""Operator -> backend -> a feature of the operator -> why the backend cannot compute it; filled by `register`."""
 
-def register(op: str, package: str, table: Mapping[str, str]) -> None:
+
+def register(
+    op: str, package: str, table: Mapping[str, str], limits: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
     """Add the backends of an operator; its folder calls this once, when it is imported.
 
     Args:
         op: the operator's name, as `choose` and `report` know it.
         package: its folder's ``__name__``.
         table: backend -> the module of that folder that runs it.
+        limits: backend -> a feature, as `choose` is asked for it -> why the backend cannot compute it.
     """
+    LIMITS[op] = limits or {}
     TABLES[op] = {backend: f"{package}.{module}" for backend, module in table.items()}
 
 
@@ -47,6 +54,8 @@ class BackendStatus(NamedTuple):
     """Why it is not available, or what it is."""
     executed: str
     """Its kernels and where they have been executed; empty where it has none."""
+    limits: str
+    """What of the operator it cannot compute, and why; plain torch does it then. Empty where there is nothing."""
 
 
 def architecture(device: torch.device) -> str:
@@ -57,10 +66,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def why_not(op: str, backend: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` here; None when it can."""
+def why_not(op: str, backend: str, feature: str | None = None) -> str | None:
+    """Why ``backend`` cannot run ``op``, with the ``feature`` if one is asked for, here; None when it can."""
     if backend not in TABLES[op]:
         return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
+    if reason := LIMITS[op].get(backend, {}).get(feature):
+        return f"no {feature}: {reason}"
     if backend == "cuda":
         return native.why_not()
     return _why_no_triton() if backend == "triton" else None
@@ -85,25 +96,26 @@ def check_backend(backend: str | None) -> None:
             raise ValueError(f"backend: {backend!r} cannot run: {reason}")
 
 
-def covering(op: str, backend: str | None) -> str | None:
-    """What a layer of ``backend`` asks for in ``op``: the backend where it ships that kernel, else the default.
+def covering(op: str, backend: str | None, feature: str | None = None) -> str | None:
+    """What a layer of ``backend`` asks for in ``op``: the backend where its kernel can do that, else the default.
 
-    The CUDA library has no kernel for some operators by design; `report` shows which.
+    The CUDA library has no kernel for some operators by design, and some kernels lack a feature; `report` shows which.
     """
-    return backend if backend in TABLES[op] else None
+    return backend if backend in TABLES[op] and feature not in LIMITS[op].get(backend, ()) else None
 
 
-def choose(op: str, backend: str | None, device: torch.device) -> str:
+def choose(op: str, backend: str | None, device: torch.device, feature: str | None = None) -> str:
     """The backend of ``op`` for tensors on ``device``: the one asked for, or what committed measurements chose.
 
-    What they chose and cannot run here (no Triton, say) gives way to plain torch, which `report` tells.
+    What they chose and cannot run here (no Triton, say), or not with the ``feature``, gives way to plain torch, which
+    `report` tells.
     """
     if backend is None:
         default = DEFAULTS.get((architecture(device), op), "reference") if device.type == "cuda" else "reference"
-        return default if default == "reference" or why_not(op, default) is None else "reference"
+        return default if default == "reference" or why_not(op, default, feature) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if reason := why_not(op, backend):
+    if reason := why_not(op, backend, feature):
         raise ValueError(f"backend: {backend!r} cannot run {op}: {reason}")
     return backend
 
@@ -122,7 +134,8 @@ def report() -> list[BackendStatus]:
             reason = why_not(op, backend)
             text = reason or _proven(op, backend, device)
             executed = EXECUTED.get((op, backend), "")
-            rows.append(BackendStatus(op, backend, reason is None, default == backend, text, executed))
+            limits = "; ".join(f"no {feature}: {why}" for feature, why in LIMITS[op].get(backend, {}).items())
+            rows.append(BackendStatus(op, backend, reason is None, default == backend, text, executed, limits))
     return rows
 
 

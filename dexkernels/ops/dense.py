@@ -4,12 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+"""Activation of an MLP -> torch's word for how its GELU is computed: by erf, or by the approximation with tanh."""
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU: one expert, the director, or the dense MLP of a ViT."""
-    return linear(F.gelu(linear(x.contiguous(), fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str = "gelu",
+) -> Tensor:
+    """``fc2(gelu(fc1(x)))``, by default with the exact (erf) GELU: one expert, the director, or the MLP of a ViT."""
+    z = linear(x.contiguous(), fc1_weight, fc1_bias)
+    return linear(F.gelu(z, approximate=ACTIVATIONS[activation]), fc2_weight, fc2_bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

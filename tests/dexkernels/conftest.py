@@ -32,8 +32,8 @@ def chosen_backend(request, monkeypatch):
         return
     choose, load = backends.choose, backends.load
 
-    def choose_wanted(op, backend, device):
-        return choose(op, backends.covering(op, wanted) if backend is None else backend, device)
+    def choose_wanted(op, backend, device, feature=None):
+        return choose(op, backends.covering(op, wanted, feature) if backend is None else backend, device, feature)
 
     def load_skipping(op, backend):
         module = load(op, backend)

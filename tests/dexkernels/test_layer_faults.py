@@ -1,6 +1,7 @@
 """What a user does to a `DEXLayer` by accident works, or is refused in words that blame the right thing."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -9,9 +10,27 @@ from layer_cases import changed, images, layer_of, snapshot, step
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
-from dexkernels import align_loss, grouped_mlp, route
+from dexkernels import DEXLayer, align_loss, grouped_mlp, route
 
 HALVES = [torch.float16, torch.bfloat16]
+
+
+OTHERS = {
+    "routing": "token", "temperature": 0.25, "align": "mse", "usage_momentum": 0.5, "route_from": "mean",
+    "path": "director", "activation": "gelu_tanh", "layout": "channels_last", "windows": 2, "backend": "reference",
+}  # fmt: skip
+
+
+def test_repr_says_every_argument_that_is_not_at_its_default():
+    options = {n for n, p in inspect.signature(DEXLayer).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    assert options == set(OTHERS)
+    assert repr(DEXLayer(4, 5, 6, 3)).startswith("DEXLayer(\n  4, 5, num_experts=6, top_k=3\n")
+    layer = DEXLayer(4, 5, **OTHERS)
+    head = repr(layer).split("\n")[1].strip()
+    assert all(f"{name}={value!r}" in head for name, value in OTHERS.items())
+    assert eval(f"DEXLayer({head})").extra_repr() == head
+    layer.path = "experts"
+    assert "path" not in layer.extra_repr()
 
 
 @pytest.mark.parametrize("path", ["experts", "director"])

@@ -39,23 +39,23 @@ def test_opcheck_route(strided):
     g = torch.Generator().manual_seed(0)
     r, w, noise = (torch.randn(s, generator=g) for s in ((B, D), (E, D), (B, E)))
     r, w = (embed(t) if strided else t for t in (r, w))
-    args = (r.requires_grad_(), w.requires_grad_(), noise, torch.ones(E), K, 0.5, "triton")
+    args = (r.requires_grad_(), w.requires_grad_(), noise, torch.ones(E), None, K, 0.5, "triton")
     torch.library.opcheck(OPS.route, args)
     p, gates, indices, balance, *_ = OPS.route(*args)
-    torch.library.opcheck(OPS.route_backward, plain(gates, balance, p, gates, indices, r, w, 0.5, "triton"))
+    torch.library.opcheck(OPS.route_backward, plain(gates, balance, p, gates, indices, r, w, None, 0.5, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_opcheck_grouped_mlp(dtype):
     x, gates, weights, order, offsets = leaves(dtype)
-    args = (x, gates, order, offsets, *weights, *(None,) * 4, True, "triton")
+    args = (x, gates, order, offsets, *weights, *(None,) * 4, True, "gelu", "triton")
     torch.library.opcheck(OPS.grouped_mlp, args)
-    torch.library.opcheck(OPS.grouped_mlp, (*plain(*args)[:12], False, "triton"))
+    torch.library.opcheck(OPS.grouped_mlp, (*plain(*args)[:12], False, "gelu", "triton"))
     _, z = OPS.grouped_mlp(*args)
     saved = plain(x, x, gates, order, offsets, weights[0], weights[2], weights[3], z)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         for grad_dtype in {dtype, torch.float32}:
-            torch.library.opcheck(OPS.grouped_mlp_backward, (*saved, *needs, grad_dtype, "triton"))
+            torch.library.opcheck(OPS.grouped_mlp_backward, (*saved, *needs, grad_dtype, "gelu", "triton"))
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
@@ -66,15 +66,27 @@ def test_opcheck_routed_mlp(routing, director):
     shadows = (None,) * 4
     if director:
         shadows = tuple(torch.cat((w, w[:1])).detach().half() for w in weights)
-    tail = (K, 0.5, routing, "cls", True, "triton", "triton")
-    args = (x, router, None, None, *weights, *shadows, *tail)
+    tail = (K, 0.5, routing, "cls", "gelu", True, "triton", "triton")
+    args = (x, router, None, None, None, *weights, *shadows, *tail)
     torch.library.opcheck(OPS.routed_mlp, args)
     out, z, director_out, p, gates, indices, balance, _, order, _, offsets = OPS.routed_mlp(*args)
     assert director_out.shape == (x.shape if director else (0,))
     computed = [w[:E] for w in shadows] if director else weights
     saved = (x, router, computed[0], computed[2], computed[3], z, p, gates, indices, order, offsets)
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
-        backward = (out, torch.ones_like(gates), balance, *saved, 0.5, routing, "cls", *needs, torch.float32)
+        backward = (
+            out,
+            torch.ones_like(gates),
+            balance,
+            *saved,
+            None,
+            0.5,
+            routing,
+            "cls",
+            "gelu",
+            *needs,
+            torch.float32,
+        )
         torch.library.opcheck(OPS.routed_mlp_backward, plain(*backward, "triton", "triton"))
 
 
@@ -84,10 +96,10 @@ def test_opcheck_align_loss(kind, strided):
     g = torch.Generator().manual_seed(0)
     y, d = (torch.randn(B, N, D, generator=g) for _ in range(2))
     y, d = (embed(t) if strided else t for t in (y, d))
-    args = (y.requires_grad_(), d, kind, "triton")
+    args = (y.requires_grad_(), d, None, kind, "triton")
     torch.library.opcheck(OPS.align_loss, args)
     loss, saved = OPS.align_loss(*args)
-    torch.library.opcheck(OPS.align_loss_backward, plain(loss, y, d, saved, kind, "triton"))
+    torch.library.opcheck(OPS.align_loss_backward, plain(loss, y, d, saved, None, kind, "triton"))
 
 
 @pytest.mark.parametrize("skip", [None, False, True])

@@ -5,18 +5,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor, check_weights, check_x, shape_of
+from ...checks import check_choice, check_tensor, check_weights, check_x, shape_of
 from ...records import MLPWeights
 from ...routing import Routing
 from ...shadows import Shadows, shadowed
 from .. import backends
 from ..common import autocast_dtype, gradients, or_empty, without_autocast
+from ..dense import ACTIVATIONS
 from .records import Gradients, Needs, Result, Saved, Slots
 
 BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
 
-backends.register("grouped_mlp", __name__, BACKENDS)
+LIMITS = {"triton": {"gelu_tanh": "its kernels compute the exact GELU alone"}}
+"""Backend -> an activation -> why the backend does not compute it: plain torch does, unless it is asked for by name."""
+
+backends.register("grouped_mlp", __name__, BACKENDS, LIMITS)
 
 
 def grouped_mlp(
@@ -27,9 +31,10 @@ def grouped_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     *,
+    activation: str = "gelu",
     backend: str | None = None,
 ) -> Tensor:
-    """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))`` with ``e = expert_indices[b, k]`` and the exact GELU.
+    """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))`` with ``e = expert_indices[b, k]``.
 
     Args:
         x: ``[B, N, D]``.
@@ -37,6 +42,7 @@ def grouped_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: ``[E, H, D]``, ``[E, H]``, ``[E, D, H]``, ``[E, D]``, dtype of x
             (any of the four float dtypes; under autocast copies of its dtype are computed with, and gradients of the
             weights come in the weights' own).
+        activation: ``"gelu"``, the exact one, or ``"gelu_tanh"``, its approximation, which plain torch alone computes.
 
     Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
     Raises: ValueError naming the argument.
@@ -50,15 +56,17 @@ def grouped_mlp(
     check_tensor("routing.group_sizes", routing.group_sizes, (E,), like=x, same_dtype=False)
     check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
     check_tensor("routing.group_offsets", routing.group_offsets, (E + 1,), like=x, same_dtype=False)
-    backend = backends.choose("grouped_mlp", backend, x.device)
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    backend = backends.choose("grouped_mlp", backend, x.device, activation)
     x = x.to(autocast_dtype(x))
     lowered = Shadows().of(weights, None, x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
     if gates.dim() == 3:
         x, gates = x.reshape(B * N, 1, D), gates.flatten(0, 1)
     out, _ = torch.ops.dexkernels.grouped_mlp(
-        x, gates, routing.slot_order, routing.group_offsets, *weights, *(lowered or (None,) * 4), save, backend
-    )
+        x, gates, routing.slot_order, routing.group_offsets, *weights, *(lowered or (None,) * 4), save, activation,
+        backend,
+    )  # fmt: skip
     return out.view(B, N, D)
 
 
@@ -78,6 +86,7 @@ class _Inputs(NamedTuple):
     fc2_weight_shadow: Tensor | None
     fc2_bias_shadow: Tensor | None
     save: bool
+    activation: str
     backend: str
 
     @property
@@ -104,6 +113,7 @@ def _grouped_mlp(
     fc2_weight_shadow: Tensor | None,
     fc2_bias_shadow: Tensor | None,
     save: bool,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out and z of `Result`. Where there are shadows (see `dexkernels.shadows`) they are computed with."""
@@ -112,7 +122,7 @@ def _grouped_mlp(
         MLPWeights(fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow),
     )
     with without_autocast(x.device):
-        result = run_forward(backend, x, Slots(gates, slot_order, group_offsets), weights, save)
+        result = run_forward(backend, x, Slots(gates, slot_order, group_offsets), weights, save, activation)
     return result.out, result.z
 
 
@@ -122,14 +132,24 @@ def _(*args, **kwargs):
     return given.x.new_empty(given.x.shape), empty_z(given.x, given.slot_order.shape[0], given.fc1_bias, given.save)
 
 
-def run_forward(backend: str, x: Tensor, slots: Slots, weights: MLPWeights, save: bool) -> Result:
+def run_forward(
+    backend: str, x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu"
+) -> Result:
     """With autocast off; ``x`` and ``weights`` are of one dtype."""
-    return backends.load("grouped_mlp", backend).forward(x, slots, weights, save)
+    return backends.load("grouped_mlp", backend).forward(x, slots, weights, save, **_other_than_exact(activation))
 
 
-def run_backward(backend: str, grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
+def run_backward(
+    backend: str, grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype, activation: str = "gelu"
+) -> Gradients:
     """With autocast off; the gradients of the weights are of ``grad_dtype``."""
-    return backends.load("grouped_mlp", backend).backward(grad_out, saved, needs, grad_dtype)
+    launch = backends.load("grouped_mlp", backend).backward
+    return launch(grad_out, saved, needs, grad_dtype, **_other_than_exact(activation))
+
+
+def _other_than_exact(activation: str) -> dict[str, str]:
+    """Every backend computes the exact GELU; the argument is for those that have others, see `LIMITS`."""
+    return {} if activation == "gelu" else {"activation": activation}
 
 
 def empty_z(x: Tensor, num_slots: int, fc1_bias: Tensor, save: bool) -> Tensor:
@@ -152,19 +172,20 @@ def _grouped_mlp_backward(
     need_gates: bool,
     need_weights: bool,
     grad_dtype: torch.dtype,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Gradients`; an empty tensor stands for one that is not needed: operators do not return None."""
     saved = Saved(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
     with without_autocast(x.device):
-        grads = run_backward(backend, grad_out, saved, Needs(need_x, need_gates, need_weights), grad_dtype)
+        grads = run_backward(backend, grad_out, saved, Needs(need_x, need_gates, need_weights), grad_dtype, activation)
     return or_empty(x, *grads)
 
 
 @_grouped_mlp_backward.register_fake
 def _(
     grad_out, x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z,
-    need_x, need_gates, need_weights, grad_dtype, backend,
+    need_x, need_gates, need_weights, grad_dtype, activation, backend,
 ):  # fmt: skip
     dx, dgates = (t.new_empty(t.shape) if need else x.new_empty(0) for need, t in ((need_x, x), (need_gates, gates)))
     return dx, dgates, *empty_weight_grads(x, fc2_weight, need_weights, grad_dtype)
@@ -182,7 +203,7 @@ def _save(ctx, inputs, output):
     given = _Inputs(*inputs)
     _, z = output
     ctx.mark_non_differentiable(z)
-    ctx.grad_dtype, ctx.backend = given.fc1_weight.dtype, given.backend
+    ctx.rest = given.fc1_weight.dtype, given.activation, given.backend
     weights = given.computed
     ctx.save_for_backward(
         *Saved(
@@ -203,7 +224,7 @@ def _backward(ctx, grad_out, _):
     need_weights = MLPWeights(need.fc1_weight, need.fc1_bias, need.fc2_weight, need.fc2_bias)
     grads = Gradients(
         *torch.ops.dexkernels.grouped_mlp_backward(
-            grad_out, *ctx.saved_tensors, need.x, need.gates, any(need_weights), ctx.grad_dtype, ctx.backend
+            grad_out, *ctx.saved_tensors, need.x, need.gates, any(need_weights), *ctx.rest
         )
     )
     needed = {name: grad for name, grad in grads._asdict().items() if getattr(need, name)}

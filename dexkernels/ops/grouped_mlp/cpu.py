@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...records import MLPWeights
 from ..common import accumulation_dtype
-from ..dense import linear, mlp
+from ..dense import ACTIVATIONS, linear, mlp
 from .records import Gradients, Needs, Result, Saved, Slots, has_director
 
 
-def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool) -> Result:
+def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu") -> Result:
     """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))``, ``e = expert_indices[b, k]``.
 
     The weights may be of E experts, ``[E, ...]``, or of E experts and the director, ``[E + 1, ...]``.
@@ -27,15 +27,17 @@ def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool) -> Result:
         z_e = linear(x.index_select(0, images[start:stop]), weights.fc1_weight[e], weights.fc1_bias[e])
         if save:
             z[start:stop] = z_e
-        y = linear(F.gelu(z_e), weights.fc2_weight[e], weights.fc2_bias[e])
+        y = linear(F.gelu(z_e, approximate=ACTIVATIONS[activation]), weights.fc2_weight[e], weights.fc2_bias[e])
         out.index_add_(0, images[start:stop], y.to(out.dtype) * gates[start:stop].to(out.dtype))
     director_out = x.new_empty((0, N, D))
     if has_director(weights, slots):
-        director_out = mlp(x, *(w[-1] for w in weights))
+        director_out = mlp(x, *(w[-1] for w in weights), activation)
     return Result(out.to(x.dtype), z, director_out)
 
 
-def backward(grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
+def backward(
+    grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype, activation: str = "gelu"
+) -> Gradients:
     """Those of the weights are of ``grad_dtype``: under autocast, of the masters' dtype.
 
     With ``a = gelu(z)`` and ``da = grad_out[b] @ fc2_weight_e``, of one slot with gate g:
@@ -46,7 +48,7 @@ def backward(grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dty
     x, slots = saved.x, saved.slots
     (B, N, D), H = x.shape, saved.z.shape[2]
     images, gates = _images_and_gates(slots)
-    acc = accumulation_dtype(x.dtype)
+    acc, approximate = accumulation_dtype(x.dtype), ACTIVATIONS[activation]
     dx = x.new_zeros((B, N, D), dtype=acc) if needs.x else None
     dslot = slots.gates.new_zeros(slots.num_slots) if needs.gates else None
     dweights = _weight_grads(saved, grad_dtype) if needs.weights else None
@@ -55,7 +57,7 @@ def backward(grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dty
         dy = grad_out.index_select(0, images[start:stop])
         g = gates[start:stop].to(acc)
         z = saved.z[start:stop].view(n * N, H)
-        a = F.gelu(z)
+        a = F.gelu(z, approximate=approximate)
         da = linear(dy.view(n * N, D), saved.fc2_weight[e].t())
         if needs.gates:
             through_a = torch.linalg.vecdot(da.to(acc), a.to(acc)).view(n, N).sum(1)
@@ -65,7 +67,12 @@ def backward(grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dty
             dy = (dy.to(acc) * g).to(x.dtype).view(n * N, D)
             dweights.fc2_weight[e] = linear(dy.t(), a.t())
             torch.sum(dy, 0, dtype=grad_dtype, out=dweights.fc2_bias[e])
-        dz = torch.ops.aten.gelu_backward(da, z).view(n, N, H).mul_(g.to(x.dtype)).view(n * N, H)
+        dz = (
+            torch.ops.aten.gelu_backward(da, z, approximate=approximate)
+            .view(n, N, H)
+            .mul_(g.to(x.dtype))
+            .view(n * N, H)
+        )
         if needs.weights:
             dweights.fc1_weight[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(n * N, D).t())
             torch.sum(dz, 0, dtype=grad_dtype, out=dweights.fc1_bias[e])

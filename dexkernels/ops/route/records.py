@@ -39,6 +39,8 @@ class Saved(NamedTuple):
     """``[R, D]``; what the router read."""
     router_weight: Tensor
     """``[E, D]``"""
+    counted: Tensor | None = None
+    """bool ``[R]``; the decisions that the balance loss counts; None: all. No kernel of Triton reads it."""
 
 
 class RouterGrads(NamedTuple):

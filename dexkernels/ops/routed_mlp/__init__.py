@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor, check_transforms, check_weights
+from ...checks import check_tensor, check_token_mask, check_transforms, check_weights
 from ...records import MLPWeights
 from ...routing import Routing
 from ...shadows import Shadows, shadowed
@@ -16,17 +16,29 @@ from .. import backends
 from ..common import autocast_dtype, check_versions, gradients, or_empty, without_autocast
 from ..grouped_mlp import empty_weight_grads, empty_z, run_backward, run_forward
 from ..grouped_mlp import records as mlp
-from ..route import Noise, as_routing, check_tokens, empty_routed, remember_usage, router_rows, scaled_noise
+from ..route import (
+    Noise,
+    as_routing,
+    check_tokens,
+    counted_rows,
+    empty_routed,
+    num_real,
+    remember_usage,
+    router_rows,
+    scaled_noise,
+)
 from ..route import records as router
+from ..route import run_forward as run_router
 
 
 class Settings(NamedTuple):
-    """How a layer routes, see `route`."""
+    """How a layer routes, see `route`, and the activation of its experts, see `grouped_mlp`."""
 
     top_k: int
     routing: str = "image"
     route_from: str = "cls"
     temperature: float = 0.5
+    activation: str = "gelu"
 
 
 def routed_mlp(
@@ -36,6 +48,7 @@ def routed_mlp(
     settings: Settings,
     noise: Noise,
     *,
+    token_mask: Tensor | None = None,
     director: MLPWeights | None = None,
     shadows: Shadows | None = None,
     backend: str | None = None,
@@ -47,6 +60,7 @@ def routed_mlp(
     against each other.
 
     Args:
+        token_mask: bool ``[B, N]``, see `route`. Padding must be 0 in x; what it has for an output means nothing.
         director: its weights, without the leading E, when its output is wanted. Where the weights have shadows it is
             one more expert of the same launches, and its output ``[B, N, D]`` comes third, without a gradient; else
             that is None: to stand beside the experts it would have to be copied.
@@ -63,15 +77,22 @@ def routed_mlp(
         for name, t, w in zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), director, weights, strict=True):
             check_tensor(f"director.{name}", t, tuple(w.shape[1:]), like=x, same_dtype=False)
     added = scaled_noise(x, E, settings.routing, noise)
-    route_backend = backends.choose("route", backends.covering("route", backend), x.device)
-    mlp_backend = backends.choose("grouped_mlp", backends.covering("grouped_mlp", backend), x.device)
+    feature = None
+    if token_mask is not None:
+        check_token_mask(token_mask, x, cls=settings.routing == "image" and settings.route_from == "cls")
+        feature = "token_mask"
+    route_backend, mlp_backend = (
+        backends.choose(op, backends.covering(op, backend, need), x.device, need)
+        for op, need in (("route", feature), ("grouped_mlp", settings.activation))
+    )
     # The router reads x as it came; only the experts compute in autocast's dtype.
     lowered = (shadows or Shadows()).of(weights, director, autocast_dtype(x))
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_weight, *weights))
     result = _Outputs(
         *torch.ops.dexkernels.routed_mlp(
-            x, router_weight, added, noise.usage_ema, *weights, *(lowered or (None,) * 4), settings.top_k,
-            settings.temperature, settings.routing, settings.route_from, save, route_backend, mlp_backend,
+            x, router_weight, added, noise.usage_ema, token_mask, *weights, *(lowered or (None,) * 4), settings.top_k,
+            settings.temperature, settings.routing, settings.route_from, settings.activation, save, route_backend,
+            mlp_backend,
         )
     )  # fmt: skip
     apart = director is None or lowered is None
@@ -85,6 +106,7 @@ class _Inputs(NamedTuple):
     router_weight: Tensor
     noise: Tensor | None
     usage_ema: Tensor | None
+    token_mask: Tensor | None
     fc1_weight: Tensor
     fc1_bias: Tensor
     fc2_weight: Tensor
@@ -97,6 +119,7 @@ class _Inputs(NamedTuple):
     temperature: float
     routing: str
     route_from: str
+    activation: str
     save: bool
     route_backend: str
     mlp_backend: str
@@ -155,6 +178,7 @@ class _Saved(NamedTuple):
     expert_indices: Tensor
     slot_order: Tensor
     group_offsets: Tensor
+    token_mask: Tensor | None
 
 
 def _images(x: Tensor, routing: str) -> Tensor:
@@ -168,6 +192,7 @@ def _routed_mlp(
     router_weight: Tensor,
     noise: Tensor | None,
     usage_ema: Tensor | None,
+    token_mask: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -180,6 +205,7 @@ def _routed_mlp(
     temperature: float,
     routing: str,
     route_from: str,
+    activation: str,
     save: bool,
     route_backend: str,
     mlp_backend: str,
@@ -190,10 +216,11 @@ def _routed_mlp(
         MLPWeights(fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow),
     )
     with without_autocast(x.device):
-        r = router_rows(x, routing, route_from)
-        routed = backends.load("route", route_backend).forward(r, router_weight, top_k, temperature, noise)
+        r, counted = router_rows(x, routing, route_from, token_mask), counted_rows(token_mask, routing)
+        routed = run_router(route_backend, r, router_weight, top_k, temperature, noise, counted)
         slots = mlp.Slots(routed.gates, routed.slot_order, routed.group_offsets)
-        result = run_forward(mlp_backend, _images(x, routing).to(weights.fc1_weight.dtype), slots, weights, save)
+        images = _images(x, routing).to(weights.fc1_weight.dtype)
+        result = run_forward(mlp_backend, images, slots, weights, save, activation)
     # By its shape, which a batch of no images has too.
     director_out = result.director_out.view(x.shape if mlp.has_director(weights, slots) else 0)
     return result.out.view(x.shape), result.z, director_out, *routed
@@ -227,9 +254,11 @@ def _routed_mlp_backward(
     expert_indices: Tensor,
     slot_order: Tensor,
     group_offsets: Tensor,
+    token_mask: Tensor | None,
     temperature: float,
     routing: str,
     route_from: str,
+    activation: str,
     need_x: bool,
     need_router: bool,
     need_weights: bool,
@@ -242,12 +271,12 @@ def _routed_mlp_backward(
         images = _images(x, routing).to(fc1_weight.dtype)
         saved = mlp.Saved(images, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
         needs = mlp.Needs(need_x, need_x or need_router, need_weights)
-        grads = run_backward(mlp_backend, _images(grad_out, routing), saved, needs, grad_dtype)
+        grads = run_backward(mlp_backend, _images(grad_out, routing), saved, needs, grad_dtype, activation)
         dx, dgates, *dweights = grads
         drouter = None
         if needs.gates:
-            rows = router_rows(x, routing, route_from)
-            decided = router.Saved(p, gates, expert_indices, rows, router_weight)
+            rows, counted = router_rows(x, routing, route_from, token_mask), counted_rows(token_mask, routing)
+            decided = router.Saved(p, gates, expert_indices, rows, router_weight, counted)
             dr, drouter = backends.load("route", route_backend).backward(
                 dgates + grad_gates, grad_balance, decided, temperature
             )
@@ -258,15 +287,16 @@ def _routed_mlp_backward(
             elif route_from == "cls":
                 dx[:, 0] += dr
             else:
-                dx += dr[:, None] / x.shape[1]
+                dr = dr / (x.shape[1] if token_mask is None else num_real(token_mask))
+                dx += dr[:, None].to(dx.dtype)
     return or_empty(x, dx, drouter, *dweights)
 
 
 @_routed_mlp_backward.register_fake
 def _(
     grad_out, grad_gates, grad_balance, x, router_weight, fc1_weight, fc2_weight, fc2_bias, z, p, gates, expert_indices,
-    slot_order, group_offsets, temperature, routing, route_from, need_x, need_router, need_weights, grad_dtype,
-    route_backend, mlp_backend,
+    slot_order, group_offsets, token_mask, temperature, routing, route_from, activation, need_x, need_router,
+    need_weights, grad_dtype, route_backend, mlp_backend,
 ):  # fmt: skip
     needed = ((need_x, x), (need_x or need_router, router_weight))
     dx, drouter = (t.new_empty(t.shape) if need else x.new_empty(0) for need, t in needed)
@@ -277,7 +307,7 @@ def _save(ctx, inputs, output):
     given, result = _Inputs(*inputs), _Outputs(*output)
     remember_usage(ctx, given.noise, given.usage_ema)
     ctx.mark_non_differentiable(result.z, result.director_out, result.p, result.gate_mass)
-    ctx.settings = given.temperature, given.routing, given.route_from
+    ctx.settings = given.temperature, given.routing, given.route_from, given.activation
     ctx.rest = given.fc1_weight.dtype, given.route_backend, given.mlp_backend
     weights = given.computed
     if given.fc1_weight_shadow is not None:
@@ -295,6 +325,7 @@ def _save(ctx, inputs, output):
             result.expert_indices,
             result.slot_order,
             result.group_offsets,
+            given.token_mask,
         )
     )
 

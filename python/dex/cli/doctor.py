@@ -118,7 +118,7 @@ def backends() -> Iterator[Check]:
     from dexkernels.ops import backends as table
 
     for row in table.report():
-        text = ("default; " if row.default else "") + row.reason
+        text = ("default; " if row.default else "") + row.reason + (f"; {row.limits}" if row.limits else "")
         yield Check("backends", f"{row.op} {row.backend}", "ok" if row.available else "note", text)
 
 

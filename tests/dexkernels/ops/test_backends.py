@@ -53,6 +53,20 @@ def test_report_says_what_was_measured_where(h100):
     assert rows["group_ema_", "triton"].reason == "never measured on a GPU: only when asked for"
 
 
+def test_a_feature_that_a_backend_lacks_gives_way(h100):
+    h100.setattr(backends, "DEFAULTS", {("sm_90", op): "triton" for op in ("route", "grouped_mlp", "align_loss")})
+    for op, feature in (("route", "token_mask"), ("align_loss", "token_mask"), ("grouped_mlp", "gelu_tanh")):
+        assert backends.choose(op, None, CUDA) == "triton" and backends.covering(op, "triton") == "triton"
+        assert (
+            backends.choose(op, None, CUDA, feature) == "reference" and backends.covering(op, "triton", feature) is None
+        )
+        with pytest.raises(ValueError, match=f"backend: 'triton' cannot run {op}: no {feature}: its kernel"):
+            backends.choose(op, "triton", CUDA, feature)
+        rows = {r.backend: r.limits for r in backends.report() if r.op == op}
+        assert rows["triton"].startswith(f"no {feature}: its kernel") and not rows["reference"]
+    assert backends.choose("grouped_mlp", None, CUDA, "token_mask") == "triton"
+
+
 def test_report_says_where_kernels_have_been_executed(monkeypatch):
     monkeypatch.setattr(backends, "EXECUTED", {("route", "triton"): "3 kernels, somewhere"})
     rows = {(r.op, r.backend): r.executed for r in backends.report()}
