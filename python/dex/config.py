@@ -79,6 +79,12 @@ class OptimConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
+    decay_exclude: Literal["none", "vectors"] = "none"
+    """What weight decay leaves out: nothing, as published, or biases, norms and tokens."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one encoder block to the one before it; 1 gives all the same."""
+    ema: float | None = None
+    """Momentum of an average of the weights that is kept beside them, such as 0.9999; null keeps none."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +360,8 @@ def _check_optim(optim: OptimConfig, peak_lr: float) -> None:
     _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
     _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
     _require(optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
+    _require(0 < optim.layer_decay <= 1, "optim.layer_decay", "a factor above 0, at most 1", optim.layer_decay)
+    _require(optim.ema is None or 0 <= optim.ema < 1, "optim.ema", "a number in [0, 1), or null", optim.ema)
 
 
 def _check_schedule(schedule: ScheduleConfig) -> None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex.model import MaskedAutoencoder  # noqa: E402
-from dex.train import plan  # noqa: E402
+from dex.train import initial, plan  # noqa: E402
 from dex.train import trainer as engine  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dex.train.verdict import Agreement  # noqa: E402
@@ -102,6 +102,7 @@ CASES = {
     "micro-batches": contextlib.nullcontext,
     "checkpointing": contextlib.nullcontext,
     "bf16": contextlib.nullcontext,
+    "averages and rates by depth": contextlib.nullcontext,
     "micro-batches in bf16": contextlib.nullcontext,
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
     "layer reads group sizes": lambda: after(layer, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
@@ -140,6 +141,7 @@ OPTIONS = {
     "micro-batches": {"micro_batch": 4},
     "checkpointing": {"checkpointing": True},
     "bf16": {"precision": "bf16"},
+    "averages and rates by depth": {"optim": {"ema": 0.9, "layer_decay": 0.5, "decay_exclude": "vectors"}},
     "micro-batches in bf16": {"micro_batch": 4, "precision": "bf16"},
 }
 
@@ -167,7 +169,7 @@ def steps(name: str, launched: list[list[str]]) -> None:
         launched.append(watch.seen[first:])
         return out
 
-    real_build = engine.build_model
+    real_build = initial.build_model
 
     def build_model(config):
         with DEVICE:
@@ -178,7 +180,7 @@ def steps(name: str, launched: list[list[str]]) -> None:
     with contextlib.ExitStack() as stack:
         for owner, attribute, value in (
             (plan, "resolve_device", lambda *_: DEVICE),
-            (engine, "build_model", build_model),
+            (initial, "build_model", build_model),
             (torch.cuda, "Event", Event),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda: True),

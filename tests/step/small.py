@@ -31,7 +31,12 @@ class Noise(Dataset):
 
 
 def configuration(
-    device: str, backend: str | None, precision: str = "fp32", num_experts: int = 4, **parallel
+    device: str,
+    backend: str | None,
+    precision: str = "fp32",
+    num_experts: int = 4,
+    optim: dict | None = None,
+    **parallel,
 ) -> Config:
     model = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model |= {"num_experts": num_experts, "backend": backend}
@@ -39,7 +44,7 @@ def configuration(
     settings = {
         "model": model | decoder,
         "data": {"batch_size": 8},
-        "optim": {"base_lr": 0.2},
+        "optim": {"base_lr": 0.2} | (optim or {}),
         "schedule": {"steps": 12, "warmup": 0.25, "momentum": (0.5, 0.9), "balance_weight": (0.02, 0.0)},
         "run": {"device": device, "precision": precision, "evaluate_every": 0},
         "parallel": parallel,

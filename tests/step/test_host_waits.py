@@ -19,7 +19,14 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA: test_gpu.py is its test"),
 ]
 
-UNTOUCHED = ("nothing", "micro-batches", "checkpointing", "bf16", "micro-batches in bf16")
+UNTOUCHED = (
+    "nothing",
+    "micro-batches",
+    "checkpointing",
+    "bf16",
+    "micro-batches in bf16",
+    "averages and rates by depth",
+)
 
 LAYERS = ("layer by token", "layer by mean, cosine", "layer, mse", "layer of a host")
 

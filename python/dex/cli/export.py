@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.inference.export import check, export
     from dex.inference.load import choose_path_, load
 
-    loaded = load(options.run, img_size=options.img_size)
+    loaded = load(options.run, img_size=options.img_size, ema=options.ema)
     path = options.path
     if path is None and options.format == "timm" and loaded.encoder.dex_layers:
         path = "director"
@@ -58,5 +58,6 @@ def _parser() -> Parser:
     parser.add_argument(
         "--path", choices=("experts", "director"), help="what the model computes with (experts; director for timm)"
     )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
     parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
     return parser

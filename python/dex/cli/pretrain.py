@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 HELP = "masked-autoencoder pretraining of a DEX vision transformer"
 POSITION = 30
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""What a disk or a file server does to a run: one line says it, and a traceback would add nothing."""
 NEEDS = "train"
 
 
@@ -50,6 +52,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.data import CorruptDataError
     from dex.train.plan import plan
     from dex.train.run import prepare
+    from dex.train.runlog import FolderGone
 
     if request.dry_run:
         print(_describe(plan(request.config, out, resume, overwrite=request.overwrite, override=request.override)))
@@ -67,8 +70,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
             return training.run()
         except CorruptDataError as error:
             return failed("dex pretrain", error)
+        except FolderGone as error:
+            return failed("dex pretrain", error)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _OF_THE_SYSTEM:
                 raise
             return failed("dex pretrain", error)
 

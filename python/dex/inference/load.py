@@ -99,7 +99,9 @@ class _Source(NamedTuple):
     path: str = "experts"
 
 
-def load(run: str | os.PathLike[str], *, img_size: int | None = None, path: str | None = None) -> Loaded:
+def load(
+    run: str | os.PathLike[str], *, img_size: int | None = None, path: str | None = None, ema: bool = False
+) -> Loaded:
     """The model of a run folder, with the weights of its newest good checkpoint; of one checkpoint folder; or of a
     folder or a ``.safetensors`` file that `dex export` wrote.
 
@@ -109,6 +111,7 @@ def load(run: str | os.PathLike[str], *, img_size: int | None = None, path: str 
             resized. None: as trained.
         path: ``"experts"``, or ``"director"`` for the dense model that follows them. None: experts, unless an exported
             model says otherwise.
+        ema: take the average of the weights that a run with ``optim.ema`` keeps, not the weights.
 
     Every hash is checked. A newer checkpoint that is damaged is passed over with a warning. The model takes each
     kernel's default backend on whatever device it is moved to, not ``model.backend`` of the run.
@@ -116,7 +119,7 @@ def load(run: str | os.PathLike[str], *, img_size: int | None = None, path: str 
     Raises: FileNotFoundError and ValueError naming the argument; `dex.train.checkpoint.CheckpointError` (a ValueError)
     naming the file that is damaged or the tensor that does not fit.
     """
-    source = _find(run)
+    source = _find(run, ema)
     with torch.device("meta"):
         model = build_model(replace(source.config, model=replace(source.config.model, backend=None)))
     model.to_empty(device="cpu")
@@ -156,20 +159,22 @@ def resize_(model: MaskedAutoencoder, img_size: int) -> None:
     model.decoder_pos_embed = resize_pos_embed(model.decoder_pos_embed, encoder.grid_size)
 
 
-def _find(run: str | os.PathLike[str]) -> _Source:
+def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
     """What ``run`` names."""
     if not isinstance(run, str | os.PathLike) or not os.fspath(run):
         raise ValueError(f"{_EXPECTED}; got {run!r}")
     place = Path(run)
     if not place.exists():
         raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    if ema and (not place.is_dir() or model_file.is_model_folder(place)):
+        raise ValueError(f"ema: expected a run or a checkpoint; {place} was exported, with the weights that it holds")
     if not place.is_dir():
         return _of_file(place)
     if model_file.is_model_folder(place):
         return _of_model(place, *model_file.read_folder(place))
     try:
         if checkpoint.is_checkpoint(place):
-            return _of_checkpoint(checkpoint.load(place), place.resolve().parent.parent)
+            return _of_checkpoint(checkpoint.load(place), place.resolve().parent.parent, ema)
         if not (place / CONFIG).is_file():
             raise ValueError(f"{_EXPECTED}; {place} holds neither {CONFIG} nor {model_file.WEIGHTS}")
         saved, passed_over = checkpoint.newest_good(place / "checkpoints")
@@ -182,15 +187,17 @@ def _find(run: str | os.PathLike[str]) -> _Source:
         )
     for reason in passed_over:
         warnings.warn(f"dex.load: passed over {reason}; loaded {saved.folder.name}", stacklevel=3)
-    return _of_checkpoint(saved, place)
+    return _of_checkpoint(saved, place, ema)
 
 
-def _of_checkpoint(saved: checkpoint.Checkpoint, run: Path) -> _Source:
+def _of_checkpoint(saved: checkpoint.Checkpoint, run: Path, ema: bool) -> _Source:
     config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
     modalities = _modalities(run)
-    return _Source(
-        config, modalities, saved.state["step"], saved.folder, lambda model: checkpoint.restore_model(saved, model)
-    )
+
+    def fill(model: MaskedAutoencoder) -> None:
+        checkpoint.restore_model(saved, model, averages=ema)
+
+    return _Source(config, modalities, saved.state["step"], saved.folder, fill)
 
 
 def _of_file(file: Path) -> _Source:

@@ -31,7 +31,8 @@ def sentence(run: RunRecord) -> str:
     first = next((v for _, v in run.points("val_loss") if v is not None), None)
     final = run.last("val_loss")
     if first is not None and final is not None and len(run.points("val_loss")) > 1:
-        text += f"The held-out masked loss went from {number(first)} to {number(final)}."
+        at = run.last_step("val_loss")
+        text += f"The held-out masked loss went from {number(first)} to {number(final)} at step {at:,}."
     return text
 
 
@@ -73,27 +74,37 @@ def _effort(run: RunRecord) -> dict[str, Fact]:
 def _results(run: RunRecord) -> dict[str, Fact]:
     result = {}
     if (value := run.last("loss")) is not None:
-        result["training loss"] = Fact(number(value), f"mean since step {_before_last(run):,}")
+        before, step = _before_last(run), run.last_step("loss")
+        images = f", {(step - before) * run.batch:,} images" if run.batch else ""
+        result["training loss"] = Fact(number(value), f"steps {before + 1:,} to {step:,}{images}")
     if (value := run.last("val_loss")) is not None:
         lowest, step = min((v, s) for s, v in run.points("val_loss") if v is not None)
-        more = f"lowest {number(lowest)} at step {step:,}" if lowest < value else ""
-        result["held-out loss"] = Fact(number(value), more, value)
+        more = f"; lowest {number(lowest)} at step {step:,}" if lowest < value else ""
+        result["held-out loss"] = Fact(number(value), f"{_held_out(run, 'val_loss')}{more}", value)
+    if (value := run.last("ema_val_loss")) is not None:
+        result["of averaged weights"] = Fact(number(value), f"held-out loss; {_held_out(run, 'ema_val_loss')}", value)
     if run.has_experts:
         for key, label in (("align_loss", "align loss"), ("balance_loss", "balance loss")):
             if (value := run.last(key)) is not None:
-                result[label] = Fact(number(value), "not weighted")
+                result[label] = Fact(number(value), f"to step {run.last_step(key):,}, not weighted")
     if (value := run.last("probe_knn")) is not None:
-        result["kNN probe"] = Fact(f"{value:.1%}", "accuracy of the modality", -value)
+        result["kNN probe"] = Fact(f"{value:.1%}", f"accuracy of the modality; {_held_out(run, 'probe_knn')}", -value)
     return result
+
+
+def _held_out(run: RunRecord, key: str) -> str:
+    """At which step, and on how many images, the newest ``key`` was measured."""
+    images = run.last("val_images")
+    return f"step {run.last_step(key):,}" + (f", {int(images):,} images" if images is not None else "")
 
 
 def _health(run: RunRecord) -> dict[str, Fact]:
     """How well the device was used, and what went wrong."""
     result = {}
     if (value := run.last("mfu")) is not None:
-        result["MFU"] = Fact(f"{value:.1%}", "of the device's peak")
+        result["MFU"] = Fact(f"{value:.1%}", f"of the device's peak, to step {run.last_step('mfu'):,}")
     if memory := [v for _, v in run.points("memory_mb") if v is not None]:
-        result["memory"] = Fact(f"{max(memory):,.0f} MB", "at most")
+        result["memory"] = Fact(f"{max(memory):,.0f} MB", f"at most, to step {run.last_step('memory_mb'):,}")
     if agree := [row["ranks_agree"] for row in run.rows if isinstance(row.get("ranks_agree"), bool)]:
         result["ranks agree"] = Fact(f"{sum(agree)} of {len(agree)}", "evaluations, to the bit")
     skipped = sum(int(v) for _, v in run.points("skipped") if v is not None)

@@ -75,6 +75,10 @@ class RunRecord:
     def last(self, key: str, *inner: str | int) -> float | None:
         return next((v for _, v in reversed(self.points(key, *inner)) if v is not None), None)
 
+    def last_step(self, key: str) -> int | None:
+        """The step of `last`."""
+        return next((step for step, v in reversed(self.points(key)) if v is not None), None)
+
     def names(self, key: str) -> list[str]:
         """Names within the mappings under ``key``, in order of appearance."""
         return list({n: None for r in self.rows if isinstance(r.get(key), dict) for n in r[key]})

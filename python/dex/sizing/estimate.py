@@ -77,6 +77,7 @@ def estimate(config: Config, steps: int) -> Estimate:
     everything = sum(parameters.values())
     buffers = sum(b.numel() for b in model.buffers())
     half = config.run.precision != "fp32"
+    averages = 0 if config.optim.ema is None else 4 * everything
     return Estimate(
         parameters=parameters,
         trained=trained,
@@ -85,10 +86,11 @@ def estimate(config: Config, steps: int) -> Estimate:
             "weights": 4 * (everything + buffers),
             "gradients": 4 * trained,
             "moments": 8 * trained,
+            **({"averages": averages} if averages else {}),
             "bf16 copies": 2 * everything if half else 0,
         },
         activations=activations,
-        checkpoint=4 * (everything + buffers) + 8 * trained,
+        checkpoint=4 * (everything + buffers) + 8 * trained + averages,
         images=steps * config.data.batch_size,
     )
 

@@ -209,6 +209,8 @@ def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
             "gradients": 4 * trained // ranks,
             "moments": 8 * trained // ranks,
         }
+        if "averages" in held:
+            held["averages"] = 4 * whole // ranks
     held["activations"] = work.config.data.batch_size // ranks // micro * counted.activations
     if micro > 1 and ranks > 1:
         held["earlier micro-batches"] = 4 * counted.trained

@@ -5,7 +5,8 @@ distributed checkpoint in safetensors, which it cuts anew for another number of 
 ``MANIFEST.json`` with the size and SHA-256 of all of them. It is written under a temporary name, flushed to the disk
 and renamed, so a folder of that name is complete; reading checks every hash before anything is handed out.
 
-All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``.
+All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``,
+and with ``optim.ema`` ``ema.NAME``.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from torch.futures import Future
 
 from dex.common.atomic import sync_path
 from dex.common.ranks import ALONE, Ranks, everywhere, gather
+from dex.train.average import PREFIX
 
 # torch says so at every save and load of a single process, which is no news.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -127,7 +129,7 @@ class Saver:
                 _remove_unfinished(self.root)
 
     def _begin(self, work: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(exist_ok=True)  # not its parents: a run folder that was removed stays removed
         _remove_unfinished(self.root)
         work.mkdir()
 
@@ -307,8 +309,13 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[tuple[str, nn.Parameter]],
-) -> None:
-    """Copy the checkpoint into both, on all ranks. CheckpointError names what does not fit; nothing changed then."""
+    averages: Mapping[str, Tensor] | None = None,
+) -> bool:
+    """Copy the checkpoint into both and into ``averages``, on all ranks.
+
+    Returns whether it held averages. Those that nobody wants are passed over; without any, ``averages`` stay as they
+    are. CheckpointError names what does not fit; nothing changed then.
+    """
     targets = {f"model.{name}": t for name, t in model.state_dict().items()}
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, p in parameters:
@@ -317,7 +324,11 @@ def restore(
         moments[p] = {"step": steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         targets |= {f"{key}.{name}": t.detach() for key, t in moments[p].items()}
     reader, metadata = _open(checkpoint.folder)
-    have = {name: (t.properties.dtype, list(t.size)) for name, t in metadata.items()}
+    has_averages = any(name.startswith(PREFIX) for name in metadata)
+    if has_averages:
+        targets |= averages or {}
+    wanted = has_averages and bool(averages)
+    have = {k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if wanted or not k.startswith(PREFIX)}
     _require_same(checkpoint.folder, {name: (t.dtype, list(t.shape or (1,))) for name, t in targets.items()}, have)
     try:
         dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -327,13 +338,27 @@ def restore(
         state = optimizer.state[p]
         state["step"] = values["step"].view(())
         state["exp_avg"], state["exp_avg_sq"] = values["exp_avg"], values["exp_avg_sq"]
+    return has_averages
 
 
-def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copy the weights alone into ``model``, in this process alone. CheckpointError names what does not fit."""
-    targets = {f"model.{name}": t for name, t in model.state_dict().items()}
+def restore_model(checkpoint: Checkpoint, model: nn.Module, *, averages: bool = False) -> None:
+    """Copy the weights alone into ``model``, or their averages, in this process alone.
+
+    CheckpointError names what does not fit; ValueError: there are no averages.
+    """
+    averaged = {name for name, _ in model.named_parameters()} if averages else set()
+    names = {name: f"{PREFIX}{name}" if name in averaged else f"model.{name}" for name in model.state_dict()}
+    targets = {names[name]: t for name, t in model.state_dict().items()}
     reader, metadata = _open(checkpoint.folder)
-    have = {k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if k.startswith("model.")}
+    if averages and not any(name.startswith(PREFIX) for name in metadata):
+        raise ValueError(
+            f"ema: expected a run that keeps an average of its weights, optim.ema; {checkpoint.folder} has none"
+        )
+    unused = {f"model.{name}" for name in averaged}
+    prefixes = ("model.", PREFIX) if averages else ("model.",)
+    have = {
+        k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if k.startswith(prefixes) and k not in unused
+    }
     _require_same(checkpoint.folder, {k: (t.dtype, list(t.shape or (1,))) for k, t in targets.items()}, have)
     dcp.load(targets, storage_reader=reader, no_dist=True)
 

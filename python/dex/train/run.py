@@ -226,8 +226,8 @@ class PretrainRun:
             # all stop after the step in which one of them said so.
             stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))
             saving = stopping or done == last or done % run.checkpoint_every == 0 or done in self._milestones
-            due = run.evaluate_every and (done % run.evaluate_every == 0 or done == trainer.steps)
-            if saving or (due and run.keep_best):
+            evaluating = self._is_evaluated(done, last, stopping)
+            if saving or (evaluating and run.keep_best):
                 bad += trainer.flush()
                 self._spikes()
             self.progress.step(done)
@@ -238,7 +238,7 @@ class PretrainRun:
                 self._row()
             if stopping:  # at once: whoever stops a run kills it soon
                 self._save(wait=True)
-            if due and not (stopping and done < last):  # else it is the first thing after the resume
+            if evaluating:
                 self._paused(self._evaluate)
             if saving or (self._best and self._best.step == done):
                 self._paused(self._save)
@@ -253,6 +253,16 @@ class PretrainRun:
         word = "done" if trainer.step == trainer.steps else "stopped as asked"
         self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
         return exits.DONE
+
+    def _is_evaluated(self, done: int, last: int, stopping: bool) -> bool:
+        """Whether held-out images are looked at after step ``done``: when it is time, and where the run ends or stops.
+
+        Not after SIGTERM, which a scheduler sends moments before it kills: what is due comes first after the resume.
+        """
+        every = self.run_config.evaluate_every
+        if every and stopping and done < last:
+            return signal.SIGTERM not in {number for of_rank in gather(self.ranks, self.signals) for number in of_rank}
+        return bool(every) and (done % every == 0 or done == last)
 
     def _row(self) -> None:
         trainer = self.trainer
@@ -311,7 +321,7 @@ class PretrainRun:
                 self.progress.say(f"warning: step {step}: weights or directors differ between ranks")
         evaluation = trainer.evaluate()
         if evaluation is not None:
-            self._log_evaluation(evaluation)
+            self._log_evaluation(evaluation, trainer.evaluate_average())
             is_better = self._best is None or evaluation.loss < self._best.loss
             if self.run_config.keep_best and step > 0 and math.isfinite(evaluation.loss) and is_better:
                 self._best = _Best(step, evaluation.loss)
@@ -321,9 +331,13 @@ class PretrainRun:
         if any("loss" in row for row in rows):
             log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
 
-    def _log_evaluation(self, evaluation: Evaluation) -> None:
+    def _log_evaluation(self, evaluation: Evaluation, averaged: Evaluation | None) -> None:
+        """averaged: the same of the averaged weights, where the run keeps them."""
         trainer, step, log = self.trainer, self.trainer.step, self.log
         row = {"step": step, "val_loss": evaluation.loss, "val_modality_loss": evaluation.modality_loss}
+        row |= {"val_images": evaluation.images}
+        if averaged is not None:
+            row |= {"ema_val_loss": averaged.loss, "ema_val_modality_loss": averaged.modality_loss}
         row |= {"probe_knn": evaluation.probe, "director_distance": evaluation.director_distance}
         if evaluation.mass:
             row["val_gate_entropy"] = evaluation.gate_entropy
@@ -334,7 +348,8 @@ class PretrainRun:
             }
         log.row(row)
         probe = "" if evaluation.probe is None else f"  modality by kNN {evaluation.probe:.1%}"
-        self.progress.say(f"step {step}/{trainer.steps}  held-out loss {evaluation.loss:.4f}{probe}")
+        average = "" if averaged is None else f"  of averaged weights {averaged.loss:.4f}"
+        self.progress.say(f"step {step}/{trainer.steps}  held-out loss {evaluation.loss:.4f}{average}{probe}")
         if not log.active:
             return
         shown = (evaluation.original, evaluation.masked, evaluation.reconstruction)
@@ -368,6 +383,7 @@ class PretrainRun:
         """Save this step unless it is saved; wait: until it is on the disk."""
         trainer = self.trainer
         self.watch.at(trainer.step, "checkpoint")
+        self.log.check_there()
         if trainer.step != self._saved_step:
             state = trainer.state() | ({checkpoint.MILESTONE: True} if trainer.step in self._milestones else {})
             stay = {*self._milestones, *([self._best.step] if self._best else [])}

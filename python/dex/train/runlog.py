@@ -120,6 +120,10 @@ class ReplacedRun:
         shutil.rmtree(self._removed, ignore_errors=True)
 
 
+class FolderGone(OSError):
+    """The run folder was removed, renamed or replaced by another one while a run wrote to it."""
+
+
 class RunLog:
     """Writes one run folder. It changes nothing there before it holds it.
 
@@ -137,6 +141,8 @@ class RunLog:
         """The folder was empty when this process took hold of it, or it has replaced the run there."""
         self._start_file: tuple[int, int] | None = None
         """Inode and time of the ``run.json`` that this process wrote."""
+        self._place: tuple[int, int] | None = None
+        """Device and inode of the folder since `open`."""
         self._files: dict[str, Any] = {}
         self._board: Any = None
 
@@ -213,6 +219,7 @@ class RunLog:
             reports = [REPORT, *(path.name for path in self.folder.glob(f"{REPORT}.*{atomic.PARTIAL}"))]
             self._replaced.set_aside([*self._new_names(), *reports])
             self._owned = True
+        self._place = _identity(self.folder)
         # First, since it makes the folder a run's, whatever comes next.
         atomic.write(self.folder / CONFIG, to_yaml(config), locked=True)
         self.pictures.mkdir(exist_ok=True)
@@ -227,6 +234,14 @@ class RunLog:
             atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def check_there(self) -> None:
+        """`FolderGone` when what is written now would go nowhere, or into another folder. Once the log is open."""
+        if self.active and _identity(self.folder) != self._place:
+            raise FolderGone(
+                f"out: expected the run folder to stay while the run writes there; {self.folder} was removed, renamed "
+                "or replaced, and what was saved is where it went"
+            )
 
     def settle(self) -> None:
         """The run has taken its first step: the run that it replaced is removed for good."""
@@ -257,6 +272,7 @@ class RunLog:
         """Write ``pictures/name`` and show it in tensorboard under ``tag``."""
         if not self.active:
             return
+        self.check_there()
         from dex.analysis import plots
 
         drawn = plots.pixels(figure)
@@ -317,6 +333,7 @@ class RunLog:
     def _write_line(self, name: str, row: Mapping[str, Any]) -> None:
         if not self.active:
             return
+        self.check_there()
         self._files[name].write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._files[name].flush()
 
@@ -380,6 +397,13 @@ class Progress:
             self._console.print(text, markup=False, highlight=False)
         elif self._active:
             print(text, flush=True)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        stat = folder.stat()
+        return stat.st_dev, stat.st_ino
+    return None
 
 
 def _say(line: str) -> None:

@@ -25,8 +25,10 @@ from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
 from dex.train import checkpoint, cuda_graph
+from dex.train.average import WeightAverage
 from dex.train.initial import first_model, load_initial
 from dex.train.loss_spikes import LossSpikes
+from dex.train.optimizer import adamw, set_learning_rate
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
 from dex.train.stopwatch import Stopwatch
@@ -79,7 +81,8 @@ class Trainer:
         )
         """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
-        self.optimizer = self._new_optimizer()
+        self.optimizer = adamw(config, self.named_parameters, self._schedule.lr)
+        self.average = None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
         self.nonfinite_in_a_row = 0
         self.data_wait = 0.0
@@ -94,7 +97,7 @@ class Trainer:
         """Called with what a step does next: "loader", then "step"."""
         self._pending: deque[Sent] = deque()
         self._unreadable: CorruptDataError | None = None
-        self._evaluator = Evaluator(config, self.model, plan.train, plan.held_out, self.device, plan.precision)
+        self._evaluator = Evaluator(config, self.model, plan.train, plan.held_out, self.device, plan.precision, ranks)
         self._agreement = Agreement(ranks, self.experts, len(self.modalities))
         self.window = Window(self.modalities, self.experts, self.device)
         self.loss_spikes = LossSpikes()
@@ -127,9 +130,7 @@ class Trainer:
             tensor.fill_(value)
         self._flags.stop.fill_(self.stop_requested)
         self._flags.unreadable.fill_(unreadable is not None)
-        group = self.optimizer.param_groups[0]
-        if group["lr"] is not self._schedule.lr:
-            group["lr"] = values.lr
+        set_learning_rate(self.optimizer, self._schedule.lr, values.lr)
         # Here, so that a graph is captured without the gradients of the step before in memory.
         self.optimizer.zero_grad(set_to_none=True)
         inputs = (images, modality, mask_noise, *router_noise)
@@ -179,6 +180,8 @@ class Trainer:
         torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, norm)
         self.optimizer.found_inf = skip.float()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(verdict.good)
         self.window.count(verdict)
         return verdict, out.image_loss
 
@@ -234,8 +237,15 @@ class Trainer:
         return pace
 
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
-        """See `dex.analysis.evaluation.Evaluator`; all ranks evaluate the same images."""
+        """See `dex.analysis.evaluation.Evaluator`; all ranks ask."""
         return self._evaluator.evaluate(pictures)
+
+    def evaluate_average(self) -> Evaluation | None:
+        """The same of the averaged weights, without pictures and probe; None where there are none."""
+        if self.average is None:
+            return None
+        with self.average.in_place():
+            return self._evaluator.evaluate(pictures=0, probe=False)
 
     def ranks_agree(self) -> bool | None:
         """Whether everything that each rank holds whole is the same to the bit on all; None with one rank.
@@ -266,7 +276,10 @@ class Trainer:
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from ``saved``, a checkpoint of this run; `dex.train.plan` refuses another run's."""
-        checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
+        averages = {} if self.average is None else self.average.tensors()
+        complete = checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters, averages)
+        if self.average is not None and not complete:  # asked for by an override
+            self.average.start()
         self._graph = self._new_graph()  # moments lie elsewhere now
         if self.loader.position != saved.state["data_position"]:
             self.loader.close()
@@ -277,8 +290,9 @@ class Trainer:
         self.window.restore(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `checkpoint.Saver` writes: weights, buffers and moments, not copied."""
-        return checkpoint.collect(self.model, self.optimizer, self.named_parameters)
+        """What `checkpoint.Saver` writes: weights, buffers, moments and averages, not copied."""
+        averages = {} if self.average is None else self.average.tensors()
+        return checkpoint.collect(self.model, self.optimizer, self.named_parameters) | averages
 
     def _new_loader(self, start_batch: int) -> Loader:
         config = self.config
@@ -292,23 +306,6 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        o, on_gpu = self.config.optim, self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.config.peak_lr,
-            betas=o.betas,
-            weight_decay=o.weight_decay,
-            eps=o.eps,
-            fused=True,
-            capturable=on_gpu,
-        )
-        if on_gpu:  # the CPU's fused step would read a tensor anew for every parameter
-            optimizer.param_groups[0]["lr"] = self._schedule.lr
-        # Read by the fused step: where found_inf is 1 it leaves weights, moments and step counters alone.
-        optimizer.grad_scale = None
-        return optimizer
 
     def _new_graph(self) -> cuda_graph.StepGraph | None:
         if not self.config.parallel.cuda_graph:

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from dex import config
 from dex.cli import commands
 from dex.data import CorruptDataError
-from dex.train import checkpoint, cuda_graph, trainer
+from dex.train import checkpoint, cuda_graph, initial, trainer
 from dex.train.runlog import RunLog
 
 CUDA_GRAPH = ("--parallel.cuda-graph",)
@@ -230,9 +231,11 @@ def test_what_fails_in_the_loop_is_no_usage_error(error, run, tiny, tmp_path, be
     [
         CorruptDataError("data set 'x': more than 10 of 120 samples cannot be read: a (torn)"),
         OSError(errno.ENOSPC, "full"),
+        OSError(errno.EROFS, "read-only"),
+        OSError(errno.EMFILE, "too many open files"),
     ],
 )
-def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, tmp_path, before_step):
+def test_unreadable_images_and_a_failing_disk_are_one_line_and_1(error, run, tiny, tmp_path, before_step):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
 
     def fail():
@@ -245,9 +248,33 @@ def test_unreadable_images_and_a_full_disk_are_one_line_and_1(error, run, tiny, 
     assert saved == ([2] if isinstance(error, CorruptDataError) else [])
 
 
+@pytest.mark.parametrize("becomes", ["nothing", "renamed", "another"])
+@pytest.mark.parametrize("at", ["a row", "a save"])
+def test_a_run_folder_that_goes_while_a_run_writes_is_one_line_and_1(
+    becomes, at, run, tiny, change, tmp_path, before_step
+):
+    c = change(tiny, run__log_every=4 if at == "a row" else 100, run__checkpoint_every=5)
+    (tmp_path / "c.yaml").write_text(config.to_yaml(c))
+    folder = tmp_path / "run"
+
+    def go():
+        if becomes == "nothing":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "kept")
+        if becomes == "another":
+            folder.mkdir()
+
+    before_step(2, go)
+    code, _, err = run("pretrain", "--config", "c.yaml", "--out", folder)
+    assert code == 1 and err.count("\n") == 1, err
+    assert f"out: expected the run folder to stay while the run writes there; {folder} was removed, renamed" in err
+    assert list(folder.iterdir()) == [] if becomes == "another" else not folder.exists()
+
+
 def test_a_signal_while_the_model_is_built_ends_with_75(run, tiny, tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
-    monkeypatch.setattr(trainer, "build_model", lambda config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(initial, "build_model", lambda config: signal.raise_signal(signal.SIGTERM))
     code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run", "--resume", "auto")
     assert (code, err) == (75, "dex pretrain: SIGTERM before the first step: start the same command again\n")
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ def test_figures_of_a_run(tmp_path):
     # 16 images a step, 32 images a second; a quarter of a second of waiting in every row of 4 steps
     assert figures["training time"] == ("4s", "without evaluation and saving, 2 starts", None)
     assert figures["images/s"] == ("32", "12.5% of the time waiting for data", None)
-    assert figures["held-out loss"] == ("4", "lowest 3 at step 0", 4.0)
+    assert figures["held-out loss"] == ("4", "step 8; lowest 3 at step 0", 4.0)
     assert figures["steps skipped"].value == "2"
 
 
@@ -34,5 +34,5 @@ def test_a_run_in_a_sentence(few):
     assert sentence(read_run(few, "few")) == (
         "Masked autoencoder around a DEX vision transformer (width 192, 4 layers, 3 heads; 8 experts a layer, 2 an "
         "image), 256 px images in patches of 16, 75% hidden. Data: little, 1,240 images of 2 modalities. The held-out "
-        "masked loss went from 3 to 0.3333."
+        "masked loss went from 3 to 0.3333 at step 8."
     )

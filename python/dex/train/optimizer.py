@@ -1,0 +1,69 @@
+"""AdamW as a configuration asks for it: which parameters decay, and how fast each depth learns."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dex.config import Config
+
+_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
+
+
+def is_vector(name: str) -> bool:
+    """Whether the parameter is a bias, one expert's or all experts', of a norm, or a token."""
+    owner, _, last = name.rpartition(".")
+    return last.endswith(("bias", "_token")) or "norm" in owner.rpartition(".")[2]
+
+
+def depth_of(name: str, depth: int) -> int:
+    """0 for what comes before the encoder's blocks, 1 + i for block i, ``depth + 1`` for all that comes after."""
+    if match := _BLOCK.match(name):
+        return 1 + int(match[1])
+    return 0 if name.startswith(("encoder.cls_token", "encoder.patch_embed")) else depth + 1
+
+
+def parameter_groups(config: Config, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Groups for AdamW: parameters of one weight decay and one ``lr_scale``, the factor of their learning rate.
+
+    ``optim.layer_decay`` to the power of how many depths lie above a parameter, as MAE and BEiT scale it (Bao et al.
+    2021). By default one group holds all.
+    """
+    optim, depth = config.optim, config.model.depth
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decays = optim.decay_exclude == "none" or not is_vector(name)
+        scale = optim.layer_decay ** (depth + 1 - depth_of(name, depth))
+        groups.setdefault((optim.weight_decay if decays else 0.0, scale), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()]
+
+
+def adamw(config: Config, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor) -> torch.optim.AdamW:
+    """lr: 0-dim, on the device; on a GPU it is the learning rate of the groups whose scale is 1."""
+    optim, on_gpu = config.optim, lr.is_cuda
+    optimizer = torch.optim.AdamW(
+        parameter_groups(config, named),
+        lr=config.peak_lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+        capturable=on_gpu,
+    )
+    if on_gpu:  # the CPU's fused step would read a tensor anew for every parameter
+        for group in optimizer.param_groups:
+            group["lr"] = lr if group["lr_scale"] == 1.0 else torch.zeros_like(lr)
+    # Read by the fused step: where found_inf is 1 it leaves weights, moments and step counters alone.
+    optimizer.grad_scale = None
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor, value: float) -> None:
+    """``value`` for every group, times its scale; ``lr``, the tensor that `adamw` was given, holds it already."""
+    for group in optimizer.param_groups:
+        rate = value * group["lr_scale"]
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = rate
+        elif group["lr"] is not lr:
+            group["lr"].fill_(rate)
