@@ -30,6 +30,7 @@ def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
         "biases by slot far apart": (90, lambda: biases_by_slot(shipped)),
         "biases of packed rows far apart": (90, lambda: biases_of_packed_rows(shipped)),
         "biases of gathered rows far apart": (80, lambda: biases_of_gathered_rows(shipped)),
+        "biases of gates far apart": (80, lambda: biases_of_gates(shipped)),
         "packed rows far apart": (90, lambda: packed_rows(shipped)),
         "probabilities far apart": (80, lambda: probabilities()),
     }
@@ -134,6 +135,37 @@ def biases_of_gathered_rows(shipped) -> Case:
         return out[0, 0, :, :columns]
 
     return _case("to_slots_kernel", 0, run, _exact(rows, weight, bias)[:, :columns])
+
+
+def biases_of_gates(shipped) -> Case:
+    """The gradient of a gate of the last of many experts: the program walks all of its biases."""
+    experts = 2048
+    width = 2**31 // (experts - 1) + 1
+    generator = torch.Generator().manual_seed(0)
+    bias, sums = untouched(experts, width), torch.zeros(1, width)
+    bias[-1, -COLS:], sums[0, -COLS:] = torch.randn(2, COLS, generator=generator)
+    offsets, dgates = torch.tensor([0] * experts + [1]), torch.empty(1)
+    kernels = sys.modules[shipped.grouped_mlp.__name__ + ".sum_kernels"]
+
+    def run():
+        kernels.gate_grad_kernel[(1,)](
+            gate_parts=torch.tensor([[0.5]]),
+            sums=sums,
+            slot_order=torch.tensor([0]),
+            offsets=offsets,
+            bias=bias,
+            dgates=dgates,
+            num_experts=experts,
+            num_parts=1,
+            top_k=1,
+            dim=width,
+            EXPERTS=experts,
+            BLOCK=512,
+        )
+        return dgates
+
+    exact = 0.5 + sums[0, -COLS:].double() @ bias[-1, -COLS:].double()
+    return _case("gate_grad_kernel", 0, run, exact[None], torch.float32)
 
 
 def packed_rows(shipped) -> Case:

@@ -251,8 +251,11 @@ def align_loss_case(shipped, R, D, kind, dtype, scale=3) -> Case:
 # --- group_ema_ -------------------------------------------------------------------------------------------------------
 
 
-def group_ema_case(shipped, momentum, with_skip=True) -> Case:
-    """Tensors of many sizes; of the first an expert has no weight and holds NaN, of the third none has any."""
+def group_ema_case(shipped, momentum, with_skip=True, offset=0) -> Case:
+    """Tensors of many sizes; of the first an expert has no weight and holds NaN, of the third none has any.
+
+    offset: elements by which directors, but not experts, lie behind an address that is a multiple of 16.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes, experts = [(5, 3), (4100,), (1,), (4, 20)], (4, 1, 3, 8)
     before = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -265,7 +268,7 @@ def group_ema_case(shipped, momentum, with_skip=True) -> Case:
         return {f"director {i}": t for i, t in enumerate(tensors)}
 
     def compute(emulator):
-        directors = [d.clone() for d in before]
+        directors = [torch.empty(d.numel() + offset)[offset:].view(d.shape).copy_(d) for d in before]
         emulator.extra = (*directors, *stacks)
         shipped.group_ema.group_ema_(directors, stacks, weights, momentum, torch.tensor(False) if with_skip else None)
         assert torch.equal(directors[2], before[2])

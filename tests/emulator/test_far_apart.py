@@ -18,7 +18,13 @@ OFFSET = "out += (image.to(tl.int64) * tokens + n) * width"
         "packed rows far apart",
         *(
             pytest.param(f"{what} far apart", marks=pytest.mark.slow)
-            for what in ("hidden biases", "biases by slot", "biases of packed rows", "biases of gathered rows")
+            for what in (
+                "hidden biases",
+                "biases of gates",
+                "biases by slot",
+                "biases of packed rows",
+                "biases of gathered rows",
+            )
         ),
     ],
 )

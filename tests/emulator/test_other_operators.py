@@ -56,6 +56,11 @@ def test_group_ema(shipped, arch, momentum):
     check(shipped, group_ema_case(shipped, momentum), shipped.emulated(arch))
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_group_ema_of_directors_that_are_not_aligned(shipped, arch):
+    check(shipped, group_ema_case(shipped, 0.9, offset=1), shipped.emulated(arch))
+
+
 def test_group_ema_that_is_skipped(shipped):
     directors, stacks, weights = [torch.randn(70)], [torch.randn(2, 70)], [torch.rand(2)]
     before = directors[0].clone()
