@@ -1,4 +1,4 @@
-"""What `dex embed` and `dex probe` share: options of the model and of reading files."""
+"""What `dex embed` and `dex probe` share: options of the model and of how files are read."""
 
 import argparse
 import os
@@ -21,11 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "axial", "coronal", "sagittal", "stored"),
         help="of volumes; auto: axial, but as stored of thick slices that are not",
     )
-    group = parser.add_argument_group("reading", "as of dex prepare, for a run on a set that was prepared with them")
+    group = parser.add_argument_group("reading", "as in dex prepare; for a run on a set that was prepared with them")
     group.add_argument(
         "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
     )
-    group.add_argument("--volumes", metavar="WHICH", help="of files with several volumes: first (without it), all or N")
+    group.add_argument("--volumes", metavar="WHICH", help="of files with several: first (without it), all, mean or N")
     group.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
     group.add_argument("--intercept", type=float, metavar="B", help="files other than DICOM")
     group.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="processes that read, each with limits on memory and time, so that a file that crashes or hangs costs "
-        "only itself; one for each processor, at most 8, without it. 0 reads in the command's own process, unguarded",
+        "only itself (one for each processor, at most 8). 0 reads in the command's own process, without these limits",
     )
 
 

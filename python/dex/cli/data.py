@@ -23,7 +23,7 @@ POSITION = 20
 NEEDS = "data"
 
 
-_PRIVATE = "private: what follows names files, and may name patients; it is not to be given away with the set"
+_PRIVATE = "private: what follows names files and may name patients; do not give it away with the set"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
@@ -205,7 +205,7 @@ def _origin(place: "Place") -> str:
     if place.label and place.label != "image":
         parts.append(place.label)
     if not place.exact:
-        parts.append("one of the files there: this set was made before the table said which")
+        parts.append("one of the files there; the earlier version that made this set did not record which")
     return ", ".join(parts)
 
 
@@ -229,7 +229,9 @@ def _refused(folder: Path, reason: str | None, as_csv: bool) -> Callable[[], int
     def carry_out() -> int:
         print(_PRIVATE, file=sys.stderr)
         if not private.knows_duplicates:
-            print("made by an earlier version, which kept neither details nor what it passed over", file=sys.stderr)
+            print(
+                "note: an earlier version made this set; it kept neither details nor passed-over files", file=sys.stderr
+            )
         if as_csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["source", "path", "reason", "detail"])
@@ -293,17 +295,20 @@ def _print_outcome(folder: Path, outcome: "Outcome", has_private: bool) -> None:
         "note: runs whose run.json names a fingerprint from before have seen the images, and so have their "
         f"checkpoints; `grep -rlE --include=run.json '{seen}' RUNS` lists them. --resume on them is refused"
     )
-    print("note: a training that reads the set at this moment will find images unreadable: stop it")
-    print(f"note: their files are where they were; no start with --out {folder.name} takes them again, others do")
+    print("note: a training run that is reading the set will find unreadable images: stop it")
+    print(
+        f"note: the original files are untouched; `dex prepare --out {folder.name}` leaves them out from now on, with "
+        "another --out it does not"
+    )
     if outcome.others:
         print(f"note: {_count(outcome.others, 'other image')} of the same patients, series or folders stay in the set")
     if not outcome.knows_copies:
         print(
-            "note: this set was made before copies were written down: an image of theirs that was left out as a copy "
-            "of another patient's may be in it under that one's name"
+            "note: an earlier version made this set and did not record copies: an image of theirs that was left out as "
+            "a copy of another patient's may still be in it under that patient"
         )
     if not has_private:
-        print("note: without the private folder no copies of the images could be looked for")
+        print("note: without the private folder, copies of the images could not be looked for")
     print(f"next: dex data check {shlex.quote(str(folder))}")
 
 
