@@ -229,9 +229,7 @@ def _refused(folder: Path, reason: str | None, as_csv: bool) -> Callable[[], int
     def carry_out() -> int:
         print(_PRIVATE, file=sys.stderr)
         if not private.knows_duplicates:
-            print(
-                "note: an earlier version made this set; it kept neither details nor passed-over files", file=sys.stderr
-            )
+            print("note: an earlier version made this set, without details and passed-over files", file=sys.stderr)
         if as_csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["source", "path", "reason", "detail"])
@@ -308,7 +306,7 @@ def _print_outcome(folder: Path, outcome: "Outcome", has_private: bool) -> None:
             "a copy of another patient's may still be in it under that patient"
         )
     if not has_private:
-        print("note: without the private folder, copies of the images could not be looked for")
+        print("note: without the private folder no copies of the images could be looked for")
     print(f"next: dex data check {shlex.quote(str(folder))}")
 
 

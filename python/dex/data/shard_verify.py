@@ -27,9 +27,7 @@ def verify(path: str | Path | None = None) -> list[str]:
         return [str(error)]
     problems = []
     if "next" in manifest:
-        problems.append(
-            f"{MANIFEST}: a withdrawal was cut short and its images are still in files: `dex data withdraw DIR` finishes it"
-        )
+        problems.append(f"{MANIFEST}: a withdrawal was cut short; `dex data withdraw DIR` finishes it")
     seen: set[str] = set()
     for document in manifest["documents"]:
         problems += _verify_file(root, document["file"], document["bytes"], document["sha256"])

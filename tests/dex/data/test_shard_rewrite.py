@@ -174,10 +174,7 @@ def test_check_says_that_bytes_are_left(write, monkeypatch):
     withdraw(root, ["s1"])
     assert "s1" not in held(root)
     (problem,) = verify(root)
-    assert (
-        problem
-        == "manifest.json: a withdrawal was cut short and its images are still in files: `dex data withdraw DIR` finishes it"
-    )
+    assert problem == "manifest.json: a withdrawal was cut short; `dex data withdraw DIR` finishes it"
 
 
 def test_without_links(write, monkeypatch):
