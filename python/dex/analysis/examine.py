@@ -15,11 +15,12 @@ from dex.analysis import ablation, gradients, information, maps, similarity, sou
 from dex.analysis.intervals import Interval, bca
 from dex.analysis.probe import director_distance
 from dex.analysis.routes import Masked, masked_forward, sets_of
-from dex.analysis.sample import Groups, Sample
-from dex.analysis.swap import Gap, gaps, swap
+from dex.analysis.sample import Groups, Sample, groups, spread_out
+from dex.analysis.swap import Gap, gaps, modality_gap, swap
 from dex.analysis.usage import expert_by_modality
 from dex.config import Config
 from dex.data import center
+from dex.data.dataset import Dataset
 from dex.model import MaskedAutoencoder
 
 _MASKS = 0x5EED
@@ -44,6 +45,8 @@ class Layer(NamedTuple):
     overlap: Tensor
     """float64 ``[M, M]``; see `dex.analysis.information.overlap`."""
     random_overlap: float
+    chance: Tensor
+    """float64 ``[M, E]``: `mass` once the images' modalities are permuted: what a heatmap of chance looks like."""
 
 
 class Findings(NamedTuple):
@@ -56,6 +59,8 @@ class Findings(NamedTuple):
     layers: list[Layer] | None
     """Empty for the monolithic control, which routes nothing."""
     gaps: list[Gap] | None
+    modality_gap: Gap | None
+    """See `dex.analysis.swap.modality_gap`; None also where images have no partner of their own modality."""
     ablations: list[ablation.Ablation] | None
     conflict: gradients.Conflict | None
     similarity: list[Tensor] | None
@@ -67,6 +72,8 @@ class Findings(NamedTuple):
     """Of the mean of an image's patches."""
     probe: Interval | None
     """`dex.analysis.source_probe.leave_sources_out`, mean of patches and CLS token of whole images."""
+    image_loss: Tensor
+    """float64 ``[B]``: the masked loss of each held-out image, for paired comparisons; see `paired`."""
 
 
 PARTS = ("heldout", "routing", "swap", "ablation", "gradients", "similarity", "features")
@@ -83,6 +90,16 @@ class Material(NamedTuple):
     """Images of all splits for the linear probe, which leaves their sources out in turns."""
     probed_groups: Groups
     modalities: tuple[str, ...]
+
+
+def material_of(dataset: Dataset, *, held_out: int = 256, probed: int = 512) -> Material:
+    """Up to ``held_out`` images of the split "val", and up to ``probed`` of all of ``dataset``, their modalities in
+    turns. ValueError: the split is empty, or none of its images can be read."""
+    sample = spread_out(dataset.split("val"), held_out)
+    if not len(sample.images):
+        raise ValueError(f"data: expected held-out images; the split 'val' of {dataset.name} gives none")
+    others = spread_out(dataset, probed)
+    return Material(sample, groups(dataset, sample.ids), others, groups(dataset, others.ids), dataset.modalities)
 
 
 def examine(
@@ -120,13 +137,16 @@ def examine(
         "loss": _mean(loss, material.groups.of),
         "modality_loss": {name: float(values.mean()) for name, values in of_kind.items() if len(values)},
         "distance": director_distance(model),
+        "image_loss": loss,
     }
     if "routing" in parts:
         report("routing")
         found["layers"] = _layers(model, images, noise, seen, material, batch_size)
     if "swap" in parts and routed:
         report("swap")
-        found["gaps"] = gaps(swap(model, images, held_out.modality, noise, **options), material.groups.of)
+        swapped = swap(model, images, held_out.modality, noise, **options)
+        found["gaps"] = gaps(swapped, material.groups.of)
+        found["modality_gap"] = modality_gap(swapped, material.groups.of)
     if "ablation" in parts and routed:
         report("ablation")
         found["ablations"] = ablation.ablate(model, images, held_out.modality, noise, len(names), **options)
@@ -155,12 +175,18 @@ def pixel_probe(material: Material) -> Interval | None:
     )
 
 
+def paired(one: Findings, other: Findings, groups: Groups) -> Interval:
+    """Mean loss of ``one`` less that of ``other`` on the same held-out images, and its interval over groups."""
+    return _mean(one.image_loss - other.image_loss, groups.of)
+
+
 def _layers(
     model: MaskedAutoencoder, images: Tensor, noise: Tensor, masked: Masked, material: Material, batch_size: int
 ) -> list[Layer]:
     modality, count = material.held_out.modality, len(material.modalities)
     whole = masked_forward(model, images, noise, mask_ratio=0.0, batch_size=batch_size).routes
     layers = []
+    permuted = modality[torch.randperm(len(modality), generator=torch.Generator().manual_seed(_MASKS))]
     for place, layer in enumerate(model.encoder.dex_layers):
         gates, experts = masked.routes.gates[place].cpu(), masked.routes.experts[place].cpu()
         other = whole.experts[place].cpu()
@@ -175,6 +201,7 @@ def _layers(
                 mass=expert_by_modality(gates, experts, modality, layer.num_experts, count),
                 overlap=information.overlap(experts, modality, count),
                 random_overlap=information.random_overlap(layer.num_experts, layer.top_k),
+                chance=expert_by_modality(gates, experts, permuted, layer.num_experts, count),
             )
         )
     return layers

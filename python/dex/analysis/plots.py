@@ -150,3 +150,22 @@ def _style(axis: Any, name: str, legend: bool) -> None:
         axis.spines[side].set_visible(False)
     if legend and axis.lines:
         axis.legend(fontsize=7, frameon=False, ncols=2 if len(axis.lines) > 5 else 1)
+
+
+def feature_maps(images: np.ndarray, labels: Sequence[str], columns: Mapping[str, np.ndarray]) -> Figure:
+    """A row per image: the image ``[n, S, S, 3]`` and, by its title, colours ``[n, G, G, 3]`` in [0, 1] or a map
+    ``[n, G, G]``, which is drawn from its least to its largest value."""
+    across, down = 1 + len(columns), len(images)
+    figure = Figure(figsize=(1.7 * across, 1.72 * down + 0.3), dpi=150, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
+    for i, row in enumerate(axes):
+        for axis, (title, values) in zip(row, {"image": images, **columns}.items(), strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            axis.imshow(values[i], cmap="viridis", interpolation="nearest")
+            if i == 0:
+                axis.set_title(title, fontsize=8, color=_INK, pad=3)
+        row[0].set_ylabel(labels[i], fontsize=8, color=_INK)
+    return figure

@@ -95,6 +95,25 @@ def gaps(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> l
     return found
 
 
+def modality_gap(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> Gap | None:
+    """What the other modality costs beyond another image: ``mean_b(other[b] - same[b])`` in all layers at once, of the
+    images that have both partners, with its interval over ``groups [B]``; kind ``"other less same modality"``.
+
+    Above 0: experts are specialised by modality. The two gaps of `gaps` are of the same images, so that their intervals
+    may overlap where this one, which is paired, holds no 0. None where no image has both partners.
+    """
+    same, other = swap.given[0, -1], swap.given[1, -1]
+    there = same.isfinite() & other.isfinite()
+    if not there.any():
+        return None
+    numbers = groups[there].unique(return_inverse=True)[1]
+    count = int(numbers.max()) + 1
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, (other - same).double()[there])
+    shown = torch.bincount(numbers, minlength=count).double()
+    interval = bca(lambda w: (w @ total) / (w @ shown), count, level=level, seed=seed)
+    return Gap("other less same modality", None, interval, float(swap.own[there].double().mean()))
+
+
 def _others(
     kind: str, routes: Routes, modality: Tensor, model: MaskedAutoencoder, generator: torch.Generator
 ) -> tuple[list[Override], Tensor]:

@@ -1,6 +1,7 @@
 """What the commands share: how they parse options and how they report an error on one line."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +21,15 @@ def folder_argument(name: str, text: str) -> Path:
     if not text.strip():
         raise ValueError(f"{name}: expected a folder; got {text!r}")
     return Path(text).expanduser()
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError: ``folder`` is a file, or nothing can be written there; before hours of work are lost to it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"out: expected a folder; got the file {there}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out: expected a folder that can be written; {there} cannot")
 
 
 def print_line(command: str, message: str) -> None:

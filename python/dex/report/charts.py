@@ -170,7 +170,7 @@ def _drawing(
 ) -> str:
     left, right, top, bottom = 46, width - 10, 14, height - 22
     columns = _points_drawn(width)
-    (low, high), ticks = _scale(*span, log, percent)
+    (low, high), ticks = scale(*span, log, percent)
     a, b = (math.log(low), math.log(high)) if log else (low, high)
 
     def x(step: float) -> float:
@@ -303,7 +303,7 @@ def _column(group: Sequence[tuple[float, float]]) -> _Column:
     return _Column(sum(steps) / len(steps), sum(values) / len(values), min(values), max(values))
 
 
-def _scale(low: float, high: float, log: bool, percent: bool) -> tuple[tuple[float, float], list[tuple[float, str]]]:
+def scale(low: float, high: float, log: bool, percent: bool) -> tuple[tuple[float, float], list[tuple[float, str]]]:
     """The axis' ends, and its ticks with their text."""
     if log:
         ratio = (high / low) ** 0.04

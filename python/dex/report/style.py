@@ -84,9 +84,19 @@ svg.glyph{width:12px;height:12px;flex:none}
 .m-unused{stroke:var(--unused);fill:var(--unused)}.m-other{stroke:var(--quiet);fill:none}
 .rod{stroke-width:1;stroke-opacity:.55;stroke-dasharray:2 3;fill:none}
 .cell{fill:var(--accent);stroke:var(--line);stroke-width:.5}
+.pos{fill:var(--s1)}.neg{fill:var(--s5)}
+.framed{stroke:var(--ink);stroke-width:1.5}
+.chart.bars{max-width:600px}
+.whisker{stroke:var(--ink);stroke-width:1;fill:none}
+.chart svg text.in{font-size:9px;fill:var(--ink)}
+.verdict{font-size:clamp(18px,2.4vw,22px);line-height:1.4;max-width:70ch;margin:10px 0 6px}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:22px 28px;margin:14px 0;
+align-items:start}
+.read{font-size:14px;max-width:90ch;margin:10px 0;padding-left:14px;border-left:3px solid var(--line)}
+.files{font-size:13px;color:var(--quiet)}
 .tip{position:absolute;z-index:2;pointer-events:none;max-width:min(260px,70%);padding:5px 8px;border-radius:5px;
 background:var(--ink);color:var(--page);font-size:12px;line-height:1.35;white-space:pre-line;overflow-wrap:anywhere}
-@media (max-width:760px){.narrow{display:block}.broad{display:none}}
+@media (max-width:760px){.narrow{display:block}.broad{display:none}.numbers tbody th{min-width:110px}}
 @media print{.tip,.narrow{display:none}.broad{display:block}}
 """
 
@@ -104,7 +114,8 @@ for (const svg of document.querySelectorAll('svg[data-x]')) {
     const step = ((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / (right - left) * end;
     const near = lines.map(([name, points]) => [name, points.reduce(
       (a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)]);
-    tip.textContent = near.slice(0, 12).map(([name, p]) => `${name}: ${p[1]} at step ${Math.round(p[0])}`).join('\\n');
+    const axis = svg.dataset.axis || 'step', told = ([name, p]) => `${name}: ${p[1]} at ${axis} ${Math.round(p[0])}`;
+    tip.textContent = near.slice(0, 12).map(told).join('\\n');
     tip.hidden = false;
     const x = event.clientX - frame.left, half = x > frame.width / 2;
     tip.style.left = half ? 'auto' : `${x + 14}px`;

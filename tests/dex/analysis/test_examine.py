@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from dex.analysis.examine import PARTS, Material, examine, pixel_probe
+from dex.analysis.examine import PARTS, Material, examine, material_of, paired, pixel_probe
 from dex.analysis.sample import Groups, Sample
+from dex.data import open_dataset
 from dex.model.build import build_model
 
 
@@ -31,6 +32,9 @@ def test_every_part_of_a_model_is_measured_and_nothing_is_changed(tiny, material
     depth, experts = tiny.model.depth, model.encoder.dex_layers[0].num_experts
     assert len(found.layers) == len(found.ablations) == len(found.similarity) == len(found.distance) == depth
     assert found.layers[0].mass.shape == (3, experts) and found.layers[0].mass.sum() == pytest.approx(24)
+    assert found.layers[0].chance.sum(0).tolist() == pytest.approx(found.layers[0].mass.sum(0).tolist())
+    assert not torch.allclose(found.layers[0].chance, found.layers[0].mass)
+    assert found.image_loss.mean() == pytest.approx(found.loss.value)
     assert len(found.gaps) == 3 * (depth + 1)
     assert found.step == 7 and found.loss.low <= found.loss.value <= found.loss.high
     assert sum(found.modality_loss.values()) / 3 == pytest.approx(found.loss.value, rel=1e-6)
@@ -63,3 +67,27 @@ def test_experts_that_are_copies_are_interchangeable(tiny, material):
     found = examine(model, 0, tiny, material, ("swap", "ablation"))
     assert max(abs(g.gap.value) for g in found.gaps) < 1e-5
     assert max(float(a.rise.abs().max()) for a in found.ablations) < 1e-5
+
+
+def test_two_models_are_compared_image_by_image(tiny, material):
+    torch.manual_seed(0)
+    found = examine(build_model(tiny), 0, tiny, material, ("heldout",))
+    worse = found._replace(image_loss=found.image_loss + 0.25)
+    assert paired(worse, found, material.groups) == pytest.approx((0.25, 0.25, 0.25))
+    assert paired(found, worse, material.groups).value == pytest.approx(-0.25)
+
+
+def test_the_material_is_of_the_held_out_split_and_of_all(tmp_path, images):
+    dataset = open_dataset(images)
+    material = material_of(dataset, held_out=100, probed=30)
+    held_out = dataset.split("val")
+    assert sorted(material.held_out.ids) == sorted(held_out.sample_id(i) for i in range(len(held_out)))
+    assert (
+        len(material.probed.ids) == 30
+        and material.groups.kind == "images"
+        and material.modalities == ("ct", "mr", "us")
+    )
+    (tmp_path / "lonely" / "ct").mkdir(parents=True)
+    (tmp_path / "lonely" / "ct" / "a.png").write_bytes(next((images / "ct").iterdir()).read_bytes())
+    with pytest.raises(ValueError, match="data: expected held-out images; the split 'val' of lonely gives none"):
+        material_of(open_dataset(tmp_path / "lonely"))

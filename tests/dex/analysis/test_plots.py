@@ -96,3 +96,13 @@ def test_a_few_shot_curve_has_a_line_a_level_and_chance():
     curve, level, chance = axis.lines
     assert curve.get_xdata().tolist() == [1, 4] and curve.get_ydata() == pytest.approx([0.61, 0.64])
     assert set(level.get_ydata()) == {0.9} and set(chance.get_ydata()) == {0.25}
+
+
+def test_feature_maps_have_a_row_for_each_image():
+    images, rng = np.zeros((3, 8, 8, 3), np.uint8), np.random.default_rng(0)
+    figure = plots.feature_maps(
+        images, ["a", "b", "c"], {"colours": rng.random((3, 4, 4, 3)), "map": rng.random((3, 4, 4))}
+    )
+    assert len(figure.axes) == 9 and [axis.get_title() for axis in figure.axes[:3]] == ["image", "colours", "map"]
+    assert [axis.get_ylabel() for axis in figure.axes[::3]] == ["a", "b", "c"]
+    assert plots.pixels(figure).shape[2] == 3

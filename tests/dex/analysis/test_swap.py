@@ -2,7 +2,7 @@ import pytest
 import torch
 from planted import DEPTH, E, Planted, inputs
 
-from dex.analysis.swap import KINDS, gaps, swap
+from dex.analysis.swap import KINDS, gaps, modality_gap, swap
 
 
 def found(model, images_each=6, seed=0):
@@ -54,3 +54,23 @@ def test_an_image_without_a_partner_is_left_out():
 def test_the_same_seed_gives_the_same_partners():
     one, two, other = (found(Planted("noise"), seed=seed)[0].given for seed in (0, 0, 1))
     assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_what_the_modality_costs_is_told_from_what_another_image_does():
+    swapped, _ = found(Planted())
+    groups = torch.arange(24) // 2
+    beyond = modality_gap(swapped, groups)
+    assert beyond.gap.value == pytest.approx(8.0) and beyond.own == 0.0 and beyond.gap.low > 7.9
+    unlike, _ = found(Planted(router="noise"), images_each=40)
+    interval = modality_gap(unlike, torch.arange(160) // 2).gap
+    assert interval.low < 0 < interval.high
+    # An image's own experts are the best here, so that both swaps cost; neither more than the other.
+    costly = unlike._replace(given=unlike.given + 3.0)
+    assert modality_gap(costly, torch.arange(160) // 2).gap == pytest.approx(interval, abs=1e-5)
+    assert all(g.gap.low > 0 for g in gaps(costly, torch.arange(160) // 2))
+
+
+def test_without_a_partner_of_each_kind_the_modality_costs_nothing_that_is_known():
+    images, _, noise = inputs(2)
+    for modality in (torch.zeros(8, dtype=torch.int64), torch.arange(8)):
+        assert modality_gap(swap(Planted(), images, modality, noise), torch.arange(8)) is None

@@ -27,3 +27,23 @@ def real(trained, tiny, change):
     if not trained.exists():
         assert pretrain(change(tiny, run__evaluate_every=6), trained, command=["dex", "pretrain"]) == 0
     return trained
+
+
+@pytest.fixture(scope="session")
+def _analysed():
+    return {}
+
+
+@pytest.fixture
+def analysis(_analysed, real):
+    """Of the run `real`, over its checkpoints, beside itself one step earlier; tests do not change it."""
+    import torch
+
+    from dex.inference import analyse_job
+
+    if not _analysed:
+        options = analyse_job.Options(probed=60, checkpoints="all")
+        other = real / "checkpoints" / "step-00000010"
+        prepared = analyse_job.prepare(real, options, compare=other)
+        _analysed["found"] = analyse_job.analyse(prepared, torch.device("cpu"))
+    return _analysed["found"]

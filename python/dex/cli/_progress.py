@@ -1,0 +1,43 @@
+"""How far a command is, on stderr: a bar on a terminal, else a line now and then."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+_EVERY = 10.0
+"""Seconds between two lines."""
+
+Say = Callable[[int, int, str], None]
+"""``(done, total, what comes now)``"""
+
+
+@contextlib.contextmanager
+def shown(name: str) -> Iterator[Say]:
+    """Gives the function that shows how far ``name`` is."""
+    if not sys.stderr.isatty():
+        yield _Lines(name)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn(name),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
+class _Lines:
+    def __init__(self, name: str):
+        self._name, self._said = name, time.monotonic()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if time.monotonic() - self._said >= _EVERY:
+            print(f"{self._name} {done}/{total}  {text}", file=sys.stderr, flush=True)
+            self._said = time.monotonic()

@@ -1,0 +1,237 @@
+"""The sections of an analysis that say what the features are: losses, spectra, probe, maps, curves over the steps."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import torch
+from PIL import Image
+
+from dex.analysis.conclusion import told
+from dex.analysis.examine import Findings, paired
+from dex.analysis.plots import feature_maps, pixels
+from dex.analysis.swap import KINDS
+from dex.inference.analyse_job import Analysis
+from dex.report.analysis_parts import (
+    Block,
+    bar,
+    block,
+    cell,
+    interval_cell,
+    models,
+    names,
+    pair,
+    present,
+    reading,
+    rows_table,
+)
+from dex.report.charts import Line, curves
+from dex.report.parts import grid
+from dex.report.pictures import Bars, along, bars
+
+_FEATURES = (("cls", "CLS token"), ("patches", "mean of patches"))
+
+
+def heldout(analysis: Analysis) -> Block:
+    """The masked loss by modality."""
+    shown, words = models(analysis), names(analysis)
+    counts = analysis.material.held_out.modality.bincount(minlength=len(analysis.material.modalities)).tolist()
+    counts = [counts[m] for m in present(analysis)]
+    rows = [
+        (m.name, word, count, m.found.modality_loss[word], None, None)
+        for m in shown
+        for word, count in zip(words, counts, strict=True)
+    ]
+    rows += [(m.name, "all", sum(counts), *m.found.loss) for m in shown]
+    lines = [
+        [word, str(count), *(cell(m.found.modality_loss[word], 4) for m in shown)]
+        for word, count in zip(words, counts, strict=True)
+    ]
+    lines.append(["all", str(sum(counts)), *(told(m.found.loss) for m in shown)])
+    drawn = rows_table(["masked loss", "images", *(m.name for m in shown)], lines)
+    if analysis.other is not None and analysis.other.comparable:
+        gap = paired(analysis.found, analysis.other.findings, analysis.material.groups)
+        drawn += f"<p>This run less {analysis.other.name}, the same images and masks: {told(gap, signed=True)}.</p>"
+        rows.append((f"this run less {analysis.other.name}", "all", sum(counts), *gap))
+    read = (
+        "Mean squared error over the hidden patches of held-out images. A lower loss is not by itself a better "
+        "representation, and losses with and without norm_pix_loss, or of other image and patch sizes, do not "
+        "compare."
+    )
+    data = (("model", "modality", "images", "loss", "low", "high"), rows)
+    return block("heldout", "Held-out loss", read, drawn, [], data)
+
+
+def probe(analysis: Analysis) -> Block | None:
+    """The linear probe beside pixels and step 0."""
+    if analysis.found.probe is None:
+        return None
+    values = [("16×16 pixels", analysis.pixels)]
+    by_step = sorted(models(analysis), key=lambda m: m.name != "step 0")  # the references first
+    values += [(m.name, m.found.probe) for m in by_step]
+    values = [(name, interval) for name, interval in values if interval is not None]
+    one = Bars("balanced accuracy", [bar(interval) for _, interval in values], 0)
+    unit = "balanced accuracy, sources left out"
+    figure = bars("Linear probe of the modality", [n for n, _ in values], [one], unit=unit, key=False, span=(0, 1))
+    groups = analysis.material.probed_groups
+    count = len(groups.of.unique())
+    read = (
+        f"A standardised linear probe tells the modality of {len(groups.of)} images, each fold of {groups.kind} "
+        f"judged by a probe of the others ({count} {groups.kind}); mean of patches and CLS token. Intervals that "
+        "overlap are no difference, and grey pixels alone go far. A higher modality probe is not by itself better: "
+        "features that tell modalities apart and nothing else are what collapse means."
+    )
+    rows = [(name, *interval) for name, interval in values]
+    drawn = pair([figure]) + rows_table(["", "balanced accuracy"], [[n, told(i)] for n, i in values])
+    return block(
+        "probe", "What a linear map can read", read, drawn, [figure], (("features", "value", "low", "high"), rows)
+    )
+
+
+def spectra(analysis: Analysis) -> Block | None:
+    """Singular values and ranks."""
+    if analysis.found.cls is None:
+        return None
+    shown = models(analysis)
+    figures, rows, lines = [], [], []
+    for field, words in _FEATURES:
+        curves_of = []
+        for place, model in enumerate(shown):
+            spectrum = getattr(model.found, field)
+            if spectrum is None:
+                continue
+            s = spectrum.singular_values
+            share = (s / s[0].clamp(min=1e-300)).tolist()
+            points = [(i, v if v > 1e-6 else None) for i, v in enumerate(share, 1)]
+            curves_of.append(Line(model.name, points, place, bare=True))
+            rows += [(model.name, field, i, v) for i, v in enumerate(s.tolist(), 1)]
+            numbers = (spectrum.rankme, spectrum.effective_rank)
+            cosines = (spectrum.cosine, spectrum.centred_cosine)
+            lines.append([f"{words}, {model.name}", *(cell(v, 1) for v in numbers), *(cell(v) for v in cosines)])
+        figure = curves(f"Singular values, {words}", curves_of, unit="largest = 1", log=True, key=True)
+        figures.append(along(figure, "component"))
+    read = (
+        "Singular values of the centred features of whole held-out images; a slow fall means that many directions "
+        "are in use. RankMe and effective rank count them, at most as many as images or width: compare them with "
+        "step 0, not with other sets. The cosine of CLS tokens is most often a common offset: all point one way, "
+        "and nothing is lost, since the cosine after centring and the probe stay; it alone says nothing of "
+        "experts."
+    )
+    header = ["", "RankMe", "effective rank", "cosine", "cosine, centred"]
+    data = (("model", "features", "component", "singular_value"), rows)
+    drawn = grid(figures) + rows_table(header, lines)
+    return block("spectra", "How many directions features use", read, drawn, figures, data, 2)
+
+
+def maps(analysis: Analysis) -> Block | None:
+    """Principal components of patches and attention, images side by side."""
+    if analysis.maps is None:
+        return None
+    picture = pixels(feature_maps(*_drawn(analysis)))
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "PNG", optimize=True)
+    encoded = base64.b64encode(data.getvalue()).decode()
+    read = (
+        "Colours are the first three principal components of the patches of these images together: equal colours "
+        "are alike patches, in whatever image. Attention is the last block's from the CLS token, mean over heads; "
+        "the scale is each image's own, so that faint structure looks as strong as any. Pictures of an untrained "
+        "model have structure too, since its patches hold pixels: compare with step 0. Neither says anything of "
+        "experts."
+    )
+    html = (
+        f'<figure class="picture"><div class="scroll"><img width="{picture.shape[1]}" height="{picture.shape[0]}" '
+        f'alt="images, principal components of patches and attention" src="data:image/png;base64,{encoded}"></div>'
+        '</figure><p class="files">Beside this page: maps.png</p>'
+    )
+    return Block("maps", "Where features differ within images", reading(read) + html, {"maps.png": data.getvalue()})
+
+
+def _drawn(analysis: Analysis) -> tuple:
+    own, start = analysis.maps, analysis.start_maps
+    columns = {"components": own.colours.numpy(), "attention": own.attention.numpy()}
+    if start is not None:
+        columns |= {"components, step 0": start.colours.numpy(), "attention, step 0": start.attention.numpy()}
+    return own.images.permute(0, 2, 3, 1).numpy(), own.labels, columns
+
+
+def steps(analysis: Analysis) -> Block | None:
+    """The main measures over the steps."""
+    if len(analysis.curve) < 2:
+        return None
+    found, rows, charts = analysis.curve, [], []
+    end = found[-1].step
+    gaps = {kind: [(f.step, _all_layers(f, kind)) for f in found] for kind in KINDS}
+    lines = [
+        Line(kind, [(step, gap and gap.gap.value) for step, gap in points], (2, 1, 0)[place], dots=True)
+        for place, (kind, points) in enumerate(gaps.items())
+    ]
+    charts.append(curves("Swap gap, all layers", lines, unit="rise of the masked loss", end=end, key=True))
+    for kind, points in gaps.items():
+        rows += [(step, f"swap gap, {kind}", *gap.gap) for step, gap in points if gap is not None]
+    singles = {
+        "held-out loss": lambda f: f.loss,
+        "corrected information, masked": lambda f: _mean_of_layers(f, lambda layer: layer.masked.value),
+        "chance below": lambda f: _mean_of_layers(f, lambda layer: layer.masked.null_high),
+        "corrected information, whole": lambda f: _mean_of_layers(f, lambda layer: layer.whole.value),
+        "entropy of p": lambda f: _mean_of_layers(f, lambda layer: layer.entropy),
+        "same first expert": lambda f: _mean_of_layers(f, lambda layer: layer.first_agreement),
+        "expert sets, masked": lambda f: _mean_of_layers(f, lambda layer: float(layer.sets_masked)),
+        "RankMe, CLS": lambda f: f.cls and f.cls.rankme,
+        "RankMe, mean of patches": lambda f: f.patches and f.patches.rankme,
+        "linear probe": lambda f: f.probe,
+    }
+    points = {name: [(f.step, value(f)) for f in found] for name, value in singles.items()}
+    for name, of_name in points.items():
+        for step, value in of_name:
+            if value is not None:
+                rows.append((step, name, *(value if isinstance(value, tuple) else (value, None, None))))
+    together = {
+        "Held-out loss": ("held-out loss",),
+        "Corrected information": ("corrected information, masked", "corrected information, whole", "chance below"),
+        "Router": ("entropy of p", "same first expert"),
+        "Expert sets in use": ("expert sets, masked",),
+        "RankMe": ("RankMe, CLS", "RankMe, mean of patches"),
+        "Linear probe": ("linear probe",),
+    }
+    for title, parts in together.items():
+        lines = [
+            Line(name.removeprefix(f"{title}, ").removeprefix("corrected information, "), values, i, dots=True)
+            for i, name in enumerate(parts)
+            for values in [[(step, _value(v)) for step, v in points[name]]]
+        ]
+        if title == "Linear probe" and analysis.pixels is not None:
+            flat = [(f.step, analysis.pixels.value) for f in found]
+            lines.append(Line("16×16 pixels", flat, 7, faint=True))
+        unit = "mean over layers" if title in ("Corrected information", "Router", "Expert sets in use") else ""
+        charts.append(curves(title, lines, end=end, key=len(lines) > 1, unit=unit))
+    table = [
+        [
+            f"{f.step:,}",
+            *(interval_cell(g and g.gap) for g in (_all_layers(f, k) for k in KINDS)),
+            interval_cell(f.probe),
+        ]
+        for f in found
+    ]
+    read = (
+        "The same images, masks and references at every step. A gap that rises while the noise still falls may be "
+        "exploration ending; a probe below that of pixels, or a rank that falls towards a few, is worth a look."
+    )
+    header = ["step", *(f"swap gap, {kind}" for kind in KINDS), "linear probe"]
+    drawn = grid(charts) + rows_table(header, table)
+    data = (("step", "measure", "value", "low", "high"), rows)
+    return block("steps", "Over the steps", read, drawn, charts, data, 3)
+
+
+def _value(value: object) -> float | None:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _all_layers(found: Findings, kind: str):
+    return next((g for g in found.gaps or () if g.kind == kind and g.layer is None), None)
+
+
+def _mean_of_layers(found: Findings, value) -> float | None:
+    if not found.layers:
+        return None
+    return float(torch.tensor([value(layer) for layer in found.layers], dtype=torch.float64).mean())
