@@ -63,8 +63,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
                 print(f"refused: `dex data refused {shlex.quote(str(wanted.out))}` says which files, and why")
-                private = prepare.private_folder(wanted.out) / left_out.PAGE
-                print(f"         {shlex.quote(str(private))} shows some of them")
+                page = prepare.private_folder(wanted.out) / left_out.PAGE
+                if page.exists():  # a withdrawal removes it
+                    print(f"         {shlex.quote(str(page))} shows some of them")
             out = shlex.quote(str(wanted.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE

@@ -172,7 +172,7 @@ def _estimated(inventory: Inventory) -> list[str]:
         lines.append(f"Rates measured on these, slices a second and process: {', '.join(rates)}.")
     if estimate.label_maps:
         lines.append(
-            f"Label maps, which are known by their numbers: about {page.number(estimate.label_maps)} left out."
+            f"Label maps, recognised by their numbers: about {page.number(estimate.label_maps)} will be left out."
         )
     if estimate.unmeasured:
         lines.append(f"Not measured: {page.count(estimate.unmeasured, 'slice')}, of which none was read.")
@@ -247,7 +247,7 @@ def _page(inventories: Sequence[Inventory]) -> str:
             page.Tile("Slices", page.number(slices), "by their headers"),
             page.Tile("Patients", page.number(sum(one.survey.patients for one in inventories)), "counted by hashes"),
             page.Tile("Left out", page.number(left_out), "by headers"),
-            page.Tile("Passed over", page.number(passed), "no files of images"),
+            page.Tile("Passed over", page.number(passed), "no image files"),
             page.Tile("Kept", f"≈ {page.number(kept)}", "estimate"),
             page.Tile("Size of the set", f"≈ {format_bytes(sum(one.bytes for one in estimates))}", "estimate"),
             page.Tile("Time", _time(seconds, "≈ "), "estimate"),
@@ -256,8 +256,8 @@ def _page(inventories: Sequence[Inventory]) -> str:
     names = escape(", ".join(one.source for one in inventories))
     unsure = sum(len(one.undetermined.suffixes) for one in inventories if one.undetermined)
     notice = (
-        '<p class="notice">Nothing says of which modality some files are: <code>dex prepare</code> will not begin '
-        "until its command does.</p>"
+        '<p class="notice">The modality of some files is not known: <code>dex prepare</code> will not begin '
+        "until its command says it.</p>"
         if unsure
         else ""
     )

@@ -42,11 +42,12 @@ from dex.data.shard_format import MANIFEST
 from . import chunks, join, left_out, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
+from .folders import Level
 from .ids import SALT, Names, read_salt
 from .remote import is_url
 from .slices import PIXELS
 from .sources import Source, to_yaml
-from .stated import copied
+from .stated import Rest, copied
 from .summary import Progress
 
 PLAN, LOG, HEADERS = trace.PLAN, trace.LOG, "headers"
@@ -93,6 +94,14 @@ class _Planned:
     @property
     def chunks(self) -> list[Chunk]:
         return [Chunk(*chunk) for chunk in self.entry["chunks"]]
+
+    @property
+    def level(self) -> Level:
+        return Level(*self.entry["level"])
+
+    @property
+    def rest(self) -> Rest:
+        return Rest(*self.entry["rest"])
 
 
 @dataclass(frozen=True)
@@ -313,9 +322,9 @@ class Run:
             join.Part(
                 one.source,
                 [piece.name for piece in self._pieces if piece.planned is one],
-                {Names(one.source, self._salt).patient(name): side for name, side in one.entry["rest"][0].items()},
-                one.entry["rest"][1],
-                one.entry["level"][1],
+                {Names(one.source, self._salt).patient(name): side for name, side in one.rest.sides.items()},
+                one.rest.default,
+                one.level.sure,
             )
             for one in self._planned
         ]
@@ -353,7 +362,7 @@ class Run:
             root=piece.planned.root,
             salt=self._salt,
             common=piece.planned.entry["common"],
-            level=piece.planned.entry["level"][0],
+            level=piece.planned.level.number,
             settings=self._options.settings,
             limits=self._options.limits,
             withdrawn=frozenset(name for record in self._withdrawn for name in (*record.ids, *record.groups)),

@@ -54,7 +54,10 @@ def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path, pictures):
     ]
     assert "shards: 'my set'" in out and "next:   dex pretrain --preset demo --data 'my set'" in out
     assert not set(out) & set("│━█\x1b")
-    assert run(*arguments)[0] == 0  # done already
+    assert "'my set.private/left_out.html' shows some of them" in out
+    (tmp_path / "my set.private" / "left_out.html").unlink()  # as a withdrawal does
+    code, out, _ = run(*arguments)  # done already
+    assert code == 0 and "dex data refused" in out and "left_out.html" not in out
     code, out, err = run("data", "check", "my set")
     assert (code, out, err) == (0, "12 images in 1 shards: every hash fits\n", "")
     code, out, _ = run(
