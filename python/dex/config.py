@@ -120,8 +120,8 @@ class RunConfig:
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "bf16"
-    """bf16 is autocast; auto takes it where the processor computes in it, else fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
+    """bf16 and fp16 are autocast, fp16 with a scaled loss; auto takes bf16 where the processor has it, else fp32."""
     stop_at: int | None = None
     """Stop after this step, saved and resumable; the schedules still span the whole run."""
     log_every: int = 50

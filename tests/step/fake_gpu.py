@@ -103,6 +103,7 @@ CASES = {
     "checkpointing": contextlib.nullcontext,
     "bf16": contextlib.nullcontext,
     "averages and rates by depth": contextlib.nullcontext,
+    "fp16": contextlib.nullcontext,
     "micro-batches in bf16": contextlib.nullcontext,
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
     "layer reads group sizes": lambda: after(layer, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
@@ -141,6 +142,7 @@ OPTIONS = {
     "micro-batches": {"micro_batch": 4},
     "checkpointing": {"checkpointing": True},
     "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
     "averages and rates by depth": {"optim": {"ema": 0.9, "layer_decay": 0.5, "decay_exclude": "vectors"}},
     "micro-batches in bf16": {"micro_batch": 4, "precision": "bf16"},
 }

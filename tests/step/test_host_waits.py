@@ -26,6 +26,7 @@ UNTOUCHED = (
     "bf16",
     "micro-batches in bf16",
     "averages and rates by depth",
+    "fp16",
 )
 
 LAYERS = ("layer by token", "layer by mean, cosine", "layer, mse", "layer of a host")

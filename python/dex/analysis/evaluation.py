@@ -49,7 +49,9 @@ class Evaluation(NamedTuple):
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
 
 class Evaluator:

@@ -5,6 +5,7 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 
 import contextlib
 import gc
+import math
 import resource
 import statistics
 import sys
@@ -27,6 +28,7 @@ from dex.model import MAEOutput
 from dex.train import checkpoint, cuda_graph
 from dex.train.average import WeightAverage
 from dex.train.initial import first_model, load_initial
+from dex.train.loss_scale import MOST_HALVINGS, LossScale
 from dex.train.loss_spikes import LossSpikes
 from dex.train.optimizer import adamw, set_learning_rate
 from dex.train.plan import Plan
@@ -82,6 +84,7 @@ class Trainer:
         """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
         self.optimizer = adamw(config, self.named_parameters, self._schedule.lr)
+        self.loss_scale = LossScale(self.device) if plan.precision == "fp16" else None
         self.average = None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
         self.nonfinite_in_a_row = 0
@@ -167,11 +170,15 @@ class Trainer:
                             router_noise=[noise[part] for noise in router_noise] or None,
                         )
                     total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
-                    (total / len(parts)).backward()
+                    share = total / len(parts)
+                    (share if self.loss_scale is None else share * self.loss_scale.value).backward()
                 outs.append(out), totals.append(total.detach())
         out = _merge(outs)
 
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         total = torch.stack(totals).mean()
         losses = Losses(out.loss, total, out.align_loss, out.balance_loss, full(norm))
         verdict = self._agreement.reach(losses, out, modality, **self._flags._asdict())
@@ -182,6 +189,8 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(verdict.good)
+        if self.loss_scale is not None:
+            self.loss_scale.update(verdict.good, skip & (verdict.unreadable == 0))
         self.window.count(verdict)
         return verdict, out.image_loss
 
@@ -213,6 +222,7 @@ class Trainer:
             "skipped": means.skipped,
             "modality_loss": means.modality_loss,
             **self.window.load(),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.value.item()}),
         }
 
     def pace(self, steps: int) -> dict[str, Any]:
@@ -272,6 +282,7 @@ class Trainer:
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             **self.loss_spikes.state(),
             **self.window.state(),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}),
         }
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -288,6 +299,8 @@ class Trainer:
         self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
         self.loss_spikes.restore(saved.state)
         self.window.restore(saved.state)
+        if self.loss_scale is not None and "loss_scale" in saved.state:
+            self.loss_scale.restore(saved.state["loss_scale"])
 
     def tensors(self) -> dict[str, Tensor]:
         """What `checkpoint.Saver` writes: weights, buffers, moments and averages, not copied."""
@@ -384,6 +397,11 @@ class Trainer:
                 reasons = gather(self.ranks, self._unreadable and str(self._unreadable))
                 named = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
                 raise CorruptDataError(f"step {sent.step + 1}: {named}", self.loader.corrupt)
+            if self.loss_scale is not None:
+                overflows = not verdict.good and math.isfinite(verdict.loss)
+                self.loss_scale.overflows = self.loss_scale.overflows + 1 if overflows else 0
+                if 0 < self.loss_scale.overflows <= MOST_HALVINGS:
+                    continue  # part of float16: the loss is fine, and the next step has half the scale
             if verdict.good:
                 self.nonfinite_in_a_row = 0
                 self.loss_spikes.watch(sent.step, sent.ids, verdict)
