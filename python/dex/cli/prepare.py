@@ -151,7 +151,7 @@ def _parser(needs_out: bool) -> Parser:
         "--dry-run",
         action="store_true",
         help="look at headers and a few pixels, and say what would be kept and left out, how long it would take and "
-        "how large the set would be; nothing is written",
+        "how large the set would be; nothing is written (packages and files elsewhere go into the cache)",
     )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
     parser.add_argument(

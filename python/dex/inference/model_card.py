@@ -44,7 +44,7 @@ diagnosis, triage or any other decision about a patient.
 {measured}
 The held-out images come from the same sources as the training images; no other data was tried.
 
-**No study measured.** What the features are worth on labelled tasks, against a control of equal size, is not known;
+**No downstream study.** How the features do on labelled tasks, against a control of equal size, was not measured;
 `dex probe` measures it on images of your own.
 
 ## Limits
@@ -52,11 +52,11 @@ The held-out images come from the same sources as the training images; no other 
 - Modalities, devices, sites and patients other than those of the training data are untested; age, sex and origin of
   the patients are not recorded.
 - Volumes are seen slice by slice, pictures at {size} x {size} pixels: what is smaller than a pixel there is lost.
-- Which expert an image takes follows how it looks, and is no finding.
+- The expert that an image is routed to depends on how it looks; it is not a clinical finding.
 
 ## Licence
 
-No licence is stated for these weights: whoever publishes them decides, and is bound by the licences of the training
+No licence is stated for these weights. Whoever publishes them chooses one, and is bound by the licences of the training
 data. {licences}
 ## Use
 

@@ -1,7 +1,7 @@
 """What a source holds and what `dex prepare` would make of it, from headers and a small sample of pixels.
 
 Files are listed, judged and read by the code of a real run (`discover`, `chunks.UnitWork`, the readers, `routing`),
-which is told to read headers alone. So these numbers are exact, as far as the files' pixels can be read:
+with their headers alone read. So these numbers are exact, as far as the files' pixels can be read:
 
     modality, size, planes and spacing of every image, patients, what headers leave out and why, what is passed over,
     slices that are too small, files whose modality nothing says
@@ -89,7 +89,7 @@ def take(
     limits: readers.Limits = readers.Limits(),  # noqa: B008
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Inventory]:
-    """The inventory of each source, by name. Nothing is written but packages into `cache`.
+    """The inventory of each source, by name. Nothing is written, except packages and files elsewhere, into `cache`.
 
     ValueError for a source without files, as from a real run; `run.Failed` for a fault of our own.
     """

@@ -20,7 +20,7 @@ def test_the_card_says_what_the_run_was(tmp_path):
         assert line in text.splitlines()
     assert "Jane" not in text and str(tmp_path) not in text
     assert "| reconstruction loss | 2.1260 | " in text and "| modality found by kNN | 75.0% | " in text
-    assert "**No study measured.**" in text and "licences it ships" in text
+    assert "**No downstream study.**" in text and "licences it ships" in text
     sections = [line for line in text.splitlines() if line.startswith("## ")]
     assert sections == [f"## {name}" for name in ("Intended use", "Training", "Measured", "Limits", "Licence", "Use")]
 
