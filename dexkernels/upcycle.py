@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checks
 from .layer import DEXLayer, Replaced
+from .layout import LAYOUTS, Layout
+from .ops.dense import ACTIVATIONS
 
 PLACES = (
     ("fc1", "act", "fc2"),  # timm
@@ -42,6 +45,17 @@ CLS_FIRST = {
 }
 """Hosts whose blocks have the CLS token in place 0, unless this attribute is None. Others can own a ``cls_token`` and
 add it last, or after the blocks: their users say ``route_from``."""
+
+
+NO_CLS = ("transformers.models.swin.modeling_swin.SwinLayer", "transformers.models.swinv2.modeling_swinv2.Swinv2Layer")
+"""Hosts whose attention sees windows, but whose MLP sees all tokens of an image, none of which is a CLS token."""
+
+WHOLE_IMAGES = (*NO_CLS, "timm.models.beit.Beit", "timm.models.swin_transformer.SwinTransformerBlock")
+"""Hosts that bear `WINDOW_MARKS`, but whose MLPs see all tokens of an image at once."""
+
+WINDOW_MARKS = ("window_size", "shift_size", "patch_area", "partition_op", "unfolding")
+"""Attributes, other than 0 and None, by which a block around an MLP, or attention beside it, shows that it may cut
+images into windows."""
 
 
 class Absorbed(nn.Identity):
@@ -75,7 +89,7 @@ class _Mlp(NamedTuple):
         if isinstance(self.module, nn.TransformerEncoderLayer):
             # In eval without gradient a fused kernel reads the weights of linear1 and linear2 instead of calling
             # them; it is not taken for an activation it does not know.
-            exact = isinstance(activation, nn.GELU) or activation is F.gelu
+            exact = activation is F.gelu or (isinstance(activation, nn.GELU) and activation.approximate == "none")
             self.module.activation_relu_or_gelu = 2 if exact else 0
 
 
@@ -86,29 +100,44 @@ def upcycle_(
     *,
     route_from: str | None = None,
     select: Callable[[str], bool] | None = None,
+    layout: str = "tokens",
+    windows: int | None = None,
     **options,
 ) -> dict[str, DEXLayer]:
     """Turn the MLPs of ``model`` into DEX layers, in place; director and experts start as copies of the MLP.
 
+    ::
+
+        layers = dexkernels.upcycle_(vit, num_experts=8, top_k=2)
+        list(layers)[:2]  # ['blocks.0.mlp', 'blocks.1.mlp']: the modules whose MLP became a layer
+        layers["blocks.0.mlp"].align  # 'kd'
+
     MLPs are found in timm's and transformers' vision transformers, in `torch.nn.TransformerEncoderLayer`, in modules
-    with ``fc1``, ``act`` and ``fc2``, and in `torch.nn.Sequential` with ``Linear(D, H), GELU, Linear(H, D)``. To be
-    called before the optimizer is built and before DDP, FSDP or `torch.compile` wrap the model.
+    with ``fc1``, ``act`` and ``fc2``, and in `torch.nn.Sequential` with ``Linear(D, H), GELU, Linear(H, D)``. The GELU
+    may be exact or that of tanh; a layer takes its MLP's. To be called before the optimizer is built and before DDP,
+    FSDP or `torch.compile` wrap the model.
 
     At the start the model's function is the same, in training, in evaluation and without gradient: gates add up to 1
     and all experts are equal, so outputs differ by rounding only. What could not stay the same is refused.
 
     Args:
-        model: a module whose blocks pass ``[B, N, D]``; give a part of a model (an encoder) to leave the rest dense.
+        model: a module whose blocks pass images in ``layout``; give a part of a model (an encoder) to leave the rest
+            dense.
         num_experts, top_k: E and K.
         route_from: ``"cls"`` or ``"mean"``, see `DEXLayer`. None: ``"cls"`` in hosts known to have the CLS token in
-            place 0 (`CLS_FIRST`), otherwise refused, unless ``routing="token"``, which needs none.
+            place 0 (`CLS_FIRST`), ``"mean"`` for maps and windows, otherwise refused, unless ``routing="token"``,
+            which needs none.
         select: of a module's path, whether to take its MLP; None takes all.
+        layout: ``"tokens"``, ``"channels_last"`` or ``"channels_first"``, see `DEXLayer`. The maps of an MLP are
+            `torch.nn.Linear`, with ``"channels_first"`` `torch.nn.Conv2d` of kernel size 1.
+        windows: how many windows an MLP gets of each image, as consecutive entries of the first dimension; 1: whole
+            images. None: 1, but a host that looks as if it cut images into windows (`WINDOW_MARKS`) is refused.
         options: further arguments of `DEXLayer`.
 
     Returns: path of each MLP's module -> its DEX layer, in the order of the model's modules.
-    Raises: ValueError naming the module and the reason: an activation other than the exact GELU, a gated MLP, dropout
-        between the maps, no bias, half precision, hooks or shared weights on the maps, tokens before images
-        (``[N, B, D]``), nested tensors, no known CLS token. Then the model is as it was.
+    Raises: ValueError naming the module, the reason and what to do: an activation other than the GELU, a gated MLP,
+        dropout between the maps, no bias, half precision, hooks or shared weights on the maps, tokens before images
+        (``[N, B, D]``), nested tensors, windows, no known CLS token. Then the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -116,40 +145,56 @@ def upcycle_(
         raise ValueError(f"route_from: expected 'cls', 'mean' or None, got {route_from!r}")
     if select is not None and not callable(select):
         raise ValueError(f"select: expected a function of a module's path, got {select!r}")
-    mlps = [mlp for mlp in _find(model, nn.Linear) if select is None or select(mlp.name)]
+    checks.check_choice("layout", layout, tuple(LAYOUTS))
+    if "activation" in options:
+        raise ValueError("activation: expected none, as each layer takes that of its MLP, got a value")
+    host = Layout(layout, 1 if windows is None else windows)
+    kind = nn.Conv2d if layout == "channels_first" else nn.Linear
+    mlps = [mlp for mlp in _find(model, kind) if select is None or select(mlp.name)]
     if not mlps:
         raise ValueError(
             "model: expected an MLP with fc1/act/fc2, a torch.nn.TransformerEncoderLayer, "
-            f"or Sequential(Linear(D, H), GELU, Linear(H, D)){' that is selected' if select else ''}, got none"
+            f"or Sequential({kind.__name__}, GELU, {kind.__name__}){' that is selected' if select else ''}, got none: "
+            "give your MLP's maps the names fc1 and fc2 and a module act between them, or put the three in a Sequential"
         )
     uses = Counter(id(held) for m in model.modules() for held in (*m._modules.values(), *m._parameters.values()))
     layers = {}
     for mlp in mlps:
-        _check(mlp, model, uses)
+        _check(mlp, model, uses, kind)
         source = route_from
         if options.get("routing") != "token":
-            source = _route_from(mlp, model, route_from)
-        layers[mlp.name] = _dex_layer(mlp, num_experts, top_k, route_from=source or "cls", **options)
+            if windows is None:
+                _check_windows(mlp, model)
+            source = _route_from(mlp, model, route_from, host)
+        layers[mlp.name] = _dex_layer(mlp, num_experts, top_k, host, route_from=source or "cls", **options)
 
+    for mlp, (fc1, _, fc2) in _replace(mlps, layers, host):
+        layers[mlp.name].replaced = Replaced((*fc1.parameters(), *fc2.parameters()))
+    return layers
+
+
+def _replace(mlps: list[_Mlp], layers: dict[str, DEXLayer], layout: Layout) -> list[tuple[_Mlp, list]]:
+    """Put the layers in their places; what was there before. When an MLP's function changes, all is as it was."""
     replaced = []
     try:
         for mlp in mlps:
-            before = _probe(mlp)
+            before = _probe(mlp, layout)
             replaced.append((mlp, [mlp.get(place) for place in range(3)]))
             training = mlp.module.training
             mlp.place(layers[mlp.name], Absorbed().train(training), Absorbed().train(training))
-            change = (_probe(mlp) - before).norm()
+            change = (_probe(mlp, layout) - before).norm()
             if not change <= (1e-3 if before.dtype == torch.float32 else 1e-9) * before.norm():
                 raise _refused(
-                    mlp, "a module that computes fc2(gelu(fc1(x)))", f"one whose output changes by {change:.1e}"
+                    mlp,
+                    "a module that computes fc2(gelu(fc1(x)))",
+                    f"one whose output changes by {change:.1e}",
+                    "move what it does besides around the maps, before fc1 or after fc2",
                 )
     except Exception:
         for mlp, originals in reversed(replaced):
             mlp.place(*originals)
         raise
-    for mlp, (fc1, _, fc2) in replaced:
-        layers[mlp.name].replaced = Replaced((*fc1.parameters(), *fc2.parameters()))
-    return layers
+    return replaced
 
 
 def to_dense_(model: nn.Module) -> list[str]:
@@ -172,18 +217,26 @@ def to_dense_(model: nn.Module) -> list[str]:
     if not mlps:
         raise ValueError("model: expected DEX layers placed by upcycle_, got none")
     for mlp in mlps:
-        director = mlp.get(0).director.requires_grad_(True)
-        mlp.place(director.fc1, nn.GELU().train(mlp.module.training), director.fc2)
+        layer = mlp.get(0)
+        director = layer.director.requires_grad_(True)
+        fc1, fc2 = (
+            _convolution(linear) if layer.layout == "channels_first" else linear
+            for linear in (director.fc1, director.fc2)
+        )
+        mlp.place(fc1, nn.GELU(ACTIVATIONS[layer.activation]).train(mlp.module.training), fc2)
     return [mlp.name for mlp in mlps]
 
 
 def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
-    """MLPs whose first map is a `torch.nn.Linear` (yet to be upcycled) or a `DEXLayer` (upcycled)."""
+    """MLPs whose maps are ``first``, Linear or Conv2d (yet to be upcycled), or whose first is a `DEXLayer` (upcycled).
+
+    Maps of another type that stand where those of an MLP do are found too, in order to be refused.
+    """
     inside_dex = {id(m) for layer in model.modules() if isinstance(layer, DEXLayer) for m in layer.modules()}
     for name, module in model.named_modules():
         if id(module) in inside_dex:
             continue
-        mlp = _as_mlp(name, module)
+        mlp = _as_mlp(name, module, first)
         if mlp is None:
             continue
         upcycled = isinstance(mlp.get(0), DEXLayer)
@@ -191,11 +244,11 @@ def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
             yield mlp
 
 
-def _as_mlp(name: str, module: nn.Module) -> _Mlp | None:
+def _as_mlp(name: str, module: nn.Module, kind: type[nn.Module]) -> _Mlp | None:
     if isinstance(module, nn.TransformerEncoderLayer):
         return _Mlp(name, module, ENCODER_LAYER_PLACES, {"dropout": module.dropout})
     if isinstance(module, nn.Sequential):
-        return _sequential(name, module)
+        return _sequential(name, module, kind)
     if any(hasattr(module, name) for name in GATED):
         return _Mlp(name, module, GATED_PLACES, {})
     found = [_Mlp(name, module, places, {}) for places in PLACES]
@@ -209,7 +262,7 @@ def _as_mlp(name: str, module: nn.Module) -> _Mlp | None:
     return mlp
 
 
-def _sequential(name: str, module: nn.Sequential) -> _Mlp | None:
+def _sequential(name: str, module: nn.Sequential, kind: type[nn.Module]) -> _Mlp | None:
     """Exactly two maps ``D -> H -> D``; between them one module besides dropouts and identities is the activation."""
     children = dict(module.named_children())
     names = list(children)
@@ -217,8 +270,9 @@ def _sequential(name: str, module: nn.Sequential) -> _Mlp | None:
     if dex:
         absorbed = [n for n, m in children.items() if isinstance(m, Absorbed)]
         return _Mlp(name, module, (dex[0], *absorbed), {}) if (len(dex), len(absorbed)) == (1, 2) else None
-    maps = [n for n, m in children.items() if isinstance(m, nn.Linear)]
-    if len(maps) != 2 or children[maps[0]].in_features != children[maps[1]].out_features:
+    maps = [n for n, m in children.items() if isinstance(m, kind)]
+    inputs, outputs = ("in_channels", "out_channels") if kind is nn.Conv2d else ("in_features", "out_features")
+    if len(maps) != 2 or getattr(children[maps[0]], inputs) != getattr(children[maps[1]], outputs):
         return None
     between = names[names.index(maps[0]) + 1 : names.index(maps[1])]
     active = [n for n in between if not isinstance(children[n], (nn.Dropout, nn.Identity))]
@@ -227,47 +281,95 @@ def _sequential(name: str, module: nn.Sequential) -> _Mlp | None:
     return _Mlp(name, module, (maps[0], active[0], maps[1]), {n: children[n] for n in between if n != active[0]})
 
 
-def _check(mlp: _Mlp, model: nn.Module, uses: Counter) -> None:
+def _check(mlp: _Mlp, model: nn.Module, uses: Counter, kind: type[nn.Module]) -> None:
     """Raise ValueError naming what would not stay the same."""
     if mlp.places is GATED_PLACES:
-        raise _refused(mlp, "an MLP fc2(gelu(fc1(x)))", f"the gated {_type(mlp.module)}")
+        raise _refused(mlp, "an MLP fc2(gelu(fc1(x)))", f"the gated {_type(mlp.module)}", "experts are not gated")
     fc1, act, fc2 = (mlp.get(place) for place in range(3))
     for place, linear in ((mlp.places[0], fc1), (mlp.places[2], fc2)):
-        if type(linear) is not nn.Linear:
-            raise _refused(mlp, f"torch.nn.Linear as {place}", _type(linear))
-        if linear.bias is None:
-            raise _refused(mlp, f"a bias in {place}", "bias=False")
-        if linear.weight.dtype not in (torch.float32, torch.float64):
-            raise _refused(
-                mlp, f"float32 or float64 weights in {place}", f"{linear.weight.dtype}: use autocast for half precision"
-            )
-        if linear.weight.is_meta:
-            raise _refused(mlp, f"loaded weights in {place}", "the meta device")
+        _check_map(mlp, place, linear, kind)
         if any(uses[id(held)] > 1 for held in (linear, *linear.parameters())):
-            raise _refused(mlp, f"weights of its own in {place}", "weights shared with another module")
+            what = f"weights of its own in {place}"
+            raise _refused(mlp, what, "weights shared with another module", "give it a copy.deepcopy of them")
     for place, module in zip(mlp.places, (fc1, act, fc2), strict=True):
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if isinstance(module, nn.Module) and any(getattr(module, h) for h in hooks):
-            raise _refused(mlp, f"no hooks on {place}", "hooks, which would be lost")
-    (H, D), back = fc1.weight.shape, tuple(fc2.weight.shape)
+            raise _refused(mlp, f"no hooks on {place}", "hooks, which would be lost", "hook the MLP's module instead")
+    (H, D), back = fc1.weight.shape[:2], tuple(fc2.weight.shape[:2])
     if back != (D, H):
         raise _refused(mlp, f"maps D -> H -> D, {mlp.places[2]} [{D}, {H}]", f"{list(back)} (a gated MLP?)")
-    if not _is_exact_gelu(act, fc1.weight):
+    activation = _activation(act, fc1.weight)
+    if activation is None:
         what = repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
-        raise _refused(mlp, f"the exact (erf) GELU as {mlp.places[1]}", what)
+        remedy = "where forward calls a function, make it a module, torch.nn.GELU()" if act is None else ""
+        raise _refused(mlp, f"the exact (erf) or the tanh GELU as {mlp.places[1]}", what, remedy)
+    if activation != "gelu" and getattr(mlp.module, "activation_relu_or_gelu", 0):
+        raise _refused(
+            mlp,
+            "activation_relu_or_gelu = 0 with the tanh GELU",
+            f"{mlp.module.activation_relu_or_gelu}, with which torch computes another one in evaluation",
+            "set it",
+        )
     for name, module in mlp.inside.items():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            raise _refused(mlp, f"no dropout in the MLP (set {name}.p = 0)", f"{name} with p={module.p}")
+            what = f"no dropout in the MLP (set {name}.p = 0)"
+            remedy = "an expert's hidden features are never dropped, so that the director can follow"
+            raise _refused(mlp, what, f"{name} with p={module.p}", remedy)
         if not isinstance(module, (nn.Dropout, nn.Identity)):
-            raise _refused(mlp, "nothing but an activation between the maps", f"{name}: {_type(module)}")
-    _check_layout(mlp, model)
+            what = "nothing but an activation between the maps"
+            raise _refused(mlp, what, f"{name}: {_type(module)}", "move it before fc1 or after fc2, and train again")
+    _check_attention(mlp, model)
 
 
-def _check_layout(mlp: _Mlp, model: nn.Module) -> None:
+def _check_map(mlp: _Mlp, place: str, linear: nn.Module, kind: type[nn.Module]) -> None:
+    """ValueError unless a map is a plain one, and loaded."""
+    if type(linear) is not kind:
+        remedy = "merge adapters and parametrizations into it first, or add them after upcycle_"
+        if type(linear) in (nn.Linear, nn.Conv2d):
+            remedy = "its tokens are in another layout: layout='channels_first' is for Conv2d, the others for Linear"
+        raise _refused(mlp, f"torch.nn.{kind.__name__} as {place}", _type(linear), remedy)
+    if kind is nn.Conv2d:
+        plain = nn.Conv2d(linear.in_channels, linear.out_channels, 1, device="meta")
+        names = ("kernel_size", "stride", "padding", "groups")
+        if any(getattr(linear, name) != getattr(plain, name) for name in names):
+            raise _refused(mlp, f"kernel size 1 and nothing else in {place}", repr(linear))
+    if linear.bias is None:
+        remedy = f"bias = torch.nn.Parameter(torch.zeros({linear.weight.shape[0]})) changes nothing"
+        raise _refused(mlp, f"a bias in {place}", "bias=False", remedy)
+    if linear.weight.dtype not in (torch.float32, torch.float64):
+        what = f"float32 or float64 weights in {place}"
+        raise _refused(mlp, what, f"{linear.weight.dtype}", "model.float(), and autocast for half precision")
+    if linear.weight.is_meta:
+        raise _refused(mlp, f"loaded weights in {place}", "the meta device", "load the weights, then call upcycle_")
+
+
+def _check_windows(mlp: _Mlp, model: nn.Module) -> None:
+    """ValueError where a window may be taken for an image."""
+    parts = mlp.name.split(".") if mlp.name else []
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+    if any(_path(module) in WHOLE_IMAGES for module in around):
+        return
+    for module in (*around, *(around[1].children() if len(around) > 1 else ())):
+        values = {mark: getattr(module, mark, None) for mark in WINDOW_MARKS}
+        mark = next((m for m, v in values.items() if v is not None and not (isinstance(v, int) and v == 0)), None)
+        if mark is not None:
+            raise _refused(
+                mlp,
+                "windows=1 (the MLP gets all tokens of an image at once) or the number of windows that it gets of one",
+                f"None, and {_type(module)}.{mark}: images may be cut into windows, and each would be routed by itself",
+            )
+
+
+def _check_attention(mlp: _Mlp, model: nn.Module) -> None:
     block = model.get_submodule(mlp.name.rpartition(".")[0])
     for module in (*mlp.module.children(), *block.children()):
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise _refused(mlp, "[B, N, D] (attention with batch_first=True)", "[N, B, D] (batch_first=False)")
+            raise _refused(
+                mlp,
+                "[B, N, D] (attention with batch_first=True)",
+                "[N, B, D] (batch_first=False)",
+                "build the host with batch_first=True and transpose its input; its weights stay",
+            )
     for name, host in model.named_modules():
         nested = isinstance(host, nn.TransformerEncoder) and host.use_nested_tensor
         if nested and any(layer is mlp.module for layer in host.layers):
@@ -278,12 +380,16 @@ def _check_layout(mlp: _Mlp, model: nn.Module) -> None:
             )
 
 
-def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None) -> str:
+def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None, layout: Layout) -> str:
     """Where routing reads, once it is certain that it reads no patch."""
+    if layout != Layout():
+        return route_from or "mean"
     parts = mlp.name.split(".") if mlp.name else []
     for end in range(len(parts), -1, -1):
         host = model.get_submodule(".".join(parts[:end]))
-        attribute = CLS_FIRST.get(f"{type(host).__module__}.{type(host).__qualname__}")
+        if _path(host) in NO_CLS and route_from != "mean":
+            raise _refused(mlp, f"route_from='mean', as {_type(host)} has no CLS token", repr(route_from))
+        attribute = CLS_FIRST.get(_path(host))
         if attribute is not None:
             owner, _, token = attribute.rpartition(".")
             has_cls = getattr(host.get_submodule(owner), token, None) is not None
@@ -299,41 +405,55 @@ def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None) -> str:
     return route_from
 
 
-def _is_exact_gelu(act, like: Tensor) -> bool:
-    """By its values: hosts have their own classes. The tanh form is off by 5e-4."""
+def _activation(act, like: Tensor) -> str | None:
+    """One of `ACTIVATIONS`, by its values: hosts have their own classes. The two are 5e-4 apart."""
     if not callable(act) or (isinstance(act, nn.Module) and list(act.parameters())):
-        return False
+        return None
     t = torch.linspace(-6, 6, 257, dtype=like.dtype, device=like.device)
     with torch.no_grad():
         try:
-            return bool((act(t.clone()) - F.gelu(t)).abs().max() < 1e-5)
+            values = act(t.clone())
+            close = {n: (values - F.gelu(t, approximate=a)).abs().max() < 1e-5 for n, a in ACTIVATIONS.items()}
+            return next((name for name, is_close in close.items() if is_close), None)
         except Exception:  # such as a gated activation, which halves the width
-            return False
+            return None
 
 
 @torch.no_grad()
-def _dex_layer(mlp: _Mlp, num_experts: int, top_k: int, **options) -> DEXLayer:
+def _dex_layer(mlp: _Mlp, num_experts: int, top_k: int, layout: Layout, **options) -> DEXLayer:
     fc1, fc2 = mlp.get(0), mlp.get(2)
+    (H, D), activation = fc1.weight.shape[:2], _activation(mlp.get(1), fc1.weight)
+    options |= {"activation": activation, "layout": layout.name, "windows": layout.windows}
     with torch.device(fc1.weight.device):
-        layer = DEXLayer(fc1.in_features, fc1.out_features, num_experts, top_k, **options)
+        layer = DEXLayer(D, H, num_experts, top_k, **options)
     layer.to(fc1.weight.dtype).train(mlp.module.training)
     for ours, theirs in ((layer.director.fc1, fc1), (layer.director.fc2, fc2)):
-        ours.weight.copy_(theirs.weight)
+        ours.weight.copy_(theirs.weight.flatten(1))
         ours.bias.copy_(theirs.bias)
     layer.copy_director_to_experts_()
     return layer
 
 
+def _convolution(linear: nn.Linear) -> nn.Conv2d:
+    """The same map over ``[B, D, H, W]``, with the same storage."""
+    convolution = nn.Conv2d(linear.in_features, linear.out_features, 1, device="meta").train(linear.training)
+    convolution.weight = nn.Parameter(linear.weight.detach()[:, :, None, None])
+    convolution.bias = linear.bias
+    return convolution
+
+
 @torch.no_grad()
-def _probe(mlp: _Mlp) -> Tensor:
-    """The host's own answers to two random images of three tokens: names alone prove nothing.
+def _probe(mlp: _Mlp, layout: Layout) -> Tensor:
+    """The host's own answers to two random images of three tokens, or of three to a window: names alone prove nothing.
 
     In evaluation, which may take a fused path, and in training, where a dropout that is no module would show. Modules
     with buffers, such as running means, are not run in training: that would change them.
     """
     first = mlp.get(0).director.fc1 if isinstance(mlp.get(0), DEXLayer) else mlp.get(0)
-    device = first.weight.device
-    x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight)
+    device, width = first.weight.device, first.weight.shape[1]
+    shapes = {"tokens": (3, width), "channels_last": (3, 1, width), "channels_first": (width, 3, 1)}
+    shape = (2 * layout.windows, *shapes[layout.name])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first.weight)
     modes = {module: module.training for module in mlp.module.modules()}
     stateful = any(module._buffers for module in modes if not isinstance(module, DEXLayer))
     answers = []
@@ -344,7 +464,8 @@ def _probe(mlp: _Mlp) -> Tensor:
                 mlp.module.train(training)
                 answers.append(_run(mlp, x))
     except Exception as error:
-        raise _refused(mlp, f"a module that takes [B, N, {first.in_features}]", f"{_type(error)}: {error}") from error
+        taken = LAYOUTS[layout.name].replace("D", str(width))
+        raise _refused(mlp, f"a module that takes {taken}", f"{_type(error)}: {error}") from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -358,8 +479,14 @@ def _run(mlp: _Mlp, x: Tensor) -> Tensor:
     return output(h, x) if len(inspect.signature(output.forward).parameters) > 1 else output(h)
 
 
-def _refused(mlp: _Mlp, expected: str, got: str) -> ValueError:
-    return ValueError(f"{mlp.name or 'model'}: expected {expected}, got {got}")
+def _refused(mlp: _Mlp, expected: str, got: str, remedy: str = "") -> ValueError:
+    leave = f"leave it dense: select=lambda path: path != {mlp.name!r}" if mlp.name else ""
+    hints = "; or ".join(hint for hint in (remedy, leave) if hint)
+    return ValueError(f"{mlp.name or 'model'}: expected {expected}, got {got}{': ' if hints else ''}{hints}")
+
+
+def _path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _type(module) -> str:

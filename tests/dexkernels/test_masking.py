@@ -9,7 +9,7 @@ from layer_cases import D, layer_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dexkernels import align_loss, collect_aux, mask_tokens, reference, route
+from dexkernels import align_loss, collect_aux, mask_tokens, reference
 from dexkernels.testing import relative_error
 
 B, N, E, K = 5, 7, 6, 2
@@ -95,20 +95,23 @@ def test_in_evaluation_and_on_the_director_path(path):
 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("source", ["cls", "mean", "token"])
-def test_route_is_that_of_the_specification(source, noisy):
+def test_routing_is_that_of_the_specification(source, noisy):
     options = {"routing": "token"} if source == "token" else {"route_from": source}
-    x, mask = padded()
-    g = torch.Generator().manual_seed(2)
-    leaves = [x.requires_grad_(), torch.randn(E, D, generator=g, dtype=x.dtype).requires_grad_()]
+    layer, (x, mask) = layer_of(**options), padded()
+    leaves = [x.requires_grad_(), layer.router_weight]
+    noise = {}
     if noisy:
-        drawn = torch.randn(B, N if source == "token" else 1, E, generator=g, dtype=x.dtype)
-        options |= {"noise_std": 0.5, "router_noise": drawn, "usage_ema": torch.rand(E, generator=g, dtype=x.dtype)}
-    answers = []
-    for function in (route, reference.route):
-        r = function(*leaves, K, token_mask=mask, **options)
-        grads = torch.autograd.grad(r.balance_loss + (r.gates * r.expert_indices).sum(), leaves)
-        answers.append([*r, *grads])
-    torch.testing.assert_close(*answers)
+        drawn = torch.randn(B, N if source == "token" else 1, E, generator=torch.Generator().manual_seed(2))
+        noise = {"noise_std": 0.5, "router_noise": drawn.double()}
+    aux = layer(x, token_mask=mask, return_aux=True, **noise)[1]
+    noise |= {"usage_ema": layer.usage_ema}
+    want = reference.route(*leaves, K, token_mask=mask, **options, **noise)
+    for name in ("gates", "expert_indices", "balance_loss", "gate_mass"):
+        torch.testing.assert_close(getattr(aux, name), getattr(want, name))
+    grads, wanted = (
+        torch.autograd.grad(r.balance_loss + (r.gates * r.expert_indices).sum(), leaves) for r in (aux, want)
+    )
+    torch.testing.assert_close(grads, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -212,9 +215,5 @@ def test_what_is_no_mask_is_refused():
         mask_tokens([], mask).__enter__()
     with pytest.raises(ValueError, match="token_mask: expected token 0, .* got an image whose token 0 is padding"):
         layer_of()(x, token_mask=mask.flip(1))
-    for function in (
-        lambda: route(x, layer.router_weight, 2, token_mask=mask, backend="triton"),
-        lambda: align_loss(x, x, token_mask=mask, backend="triton"),
-    ):
-        with pytest.raises(ValueError, match="backend: 'triton' cannot run .*: no token_mask: its kernel"):
-            function()
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run align_loss: no token_mask: its kernel"):
+        align_loss(x, x, token_mask=mask, backend="triton")

@@ -1,5 +1,6 @@
 """Hosts of DEX layers: small models of torch.nn, transformers and timm, with weights that look trained."""
 
+import functools
 import importlib
 from typing import NamedTuple
 
@@ -159,6 +160,10 @@ HOSTS = {
     "timm-vit": Tokens(timm_vit, images, same, None, layers("blocks.{}.mlp")),
     "timm-structure": Tokens(
         lambda: nn.Sequential(*[Block(TimmMlp()) for _ in range(DEPTH)]), tokens, same, "cls", layers("{}.mlp")
+    ),
+    "tanh-gelu": Tokens(
+        lambda: nn.Sequential(*[Block(TimmMlp(act=functools.partial(nn.GELU, "tanh"))) for _ in range(DEPTH)]),
+        tokens, same, "mean", layers("{}.mlp"),
     ),
     "sequential": Tokens(
         lambda: nn.Sequential(

@@ -39,10 +39,10 @@ def test_opcheck_route(strided):
     g = torch.Generator().manual_seed(0)
     r, w, noise = (torch.randn(s, generator=g) for s in ((B, D), (E, D), (B, E)))
     r, w = (embed(t) if strided else t for t in (r, w))
-    args = (r.requires_grad_(), w.requires_grad_(), noise, torch.ones(E), None, K, 0.5, "triton")
+    args = (r.requires_grad_(), w.requires_grad_(), noise, torch.ones(E), K, 0.5, "triton")
     torch.library.opcheck(OPS.route, args)
     p, gates, indices, balance, *_ = OPS.route(*args)
-    torch.library.opcheck(OPS.route_backward, plain(gates, balance, p, gates, indices, r, w, None, 0.5, "triton"))
+    torch.library.opcheck(OPS.route_backward, plain(gates, balance, p, gates, indices, r, w, 0.5, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -12,7 +12,6 @@ from ...checks import (
     check_noise_std,
     check_temperature,
     check_tensor,
-    check_token_mask,
     check_top_k,
     check_transforms,
     check_x,
@@ -30,7 +29,7 @@ BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
 
 LIMITS = {"triton": {"token_mask": "its kernel counts every decision in the balance loss and the gate mass"}}
-"""Backend -> a feature -> why the backend lacks it: plain torch has it, unless the backend is asked for by name."""
+"""Backend -> a feature -> why the backend lacks it: plain torch has it then."""
 
 backends.register("route", __name__, BACKENDS, LIMITS)
 
@@ -56,7 +55,6 @@ def route(
     noise_std: float | Tensor = 0.0,
     router_noise: Tensor | None = None,
     usage_ema: Tensor | None = None,
-    token_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Routing:
     """Choose K of E experts for every image (``routing="image"``) or token (``"token"``).
@@ -72,9 +70,6 @@ def route(
         noise_std: exploration noise, a float or 0-dim tensor, ``>= 0``; a float 0 means none.
         router_noise: standard normal noise ``[B, 1, E]`` (image) or ``[B, N, E]`` (token); drawn when None.
         usage_ema: ``[E]`` running usage, needed with noise.
-        token_mask: bool ``[B, N]``, true for real tokens: the mean token is that of the real ones; decisions about
-            padding (token-wise) and about images without a real token are made, but count for nothing in
-            ``balance_loss`` and ``gate_mass``. With ``"cls"`` token 0 must be real. None: all tokens are.
 
     Returns: a `Routing`. Its ``gates`` and ``balance_loss`` are differentiable in x and router_weight.
     Raises: ValueError naming the argument.
@@ -89,16 +84,9 @@ def route(
     check_tokens(x)
     check_noise_std(noise_std)
     noise = scaled_noise(x, router_weight.shape[0], routing, Noise(noise_std, router_noise, usage_ema))
-    feature = None
-    if token_mask is not None:
-        check_token_mask(token_mask, x, cls=routing == "image" and route_from == "cls")
-        x, feature = x.masked_fill(~token_mask[..., None], 0), "token_mask"
-    backend = backends.choose("route", backend, x.device, feature)
-    r = router_rows(x, routing, route_from, token_mask)
-    counted = counted_rows(token_mask, routing)
-    routed = Routed(
-        *torch.ops.dexkernels.route(r, router_weight, noise, usage_ema, counted, top_k, temperature, backend)
-    )
+    backend = backends.choose("route", backend, x.device)
+    r = router_rows(x, routing, route_from)
+    routed = Routed(*torch.ops.dexkernels.route(r, router_weight, noise, usage_ema, top_k, temperature, backend))
     return as_routing(routed, x, routing)
 
 
@@ -130,7 +118,7 @@ def expert_usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_em
 def router_rows(x: Tensor, routing: str, route_from: str, token_mask: Tensor | None = None) -> Tensor:
     """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token; contiguous: strides change no bit.
 
-    With a mask padding must be 0 in x.
+    With a mask, bool ``[B, N]`` and true for real tokens, padding must be 0 in x: the mean is that of real tokens.
     """
     if routing == "token":
         return x.reshape(-1, x.shape[2]).contiguous()
@@ -175,7 +163,6 @@ class _Inputs(NamedTuple):
     router_weight: Tensor
     noise: Tensor | None
     usage_ema: Tensor | None
-    counted: Tensor | None
     top_k: int
     temperature: float
     backend: str
@@ -187,14 +174,13 @@ def _route(
     router_weight: Tensor,
     noise: Tensor | None,
     usage_ema: Tensor | None,
-    counted: Tensor | None,
     top_k: int,
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Routed`. usage_ema is not read: a backward asks whether it changed."""
     with without_autocast(r.device):
-        return tuple(run_forward(backend, r, router_weight, top_k, temperature, noise, counted))
+        return tuple(run_forward(backend, r, router_weight, top_k, temperature, noise))
 
 
 def run_forward(
@@ -204,7 +190,7 @@ def run_forward(
     top_k: int,
     temperature: float,
     noise: Tensor | None,
-    counted: Tensor | None,
+    counted: Tensor | None = None,
 ) -> Routed:
     """With autocast off. Only backends that have a token mask are given ``counted``, see `LIMITS`."""
     more = {} if counted is None else {"counted": counted}
@@ -212,7 +198,7 @@ def run_forward(
 
 
 @_route.register_fake
-def _(r, router_weight, noise, usage_ema, counted, top_k, temperature, backend):
+def _(r, router_weight, noise, usage_ema, top_k, temperature, backend):
     return tuple(empty_routed(r, r.shape[0], router_weight.shape[0], top_k))
 
 
@@ -240,17 +226,16 @@ def _route_backward(
     expert_indices: Tensor,
     r: Tensor,
     router_weight: Tensor,
-    counted: Tensor | None,
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    saved = Saved(p, gates, expert_indices, r, router_weight, counted)
+    saved = Saved(p, gates, expert_indices, r, router_weight)
     with without_autocast(r.device):
         return tuple(backends.load("route", backend).backward(grad_gates, grad_balance, saved, temperature))
 
 
 @_route_backward.register_fake
-def _(grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, counted, temperature, backend):
+def _(grad_gates, grad_balance, p, gates, expert_indices, r, router_weight, temperature, backend):
     return r.new_empty(r.shape), router_weight.new_empty(router_weight.shape)
 
 
@@ -259,8 +244,7 @@ def _save(ctx, inputs, output):
     remember_usage(ctx, given.noise, given.usage_ema)
     ctx.mark_non_differentiable(routed.p, routed.gate_mass)
     ctx.temperature, ctx.backend = given.temperature, given.backend
-    saved = Saved(routed.p, routed.gates, routed.expert_indices, given.r, given.router_weight, given.counted)
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(routed.p, routed.gates, routed.expert_indices, given.r, given.router_weight)
 
 
 def _backward(ctx, *grad_outputs):

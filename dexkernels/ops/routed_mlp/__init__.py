@@ -60,7 +60,7 @@ def routed_mlp(
     against each other.
 
     Args:
-        token_mask: bool ``[B, N]``, see `route`. Padding must be 0 in x; what it has for an output means nothing.
+        token_mask: bool ``[B, N]``, see `DEXLayer.forward`. Padding must be 0 in x; its outputs mean nothing.
         director: its weights, without the leading E, when its output is wanted. Where the weights have shadows it is
             one more expert of the same launches, and its output ``[B, N, D]`` comes third, without a gradient; else
             that is None: to stand beside the experts it would have to be copied.
