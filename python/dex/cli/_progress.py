@@ -38,6 +38,6 @@ class _Lines:
         self._name, self._said = name, time.monotonic()
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        if time.monotonic() - self._said >= _EVERY:
+        if done < total and time.monotonic() - self._said >= _EVERY:
             print(f"{self._name} {done}/{total}  {text}", file=sys.stderr, flush=True)
             self._said = time.monotonic()

@@ -93,6 +93,9 @@ svg.glyph{width:12px;height:12px;flex:none}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:22px 28px;margin:14px 0;
 align-items:start}
 .read{font-size:14px;max-width:90ch;margin:10px 0;padding-left:14px;border-left:3px solid var(--line)}
+.scan{margin:14px 0}.scan img,.thumbs img{display:block;max-width:100%;height:auto;border-radius:5px}
+.thumbs{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:18px;margin:14px 0}
+.thumbs figure{margin:0;min-width:0}.thumbs figcaption{margin-top:4px}
 .files{font-size:13px;color:var(--quiet)}
 .tip{position:absolute;z-index:2;pointer-events:none;max-width:min(260px,70%);padding:5px 8px;border-radius:5px;
 background:var(--ink);color:var(--page);font-size:12px;line-height:1.35;white-space:pre-line;overflow-wrap:anywhere}
