@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dex.common import faults
 from dex.inference.collection import Collection, Decoded, Reader, joined
-from dex.prepare import readers, workers
+from dex.prepare import chunks, readers, workers
 
 LIMITS = readers.Limits()
 OUTPUT_MB = 1024
@@ -93,7 +93,8 @@ def _work(reader: Reader, limits: readers.Limits, task: workers.Task, report: wo
     for number in range(task.state.next if task.state else 0, len(units)):
         unit = units[number]
         if number in task.refused:
-            report.save(_State(number + 1, reader.refused(unit, task.refused[number])))
+            reason = task.refused[number]
+            report.save(_State(number + 1, reader.refused(unit, f"{reason}: {chunks.GIVEN_UP[reason]}")))
             continue
         report.begin(number, limits.seconds, limits.seconds * reader.weight(unit))
         try:
