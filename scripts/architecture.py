@@ -24,7 +24,8 @@ SOURCES = {"dex": ROOT / "python/dex", "dexkernels": ROOT / "dexkernels"}
 """Distribution package -> its folder."""
 
 LAYERS = (
-    ("common", "config"),
+    ("common",),
+    ("config",),
     ("model",),
     ("data",),
     ("prepare",),

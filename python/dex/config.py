@@ -134,6 +134,8 @@ class RunConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
     """The newest ones; older ones are removed."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the numbers of the rows too; null tracks in the run folder alone."""
     milestones: tuple[int, ...] | None = None
     """Steps whose checkpoints stay for good."""
     keep_best: bool = False
@@ -395,6 +397,7 @@ def _check_run(run: RunConfig) -> None:
         _require(getattr(run, name) >= 1, f"run.{name}", "at least 1", getattr(run, name))
     _require(run.evaluate_every >= 0, "run.evaluate_every", "at least 0", run.evaluate_every)
     _require(min(run.milestones or (1,)) >= 1, "run.milestones", "steps of at least 1", run.milestones)
+    _require(run.wandb is None or bool(run.wandb.strip()), "run.wandb", "the name of a project, or null", run.wandb)
     evaluates = not run.keep_best or run.evaluate_every > 0
     _require(evaluates, "run.keep_best", "evaluations, run.evaluate_every above 0", run.keep_best)
 

@@ -127,6 +127,7 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("schedule__span", 0, "schedule.span: expected at least 1, or null; got 0"),
         ("optim__layer_decay", 0.0, "optim.layer_decay: expected a factor above 0, at most 1; got 0.0"),
         ("optim__ema", 1.0, "optim.ema: expected a number in [0, 1), or null; got 1.0"),
+        ("run__wandb", " ", "run.wandb: expected the name of a project, or null; got ' '"),
         ("run__milestones", (5, 0), "run.milestones: expected steps of at least 1; got (5, 0)"),
         ("run__seed", -1, "run.seed: expected at least 0"),
         ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
@@ -166,7 +167,7 @@ def test_every_field_survives_yaml(tmp_path):
         for section in dataclasses.fields(config.Config)
     }
     values["schedule"]["steps"], values["run"]["stop_at"], values["data"]["path"] = 7, 5, "p"
-    values["optim"]["ema"] = 0.9
+    values["optim"]["ema"], values["run"]["wandb"] = 0.9, "project"
     values["schedule"]["span"], values["run"]["milestones"] = 6, [2, 4]
     built = config.from_dict(values, config.Config())
     assert yaml.safe_load(config.to_yaml(built)) == values

@@ -3,6 +3,7 @@
 Here, too, is what a start makes of the run folder: which run is in it, and whether it may go on or be replaced.
 """
 
+import importlib.util
 import os
 import sys
 import time
@@ -125,6 +126,10 @@ def place(config: Config, ranks: Ranks = ALONE) -> Placement:
         backends.check_backend(config.model.backend)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+    if config.run.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"run.wandb: expected the package wandb (pip install wandb), or null; got {config.run.wandb!r} without it"
+        )
     micro_batch = resolve_micro_batch(config, ranks.world_size)
     device = resolve_device(config, ranks)
     check_cuda_graph(config, device, ranks.world_size)

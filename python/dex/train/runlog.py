@@ -1,7 +1,7 @@
 """The run folder: what a run was, every row of metrics, events, pictures; and progress on the screen.
 
-``config.yaml``, ``run.json`` (one entry per start), ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/``,
-``pictures/``, ``checkpoints/``.
+``config.yaml``, ``run.json`` (one entry per start), ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/``, ``wandb/``
+where it is asked for, ``pictures/``, ``checkpoints/``.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ import torch
 from dex.common import atomic
 from dex.common.units import duration
 from dex.config import Config, read_yaml, to_yaml
+from dex.train import tracker
 from dex.train.lock import LOCK, FolderLock
 
 CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 FILES, FOLDERS = (CONFIG, STARTS, METRICS, EVENTS), ("checkpoints", "pictures", "tensorboard")
-"""Everything that a run writes into its folder, but for the lock."""
+"""Everything that a run writes into its folder, but for the lock and, where it is asked for, wandb's folder."""
 REPORT = "report.html"
 """What `dex report` writes there."""
 REPLACED, REMOVED = ".replaced-run", ".removed-run"
@@ -145,6 +146,7 @@ class RunLog:
         """Device and inode of the folder since `open`."""
         self._files: dict[str, Any] = {}
         self._board: Any = None
+        self._tracker: tracker.Tracker | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -234,6 +236,8 @@ class RunLog:
             atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        if config.run.wandb is not None:
+            self._tracker = tracker.Tracker(config, self.folder, starts["starts"], _say)
 
     def check_there(self) -> None:
         """`FolderGone` when what is written now would go nowhere, or into another folder. Once the log is open."""
@@ -249,20 +253,14 @@ class RunLog:
             self._replaced.remove()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Append to ``metrics.jsonl`` and draw every number in tensorboard."""
+        """Append to ``metrics.jsonl`` and draw every number in tensorboard and, where it is asked for, wandb."""
         if not self.active:
             return
         self._write_line(METRICS, row)
-        for key, value in row.items():
-            if isinstance(value, Mapping):
-                for name, number in value.items():
-                    if isinstance(number, int | float):  # tables are for `dex report` alone
-                        self._board.add_scalar(f"{key}/{name}", number, row["step"])
-            elif isinstance(value, list):
-                for layer, number in enumerate(value):
-                    self._board.add_scalar(f"{key}/layer {layer}", number, row["step"])
-            elif key != "step" and value is not None:
-                self._board.add_scalar(key, value, row["step"])
+        for name, number in tracker.scalars(row).items():
+            self._board.add_scalar(name, number, row["step"])
+        if self._tracker is not None:
+            self._tracker.row(row)
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Append to ``events.jsonl``."""
@@ -310,10 +308,13 @@ class RunLog:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
 
     def _new_names(self) -> list[str]:
         """Everything that a run may have written into its folder."""
-        return [*FOLDERS, *FILES, *(path.name for path in self._partial())]
+        return [*FOLDERS, tracker.FOLDER, *FILES, *(path.name for path in self._partial())]
 
     def _partial(self) -> list[Path]:
         """Where a process that was killed may have left what it had not finished writing.
