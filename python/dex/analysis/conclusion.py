@@ -55,7 +55,8 @@ def conclude(
     if modality_gap is None:
         apart = "no image has another one of its modality to be compared with"
         return Conclusion("routing matters", f"Which experts an image takes matters: {cost}; but {apart}.")
-    beyond = f"beyond what experts of another image of its own modality cost it is {told(modality_gap.gap, signed=True)}"
+    beyond = told(modality_gap.gap, signed=True)
+    beyond = f"beyond what experts of another image of its own modality cost it is {beyond}"
     if modality_gap.gap.low <= 0:
         return Conclusion("routing matters", f"Which experts an image takes matters: {cost}; but {beyond}.")
     return Conclusion("specialised", f"The experts are specialised by modality: {cost}; {beyond}.")

@@ -114,7 +114,7 @@ class Volumes:
 def is_kept(
     limits: Limits, frame: Sequence[int], frames: int, itemsize: int, *, file: int, packing: str = "", copies: int = 1
 ) -> bool:
-    """Whether a volume of that many frames may be kept in memory; Refused where it cannot be read frame by frame either.
+    """Whether a volume of that many frames may be kept in memory; Refused where it cannot be read frame by frame.
 
     frame: H, W and, of colours, how many. file: the bytes of the file; copies: of the volume that making it takes.
     """
