@@ -164,7 +164,7 @@ def read_stacks(
         of_stack = _for_stack(source, stack, path)
         if of_stack.routed:
             raise readers.Refused("unknown modality", "nothing says of which modality it is")
-        refused = None if source.trusted else not_an_image(stack, unit.format, path)
+        refused = None if source.trusted else not_an_image(stack, unit.format, path, of_stack.modality)
         whole = "burned-in" if stack.burned_in else refused and refused.reason
         if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(unit.format).decides:
             stack.rescale(source.slope, source.intercept)

@@ -253,6 +253,9 @@ class UnitWork:
             if not is_unchanged(self._job.root, file):
                 raise Changed
             self._report.beat()
+        if (said := self._contradicted()) is not None:
+            detail = f"its folder says {said}, not {self._source.modality}; --trust takes it"
+            return self.refuse("another modality", detail)
         paths = [self._job.root / file.path for file in self._unit.files]
         decide = None if self._source.trusted else self._decide
         asked = {"decide": decide, "volumes": self._source.volumes, "enough": self._enough()}
@@ -301,6 +304,12 @@ class UnitWork:
         for part in self._refused:
             self._files.note(trace.refusal(*part.refusal, self._unit.key, part.files))
         return self._counts
+
+    def _contradicted(self) -> str | None:
+        """The modality that folders say of a file that says none itself, where the description says another."""
+        if self._unit.stated.modality or readers.reader_of(self._unit.format).decides:
+            return None
+        return self._source.contradicted(self._path)
 
     def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
         wanted = known(self._unit.stated.modality)
@@ -408,7 +417,7 @@ class UnitWork:
     def _check_numbers(self, stack: readers.Stack, source: Source) -> None:
         """Refused where the stack is no image by its numbers or by what its file declares, or of no known modality."""
         if not source.trusted:
-            refused = not_an_image(stack, self._unit.format, self._path)
+            refused = not_an_image(stack, self._unit.format, self._path, source.modality)
             if refused is not None:
                 raise refused
         if source.routed:

@@ -90,6 +90,10 @@ def key(text: str) -> str:
 
 
 _BY_KEY = {alias: modality for modality in CATALOGUE for alias in (key(modality.name), *modality.aliases)}
+_VAGUE = {
+    *("photo", "photos", "photograph", "photographs", "photography", "clinicalphoto", "clinicalphotos", "microscopy"),
+    *("angiography", "fluoroscopy", "echo", "opt", "cfp", "octa", "dms", "usg", "laparoscopy"),
+}
 _RESERVED = {key(word) for word in (AUTO, FROM_FOLDERS)}
 
 
@@ -133,6 +137,12 @@ def of_folder(name: str) -> str | None:
     """The catalogue's name that a folder is called by; None for a folder that is called anything else."""
     modality = known(name)
     return None if modality is None else modality.name
+
+
+def surely_of_folder(name: str) -> str | None:
+    """The same, without names that folders have for other reasons: two letters, `photos`, `angiography` of CT, ..."""
+    word = key(name)
+    return None if word in _VAGUE or (len(word) == 2 and word not in ("ct", "mr")) else of_folder(name)
 
 
 def _one_off(one: str, other: str) -> bool:

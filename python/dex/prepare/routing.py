@@ -45,7 +45,8 @@ REASONS = (
 """Why a DICOM file is left out."""
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _TOMOGRAPHIC = ("CT", "MR", "PET")
-_GREY = (*_TOMOGRAPHIC, "X-ray")
+GREY = (*_TOMOGRAPHIC, "X-ray")
+"""Modalities without colour."""
 
 
 class Facts(NamedTuple):
@@ -140,7 +141,7 @@ def _short(sop_class: str) -> str:
 
 
 def _grey(facts: Facts) -> bool:
-    return _modality(facts) in _GREY
+    return _modality(facts) in GREY
 
 
 def _tomographic(facts: Facts) -> bool:
@@ -476,7 +477,7 @@ RULES = (*_OBJECTS, *_CAPTURES, *_MODALITIES, *_IMAGE_TYPES)
 def meaning(reason: str) -> str:
     """What files that are left out for this reason are, in words."""
     if reason == "another modality":
-        return "the header says another modality than the user"
+        return "the header or the folder says another modality than the user"
     return "; ".join(dict.fromkeys(rule.detail for rule in RULES if rule.reason == reason))
 
 

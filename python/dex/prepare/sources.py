@@ -25,7 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from . import modalities, readers
-from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder
+from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder, surely_of_folder
 from .packages import Package, compile_globs
 from .readers import PLANES, VOLUMES
 from .remote import is_url, place_of
@@ -238,6 +238,14 @@ class Source:
             return None
         names = {of_folder(part) for part in path.split("/")[:-1]} - {None}
         return modalities.known(names.pop()) if len(names) == 1 else None
+
+    def contradicted(self, path: str) -> str | None:
+        """The modality that the folders above a file are surely called after, where that is another than the one that
+        the description gives all files."""
+        if self.routed or self.trusted or self.package is not None or self.modality not in modalities.NAMES:
+            return None
+        names = {surely_of_folder(part) for part in path.split("/")[:-1]} - {None}
+        return names.pop() if len(names) == 1 and self.modality not in names else None
 
     def for_modality(self, modality: str, normalisation: str, planes: tuple[str, ...] = (AUTO,)) -> Source:
         """The source as it is for files of one modality. planes: in the place of "auto"."""

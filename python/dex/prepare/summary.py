@@ -159,7 +159,9 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
     for row in (*facts["sources"], *facts.get("left_out", ())):
         refused.update(row["refused"])
     if refused["another modality"]:
-        said.append(f"{refused['another modality']:,} files are left out: their headers say another modality")
+        said.append(
+            f"{refused['another modality']:,} files are left out: their headers or folders say another modality"
+        )
     if refused["contradictory header"]:
         said.append(f"{refused['contradictory header']:,} files are left out: their headers contradict themselves")
     if refused[LABEL_MAP]:

@@ -259,11 +259,33 @@ def test_headers_that_contradict_the_modality_given_are_left_out(mixed, run, tmp
     counts = refused(tmp_path / "set")
     slices = {unit: count for (unit, _), count in kept(tmp_path / "set").items()}
     assert slices.pop("p1/mr") == 12
-    assert {path.rpartition("/")[0] for path in slices} <= {"p6/Dermoscopy", "p6/Endoscopy", "p7/echo"}  # as was said
-    assert counts["another modality"] == 12 + 12 + 8 + 5 + 4 + 4  # CT, PET, X-ray, ultrasound, fundus, photographs
-    assert f"note: {counts['another modality']} files are left out: their headers say another modality" in out
+    assert {path.rpartition("/")[0] for path in slices} == {"p7/echo"}  # a film without colour, as was said
+    # CT, PET, X-ray, ultrasound, fundus and photographs by headers; pictures by their folders
+    assert counts["another modality"] == 12 + 12 + 8 + 5 + 4 + 4 + 13
+    assert f"note: {counts['another modality']} files are left out: their headers or folders say another" in out
     del counts["another modality"]
-    assert counts + Counter({"label map": 4, "probability map": 1}) == mixed.reasons
+    assert counts + Counter({"label map": 5, "probability map": 1}) == mixed.reasons
+
+
+def test_pictures_that_contradict_the_modality_given_are_left_out(run, pictures, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans" / "a").mkdir(parents=True)
+    for n in range(4):
+        colour = np.stack([picture(10 * n + c) for c in range(3)], axis=2) * 255
+        Image.fromarray(colour.astype(np.uint8)).save(tmp_path / "scans" / "a" / f"photo{n}.png")
+        grey = np.repeat((picture(70 + n) * 255).astype(np.uint8)[..., None], 3, axis=2)
+        grey[2:6, 2:30] = 255, 0, 0  # a mark, and a tint
+        grey[..., 2] = np.clip(grey[..., 2] * 0.95 + rng.integers(0, 4), 0, 255)
+        Image.fromarray(grey).save(tmp_path / "scans" / "a" / f"scan{n}.png")
+    pictures(tmp_path / "scans" / "Dermoscopy", 2)
+    pictures(tmp_path / "scans" / "photos", 3, first=9)
+    code, _, _ = run("prepare", "scans", "--modality", "MR", "--out", "set", "--size", SIDE)
+    assert code == 0 and refused(tmp_path / "set") == {"rendering": 4, "another modality": 2}
+    assert sum(kept(tmp_path / "set").values()) == 4 + 3
+    code, _, _ = run("prepare", "scans", "--modality", "MR", "--trust", "--out", "all", "--size", SIDE)
+    assert code == 0 and sum(kept(tmp_path / "all").values()) == 13
+    code, _, _ = run("prepare", "scans", "--pattern", "MR=**/*.png", "--out", "named", "--size", SIDE)
+    assert code == 0 and refused(tmp_path / "named") == {"rendering": 4}
 
 
 def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, pictures, tmp_path):

@@ -106,7 +106,7 @@ def test_what_was_left_out_is_counted_and_told():
     refused = {"another modality": 1234, "contradictory header": 2, "label map": 3, "localizer": 9}
     lines = notes(facts(refused=refused))
     assert [line.split()[0] for line in lines] == ["1,234", "2", "3"]
-    assert "their headers say another modality" in lines[0] and "label maps are left out" in lines[2]
+    assert "their headers or folders say another modality" in lines[0] and "label maps are left out" in lines[2]
     whole = facts() | {"left_out": [{"source": "mine", "units": 4, "refused": refused}]}
     assert notes(whole) == lines
     rows = table(whole).splitlines()

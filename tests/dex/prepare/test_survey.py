@@ -31,7 +31,8 @@ def write(root):
     root.mkdir()
     nibabel.save(nibabel.Nifti1Image(volume(40, 48, 44), np.diag([1, 1, 1.5, 1])), root / "a.nii.gz")
     nibabel.save(nibabel.Nifti1Image(volume(40, 48, 44, 3), np.eye(4)), root / "several.nii")
-    colour = RNG.integers(0, 256, (40, 44, 6, 1, 3), np.uint8)  # planes that lie apart
+    grey = RNG.integers(0, 230, (40, 44, 6, 1, 1))
+    colour = (grey + RNG.integers(0, 25, (40, 44, 6, 1, 3))).astype(np.uint8)  # a tint, in planes that lie apart
     nibabel.save(nibabel.Nifti1Image(colour, np.eye(4)), root / "colour.nii.gz")
     nibabel.save(nibabel.MGHImage(volume(42, 40, 46), np.diag([1, -1, 1, 1.0])), root / "b.mgz")
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume(41, 45, 50)), root / "c.mha")
