@@ -86,16 +86,14 @@ def _bars(
         )
     place = (right - left) / len(groups)
     thick = place * 0.78 / len(series)
-    longest = max(len(g) for g in groups) * 6.2 + 6
-    every = max(1, math.ceil(longest / place))
+    names = [_cut(group, max(8, int(place / 6.2) - 1)) for group in groups]
+    every = max(1, math.ceil((max(map(len, names)) * 6.2 + 6) / place))
     for g, group in enumerate(groups):
         begin = left + place * (g + 0.11)
-        if g % every == 0 or g == len(groups) - 1:
-            hidden = g != len(groups) - 1 and len(groups) - 1 - g < every
-            if not hidden:
-                parts.append(
-                    f'<text x="{begin + place * 0.39:.1f}" y="{height - 6}" text-anchor="middle">{esc(group)}</text>'
-                )
+        last = len(groups) - 1
+        if g == last or (g % every == 0 and last - g >= every):
+            middle = begin + place * 0.39
+            parts.append(f'<text x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{esc(names[g])}</text>')
         for s, one in enumerate(series):
             bar = one.values[g]
             if bar is None:
@@ -138,8 +136,8 @@ def matrix(
     frames, parts = set(marked), []
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = 2 + r * height
-        shown = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
-        parts.append(f'<text x="{left - 6:.0f}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{esc(shown)}</text>')
+        shown = esc(_cut(name, _NAME))
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{shown}</text>')
         for c, value in enumerate(row):
             if value is None:
                 continue
@@ -168,6 +166,10 @@ def matrix(
         f'<figure class="chart heat"><figcaption><b>{esc(title)}</b>{small}</figcaption>'
         f'<svg viewBox="0 0 360 {bottom + 16}" role="img" aria-label="{esc(title)}">{"".join(parts)}</svg></figure>'
     )
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _short(value: float, digits: int, cell: float) -> str:

@@ -66,3 +66,16 @@ def test_figures_become_one_file_that_needs_nothing():
 def test_an_axis_of_its_own_is_named_for_the_pointer():
     figure = along(curves("s", [Line("a", [(1, 1.0), (2, 0.5)])]), "component")
     assert drawings(figure)[0].get("data-axis") == "component" and drawings(figure)[0].get("data-x")
+
+
+def test_names_of_groups_have_room():
+    many = [f"layer {i}" for i in range(24)]
+    one = Bars("x", [Bar(1, 1, 1)] * 24, 0)
+    for svg in drawings(bars("t", many, [one])):
+        texts = [t for t in svg.iter("text") if t.get("text-anchor") == "middle"]
+        places = [float(t.get("x")) for t in texts]
+        assert texts[0].text == "layer 0" and texts[-1].text == "layer 23"
+        assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= 8 * 6.2
+    long = bars("t", ["a" * 90, "b"], [Bars("x", [Bar(1, 1, 1)] * 2, 0)])
+    names = [t.text for t in drawings(long)[0].iter("text") if t.get("text-anchor") == "middle"]
+    assert names[0].endswith("…") and len(names[0]) * 6.2 < 160 and names[1] == "b"
