@@ -32,6 +32,15 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written; {there} cannot")
 
 
+def require_one_process(command: str) -> None:
+    """ValueError: a launcher has started several."""
+    from dex.common.ranks import announced  # imports torch, which `dex --help` can do without
+
+    ranks = announced().world_size
+    if ranks > 1:
+        raise ValueError(f"WORLD_SIZE: expected one process, which {command} runs in; got {ranks}")
+
+
 def print_line(command: str, message: str) -> None:
     """``command: message`` on one line of stderr."""
     print(f"{command}: {' '.join(message.split())}", file=sys.stderr)

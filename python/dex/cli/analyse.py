@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dex.cli import _progress
-from dex.cli._console import Parser, check_folder, failed, folder_argument
+from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
 
 HELP = "did the experts specialise? every measure of a run with its references, as a page"
@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.inference import analyse_job as job
     from dex.train.plan import resolve_device
 
+    require_one_process("dex analyse")
     settings = job.Options(
         parts=tuple(options.only or job.PARTS),
         images=options.images,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dex.cli import _progress
-from dex.cli._console import Parser, check_folder, failed
+from dex.cli._console import Parser, check_folder, failed, require_one_process
 from dex.common import exits
 
 HELP = "why a trained model takes these experts for one scan, and what others would cost"
@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device
 
+    require_one_process("dex explain")
     settings = job.Options(options.image, options.masks, options.train, options.neighbours, options.batch_size)
     prepared = job.prepare(
         options.run, options.file, settings, modality=options.modality, planes=options.planes, data=options.data

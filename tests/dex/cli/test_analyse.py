@@ -96,3 +96,10 @@ def _handles(pid, number):
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_several_ranks_are_refused(run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("analyse", MODEL)
+    assert (code, err) == (2, "dex analyse: WORLD_SIZE: expected one process, which dex analyse runs in; got 2\n")

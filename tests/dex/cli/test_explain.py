@@ -45,3 +45,10 @@ def test_wrong_usage_is_one_line(run, tmp_path, arguments, message):
     code, out, err = run("explain", *arguments)
     assert (code, out) == (2, "") and err.startswith(f"dex explain: {message}") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_ranks_are_refused(run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("explain", MODEL, "none.png")
+    assert (code, err) == (2, "dex explain: WORLD_SIZE: expected one process, which dex explain runs in; got 2\n")
