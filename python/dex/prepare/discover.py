@@ -303,7 +303,8 @@ def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[F
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(path)
                     elif not source.matches(path):
-                        passed_over[path] = "not named by the patterns"
+                        hidden = any(part.startswith(".") for part in path.split("/"))
+                        passed_over[path] = "hidden files" if hidden else "not named by the patterns"
                     elif what := readers.passed_over(entry.name):
                         passed_over[path] = what
                     elif not entry.is_file(follow_symlinks=False):

@@ -51,7 +51,7 @@ def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
     assert listing.formats == ["array", "dicom", "nifti", "picture", "video"]
     assert listing.ignored == {
         "symbolic links": 2,
-        "not named by the patterns": 1,
+        "hidden files": 1,
         "directories of DICOM files": 1,
         "no regular files": 1,
         "of no known format": 1,
