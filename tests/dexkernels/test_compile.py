@@ -162,3 +162,30 @@ def test_a_float_schedule_would_be_noticed(compiled):
     update(torch.ones(E), 0.9)
     with pytest.raises(torch._dynamo.exc.RecompileError):
         update(torch.ones(E), 0.8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_changing_batch_sizes_compile_twice_at_most(masked):
+    """Once for the first size, once for all others."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = randomize_(DEXLayer(D, H, E, K, route_from="mean"), 0)
+    function = torch.compile(
+        lambda x, mask: layer(x, token_mask=mask, return_aux=True), backend="inductor", fullgraph=True
+    )
+    for size in (B, 2 * B, B + 1, 5 * B, B):
+        x, mask = draw(size, size, N, D), (draw(1, size, N) > -1 if masked else None)
+        answers = []
+        for f in (function, lambda x, mask: layer(x, token_mask=mask, return_aux=True)):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y, aux = f(leaf, mask)
+            (y.square().sum() + aux.align_loss + aux.balance_loss).backward()
+            answers.append(
+                [y.detach(), aux.gate_mass, leaf.grad, layer.experts.fc1_weight.grad, layer.router_weight.grad]
+            )
+        for got, want in zip(*answers, strict=True):
+            close(got, want)
+    assert graphs() == 2
+    torch._dynamo.reset()

@@ -288,7 +288,7 @@ def _routed_mlp_backward(
                 dx[:, 0] += dr
             else:
                 dr = dr / (x.shape[1] if token_mask is None else num_real(token_mask))
-                dx += dr[:, None].to(dx.dtype)
+                dx += dr[:, None]
     return or_empty(x, dx, drouter, *dweights)
 
 
