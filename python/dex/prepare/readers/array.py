@@ -80,7 +80,9 @@ def _members(path: Path, file: BoundedFile, limits: Limits) -> tuple[list[Any], 
                 if member.flag_bits & _ENCRYPTED:
                     raise Refused("unsupported", "it is encrypted; save it without a password")
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise Refused("unsupported", "a compression other than deflate")
+                    raise Refused(
+                        "unsupported", "a compression other than deflate; save it with numpy.savez_compressed"
+                    )
                 with quiet("array"), archive.open(member) as stream:
                     layout = _layout(stream, member.file_size, file.size, True, limits)
                 limits.check_all(total + member.file_size, file.size)
@@ -131,19 +133,19 @@ def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limit
     counted = _Counted(stream)
     version = np.lib.format.read_magic(counted)
     if version not in ((1, 0), (2, 0)):
-        raise Refused("unsupported", "an NPY version other than 1 and 2")
+        raise Refused("unsupported", "an NPY version other than 1 and 2; save plain numbers with numpy.save")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(counted)
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise Refused("unsupported", "no array of plain numbers; save integers or floats")
     if not 2 <= len(shape) <= 4 or min(shape) < 1:
-        raise Refused("unsupported", f"{len(shape)} axes, or one of no length")
+        raise Refused("unsupported", f"{len(shape)} axes, or one of no length; save [slices, height, width]")
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if needed != size - counted.count:
         raise Refused("unreadable", f"{needed} bytes declared, {size - counted.count} there: cut off; copy it anew")
     channels = shape[-1] if len(shape) > 2 and shape[-1] in (1, 3, 4) else 0
     if len(shape) == 4 and not channels:
-        raise Refused("unsupported", "4 axes without channels last")
+        raise Refused("unsupported", "4 axes without channels last; save [slices, height, width, 3]")
     frame = tuple(int(side) for side in (shape[-3:] if channels else shape[-2:]))
     frames = int(shape[0]) if len(shape) == (4 if channels else 3) else 1
     kept = is_kept(limits, frame, frames, dtype.itemsize, file=file, packing="deflate" if packed else "")
@@ -188,7 +190,7 @@ def _eight(array: np.ndarray, channels: int) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype not in (np.uint16, np.float16, np.float32, np.float64):
-        raise Refused("unsupported", f"colour of type {array.dtype}")
+        raise Refused("unsupported", f"colour of type {array.dtype}; save uint8")
     if array.dtype != np.uint16 and not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
         raise Refused("unsupported", "colour that is not within 0 and 1; scale it, or save uint8")
     out = np.empty(array.shape, np.uint8)

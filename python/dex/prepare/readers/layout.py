@@ -55,7 +55,7 @@ def _metaimage(head: bytes) -> Layout:
         place = line.end() + 1
         name, value = line.group(1).lower(), line.group(2).strip()
         if name == b"ndims" and not (value.isdigit() and len(value) < 3 and int(value) <= MAX_AXES):
-            raise Refused("unsupported", f"not between 1 and {MAX_AXES} axes")
+            raise Refused("unsupported", f"not between 1 and {MAX_AXES} axes; save a volume")
         if name == b"binarydata" and value[:1] not in (b"T", b"t", b"1"):
             raise Refused("unsupported", "its data are written as text; save them in binary form")
         fields[name] = value

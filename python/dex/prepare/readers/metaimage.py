@@ -65,12 +65,14 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
         _same(path, file)
     sizes, channels = reader.GetSize(), reader.GetNumberOfComponents()
     if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
-        raise Refused("unsupported", f"{len(sizes)} axes, or one of no length")
+        raise Refused("unsupported", f"{len(sizes)} axes, or one of no length; save 2 to 4 axes")
     if reader.GetPixelID() not in types:
         raise Refused("unsupported", "its pixel type; save integers or floats of one component")
     stored = types[reader.GetPixelID()]
     if channels not in (1, 3, 4) or (channels > 1 and (stored != np.uint8 or not place.interleaved)):
-        raise Refused("unsupported", f"{channels} components of {stored.itemsize} bytes")
+        raise Refused(
+            "unsupported", f"{channels} components of {stored.itemsize} bytes; save one component, or three of uint8"
+        )
     width, height = int(sizes[0]), int(sizes[1])
     frames, count = (int(v) for v in (*sizes[2:], 1, 1)[:2])
     frame = (height, width) if channels == 1 else (height, width, channels)

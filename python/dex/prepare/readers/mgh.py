@@ -89,7 +89,7 @@ def _header(data: bytes) -> _Header:
     if version != 1 or min(sizes) < 1:
         raise Refused("unreadable", f"no MGH header: {OTHER}")
     if kind not in _TYPES:
-        raise Refused("unsupported", f"numbers of type {kind}")
+        raise Refused("unsupported", f"numbers of type {kind}; convert it, to NIfTI for instance")
     spacing, axes = _WITHOUT_GEOMETRY
     if placed == 1:
         spacing, axes = tuple(values[7:10]), tuple(tuple(values[i : i + 3]) for i in (10, 13, 16))

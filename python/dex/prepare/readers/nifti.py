@@ -51,7 +51,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
     channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
     stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
     if stored.kind not in "iuf" or stored.itemsize > 8:
-        raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}")
+        raise Refused("unsupported", f"numbers of type {stored.kind}{stored.itemsize}; save integers or floats")
     width, height = shape[:2]
     frame = (height, width) if channels == 1 else (height, width, channels)
     size = width * height * frames * channels * stored.itemsize
@@ -157,13 +157,13 @@ def _shape(header, code: int) -> tuple[tuple[int, ...], int, int, int]:
     """The first sides, frames of one volume, number of volumes, and of planes: bytes of colours that lie apart."""
     shape = tuple(int(v) for v in header.get_data_shape())
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
-        raise Refused("unreadable", f"{len(shape)} sides, or one of no length")
+        raise Refused("unreadable", f"{len(shape)} sides, or one of no length; save a volume")
     more = int(np.prod(shape[4:], dtype=object))
     planes = 1
     if more in (3, 4) and more == shape[4] and shape[3] == 1 and code == _BYTES:
         planes = more
     elif more != 1:
-        raise Refused("unsupported", f"{more} numbers at each place")
+        raise Refused("unsupported", f"{more} numbers at each place; save a volume of each")
     return shape, shape[2] if len(shape) > 2 else 1, shape[3] if len(shape) > 3 else 1, planes
 
 

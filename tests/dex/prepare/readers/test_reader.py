@@ -1,9 +1,12 @@
 """Readers describe themselves: what they say is found, and a new one works end to end when its module is there."""
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +195,16 @@ def test_an_absent_library_is_named():
         readers.load("docx")
     with pytest.raises(ValueError, match="files"):
         next(readers.read([], "nifti"))
+
+
+def test_what_is_not_supported_says_what_would_help():
+    """The sentence of each refusal in the readers' sources has a second part, such as "convert it to NIfTI". That of SUV
+    gets one from `normalise`."""
+    lacking = []
+    for path in sorted(Path(readers.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused" and len(node.args) == 2:
+                reason, detail = map(ast.unparse, node.args)
+                if reason == "'unsupported'" and "'" in detail and not re.search(r"; |\(extra|SUV: ", detail):
+                    lacking.append(f"{path.name}:{node.lineno} {detail}")
+    assert lacking == []

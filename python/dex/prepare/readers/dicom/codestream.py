@@ -30,7 +30,7 @@ def jpeg_size(data: bytes) -> tuple[int, int, int]:
                 )
             break
         place += 2 + length
-    raise Refused("unreadable", "no frame header in the compressed data")
+    raise Refused("unreadable", "no frame header in the compressed data: damaged; copy it anew")
 
 
 def jpeg_colour(data: bytes) -> str:
@@ -76,7 +76,7 @@ def j2k_size(data: bytes) -> tuple[int, int, int]:
     """(rows, columns, components) of a JPEG 2000 codestream, bare or within a JP2."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or start + 42 > len(data):
-        raise Refused("unreadable", "no size in the compressed data")
+        raise Refused("unreadable", "no size in the compressed data: damaged; copy it anew")
     width, height, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
     return height - top, width - left, struct.unpack(">H", data[start + 40 : start + 42])[0]
 
@@ -85,5 +85,5 @@ def rle_segments(data: bytes) -> int:
     """How many segments an RLE frame has; the decoder stops where each has filled its plane."""
     count = int.from_bytes(data[:4], "little")
     if len(data) < 64 or not 1 <= count <= 15:
-        raise Refused("unreadable", "an RLE frame without header")
+        raise Refused("unreadable", "an RLE frame without header: damaged; copy it anew")
     return count

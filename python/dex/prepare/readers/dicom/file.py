@@ -342,7 +342,9 @@ class Pixels:
             segments = rle_segments(data)
             wanted = samples * self.options["bits_allocated"] // 8
             if segments != wanted:
-                raise Refused("inconsistent", f"{segments} RLE segments, {wanted} expected")
+                raise Refused(
+                    "inconsistent", f"{segments} RLE segments, {wanted} expected; decompress it with a DICOM tool"
+                )
             return
         if self.syntax in JPEG2000TransferSyntaxes:
             declared = j2k_size(data)
@@ -360,7 +362,7 @@ class Pixels:
         if photometric not in ("YBR_FULL", "YBR_FULL_422"):
             raise Refused("unsupported", "its colour space; convert it to RGB or grey")
         if array.dtype != np.uint8:
-            raise Refused("unsupported", "YBR of more than 8 bits")
+            raise Refused("unsupported", "YBR of more than 8 bits; convert it to RGB or grey")
         out = np.empty(array.shape, np.uint8)
         rows = max(1, STRIP // array.shape[1])
         for top in range(0, len(array), rows):  # in strips: the conversion works in float64
@@ -426,7 +428,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     packed = allocated == 12 and samples == 1 and syntax.is_little_endian and not syntax.is_encapsulated
     sound = packed or allocated in (1, 8, 16, 32, 64)
     if samples not in (1, 3) or not sound or options["number_of_frames"] < 1:
-        raise Refused("unsupported", f"{samples} samples of {allocated} bits a pixel")
+        raise Refused("unsupported", f"{samples} samples of {allocated} bits a pixel; export it as grey or RGB")
     if samples == 3:
         options.setdefault("planar_configuration", 0)
     count = options["number_of_frames"]
@@ -560,7 +562,7 @@ def _palette(head, syntax) -> tuple[np.ndarray, int]:
             _table(head[f"{c}PaletteColorLookupTableData"].value, descriptor, syntax) for c in ("Red", "Green", "Blue")
         ]
         if len({len(table) for table in tables}) != 1:
-            raise Refused("inconsistent", "palettes of several lengths")
+            raise Refused("inconsistent", "palettes of several lengths; convert it to RGB")
         palette = np.stack(tables, axis=1)
     else:
         head.set_original_encoding(syntax.is_implicit_VR, syntax.is_little_endian)

@@ -38,9 +38,11 @@ def mosaic(head) -> Mosaic | None:
     csa = _csa(head)
     count = number_of(private(head, 0x0019, SIEMENS_MR, 0x0A)) or number_of(_told(csareader.get_n_mosaic, csa))
     if count is None or count != int(count) or count < 1:
-        raise Refused("unsupported", "a mosaic whose number of slices its header does not say")
+        raise Refused(
+            "unsupported", "a mosaic whose header does not say of how many slices; convert it, to NIfTI for instance"
+        )
     if count > MAX_SLICES:
-        raise Refused("too large", f"a mosaic of more than {MAX_SLICES} slices")
+        raise Refused("too large", f"a mosaic of more than {MAX_SLICES} slices; convert it, to NIfTI for instance")
     normal = _told(csareader.get_slice_normal, csa)
     length = 0.0 if normal is None else float(np.linalg.norm(normal))
     return Mosaic(int(count), np.asarray(normal, float) / length if 0.9 < length < 1.1 else None)
@@ -50,7 +52,9 @@ def tiles(sides: tuple[int, int], count: int) -> int:
     """How many slices stand beside each other in a mosaic of `sides` pixels."""
     beside = math.isqrt(count - 1) + 1
     if sides[0] % beside or sides[1] % beside or min(sides) < beside:
-        raise Refused("inconsistent", f"a mosaic of {sides} pixels with {count} slices")
+        raise Refused(
+            "inconsistent", f"a mosaic of {sides} pixels with {count} slices; convert it, to NIfTI for instance"
+        )
     return beside
 
 

@@ -279,7 +279,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
 def _of_mosaic(slabs: Mosaic, head, pixels: Pixels, modality: str, name: str) -> list[Slice]:
     """The slices of a mosaic: with places of their own, or one stack a file where these are not known."""
     if pixels.count != 1:
-        raise Refused("unsupported", "several mosaics in one file")
+        raise Refused("unsupported", "several mosaics in one file; convert it, to NIfTI for instance")
     pixels.slices, pixels.beside = slabs.count, tiles(pixels.sides, slabs.count)
     step = number_of(head.get("SpacingBetweenSlices")) or number_of(head.get("SliceThickness"))
     slices = list(_slices(head, pixels, modality, name))
