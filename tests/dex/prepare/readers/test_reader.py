@@ -198,7 +198,7 @@ def test_an_absent_library_is_named():
 
 
 def test_what_is_not_supported_says_what_would_help():
-    """The sentence of each refusal in the readers' sources has a second part, such as "convert it to NIfTI". That of SUV
+    """The sentence of each refusal in the sources of readers has a second part, such as "convert it". That of SUV
     gets one from `normalise`."""
     lacking = []
     for path in sorted(Path(readers.__file__).parent.rglob("*.py")):
