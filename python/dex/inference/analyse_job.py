@@ -5,6 +5,7 @@ Reads only. The references are the model that the run started from, the pixels, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from dex.inference.load import Loaded, load
 from dex.model import MaskedAutoencoder
 from dex.train import checkpoint
 from dex.train.initial import first_model, load_initial
-from dex.train.runlog import CONFIG
+from dex.train.runlog import CONFIG, STARTS
 
 HELD_OUT, PROBED = 256, 512
 OVER_STEPS = ("routing", "swap", "features")
@@ -258,14 +259,24 @@ def _data_notes(loaded: Loaded, dataset: Dataset, data: str | Path | None) -> li
     notes = []
     if not loaded.modalities:
         notes.append("The modalities that the model was trained on are not known here; those of the data set are taken")
-    if data is not None:
-        notes.append(
-            f"The data are {dataset.name}, given by --data: whether the run has trained on images that are held out "
-            "here is not known"
-        )
-    elif isinstance(dataset, ShardDataset) and dataset.withdrawals:
-        notes.append("Images have been withdrawn from the data set since it was made")
+    doubt = "whether the run has trained on images that are held out here is not known"
+    trained_on = _fingerprint(loaded.folder.parent.parent)
+    if isinstance(dataset, ShardDataset) and trained_on is not None:
+        if dataset.fingerprint != trained_on and not dataset.withdrawn_since(trained_on):
+            notes.append(
+                f"The data set {dataset.name} is not, or no longer, the one that the run was trained on: {doubt}"
+            )
+    elif data is not None:
+        notes.append(f"The data are {dataset.name}, given by --data: {doubt}")
     return notes
+
+
+def _fingerprint(run: Path) -> str | None:
+    """Of the data that the run was trained on last; None where that is not known."""
+    try:
+        return json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _start(loaded: Loaded, notes: list[str]) -> Subject | None:

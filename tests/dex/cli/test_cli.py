@@ -27,7 +27,18 @@ def run(arguments):
 def test_help_lists_only_what_works(run):
     code, out, _ = run("--help")
     commands = [line.split()[0] for line in out.split("commands:")[1].split("options:")[0].splitlines() if line.strip()]
-    assert code == 0 and commands == ["prepare", "data", "pretrain", "report", "embed", "probe", "export", "doctor"]
+    assert code == 0 and commands == [
+        "prepare",
+        "data",
+        "pretrain",
+        "report",
+        "analyse",
+        "explain",
+        "embed",
+        "probe",
+        "export",
+        "doctor",
+    ]
     for command in commands:
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "") and f"usage: dex {command}" in out
@@ -75,6 +86,8 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
             "echo",
             "pretrain",
             "report",
+            "analyse",
+            "explain",
             "embed",
             "probe",
             "export",
@@ -85,7 +98,7 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
         assert run("echo") == (2, "", "dex echo: word: expected one, got none\n")
         code, _, err = run("echo", "absent")
         assert code == 2 and "pip install -e '.[data]'" in err
-        names = "prepare, data, echo, pretrain, report, embed, probe, export, doctor"
+        names = "prepare, data, echo, pretrain, report, analyse, explain, embed, probe, export, doctor"
         assert f"expected one of {names}; got '_helper'" in run("_helper")[2]
     finally:
         sys.modules.pop("dex.cli.echo", None)

@@ -1,15 +1,19 @@
 """What `dex analyse` measures of a run; the measures themselves are in tests/dex/analysis."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from dex.analysis.examine import examine
+from dex.data import open_dataset
 from dex.inference import analyse_job as job
 from dex.inference.load import load
 from dex.train.initial import first_model
 
+EMBEDDED_RUN = Path(__file__).parents[1] / "train" / "earlier_run" / "embedded"
 CPU = torch.device("cpu")
 
 
@@ -74,6 +78,19 @@ def test_other_data_are_taken_and_told(trained, images, tmp_path):
     shutil.copytree(images / "ct", tmp_path / "some" / "ct")
     prepared = job.prepare(trained, options(parts=("heldout",)), data=tmp_path / "some")
     assert prepared.dataset.name == "some" and "given by --data" in prepared.notes[0]
+
+
+def test_a_shard_set_that_has_changed_since_training_is_told(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(EMBEDDED_RUN, run)
+    data = json.loads((run / "run.json").read_text())
+    for fingerprint, notes in ((open_dataset().fingerprint, 0), ("0" * 64, 1)):
+        data["starts"][-1]["data"]["fingerprint"] = fingerprint
+        (run / "run.json").write_text(json.dumps(data))
+        found = job.prepare(run, options(parts=("heldout",))).notes
+        assert len(found) == notes and all(
+            "is not, or no longer, the one that the run was trained on" in n for n in found
+        )
 
 
 @pytest.mark.parametrize(
