@@ -87,8 +87,13 @@ def level_of(places: Iterable[Place], common: int, share: float) -> Level:
     return Level(best, all(_are_days(level.files) for level in above))
 
 
+def names_nobody(folder: str) -> bool:
+    """Whether a folder is called after a modality or a part of a split."""
+    return bool(of_folder(folder)) or key(folder) in _PARTS
+
+
 def _is_class(level: _Folders) -> bool:
-    if all(of_folder(name) or key(name) in _PARTS for name in level.files):
+    if all(map(names_nobody, level.files)):
         return True
     files = sum(level.files.values())
     return (

@@ -16,6 +16,7 @@ from urllib.parse import quote_from_bytes
 
 from dex.common import atomic
 
+from .folders import names_nobody
 from .sources import BY_FOLDER, Source
 
 SALT, SALT_BYTES = "salt", 32
@@ -99,10 +100,15 @@ class Names:
 
     def folder(self, path: str, alone: bool = True) -> Group:
         """What stands for the patient where none is named. Folders above the one that tells patients apart are left
-        out, so that `CT/p1` and `MR/p1` are one."""
+        out, so that `CT/p1` and `MR/p1` are one. Beside folders of patients there may be some that name nobody: there a
+        folder below them stands for the patient, or the file."""
         *folders, _ = path.split("/")
-        if 0 <= self._level < len(folders):
-            return Group(self._folder("/".join([*folders[: self._common], folders[self._level]])), "folder")
+        level = self._level
+        if not self._folders and not self._source.public:
+            while 0 <= level < len(folders) and names_nobody(folders[level]):
+                level += 1
+        if 0 <= level < len(folders):
+            return Group(self._folder("/".join([*folders[: self._common], folders[level]])), "folder")
         if alone:
             return Group(self._folder(path), "file")
         return Group(self._folder("/".join([*folders, ""])), "folder")

@@ -38,6 +38,18 @@ def test_groups_keep_patients_together():
     assert "123456" not in public.group("x/1.dcm", "123456") and public.group("x/1.dcm", "") == "mine/x"
 
 
+def test_folders_that_name_nobody_beside_those_of_patients_stand_for_none():
+    names = Names(described(), SALT)
+    case = names.folder("CT/imagesTr/case_1.nii.gz")
+    assert case.by == "file" and case != names.folder("CT/imagesTr/case_2.nii.gz")
+    subject = names.folder("MRI/sub-1/anat/t1.nii.gz")
+    assert subject.by == "folder" and subject == names.folder("CT/sub-1/a.nii") == names.folder("sub-1/b.nii")
+    assert names.folder("endoscopy/1.png").by == "file" and names.folder("p1/1.png").by == "folder"
+    for fields in ({"patient": "folder"}, {"public": True}):
+        names = Names(described(**fields), SALT)
+        assert names.folder("CT/1.nii") == names.folder("CT/x/2.nii")
+
+
 def test_public_names_are_safe_and_different():
     names = Names(described(public=True), SALT)
     keys = ["a b", "a%20b", "a\nb", 'a"<b>', "ä" * 300, "ä" * 301, "../x", "-rf"]
