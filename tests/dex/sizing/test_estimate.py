@@ -156,3 +156,11 @@ def test_mfu_is_a_share_of_the_known_peak():
     assert estimate.mfu(c, 1000.0, "NVIDIA H100 80GB HBM3", 2) == pytest.approx(1000 * flops / (2 * 989e12))
     assert estimate.mfu(c, 1000.0, "NVIDIA H100 PCIe", 1) == pytest.approx(1000 * flops / 756e12)
     assert estimate.mfu(c, 1000.0, "Some GPU", 1) is None
+
+
+def test_averages_are_counted_in_memory_and_checkpoint():
+    plain = config()
+    averaged = replace(plain, optim=replace(plain.optim, ema=0.9))
+    a, b = estimate.estimate(plain, 1), estimate.estimate(averaged, 1)
+    weights = 4 * sum(p.numel() for p in build_model(plain).parameters())
+    assert "averages" not in a.memory and b.memory["averages"] == weights == b.checkpoint - a.checkpoint
