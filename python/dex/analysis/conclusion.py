@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dex.analysis.intervals import Interval
+from dex.analysis.sample import FEW_SOURCES
 from dex.analysis.swap import Gap
 
 MARGIN = 0.05
@@ -25,7 +26,7 @@ def conclude(
     of one modality.
 
     gaps, modality_gap: of `dex.analysis.swap`; gaps None for a model without experts. groups: how many the intervals
-    are over; with fewer than two there is no interval, and nothing is concluded.
+    are over; with fewer than `FEW_SOURCES` they say nothing, and nothing is concluded.
 
     ``specialised`` takes a gap whose interval lies above 0 and, paired, above that of another image of the same
     modality; without the latter routing matters, but is not shown to follow modality.
@@ -37,8 +38,8 @@ def conclude(
     by_modality = gap.kind == "other modality"
     whose = "another modality's experts" if by_modality else "random experts"
     cost = f"with {whose} in all layers, the masked loss changes by {told(gap.gap, signed=True)} of {gap.own:.3f}"
-    if groups < 2:
-        what = f"the held-out images are of one group ({kind_of_groups}), so that there is no interval"
+    if groups < FEW_SOURCES:
+        what = f"an interval over fewer than {FEW_SOURCES} {kind_of_groups} says nothing, and there are {groups}"
         return Conclusion("undecided", f"Nothing can be said: {cost}, but {what}.")
     share = math.ceil(1000 * gap.gap.high / gap.own - 1e-9) / 1000  # a bound is rounded up
     if gap.gap.high < 0 and gap.gap.value < -MARGIN * gap.own:

@@ -50,8 +50,11 @@ def test_a_sentence_says_what_the_intervals_do(gaps, beyond, kind, words):
 
 
 def test_without_intervals_or_experts_nothing_is_concluded():
-    one = conclude([gap("other modality", 0.2, 0.2, 0.2)], BEYOND, 1, "patients")
-    assert one.kind == "undecided" and "of one group (patients)" in one.text
+    for few in (1, 4):
+        found = conclude([gap("other modality", 0.2, 0.1, 0.3)], BEYOND, few, "patients")
+        assert found.kind == "undecided" and found.text.startswith("Nothing can be said: ")
+        assert found.text.endswith(f"an interval over fewer than 5 patients says nothing, and there are {few}.")
+    assert conclude([gap("other modality", 0.2, 0.1, 0.3)], BEYOND, 5, "patients").kind == "specialised"
     assert conclude(None, None, 12).kind == "no experts"
 
 
