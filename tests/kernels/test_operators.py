@@ -143,3 +143,20 @@ def test_a_layer_of_this_backend_runs_nothing_of_the_spec(routing, monkeypatch):
         assert relative_error(a, b) < 1e-5
     with pytest.raises(AssertionError, match="the spec computes"):
         step(DEXLayer(D, H, E, K, routing=routing, backend="reference"), x, noise)
+
+
+def test_what_the_kernels_lack_a_layer_computes_in_plain_torch():
+    """A mask leaves the experts to Triton, the tanh GELU the router and the align loss."""
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(B, N, D, generator=g), torch.arange(N) < torch.arange(1, B + 1)[:, None] % N + 1
+    for options, masks in (({"route_from": "mean"}, mask), ({"activation": "gelu_tanh"}, None)):
+        layers = [DEXLayer(D, H, E, K, backend=backend, **options) for backend in ("triton", "reference")]
+        randomize_(layers[0], 0)
+        layers[1].load_state_dict(layers[0].state_dict())
+        answers = []
+        for layer in layers:
+            leaf = x.clone().requires_grad_()
+            y, aux = layer(leaf, token_mask=masks, return_aux=True)
+            (y.square().sum() + aux.align_loss + aux.balance_loss).backward()
+            answers.append([y.detach(), aux.align_loss.detach(), aux.gate_mass, leaf.grad, layer.router_weight.grad])
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
