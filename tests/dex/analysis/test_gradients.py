@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dex.analysis import gradients
 from dex.analysis.gradients import conflict, groups_of
 from dex.model.build import build_model
 
@@ -50,3 +51,30 @@ def test_a_step_along_the_gradient_of_one_modality_is_what_its_cosine_says(tiny)
     assert sizes == sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = {f"layer {i}: {part}" for i in range(tiny.model.depth) for part in ("attention", "experts", "router")}
     assert set(found.groups) == layers | {"embedding", "decoder"}
+
+
+def test_a_model_too_large_for_one_pass_gives_the_same_in_several(tiny, monkeypatch):
+    torch.manual_seed(0)
+    model = build_model(tiny)
+    size = tiny.model.img_size
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(8, (size // tiny.model.patch_size) ** 2, generator=torch.Generator().manual_seed(2))
+    asked = []
+    whole = gradients._gradient
+    monkeypatch.setattr(gradients, "_gradient", lambda *a: asked.append(len(a[-1])) or whole(*a))
+    arguments = (model, images, torch.tensor([0] * 4 + [1] * 4), noise, 2)
+    at_once = conflict(*arguments)
+    count = len(at_once.groups)
+    assert asked == [count] * 4  # two modalities, two halves
+    asked.clear()
+    largest = max(sum(p.numel() for p in group) for group in groups_of(model).values())
+    monkeypatch.setattr(gradients, "MEMORY", 4 * 4 * largest)
+    in_turns = conflict(*arguments)
+    assert len(asked) > 4 and sum(asked) == 4 * count
+    torch.testing.assert_close(in_turns.between, at_once.between, rtol=1e-6, atol=1e-7)
+
+
+def test_each_pass_fits_or_holds_one_group(monkeypatch):
+    monkeypatch.setattr(gradients, "MEMORY", 4 * 2 * 10)  # room for 10 parameters of two halves
+    assert gradients._passes([4, 6, 1, 30, 2, 8, 1], 2) == [2, 1, 1, 2, 1]
+    assert gradients._passes([4], 0) == [1] and gradients._passes([], 2) == []
