@@ -17,6 +17,7 @@ from dex.common.units import duration
 from .chunks import Counts
 from .filters import WITHDRAWN
 from .label_maps import LABEL_MAP
+from .page import count
 from .splits import hints, sides
 
 _EVERY = 5.0  # seconds between lines off a terminal
@@ -158,14 +159,13 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
     refused: Counter[str] = Counter()
     for row in (*facts["sources"], *facts.get("left_out", ())):
         refused.update(row["refused"])
-    if refused["another modality"]:
-        said.append(
-            f"{refused['another modality']:,} files are left out: their headers or folders say another modality"
-        )
-    if refused["contradictory header"]:
-        said.append(f"{refused['contradictory header']:,} files are left out: their headers contradict themselves")
-    if refused[LABEL_MAP]:
-        said.append(f"{refused[LABEL_MAP]:,} label maps are left out")
+    for reason, what, why in (
+        ("another modality", "file", ": their headers or folders say another modality"),
+        ("contradictory header", "file", ": their headers contradict themselves"),
+        (LABEL_MAP, "label map", ""),
+    ):
+        if number := refused[reason]:
+            said.append(f"{count(number, what)} {'is' if number == 1 else 'are'} left out{why}")
     withdrawn = sum(source["dropped"].get(WITHDRAWN, 0) for source in facts["sources"])
     if withdrawn:
         said.append(f"{withdrawn:,} images are left out: they were withdrawn by `dex data withdraw`")
