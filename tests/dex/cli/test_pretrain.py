@@ -138,7 +138,10 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
         (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
         (["pretrain", "--preset", "demo", "--data.batch-size", "6000"], "data.batch_size: expected at most the 540"),
-        (["pretrain", "--preset", "demo", "--data", "empty"], "expected PNG, JPEG or NPY files below"),
+        (
+            ["pretrain", "--preset", "demo", "--data", "empty"],
+            "data.path: expected PNG, JPEG or NPY files, or other pictures, below",
+        ),
         (["pretrain", "--preset", "demo", "--data", "file"], "expected a folder of images or shards, got the file"),
         (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected --out"),
         (["pretrain", "--preset", "demo", "--resume", "absent"], "resume: expected auto, a run folder or a checkpoint"),
