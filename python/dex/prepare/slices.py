@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .sources import Source, Tile
 
 MIN_SIDE = 32
-PIXELS = 2
+PIXELS = 3
 """The number of the rules by which the pixels of an image come about: images of two of them are not to be mixed."""
 
 OVERSAMPLING = 2

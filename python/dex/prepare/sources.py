@@ -95,7 +95,8 @@ class Source:
         dot. No `files`: nobody has said yet.
     root: a folder, or a URL (`remote`). In YAML, relative to the file it stands in; here absolute.
     planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, but as stored
-        where the slices are not axial and lie more than twice as far apart as their pixels.
+        where the slices are not axial and lie more than twice as far apart as their pixels; the plane of acquisition
+        where they were turned since.
     frame_stride: N takes every N-th frame of stacks that are no volume (videos, multi-frame files). 0: as the corpus,
         one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
     volumes: of files that hold several (time series, echoes): "first", "all" of them, each as a stack of its own, their

@@ -213,7 +213,7 @@ class Stack:
 
     def frames(self, planes: tuple[str, ...], stride: int) -> Iterator[Frame]:
         """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once. "auto":
-        axial, or as stored where axial slices would be cut across few thick or uneven ones."""
+        axial, or the plane of acquisition where axial slices would be cut across few thick or uneven ones."""
         planes, across = self._chosen(planes, stride)
         for plane in planes:
             if plane == "stored":
@@ -276,9 +276,15 @@ class Stack:
         return self._percentiles[key]
 
     def _plane(self) -> str:
-        columns, rows, across = self.geometry.spacing
-        thick = not self.geometry.even or across > _THICK * max(columns, rows)
-        return "stored" if self.volume and thick and self._slow_plane() != "axial" else "axial"
+        spacing, coarse = self.geometry.spacing, 2
+        if self.geometry.even:
+            coarse = max(range(3), key=lambda axis: spacing[axis])
+            if spacing[coarse] <= _THICK * max(spacing[axis] for axis in range(3) if axis != coarse):
+                return "axial"
+        plane = next(plane for plane, axis in _NORMAL.items() if self.geometry.axes[axis] == coarse)
+        if not self.volume or plane == "axial":
+            return "axial"
+        return "stored" if coarse == 2 else plane  # acquired so, and turned since
 
     def rescale(self, slope: float, intercept: float) -> None:
         """Numbers become slope * number + intercept, and are what the source's description says."""

@@ -199,6 +199,11 @@ def test_a_refusal_pickles_and_names_only_known_reasons():
         ("ASR", (1.0, 1.5, 3.0), True, "axial", 5),
         ("ASR", (1.0, 1.0, 1.0), True, "axial", 5),
         ("ASR", (1.0, 1.0, 1.0), False, "frame", 4),
+        ("RAS", (4.0, 1.0, 1.0), True, "sagittal", 6),  # sagittal slices, turned to where axial ones lie
+        ("RAS", (1.0, 4.0, 1.0), True, "coronal", 5),
+        ("ARS", (1.0, 5.0, 2.0), True, "sagittal", 5),
+        ("ASR", (1.0, 6.0, 1.5), True, "axial", 5),
+        ("RAS", (2.0, 1.0, 1.0), True, "axial", 4),
     ],
 )
 def test_the_automatic_plane_is_axial_but_not_across_thick_slices(axes, spacing, even, plane, count):
