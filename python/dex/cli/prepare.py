@@ -240,6 +240,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
+    from dex.prepare import modalities
+    from dex.prepare.modalities import AUTO, FROM_FOLDERS
     from dex.prepare.sources import is_place, resolve
 
     overrides = {
@@ -258,6 +260,8 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "patient": options.patient,
         "split_file": options.split,
     }
+    if options.pattern and modalities.key(options.modality or AUTO) not in map(modalities.key, (AUTO, FROM_FOLDERS)):
+        raise ValueError(f"pattern: expected --modality {AUTO} or {FROM_FOLDERS} beside it; got {options.modality!r}")
     if len(options.source) > 1 and (options.root or options.files):
         raise ValueError(f"root, files: expected one SOURCE beside them; got {len(options.source)}")
     sources: list[Any] = []

@@ -305,6 +305,8 @@ def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, 
     code, out, err = run("prepare", "scans", "--out", "b", "--modality", "from-folders")
     assert code == 2 and "--modality from-folders --pattern 'MODALITY=**/*.png'" in err
     assert "the same command" in err and err.count("dex prepare scans") == 1
+    code, _, err = run("prepare", "scans", "--out", "b", "--modality", "MR", "--pattern", "CT=*.png")
+    assert code == 2 and "pattern: expected --modality auto or from-folders beside it; got 'MR'" in err
 
 
 def test_a_command_that_is_suggested_changes_no_modality_that_a_folder_says(run, pictures, tmp_path):
