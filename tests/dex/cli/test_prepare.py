@@ -122,7 +122,10 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--modality", "CT", "--normalisation", "hu", "--out", "o"], "normalisation: expected"),
         (["prepare", "scans", "--pattern", "ct/**", "--out", "o"], "pattern: expected MODALITY=GLOB"),
         (["prepare", "scans", "--pattern", "film=ct/**", "--out", "o"], "routes.modality: expected one of CT"),
-        (["prepare", "scans", "--modality", "CT", "--pattern", "CT=ct/**", "--out", "o"], "routes: expected none"),
+        (
+            ["prepare", "scans", "--modality", "CT", "--pattern", "CT=ct/**", "--out", "o"],
+            "pattern: expected --modality auto",
+        ),
         (["prepare", "scans", "--trust", "--out", "o"], "trusted: expected a modality other than 'auto'"),
         (
             ["prepare", "nowhere", "--out", "o"],
