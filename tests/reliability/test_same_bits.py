@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dex.common.random import step_seed
-from dex.model.build import build_model
 from dex.train import checkpoint
+from dex.train.initial import first_model
 from dex.train.runlog import read_rows
-from dex.train.trainer import _INIT
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 CLOSE = 1e-5
@@ -103,8 +101,7 @@ def test_the_loss_curve_on_plainer_instructions(other_fleet, tiny, change, tmp_p
 def test_accumulation_moves_directors_alike(fleet, tiny, change, tmp_path, record, full):
     """1 x 32 images and 4 x 8. The balance loss is a square of means over what is computed at once: weight 0 here."""
     base = change(tiny, data__batch_size=32, schedule__balance_weight=(0.0, 0.0), schedule__steps=10)
-    torch.manual_seed(step_seed(base.run.seed, _INIT))
-    start, apart = build_model(base).state_dict(), {}
+    start, apart = first_model(base).state_dict(), {}
     for steps in (1, 10) if full else (10,):
         ends = []
         for micro in (None, 8):

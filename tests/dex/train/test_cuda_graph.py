@@ -10,7 +10,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def any_backend_runs(monkeypatch):
-    monkeypatch.setattr("dexkernels.ops.backends.why_not", lambda op, backend: None)
+    monkeypatch.setattr("dexkernels.ops.backends.why_not", lambda op, backend, feature=None: None)
     monkeypatch.setattr("dexkernels.ops.backends.architecture", lambda device: "sm_00")
 
 

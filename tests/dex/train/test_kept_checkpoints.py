@@ -58,7 +58,7 @@ def test_wsd_keeps_the_step_before_its_decay_for_a_longer_run(frugal, change, tm
 
 def test_the_best_stays_across_a_resume_until_a_better_one_comes(frugal, change, val_losses, tmp_path, capsys):
     out, c = tmp_path / "out", change(frugal, run__keep_best=True, run__evaluate_every=3)
-    val_losses({0: 0.1, 3: 0.7, 6: 0.5, 9: 0.6, 12: 0.4})
+    val_losses({0: 0.1, 3: 0.7, 6: 0.5, 7: 0.8, 9: 0.6, 10: 0.9, 12: 0.4})  # at 7 and 10 it stops
     assert pretrain(change(c, run__stop_at=7), out) == 0
     assert steps(out) == [6, 7]  # step 3 went when 6 was better; step 0 has no checkpoint
     assert pretrain(change(c, run__stop_at=10), out, resume="auto") == 0

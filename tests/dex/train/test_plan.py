@@ -92,7 +92,7 @@ def test_auto_precision_is_what_the_processor_computes_in(in_hardware, tiny, cha
 def test_a_graph_is_refused_by_name_where_a_step_cannot_be_captured(
     tiny, change, monkeypatch, device, ranks, fields, words
 ):
-    monkeypatch.setattr("dexkernels.ops.backends.why_not", lambda op, backend: None)
+    monkeypatch.setattr("dexkernels.ops.backends.why_not", lambda op, backend, feature=None: None)
     monkeypatch.setattr("dexkernels.ops.backends.architecture", lambda device: "sm_00")
     device, asked = torch.device(device), change(tiny, parallel__cuda_graph=True, **fields)
     with pytest.raises(ValueError, match=f"parallel.cuda_graph: {words}") if words else contextlib.nullcontext():
