@@ -19,6 +19,7 @@ from PIL import Image
 from dex.prepare import join
 from dex.prepare.chunks import HISTOGRAM, Counts, Settings, paths
 from dex.prepare.sources import Source
+from dex.prepare.splits import PATIENT
 
 from . import test_duplicates
 from .timing import apart
@@ -50,6 +51,8 @@ def write_chunks(private: Path, count: int) -> list[str]:
                 "id": f"corpus/{i:032x}",
                 "label": f"axial-{i % 100:03d}",
                 "group": patient,
+                "by": PATIENT,
+                "series": f"{unit[i]:032x}",
                 "split": "val" if unit[i] // 3 % 20 == 0 else "train",
                 "unit": int(unit[i] % 50),
                 "stack": 0,
