@@ -15,6 +15,7 @@ with the error.
 """
 
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -56,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_line("dex", f"command: expected one of {', '.join(commands())}; got {name!r}")
         return exits.USAGE
     try:
-        return _run(name, rest)
+        code = _run(name, rest)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return exits.INTERRUPTED
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        return exits.FAILED
 
 
 def commands() -> dict[str, ModuleType]:
@@ -98,6 +104,8 @@ def _run(name: str, arguments: list[str]) -> int:
         remedy = f"pip install -e '.[{command.NEEDS}]' in the clone brings what the command needs"
         print_line(f"dex {name}", f"{error}; {remedy}")
         return exits.USAGE
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return failed(f"dex {name}", error)
     except SystemExit as error:  # argparse's --help

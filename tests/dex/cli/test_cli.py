@@ -1,6 +1,7 @@
 """What all commands have in common: `dex.cli` itself."""
 
 import subprocess
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +139,19 @@ def test_errors_of_the_first_phase(error, code, line, run, monkeypatch):
 
     monkeypatch.setattr(cli.commands()["doctor"], "run", check)
     assert run("doctor") == (code, "", line)
+
+
+def test_a_reader_that_has_had_enough_is_no_fault():
+    """`dex ... | head`: no traceback, neither of ours nor of Python's last flush."""
+    program = (
+        "import sys; from dex import cli; cli.commands()['doctor'].run = lambda a: lambda: print('x' * 10**6) or 0; "
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program + "sys.exit(cli.main(['doctor']))"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (1, "")
+    process.stderr.close()
