@@ -1,7 +1,6 @@
 """What all commands have in common: `dex.cli` itself."""
 
 import subprocess
-import subprocess
 import sys
 from pathlib import Path
 
