@@ -58,6 +58,8 @@ model, samples, options, callback = torch.load(f"{folder}/start.pt", weights_onl
 args = transformers.TrainingArguments(**options, ddp_backend="gloo", ddp_broadcast_buffers=False)
 transformers.Trainer(model, args, train_dataset=samples, callbacks=[DEXCallback(**callback)]).train()
 torch.save(model.state_dict(), f"{folder}/{os.environ['RANK']}.pt")
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads abort the process now and then while Python takes down what is left of DDP
 """
 
 
