@@ -88,7 +88,7 @@ for root in roots:
         ("open", lambda: open_dataset(root)), ("samples", lambda: samples(root)), ("batch", lambda: batch(root)),
         ("verify", lambda: verify(root)), ("check", lambda: code("data", "check")),
         ("leak", lambda: leak(root, root)),
-        ("pretrain", lambda: code("pretrain", "--preset", "demo", "--dry-run", "--data")),
+        ("pretrain", lambda: code("pretrain", "--preset", "demo", "--model.img-size", "64", "--dry-run", "--data")),
     ):
         try:
             given = call()

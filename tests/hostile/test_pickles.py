@@ -151,7 +151,7 @@ def enter(root):
         lambda: verify(root),
         lambda: leak(root, root),
         lambda: cli.main(["data", "check", str(root)]),
-        lambda: cli.main(["pretrain", "--preset", "demo", "--data", str(root), "--dry-run"]),
+        lambda: cli.main(["pretrain", "--preset", "demo", "--model.img-size", "64", "--data", str(root), "--dry-run"]),
     ):
         try:
             call()
