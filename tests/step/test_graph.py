@@ -155,7 +155,7 @@ def test_a_run_with_evaluations_and_saves_goes_on_where_it_was_stopped(graphs, i
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out / "metrics.jsonl")]
         rows = [
             row for row in rows if not (row["step"] == 7 and "val_loss" in row)
-        ]  # where it stops it is evaluated too
+        ]  # evaluated at its stop
         state = checkpoint.load(out / "checkpoints/step-00000012").state
         weights = checkpoint.tensors(out / "checkpoints/step-00000012")
         weights = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
