@@ -153,9 +153,7 @@ def test_a_run_with_evaluations_and_saves_goes_on_where_it_was_stopped(graphs, i
             changes = {"run": run | {"stop_at": stop}, "parallel": {"cuda_graph": graph}}
             assert pretrain(from_dict(changes, base), out, resume="auto") == 0
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out / "metrics.jsonl")]
-        rows = [
-            row for row in rows if not (row["step"] == 7 and "val_loss" in row)
-        ]  # evaluated at its stop
+        rows = [row for row in rows if not (row["step"] == 7 and "val_loss" in row)]  # evaluated at its stop
         state = checkpoint.load(out / "checkpoints/step-00000012").state
         weights = checkpoint.tensors(out / "checkpoints/step-00000012")
         weights = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
