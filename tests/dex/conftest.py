@@ -10,6 +10,8 @@ import torch
 
 from dex import config
 
+sys.path.append(os.path.dirname(__file__))  # for browser and killing
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

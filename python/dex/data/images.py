@@ -157,6 +157,10 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""By the version of the format; 3.0 is for names of fields alone, which no image has."""
+
+
 def npy_to_uint8(data: bytes) -> np.ndarray:
     """uint8 [H, W] or [H, W, 3] from the bytes of a .npy file, whose header is checked before anything is allocated.
 
@@ -170,13 +174,18 @@ def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise NotImplementedError(f"version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
+        read = _NPY_HEADERS.get(version)
+        header = None if read is None else read(stream)
     except Exception as error:  # the header is parsed as a literal: SyntaxError, RecursionError and others come too
         says = "the file is empty" if not data else faults.sentence(error)
         raise ValueError(f"not a readable npy: {says}") from error
+    if header is None:
+        major, minor = version
+        raise ValueError(
+            f"not a readable npy: expected version 1.0 or 2.0 of its format, got {major}.{minor}; save the array again "
+            "with numpy.save"
+        )
+    shape, fortran_order, dtype = header
     if dtype.hasobject or not (dtype.kind == "f" or dtype in (np.dtype("u1"), np.dtype("<u2"), np.dtype(">u2"))):
         way = "an array of objects is never read" if dtype.hasobject else PREPARE
         raise ValueError(f"dtype: expected uint8, uint16 or float, got {dtype}; {way}")

@@ -142,6 +142,11 @@ REFUSED = {
     "npy_range": (npy(np.full((64, 64), 1.5)), "npy", "within .0, 1., got minimum 1.5"),
     "npy_nan": (npy(np.where(np.eye(64), np.nan, 0.5)), "npy", "expected finite"),
     "npy_header": (b"\x93NUMPY\x01\x00\xff\x00" + b"(" * 255, "npy", "not a readable npy"),
+    "npy_version": (
+        npy(GREY).replace(b"\x93NUMPY\x01", b"\x93NUMPY\x03"),
+        "npy",
+        "version 1.0 or 2.0 .* got 3.0; save",
+    ),
     "npy_empty": (b"", "npy", "not a readable npy"),
     "png_bomb": (_png_claiming(60_000, 60_000), "png", "DecompressionBombError|size: expected"),
     "png_large": (_png_claiming(9_000, 9_000), "png", "size: expected"),

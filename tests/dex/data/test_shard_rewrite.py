@@ -1,9 +1,7 @@
 """Samples out of a shard set: what is left fits its hashes, at whatever step the process is killed."""
 
 import errno
-import functools
 import io
-import itertools
 import json
 import os
 import shutil
@@ -11,6 +9,7 @@ import stat
 
 import numpy as np
 import pytest
+from killing import killed_at
 from PIL import Image
 
 from dex.data import SampleError, ShardDataset, ShardWriter, shard_rewrite, verify
@@ -105,24 +104,13 @@ KILL_AT = ("fsync", "replace", "link", "unlink", "open")
 
 def killed_after(count, root, ids):
     """Whether a process that takes samples out was killed, at its `count`-th call of KILL_AT."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-    try:
-        calls = itertools.count()
 
-        def call(real, *args, **kwargs):
-            if next(calls) == count:
-                os.kill(os.getpid(), 9)
-            return real(*args, **kwargs)
-
-        for name in KILL_AT:
-            setattr(os, name, functools.partial(call, getattr(os, name)))
+    def take_out():
         shard_rewrite.settle(root)
         if "s1" in held(root):
             withdraw(root, ids)
-    finally:
-        os._exit(0)
+
+    return killed_at(count, KILL_AT, take_out)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from html import escape
@@ -14,6 +13,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import CHROMIUM
 from PIL import Image
 
 from dex.data import open_dataset
@@ -21,7 +21,6 @@ from dex.prepare.card import _MEANING, Example, build
 from dex.prepare.label_maps import LABEL_MAP, PROBABILITY_MAP
 from dex.prepare.routing import REASONS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECTIONS = ["modalities", "sources", "examples", "duplicates", "text", "licences", "rules"]
 HOSTILE = "<script>alert(1)</script>\"'&amp; <img src=http://x/>"
 
@@ -430,7 +429,7 @@ def browse(folder, *arguments: str) -> str:
             process.wait()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
 def test_in_a_browser(facts, examples, width, scheme, tmp_path):
     facts["sources"][0]["name"] = facts["sources"][0]["name"] + "-with-a-name-that-is-long-enough-to-need-two-lines"

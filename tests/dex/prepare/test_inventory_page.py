@@ -1,20 +1,17 @@
 """An inventory as text, page and JSON; the page at two widths in a browser, where one is installed."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
 
 import pytest
+from browser import CHROMIUM, chromium
 
 from dex.prepare import inventory_page
 from dex.prepare.discover import Undetermined
 from dex.prepare.inventory import Inventory
 from dex.prepare.survey import Alike, Kind, Leaf, Measured, Survey
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CT, PHOTO = Kind("dicom", "CT", False), Kind("picture", "", False)
 
 
@@ -58,7 +55,7 @@ def test_the_page_escapes_and_fetches_nothing(taken):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_in_a_browser(taken, width, tmp_path):
     """Nothing is wider than the window."""
@@ -73,15 +70,6 @@ def test_in_a_browser(taken, width, tmp_path):
     (tmp_path / "page.html").write_text(html)
     script = "f.onload=()=>document.title=f.contentDocument.title"
     frame.write_text(f"<iframe id=f src=page.html width={width} height=900></iframe><script>{script}</script>")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
-    dom = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=True,
-        env={k: v for k, v in os.environ.items() if k != "DISPLAY"},
-    ).stdout
+    dom = chromium(frame, tmp_path / "profile", "--allow-file-access-from-files")
     wide, right = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
     assert 0.9 * width < wide <= width and right <= wide + 1

@@ -4,7 +4,6 @@ are in test_workers.py and tests/dex/cli/test_prepare.py."""
 import dataclasses
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ import stat
 
 import numpy as np
 import pytest
+from killing import killed_at
 from small_runs import SETTINGS, digest, lines, picture, save, source, start
 
 from dex.data import ShardDataset, verify
@@ -98,22 +98,7 @@ KILL_AT = ("fsync", "replace", "rename", "ftruncate", "mkdir", "unlink", "open")
 
 def killed_after(count, sources, out):
     """Whether a process that starts a run is dead before its end: killed at its `count`-th call of KILL_AT."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-    try:
-        calls = itertools.count()
-
-        def call(real, *args, **kwargs):
-            if next(calls) == count:
-                os.kill(os.getpid(), 9)
-            return real(*args, **kwargs)
-
-        for name in KILL_AT:
-            setattr(os, name, functools.partial(call, getattr(os, name)))
-        start(sources, out)
-    finally:
-        os._exit(0)
+    return killed_at(count, KILL_AT, lambda: start(sources, out))
 
 
 def test_killed_at_every_step_of_the_way(here, two, tmp_path):

@@ -2,15 +2,14 @@
 
 import base64
 import fcntl
-import functools
 import io
-import itertools
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+from killing import killed_at
 from PIL import Image
 from small_runs import SETTINGS, lines, make_older, picture, save, save_series, source, start
 
@@ -181,22 +180,7 @@ KILL_AT = ("fsync", "replace", "link", "unlink", "rmdir")
 
 def killed_after(count, out, texts):
     """Whether a process that withdraws was killed, at its `count`-th call of KILL_AT."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-    try:
-        calls = itertools.count()
-
-        def call(real, *args, **kwargs):
-            if next(calls) == count:
-                os.kill(os.getpid(), 9)
-            return real(*args, **kwargs)
-
-        for name in KILL_AT:
-            setattr(os, name, functools.partial(call, getattr(os, name)))
-        take(out, *texts)
-    finally:
-        os._exit(0)
+    return killed_at(count, KILL_AT, lambda: take(out, *texts))
 
 
 @pytest.mark.slow
