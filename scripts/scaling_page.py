@@ -46,10 +46,9 @@ as in the presets. "fits": the smaller of 80 and 141 GB that holds the sum of al
 
 For other sizes, experts, images and ranks: `dex pretrain ... --dry-run`, by the same formulas. {images} images on each
 of 256 GPUs are {largest:,}, {per_epoch:.0f} steps an epoch: another optimisation problem, which nobody here has tried.
-The published 896 are 14 on each of 64, whose step waits for the network.
 
 With fsdp the bf16 copies of a network stay whole on every GPU: autocast makes them of gathered weights, and backward
-keeps them. They are what stops fitting first.
+keeps them.
 
 {tested}
 

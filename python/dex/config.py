@@ -175,7 +175,7 @@ class Config:
 
 
 MOST_WORKERS = 256
-"""Of one rank: each is a process of about 0.3 GB."""
+"""Of one rank; each is a process. No machine has so many cores for a rank that more would be meant."""
 
 # Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
 # otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.

@@ -17,7 +17,7 @@ from dex.common import exits
 from dex.common.ranks import Failed, announced, decided, everywhere, from_first, gather, start, stop
 from dex.config import Config
 from dex.data import CorruptDataError
-from dex.model.weights import LoadReport
+from dex.model.weights import DECODER_PREFIXES, LoadReport
 from dex.sizing.estimate import mfu
 from dex.train import checkpoint
 from dex.train.continuation import Override
@@ -461,10 +461,10 @@ def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _initial_note(place: str, report: LoadReport) -> str:
-    drawn = {name.split(".")[0].split("_")[0] for name in report.kept if "router" not in name and "count" not in name}
-    kept = " and ".join(["routers"] * report.upcycled + sorted(drawn))
     what = f"{report.naming}{', upcycled' if report.upcycled else ''}"
-    return f"weights of {place}: {what}" + (f"; drawn anew: {kept}" if kept else "")
+    drawn = ["the routers"] * report.upcycled
+    drawn += ["the decoder"] * any(name.startswith(DECODER_PREFIXES) for name in report.kept)
+    return f"weights of {place}: {what}" + (f"; drawn anew: {' and '.join(drawn)}" if drawn else "")
 
 
 def _list(names: Sequence[str], most: int) -> str:

@@ -77,6 +77,15 @@ def test_a_run_starts_from_a_run_and_says_so(tiny, change, tmp_path, capsys):
     assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
 
 
+def test_what_a_file_lacks_is_said_to_be_drawn(tiny, change, dense, tmp_path, capsys):
+    path = tmp_path / "encoder.safetensors"
+    save_file({name: t for name, t in dense[1].items() if not name.startswith(("decoder", "mask"))}, path)
+    assert pretrain(change(tiny, model__init=str(path), run__stop_at=1), tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    line = f"weights of {path}: dense ViT, upcycled; drawn anew: the routers and the decoder"
+    assert line in (shown.out + shown.err).splitlines()
+
+
 def test_a_resume_needs_the_file_no_more(tiny, change, dense, tmp_path):
     config = change(tiny, model__init=str(dense[0]), run__stop_at=1)
     assert pretrain(config, tmp_path / "run") == 0
