@@ -33,6 +33,7 @@ LAYERS = (
     ("analysis",),
     ("train",),
     ("inference",),
+    ("tasks",),
     ("report",),
     ("cli",),
 )
