@@ -147,7 +147,10 @@ def _geometry(reader) -> Geometry:
     count = reader.GetDimension()
     direction = np.array(reader.GetDirection()).reshape(count, count)[:3, :3]
     spacing = np.array(reader.GetSpacing())[:3]
-    return Geometry.from_affine(_TO_RAS @ (direction * spacing), spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = _TO_RAS @ (direction * spacing)
+    affine[:3, 3] = _TO_RAS @ np.array(reader.GetOrigin())[:3]
+    return Geometry.from_affine(affine, spacing)
 
 
 def load() -> None:

@@ -92,17 +92,20 @@ class Geometry:
 
     `axes[a]`: the index axis nearest to patient axis a (right, anterior, superior), `signs[a]`: 1 or -1.
     `spacing`: mm along i, j, k. `even`: False where frames are not evenly spaced along their normal, so that only
-    they, and nothing across them, can be shown.
+    they, and nothing across them, can be shown. `affine`: four rows, (i, j, k, 1) to mm right-anterior-superior of the
+    voxels' centres; None where the file does not say where its first voxel lies.
     """
 
     axes: tuple[int, int, int]
     signs: tuple[int, int, int]
     spacing: tuple[float, float, float]
     even: bool = True
+    affine: tuple[tuple[float, float, float, float], ...] | None = None
 
     @classmethod
     def from_affine(cls, affine: np.ndarray, spacing=None, even: bool = True) -> Geometry:
-        """`affine [3 or 4, 3 or 4]`: (i, j, k) to mm, right-anterior-superior. Refused when it is singular."""
+        """`affine [3 or 4, 3 or 4]`: (i, j, k) to mm, right-anterior-superior; one of 3 rows lacks the place of the
+        first voxel. Refused when it is singular."""
         linear = np.asarray(affine, np.float64)[:3, :3]
         lengths = np.sqrt((linear**2).sum(axis=0))
         if not np.isfinite(linear).all() or not lengths.all() or abs(np.linalg.det(linear / lengths)) < 1e-3:
@@ -113,7 +116,10 @@ class Geometry:
         known = [float(v) for v in (lengths if spacing is None else spacing)]
         if not all(np.isfinite(v) and v > 0 for v in known):
             known = [1.0, 1.0, 1.0]
-        return cls(axes, signs, tuple(known), even)
+        whole = np.asarray(affine, np.float64)
+        placed = whole.shape == (4, 4) and np.isfinite(whole).all()
+        rows = tuple(tuple(float(v) for v in row) for row in whole) if placed else None
+        return cls(axes, signs, tuple(known), even, rows)
 
     def canonical(self, frames: np.ndarray) -> np.ndarray:
         """A view of [F, H, W, ...] with axes right, anterior, superior, and the rest as it was."""

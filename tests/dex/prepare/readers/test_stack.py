@@ -163,6 +163,7 @@ def test_orientation_agrees_with_nibabel():
             expected = orientations.apply_orientation(frames.transpose(2, 1, 0), target)
             assert np.array_equal(geometry.canonical(frames), expected)
             assert geometry.spacing == pytest.approx(spacing)
+            assert np.array_equal(geometry.affine, affine)
 
 
 def test_planes_are_those_of_the_embedded_set():
@@ -180,6 +181,7 @@ def test_singular_axes_are_refused_and_unknown_spacing_is_one():
     with pytest.raises(Refused, match="axes"):
         Geometry.from_affine(np.full((4, 4), np.nan))
     assert Geometry.from_affine(np.eye(4), (1, 0, 2)).spacing == (1, 1, 1)
+    assert Geometry.from_affine(np.eye(3)).affine is None
 
 
 def test_a_refusal_pickles_and_names_only_known_reasons():

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -478,9 +478,13 @@ def _geometry(slices: list[Slice]) -> Geometry:
     straight = float(step @ normal) >= _TILT * float(np.linalg.norm(step))
     even = straight and bool((np.abs(gaps - usual) <= _UNEVEN * usual + _SAME_PLACE).all())
     rows, columns = slices[0].spacing
-    # DICOM's patient axes are left, posterior, superior
-    affine = np.stack([orientation[:3], orientation[3:], normal], axis=1) * np.array([[-1.0], [-1.0], [1.0]])
-    return Geometry.from_affine(affine, (columns, rows, usual), even)
+    affine = np.eye(4)
+    affine[:3] = np.stack([orientation[:3] * columns, orientation[3:] * rows, step, slices[0].position], axis=1)
+    affine[:2] *= -1  # DICOM's patient axes are left, posterior, superior
+    directions = affine[:3, :3].copy()
+    directions[:, 2] = normal * (-1, -1, 1)
+    found = Geometry.from_affine(directions, (columns, rows, usual), even)
+    return replace(found, affine=tuple(tuple(float(v) for v in row) for row in affine))
 
 
 def _group(groups: tuple, name: str):
