@@ -1,5 +1,7 @@
 """Argument checks: a ValueError that names the argument, what was expected and what came."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def check_skip(skip: Tensor | None) -> None:
         raise ValueError(f"skip: expected a 0-dim bool tensor or None, got {describe(skip)}")
 
 
-def check_scalar(name: str, value: float | Tensor, expected: str, holds) -> None:
+def check_scalar(name: str, value: float | Tensor, expected: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, Tensor):
         # Its value stays where it is: reading it would make the host wait for a GPU.
         if value.dim() != 0:
@@ -39,7 +41,7 @@ def check_scalar(name: str, value: float | Tensor, expected: str, holds) -> None
         check_number(name, value, expected + ", or a 0-dim tensor", holds)
 
 
-def check_number(name: str, value: float, expected: str, holds) -> None:
+def check_number(name: str, value: float, expected: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
@@ -82,7 +84,7 @@ def check_weights(x: Tensor, weights: MLPWeights) -> None:
     check_tensor("fc2_bias", weights.fc2_bias, (E, D), like=x, same_dtype=same_dtype)
 
 
-def check_tensor(name: str, t: Tensor, shape: tuple, *, like: Tensor, same_dtype: bool = True) -> None:
+def check_tensor(name: str, t: Tensor, shape: tuple[int | None, ...], *, like: Tensor, same_dtype: bool = True) -> None:
     """``shape`` may hold None for a free size."""
     fits = isinstance(t, Tensor) and t.dim() == len(shape)
     if not fits or any(want is not None and got != want for got, want in zip(t.shape, shape, strict=True)):
@@ -124,5 +126,5 @@ def shape_of(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def describe(t) -> str:
+def describe(t: object) -> str:
     return f"{t.dtype} {shape_of(t)}" if isinstance(t, Tensor) else repr(t)

@@ -1,5 +1,6 @@
 """`collect_aux`: losses and gate masses of the DEX layers inside a model whose blocks only see ``y = mlp(x)``."""
 
+from types import TracebackType
 from typing import Literal
 
 import torch
@@ -69,7 +70,9 @@ class AuxCollector:
             recording.open, layer.recording = True, recording
         return self
 
-    def __exit__(self, error, *_) -> None:
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         calls = [recording.calls for recording in self._recordings]
         for recording in self._recordings:
             # Layers keep it, for recomputation, without what was recorded, which holds the graph.
@@ -108,7 +111,7 @@ class AuxCollector:
         momentum: float | Tensor,
         *,
         skip: Tensor | None = None,
-        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+        process_group: dist.ProcessGroup | Literal[False] | None = None,
     ) -> None:
         """GEMA of every layer with the collected masses, after backward and before the optimizer; masses restart at 0.
 

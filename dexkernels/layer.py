@@ -7,8 +7,8 @@ import gc
 import inspect
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -16,19 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .choices import (
+    KINDS,
+    PATHS,
+    ROUTE_FROM,
+    ROUTINGS,
+    ActivationName,
+    AlignKind,
+    BackendName,
+    LayoutName,
+    PathName,
+    RouteFrom,
+    RoutingName,
+)
 from .layout import LAYOUTS, Layout
 from .ops import backends
-from .ops.align_loss import KINDS, align_loss
+from .ops.align_loss import align_loss
 from .ops.common import EPS, guard_version
 from .ops.dense import ACTIVATIONS, mlp
 from .ops.group_ema import group_ema_
-from .ops.route import ROUTE_FROM, ROUTINGS, Noise
+from .ops.route import Noise
 from .ops.routed_mlp import Settings, routed_mlp
 from .published import PublishedNames
 from .records import MLPWeights
 from .shadows import Shadows
-
-PATHS = ("experts", "director")
 
 
 class Aux(NamedTuple):
@@ -57,7 +68,7 @@ class Recording:
         self.open = False
         self.passed = False
         """Whether the layer ran in training after the recording was closed."""
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
         # A list, which torch.compile follows; a ContextVar would break its graph.
         self.calls: list[Aux] = []
 
@@ -73,7 +84,7 @@ class Replaced:
     def __init__(self, parameters: Iterable[nn.Parameter] = ()):
         self._parameters = [weakref.ref(p) for p in parameters]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return Replaced, ()
 
     def check_optimizers(self) -> None:
@@ -97,11 +108,11 @@ class Replaced:
 class MLP(nn.Module):
     """``fc2(gelu(fc1(x)))``, ``[..., D] -> [..., D]``: the director, or the dense MLP of a ViT."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
+    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName = "gelu"):
         super().__init__()
-        self.activation = activation
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.activation: ActivationName = activation
+        self.fc1: nn.Linear = nn.Linear(dim, hidden_dim)
+        self.fc2: nn.Linear = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
@@ -122,10 +133,10 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim))
+        self.fc1_weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.fc1_bias: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_dim))
+        self.fc2_weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.fc2_bias: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def weights(self) -> MLPWeights:
@@ -151,8 +162,7 @@ class DEXLayer(PublishedNames, nn.Module):
         usage_momentum: of ``usage_ema``, which favours rarely used experts in the exploration noise.
         route_from: ``"cls"``: token 0; ``"mean"``: the mean token, for hosts without a CLS token.
         path: ``"experts"``, or ``"director"`` to fine-tune the director alone as a dense MLP. May be set later.
-        activation: ``"gelu"``, the exact GELU, or ``"gelu_tanh"``, its approximation by tanh, which has no kernels:
-            plain torch computes those experts, whatever the backend.
+        activation: ``"gelu"``, the exact GELU, or ``"gelu_tanh"``, its approximation by tanh.
         layout: ``"tokens"``: x is ``[B, N, D]``; ``"channels_last"``: ``[B, H, W, D]``; ``"channels_first"``:
             ``[B, D, H, W]``. Maps have no CLS token: they need ``route_from="mean"`` or ``routing="token"``.
         windows: P, for hosts that pass an image as P consecutive windows, ``[B * P, ...]``. The image is routed as one,
@@ -173,16 +183,16 @@ class DEXLayer(PublishedNames, nn.Module):
         num_experts: int = 8,
         top_k: int = 2,
         *,
-        routing: str = "image",
+        routing: RoutingName = "image",
         temperature: float = 0.5,
-        align: str = "kd",
+        align: AlignKind = "kd",
         usage_momentum: float = 0.99,
-        route_from: str = "cls",
-        path: str = "experts",
-        activation: str = "gelu",
-        layout: str = "tokens",
+        route_from: RouteFrom = "cls",
+        path: PathName = "experts",
+        activation: ActivationName = "gelu",
+        layout: LayoutName = "tokens",
         windows: int = 1,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ):
         super().__init__()
         sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts, "windows": windows}
@@ -201,37 +211,47 @@ class DEXLayer(PublishedNames, nn.Module):
         checks.check_temperature(temperature)
         checks.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
-        self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
-        self.routing, self.route_from, self.temperature, self.align = routing, route_from, temperature, align
-        self.usage_momentum, self.backend = usage_momentum, backend
-        self.activation, self.layout, self.windows = activation, layout, windows
+        self.dim: int = dim
+        self.hidden_dim: int = hidden_dim
+        self.num_experts: int = num_experts
+        self.top_k: int = top_k
+        self.routing: RoutingName = routing
+        self.route_from: RouteFrom = route_from
+        self.temperature: float = temperature
+        self.align: AlignKind = align
+        self.usage_momentum: float = usage_momentum
+        self.backend: BackendName | None = backend
+        self.activation: ActivationName = activation
+        self.layout: LayoutName = layout
+        self.windows: int = windows
         self.recording: Recording | None = None
         self.token_mask: Tensor | None = None
-        self.shadows = Shadows()
-        self.replaced = Replaced()
+        self.shadows: Shadows = Shadows()
+        self.replaced: Replaced = Replaced()
 
-        self.router_weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.experts = Experts(num_experts, dim, hidden_dim)
-        self.director = MLP(dim, hidden_dim, activation)
+        self.router_weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim))
+        self.experts: Experts = Experts(num_experts, dim, hidden_dim)
+        self.director: MLP = MLP(dim, hidden_dim, activation)
+        self.usage_ema: Tensor
         self.register_buffer("usage_ema", torch.zeros(num_experts))
         nn.init.xavier_uniform_(self.router_weight)
         self.copy_director_to_experts_()
         self.path = path
 
     @property
-    def path(self) -> str:
+    def path(self) -> PathName:
         """``"experts"`` or ``"director"``; setting it makes exactly that path trainable."""
         return self._path
 
     @path.setter
-    def path(self, path: str) -> None:
+    def path(self, path: PathName) -> None:
         checks.check_choice("path", path, PATHS)
-        self._path = path
+        self._path: PathName = path
         self.director.requires_grad_(path == "director")
         self.experts.requires_grad_(path == "experts")
         self.router_weight.requires_grad_(path == "experts")
 
-    def named_modules(self, *args, **kwargs):
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Those of `torch.nn.Module`; what the path does not use takes no gradient from here on.
 
         ``model.requires_grad_(True)`` reaches the directors too. Optimizers, DDP and FSDP ask for modules or parameters
@@ -242,6 +262,32 @@ class DEXLayer(PublishedNames, nn.Module):
             if isinstance(p, nn.Parameter) and p.requires_grad:  # functional_call puts other tensors there
                 p.requires_grad_(False)
         return super().named_modules(*args, **kwargs)
+
+    if TYPE_CHECKING:  # nn.Module's own call returns Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            noise_std: float | Tensor = 0.0,
+            router_noise: Tensor | None = None,
+            token_mask: Tensor | None = None,
+            return_aux: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            noise_std: float | Tensor = 0.0,
+            router_noise: Tensor | None = None,
+            token_mask: Tensor | None = None,
+            return_aux: Literal[True],
+        ) -> tuple[Tensor, Aux]: ...
+
+        def __call__(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Aux]: ...
 
     def forward(
         self,
@@ -386,7 +432,7 @@ class DEXLayer(PublishedNames, nn.Module):
         momentum: float | Tensor,
         *,
         skip: Tensor | None = None,
-        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+        process_group: dist.ProcessGroup | Literal[False] | None = None,
     ) -> None:
         """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * expert_e``, ``a = s / (sum(s) + 1e-6)``, in place.
 
@@ -437,7 +483,7 @@ def update_directors(
     momentum: float | Tensor,
     *,
     skip: Tensor | None = None,
-    process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+    process_group: dist.ProcessGroup | Literal[False] | None = None,
 ) -> None:
     """`DEXLayer.update_director` of many layers: one all-reduce and one `group_ema_` for all of them."""
     layers, gate_mass = list(layers), list(gate_mass)

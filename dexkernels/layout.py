@@ -8,15 +8,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import checks
+from .choices import LayoutName
 
-LAYOUTS = {"tokens": "[B, N, D]", "channels_last": "[B, H, W, D]", "channels_first": "[B, D, H, W]"}
+LAYOUTS: dict[LayoutName, str] = {
+    "tokens": "[B, N, D]",
+    "channels_last": "[B, H, W, D]",
+    "channels_first": "[B, D, H, W]",
+}
 """Layout -> the shape of what a host passes."""
 
 
 class Layout(NamedTuple):
     """How a host passes its images."""
 
-    name: str = "tokens"
+    name: LayoutName = "tokens"
     """One of `LAYOUTS`."""
     windows: int = 1
     """P: an image is P consecutive entries of the first dimension, ``[B * P, ...]``."""

@@ -36,14 +36,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-library, _absent = _load()
+_loaded = _load()
+library: ModuleType | None = _loaded[0]
 """The extension module, or None and why there is none."""
 
 
 def why_not() -> str | None:
     """Why the native library cannot run here; None when it can. Asks for the GPU only when the library is there."""
-    if _absent is not None:
-        return _absent
+    absent = _loaded[1]
+    if absent is not None:
+        return absent
     if torch.version.cuda is None:
         return "torch is built without CUDA"
     if not torch.cuda.is_available():

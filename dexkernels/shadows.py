@@ -37,7 +37,7 @@ class Shadows:
         self._held: Held | None = None
         self._holders = 0
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of a layer, or one that is loaded, makes its own.
         return Shadows, ()
 

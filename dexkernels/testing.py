@@ -3,6 +3,8 @@
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +23,11 @@ class ExpertLoop(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, num_experts: int, top_k: int, temperature: float = 0.5):
         super().__init__()
-        self.top_k, self.temperature = top_k, temperature
-        self.router = nn.ModuleDict({"linear": nn.Linear(dim, num_experts, bias=False)})
-        self.experts = nn.ModuleList(_mlp(dim, hidden_dim) for _ in range(num_experts))
-        self.director = _mlp(dim, hidden_dim).requires_grad_(False)
+        self.top_k: int = top_k
+        self.temperature: float = temperature
+        self.router: nn.ModuleDict = nn.ModuleDict({"linear": nn.Linear(dim, num_experts, bias=False)})
+        self.experts: nn.ModuleList = nn.ModuleList(_mlp(dim, hidden_dim) for _ in range(num_experts))
+        self.director: nn.ModuleDict = _mlp(dim, hidden_dim).requires_grad_(False)
         self.register_buffer("expert_activation_count", torch.zeros(num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +111,9 @@ class NoHostWaits(TorchDispatchMode):
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         name = op._schema.name.removeprefix("aten::")
@@ -124,7 +129,7 @@ class NoHostWaits(TorchDispatchMode):
             out.pinned = True
         return out
 
-    def see(self, op, args: tuple, kwargs: dict | None) -> None:
+    def see(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
         if op.namespace != "profiler":
             self.seen.append(" ".join([str(op), *map(_described, tree_leaves((args, kwargs or {})))]))
 

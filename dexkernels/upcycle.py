@@ -8,13 +8,14 @@ host survive wherever they are, inside the MLP's module or around it, and the di
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .choices import AlignKind, BackendName, LayoutName, PathName, RouteFrom, RoutingName
 from .layer import DEXLayer, Replaced
 from .layout import LAYOUTS, Layout
 from .ops.dense import ACTIVATIONS
@@ -93,16 +94,27 @@ class _Mlp(NamedTuple):
             self.module.activation_relu_or_gelu = 2 if exact else 0
 
 
+class LayerOptions(TypedDict, total=False):
+    """Arguments of `DEXLayer` that `upcycle_` passes on."""
+
+    routing: RoutingName
+    temperature: float
+    align: AlignKind
+    usage_momentum: float
+    path: PathName
+    backend: BackendName | None
+
+
 def upcycle_(
     model: nn.Module,
     num_experts: int = 8,
     top_k: int = 2,
     *,
-    route_from: str | None = None,
+    route_from: RouteFrom | None = None,
     select: Callable[[str], bool] | None = None,
-    layout: str = "tokens",
+    layout: LayoutName = "tokens",
     windows: int | None = None,
-    **options,
+    **options: Unpack[LayerOptions],
 ) -> dict[str, DEXLayer]:
     """Turn the MLPs of ``model`` into DEX layers, in place; director and experts start as copies of the MLP.
 

@@ -12,8 +12,7 @@ import torch
 from .. import native
 from .._defaults import DEFAULTS, MEASURED
 from .._executed import EXECUTED
-
-BACKENDS = ("reference", "triton", "cuda")
+from ..choices import BACKENDS
 
 TABLES: dict[str, dict[str, str]] = {}
 """Operator -> backend -> the module that runs it; filled by `register`."""

@@ -1,5 +1,7 @@
 """What the operators share: dtypes, autocast, and the guard of what a backward must find unchanged."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,12 +58,12 @@ class _GuardVersion(torch.autograd.Function):
         return grad, None
 
 
-def remember_versions(ctx, tensors: tuple[Tensor, ...]) -> None:
+def remember_versions(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
     # Plain attributes: saved tensors would be recomputed together with the forward, at their new version.
     ctx.guarded = [(t, t._version) for t in tensors]
 
 
-def check_versions(ctx) -> None:
+def check_versions(ctx: Any) -> None:
     if any(t._version != version for t, version in ctx.guarded):
         raise RuntimeError(
             "the director or usage_ema was changed between forward and backward: call update_director after backward "

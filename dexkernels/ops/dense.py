@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+from ..choices import ActivationName
+
+ACTIVATIONS: dict[ActivationName, str] = {"gelu": "none", "gelu_tanh": "tanh"}
 """Activation of an MLP -> torch's word for how its GELU is computed: by erf, or by the approximation with tanh."""
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -16,7 +18,7 @@ def mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
-    activation: str = "gelu",
+    activation: ActivationName = "gelu",
 ) -> Tensor:
     """``fc2(gelu(fc1(x)))``, by default with the exact (erf) GELU: one expert, the director, or the MLP of a ViT."""
     z = linear(x.contiguous(), fc1_weight, fc1_bias)

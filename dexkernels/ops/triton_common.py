@@ -5,7 +5,7 @@ The S*N rows of a grouped product are numbered in slot order: row ``m`` is token
 ``slot_order[m // N]``, and expert ``e`` owns the rows ``group_offsets[e] * N`` up to ``group_offsets[e + 1] * N``.
 """
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,9 @@ def architecture(device: torch.device) -> int:
     return 90 if 9 <= torch.cuda.get_device_capability(device)[0] < 12 else 80
 
 
-def on_device(t: Tensor):
+def on_device(t: Tensor) -> AbstractContextManager[None]:
     """Makes the device of ``t`` current, so that the launch goes to its current stream."""
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
 
 
 def check_dtype(name: str, t: Tensor) -> None:

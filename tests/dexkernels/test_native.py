@@ -61,7 +61,7 @@ def test_of_another_version(package, monkeypatch):
     ],
 )
 def test_why_not_with_a_library(monkeypatch, cuda, available, capability, why):
-    monkeypatch.setattr(native, "_absent", None)
+    monkeypatch.setattr(native, "_loaded", (native.library, None))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -69,5 +69,5 @@ def test_why_not_with_a_library(monkeypatch, cuda, available, capability, why):
 
 
 def test_why_not_without_a_library(monkeypatch):
-    monkeypatch.setattr(native, "_absent", "the native library was not built: ...")
+    monkeypatch.setattr(native, "_loaded", (None, "the native library was not built: ..."))
     assert native.why_not() == "the native library was not built: ..."

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ...checks import FLOATS, check_choice, check_mask, check_tensor, check_transforms, describe
+from ...choices import KINDS, AlignKind, BackendName
 from .. import backends
 from ..common import accumulation_dtype, gradients, without_autocast
-
-KINDS = ("kd", "cosine", "mse")
 
 BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
@@ -26,10 +25,10 @@ backends.register("align_loss", __name__, BACKENDS, LIMITS)
 def align_loss(
     experts_out: Tensor,
     director_out: Tensor,
-    kind: str = "kd",
+    kind: AlignKind = "kd",
     *,
     token_mask: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """How far the experts' output is from the director's, a 0-dim mean over all leading dimensions.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_momentum, check_skip, check_tensor, describe
+from ...choices import BackendName
 from .. import backends
 
 BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
@@ -19,7 +20,7 @@ def group_ema_(
     momentum: float | Tensor,
     *,
     skip: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> None:
     """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, of any number of tensors.
 

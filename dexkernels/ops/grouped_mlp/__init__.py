@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_tensor, check_weights, check_x, shape_of
+from ...choices import ActivationName, BackendName
 from ...records import MLPWeights
 from ...routing import Routing
 from ...shadows import Shadows, shadowed
 from .. import backends
 from ..common import autocast_dtype, gradients, or_empty, without_autocast
 from ..dense import ACTIVATIONS
-from .records import Gradients, Needs, Result, Saved, Slots
+from .records import MAX_COUNT, MAX_WIDTH, Gradients, Needs, Result, Saved, Slots
 
 BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
 
-LIMITS = {"triton": {"gelu_tanh": "its kernels compute the exact GELU alone"}}
-"""Backend -> an activation -> why the backend does not compute it: plain torch does, unless it is asked for by name."""
+LARGE = "sizes past 32 bits"
+LIMITS = {"triton": {LARGE: "its kernels count rows, and the elements of an image or of a matrix, in 32 bits"}}
+"""Backend -> what it cannot compute -> why: plain torch does, unless the backend is asked for by name."""
 
 backends.register("grouped_mlp", __name__, BACKENDS, LIMITS)
 
@@ -31,8 +33,8 @@ def grouped_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     *,
-    activation: str = "gelu",
-    backend: str | None = None,
+    activation: ActivationName = "gelu",
+    backend: BackendName | None = None,
 ) -> Tensor:
     """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))`` with ``e = expert_indices[b, k]``.
 
@@ -42,7 +44,7 @@ def grouped_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: ``[E, H, D]``, ``[E, H]``, ``[E, D, H]``, ``[E, D]``, dtype of x
             (any of the four float dtypes; under autocast copies of its dtype are computed with, and gradients of the
             weights come in the weights' own).
-        activation: ``"gelu"``, the exact one, or ``"gelu_tanh"``, its approximation, which plain torch alone computes.
+        activation: ``"gelu"``, the exact one, or ``"gelu_tanh"``, its approximation by tanh.
 
     Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
     Raises: ValueError naming the argument.
@@ -57,7 +59,8 @@ def grouped_mlp(
     check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
     check_tensor("routing.group_offsets", routing.group_offsets, (E + 1,), like=x, same_dtype=False)
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    backend = backends.choose("grouped_mlp", backend, x.device, activation)
+    need = need_of(N if gates.dim() == 2 else 1, B * N * gates.shape[-1], fc1_weight)
+    backend = backends.choose("grouped_mlp", backend, x.device, need)
     x = x.to(autocast_dtype(x))
     lowered = Shadows().of(weights, None, x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -68,6 +71,15 @@ def grouped_mlp(
         backend,
     )  # fmt: skip
     return out.view(B, N, D)
+
+
+def need_of(tokens: int, rows: int, fc1_weight: Tensor) -> str | None:
+    """What a call needs that a backend may lack, as `LIMITS` names it.
+
+    tokens: of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1).
+    """
+    H, D = fc1_weight.shape[1:]
+    return LARGE if max(D, H) > MAX_WIDTH or max(rows, tokens * D, D * H) > MAX_COUNT else None
 
 
 class _Inputs(NamedTuple):
@@ -136,20 +148,14 @@ def run_forward(
     backend: str, x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu"
 ) -> Result:
     """With autocast off; ``x`` and ``weights`` are of one dtype."""
-    return backends.load("grouped_mlp", backend).forward(x, slots, weights, save, **_other_than_exact(activation))
+    return backends.load("grouped_mlp", backend).forward(x, slots, weights, save, activation)
 
 
 def run_backward(
     backend: str, grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype, activation: str = "gelu"
 ) -> Gradients:
     """With autocast off; the gradients of the weights are of ``grad_dtype``."""
-    launch = backends.load("grouped_mlp", backend).backward
-    return launch(grad_out, saved, needs, grad_dtype, **_other_than_exact(activation))
-
-
-def _other_than_exact(activation: str) -> dict[str, str]:
-    """Every backend computes the exact GELU; the argument is for those that have others, see `LIMITS`."""
-    return {} if activation == "gelu" else {"activation": activation}
+    return backends.load("grouped_mlp", backend).backward(grad_out, saved, needs, grad_dtype, activation)
 
 
 def empty_z(x: Tensor, num_slots: int, fc1_bias: Tensor, save: bool) -> Tensor:

@@ -2,7 +2,7 @@
 K chosen, R decisions (B, or B*N token-wise).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ from ...checks import (
     check_x,
     shape_of,
 )
+from ...choices import ROUTE_FROM, ROUTINGS, BackendName, RouteFrom, RoutingName
 from ...routing import Routing, SlotOrder
 from .. import backends
 from ..common import EPS, accumulation_dtype, check_versions, gradients, remember_versions, without_autocast
 from .records import Routed, Saved
-
-ROUTINGS = ("image", "token")
-ROUTE_FROM = ("cls", "mean")
 
 BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
@@ -49,13 +47,13 @@ def route(
     router_weight: Tensor,
     top_k: int,
     *,
-    routing: str = "image",
-    route_from: str = "cls",
+    routing: RoutingName = "image",
+    route_from: RouteFrom = "cls",
     temperature: float = 0.5,
     noise_std: float | Tensor = 0.0,
     router_noise: Tensor | None = None,
     usage_ema: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Routing:
     """Choose K of E experts for every image (``routing="image"``) or token (``"token"``).
 
@@ -151,7 +149,7 @@ def as_routing(routed: Routed, x: Tensor, routing: str) -> Routing:
     return Routing(gates, indices, routed.balance_loss, routed.gate_mass, *order)
 
 
-def remember_usage(ctx, noise: Tensor | None, usage_ema: Tensor | None) -> None:
+def remember_usage(ctx: Any, noise: Tensor | None, usage_ema: Tensor | None) -> None:
     """The noise was made from usage_ema: a forward recomputed after an early update would route otherwise."""
     remember_versions(ctx, () if noise is None else (usage_ema,))
 

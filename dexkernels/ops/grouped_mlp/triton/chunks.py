@@ -41,12 +41,12 @@ class Cut:
         E, height, width = out.shape
         tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
         self.out = out
-        self.most = most_slots(slots, E, tiles)
-        self.cut_experts = slots // (self.most + 1)
+        self.most: int = most_slots(slots, E, tiles)
+        self.cut_experts: int = slots // (self.most + 1)
         # An expert of n > 0 slots has at most 1 + (n - 1) / most chunks, and all of them E + slots / most.
-        self.grid = ((E + slots // self.most) * tiles,)
+        self.grid: tuple[int] = ((E + slots // self.most) * tiles,)
         parts = self.cut_experts + slots // self.most
-        self.parts = None
+        self.parts: Tensor | None = None
         if self.cut_experts:
             self.parts = torch.empty((parts, height, width), dtype=torch.float32, device=out.device)
 
