@@ -4,7 +4,7 @@ Letters: B images, C channels, S image side, P patch side, L patches, N tokens (
 E experts, K chosen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,6 +50,17 @@ class MAEOutput(NamedTuple):
     """``[B]``, detached: ``loss`` of every image by itself."""
     cls: Tensor
     """``[B, D]``, detached: the encoder's CLS token, what a probe sees of an image."""
+
+
+class Encoded(NamedTuple):
+    """What one forward of `VisionTransformer` gives."""
+
+    tokens: Tensor
+    """``[B, 1 + L, D]``, CLS first, after the final norm."""
+    aux: list[Aux]
+    """Of the DEX layers; empty unless it was asked for."""
+    hidden: dict[int, Tensor]
+    """Number of blocks -> tokens ``[B, 1 + L, D]`` after so many, before the final norm."""
 
 
 class Attention(nn.Module):
@@ -174,6 +185,25 @@ class VisionTransformer(nn.Module):
 
         ``router_noise``: one ``[B, 1, E_l]`` per layer.
         """
+        tokens, auxes, _ = self.forward_hidden(
+            images, (), ids_keep=ids_keep, noise_std=noise_std, router_noise=router_noise, return_aux=return_aux
+        )
+        return tokens, auxes
+
+    def forward_hidden(
+        self,
+        images: Tensor,
+        after: Collection[int],
+        *,
+        ids_keep: Tensor | None = None,
+        noise_std: float | Tensor = 0.0,
+        router_noise: Sequence[Tensor] | None = None,
+        return_aux: bool = False,
+    ) -> Encoded:
+        """`forward_aux`, and the hidden states ``[B, 1 + kept, D]`` after so many blocks, before the final norm.
+
+        after: numbers of blocks, 1 to the depth.
+        """
         self.check_images(images)
         if router_noise is not None and len(router_noise) != len(self.blocks):
             raise ValueError(
@@ -185,7 +215,7 @@ class VisionTransformer(nn.Module):
             x, patch_pos = take_patches(x, ids_keep), take_patches(patch_pos, ids_keep)
         x = self.patch_embed(x) + patch_pos
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1).to(x.dtype), x], 1)
-        auxes = []
+        auxes, hidden = [], {}
         checkpointing = self.checkpointing and torch.is_grad_enabled()
         # A block draws nothing else; a generator's state is then not touched, which is safe in a CUDA graph's capture.
         options = {"use_reentrant": False, "preserve_rng_state": router_noise is None and bool(self.dex_layers)}
@@ -194,7 +224,9 @@ class VisionTransformer(nn.Module):
             x, aux = checkpoint(block, *arguments, **options) if checkpointing else block(*arguments)
             if aux is not None:
                 auxes.append(aux)
-        return self.norm(x), auxes
+            if i + 1 in after:
+                hidden[i + 1] = x
+        return Encoded(self.norm(x), auxes, hidden)
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless ``images`` are what the encoder was built for."""

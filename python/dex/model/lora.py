@@ -1,0 +1,94 @@
+"""Low-rank adaptation (Hu et al. 2021) of linear maps and of stacked experts, merged into plain weights when done.
+
+Each adapted weight W becomes ``W + alpha / rank * up @ down``; W stays frozen, ``down`` and ``up`` are trained. A stack
+of experts ``[E, out, in]`` gets one pair per expert. Built on `torch.nn.utils.parametrize`: modules, checkpoints and
+DDP see the adapted weight under its own name.
+
+Letters: E experts, R rank.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dex.model.mae import VisionTransformer
+
+
+class LowRank(nn.Module):
+    """``weight [..., out, in] -> weight + scale * up [..., out, R] @ down [..., R, in]``; at first ``up`` is 0."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float):
+        super().__init__()
+        *stack, rows, columns = weight.shape
+        self.scale = alpha / rank
+        self.down = nn.Parameter(weight.new_empty(*stack, rank, columns))
+        self.up = nn.Parameter(weight.new_zeros(*stack, rows, rank))
+        bound = 1 / math.sqrt(columns)  # as torch.nn.Linear draws
+        nn.init.uniform_(self.down, -bound, bound)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.up @ self.down)
+
+
+def add_lora_(encoder: VisionTransformer, rank: int, alpha: float) -> None:
+    """Adapt attention (``qkv``, ``proj``) and the MLPs of the path that ``encoder`` computes with; freeze all else.
+
+    The MLPs are the stacked experts, the directors with ``path="director"``, or the dense MLPs of a monolithic model.
+    Routers stay as they are. ValueError naming the argument; nothing has changed then.
+    """
+    weights = list(_adapted(encoder))
+    smallest = min(min(getattr(module, name).shape[-2:]) for module, name in weights)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= smallest:
+        raise ValueError(f"lora_rank: expected 1 to {smallest}, the width of the narrowest map; got {rank!r}")
+    if not alpha > 0:
+        raise ValueError(f"lora_alpha: expected a number above 0; got {alpha!r}")
+    if any(parametrize.is_parametrized(module) for module, _ in weights):
+        raise ValueError("encoder: expected plain weights; got a model that has LoRA already: merge_lora_ it first")
+    encoder.requires_grad_(False)
+    for module, name in weights:
+        low_rank = LowRank(getattr(module, name), rank, alpha)
+        parametrize.register_parametrization(module, name, low_rank)
+
+
+@torch.no_grad()
+def merge_lora_(encoder: VisionTransformer) -> None:
+    """Put plain weights in the place of all adapted ones; what the encoder computes stays the same up to rounding."""
+    for module, name in _adapted(encoder):
+        if parametrize.is_parametrized(module, name):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def lora_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:
+    """``down`` and ``up`` of every adapted weight, by their names in the encoder's state dict; not copied."""
+    lora = {id(m) for m in encoder.modules() if isinstance(m, LowRank)}
+    owners = {name: module for name, module in encoder.named_modules() if id(module) in lora}
+    return {f"{owner}.{name}": p.detach() for owner, module in owners.items() for name, p in module.named_parameters()}
+
+
+def load_lora_(encoder: VisionTransformer, tensors: dict[str, Tensor]) -> None:
+    """Copy what `lora_state_dict` gave into an encoder that has LoRA. ValueError names what does not fit."""
+    own = lora_state_dict(encoder)
+    if wrong := own.keys() ^ tensors.keys():
+        raise ValueError(f"tensors: expected the {len(own)} LoRA tensors of this encoder; differing: {min(wrong)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name}: expected {list(own[name].shape)}, got {list(tensor.shape)}")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def _adapted(encoder: VisionTransformer) -> Iterator[tuple[nn.Module, str]]:
+    """The weights that LoRA reaches: the module that holds each, and its name there."""
+    for block in encoder.blocks:
+        yield block.attn.qkv, "weight"
+        yield block.attn.proj, "weight"
+        if block.dex is not None and block.dex.path == "experts":
+            yield block.dex.experts, "fc1_weight"
+            yield block.dex.experts, "fc2_weight"
+        else:
+            mlp = block.mlp if block.dex is None else block.dex.director
+            yield mlp.fc1, "weight"
+            yield mlp.fc2, "weight"
