@@ -26,12 +26,20 @@ _WITHOUT_GEOMETRY = (1.0, 1.0, 1.0), ((-1.0, 0.0, 0.0), (0.0, 0.0, -1.0), (0.0, 
 
 class _Header(NamedTuple):
     """width, height, depth and volumes of `dtype`; spacing: mm along these; axes: their directions, right, anterior,
-    superior."""
+    superior; centre: where the middle of the volume lies, mm."""
 
     sizes: tuple[int, int, int, int]
     dtype: np.dtype
     spacing: tuple[float, ...]
     axes: tuple[tuple[float, ...], ...]
+    centre: tuple[float, ...]
+
+    @property
+    def affine(self) -> np.ndarray:
+        out = np.eye(4)
+        out[:3, :3] = np.array(self.axes).T * self.spacing
+        out[:3, 3] = np.array(self.centre) - out[:3, :3] @ (np.array(self.sizes[:3]) / 2)
+        return out
 
 
 def read(
@@ -59,7 +67,7 @@ def read(
         if not packed and DATA_AT + image.size > raw.size:
             declared = DATA_AT + image.size
             raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: cut off; copy it anew")
-        geometry = Geometry.from_affine(np.array(header.axes).T * header.spacing, header.spacing)
+        geometry = Geometry.from_affine(header.affine, header.spacing)
     return quietly("MGH")(image.stacks)(functools.partial(_stack, image, geometry), volumes, beat, headers)
 
 
@@ -90,10 +98,11 @@ def _header(data: bytes) -> _Header:
         raise Refused("unreadable", f"no MGH header: {OTHER}")
     if kind not in _TYPES:
         raise Refused("unsupported", f"numbers of type {kind}; convert it, to NIfTI for instance")
-    spacing, axes = _WITHOUT_GEOMETRY
+    spacing, axes, centre = *_WITHOUT_GEOMETRY, (0.0, 0.0, 0.0)
     if placed == 1:
         spacing, axes = tuple(values[7:10]), tuple(tuple(values[i : i + 3]) for i in (10, 13, 16))
-    return _Header(sizes, np.dtype(_TYPES[kind]), spacing, axes)
+        centre = tuple(values[19:22])
+    return _Header(sizes, np.dtype(_TYPES[kind]), spacing, axes, centre)
 
 
 READER = Reader(suffixes=formats.of("mgh").suffixes, read=read, choices=("volumes", "headers"))
