@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/installed
 TRITON := $(VENV)/triton-3.6.0
 # and the newest; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
+# Whether every public name has a type. It asks the python on PATH where packages are.
+TYPES := PATH=$(CURDIR)/$(VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/$(TRITON) basedpyright --ignoreexternal --verifytypes
 EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
 .PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
@@ -43,9 +45,10 @@ test-compiled:
 test-emulator: $(TRITON)
 	$(EMULATOR)
 
-check: $(INSTALLED)  ## static checks
+check: $(INSTALLED) $(TRITON)  ## static checks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(TYPES) dexkernels
 
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(PYTEST) benchmarks

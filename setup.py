@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 MIN_NVCC = (12, 1)
@@ -90,8 +91,31 @@ class BuildNative(build_ext):
         shutil.copy2(built, target)
 
 
+class PathFile:
+    """A ``.pth`` file with the folders of both packages. setuptools' own choice for two folders is an import hook, which
+    type checkers and editors do not run: to them the packages could not be resolved."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, wheel, files, mapping) -> None:
+        wheel.writestr(f"__editable__.{self.name}.pth", f"{ROOT}\n{ROOT / 'python'}\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+class EditableWheel(editable_wheel):
+    def _select_strategy(self, name, tag, build_lib):
+        """Where a setuptools does not ask, its import hook serves: all but type checkers work."""
+        return PathFile(name) if self.mode in (None, "lenient") else super()._select_strategy(name, tag, build_lib)
+
+
 NVCC, TOLD = decide()
 setup(
     ext_modules=[Extension("dexkernels._C", sources=[])] if NVCC else [],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPy},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPy, "editable_wheel": EditableWheel},
 )
