@@ -151,8 +151,9 @@ def _recorded(encoder: VisionTransformer, layers: Sequence[int]) -> Iterator[_Re
 
     def routing(layer: DEXLayer, inputs: tuple) -> None:
         if layer.path == "experts":
-            # Of the CLS token alone: the layer's own decision once more, without the director that `return_aux` runs.
-            decision = route(inputs[0][:, :1], layer.router_weight, layer.top_k, temperature=layer.temperature)
+            # The layer's own decision once more, without the director that `return_aux` runs.
+            how = {"routing": layer.routing, "route_from": layer.route_from, "temperature": layer.temperature}
+            decision = route(inputs[0], layer.router_weight, layer.top_k, **how)
             record.gates.append(decision.gates.float())
             record.expert_indices.append(decision.expert_indices)
 

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dex.inference.plain import check_image_wise
 from dex.model import VisionTransformer
 from dexkernels import DEXLayer, route
+from dexkernels.choices import RouteFrom
+from dexkernels.ops.dense import ACTIVATIONS
 
 
 class Int8Report(NamedTuple):
@@ -35,7 +38,11 @@ class Int8Experts(nn.Module):
     def __init__(self, layer: DEXLayer):
         super().__init__()
         experts = layer.experts
-        self.top_k, self.temperature = layer.top_k, layer.temperature
+        check_image_wise(layer)
+        self.top_k: int = layer.top_k
+        self.temperature: float = layer.temperature
+        self.route_from: RouteFrom = layer.route_from
+        self.approximate: str = ACTIVATIONS[layer.activation]
         self.register_buffer("router_weight", layer.router_weight.detach())
         for name, weight, bias in (
             ("fc1", experts.fc1_weight, experts.fc1_bias),
@@ -49,11 +56,11 @@ class Int8Experts(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D] -> [B, N, D]``."""
-        decision = route(x[:, :1], self.router_weight, self.top_k, temperature=self.temperature)
+        decision = route(x, self.router_weight, self.top_k, route_from=self.route_from, temperature=self.temperature)
         out = torch.zeros_like(x)
         for expert in decision.expert_indices.unique().tolist():
             image, choice = (decision.expert_indices == expert).nonzero(as_tuple=True)
-            h = F.gelu(self._linear("fc1", expert, x[image]))
+            h = F.gelu(self._linear("fc1", expert, x[image]), approximate=self.approximate)
             y = self._linear("fc2", expert, h)
             out.index_add_(0, image, decision.gates[image, choice].to(y.dtype)[:, None, None] * y)
         return out

@@ -9,6 +9,15 @@ from torch import Tensor, nn
 
 from dex.model import VisionTransformer
 from dexkernels import DEXLayer
+from dexkernels.choices import RouteFrom
+from dexkernels.ops.dense import ACTIVATIONS
+
+
+def check_image_wise(layer: DEXLayer) -> None:
+    """ValueError unless the layer sends whole images ``[B, N, D]`` to experts: what stands in for it can do no more."""
+    if layer.routing != "image" or layer.layout != "tokens" or layer.windows > 1:
+        got = f"routing={layer.routing!r}, layout={layer.layout!r}, windows={layer.windows}"
+        raise ValueError(f"layer: expected routing='image' of [B, N, D] in one window, got {got}")
 
 
 class GatheredExperts(nn.Module):
@@ -20,18 +29,28 @@ class GatheredExperts(nn.Module):
 
     def __init__(self, layer: DEXLayer):
         super().__init__()
+        check_image_wise(layer)
         experts = layer.experts
-        self.router_weight = layer.router_weight
-        self.fc1_weight, self.fc1_bias = experts.fc1_weight, experts.fc1_bias
-        self.fc2_weight, self.fc2_bias = experts.fc2_weight, experts.fc2_bias
-        self.top_k, self.temperature = layer.top_k, layer.temperature
+        self.router_weight: nn.Parameter = layer.router_weight
+        self.fc1_weight: nn.Parameter = experts.fc1_weight
+        self.fc1_bias: nn.Parameter = experts.fc1_bias
+        self.fc2_weight: nn.Parameter = experts.fc2_weight
+        self.fc2_bias: nn.Parameter = experts.fc2_bias
+        self.top_k: int = layer.top_k
+        self.temperature: float = layer.temperature
+        self.route_from: RouteFrom = layer.route_from
+        self.approximate: str = ACTIVATIONS[layer.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        p = ((x[:, 0] @ self.router_weight.T) / self.temperature).softmax(-1)
+        row = x.mean(1) if self.route_from == "mean" else x[:, 0]
+        p = ((row @ self.router_weight.T) / self.temperature).softmax(-1)
         p, e = p.topk(self.top_k)
         gates = p / p.sum(-1, keepdim=True)
         h = x[:, None] @ self.fc1_weight[e].transpose(2, 3) + self.fc1_bias[e][:, :, None]
-        y = nn.functional.gelu(h) @ self.fc2_weight[e].transpose(2, 3) + self.fc2_bias[e][:, :, None]
+        y = (
+            nn.functional.gelu(h, approximate=self.approximate) @ self.fc2_weight[e].transpose(2, 3)
+            + self.fc2_bias[e][:, :, None]
+        )
         return (gates[:, :, None, None] * y).sum(1)
 
 

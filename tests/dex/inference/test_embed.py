@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import dex
 from dex.data import center, open_dataset
 from dex.inference.embed import embed
+from dex.model import VisionTransformer
 from dex.train import run as training
 
 
@@ -57,6 +58,17 @@ def test_experts_and_gates_are_the_layers_own(loaded, batch):
     finally:
         loaded.encoder.eval()
     assert all(torch.equal(a, b) for a, b in zip(again.gates, got.gates, strict=True))
+
+
+def test_experts_of_a_model_that_routes_from_the_mean_token(batch):
+    torch.manual_seed(0)
+    encoder = VisionTransformer(64, 8, 32, 2, 2, num_experts=4, top_k=2, route_from="mean", temperature=0.2).eval()
+    got = embed(encoder, [batch])
+    with torch.no_grad():
+        auxes = encoder.forward_aux(center(batch, 64), return_aux=True)[1]
+    for gates, indices, aux in zip(got.gates, got.expert_indices, auxes, strict=True):
+        torch.testing.assert_close(gates, aux.gates)
+        assert torch.equal(indices, aux.expert_indices)
 
 
 def test_the_director_and_the_control_route_nothing(trained, control, batch):
