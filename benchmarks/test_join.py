@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from dex.prepare import join
-from dex.prepare.chunks import HISTOGRAM, Counts, Settings, paths
+from dex.prepare.chunk_files import paths
+from dex.prepare.chunks import HISTOGRAM, Counts, Settings
 from dex.prepare.sources import Source
 from dex.prepare.splits import PATIENT
 
@@ -80,7 +81,7 @@ def joined(private: Path, names: list[str]) -> tuple[int, dict[str, float], floa
     def say(text: str) -> None:
         steps[{"looking": "lines read", "writing": "duplicates"}[text.split()[0]]] = time.perf_counter() - began
 
-    _, facts = join.join([join.Part(source, names)], private, SETTINGS, say)
+    _, facts, _ = join.join([join.Part(source, names)], private, SETTINGS, say)
     steps["written"] = time.perf_counter() - began
     return facts["images"], steps, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 

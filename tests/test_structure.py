@@ -28,7 +28,7 @@ RENAMES = {
     "python/dex/common/atomic.py": "the one way to write a file atomically",
     "python/dex/data/shard_rewrite.py": "all files of a set at once, while its manifest names others",
     "python/dex/data/shard_writer.py": "several files become a set: each moves into place, the manifest last",
-    "python/dex/prepare/chunks.py": "several files become a chunk: each moves into place, its record last",
+    "python/dex/prepare/chunk_files.py": "several files become a chunk: each moves into place, its record last",
     "python/dex/prepare/packages.py": "a file that pip or npm fetched moves into place",
     "python/dex/prepare/run.py": "the finished folder moves into place",
     "python/dex/train/checkpoint.py": "a folder that several ranks write, under one name, moves into place",

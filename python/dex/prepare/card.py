@@ -6,22 +6,25 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
 from dex.data import images
 
-from . import page
-from .filters import DROPPED
+from . import page, thumbnails
+from .filters import DROPPED, WITHDRAWN
 from .label_maps import LABEL_MAP, PROBABILITY_MAP
 from .page import count as _count
 from .page import number as _n
 from .page import percent as _percent
 from .routing import REASONS, meaning
 from .splits import hints, sides
+from .thumbnails import Thumbnail
 
+LEFT_OUT = "left_out.json"
+"""Of the set, beside the card: what its thumbnails of public sources are made from; absent where it has none."""
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _BINS = 64  # bars of a histogram
 _PLOT = (256, 72)  # its width and height in the picture's own units
@@ -37,8 +40,9 @@ class Example(NamedTuple):
     kind: str
 
 
-def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
-    """The card as (HTML, JSON): both a function of the arguments alone. `facts`:
+def build(facts: dict, examples: Iterable[Example] = (), left_out: Sequence[Thumbnail] = ()) -> tuple[bytes, bytes]:
+    """The card as (HTML, JSON): both a function of the arguments alone. left_out: thumbnails that anybody may see.
+    `facts`:
 
         name, image_size, bits, encoding, images, train, val
         modalities  [{name, train, val, sources, empty, histogram: 256 counts of pixel values of the kept images}]
@@ -61,7 +65,7 @@ def build(facts: dict, examples: Iterable[Example] = ()) -> tuple[bytes, bytes]:
     _check(facts, examples)
     document = {**facts, "examples": [{"modality": e.modality, "source": e.source, "id": e.id} for e in examples]}
     data = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    return _page(facts, examples).encode(), data
+    return _page(facts, examples, left_out).encode(), data
 
 
 def _check(facts: dict, examples: list[Example]) -> None:
@@ -110,12 +114,12 @@ def _counts(source: dict) -> list[tuple[str, int]]:
     return [(key, source[key]) for key in keys]
 
 
-def _page(facts: dict, examples: list[Example]) -> str:
+def _page(facts: dict, examples: list[Example], left_out: Sequence[Thumbnail]) -> str:
     sections = (
         ("modalities", "Modalities", _modalities(facts)),
         ("sources", "Sources", _sources(facts)),
         *((("split", "Train and held out", _held_out(facts)),) if facts.get("split") else ()),
-        *((("left-out", "Left out", left_out),) if (left_out := _left_out(facts)) else ()),
+        *((("left-out", "Left out", html),) if (html := _left_out(facts, left_out)) else ()),
         *((("withdrawn", "Withdrawn", withdrawn),) if (withdrawn := _withdrawn(facts)) else ()),
         ("examples", "Examples", _examples(facts, examples)),
         ("duplicates", "Duplicates", _duplicates(facts)),
@@ -249,23 +253,37 @@ def _sources(facts: dict) -> str:
     )
 
 
-def _left_out(facts: dict) -> str:
-    """What is no image of its source's modality, by reason; "" where there is nothing."""
-    total = sum((Counter(s["refused"]) for s in (*facts["sources"], *facts.get("left_out", ()))), Counter())
-    rows = "".join(
-        f'<tr><th scope="row">{escape(reason)}</th><td data-label="Files" class="number">{_n(total[reason])}</td>'
-        f'<td data-label="What they are"><span>{escape(_MEANING[reason])}</span></td></tr>'
-        for reason in _MEANING
+def _left_out(facts: dict, shown: Sequence[Thumbnail]) -> str:
+    """What is no image, no image of its source's modality, or was dropped, by reason; "" where there is nothing."""
+    refused = sum((Counter(s["refused"]) for s in (*facts["sources"], *facts.get("left_out", ()))), Counter())
+    dropped = sum((Counter(s["dropped"]) for s in facts["sources"]), Counter())
+    rows = [
+        (label, total[reason], reason)
+        for label, total, reasons in (("Files", refused, _MEANING), ("Slices", dropped, DROPPED))
+        for reason in reasons
         if total[reason]
-    )
+    ]
     if not rows:
         return ""
-    return (
-        "<p>Files that are no images of their source's modality, by what their headers and numbers say. They gave no "
-        "slice. Thumbnails are in the private folder alone, in left_out.html: such files may show names.</p>"
-        '<table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files</th>'
-        f'<th scope="col">What they are</th></tr></thead><tbody>{rows}</tbody></table>'
+    public = any(source["public"] for source in facts["sources"])
+    private = not all(source["public"] for source in facts["sources"])
+    where = "Thumbnails of private sources are in the private folder alone, in left_out.html: they may show names."
+    listed = "".join(
+        f'<tr><th scope="row">{escape(reason)}</th><td data-label="{label}" class="number">{_n(count)}</td>'
+        f'<td data-label="What they are"><span>{escape((_MEANING | _DROPPED)[reason])}</span></td></tr>'
+        for label, count, reason in rows
     )
+    html = (
+        "<p>Files, or parts of them, that gave no slice, by what their headers and numbers say; and slices that were "
+        f"dropped. {where if private else ''}</p>"
+        '<table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files or slices</th>'
+        f'<th scope="col">What they are</th></tr></thead><tbody>{listed}</tbody></table>'
+    )
+    for reason, some in groupby(thumbnails.choose(shown), key=lambda one: one.reason):
+        html += f"<h3>{escape(reason)}</h3>{thumbnails.figures(list(some))}"
+    if public and shown:
+        html += f"<p>At most {thumbnails.SHOWN} of each reason, of public sources.</p>"
+    return html
 
 
 def _withdrawn(facts: dict) -> str:
@@ -287,6 +305,23 @@ def _withdrawn(facts: dict) -> str:
 _MEANING = {reason: meaning(reason) for reason in REASONS} | {
     LABEL_MAP: "a segmentation, a mask or an atlas: few values that fill regions",
     PROBABILITY_MAP: "probabilities of a tissue, by name and numbers",
+    "burned-in": "the header declares burned-in annotation",
+    "unsupported": "a kind of file, or a codec, that is not read",
+    "inconsistent": "numbers the rule cannot take, copies, or volumes and frames after the first",
+    "constant": "no two values differ",
+    "not finite": "infinite values, or nearly all NaN",
+    "too large": "more than the limits allow",
+    "unreadable": "damaged or cut off",
+    "timeout": "its reader took too long, twice",
+    "crash": "its reader died of it, twice",
+}
+_DROPPED = {
+    "foreground": "less of it differs from the background than the rule asks for",
+    "blank": "nearly one level everywhere",
+    "too small": "fewer than 32 pixels a side",
+    "exact duplicate": "the pixels of an image that was kept",
+    "near duplicate": "nearly the pixels of an image that was kept",
+    WITHDRAWN: "taken out after the set was written, or not let in again",
 }
 
 

@@ -88,6 +88,7 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
 .grid img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: #000;
   border-radius: .3rem; }
 .grid figcaption { font-size: .75rem; line-height: 1.35; padding-top: .3rem; color: var(--quiet); }
+.grid .two { grid-column: span 2; } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
 .grid b { color: var(--ink); font-weight: 500; } .grid .mark { margin-right: .35rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 .matrix { width: auto; } .matrix th, .matrix td { padding: .45rem .6rem; border: 1px solid var(--line);

@@ -1,25 +1,16 @@
 """One chunk of a source: from files to encoded, normalised images, each with what the join needs to know of it.
 
-A chunk's result is three files, which exist whole or not at all; the second comes last and says that they do:
-
-    chunks/<source>-<chunk>.bin      of each kept image its encoded bytes, then its histogram (HISTOGRAM_BYTES)
-    chunks/<source>-<chunk>.jsonl    a line for each kept image, then one of counts
-    ids/<source>-<chunk>.jsonl       which file each kept image and each refusal is of: rows of `trace`
-
-While they are written their names end in ".partial", and the process that writes them holds a lock; what is done of
-them stands in `unfinished`.
+A chunk's result is the three files of `chunk_files`.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
-import fcntl
 import hashlib
 import io
 import itertools
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dex.common import atomic, faults
+from dex.common import faults
 
-from . import filters, label_maps, normalise, readers, routing, trace
+from . import filters, label_maps, normalise, readers, routing, thumbnails, trace
+from .chunk_files import Busy, CannotWrite, ChunkFiles
 from .discover import Chunk, Unit, is_unchanged, modality_of, read_units
 from .ids import Names
 from .modalities import known
@@ -39,7 +31,6 @@ from .no_images import not_an_image
 from .readers.stack import Refused
 from .slices import Slice, enough, pieces, slices
 from .sources import Source
-from .unfinished import Unfinished
 from .workers import Report, Task, where
 
 HISTOGRAM = np.dtype("<u4")
@@ -145,18 +136,6 @@ class Changed(Exception):
     """A file is not what it was when the sources were listed."""
 
 
-class Busy(Exception):
-    """Another process is at work on the chunk."""
-
-
-class CannotWrite(Exception):
-    """An OSError while writing, so that it is not taken for one of the file that is read."""
-
-    def __init__(self, error: OSError):
-        super().__init__(error.errno)
-        self.error = error
-
-
 class _State(NamedTuple):
     """Where another process would go on: the next unit, the files' sizes, and what is known so far."""
 
@@ -164,14 +143,24 @@ class _State(NamedTuple):
     sizes: tuple[int, int, int]
     result: Result
 
+    def kept(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
+        """The sizes, and the rest as JSON holds it."""
+        counts, refusals = self.result
+        return self.sizes, {"next": self.next, "counts": counts.to_dict(), "refusals": refusals}
 
-def paths(private: Path, name: str) -> tuple[Path, Path, Path]:
-    """The .bin, the .jsonl and the ids file of a chunk."""
-    return private / "chunks" / f"{name}.bin", private / "chunks" / f"{name}.jsonl", private / "ids" / f"{name}.jsonl"
+    @classmethod
+    def of(cls, left: tuple[tuple[int, int, int], dict[str, Any]] | None) -> _State | None:
+        """From what `kept` gave."""
+        if left is None:
+            return None
+        sizes, kept = left
+        refusals = [Refusal(*refusal) for refusal in kept["refusals"]]
+        return cls(kept["next"], sizes, Result(Counts.from_dict(kept["counts"]), refusals))
 
 
-def is_done(private: Path, name: str) -> bool:
-    return paths(private, name)[1].exists()
+def _files(job: Job) -> ChunkFiles:
+    withdrawn = hashlib.sha256("\0".join(sorted(job.withdrawn)).encode("utf-8", "surrogatepass")).hexdigest()
+    return ChunkFiles(job.private, job.name, f"{job.chunk} {withdrawn}", HISTOGRAM_BYTES)
 
 
 def preload(formats: Iterable[str]) -> None:
@@ -188,8 +177,9 @@ def work(task: Task, report: Report) -> Result | str:
     job: Job = task.job
     units = read_units(job.listing, job.chunk)
     try:
-        with _Files(job) as files:
-            state: _State = task.state or files.left() or _State(0, (0, 0, 0), Result(Counts(), []))
+        with _files(job) as files:
+            left = task.state or _State.of(files.left())
+            state: _State = left or _State(0, (0, 0, 0), Result(Counts(), []))
             files.cut(state.sizes)
             for number in range(state.next, len(units)):
                 done = UnitWork(job, number, units[number], copy.deepcopy(state.result.counts), files, report)
@@ -200,9 +190,9 @@ def work(task: Task, report: Report) -> Result | str:
                     done.run()
                 result = Result(done.finish(), state.result.refusals + done.refusals)
                 state = _State(number + 1, files.flush(), result)
-                files.keep(state)
+                files.keep(*state.kept())
                 report.save(state)
-            files.finish(state.result.counts)
+            files.finish(state.result.counts.to_dict())
     except CannotWrite as error:
         raise error.error from None
     except (Changed, Busy) as error:
@@ -224,7 +214,7 @@ class UnitWork:
 
     headers = False  # whether no pixel is read
 
-    def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: _Files, report: Report):
+    def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: ChunkFiles, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
         self._counts, self._before = counts, counts.seen
         self._names = Names(job.source, job.salt, job.common, job.level)
@@ -349,13 +339,14 @@ class UnitWork:
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
             dropped = filters.verdict(one.image, one.share, one.small, source)
-            if dropped is not None:
-                self._counts.dropped[dropped] += 1
-                continue
             label = f"s{number:02d}-{one.label}" if number else one.label
             sample = self._names.sample(self._unit.key, label)
             if group in self._job.withdrawn or sample in self._job.withdrawn:
-                self._counts.dropped[filters.WITHDRAWN] += 1
+                dropped = dropped or filters.WITHDRAWN
+            elif dropped is not None:
+                self._show(one, dropped, label, common)
+            if dropped is not None:
+                self._counts.dropped[dropped] += 1
                 continue
             line, data = _describe(one, settings.encoding)
             self._files.add({"id": sample, "label": label, **common, **line}, data)
@@ -364,6 +355,15 @@ class UnitWork:
             self._counts.kept += 1
             self._counts.text += line["text"]
         self._counts.masked += stack.masked
+
+    def _show(self, one: Slice, reason: str, label: str, common: dict[str, Any]) -> None:
+        """Keep a thumbnail of a dropped slice: of the first of a reason in this chunk, the second, fourth, eighth..."""
+        before = self._counts.dropped[reason]
+        if before & (before + 1):
+            return
+        picture = base64.b64encode(thumbnails.of_slice(one.image)).decode()
+        where = {"path": self._unit.key, "label": label, "group": common["group"]}
+        self._files.show({"dropped": reason, **where, "thumbnail": picture})
 
     def _admitted(self, stack: readers.Stack) -> Source:
         """The source as it is for the stack. Refused where that is no image, or is not to be used."""
@@ -455,125 +455,3 @@ def encode(image: np.ndarray, encoding: str) -> bytes:
     else:
         Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
-
-
-class _Files:
-    """A chunk's three files while they are written. Busy when another process writes them; CannotWrite for any
-    OSError."""
-
-    def __init__(self, job: Job):
-        self._final = paths(job.private, job.name)
-        self._partial = [atomic.work_name(path) for path in self._final]
-        self._files: list[Any] = []
-        withdrawn = hashlib.sha256("\0".join(sorted(job.withdrawn)).encode("utf-8", "surrogatepass")).hexdigest()
-        done = self._final[1].with_suffix(".unfinished")
-        self._unfinished = Unfinished(done, self._partial, f"{job.chunk} {withdrawn}", HISTOGRAM_BYTES)
-        self._finished = False
-
-    def __enter__(self) -> _Files:
-        try:
-            for path in self._partial:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._files.append(os.fdopen(descriptor, "r+b"))
-                if len(self._files) == 1:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._close()
-            raise Busy from None
-        except OSError as error:
-            self._close()
-            raise CannotWrite(error) from None
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is CannotWrite and not self._finished:  # a full disk gets its room back
-            self._unfinished.forget()
-            for path in self._partial:
-                path.unlink(missing_ok=True)
-        self._close()
-
-    def add(self, line: dict[str, Any], data: bytes) -> None:
-        offset = self._files[0].tell()
-        self._write(0, data)
-        self._write(1, _json({**line, "offset": offset}))
-
-    def note(self, row: dict[str, Any]) -> None:
-        """Keep where an image, or what was refused, comes from."""
-        self._write(2, _json(row))
-
-    def sizes(self) -> tuple[int, int, int]:
-        return tuple(file.tell() for file in self._files)
-
-    def cut(self, sizes: tuple[int, int, int]) -> None:
-        """Take back what was written after `sizes`."""
-        try:
-            for file, size in zip(self._files, sizes, strict=True):
-                if file.seek(0, os.SEEK_END) < size:
-                    raise RuntimeError("a file of the chunk has become shorter than it was left")
-                file.seek(size)
-                file.truncate()
-        except OSError as error:
-            raise CannotWrite(error) from None
-
-    def flush(self) -> tuple[int, int, int]:
-        try:
-            for file in self._files:
-                file.flush()
-        except OSError as error:
-            raise CannotWrite(error) from None
-        return self.sizes()
-
-    def keep(self, state: _State) -> None:
-        """Let a run that comes after a kill go on from `state`."""
-        counts, refusals = state.result
-        kept = {"next": state.next, "counts": counts.to_dict(), "refusals": refusals}
-        try:
-            self._unfinished.keep(state.sizes, kept)
-        except OSError as error:
-            raise CannotWrite(error) from None
-
-    def left(self) -> _State | None:
-        """Where an earlier run was, when it was killed."""
-        left = self._unfinished.left()
-        if left is None:
-            return None
-        sizes, kept = left
-        refusals = [Refusal(*refusal) for refusal in kept["refusals"]]
-        return _State(kept["next"], sizes, Result(Counts.from_dict(kept["counts"]), refusals))
-
-    def finish(self, counts: Counts) -> None:
-        """Write the last line and give the files their names, the lines' last."""
-        self.flush()
-        with open(self._partial[1], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        end = {"bytes": self._files[0].tell(), "sha256": digest, "counts": counts.to_dict()}
-        self._write(1, _json({"end": end}))
-        try:
-            for file in self._files:
-                file.flush()
-                os.fsync(file.fileno())
-            for number in (0, 2, 1):
-                os.replace(self._partial[number], self._final[number])
-                atomic.sync_path(self._final[number].parent)
-            self._unfinished.forget()
-        except OSError as error:
-            raise CannotWrite(error) from None
-        self._finished = True
-
-    def _write(self, number: int, data: bytes) -> None:
-        try:
-            self._files[number].write(data)
-        except OSError as error:
-            raise CannotWrite(error) from None
-
-    def _close(self) -> None:
-        for file in self._files:
-            try:
-                file.close()
-            except OSError:  # a full disk: what was buffered is lost, and was not promised
-                pass
-        self._files = []
-
-
-def _json(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"

@@ -6,6 +6,7 @@ when. Memory: some 110 bytes an image for the table of hashes, and what `duplica
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -21,13 +22,16 @@ import numpy as np
 from dex.common import atomic
 from dex.data import ShardWriter
 
-from . import card, duplicates, filters, modalities, normalise, splits, trace
-from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings, paths
+from . import card, duplicates, filters, modalities, normalise, splits, thumbnails, trace
+from .chunk_files import paths
+from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings
 from .sources import PACKAGES, Source
+from .thumbnails import LeftOut, Thumbnail
 
 EXAMPLES = 12
 """Images of each modality that the card shows."""
 _TAIL = 2**16
+_MANY = 1_000  # thumbnails, above which those are forgotten that will not be shown
 
 
 class ChunkFault(RuntimeError):
@@ -74,9 +78,14 @@ class _Table:
 
 
 def join(
-    parts: Sequence[Part], private: Path, settings: Settings, say: Callable[[str], None] = lambda text: None
-) -> tuple[Path, dict[str, Any]]:
-    """Write the shard set of all chunks to `private/set`; returns that folder and the card's facts.
+    parts: Sequence[Part],
+    private: Path,
+    settings: Settings,
+    say: Callable[[str], None] = lambda text: None,
+    refused: LeftOut = LeftOut(Counter(), ()),  # noqa: B008
+) -> tuple[Path, dict[str, Any], LeftOut]:
+    """Write the shard set of all chunks to `private/set`; returns that folder, the card's facts and what was left out:
+    `refused`, and the slices that were dropped.
 
     The first of several equal or alike images is kept; `splits` says what is held out. NothingKept; ChunkFault;
     splits.BothSides.
@@ -97,11 +106,7 @@ def join(
 
     out = private / "set"
     shutil.rmtree(out, ignore_errors=True)
-    keys = np.cumsum(keep) - 1  # of a kept image: its number among them
     names = [entry["name"] for entry in facts["modalities"]]
-    histograms = {name: np.zeros(256, np.int64) for name in names}
-    chosen = _choose(table, keep)
-    examples: dict[int, card.Example] = {}
     withdrawals = [record.public() for record in trace.withdrawn(private)]
     say(f"writing {int(keep.sum()):,} images")
     with (
@@ -110,41 +115,138 @@ def join(
             out, name=facts["name"], modalities=names, image_size=settings.size, withdrawals=withdrawals
         ) as writer,
     ):
+        second = _SecondPass(table, split, kind, of, names)
         number = 0
         for part in parts:
             for name in part.chunks:
                 with open(paths(private, name)[0], "rb") as file:
                     for line in _lines(private, name):
-                        if keep[number]:
-                            data, histogram = _image(private, name, file, line)
-                            row = table.rows[table.row[number]]
-                            histograms[row.source.modality] += histogram
-                            writer.add(
-                                line["id"],
-                                data,
-                                kind=line["kind"],
-                                modality=row.source.modality,
-                                split="val" if split.val[table.stack[number]] else "train",
-                                group=splits.name_of(line, int(split.level[table.stack[number]])),
-                                meta=_meta(row.source, line),
-                                checked=True,
-                            )
-                            if number in chosen:
-                                examples[number] = card.Example(
-                                    row.source.modality, row.name, line["id"], data, line["kind"]
-                                )
-                        else:
-                            near = bool(kind[number] == duplicates.NEAR)
-                            repeated.write(trace.duplicate(line["id"], line["group"], int(keys[of[number]]), near))
+                        if "dropped" in line:
+                            second.dropped(part.source, line)
+                            continue
+                        image = _image(private, name, file, line) if second.needs(number) else None
+                        second.image(number, line, image, writer, repeated)
                         number += 1
         for entry in facts["modalities"]:
-            entry["histogram"] = histograms[entry["name"]].tolist()
+            entry["histogram"] = second.histograms[entry["name"]].tolist()
         if withdrawals:
             facts["withdrawn"] = [{"date": one["date"], "images": one["images"]} for one in withdrawals]
-        page, numbers = card.build(facts, [examples[number] for number in sorted(examples)])
+        left = LeftOut(refused.counts + _slices_left_out(facts), thumbnails.choose([*refused.shown, *second.left()]))
+        public = LeftOut(left.counts, [one.for_card() for one in left.shown if one.public])
+        page, numbers = card.build(facts, second.examples(), public.shown)
         writer.add_document("card.html", page)
         writer.add_document("card.json", numbers)
-    return out, facts
+        if public.shown:
+            writer.add_document(card.LEFT_OUT, public.to_json())
+    return out, facts, left
+
+
+class _SecondPass:
+    """The second pass over all images of the chunks."""
+
+    def __init__(self, table: _Table, split: splits.Split, kind: np.ndarray, of: np.ndarray, names: Sequence[str]):
+        self._table, self._split, self._kind, self._of = table, split, kind, of
+        keep = kind == duplicates.KEEP
+        self._keys = np.cumsum(keep) - 1  # of a kept image: its number among them
+        self._chosen = _choose(table, keep)
+        self._examples: dict[int, card.Example] = {}
+        self._pairs = _pairs_to_show(kind)
+        self._members = {number: b"" for pair in self._pairs for number in (pair, int(of[pair]))}
+        self._lines: dict[int, dict[str, Any]] = {}
+        self._dropped: list[Thumbnail] = []
+        self.histograms = {name: np.zeros(256, np.int64) for name in names}
+
+    def dropped(self, source: Source, line: dict[str, Any]) -> None:
+        """line: of a slice that was dropped."""
+        one = Thumbnail(
+            reason=line["dropped"],
+            source=source.name,
+            name=line["path"],
+            path=line["path"],
+            detail=line["label"],
+            groups=(line["group"],),
+            ids=(),
+            pictures=(base64.b64decode(line["thumbnail"]),),
+            public=source.public,
+        )
+        self._dropped.append(one)
+        if len(self._dropped) > _MANY:
+            self._dropped = thumbnails.choose(self._dropped)
+
+    def needs(self, number: int) -> bool:
+        """Whether the bytes of an image are needed."""
+        return bool(self._kind[number] == duplicates.KEEP) or number in self._members
+
+    def image(
+        self,
+        number: int,
+        line: dict[str, Any],
+        image: tuple[bytes, np.ndarray] | None,
+        writer: ShardWriter,
+        repeated: Any,
+    ) -> None:
+        """Write image `number` to the set, or that it repeats another one. image: its bytes and its histogram."""
+        data, histogram = image or (b"", None)
+        if number in self._members:
+            self._members[number], self._lines[number] = thumbnails.of_file(data), line
+        if self._kind[number] != duplicates.KEEP:
+            near = bool(self._kind[number] == duplicates.NEAR)
+            key = int(self._keys[self._of[number]])
+            repeated.write(trace.duplicate(line["id"], line["group"], key, near))
+            return
+        row, stack = self._table.rows[self._table.row[number]], self._table.stack[number]
+        self.histograms[row.source.modality] += histogram
+        writer.add(
+            line["id"],
+            data,
+            kind=line["kind"],
+            modality=row.source.modality,
+            split="val" if self._split.val[stack] else "train",
+            group=splits.name_of(line, int(self._split.level[stack])),
+            meta=_meta(row.source, line),
+            checked=True,
+        )
+        if number in self._chosen:
+            self._examples[number] = card.Example(row.source.modality, row.name, line["id"], data, line["kind"])
+
+    def examples(self) -> list[card.Example]:
+        return [self._examples[number] for number in sorted(self._examples)]
+
+    def left(self) -> list[Thumbnail]:
+        """Of dropped slices, and of duplicates beside what was kept."""
+        pairs = []
+        for number in self._pairs:
+            both = (number, int(self._of[number]))
+            lines = [self._lines[one] for one in both]
+            sources = [self._table.rows[self._table.row[one]].source for one in both]
+            pairs.append(
+                Thumbnail(
+                    reason="near duplicate" if self._kind[number] == duplicates.NEAR else "exact duplicate",
+                    source=sources[0].name,
+                    name=lines[0]["id"],
+                    path="",
+                    detail=f"left; {lines[1]['id']}, right, was kept",
+                    groups=tuple(line["group"] for line in lines),
+                    ids=tuple(line["id"] for line in lines),
+                    pictures=tuple(self._members[one] for one in both),
+                    public=all(source.public for source in sources),
+                )
+            )
+        return [*self._dropped, *pairs]
+
+
+def _pairs_to_show(kind: np.ndarray) -> list[int]:
+    """Numbers of some duplicates of each kind, spread evenly."""
+    pairs: list[int] = []
+    for code in (duplicates.EXACT, duplicates.NEAR):
+        here = np.flatnonzero(kind == code)
+        count = min(len(here), thumbnails.SHOWN)
+        pairs += [int(here[(2 * i + 1) * len(here) // (2 * count)]) for i in range(count)]
+    return pairs
+
+
+def _slices_left_out(facts: dict[str, Any]) -> Counter[str]:
+    return sum((Counter(source["dropped"]) for source in facts["sources"]), Counter())
 
 
 def read_counts(private: Path, name: str) -> Counts:
@@ -186,6 +288,8 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
         before = len(flags)
         for name in part.chunks:
             for line in _lines(private, name):
+                if "dropped" in line:
+                    continue
                 if place != (name, line["unit"], line["stack"]):
                     place = (name, line["unit"], line["stack"])
                     stack += 1
@@ -221,7 +325,7 @@ def _total(private: Path, part: Part) -> Counts:
 
 
 def _lines(private: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The images of a chunk; ChunkFault unless it ends as it should."""
+    """The images of a chunk, and its dropped slices that have a thumbnail; ChunkFault unless it ends as it should."""
     data, lines, _ = paths(private, name)
     end, digest = None, hashlib.sha256()
     try:

@@ -1,78 +1,115 @@
-"""`DIR.private/left_out.html`: what was refused or left out, by reason, with a few thumbnails of each.
+"""`DIR.private/left_out.html`: what was refused or dropped, by reason, with a few thumbnails of each.
 
 It is for whoever prepared the set, and never part of it: screens and pages show names in their pixels, and so may what
-looks like a mask, since a scanned page has two values too. So the public card has the counts, and this page the
-pictures, with the paths of their files.
+looks like a mask, since a scanned page has two values too. The public card has the counts, and thumbnails of public
+sources alone. `left_out.json` beside the page holds what it is made of, for a withdrawal.
 
-Thumbnails are chosen by a hash of the file's id and read in processes of their own, like everything else. What holds no
-image, or cannot be read, has none.
+Thumbnails of files are read in processes of their own, like everything else. What holds no image, or cannot be read,
+has none.
 """
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import functools
-import hashlib
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from dex.common import atomic
 
-from . import chunks, page, readers, trace, workers
+from . import chunks, filters, page, readers, thumbnails, trace, workers
+from .sources import Source
+from .thumbnails import LeftOut, Thumbnail
 
-PAGE = trace.LEFT_OUT
-SHOWN = 6
-"""Thumbnails of each reason."""
-SIDE = 128  # pixels of a thumbnail
-_SEED = b"dex left out\0"
+PAGE, RECORD = trace.LEFT_OUT, "left_out.json"
+_NEVER_PUBLIC = ("burned-in", *chunks.GIVEN_UP)
+"""Reasons of which the card shows nothing: a name may be read, or a thumbnail may depend on how busy the machine is."""
+
+
+class Listed(NamedTuple):
+    """A source and where its files lie."""
+
+    source: Source
+    root: Path
 
 
 class _Row(NamedTuple):
-    """One refusal. order: draws those that are shown; source: the number of its source."""
+    """One refusal. path: of its unit; file: its name, where the unit has several; source: its number."""
 
-    order: str
     reason: str
     detail: str
     path: str
     file: str
     source: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.file}" if self.file else self.path
+
 
 class _Job(NamedTuple):
     """A file to be looked at."""
 
-    row: _Row
+    name: Thumbnail
     files: tuple[Path, ...]
     limits: readers.Limits
 
 
-def write(private: Path, roots: Sequence[Path], limits: readers.Limits, processes: int) -> None:
-    """Write the page of a run whose chunks are all done; where nothing was left out, remove that of an earlier run.
-    roots: of the sources, in their order."""
+def look_at(private: Path, listed: Sequence[Listed], limits: readers.Limits, processes: int) -> LeftOut:
+    """What was refused in a run whose chunks are all done. listed: its sources, in their order."""
     counts: Counter[str] = Counter()
-    chosen: dict[str, list[_Row]] = {}
+    chosen: list[Thumbnail] = []
+    rows: dict[Thumbnail, _Row] = {}
     for row in _rows(private):
         counts[row.reason] += 1
-        chosen[row.reason] = sorted([*chosen.get(row.reason, []), row])[:SHOWN]
-    if not counts:
-        (private / PAGE).unlink(missing_ok=True)
+        one = _named(row, listed[row.source].source)
+        rows[one] = row
+        chosen.append(one)
+        if len(chosen) > 1_000:
+            chosen = thumbnails.choose(chosen)
+            rows = {one: rows[one] for one in chosen}
+    chosen = thumbnails.choose(chosen)
+    jobs = [job for one in chosen if (job := _job(one, rows[one], listed[rows[one].source].root, limits)) is not None]
+    pictures: dict[Thumbnail, bytes] = {}
+    if jobs:
+        with contextlib.suppress(workers.WorkerFault):  # the set does not depend on it
+            pictures.update(_looked(jobs, limits, processes))
+    shown = [one._replace(pictures=(pictures[one],) if pictures.get(one) else ()) for one in chosen]
+    return LeftOut(counts, shown)
+
+
+def write(private: Path, left: LeftOut) -> None:
+    """Write the page; where nothing was left out, remove that of an earlier run."""
+    if not left.counts:
+        for name in (PAGE, RECORD):
+            (private / name).unlink(missing_ok=True)
         return
-    jobs = [job for rows in chosen.values() for row in rows if (job := _job(row, roots, limits)) is not None]
-    thumbnails = dict(_looked(jobs, limits, processes)) if jobs else {}
-    html = _page(counts, chosen, thumbnails)
-    atomic.write(private / PAGE, html, mode=0o600, locked=True)
+    atomic.write(private / RECORD, left.to_json(), mode=0o600, locked=True)
+    atomic.write(private / PAGE, _page(left), mode=0o600, locked=True)
 
 
-def _looked(jobs: Sequence[_Job], limits: readers.Limits, processes: int) -> Iterator[tuple[_Row, bytes]]:
+def forget(private: Path, groups: frozenset[str], ids: frozenset[str], paths: frozenset[str]) -> None:
+    """Take these patients, images and units from the page, with the files that may be anybody's."""
+    try:
+        left = LeftOut.from_json((private / RECORD).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged: nobody knows whose it is
+        left = LeftOut(Counter(), ())
+    write(private, left._replace(shown=thumbnails.without(left.shown, groups, ids, paths)))
+
+
+def _named(row: _Row, source: Source) -> Thumbnail:
+    public = source.public and row.reason not in _NEVER_PUBLIC
+    # whose file it is that was not read to the end nobody knows
+    return Thumbnail(row.reason, source.name, row.name, row.path, row.detail, (), (), (), public)
+
+
+def _looked(jobs: Sequence[_Job], limits: readers.Limits, processes: int) -> Iterator[tuple[Thumbnail, bytes]]:
     formats = {format for job in jobs if (format := _format(job.files[0])) is not None}
     results = workers.run(
         look,
@@ -81,11 +118,11 @@ def _looked(jobs: Sequence[_Job], limits: readers.Limits, processes: int) -> Ite
         memory_mb=limits.memory_mb,
         preload=functools.partial(chunks.preload, sorted(formats)),
     )
-    yield from ((job.row, picture) for job, picture in results)
+    yield from ((job.name, picture) for job, picture in results)
 
 
 def look(task: workers.Task, report: workers.Report) -> bytes:
-    """A thumbnail of the middle frame of a file, as PNG; b"" where there is none."""
+    """A thumbnail of the middle frame of a file; b"" where there is none."""
     job: _Job = task.job
     if task.refused or task.state is not None:
         return b""
@@ -93,75 +130,62 @@ def look(task: workers.Task, report: workers.Report) -> bytes:
     try:
         stack = next(readers.read(job.files, _format(job.files[0]) or "", limits=job.limits, beat=report.beat))
         frame = next(stack.sample(frozenset([(stack.length or 1) // 2])))
-        return thumbnail(frame)
+        return thumbnails.thumbnail(frame)
     except Exception:  # whatever is wrong with it is why it was left out
         return b""
     finally:
         report.save(True)
 
 
-def thumbnail(frame: np.ndarray) -> bytes:
-    """PNG of numbers [H, W] or uint8 [H, W, 3], from the least to the greatest, SIDE pixels at most."""
-    if frame.dtype != np.uint8:
-        values = np.nan_to_num(frame.astype(np.float32), posinf=0, neginf=0)
-        low, high = float(values.min()), float(values.max())
-        frame = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
-    elif frame.ndim == 2 and 0 < frame.max() < 64:  # labels, which would all look black
-        frame = (frame.astype(np.uint16) * 255 // frame.max()).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    image.thumbnail((SIDE, SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
 def _rows(private: Path) -> Iterator[_Row]:
     for path in sorted((private / trace.IDS).glob("*.jsonl")):
         with open(path, encoding="ascii") as lines:
-            for number, text in enumerate(lines):
+            for text in lines:
                 row: dict[str, Any] = json.loads(text)
                 if "refused" not in row:
                     continue
                 for file in row.get("files") or [row.get("file", "")]:
-                    order = hashlib.sha256(_SEED + f"{path.stem} {number} {file}".encode("utf-8", "surrogatepass"))
                     source = int(path.stem.split("-")[0])
-                    yield _Row(order.hexdigest(), row["refused"], row.get("detail", ""), row["path"], file, source)
+                    yield _Row(row["refused"], row.get("detail", ""), row["path"], file, source)
 
 
-def _job(row: _Row, roots: Sequence[Path], limits: readers.Limits) -> _Job | None:
-    root, folder = roots[row.source], os.path.dirname(row.path)
+def _job(one: Thumbnail, row: _Row, root: Path, limits: readers.Limits) -> _Job | None:
+    folder = os.path.dirname(row.path)
     tried = [root / row.path / row.file, root / folder / row.file] if row.file else [root / row.path]
     path = next((path for path in tried if path.is_file() and not path.is_symlink()), None)
     if path is None or (format := _format(path)) is None:
         return None
     beside = (path.with_name(name) for name in readers.beside(path, format))
-    return _Job(row, (path, *(other for other in beside if other.is_file())), limits)
+    return _Job(one, (path, *(other for other in beside if other.is_file())), limits)
 
 
 def _format(path: Path) -> str | None:
     return readers.format_of(path) or readers.recognised(path)
 
 
-def _page(counts: Counter[str], chosen: Mapping[str, Sequence[_Row]], thumbnails: Mapping[_Row, bytes]) -> str:
+def _page(left: LeftOut) -> str:
+    shown: Mapping[str, list[Thumbnail]] = {
+        reason: list(some) for reason, some in groupby(thumbnails.choose(left.shown), key=lambda one: one.reason)
+    }
     sections = []
-    for number, (reason, count) in enumerate(sorted(counts.items())):
-        figures = "".join(_figure(row, thumbnails.get(row)) for row in chosen[reason])
-        html = f'<p>{page.count(count, "file")} or parts of files.</p><div class="grid">{figures}</div>'
-        sections.append(page.Section(f"reason-{number}", escape(reason), html))
-    total = page.count(counts.total(), "file")
+    for number, reason in enumerate(sorted(left.counts, key=lambda reason: (reason in filters.DROPPED, reason))):
+        count = left.counts[reason]
+        what = page.count(count, "slice") if reason in filters.DROPPED else _files(count)
+        sections.append(
+            page.Section(
+                f"reason-{number}", escape(reason), f"<p>{what}.</p>{thumbnails.figures(shown.get(reason, ()))}"
+            )
+        )
+    slices = sum(count for reason, count in left.counts.items() if reason in filters.DROPPED)
     header = (
         '<header><p class="kicker">Private</p><h1>Left out</h1><p class="notice">This page names files and shows '
         "pixels that may hold names. It belongs to whoever prepared the set, and is not to be given away with it.</p>"
-        f"<p>{total} or parts of files gave no image. <code>dex data refused</code> lists them all.</p></header>"
+        f"<p>{_files(left.counts.total() - slices)} gave no image; <code>dex data refused</code> lists them all. "
+        f"{page.count(slices, 'slice')} of the others {'was' if slices == 1 else 'were'} dropped. At most "
+        f"{thumbnails.SHOWN} of each reason are shown, drawn by chance.</p></header>"
     )
     return page.document("Left out", header, sections)
 
 
-def _figure(row: _Row, picture: bytes | None) -> str:
-    path = f"{row.path}/{row.file}" if row.file else row.path
-    name = escape(path.encode("utf-8", "backslashreplace").decode())
-    image = '<p class="quiet">no image</p>'
-    if picture:
-        data = base64.b64encode(picture).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="{name}" width="{SIDE}" height="{SIDE}">'
-    return f"<figure>{image}<figcaption><b>{name}</b> <span>{escape(row.detail)}</span></figcaption></figure>"
+def _files(count: int) -> str:
+    return f"{page.count(count, 'file')} or {'part of one' if count == 1 else 'parts of files'}"

@@ -39,7 +39,7 @@ from dex.common import atomic, exits
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
-from . import chunks, join, left_out, packages, readers, scan, splits, trace, workers
+from . import chunk_files, chunks, join, left_out, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import Chunk, Listing, check_modalities, discover, parted
 from .folders import Level
@@ -265,8 +265,8 @@ class Run:
         if (self._options.out / MANIFEST).exists():
             self._clean()
             return self._facts()
-        done = [piece for piece in self._of_part if chunks.is_done(self._private, piece.name)]
-        todo = {piece.name: piece for piece in self._of_part if not chunks.is_done(self._private, piece.name)}
+        done = [piece for piece in self._of_part if chunk_files.is_done(self._private, piece.name)]
+        todo = {piece.name: piece for piece in self._of_part if not chunk_files.is_done(self._private, piece.name)}
         self._log("started", part=list(self._options.shard), chunks=len(self._of_part), done=len(done))
         counts = self._counts(done)
         self._check_readable(counts, done)
@@ -301,7 +301,7 @@ class Run:
         return self._finish()
 
     def _finish(self) -> dict[str, Any] | None:
-        left = [piece for piece in self._pieces if not chunks.is_done(self._private, piece.name)]
+        left = [piece for piece in self._pieces if not chunk_files.is_done(self._private, piece.name)]
         if (self._options.out / MANIFEST).exists():
             return self._facts()
         if left:
@@ -328,10 +328,10 @@ class Run:
             )
             for one in self._planned
         ]
-        folder, facts = join.join(parts, self._private, self._options.settings, self._say)
-        with contextlib.suppress(workers.WorkerFault):  # the set does not depend on it
-            roots = [one.root for one in self._planned]
-            left_out.write(self._private, roots, self._options.limits, self._options.workers)
+        listed = [left_out.Listed(one.source, one.root) for one in self._planned]
+        refused = left_out.look_at(self._private, listed, self._options.limits, self._options.workers)
+        folder, facts, left = join.join(parts, self._private, self._options.settings, self._say, refused)
+        left_out.write(self._private, left)
         os.rename(folder, self._options.out)
         atomic.sync_path(self._options.out.parent)
         self._log("done", images=facts["images"])
@@ -384,7 +384,7 @@ class Run:
         )
 
     def _refused(self, name: str) -> Iterator[dict[str, Any]]:
-        with open(chunks.paths(self._private, name)[2], encoding="ascii") as file:
+        with open(chunk_files.paths(self._private, name)[2], encoding="ascii") as file:
             for text in file:
                 row = json.loads(text)
                 if row.get("refused") in chunks.UNREADABLE:

@@ -308,19 +308,20 @@ def hints(facts: Mapping[str, Any]) -> list[str]:
         if by in (WHOLE, STATED) or not 0 < row["wanted"] < 1 or not total:
             continue
         wanted = f"{100 * row['wanted']:g} %"
-        loose = [kind for kind in row["groups"] if kind != PATIENT]
+        loose = unnamed_kinds(row)
         few = row["patients"] * MOST * row["wanted"] < 1
         if not images[VAL]:
             said.append(f"{name}: no image is held out: all are of one {next(iter(row['groups']), PATIENT)}; {HOW}")
         elif by != PATIENT and (few or by == FOLDER):
             are = "is" if row["patients"] == 1 else "are"
-            parted = " and ".join(loose) or _PARTED_BY[by]
+            parted = " and ".join(loose if row["groups"] else ()) or _PARTED_BY[by]
             said.append(
                 f"{name}: {_count(row['patients'], 'patient')}, by headers and folders, {are} too few to hold out "
                 f"{wanted}: split by {parted}, so that a patient may be on both sides; {HOW}"
             )
         elif loose and (by != PATIENT or FILE in loose or not row["sure"]):
-            unnamed = " and ".join(_count(sum(row["groups"][kind].values()), kind) for kind in loose)
+            counts = {kind: sum(sides.values()) for kind, sides in row["groups"].items()}
+            unnamed = " and ".join(_count(counts[kind], kind) if counts else f"some {_plural(kind)}" for kind in loose)
             said.append(
                 f"{name}: nothing names the patients of {unnamed}; each counts as one, so that a patient may be on "
                 f"both sides; {HOW}"
@@ -330,6 +331,14 @@ def hints(facts: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def unnamed_kinds(row: Mapping[str, Any]) -> list[str]:
+    """What stands for patients that nothing names; after a withdrawal too, when their numbers are no longer known."""
+    return [kind for kind in row["groups"] if kind != PATIENT] or list(row.get("unnamed", ()))
+
+
 def _count(number: int, what: str) -> str:
-    plural = {STUDY: "studies", SERIES: SERIES}.get(what, f"{what}s")
-    return f"{number:,} {what if number == 1 else plural}"
+    return f"{number:,} {what if number == 1 else _plural(what)}"
+
+
+def _plural(what: str) -> str:
+    return {STUDY: "studies", SERIES: SERIES}.get(what, f"{what}s")

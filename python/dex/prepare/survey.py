@@ -271,6 +271,9 @@ class _Nowhere:
     def note(self, row: dict[str, Any]) -> None:
         pass
 
+    def show(self, row: dict[str, Any]) -> None:
+        pass
+
 
 def _shares(survey: Survey) -> dict[Kind, float]:
     """Which part of a unit's slices is of each kind."""

@@ -62,6 +62,8 @@ class Unfinished:
         end = 0
         with open(self._files[0], "rb") as images:
             for line in map(json.loads, _start(self._files[1], sizes[1]).splitlines()):
+                if "size" not in line:  # a dropped slice has no image there
+                    continue
                 images.seek(line["offset"])
                 data = images.read(line["size"] + self._tail)
                 if hashlib.sha256(data).hexdigest() != line["sha256"]:

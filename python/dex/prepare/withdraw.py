@@ -29,10 +29,11 @@ from dex.data import shard_rewrite
 from dex.data.dataset import SPLITS
 from dex.data.shard_format import read_bytes, read_manifest
 
-from . import card, lookup, trace
+from . import card, left_out, lookup, splits, thumbnails, trace
 from .card import Example
 from .filters import WITHDRAWN
 from .lookup import Found, Private
+from .thumbnails import LeftOut
 
 LEFTOVERS = ("chunks", "set", "headers")
 """What `prepare` keeps in the private folder until the set is written, and a killed one may have left."""
@@ -192,7 +193,8 @@ def _clear(private: Private, record: trace.Withdrawn) -> bool:
         if (private.folder / name).exists():
             shutil.rmtree(private.folder / name)
             changed = True
-    (private.folder / trace.LEFT_OUT).unlink(missing_ok=True)  # its pixels may be the patient's
+    units = frozenset(place.unit for place in private.places() if place.id in record.ids)
+    left_out.forget(private.folder, frozenset(record.groups), frozenset(record.ids), units)
     tables = [private.folder / trace.DUPLICATES, *sorted((private.folder / trace.IDS).glob("*.jsonl"))]
     for table in tables:
         if table.exists():
@@ -236,8 +238,13 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
         facts[split] = sum(row[split] for row in facts["modalities"])
     facts["images"] = facts["train"] + facts["val"]
     facts["withdrawn"] = [*facts.get("withdrawn", ()), {"date": date, "images": len(gone)}]
-    page, numbers = card.build(facts, _examples(root, manifest, facts, shown, gone))
-    return {CARD_HTML: page, CARD_JSON: numbers}, len(stay)
+    documents, left = {}, LeftOut(Counter(), ())
+    if card.LEFT_OUT in listed:
+        left = LeftOut.from_json(read_bytes(root, card.LEFT_OUT, 0, None))
+        left = left._replace(shown=thumbnails.without(left.shown, chosen.groups | groups, chosen.ids, frozenset()))
+        documents[card.LEFT_OUT] = left.to_json()
+    page, numbers = card.build(facts, _examples(root, manifest, facts, shown, gone), left.shown)
+    return {**documents, CARD_HTML: page, CARD_JSON: numbers}, len(stay)
 
 
 def _subtract_sides(facts: dict, root: Path, chosen: _Chosen) -> None:
@@ -247,7 +254,7 @@ def _subtract_sides(facts: dict, root: Path, chosen: _Chosen) -> None:
         row = rows.get(shard_rewrite.meta(root, entry, line).get("source", ""))
         if row is not None:
             row["images"][line["split"]] -= 1
-            row["groups"] = {}
+            row["unnamed"], row["groups"] = splits.unnamed_kinds(row), {}
 
 
 def _row_of(facts: dict, root: Path, entry: dict, line: dict) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from browser import CHROMIUM
 from PIL import Image
 
 from dex.data import open_dataset
-from dex.prepare.card import _MEANING, Example, build
-from dex.prepare.label_maps import LABEL_MAP, PROBABILITY_MAP
-from dex.prepare.routing import REASONS
+from dex.prepare import filters
+from dex.prepare.card import _DROPPED, _MEANING, Example, build
+from dex.prepare.readers import REASONS
 
-SECTIONS = ["modalities", "sources", "examples", "duplicates", "text", "licences", "rules"]
+SECTIONS = ["modalities", "sources", "left-out", "examples", "duplicates", "text", "licences", "rules"]
 HOSTILE = "<script>alert(1)</script>\"'&amp; <img src=http://x/>"
 
 
@@ -325,7 +325,9 @@ def test_everything_of_the_user_is_escaped(facts, examples):
     assert {tag for tag, _ in page.tags} - {tag for tag, _ in clean.tags} <= {"img", "figure"}
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [a for _, a in page.tags for key in a if key.startswith("on")]
-    assert all(HOSTILE in page.text[section] for section in SECTIONS if section not in ("modalities", "text"))
+    assert all(
+        HOSTILE in page.text[section] for section in SECTIONS if section not in ("modalities", "text", "left-out")
+    )
     facts["modalities"][0]["name"] = facts["sources"][0]["modality"] = HOSTILE
     facts["sources"][0]["text_suspected"] = 1
     page = Page(build(facts)[0])
@@ -478,18 +480,30 @@ def test_in_a_browser(facts, examples, width, scheme, tmp_path):
 
 
 def test_what_was_left_out_has_a_section_of_its_own(facts):
-    assert 'id="left-out"' not in build(facts)[0].decode()
+    for row in facts["sources"]:
+        row["refused"] = {}
     facts["sources"][0]["refused"] = {"localizer": 1_200, "unreadable": 7}
     facts["left_out"] = [{"source": "heart-ct", "units": 3, "refused": {"secondary capture": 5, "localizer": 1}}]
     page, numbers = build(facts)
     section = page.decode().split('id="left-out"', 1)[1].split("</section>", 1)[0]
     assert "1,201" in section and "a localizer" in section and "secondary capture" in section and "5" in section
-    assert "unreadable" not in section and "label map" not in section
+    assert "unreadable" in section and "label map" not in section and "near duplicate" in section
+    assert "left_out.html" in section
+    for row in facts["sources"]:
+        row["public"] = True
+    assert "left_out.html" not in build(facts)[0].decode()
     assert json.loads(numbers)["left_out"] == facts["left_out"]
 
 
-def test_every_reason_to_leave_a_file_out_is_explained():
-    assert all(_MEANING[reason] for reason in (*REASONS, LABEL_MAP, PROBABILITY_MAP))
+def test_a_set_that_leaves_nothing_out_has_no_such_section(facts):
+    for row in facts["sources"]:
+        row |= {"refused": {}, "dropped": {}, "seen": row["kept"]}
+    facts["duplicates"] = []
+    assert 'id="left-out"' not in build(facts)[0].decode()
+
+
+def test_every_reason_to_leave_something_out_is_explained():
+    assert all(_MEANING[reason] for reason in REASONS) and all(_DROPPED[reason] for reason in filters.DROPPED)
 
 
 def test_what_is_held_out_is_counted_and_what_is_unsure_is_said(facts):

@@ -16,7 +16,7 @@ from killing import killed_at
 from small_runs import SETTINGS, digest, lines, picture, save, source, start
 
 from dex.data import ShardDataset, verify
-from dex.prepare import chunks, join, readers
+from dex.prepare import chunk_files, chunks, join, readers
 from dex.prepare import run as prepare
 from dex.prepare.run import Failed, Options
 from dex.prepare.summary import Progress
@@ -220,16 +220,16 @@ def test_a_salt_that_is_lost_half_way_is_not_made_anew(here, two, tmp_path):
 
 def test_a_full_disk_keeps_what_is_done(here, two, tmp_path, monkeypatch):
     start(two, tmp_path / "whole")
-    real, written = chunks._Files._write, []
+    real, written = chunk_files.ChunkFiles._write, []
 
     def write(self, number, data):
         written.append(len(data))
         if len(written) > 20:
-            raise chunks.CannotWrite(OSError(errno.ENOSPC, "No space left on device"))
+            raise chunk_files.CannotWrite(OSError(errno.ENOSPC, "No space left on device"))
         real(self, number, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks._Files, "_write", write)
+        patch.setattr(chunk_files.ChunkFiles, "_write", write)
         with pytest.raises(Failed, match="No space left on device: .* start the same command again"):
             start(two, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out.private" / "chunks").iterdir())

@@ -6,7 +6,7 @@ import os
 import pytest
 from small_runs import picture, save, source, start
 
-from dex.prepare import chunks, unfinished, workers
+from dex.prepare import chunk_files, chunks, unfinished, workers
 from dex.prepare.run import private_folder
 
 UNITS = 6
@@ -67,12 +67,12 @@ def run(root, tmp_path, monkeypatch):
     return begin
 
 
-def chunk_files(out):
+def files_of(out):
     return sorted((private_folder(out) / "chunks").iterdir())
 
 
 def test_nothing_is_read_twice(run, tmp_path):
-    assert run(4) == 4 and [path.suffix for path in chunk_files(tmp_path / "out")].count(".unfinished") == 1
+    assert run(4) == 4 and [path.suffix for path in files_of(tmp_path / "out")].count(".unfinished") == 1
     assert run(1) == 1
     assert run() == UNITS + 1 - 5
     assert run(out=tmp_path / "at-once") == UNITS + 1
@@ -96,7 +96,7 @@ def test_what_was_left_is_not_believed(run, tmp_path, monkeypatch, what):
     """Bits that flipped, files that are shorter, a chunk of another job: the chunk is done from its beginning."""
     assert run(4) == 4
     private = private_folder(tmp_path / "out")
-    files = {"".join(path.suffixes): path for path in chunk_files(tmp_path / "out")}
+    files = {"".join(path.suffixes): path for path in files_of(tmp_path / "out")}
     if what == "ids":
         (path,) = (private / "ids").glob("*.partial")
         spoil(path, 8)
@@ -131,7 +131,7 @@ def test_it_is_written_now_and_then(tmp_path, monkeypatch):
 
 def test_a_chunk_that_is_done_leaves_no_state(run, tmp_path):
     kept = []
-    real = chunks._Files.finish
+    real = chunk_files.ChunkFiles.finish
 
     def finish(self, counts):
         kept.append(self._final[1].with_suffix(".unfinished").exists())
@@ -139,6 +139,6 @@ def test_a_chunk_that_is_done_leaves_no_state(run, tmp_path):
         kept.append(self._final[1].with_suffix(".unfinished").exists())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks._Files, "finish", finish)
+        patch.setattr(chunk_files.ChunkFiles, "finish", finish)
         run()
     assert kept == [True, False]

@@ -1,0 +1,162 @@
+"""The three files of a chunk while they are written.
+
+    chunks/<source>-<chunk>.bin      of each kept image its encoded bytes, then its histogram
+    chunks/<source>-<chunk>.jsonl    a line for each kept image and for some of the dropped slices, then one of counts
+    ids/<source>-<chunk>.jsonl       which file each kept image and each refusal is of: rows of `trace`
+
+They exist whole or not at all; the second comes last and says that they do. Until then their names end in ".partial",
+the process that writes them holds a lock, and what is done of them stands in `unfinished`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dex.common import atomic
+
+from .unfinished import Unfinished
+
+
+class Busy(Exception):
+    """Another process is at work on the chunk."""
+
+
+class CannotWrite(Exception):
+    """An OSError while writing, so that it is not taken for one of the file that is read."""
+
+    def __init__(self, error: OSError):
+        super().__init__(error.errno)
+        self.error = error
+
+
+def paths(private: Path, name: str) -> tuple[Path, Path, Path]:
+    """The .bin, the .jsonl and the ids file of a chunk."""
+    return private / "chunks" / f"{name}.bin", private / "chunks" / f"{name}.jsonl", private / "ids" / f"{name}.jsonl"
+
+
+def is_done(private: Path, name: str) -> bool:
+    return paths(private, name)[1].exists()
+
+
+class ChunkFiles:
+    """A chunk's three files while they are written. Busy when another process writes them; CannotWrite for any
+    OSError."""
+
+    def __init__(self, private: Path, name: str, identity: str, tail: int):
+        """identity: what decides about the chunk beside its files; tail: bytes that follow each image."""
+        self._final = paths(private, name)
+        self._partial = [atomic.work_name(path) for path in self._final]
+        self._files: list[Any] = []
+        done = self._final[1].with_suffix(".unfinished")
+        self._unfinished = Unfinished(done, self._partial, identity, tail)
+        self._finished = False
+
+    def __enter__(self) -> ChunkFiles:
+        try:
+            for path in self._partial:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                self._files.append(os.fdopen(descriptor, "r+b"))
+                if len(self._files) == 1:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            raise Busy from None
+        except OSError as error:
+            self._close()
+            raise CannotWrite(error) from None
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is CannotWrite and not self._finished:  # a full disk gets its room back
+            self._unfinished.forget()
+            for path in self._partial:
+                path.unlink(missing_ok=True)
+        self._close()
+
+    def add(self, line: dict[str, Any], data: bytes) -> None:
+        offset = self._files[0].tell()
+        self._write(0, data)
+        self._write(1, _json({**line, "offset": offset}))
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Keep a thumbnail of a slice that was dropped, for the pages that show what was left out."""
+        self._write(1, _json(row))
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Keep where an image, or what was refused, comes from."""
+        self._write(2, _json(row))
+
+    def sizes(self) -> tuple[int, int, int]:
+        return tuple(file.tell() for file in self._files)
+
+    def cut(self, sizes: tuple[int, int, int]) -> None:
+        """Take back what was written after `sizes`."""
+        try:
+            for file, size in zip(self._files, sizes, strict=True):
+                if file.seek(0, os.SEEK_END) < size:
+                    raise RuntimeError("a file of the chunk has become shorter than it was left")
+                file.seek(size)
+                file.truncate()
+        except OSError as error:
+            raise CannotWrite(error) from None
+
+    def flush(self) -> tuple[int, int, int]:
+        try:
+            for file in self._files:
+                file.flush()
+        except OSError as error:
+            raise CannotWrite(error) from None
+        return self.sizes()
+
+    def keep(self, sizes: tuple[int, int, int], state: dict[str, Any]) -> None:
+        """Let a run that comes after a kill go on from `state`, which is reached with these sizes."""
+        try:
+            self._unfinished.keep(sizes, state)
+        except OSError as error:
+            raise CannotWrite(error) from None
+
+    def left(self) -> tuple[tuple[int, int, int], dict[str, Any]] | None:
+        """The sizes and the state of an earlier run, when it was killed."""
+        return self._unfinished.left()
+
+    def finish(self, counts: dict[str, Any]) -> None:
+        """Write the last line and give the files their names, the lines' last."""
+        self.flush()
+        with open(self._partial[1], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        end = {"bytes": self._files[0].tell(), "sha256": digest, "counts": counts}
+        self._write(1, _json({"end": end}))
+        try:
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+            for number in (0, 2, 1):
+                os.replace(self._partial[number], self._final[number])
+                atomic.sync_path(self._final[number].parent)
+            self._unfinished.forget()
+        except OSError as error:
+            raise CannotWrite(error) from None
+        self._finished = True
+
+    def _write(self, number: int, data: bytes) -> None:
+        try:
+            self._files[number].write(data)
+        except OSError as error:
+            raise CannotWrite(error) from None
+
+    def _close(self) -> None:
+        for file in self._files:
+            try:
+                file.close()
+            except OSError:  # a full disk: what was buffered is lost, and was not promised
+                pass
+        self._files = []
+
+
+def _json(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
