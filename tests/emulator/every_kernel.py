@@ -127,11 +127,13 @@ def _mlp_cases(arch: int, dtype: torch.dtype) -> Made:
     yield "grouped_mlp gather, small blocks", case("gather", SMALL, small_tiles)
     yield "grouped_mlp gather, with a director", case("gather", SMALL, with_director=True)
     yield "grouped_mlp gather, one gradient at a time", alone("gather", SMALL)
+    yield "grouped_mlp gather, tanh GELU", case("gather", SMALL, small_tiles, activation="gelu_tanh")
     yield "grouped_mlp gather, chunks", case("gather", CHUNKS["gather"], small_tiles, skewed=True)
     if arch == 90 and dtype != torch.float32:
         yield "grouped_mlp aligned", case("aligned", BLOCKS)
         yield "grouped_mlp aligned, with a director", case("aligned", BLOCKS, with_director=True)
         yield "grouped_mlp aligned, one gradient at a time", alone("aligned", ONE_AT_A_TIME)
+        yield "grouped_mlp aligned, tanh GELU", case("aligned", FORMS["no token left over"], activation="gelu_tanh")
         yield "grouped_mlp aligned, chunks", case("aligned", CHUNKS["aligned"], skewed=True)
         for form, sizes in FORMS.items():
             yield f"grouped_mlp aligned, {form}", case("aligned", sizes)
@@ -155,6 +157,8 @@ def _ema_cases() -> Made:
 SMALLEST = {
     "grouped_mlp gather, small blocks",
     "grouped_mlp gather, with a director",
+    "grouped_mlp gather, tanh GELU",
+    "grouped_mlp aligned, tanh GELU",
     "grouped_mlp aligned, with a director",
     *(f"grouped_mlp aligned, {form}" for form in FORMS),
     "route R 5, E 3, K 2",

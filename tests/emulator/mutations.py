@@ -85,6 +85,7 @@ def cases() -> dict[str, Case]:
         "gather": Case(80, gather(SMALL), BF16),
         "gather, fp32": Case(80, gather(SMALL), FP32),
         "gather, a director": Case(80, gather(SMALL, with_director=True), BF16),
+        "gather, tanh GELU": Case(80, gather(SMALL, activation="gelu_tanh"), BF16),
         "gather, one expert of many slots": Case(80, gather((9, 5, 40, 72, 8, 1), skewed=True), BF16),
         "gather, one gradient at a time": Case(80, alone("gather", SMALL), BF16),
         "aligned": Case(90, aligned((2, 65, 128, 256, 3, 2)), BF16),

@@ -90,7 +90,7 @@ def small_tiles(shipped):
     return shipped.configurations.TILES | {k: shipped.Tile(64, 64, 32, 4, 3, k[0] == "to_hidden_grad") for k in table}
 
 
-def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False, **options) -> Case:
+def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False, activation="gelu", **options) -> Case:
     """Forward and backward; with a director as one more expert, and then float32 gradients of the weights.
 
     options: of `mlp_inputs`. Where they are skewed, an expert's weight gradients are cut into parts.
@@ -99,10 +99,10 @@ def mlp_case(shipped, sizes, dtype, path, tiles=None, with_director=False, **opt
     director = [w[0] for w in mlp_inputs(*sizes, dtype, seed=1).weights] if with_director else None
 
     def compute(emulator):
-        return _run_mlp(shipped, inputs, path, tiles, director)
+        return _run_mlp(shipped, inputs, path, tiles, director, activation)
 
     def want(precision):
-        return _want_mlp(shipped, inputs, precision, director)
+        return _want_mlp(shipped, inputs, precision, director, activation)
 
     return Case(dtype, compute, want)
 
@@ -162,12 +162,12 @@ def _slots(shipped, inputs):
     return shipped.mlp_records.Slots(inputs.gates, flat.sort(stable=True).indices, offsets)
 
 
-def _run_mlp(shipped, inputs, path, tiles, director) -> Results:
+def _run_mlp(shipped, inputs, path, tiles, director, activation) -> Results:
     slots, stacked = _slots(shipped, inputs), inputs.weights
     E = slots.num_experts
     if director is not None:
         stacked = [torch.cat((w, d[None])) for w, d in zip(inputs.weights, director, strict=True)]
-    options = {"path": path, "tiles": tiles}
+    options = {"path": path, "tiles": tiles, "activation": activation}
     out, z, director_out = shipped.grouped_mlp.forward(inputs.x, slots, shipped.MLPWeights(*stacked), True, **options)
     saved = shipped.mlp_records.Saved(inputs.x, *slots, *(stacked[i][:E] for i in (0, 2, 3)), z)
     grad_dtype = inputs.x.dtype if director is None else torch.float32
@@ -176,15 +176,16 @@ def _run_mlp(shipped, inputs, path, tiles, director) -> Results:
     return results if director is None else results | {"director_out": director_out}
 
 
-def _want_mlp(shipped, inputs, precision, director) -> Results:
+def _want_mlp(shipped, inputs, precision, director, activation="gelu") -> Results:
     leaves = [t.to(precision).requires_grad_() for t in (inputs.x, *inputs.weights)]
     gates = inputs.gates.to(shipped.reference.real(precision)).requires_grad_()
     routing = shipped.Routing(gates, inputs.indices, None, None, None, None, None)
-    out = shipped.reference.grouped_mlp(leaves[0], routing, *leaves[1:])
+    out = shipped.reference.grouped_mlp(leaves[0], routing, *leaves[1:], activation)
     grads = torch.autograd.grad(out, (leaves[0], gates, *leaves[1:]), inputs.grad_out.to(precision))
     results = dict(zip(NAMES, (out.detach(), *grads), strict=True))
     if director is not None:
-        results["director_out"] = shipped.reference.mlp(inputs.x.to(precision), *(t.to(precision) for t in director))
+        weights = (t.to(precision) for t in director)
+        results["director_out"] = shipped.reference.mlp(inputs.x.to(precision), *weights, activation)
     return results
 
 

@@ -28,6 +28,16 @@ def test_shipped_blocks_of_the_gather_path(shipped, arch, dtype):
     check(shipped, mlp_case(shipped, BLOCKS, dtype, "gather"), shipped.emulated(arch))
 
 
+@pytest.mark.parametrize(
+    "arch, path, sizes",
+    [(80, "gather", SMALL), slow(90, "gather", SMALL), slow(90, "aligned", (3, 64, 64, 96, 3, 2))],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
+def test_tanh_gelu(shipped, arch, path, sizes, dtype):
+    case = mlp_case(shipped, sizes, dtype, path, small_tiles(shipped), activation="gelu_tanh", with_director=True)
+    check(shipped, case, shipped.emulated(arch))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_aligned_path(shipped, dtype):
     check(shipped, mlp_case(shipped, BLOCKS, dtype, "aligned"), shipped.emulated(90))

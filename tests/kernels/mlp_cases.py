@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dexkernels.ops.dense import ACTIVATIONS
 from dexkernels.ops.grouped_mlp import triton as grouped_mlp
 from dexkernels.ops.grouped_mlp.records import Needs, Saved, Slots
 from dexkernels.ops.grouped_mlp.triton.configurations import TILES
@@ -25,22 +26,26 @@ def tiles(rows=32, cols=32, depth=16, halves=False):
     return {key: Tile(rows, cols, depth, 4, 2, halves) for key in TILES}
 
 
-def loop(x, gates, indices, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+def loop(x, gates, indices, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation="gelu"):
     """``out[b] = sum_k gates[b, k] * fc2(gelu(fc1(x[b])))``, image by image; the sum over k in the gates' dtype."""
     rows = []
     for b in range(x.shape[0]):
         total = 0
         for k, e in enumerate(indices[b].tolist()):
-            hidden = F.gelu(F.linear(x[b], fc1_weight[e], fc1_bias[e]))
+            hidden = gelu(F.linear(x[b], fc1_weight[e], fc1_bias[e]), activation)
             total = total + gates[b, k] * F.linear(hidden, fc2_weight[e], fc2_bias[e]).to(gates.dtype)
         rows.append(total.to(x.dtype))
     return torch.stack(rows)
 
 
-def with_gradients(dtype, gate_dtype, grad_out, x, gates, indices, *weights):
+def gelu(z, activation):
+    return F.gelu(z, approximate=ACTIVATIONS[activation])
+
+
+def with_gradients(dtype, gate_dtype, activation, grad_out, x, gates, indices, *weights):
     leaves = [t.to(dtype).clone().requires_grad_() for t in (x, gates, *weights)]
     leaves[1] = gates.to(gate_dtype).clone().requires_grad_()
-    out = loop(leaves[0], leaves[1], indices, *leaves[2:])
+    out = loop(leaves[0], leaves[1], indices, *leaves[2:], activation)
     grads = torch.autograd.grad(out, leaves, grad_out.to(dtype), allow_unused=True)
     return [out.detach()] + [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
 
@@ -80,22 +85,23 @@ class How(NamedTuple):
     path: str | None = None
     director: list | None = None
     """Its four tensors; then its output is asked for."""
+    activation: str = "gelu"
     grad_dtype: torch.dtype | None = None
     """Of the weights' gradients; None: that of x."""
 
 
 def run(x, grad_out, gates, indices, weights, **how):
     """The launchers' results in the order of NAMES; with a director, its output comes last. ``how``: see `How`."""
-    layout, needs, tiling, path, director, grad_dtype = How(**how)
+    layout, needs, tiling, path, director, activation, grad_dtype = How(**how)
     E = weights[1].shape[0]
     if director is not None:
         weights = [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
     weights = MLPWeights(*(layout(w) for w in weights))
     x, grad_out, slots = layout(x), layout(grad_out), slots_of(layout(gates), indices, E)
     options = {"path": path, "tiles": tiling or tiles()}
-    out, z, director_out = grouped_mlp.forward(x, slots, weights, True, **options)
+    out, z, director_out = grouped_mlp.forward(x, slots, weights, True, activation, **options)
     saved = Saved(x, *slots, weights.fc1_weight[:E], weights.fc2_weight[:E], weights.fc2_bias[:E], z)
-    grads = grouped_mlp.backward(grad_out, saved, Needs(*needs), grad_dtype or x.dtype, **options)
+    grads = grouped_mlp.backward(grad_out, saved, Needs(*needs), grad_dtype or x.dtype, activation, **options)
     if director is None:
         assert director_out.shape == (0, *x.shape[1:])
         return [out, *grads]
@@ -103,15 +109,16 @@ def run(x, grad_out, gates, indices, weights, **how):
 
 
 def check(x, grad_out, gates, indices, weights, **kwargs):
-    got = run(x, grad_out, gates, indices, weights, **kwargs)
-    exact = with_gradients(torch.float64, torch.float64, grad_out, x, gates, indices, *weights)
-    plain = with_gradients(x.dtype, torch.float32, grad_out, x, gates, indices, *weights)
+    got, activation = run(x, grad_out, gates, indices, weights, **kwargs), How(**kwargs).activation
+    exact = with_gradients(torch.float64, torch.float64, activation, grad_out, x, gates, indices, *weights)
+    plain = with_gradients(x.dtype, torch.float32, activation, grad_out, x, gates, indices, *weights)
     names, director = NAMES, kwargs.get("director")
     if director is not None:
         names = (*NAMES, "director_out")
         for results, dtype in ((exact, torch.float64), (plain, x.dtype)):
             fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in director)
-            results.append(F.linear(F.gelu(F.linear(x.to(dtype), fc1_weight, fc1_bias)), fc2_weight, fc2_bias))
+            hidden = gelu(F.linear(x.to(dtype), fc1_weight, fc1_bias), activation)
+            results.append(F.linear(hidden, fc2_weight, fc2_bias))
     for name, g, want, p in zip(names, got, exact, plain, strict=True):
         bound = 2 * relative_error(p, want) + FLOOR[x.dtype]
         assert relative_error(g, want) <= bound, f"{name}: {relative_error(g, want):.2e} > {bound:.2e}"

@@ -186,6 +186,7 @@ def launch_fc1(case):
         stride_xn=case.rows_in.stride(1),
         stride_we=case.weight.stride(0),
         stride_wh=case.weight.stride(1),
+        TANH=False,
         ROWS=ROWS,
         **case.shared,
     )
@@ -216,6 +217,7 @@ def launch_fc1_blocks(case):
         top_k=1,
         dim=case.rows_in.shape[1],
         hidden=case.out.shape[1],
+        TANH=False,
         HALVES=False,
         **case.shared,
         **case.of_blocks,

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from ...records import MLPWeights
 
+MAX_WIDTH = 2**24 - 2**10
+"""D and H up to which kernels that count in 32 bits can compute: offsets within a tile of 128 rows are such."""
+
+MAX_COUNT = 2**31 - 2**16
+"""The same of rows B*N*K, of an image's N*D elements and of a matrix's D*H. A tile may reach past the last one."""
+
 
 class Slots(NamedTuple):
     """Which experts the images are sent to, by how much, and in which order the slots are computed."""

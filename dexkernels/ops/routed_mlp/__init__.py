@@ -14,7 +14,7 @@ from ...routing import Routing
 from ...shadows import Shadows, shadowed
 from .. import backends
 from ..common import autocast_dtype, check_versions, gradients, or_empty, without_autocast
-from ..grouped_mlp import empty_weight_grads, empty_z, run_backward, run_forward
+from ..grouped_mlp import empty_weight_grads, empty_z, need_of, run_backward, run_forward
 from ..grouped_mlp import records as mlp
 from ..route import (
     Noise,
@@ -77,13 +77,14 @@ def routed_mlp(
         for name, t, w in zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), director, weights, strict=True):
             check_tensor(f"director.{name}", t, tuple(w.shape[1:]), like=x, same_dtype=False)
     added = scaled_noise(x, E, settings.routing, noise)
-    feature = None
+    feature, tokens = None, x.shape[1] if settings.routing == "image" else 1
+    rows = x.shape[0] * x.shape[1] * (settings.top_k + (director is not None))
     if token_mask is not None:
         check_token_mask(token_mask, x, cls=settings.routing == "image" and settings.route_from == "cls")
         feature = "token_mask"
     route_backend, mlp_backend = (
         backends.choose(op, backends.covering(op, backend, need), x.device, need)
-        for op, need in (("route", feature), ("grouped_mlp", settings.activation))
+        for op, need in (("route", feature), ("grouped_mlp", need_of(tokens, rows, weights.fc1_weight)))
     )
     # The router reads x as it came; only the experts compute in autocast's dtype.
     lowered = (shadows or Shadows()).of(weights, director, autocast_dtype(x))

@@ -55,7 +55,7 @@ def test_report_says_what_was_measured_where(h100):
 
 def test_a_feature_that_a_backend_lacks_gives_way(h100):
     h100.setattr(backends, "DEFAULTS", {("sm_90", op): "triton" for op in ("route", "grouped_mlp", "align_loss")})
-    for op, feature in (("route", "token_mask"), ("align_loss", "token_mask"), ("grouped_mlp", "gelu_tanh")):
+    for op, feature in (("route", "token_mask"), ("align_loss", "token_mask"), ("grouped_mlp", "sizes past 32 bits")):
         assert backends.choose(op, None, CUDA) == "triton" and backends.covering(op, "triton") == "triton"
         assert (
             backends.choose(op, None, CUDA, feature) == "reference" and backends.covering(op, "triton", feature) is None

@@ -23,6 +23,7 @@ def forward(
     slots: Slots,
     weights: MLPWeights,
     save: bool,
+    activation: str = "gelu",
     *,
     path: str | None = None,
     tiles: Tiles | None = None,
@@ -36,7 +37,7 @@ def forward(
     Besides the results it holds ``a [S, N, H]``, the director's ``[B, N, H]`` behind it and, of the tokens outside the
     blocks, inputs and outputs by slot; with more than ONE_SUM experts and K > 1 the outputs of all tokens.
     """
-    plan = make_plan(x, slots, weights, path, tiles)
+    plan = make_plan(x, slots, weights, activation, path, tiles)
     (B, N, D), H = x.shape, weights.fc1_weight.shape[1]
     images = B if has_director(weights, slots) else 0
     out, director_out = x.new_empty((B, N, D)), x.new_empty((images, N, D))
@@ -74,6 +75,7 @@ def backward(
     saved: Saved,
     needs: Needs,
     grad_dtype: torch.dtype,
+    activation: str = "gelu",
     *,
     path: str | None = None,
     tiles: Tiles | None = None,
@@ -84,7 +86,7 @@ def backward(
     sums: of the weight gradients see `chunks.Cut`.
     """
     computed = MLPWeights(saved.fc1_weight, None, saved.fc2_weight, saved.fc2_bias)
-    plan = make_plan(saved.x, saved.slots, computed, path, tiles)
+    plan = make_plan(saved.x, saved.slots, computed, activation, path, tiles)
     grads = _empty_gradients(saved, needs, grad_dtype)
     if saved.x.shape[0] * saved.x.shape[1] == 0:
         for t in grads:

@@ -94,6 +94,7 @@ def fc1(x: Tensor, weights: MLPWeights, z: Tensor | None, a: Tensor, plan: Plan)
         top_k=slots.top_k,
         dim=D,
         hidden=H,
+        TANH=plan.tanh,
         HALVES=tile.halves,
         **_compiled(tile, plan),
     )
@@ -128,6 +129,7 @@ def hidden_grad(grad_out: Tensor, saved: Saved, hidden: HiddenGrads, needs: Need
         NEED_DZ=needs.x or needs.weights,
         NEED_GATES=needs.gates,
         NEED_WEIGHTS=needs.weights,
+        TANH=plan.tanh,
         HALVES=tile.halves,
         **_compiled(tile, plan),
     )

@@ -14,8 +14,9 @@ read zeros past the ends of their tensors: a width need not be a multiple of the
 import triton
 import triton.language as tl
 
-from ...triton_common import cut_in_groups, expert_tiles, gelu_cdf
+from ...triton_common import cut_in_groups, expert_tiles
 from .gather_kernels import through_gelu
+from .gelu_kernels import gelu_factor
 
 BLOCK = tl.constexpr(64)
 """Tokens of a block: the rows of one wgmma."""
@@ -156,7 +157,7 @@ def multiply_rows(
 
 
 @triton.jit
-def activate_columns(acc, g, valid, of_director, bias, z, a, h, hidden):
+def activate_columns(acc, g, valid, of_director, bias, z, a, h, hidden, TANH: tl.constexpr):
     """`store_activations` of the columns h."""
     acc += tl.load(bias + h, mask=h < hidden, other=0.0).to(tl.float32)[None, :]
     # Within a block 32 bits are enough, and 64-bit offsets of every element would take registers from the sums.
@@ -165,16 +166,16 @@ def activate_columns(acc, g, valid, of_director, bias, z, a, h, hidden):
     if z is not None:
         tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside & (of_director == 0))
     if g is not None:
-        acc = g[:, None] * acc * gelu_cdf(acc)
+        acc = g[:, None] * acc * gelu_factor(acc, TANH)
     else:
-        acc = acc * gelu_cdf(acc)
+        acc = acc * gelu_factor(acc, TANH)
     tl.store(a + at, acc.to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def store_activations(
-    acc, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, first, hidden, HALVES: tl.constexpr,
-    COLS: tl.constexpr,
+    acc, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, first, hidden, TANH: tl.constexpr,
+    HALVES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """What `fc1_blocks_kernel` writes of 64 rows, whose columns begin at first; their kind begins at row start."""
     rows = row + tl.arange(0, BLOCK)
@@ -191,10 +192,10 @@ def store_activations(
         HALF: tl.constexpr = COLS // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, HALF)), (0, 2, 1)))
         h = first + tl.arange(0, HALF)
-        activate_columns(low, g, valid, of_director, bias, z, a + to, h, hidden)
-        activate_columns(high, g, valid, of_director, bias, z, a + to, h + HALF, hidden)
+        activate_columns(low, g, valid, of_director, bias, z, a + to, h, hidden, TANH)
+        activate_columns(high, g, valid, of_director, bias, z, a + to, h + HALF, hidden, TANH)
     else:
-        activate_columns(acc, g, valid, of_director, bias, z, a + to, first + tl.arange(0, COLS), hidden)
+        activate_columns(acc, g, valid, of_director, bias, z, a + to, first + tl.arange(0, COLS), hidden, TANH)
 
 
 @triton.jit
@@ -216,6 +217,7 @@ def fc1_blocks_kernel(
     top_k,
     dim,
     hidden,
+    TANH: tl.constexpr,
     HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -245,12 +247,12 @@ def fc1_blocks_kernel(
     start = tl.where(packed, num_slots * blocks * BLOCK, tl.where(of_director, num_slots * tokens, 0))
     of_slot = tl.where(packed, first_token, blocks * BLOCK)
     store_activations(
-        acc0, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, HALVES, COLS
+        acc0, row, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, TANH, HALVES, COLS
     )  # fmt: skip
     if row + BLOCK < end:
         store_activations(
-            acc1, row + BLOCK, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, HALVES,
-            COLS,
+            acc1, row + BLOCK, end, start, of_slot, of_director, slot_order, gates, bias, z, a, h0, hidden, TANH,
+            HALVES, COLS,
         )  # fmt: skip
 
 
@@ -279,6 +281,7 @@ def store_hidden_grad(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    TANH: tl.constexpr,
     HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -315,6 +318,7 @@ def store_hidden_grad(
         NEED_DZ,
         NEED_GATES,
         NEED_WEIGHTS,
+        TANH,
         HALVES,
         BLOCK,
         COLS,
@@ -353,6 +357,7 @@ def hidden_grad_blocks_kernel(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    TANH: tl.constexpr,
     HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -376,11 +381,11 @@ def hidden_grad_blocks_kernel(
     store_hidden_grad(
         da0, row, end, packed, expert, slot_order, offsets, col, gates, z, dz, gated, gate_parts, bias_parts,
         num_experts, num_slots, blocks, first_token, num_parts, hidden,
-        NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, EXPERTS, COLS,
+        NEED_DZ, NEED_GATES, NEED_WEIGHTS, TANH, HALVES, EXPERTS, COLS,
     )  # fmt: skip
     if row + BLOCK < end:
         store_hidden_grad(
             da1, row + BLOCK, end, packed, expert, slot_order, offsets, col, gates, z, dz, gated, gate_parts,
             bias_parts, num_experts, num_slots, blocks, first_token, num_parts, hidden,
-            NEED_DZ, NEED_GATES, NEED_WEIGHTS, HALVES, EXPERTS, COLS,
+            NEED_DZ, NEED_GATES, NEED_WEIGHTS, TANH, HALVES, EXPERTS, COLS,
         )  # fmt: skip

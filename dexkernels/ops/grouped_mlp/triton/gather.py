@@ -40,6 +40,7 @@ def fc1(x: Tensor, weights: MLPWeights, z: Tensor | None, a: Tensor, plan: Plan)
         stride_xn=x.stride(1),
         stride_we=weight.stride(0),
         stride_wh=weight.stride(1),
+        TANH=plan.tanh,
         GROUP=GROUP,
         **_compiled(tile, plan),
     )
@@ -111,6 +112,7 @@ def hidden_grad(grad_out: Tensor, saved: Saved, hidden: HiddenGrads, needs: Need
         NEED_DZ=needs.x or needs.weights,
         NEED_GATES=needs.gates,
         NEED_WEIGHTS=needs.weights,
+        TANH=plan.tanh,
         HALVES=tile.halves,
         GROUP=GROUP,
         **_compiled(tile, plan),

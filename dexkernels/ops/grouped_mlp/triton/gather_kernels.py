@@ -10,11 +10,10 @@ from ...triton_common import (
     cut_in_groups,
     find_tile,
     find_tile_or_director,
-    gelu_cdf,
-    gelu_pdf,
     locate,
     locate_or_director,
 )
+from .gelu_kernels import gelu_factor, gelu_factor_slope
 
 
 @triton.jit
@@ -57,6 +56,7 @@ def fc1_kernel(
     stride_xn,
     stride_we,
     stride_wh,
+    TANH: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -96,7 +96,7 @@ def fc1_kernel(
     inside = valid[:, None] & h_valid[None, :]
     if z is not None:
         tl.store(z + start + at, acc.to(z.dtype.element_ty), mask=inside & (expert < num_experts))
-    tl.store(a + start + at, (acc * gelu_cdf(acc)).to(a.dtype.element_ty), mask=inside)
+    tl.store(a + start + at, (acc * gelu_factor(acc, TANH)).to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -174,6 +174,7 @@ def gelu_columns(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    TANH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """`through_gelu` of the columns h."""
@@ -181,14 +182,14 @@ def gelu_columns(
     at = tl.arange(0, ROWS)[:, None] * hidden + h[None, :]
     inside = valid[:, None] & (h < hidden)[None, :]
     z_block = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    cdf = gelu_cdf(z_block)
+    factor = gelu_factor(z_block, TANH)
     dg = tl.zeros((ROWS,), tl.float32)
     if NEED_GATES:
-        dg = tl.sum(da * z_block * cdf, 1)
+        dg = tl.sum(da * z_block * factor, 1)
     if NEED_WEIGHTS:
-        tl.store(gated + at, (g[:, None] * z_block * cdf).to(gated.dtype.element_ty), mask=inside)
+        tl.store(gated + at, (g[:, None] * z_block * factor).to(gated.dtype.element_ty), mask=inside)
     if NEED_DZ:
-        dz_block = g[:, None] * da * (cdf + z_block * gelu_pdf(z_block))
+        dz_block = g[:, None] * da * (factor + z_block * gelu_factor_slope(z_block, factor, TANH))
         tl.store(dz + at, dz_block.to(dz.dtype.element_ty), mask=inside)
         if NEED_WEIGHTS:
             tl.store(bias_parts + h, tl.sum(dz_block, 0), mask=h < hidden)
@@ -209,6 +210,7 @@ def through_gelu(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    TANH: tl.constexpr,
     HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -222,12 +224,14 @@ def through_gelu(
         for half in range(0, 2):
             h = first + half * HALF + tl.arange(0, HALF)
             dg += gelu_columns(
-                low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS
+                low, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, TANH, ROWS
             )  # fmt: skip
             low = high
     else:
         h = first + tl.arange(0, COLS)
-        dg = gelu_columns(da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, ROWS)
+        dg = gelu_columns(
+            da, g, z, dz, gated, bias_parts, h, valid, hidden, NEED_DZ, NEED_GATES, NEED_WEIGHTS, TANH, ROWS
+        )  # fmt: skip
     return dg
 
 
@@ -256,6 +260,7 @@ def to_hidden_grad_kernel(
     NEED_DZ: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    TANH: tl.constexpr,
     HALVES: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -310,6 +315,7 @@ def to_hidden_grad_kernel(
         NEED_DZ,
         NEED_GATES,
         NEED_WEIGHTS,
+        TANH,
         HALVES,
         ROWS,
         COLS,

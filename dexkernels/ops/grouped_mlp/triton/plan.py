@@ -11,7 +11,7 @@ from torch import Tensor
 from ....records import MLPWeights
 from ...triton_common import MAX_ROWS, Tile, architecture, check_dtype, experts_block
 from ...triton_common import precision as precision_of
-from ..records import Slots
+from ..records import MAX_COUNT, MAX_WIDTH, Slots
 from .aligned_kernels import BLOCK as BLOCK_CONSTANT
 from .configurations import path_of, shape_class, tiles_of
 
@@ -37,6 +37,8 @@ class Plan(NamedTuple):
     precision: str
     arch: int
     tiles: Tiles
+    tanh: bool = False
+    """Whether the experts' GELU is the approximation by tanh."""
 
     @property
     def rest(self) -> int:
@@ -87,7 +89,9 @@ class HiddenGrads(NamedTuple):
     """float32 ``[S*q + tiles, H]``; see `sums.bias1_grad`."""
 
 
-def make_plan(x: Tensor, slots: Slots, weights: MLPWeights, path: str | None, tiles: Tiles | None) -> Plan:
+def make_plan(
+    x: Tensor, slots: Slots, weights: MLPWeights, activation: str, path: str | None, tiles: Tiles | None
+) -> Plan:
     """The plan of a call, after the checks that are this backend's own.
 
     ``weights``: of which the shapes alone are read. ``path``: see `choose_path`. ``tiles``: None takes those that ship.
@@ -99,17 +103,23 @@ def make_plan(x: Tensor, slots: Slots, weights: MLPWeights, path: str | None, ti
     rows = B * N * (slots.top_k + stacked - slots.num_experts)
     if rows > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows B*N*K (K + 1 with a director), got {rows}")
+    if max(D, H) > MAX_WIDTH or D * H > MAX_COUNT:
+        raise ValueError(
+            f"fc1_weight: expected D and H of at most {MAX_WIDTH} and D*H of at most {MAX_COUNT}, got D = {D}, H = {H}"
+        )
+    if N * D > MAX_COUNT:
+        raise ValueError(f"x: expected images of at most {MAX_COUNT} elements N*D, got {N * D}")
     kind = shape_class(slots.num_slots * N, slots.num_experts)
     tiles = tiles_of(kind) if tiles is None else tiles
     precision, arch = precision_of(x.dtype), architecture(x.device)
     preferred = path_of(kind, precision, arch)
-    slots = Slots(*(t.contiguous() for t in slots))
+    slots, tanh = Slots(*(t.contiguous() for t in slots)), activation == "gelu_tanh"
     if choose_path(path, preferred, N, D, H, x.dtype, has_tma(x.device)) == "gather":
-        return Plan(slots, N, 0, precision, arch, tiles)
+        return Plan(slots, N, 0, precision, arch, tiles, tanh)
     if ("fc1_blocks", precision, 90) not in tiles:
         raise ValueError(f"path: 'aligned' cannot be taken: it has no tiles for {x.dtype}")
     # The tiles of this path are those of 90: Triton's interpreter, which has the architecture 80, takes them too.
-    return Plan(slots, N, N // BLOCK, precision, 90, tiles)
+    return Plan(slots, N, N // BLOCK, precision, 90, tiles, tanh)
 
 
 def choose_path(

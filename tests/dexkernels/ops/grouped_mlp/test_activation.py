@@ -1,4 +1,6 @@
-"""The tanh GELU of experts and directors: that of the specification, in plain torch whatever backend a layer names."""
+"""The activation of experts and directors, the tanh GELU among them, and which backend computes it."""
+
+import importlib
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from operator_cases import K, leaves
 from dexkernels import DEXLayer, grouped_mlp, reference, route
 from dexkernels.ops import backends
 from dexkernels.testing import relative_error
+
+operator = importlib.import_module("dexkernels.ops.grouped_mlp")
 
 
 def test_the_specification_is_torchs():
@@ -70,21 +74,44 @@ def expert_of_director(layer, x):
     return expert(layer, 0, x)
 
 
-def test_a_backend_without_it_is_refused_by_the_operator_and_gives_way_in_a_layer(monkeypatch):
+def test_unknown_activations_are_refused():
     x, router, *weights = leaves()
     r = route(x.detach(), router.detach(), K)
-    with pytest.raises(
-        ValueError, match="'triton' cannot run grouped_mlp: no gelu_tanh: its kernels compute the exact"
-    ):
-        grouped_mlp(x, r, *weights, activation="gelu_tanh", backend="triton")
     with pytest.raises(ValueError, match="activation: expected one of gelu, gelu_tanh, got 'relu'"):
         grouped_mlp(x, r, *weights, activation="relu")
     with pytest.raises(ValueError, match="activation: expected one of gelu, gelu_tanh, got 'swish'"):
         DEXLayer(4, 5, activation="swish")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_the_backend_of_a_layer_computes_it(activation, monkeypatch):
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
     asked = []
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda op, backend: asked.append((op, backend)) or load(op, "reference"))
-    layer_of(activation="gelu_tanh", backend="triton")(images())
-    layer_of(backend="triton")(images())
-    assert asked == [("route", "triton"), ("grouped_mlp", "reference"), ("route", "triton"), ("grouped_mlp", "triton")]
+    layer_of(activation=activation, backend="triton")(images())
+    assert asked == [("route", "triton"), ("grouped_mlp", "triton")]
+
+
+@pytest.mark.parametrize("routing, K", [("image", 2), ("token", 2)])
+def test_sizes_past_32_bits_give_way_in_a_layer_and_are_refused_by_the_operator(routing, K, monkeypatch):
+    """Rows are B*N*K, and in a layer that asks for losses B*N*(K + 1)."""
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
+    asked = []
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda op, backend: asked.append((op, backend)) or load(op, "reference"))
+    layer, x = layer_of(routing=routing, backend="triton"), images().repeat(50, 1, 1)
+    rows = x.shape[0] * x.shape[1] * K
+    for limit, backend in ((rows, "triton"), (rows - 1, "reference")):
+        monkeypatch.setattr(operator, "MAX_COUNT", limit)
+        asked.clear()
+        layer(x)
+        assert ("grouped_mlp", backend) in asked
+    x, router, *weights = leaves()
+    monkeypatch.setattr(operator, "MAX_COUNT", 1)
+    with pytest.raises(ValueError, match="'triton' cannot run grouped_mlp: no sizes past 32 bits: its kernels count"):
+        grouped_mlp(x, route(x.detach(), router.detach(), K, routing=routing), *weights, backend="triton")
+    monkeypatch.undo()
+    assert operator.need_of(1, 1, torch.empty(1, 2**25, 1, device="meta")) == operator.LARGE
+    assert operator.need_of(1, 1, torch.empty(1, 2**15, 2**16, device="meta")) == operator.LARGE
+    assert operator.need_of(65, 2**20, torch.empty(8, 3072, 768, device="meta")) is None
