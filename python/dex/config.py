@@ -127,7 +127,8 @@ class RunConfig:
     log_every: int = 50
     """Steps between two rows of metrics."""
     evaluate_every: int = 1000
-    """Steps between two held-out losses, with pictures of reconstructions and experts; 0 for none."""
+    """Steps between two evaluations of held-out images: losses, pictures, and whether experts specialise; 0 for none. A
+    run of 100 steps or more is evaluated after its first tenth too."""
     evaluate_images: int = 256
     """Held-out images, spread evenly over the modalities."""
     checkpoint_every: int = 1000
@@ -202,7 +203,7 @@ _DEMO = Config(
     # Ten times the published balance weight, chosen for so short a run.
     schedule=ScheduleConfig(steps=1000, warmup=0.1, balance_weight=(0.1, 0.1)),
     run=RunConfig(
-        precision="auto", log_every=25, evaluate_every=250, evaluate_images=64, checkpoint_every=500, keep_checkpoints=2
+        precision="auto", log_every=25, evaluate_every=500, evaluate_images=64, checkpoint_every=500, keep_checkpoints=2
     ),
 )
 

@@ -1,17 +1,22 @@
 """What a model makes of held-out images: losses, use of experts, a probe, pictures; nothing of training is changed.
 
-Shape letters: B images, E experts, M modalities, R held-out images shown, S image side.
+Shape letters: B images, D width, E experts, K chosen, L patches, M modalities, R held-out images shown, S image side.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dex.analysis import source_probe
+from dex.analysis.instruments import Instruments, Probed, Seen, Sizes, Whole, linear_probe, measure, routes_of, sizes
+from dex.analysis.intervals import Interval
 from dex.analysis.probe import director_distance, knn_accuracy
-from dex.analysis.sample import Sample, spread_out
+from dex.analysis.routes import Masked, Override, Routes, masked_forward, watched
+from dex.analysis.sample import Groups, Sample, groups, spread_out
 from dex.analysis.usage import expert_by_modality, gate_entropy, one_hot
 from dex.common.random import step_seed
 from dex.common.ranks import ALONE, Ranks, gather
@@ -22,8 +27,6 @@ from dex.model import MaskedAutoencoder
 from dexkernels import hold_weights
 
 _SEED = 0xE7A1
-_KNOWN = 4
-"""Training images that the probe knows, for every held-out one."""
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +49,8 @@ class Evaluation(NamedTuple):
     masked: Tensor
     reconstruction: Tensor
     labels: list[str]
+    instruments: Instruments | None
+    """What tells whether experts specialise; None where it was not asked for."""
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -57,8 +62,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Evaluator:
     """Evaluates ``model`` on up to ``run.evaluate_images`` images of ``held_out``, always the same ones.
 
-    ``train``: the probe knows four times as many of these. Each of several ranks computes its part, all get the whole:
-    what one rank alone finds, but for the order of sums.
+    dataset: the whole of which ``train`` and ``held_out`` are splits; it knows of sources. steps: of the run; with the
+    configuration they say how many images the instruments may take, see `dex.analysis.instruments.sizes`. Each of
+    several ranks computes its part, all get the whole: what one rank alone finds, but for the order of sums.
     """
 
     def __init__(
@@ -70,20 +76,52 @@ class Evaluator:
         device: torch.device,
         precision: str,
         ranks: Ranks = ALONE,
+        *,
+        dataset: Dataset | None = None,
+        steps: int = 0,
     ):
         self.ranks = ranks
         self.config, self.model, self.train, self.held_out = config, model, train, held_out
+        self.dataset = held_out if dataset is None else dataset
         self.device, self.precision, self.modalities = device, precision, held_out.modalities
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
-        self._held_out: Sample | None = None
-        self._known: Sample | None = None
+        self.chosen = per_layer(config.model.top_k, config.model.depth) if self.experts else ()
+        self.steps = steps
+
+    @functools.cached_property
+    def _images(self) -> Sample:
+        return self._sample(self.held_out, self.config.run.evaluate_images)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return sizes(self.config, self.steps, len(self._images.images))
+
+    @functools.cached_property
+    def _known(self) -> Sample:
+        return self._sample(self.train, self.sizes.known)
+
+    @functools.cached_property
+    def _groups(self) -> tuple[Groups, Tensor]:
+        """Those of the held-out images, and of all that are probed: held out, then known."""
+        held_out = groups(self.dataset, self._images.ids)
+        return held_out, groups(self.dataset, self._images.ids + self._known.ids).of
+
+    @functools.cached_property
+    def _pixels_probe(self) -> Interval | None:
+        """The same at every step."""
+        pixels = source_probe.pixels(torch.cat([self._images.images, self._known.images]))
+        return linear_probe(Probed(pixels, self._probed_modality, self._groups[1]))
+
+    @property
+    def _probed_modality(self) -> Tensor:
+        return torch.cat([self._images.modality, self._known.modality])
 
     @torch.no_grad()
     def evaluate(self, pictures: int = 16, probe: bool = True) -> Evaluation | None:
         """Masked loss and expert use on the held-out images, always the same images and masks; None without any.
 
-        pictures: how many images are shown. probe: False leaves out the kNN probe. All ranks ask. Changes neither the
-        model nor what training will draw: every step seeds its own random numbers.
+        pictures: how many images are shown. probe: False leaves out probes and instruments. All ranks ask. Changes
+        neither the model nor what training will draw: every step seeds its own random numbers.
         """
         # Low-precision copies of the experts are made once. With fsdp they would undo what it saves.
         held = hold_weights(self.model) if self.config.parallel.strategy == "ddp" else contextlib.nullcontext()
@@ -91,84 +129,155 @@ class Evaluator:
             return self._evaluate(pictures, probe)
 
     def _evaluate(self, pictures: int, probe: bool) -> Evaluation | None:
-        if self._held_out is None:
-            self._held_out = self._sample(self.held_out, self.config.run.evaluate_images)
-        held_out = self._held_out
+        held_out = self._images
         count = len(held_out.images)
         if count == 0:
             return None
         names, size = self.modalities, self.config.model.img_size
+        patches = (size // self.config.model.patch_size) ** 2
         loss = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         mass = [torch.zeros(len(names), e, dtype=torch.float64, device=self.device) for e in self.experts]
         entropy = torch.zeros(len(self.experts), dtype=torch.float64, device=self.device)
         shown = center(held_out.images[:pictures].to(self.device), size)
         reconstruction = torch.zeros_like(shown)
-        hidden = torch.zeros(len(shown), (size // self.config.model.patch_size) ** 2, device=self.device)
+        hidden = torch.zeros(len(shown), patches, device=self.device)
+        noise = torch.zeros(count, patches, device=self.device)
+        seen = self._nothing_seen(count)
         self.model.eval()
         for turn in self._turns(count):
             torch.manual_seed(step_seed(_SEED, turn.number))
             images = center(held_out.images[turn.part].to(self.device), size)
             kinds = held_out.modality[turn.part].to(self.device)
-            with autocast(self.device, self.precision):
-                out = self.model(images, mask_ratio=self.config.model.mask_ratio)
+            mask_noise = torch.rand(len(images), patches, device=self.device)
+            with autocast(self.device, self.precision), self._probabilities() as probabilities:
+                out = self.model(images, mask_ratio=self.config.model.mask_ratio, mask_noise=mask_noise)
             if not turn.counts:
                 continue
+            noise[turn.part] = mask_noise
             loss += one_hot(kinds, len(names)).T @ out.image_loss.double()
             for layer, (gates, indices) in enumerate(zip(out.gates, out.expert_indices, strict=True)):
                 mass[layer] += expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
                 entropy[layer] += len(gates) * gate_entropy(gates)
+            _fill(seen.loss, turn.part, out.image_loss)
+            _fill(seen.cls, turn.part, out.cls)
+            for whole, part in zip(seen.routes, (out.gates, out.expert_indices, probabilities), strict=True):
+                for of_all, of_part in zip(whole, part, strict=True):
+                    _fill(of_all, turn.part, of_part)
             if (n := len(shown) - turn.part.start) > 0:
                 reconstruction[turn.part] = self.model.reconstruct(images, out)[:n]
                 hidden[turn.part] = out.mask[:n].float()
         self.model.train()
-        for tensor in (loss, *mass, entropy, reconstruction, hidden):
+        for tensor in (loss, *mass, entropy, reconstruction, hidden, seen.loss, seen.cls, *sum(seen.routes, [])):
             self._add_up(tensor)
         counts = torch.bincount(held_out.modality, minlength=len(names))
         loss = loss.cpu()
+        accuracy, instruments = self._probe(seen, noise) if probe else (None, None)
         return Evaluation(
             images=count,
             loss=float(loss.sum() / counts.sum()),
             modality_loss={name: float(loss[m] / counts[m]) for m, name in enumerate(names) if counts[m]},
             mass=[m.cpu() for m in mass],
-            probe=self._probe(held_out) if probe else None,
+            probe=accuracy,
             gate_entropy=(entropy / count).tolist(),
             director_distance=director_distance(self.model),
             original=denormalize(shown).cpu(),
             masked=torch.where(self._pixels(hidden), 0.5, denormalize(shown)).cpu(),
             reconstruction=denormalize(reconstruction).cpu(),
             labels=[names[m] for m in held_out.modality[: len(shown)].tolist()],
+            instruments=instruments,
         )
 
-    def _probe(self, held_out: Sample) -> float | None:
-        """Accuracy of a kNN probe of the modality, by CLS tokens of whole images: held-out ones among training ones."""
-        if self._known is None:
-            self._known = self._sample(self.train, _KNOWN * self.config.run.evaluate_images)
-        known = self._known
+    def _nothing_seen(self, count: int) -> Masked:
+        """Zeros, which each rank fills where it computes."""
+
+        def zeros(width: int | None = None) -> Tensor:
+            return torch.zeros(count if width is None else (count, width), device=self.device)
+
+        chosen = [k for k, _ in zip(self.chosen, self.experts, strict=True)]
+        routes = Routes([zeros(k) for k in chosen], [zeros(k).int() for k in chosen], [zeros(e) for e in self.experts])
+        return Masked(zeros(), routes, zeros(self.config.model.embed_dim))
+
+    def _probabilities(self) -> contextlib.AbstractContextManager[list[Tensor]]:
+        """Inside, forwards append each layer's probabilities."""
+        layers = self.model.encoder.dex_layers
+        return watched(layers, [None] * len(layers))
+
+    def _probe(self, seen: Masked, noise: Tensor) -> tuple[float | None, Instruments]:
+        """A kNN probe of the modality, by CLS tokens of whole images, held-out ones among training ones; instruments.
+
+        noise: of the masks ``[B, L]``, of this rank's parts.
+        """
+        held_out, known = self._images, self._known
+        count = len(held_out.images)
+        whole = self._whole(torch.cat([held_out.images, known.images]))
+        own = whole.first(count)
+        probed = Probed(whole.features, self._probed_modality, self._groups[1])
+        routes = routes_of(*seen.routes)
+        masked = Masked(seen.loss.cpu(), routes, seen.cls.cpu())
+        swaps = min(self.sizes.swapped, count)
+        instruments = measure(
+            Seen(masked, own, held_out.modality, self._groups[0]),
+            probed,
+            self._pixels_probe,
+            swaps,
+            lambda overrides: self._loss_under(overrides, noise, swaps),
+            chosen=self.chosen,
+        )
         kinds = len(known.modality.unique())
         if kinds < 2:
-            return None
-        return knn_accuracy(
-            self._tokens(known.images),
-            known.modality.to(self.device),
-            self._tokens(held_out.images),
-            held_out.modality.to(self.device),
-            # A modality needs enough known images to win a vote of k.
-            k=min(20, max(1, len(known.images) // kinds // 2)),
-        ).accuracy
+            return None, instruments
+        # A modality needs enough known images to win a vote of k.
+        k = min(20, max(1, len(known.images) // kinds // 2))
+        found = knn_accuracy(whole.cls[count:], known.modality, own.cls, held_out.modality, k=k)
+        return found.accuracy, instruments
 
-    def _tokens(self, images: Tensor) -> Tensor:
-        """CLS tokens ``[B, D]`` of whole images, uint8 on the host."""
-        size = self.config.model.img_size
-        tokens = torch.zeros(len(images), self.config.model.embed_dim, device=self.device)
-        self.model.eval()
-        for turn in self._turns(len(images)):
+    def _loss_under(self, overrides: Sequence[Override | None], noise: Tensor, count: int) -> Tensor:
+        """Masked losses ``[count]`` of the first held-out images with others' routes, on the host."""
+        loss = torch.zeros(count, device=self.device)
+        for turn in self._turns(count):
+            images = center(self._images.images[turn.part].to(self.device), self.config.model.img_size)
+            given = [o and Override(o.gates[turn.part], o.experts[turn.part]) for o in overrides]
+            ratio = self.config.model.mask_ratio
             with autocast(self.device, self.precision):
-                found = self.model(center(images[turn.part].to(self.device), size), mask_ratio=0.0).cls.float()
+                under = masked_forward(
+                    self.model, images, noise[turn.part], mask_ratio=ratio, overrides=given, batch_size=len(images)
+                )
             if turn.counts:
-                tokens[turn.part] = found
+                loss[turn.part] = under.loss
+        self._add_up(loss)
+        return loss.cpu()
+
+    def _whole(self, images: Tensor) -> Whole:
+        """What the encoder makes of whole images, uint8 on the host."""
+        size, width, count = self.config.model.img_size, self.config.model.embed_dim, len(images)
+        cls = torch.zeros(count, width, device=self.device)
+        patches = torch.zeros_like(cls)
+        probabilities = [torch.zeros(count, e, device=self.device) for e in self.experts]
+        self.model.eval()
+        for turn in self._turns(count):
+            part = center(images[turn.part].to(self.device), size)
+            with autocast(self.device, self.precision), self._probabilities() as found:
+                tokens = self._encode(part).float()
+            if turn.counts:
+                cls[turn.part], patches[turn.part] = tokens[:, 0], tokens[:, 1:].mean(1)
+                for of_all, of_part in zip(probabilities, found, strict=True):
+                    of_all[turn.part] = of_part
         self.model.train()
-        self._add_up(tokens)
-        return tokens
+        for tensor in (cls, patches, *probabilities):
+            self._add_up(tensor)
+        return Whole(cls.cpu(), patches.cpu(), [p.cpu() for p in probabilities])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Tokens ``[B, 1 + L, D]``; with fsdp the whole model has to be called, or weights stay cut."""
+        if self.config.parallel.strategy != "fsdp":
+            return self.model.encoder(images)
+        tokens: list[Tensor] = []
+        handle = self.model.encoder.norm.register_forward_hook(lambda module, given, out: tokens.append(out))
+        try:
+            self.model(images, mask_ratio=0.0)
+        finally:
+            handle.remove()
+        return tokens[0]
 
     def _pixels(self, patches: Tensor) -> Tensor:
         """bool ``[R, 1, S, S]`` of ``[R, L]``: whether a pixel's patch is 1."""
@@ -202,6 +311,10 @@ class Evaluator:
         """Sum over the ranks, in place."""
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(tensor)
+
+
+def _fill(whole: Tensor, part: slice, values: Tensor) -> None:
+    whole[part] = values.to(whole.dtype)
 
 
 class _Turn(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """What `choose_penalty` tries."""
-_STEPS = 300
+STEPS = 300
+"""Of the optimizer, at most; it ends earlier at the optimum."""
 
 
 class LinearProbe(NamedTuple):
@@ -34,14 +35,20 @@ class LinearProbe(NamedTuple):
 
 
 def fit(
-    features: Tensor, labels: Tensor, classes: int, penalty: float, start: LinearProbe | None = None
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    start: LinearProbe | None = None,
+    *,
+    steps: int = STEPS,
 ) -> LinearProbe:
     """The minimum of mean cross-entropy, classes weighted alike, ``+ penalty / 2 * mean(weight**2) * C``.
 
     Args:
         features: ``[n, D]``, at least one row. labels: int64 ``[n]``, 0 to classes - 1.
         penalty: positive; on the standardised features.
-        start: a probe of the same features, to begin from.
+        start: a probe of the same features, to begin from. steps: of the optimizer (L-BFGS), at most.
     """
     if not penalty > 0:
         raise ValueError(f"penalty: expected a positive number, got {penalty!r}")
@@ -58,7 +65,7 @@ def fit(
     bias = torch.zeros(classes, dtype=torch.float64) if start is None else start.bias.clone()
     weight.requires_grad_(), bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_STEPS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=steps, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

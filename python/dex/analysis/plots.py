@@ -26,11 +26,14 @@ def reconstructions(
     count = len(labels)
     across = 2 if count > 4 else 1
     down = math.ceil(count / across)
-    figure = Figure(figsize=(1.75 * 3 * across + 0.35 * across, 1.95 * down + 0.75), dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=11, color=_INK)
-    blocks = figure.subfigures(1, across, wspace=0.03, squeeze=False)[0]
+    height = 1.95 * down + 0.75
+    # Places are given: a solver of layouts takes longer than all the rest.
+    figure = Figure(figsize=(1.75 * 3 * across + 0.35 * across, height), dpi=110)
+    figure.suptitle(title, fontsize=11, color=_INK, y=1 - 0.1 / height, va="top")
+    blocks = figure.subfigures(1, across, wspace=0, squeeze=False)[0]
+    grid = {"left": 0.02, "right": 0.98, "bottom": 0.05 / height, "top": 1 - 0.6 / height, "wspace": 0.04}
     for b, block in enumerate(blocks):
-        axes = block.subplots(down, 3, squeeze=False)
+        axes = block.subplots(down, 3, squeeze=False, gridspec_kw=grid | {"hspace": 0.14})
         for r in range(down):
             i = b * down + r
             for axis, images, name in zip(

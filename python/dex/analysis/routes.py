@@ -80,7 +80,7 @@ def masked_forward(
         for begin in range(0, len(images), batch_size):
             part = slice(begin, begin + batch_size)
             given = [o and Override(o.gates[part], o.experts[part]) for o in overrides or [None] * len(layers)]
-            with _watched(layers, given) as seen:
+            with watched(layers, given) as seen:
                 out = model(images[part], mask_ratio=mask_ratio, mask_noise=mask_noise[part])
             losses.append(out.image_loss.float())
             tokens.append(out.cls.float())
@@ -92,8 +92,9 @@ def masked_forward(
 def all_probabilities(layer: DEXLayer, x: Tensor) -> Tensor:
     """``softmax(W r / T)``, float32 ``[B, E]``, of all experts and without noise; ``r`` is token 0 or the mean token of
     ``x [B, N, D]``, as the layer routes."""
-    row = x.float().mean(1) if layer.route_from == "mean" else x[:, 0].float()
-    return torch.softmax(row @ layer.router_weight.float().T / layer.temperature, -1)
+    with torch.autocast(x.device.type, enabled=False):
+        row = x.float().mean(1) if layer.route_from == "mean" else x[:, 0].float()
+        return torch.softmax(row @ layer.router_weight.float().T / layer.temperature, -1)
 
 
 def sets_of(experts: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(layers: Sequence[DEXLayer], overrides: Sequence[Override | None]) -> Iterator[list[Tensor]]:
+def watched(layers: Sequence[DEXLayer], overrides: Sequence[Override | None]) -> Iterator[list[Tensor]]:
     """Inside, forwards append each layer's probabilities ``[B, E]`` and follow the overrides."""
     seen: list[Tensor] = []
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dex.analysis.intervals import Interval, balanced_accuracy, bca
-from dex.analysis.linear_probe import fit
+from dex.analysis.linear_probe import STEPS, fit
 
 FOLDS, PENALTY = 5, 0.1
 PIXELS = 16
@@ -17,7 +17,14 @@ PIXELS = 16
 
 
 def leave_sources_out(
-    features: Tensor, labels: Tensor, sources: Tensor, *, folds: int = FOLDS, penalty: float = PENALTY, seed: int = 0
+    features: Tensor,
+    labels: Tensor,
+    sources: Tensor,
+    *,
+    folds: int = FOLDS,
+    penalty: float = PENALTY,
+    steps: int = STEPS,
+    seed: int = 0,
 ) -> Interval | None:
     """Balanced accuracy of a standardised linear probe, each fold of sources judged by a probe of the others; the
     interval is over sources (`dex.analysis.intervals.bca`).
@@ -29,6 +36,7 @@ def leave_sources_out(
         features: ``[n, D]``. labels, sources: int64 ``[n]``.
         folds: sources of each class are dealt to them in an order drawn by ``seed``.
         penalty: of `dex.analysis.linear_probe.fit`; the same for everything that is compared.
+        steps: of its optimizer, at most.
     """
     labels, sources = labels.cpu(), sources.cpu()
     of_class = {c: sources[labels == c].unique() for c in labels.unique().tolist()}
@@ -48,7 +56,7 @@ def leave_sources_out(
     right = torch.zeros(len(x), dtype=torch.bool)
     for number in fold.unique().tolist():
         test = fold == number
-        probe = fit(x[~test], classes[~test], len(judged), penalty)
+        probe = fit(x[~test], classes[~test], len(judged), penalty, steps=steps)
         right[test] = probe.predict(x[test]) == classes[test]
     return bca(*balanced_accuracy(right, classes, sources), seed=seed)
 

@@ -5,13 +5,14 @@ experts have specialised, an image's loss rises when it is given another modalit
 interchangeable, it does not. Shape letters: B images, L layers, E experts, K chosen, G groups.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dex.analysis.intervals import Interval, bca
-from dex.analysis.routes import Override, Routes, masked_forward
+from dex.analysis.routes import Masked, Override, Routes, masked_forward
 from dex.model import MaskedAutoencoder
 
 KINDS = ("same modality", "other modality", "random")
@@ -55,18 +56,42 @@ def swap(
     Everything else of the forward is the image's own: with swapped experts in layer l, later layers route what they see
     then, unless they are swapped too. Takes ``1 + 3 (L + 1)`` forwards of the images. modality: int64 ``[B]``.
     """
-    options = {"mask_ratio": mask_ratio, "batch_size": batch_size}
-    own = masked_forward(model, images, mask_noise, **options)
+
+    def forward(overrides: Sequence[Override | None] | None) -> Masked:
+        return masked_forward(
+            model, images, mask_noise, overrides=overrides, mask_ratio=mask_ratio, batch_size=batch_size
+        )
+
+    own = forward(None)
+    return swapped(lambda overrides: forward(overrides).loss, own, modality, seed=seed)
+
+
+def swapped(
+    loss_under: Callable[[Sequence[Override | None]], Tensor],
+    own: Masked,
+    modality: Tensor,
+    *,
+    kinds: Sequence[str] = KINDS,
+    layers_apart: bool = True,
+    seed: int = 0,
+) -> Swap:
+    """The same for whoever carries out the forwards: ``loss_under(overrides)`` gives the masked losses ``[B]``.
+
+    kinds: those of `KINDS` that are wanted; the others' losses are NaN. layers_apart: False swaps all layers at once
+    alone, with one forward for each kind.
+    """
     generator = torch.Generator().manual_seed(seed)
+    modality = modality.cpu()
     layers = len(own.routes.gates)
-    given = torch.full((len(KINDS), layers + 1, len(images)), float("nan"))
+    given = torch.full((len(KINDS), layers + 1, len(modality)), float("nan"))
     for k, kind in enumerate(KINDS):
-        routes, there = _others(kind, own.routes, modality.cpu(), model, generator)
-        for place in range(layers + 1):
+        routes, there = _others(kind, own.routes, modality, generator)
+        if kind not in kinds or not there.any():
+            continue
+        for place in range(layers + 1) if layers_apart else (layers,):
             chosen = [r if place in (layer, layers) else None for layer, r in enumerate(routes)]
-            loss = masked_forward(model, images, mask_noise, overrides=chosen, **options).loss.cpu()
-            given[k, place] = torch.where(there, loss, torch.nan)
-    return Swap(own.loss.cpu(), given, modality.cpu())
+            given[k, place] = torch.where(there, loss_under(chosen).float().cpu(), torch.nan)
+    return Swap(own.loss.float().cpu(), given, modality)
 
 
 def gaps(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> list[Gap]:
@@ -114,14 +139,12 @@ def modality_gap(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int =
     return Gap("other less same modality", None, interval, float(swap.own[there].double().mean()))
 
 
-def _others(
-    kind: str, routes: Routes, modality: Tensor, model: MaskedAutoencoder, generator: torch.Generator
-) -> tuple[list[Override], Tensor]:
+def _others(kind: str, routes: Routes, modality: Tensor, generator: torch.Generator) -> tuple[list[Override], Tensor]:
     """A route per layer for each image, and for which images there is one ``[B]``."""
     if kind == "random":
         found = []
-        for layer, gates in zip(model.encoder.dex_layers, routes.gates, strict=True):
-            drawn = torch.rand(len(gates), layer.num_experts, generator=generator).argsort(1)[:, : gates.shape[1]]
+        for gates, p in zip(routes.gates, routes.probabilities, strict=True):
+            drawn = torch.rand(p.shape, generator=generator).argsort(1)[:, : gates.shape[1]]
             found.append(Override(gates, drawn.to(gates.device)))
         return found, torch.ones(len(modality), dtype=torch.bool)
     partner = torch.arange(len(modality))
