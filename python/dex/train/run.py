@@ -1,37 +1,32 @@
 """One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
 
-import contextlib
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dex.analysis import plots
-from dex.analysis.evaluation import Evaluation
+from dex.analysis.instruments import is_due
 from dex.common import exits
-from dex.common.ranks import Failed, announced, decided, everywhere, from_first, gather, start, stop
+from dex.common.ranks import announced, decided, everywhere, from_first, gather, start, stop
 from dex.config import Config
 from dex.data import CorruptDataError
 from dex.model.weights import DECODER_PREFIXES, LoadReport
 from dex.sizing.estimate import mfu
-from dex.train import checkpoint
+from dex.train import advice, checkpoint
 from dex.train.continuation import Override
+from dex.train.evaluating import Evaluations
+from dex.train.loop import NONFINITE_IN_A_ROW, RunLoop
 from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, look, open_data, place, with_folder
 from dex.train.runlog import Progress, RunLog, describe_machine, now
-from dex.train.schedules import stable_steps
+from dex.train.schedules import stable_steps, warmup_steps
 from dex.train.trainer import Trainer
 from dex.train.verdict import NonFinite
 from dex.train.watch import Watch
-
-NONFINITE_IN_A_ROW = 3
-"""A run stops after this many consecutive non-finite steps."""
-SLOW_RANK = 0.1
-"""A rank is slow if it takes this share of a step longer than the median rank."""
 
 
 def pretrain(
@@ -140,59 +135,24 @@ class _Best(NamedTuple):
     loss: float
 
 
-class PretrainRun:
+class PretrainRun(RunLoop):
     """`pretrain` once everything is ready: steps, and what happens between them."""
 
     def __init__(self, trainer: Trainer, log: RunLog, notes: list[str], watch: Watch):
-        self.trainer, self.log, self.notes, self.watch = trainer, log, notes, watch
+        progress = Progress(trainer.steps, trainer.step, active=trainer.ranks.first)
+        super().__init__(trainer, log, watch, progress, trainer.config.run.keep_checkpoints)
+        self.trainer: Trainer = trainer
+        self.notes, self.run_config = notes, trainer.config.run
         self.saved = trainer.plan.saved
-        self.ranks = trainer.ranks
-        self.signals: list[int] = []
-        self.run_config = trainer.config.run
-        self.saver = checkpoint.Saver(log.checkpoints, self.run_config.keep_checkpoints, self.ranks)
-        self.progress = Progress(trainer.steps, trainer.step, active=self.ranks.first)
         stable = stable_steps(trainer.config, trainer.steps) if trainer.config.schedule.lr_shape == "wsd" else None
         self._milestones = {*(self.run_config.milestones or ()), *([stable] if stable else [])}
         """Of warm-up-stable-decay also the last step before the decay, from which a longer run can go on."""
+        self._evaluations = Evaluations(trainer, log, progress)
         self._best = self._best_so_far()
         self._saved_step = self.saved.state["step"] if self.saved else None
         self._unreadable = 0
-        self._slow_rank: int | None = None
-        self._slow_rows = 0
-        """In how many rows in succession it was that rank."""
         on_gpu = trainer.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
-
-    def run(self) -> int:
-        """Take the steps, once; the exit code. Closes the folder.
-
-        A new run that fails before its first step leaves the folder as it was.
-        """
-        with exits.collected() as self.signals:
-            try:
-                with self.progress.shown():
-                    self._greet()
-                    code = self._steps()
-                    self.watch.at(self.trainer.step, "checkpoint")
-                    self.saver.wait()
-                    return code
-            except BaseException as error:
-                own = (Failed, torch.OutOfMemoryError)  # no RuntimeErrors of a collective
-                if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, own):
-                    self.watch.explain(error)  # does not come back when another rank is gone
-                if self.ranks.world_size == 1:
-                    with contextlib.suppress(Exception):  # what is being written may still be the newest good state
-                        self.saver.wait()
-                if self.saved is None and self.trainer.step == 0:
-                    self.log.discard()
-                self.watch.close(error)
-                raise
-            finally:
-                self.watch.close()
-                # After an error on several ranks a save may still be on its way: nobody else may write there meanwhile.
-                self.log.close(release=not self.saver.busy)
-                self.trainer.close()
-                stop(self.ranks)
 
     def _greet(self) -> None:
         for note in self.notes:
@@ -209,7 +169,7 @@ class PretrainRun:
         trainer, run = self.trainer, self.run_config
         last = min(trainer.steps, run.stop_at or trainer.steps)
         trainer.at = lambda phase: self.watch.at(trainer.step, phase)
-        if run.evaluate_every and trainer.step % run.evaluate_every == 0 and not self._evaluated():
+        if is_due(trainer.config, trainer.step, trainer.steps) and not self._evaluated():
             self._evaluate()
         self._restart_clock()
         while trainer.step < last:
@@ -250,6 +210,8 @@ class PretrainRun:
         if self._best:
             where = f"checkpoints/step-{self._best.step:08d}"
             self.progress.say(f"lowest held-out loss {self._best.loss:.4f} at step {self._best.step}: {where}")
+        if share := self._evaluations.share():
+            self.progress.say(share)
         word = "done" if trainer.step == trainer.steps else "stopped as asked"
         self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
         return exits.DONE
@@ -262,7 +224,7 @@ class PretrainRun:
         every = self.run_config.evaluate_every
         if every and stopping and done < last:
             return signal.SIGTERM not in {number for of_rank in gather(self.ranks, self.signals) for number in of_rank}
-        return bool(every) and (done % every == 0 or done == last)
+        return is_due(self.trainer.config, done, self.trainer.steps) or (bool(every) and done == last)
 
     def _row(self) -> None:
         trainer = self.trainer
@@ -277,39 +239,11 @@ class PretrainRun:
         self.log.row(row)
         self.progress.row(row)
         self._spikes()
-        for layer, unused in trainer.window.newly_unused():
-            self.log.event(trainer.step, "unused experts", layer=layer, **unused._asdict())
-            for word, experts in (("no image", unused.dead), ("almost no image", unused.nearly_dead)):
-                if experts:
-                    listed = ", ".join(map(str, experts))
-                    self.progress.say(f"warning: step {trainer.step}: layer {layer}: {word} goes to expert {listed}")
-
-    def _name_slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
-        """Say which rank the others wait for, once it was the same in two rows in succession."""
-        late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
-        slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
-        self._slow_rows = self._slow_rows + 1 if slow == self._slow_rank else 1
-        self._slow_rank = slow
-        if slow is not None and self._slow_rows == 2:
-            self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
-            self.progress.say(
-                f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
-                f"others wait {late:.3g} s for it"
-            )
-
-    def _spikes(self) -> None:
-        """Loss spikes with the worst images of all ranks; every rank found the same steps."""
-        spikes = self.trainer.loss_spikes.take()
-        if not spikes:
-            return
-        of_ranks = gather(self.ranks, [spike.samples for spike in spikes])
-        for spike, samples in zip(spikes, zip(*of_ranks, strict=True), strict=True):
-            worst = sorted((sample for of_rank in samples for sample in of_rank), key=lambda sample: -sample[1])[:5]
-            self.progress.say(
-                f"warning: step {spike.step + 1}: loss {spike.loss:.4g}, usually {spike.usual:.4g}; samples "
-                + _list([name for name, _ in worst], 5)
-            )
-            self.log.event(spike.step + 1, "loss spike", loss=spike.loss, usual=spike.usual, samples=worst)
+        warming_up = trainer.step < warmup_steps(trainer.config, trainer.steps)
+        for layer, experts in trainer.window.newly_unused(warming_up=warming_up):
+            self.log.event(trainer.step, "unused experts", layer=layer, dead=list(experts), nearly_dead=[])
+            text = advice.unused(trainer.config, layer, experts, row["balance_weight"])
+            self.progress.say(f"warning: step {trainer.step}: {text}")
 
     def _evaluate(self) -> None:
         self.watch.at(self.trainer.step, "evaluation")
@@ -319,48 +253,11 @@ class PretrainRun:
             if not agree:
                 log.event(step, "ranks differ")
                 self.progress.say(f"warning: step {step}: weights or directors differ between ranks")
-        evaluation = trainer.evaluate()
+        evaluation = self._evaluations.look()
         if evaluation is not None:
-            self._log_evaluation(evaluation, trainer.evaluate_average())
             is_better = self._best is None or evaluation.loss < self._best.loss
             if self.run_config.keep_best and step > 0 and math.isfinite(evaluation.loss) and is_better:
                 self._best = _Best(step, evaluation.loss)
-        elif step == 0:
-            self.progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
-        rows = log.rows() if log.active else []
-        if any("loss" in row for row in rows):
-            log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
-
-    def _log_evaluation(self, evaluation: Evaluation, averaged: Evaluation | None) -> None:
-        """averaged: the same of the averaged weights, where the run keeps them."""
-        trainer, step, log = self.trainer, self.trainer.step, self.log
-        row = {"step": step, "val_loss": evaluation.loss, "val_modality_loss": evaluation.modality_loss}
-        row |= {"val_images": evaluation.images}
-        if averaged is not None:
-            row |= {"ema_val_loss": averaged.loss, "ema_val_modality_loss": averaged.modality_loss}
-        row |= {"probe_knn": evaluation.probe, "director_distance": evaluation.director_distance}
-        if evaluation.mass:
-            row["val_gate_entropy"] = evaluation.gate_entropy
-            row["val_expert_mass"] = {
-                name: [[round(v, 4) for v in layer[m].tolist()] for layer in evaluation.mass]
-                for m, name in enumerate(trainer.modalities)
-                if name in evaluation.modality_loss
-            }
-        log.row(row)
-        probe = "" if evaluation.probe is None else f"  modality by kNN {evaluation.probe:.1%}"
-        average = "" if averaged is None else f"  of averaged weights {averaged.loss:.4f}"
-        self.progress.say(f"step {step}/{trainer.steps}  held-out loss {evaluation.loss:.4f}{average}{probe}")
-        if not log.active:
-            return
-        shown = (evaluation.original, evaluation.masked, evaluation.reconstruction)
-        images = [tensor.permute(0, 2, 3, 1).float().numpy() for tensor in shown]
-        title = f"step {step}: held-out masked loss {evaluation.loss:.4f}"
-        figure = plots.reconstructions(*images, evaluation.labels, title)
-        log.picture(f"reconstructions-step-{step:06d}.png", "reconstructions", figure, step)
-        if evaluation.mass:
-            title = f"step {step}: experts by modality, held-out images"
-            figure = plots.expert_heatmap([m.numpy() for m in evaluation.mass], trainer.modalities, title)
-            log.picture(f"experts-step-{step:06d}.png", "experts", figure, step)
 
     def _best_so_far(self) -> "_Best | None":
         """The lowest held-out loss among the steps whose checkpoints are there; None unless ``run.keep_best``."""
@@ -397,32 +294,7 @@ class PretrainRun:
         for sample, reason in unreadable[self._unreadable :]:
             self.log.event(self.trainer.step, "unreadable sample", sample=sample, reason=reason)
         self._unreadable = len(unreadable)
-        for step in bad:
-            what = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
-            self.progress.say(
-                f"warning: step {step.step + 1} changed nothing: {what}; samples {_list(step.samples, 5)}"
-            )
-            self.log.event(
-                step.step + 1,
-                "non-finite step",
-                loss=str(step.loss),
-                grad_norm=str(step.grad_norm),
-                samples=step.samples,
-            )
-
-    def _stop_nonfinite(self, bad: Sequence[NonFinite]) -> int:
-        # Saved with the count at 0, so that resuming goes on behind these batches instead of into them again.
-        trainer = self.trainer
-        self._report(trainer.flush())
-        trainer.nonfinite_in_a_row = 0
-        self._save(wait=True)
-        self.log.event(trainer.step, "stopped", reason=f"{NONFINITE_IN_A_ROW} non-finite steps in a row")
-        print(
-            f"dex pretrain: stopped at step {trainer.step}: {NONFINITE_IN_A_ROW} non-finite steps in a row; "
-            f"samples of the last: {_list(bad[-1].samples, 20)}",
-            file=sys.stderr,
-        )
-        return exits.NONFINITE
+        super()._report(bad)
 
     def _save_unreadable(self) -> None:
         # The batch was not given, so nothing of this step is done: a resume reads it again, from mended files.
@@ -431,15 +303,6 @@ class PretrainRun:
         self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
         if trainer.step:
             self._save(wait=True)
-
-    def _paused(self, action: Callable[[], None]) -> None:
-        """Run ``action`` without counting its time against images per second."""
-        began = time.perf_counter()
-        action()
-        self._clock += time.perf_counter() - began
-
-    def _restart_clock(self) -> None:
-        self._clock, self._clock_step = time.perf_counter(), self.trainer.step
 
 
 def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
@@ -465,7 +328,3 @@ def _initial_note(place: str, report: LoadReport) -> str:
     drawn = ["the routers"] * report.upcycled
     drawn += ["the decoder"] * any(name.startswith(DECODER_PREFIXES) for name in report.kept)
     return f"weights of {place}: {what}" + (f"; drawn anew: {' and '.join(drawn)}" if drawn else "")
-
-
-def _list(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

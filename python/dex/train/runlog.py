@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,11 @@ class RunLog:
     active: False on all ranks but one, where nothing is written.
     """
 
+    config_name, command = CONFIG, "dex pretrain"
+
     def __init__(self, folder: Path, active: bool = True):
         self.folder, self.active = folder, active
-        self._lock = FolderLock(folder, _say)
+        self._lock = FolderLock(folder, self._say)
         self._replaced = ReplacedRun(folder)
         self._owned = False
         """The folder was empty when this process took hold of it, or it has replaced the run there."""
@@ -169,9 +171,9 @@ class RunLog:
         self._lock.take(LOCK_WAIT if wait else 0.0)
         if self._lock.real:
             if self._replaced.put_back(self._new_names()):
-                _say(f"put back the run that an unfinished --overwrite had set aside in {self.folder}")
+                self._say(f"put back the run that an unfinished --overwrite had set aside in {self.folder}")
         else:
-            _say(f"{self.folder} is on a file system without locks: nothing keeps a second process out")
+            self._say(f"{self.folder} is on a file system without locks: nothing keeps a second process out")
             if self._replaced.there:
                 raise ValueError(
                     f"out: expected no run that --overwrite has set aside; {self.folder / REPLACED} holds one, and "
@@ -180,7 +182,7 @@ class RunLog:
         self._owned = self.is_empty() and (self._lock.real or self._lock.made_file)
 
     def holds_run(self) -> bool:
-        return self._path(CONFIG).exists()
+        return self._path(self.config_name).exists()
 
     def is_empty(self) -> bool:
         """Nothing is there but what a start that was killed at once leaves."""
@@ -190,7 +192,14 @@ class RunLog:
 
     def config(self) -> Config:
         """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
-        return read_yaml(self._path(CONFIG), Config())
+        return read_yaml(self._path(self.config_name), Config())
+
+    def config_text(self, config: Any) -> str:
+        """What `open` writes of its ``config``."""
+        return to_yaml(config)
+
+    def wandb_project(self, config: Any) -> str | None:
+        return config.run.wandb
 
     def last_start(self) -> dict[str, Any] | None:
         """The newest entry of ``run.json``; None when the run was killed before it wrote one."""
@@ -205,7 +214,7 @@ class RunLog:
         path = self._path(STARTS)
         return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
 
-    def open(self, config: Config, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def open(self, config: Any, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Begin or continue the run; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
 
         Rows and events after that step are removed: the run will write them again. overwrite: first set aside the run
@@ -223,7 +232,7 @@ class RunLog:
             self._owned = True
         self._place = _identity(self.folder)
         # First, since it makes the folder a run's, whatever comes next.
-        atomic.write(self.folder / CONFIG, to_yaml(config), locked=True)
+        atomic.write(self.folder / self.config_name, self.config_text(config), locked=True)
         self.pictures.mkdir(exist_ok=True)
         for path in (*self._partial(), *self.pictures.glob(f"*{atomic.PARTIAL}"), *self.pictures.glob(".*.tmp")):
             path.unlink(missing_ok=True)
@@ -236,8 +245,8 @@ class RunLog:
             atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-        if config.run.wandb is not None:
-            self._tracker = tracker.Tracker(config, self.folder, starts["starts"], _say)
+        if self.wandb_project(config) is not None:
+            self._tracker = tracker.Tracker(config, self.folder, starts["starts"], self._say)
 
     def check_there(self) -> None:
         """`FolderGone` when what is written now would go nowhere, or into another folder. Once the log is open."""
@@ -312,16 +321,23 @@ class RunLog:
             self._tracker.close()
             self._tracker = None
 
+    @property
+    def _files_of_run(self) -> tuple[str, ...]:
+        return (self.config_name, *(name for name in FILES if name != CONFIG))
+
+    def _say(self, line: str) -> None:
+        print(f"{self.command}: {line}", file=sys.stderr)
+
     def _new_names(self) -> list[str]:
         """Everything that a run may have written into its folder."""
-        return [*FOLDERS, tracker.FOLDER, *FILES, *(path.name for path in self._partial())]
+        return [*FOLDERS, tracker.FOLDER, *self._files_of_run, *(path.name for path in self._partial())]
 
     def _partial(self) -> list[Path]:
         """Where a process that was killed may have left what it had not finished writing.
 
         ``.NAME.tmp`` is what an earlier version called it.
         """
-        paths = [self.folder / name for name in FILES]
+        paths = [self.folder / name for name in self._files_of_run]
         return [work for path in paths for work in (atomic.work_name(path), path.with_name(f".{path.name}.tmp"))]
 
     def _newest_start_file(self) -> tuple[int, int] | None:
@@ -342,8 +358,16 @@ class RunLog:
 class Progress:
     """A bar with time left and every loss on a terminal; elsewhere one plain line per row; nothing when not active."""
 
-    def __init__(self, steps: int, start: int, active: bool = True):
+    def __init__(
+        self,
+        steps: int,
+        start: int,
+        active: bool = True,
+        summary: Callable[[Mapping[str, Any]], str] | None = None,
+    ):
+        """summary: what a line says of a row; None: of pretraining's."""
         self._steps, self._start, self._active = steps, start, active
+        self._summary = summary or _summary
         self._began = time.monotonic()
         self._bar: Any = None
         if active and sys.stdout.isatty():
@@ -384,7 +408,7 @@ class Progress:
     def row(self, row: Mapping[str, Any]) -> None:
         if not self._active:
             return
-        text = _summary(row)
+        text = self._summary(row)
         if self._bar is not None:
             self._line.plain = text
             return
@@ -405,10 +429,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
         stat = folder.stat()
         return stat.st_dev, stat.st_ino
     return None
-
-
-def _say(line: str) -> None:
-    print(f"dex pretrain: {line}", file=sys.stderr)
 
 
 def _remove(path: Path) -> None:

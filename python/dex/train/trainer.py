@@ -5,36 +5,26 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 
 import contextlib
 import gc
-import math
-import resource
-import statistics
-import sys
 import time
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
-from dex.common.ranks import full, gather, same_bits, spread
+from dex.common.ranks import full, gather, spread
 from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
 from dex.train import checkpoint, cuda_graph
 from dex.train.average import WeightAverage
+from dex.train.engine import Engine
 from dex.train.initial import first_model, load_initial
-from dex.train.loss_scale import MOST_HALVINGS, LossScale
-from dex.train.loss_spikes import LossSpikes
 from dex.train.optimizer import adamw, set_learning_rate
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
-from dex.train.stopwatch import Stopwatch
-from dex.train.verdict import Agreement, Losses, NonFinite, Sent, Verdict, send
+from dex.train.verdict import Agreement, Losses, NonFinite, Verdict, send
 from dex.train.window import Window
 from dexkernels import hold_weights
 
@@ -53,7 +43,7 @@ class _Flags(NamedTuple):
     """It cannot read its images."""
 
 
-class Trainer:
+class Trainer(Engine):
     """Model, optimizer, loader and counters of one run; nothing here knows of a folder.
 
     A step: forward, backward, verdict, GEMA, clip, AdamW. The verdict (loss, gate mass and gradient norm finite) is a
@@ -65,11 +55,10 @@ class Trainer:
     def __init__(self, plan: Plan):
         """At step 0, wherever the plan goes on: `restore` takes it there. The loader is there already."""
         config, ranks = plan.config, plan.ranks
-        self.plan, self.config, self.ranks, self.device = plan, config, ranks, plan.device
+        super().__init__(ranks, plan.device, plan.precision)
+        self.plan, self.config = plan, config
         self.modalities, self.steps = plan.dataset.modalities, plan.steps
         self.loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
-        self.step = 0
-        """Steps done."""
         model = first_model(config)
         self.initial = load_initial(model, config) if config.model.init and not plan.saved else None
         """What became of the weights of ``model.init``; None without them, or where a checkpoint brings others."""
@@ -84,26 +73,22 @@ class Trainer:
         """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
         self.optimizer = adamw(config, self.named_parameters, self._schedule.lr)
-        self.loss_scale = LossScale(self.device) if plan.precision == "fp16" else None
         self.average = None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
-        self.nonfinite_in_a_row = 0
-        self.data_wait = 0.0
-        """Seconds spent waiting for the loader since it was last set to 0."""
-        self._local = Stopwatch(self.device)
-        """Runs while the device needs no other rank: augmentation and, but for fsdp and replays, forward."""
-        self.stop_requested = False
-        """Set before a step: this rank was asked to stop."""
-        self.stopping = False
-        """Some rank was asked to stop, and all know of it."""
-        self.at: Callable[[str], None] = lambda phase: None
-        """Called with what a step does next: "loader", then "step"."""
-        self._pending: deque[Sent] = deque()
         self._unreadable: CorruptDataError | None = None
-        self._evaluator = Evaluator(config, self.model, plan.train, plan.held_out, self.device, plan.precision, ranks)
+        self._evaluator = Evaluator(
+            config,
+            self.model,
+            plan.train,
+            plan.held_out,
+            self.device,
+            plan.precision,
+            ranks,
+            dataset=plan.dataset,
+            steps=plan.steps,
+        )
         self._agreement = Agreement(ranks, self.experts, len(self.modalities))
         self.window = Window(self.modalities, self.experts, self.device)
-        self.loss_spikes = LossSpikes()
         self._graph = self._new_graph()
 
     @property
@@ -202,10 +187,6 @@ class Trainer:
         # group, aborts the process now and then.
         gc.collect()
 
-    def flush(self) -> list[NonFinite]:
-        """Wait for the verdicts still under way and return the non-finite steps among them."""
-        return self._read_verdicts(keep=0)
-
     def row(self) -> dict[str, Any]:
         """Means over the steps since the last row, this step's schedule, the experts' load; waits for the device."""
         means = self.window.read()
@@ -225,27 +206,6 @@ class Trainer:
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.value.item()}),
         }
 
-    def pace(self, steps: int) -> dict[str, Any]:
-        """What the ranks say of their time and memory in the ``steps`` since they were last asked, all of them.
-
-        data_wait_s, memory_mb (the most so far) and memory_now_mb: the largest. Of several ranks, slowest_rank: the one
-        that took longest in a step for what needs no other rank (loader, augmentation, and but for fsdp forward),
-        slowest_rank_s, and median_rank_s.
-        """
-        reports = [_Pace(*report) for report in gather(self.ranks, self._pace())]
-        self.data_wait = 0.0
-        pace = {
-            "data_wait_s": max(report.data_wait for report in reports),
-            "memory_mb": max(report.most_mb for report in reports),
-            "memory_now_mb": max(report.now_mb for report in reports),
-        }
-        if self.ranks.world_size > 1:
-            alone = [(report.data_wait + report.local) / steps for report in reports]
-            slowest = max(alone)
-            pace |= {"slowest_rank": alone.index(slowest), "slowest_rank_s": slowest}
-            pace |= {"median_rank_s": statistics.median_low(alone)}
-        return pace
-
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
         """See `dex.analysis.evaluation.Evaluator`; all ranks ask."""
         return self._evaluator.evaluate(pictures)
@@ -256,16 +216,6 @@ class Trainer:
             return None
         with self.average.in_place():
             return self._evaluator.evaluate(pictures=0, probe=False)
-
-    def ranks_agree(self) -> bool | None:
-        """Whether everything that each rank holds whole is the same to the bit on all; None with one rank.
-
-        ddp: weights, directors and usage; fsdp, which cuts weights and directors: usage. All ranks ask.
-        """
-        if self.ranks.world_size == 1:
-            return None
-        held = [*self.model.parameters(), *self.model.buffers()]
-        return same_bits(t for t in held if not isinstance(t, DTensor) and t.dtype == torch.float32)
 
     def state(self) -> dict[str, Any]:
         """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first.
@@ -334,10 +284,6 @@ class Trainer:
                 block.compile()
         return spread(model, blocks, parallel.strategy, self.device) if self.ranks.world_size > 1 else model
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """By way of pinned memory: a copy from other memory may wait for all that was launched before it."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
     def _next_batch(self) -> tuple[Batch, CorruptDataError | None]:
         """This rank's part of the next batch; alone, CorruptDataError is raised.
 
@@ -356,6 +302,11 @@ class Trainer:
         nothing = torch.zeros(count, dtype=torch.int64)
         return Batch(black, nothing, ("",) * count, nothing), self._unreadable
 
+    def _raise_unreadable(self) -> NoReturn:
+        reasons = gather(self.ranks, self._unreadable and str(self._unreadable))
+        named = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        raise CorruptDataError(f"step {self.step + 1}: {named}", self.loader.corrupt)
+
     def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
         m = self.config.model
@@ -371,58 +322,6 @@ class Trainer:
             self.net.set_requires_gradient_sync(last)
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.net.no_sync()
-
-    def _pace(self) -> "_Pace":
-        most, now = self._memory_mb()
-        return _Pace(self.data_wait, self._local.seconds(), most, now)
-
-    def _memory_mb(self) -> tuple[float, float]:
-        """The most this rank has held so far, and what it holds: on the device, or the whole process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e6, torch.cuda.memory_allocated(self.device) / 1e6
-        unit = 1 if sys.platform == "darwin" else 1024
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-        statm = Path("/proc/self/statm")
-        return most, int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.exists() else most
-
-    def _read_verdicts(self, keep: int) -> list[NonFinite]:
-        bad = []
-        while len(self._pending) > keep:
-            sent = self._pending.popleft()
-            verdict = sent.read()
-            self.stopping = self.stopping or verdict.stop
-            if verdict.unreadable:
-                self.step = sent.step
-                self._pending.clear()
-                reasons = gather(self.ranks, self._unreadable and str(self._unreadable))
-                named = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-                raise CorruptDataError(f"step {sent.step + 1}: {named}", self.loader.corrupt)
-            if self.loss_scale is not None:
-                overflows = not verdict.good and math.isfinite(verdict.loss)
-                self.loss_scale.overflows = self.loss_scale.overflows + 1 if overflows else 0
-                if 0 < self.loss_scale.overflows <= MOST_HALVINGS:
-                    continue  # part of float16: the loss is fine, and the next step has half the scale
-            if verdict.good:
-                self.nonfinite_in_a_row = 0
-                self.loss_spikes.watch(sent.step, sent.ids, verdict)
-                continue
-            self.nonfinite_in_a_row += 1
-            finite = torch.isfinite(verdict.image_loss).tolist()
-            guilty = [i for i, is_finite in zip(sent.ids, finite, strict=True) if not is_finite]
-            # Every rank reads the same verdict at the same step, so all of them gather here.
-            of_ranks = gather(self.ranks, {"guilty": guilty, "all": list(sent.ids)})
-            samples = [i for ids in of_ranks for i in ids["guilty"]] or [i for ids in of_ranks for i in ids["all"]]
-            bad.append(NonFinite(sent.step, verdict.loss, verdict.grad_norm, samples))
-        return bad
-
-
-class _Pace(NamedTuple):
-    """A rank's seconds, for the loader and for what needs no other rank, and its memory in MB."""
-
-    data_wait: float
-    local: float
-    most_mb: float
-    now_mb: float
 
 
 def _merge(outs: list[MAEOutput]) -> MAEOutput:

@@ -5,14 +5,13 @@ Shape letters: B images of this rank, E experts of all layers, E_l experts of la
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dex.analysis import usage
 from dex.common.ranks import Ranks
-from dex.model import MAEOutput
 
 
 class Losses(NamedTuple):
@@ -86,6 +85,19 @@ class Fields:
         return {name: part.view(shape) for (name, shape), part in parts}
 
 
+class Routed(Protocol):
+    """What a step's forward says for its verdict; fields as of `dex.model.MAEOutput`."""
+
+    @property
+    def gate_mass(self) -> list[Tensor]: ...
+
+    @property
+    def expert_indices(self) -> list[Tensor]: ...
+
+    @property
+    def image_loss(self) -> Tensor: ...
+
+
 class Agreement:
     """How the ranks come to a `Verdict`: one sum of one vector over all of them, with nothing to wait for on the host.
 
@@ -103,7 +115,7 @@ class Agreement:
         )
 
     @torch.no_grad()
-    def reach(self, losses: Losses, out: MAEOutput, modality: Tensor, stop: Tensor, unreadable: Tensor) -> Verdict:
+    def reach(self, losses: Losses, out: Routed, modality: Tensor, stop: Tensor, unreadable: Tensor) -> Verdict:
         """stop, unreadable: 0-dim bool, of this rank; modality: int64 ``[B]``. All ranks ask."""
         kinds = usage.one_hot(modality, self.modalities)
         means = torch.stack(losses) / self.ranks.world_size
@@ -130,7 +142,7 @@ class Agreement:
         masses = list(gate_mass.float().split(self.experts))
         return Verdict(good=good, losses=agreed, gate_mass=masses, **fields)
 
-    def _slots(self, out: MAEOutput) -> Tensor:
+    def _slots(self, out: Routed) -> Tensor:
         """float64 ``[E]``: how often each expert was chosen."""
         slots = torch.zeros(sum(self.experts), dtype=torch.float64, device=out.image_loss.device)
         first = 0

@@ -29,10 +29,13 @@ _AT_FULL_RATE = 256
 
 
 class Watch:
-    """A thread beside training. ``at(step, phase)`` says how far this rank is; timeout: longest stay at one place."""
+    """A thread beside training. ``at(step, phase)`` says how far this rank is; timeout: longest stay at one place.
 
-    def __init__(self, ranks: Ranks, timeout: float):
-        self.ranks, self.timeout = ranks, timeout
+    command: its name before what is said.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float, command: str = "dex pretrain"):
+        self.ranks, self.timeout, self.command = ranks, timeout, command
         self._place: dict[str, Any] = {"step": 0, "phase": "start"}
         self._since = time.monotonic()
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
@@ -174,7 +177,7 @@ class Watch:
 
     def _end(self, reason: str) -> None:
         with self._lock:
-            print(f"dex pretrain: rank {self.ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
+            print(f"{self.command}: rank {self.ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
             if self._error is not None:
                 traceback.print_exception(self._error)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
