@@ -49,6 +49,8 @@ class Evaluation(NamedTuple):
     masked: Tensor
     reconstruction: Tensor
     labels: list[str]
+    groups: int
+    """Sources (patients, images) that the instruments' intervals are over."""
     instruments: Instruments | None
     """What tells whether experts specialise; None where it was not asked for."""
 
@@ -184,6 +186,7 @@ class Evaluator:
             masked=torch.where(self._pixels(hidden), 0.5, denormalize(shown)).cpu(),
             reconstruction=denormalize(reconstruction).cpu(),
             labels=[names[m] for m in held_out.modality[: len(shown)].tolist()],
+            groups=len(self._groups[0].of[: self.sizes.swapped].unique()) if probe else 0,
             instruments=instruments,
         )
 

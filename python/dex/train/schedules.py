@@ -59,12 +59,17 @@ def total_steps(config: Config, batches_per_epoch: int) -> int:
     return schedule.steps if schedule.steps is not None else max(1, round(schedule.epochs * batches_per_epoch))
 
 
+def warmup_steps(config: Config, steps: int) -> int:
+    """Steps over which the learning rate rises, in a run of ``steps``."""
+    return round(config.schedule.warmup * (config.schedule.span or steps))
+
+
 def schedule_at(config: Config, step: int, steps: int) -> Schedule:
     """The values of step ``step`` of ``steps``."""
     s = config.schedule
     span = s.span or steps
     return Schedule(
-        lr=learning_rate(config.peak_lr, step, steps, round(s.warmup * span), stable_steps(config, steps)),
+        lr=learning_rate(config.peak_lr, step, steps, warmup_steps(config, steps), stable_steps(config, steps)),
         noise_std=cosine(*s.noise_std, step, span),
         momentum=cosine(*s.momentum, step, span),
         align_weight=cosine(*pair(s.align_weight), step, span),

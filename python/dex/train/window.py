@@ -17,6 +17,13 @@ SLOTS_TO_JUDGE = 100
 """An expert is judged once its layer has given out this many slots per expert."""
 
 
+class LastingUnused(NamedTuple):
+    """Experts of one layer that got no image between two judgements, twice in succession."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
 class Means(NamedTuple):
     """What `Window.read` gives; None without a good step."""
 
@@ -41,6 +48,8 @@ class Window:
         self.slots = torch.zeros(sum(experts), dtype=torch.int64, device=device)
         """``[E]``: given to each expert since the last judgement."""
         self._unused = [UnusedExperts((), ()) for _ in self.experts]
+        self._told: list[set[int]] = [set() for _ in self.experts]
+        """Of each layer, experts that were named as unused and still are."""
 
     @torch.no_grad()
     def count(self, verdict: Verdict) -> None:
@@ -82,21 +91,26 @@ class Window:
             "usage_min_share": [min_share(c) for c in counts],
         }
 
-    def newly_unused(self) -> list[tuple[int, UnusedExperts]]:
-        """(layer, its unused experts) where that changed for the worse since the last judgement.
+    def newly_unused(self, *, warming_up: bool = False) -> list[LastingUnused]:
+        """Experts that got no image, for the second time in succession; each is named once, until it gets one again.
 
-        Judges only once enough slots were given out to tell, and then begins to count anew.
+        Judges only once enough slots were given out to tell, and then begins to count anew. warming_up: none is named
+        yet, since routers still move fast.
         """
         counts = self._by_layer()
         if not counts or any(c.sum() < SLOTS_TO_JUDGE * c.numel() for c in counts):
             return []
         self.slots.zero_()
         before, self._unused = self._unused, [unused_experts(c) for c in counts]
-        return [
-            (layer, new)
-            for layer, (old, new) in enumerate(zip(before, self._unused, strict=True))
-            if set(new.dead) - set(old.dead) or set(new.nearly_dead) - set(old.dead) - set(old.nearly_dead)
-        ]
+        found = []
+        for layer, (old, new) in enumerate(zip(before, self._unused, strict=True)):
+            lasting = set(new.dead) & set(old.dead)
+            if warming_up:
+                continue
+            if named := lasting - self._told[layer]:
+                found.append(LastingUnused(layer, tuple(sorted(named))))
+            self._told[layer] = lasting
+        return found
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -106,6 +120,7 @@ class Window:
             "window": {"steps": self.steps.item(), "good": sums.pop("good"), "sums": losses, **sums},
             "slots": self.slots.tolist(),
             "unused": [list(map(list, unused)) for unused in self._unused],
+            "unused_told": [sorted(told) for told in self._told],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -117,6 +132,8 @@ class Window:
         self._sums.copy_(self._fields.pack(torch.float64, **values))
         self.slots.copy_(torch.tensor(state["slots"], dtype=torch.int64))
         self._unused = [UnusedExperts(tuple(dead), tuple(nearly)) for dead, nearly in state["unused"]]
+        # Earlier versions named an expert at once.
+        self._told = [set(told) for told in state.get("unused_told", [dead for dead, _ in state["unused"]])]
 
     def _by_layer(self) -> list[Tensor]:
         return list(self.slots.to("cpu", copy=True).split(self.experts))

@@ -67,22 +67,31 @@ def test_the_load_is_of_each_layer():
     assert window(experts=()).load() == {"usage_entropy": [], "usage_min_share": []}
 
 
-def test_dead_experts_are_told_once():
+def test_an_expert_without_images_is_named_once_and_not_before_its_second_time():
     w = window()
     for counts, want in (
-        ([[100, 0, 5, 295], [100] * 4], [(0, ((1,), (2,)))]),
-        ([[100, 0, 5, 295], [100] * 4], []),  # told already
+        ([[100, 0, 5, 295], [100] * 4], []),
+        ([[100, 0, 0, 300], [100] * 4], [(0, (1,))]),
         ([[10, 0, 5, 25], [100] * 4], []),  # too few slots to judge
-        ([[100] * 4, [0, 100, 100, 200]], [(1, ((0,), ()))]),
-        ([[100] * 4, [100] * 4], []),
+        ([[100, 0, 0, 300], [0, 100, 100, 200]], [(0, (2,))]),  # 1 was named
+        ([[100, 100, 0, 200], [100] * 4], []),  # 1 is used again
+        ([[100, 0, 0, 300], [0, 100, 100, 200]], []),
+        ([[100, 0, 100, 200], [0, 100, 100, 200]], [(0, (1,)), (1, (0,))]),
     ):
         w.slots.copy_(torch.tensor(counts).flatten())
-        assert [(layer, tuple(u)) for layer, u in w.newly_unused()] == want
+        assert w.newly_unused() == want
     assert w.slots.sum() == 0
     w.slots.fill_(SLOTS_TO_JUDGE)
     w.slots[0] -= 1
     assert w.newly_unused() == [] and w.slots.sum() > 0  # one slot short of a judgement
     assert window(experts=()).newly_unused() == []
+
+
+def test_nobody_is_named_during_the_warm_up():
+    w = window()
+    for warming_up, want in ((True, []), (True, []), (False, [(1, (3,))]), (False, [])):
+        w.slots.copy_(torch.tensor([200] * 7 + [0]))
+        assert w.newly_unused(warming_up=warming_up) == want
 
 
 def test_the_state_keeps_losses_in_the_order_of_earlier_versions():
@@ -96,10 +105,11 @@ def test_a_restored_window_goes_on_as_the_first_would():
     first, second = window(), window()
     for step in range(60):
         first.count(verdict(1.0 + 0.01 * step, slots=(1, 0, 3, 4, 2, 2, 2, 2)))
-    first.slots.mul_(10)
-    first.newly_unused()
+    for _ in range(2):
+        first.slots.copy_(torch.tensor([100, 0, 300, 400, 200, 200, 200, 200]))
+        first.newly_unused()
     state = json.loads(json.dumps(first.state()))
-    assert list(state) == ["window", "slots", "unused"]
+    assert list(state) == ["window", "slots", "unused", "unused_told"]
     assert list(state["window"]) == ["steps", "good", "sums", "modality_loss", "modality_images"]
     second.restore({"step": 60} | state)
     for w in (first, second):
@@ -108,4 +118,9 @@ def test_a_restored_window_goes_on_as_the_first_would():
     for w in (first, second):
         w.slots.fill_(0)
         w.slots[[0, 2, 3, 4, 5, 6, 7]] = 500
-        assert w.newly_unused() == []  # expert 1 of layer 0 was told of before the break
+        assert w.newly_unused() == []  # expert 1 of layer 0 was named before the break
+    earlier = window()
+    earlier.restore({name: value for name, value in state.items() if name != "unused_told"})
+    earlier.slots.copy_(second.slots + 500)
+    earlier.slots[1] = 0
+    assert earlier.newly_unused() == []  # which named it at once
