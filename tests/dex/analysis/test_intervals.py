@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dex.analysis.intervals import balanced_accuracy, bca
+from dex.analysis import intervals
+from dex.analysis.intervals import balanced_accuracy, bca, bootstrap
 
 
 def mean_of(values):
@@ -67,6 +68,15 @@ def test_what_has_no_spread_is_a_point():
 def test_the_same_seed_gives_the_same_interval():
     values = torch.rand(20, generator=torch.Generator().manual_seed(0))
     assert bca(mean_of(values), 20, seed=3) == bca(mean_of(values), 20, seed=3) != bca(mean_of(values), 20, seed=4)
+
+
+def test_patients_are_left_out_in_parts_as_at_once(monkeypatch):
+    values = torch.rand(23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = bootstrap(mean_of(values), 23)
+    assert torch.allclose(whole.left_out, (values.sum() - values) / 22)
+    monkeypatch.setattr(intervals, "_LEFT_OUT", 5)
+    assert torch.allclose(bootstrap(mean_of(values), 23).left_out, whole.left_out)
+    assert bootstrap(mean_of(values[:1]), 1).resampled.numel() == 0
 
 
 @pytest.mark.parametrize(("options", "message"), [({"patients": 0}, "patients: exp"), ({"level": 1.0}, "level: exp")])

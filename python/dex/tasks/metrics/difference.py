@@ -1,0 +1,167 @@
+"""What one model scores above another on the same cases, paired by patient and seed: an interval and a sentence.
+
+Shape letters: P patients, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dex.tasks.metrics.estimate import Estimate, Measure, counted, estimate
+from dex.tasks.metrics.evaluation import METRICS, ClassifiedCase, Evaluation, SegmentedCase
+from dex.tasks.metrics.segmentation import ClassScores
+
+Verdict = Literal["higher", "lower", "not told apart", "not measured"]
+
+
+class SeedDifference(NamedTuple):
+    seed: int | None
+    value: float | None
+
+
+class Difference(NamedTuple):
+    """The metric of the first minus that of the second, mean over the seeds."""
+
+    metric: str
+    of: int | None
+    """The class; None for all."""
+    estimate: Estimate
+    """Its interval is over patients: how other patients would vary, not how other seeds would."""
+    by_seed: tuple[SeedDifference, ...]
+    verdict: Verdict
+    """Of the value: "higher" or "lower" where the interval leaves out 0 and no seed says otherwise."""
+
+    def sentence(self, first: str, second: str) -> str:
+        """The verdict with its numbers, about models of these names."""
+        metric, found = METRICS[self.metric], self.estimate
+        if found.value is None:
+            return f"{metric.title} of {first} and {second} was not compared: {found.why}."
+        number = f"{metric.title} {found.value:+.3f}"
+        basis = counted(found.patients, "patient")
+        if len(self.by_seed) > 1:
+            alike = sum(1 for s in self.by_seed if s.value is not None and s.value * found.value > 0)
+            basis += f"; {alike} of {len(self.by_seed)} seeds with this sign"
+        if found.low is None:
+            return f"{first} minus {second}: {number} ({basis}), without an interval: {found.why}."
+        numbers = f"{number} [{found.low:+.3f}, {found.high:+.3f}] ({basis})"
+        if self.verdict == "not told apart":
+            return f"{first} and {second} are not told apart: {numbers}."
+        better = (self.verdict == "higher") == metric.higher_is_better
+        return f"{first} is {'better' if better else 'worse'} than {second}: {numbers}."
+
+
+def paired_difference(
+    first: Evaluation | Sequence[Evaluation],
+    second: Evaluation | Sequence[Evaluation],
+    metric: str,
+    *,
+    of: int | None = None,
+) -> Difference:
+    """``metric`` (of the class ``of``) of ``first`` minus that of ``second``, each one evaluation or one per seed.
+
+    Seeds are those of `Evaluation.about`. Each seed's evaluations are compared with each other, and patients are drawn
+    for all of them at once. ValueError: seeds, tasks, cases, patients or truths that differ between the two sides.
+    """
+    pairs = _pairs(first, second)
+    for a, b in pairs:
+        _check_alike(a, b)
+    for a, _ in pairs[1:]:
+        _check_alike(pairs[0][0], a)
+    measures = [(a.measure(metric, of), b.measure(metric, of)) for a, b in (_matched(*pair) for pair in pairs)]
+
+    def by_seed(weights: Tensor) -> Tensor:
+        return torch.stack([a.statistic(weights) - b.statistic(weights) for a, b in measures])
+
+    scored = torch.stack([m.scored for pair in measures for m in pair]).any(0)
+    cases = max(m.cases for pair in measures for m in pair)
+    whole = Measure(lambda weights: by_seed(weights).mean(0), scored, cases, measures[0][0].no_interval)
+    found = estimate(whole)
+    values = by_seed(scored.double()[None])[:, 0].tolist() if scored.any() else [float("nan")] * len(pairs)
+    seeds = tuple(
+        SeedDifference(a.about.get("seed"), value if value == value else None)
+        for (a, _), value in zip(pairs, values, strict=True)
+    )
+    return Difference(metric, of, found, seeds, _verdict(found, seeds))
+
+
+def _verdict(found: Estimate, seeds: Sequence[SeedDifference]) -> Verdict:
+    if found.low is None:
+        return "not measured"
+    for verdict, sign, outside in (("higher", 1, found.low > 0), ("lower", -1, found.high < 0)):
+        if outside and all(s.value is not None and s.value * sign > 0 for s in seeds):
+            return verdict
+    return "not told apart"
+
+
+def _pairs(
+    first: Evaluation | Sequence[Evaluation], second: Evaluation | Sequence[Evaluation]
+) -> list[tuple[Evaluation, Evaluation]]:
+    """Of each seed."""
+    if isinstance(first, Evaluation) and isinstance(second, Evaluation):
+        return [(first, second)]
+    sides = []
+    for name, side in (("first", first), ("second", second)):
+        side = [side] if isinstance(side, Evaluation) else list(side)
+        by_seed = {e.about.get("seed"): e for e in side}
+        if not side or len(by_seed) < len(side) or (len(side) > 1 and None in by_seed):
+            listed = ", ".join(str(e.about.get("seed")) for e in side) or "none"
+            raise ValueError(f"{name}: expected evaluations of different seeds, got {listed}")
+        sides.append(by_seed)
+    if sides[0].keys() != sides[1].keys():
+        listed = [", ".join(map(str, sorted(side, key=str))) for side in sides]
+        raise ValueError(f"second: expected the seeds of first, {listed[0]}; got {listed[1]}")
+    return [(sides[0][seed], sides[1][seed]) for seed in sorted(sides[0], key=lambda seed: (seed is None, seed))]
+
+
+def _check_alike(a: Evaluation, b: Evaluation) -> None:
+    for name in ("task", "kind", "classes", "tolerance"):
+        if getattr(a, name) != getattr(b, name):
+            raise ValueError(f"second: expected the {name} of first, {getattr(a, name)}; got {getattr(b, name)}")
+    ids = [{case.id: case for case in side.cases} for side in (a, b)]
+    apart = sorted(ids[0].keys() ^ ids[1].keys())
+    if apart:
+        raise ValueError(
+            f"second: expected the cases of first; {counted(len(apart), 'case')} of one side alone, {apart[0]} among "
+            "them. Evaluate both on one split"
+        )
+    for name, case in ids[0].items():
+        if case.patient != ids[1][name].patient or _truth(case) != _truth(ids[1][name]):
+            raise ValueError(
+                f"second: expected the patients and truths of first; those of {name} differ. Evaluate both on the same "
+                "labels"
+            )
+
+
+def _matched(a: Evaluation, b: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Distances of surfaces where both sides have them alone: else who misses the hard cases would look nearer."""
+    if a.kind == "classification":
+        return a, b
+    pairs = [
+        [_shared(x, y) for x, y in zip(one.classes, two.classes, strict=True)]
+        for one, two in zip(a.cases, b.cases, strict=True)
+    ]
+    return tuple(
+        side._replace(
+            cases=tuple(
+                case._replace(classes=tuple(pair[which] for pair in row))
+                for case, row in zip(side.cases, pairs, strict=True)
+            )
+        )
+        for which, side in enumerate((a, b))
+    )
+
+
+def _shared(x: ClassScores, y: ClassScores) -> tuple[ClassScores, ClassScores]:
+    if x.hd95 is None or y.hd95 is None:
+        return x._replace(hd95=None, nsd=None), y._replace(hd95=None, nsd=None)
+    return x, y
+
+
+def _truth(case: SegmentedCase | ClassifiedCase) -> object:
+    if isinstance(case, ClassifiedCase):
+        return case.label
+    return case.unit, tuple(c.truth for c in case.classes)

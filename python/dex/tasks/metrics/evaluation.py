@@ -1,0 +1,271 @@
+"""The scores of every case of a task, and what they say: values over all and by class, with intervals over patients.
+
+Shape letters: n cases, C classes, P patients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dex.tasks.metrics import calibration, classification
+from dex.tasks.metrics.classification import Classified
+from dex.tasks.metrics.estimate import Estimate, Measure, estimate
+from dex.tasks.metrics.segmentation import CaseScores, ClassScores, Unit, mean_dice
+
+Kind = Literal["segmentation", "classification"]
+
+
+class Metric(NamedTuple):
+    title: str
+    kind: Kind
+    higher_is_better: bool
+    of_classes: str
+    """What its value of one class is called; "" where it has none."""
+
+
+METRICS = {
+    "dice": Metric("Dice", "segmentation", True, "Dice"),
+    "hd95": Metric("HD95", "segmentation", False, "HD95"),
+    "nsd": Metric("NSD", "segmentation", True, "NSD"),
+    "accuracy": Metric("Accuracy", "classification", True, ""),
+    "balanced_accuracy": Metric("Balanced accuracy", "classification", True, "Sensitivity"),
+    "auc": Metric("AUC", "classification", True, "AUC against the others"),
+    "f1": Metric("F1", "classification", True, "F1"),
+    "ece": Metric("ECE", "classification", False, ""),
+    "brier": Metric("Brier score", "classification", False, ""),
+}
+"""By the name that a task and a sheet give it."""
+
+
+class SegmentedCase(NamedTuple):
+    id: str
+    patient: str
+    unit: Unit
+    classes: tuple[ClassScores, ...]
+
+
+class ClassifiedCase(NamedTuple):
+    id: str
+    patient: str
+    label: int
+    probabilities: tuple[float, ...]
+
+
+class Evaluation(NamedTuple):
+    """Made by `of_segmentation`, `of_classification` or `evaluation_file.read`, which check it."""
+
+    task: str
+    kind: Kind
+    classes: tuple[str, ...]
+    metric: str
+    """The primary one, of `METRICS`."""
+    cases: tuple[SegmentedCase | ClassifiedCase, ...]
+    """By patient and id: nothing depends on the order in which they came."""
+    confusion: tuple[tuple[int, ...], ...]
+    """By truth (rows) and prediction: pixels with background first, or cases."""
+    tolerance: float | None
+    """Of NSD, in `unit`."""
+    about: Mapping[str, Any]
+    """Whatever belongs to it: run, step, checkpoint, data, mode, path, shots, seed, leak. Plain values."""
+
+    @property
+    def unit(self) -> Unit | None:
+        """Of HD95: mm if any case has a spacing; cases without one then do not enter it. None for a classification."""
+        if self.kind == "classification":
+            return None
+        return "mm" if any(case.unit == "mm" for case in self.cases) else "pixels"
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        return tuple(sorted({case.patient for case in self.cases}))
+
+    def measure(self, metric: str, of: int | None = None) -> Measure:
+        """A metric, of the class ``of`` or of all, as a function of weights of `patients`.
+
+        ValueError: a metric that this kind of task does not have, or has not by class.
+        """
+        self._check(metric, of)
+        if self.kind == "segmentation":
+            return _segmentation_measure(self, metric, of)
+        data = _classified(self)
+        if metric == "balanced_accuracy":
+            return classification.sensitivity(data, of)
+        if metric in ("auc", "f1"):
+            return getattr(classification, metric)(data, of)
+        of_all = {"accuracy": classification.accuracy, "brier": classification.brier, "ece": calibration.ece}
+        return of_all[metric](data)
+
+    def estimate(self, metric: str, of: int | None = None) -> Estimate:
+        """A metric with its interval over patients; arguments and errors as of `measure`."""
+        return estimate(self.measure(metric, of))
+
+    def summary(self) -> dict[str, Estimate]:
+        """Every metric that this kind of task has, the primary one first."""
+        names = [name for name, metric in METRICS.items() if metric.kind == self.kind]
+        return {name: self.estimate(name) for name in sorted(names, key=lambda name: name != self.metric)}
+
+    def by_class(self, metric: str) -> tuple[Estimate, ...]:
+        """A metric of each class."""
+        return tuple(self.estimate(metric, of) for of in range(len(self.classes)))
+
+    def states(self, of: int) -> Counter[str]:
+        """How many cases hold a class of a segmentation on both sides, on one or on none (`ClassScores.state`)."""
+        return Counter(case.classes[of].state for case in self.cases)
+
+    def case_values(self) -> tuple[float | None, ...]:
+        """Of each case: the mean Dice of the classes that it or its prediction holds, or the true class's probability.
+
+        They order cases: the worst of them are looked at.
+        """
+        if self.kind == "classification":
+            return tuple(case.probabilities[case.label] for case in self.cases)
+        return tuple(mean_dice(case.classes) for case in self.cases)
+
+    def reliability(self) -> calibration.Reliability:
+        """Of a classification."""
+        return calibration.reliability(_classified(self))
+
+    def _check(self, metric: str, of: int | None) -> None:
+        names = [name for name, m in METRICS.items() if m.kind == self.kind]
+        if metric not in names:
+            raise ValueError(f"metric: expected one of {', '.join(names)} for a {self.kind}, got {metric!r}")
+        if of is not None and not METRICS[metric].of_classes:
+            raise ValueError(f"of: expected None, as {metric} has no value by class, got {of!r}")
+        if of is not None and not 0 <= of < len(self.classes):
+            raise ValueError(f"of: expected a class from 0 to {len(self.classes) - 1}, got {of!r}")
+
+
+class Examples(NamedTuple):
+    """Places in `Evaluation.cases` of what a page shows; those that are one case are shown once."""
+
+    best: int
+    median: int
+    worst: int
+
+
+def examples(evaluation: Evaluation) -> Examples | None:
+    """The cases of the highest, the middle and the lowest value of `Evaluation.case_values`; None without any."""
+    values = evaluation.case_values()
+    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i])
+    return Examples(order[-1], order[(len(order) - 1) // 2], order[0]) if order else None
+
+
+def of_segmentation(
+    task: str,
+    classes: Sequence[str],
+    cases: Iterable[tuple[str, str, CaseScores]],
+    *,
+    metric: str = "dice",
+    about: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """The evaluation of a segmentation from (id, patient, scores) of every case.
+
+    ValueError: no case, one that comes twice, scores of other classes or tolerances.
+    """
+    side = len(classes) + 1
+    total, found, tolerances = np.zeros((side, side), np.int64), [], set()
+    for name, patient, scores in cases:
+        if len(scores.classes) != len(classes):
+            raise ValueError(f"cases: expected scores of {len(classes)} classes, got {len(scores.classes)} of {name}")
+        found.append(SegmentedCase(str(name), str(patient), scores.unit, scores.classes))
+        total += scores.confusion
+        tolerances.add(scores.tolerance)
+    if len(tolerances) > 1:
+        raise ValueError(f"cases: expected one tolerance of NSD, got {', '.join(map(str, sorted(tolerances)))}")
+    tolerance = tolerances.pop() if tolerances else None
+    made = Evaluation(task, "segmentation", tuple(classes), metric, tuple(found), _rows(total), tolerance, about or {})
+    return checked(made)
+
+
+def of_classification(
+    task: str,
+    classes: Sequence[str],
+    cases: Sequence[tuple[str, str]],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    *,
+    metric: str = "accuracy",
+    about: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """The evaluation of a classification.
+
+    cases: (id, patient) of each, n. probabilities: ``[n, C]``, rows adding up to 1; labels: ``[n]``, 0 to C - 1.
+    ValueError: arguments that are not as above, or a case that comes twice.
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    classification.check(probabilities, labels)
+    if probabilities.shape[1] != len(classes):
+        raise ValueError(f"probabilities: expected {len(classes)} columns, one a class, got {probabilities.shape[1]}")
+    if len(cases) != len(labels):
+        raise ValueError(f"cases: expected {len(labels)}, one for each label, got {len(cases)}")
+    found = [
+        ClassifiedCase(str(name), str(patient), int(label), tuple(row))
+        for (name, patient), label, row in zip(cases, labels, probabilities.astype(np.float64).tolist(), strict=True)
+    ]
+    evaluation = Evaluation(task, "classification", tuple(classes), metric, tuple(found), (), None, about or {})
+    evaluation = checked(evaluation)
+    return evaluation._replace(confusion=_rows(classification.confusion(_classified(evaluation))))
+
+
+def checked(evaluation: Evaluation) -> Evaluation:
+    """With its cases in order. ValueError for what no evaluation is: without a case, with one twice, of another kind's
+    metric."""
+    if not evaluation.cases:
+        raise ValueError("cases: expected at least one, got none")
+    number = Counter(case.id for case in evaluation.cases)
+    twice = sorted(name for name, times in number.items() if times > 1)
+    if twice:
+        more = f" and {len(twice) - 3} others" if len(twice) > 3 else ""
+        raise ValueError(f"cases: expected each id once; {', '.join(twice[:3])}{more} came several times")
+    evaluation._check(evaluation.metric, None)
+    return evaluation._replace(cases=tuple(sorted(evaluation.cases, key=lambda case: (case.patient, case.id))))
+
+
+def _rows(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, matrix.tolist()))
+
+
+def _numbers(evaluation: Evaluation) -> Tensor:
+    """int64 ``[n]``: each case's patient."""
+    number = {patient: i for i, patient in enumerate(evaluation.patients)}
+    return torch.tensor([number[case.patient] for case in evaluation.cases])
+
+
+def _classified(evaluation: Evaluation) -> Classified:
+    probabilities = torch.tensor([case.probabilities for case in evaluation.cases], dtype=torch.float64)
+    labels = torch.tensor([case.label for case in evaluation.cases])
+    return Classified(probabilities, labels, _numbers(evaluation), len(evaluation.patients))
+
+
+def _segmentation_measure(evaluation: Evaluation, metric: str, of: int | None) -> Measure:
+    """The mean over the cases that have a value; over classes, the mean of these means."""
+    wanted = range(len(evaluation.classes)) if of is None else [of]
+    unit = evaluation.unit
+    rows = [
+        [_value(case, c, metric) if metric == "dice" or case.unit == unit else math.nan for c in wanted]
+        for case in evaluation.cases
+    ]
+    values = torch.tensor(rows, dtype=torch.float64)
+    numbers, patients = _numbers(evaluation), len(evaluation.patients)
+    has = ~values.isnan()
+    sums, shown = (
+        torch.zeros(patients, len(wanted), dtype=torch.float64).index_add_(0, numbers, of_case)
+        for of_case in (values.nan_to_num(0.0), has.double())
+    )
+    present = shown.sum(0) > 0
+    sums, shown = sums[:, present], shown[:, present]
+    cases = int(has.any(1).sum())
+    return Measure(lambda weights: ((weights @ sums) / (weights @ shown)).mean(1), shown.sum(1) > 0, cases)
+
+
+def _value(case: SegmentedCase, of: int, metric: str) -> float:
+    scores = case.classes[of]
+    value = {"dice": scores.dice, "hd95": scores.hd95, "nsd": scores.nsd}[metric]
+    return math.nan if value is None else value
