@@ -186,6 +186,57 @@ def read_stacks(
         )
 
 
+class Opened(NamedTuple):
+    """The one stack of a unit, and how it is normalised and cut."""
+
+    stack: readers.Stack
+    source: sources.Source
+
+
+def opened_whole(
+    file: str | os.PathLike[str],
+    modality: str | None = None,
+    planes: Sequence[str] = ("auto",),
+    *,
+    headers: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> Opened:
+    """The one stack of a picture, a volume or a DICOM series, to be taken at its own size (`dex.prepare.slices`):
+    normalised and oriented as `preprocess` does, but never resized, and nothing of it is left out.
+
+    modality: as of `preprocess`; without one pictures are taken as they are. headers: no pixel is to be read.
+    Raises: FileNotFoundError; ValueError naming the file, for one that cannot be read and for several series.
+    """
+    unit = unit_of(file)
+    described: dict[str, Any] = {}
+    if modality is None and picture_kind(unit) is not None:
+        modality, described = "picture", {"normalisation": "display"}
+    elif modality is None and not readers.reader_of(unit.format).decides:
+        expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
+        raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none for {file}")
+    elif modality is not None:
+        modality = modalities.resolve(modality).name
+    source = source_of(unit.files[0].parent, modality, planes, **described).for_format(unit.format)
+    path = unit.files[0].name
+    wanted = None if source.routed else source.modality_of(path)
+
+    def decide(head: Any, has_pixels: bool) -> routing.Decision:
+        return routing.decide(routing.facts_of(head, has_pixels), wanted)
+
+    asked = {"decide": None if source.trusted else decide, "volumes": source.volumes, "pieces": 0, "headers": headers}
+    try:
+        stacks = list(readers.read(unit.files, unit.format, beat=beat, **asked))
+        if len(stacks) > 1:
+            sizes = ", ".join(str(stack.length) for stack in stacks)
+            raise readers.Refused("inconsistent", f"{len(stacks)} series, of {sizes} frames; name one of them")
+        of_stack = _for_stack(source, stacks[0], path)
+        if of_stack.routed:
+            raise readers.Refused("unknown modality", "nothing says of which modality it is")
+    except readers.Refused as error:
+        raise ValueError(f"file: expected one readable {unit.format} image or series; {file}: {error}") from None
+    return Opened(stacks[0], of_stack)
+
+
 def _for_stack(source: sources.Source, stack: readers.Stack | None, path: str) -> sources.Source:
     """The source with the modality of the stack, or of the path; as it is where neither says one."""
     if stack is not None and stack.decision is not None:

@@ -81,6 +81,29 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
                 yield _finished(label, content, size, bits, tile.size)._replace(number=frame.number)
 
 
+class Whole(NamedTuple):
+    """A frame at its own size. `image`: uint8 [H, W] or [H, W, 3]. `spacing`: mm of rows and of columns. `number`: as
+    of `Slice`."""
+
+    label: str
+    image: np.ndarray
+    spacing: tuple[float, float]
+    number: int | None
+
+
+def unscaled(stack: Stack, source: Source) -> Iterator[Whole]:
+    """Every frame of the planes of `source` by its normalisation, as `slices` gives them before they are resized.
+    Refused as there; a frame of a part that cannot be scaled is refused too."""
+    rules = _Rules(stack, source.normalisation)
+    for frame in stack.frames(source.planes, 1):
+        rule = rules.of(frame.part)
+        if rule is None:
+            raise Refused("constant", f"{frame.label}: nearly all of it is one value")
+        as_it_is = rule is normalise.display and frame.pixels.dtype == np.uint8
+        image = frame.pixels if as_it_is else normalise.to_uint8(rule(frame.pixels))
+        yield Whole(frame.label, np.ascontiguousarray(image), frame.spacing, frame.number)
+
+
 def enough(source: Source, size: int, bits: int) -> int | None:
     """The pixels of the shorter side that suffice of a picture of `source` (`readers.read`): as `resize_eight` leaves
     them. None: the whole is needed, for tiles, for numbers, or since nothing says what becomes of it."""

@@ -1,81 +1,357 @@
-"""The cases of a task: which image belongs to which target, patient and split, and what they hold.
+"""The cases of a task: which image belongs to which target, patient and split.
 
-Shape letters: n frames of a case, H rows and W columns of a frame.
+`open_task` finds them, `read` gives what a case holds, `check_targets` reads every target once before anything trains.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dex.tasks.task import Task
+from dex.prepare import readers, sources
+from dex.prepare.ids import Names
+from dex.prepare.readers.files import quiet
+from dex.tasks import own, patterns, splits
+from dex.tasks.frames import Frames, Grid, read, read_target
+from dex.tasks.own import Item, Own
+from dex.tasks.patterns import Files
+from dex.tasks.salt import salt_of
+from dex.tasks.splits import Sample
+from dex.tasks.task import SPLITS, Case, Parts, Split, Task, TaskData, find
 
-Split = Literal["train", "val", "test"]
-
-
-class Parts(NamedTuple):
-    """Masks of one class each, in the order of the task's classes; None: the class is not in the image."""
-
-    files: tuple[Path | None, ...]
-
-
-class Case(NamedTuple):
-    """One picture, one volume or one DICOM series."""
-
-    id: str
-    """Salted as in `prepare`, or readable where the task is public; sheets may print it."""
-    patient: str
-    """Salted too."""
-    split: Split
-    image: Path
-    """Private: printed only in messages on the user's own terminal. A folder where it is a DICOM series."""
-    target: Path | Parts | int | None
-    """The file of the mask, or the files of one class each; the class's number; None: nothing is known."""
+ROOT = "DEX_TASKS"
+"""Environment variable: the folder with a folder for each task of the catalogue, under its name."""
+_NAMED = 5
 
 
-class TaskData(NamedTuple):
-    """The cases of a task."""
+class Count(NamedTuple):
+    """What the targets of a side hold."""
 
-    task: Task
-    cases: tuple[Case, ...]
-    notes: tuple[str, ...]
-    """What the user should know, one sentence each."""
-
-
-class Frames(NamedTuple):
-    """What a case holds. Volumes are cut in the plane that `dex prepare` cuts them in, as a radiologist sees it; masks
-    are cut in the same way."""
-
-    images: np.ndarray
-    """uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, normalised as `dex prepare` does, at their own size."""
-    masks: np.ndarray | None
-    """uint8 ``[n, H, W]``: 0 background, i + 1 class i, 255 ignored."""
-    label: int | None
-    spacing_mm: tuple[float, float, float] | None
-    """Between frames, rows and columns of these arrays; None where the file does not say."""
-    grid: Grid | None
-    """Of a volume: how its frames lie in the file; None for pictures."""
-
-    @property
-    def affine(self) -> np.ndarray | None:
-        """float64 ``[4, 4]`` of the volume as stored; see `Grid`."""
-        return None if self.grid is None else self.grid.affine
+    cases: int
+    frames: int
+    pixels: tuple[int, ...]
+    """Of each class; () in classification."""
+    present: tuple[int, ...]
+    """Cases that hold each class."""
 
 
-class Grid(NamedTuple):
-    """How frames lie in the volume that they were cut from."""
+def open_task(
+    task: str | os.PathLike[str] | Task,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    patient: str | None = None,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    modality: str | None = None,
+    private: str | os.PathLike[str] | None = None,
+    shots: int | None = None,
+) -> TaskData:
+    """The cases of a task, split by patient. Files are listed, no image is read.
 
-    affine: np.ndarray
-    """float64 ``[4, 4]``: (i, j, k) of the volume as stored to mm, right-anterior-superior; i along the columns of a
-    stored frame, j along its rows, k along frames in the order of the file (NIfTI) or of positions (DICOM)."""
-    shape: tuple[int, int, int]
-    """Along i, j, k."""
-    plane: str
-    """Of the frames: axial, coronal, sagittal or stored."""
-    axes: tuple[int, int, int]
-    signs: tuple[int, int, int]
-    """As in `dex.prepare.readers.Geometry`."""
-    files: tuple[str, ...]
-    """Of a DICOM series: the name of the file of each k; () for a file that holds all of them."""
+    Args:
+        task: a name of the catalogue, a YAML file, or a folder of one's own.
+        data: the folder of the data. None: the task's folder, or the one of its name in $DEX_TASKS.
+        labels: a CSV file with columns file and label (or mask), perhaps patient and split.
+        split: None: as the files say, else drawn. "draw": drawn whatever they say. "train", "val", "test": all of it is
+            on that side.
+        patient: a regular expression, searched in the path; group 1 names the patient.
+        seed: of what is drawn.
+        classes: of one's own task: NAME, or NAME=VALUE with what a mask, or the label in the files, says.
+        modality: of one's own task, as `dex.prepare.modalities` knows it.
+        private: the folder with the salt of ids and patients. None: beside the data, under its name and ``.private``.
+            A public task has none.
+        shots: training images per class that are kept, drawn with the seed.
+
+    Raises: FileNotFoundError, NotADirectoryError; ValueError naming the argument, the file or the patients.
+    """
+    task = task if isinstance(task, Task) else find(task)
+    root = _root(task, data, labels)
+    if modality is not None:
+        task = replace(task, modality=sources.modalities.resolve(modality).name)
+    if classes:
+        task = _classed(task, classes)
+    files = patterns.listed(root)
+    held = _held(task, files, Path(labels) if labels is not None else None)
+    task = held.task
+    task, indices = _resolved(task, held.items, files)
+    whose = _patients(held.items, files, patient, by_folder=labels is None and not task.layout.rules)
+    samples = [
+        Sample(name, item.label if task.kind == "classification" else "", item.split, item.image)
+        for item, name in zip(held.items, whose.names, strict=True)
+    ]
+    sides, notes = _sides(task, samples, split, seed)
+    places: Iterable[int] = range(len(samples))
+    if shots is not None:
+        places = splits.shots(samples, sides, shots, seed)
+        notes = [*notes, f"few-shot: {shots} training images{' per class' if task.kind == 'classification' else ''}"]
+    salt = b"" if task.public else salt_of(root, Path(private) if private is not None else None)
+    ids = Names(sources.Source(task.name, "CT", "ct", public=task.public), salt)
+    cases = tuple(
+        Case(
+            ids.unit(held.items[i].image), ids.patient(samples[i].patient), sides[i], root / held.items[i].image, target
+        )
+        for i in places
+        for target in [indices[i]]
+    )
+    return TaskData(task, cases, (*_overlap(task), *whose.notes, *notes))
+
+
+def _root(task: Task, data: str | os.PathLike[str] | None, labels: str | os.PathLike[str] | None) -> Path:
+    if data is not None:
+        return Path(data)
+    if task.root:
+        return Path(task.root)
+    if labels is not None:
+        return Path(labels).parent
+    if os.environ.get(ROOT):
+        return Path(os.environ[ROOT]) / task.name
+    raise ValueError(f"data: expected the folder of the data of {task.name}; got none, and ${ROOT} is not set")
+
+
+def _classed(task: Task, entries: Sequence[str]) -> Task:
+    classes, values = own.parse_classes(entries)
+    layout = task.layout
+    if task.classes and set(classes) != set(task.classes):
+        raise ValueError(f"classes: expected those of {task.name}, {', '.join(task.classes)}; got {', '.join(classes)}")
+    if values:
+        labels = tuple((text, name) for text, name in values if name in classes)
+        layout = replace(layout, values=values, labels=labels)
+    return replace(task, classes=task.classes or classes, layout=layout)
+
+
+def _held(task: Task, files: Files, labels: Path | None) -> Own:
+    if labels is not None:
+        items = own.of_table(labels, files.root)
+        kind = "segmentation" if any(item.mask for item in items) else "classification"
+        _require_kind(task, kind)
+        return Own(replace(task, kind=kind, metric=task.metric if task.kind == kind else ""), items)
+    if not task.layout.rules:
+        held = own.of_folder(files, task)
+        if task.layout.state == "unknown":
+            _require_kind(task, held.task.kind)
+        return held
+    found = patterns.matches(task.layout, files)
+    if not found:
+        raise ValueError(
+            f"data: expected files of {task.name} below {files.root}, as {task.layout.source} describes them: "
+            f"{patterns.expected(task.layout, files)}; got {_some(files)}"
+        )
+    items = list(own.of_rules(found, files, task))
+    return Own(task, _joined(task, items, files, found[0].prefix) if task.layout.table else items)
+
+
+def _require_kind(task: Task, kind: str) -> None:
+    if task.layout.state != "own" and task.kind != kind:
+        what = {"segmentation": "masks", "classification": "labels"}
+        raise ValueError(f"data: expected {what[task.kind]} for {task.name}, a {task.kind} task; got {what[kind]}")
+
+
+def _joined(task: Task, items: list[Item], files: Files, prefix: str) -> list[Item]:
+    """With label, patient and side of the layout's table, which names a file with or without folders and suffix."""
+    name = task.layout.table
+    paths = [path for path in files.files if path == prefix + name or path.endswith(f"/{name}")]
+    if not paths:
+        raise ValueError(
+            f"data: expected the table {task.layout.table} of {task.name} below {files.root}, as {task.layout.source} "
+            "describes it; it is not there"
+        )
+    table = files.root / min(paths, key=len)
+    lines = {_stem(line.image): line for line in own.of_table(table, files.root, dict(task.layout.columns), loose=True)}
+    joined = []
+    for item in items:
+        line = lines.get(_stem(item.image))
+        if line is None:
+            raise ValueError(f"labels: expected a line for each image in {table}; got none for {item.image}")
+        joined.append(
+            item._replace(
+                label=line.label or item.label,
+                split=line.split or item.split,
+                patient=line.patient or item.patient,
+            )
+        )
+    return joined
+
+
+def _stem(path: str) -> str:
+    name = path.rpartition("/")[2]
+    suffix = next((s for s in (".nii.gz", Path(name).suffix) if s and name.lower().endswith(s)), "")
+    return name.removesuffix(name[len(name) - len(suffix) :]) if suffix else name
+
+
+def _some(files: Files) -> str:
+    shown = sorted(files.files)[:_NAMED]
+    more = ", ..." if len(files.files) > len(shown) else ""
+    return f"{len(files.files):,} files: {', '.join(shown)}{more}" if shown else "no file"
+
+
+def _resolved(task: Task, items: list[Item], files: Files) -> tuple[Task, list[Path | Parts | int | None]]:
+    """The task with its classes, and the target of each image."""
+    if task.kind == "classification":
+        texts = dict(task.layout.labels)
+        found = sorted({texts.get(item.label, item.label) for item in items})
+        if not task.classes:
+            task = replace(task, classes=tuple(found))
+        strange = [label for label in found if label not in task.classes]
+        if strange:
+            count = sum(texts.get(item.label, item.label) == strange[0] for item in items)
+            example = next(item.image for item in items if texts.get(item.label, item.label) == strange[0])
+            raise ValueError(
+                f"labels: expected {', '.join(task.classes)}; got {strange[0]!r} for {count:,} images, as {example}"
+            )
+        if len(found) < 2:
+            raise ValueError(f"labels: expected images of at least 2 classes; got {found[0]!r} alone")
+        lacking = [name for name in task.classes if name not in found]
+        if lacking:
+            raise ValueError(f"labels: expected images of each class; got none of {', '.join(lacking)}")
+        for place, item in enumerate(items):
+            items[place] = item._replace(label=texts.get(item.label, item.label))
+        return task, [task.classes.index(item.label) for item in items]
+    if not task.classes:
+        seen = _values_seen(items, files)
+        raise ValueError(f"classes: expected --classes NAME=VALUE ..., what the values in the masks mean; {seen}")
+    return task, [_target(task, item, files) for item in items]
+
+
+def _target(task: Task, item: Item, files: Files) -> Path | Parts:
+    if item.mask:
+        return files.root / item.mask
+    rule = next(rule for rule in task.layout.rules if rule.masks)
+    by_class = {name: path for (name, _), path in zip(rule.masks, item.parts, strict=True)}
+    return Parts(tuple(files.root / by_class[name] if by_class.get(name) else None for name in task.classes))
+
+
+def _values_seen(items: list[Item], files: Files) -> str:
+    """What the first masks hold, for a message."""
+    from dex.tasks.masks import values_in
+
+    seen: set[str] = set()
+    for item in items[:_NAMED]:
+        seen |= set(values_in(files.root / item.mask))
+    return f"the first {min(len(items), _NAMED)} masks hold {', '.join(sorted(seen, key=lambda v: (len(v), v))[:20])}"
+
+
+class _Whose(NamedTuple):
+    names: list[str]
+    notes: list[str]
+
+
+def _patients(items: list[Item], files: Files, pattern: str | None, by_folder: bool) -> _Whose:
+    """Whose each image is: by the pattern; else as rules or a table say, or the header of DICOM; else the file itself.
+    by_folder: only a folder stands for the patient, so that a header knows better."""
+    expression = _pattern(pattern)
+    names, unknown = [], 0
+    for item in items:
+        match = expression.search(item.image) if expression else None
+        name = match[1] if match else ""
+        if not name and (by_folder or not item.patient):
+            name = _header_patient(files.root / item.image)
+        name = name or item.patient
+        unknown += not name
+        names.append(name or f"file {item.image}")
+    if not unknown:
+        return _Whose(names, [])
+    which = "each image" if unknown == len(items) else f"{unknown:,} of {len(items):,} images"
+    return _Whose(names, [f"nothing names the patient of {which}: each counts as one of its own; {splits.HOW}"])
+
+
+def _pattern(pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"patient: expected a regular expression; {error}") from None
+    if not expression.groups:
+        raise ValueError(f"patient: expected a regular expression with a group; got {pattern!r}")
+    return expression
+
+
+def _header_patient(image: Path) -> str:
+    """As a DICOM header has it; "" for other files, and where it names nobody."""
+    if image.is_dir():
+        image = next((path for path in sorted(image.iterdir()) if readers.format_of(path) == "dicom"), image)
+    if readers.format_of(image) != "dicom" or image.is_dir():
+        return ""
+    from dex.prepare.readers.dicom.file import read_header, text
+
+    try:
+        with quiet("DICOM header"):
+            head, _ = read_header(image, readers.Limits())
+    except readers.Refused:
+        return ""
+    return text(head, "PatientID") or text(head, "PatientName")
+
+
+def _sides(task: Task, samples: list[Sample], split: str | None, seed: int) -> tuple[list[Split], list[str]]:
+    if split not in (None, splits.DRAW, *SPLITS):
+        raise ValueError(f"split: expected draw, train, val or test; got {split!r}")
+    if split in SPLITS:
+        return [split] * len(samples), []
+    counts = (task.published.train, task.published.val, task.published.test)
+    shares = tuple(count / sum(counts) for count in counts) if all(counts) else splits.SHARES
+    return splits.sides_of(samples, seed, shares, redraw=split == splits.DRAW)
+
+
+def _overlap(task: Task) -> list[str]:
+    return [f"overlap with the pretraining corpus: {task.overlap}"] if task.overlap else []
+
+
+def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> dict[Split, Count]:
+    """Read every target once. beat: called for each case.
+
+    Raises: ValueError naming the file, for a mask of another size than its image and for values that mean nothing; and
+    naming the classes that no mask of a side holds.
+    """
+    task = data.task
+    counts: dict[Split, Count] = {}
+    for side in SPLITS:
+        cases = data.of(side)
+        if not cases:
+            continue
+        pixels, present, frames = Counter[int](), Counter[int](), 0
+        for case in cases:
+            beat()
+            if task.kind == "classification":
+                present[int(case.target)] += 1
+                continue
+            masks = read_target(case, task)
+            frames += len(masks)
+            levels = np.bincount(masks.ravel(), minlength=256)
+            for number in range(len(task.classes)):
+                pixels[number] += int(levels[number + 1])
+                present[number] += bool(levels[number + 1])
+        each = range(len(task.classes))
+        held = tuple(pixels[n] for n in each) if task.kind == "segmentation" else ()
+        counts[side] = Count(len(cases), frames or len(cases), held, tuple(present[n] for n in each))
+        lacking = [task.classes[n] for n in each if not present[n]]
+        if lacking:
+            raise ValueError(
+                f"masks: expected each class in {side}; none of its {len(cases):,} cases holds {', '.join(lacking)}; "
+                "leave such classes out by --classes, or draw the split again with another seed"
+            )
+    return counts
+
+
+__all__ = [
+    "SPLITS",
+    "Case",
+    "Count",
+    "Frames",
+    "Grid",
+    "Parts",
+    "Split",
+    "Task",
+    "TaskData",
+    "check_targets",
+    "open_task",
+    "read",
+]

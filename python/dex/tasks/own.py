@@ -1,0 +1,339 @@
+"""A task of the user's own: a table of labels, a folder of classes, or images with masks beside them.
+
+The folder's form is found by trying: its rules are those of a layout (`dex.tasks.task.Layout`), with state "own".
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from dex.prepare import readers
+from dex.tasks.patterns import Files, Match, beside, matches
+from dex.tasks.task import BACKGROUND, IGNORE, NONZERO, SPLITS, Layout, Rule, Task
+
+MAX_TABLE_BYTES = 2**28
+DATASET = "dataset.json"
+_ALIASES = {"training": "train", "tr": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+_SIDES = tuple(
+    (text, side)
+    for name, side in [*((name, name) for name in SPLITS), *_ALIASES.items()]
+    for text in (name, name.capitalize())
+)
+"""How the folders of a split may be called."""
+_MASK_FOLDERS = ("masks", "labels", "segmentations")
+_MASK_ENDINGS = ("_mask", "_seg", "_label", "_labels", "_gt", "_segmentation")
+FORMS = (
+    "expected one of\n"
+    "  --labels labels.csv with columns file and label (or mask), perhaps patient and split\n"
+    "  [train|val|test/]CLASS/FILE, a folder for each class\n"
+    "  [train|val|test/]images/NAME.* with masks/NAME.*, or NAME.* with NAME_mask.* beside it\n"
+    "  nnU-Net's imagesTr, labelsTr and dataset.json"
+)
+
+
+class Item(NamedTuple):
+    """An image, and what is known of it, before names become numbers. Paths are below the folder of the data, or
+    absolute."""
+
+    image: str
+    label: str = ""
+    mask: str = ""
+    parts: tuple[str, ...] = ()
+    """Masks of one class each; "" where there is none."""
+    split: str = ""
+    patient: str = ""
+
+
+class Own(NamedTuple):
+    """What a folder of the user's own holds."""
+
+    task: Task
+    """With kind, classes and values, as far as the files say them."""
+    items: list[Item]
+
+
+def split_of(text: str) -> str:
+    """``train``, ``val`` or ``test`` for their usual names in any case; "" for no text. ValueError."""
+    name = text.strip().lower()
+    if name and name not in SPLITS and name not in _ALIASES:
+        raise ValueError(f"split: expected train, val or test; got {text!r}")
+    return _ALIASES.get(name, name)
+
+
+def parse_classes(entries: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Classes, and what values in masks (or texts of labels) mean, of ``liver tumour`` or ``lesion=255 ignore=3``.
+
+    A value is a number, ``#rrggbb`` or ``nonzero``; ``background`` and ``ignore`` are no classes. Values are given for
+    all or for none: without them class i has the value i + 1. ValueError naming the entry.
+    """
+    expected = "classes: expected NAME, or NAME=VALUE with a number, #rrggbb or nonzero"
+    classes: list[str] = []
+    values: list[tuple[str, str]] = []
+    for entry in entries:
+        name, sign, value = (part.strip() for part in entry.partition("="))
+        if not name or (sign and not value):
+            raise ValueError(f"{expected}; got {entry!r}")
+        if name not in (BACKGROUND, IGNORE, *classes):
+            classes.append(name)
+        if sign:
+            values.append((value.lower() if value.startswith("#") or value == NONZERO else value, name))
+        elif name in (BACKGROUND, IGNORE):
+            raise ValueError(f"{expected}: {name} needs a value; got {entry!r}")
+    valued = {name for _, name in values}
+    if valued and set(classes) - valued and (set(classes) & valued):
+        raise ValueError(f"{expected}, of all classes or of none; got none for {', '.join(set(classes) - valued)}")
+    if values and not set(classes) & valued:  # only background or ignore
+        values = [*((str(i), name) for i, name in enumerate(classes, 1)), *values]
+    twice = {value for value, _ in values if sum(value == other for other, _ in values) > 1}
+    if twice:
+        raise ValueError(f"classes: expected each value once; got {', '.join(sorted(twice))} again")
+    if not classes:
+        raise ValueError(f"{expected}; got no class")
+    return tuple(classes), tuple(values)
+
+
+def of_table(path: Path, root: Path, columns: dict[str, str] | None = None, loose: bool = False) -> list[Item]:
+    """The lines of a CSV file. columns: of `Layout`. loose: a file is told by its name alone, without its suffix.
+
+    Raises: FileNotFoundError; ValueError naming the file and the row.
+    """
+    expected = "labels: expected a CSV file with columns file and label (or mask), perhaps patient and split"
+    if not path.is_file():
+        raise FileNotFoundError(f"{expected}; nothing at {path}")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"{expected}, of at most {MAX_TABLE_BYTES:,} bytes; got {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        first = text.partition("\n")[0]
+        delimiter = max(",;\t", key=first.count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{expected}; {path}: {error}") from None
+    named = {name: name for name in ("file", "label", "patient", "split", "mask")} | (columns or {})
+    head = [str(name) for name in (rows[0] if rows else ())]
+    if named["file"] not in head and "path" in head:
+        named["file"] = "path"
+    if named["file"] not in head or (named["label"] not in head and named["mask"] not in head):
+        raise ValueError(f"{expected}; {path} has {', '.join(head) if head else 'no line'}")
+    items, seen = [], {}
+    for number, row in enumerate(rows, 2):
+        values = {name: (row.get(column) or "").strip() for name, column in named.items()}
+        if None in row or not values["file"]:
+            raise ValueError(f"{expected}; {path}, row {number}, has {'too many values' if None in row else 'no file'}")
+        if not values["label"] and not values["mask"]:
+            raise ValueError(f"labels: expected a label for each file; {path}, row {number}, has none")
+        if values["file"] in seen:
+            raise ValueError(
+                f"labels: expected one line for each file; {path}, rows {seen[values['file']]} and {number}, "
+                f"name {values['file']}"
+            )
+        seen[values["file"]] = number
+        try:
+            split = split_of(values["split"])
+        except ValueError as error:
+            raise ValueError(f"{error}, in {path}, row {number}") from None
+        places = (values["file"], values["mask"])
+        if not loose:
+            places = tuple(_placed(place, root, path, number) if place else "" for place in places)
+        items.append(Item(places[0], values["label"], places[1], (), split, values["patient"]))
+    return items
+
+
+def _placed(text: str, root: Path, table: Path, number: int) -> str:
+    """A path of a table, below ``root`` or beside the table."""
+    for base in (root, table.parent):
+        place = base / text
+        if place.exists():
+            return text if base == root and not Path(text).is_absolute() else str(place.absolute())
+    raise FileNotFoundError(f"labels: expected files below {root}; {table}, row {number}: nothing at {root / text}")
+
+
+def of_folder(files: Files, task: Task) -> Own:
+    """What the folder holds, by its form. task: what is known already: kind and classes, perhaps.
+
+    ValueError: the forms that there are, where none fits.
+    """
+    for form in (_nnunet, _pairs, _classes):
+        own = form(files, task)
+        if own is not None:
+            return own
+    raise ValueError(f"data: {FORMS}\ngot {files.root} with {_described(files)}")
+
+
+def _described(files: Files) -> str:
+    top = sorted({path.split("/")[0] for path in files.files | files.folders})
+    shown = ", ".join(top[:6]) + (", ..." if len(top) > 6 else "")
+    return f"{len(files.files):,} files: {shown}" if top else "nothing in it"
+
+
+def _nnunet(files: Files, task: Task) -> Own | None:
+    if "imagesTr" not in files.folders or task.kind != "segmentation" and task.layout.state != "own":
+        return None
+    rules = [
+        Rule(image="images{side}/{case}_0000.{ext}", mask="labels{side}/{case}.{ext}"),
+        Rule(image="images{side}/{case}.{ext}", mask="labels{side}/{case}.{ext}"),
+    ]
+    others = sorted(path for path in files.files if path.startswith("images") and "_0001." in path)
+    if others:
+        raise ValueError(
+            f"data: expected one channel for each case; {files.root / others[0]} is another one of a case: a task has "
+            "images of one modality"
+        )
+    found = [m for m in matches(Layout("own", rules=tuple(rules)), files) if m.names["side"] in ("Tr", "Ts")]
+    found = [m for m in found if m.names["side"] == "Tr" or _mask(m, files)]
+    tested = any(m.names["side"] == "Ts" for m in found)
+    sides = {"Tr": "train" if tested else "", "Ts": "test"}
+    items = [Item(m.image, mask=_needed(m, files), split=sides[m.names["side"]]) for m in found]
+    task = replace(task, kind="segmentation", metric=_metric(task, "segmentation"))
+    if not task.classes and DATASET in files.files:
+        task = _labels_of(files.root / DATASET, task)
+    return Own(task, items)
+
+
+def _labels_of(path: Path, task: Task) -> Task:
+    """The classes and values of nnU-Net's description, of version 1 (value to name) or 2 (name to value)."""
+    try:
+        labels = json.loads(path.read_bytes()[:MAX_TABLE_BYTES])["labels"]
+        pairs = [(str(v), str(k)) if isinstance(v, int) else (str(int(k)), str(v)) for k, v in labels.items()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"data: expected labels, of names and whole numbers, in {path}; got {type(error).__name__}: {error}"
+        ) from None
+    named = sorted((int(value), name) for value, name in pairs)
+    classes = tuple(name for value, name in named if value and name not in (BACKGROUND, IGNORE))
+    values = tuple((str(v), name if v and name in (*classes, IGNORE) else BACKGROUND) for v, name in named)
+    return replace(task, classes=classes, layout=replace(task.layout, values=values))
+
+
+def _pairs(files: Files, task: Task) -> Own | None:
+    rules = []
+    for start in ("", "{split}/"):
+        for folder in _MASK_FOLDERS:
+            for end in ("", *_MASK_ENDINGS):
+                rules.append(Rule(image=f"{start}images/{{case}}.{{ext}}", mask=f"{start}{folder}/{{case}}{end}.*"))
+            rules.append(Rule(image=f"{start}images/{{case}}", mask=f"{start}{folder}/{{case}}*"))
+    for start in ("", "{split}/", "{folder}/", "{split}/{folder}/"):
+        for end in _MASK_ENDINGS:
+            rules.append(Rule(image=f"{start}{{case}}.{{ext}}", mask=f"{start}{{case}}{end}.*"))
+    for start in ("images/{split}", "images/{split}/{folder}"):
+        for folder in _MASK_FOLDERS:
+            mask = start.replace("images", folder)
+            rules.append(Rule(image=f"{start}/{{case}}.{{ext}}", mask=f"{mask}/{{case}}.*"))
+            rules.append(Rule(image=f"{start}/{{case}}.{{ext}}", mask=f"{mask}/{{case}}_mask.*"))
+    for rule in rules:
+        folder = rule.mask.split("/")
+        if any(part in _MASK_FOLDERS and not _has_folder(part, files) for part in folder[:-1]):
+            continue
+        found = matches(Layout("own", rules=(rule,), splits=_SIDES), files)
+        masks = [_mask(match, files) for match in found]
+        if not any(masks):
+            continue
+        with_mask = [match for match, mask in zip(found, masks, strict=True) if mask]
+        lacking = [match.image for match, mask in zip(found, masks, strict=True) if not mask]
+        if "images" in rule.image and lacking:
+            raise ValueError(
+                f"data: expected a mask for each image; {files.root / lacking[0]} has none in "
+                f"{rule.mask.split('/')[-2]}/ ({len(lacking):,} of {len(found):,} images have none)"
+            )
+        items = [
+            Item(
+                m.image,
+                mask=_mask(m, files),
+                split=split_of(m.names.get("split", "")),
+                patient=m.names.get("folder", ""),
+            )
+            for m in with_mask
+        ]
+        return Own(replace(task, kind="segmentation", metric=_metric(task, "segmentation")), items)
+    return None
+
+
+def _has_folder(name: str, files: Files) -> bool:
+    return any(path.rpartition("/")[2] == name for path in files.folders)
+
+
+def _classes(files: Files, task: Task) -> Own | None:
+    if task.kind == "segmentation" and task.layout.state != "own":
+        return None
+    rules = tuple(
+        Rule(image=f"{start}{{class}}/{inside}{{case}}", label="{class}")
+        for start in ("{split}/", "")
+        for inside in ("", "{patient}/", "{patient}/**/")
+    )
+    texts = {text for text, _ in _SIDES}
+    found = [match for match in matches(Layout("own", rules=rules, splits=_SIDES), files)]
+    found = [match for match in found if match.names["class"] not in texts]
+    inside_of_another = {match.image for match in found if match.image in files.folders}
+    found = [match for match in found if match.image.rpartition("/")[0] not in inside_of_another]
+    sides = {match.names.get("split", "") for match in found}
+    if len(sides) > 1 and "" in sides:
+        found = [match for match in found if "split" in match.names]
+    if not found:
+        return None
+    items = [
+        Item(
+            match.image,
+            match.names["class"],
+            split=split_of(match.names.get("split", "")),
+            patient=match.names.get("patient", ""),
+        )
+        for match in found
+    ]
+    return Own(replace(task, kind="classification", metric=_metric(task, "classification")), items)
+
+
+def _metric(task: Task, kind: str) -> str:
+    return task.metric if task.kind == kind else ""
+
+
+def _mask(match: Match, files: Files) -> str:
+    """The path of the mask, "" for none. ValueError for several."""
+    found = [path for path in beside(match, match.rule.mask, files) if _readable(path, files)]
+    if len(found) > 1:
+        raise ValueError(
+            f"data: expected one mask for each image; {files.root / match.image} has {len(found)}: {', '.join(found)}"
+        )
+    return found[0] if found else ""
+
+
+def _readable(path: str, files: Files) -> bool:
+    return path in files.folders or readers.format_of(path) is not None
+
+
+def _needed(match: Match, files: Files) -> str:
+    mask = _mask(match, files)
+    if not mask:
+        raise ValueError(
+            f"data: expected a mask for each image; {files.root / match.image} has none at "
+            f"{files.root / (match.prefix + match.text(match.rule.mask))}"
+        )
+    return mask
+
+
+def of_rules(found: Sequence[Match], files: Files, task: Task) -> Iterator[Item]:
+    """The images that the rules of a task found, with their targets. ValueError: a mask that is not there."""
+    sides = dict(task.layout.splits)
+    for match in found:
+        rule = match.rule
+        side = match.text(rule.split) if rule.split else ""
+        parts = []
+        for _, pattern in rule.masks:
+            here = beside(match, pattern, files)
+            parts.append(here[0] if here else "")
+        mask = ""
+        if rule.mask or rule.polygons:
+            mask = _needed(match._replace(rule=replace(rule, mask=rule.mask or rule.polygons)), files)
+        yield Item(
+            match.image,
+            match.text(rule.label) if rule.label else "",
+            mask,
+            tuple(parts),
+            split_of(sides.get(side, side)),
+            match.text(rule.patient) if rule.patient else "",
+        )
