@@ -1,0 +1,263 @@
+"""The sheet of results: one CSV file, a row for each task, model, mode, path, number of shots and seed.
+
+It only grows, so that a series of runs that stopped goes on where it was: `Sheet.done` tells what there is. A row is
+there in whole or not at all, whatever kills the process; processes at the same time, also of several machines, wait for
+each other by a lock on a file beside the sheet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dex.common import atomic
+from dex.tasks.metrics.evaluation import METRICS, Evaluation
+
+_WAIT = 60.0
+_POLL = 0.02
+"""Seconds for which a lock is waited for, and between two looks at it."""
+
+
+class Score(NamedTuple):
+    """A metric with its interval over patients."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    patients: int
+
+
+class Key(NamedTuple):
+    """What makes two rows the same result."""
+
+    task: str
+    checkpoint: str
+    """Hash of the weights that the task began from."""
+    data: str
+    """Fingerprint of the labelled cases and their split."""
+    mode: str
+    """full, frozen, linear or lora."""
+    path: str
+    """experts or director."""
+    shots: int | None
+    """Labelled cases of each class that were trained on; None for all."""
+    seed: int
+    settings: str = ""
+    """Hash of the recipe."""
+
+
+class Row(NamedTuple):
+    key: Key
+    run: str
+    """Name of the pretrained run."""
+    metric: str
+    """The primary one."""
+    cases: int
+    leak: str
+    """What the check against the pretraining set said; "not checked" where it did not run."""
+    seconds: float | None
+    versions: str
+    scores: Mapping[str, Score]
+    """By names of `METRICS`; those of another kind of task are missing."""
+
+
+_ABOUT = ("run", "metric", "cases", "leak", "seconds", "versions")
+_WHOLE = ("shots", "seed", "cases")
+COLUMNS = (
+    *Key._fields,
+    *_ABOUT,
+    *(f"{name}{part}" for name in METRICS for part in ("", "_low", "_high", "_patients")),
+)
+
+
+class Sheet:
+    """The sheet at ``path``, which need not exist yet.
+
+    wait: seconds for which another process may hold it. Every method raises ValueError, naming the sheet, where it is
+    no sheet of these columns or holds a value that its column cannot.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, wait: float = _WAIT):
+        self.path = Path(os.path.realpath(path))
+        self._wait = wait
+
+    def rows(self) -> list[Row]:
+        """Every row, in the order in which they came; none without a file."""
+        return [_row(cells, line, self.path) for line, cells in self._cells()]
+
+    def done(self, key: Key) -> bool:
+        """Whether there is a row of this key."""
+        return any(row.key == key for row in self.rows())
+
+    def add(self, row: Row) -> bool:
+        """Append a row and wait until it is on the disk. False, and nothing changes, if there is one of its key.
+
+        ValueError: values that the sheet cannot hold, or a sheet that stays locked.
+        """
+        cells = _written(row)
+        _row(cells, 0, self.path)  # what could not be read again is not written
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            before = list(self._cells())
+            if any(_row(old, line, self.path).key == row.key for line, old in before):
+                return False
+            mode = self.path.stat().st_mode & 0o777 if before else 0o666
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([old[name] for name in COLUMNS] for _, old in before)
+            writer.writerow([cells[name] for name in COLUMNS])
+            data = text.getvalue().encode("utf-8", "surrogateescape")
+            atomic.write(self.path, data, sync=True, mode=mode, locked=True)
+        return True
+
+    def _cells(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Line and cells by column of every row."""
+        try:
+            # "utf-8-sig": a program for tables may have saved it with a mark in front.
+            text = self.path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ValueError(f"sheet: expected a CSV file, got {self.path} ({os.strerror(error.errno)})") from None
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            header = next(reader, [])
+            self._check_header(header)
+            for cells in reader:
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"sheet: expected {len(header)} cells in line {reader.line_num} of {self.path}, "
+                        f"got {len(cells)}; complete or remove that line"
+                    )
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise ValueError(
+                f"sheet: expected a CSV file, got {self.path}, whose line {reader.line_num} is none ({error})"
+            ) from None
+
+    def _check_header(self, header: list[str]) -> None:
+        missing, unknown = [c for c in COLUMNS if c not in header], [c for c in header if c not in COLUMNS]
+        if missing or unknown or len(header) != len(COLUMNS):
+            parts = [
+                f"{word} {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+                for word, names in (("without", missing), ("with", unknown))
+                if names
+            ]
+            said = " and ".join(parts) or "with a column twice"
+            raise ValueError(
+                f"sheet: expected the columns of this version, got {self.path} {said}; name another file, and it begins"
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone with the sheet, in this process too; the system unlocks it when the process ends, however it does."""
+        lock, end = self.path.with_name(f".{self.path.name}.lock"), time.monotonic() + self._wait
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise ValueError(
+                            f"sheet: expected a file system with locks, got {self.path} on one without "
+                            f"({os.strerror(error.errno)}); keep it on a local disk"
+                        ) from None
+                if time.monotonic() > end:
+                    raise ValueError(f"sheet: expected {self.path} to become free; another process still writes to it")
+                time.sleep(_POLL)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def row_of(evaluation: Evaluation, *, seconds: float | None = None, versions: str = "") -> Row:
+    """The row of an evaluation.
+
+    `Evaluation.about` says checkpoint, data, mode, path and seed, and may say shots, settings, run and leak.
+    ValueError: one of the former that it does not say.
+    """
+    about = evaluation.about
+    for name in ("checkpoint", "data", "mode", "path", "seed"):
+        if about.get(name) is None:
+            raise ValueError(f"about: expected the evaluation to say its {name}, got {sorted(about)}")
+    key = Key(
+        evaluation.task,
+        *(str(about[name]) for name in ("checkpoint", "data", "mode", "path")),
+        about.get("shots"),
+        about["seed"],
+        str(about.get("settings") or ""),
+    )
+    scores = {name: Score(e.value, e.low, e.high, e.patients) for name, e in evaluation.summary().items()}
+    run, leak = str(about.get("run") or ""), str(about.get("leak") or "not checked")
+    return Row(key, run, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
+
+
+def _written(row: Row) -> dict[str, str]:
+    """The cells of a row by column."""
+    unknown = set(row.scores) - set(METRICS)
+    if unknown:
+        raise ValueError(f"scores: expected metrics among {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = row.key._asdict() | {name: getattr(row, name) for name in _ABOUT}
+    for name in METRICS:
+        score = row.scores.get(name)
+        for part in Score._fields:
+            values[name if part == "value" else f"{name}_{part}"] = None if score is None else getattr(score, part)
+    return {name: _cell(name, values[name]) for name in COLUMNS}
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None and name not in _TEXTS:
+        return ""
+    expected = str if name in _TEXTS else int if _is_whole(name) else (int, float)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        kind = "text" if name in _TEXTS else "a whole number" if _is_whole(name) else "a number"
+        raise ValueError(f"{name}: expected {kind}, got {value!r}")
+    if name in _TEXTS:
+        if "\0" in value:
+            raise ValueError(f"{name}: expected text without a zero byte, got {value!r}")
+        return value
+    return str(value) if _is_whole(name) else repr(float(value))
+
+
+_TEXTS = frozenset({"task", "checkpoint", "data", "mode", "path", "settings", "run", "metric", "leak", "versions"})
+
+
+def _is_whole(name: str) -> bool:
+    return name in _WHOLE or name.endswith("_patients")
+
+
+def _row(cells: Mapping[str, str], line: int, path: Path) -> Row:
+    """The row that the cells of a line say, in their types."""
+    values = {name: _read(name, text, line, path) for name, text in cells.items()}
+    scores = {
+        name: Score(values[name], values[f"{name}_low"], values[f"{name}_high"], values[f"{name}_patients"])
+        for name in METRICS
+        if values[f"{name}_patients"] is not None
+    }
+    return Row(Key(*(values[n] for n in Key._fields)), *(values[n] for n in _ABOUT), scores)
+
+
+def _read(name: str, text: str, line: int, path: Path) -> Any:
+    if name in _TEXTS:
+        return text
+    if text == "" and name not in ("seed", "cases"):
+        return None
+    with contextlib.suppress(ValueError):
+        value = int(text) if _is_whole(name) else float(text)
+        if math.isfinite(value):
+            return value
+    kind = "a whole number" if _is_whole(name) else "a finite number"
+    where = f" in line {line} of {path}" if line else ""
+    raise ValueError(f"{name}: expected {kind}{where}, got {text!r}")
