@@ -38,6 +38,8 @@ class Grid(NamedTuple):
     """As in `dex.prepare.readers.Geometry`."""
     files: tuple[str, ...]
     """Of a DICOM series: the name of the file of each k; () for a file that holds all of them."""
+    even: bool = True
+    """Whether frames are evenly spaced; if not, ``affine`` has their mean distance."""
 
 
 class Frames(NamedTuple):
@@ -142,4 +144,5 @@ def _grid(opened: Opened) -> Grid | None:
         geometry.axes,
         geometry.signs,
         files if any(files) else (),
+        geometry.even,
     )
