@@ -59,6 +59,8 @@ class Row(NamedTuple):
     key: Key
     run: str
     """Name of the pretrained run."""
+    finetuned: str
+    """Hash of the weights that were evaluated."""
     metric: str
     """The primary one."""
     cases: int
@@ -70,7 +72,7 @@ class Row(NamedTuple):
     """By names of `METRICS`; those of another kind of task are missing."""
 
 
-_ABOUT = ("run", "metric", "cases", "leak", "seconds", "versions")
+_ABOUT = ("run", "finetuned", "metric", "cases", "leak", "seconds", "versions")
 _WHOLE = ("shots", "seed", "cases")
 COLUMNS = (
     *Key._fields,
@@ -182,26 +184,27 @@ class Sheet:
             os.close(descriptor)
 
 
-def row_of(evaluation: Evaluation, *, seconds: float | None = None, versions: str = "") -> Row:
-    """The row of an evaluation.
+def row_of(
+    evaluation: Evaluation,
+    key: Key,
+    *,
+    leak: str = "not checked",
+    seconds: float | None = None,
+    versions: str = "",
+) -> Row:
+    """The row of an evaluation under the key by which `Sheet.done` was asked.
 
-    `Evaluation.about` says checkpoint, data, mode, path and seed, and may say shots, settings, run and leak.
-    ValueError: one of the former that it does not say.
+    run and checkpoint are those of `Evaluation.about`. ValueError: a key of another task or seed.
     """
     about = evaluation.about
-    for name in ("checkpoint", "data", "mode", "path", "seed"):
-        if about.get(name) is None:
-            raise ValueError(f"about: expected the evaluation to say its {name}, got {sorted(about)}")
-    key = Key(
-        evaluation.task,
-        *(str(about[name]) for name in ("checkpoint", "data", "mode", "path")),
-        about.get("shots"),
-        about["seed"],
-        str(about.get("settings") or ""),
-    )
+    for name, of_evaluation in (("task", evaluation.task), ("seed", about.get("seed", key.seed))):
+        if getattr(key, name) != of_evaluation:
+            raise ValueError(
+                f"key: expected the {name} of the evaluation, {of_evaluation!r}, got {getattr(key, name)!r}"
+            )
     scores = {name: Score(e.value, e.low, e.high, e.patients) for name, e in evaluation.summary().items()}
-    run, leak = str(about.get("run") or ""), str(about.get("leak") or "not checked")
-    return Row(key, run, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
+    run, finetuned = (str(about.get(name) or "") for name in ("run", "checkpoint"))
+    return Row(key, run, finetuned, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
 
 
 def _written(row: Row) -> dict[str, str]:
@@ -231,7 +234,9 @@ def _cell(name: str, value: Any) -> str:
     return str(value) if _is_whole(name) else repr(float(value))
 
 
-_TEXTS = frozenset({"task", "checkpoint", "data", "mode", "path", "settings", "run", "metric", "leak", "versions"})
+_TEXTS = frozenset(
+    {"task", "checkpoint", "data", "mode", "path", "settings", "run", "finetuned", "metric", "leak", "versions"}
+)
 
 
 def _is_whole(name: str) -> bool:

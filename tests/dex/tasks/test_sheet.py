@@ -5,17 +5,19 @@ import os
 import stat
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import killed_at
 
 from dex.tasks import sheet as module
+from dex.tasks.metrics.evaluation import of_classification
 from dex.tasks.sheet import COLUMNS, Key, Row, Score, Sheet
 
 KEY = Key("fives", "a1b2", "c3d4", "full", "experts", None, 0)
 SCORES = {"dice": Score(0.8123456789012345, 0.7, 0.9, 12), "hd95": Score(3.5, None, None, 3)}
-ROW = Row(KEY, "run 1", "dice", 20, "no copy", 12.5, "dexkernels 0.1.0", SCORES)
+ROW = Row(KEY, "run 1", "e5f6", "dice", 20, "no copy", 12.5, "dexkernels 0.1.0", SCORES)
 
 
 def seeded(seed):
@@ -26,7 +28,15 @@ def test_rows_come_back_in_their_types(tmp_path):
     sheet = Sheet(tmp_path / "a folder" / "sheet.csv")
     assert sheet.rows() == [] and not sheet.done(KEY)
     other = Row(
-        KEY._replace(shots=5, settings="e5"), "", "auc", 3, "not checked", None, "", {"auc": Score(None, None, None, 0)}
+        KEY._replace(shots=5, settings="e5"),
+        "",
+        "",
+        "auc",
+        3,
+        "not checked",
+        None,
+        "",
+        {"auc": Score(None, None, None, 0)},
     )
     assert sheet.add(ROW) and sheet.add(other)
     assert sheet.rows() == [ROW, other]
@@ -127,7 +137,7 @@ def lines(*rows):
         ("", "without task, checkpoint, .* and .* more"),
         ("\x89PNG\0\n", "sheet: expected"),
         (lines(COLUMNS, ["fives", "a"]), r"sheet: expected \d+ cells in line 2 of .*s\.csv, got 2"),
-        (lines(COLUMNS, ["", "", "", "", "", "", "x", *[""] * (len(COLUMNS) - 7)]), "seed: expected a whole .* line 2"),
+        (lines(COLUMNS, [*[""] * 6, "x", *[""] * (len(COLUMNS) - 7)]), "seed: expected a whole .* line 2"),
         (lines(COLUMNS, [*[""] * 6, "1", *[""] * (len(COLUMNS) - 7)]), "cases: expected a whole number in line 2"),
     ],
 )
@@ -182,20 +192,18 @@ def test_a_link_to_a_sheet_stays_one(tmp_path):
 
 
 def test_the_row_of_an_evaluation():
-    import numpy as np
-
-    from dex.tasks.metrics.evaluation import of_classification
-
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 20)
     p = rng.dirichlet([1, 1], 20)
-    about = {"checkpoint": "a1", "data": "d1", "mode": "linear", "path": "director", "seed": 3, "run": "r"}
+    about = {"checkpoint": "f1", "seed": 3, "run": "r"}
     evaluation = of_classification("t", ("x", "y"), [(f"c{i}", f"p{i}") for i in range(20)], p, labels, about=about)
-    row = module.row_of(evaluation, seconds=2.0, versions="v")
-    assert row.key == ("t", "a1", "d1", "linear", "director", None, 3, "") and row.leak == "not checked"
+    key = KEY._replace(task="t", seed=3)
+    row = module.row_of(evaluation, key, seconds=2.0, versions="v")
+    assert row.key == key and (row.run, row.finetuned, row.leak) == ("r", "f1", "not checked")
     want = evaluation.summary()["accuracy"]
     assert row.scores["accuracy"] == (want.value, want.low, want.high, want.patients) and row.cases == 20
     assert set(row.scores) == {"accuracy", "balanced_accuracy", "auc", "f1", "ece", "brier"}
-    for name in ("checkpoint", "seed"):
-        with pytest.raises(ValueError, match=f"about: expected the evaluation to say its {name}"):
-            module.row_of(evaluation._replace(about={k: v for k, v in about.items() if k != name}))
+    with pytest.raises(ValueError, match="key: expected the task of the evaluation, 't', got 'fives'"):
+        module.row_of(evaluation, KEY)
+    with pytest.raises(ValueError, match="key: expected the seed of the evaluation, 3, got 0"):
+        module.row_of(evaluation, key._replace(seed=0))
