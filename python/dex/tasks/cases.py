@@ -139,14 +139,14 @@ def _held(task: Task, files: Files, labels: Path | None) -> Own:
         if task.layout.state == "unknown":
             _require_kind(task, held.task.kind)
         return held
-    found = patterns.matches(task.layout, files)
+    found = patterns.matches(task.layout, files, task.classes)
     if not found:
         raise ValueError(
             f"data: expected files of {task.name} below {files.root}, as {task.layout.source} describes them: "
             f"{patterns.expected(task.layout, files)}; got {_some(files)}"
         )
     items = list(own.of_rules(found, files, task))
-    return Own(task, _joined(task, items, files, found[0].prefix) if task.layout.table else items)
+    return Own(task, _joined(task, items, files) if task.layout.table else items)
 
 
 def _require_kind(task: Task, kind: str) -> None:
@@ -155,10 +155,10 @@ def _require_kind(task: Task, kind: str) -> None:
         raise ValueError(f"data: expected {what[task.kind]} for {task.name}, a {task.kind} task; got {what[kind]}")
 
 
-def _joined(task: Task, items: list[Item], files: Files, prefix: str) -> list[Item]:
+def _joined(task: Task, items: list[Item], files: Files) -> list[Item]:
     """With label, patient and side of the layout's table, which names a file with or without folders and suffix."""
     name = task.layout.table
-    paths = [path for path in files.files if path == prefix + name or path.endswith(f"/{name}")]
+    paths = [path for path in files.files if path.rpartition("/")[2] == name]
     if not paths:
         raise ValueError(
             f"data: expected the table {task.layout.table} of {task.name} below {files.root}, as {task.layout.source} "
@@ -278,8 +278,8 @@ def _pattern(pattern: str | None) -> re.Pattern[str] | None:
 def _header_patient(image: Path) -> str:
     """As a DICOM header has it; "" for other files, and where it names nobody."""
     if image.is_dir():
-        image = next((path for path in sorted(image.iterdir()) if readers.format_of(path) == "dicom"), image)
-    if readers.format_of(image) != "dicom" or image.is_dir():
+        image = next((path for path in sorted(image.iterdir()) if _is_dicom(path)), image)
+    if not _is_dicom(image):
         return ""
     from dex.prepare.readers.dicom.file import read_header, text
 
@@ -289,6 +289,10 @@ def _header_patient(image: Path) -> str:
     except readers.Refused:
         return ""
     return text(head, "PatientID") or text(head, "PatientName")
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.is_file() and (readers.format_of(path) or readers.recognised(path)) == "dicom"
 
 
 def _sides(task: Task, samples: list[Sample], split: str | None, seed: int) -> tuple[list[Split], list[str]]:

@@ -54,7 +54,19 @@ def stored(target: Path | Parts, task: Task, stack: readers.Stack, image: Path) 
 
         return segmentations.read(target, task, stack, image)
     meaning = Meaning.of(task)
-    return meaning.classes(_on_image(_read(target, meaning.colours), target, stack, image), target)
+    classes = meaning.classes(_on_image(_read(target, meaning.colours), target, stack, image), target)
+    return _filled(classes) if task.layout.outline else classes
+
+
+def _filled(classes: np.ndarray) -> np.ndarray:
+    """With what lies within the outlines of each class, frame by frame."""
+    from scipy.ndimage import binary_fill_holes
+
+    out = classes.copy()
+    for filled, frame in zip(out, classes, strict=True):
+        for number in np.unique(frame[frame > 0]).tolist():
+            filled[binary_fill_holes(frame == number)] = number
+    return out
 
 
 def values_in(target: Path) -> list[str]:
@@ -254,6 +266,8 @@ def _picture(file: Path, colours: bool) -> Stored:
                 limits.check_all((page + 1) * image.height * image.width, stream.size)
                 turn = TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
                 upright = image.transpose(turn) if turn is not None else image
+                if upright.mode == "P" and image.format == "GIF":  # whose writer numbers the colours as it likes
+                    upright = upright.convert("RGB")
                 pages.append(_page(upright, colours, file))
                 if image.format in ("GIF", "WEBP", "JPEG", "PNG"):
                     break  # frames of an animation are no slices

@@ -303,7 +303,7 @@ def _mask(match: Match, files: Files) -> str:
 
 
 def _readable(path: str, files: Files) -> bool:
-    return path in files.folders or readers.format_of(path) is not None
+    return path in files.folders or readers.format_of(path) is not None or path.lower().endswith(".xml")
 
 
 def _needed(match: Match, files: Files) -> str:
@@ -316,9 +316,22 @@ def _needed(match: Match, files: Files) -> str:
     return mask
 
 
+def _check_parts(found: Sequence[Match], files: Files) -> None:
+    for title, pattern in {part: None for match in found for part in match.rule.masks}:
+        of_rule = [match for match in found if (title, pattern) in match.rule.masks]
+        if not any(beside(match, pattern, files) for match in of_rule):
+            first = of_rule[0]
+            raise ValueError(
+                f"data: expected masks of {title}, for {files.root / first.image} at "
+                f"{files.root / (first.prefix + first.text(pattern))}; got none for any of {len(of_rule):,} images"
+            )
+
+
 def of_rules(found: Sequence[Match], files: Files, task: Task) -> Iterator[Item]:
-    """The images that the rules of a task found, with their targets. ValueError: a mask that is not there."""
+    """The images that the rules of a task found, with their targets. ValueError: a mask that is not there; a class of
+    which no image has one."""
     sides = dict(task.layout.splits)
+    _check_parts(found, files)
     for match in found:
         rule = match.rule
         side = match.text(rule.split) if rule.split else ""
@@ -334,6 +347,6 @@ def of_rules(found: Sequence[Match], files: Files, task: Task) -> Iterator[Item]
             match.text(rule.label) if rule.label else "",
             mask,
             tuple(parts),
-            split_of(sides.get(side, side)),
+            split_of(sides.get(side, sides.get("*", side))),
             match.text(rule.patient) if rule.patient else "",
         )

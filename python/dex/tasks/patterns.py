@@ -19,6 +19,8 @@ from dex.tasks.task import SPLITS, Layout, Rule
 MAX_FILES = 5_000_000
 _TOKEN = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)")
 _SKIPPED = ("__MACOSX",)
+_TEXT = (".txt", ".csv", ".json", ".md", ".xml", ".yaml", ".yml", ".xls", ".xlsx", ".pdf", ".zip", ".gz", ".html")
+"""Suffixes of files that are not looked into."""
 
 
 class Match(NamedTuple):
@@ -76,9 +78,9 @@ def _sorted(files: frozenset[str]) -> list[str]:
     return sorted(files)
 
 
-def expression(pattern: str, splits: Sequence[str] = (), anywhere: bool = True) -> re.Pattern[str]:
-    """Fits paths; groups are the names, and ``_prefix`` the folders above. splits: the texts of ``{split}``. anywhere:
-    there may be such folders."""
+def expression(pattern: str, texts: Mapping[str, Sequence[str]], anywhere: bool = True) -> re.Pattern[str]:
+    """Fits paths; groups are the names, and ``_prefix`` the folders above. texts: what some names stand for alone.
+    anywhere: there may be such folders."""
     parts, seen, place = [], set(), 0
     for token in _TOKEN.finditer(pattern):
         parts.append(re.escape(pattern[place : token.start()]))
@@ -88,7 +90,7 @@ def expression(pattern: str, splits: Sequence[str] = (), anywhere: bool = True) 
             parts.append(f"(?P={name})")
         elif name:
             seen.add(name)
-            inside = "|".join(map(re.escape, splits)) if name == "split" and splits else "[^/]+?"
+            inside = "|".join(map(re.escape, texts[name])) if texts.get(name) else "[^/]+?"
             parts.append(f"(?P<{name}>{inside})")
         else:
             parts.append("(?:[^/]+/)*" if token[2] else "[^/]*")
@@ -97,15 +99,16 @@ def expression(pattern: str, splits: Sequence[str] = (), anywhere: bool = True) 
     return re.compile(f"(?P<_prefix>{above}){''.join(parts)}")
 
 
-def matches(layout: Layout, files: Files) -> list[Match]:
+def matches(layout: Layout, files: Files, classes: Sequence[str] = ()) -> list[Match]:
     """The images that the rules find, sorted by path, each by the first rule that fits; what belongs to one of them as
-    its mask is none. Patterns of the user's own folder begin there, others anywhere below it. ValueError where they fit
-    in several places, so that nobody knows which copy is meant."""
+    its mask is none. Patterns of the user's own folder begin there, others anywhere below it. classes: the texts of
+    ``{class}``. ValueError where they fit in several places, so that nobody knows which copy is meant."""
     splits = tuple(text for text, _ in layout.splits) or SPLITS
+    texts = {"split": splits, "class": [*classes, *(text for text, _ in layout.labels)]}
     found: dict[str, Match] = {}
     candidates = [*_sorted(files.files), *sorted(_series_folders(files))]
     for rule in layout.rules:
-        fits = expression(rule.image, splits, layout.state != "own").fullmatch
+        fits = expression(rule.image, texts, layout.state != "own").fullmatch
         for path in candidates:
             if path in found or not (match := fits(path)):
                 continue
@@ -134,9 +137,12 @@ def beside(match: Match, pattern: str, files: Files) -> list[str]:
     wanted = match.prefix + match.text(pattern)
     if "*" not in wanted:
         return [wanted] if wanted in files.files or wanted in files.folders else []
-    folder, name = wanted.rpartition("/")[::2]
-    fits = re.compile(re.escape(name).replace(r"\*", "[^/]*")).fullmatch
-    return [path for path in _children(files).get(folder, ()) if fits(path.rpartition("/")[2]) and path != match.image]
+    places = [""]
+    for part in wanted.split("/"):
+        fits = re.compile(re.escape(part).replace(r"\*", "[^/]*")).fullmatch
+        inside = (path for place in places for path in _children(files).get(place, ()))
+        places = [path for path in inside if fits(path.rpartition("/")[2])]
+    return [path for path in places if path != match.image]
 
 
 @functools.lru_cache(maxsize=8)
@@ -147,9 +153,21 @@ def _children(files: Files) -> Mapping[str, list[str]]:
     return children
 
 
-def _series_folders(files: Files) -> set[str]:
-    """Folders that directly hold DICOM files, by their suffix."""
-    return {path.rpartition("/")[0] for path in files.files if "/" in path and readers.format_of(path) == "dicom"}
+@functools.lru_cache(maxsize=8)
+def _series_folders(files: Files) -> frozenset[str]:
+    """Folders that directly hold DICOM files: by their suffix, or by the first bytes of the first file without one."""
+    found, asked = set(), set()
+    for path in _sorted(files.files):
+        folder, name = path.rpartition("/")[::2]
+        if not folder or folder in found:
+            continue
+        if readers.format_of(path) == "dicom":
+            found.add(folder)
+        elif folder not in asked and readers.format_of(path) is None and Path(name).suffix.lower() not in _TEXT:
+            asked.add(folder)
+            if readers.recognised(files.root / path) == "dicom":
+                found.add(folder)
+    return frozenset(found)
 
 
 def _is_image(path: str, files: Files) -> bool:

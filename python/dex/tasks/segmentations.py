@@ -63,10 +63,14 @@ def read(target: Path, task: Task, stack: readers.Stack, image: Path) -> np.ndar
 def _file(target: Path) -> Path:
     if not target.is_dir():
         return target
-    files = [path for path in sorted(target.iterdir()) if readers.format_of(path) == "dicom"]
+    files = [path for path in sorted(target.iterdir()) if _is_dicom(path)]
     if len(files) != 1:
         raise ValueError(f"{_EXPECTED}, in one file; {target} holds {len(files)} DICOM files")
     return files[0]
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.is_file() and (readers.format_of(path) or readers.recognised(path)) == "dicom"
 
 
 def _dataset(file: Path) -> Any:

@@ -64,13 +64,13 @@ class Rule:
 class Layout:
     """How the files of a task are found, and how that is known.
 
-    state: "verified" on files; "loader": as a public loader describes it; "unknown": nobody here knows; "own": the
-    user's own files. source: where it was read. rules: none where the state is unknown.
-    splits: (text of ``split`` in the rules, one of `SPLITS`). table: a CSV file below the data, with the columns
-    ``file``, ``label``, ``patient``, ``split``, ``mask`` under the names that ``columns`` gives them.
+    state: "verified" on files; "loader": as a public loader, or a public description, has it; "unknown": nobody here
+    knows; "own": the user's own files. source: where it was read. rules: none where the state is unknown.
+    splits: (text of ``split`` in the rules, one of `SPLITS`); "*" is every other text. table: a CSV file below the
+    data, with the columns ``file``, ``label``, ``patient``, ``split``, ``mask`` under the names of ``columns``.
     values: (value in a mask, class, "background" or "ignore"); a value is a number, "#rrggbb", "nonzero" or, of
     polygons and of DICOM segmentations, the name that the file gives. labels: (text of a label in the data, class)
-    where they are called otherwise.
+    where they are called otherwise. outline: masks show the outline of what they are about; it is filled.
     """
 
     state: State = "unknown"
@@ -82,6 +82,7 @@ class Layout:
     columns: tuple[tuple[str, str], ...] = ()
     values: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    outline: bool = False
 
 
 @dataclass(frozen=True)
