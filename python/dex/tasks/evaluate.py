@@ -1,0 +1,142 @@
+"""A fine-tuned model on a split of its task, at the images' own size.
+
+OUT/evaluation.json    every case's scores and the metrics (`dex.tasks.metrics.evaluation_file`)
+OUT/report.html        the page about them
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dex.tasks.cases import Case, Frames, Split, TaskData, read
+from dex.tasks.load import LoadedTask
+from dex.tasks.metrics.evaluation import Evaluation, of_classification, of_segmentation
+from dex.tasks.metrics.segmentation import TOLERANCE, segmentation_scores
+from dex.tasks.probabilities import check_window, of_frames
+from dex.tasks.task import SPLITS
+from dex.tasks.task_dataset import Say, checked
+
+FILE = "evaluation.json"
+
+
+class Options(NamedTuple):
+    split: Split = "test"
+    batch_size: int = 16
+    precision: str = "fp32"
+    window: float | None = None
+    """See `dex.tasks.probabilities.of_frames`."""
+    tolerance: float = TOLERANCE
+    """Of NSD."""
+
+
+class Predicted(NamedTuple):
+    case: Case
+    frames: Frames
+    probabilities: np.ndarray | None
+    """float32 ``[C]`` of a classification: the mean over the case's frames."""
+    masks: np.ndarray | None
+    """uint8 ``[n, H, W]`` of a segmentation."""
+
+
+def check(loaded: LoadedTask, data: TaskData, options: Options) -> tuple[Case, ...]:
+    """The cases that are evaluated. ValueError naming the argument."""
+    if options.split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {options.split!r}")
+    ours, theirs = loaded.task, data.task
+    if (ours.kind, ours.classes) != (theirs.kind, theirs.classes):
+        raise ValueError(
+            f"data: expected a {ours.kind} of {', '.join(ours.classes)}, as {loaded.folder.parent.parent.name} was "
+            f"trained; got a {theirs.kind} of {', '.join(theirs.classes) or 'no classes'}"
+        )
+    cases = data.of(options.split)
+    if not cases:
+        counts = ", ".join(f"{len(data.of(side))} {side}" for side in SPLITS)
+        raise ValueError(f"split: expected cases to evaluate; {theirs.name} has {counts}. --split names another one")
+    check_window(loaded, options.window)
+    return cases
+
+
+def evaluate(
+    loaded: LoadedTask, data: TaskData, options: Options, say: Say = lambda done, total, text: None
+) -> Evaluation:
+    """Every case of the split, scored at its own size; nothing is flipped or averaged over views.
+
+    Computed where the model is. Raises: ValueError naming the argument or the file.
+    """
+    cases, task = check(loaded, data, options), loaded.task
+    scores, whose, rows, labels = [], [], [], []
+    fingerprint = hashlib.sha256()
+    for done, case in enumerate(cases):
+        say(done, len(cases), "evaluating")
+        one = predict_case(loaded, case, options)
+        fingerprint.update(_content(one))
+        if one.masks is not None:
+            of_case = segmentation_scores(
+                one.masks, one.frames.masks, task.classes, one.frames.spacing_mm, tolerance=options.tolerance
+            )
+            scores.append((case.id, case.patient, of_case))
+        else:
+            whose.append((case.id, case.patient)), rows.append(one.probabilities), labels.append(one.frames.label)
+    about = facts(loaded, options) | {"data": fingerprint.hexdigest(), "notes": list(data.notes)}
+    if task.kind == "segmentation":
+        return of_segmentation(task.name, task.classes, scores, metric=task.metric, about=about)
+    values = np.stack(rows).astype(np.float64)
+    values /= values.sum(1, keepdims=True)
+    return of_classification(task.name, task.classes, whose, values, np.array(labels), metric=task.metric, about=about)
+
+
+def facts(loaded: LoadedTask, options: Options) -> dict[str, Any]:
+    """What an evaluation is about; no path."""
+    settings = loaded.settings
+    return {
+        "run": loaded.pretrained["run"] if settings.start == "pretrained" else "random start",
+        "pretrained_step": loaded.pretrained["step"],
+        "pretrained_sha256": loaded.pretrained["sha256"],
+        "finetuned": loaded.folder.parent.parent.name,
+        "step": loaded.step,
+        "checkpoint": loaded.sha256,
+        "start": settings.start,
+        "mode": settings.mode,
+        "path": settings.path,
+        "seed": settings.seed,
+        "split": options.split,
+        "window": options.window,
+        "precision": options.precision,
+    }
+
+
+def predict_case(loaded: LoadedTask, case: Case, options: Options) -> Predicted:
+    """ValueError where the case cannot be read or its target does not fit the task."""
+    frames = checked(case, read(case, loaded.task), loaded.task)
+    spacing = None if frames.spacing_mm is None else frames.spacing_mm[1:]
+    batches = of_frames(
+        loaded,
+        frames.images,
+        spacing,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        window=options.window,
+    )
+    if loaded.task.kind == "classification":
+        return Predicted(case, frames, torch.cat(list(batches)).mean(0).numpy(), None)
+    return Predicted(case, frames, None, np.concatenate(list(_masks(batches))))
+
+
+def _masks(batches: Iterator[torch.Tensor]) -> Iterator[np.ndarray]:
+    for probabilities in batches:  # at the images' own size they are large: one batch at a time
+        if not probabilities.isfinite().all():
+            raise ValueError("model: expected finite probabilities; got NaN: the checkpoint's weights are not usable")
+        yield probabilities.argmax(1).to(torch.uint8).numpy()
+
+
+def _content(one: Predicted) -> bytes:
+    digest = hashlib.sha256(f"{one.case.id} {one.frames.label} {one.frames.images.shape}".encode())
+    digest.update(np.ascontiguousarray(one.frames.images).tobytes())
+    if one.frames.masks is not None:
+        digest.update(np.ascontiguousarray(one.frames.masks).tobytes())
+    return digest.digest()

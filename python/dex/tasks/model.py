@@ -1,0 +1,75 @@
+"""A pretrained encoder with the head of a task.
+
+Shape letters: B images, S image side, C outputs (classes; of segmentation with the background first).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dex.inference.load import choose_path_
+from dex.model import VisionTransformer
+from dex.model.heads import ClassificationHead, LinearSegmentation
+from dex.model.lora import add_lora_, merge_lora_
+from dex.model.unetr import UNETR
+from dex.tasks.recipe import Settings
+from dex.tasks.task import Task
+from dexkernels import Aux
+
+
+class TaskOutput(NamedTuple):
+    logits: Tensor
+    """``[B, C, S, S]`` or ``[B, C]``."""
+    aux: list[Aux]
+    """Of the DEX layers; empty unless it was asked for."""
+
+
+class TaskModel(nn.Module):
+    """``images [B, 3, S, S] -> logits [B, C, S, S]`` or ``[B, C]``; images as `dex.data.center` gives them.
+
+    encoder: of the pretrained run; it becomes part of this model. What does not train, by ``settings.mode``, takes no
+    gradient. Needs MONAI for segmentation, but for mode linear. Raises: ValueError naming the setting.
+    """
+
+    def __init__(self, encoder: VisionTransformer, task: Task, settings: Settings):
+        super().__init__()
+        choose_path_(encoder, settings.path)
+        self.mode, self.kind = settings.mode, task.kind
+        width, depth = encoder.patch_embed.out_features, len(encoder.blocks)
+        outputs = outputs_of(task)
+        self.encoder = encoder
+        if task.kind == "classification":
+            self.head = ClassificationHead(width, outputs, settings.dropout, linear=settings.mode == "linear")
+        elif settings.mode == "linear":
+            self.head = LinearSegmentation(width, outputs, encoder.img_size)
+        else:
+            self.head = UNETR(
+                encoder.img_size, encoder.patch_size, width, depth, outputs, feature_size=settings.feature_size
+            )
+        if settings.mode == "lora":
+            add_lora_(encoder, settings.lora_rank, settings.lora_alpha)
+        elif settings.mode != "full":
+            encoder.requires_grad_(False)
+
+    def forward(self, images: Tensor, return_aux: bool = False) -> TaskOutput | Tensor:
+        """The logits; with ``return_aux`` a `TaskOutput`."""
+        after = self.head.after if isinstance(self.head, UNETR) else ()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode in ("full", "lora")):
+            tokens, aux, hidden = self.encoder.forward_hidden(images, after, return_aux=return_aux)
+        logits = self.head(images, tokens, hidden) if isinstance(self.head, UNETR) else self.head(tokens)
+        return TaskOutput(logits, aux) if return_aux else logits
+
+    def merge_(self) -> "TaskModel":
+        """Put plain weights in the place of LoRA's."""
+        if self.mode == "lora":
+            merge_lora_(self.encoder)
+        return self
+
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def outputs_of(task: Task) -> int:
+    """Channels of the logits."""
+    return len(task.classes) + (task.kind == "segmentation")

@@ -1,0 +1,178 @@
+"""How a run is fine-tuned: every setting with its default, and which defaults are the paper's.
+
+The supplement states full fine-tuning with AdamW at 1e-4, ten warm-up epochs and a cosine, Dice and cross-entropy for
+segmentation, cross-entropy for classification. Everything else is a choice of ours and says so in its help.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dex.common.fields import merge, words
+
+STATED, OURS = "as the supplement states", "not stated by the paper"
+MODES = ("full", "frozen", "linear", "lora")
+
+
+def _setting(default: Any, text: str, stated: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "stated": stated})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one fine-tuning; what each means is its ``help``, and `describe` adds whose default it is."""
+
+    mode: Literal["full", "frozen", "linear", "lora"] = _setting(
+        "full",
+        "full trains everything on the path, frozen the head alone, linear one linear map on frozen features, lora the "
+        "head and low-rank changes of attention and MLPs",
+        stated=True,
+    )
+    path: Literal["experts", "director"] = _setting(
+        "experts", "what the encoder computes with: routed experts, or the director as a dense MLP"
+    )
+    start: Literal["pretrained", "random"] = _setting(
+        "pretrained", "random draws the encoder anew, as a control of what pretraining is worth", stated=True
+    )
+    epochs: int = _setting(100, "passes over the training images")
+    warmup_epochs: float = _setting(10.0, "over which the learning rate rises linearly; then half a cosine to 0", True)
+    lr: float = _setting(1e-4, "peak learning rate of AdamW", stated=True)
+    weight_decay: float = _setting(0.01, "of AdamW")
+    batch_size: int = _setting(16, "images per step, over all ranks")
+    img_size: int | None = _setting(None, "side of the model's images, a multiple of its patch; as pretrained without")
+    feature_size: int = _setting(16, "channels of UNETR at full size")
+    dropout: float = _setting(0.0, "before the last map of the classification head")
+    class_weights: Literal["none", "balanced"] = _setting(
+        "none", "of the cross-entropy; balanced gives every class the same share of it"
+    )
+    lora_rank: int = _setting(8, "of --mode lora")
+    lora_alpha: float = _setting(16.0, "of --mode lora: changes are scaled by alpha / rank")
+    gema: bool = _setting(False, "let directors go on to follow their experts; of --path experts in --mode full")
+    momentum: float = _setting(0.999, "of the directors with --gema")
+    align_weight: float = _setting(0.0, "of pretraining's align loss; 0 leaves it out")
+    balance_weight: float = _setting(0.0, "of pretraining's balance loss; 0 leaves it out")
+    flips: Literal["none", "horizontal", "both"] = _setting(
+        "none", "random flips; for anatomy whose mirror image is anatomy too"
+    )
+    scale: float = _setting(0.2, "images are enlarged or shrunk at random by up to this share")
+    shift: float = _setting(0.1, "and moved by up to this share of their side")
+    rotation: float = _setting(10.0, "and turned by up to so many degrees")
+    intensity: float = _setting(0.1, "brightness and contrast change by up to this share")
+    clip_norm: float = _setting(1.0, "largest norm of the whole gradient")
+    patience: int | None = _setting(None, "end after so many epochs without a better validation metric; none: never")
+    evaluate_cases: int = _setting(100, "cases of the validation split that every epoch is judged by, always the same")
+    checkpoint_every: int = _setting(5, "epochs between two checkpoints; the best and the last are always saved")
+    keep_checkpoints: int = _setting(2, "newest checkpoints that stay beside the best")
+    seed: int = _setting(0, "of order, augmentation, dropout and of what is drawn anew")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _setting(
+        "auto", "bf16 and fp16 are autocast; auto takes bf16 where the processor has it, else fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: CUDA where it is")
+    timeout: float = _setting(600.0, "seconds that a rank waits for the others")
+
+    @property
+    def encoder_is_trained(self) -> bool:
+        return self.mode in ("full", "lora")
+
+    @property
+    def wants_aux(self) -> bool:
+        """Whether a step needs pretraining's losses or the gate mass."""
+        return self.gema or self.align_weight > 0 or self.balance_weight > 0
+
+
+PRESETS: dict[str, Settings] = {
+    "paper": Settings(),
+    "cpu": Settings(epochs=20, warmup_epochs=2.0, batch_size=8, feature_size=8, checkpoint_every=2, evaluate_cases=32),
+}
+"""cpu: minutes on two cores for a small run; everything that the supplement states but the warm-up stays."""
+RUNTIME = frozenset({"device", "checkpoint_every", "keep_checkpoints", "timeout"})
+"""Settings that a resumed run may change: they decide no number, but that another device rounds otherwise."""
+
+
+def fields() -> list[dataclasses.Field[Any]]:
+    return list(dataclasses.fields(Settings))
+
+
+def kind_of(name: str) -> Any:
+    """The annotation of a setting."""
+    return typing.get_type_hints(Settings)[name]
+
+
+def describe(field: "dataclasses.Field[Any]") -> str:
+    """The sentence of ``--help``: what it is, its default, and whose default that is."""
+    shown = "no" if field.default is False else "none" if field.default is None else f"{field.default}"
+    whose = "" if field.name in RUNTIME else f", {STATED if field.metadata['stated'] else OURS}"
+    return f"{field.metadata['help']} ({shown}{whose})"
+
+
+def preset(name: str) -> Settings:
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+    return PRESETS[name]
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(settings)
+
+
+def from_dict(values: Any, base: Settings, source: str) -> Settings:
+    """``base`` with the settings that ``values`` names. ValueError as of `dex.common.fields.merge`."""
+    return merge(base, values, source)
+
+
+def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (old, new), but for those of `RUNTIME`."""
+    a, b = to_dict(old), to_dict(new)
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name] and name not in RUNTIME}
+
+
+def check(settings: Settings) -> None:
+    """ValueError naming the setting, what was expected and what came."""
+    s = settings
+
+    def require(good: bool, name: str, expected: str) -> None:
+        if not good:
+            raise ValueError(f"{name}: expected {expected}; got {getattr(s, name)!r}")
+
+    for name, value in to_dict(s).items():
+        kind = kind_of(name)
+        require(_is(value, kind), name, words(kind))
+        require(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
+    for name in ("epochs", "batch_size", "feature_size", "lora_rank", "evaluate_cases", "checkpoint_every"):
+        require(getattr(s, name) >= 1, name, "at least 1")
+    require(s.keep_checkpoints >= 1, "keep_checkpoints", "at least 1")
+    require(s.img_size is None or s.img_size >= 1, "img_size", "at least 1")
+    require(s.patience is None or s.patience >= 1, "patience", "at least 1")
+    require(0 <= s.warmup_epochs < s.epochs, "warmup_epochs", f"at least 0 and less than the {s.epochs} epochs")
+    require(0 < s.lr <= 1, "lr", "a number above 0, at most 1")
+    require(0 <= s.weight_decay * s.lr < 1, "weight_decay", "at least 0, a share of less than 1 at the peak rate")
+    require(0 <= s.dropout < 1, "dropout", "a share in [0, 1)")
+    require(s.lora_alpha > 0, "lora_alpha", "above 0")
+    require(0 <= s.momentum <= 1, "momentum", "a number in [0, 1]")
+    for name in ("align_weight", "balance_weight"):
+        require(getattr(s, name) >= 0, name, "at least 0")
+    require(0 <= s.scale < 1, "scale", "a share in [0, 1)")
+    require(0 <= s.shift < 1, "shift", "a share in [0, 1)")
+    require(0 <= s.rotation <= 180, "rotation", "0 to 180 degrees")
+    require(0 <= s.intensity < 1, "intensity", "a share in [0, 1)")
+    require(s.clip_norm > 0, "clip_norm", "above 0")
+    require(0 <= s.seed < 2**63, "seed", "at least 0, below 2^63")
+    require(s.timeout > 0, "timeout", "above 0")
+    _check_together(s)
+
+
+def _check_together(s: Settings) -> None:
+    if s.wants_aux and (s.path != "experts" or s.mode != "full"):
+        name = "gema" if s.gema else "align_weight" if s.align_weight else "balance_weight"
+        raise ValueError(
+            f"{name}: expected mode full and path experts, where experts are trained; got mode {s.mode}, path {s.path}"
+        )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in arguments
+    return any(type(value) is k or (k is float and type(value) is int) for k in arguments or (kind,))

@@ -1,0 +1,252 @@
+"""The frames of a task as training reads them: each case read once, made square, kept in an unnamed temporary file.
+
+What is wrong with an image, a mask or a split shows here, before anything trains. The file has no name, so that
+nothing of it is left whatever ends the process.
+
+Shape letters: n frames of a case, H rows and W columns of a frame, S side of the model's images, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dex.data.order import permutation
+from dex.tasks.cases import Case, Frames, TaskData, read
+from dex.tasks.geometry import Placement, placement
+from dex.tasks.model import outputs_of
+from dex.tasks.task import IGNORED, Task
+
+Say = Callable[[int, int, str], None]
+"""``(done, total, what comes now)``"""
+
+
+class Square(NamedTuple):
+    """The frames of a case as the model takes them."""
+
+    images: Tensor
+    """uint8 ``[n, 3, S, S]``, or ``[n, 1, S, S]`` of grey frames; the longer side fills it, the rest is black."""
+    masks: Tensor | None
+    """uint8 ``[n, S, S]``; the rest is `IGNORED`."""
+    place: Placement
+
+
+class Stored(NamedTuple):
+    """Where a frame is in the file."""
+
+    case: int
+    number: int
+    """Of the frame in its case, from 0."""
+    offset: int
+    channels: int
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """uint8 ``[B, 3, S, S]``."""
+    targets: Tensor
+    """Masks uint8 ``[B, S, S]``, or labels int64 ``[B]``."""
+    ids: tuple[str, ...]
+    places: Tensor
+    """int64 ``[B]``: counted over the whole run, so no two images of it share one."""
+
+
+def square(images: np.ndarray, masks: np.ndarray | None, size: int, spacing: tuple[float, float] | None) -> Square:
+    """uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, and masks uint8 ``[n, H, W]``; spacing: of rows and columns, in mm."""
+    height, width = images.shape[1:3]
+    place = placement(height, width, size, spacing or (1.0, 1.0))
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1)
+    top, left, tall, wide = place.square
+    out = torch.zeros(len(pixels), pixels.shape[1], size, size, dtype=torch.uint8)
+    target = None if masks is None else torch.full((len(pixels), size, size), IGNORED, dtype=torch.uint8)
+    for i in range(len(pixels)):  # one by one: a volume as float32 would take four times its memory
+        frame = pixels[i : i + 1].float()
+        if (height, width) != (tall, wide):
+            frame = F.interpolate(frame, (tall, wide), mode="bilinear", antialias=True, align_corners=False)
+        out[i, :, top : top + tall, left : left + wide] = frame[0].round_().clamp_(0, 255).to(torch.uint8)
+        if target is not None:
+            mask = torch.from_numpy(np.ascontiguousarray(masks[i]))[None, None].float()
+            resized = F.interpolate(mask, (tall, wide), mode="nearest-exact")[0, 0]
+            target[i, top : top + tall, left : left + wide] = resized.to(torch.uint8)
+    return Square(out, target, place)
+
+
+class TaskDataset:
+    """The frames of one split at one size. `add` fills it, then nothing changes."""
+
+    def __init__(self, task: Task, size: int):
+        self.task, self.size = task, size
+        self.cases: list[Case] = []
+        self.frames: list[Stored] = []
+        self.labels: list[int] = []
+        """Of every case of a classification."""
+        self.counts = torch.zeros(outputs_of(task), dtype=torch.int64)
+        """``[C]``: pixels of each class, with the background first, or frames of each class."""
+        self._file = tempfile.TemporaryFile()
+        self._end = 0
+        self._hash = hashlib.sha256(f"{task.name} {size} {task.classes}".encode())
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every pixel, target, id and patient, in order."""
+        return self._hash.hexdigest()
+
+    def add(self, case: Case, frames: Frames) -> None:
+        spacing = None if frames.spacing_mm is None else frames.spacing_mm[1:]
+        squares = square(frames.images, frames.masks, self.size, spacing)
+        number = len(self.cases)
+        self.cases.append(case)
+        self.labels.append(-1 if frames.label is None else frames.label)
+        self._hash.update(f"{case.id} {case.patient} {frames.label} {len(squares.images)}".encode())
+        for i, image in enumerate(squares.images):
+            self.frames.append(Stored(number, i, self._end, len(image)))
+            self._append(image)
+            if squares.masks is not None:
+                self._append(squares.masks[i])
+        if frames.masks is not None:  # as stored: a small structure may be gone at the model's size
+            self.counts += torch.from_numpy(np.bincount(frames.masks.ravel(), minlength=256)[: len(self.counts)])
+        else:
+            self.counts[frames.label] += len(squares.images)
+
+    def _append(self, array: Tensor) -> None:
+        data = array.contiguous().numpy().tobytes()
+        self._hash.update(data)
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._end += len(data)
+
+    def image(self, index: int) -> Tensor:
+        """uint8 ``[3, S, S]``."""
+        frame = self.frames[index]
+        return self._bytes(frame.offset, frame.channels).view(frame.channels, self.size, self.size).expand(3, -1, -1)
+
+    def target(self, index: int) -> Tensor:
+        """The mask, uint8 ``[S, S]``, or the label, int64 0-dim."""
+        frame = self.frames[index]
+        if self.task.kind == "classification":
+            return torch.tensor(self.labels[frame.case])
+        return self._bytes(frame.offset + frame.channels * self.size**2, 1).view(self.size, self.size)
+
+    def _bytes(self, offset: int, channels: int) -> Tensor:
+        self._file.flush()
+        data = bytearray(os.pread(self._file.fileno(), channels * self.size**2, offset))
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+    def name(self, index: int) -> str:
+        frame = self.frames[index]
+        return f"{self.cases[frame.case].id}#{frame.number}"
+
+    def batch(self, step: int, size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """This rank's part of batch ``step``: epochs follow each other without a gap, each a fresh permutation."""
+        part = size // world_size
+        first = step * size + rank * part
+        places = np.arange(first, first + part)
+        orders = {epoch: permutation(seed, epoch, len(self)) for epoch in {int(p) // len(self) for p in places}}
+        indices = [int(orders[int(p) // len(self)][int(p) % len(self)]) for p in places]
+        return Batch(
+            torch.stack([self.image(i) for i in indices]),
+            torch.stack([self.target(i) for i in indices]),
+            tuple(self.name(i) for i in indices),
+            torch.from_numpy(places.astype(np.int64)),
+        )
+
+    def of_case(self, case: int) -> list[int]:
+        """Its frames, in order."""
+        return [i for i, frame in enumerate(self.frames) if frame.case == case]
+
+
+def spread_cases(cases: Sequence[Case], most: int) -> list[Case]:
+    """At most ``most`` of them, evenly over the list, always the same ones."""
+    if len(cases) <= most:
+        return list(cases)
+    return [cases[i * len(cases) // most] for i in range(most)]
+
+
+class Splits(NamedTuple):
+    train: TaskDataset
+    val: TaskDataset
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
+def read_splits(data: TaskData, size: int, evaluate_cases: int, say: Say = lambda done, total, text: None) -> Splits:
+    """Training and validation cases, read and checked. ValueError naming what cannot be trained on.
+
+    Without a validation split there is none to choose the best checkpoint by, which a note says.
+    """
+    task = data.task
+    sides = {side: [case for case in data.cases if case.split == side] for side in ("train", "val", "test")}
+    if not sides["train"]:
+        raise ValueError(f"data: expected training cases of {task.name}; got {_counted(sides)}")
+    judged = spread_cases(sides["val"], evaluate_cases)
+    train, val = TaskDataset(task, size), TaskDataset(task, size)
+    total = len(sides["train"]) + len(judged)
+    for done, (dataset, case) in enumerate([*((train, c) for c in sides["train"]), *((val, c) for c in judged)]):
+        say(done, total, "reading cases")
+        dataset.add(case, checked(case, read(case, task), task))
+    notes = list(_check_classes(train, val, task))
+    if not judged:
+        notes.append("no validation cases: the last checkpoint counts as the best, and nothing ends the run early")
+    elif len(judged) < len(sides["val"]):
+        notes.append(f"epochs are judged by {len(judged)} of {len(sides['val'])} validation cases (evaluate_cases)")
+    both = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()
+    return Splits(train, val, tuple(notes), both)
+
+
+def checked(case: Case, frames: Frames, task: Task) -> Frames:
+    """The same frames. ValueError for what no training can use; the message may name the file."""
+    if len(frames.images) == 0:
+        raise ValueError(f"data: expected at least one image; {case.image} holds none")
+    if task.kind == "classification":
+        if frames.label is None or not 0 <= frames.label < len(task.classes):
+            expected = f"a label of {task.name}, 0 to {len(task.classes) - 1}"
+            raise ValueError(f"data: expected {expected}; {case.image} has {frames.label!r}")
+        return frames
+    if frames.masks is None:
+        raise ValueError(f"data: expected a mask for every case of {task.name}; {case.image} has none")
+    if frames.masks.shape != frames.images.shape[:3]:
+        shapes = f"{list(frames.masks.shape)} for images {list(frames.images.shape[:3])}"
+        raise ValueError(f"data: expected masks of the images' size; {case.image} has {shapes}")
+    values = np.unique(frames.masks)
+    strange = values[(values > len(task.classes)) & (values != IGNORED)]
+    if len(strange):
+        expected = f"values 0 to {len(task.classes)} of {task.name}, or {IGNORED} for ignored pixels"
+        raise ValueError(f"data: expected {expected}; the mask of {case.image} holds {strange.tolist()[:8]}")
+    return frames
+
+
+def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator[str]:
+    """Notes. ValueError where there is nothing to learn."""
+    first = int(task.kind == "segmentation")
+    present = (train.counts[first:] > 0).tolist()
+    missing = [name for name, there in zip(task.classes, present, strict=True) if not there]
+    if not any(present):
+        raise ValueError(f"data: expected some mask of {task.name} that is not empty; all training masks are")
+    if task.kind == "classification" and sum(present) < 2:
+        only = task.classes[present.index(True)]
+        raise ValueError(f"data: expected at least two classes in the training split of {task.name}; got {only} alone")
+    if missing:
+        raise ValueError(
+            f"data: expected every class of {task.name} in the training split; missing: {', '.join(missing)}. Leave "
+            "them out of the task's classes, or move cases"
+        )
+    if len(val):
+        absent = [name for name, n in zip(task.classes, val.counts[first:].tolist(), strict=True) if n == 0]
+        if absent:
+            yield f"no validation case holds {', '.join(absent)}: no epoch is judged by them"
+
+
+def _counted(sides: dict[str, list[Case]]) -> str:
+    return ", ".join(f"{len(cases)} {side}" for side, cases in sides.items())

@@ -1,0 +1,225 @@
+"""The fine-tuning step, with everything that the next step depends on; no folder is touched here.
+
+Shape letters: B images of this rank.
+"""
+
+import contextlib
+import gc
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from dex.analysis.evaluation import autocast
+from dex.common.random import sample_keys, step_seed
+from dex.common.ranks import Ranks, full, spread
+from dex.config import Config, OptimConfig
+from dex.tasks.augmentation import augment
+from dex.tasks.losses import balanced, classification_loss, segmentation_loss
+from dex.tasks.model import TaskModel, TaskOutput
+from dex.tasks.recipe import Settings, to_dict
+from dex.tasks.task import Task
+from dex.tasks.task_dataset import TaskDataset
+from dex.train import checkpoint
+from dex.train.engine import Engine
+from dex.train.optimizer import adamw, set_learning_rate
+from dex.train.schedules import learning_rate
+from dex.train.verdict import Agreement, Losses, NonFinite, send
+from dex.train.window import Window
+from dexkernels.layer import update_directors
+
+
+class TaskPlan(NamedTuple):
+    """Everything that a fine-tuning is made of, resolved once."""
+
+    settings: Settings
+    task: Task
+    config: Config
+    """Of the pretrained run, with the image size of this model."""
+    pretrained: dict[str, Any]
+    """What the run was: name of its folder, step, and the hash of its checkpoint's manifest."""
+    ranks: Ranks
+    device: torch.device
+    precision: str
+    train: TaskDataset
+    val: TaskDataset
+    fingerprint: str
+    """Of all training and validation data."""
+    steps_per_epoch: int
+    saved: checkpoint.Checkpoint | None = None
+    """Where it goes on; None at step 0."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.settings.epochs * self.steps_per_epoch
+
+
+class _Routed(NamedTuple):
+    """What a verdict asks of a step's forward."""
+
+    gate_mass: list[Tensor]
+    expert_indices: list[Tensor]
+    image_loss: Tensor
+
+
+class TaskTrainer(Engine):
+    """Model, optimizer and counters of one fine-tuning, at step 0 until `restore`.
+
+    A step is that of pretraining: forward, backward, verdict, GEMA where it goes on, clip, AdamW; after a bad verdict
+    the same launches change nothing. Images, augmentation and dropout are functions of seed and step, so a resumed run
+    goes on bit for bit, and the images of a step do not depend on the number of ranks.
+    """
+
+    def __init__(self, plan: TaskPlan, model: TaskModel):
+        super().__init__(plan.ranks, plan.device, plan.precision)
+        settings = plan.settings
+        self.plan, self.settings, self.steps = plan, settings, plan.steps
+        self.model = model.to(plan.device)
+        self.net: torch.nn.Module = self.model
+        if plan.ranks.world_size > 1:
+            self.net = spread(self.model, (), "ddp", plan.device)
+        self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self.named_parameters]
+        self._lr = torch.zeros((), device=plan.device)
+        self.optimizer = adamw(_as_config(plan), self.named_parameters, self._lr)
+        experts = [layer.num_experts for layer in model.encoder.dex_layers] if settings.wants_aux else []
+        self._agreement = Agreement(plan.ranks, experts, 1)
+        self.window = Window((plan.task.name,), experts, plan.device)
+        weights = balanced(plan.train.counts) if settings.class_weights == "balanced" else None
+        self._weights = None if weights is None else weights.to(plan.device)
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.plan.steps_per_epoch
+
+    def learning_rate_at(self, step: int) -> float:
+        s = self.settings
+        return learning_rate(s.lr, step, self.steps, round(s.warmup_epochs * self.plan.steps_per_epoch))
+
+    def train_step(self) -> list[NonFinite]:
+        """One step; returns the non-finite ones among the steps whose verdict has arrived."""
+        settings, plan = self.settings, self.plan
+        began = time.perf_counter()
+        self.at("loader")
+        batch = plan.train.batch(self.step, settings.batch_size, settings.seed, self.ranks.rank, self.ranks.world_size)
+        self.data_wait += time.perf_counter() - began
+        self.at("step")
+        rate = self.learning_rate_at(self.step)
+        self._lr.fill_(rate)
+        set_learning_rate(self.optimizer, self._lr, rate)
+        with self._local:
+            keys = sample_keys(settings.seed, self._to_device(batch.places))
+            targets = self._to_device(batch.targets)
+            masks = targets if plan.task.kind == "segmentation" else None
+            images, moved = augment(self._to_device(batch.images), masks, keys, settings)
+        torch.manual_seed(step_seed(settings.seed, self.step) ^ self.ranks.rank)  # of dropout
+        verdict, image_loss = self._compute(images, targets if moved is None else moved)
+        self._pending.append(send(verdict, image_loss, self.step, batch.ids))
+        self.step += 1
+        return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
+
+    def _compute(self, images: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
+        settings = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        with self._local, autocast(self.device, self.plan.precision):
+            out = self.net(images, return_aux=settings.wants_aux)
+        logits, aux = out if isinstance(out, TaskOutput) else (out, [])
+        image_loss = self.image_loss(logits, targets)
+        loss, zero = image_loss.mean(), image_loss.new_zeros(())
+        depth = len(self.model.encoder.blocks)
+        align = sum((a.align_loss / (depth - i) for i, a in enumerate(aux)), start=zero) / depth
+        balance = sum((a.balance_loss for a in aux), start=zero) / depth
+        total = loss + settings.align_weight * align + settings.balance_weight * balance
+        (total if self.loss_scale is None else total * self.loss_scale.value).backward()
+
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        routed = _Routed([a.gate_mass for a in aux], [a.expert_indices for a in aux], image_loss.detach())
+        losses = Losses(*(v.detach() for v in (loss, total, align, balance)), full(norm))
+        stop = torch.tensor(self.stop_requested, device=self.device)
+        kinds = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        verdict = self._agreement.reach(losses, routed, kinds, stop, torch.zeros_like(stop))
+        skip = ~verdict.good
+        if settings.gema:
+            layers = self.model.encoder.dex_layers
+            update_directors(layers, verdict.gate_mass, settings.momentum, skip=skip, process_group=False)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip_norm, norm)
+        self.optimizer.found_inf = skip.float()
+        self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(verdict.good, skip)
+        self.window.count(verdict)
+        return verdict, image_loss.detach()
+
+    def image_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``[B]``, before pretraining's losses."""
+        of_kind = segmentation_loss if self.plan.task.kind == "segmentation" else classification_loss
+        return of_kind(logits, targets, self._weights)
+
+    def row(self) -> dict[str, Any]:
+        """Means over the steps since the last row; waits for the device."""
+        means = self.window.read()
+        losses = {name: value for name, value in means.losses.items() if self.settings.wants_aux or name in _ROW}
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.value.item()}
+        lr = self.learning_rate_at(max(self.step - 1, 0))
+        return {"step": self.step, "epoch": self.epoch, **losses, "lr": lr, "skipped": means.skipped, **scale}
+
+    def state(self) -> dict[str, Any]:
+        """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "task": self.plan.task.name,
+            "settings": to_dict(self.settings),
+            "precision": self.plan.precision,
+            "data_fingerprint": self.plan.fingerprint,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            **self.loss_spikes.state(),
+            **self.window.state(),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}),
+        }
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
+        self.step = saved.state["step"]
+        self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
+        self.loss_spikes.restore(saved.state)
+        self.window.restore(saved.state)
+        if self.loss_scale is not None and "loss_scale" in saved.state:
+            self.loss_scale.restore(saved.state["loss_scale"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `checkpoint.Saver` writes, not copied."""
+        return checkpoint.collect(self.model, self.optimizer, self.named_parameters)
+
+    def close(self) -> None:
+        """Release DDP, before the process group is destroyed."""
+        self.net = self.model
+        gc.collect()
+
+    def _raise_unreadable(self) -> NoReturn:
+        raise AssertionError("cases are read before the first step")
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """In the block the model is in evaluation mode and takes no gradient."""
+        self.model.eval()
+        with torch.no_grad():
+            yield self.model
+        self.model.train()
+
+
+_ROW = ("loss", "grad_norm")
+
+
+def _as_config(plan: TaskPlan) -> Config:
+    """The run's configuration with this optimizer; `Config.peak_lr` is ``lr``."""
+    s = plan.settings
+    optim = OptimConfig(base_lr=s.lr, weight_decay=s.weight_decay, clip_norm=s.clip_norm)
+    return replace(plan.config, optim=optim, data=replace(plan.config.data, batch_size=512))

@@ -1,0 +1,90 @@
+"""A fine-tuned model on a split, at the images' own size."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dex.tasks import evaluate as job
+from dex.tasks.cases import open_task, read
+from dex.tasks.evaluate import Options, evaluate
+from dex.tasks.finetune import finetune
+from dex.tasks.load import load_task_model
+
+
+@pytest.fixture(scope="module")
+def loaded(finetuned):
+    return load_task_model(finetuned)
+
+
+@pytest.fixture
+def data(finetuned, discs):
+    return open_task(discs, discs, classes=["disc=255"], private=finetuned.parent / "private")
+
+
+def test_scores_are_of_the_images_own_size(loaded, data, monkeypatch):
+    truth = {}
+    for case in data.of("test"):
+        truth[case.id] = read(case, data.task).masks
+    cases = iter(data.of("test"))
+
+    def perfect(loaded, images, spacing, **options):
+        mask = torch.from_numpy(truth[next(cases).id]).long()
+        yield torch.nn.functional.one_hot(mask, 2).movedim(-1, 1).float()
+
+    monkeypatch.setattr(job, "of_frames", perfect)
+    evaluation = evaluate(loaded, data, Options())
+    assert len(evaluation.cases) == len(data.of("test")) and evaluation.estimate("dice").value == 1.0
+    assert sum(map(sum, evaluation.confusion)) == 40 * 56 * len(evaluation.cases)
+
+
+def test_it_says_what_it_is_about_without_a_path(loaded, data):
+    evaluation = evaluate(loaded, data, Options("val"))
+    about = evaluation.about
+    assert (about["run"], about["split"], about["mode"], about["path"]) == ("run", "val", "full", "experts")
+    assert about["checkpoint"] == loaded.sha256 and len(about["data"]) == 64 and about["step"] == loaded.step
+    assert not any("/" in str(value) for name, value in about.items() if name != "notes")
+    assert 0 <= evaluation.estimate("dice").value <= 1
+    again = evaluate(loaded, data, Options("val", batch_size=1))
+    assert again.about["data"] == about["data"] and again.confusion == evaluation.confusion
+    assert evaluate(loaded, data, Options("test")).about["data"] != about["data"]
+
+
+def test_a_classification_is_of_cases(pretrained, shade_data, quick, tmp_path):
+    settings = replace(quick, epochs=2)
+    assert finetune(pretrained, shade_data, settings, tmp_path / "out") == 0
+    evaluation = evaluate(load_task_model(tmp_path / "out"), shade_data, Options("val"))
+    assert len(evaluation.cases) == len(shade_data.of("val"))
+    rows = np.array([case.probabilities for case in evaluation.cases])
+    np.testing.assert_allclose(rows.sum(1), 1)
+    assert np.array(evaluation.confusion).sum() == len(rows)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (Options("holdout"), "split: expected one of train, val, test; got 'holdout'"),
+        (Options(window=0.9), "window: expected a factor above 1"),
+        (Options(batch_size=0), "batch_size: expected at least 1"),
+    ],
+)
+def test_bad_options_are_named(loaded, data, options, word):
+    with pytest.raises(ValueError, match=word):
+        evaluate(loaded, data, options)
+
+
+def test_other_tasks_and_empty_splits_are_named(loaded, data, shade_data):
+    with pytest.raises(ValueError, match="data: expected a segmentation of disc, .*; got a classification of bright"):
+        evaluate(loaded, shade_data, Options())
+    nothing = data._replace(cases=data.of("train"))
+    with pytest.raises(ValueError, match="split: expected cases to evaluate; .* 0 val, 0 test"):
+        evaluate(loaded, nothing, Options())
+
+
+def test_weights_that_are_no_numbers_are_named(finetuned, data):
+    broken = load_task_model(finetuned)
+    with torch.no_grad():
+        next(broken.model.head.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="finite probabilities"):
+        evaluate(broken, data, Options())
