@@ -48,6 +48,9 @@ class ModelConfig:
     """How routers are drawn; linear as torch.nn.Linear draws, like the published runs: 0.4 times as wide at 768."""
     usage_momentum: float = 0.99
     """Of the average usage that exploration noise favours rarely used experts by."""
+    balance_over: Literal["part", "batch"] = "part"
+    """Whose mean probabilities the balance loss is of: the images that a rank computes at once, as published, or the
+    whole batch, which makes any number of ranks and micro-batches one run; see `dex.model.balance`."""
     init: str | None = None
     """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run; none draws all weights."""
     backend: str | None = None

@@ -24,7 +24,7 @@ from .fake_graph import Refused, graphs_on_the_cpu  # noqa: E402
 pytestmark = pytest.mark.slow
 
 WARM, STEPS = cuda_graph.WARM_STEPS, 9
-TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb")
+TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb", "evaluation_s")
 
 
 @pytest.fixture(autouse=True)

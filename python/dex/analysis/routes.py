@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dex.model import MaskedAutoencoder
+from dex.model.balance import probabilities
 from dexkernels import DEXLayer, Routing, grouped_mlp
 from dexkernels.routing import sort_slots
 
@@ -92,9 +93,7 @@ def masked_forward(
 def all_probabilities(layer: DEXLayer, x: Tensor) -> Tensor:
     """``softmax(W r / T)``, float32 ``[B, E]``, of all experts and without noise; ``r`` is token 0 or the mean token of
     ``x [B, N, D]``, as the layer routes."""
-    with torch.autocast(x.device.type, enabled=False):
-        row = x.float().mean(1) if layer.route_from == "mean" else x[:, 0].float()
-        return torch.softmax(row @ layer.router_weight.float().T / layer.temperature, -1)
+    return probabilities(layer, x)
 
 
 def sets_of(experts: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         probed=options.probed,
         batch_size=options.batch_size,
         checkpoints=_checkpoints(options.checkpoints),
+        ema=options.ema,
     )
     prepared = job.prepare(options.run, settings, data=options.data, compare=options.compare)
     plain = set(settings.parts) == {"heldout"}
@@ -103,6 +104,9 @@ def _parser() -> Parser:
         default="last",
         metavar="WHICH",
         help="last (without it); all, or N of them, for curves over the steps",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="measure the averages of the weights that optim.ema keeps, not the weights"
     )
     parser.add_argument("--compare", metavar="RUN2", help="another run on the same images: the monolithic control")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")

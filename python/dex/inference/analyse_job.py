@@ -5,6 +5,7 @@ Reads only. The references are the model that the run started from, the pixels, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,6 +45,8 @@ class Options(NamedTuple):
     batch_size: int = 64
     checkpoints: str | int = "last"
     """``"last"``, ``"all"``, or at most so many of them, spread over the run."""
+    ema: bool = False
+    """Measure the averages of the weights that runs with ``optim.ema`` keep, of all runs that are read."""
 
 
 class Subject(NamedTuple):
@@ -118,21 +121,23 @@ def prepare(
 ) -> Job:
     """Load the models and open the data. ValueError or FileNotFoundError naming the argument."""
     check(options)
-    loaded = load(run, path="experts")
+    loaded = load(run, path="experts", ema=options.ema)
     dataset = open_data(loaded, data)
     check_modalities(loaded, dataset)
     if not len(dataset.split("val")):
         raise ValueError(f"data: expected held-out images; the split 'val' of {dataset.name} is empty. Give --data")
     notes = _data_notes(loaded, dataset, data)
+    if options.ema:
+        notes.append("Measured are the averages of the weights (optim.ema), not the weights")
     start, earlier = None, []
     if set(options.parts) != {"heldout"}:
         start = _start(loaded, notes)
     if options.checkpoints != "last":
-        earlier = _earlier(Path(run), loaded, options.checkpoints, notes)
+        earlier = _earlier(Path(run), loaded, options, notes)
     other = None
     if compare is not None:
         try:
-            other = load(compare, path="experts")
+            other = load(compare, path="experts", ema=options.ema)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"compare: {str(error).removeprefix('run: ')}") from error
     name = Path(run).resolve().name
@@ -295,7 +300,8 @@ def _start(loaded: Loaded, notes: list[str]) -> Subject | None:
     return Subject("step 0", 0, config, begin)
 
 
-def _earlier(run: Path, loaded: Loaded, wanted: str | int, notes: list[str]) -> list[Subject]:
+def _earlier(run: Path, loaded: Loaded, options: Options, notes: list[str]) -> list[Subject]:
+    wanted = options.checkpoints
     if not is_run(run):
         raise ValueError(f"checkpoints: expected a run folder, which has several; {run} is one model")
     folders = [(step, folder) for step, folder in checkpoint.found(run / "checkpoints") if step < loaded.step]
@@ -310,10 +316,15 @@ def _earlier(run: Path, loaded: Loaded, wanted: str | int, notes: list[str]) -> 
         except checkpoint.CheckpointError as error:
             notes.append(f"The checkpoint of step {step} is left out: {error}")
             continue
-        whole.append(Subject(f"step {step}", step, loaded.config, lambda folder=folder: load(folder).model))
+        of_step = functools.partial(_model_of, folder, options.ema)
+        whole.append(Subject(f"step {step}", step, loaded.config, of_step))
     if not whole:
         notes.append(f"There is no checkpoint before step {loaded.step} (run.keep_checkpoints says how many are kept)")
     return whole
+
+
+def _model_of(folder: Path, ema: bool) -> MaskedAutoencoder:
+    return load(folder, ema=ema).model
 
 
 def is_run(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dex.model.balance import probabilities
 from dexkernels import Aux, DEXLayer
 from dexkernels.checks import check_number
 from dexkernels.layer import MLP, update_directors
@@ -50,6 +51,8 @@ class MAEOutput(NamedTuple):
     """``[B]``, detached: ``loss`` of every image by itself."""
     cls: Tensor
     """``[B, D]``, detached: the encoder's CLS token, what a probe sees of an image."""
+    probabilities: Sequence[Tensor] = ()
+    """Per layer ``[B, E_l]`` with a gradient, of blocks that keep them; otherwise none."""
 
 
 class Encoded(NamedTuple):
@@ -61,6 +64,18 @@ class Encoded(NamedTuple):
     """Of the DEX layers; empty unless it was asked for."""
     hidden: dict[int, Tensor]
     """Number of blocks -> tokens ``[B, 1 + L, D]`` after so many, before the final norm."""
+
+
+class FullAux(NamedTuple):
+    """`dexkernels.Aux` and the probabilities of all experts."""
+
+    align_loss: Tensor
+    balance_loss: Tensor
+    gate_mass: Tensor
+    gates: Tensor
+    expert_indices: Tensor
+    probabilities: Tensor
+    """``[B, E]``; see `dex.model.balance.probabilities`."""
 
 
 class Attention(nn.Module):
@@ -94,6 +109,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.keeps_probabilities = False
+        """Whether aux has the probabilities of all experts too: a `FullAux`."""
         self.dex = self.mlp = None
         if num_experts:
             self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, **dex_options)
@@ -102,7 +119,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, noise_std: float | Tensor = 0.0, router_noise: Tensor | None = None, return_aux: bool = False
-    ) -> tuple[Tensor, Aux | None]:
+    ) -> tuple[Tensor, Aux | FullAux | None]:
         x = x + self.attn(self.norm1(x))
         h = self.norm2(x)
         if self.dex is None:
@@ -110,6 +127,8 @@ class Block(nn.Module):
         if not return_aux:
             return x + self.dex(h, noise_std=noise_std, router_noise=router_noise), None
         y, aux = self.dex(h, noise_std=noise_std, router_noise=router_noise, return_aux=True)
+        if self.keeps_probabilities:
+            aux = FullAux(*aux, probabilities(self.dex, h, noise_std, router_noise))
         return x + y, aux
 
 
@@ -359,6 +378,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
             [aux.expert_indices for aux in auxes],
             image_loss,
             latent[:, 0].detach(),
+            [aux.probabilities for aux in auxes if isinstance(aux, FullAux)],
         )
 
     def decode(self, latent: Tensor, ids_keep: Tensor) -> Tensor:

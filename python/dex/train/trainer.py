@@ -6,6 +6,7 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 import contextlib
 import gc
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from dex.common.ranks import full, gather, spread
 from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.model import MAEOutput
+from dex.model.balance import batch_balance, mean_probabilities
 from dex.train import checkpoint, cuda_graph
 from dex.train.average import WeightAverage
 from dex.train.engine import Engine
@@ -143,7 +145,11 @@ class Trainer(Engine):
         outs, totals = [], []
         # Checkpointing and fsdp let go of weights and copies between forward and backward.
         hold = len(parts) > 1 and config.parallel.strategy == "ddp" and not config.parallel.checkpointing
+        over_batch = config.model.balance_over == "batch" and bool(self.experts)
+        means = None
         with hold_weights(self.model) if hold else contextlib.nullcontext():
+            if over_batch and len(parts) > 1:
+                means = self._probabilities_before(images, parts, mask_noise, router_noise)
             for part in parts:
                 with self._gradients(last=part is parts[-1]):
                     with forward, autocast(self.device, self.plan.precision):
@@ -154,6 +160,10 @@ class Trainer(Engine):
                             mask_noise=mask_noise[part],
                             router_noise=[noise[part] for noise in router_noise] or None,
                         )
+                    if over_batch:
+                        means = means or self._agreed_means([out.probabilities], len(images))
+                        balance = batch_balance(out.probabilities, means, config.model.depth)
+                        out = out._replace(balance_loss=balance)
                     total = out.loss + values.align_weight * out.align_loss + values.balance_weight * out.balance_loss
                     share = total / len(parts)
                     (share if self.loss_scale is None else share * self.loss_scale.value).backward()
@@ -178,6 +188,34 @@ class Trainer(Engine):
             self.loss_scale.update(verdict.good, skip & (verdict.unreadable == 0))
         self.window.count(verdict)
         return verdict, out.image_loss
+
+    @torch.no_grad()
+    def _probabilities_before(
+        self, images: Tensor, parts: list[slice], mask_noise: Tensor, router_noise: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The batch's mean probabilities before any part has its backward: one more forward of each."""
+        seen = []
+        for part in parts:
+            with autocast(self.device, self.plan.precision):
+                out = self.model(
+                    images[part],
+                    mask_ratio=self.config.model.mask_ratio,
+                    noise_std=self._schedule.noise_std,
+                    mask_noise=mask_noise[part],
+                    router_noise=[noise[part] for noise in router_noise],
+                )
+            seen.append(out.probabilities)
+        return self._agreed_means(seen, len(images))
+
+    @torch.no_grad()
+    def _agreed_means(self, of_parts: Sequence[Sequence[Tensor]], images: int) -> list[Tensor]:
+        """`mean_probabilities` of the whole batch, the same on all ranks, after one sum."""
+        means = mean_probabilities(of_parts, images)
+        if self.ranks.world_size == 1:
+            return means
+        joined = torch.cat(means)
+        torch.distributed.all_reduce(joined)
+        return list((joined / self.ranks.world_size).split([mean.numel() for mean in means]))
 
     def close(self) -> None:
         """Stop the loader and release DDP or FSDP, before the process group is destroyed."""
@@ -277,6 +315,8 @@ class Trainer(Engine):
 
     def _prepare_model(self) -> torch.nn.Module:
         parallel, model = self.config.parallel, self.model
+        for block in model.encoder.blocks:
+            block.keeps_probabilities = self.config.model.balance_over == "batch"
         blocks = [*model.encoder.blocks, *model.decoder_blocks]
         model.encoder.checkpointing = parallel.checkpointing
         if parallel.compile:

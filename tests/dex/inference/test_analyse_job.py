@@ -12,6 +12,7 @@ from dex.data import open_dataset
 from dex.inference import analyse_job as job
 from dex.inference.load import load
 from dex.train.initial import first_model
+from dex.train.run import pretrain
 
 EMBEDDED_RUN = Path(__file__).parents[1] / "train" / "earlier_run" / "embedded"
 CPU = torch.device("cpu")
@@ -137,3 +138,19 @@ def test_data_that_have_moved_are_asked_for(trained, tmp_path, change):
     moved = loaded._replace(config=change(loaded.config, data__path=str(tmp_path / "gone")))
     with pytest.raises(FileNotFoundError, match="found nothing at '.*/gone'. This is where the run had its data; give"):
         job.open_data(moved, None)
+
+
+def test_averages_are_measured_where_they_are_asked_for(trained, tiny, change, tmp_path):
+    run = tmp_path / "averaged"
+    assert pretrain(change(tiny, optim__ema=0.5, run__checkpoint_every=6), run) == 0
+    found = {}
+    for ema in (False, True):
+        prepared = job.prepare(run, options(parts=("heldout",), checkpoints="all", ema=ema))
+        found[ema] = job.analyse(prepared, CPU)
+    assert found[True].found.loss != found[False].found.loss
+    assert found[True].curve[0].loss != found[False].curve[0].loss  # of an earlier checkpoint
+    assert "Measured are the averages of the weights" in found[True].notes[0] and not found[False].notes
+    with pytest.raises(ValueError, match="ema: expected a run that keeps an average of its weights, optim.ema"):
+        job.prepare(trained, options(ema=True))
+    with pytest.raises(ValueError, match="compare: ema: expected a run that keeps an average"):
+        job.prepare(run, options(ema=True), compare=trained)

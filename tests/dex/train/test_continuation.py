@@ -10,7 +10,7 @@ from dex.train.runlog import read_rows
 
 
 def metrics(folder):
-    times = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb")
+    times = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb", "evaluation_s")
     return [{k: v for k, v in row.items() if k not in times} for row in read_rows(folder / "metrics.jsonl")]
 
 

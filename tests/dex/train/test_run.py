@@ -17,7 +17,7 @@ from dex.train import trainer as engine
 from dex.train.run import pretrain
 from dex.train.runlog import read_rows
 
-TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb")
+TIMES = ("images_per_s", "data_wait_s", "memory_mb", "memory_now_mb", "evaluation_s")
 
 
 def digest(folder):
