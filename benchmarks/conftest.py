@@ -16,8 +16,18 @@ import torch
 
 from . import peers, record
 from .measuring import Measure
+from .samples import Samples
 from .shapes import SHAPES, tiny_of
 from .timing import Timer, in_turns, seconds_of
+
+try:
+    import pytest_benchmark  # noqa: F401
+except ImportError:  # on a GPU machine without network, where the results file is what counts
+
+    @pytest.fixture
+    def benchmark() -> None:
+        return None
+
 
 ROWS = pytest.StashKey[list]()
 MEASURED = pytest.StashKey[list]()
@@ -40,6 +50,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("benchmark_columns", None) is None:  # all of them are too wide for a terminal
+        config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
+    if config.getoption("--tiny") and not config.getoption("benchmark_json", None):
+        config.option.benchmark_disable = True  # no table of figures that say nothing
     config.stash[COMMIT] = config.getoption("--commit") or record.commit()
     config.stash[REJECTED] = ""
     config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS], config.stash[NOTES] = [], [], {}, []
@@ -110,30 +124,37 @@ def shape(shape_name, tiny) -> dict:
 
 
 @pytest.fixture
-def measure(request, timer, ceilings, measured) -> Measure:
-    config = request.config
-    return Measure(timer, ceilings, measured, config.getoption("--backend"), config.stash[NOTES])
+def samples(benchmark) -> Samples:
+    return Samples(benchmark)
 
 
 @pytest.fixture
-def compare(request, tiny):
+def measure(request, timer, ceilings, measured, samples) -> Measure:
+    config = request.config
+    return Measure(timer, ceilings, measured, samples, config.getoption("--backend"), config.stash[NOTES])
+
+
+@pytest.fixture
+def compare(tiny, samples):
     """``compare({name: callable}, ...) -> {name: median seconds}``, run in turns after warm-up."""
 
-    def run(candidates: dict, rounds: int = 15, warmup: int = 3) -> dict:
+    def run(candidates: dict, rounds: int = 15, warmup: int = 3, case: str = "") -> dict:
         if tiny:
             rounds, warmup = 2, 1
         seconds = in_turns(candidates, rounds, warmup, lambda candidate, turn: seconds_of(candidate))
+        samples.add(seconds, case)
         return {name: statistics.median(s) for name, s in seconds.items()}
 
     return run
 
 
 @pytest.fixture
-def report(request, tiny):
+def report(request, tiny, samples):
     """``report(case, baseline, ratio, at_least, detail)``: a row at the end; unless tiny the ratio is asserted."""
 
     def add(case: str, baseline: str, ratio: float, at_least: float, detail: str) -> None:
         request.config.stash[ROWS].append((case, baseline, f"{ratio:.2f}", f"{at_least:.2f}", detail))
+        samples.say(**{f"ratio to {baseline}": ratio, f"least ratio to {baseline}": at_least})
         if not tiny:
             assert ratio >= at_least, f"{case}: {ratio:.2f} of {baseline}, expected at least {at_least:.2f} ({detail})"
 

@@ -1,5 +1,6 @@
 """Checks results against the exact ones, times what is right, and makes the rows of a results file (record.ROW)."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from dexkernels.testing import relative_error
 
 from . import record
+from .samples import Samples
 from .timing import Timer
 
 IN_CACHE = 100e6
@@ -67,10 +69,11 @@ class Measure:
         timer: Timer,
         ceilings: dict[str, float],
         add_row: Callable[[dict], list[str]],
+        samples: Samples,
         backend: str | None,
         notes: list[str],
     ):
-        self.timer, self.ceilings, self.add_row = timer, ceilings, add_row
+        self.timer, self.ceilings, self.add_row, self.samples = timer, ceilings, add_row, samples
         self.backend, self.notes = backend, notes
 
     def __call__(
@@ -94,13 +97,17 @@ class Measure:
         peers, notes = self._peers(case, theirs or {}, exact)
         self.notes.extend(notes)
         baselines = others | peers
-        ms = self.timer.measure(checked.right | baselines, case.flush)
+        taken = self.timer.take(checked.right | baselines, case.flush)
+        self.samples.add({name: [s / 1e3 for s in times] for name, times in taken.items()}, str(case))
+        ms = {name: statistics.median(times) for name, times in taken.items()}
         red = dict(checked.red)
         for backend, f in checked.right.items():
             result = {"max_rel_err": checked.errors[backend], "peak_mb": self.timer.peak_mb(f)}
             for row in self._rows(case, backend, baselines, ms):
+                against = f"{backend} against {row['baseline']}"
+                self.samples.say(**{against: row["ratio"], f"{backend}, share of the limit": row["share_of_limit"]})
                 if wrong := self.add_row(row | result):
-                    red[f"{backend} against {row['baseline']}"] = wrong
+                    red[against] = wrong
         assert not red, f"{case}, no speed of a wrong result: {red}"
         assert not (self.timer.tiny and notes), notes
 

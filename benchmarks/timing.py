@@ -48,11 +48,15 @@ class Timer:
 
     def measure(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
         """``{name: f}`` -> ``{name: ms}``; ``f(i)`` is called with rising i, by which it rotates its inputs."""
+        return {name: statistics.median(times) for name, times in self.take(candidates, flush).items()}
+
+    def take(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, list[float]]:
+        """The milliseconds of every round, of which `measure` takes the median."""
         taken = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
         if self.on_gpu:
             torch.cuda.synchronize()
             taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-        return {name: statistics.median(times) for name, times in taken.items()}
+        return taken
 
     def _once(self, candidate: Callable[[int], object], i: int, flush: bool):
         if not self.on_gpu:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.measuring import Case, Measure
+from benchmarks.samples import Samples
 from benchmarks.timing import Timer
 
 EXACT = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
@@ -42,7 +43,7 @@ def measure(rows, notes):
 
     timer = Timer(torch.device("cpu"), tiny=True)
     timer.tiny = False
-    return Measure(timer, CEILINGS, add, None, notes)
+    return Measure(timer, CEILINGS, add, Samples(None), None, notes)
 
 
 def test_right_results_are_timed_against_every_baseline(measure, rows):
