@@ -1,7 +1,11 @@
 """DEX in other people's training loops: a callback for the Hugging Face Trainer. Needs transformers."""
 
+from typing import Any
+
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dex.train.schedules import cosine
 from dexkernels import AuxCollector, collect_aux
@@ -38,11 +42,21 @@ class DEXCallback(TrainerCallback):
         for name, (first, last), top in (("momentum", momentum, 1.0), ("noise_std", noise_std, float("inf"))):
             if not (0 <= first <= top and 0 <= last <= top):
                 raise ValueError(f"{name}: expected (first, last) in [0, {top}], got {(first, last)}")
-        self.align, self.balance, self.momentum, self.noise_std = align, balance, momentum, noise_std
+        self.align: float = align
+        self.balance: float = balance
+        self.momentum: tuple[float, float] = momentum
+        self.noise_std: tuple[float, float] = noise_std
         self._aux: AuxCollector | None = None
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
 
-    def on_train_begin(self, args, state, control, model=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         if args.torch_compile:
             raise ValueError("args.torch_compile: expected False with DEXCallback, got True")
         self._noise = torch.zeros((), device=next(model.parameters()).device)
@@ -55,13 +69,15 @@ class DEXCallback(TrainerCallback):
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._noise.fill_(cosine(*self.noise_std, state.global_step, state.max_steps))
 
-    def on_pre_optimizer_step(self, args, state, control, **_):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._aux.update_directors(cosine(*self.momentum, state.global_step, state.max_steps))
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remove_hooks()
         self._aux = None
 
