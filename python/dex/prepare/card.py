@@ -48,7 +48,8 @@ def build(facts: dict, examples: Iterable[Example] = (), left_out: Sequence[Thum
         modalities  [{name, train, val, sources, empty, histogram: 256 counts of pixel values of the kept images}]
         sources     [{name, modality, anatomy, normalisation, licence, citation, package, public, simulated, units,
                       refused: {reason: units or parts of them}, seen, dropped: {reason: slices}, kept, train, val,
-                      patients, text_suspected, burned_in_declared, nan_as_background: volumes, where there are any}]
+                      patients, text_suspected, burned_in_declared, nan_as_background: volumes, where there are any,
+                      modality_assumed: units whose modality the description alone says, where there are any}]
         duplicates  [{source, of, exact, near}]: images of `source` dropped for an image of the source `of`
         left_out    [{source, units, refused}]: what gave no image of a known modality, of sources whose files have
                     modalities of their own; may be absent
@@ -228,6 +229,8 @@ def _sources(facts: dict) -> str:
             parts = [("train", source["train"]), ("val", source["val"]), *_in_order(source["dropped"])]
             dropped, refused = _list(_in_order(source["dropped"])), _list(sorted(source["refused"].items()))
             about = [source["anatomy"], f"rule {source['normalisation']}", source["package"]]
+            if source.get("modality_assumed"):
+                about.append(f"modality of {_count(source['modality_assumed'], 'file')} by the command alone")
             if source.get("nan_as_background"):
                 about.append(f"NaN as background in {_count(source['nan_as_background'], 'volume')}")
             cells.append(

@@ -118,7 +118,7 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
   .cards td .bar { align-self: center; margin: .35rem 0; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles b { font-size: 1.4rem; }
   .tiles div { padding: .7rem .8rem; }
-  .grid { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
+  .grid { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; } .grid .two { grid-column: span 3; }
   .rules, .rules .rules { grid-template-columns: 1fr; gap: .1rem; } .rules dd { margin-bottom: .6rem; }
   .rules .rules { padding-left: .8rem; border-left: 2px solid var(--line); } }
 @media print {

@@ -31,7 +31,7 @@ from .no_images import not_an_image
 from .readers.stack import Refused
 from .slices import Slice, enough, pieces, slices
 from .sources import Source
-from .workers import Report, Task, where
+from .workers import Report, Task
 
 HISTOGRAM = np.dtype("<u4")
 HISTOGRAM_BYTES = 256 * HISTOGRAM.itemsize
@@ -79,7 +79,8 @@ class Refusal(NamedTuple):
 @dataclass
 class Counts:
     """units, unreadable (units with a reason in UNREADABLE) and refused are about files; seen and what follows are
-    about slices: seen = kept + sum(dropped). masked: stacks with NaN as background. parts: the same by modality, ""
+    about slices: seen = kept + sum(dropped). masked: stacks with NaN as background. assumed: units with images whose
+    modality neither header, table nor folder says, but the description alone. parts: the same by modality, ""
     where none is known, of a source whose files have modalities of their own."""
 
     units: int = 0
@@ -91,6 +92,7 @@ class Counts:
     kept: int = 0
     text: int = 0
     masked: int = 0
+    assumed: int = 0
     parts: dict[str, Counts] = field(default_factory=dict)
 
     def part(self, modality: str) -> Counts:
@@ -216,7 +218,7 @@ class UnitWork:
 
     def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: ChunkFiles, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
-        self._counts, self._before = counts, counts.seen
+        self._counts, self._before, self._kept_before = counts, counts.seen, counts.kept
         self._names = Names(job.source, job.salt, job.common, job.level)
         self._source = job.source.for_format(unit.format)
         self._path = unit.files[0].path
@@ -286,6 +288,7 @@ class UnitWork:
         self._counts.refused.update(reasons)
         unreadable = any(reason in UNREADABLE for reason in reasons)
         self._counts.unreadable += unreadable
+        self._counts.assumed += self._counts.kept > self._kept_before and self._is_assumed()
         if self._source.routed:
             self._counts.part(self._first).units += 1
             self._counts.part(self._first).unreadable += unreadable
@@ -294,6 +297,12 @@ class UnitWork:
         for part in self._refused:
             self._files.note(trace.refusal(*part.refusal, self._unit.key, part.files))
         return self._counts
+
+    def _is_assumed(self) -> bool:
+        """Whether nothing but the user's description says of which modality the unit is."""
+        if self._unit.stated.modality or readers.reader_of(self._unit.format).decides:
+            return False
+        return self._source.is_assumed(self._path)
 
     def _contradicted(self) -> str | None:
         """The modality that folders say of a file that says none itself, where the description says another."""
@@ -318,7 +327,7 @@ class UnitWork:
             for one in (error, *error.others):
                 self.refuse(one.reason, one.detail, (one.file,) if one.file else one.files or files)
         else:
-            self.refuse("unreadable", f"{faults.sentence(error)} ({where(error)})")
+            self.refuse("unreadable", faults.described(error))
 
     def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
         """number: among the unit's stacks that are used; order: among all that its reader gives."""

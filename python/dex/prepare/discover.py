@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,12 @@ CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
 LARGE = 2000
 """A folder of more files that are read together is parted into its series before it is cut into chunks."""
+
+
+UNKNOWN = "of no known format"
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|[A-Z][A-Z0-9]{0,3})")
+"""A suffix that may be shown: others may be parts of names."""
 
 
 class File(NamedTuple):
@@ -125,7 +132,8 @@ def discover(source: Source, root: Path) -> Listing:
             common.pop()
         format = _format(source, root, file.path)
         if format is None:
-            passed_over[file.path] = "of no known format"
+            archive = file.path.lower().endswith(_ARCHIVES)
+            passed_over[file.path] = "archives, which are to be unpacked first" if archive else UNKNOWN
         elif readers.reader_of(format).whole_folders:
             folders.setdefault(("/".join(parts), format), {}).setdefault(said.of(file.path), []).append(file)
         else:
@@ -165,6 +173,21 @@ def discover(source: Source, root: Path) -> Listing:
         _level(source, units, len(common or ())),
         rest,
     )
+
+
+def passed_over_counts(listing: Listing) -> dict[str, int]:
+    """How many files are no unit's, by reason; those of no known format by their suffix."""
+    counts: Counter[str] = Counter()
+    for path, reason in listing.passed_over.items():
+        counts[_shown_suffix(path) if reason == UNKNOWN else reason] += 1
+    return dict(sorted(counts.items()))
+
+
+def _shown_suffix(path: str) -> str:
+    suffix = os.path.splitext(path)[1]
+    if _SUFFIX.fullmatch(suffix):
+        return suffix.lower()
+    return "other suffixes" if any(map(str.isalpha, suffix)) else "without a suffix"
 
 
 def check_modalities(source: Source, listing: Listing) -> None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .modalities import key, of_folder
+from .modalities import key, known
 
 NONE = -1
 """The level where no folder tells patients apart."""
@@ -89,7 +89,7 @@ def level_of(places: Iterable[Place], common: int, share: float) -> Level:
 
 def names_nobody(folder: str) -> bool:
     """Whether a folder is called after a modality or a part of a split."""
-    return bool(of_folder(folder)) or key(folder) in _PARTS
+    return known(folder) is not None or key(folder) in _PARTS
 
 
 def _is_class(level: _Folders) -> bool:

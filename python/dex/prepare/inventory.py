@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import re
 import secrets
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +29,7 @@ from typing import Any, NamedTuple
 
 from . import chunks, label_maps, readers, run, workers
 from .chunks import Job, Settings
-from .discover import Chunk, Listing, Undetermined, Unit, check_modalities, cut, discover
+from .discover import Chunk, Listing, Undetermined, Unit, check_modalities, cut, discover, passed_over_counts
 from .ids import SALT_BYTES
 from .sources import Source
 from .survey import Kind, Measured, Survey, look, measure
@@ -40,7 +37,6 @@ from .survey import Kind, Measured, Survey, look, measure
 SAMPLE_BYTES = 64 * 2**20
 """Of a unit: larger ones are not read while there are others."""
 _EVERY = 5.0  # seconds between lines
-_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,7}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ class _Worked:
             bytes=sum(listing.sizes),
             survey=survey,
             sample=self.sample(listing, survey),
-            passed_over=passed_over(listing),
+            passed_over=passed_over_counts(listing),
             undetermined=undetermined,
             workers=self.processes,
         )
@@ -197,17 +193,6 @@ class _Worked:
             memory_mb=self.limits.memory_mb,
             preload=functools.partial(chunks.preload, sorted(formats)),
         )
-
-
-def passed_over(listing: Listing) -> dict[str, int]:
-    """How many files are no unit's, by reason; those of no known format by their suffix."""
-    counts: Counter[str] = Counter()
-    for path, reason in listing.passed_over.items():
-        if reason == "of no known format":
-            suffix = os.path.splitext(path)[1].lower()
-            reason = suffix if _SUFFIX.fullmatch(suffix) else "without a suffix"
-        counts[reason] += 1
-    return dict(sorted(counts.items()))
 
 
 def _estimate(inventory: Inventory) -> Estimate:

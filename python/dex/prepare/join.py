@@ -422,6 +422,7 @@ def _facts(
                 "text_suspected": int((kept & table.text).sum()),
                 "burned_in_declared": counts.burned_in,
                 **({"nan_as_background": counts.masked} if counts.masked else {}),
+                **({"modality_assumed": counts.assumed} if counts.assumed else {}),
             }
         )
     # The package-borne sources stand for the corpus: its modalities of which they hold nothing are listed too.

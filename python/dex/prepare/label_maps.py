@@ -148,7 +148,7 @@ def measure(frames: Iterable[np.ndarray]) -> Evidence | None:
             low, high = min(low, float(frame.min())), max(high, float(frame.max()))
             whole = whole and frame.ndim == 2 and (frame.dtype.kind in "iub" or bool((frame == np.rint(frame)).all()))
         for band in _bands(frame):
-            if _varies(band) or len(np.unique(_codes(band[::4, ::4]))) > _MOST:  # which most photographs show
+            if _shows_many(band, 8) or _varies(band) or _shows_many(band, 4):  # as most photographs do
                 return None
             values = counts.add(_codes(band))
             if not values:
@@ -229,6 +229,11 @@ def _bands(frame: np.ndarray) -> Iterable[np.ndarray]:
     for number in range(_BANDS):
         top = (height - rows) * number // (_BANDS - 1)
         yield frame[top : top + rows]
+
+
+def _shows_many(frame: np.ndarray, step: int) -> bool:
+    """Whether every `step`-th pixel alone has more values than a label map may have."""
+    return len(np.unique(_codes(frame[::step, ::step]))) > _MOST
 
 
 def _varies(frame: np.ndarray) -> bool:

@@ -90,6 +90,12 @@ def key(text: str) -> str:
 
 
 _BY_KEY = {alias: modality for modality in CATALOGUE for alias in (key(modality.name), *modality.aliases)}
+_OTHER_WORDS = {
+    *("dms", "dr", "dx", "es", "gm", "io", "op", "opt", "pt", "px", "rf", "rg", "sm", "xc"),
+    "angiography",
+}
+"""Aliases that folders have for other reasons: diabetic retinopathy, diagnosis, end-systole, grey matter, operation,
+options, patient, prescription, smoker, angiography by CT or OCT, ... A command may give them, a folder may not."""
 _VAGUE = {
     *("photo", "photos", "photograph", "photographs", "photography", "clinicalphoto", "clinicalphotos", "microscopy"),
     *("angiography", "fluoroscopy", "echo", "opt", "cfp", "octa", "dms", "usg", "laparoscopy"),
@@ -134,8 +140,9 @@ def of_dicom(code: str) -> str | None:
 
 
 def of_folder(name: str) -> str | None:
-    """The catalogue's name that a folder is called by; None for a folder that is called anything else."""
-    modality = known(name)
+    """The catalogue's name that a folder is called by; None for a folder that is called anything else, or by a word
+    that folders have for other reasons too."""
+    modality = None if key(name) in _OTHER_WORDS else known(name)
     return None if modality is None else modality.name
 
 

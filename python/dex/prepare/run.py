@@ -41,7 +41,7 @@ from dex.data.shard_format import MANIFEST
 
 from . import chunk_files, chunks, join, left_out, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
-from .discover import Chunk, Listing, check_modalities, discover, parted
+from .discover import UNKNOWN, Chunk, Listing, check_modalities, discover, parted, passed_over_counts
 from .folders import Level
 from .ids import SALT, Names, read_salt
 from .remote import is_url
@@ -434,8 +434,10 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
             readers.load(format)
         except readers.Refused as refused:
             say(f"{source.name}: {format} files will be refused: {refused.detail}")
+    shown = passed_over_counts(listing)
+    suffixes = ", ".join(f"{count:,} {what}" for what, count in shown.items() if what not in listing.ignored)
     for reason, count in listing.ignored.items():
-        say(f"{source.name}: passed over {count:,} {reason}")
+        say(f"{source.name}: passed over {count:,} {reason}{f': {suffixes}' if reason == UNKNOWN else ''}")
     return root, listing
 
 

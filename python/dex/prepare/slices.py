@@ -14,12 +14,13 @@ from PIL import Image
 
 from . import modalities, normalise
 from .readers import Refused, Stack
+from .resampling import bicubic
 
 if TYPE_CHECKING:
     from .sources import Source, Tile
 
 MIN_SIDE = 32
-PIXELS = 3
+PIXELS = 4
 """The number of the rules by which the pixels of an image come about: images of two of them are not to be mixed."""
 
 OVERSAMPLING = 2
@@ -180,8 +181,8 @@ def resize(
 
 def resize_eight(pixels: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
     """uint8 [height, width] or [height, width, 3] of the box (left, top, right, bottom) of a uint8 frame [H, W] or
-    [H, W, 3]: what `resize` makes of it by / 255, rounded, where its sides are less than 2 x OVERSAMPLING times too
-    long. Longer ones are first divided by a whole number, by means of as many neighbours.
+    [H, W, 3]: what `resize` makes of it by / 255, rounded, within one level, where its sides are less than
+    2 x OVERSAMPLING times too long. Longer ones are first divided by a whole number, by means of as many neighbours.
     """
     rows, columns = (
         _span(*side) for side in ((box[1], box[3], height, pixels.shape[0]), (box[0], box[2], width, pixels.shape[1]))
@@ -194,11 +195,7 @@ def resize_eight(pixels: np.ndarray, box: tuple[float, float, float, float], hei
     box = (columns.start, rows.start, columns.end, rows.end)
     if box == (0, 0, part.shape[1], part.shape[0]) and part.shape[:2] == (height, width):
         return part
-    bands = []
-    for band in Image.fromarray(np.ascontiguousarray(part)).split():  # as floats: nothing is clipped on the way
-        values = np.asarray(band.convert("F").resize((width, height), Image.Resampling.BICUBIC, box=box))
-        bands.append(np.rint(values.clip(0, 255)).astype(np.uint8))
-    return np.stack(bands, axis=2) if part.ndim == 3 else bands[0]
+    return bicubic(np.ascontiguousarray(part), box, height, width)
 
 
 class _Span(NamedTuple):

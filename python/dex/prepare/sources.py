@@ -240,6 +240,12 @@ class Source:
         names = {of_folder(part) for part in path.split("/")[:-1]} - {None}
         return modalities.known(names.pop()) if len(names) == 1 else None
 
+    def is_assumed(self, path: str) -> bool:
+        """Whether one modality is given to all files, and no folder above this one bears it out."""
+        if self.routed or self.trusted or self.package is not None:
+            return False
+        return self.modality not in {of_folder(part) for part in path.split("/")[:-1]}
+
     def contradicted(self, path: str) -> str | None:
         """The modality that the folders above a file are surely called after, where that is another than the one that
         the description gives all files."""

@@ -156,6 +156,11 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
     said = list(hints(facts))
     if not facts["train"]:
         said.append("no image to train on: all patients came to val; split: train in a description")
+    for source in facts["sources"]:
+        if number := source.get("modality_assumed", 0):
+            say = "says" if number == 1 else "say"
+            what = f"{count(number, 'file')} of {source['name']} {say} no modality, nor does a folder"
+            said.append(f"{what}; the command says {source['modality']}")
     refused: Counter[str] = Counter()
     for row in (*facts["sources"], *facts.get("left_out", ())):
         refused.update(row["refused"])

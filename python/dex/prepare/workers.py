@@ -21,7 +21,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from dex.common import exits
+from dex.common.faults import where
 
 ATTEMPTS = 2
 START_SECONDS = 120.0
@@ -260,14 +260,6 @@ def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, p
         connection.send(("cannot write", error.errno or errno.EIO))
     except BaseException as error:
         connection.send(("fault", where(error)))
-
-
-def where(error: BaseException) -> str:
-    """An error's type and the lines of code it came through, without its text or any value."""
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    return f"{type(error).__name__} at " + " < ".join(
-        f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in reversed(frames)
-    )
 
 
 def _die_with(parent: int) -> None:

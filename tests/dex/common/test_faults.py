@@ -47,3 +47,16 @@ def test_what_is_wrong_is_a_sentence(action, says):
     sentence = raised(action)
     assert says in sentence and "Doe" not in sentence
     assert not any(word.endswith(("Error", "Exception")) for word in sentence.split())
+
+
+def test_the_place_in_the_code_is_said_where_the_file_may_not_be_to_blame():
+    def described(action):
+        with pytest.raises(BaseException) as caught:
+            action()
+        return faults.described(caught.value)
+
+    for action in (lambda: {}["Doe"], lambda: exec("raise RuntimeError('Doe')")):
+        said = described(action)
+        assert "Error at " in said and "test_faults.py:" in said and "Doe" not in said
+    for action in (lambda: zlib.decompress(b"Doe, Jane"), lambda: open("/absent/Doe, Jane")):
+        assert "test_faults.py" not in described(action)

@@ -319,3 +319,17 @@ def test_large_pictures_of_pathology_are_cut_and_others_shrunk(here, tmp_path):
         f"image-x{x}-y{y}-s64" for x in (0, 64, 128) for y in (0, 64, 128, 192)
     )
     assert sum(one["seen"] for one in facts["sources"]) == 25 and not any(one["refused"] for one in facts["sources"])
+
+
+def test_files_whose_modality_the_command_alone_says_are_counted(here, tmp_path):
+    """A folder's name bears it out, and so do a header and a table."""
+    for seed, place in enumerate(("a", "b", "xray/c", "DR/d")):
+        save(tmp_path / "root", f"{place}.png", picture(seed))
+    save(tmp_path / "root", "blank.png", np.zeros((64, 64), np.uint8))
+    save_dicom(tmp_path / "root" / "e.dcm", picture(99), Modality="DX", SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1")
+    facts, _ = start([source(tmp_path / "root", trusted=False)], tmp_path / "out")
+    (row,) = facts["sources"]
+    assert row["kept"] == 5 and row["modality_assumed"] == 3
+    assert "modality of 3 files by the command alone" in (tmp_path / "out" / "card.html").read_text()
+    facts, _ = start([source(tmp_path / "root")], tmp_path / "trusted")
+    assert "modality_assumed" not in facts["sources"][0]

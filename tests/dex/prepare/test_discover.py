@@ -7,9 +7,9 @@ import pytest
 from small_runs import SALT, described
 
 from dex.prepare import discover
-from dex.prepare.discover import Chunk, File, cut, is_unchanged, read_units
+from dex.prepare.discover import Chunk, File, cut, is_unchanged, passed_over_counts, read_units
 from dex.prepare.ids import Names
-from dex.prepare.sources import Route
+from dex.prepare.sources import Route, resolve
 
 DICOM = b"\0" * 128 + b"DICM"
 
@@ -206,3 +206,22 @@ def test_the_patterns_to_give_name_no_file_whose_folder_says_its_modality(tmp_pa
     with pytest.raises(discover.Undetermined, match="got 2 .jpg, 1 .nii, 2 .png of none") as caught:
         discover.check_modalities(source, discover.discover(source, tmp_path))
     assert caught.value.patterns == ["**/*.jpg", "**/*.nii", "**/*.png"] and not caught.value.unnamed
+
+
+def test_files_of_no_known_format_by_a_suffix_that_is_no_part_of_a_name(tmp_path):
+    names = (
+        "a.png",
+        "b.txt",
+        "c.TXT",
+        "d.svs",
+        "README",
+        "1.2.840.17",
+        "e.averylongsuffix",
+        "scan.smith_john",
+        "x.Smith",
+    )
+    for name in (*names, "y.SMITHJO", "in.zip", "in.TAR.GZ"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = discover.discover(resolve(tmp_path, modality="X-ray")[0], tmp_path)
+    counts = {".svs": 1, ".txt": 2, "other suffixes": 4, "without a suffix": 2}
+    assert passed_over_counts(listing) == counts | {"archives, which are to be unpacked first": 2}

@@ -8,17 +8,9 @@ from small_runs import picture, save
 
 from dex.prepare import inventory
 from dex.prepare.chunks import Settings
-from dex.prepare.discover import discover
 from dex.prepare.inventory import Inventory
 from dex.prepare.sources import resolve
 from dex.prepare.survey import Alike, Kind, Leaf, Measured, Survey
-
-
-def test_files_of_no_known_format_by_suffix(tmp_path):
-    for name in ("a.png", "b.txt", "c.TXT", "d.svs", "README", "1.2.840.17", "e.averylongsuffix"):
-        (tmp_path / name).write_bytes(b"x")
-    listing = discover(resolve(tmp_path, modality="X-ray")[0], tmp_path)
-    assert inventory.passed_over(listing) == {".svs": 1, ".txt": 2, "without a suffix": 3}
 
 
 def of(leaves, sample, workers=2):

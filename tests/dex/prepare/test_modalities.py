@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex.prepare import modalities
+from dex.prepare.folders import names_nobody
 from dex.prepare.modalities import CATALOGUE, NAMES, NORMALISATIONS, known, of_dicom, of_folder, resolve
 from dex.prepare.normalise import RULES
 
@@ -30,7 +31,14 @@ from dex.prepare.normalise import RULES
     ],
 )
 def test_names_are_known_in_any_case_and_by_alias(text, name):
-    assert known(text).name == name and resolve(text).name == name and of_folder(text) == name
+    assert known(text).name == name and resolve(text).name == name
+    assert of_folder(text) == (None if text.lower() in ("dx", "es", "op", "opt", "pt", "sm", "xc") else name)
+
+
+@pytest.mark.parametrize("word", ["DR", "GM", "es", "Op", "opt", "PT", "Angiography", "dx", "rf"])
+def test_a_folder_may_be_called_so_for_another_reason(word):
+    """A class, a tissue, a phase of the heart: the user may mean the modality, a folder's name is no proof of it."""
+    assert known(word) is not None and of_folder(word) is None and names_nobody(word)
 
 
 def test_every_name_is_its_own_and_no_alias_means_two():

@@ -112,3 +112,11 @@ def test_what_was_left_out_is_counted_and_told():
     rows = table(whole).splitlines()
     assert rows[2].split()[:3] == ["mine", "-", "4"] and "localizer 9" in rows[2]
     assert rows[3].split()[:2] == ["all", "1,238"]
+
+
+def test_files_whose_modality_the_command_alone_says_are_counted():
+    whole = facts()
+    whole["sources"][0] |= {"modality_assumed": 1200}
+    name, modality = whole["sources"][0]["name"], whole["sources"][0]["modality"]
+    (line,) = [line for line in notes(whole) if "no modality" in line]
+    assert line == f"1,200 files of {name} say no modality, nor does a folder; the command says {modality}"

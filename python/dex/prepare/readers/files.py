@@ -208,7 +208,8 @@ def quiet(what: str) -> Iterator[None]:
     """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
     words of our own. A MemoryError is Refused("too large"). Interrupts pass."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    if disabled < logging.CRITICAL:  # each change empties the caches of all loggers
+        logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -218,9 +219,10 @@ def quiet(what: str) -> Iterator[None]:
     except MemoryError:
         raise Refused("too large", f"{what}: not enough memory") from None
     except BaseException as error:  # a panic of a decoder written in Rust is no Exception
-        raise Refused("unreadable", f"{what}: {faults.sentence(error)}") from None
+        raise Refused("unreadable", f"{what}: {faults.described(error)}") from None
     finally:
-        logging.disable(disabled)
+        if disabled < logging.CRITICAL:
+            logging.disable(disabled)
 
 
 def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:

@@ -25,6 +25,7 @@ from .volume import Volumes, is_kept
 
 HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
 LARGEST_OFFSET = 2**26
+_SIZES = {size: (size.to_bytes(4, "little"), size.to_bytes(4, "big")) for size in (348, 540)}
 _BYTES, _RGB, _RGBA = 2, 128, 2304
 
 
@@ -139,9 +140,9 @@ def _header(data: bytes):
     if len(data) < 348:
         raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     first = data[:4]
-    if first in ((348).to_bytes(4, "little"), (348).to_bytes(4, "big")):
+    if first in _SIZES[348]:
         kind, magic = nibabel.Nifti1Header, data[344:348]
-    elif first in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big")) and len(data) >= 540:
+    elif first in _SIZES[540] and len(data) >= 540:
         kind, magic = nibabel.Nifti2Header, data[4:8]
     else:
         raise Refused("unreadable", f"no NIfTI header: {OTHER}")
@@ -171,10 +172,21 @@ def beside(path: Path) -> list[str]:
     return images_of(path.name)
 
 
+def recognises(file: BoundedFile) -> bool:
+    """By the magic of an image in one file, whatever it is called: `.img` is usual."""
+    try:
+        data = _unpacked(file, _packing(file)).read(HEADER_BYTES)
+    except Exception:  # packed bytes of any kind
+        return False
+    one = data[:4] in _SIZES[348] and data[344:348] in (b"n+1\0", b"n+2\0")
+    return one or (data[:4] in _SIZES[540] and data[4:8] == b"n+2\0")
+
+
 READER = Reader(
     suffixes=formats.of("nifti").suffixes,
     read=read,
     needs=formats.of("nifti").needs,
     beside=beside,
+    recognises=recognises,
     choices=("volumes", "headers"),
 )

@@ -283,6 +283,8 @@ def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype
     if orientation != 1:
         image = image.transpose(TRANSPOSE[orientation])
     width, height = image.size
+    if image.mode in ("L", "RGB") and dtype == np.uint8 and channels == len(image.mode) and width * height <= _STRIP:
+        return np.asarray(image)
     out = np.empty((height, width) + ((3,) if channels == 3 else ()), dtype)
     rows = max(1, _STRIP // width)
     for top in range(0, height, rows):

@@ -289,3 +289,26 @@ def test_which_volumes_are_taken(tmp_path, name, streamed, monkeypatch):
         (stack,) = readers.read([tmp_path / name], "nifti", volumes="mean")
         mean = values.mean(axis=3).transpose(2, 1, 0) * 2 + 1
         assert np.allclose(shown(stack, "stored"), mean, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_one_file_called_img_is_known_by_its_content(tmp_path, kind):
+    save(tmp_path / "a.nii", VALUES, kind=kind)
+    data = (tmp_path / "a.nii").read_bytes()
+    want = shown(read(tmp_path / "a.nii"))
+    for name, packed in (
+        ("a.img", data),
+        ("b.img.gz", gzip.compress(data)),
+        ("scan", data),
+        ("c.IMG", bz2.compress(data)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(packed)
+        assert readers.format_of(path) is None and readers.recognised(path) == "nifti"
+        assert np.array_equal(shown(next(readers.read([path], "nifti"))), want)
+    pair = nibabel.Nifti1Pair(VALUES, np.eye(4))
+    nibabel.save(pair, tmp_path / "d.img")  # its header is another file's
+    other = (tmp_path / "d.img").read_bytes()
+    for start in (other, data[:6], b"", gzip.compress(data)[:40], b"\x1f\x8b", b"BZh9"):
+        (tmp_path / "e").write_bytes(start)
+        assert readers.recognised(tmp_path / "e") is None
