@@ -486,8 +486,38 @@ def update_directors(
     process_group: dist.ProcessGroup | Literal[False] | None = None,
 ) -> None:
     """`DEXLayer.update_director` of many layers: one all-reduce and one `group_ema_` for all of them."""
-    layers, gate_mass = list(layers), list(gate_mass)
+    layers = list(layers)
     checks.check_momentum(momentum)
+    followed = agree(layers, gate_mass, skip, process_group)
+    if followed is None:
+        return
+    directors, experts, weights = [], [], []
+    for layer, a in zip(layers, followed.group_weights, strict=True):
+        for director, stacked in layer.director_pairs():
+            director, stacked = local_pair(director, stacked)
+            directors.append(director), experts.append(stacked), weights.append(a)
+    backend = backends.covering("group_ema_", layers[0].backend)
+    group_ema_(directors, experts, weights, momentum, skip=followed.still, backend=backend)
+    move_usage(layers, followed)
+
+
+class Followed(NamedTuple):
+    """What the directors of some layers follow in a step."""
+
+    group_weights: list[Tensor]
+    """Of each layer ``[E]``, the normalised gate mass of all ranks."""
+    still: Tensor
+    """0-dim bool, the same on every rank: nothing changes."""
+
+
+def agree(
+    layers: list[DEXLayer],
+    gate_mass: Iterable[Tensor],
+    skip: Tensor | None,
+    process_group: dist.ProcessGroup | Literal[False] | None,
+) -> Followed | None:
+    """Sums the masses over the ranks, once they and the layers are checked; None without layers."""
+    gate_mass = list(gate_mass)
     checks.check_skip(skip)
     if len(gate_mass) != len(layers):
         raise ValueError(f"gate_mass: expected one tensor per layer ({len(layers)}), got {len(gate_mass)}")
@@ -500,7 +530,7 @@ def update_directors(
         if mass.device != layer.usage_ema.device:
             raise ValueError(f"gate_mass[{i}]: expected device {layer.usage_ema.device}, got {mass.device}")
     if not layers:
-        return
+        return None
     for layer in layers:
         layer.replaced.check_optimizers()
     if len({layer.backend for layer in layers}) > 1:
@@ -513,23 +543,18 @@ def update_directors(
     if process_group is not False and dist.is_available() and dist.is_initialized():
         dist.all_reduce(masses, group=process_group)
     still = ~masses.isfinite().all() | (masses[-1] > 0)
-    masses = masses[:-1]
+    masses = masses[:-1].split([layer.num_experts for layer in layers])
+    return Followed([m / (m.sum() + EPS) for m in masses], still)
 
-    directors, experts, weights = [], [], []
-    group_weights = [m / (m.sum() + EPS) for m in masses.split([layer.num_experts for layer in layers])]
-    for layer, a in zip(layers, group_weights, strict=True):
-        for director, stacked in layer.director_pairs():
-            director, stacked = _local_pair(director, stacked)
-            directors.append(director), experts.append(stacked), weights.append(a)
-    group_ema_(
-        directors, experts, weights, momentum, skip=still, backend=backends.covering("group_ema_", layers[0].backend)
-    )
-    for layer, a in zip(layers, group_weights, strict=True):
+
+def move_usage(layers: list[DEXLayer], followed: Followed) -> None:
+    """``usage_ema`` of each layer, by the same weights."""
+    for layer, a in zip(layers, followed.group_weights, strict=True):
         u, m = layer.usage_ema, layer.usage_momentum
-        u.copy_(torch.where(still, u, m * u + (1 - m) * a.to(u.dtype)))
+        u.copy_(torch.where(followed.still, u, m * u + (1 - m) * a.to(u.dtype)))
 
 
-def _local_pair(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
+def local_pair(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's pieces ``(director, stacked experts [E, ...])``: the same features of both, in every placement.
 
     A director that is cut along dimension d goes with experts that are cut along d + 1. Experts that are cut otherwise,

@@ -150,3 +150,33 @@ def group_ema_(
         used = [e for e, a in enumerate(weights.tolist()) if a != 0]
         if used and not (skip is not None and bool(skip)):
             director.copy_(m * director + (1 - m) * sum(weights[e] * stacked[e] for e in used))
+
+
+@torch.no_grad()
+def adamw_ema_(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    rule: dict[str, float],
+    director: Tensor | None = None,
+    group_weights: Tensor | None = None,
+    momentum: float = 1.0,
+    clip_scale: float = 1.0,
+    skip: bool = False,
+) -> None:
+    """GEMA with the experts as they are, then AdamW of them (Loshchilov and Hutter 2019), in place.
+
+    state: ``exp_avg``, ``exp_avg_sq`` and ``step``. rule: ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``.
+    """
+    if skip:
+        return
+    if director is not None:
+        group_ema_([director], [parameter], [group_weights], momentum)
+    g, lr = clip_scale * gradient, rule["lr"]
+    state["step"] += 1
+    t = float(state["step"])
+    parameter.mul_(1 - lr * rule["weight_decay"])
+    state["exp_avg"].copy_(rule["beta1"] * state["exp_avg"] + (1 - rule["beta1"]) * g)
+    state["exp_avg_sq"].copy_(rule["beta2"] * state["exp_avg_sq"] + (1 - rule["beta2"]) * g**2)
+    corrected = state["exp_avg"] / (1 - rule["beta1"] ** t), state["exp_avg_sq"] / (1 - rule["beta2"] ** t)
+    parameter.sub_(lr * corrected[0] / (corrected[1].sqrt() + rule["eps"]))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .records import MLPWeights
 
@@ -31,10 +32,13 @@ class Shadows:
     There they are made again when a master is another tensor, or has another storage or version. A write through
     ``.data`` and a fused optimizer of torch change none of these: they break the promise of `hold_weights`. A forward
     in a CUDA graph makes its own, in the graph.
+
+    Copies that `DEXAdamW` has written stay until something may have changed the weights, see `Watched`.
     """
 
     def __init__(self):
         self._held: Held | None = None
+        self._written: Held | None = None
         self._holders = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -49,18 +53,41 @@ class Shadows:
         """
         if all(w.dtype == dtype for w in masters):
             return None
-        if torch.compiler.is_compiling() or not self._holders:
+        if torch.compiler.is_compiling() or not (self._holders or self._written):
             return _copies(masters, director, dtype)
         tensors = [*masters, *(director or ())]
         device = tensors[0].device
         if capturing(device) or any(t.is_inference() or _is_wrapped(t) for t in tensors):
             return _copies(masters, director, dtype)
-        stream = stream_of(device)
+        stream, written = stream_of(device), self._written
+        if written is not None and (written.dtype, written.stream) == (dtype, stream):
+            if _is_current(written, tensors):
+                return written.copies if director is not None else MLPWeights(*(c[:-1] for c in written.copies))
+        if not self._holders:
+            return _copies(masters, director, dtype)
         held = self._held  # read once: another thread may replace it meanwhile
         if held is None or (held.dtype, held.stream) != (dtype, stream) or not _is_same(held.masters, tensors):
-            seen = [(id(t), StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
-            held = self._held = Held(seen, dtype, stream, _copies(masters, director, dtype))
+            held = self._held = Held(_seen(tensors), dtype, stream, _copies(masters, director, dtype))
         return held.copies
+
+    def kept(self, masters: MLPWeights, director: MLPWeights, dtype: torch.dtype) -> MLPWeights:
+        """The copies ``[E + 1, ...]`` to write the next weights into: of the weights as they are, whole, until then."""
+        written = self._written
+        if written is not None and written.dtype == dtype and _is_current(written, [*masters, *director]):
+            return written.copies
+        self._written = None
+        return _copies(masters, director, dtype)
+
+    def keep(self, masters: MLPWeights, director: MLPWeights, copies: MLPWeights) -> None:
+        """``copies`` are those of the weights as they are now: forwards take them while that can be told to last."""
+        tensors, dtype = [*masters, *director], copies.fc1_weight.dtype
+        for t in tensors:
+            watch(t)
+        self._written = Held(_seen(tensors), dtype, stream_of(tensors[0].device), copies)
+
+    def drop(self) -> None:
+        """What was kept is not the copies of the weights any more."""
+        self._written = None
 
     def hold(self, more: int) -> None:
         """Begin (1) or end (-1) a time in which the masters stay as they are."""
@@ -98,6 +125,73 @@ def capturing(device: torch.device) -> bool:
 
 def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Watched(nn.Parameter):
+    """A parameter whose ``data`` says that it was asked for: who has that may write where no version tells of it.
+
+    A parameter becomes one in its place (`watch`), with everything that refers to it.
+    """
+
+    @property
+    def data(self):
+        self.touched = True
+        return torch._C.TensorBase.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        self.touched = True
+        torch._C.TensorBase.data.__set__(self, value)
+
+    def __reduce_ex__(self, protocol):
+        return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, {})
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        return memo[id(self)]
+
+
+def watch(t: Tensor) -> None:
+    """From now on `Watched.touched` tells of ``.data`` and of optimizers that write behind torch's back."""
+    if type(t) is nn.Parameter:
+        t.__class__ = Watched
+    t.touched = False
+
+
+def _after_an_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """torch's fused optimizers bump no version. One that keeps copies tells of its own writes."""
+    if getattr(optimizer, "keeps_copies", False):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if type(p) is Watched:
+                p.touched = True
+
+
+register_optimizer_step_post_hook(_after_an_optimizer)
+
+_ALONE = torch.empty(0)
+
+
+def _references(t: Tensor) -> int:
+    """To its memory, beyond those of a tensor that shares it with no other."""
+    of = torch._C._storage_Use_Count
+    return of(t.untyped_storage()._cdata) - of(_ALONE.untyped_storage()._cdata)
+
+
+def _is_current(held: Held, tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing can have written to the tensors since: nothing that has a version, ``.data``, or a tensor that
+    shares their memory. Of the masters alone, where ``tensors`` has no director."""
+    if not all(type(t) is Watched and not t.touched for t in tensors):
+        return False
+    if any(_references(t) for t in tensors):
+        return False
+    return _is_same(held.masters[: len(tensors)], tensors)
+
+
+def _seen(tensors: Sequence[Tensor]) -> list[tuple[int, StorageWeakRef, int]]:
+    return [(id(t), StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
 
 
 def _is_same(seen: list[tuple[int, StorageWeakRef, int]], tensors: Sequence[Tensor]) -> bool:

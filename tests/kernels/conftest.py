@@ -19,6 +19,7 @@ ON_CUDA = torch.get_default_device().type == "cuda"
 
 if ON_CUDA and importlib.util.find_spec("triton") is not None:
     from dexkernels.ops import triton_common
+    from dexkernels.ops.adamw_ema import triton as adamw_ema
     from dexkernels.ops.align_loss import triton as align_loss
     from dexkernels.ops.group_ema import triton as group_ema
     from dexkernels.ops.grouped_mlp import triton as grouped_mlp
@@ -34,6 +35,7 @@ elif importlib.util.find_spec("triton") is not None:
     from triton.runtime.interpreter import InterpretedFunction
 
     from dexkernels.ops import triton_common
+    from dexkernels.ops.adamw_ema import triton as adamw_ema
     from dexkernels.ops.align_loss import triton as align_loss
     from dexkernels.ops.group_ema import triton as group_ema
     from dexkernels.ops.grouped_mlp import triton as grouped_mlp
@@ -136,7 +138,7 @@ def poison(monkeypatch):
     def patched_empty(*shape, dtype=None, device=None, **kwargs):
         return poisoned(shape[0] if len(shape) == 1 else shape, dtype or torch.get_default_dtype(), device)
 
-    for module in (align_loss, aligned, chunks, group_ema, grouped_mlp, route, sums):
+    for module in (adamw_ema, align_loss, aligned, chunks, group_ema, grouped_mlp, route, sums):
         monkeypatch.setattr(module, "torch", _With(torch, empty=patched_empty, empty_like=empty_like))
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "new_empty", new_empty)

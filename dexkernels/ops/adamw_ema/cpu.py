@@ -1,0 +1,116 @@
+"""`adamw_ema_` in plain torch: on the host a block at a time, on a device without reading a value there."""
+
+import torch
+from torch import Tensor
+
+from ..group_ema.cpu import on_device_
+from .records import Rule, Scalars, Update
+
+BLOCK = 1 << 16
+"""Elements of an expert updated at a time: GEMA and AdamW read them once from memory, then from the cache."""
+
+
+def why_not(update: Update) -> str | None:
+    """What of an update this backend cannot take: nothing."""
+    return None
+
+
+def adamw_ema_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
+    """See `dexkernels.ops.adamw_ema.adamw_ema_`. torch's own fused kernel does AdamW, and so gives its bits."""
+    if updates[0].parameter.device.type == "cpu":
+        _on_host_(updates, rule, scalars)
+    else:
+        _on_device_(updates, rule, scalars)
+
+
+def _on_host_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
+    if scalars.skip is not None and bool(scalars.skip):
+        return
+    m, clip = float(scalars.momentum), 1.0 if scalars.clip_scale is None else float(scalars.clip_scale)
+    rule = rule._replace(lr=float(rule.lr))
+    for u in updates:
+        u.step.add_(1)
+        pieces = [u.parameter, u.gradient, u.exp_avg, u.exp_avg_sq]
+        if not all(t.is_contiguous() for t in (*pieces, *((u.director,) if u.director is not None else ()))):
+            _whole_(u, rule, m, clip)
+            continue
+        E = u.num_experts
+        # Views of E rows, also where E or the rest is 0.
+        size = u.parameter.numel() // E if E else 0
+        flat = [t.view(E, size) for t in pieces]
+        weights = [0.0] * E if u.group_weights is None else u.group_weights.tolist()
+        director = u.director.view(-1) if u.director is not None else None
+        copy = u.copy.view(E + 1, size) if u.copy is not None else None
+        for start in range(0, size, BLOCK):
+            block = slice(start, start + BLOCK)
+            _block_([t[:, block] for t in flat], u.step, rule, clip, weights, m, director, copy, block)
+
+
+def _block_(flat, step, rule, clip, weights, m, director, copy, block) -> None:
+    """The same elements of every expert, and of the director."""
+    d = None if director is None else director[block]
+    if any(weights):
+        d.mul_(m)
+    for e, a in enumerate(weights):
+        p, g, exp_avg, exp_avg_sq = (t[e] for t in flat)
+        if (1 - m) * a != 0:
+            d.add_(p, alpha=(1 - m) * a)
+        _fused_(p, g if clip == 1.0 else g * clip, exp_avg, exp_avg_sq, step, rule)
+        if copy is not None:
+            copy[e, block] = p
+    if copy is not None:
+        copy[-1, block] = d
+
+
+def _whole_(u: Update, rule: Rule, m: float, clip: float) -> None:
+    """Of tensors that have no flat view."""
+    if u.director is not None and bool(u.group_weights.any()):
+        u.director.mul_(m)
+        for e, a in enumerate(u.group_weights.tolist()):
+            if (1 - m) * a != 0:
+                u.director.add_(u.parameter[e], alpha=(1 - m) * a)
+    states = [t.contiguous() for t in (u.parameter, u.gradient * clip, u.exp_avg, u.exp_avg_sq)]
+    _fused_(*states, u.step, rule)
+    for to, of in zip((u.parameter, u.exp_avg, u.exp_avg_sq), (states[0], *states[2:]), strict=True):
+        if to.data_ptr() != of.data_ptr():
+            to.copy_(of)
+    _fill_copy(u)
+
+
+def _on_device_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
+    found = None if scalars.skip is None else scalars.skip.float()
+    for u in updates:
+        if u.director is not None:
+            on_device_(u.director, u.parameter, u.group_weights, scalars.momentum, scalars.skip)
+    grads = [u.gradient for u in updates]
+    if scalars.clip_scale is not None:
+        grads = torch._foreach_mul(grads, scalars.clip_scale.to(grads[0].dtype))
+    steps = [u.step for u in updates]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        [u.parameter for u in updates], grads, [u.exp_avg for u in updates], [u.exp_avg_sq for u in updates], [], steps,
+        found_inf=found, **_options(rule),
+    )  # fmt: skip
+    if found is not None:
+        torch._foreach_sub_(steps, [found] * len(steps))
+    for u in updates:
+        _fill_copy(u)
+
+
+def _fused_(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rule: Rule) -> None:
+    torch._fused_adamw_([p], [g], [exp_avg], [exp_avg_sq], [], [step], **_options(rule))
+
+
+def _options(rule: Rule) -> dict:
+    first, second = rule.betas
+    return {
+        "lr": rule.lr, "beta1": first, "beta2": second, "weight_decay": rule.weight_decay, "eps": rule.eps,
+        "amsgrad": False, "maximize": False,
+    }  # fmt: skip
+
+
+def _fill_copy(u: Update) -> None:
+    """After a step that was skipped it is what it was: the copy of the same weights."""
+    if u.copy is not None:
+        u.copy[:-1].copy_(u.parameter)
+        u.copy[-1].copy_(u.director)

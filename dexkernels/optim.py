@@ -1,0 +1,198 @@
+"""`DEXAdamW`: AdamW that reads the experts once for itself, their directors and their copies."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import checks
+from .layer import DEXLayer, agree, local_pair, move_usage
+from .ops import backends
+from .ops.adamw_ema import COPIES, adamw_ema_
+from .ops.adamw_ema.records import Rule, Update
+from .ops.group_ema import group_ema_
+from .records import MLPWeights
+from .shadows import Watched, capturing
+
+
+class _Pair(NamedTuple):
+    """This rank's piece of a director tensor, and the weights by which it follows its experts."""
+
+    director: Tensor
+    experts: Tensor
+    group_weights: Tensor
+
+
+class DEXAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` whose step also moves the directors of DEX layers, and writes the experts' copies.
+
+    ::
+
+        optimizer = dexkernels.optim.DEXAdamW(model, lr=1e-4)
+        ...
+        loss.backward()
+        optimizer.step(gate_mass=out.gate_mass, momentum=0.99)
+
+    That is ``model.update_directors(gate_mass, momentum)``, then a step of AdamW, within rounding. Experts and their
+    moments are read once, in `adamw_ema_`. Where experts and directors are cut over ranks in different ways, as
+    `fully_shard` does by default, directors are updated first, by themselves; after `dexkernels.shard` they are not.
+
+    Args:
+        model: holds the DEX layers, or none.
+        params: parameters or parameter groups, as of torch; None: all of the model that train.
+        lr, betas, eps, weight_decay: as of torch.
+        copies: torch.bfloat16 or torch.float16, the dtype of autocast: each step also writes copies of experts and
+            directors in it, ``[E + 1, ...]``, which the next forward computes with in place of its own. They take 2
+            bytes a parameter for good. Forwards in a CUDA graph or under torch.compile make their own. Anything
+            that may have changed the weights in between makes a forward cast again: a state dict, another optimizer,
+            ``.data``, a tensor that shares their memory (such as ``p.detach()``, while it lives), another stream.
+        backend: of `adamw_ema_`; None takes the default.
+
+    State dicts are those of `torch.optim.AdamW`, and each loads the other's.
+
+    Raises: ValueError naming the argument.
+    """
+
+    keeps_copies = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        copies: torch.dtype | None = None,
+        backend: str | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if copies is not None and copies not in COPIES:
+            raise ValueError(f"copies: expected torch.bfloat16, torch.float16 or None, got {copies!r}")
+        backends.check_backend(backend)
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self._model, self._copies, self._backend = model, copies, backend
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        gate_mass: Iterable[Tensor] | None = None,
+        momentum: float | Tensor | None = None,
+        clip_scale: float | Tensor | None = None,
+        skip: Tensor | None = None,
+        process_group: dist.ProcessGroup | Literal[False] | None = None,
+    ) -> Any:
+        """One step, without a wait for the device; returns what the closure does.
+
+        Args:
+            closure: as of torch: computes the loss and its gradients anew.
+            gate_mass: one ``[E]`` per DEX layer with path="experts", in the order of the model's modules; None: the
+                directors stay as they are.
+            momentum: of GEMA, a float in [0, 1] or a 0-dim tensor; goes with ``gate_mass``.
+            clip_scale: a float or a 0-dim tensor by which gradients are multiplied; they themselves stay as they are.
+            skip: 0-dim bool tensor. Where it is true (with ``gate_mass``, on any rank), or a gate mass is not finite,
+                nothing changes: no weight, moment, counter, director, or usage.
+            process_group: see `DEXLayer.update_director`.
+
+        Raises: ValueError naming the argument, before anything is changed.
+        """
+        if (gate_mass is None) != (momentum is None):
+            raise ValueError("momentum: expected it together with gate_mass, got one without the other")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layers = [m for m in self._model.modules() if isinstance(m, DEXLayer) and m.path == "experts"]
+        for group in self.param_groups:
+            if group["amsgrad"] or group["maximize"]:
+                raise ValueError("amsgrad, maximize: expected False, got True: torch.optim.AdamW has them")
+        followed, pairs = None, {}
+        if gate_mass is not None:
+            checks.check_momentum(momentum)
+            followed = agree(layers, gate_mass, skip, process_group)
+        if followed is not None:
+            skip = followed.still
+            pairs = self._pairs(layers, followed.group_weights, momentum, skip)
+        kept = self._kept(layers, pairs)
+        copies = {
+            id(p): copy for layer, written in kept for p, copy in zip(layer.experts.weights, written, strict=True)
+        }
+        for group in self.param_groups:
+            rule = Rule(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"])
+            updates = [
+                self._update(p, pairs.get(id(p)), copies.get(id(p))) for p in group["params"] if p.grad is not None
+            ]
+            for device in dict.fromkeys(u.parameter.device for u in updates):
+                adamw_ema_(
+                    [u for u in updates if u.parameter.device == device],
+                    rule,
+                    momentum=1.0 if momentum is None else momentum,
+                    clip_scale=clip_scale,
+                    skip=skip,
+                    backend=self._backend,
+                )
+        for layer, written in kept:
+            layer.shadows.keep(layer.experts.weights, layer.director.weights, written)
+        if followed is not None:
+            move_usage(layers, followed)
+        return loss
+
+    def _pairs(
+        self, layers: list[DEXLayer], group_weights: list[Tensor], momentum: float | Tensor, skip: Tensor
+    ) -> dict[int, _Pair]:
+        """By the id of the experts' parameter, the directors that its update moves; others are moved here."""
+        trained = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        alone, pairs = [], {}
+        for layer, a in zip(layers, group_weights, strict=True):
+            for director, stacked in layer.director_pairs():
+                pair = _Pair(*local_pair(director, stacked), a)
+                in_place = pair.experts.data_ptr() == _local(stacked).data_ptr() and pair.experts.numel() > 0
+                if in_place and id(stacked) in trained:
+                    pairs[id(stacked)] = pair
+                else:
+                    alone.append(pair)
+        if alone:
+            directors, experts, weights = map(list, zip(*alone, strict=True))
+            group_ema_(directors, experts, weights, momentum, skip=skip, backend=self._backend)
+        return pairs
+
+    def _kept(self, layers: list[DEXLayer], pairs: dict[int, _Pair]) -> list[tuple[DEXLayer, MLPWeights]]:
+        """The layers whose copies this step writes, and where; those of all others are dropped."""
+        found = []
+        for layer in layers:
+            experts, director = layer.experts.weights, layer.director.weights
+            whole = all(type(t) in (nn.Parameter, Watched) for t in (*experts, *director))
+            written = self._copies is not None and all(id(p) in pairs for p in experts)
+            if written and whole and experts[0].dtype == torch.float32 and not capturing(experts[0].device):
+                found.append((layer, layer.shadows.kept(experts, director, self._copies)))
+            else:
+                layer.shadows.drop()
+        return found
+
+    def _update(self, p: Tensor, pair: _Pair | None, copy: Tensor | None) -> Update:
+        if p.grad.is_sparse:
+            raise ValueError("gradient: expected a dense one, got a sparse one")
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif state["step"].device != p.device:  # of a step that torch counts on the host
+            state["step"] = state["step"].to(p.device)
+        tensors = [_local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        if pair is None:
+            return Update(*tensors, state["step"])
+        return Update(*tensors, state["step"], pair.director, pair.group_weights, copy)
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's piece, detached: written in place, it is the parameter."""
+    return (t.to_local() if hasattr(t, "to_local") else t).detach()
