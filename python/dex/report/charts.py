@@ -27,6 +27,10 @@ class Line(NamedTuple):
     dots: bool = False
     bare: bool = False
     """Without the band from least to largest where points lie too close together."""
+    dashed: bool = False
+    """A reference, which is not the run's own."""
+    interval: Sequence[tuple[float, float, float]] = ()
+    """``(step, low, high)``, drawn as a band."""
 
 
 class Mark(NamedTuple):
@@ -43,6 +47,8 @@ MARKS = {
     "non-finite step": ("bad", "non-finite step", "M-3-3 3 3M3-3-3 3"),
     "loss spike": ("spike", "loss spike", "M0-4 4 3H-4Z"),
     "unused experts": ("unused", "unused experts", "M0-4 4 0 0 4-4 0Z"),
+    "few expert sets": ("unused", "few sets of experts", "M-4-2H4M-4 2H0"),
+    "no swap gap": ("unused", "no swap gap", "M-4-3H4M0-3V4"),
     "": ("other", "other event", "M-3 0H3M0-3V3"),
 }
 """Kind of an event -> class in the style sheet, words, glyph; "" is every other kind."""
@@ -78,9 +84,10 @@ def glyph(kind: str) -> str:
     return f'<svg class="glyph" viewBox="-6 -6 12 12" aria-hidden="true"><path class="m-{name}" d="{shape}"/></svg>'
 
 
-def sample(colour: int | str, faint: bool = False) -> str:
+def sample(colour: int | str, faint: bool = False, dashed: bool = False) -> str:
     """A piece of a line, for a key."""
     kind, ink = _ink(colour)
+    kind += " dashed" if dashed and " dashed" not in kind else ""
     path = f'<path class="line{kind}{" faint" if faint else ""}"{ink} d="M1 4H15"/>'
     return f'<svg class="sample" viewBox="0 0 16 8" aria-hidden="true">{path}</svg>'
 
@@ -116,6 +123,7 @@ def curves(
     if not lines:
         return ""
     values = [v for line in lines for _, v in line.points if v is not None]
+    values += [v for line in lines for _, *ends in line.interval for v in ends]
     low, high = (min(values), max(values)) if span is None else span
     log = log and low > 0 and high / low >= 8
     end = end or max(line.points[-1][0] for line in lines) or 1
@@ -218,7 +226,12 @@ def _drawing(
                 there = [f"{x(c.step):.1f} {y(c.high):.1f}" for c in stretch]
                 back = [f"{x(c.step):.1f} {y(c.low):.1f}" for c in reversed(stretch)]
                 bands.append("M" + "L".join(there + back) + "Z")
+        if line.interval:
+            there = [f"{x(step):.1f} {y(high):.1f}" for step, _, high in line.interval]
+            back = [f"{x(step):.1f} {y(low):.1f}" for step, low, _ in reversed(line.interval)]
+            bands.append("M" + "L".join(there + back) + "Z")
         kind, ink = _ink(line.colour)
+        kind += " dashed" if line.dashed and " dashed" not in kind else ""
         data = " ".join(f"{_exact(c.step)},{c.mean:.6g}" for stretch in stretches for c in stretch)
         style = f'class="line{kind}{" faint" if line.faint else ""}"{ink}'
         if bands:
@@ -258,7 +271,9 @@ def _key(lines: Sequence[Line], key: bool | str) -> str:
         return ""
     word = key if isinstance(key, str) else ""
     parts = [f"<span>{esc(word)}</span>"] if word else []
-    parts += [f"<span>{sample(n.colour, n.faint)}{esc(n.label.removeprefix(word).strip())}</span>" for n in lines]
+    parts += [
+        f"<span>{sample(n.colour, n.faint, n.dashed)}{esc(n.label.removeprefix(word).strip())}</span>" for n in lines
+    ]
     return f'<span class="key">{"".join(parts)}</span>'
 
 

@@ -36,6 +36,10 @@ def sentence(run: RunRecord) -> str:
     return text
 
 
+_SWAPPED = ("other modality", "random")
+"""Kinds of the swap gap, the first that there is."""
+
+
 class Fact(NamedTuple):
     """A figure at the top of a page."""
 
@@ -62,7 +66,9 @@ def _effort(run: RunRecord) -> dict[str, Fact]:
     if stretches := run.stretches():
         seconds = sum(s.seconds for s in stretches)
         starts = f", {len(run.starts)} starts" if len(run.starts) > 1 else ""
-        result["training time"] = Fact(duration(seconds), f"without evaluation and saving{starts}")
+        looked = sum(v for _, v in run.points("evaluation_s") if v is not None)
+        share = f"; evaluation {looked / (looked + seconds):.1%} more" if looked else ""
+        result["training time"] = Fact(duration(seconds), f"without evaluation and saving{share}{starts}")
         waits = [s.seconds * s.waiting for s in stretches if s.waiting is not None]
         wait = f"{sum(waits) / seconds:.1%} of the time waiting for data" if waits else ""
         speeds = dict(run.points("images_per_s"))
@@ -87,6 +93,18 @@ def _results(run: RunRecord) -> dict[str, Fact]:
         for key, label in (("align_loss", "align loss"), ("balance_loss", "balance loss")):
             if (value := run.last(key)) is not None:
                 result[label] = Fact(number(value), f"to step {run.last_step(key):,}, not weighted")
+    kind = next((kind for kind in _SWAPPED if run.last("swap_gap", kind) is not None), None)
+    if kind is not None:
+        low, high = (run.last(f"swap_gap_{end}", kind) for end in ("low", "high"))
+        ends = "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]; "
+        more = (
+            f"{ends}loss with experts {'at random' if kind == 'random' else 'of another modality'}, less with its own"
+        )
+        result["swap gap"] = Fact(f"{run.last('swap_gap', kind):+.3f}", more)
+    if (value := run.last("probe_linear")) is not None:
+        pixels = run.last("probe_pixels")
+        beside = "" if pixels is None else f", pixels {pixels:.1%}"
+        result["linear probe"] = Fact(f"{value:.1%}", f"of the modality, sources left out{beside}")
     if (value := run.last("probe_knn")) is not None:
         result["kNN probe"] = Fact(f"{value:.1%}", f"accuracy of the modality; {_held_out(run, 'probe_knn')}", -value)
     return result

@@ -13,6 +13,7 @@ from dex.report.document import Section
 from dex.report.facts import Fact, facts, sentence, unlike
 from dex.report.parts import chip, run_heads, table
 from dex.report.runs import RunRecord, labels, read_run
+from dex.report.specialisation import specialisation
 
 
 def report(runs: Sequence[Path], out: Path) -> Path:
@@ -36,6 +37,7 @@ def _page(runs: list[RunRecord]) -> str:
     drawn = [
         Section("losses", "Losses", sections.losses(runs)),
         Section("modalities", "Modalities", sections.modalities(runs)),
+        Section("specialisation", "Do the experts specialise?", specialisation(runs)),
         Section("experts", "Experts", sections.experts(runs)),
         Section("reconstructions", "Reconstructions", sections.reconstructions(runs)),
         Section("speed", "Speed and memory", sections.speed(runs)),

@@ -45,6 +45,7 @@ def base(tiny, change):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_run_over_the_batch_and_others_over_parts(base, change, images):
     whole = train(base, images, ALONE)
     for size in (4, 1):
