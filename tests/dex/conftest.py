@@ -10,7 +10,7 @@ import torch
 
 from dex import config
 
-sys.path.append(os.path.dirname(__file__))  # for browser and killing
+sys.path.append(os.path.dirname(__file__))  # for browser, evaluations and killing
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -90,6 +90,7 @@ svg.glyph{width:12px;height:12px;flex:none}
 .whisker{stroke:var(--ink);stroke-width:1;fill:none}
 .chart svg text.in{font-size:9px;fill:var(--ink)}
 .verdict{font-size:clamp(18px,2.4vw,22px);line-height:1.4;max-width:70ch;margin:10px 0 6px}
+.verdict,.lead,.soft{overflow-wrap:anywhere}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:22px 28px;margin:14px 0;
 align-items:start}
 .read{font-size:14px;max-width:90ch;margin:10px 0;padding-left:14px;border-left:3px solid var(--line)}

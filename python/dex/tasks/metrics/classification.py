@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dex.analysis.intervals import Statistic
-from dex.tasks.metrics.estimate import Measure
+from dex.tasks.metrics.estimate import MIN_PATIENTS, Measure, no_interval
 
 _AT_ONCE = 2**22
 """Weights that are ranked at once."""
@@ -106,7 +106,7 @@ def f1(data: Classified, of: int | None = None) -> Measure:
     predicted = torch.nn.functional.one_hot(data.predicted, data.classes)
     both, total = data.by_patient(truth * predicted), data.by_patient(truth + predicted)
     statistic, present = _of_classes(lambda weights: 2 * (weights @ both) / (weights @ total), total.sum(0) > 0, of)
-    return _measure(data, statistic, present, (truth + predicted).bool())
+    return _measure(data, statistic, present, (truth + predicted).bool())._replace(no_interval=_few(data, of))
 
 
 def auc(data: Classified, of: int | None = None) -> Measure:
@@ -126,7 +126,7 @@ def auc(data: Classified, of: int | None = None) -> Measure:
         return torch.stack([area(weights) for area in ranked]).mean(0)
 
     scored = data.scored() if wanted else torch.zeros(data.number, dtype=torch.bool)
-    return Measure(statistic, scored, len(data.labels) if wanted else 0)
+    return Measure(statistic, scored, len(data.labels) if wanted else 0, _few(data, of))
 
 
 def confusion(data: Classified) -> np.ndarray:
@@ -153,6 +153,14 @@ def _measure(data: Classified, statistic: Statistic, present: Tensor, enters: Te
     """enters: bool ``[n, C]``, whether a case enters a class's value."""
     cases = enters[:, present].any(1)
     return Measure(statistic, data.scored(cases), int(cases.sum()))
+
+
+def _few(data: Classified, of: int | None) -> str:
+    """Why a value of one class has no interval: too few patients have it, or anything else."""
+    if of is None:
+        return ""
+    least = min(int(data.scored(cases).sum()) for cases in (data.labels == of, data.labels != of))
+    return "" if least >= MIN_PATIENTS else no_interval(least)
 
 
 def _ranked(data: Classified, of: int) -> Statistic:

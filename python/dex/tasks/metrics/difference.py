@@ -63,8 +63,9 @@ def paired_difference(
 ) -> Difference:
     """``metric`` (of the class ``of``) of ``first`` minus that of ``second``, each one evaluation or one per seed.
 
-    Seeds are those of `Evaluation.about`. Each seed's evaluations are compared with each other, and patients are drawn
-    for all of them at once. ValueError: seeds, tasks, cases, patients or truths that differ between the two sides.
+    Seeds are those of `Evaluation.about`; one of each side is a pair whatever its seed. A seed's evaluations are
+    compared with each other, and patients are drawn for all of them at once. ValueError: seeds, tasks, cases, patients
+    or truths that differ between the two sides.
     """
     pairs = _pairs(first, second)
     for a, b in pairs:
@@ -101,11 +102,11 @@ def _pairs(
     first: Evaluation | Sequence[Evaluation], second: Evaluation | Sequence[Evaluation]
 ) -> list[tuple[Evaluation, Evaluation]]:
     """Of each seed."""
-    if isinstance(first, Evaluation) and isinstance(second, Evaluation):
-        return [(first, second)]
+    both = [[side] if isinstance(side, Evaluation) else list(side) for side in (first, second)]
+    if [len(side) for side in both] == [1, 1]:
+        return [(both[0][0], both[1][0])]
     sides = []
-    for name, side in (("first", first), ("second", second)):
-        side = [side] if isinstance(side, Evaluation) else list(side)
+    for name, side in zip(("first", "second"), both, strict=True):
         by_seed = {e.about.get("seed"): e for e in side}
         if not side or len(by_seed) < len(side) or (len(side) > 1 and None in by_seed):
             listed = ", ".join(str(e.about.get("seed")) for e in side) or "none"

@@ -68,7 +68,7 @@ def estimate(measure: Measure, seed: int = 0) -> Estimate:
     if measure.no_interval:
         return without(measure.no_interval)
     if patients < MIN_PATIENTS:
-        return without(f"an interval over {counted(patients, 'patient')} says nothing; it takes {MIN_PATIENTS}")
+        return without(no_interval(patients))
 
     def of_scored(weights: Tensor) -> Tensor:
         whole = torch.zeros(len(weights), len(measure.scored), dtype=torch.float64)
@@ -82,6 +82,11 @@ def estimate(measure: Measure, seed: int = 0) -> Estimate:
         return without("all patients agree, which says nothing of how others would vary")
     interval = found.interval()
     return Estimate(value, interval.low, interval.high, patients, measure.cases)
+
+
+def no_interval(patients: int) -> str:
+    """Why so few patients have none."""
+    return f"an interval over {counted(patients, 'patient')} says nothing; it takes {MIN_PATIENTS}"
 
 
 def counted(number: int, noun: str) -> str:

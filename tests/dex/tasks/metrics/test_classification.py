@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dex.tasks.metrics import classification
 from dex.tasks.metrics.classification import Classified, accuracy, auc, brier, confusion, f1, sensitivity
+from dex.tasks.metrics.estimate import estimate
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn, of the extra 'adapt'")
 
@@ -153,3 +154,17 @@ def test_wrong_arguments_are_named(probabilities, labels, message):
         return
     with pytest.raises(ValueError, match=message):
         classification.check(probabilities, labels)
+
+
+def test_a_class_of_few_patients_has_no_interval():
+    """However many patients it is told from: three of forty have class 1."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet([1, 1, 1], 40)
+    labels = torch.tensor([1] * 3 + [0] * 20 + [2] * 17)
+    data = Classified(torch.from_numpy(p), labels, torch.arange(40), 40)
+    for metric in (auc, f1, sensitivity):
+        few, many = estimate(metric(data, 1)), estimate(metric(data, 0))
+        assert few.value is not None and few.low is None and "over 3 patients" in few.why
+        assert many.low is not None
+    two = Classified(torch.from_numpy(p[:, :2] / p[:, :2].sum(1, keepdims=True)), labels % 2, torch.arange(40), 40)
+    assert estimate(auc(two)).low is None  # of two classes it is that of class 1

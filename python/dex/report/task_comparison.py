@@ -1,0 +1,69 @@
+"""The part of a page that compares two models on the same cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dex.report.analysis_parts import reading, rows_table
+from dex.report.charts import esc
+from dex.report.document import Section
+from dex.report.task_words import signed
+from dex.tasks.metrics.difference import Difference, paired_difference
+from dex.tasks.metrics.evaluation import METRICS, Evaluation
+
+_READ = (
+    "The first model minus the second on the same cases. Patients are drawn with all their cases, for both models at "
+    "once, so that what makes a patient hard for both does not widen the interval. It says how other patients would "
+    "vary; how other seeds would is what the seeds show. Distances of surfaces are compared where both models found "
+    "the class. With several metrics and classes some intervals leave out 0 by chance: the primary metric of all "
+    "classes is the one to conclude from."
+)
+
+
+class Other(NamedTuple):
+    """The model that a page compares its own with."""
+
+    name: str
+    evaluations: Sequence[Evaluation]
+    """One, or one per seed; of the same cases."""
+
+
+def section(first: str, second: str, differences: Sequence[Difference], classes: Sequence[str]) -> Section:
+    """A verdict of the first difference, and a row for each.
+
+    classes: of the task, for differences of one class.
+    """
+    verdict = f'<p class="verdict">{esc(differences[0].sentence(first, second))}</p>'
+    rows = [
+        [
+            f"{METRICS[d.metric].title}{'' if d.of is None else f', {classes[d.of]}'}",
+            signed(d.estimate),
+            _better(d),
+            f"{d.estimate.patients:,}",
+            " ".join(f"{s.value:+.3f}" for s in d.by_seed if s.value is not None) or "–",
+        ]
+        for d in differences
+    ]
+    table = rows_table(["", f"{first} minus {second}", "better", "patients", "by seed"], rows)
+    named = f'<p class="soft">First: {esc(first)}. Second: {esc(second)}.</p>'
+    return Section("comparison", "Against another model", verdict + named + reading(_READ) + table)
+
+
+def compared(first: str, evaluations: Sequence[Evaluation], other: Other) -> Section:
+    """The section of the primary metric, of all others, and of the primary one by class."""
+    one = evaluations[0]
+    differences = [paired_difference(evaluations, other.evaluations, name) for name in one.summary()]
+    if METRICS[one.metric].of_classes and len(one.classes) > 1:
+        for of in range(len(one.classes)):
+            difference = paired_difference(evaluations, other.evaluations, one.metric, of=of)
+            if difference.estimate.value is not None:
+                differences.append(difference)
+    return section(first, other.name, differences, one.classes)
+
+
+def _better(difference: Difference) -> str:
+    if difference.verdict not in ("higher", "lower"):
+        return difference.verdict
+    first = (difference.verdict == "higher") == METRICS[difference.metric].higher_is_better
+    return "the first" if first else "the second"

@@ -1,0 +1,350 @@
+"""The page of an evaluation: what a fine-tuned model scores, on whom, where it fails, and what the numbers rest on.
+
+It may hold images of patients: it belongs to whoever may see them.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dex.report import document
+from dex.report.analysis_parts import cell, pair, reading, rows_table
+from dex.report.charts import esc
+from dex.report.document import Section
+from dex.report.parts import table
+from dex.report.pictures import matrix
+from dex.report.task_charts import Strip, reliability_diagram, strips
+from dex.report.task_comparison import Other, compared
+from dex.report.task_words import few, interval, plain, title_of, words_table
+from dex.tasks import recipe
+from dex.tasks.metrics.estimate import FEW_PATIENTS, MIN_PATIENTS, Estimate, counted
+from dex.tasks.metrics.evaluation import METRICS, Evaluation, examples
+from dex.tasks.overlay import png
+from dex.tasks.recipe import Settings
+
+MODE = 0o600
+_WORST = 10
+_BY_PATIENT = {"segmentation": "dice", "classification": "balanced_accuracy"}
+"""The metric whose value of a class enters by the patients that show it."""
+_LEAST = 620
+_PRIVATE = "This page holds images of cases; who receives the page receives them"
+
+
+class Picture(NamedTuple):
+    """Image, truth and prediction of a case in one picture."""
+
+    case: str
+    """Its id."""
+    image: np.ndarray
+    """uint8 ``[h, w, 3]`` or ``[h, w]``."""
+
+
+def write(
+    out: Path,
+    evaluation: Evaluation,
+    *,
+    settings: Settings | None = None,
+    pictures: Sequence[Picture] = (),
+    leak: str = "",
+    notes: Sequence[str] = (),
+    other: Other | None = None,
+    seeds: Sequence[Evaluation] = (),
+) -> None:
+    """Write the page to ``out``, whole or not at all, readable by its owner alone where it holds pictures.
+
+    settings: of the fine-tuning. pictures: of the cases of `dex.tasks.metrics.evaluation.examples`, or any.
+    leak: a sentence about the check against the pretraining set; "" says that it did not run. notes: sentences without
+    their full stop. other: a model to compare with; seeds: the evaluations of this one by seed, if there are several.
+    ValueError: a picture of no case, or an ``other`` of other cases; nothing is written.
+    """
+    unknown = sorted({p.case for p in pictures} - {case.id for case in evaluation.cases})
+    if unknown:
+        raise ValueError(f"pictures: expected cases of the evaluation, got {', '.join(unknown[:3])}")
+    name = _name(evaluation)
+    sections = [
+        Section("classes", "By class", _classes(evaluation)),
+        Section("cases", "Case by case", _cases(evaluation)),
+        Section("pictures", "Best, middle and worst", _pictures(evaluation, pictures)),
+        Section("confusion", "What is taken for what", _confusion(evaluation)),
+        Section("reliability", "What its probabilities are worth", _reliability(evaluation)),
+    ]
+    if other is not None:
+        sections.append(compared(name, list(seeds) or [evaluation], other))
+    sections.append(Section("basis", "What the numbers rest on", _basis(evaluation, settings, leak)))
+    warned = [*([_PRIVATE] if pictures else []), *notes]
+    page = document.document("Evaluation of a task", evaluation.task, _headline(evaluation, name), warned, sections)
+    document.write(page, out, MODE if pictures else 0o666)
+
+
+def _name(evaluation: Evaluation) -> str:
+    """Of the model."""
+    about = evaluation.about
+    return str(about.get("finetuned") or about.get("run") or "the model")
+
+
+def _headline(evaluation: Evaluation, name: str) -> str:
+    summary = evaluation.summary()
+    first = summary[evaluation.metric]
+    title = title_of(evaluation, evaluation.metric)
+    basis = f"{counted(len(evaluation.patients), 'patient')}, {counted(len(evaluation.cases), 'case')}"
+    if first.value is None:
+        verdict = f"{title} has no value: {first.why}."
+    elif first.low is None:
+        verdict = f"{title} {first.value:.3f} over {basis}; without an interval: {first.why}."
+    else:
+        verdict = f"{title} {first.value:.3f}, with 95 % confidence {first.low:.3f} to {first.high:.3f}, over {basis}."
+    facts = [name, *(f"{k} {evaluation.about[k]}" for k in ("mode", "path", "split", "seed") if k in evaluation.about)]
+    if "step" in evaluation.about:
+        facts.insert(1, f"step {evaluation.about['step']}")
+    lines = [
+        f'<p class="verdict">{esc(verdict)}</p><p class="lead">{esc(", ".join(map(str, facts)))}.</p>',
+        f'<div class="tiles">{"".join(_tile(evaluation, n, e) for n, e in summary.items())}</div>',
+    ]
+    if few(first.patients) and first.low is not None:
+        warning = f"Over fewer than {FEW_PATIENTS} patients, intervals cover the truth less often than 95 %."
+        lines.append(f'<p class="soft">{warning}</p>')
+    return "".join(lines)
+
+
+def _tile(evaluation: Evaluation, metric: str, estimate: Estimate) -> str:
+    better = "" if METRICS[metric].higher_is_better else "; lower is better"
+    told = f"{interval(estimate).strip()} {counted(estimate.patients, 'patient')}{better}".strip()
+    return (
+        f'<div class="tile"><span>{esc(title_of(evaluation, metric))}</span><b>{cell(estimate.value)}</b>'
+        f"<span><small>{esc(told)}</small></span></div>"
+    )
+
+
+def _classes(evaluation: Evaluation) -> str:
+    names = [n for n, m in METRICS.items() if m.kind == evaluation.kind and m.of_classes]
+    names.sort(key=lambda n: n != evaluation.metric)
+    columns = {n: evaluation.by_class(n) for n in names}
+    segmentation = evaluation.kind == "segmentation"
+    header = ["class", *(METRICS[n].of_classes if n == "balanced_accuracy" else title_of(evaluation, n) for n in names)]
+    header += ["patients", *(("scored", "missed", "spurious", "empty") if segmentation else ("cases", "predicted"))]
+    rows = []
+    for of, name in enumerate(evaluation.classes):
+        counts = _counts(evaluation, of)
+        patients = columns[_BY_PATIENT[evaluation.kind]][of].patients
+        rows.append([name, *(plain(columns[n][of]) for n in names), f"{patients:,}", *(f"{c:,}" for c in counts)])
+    if segmentation:
+        figures = [_strips_of(evaluation, n, columns[n]) for n in ("dice", "hd95")]
+    else:
+        first = names[0]
+        drawn = [
+            Strip(name, [], e.value, e.low, e.high) for name, e in zip(evaluation.classes, columns[first], strict=True)
+        ]
+        title, mean = METRICS[first].of_classes, "with 95 % interval over patients"
+        figures = [strips(title, drawn, span=(0.0, 1.0), mean=mean)]
+    read = _SEGMENTATION if segmentation else _CLASSIFICATION
+    return reading(read.format(unit=evaluation.unit)) + "".join(figures) + rows_table(header, rows)
+
+
+_SEGMENTATION = (
+    "Dice, HD95 in {unit} and NSD are means over cases, each class by itself; the figure of all is the mean over "
+    "classes. A class that only the prediction or only the truth holds scores Dice 0 (spurious, missed); one that "
+    "neither holds is left out (empty). HD95 and NSD are of the scored cases alone: a model that misses the hard ones "
+    f"looks nearer than it is. A class scored in fewer than {MIN_PATIENTS} patients has no interval."
+)
+_CLASSIFICATION = (
+    "AUC is of each class against all others, sensitivity the share of its cases that are found, F1 their balance "
+    "with false alarms. A class without a case has no AUC and no sensitivity. Intervals are over patients; a class of "
+    f"fewer than {MIN_PATIENTS} patients has none."
+)
+
+
+def _counts(evaluation: Evaluation, of: int) -> list[int]:
+    if evaluation.kind == "segmentation":
+        states = evaluation.states(of)
+        return [states[s] for s in ("scored", "missed", "spurious", "empty")]
+    return [sum(evaluation.confusion[of]), sum(row[of] for row in evaluation.confusion)]
+
+
+def _strips_of(evaluation: Evaluation, metric: str, estimates: Sequence[Estimate]) -> str:
+    """Every case of a segmentation by class."""
+    rows = []
+    for of, (name, estimate) in enumerate(zip(evaluation.classes, estimates, strict=True)):
+        values = [getattr(case.classes[of], metric) for case in evaluation.cases]
+        kept = [v for v in values if v is not None]
+        rows.append(Strip(name, kept, estimate.value, estimate.low, estimate.high))
+    span = None if metric == "hd95" else (0.0, 1.0)
+    return strips(title_of(evaluation, metric), rows, span=span)
+
+
+def _cases(evaluation: Evaluation) -> str:
+    values = evaluation.case_values()
+    figure, words = "", "mean Dice of its classes"
+    if evaluation.kind == "classification":
+        words = "probability of its true class"
+        rows = []
+        for of, name in enumerate(evaluation.classes):
+            kept = [v for v, case in zip(values, evaluation.cases, strict=True) if case.label == of]
+            rows.append(Strip(name, kept, sum(kept) / len(kept) if kept else None, None, None))
+        figure = strips("Probability of the true class", rows, span=(0.0, 1.0), mean="mean")
+    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i])[:_WORST]
+    lines = [
+        [evaluation.cases[i].id, evaluation.cases[i].patient, cell(values[i]), _said(evaluation, i)] for i in order
+    ]
+    head = f"<h3>The {len(lines)} lowest</h3>" if len(lines) > 1 else ""
+    return figure + head + words_table(["case", "patient", words, ""], lines)
+
+
+def _said(evaluation: Evaluation, place: int) -> str:
+    """What was right and what was said of a case, in a few words."""
+    case = evaluation.cases[place]
+    if evaluation.kind == "classification":
+        predicted = int(np.argmax(case.probabilities))
+        return f"{evaluation.classes[case.label]}, said {evaluation.classes[predicted]}"
+    wrong = [
+        f"{name} {c.state}"
+        for name, c in zip(evaluation.classes, case.classes, strict=True)
+        if c.state in ("missed", "spurious")
+    ]
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def _pictures(evaluation: Evaluation, pictures: Sequence[Picture]) -> str:
+    places = examples(evaluation)
+    if not pictures or places is None:
+        return ""
+    number = {case.id: i for i, case in enumerate(evaluation.cases)}
+    values = evaluation.case_values()
+    figures = []
+    for shown in pictures:
+        place = number[shown.case]
+        at = {"best": places.best, "middle": places.median, "worst": places.worst}
+        kinds = [kind for kind, example in at.items() if example == place]
+        words = [", ".join(kinds), f"{shown.case} (patient {evaluation.cases[place].patient})"]
+        words += [cell(values[place]), _said(evaluation, place)]
+        caption = ": ".join(filter(None, (words[0].capitalize(), ", ".join(filter(None, words[1:])))))
+        figures.append(
+            f'<figure class="picture"><div class="scroll">{_picture(shown.image, caption)}</div>'
+            f"<figcaption>{esc(caption)}</figcaption></figure>"
+        )
+    return "".join(figures)
+
+
+def _picture(image: np.ndarray, words: str) -> str:
+    """At its own size where there is room; no smaller than can be looked at, with a bar to move it."""
+    height, width = image.shape[:2]
+    encoded = base64.b64encode(png(image)).decode()
+    style = f"max-width:{width}px;min-width:{min(width, _LEAST)}px"
+    size = f'width="{width}" height="{height}" style="{style}"'
+    return f'<img {size} alt="{esc(words)}" src="data:image/png;base64,{encoded}">'
+
+
+def _confusion(evaluation: Evaluation) -> str:
+    segmentation = evaluation.kind == "segmentation"
+    names = [*(["background"] if segmentation else []), *evaluation.classes]
+    rows, columns = [f"{name} {i}" for i, name in enumerate(names)], [str(i) for i in range(len(names))]
+    shares = [[v / sum(row) if sum(row) else None for v in row] for row in evaluation.confusion]
+    what = "pixels" if segmentation else "cases"
+    figure = matrix(
+        f"Share of {what} by truth",
+        rows,
+        columns,
+        shares,
+        top=1.0,
+        unit="rows: truth, columns: prediction by number",
+        marked=[(i, i) for i in range(len(names))],
+    )
+    lines = [
+        [names[i], names[j], f"{evaluation.confusion[i][j]:,}", f"{shares[i][j]:.1%}"]
+        for i in range(len(names))
+        for j in range(len(names))
+        if i != j and evaluation.confusion[i][j]
+    ]
+    lines.sort(key=lambda line: -int(line[2].replace(",", "")))
+    read = f"Each row adds up to 1: of the {what} that truly are of a class, the share that was called each one."
+    if segmentation:
+        read += " Ignored pixels count nowhere. Every pixel counts alike here, so that large structures weigh most."
+    table_of = words_table(["truth", "taken for", what, "of the truth"], lines[:_WORST]) if lines else ""
+    return reading(read) + pair([figure, f"<div>{table_of}</div>"])
+
+
+def _reliability(evaluation: Evaluation) -> str:
+    if evaluation.kind != "classification":
+        return ""
+    found = evaluation.reliability()
+    read = (
+        "A dot on the dashed line: cases of that probability are right as often as it says. Below the line the model "
+        "says more than it knows. A dot of few cases lies off the line by chance. ECE is the mean distance over cases, "
+        f"in {len(found.bins)} bins of equal width."
+    )
+    words = (
+        f"ECE {found.ece:.3f}. As many cases with exactly right probabilities would show {found.by_chance:.3f} on "
+        f"average. Brier score {evaluation.estimate('brier').value:.3f}, from 0 to 2."
+    )
+    return reading(read) + f"<p>{esc(words)}</p>" + reliability_diagram(found)
+
+
+def _basis(evaluation: Evaluation, settings: Settings | None, leak: str) -> str:
+    lines = [
+        f"Leak check against the pretraining set: {leak or str(evaluation.about.get('leak') or 'not checked')}",
+    ]
+    summary = evaluation.summary()
+    if any(e.low is not None for e in summary.values()):
+        lines.append(
+            f"Intervals: 95 %, BCa bootstrap over {counted(len(evaluation.patients), 'patient')}, each drawn with all "
+            "cases. They say how other patients would vary, not how another training would"
+        )
+    if evaluation.kind == "segmentation":
+        without = sum(1 for case in evaluation.cases if case.unit != evaluation.unit)
+        lines.append(
+            f"Distances are in {evaluation.unit}"
+            + (", as the files give no spacing" if evaluation.unit == "pixels" else ", by the spacing of each file")
+            + (f"; {counted(without, 'case')} without a spacing do not enter them" if without else "")
+        )
+        empty = sum(evaluation.states(of)["empty"] for of in range(len(evaluation.classes)))
+        lines.append(
+            f"Left out as empty on both sides: {empty:,} of "
+            f"{len(evaluation.cases) * len(evaluation.classes):,} pairs of a case and a class"
+        )
+    without = [f"{title_of(evaluation, n)}: {e.why}" for n, e in summary.items() if e.why]
+    if without:
+        lines.append(f"Without an interval: {'; '.join(without)}")
+    rare = [
+        name
+        for of, name in enumerate(evaluation.classes)
+        if 0 < evaluation.estimate(_BY_PATIENT[evaluation.kind], of).patients < MIN_PATIENTS
+    ]
+    if rare and len(evaluation.classes) > 1:
+        lines.append(
+            f"In fewer than {MIN_PATIENTS} patients: {', '.join(rare)}. Means over classes rest on them as on the "
+            "others, and their intervals say little of them"
+        )
+    lines += [str(note) for note in evaluation.about.get("notes") or ()]
+    items = "".join(f"<li>{esc(line)}.</li>" for line in lines)
+    return f'<ul class="lead">{items}</ul>{_facts(evaluation)}{_settings(settings)}'
+
+
+def _facts(evaluation: Evaluation) -> str:
+    facts = [(k, v) for k, v in evaluation.about.items() if k not in ("notes", "leak") and _is_plain(v)]
+    rows = "".join(f"<tr><th>{esc(k.replace('_', ' '))}</th><td>{esc(v)}</td></tr>" for k, v in facts)
+    return (
+        f'<div class="groups"><table class="kv"><caption>Model and data</caption>{rows}</table></div>' if rows else ""
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is not None and isinstance(value, str | int | float)
+
+
+def _settings(settings: Settings | None) -> str:
+    if settings is None:
+        return ""
+    rows = []
+    for field in recipe.fields():
+        value = getattr(settings, field.name)
+        stated = field.metadata["stated"]
+        ours = value != field.default
+        whose = "changed here" if ours else recipe.STATED if stated else recipe.OURS
+        shown = "none" if value is None else value
+        rows.append(f"<tr><th>{esc(field.name)}</th><td>{esc(shown)}</td><td>{esc(whose)}</td></tr>")
+    head = "<tr><th>setting</th><th>value</th><th>whose choice</th></tr>"
+    return f"<h3>Recipe</h3>{table(head, rows)}"
