@@ -11,11 +11,12 @@ Points = list[tuple[int, float | None]]
 _KINDS = ("other modality", "same modality", "random")
 _READ = (
     "Swap gap: how much the held-out masked loss rises when an image is given the experts of another one, in all "
-    "layers; bands are 95 % intervals over sources. A band that holds 0 shows no specialisation. Above another image of "
-    "the same modality, it is about modality. Dashed lines are references: step 0 is the untrained model (by layer: the "
-    "mean of its layers), which already routes by modality to a degree; chance is the 95th percentile of permuted "
-    "modalities; pixels are the same probe of 16 × 16 grey pixels. Entropy near 1: the router does not decide; few sets "
-    "of experts: most images take the same. dex analyse measures more, of more images."
+    "layers; bands are 95 % intervals over sources. A band that holds 0 shows no specialisation. Above another "
+    "image of the same modality, it is about modality. Dashed lines are references: step 0 is the untrained model "
+    "(by layer: the mean of its layers), which already routes by modality to a degree; chance is the 95th "
+    "percentile of permuted modalities; pixels are the same probe of 16 × 16 grey pixels. Entropy near 1: the "
+    "router does not decide; few sets of experts: most images take the same. dex analyse measures more, of more "
+    "images."
 )
 
 
