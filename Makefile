@@ -13,7 +13,7 @@ NEWEST_TRITON := $(VENV)/triton-3.9.0
 TYPES := PATH=$(CURDIR)/$(VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/$(TRITON) basedpyright --ignoreexternal --verifytypes
 EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
-.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling tasks clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -91,6 +91,9 @@ scaling: $(INSTALLED)  ## unit costs and steps on 1, 2 and 4 ranks measured (20 
 	mkdir -p benchmarks/results/scaling
 	$(VENV)/bin/python scripts/scaling.py --measure
 	$(VENV)/bin/python scripts/scaling_page.py
+
+tasks: $(INSTALLED)  ## real labelled images of packages: DEX, a monolithic control and a random start on six tasks, and the page about them (45 minutes on two cores); goes on where it stopped
+	$(VENV)/bin/python scripts/real_tasks.py runs/real-tasks
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """The labelled images of `scripts/real_tasks.py`, cut from packages that the catalogue of `dex prepare` pins by hash.
 
     DATA/NAME.yaml                    a fold, as `dex finetune` takes it
-    DATA/NAME/{train,val,test}/...    its images and masks; a name before "_" is the patient
+    DATA/NAME/{train,val,test}/...    its images and masks; a name before "~" is the patient
 
 A fold tests on what it was not trained on. ``val`` has every fifth slice of the training series: it chooses a
 checkpoint, its neighbours are in ``train``, and its numbers are no result.
@@ -34,6 +34,8 @@ LEAST_VOXELS = 150
 """A structure is a class of `mr-slab` where both slabs hold at least so much of it."""
 VAL_EVERY = 5
 """One slice in so many of a training volume is for validation: each class must be there."""
+SHOWN = 200
+"""Training images of an epoch at least: fewer are listed several times, so that epochs are alike in length."""
 GAP = 2
 """Slices, or 2 mm and more, between the two slabs of the MR."""
 LEFT_OUT = ("ts-aorta", "ts-abdomen", "ts-dicom", "ts-mr", "nuclei-he")
@@ -183,21 +185,20 @@ def _leave_one_out(
         count = 0
         for one in series:
             if one is tested:
-                _write(folder / "test", one, one.name, classes)
+                _write(folder / "test", one, f"{one.name}~0", classes)
                 continue
             numbers = range(one.labels.shape[2])
             val = numbers[VAL_EVERY // 2 :: VAL_EVERY]
             train = [number for number in numbers if number not in val]
-            _write(folder / "val", _slices(one, val, one.name), f"{one.name}-val", classes)
-            _write(folder / "train", _slices(one, train, one.name), one.name, classes)
+            _write(folder / "val", _slices(one, val, one.name), f"{one.name}-val~0", classes)
+            for copy in range(-(-SHOWN // (len(train) * (len(series) - 1)))):
+                _write(folder / "train", _slices(one, train, one.name), f"{one.name}~{copy}", classes)
             count += len(train)
         values = {"kind": "segmentation", "modality": modality, "metric": "dice", "plane": "axial"}
         values |= {"classes": list(classes), "title": f"{task}, tested on {tested.name}", "note": note, **BASE}
-        rule = {"image": "{split}/images/{case}.nii.gz", "mask": "{split}/masks/{case}.nii.gz"}
-        rules = [
-            {**rule, "split": "{split}", "patient": "{case}"},
-            {**rule, "image": "{split}/images/{case}", "split": "{split}", "patient": "{case}"},
-        ]
+        rule = {"mask": "{split}/masks/{series}~{copy}.nii.gz", "split": "{split}", "patient": "{series}"}
+        images = "{split}/images/{series}~{copy}"
+        rules = [{"image": f"{images}.nii.gz", **rule}, {"image": images, **rule}]
         yield _fold(folder, task, count, values, rules)
 
 
@@ -238,14 +239,16 @@ def _nuclei(out: Path, cache: Path) -> Iterator[Fold]:
                     place = np.s_[row * 128 : row * 128 + side, left : left + side]
                     split = "test" if half == tested else "val" if row == 3 else "train"
                     count += split == "train"
-                    name = f"{half}{'-val' if split == 'val' else ''}_{row}-{left}.png"
+                    name = f"{half}{'-val' if split == 'val' else ''}~{row}-{left}"
                     for kind, array in (("images", image), ("masks", mask)):
                         (folder / split / kind).mkdir(parents=True, exist_ok=True)
-                        Image.fromarray(np.ascontiguousarray(array[place])).save(folder / split / kind / name)
+                        for copy in range(-(-SHOWN // 6) if split == "train" else 1):
+                            file = folder / split / kind / f"{name}-{copy}.png"
+                            Image.fromarray(np.ascontiguousarray(array[place])).save(file)
         values = {"kind": "segmentation", "modality": "pathology", "metric": "dice", "classes": ["nucleus"]}
         values |= {"title": f"nuclei in fluorescence, tested on the {tested} half", "note": note, "public": True}
         values |= {"licence": "BSD-3-Clause", "url": "https://pypi.org/project/stardist/0.9.2/"}
-        rule = {"image": "{split}/images/{half}_{tile}.png", "mask": "{split}/masks/{half}_{tile}.png"}
+        rule = {"image": "{split}/images/{half}~{tile}.png", "mask": "{split}/masks/{half}~{tile}.png"}
         yield _fold(folder, "nuclei", count, values, [{**rule, "split": "{split}", "patient": "{half}"}])
 
 
@@ -308,10 +311,10 @@ def _classification(
         image = dataset[places[entry["id"]]].image.permute(1, 2, 0).numpy()
         place = folder / sides[entry["id"]] / labels[entry["id"]]
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{entry['group']}_{number:04d}.png")
+        Image.fromarray(image).save(place / f"{entry['group']}~{number:04d}.png")
     values = {"kind": "classification", "metric": "balanced_accuracy", "classes": sorted(set(labels.values()))}
     values |= {"title": name, "note": note, "public": True, "modality": modality, "licence": "see the data card"}
-    rule = {"image": "{split}/{class}/{origin}_{number}.png", "label": "{class}"}
+    rule = {"image": "{split}/{class}/{origin}~{number}.png", "label": "{class}"}
     count = sum(side == "train" for side in sides.values())
     task = name.partition("-")[0]
     return _fold(folder, task, count, values, [{**rule, "split": "{split}", "patient": "{origin}"}])
