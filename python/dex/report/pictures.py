@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from dex.report.charts import esc, number, sample, scale
 from dex.report.style import STYLE
 
-_NAME = 22
+NAME = 22
 """Characters of a row's name that are shown."""
 _NUMBERED = 14
 """With more columns than this the cells hold no numbers."""
@@ -129,14 +129,14 @@ def matrix(
 ) -> str:
     """A figure of coloured cells ``values [R][C]``: one colour above 0, another below, in full at ``top``; None is left
     empty. The cells hold their numbers where there is room. marked: cells with a frame."""
-    left = 8 + 6.3 * min(max(map(len, rows)), _NAME)
+    left = 8 + 6.3 * min(max(map(len, rows)), NAME)
     cell = (356 - left) / len(columns)
     told = len(columns) <= _NUMBERED and cell >= 15
     height = 19 if told else 15
     frames, parts = set(marked), []
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = 2 + r * height
-        shown = esc(_cut(name, _NAME))
+        shown = esc(_cut(name, NAME))
         parts.append(f'<text x="{left - 6:.0f}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{shown}</text>')
         for c, value in enumerate(row):
             if value is None:

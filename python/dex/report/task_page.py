@@ -17,7 +17,7 @@ from dex.report.analysis_parts import cell, pair, reading, rows_table
 from dex.report.charts import esc
 from dex.report.document import Section
 from dex.report.parts import table
-from dex.report.pictures import matrix
+from dex.report.pictures import NAME, matrix
 from dex.report.task_charts import Strip, reliability_diagram, strips
 from dex.report.task_comparison import Other, compared
 from dex.report.task_words import few, interval, plain, title_of, words_table
@@ -178,9 +178,9 @@ def _strips_of(evaluation: Evaluation, metric: str, estimates: Sequence[Estimate
 
 def _cases(evaluation: Evaluation) -> str:
     values = evaluation.case_values()
-    figure, words = "", "mean Dice of its classes"
+    figure, words = "", "mean Dice of the classes that they or their predictions hold"
     if evaluation.kind == "classification":
-        words = "probability of its true class"
+        words = "probability of their true class"
         rows = []
         for of, name in enumerate(evaluation.classes):
             kept = [v for v, case in zip(values, evaluation.cases, strict=True) if case.label == of]
@@ -190,8 +190,8 @@ def _cases(evaluation: Evaluation) -> str:
     lines = [
         [evaluation.cases[i].id, evaluation.cases[i].patient, cell(values[i]), _said(evaluation, i)] for i in order
     ]
-    head = f"<h3>The {len(lines)} lowest</h3>" if len(lines) > 1 else ""
-    return figure + head + words_table(["case", "patient", words, ""], lines)
+    head = f"<h3>Lowest cases</h3><p>By the {words}.</p>"
+    return figure + head + words_table(["case", "patient", "score", "what went wrong"], lines)
 
 
 def _said(evaluation: Evaluation, place: int) -> str:
@@ -199,7 +199,8 @@ def _said(evaluation: Evaluation, place: int) -> str:
     case = evaluation.cases[place]
     if evaluation.kind == "classification":
         predicted = int(np.argmax(case.probabilities))
-        return f"{evaluation.classes[case.label]}, said {evaluation.classes[predicted]}"
+        right = "" if predicted == case.label else f", said {evaluation.classes[predicted]}"
+        return f"{evaluation.classes[case.label]}{right}"
     wrong = [
         f"{name} {c.state}"
         for name, c in zip(evaluation.classes, case.classes, strict=True)
@@ -238,10 +239,16 @@ def _picture(image: np.ndarray, words: str) -> str:
     return f'<img {size} alt="{esc(words)}" src="data:image/png;base64,{encoded}">'
 
 
+def _numbered(name: str, number: int) -> str:
+    """A row's name, cut so that its number is seen."""
+    most = NAME - len(str(number)) - 1
+    return f"{name if len(name) <= most else name[: most - 1] + '…'} {number}"
+
+
 def _confusion(evaluation: Evaluation) -> str:
     segmentation = evaluation.kind == "segmentation"
     names = [*(["background"] if segmentation else []), *evaluation.classes]
-    rows, columns = [f"{name} {i}" for i, name in enumerate(names)], [str(i) for i in range(len(names))]
+    rows, columns = [_numbered(name, i) for i, name in enumerate(names)], [str(i) for i in range(len(names))]
     shares = [[v / sum(row) if sum(row) else None for v in row] for row in evaluation.confusion]
     what = "pixels" if segmentation else "cases"
     figure = matrix(

@@ -114,7 +114,7 @@ def test_a_sheet_that_stays_locked_is_named(tmp_path):
 
 
 def test_without_locks_nothing_is_written(tmp_path, monkeypatch):
-    def without(*_):
+    def without(*arguments):
         raise OSError(module.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(module.fcntl, "flock", without)
