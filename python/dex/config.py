@@ -14,14 +14,15 @@ from typing import Any, Literal
 import yaml
 
 from dex.common.fields import OnceLoader, flat, merge
+from dex.common.shapes import height_width
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The masked autoencoder; `dex.model.MaskedAutoencoder` takes the same names."""
 
-    img_size: int = 256
-    """Side of the square training crop, pixels."""
+    img_size: int | tuple[int, int] = 256
+    """Pixels of the training crop: side of a square, or height and width."""
     patch_size: int = 16
     embed_dim: int = 768
     depth: int = 12
@@ -34,6 +35,8 @@ class ModelConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     mlp_ratio: float = 4.0
+    in_chans: Literal[1, 3] = 3
+    """3, colours, of which grey images have three equal ones; 1, grey: colours become their luminance."""
     norm_pix_loss: bool = True
     """Predict pixels normalised per patch, as the published runs do, instead of the pixels themselves."""
     mask_ratio: float = 0.75
@@ -292,15 +295,15 @@ def _require(good: bool, name: str, expected: str, value: Any) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+    _require(min(height_width(model.img_size)) >= 1, "model.img_size", "at least 1", model.img_size)
+    for name in ("patch_size", "embed_dim", "depth", "num_heads"):
         _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
     for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
-    for whole, part in (
-        ("img_size", "patch_size"),
-        ("embed_dim", "num_heads"),
-        ("decoder_embed_dim", "decoder_num_heads"),
-    ):
+    by_patch = f"a multiple of model.patch_size = {model.patch_size}"
+    divides = not any(side % model.patch_size for side in height_width(model.img_size))
+    _require(divides, "model.img_size", by_patch, model.img_size)
+    for whole, part in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
         value, divisor = getattr(model, whole), getattr(model, part)
         _require(value % divisor == 0, f"model.{whole}", f"a multiple of model.{part} = {divisor}", value)
     for name in ("embed_dim", "decoder_embed_dim"):
@@ -315,7 +318,7 @@ def _check_model(model: ModelConfig) -> None:
         width = getattr(model, name)
         hidden = f"a ratio that gives at least one hidden unit of model.{name} = {width}"
         _require(1 <= width * model.mlp_ratio < math.inf, "model.mlp_ratio", hidden, model.mlp_ratio)
-    patches = (model.img_size // model.patch_size) ** 2
+    patches = math.prod(side // model.patch_size for side in height_width(model.img_size))
     kept = int(patches * (1 - model.mask_ratio))
     _require(
         0 < model.mask_ratio < 1 and 1 <= kept < patches,

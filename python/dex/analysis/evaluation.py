@@ -135,12 +135,11 @@ class Evaluator:
         count = len(held_out.images)
         if count == 0:
             return None
-        names, size = self.modalities, self.config.model.img_size
-        patches = (size // self.config.model.patch_size) ** 2
+        names, patches = self.modalities, self.model.encoder.patches
         loss = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         mass = [torch.zeros(len(names), e, dtype=torch.float64, device=self.device) for e in self.experts]
         entropy = torch.zeros(len(self.experts), dtype=torch.float64, device=self.device)
-        shown = center(held_out.images[:pictures].to(self.device), size)
+        shown = self._centred(held_out.images[:pictures])
         reconstruction = torch.zeros_like(shown)
         hidden = torch.zeros(len(shown), patches, device=self.device)
         noise = torch.zeros(count, patches, device=self.device)
@@ -148,7 +147,7 @@ class Evaluator:
         self.model.eval()
         for turn in self._turns(count):
             torch.manual_seed(step_seed(_SEED, turn.number))
-            images = center(held_out.images[turn.part].to(self.device), size)
+            images = self._centred(held_out.images[turn.part])
             kinds = held_out.modality[turn.part].to(self.device)
             mask_noise = torch.rand(len(images), patches, device=self.device)
             with autocast(self.device, self.precision), self._probabilities() as probabilities:
@@ -182,9 +181,9 @@ class Evaluator:
             probe=accuracy,
             gate_entropy=(entropy / count).tolist(),
             director_distance=director_distance(self.model),
-            original=denormalize(shown).cpu(),
-            masked=torch.where(self._pixels(hidden), 0.5, denormalize(shown)).cpu(),
-            reconstruction=denormalize(reconstruction).cpu(),
+            original=_coloured(shown),
+            masked=torch.where(self._pixels(hidden).cpu(), 0.5, _coloured(shown)),
+            reconstruction=_coloured(reconstruction),
             labels=[names[m] for m in held_out.modality[: len(shown)].tolist()],
             groups=len(self._groups[0].of[: self.sizes.swapped].unique()) if probe else 0,
             instruments=instruments,
@@ -238,7 +237,7 @@ class Evaluator:
         """Masked losses ``[count]`` of the first held-out images with others' routes, on the host."""
         loss = torch.zeros(count, device=self.device)
         for turn in self._turns(count):
-            images = center(self._images.images[turn.part].to(self.device), self.config.model.img_size)
+            images = self._centred(self._images.images[turn.part])
             given = [o and Override(o.gates[turn.part], o.experts[turn.part]) for o in overrides]
             ratio = self.config.model.mask_ratio
             with autocast(self.device, self.precision):
@@ -252,13 +251,13 @@ class Evaluator:
 
     def _whole(self, images: Tensor) -> Whole:
         """What the encoder makes of whole images, uint8 on the host."""
-        size, width, count = self.config.model.img_size, self.config.model.embed_dim, len(images)
+        width, count = self.config.model.embed_dim, len(images)
         cls = torch.zeros(count, width, device=self.device)
         patches = torch.zeros_like(cls)
         probabilities = [torch.zeros(count, e, device=self.device) for e in self.experts]
         self.model.eval()
         for turn in self._turns(count):
-            part = center(images[turn.part].to(self.device), size)
+            part = self._centred(images[turn.part])
             with autocast(self.device, self.precision), self._probabilities() as found:
                 tokens = self._encode(part).float()
             if turn.counts:
@@ -283,10 +282,16 @@ class Evaluator:
         return tokens[0]
 
     def _pixels(self, patches: Tensor) -> Tensor:
-        """bool ``[R, 1, S, S]`` of ``[R, L]``: whether a pixel's patch is 1."""
+        """bool ``[R, 1, H, W]`` of ``[R, L]``: whether a pixel's patch is 1."""
         side = self.config.model.patch_size
-        grid = self.config.model.img_size // side
-        return (patches.reshape(-1, 1, grid, grid).repeat_interleave(side, 2).repeat_interleave(side, 3)) == 1
+        return (
+            patches.reshape(-1, 1, *self.model.encoder.grid).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        ) == 1
+
+    def _centred(self, images: Tensor) -> Tensor:
+        """As the model takes them, of uint8 images on the host."""
+        model = self.config.model
+        return center(images.to(self.device), model.img_size, model.in_chans)
 
     def _sample(self, dataset: Dataset, wanted: int) -> Sample:
         """`spread_out`. RuntimeError when the ranks could not read the same images."""
@@ -327,3 +332,8 @@ class _Turn(NamedTuple):
     """Of the part; it seeds the masks."""
     part: slice
     counts: bool
+
+
+def _coloured(images: Tensor) -> Tensor:
+    """``[R, 3, H, W]`` within about [0, 1] on the host, for pictures; grey ones as three equal channels."""
+    return denormalize(images).cpu().expand(-1, 3, -1, -1)

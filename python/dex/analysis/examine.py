@@ -123,8 +123,8 @@ def examine(
     if not len(held_out.images):
         raise ValueError("data: expected held-out images, got none")
     device = next(model.parameters()).device
-    images = center(held_out.images.to(device), config.model.img_size)
-    patches = model.encoder.grid_size**2
+    images = _sized(held_out.images, config, device)
+    patches = model.encoder.patches
     noise = torch.rand(len(images), patches, generator=torch.Generator().manual_seed(_MASKS)).to(device)
     options = {"mask_ratio": config.model.mask_ratio, "batch_size": batch_size}
     routed = bool(model.encoder.dex_layers)
@@ -219,7 +219,7 @@ def _features(model: MaskedAutoencoder, config: Config, material: Material, batc
 
 
 def _sized(images: Tensor, config: Config, device: torch.device) -> Tensor:
-    return center(images.to(device), config.model.img_size)
+    return center(images.to(device), config.model.img_size, config.model.in_chans)
 
 
 def _mean(values: Tensor, groups: Tensor) -> Interval:

@@ -3,6 +3,7 @@
 Shape letters: B images, S image side, G patches a side, L = G * G patches, D width, A heads.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ class Tokens(NamedTuple):
     patches: Tensor
     """``[B, L, D]``"""
     attention: Tensor
-    """``[B, A, G, G]``: the last block's attention of the CLS token to the patches; sums to at most 1 over them."""
+    """``[B, A, R, C]``, R rows and C columns of patches: the last block's attention of the CLS token; sums to at
+    most 1."""
 
 
 @torch.no_grad()
@@ -39,17 +41,19 @@ def tokens(encoder: VisionTransformer, images: Tensor, *, batch_size: int = 64) 
             weight = torch.softmax(
                 (q[:, :, :1].float() @ k.float().transpose(2, 3)) * (D // attn.num_heads) ** -0.5, -1
             )
-            G = encoder.grid_size
-            out.append(Tokens(x[:, 0], x[:, 1:], weight[:, :, 0, 1:].reshape(B, attn.num_heads, G, G).cpu()))
+            out.append(Tokens(x[:, 0], x[:, 1:], weight[:, :, 0, 1:].reshape(B, attn.num_heads, *encoder.grid).cpu()))
     finally:
         handle.remove()
         encoder.train(training)
     return Tokens(*(torch.cat(column) for column in zip(*out, strict=True)))
 
 
-def principal_maps(patches: Tensor) -> Tensor:
-    """The first three principal components of ``patches [B, L, D]`` of all images together, as colours ``[B, G, G, 3]``
-    in [0, 1]: equal colours are alike patches, in whatever image. Each component spans its 2nd to 98th percentile."""
+def principal_maps(patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """The first three principal components of ``patches [B, L, D]`` of all images together, as colours ``[B, R, C, 3]``
+    in [0, 1]: equal colours are alike patches, in whatever image. Each component spans its 2nd to 98th percentile.
+
+    grid: rows R and columns C of patches; None: a square.
+    """
     B, L, D = patches.shape
     x = patches.reshape(B * L, D).double()
     x = x - x.mean(0)
@@ -66,5 +70,4 @@ def principal_maps(patches: Tensor) -> Tensor:
     colour = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     if colour.shape[1] < 3:
         colour = torch.cat([colour, colour.new_zeros(B * L, 3 - colour.shape[1])], 1)
-    side = int(L**0.5)
-    return colour.view(B, side, side, 3).float()
+    return colour.view(B, *(grid or (math.isqrt(L), math.isqrt(L))), 3).float()

@@ -4,6 +4,8 @@ import argparse
 import os
 from typing import Any
 
+from dex.common.shapes import Size, plain_size
+
 _READING = ("modality", "planes", "normalisation", "volumes", "slope", "intercept", "frame_stride")
 
 
@@ -30,7 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--intercept", type=float, metavar="B", help="files other than DICOM")
     group.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
     parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
-    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
+    add_img_size(parser)
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
@@ -41,6 +44,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="processes that read, each with limits on memory and time, so that a file that crashes or hangs costs "
         "only itself (one for each processor, at most 8). 0 reads in the command's own process, without these limits",
     )
+
+
+def add_img_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--img-size", type=_size, metavar="S", help="side of the model's images, or HEIGHTxWIDTH (as trained)"
+    )
+
+
+def _size(text: str) -> Size:
+    sides = text.lower().split("x")
+    try:
+        height, width = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected pixels, such as 224 or 224x320; got {text!r}") from None
+    return plain_size((height, width))
 
 
 def reading(options: argparse.Namespace) -> dict[str, Any]:

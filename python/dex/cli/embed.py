@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.train.plan import resolve_device
 
     ranks = announced()
-    loaded = load(options.run, img_size=options.img_size, path=options.path)
+    loaded = load(options.run, img_size=options.img_size, path=options.path, ema=options.ema)
     config = loaded.config
     device = resolve_device(replace(config, run=replace(config.run, device=options.device)), ranks)
     job = embed_job.Options(

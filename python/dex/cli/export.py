@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 from dex.common.units import format_bytes
@@ -59,5 +60,5 @@ def _parser() -> Parser:
         "--path", choices=("experts", "director"), help="what the model computes with (experts; director for timm)"
     )
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
-    parser.add_argument("--img-size", type=int, metavar="S", help="side of the model's images (as trained)")
+    _features.add_img_size(parser)
     return parser

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     where = Path(private.name) / "private"
     images = collection(Path(options.input), where, processes=workers, **_features.reading(options))
     probe_job.check_labels(images, labels)
-    loaded = load(options.run, img_size=options.img_size, path=options.path)
+    loaded = load(options.run, img_size=options.img_size, path=options.path, ema=options.ema)
     config = loaded.config
     device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
     loaded.model.to(device)

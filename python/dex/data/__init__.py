@@ -8,8 +8,9 @@ images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normal
 """
 
 from dex.common.random import sample_keys
+from dex.common.shapes import IMAGENET_MEAN, IMAGENET_STD
 
-from .augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize
+from .augmentation import augment, center, denormalize
 from .dataset import Dataset, Sample, SampleError
 from .folder import FolderDataset
 from .loader import Batch, CorruptDataError, Loader

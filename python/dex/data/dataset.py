@@ -56,7 +56,8 @@ class Dataset:
     """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
 
     name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
-    data set knows of and holds no image of; image_size: S; dim: id and maximum of the first 16-bit sample read that
+    data set knows of and holds no image of; image_size: S; channels: C,
+    3, or 1 for luminance; dim: id and maximum of the first 16-bit sample read that
     uses little of its range (None: none so far).
     fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only;
     `take_fingerprint` can be interrupted.
@@ -73,6 +74,7 @@ class Dataset:
     earlier_fingerprint: str | None = None
     withdrawals: tuple[Withdrawal, ...] = ()
     image_size: int = IMAGE_SIZE
+    channels: int = 3
     dim: tuple[str, int] | None = None
 
     def __len__(self) -> int:
@@ -80,12 +82,12 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`, its image in memory of its own; errors as of `read`."""
-        image = np.empty((3, self.image_size, self.image_size), np.uint8)
+        image = np.empty((self.channels, self.image_size, self.image_size), np.uint8)
         modality, sample_id = self.read(index, image)
         return Sample(torch.from_numpy(image), modality, sample_id)
 
     def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
-        """Put the image of sample `index` into `out` uint8 [3, S, S], contiguous; returns its modality and id.
+        """Put the image of sample `index` into `out` uint8 [C, S, S], contiguous; returns its modality and id.
 
         SampleError when the sample cannot be given, `out` is then of no use; IndexError outside 0 .. len - 1: negative
         numbers are not indices.
@@ -161,7 +163,7 @@ class View(Dataset):
         self.name = f"{base.name}/{label}"
         self.modalities = base.modalities
         self.empty_modalities = base.empty_modalities
-        self.image_size = base.image_size
+        self.image_size, self.channels = base.image_size, base.channels
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -138,10 +138,12 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_planes(image: Image.Image, out: np.ndarray) -> None:
-    """`square` into `out` uint8 [3, size, size], contiguous."""
+    """`square` into `out` uint8 [C, size, size], contiguous; C: 3, or 1 for luminance."""
     image = _square(image, out.shape[-1])
+    if len(out) == 1 and image.mode != "L":
+        image = image.convert("L")
     bands = image.getbands()
-    planes = out.reshape(3, -1)
+    planes = out.reshape(len(out), -1)
     for number, band in enumerate(bands):
         # a band at a time: three times as fast as an array [S, S, 3] and its transposed copy
         planes[number :: len(bands)] = np.frombuffer(image.tobytes("raw", band), np.uint8)

@@ -34,7 +34,7 @@ class CorruptDataError(ValueError):
 
 
 class Batch(NamedTuple):
-    """`images` uint8 [B, 3, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B;
+    """`images` uint8 [B, C, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B;
     `places` int64 [B]: number of the global batch * its size + place in it, so no two images of a run share one."""
 
     images: torch.Tensor
@@ -196,12 +196,12 @@ class _Read(NamedTuple):
 
 
 class _BatchReader:
-    """This rank's part of a global batch, images of `shape [B, 3, S, S]`; `first` is its first place in the batch."""
+    """This rank's part of a global batch, images of `shape [B, C, S, S]`; `first` is its first place in the batch."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, temperature: float, rank: int, world_size: int):
         self.dataset, self.batch_size, self.seed, self.temperature = dataset, batch_size, seed, temperature
         part = batch_size // world_size
-        self.shape = (part, 3, dataset.image_size, dataset.image_size)
+        self.shape = (part, dataset.channels, dataset.image_size, dataset.image_size)
         self.first = rank * part
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 

@@ -33,7 +33,7 @@ OVER_STEPS = ("routing", "swap", "features")
 """The parts that are measured of every checkpoint."""
 PICTURES = 8
 """Images whose feature maps are drawn."""
-_MEASURE = ("norm_pix_loss", "mask_ratio", "img_size", "patch_size")
+_MEASURE = ("norm_pix_loss", "mask_ratio", "img_size", "patch_size", "in_chans")
 """Fields of the model that decide what its masked loss is a loss of."""
 
 
@@ -343,6 +343,6 @@ def _maps(model: MaskedAutoencoder, config: Config, material: Material) -> Maps:
     images = material.held_out.images[:count]
     kinds = material.held_out.modality[:count].tolist()
     device = next(model.parameters()).device
-    seen = maps.tokens(model.encoder, center(images.to(device), config.model.img_size))
+    seen = maps.tokens(model.encoder, center(images.to(device), config.model.img_size, config.model.in_chans))
     labels = [material.modalities[m] for m in kinds]
-    return Maps(images, labels, maps.principal_maps(seen.patches), seen.attention.mean(1))
+    return Maps(images, labels, maps.principal_maps(seen.patches, model.encoder.grid), seen.attention.mean(1))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dex.common.shapes import height_width
 from dex.data import center
 from dex.inference.preprocess import Preprocessed, preprocess
 from dex.model import VisionTransformer
@@ -86,10 +87,17 @@ def embed(
         raise ValueError(f"batch_size: expected a positive whole number; got {batch_size!r}")
     device = encoder.pos_embed.device
     parts = []
-    for batch in _batches(images, batch_size, encoder.img_size, device):
+    for batch in _batches(images, batch_size, encoder, device):
         parts.append(features(encoder, batch, layers, precision))
     if not parts:
-        parts = [features(encoder, encoder.pos_embed.new_zeros(0, 3, *[encoder.img_size] * 2), layers, precision)]
+        parts = [
+            features(
+                encoder,
+                encoder.pos_embed.new_zeros(0, encoder.in_chans, *height_width(encoder.img_size)),
+                layers,
+                precision,
+            )
+        ]
     return joined(parts)
 
 
@@ -97,7 +105,7 @@ def embed(
 def features(
     encoder: VisionTransformer, images: Tensor, layers: Sequence[int] = (), precision: str = "fp32"
 ) -> Embedding:
-    """Of one batch, where the encoder is. ``images [B, 3, S, S]`` as `dex.data.center` gives them."""
+    """Of one batch, where the encoder is. ``images [B, C, H, W]`` as `dex.data.center` gives them."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     with _recorded(encoder, layers) as record:
@@ -165,7 +173,9 @@ def _recorded(encoder: VisionTransformer, layers: Sequence[int]) -> Iterator[_Re
         yield record
 
 
-def _batches(images: Sequence[Tensor], batch_size: int, size: int, device: torch.device) -> Iterator[Tensor]:
+def _batches(
+    images: Sequence[Tensor], batch_size: int, encoder: VisionTransformer, device: torch.device
+) -> Iterator[Tensor]:
     """Normalised batches of ``batch_size`` images (the last one may be smaller), across tensors of different sizes."""
     waiting: list[Tensor] = []
     count = 0
@@ -174,7 +184,7 @@ def _batches(images: Sequence[Tensor], batch_size: int, size: int, device: torch
         while start < len(tensor):
             part = tensor[start : start + batch_size - count]
             start, count = start + len(part), count + len(part)
-            waiting.append(center(part.to(device).expand(-1, 3, -1, -1), size))
+            waiting.append(center(part.to(device), encoder.img_size, encoder.in_chans))
             if count == batch_size:
                 yield torch.cat(waiting)
                 waiting, count = [], 0

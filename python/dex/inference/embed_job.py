@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from dex.common import atomic, exits
+from dex.common.shapes import height_width
 from dex.common.units import duration
+from dex.config import to_dict
 from dex.data import center
 from dex.inference import reading, tables
 from dex.inference.collection import Collection, Decoded, Note, Row
@@ -190,9 +192,9 @@ class _Batches:
         if self._waiting:
             channels = max(images.shape[1] for images in self._waiting)
             batch = torch.cat([images.expand(-1, channels, -1, -1) for images in self._waiting])
-            images = center(batch.to(self._device).expand(-1, 3, -1, -1), size)
+            images = center(batch.to(self._device), size, self._encoder.in_chans)
         else:
-            images = torch.zeros(0, 3, size, size, device=self._device)
+            images = torch.zeros(0, self._encoder.in_chans, *height_width(size), device=self._device)
         self._done.append(features(self._encoder, images, self._options.layers, self._options.precision))
         self._waiting, self._count = [], 0
 
@@ -224,7 +226,7 @@ def _plan(loaded: Loaded, collection: Collection, options: Options) -> dict[str,
         "model": digest_of(loaded.model),
         "step": loaded.step,
         "path": loaded.path,
-        "img_size": loaded.config.model.img_size,
+        "img_size": to_dict(loaded.config.model)["img_size"],
         "input": collection.fingerprint,
         _READING: collection.reading,
         "parts": len(collection.parts),

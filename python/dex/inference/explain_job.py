@@ -150,8 +150,8 @@ def explain(
 ) -> Explanation:
     """Measure everything; the model is moved to ``device``."""
     model, config, options = job.loaded.model.to(device), job.loaded.config.model, job.options
-    image = center(job.found.images[job.place][None].to(device), config.img_size)
-    patches = model.encoder.grid_size**2
+    image = center(job.found.images[job.place][None].to(device), config.img_size, config.in_chans)
+    patches = model.encoder.patches
     generator = torch.Generator().manual_seed(_MASKS)
     noise = torch.rand(options.masks, patches, generator=generator).to(device)
     asked = {"mask_ratio": config.mask_ratio, "batch_size": options.batch_size}
@@ -166,7 +166,7 @@ def explain(
         compared = len(sample.ids)
         if compared:
             say(3, 4, "training images")
-            known = center(sample.images.to(device), config.img_size)
+            known = center(sample.images.to(device), config.img_size, config.in_chans)
             names = job.train.modalities
             of_each = torch.rand(compared, patches, generator=generator).to(device)
             routes = masked_forward(model, known, of_each, **asked).routes
@@ -209,7 +209,7 @@ def _nearest(job: Job, model: torch.nn.Module, image: Tensor, known: Tensor, sam
     like = similarities(maps.tokens(model.encoder, image), maps.tokens(model.encoder, known, batch_size=batch))
     nearest = like.argsort(descending=True)[: job.options.neighbours]
     some = nearest.to(known.device)
-    none = torch.zeros(len(nearest), model.encoder.grid_size**2, device=known.device)
+    none = torch.zeros(len(nearest), model.encoder.patches, device=known.device)
     routes = masked_forward(model, known[some], none, mask_ratio=0.0, batch_size=batch).routes
     return [
         Neighbour(

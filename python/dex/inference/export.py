@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dex.common import atomic
-from dex.data import IMAGENET_MEAN, IMAGENET_STD
+from dex.common.shapes import height_width, statistics
 from dex.inference import model_file
 from dex.inference.load import Loaded
 from dex.inference.model_card import model_card
@@ -83,6 +83,7 @@ def _write_timm(loaded: Loaded, folder: Path) -> None:
     state = timm_state_dict(encoder)
     atomic.write(folder / model_file.WEIGHTS, save(state, {"format": "pt"}))
     width, hidden = encoder.norm.normalized_shape[0], state["blocks.0.mlp.fc1.weight"].shape[0]
+    mean, std = map(list, statistics(encoder.in_chans))
     config = {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
@@ -97,9 +98,9 @@ def _write_timm(loaded: Loaded, folder: Path) -> None:
             "mlp_ratio": hidden / width,
         },
         "pretrained_cfg": {
-            "input_size": [encoder.in_chans, encoder.img_size, encoder.img_size],
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "input_size": [encoder.in_chans, *height_width(encoder.img_size)],
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -143,8 +144,7 @@ def _write_torch_export(loaded: Loaded, folder: Path) -> None:
 
 def _traceable(loaded: Loaded) -> tuple[nn.Module, Tensor]:
     model = plain(loaded.encoder).requires_grad_(False)
-    side = model.img_size
-    return model, torch.zeros(_TRACED_BATCH, model.in_chans, side, side)
+    return model, torch.zeros(_TRACED_BATCH, model.in_chans, *height_width(model.img_size))
 
 
 def _dynamic() -> dict[str, Any]:
@@ -154,15 +154,16 @@ def _dynamic() -> dict[str, Any]:
 def _described(loaded: Loaded) -> dict[str, Any]:
     """What a program needs to know of a graph: its input and output."""
     encoder = loaded.encoder
-    side, width = encoder.img_size, encoder.norm.normalized_shape[0]
+    width = encoder.norm.normalized_shape[0]
+    mean, std = map(list, statistics(encoder.in_chans))
     return {
         "input": {
-            "images": ["batch", encoder.in_chans, side, side],
-            "values": "RGB within [0, 1], less mean, over std",
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "images": ["batch", encoder.in_chans, *height_width(encoder.img_size)],
+            "values": f"{'RGB' if encoder.in_chans == 3 else 'luminance'} within [0, 1], less mean, over std",
+            "mean": mean,
+            "std": std,
         },
-        "output": {"tokens": ["batch", 1 + encoder.grid_size**2, width], "order": "CLS token, then patches by row"},
+        "output": {"tokens": ["batch", 1 + encoder.patches, width], "order": "CLS token, then patches by row"},
         "path": loaded.path,
         "step": loaded.step,
         "modalities": list(loaded.modalities),

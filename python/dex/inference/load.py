@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from dex.common.shapes import Size, check_size, height_width, plain_size
 from dex.config import Config, from_dict
 from dex.inference import embed, model_file
 from dex.inference.embed import Embedding
@@ -43,7 +44,7 @@ class Loaded(NamedTuple):
 
     @property
     def encoder(self) -> VisionTransformer:
-        """``images [B, 3, S, S] -> tokens [B, 1 + L, D]``, CLS first; images as `dex.data.center` gives them."""
+        """``images [B, C, H, W] -> tokens [B, 1 + L, D]``, CLS first; images as `dex.data.center` gives them."""
         return self.model.encoder
 
     @property
@@ -100,15 +101,15 @@ class _Source(NamedTuple):
 
 
 def load(
-    run: str | os.PathLike[str], *, img_size: int | None = None, path: str | None = None, ema: bool = False
+    run: str | os.PathLike[str], *, img_size: Size | None = None, path: str | None = None, ema: bool = False
 ) -> Loaded:
     """The model of a run folder, with the weights of its newest good checkpoint; of one checkpoint folder; or of a
     folder or a ``.safetensors`` file that `dex export` wrote.
 
     Args:
         run: the folder or file.
-        img_size: side of the images that the model is to take, a multiple of its patch size. Position embeddings are
-            resized. None: as trained.
+        img_size: side of the images that the model is to take, or (height, width), multiples of its patch size.
+            Position embeddings are resized. None: as trained.
         path: ``"experts"``, or ``"director"`` for the dense model that follows them. None: experts, unless an exported
             model says otherwise.
         ema: take the average of the weights that a run with ``optim.ema`` keeps, not the weights.
@@ -127,7 +128,7 @@ def load(
     config = source.config
     if img_size is not None:
         resize_(model, img_size)
-        config = replace(config, model=replace(config.model, img_size=img_size))
+        config = replace(config, model=replace(config.model, img_size=model.encoder.img_size))
     choose_path_(model.encoder, source.path if path is None else path)
     return Loaded(model.eval(), config, source.modalities, source.step, source.folder)
 
@@ -148,15 +149,16 @@ def choose_path_(encoder: VisionTransformer, path: str) -> None:
             layer.path = path
 
 
-def resize_(model: MaskedAutoencoder, img_size: int) -> None:
+def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
     """Make ``model`` take images of another size; its position embeddings are resized. ValueError."""
     encoder = model.encoder
-    side = encoder.patch_size
-    if isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < side or img_size % side:
-        raise ValueError(f"img_size: expected a multiple of the patch size, {side}; got {img_size!r}")
-    encoder.img_size, encoder.grid_size = img_size, img_size // side
-    encoder.pos_embed = resize_pos_embed(encoder.pos_embed, encoder.grid_size)
-    model.decoder_pos_embed = resize_pos_embed(model.decoder_pos_embed, encoder.grid_size)
+    check_size("img_size", img_size)
+    patch, before = encoder.patch_size, encoder.grid
+    if any(side % patch for side in height_width(img_size)):
+        raise ValueError(f"img_size: expected a multiple of the patch size, {patch}; got {img_size!r}")
+    encoder.img_size = plain_size(img_size)
+    encoder.pos_embed = resize_pos_embed(encoder.pos_embed, encoder.grid_size, before)
+    model.decoder_pos_embed = resize_pos_embed(model.decoder_pos_embed, encoder.grid_size, before)
 
 
 def _find(run: str | os.PathLike[str], ema: bool) -> _Source:

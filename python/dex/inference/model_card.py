@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dex.common.shapes import height_width
 from dex.inference.load import Loaded
 from dex.train.runlog import METRICS, STARTS, read_rows
 
@@ -89,7 +90,7 @@ def model_card(loaded: Loaded) -> str:
     model = {
         "encoder": f"width {m.embed_dim}, {m.depth} layers, {m.num_heads} heads, {parameters:,} parameters",
         "experts": experts,
-        "images": f"{m.img_size} x {m.img_size} pixels, patches of {m.patch_size}",
+        "images": " x ".join(map(str, height_width(m.img_size))) + f" pixels, patches of {m.patch_size}",
         "computes with": loaded.path,
     }
     run = loaded.folder.parent.parent

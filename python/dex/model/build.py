@@ -24,6 +24,7 @@ def build_model(config: Config) -> MaskedAutoencoder:
         m.decoder_num_heads,
         mlp_ratio=m.mlp_ratio,
         norm_pix_loss=m.norm_pix_loss,
+        in_chans=m.in_chans,
         backend=m.backend,
         align=m.align,
         route_from=m.route_from,

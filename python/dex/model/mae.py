@@ -1,9 +1,10 @@
 """The DEX vision transformer and the masked autoencoder around it; weights in and out are in `dex.model.weights`.
 
-Letters: B images, C channels, S image side, P patch side, L patches, N tokens (CLS first), D width,
+Letters: B images, C channels, H x W their pixels, P patch side, L patches, N tokens (CLS first), D width,
 E experts, K chosen.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dex.common.shapes import Size, check_size, height_width, plain_size
 from dex.model.balance import probabilities
 from dexkernels import Aux, DEXLayer
 from dexkernels.checks import check_number
@@ -38,7 +40,7 @@ class MAEOutput(NamedTuple):
     balance_loss: Tensor
     """Mean over layers; local to this rank."""
     pred: Tensor
-    """``[B, C, S, S]``: the decoder's output as an image; see `MaskedAutoencoder.reconstruct`."""
+    """``[B, C, H, W]``: the decoder's output as an image; see `MaskedAutoencoder.reconstruct`."""
     mask: Tensor
     """``[B, L]``; 1 = removed."""
     gate_mass: list[Tensor]
@@ -133,9 +135,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: ``images [B, C, S, S] -> tokens [B, 1 + L, D]``, CLS first, after the final norm.
+    """The encoder: ``images [B, C, H, W] -> tokens [B, 1 + L, D]``, CLS first, after the final norm.
 
     Args:
+        img_size: side of a square, or (height, width), multiples of ``patch_size``.
         num_experts, top_k: an int, or one int per layer; ``num_experts=0`` is the monolithic control, whose dense MLPs
             have hidden size ``top_k * mlp_ratio * embed_dim``.
         dex_options: of every `dexkernels.DEXLayer`: align, backend, route_from, temperature, usage_momentum.
@@ -145,7 +148,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 256,
+        img_size: Size = 256,
         patch_size: int = 16,
         embed_dim: int = 768,
         depth: int = 12,
@@ -159,8 +162,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if unknown := dex_options.keys() - DEX_OPTIONS:
             raise TypeError(f"expected {', '.join(DEX_OPTIONS)} beside the sizes, got {', '.join(sorted(unknown))}")
-        _check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans)
-        if img_size % patch_size:
+        _check_sizes(patch_size=patch_size, in_chans=in_chans)
+        check_size("img_size", img_size)
+        if any(side % patch_size for side in height_width(img_size)):
             raise ValueError(f"img_size: expected a multiple of patch_size ({patch_size}), got {img_size}")
         _check_transformer("", embed_dim, depth, num_heads)
         experts = _per_layer("num_experts", num_experts, depth)
@@ -169,8 +173,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_experts: expected 0 in all layers (monolithic) or in none, got {experts}")
         check_number("mlp_ratio", mlp_ratio, "a positive finite number", lambda v: 0 < v < float("inf"))
         hidden_dim = max(int(embed_dim * mlp_ratio), 1)
-        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.grid_size = img_size // patch_size
+        self.img_size: Size = plain_size(img_size)
+        self.patch_size, self.in_chans = patch_size, in_chans
         # A linear map of flattened patches, not a convolution: removed patches are then never embedded.
         self.patch_embed = nn.Linear(in_chans * patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -184,12 +188,29 @@ class VisionTransformer(nn.Module):
         """Keep only every block's input for backward and compute the block anew there."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = height_width(self.img_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def grid_size(self) -> Size:
+        """Patches a side, or (rows, columns) of images that are no squares."""
+        return plain_size(self.grid)
+
+    @property
+    def patches(self) -> int:
+        """L."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
     def dex_layers(self) -> list[DEXLayer]:
         """The DEX layers, first to last; empty for the monolithic control."""
         return [block.dex for block in self.blocks if block.dex is not None]
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, S, S] -> [B, 1 + L, D]``; losses and director are not computed."""
+        """``[B, C, H, W] -> [B, 1 + L, D]``; losses and director are not computed."""
         return self.forward_aux(images)[0]
 
     def forward_aux(
@@ -249,7 +270,7 @@ class VisionTransformer(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless ``images`` are what the encoder was built for."""
-        want = (self.in_chans, self.img_size, self.img_size)
+        want = (self.in_chans, *height_width(self.img_size))
         if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != want:
             got = list(images.shape) if isinstance(images, Tensor) else repr(images)
             raise ValueError(f"images: expected [B, {', '.join(map(str, want))}], got {got}")
@@ -261,7 +282,8 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
     """MAE pretraining with a DEX encoder and a dense decoder.
 
     Args:
-        img_size, patch_size: S and P in pixels, P divides S.
+        img_size: H = W, or (H, W), in pixels.
+        patch_size: P, which divides both.
         embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, dex_options: see `VisionTransformer`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder, which sees all L patches.
         norm_pix_loss: targets are patches normalised by their own mean and standard deviation.
@@ -272,7 +294,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
 
     def __init__(
         self,
-        img_size: int = 256,
+        img_size: Size = 256,
         patch_size: int = 16,
         embed_dim: int = 768,
         depth: int = 12,
@@ -334,7 +356,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         """Encode the kept patches, decode all of them, compare the removed ones.
 
         Args:
-            images: float ``[B, C, S, S]``, ImageNet-normalised.
+            images: float ``[B, C, H, W]``, ImageNet-normalised.
             mask_ratio: share of patches that is removed, in [0, 1), at least one patch kept.
             noise_std: exploration noise of all routers in training, a float or 0-dim tensor.
             mask_noise: ``[B, L]``; its ascending argsort keeps the first; uniform noise when None.
@@ -343,7 +365,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         Raises: ValueError naming the argument.
         """
         self.encoder.check_images(images)
-        B, L = images.shape[0], self.encoder.grid_size**2
+        B, L = images.shape[0], self.encoder.patches
         expected = f"a number in [0, 1) that keeps at least one of {L} patches"
         check_number("mask_ratio", mask_ratio, expected, lambda v: 0 <= v < 1 and int(L * (1 - v)) >= 1)
         kept = int(L * (1 - mask_ratio))
@@ -371,7 +393,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
             loss,
             align,
             balance,
-            unpatchify(pred, self.encoder.patch_size, self.encoder.in_chans),
+            unpatchify(pred, self.encoder.patch_size, self.encoder.in_chans, self.encoder.grid),
             mask,
             [aux.gate_mass for aux in auxes],
             [aux.gates.detach() for aux in auxes],
@@ -388,7 +410,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         """
         x = self.decoder_embed(latent)
         # Scattered, not gathered: the gradient of a gather would be a scatter-add, which is slow on a CPU.
-        patches = self.mask_token.to(x.dtype).repeat(x.shape[0], self.encoder.grid_size**2, 1)
+        patches = self.mask_token.to(x.dtype).repeat(x.shape[0], self.encoder.patches, 1)
         patches = patches.scatter(1, ids_keep[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
         x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
@@ -415,7 +437,8 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         if self.norm_pix_loss:
             mean, std = patch_statistics(true)
             pred = pred * std + mean
-        return unpatchify(torch.where(out.mask[..., None] == 1, pred, true), P, self.encoder.in_chans)
+        whole = torch.where(out.mask[..., None] == 1, pred, true)
+        return unpatchify(whole, P, self.encoder.in_chans, self.encoder.grid)
 
     def update_directors(
         self,
@@ -463,21 +486,22 @@ def vit_huge(**overrides) -> MaskedAutoencoder:
 
 
 def patchify(images: Tensor, patch_size: int, channels_last: bool = False) -> Tensor:
-    """``[B, C, S, S] -> [B, L, C*P*P]``, patches row-major.
+    """``[B, C, H, W] -> [B, L, C*P*P]``, patches row-major.
 
     Within a patch channels come first, as in a convolution's weight, or last, as in the original MAE's targets.
     """
-    B, C, S, P = images.shape[0], images.shape[1], images.shape[2], patch_size
-    x = images.reshape(B, C, S // P, P, S // P, P)
+    (B, C, H, W), P = images.shape, patch_size
+    x = images.reshape(B, C, H // P, P, W // P, P)
     x = x.permute(0, 2, 4, 3, 5, 1) if channels_last else x.permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, (S // P) ** 2, C * P * P)
+    return x.reshape(B, (H // P) * (W // P), C * P * P)
 
 
-def unpatchify(patches: Tensor, patch_size: int, in_chans: int) -> Tensor:
-    """``[B, L, P*P*C]``, channels last within a patch, ``-> [B, C, S, S]``."""
+def unpatchify(patches: Tensor, patch_size: int, in_chans: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """``[B, L, P*P*C]``, channels last within a patch, ``-> [B, C, H, W]``. grid: rows, columns; None: a square."""
     B, L, P = patches.shape[0], patches.shape[1], patch_size
-    G = int(L**0.5)
-    return patches.reshape(B, G, G, P, P, in_chans).permute(0, 5, 1, 3, 2, 4).reshape(B, in_chans, G * P, G * P)
+    rows, columns = grid or (math.isqrt(L), math.isqrt(L))
+    x = patches.reshape(B, rows, columns, P, P, in_chans).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, in_chans, rows * P, columns * P)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -490,16 +514,18 @@ def take_patches(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
-def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:
-    """The fixed 2-D sine-cosine position embedding of MAE, ``[1, 1 + grid_size**2, dim]``; zero for the CLS token.
+def sincos_pos_embed(dim: int, grid_size: Size) -> Tensor:
+    """The fixed 2-D sine-cosine position embedding of MAE, ``[1, 1 + L, dim]``; zero for the CLS token.
 
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines.
+    The first half of the width encodes the column, the second the row; each half is sines, then cosines. grid_size:
+    patches a side, or (rows, columns).
     """
+    rows, columns = height_width(grid_size)
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], 1)
-    column, row = line.expand(grid_size, -1, -1), line[:, None].expand(-1, grid_size, -1)
-    grid = torch.cat([column, row], -1).reshape(grid_size**2, dim)
+    column, row = line[:columns].expand(rows, -1, -1), line[:rows, None].expand(-1, columns, -1)
+    grid = torch.cat([column, row], -1).reshape(rows * columns, dim)
     return torch.cat([grid.new_zeros(1, dim), grid])[None].float()
 
 

@@ -2,7 +2,8 @@
 timm, of Hugging Face and in the style of DINO (`dex.model.foreign`).
 
 A dense checkpoint is upcycled: the director and every expert of a layer start as copies of that layer's MLP.
-Position embeddings and patch embeddings of another size are resized.
+Position embeddings and patch embeddings of another size are resized. Of three colours a model of one channel takes the
+sum: a grey image gives what its three equal channels gave.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dex.common.shapes import GREY_MEAN, GREY_STD, IMAGENET_MEAN, IMAGENET_STD, Size, height_width
 from dexkernels.published import copy_strictly
 
 from .foreign import read_onnx, timm_names
@@ -69,12 +71,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | Path) -> LoadReport:
+def load_pretrained(
+    model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | Path, grid: tuple[int, int] | None = None
+) -> LoadReport:
     """Load published DEX weights, original MAE weights or a ViT of another program into ``model``, strictly.
 
     Args:
         model: any `MaskedAutoencoder`; sizes other than the image grid and the patch side must match the weights.
         weights: a state dict, or a file for `read_state_dict`.
+        grid: rows and columns of patches that the weights were trained on; None: a square, or the model's own.
 
     Raises: ValueError naming every missing, unknown or mis-shaped tensor; then nothing was changed.
     """
@@ -87,8 +92,7 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
             "weights: expected keys blocks.<l>.mlp.fc1.weight (MAE, timm), embeddings.patch_embeddings.* "
             f"(Hugging Face) or blocks.<l>.DEX.router.linear.weight (published DEX), got {got}, ..."
         )
-    _check_channels(state, targets)
-    resized = _resize(model, state)
+    grey, resized = _to_grey(model, state), _resize(model, state, grid)
     # With another patch side the decoder predicts another number of pixels: it cannot be the same map and starts anew.
     unusable = HEAD_PREFIXES + (DECODER_PREFIXES if "patch_embed.proj.weight" in resized else ())
     ignored = [k for k in state if k.startswith(unusable)]
@@ -106,6 +110,7 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
             state[dex + "director." + k.removeprefix(mlp)] = state.pop(k)
         kept += [dex + "router.linear.weight", dex + "expert_activation_count"]
         copies += [k for k in targets if k.startswith(dex + "experts.")]
+    resized += [k for k in grey if k in state and k not in resized]
     copy_strictly(state, {k: t for k, t in targets.items() if k not in {*kept, *copies}})
     for layer in upcycled:
         layer.copy_director_to_experts_()
@@ -114,16 +119,37 @@ def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | st
     )
 
 
-def _check_channels(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    weight, want = state.get("patch_embed.proj.weight"), targets["patch_embed.proj.weight"]
-    if weight is not None and (weight.dim() != 4 or weight.shape[:2] != want.shape[:2]):
-        raise ValueError(
-            f"patch_embed.proj.weight: expected [{want.shape[0]}, {want.shape[1]}, P, P], got {list(weight.shape)}"
-        )
+def _to_grey(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
+    """Weights of three colours for a model of one channel; the names that changed. ValueError: other channels."""
+    name, channels = "patch_embed.proj.weight", model.encoder.in_chans
+    weight = state.get(name)
+    if weight is None:
+        return []
+    width = model.encoder.patch_embed.out_features
+    if weight.dim() == 4 and weight.shape[:2] == (width, channels):
+        return []
+    if weight.dim() != 4 or len(weight) != width or (channels, weight.shape[1]) != (1, 3):
+        also = ", or of 3 channels to be added up" if channels == 1 else ""
+        raise ValueError(f"{name}: expected [{width}, {channels}, P, P]{also}, got {list(weight.shape)}")
+    # W (x - m_c) / s_c, summed over colours c that are all x, as one map of (x - m) / s.
+    by_channel = weight.double()
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    state[name] = (by_channel * GREY_STD / std).sum(1, keepdim=True).to(weight.dtype)
+    changed = [name]
+    if (bias := state.get("patch_embed.proj.bias")) is not None:
+        moved = (by_channel * (GREY_MEAN - mean) / std).sum((1, 2, 3))
+        state["patch_embed.proj.bias"] = (bias.double() + moved).to(bias.dtype)
+        changed.append("patch_embed.proj.bias")
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):  # [P*P*3, ...], colours last
+        if name in state and len(state[name]) % 3 == 0:
+            state[name] = state[name].unflatten(0, (-1, 3)).mean(1)
+            changed.append(name)
+    return changed
 
 
-def _resize(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
+def _resize(model: MaskedAutoencoder, state: dict[str, Tensor], grid: tuple[int, int] | None) -> list[str]:
     """Fit position and patch embeddings in ``state`` to the model; returns the names that were resized."""
+    own = model.encoder.grid
     resized = []
     for name in ("pos_embed", "decoder_pos_embed", "patch_embed.proj.weight"):
         if name not in state:
@@ -131,27 +157,36 @@ def _resize(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
         if name == "patch_embed.proj.weight":
             new = resize_patch_embed(state[name], model.encoder.patch_size)
         else:
-            new = resize_pos_embed(state[name], model.encoder.grid_size)
+            rows = state[name].shape[1] if state[name].dim() == 3 else 0
+            is_own = grid is None and math.isqrt(rows - 1) ** 2 != rows - 1 and rows == 1 + math.prod(own)
+            new = resize_pos_embed(state[name], model.encoder.grid_size, own if is_own else grid)
         if new.shape != state[name].shape:
             resized.append(name)
             state[name] = new
     return resized
 
 
-def resize_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
-    """``[1, 1 + G*G, D]`` or ``[1, G*G, D]`` (no CLS row: it becomes zero) ``-> [1, 1 + grid_size**2, D]``, bicubic."""
+def resize_pos_embed(pos_embed: Tensor, grid_size: Size, from_grid: tuple[int, int] | None = None) -> Tensor:
+    """``[1, 1 + L, D]`` or ``[1, L, D]`` (no CLS row: it becomes zero) for another grid of patches, bicubic.
+
+    grid_size: patches a side, or (rows, columns). from_grid: rows and columns of ``pos_embed``; None: a square.
+    """
     if pos_embed.dim() != 3 or pos_embed.shape[0] != 1:
         raise ValueError(f"pos_embed: expected [1, 1 + G*G, D], got {list(pos_embed.shape)}")
     rows, dim = pos_embed.shape[1:]
-    with_cls = rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1
-    if not with_cls and math.isqrt(rows) ** 2 != rows:
+    if from_grid is None:
+        with_cls = rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1
+        before = (math.isqrt(rows - with_cls),) * 2
+    else:
+        with_cls, before = rows == 1 + math.prod(from_grid), from_grid
+    if math.prod(before) != rows - with_cls:
         raise ValueError(f"pos_embed: expected a square grid, with or without a CLS row, got {rows} rows")
     cls, grid = (pos_embed[:, :1], pos_embed[:, 1:]) if with_cls else (pos_embed.new_zeros(1, 1, dim), pos_embed)
-    side = math.isqrt(grid.shape[1])
-    if side != grid_size:
-        image = grid.float().view(1, side, side, dim).permute(0, 3, 1, 2)
-        image = F.interpolate(image, (grid_size, grid_size), mode="bicubic", antialias=True, align_corners=False)
-        grid = image.permute(0, 2, 3, 1).reshape(1, grid_size**2, dim).to(pos_embed.dtype)
+    after = height_width(grid_size)
+    if before != after:
+        image = grid.float().view(1, *before, dim).permute(0, 3, 1, 2)
+        image = F.interpolate(image, after, mode="bicubic", antialias=True, align_corners=False)
+        grid = image.permute(0, 2, 3, 1).reshape(1, math.prod(after), dim).to(pos_embed.dtype)
     return torch.cat([cls, grid], 1)
 
 

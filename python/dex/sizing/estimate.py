@@ -5,11 +5,13 @@ Operations count a multiplication and an addition as two. Letters: D width, H hi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from dex.common.shapes import height_width
 from dex.common.units import duration, format_bytes
 from dex.config import Config, per_layer
 from dex.model import MaskedAutoencoder
@@ -97,7 +99,7 @@ def estimate(config: Config, steps: int) -> Estimate:
 
 def saved_bytes(model: MaskedAutoencoder, config: Config) -> int:
     """Bytes per image that the forward pass leaves for backward, weights and their casts not counted."""
-    size, half = config.model.img_size, config.run.precision != "fp32"
+    m, half = config.model, config.run.precision != "fp32"
 
     def total(batch: int) -> int:
         kept: dict[int, tuple[torch.UntypedStorage, int]] = {}  # the storage is held, or its address could be reused
@@ -109,7 +111,8 @@ def saved_bytes(model: MaskedAutoencoder, config: Config) -> int:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                model(torch.randn(batch, 3, size, size), mask_ratio=config.model.mask_ratio, noise_std=0.1)
+                images = torch.randn(batch, m.in_chans, *height_width(m.img_size))
+                model(images, mask_ratio=m.mask_ratio, noise_std=0.1)
         return sum(size for _, size in kept.values())
 
     # Weights are kept too, but once whatever the batch, so the difference of two batches is free of them.
@@ -123,9 +126,9 @@ def training_flops(config: Config) -> dict[str, int]:
     with ``parallel.checkpointing``; torch leaves out the products after the last one that backward needs.
     """
     m = config.model
-    patches = (m.img_size // m.patch_size) ** 2
+    patches = math.prod(side // m.patch_size for side in height_width(m.img_size))
     kept = int(patches * (1 - m.mask_ratio))
-    pixels = 3 * m.patch_size**2
+    pixels = m.in_chans * m.patch_size**2
     tokens, hidden = 1 + kept, int(m.embed_dim * m.mlp_ratio)
     decoder_hidden = int(m.decoder_embed_dim * m.mlp_ratio)
     mlp = 4 * tokens * m.embed_dim * hidden

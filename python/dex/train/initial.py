@@ -49,7 +49,11 @@ def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:
     """
     place = Path(config.model.init).expanduser()
     try:
-        report = load_pretrained(model, _run_weights(place) if place.is_dir() else place)
+        earlier = _run_model(place) if place.is_dir() else None
+        if earlier is None:
+            report = load_pretrained(model, place)
+        else:
+            report = load_pretrained(model, earlier.reference_state_dict(), earlier.encoder.grid)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"model.init: {place}: {error}") from error
     if report.upcycled:
@@ -57,8 +61,8 @@ def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:
     return report
 
 
-def _run_weights(place: Path) -> dict[str, torch.Tensor]:
-    """The published names and tensors of a run's newest good checkpoint, or of one checkpoint."""
+def _run_model(place: Path) -> MaskedAutoencoder:
+    """The model of a run's newest good checkpoint, or of one checkpoint."""
     if checkpoint.is_checkpoint(place):
         saved = checkpoint.load(place)
     else:
@@ -70,4 +74,4 @@ def _run_weights(place: Path) -> dict[str, torch.Tensor]:
         model = build_model(replace(config, model=replace(config.model, backend=None)))
     model.to_empty(device="cpu")
     checkpoint.restore_model(saved, model)
-    return model.reference_state_dict()
+    return model

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dex.common.ranks import ALONE, Ranks, decided, default_workers, from_first, gather, ranks_here
+from dex.common.shapes import height_width
 from dex.common.units import duration, format_bytes
 from dex.config import Config, check, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
@@ -221,7 +222,7 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
             f"data.batch_size: expected at most the {len(train):,} training images of {dataset.name!r}; got "
             f"{config.data.batch_size:,}"
         )
-    if config.model.img_size > dataset.image_size:
+    if max(height_width(config.model.img_size)) > dataset.image_size:
         raise ValueError(
             f"model.img_size: expected at most {dataset.image_size}, the pixels a side of the images of "
             f"{dataset.name!r}; got {config.model.img_size}"
@@ -323,12 +324,14 @@ def _check_folder(out: Path) -> None:
 
 def open_data(config: Config) -> Dataset:
     try:
-        return open_dataset(config.data.path)
+        dataset = open_dataset(config.data.path)
     except (ValueError, FileNotFoundError) as error:
         if not str(error).startswith("path: "):
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"data.{error}") from error
+    dataset.channels = config.model.in_chans
+    return dataset
 
 
 def with_folder(

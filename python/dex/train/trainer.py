@@ -17,6 +17,7 @@ from dex.common import random as numbers
 from dex.common.ranks import full, gather, spread
 from dex.config import images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
+from dex.data.augmentation import with_channels
 from dex.model import MAEOutput
 from dex.model.balance import batch_balance, mean_probabilities
 from dex.train import checkpoint, cuda_graph
@@ -113,7 +114,8 @@ class Trainer(Engine):
 
         with self._local:
             keys = numbers.sample_keys(config.run.seed, self._to_device(batch.places))
-            images = augment(self._to_device(batch.images), config.model.img_size, keys)
+            images = with_channels(self._to_device(batch.images), config.model.in_chans)
+            images = augment(images, config.model.img_size, keys)
             modality = self._to_device(batch.modality)
             mask_noise, router_noise = self._noise(keys)
         for tensor, value in zip(self._schedule, values, strict=True):
@@ -338,7 +340,7 @@ class Trainer(Engine):
                 raise
             self._unreadable = error
         count, size = images_per_rank(self.config, self.ranks.world_size), self.plan.dataset.image_size
-        black = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+        black = torch.zeros(count, self.plan.dataset.channels, size, size, dtype=torch.uint8)
         nothing = torch.zeros(count, dtype=torch.int64)
         return Batch(black, nothing, ("",) * count, nothing), self._unreadable
 
@@ -349,8 +351,7 @@ class Trainer(Engine):
 
     def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
-        m = self.config.model
-        mask = numbers.uniform(keys, (m.img_size // m.patch_size) ** 2, _MASK_STREAM)
+        mask = numbers.uniform(keys, self.model.encoder.patches, _MASK_STREAM)
         router = [numbers.normal(keys, e, _ROUTER_STREAM + layer)[:, None] for layer, e in enumerate(self.experts)]
         return mask, router
 

@@ -1,3 +1,5 @@
+import pytest
+
 from dex.cli import _features
 from dex.cli._console import Parser
 
@@ -22,3 +24,13 @@ def test_a_process_for_each_core_of_a_rank_reads(monkeypatch):
     assert _features.workers(parsed()) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert _features.workers(parsed()) == 1
+
+
+def test_a_size_is_a_side_or_height_and_width():
+    parser = Parser()
+    _features.add_img_size(parser)
+    for text, size in (("64", 64), ("64x64", 64), ("64X32", (64, 32))):
+        assert parser.parse_args(["--img-size", text]).img_size == size
+    for text in ("", "64x", "x", "a", "6.5", "1x2x3"):
+        with pytest.raises(ValueError, match="expected pixels, such as 224 or 224x320"):
+            parser.parse_args(["--img-size", text])

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dex.data import IMAGENET_MEAN, IMAGENET_STD, augment, center, denormalize, sample_keys
-from dex.data.augmentation import Crop, brightness, draw, render, uniform
+from dex.data.augmentation import Crop, brightness, draw, render, uniform, with_channels
 
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
 
@@ -344,12 +344,14 @@ def test_empty_batch():
     "images, size, name",
     [
         (torch.zeros(3, 64, 64), 32, "images"),
-        (torch.zeros(2, 1, 64, 64), 32, "images"),
+        (torch.zeros(2, 2, 64, 64), 32, "images"),
         (np.zeros((2, 3, 8, 8)), 32, "images"),
         (torch.zeros(2, 3, 64, 64, dtype=torch.int32), 32, "images"),
         (torch.zeros(2, 3, 0, 8), 32, "images"),
         (torch.zeros(2, 3, 64, 64), 0, "size"),
         (torch.zeros(2, 3, 64, 64), 32.0, "size"),
+        (torch.zeros(2, 3, 64, 64), (32, 32, 32), "size"),
+        (torch.zeros(2, 3, 64, 64), (32, 0), "size"),
     ],
 )
 def test_arguments(images, size, name):
@@ -365,3 +367,39 @@ def test_denormalize():
     assert denormalize(center(images, 64)[0]).shape == (3, 64, 64)
     with pytest.raises(ValueError, match="^images: expected a float tensor"):
         denormalize(images)
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 64)])
+def test_a_rectangle_is_cut_without_stretching(size):
+    """A disc stays one, in the centre as in every crop whose aspect is the result's; colours come to grey alike."""
+    y, x = np.mgrid[0:128, 0:128] - 63.5
+    disc = torch.from_numpy(((x * x + y * y < 30 * 30) * 255).astype(np.uint8)).expand(1, 3, 128, 128)
+    out = pixels(center(disc, size))[..., 0] > 127
+    rows, columns = out.any(1).sum(), out.any(0).sum()
+    assert out.shape == size and abs(int(rows) - int(columns)) <= 1 and rows > 20
+    assert augment(disc, size, keys(1)).shape == (1, 3, *size)
+
+
+def test_crops_of_a_rectangle_lie_around_its_shape():
+    images = torch.full((256, 1, 128, 128), 200, dtype=torch.uint8)
+    boxes = draw(images, keys(256), (32, 64)).boxes.double()
+    aspects = boxes[:, 3] / boxes[:, 2]
+    assert 1.45 < aspects.min() and aspects.max() < 2.75 and 1.8 < aspects.log().mean().exp() < 2.2
+    assert (boxes[:, 2] * boxes[:, 3] >= 0.48 * 64 * 128).all()
+
+
+def test_a_turned_rectangle_keeps_its_angles():
+    """A bar along the middle, turned by 15 degrees, leaves the middle as far as 15 degrees say."""
+    image = torch.zeros(1, 1, 129, 129, dtype=torch.uint8)
+    image[:, :, 62:67] = 255
+    turn = crop((32, 0, 64, 128), angle=15.0)
+    turned = pixels(render(image, turn, (64, 128)))[..., 0]
+    rows = (turned[:, [44, 84]] * np.arange(64)[:, None]).sum(0) / turned[:, [44, 84]].sum(0)
+    assert abs(abs(rows[1] - rows[0]) - 40 * np.tan(np.pi / 12)) < 0.7
+
+
+def test_luminance_is_pillows():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    grey = with_channels(torch.from_numpy(image).permute(2, 0, 1)[None], 1)[0, 0]
+    assert np.abs(grey.numpy().astype(int) - np.asarray(Image.fromarray(image).convert("L"))).max() <= 1
+    assert with_channels(grey[None, None], 3).shape == (1, 3, 64, 64)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,3 +79,21 @@ def test_it_can_begin_and_end_in_the_middle_of_a_run(tiny, change, tmp_path):
     torch.testing.assert_close(after[f"ema.{name}"], (before[f"model.{name}"] + after[f"model.{name}"]) / 2)
     assert pretrain(change(tiny, run__stop_at=5), out, resume="auto", override=begin) == 0
     assert not any(k.startswith("ema.") for k in checkpoint.tensors(out / "checkpoints" / "step-00000005"))
+
+
+def test_its_features_are_embedded_and_one_that_is_not_there_is_named(tiny, change, images, tmp_path, capsys):
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    assert pretrain(change(tiny, optim__ema=0.9, schedule__steps=4), run) == 0
+    assert pretrain(change(tiny, schedule__steps=1), plain) == 0
+    features = []
+    for options in ([], ["--ema"]):
+        out = tmp_path / f"{len(options)}.npz"
+        assert main(["embed", str(run), str(images), "--out", str(out), "--workers", "0", *options]) == 0
+        features.append(np.load(out)["cls"])
+    averaged = dex.load(run, ema=True).embed(str(images / "ct" / "000.png")).cls.numpy()
+    assert not np.array_equal(*features) and np.allclose(features[1][0], averaged[0], atol=1e-5)
+    for command in ("embed", "probe"):
+        capsys.readouterr()
+        assert main([command, str(plain), str(images), "--out", str(tmp_path / f"{command}.npz"), "--ema"]) == 2
+        assert "ema: expected" in capsys.readouterr().err
+        assert not (tmp_path / f"{command}.npz").exists()
