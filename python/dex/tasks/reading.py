@@ -1,0 +1,122 @@
+"""Reads the cases of a task in processes with limits: a file that crashes, hangs or eats memory is named, and costs no
+more than its process.
+
+The processes and their limits are those of `dex.inference.reading`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dex.common import faults
+from dex.inference.reading import LIMITS, OUTPUT_MB
+from dex.prepare import chunks, readers, workers
+from dex.tasks.frames import Frames, read
+from dex.tasks.task import Case, Task
+
+_AHEAD = 2
+"""Cases for each process that may be read before the one that is waited for: a volume is large."""
+
+
+class _Job(NamedTuple):
+    place: int
+    case: Case
+
+
+class _Failed(NamedTuple):
+    reason: str
+
+
+def frames_of(
+    cases: Sequence[Case],
+    task: Task,
+    processes: int,
+    check: Callable[[], None] = lambda: None,
+    limits: readers.Limits = LIMITS,
+) -> Iterator[Frames]:
+    """The frames of each case, in order, read by up to ``processes`` that go on while the caller works.
+
+    processes: 0 reads here, without limits. check: called now and then; what it raises ends the processes.
+    Raises: ValueError naming the file of the first case in order that cannot be used; OSError,
+    `dex.prepare.workers.WorkerFault` for what is no file's fault.
+    """
+    if processes == 0 or not cases:
+        for case in cases:
+            check()
+            yield read(case, task)
+        return
+    whole: dict[int, Frames | _Failed] = {}
+    given = 0
+
+    def jobs() -> Iterator[_Job | None]:
+        for place, case in enumerate(cases):
+            while place >= given + _AHEAD * processes:
+                yield None
+            yield _Job(place, case)
+
+    results = workers.run(
+        functools.partial(_work, task, limits),
+        jobs(),
+        processes=min(processes, len(cases)),
+        memory_mb=limits.memory_mb + OUTPUT_MB,
+        preload=functools.partial(_preload, sorted(_formats(cases))),
+        on_beat=lambda job, done: check(),
+    )
+    with contextlib.closing(results):
+        for job, result in results:
+            check()
+            whole[job.place] = result
+            while given in whole:
+                frames = whole.pop(given)
+                if isinstance(frames, _Failed):
+                    raise ValueError(frames.reason)
+                yield frames
+                given += 1
+
+
+def _formats(cases: Sequence[Case]) -> set[str]:
+    formats = {readers.format_of(case.image) or "dicom" for case in cases}
+    masks = {readers.format_of(case.target) for case in cases if isinstance(case.target, Path)}
+    return formats | {format for format in masks if format is not None}
+
+
+def _preload(formats: Sequence[str]) -> None:
+    """Import what reading takes, before there are limits."""
+    for format in formats:
+        with contextlib.suppress(readers.Refused):  # a library is not installed: reading will say so
+            readers.load(format)
+
+
+def _work(task: Task, limits: readers.Limits, job: workers.Task, report: workers.Report) -> Frames | _Failed:
+    case = job.job.case
+    if 0 in job.refused:
+        return _Failed(f"file: expected a readable image and mask; {case.image}: {chunks.GIVEN_UP[job.refused[0]]}")
+    report.begin(0, limits.seconds, limits.seconds * _weight(case.image))
+    try:
+        return read(case, task, report.beat)
+    except MemoryError:
+        if report.begun > 1:
+            raise  # what other cases left behind may be to blame: once more, in a fresh process
+        return _Failed(
+            f"file: expected an image and mask that {limits.memory_mb + OUTPUT_MB} MB of memory hold; got {case.image}"
+        )
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error.__context__, MemoryError) and report.begun > 1:
+            raise MemoryError from None
+        return _Failed(str(error))
+    except OSError:
+        raise  # of the connection
+    except Exception as error:
+        return _Failed(
+            f"file: expected a readable image and mask; {case.image}: {faults.sentence(error)} ({workers.where(error)})"
+        )
+
+
+def _weight(image: Path) -> float:
+    """How much longer than a small file it may take."""
+    files = list(image.iterdir()) if image.is_dir() else [image]
+    return 1 + len(files) + sum(file.stat().st_size for file in files if file.exists()) / 2**20
