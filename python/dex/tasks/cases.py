@@ -142,7 +142,7 @@ def _held(task: Task, files: Files, labels: Path | None) -> Own:
     found = patterns.matches(task.layout, files, task.classes)
     if not found:
         raise ValueError(
-            f"data: expected files of {task.name} below {files.root}, as {task.layout.source} describes them: "
+            f"data: expected files of {task.name} below {files.root}, by {task.layout.source or 'its layout'}: "
             f"{patterns.expected(task.layout, files)}; got {_some(files)}"
         )
     items = list(own.of_rules(found, files, task))
@@ -161,8 +161,8 @@ def _joined(task: Task, items: list[Item], files: Files) -> list[Item]:
     paths = [path for path in files.files if path.rpartition("/")[2] == name]
     if not paths:
         raise ValueError(
-            f"data: expected the table {task.layout.table} of {task.name} below {files.root}, as {task.layout.source} "
-            "describes it; it is not there"
+            f"data: expected the table {task.layout.table} of {task.name} below {files.root}, by "
+            f"{task.layout.source or 'its layout'}; it is not there"
         )
     table = files.root / min(paths, key=len)
     lines = {_stem(line.image): line for line in own.of_table(table, files.root, dict(task.layout.columns), loose=True)}
