@@ -7,17 +7,23 @@ OUT/report.html        the page about them
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dex.tasks import recipe
 from dex.tasks.cases import Case, Frames, Split, TaskData, read
-from dex.tasks.load import LoadedTask
-from dex.tasks.metrics.evaluation import Evaluation, of_classification, of_segmentation
+from dex.tasks.load import LoadedTask, trained_patients
+from dex.tasks.metrics.evaluation import Evaluation, examples, of_classification, of_segmentation
 from dex.tasks.metrics.segmentation import TOLERANCE, segmentation_scores
+from dex.tasks.overlay import overlay, telling_frame
 from dex.tasks.probabilities import check_window, of_frames
+from dex.tasks.recipe import Settings
+from dex.tasks.sheet import Key
 from dex.tasks.task import SPLITS
 from dex.tasks.task_dataset import Say, checked
 
@@ -58,6 +64,14 @@ def check(loaded: LoadedTask, data: TaskData, options: Options) -> tuple[Case, .
         counts = ", ".join(f"{len(data.of(side))} {side}" for side in SPLITS)
         raise ValueError(f"split: expected cases to evaluate; {theirs.name} has {counts}. --split names another one")
     check_window(loaded, options.window)
+    if options.split != "train":
+        known = trained_patients(loaded.folder.parent.parent)
+        shared = {case.patient for case in cases} & known
+        if shared:
+            raise ValueError(
+                f"split: expected patients that the model was not trained on; {len(shared)} of "
+                f"{len({case.patient for case in cases})} were: split the data as the training did"
+            )
     return cases
 
 
@@ -108,6 +122,52 @@ def facts(loaded: LoadedTask, options: Options) -> dict[str, Any]:
         "window": options.window,
         "precision": options.precision,
     }
+
+
+def pictures(
+    loaded: LoadedTask, data: TaskData, evaluation: Evaluation, options: Options
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Id and picture, uint8 ``[h, w, 3]``, of the best, the median and the worst case: image, truth and prediction."""
+    chosen = examples(evaluation)
+    by_id = {case.id: case for case in data.cases}
+    for place in () if chosen is None else dict.fromkeys(chosen):
+        case = by_id[evaluation.cases[place].id]
+        one = predict_case(loaded, case, options)
+        if one.masks is None:
+            image = one.frames.images[len(one.frames.images) // 2]
+            yield case.id, image if image.ndim == 3 else np.stack([image] * 3, -1)
+            continue
+        frame = telling_frame(one.masks, one.frames.masks)
+        spacing = None if one.frames.spacing_mm is None else one.frames.spacing_mm[1:]
+        truth = one.frames.masks[frame]
+        more = {} if spacing is None else {"spacing": spacing}
+        yield case.id, overlay(one.frames.images[frame], one.masks[frame], loaded.task.classes, truth=truth, **more)
+
+
+def key_of(pretrained_sha256: str, data: TaskData, settings: Settings, shots: int | None = None) -> Key:
+    """What makes a result the same in a sheet; known before anything trains."""
+    cases = sorted((case.id, case.patient, case.split) for case in data.cases)
+    apart = recipe.RUNTIME | {"mode", "path", "seed"}
+    rest = {name: value for name, value in recipe.to_dict(settings).items() if name not in apart}
+    return Key(
+        data.task.name,
+        pretrained_sha256,
+        _digest(cases),
+        settings.mode,
+        settings.path,
+        shots,
+        settings.seed,
+        _digest(rest),
+    )
+
+
+def versions() -> str:
+    """Of what computes an evaluation, in one cell."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("dexkernels", "torch", "numpy"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def predict_case(loaded: LoadedTask, case: Case, options: Options) -> Predicted:

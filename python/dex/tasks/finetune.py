@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import signal
 import time
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from dex.common import exits
+from dex.common import atomic, exits
 from dex.common.random import step_seed
 from dex.common.ranks import announced, decided, everywhere, from_first, start, stop
 from dex.config import to_dict as config_dict
@@ -21,7 +23,7 @@ from dex.inference.load import load, resize_
 from dex.model.build import build_model
 from dex.tasks import recipe, task
 from dex.tasks.judge import value_of
-from dex.tasks.load import CONFIG, manifest_hash
+from dex.tasks.load import CASES, CONFIG, manifest_hash
 from dex.tasks.metrics.evaluation import METRICS
 from dex.tasks.model import TaskModel
 from dex.tasks.recipe import Settings
@@ -48,6 +50,10 @@ class TaskLog(RunLog):
     def config_text(self, config: Any) -> str:
         return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
+    @property
+    def _files_of_run(self) -> tuple[str, ...]:
+        return (*super()._files_of_run, CASES)
+
     def wandb_project(self, config: Any) -> str | None:
         return None
 
@@ -71,6 +77,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    split: Mapping[str, Any] | None = None,
     say: Say = lambda done, total, text: None,
 ) -> int:
     """Fine-tune to the end, or to a signal; returns the process's exit code (`dex.common.exits`).
@@ -80,7 +87,8 @@ def finetune(
     Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed.
     """
     try:
-        return prepare(run, data, settings, out, resume=resume, overwrite=overwrite, command=command, say=say).run()
+        how = {"resume": resume, "overwrite": overwrite, "command": command, "split": split, "say": say}
+        return prepare(run, data, settings, out, **how).run()
     except exits.Stopped:
         return exits.PREEMPTED
 
@@ -94,6 +102,7 @@ def prepare(
     resume: bool = False,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    split: Mapping[str, Any] | None = None,
     say: Say = lambda done, total, text: None,
 ) -> FinetuneRun:
     """`finetune` up to its first step. Raises also `dex.common.exits.Stopped`, with nothing made or removed."""
@@ -111,7 +120,9 @@ def prepare(
             watch.at(0, "reading checkpoint and data")
             found = _Earlier(*decided(ranks, lambda: _look(log, resume, overwrite)))
             planned = everywhere(ranks, lambda: _with_data(planned, data, found, say))
-            return _open(planned, model, log, overwrite, command, watch)
+            record = _description(planned) | {"data": dict(split or {})}
+            entry = _start_entry(planned, command)
+            return _open(planned, model, log, _Record(record, entry, data, overwrite), watch)
     except BaseException as error:
         with exits.handled(lambda number: None, exits.SCHEDULER_SIGNALS):
             try:
@@ -228,22 +239,39 @@ def _check_same(planned: TaskPlan, found: _Earlier) -> None:
         raise ValueError(f"resume: the folder belongs to another fine-tuning: {'; '.join(wrong)}")
 
 
-def _open(
-    planned: TaskPlan, model: TaskModel, log: TaskLog, overwrite: bool, command: Sequence[str], watch: Watch
-) -> FinetuneRun:
+class _Record(NamedTuple):
+    """What is written when a start begins."""
+
+    description: dict[str, Any]
+    start: dict[str, Any]
+    data: TaskData
+    overwrite: bool
+
+
+def _open(planned: TaskPlan, model: TaskModel, log: TaskLog, record: _Record, watch: Watch) -> FinetuneRun:
     watch.at(0, "building the model")
     trainer = TaskTrainer(planned, model)
     if planned.saved:
         trainer.restore(planned.saved)
 
     def begin() -> list[Path]:
-        log.open(_description(planned), _start_entry(planned, command), overwrite=overwrite)
+        log.open(record.description, record.start, overwrite=record.overwrite)
+        if log.active:
+            atomic.write(log.folder / CASES, _cases_text(record.data), locked=True)
         gone = planned.saved and planned.ranks.first
         return checkpoint.set_aside_after(log.checkpoints, trainer.step) if gone else []
 
     set_aside = everywhere(planned.ranks, begin)
     notes = [*planned.notes, *(f"set aside {path.name}" for path in set_aside)]
     return FinetuneRun(trainer, log, notes, watch)
+
+
+def _cases_text(data: TaskData) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("id", "patient", "split"))
+    writer.writerows((case.id, case.patient, case.split) for case in data.cases)
+    return stream.getvalue()
 
 
 def _description(planned: TaskPlan) -> dict[str, Any]:

@@ -6,6 +6,8 @@ checkpoints/     as of pretraining: hashed, whole or not there
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import os
 import warnings
 from dataclasses import replace
@@ -24,7 +26,7 @@ from dex.tasks.recipe import Settings
 from dex.tasks.task import Task
 from dex.train import checkpoint
 
-CONFIG = "finetune.yaml"
+CONFIG, CASES = "finetune.yaml", "cases.csv"
 Which = Literal["best", "last"]
 _EXPECTED = "folder: expected a folder that dex finetune wrote"
 
@@ -38,6 +40,8 @@ class Description(NamedTuple):
     """Of the pretrained run, with the image size of the fine-tuned model."""
     pretrained: dict[str, Any]
     """``run``: name of its folder; ``step``; ``sha256`` of its checkpoint's manifest; ``modalities``."""
+    data: dict[str, Any]
+    """How the data were split, by the names of the options of `dex finetune`; empty where nobody said."""
 
 
 class LoadedTask(NamedTuple):
@@ -48,7 +52,8 @@ class LoadedTask(NamedTuple):
     config: Config
     """Of the pretrained run, with the image size of this model."""
     pretrained: dict[str, Any]
-    """As of `Description`."""
+    data: dict[str, Any]
+    """Both as of `Description`."""
     step: int
     folder: Path
     """Of the checkpoint."""
@@ -89,6 +94,7 @@ def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> Lo
         described.settings,
         described.config,
         described.pretrained,
+        described.data,
         saved.state["step"],
         saved.folder,
         manifest_hash(saved.folder),
@@ -120,14 +126,25 @@ def read_description(folder: Path) -> Description:
     recipe.check(settings)
     pretrained = {name: value for name, value in parts[2].items() if name != "config"}
     return Description(
-        task.from_dict(parts[0], str(path)), settings, from_dict(config, Config(), str(path)), pretrained
+        task.from_dict(parts[0], str(path)),
+        settings,
+        from_dict(config, Config(), str(path)),
+        pretrained,
+        dict(values.get("data") or {}),
     )
+
+
+def trained_patients(folder: Path) -> frozenset[str]:
+    """The patients of the training split, salted as they were then; none where the folder does not say."""
+    path = folder / CASES
+    if not path.is_file():
+        return frozenset()
+    with path.open(encoding="utf-8", newline="") as file:
+        return frozenset(row["patient"] for row in csv.DictReader(file) if row["split"] == "train")
 
 
 def manifest_hash(folder: Path) -> str:
     """SHA-256 of a checkpoint's manifest, "" of a model that has none."""
-    import hashlib
-
     manifest = folder / "MANIFEST.json"
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
 

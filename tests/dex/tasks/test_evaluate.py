@@ -88,3 +88,29 @@ def test_weights_that_are_no_numbers_are_named(finetuned, data):
         next(broken.model.head.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="finite probabilities"):
         evaluate(broken, data, Options())
+
+
+def test_patients_that_were_trained_on_are_refused(loaded, data):
+    trained = data.of("train")[0]
+    leaking = data._replace(cases=(*data.of("test"), trained._replace(split="test")))
+    with pytest.raises(ValueError, match="split: expected patients that the model was not trained on; 1 of 4 were"):
+        evaluate(loaded, leaking, Options())
+
+
+def test_pictures_are_of_the_best_the_median_and_the_worst_case(loaded, data):
+    evaluation = evaluate(loaded, data, Options())
+    shown = dict(job.pictures(loaded, data, evaluation, Options()))
+    values = dict(zip([case.id for case in evaluation.cases], evaluation.case_values(), strict=True))
+    assert max(values, key=values.get) in shown and min(values, key=values.get) in shown and len(shown) == 3
+    assert all(picture.dtype == np.uint8 and picture.ndim == 3 for picture in shown.values())
+
+
+def test_a_result_is_known_by_its_key_before_it_trains(loaded, data):
+    key = job.key_of("weights", data, loaded.settings)
+    assert key == job.key_of("weights", data, loaded.settings)
+    assert (key.checkpoint, key.mode, key.path, key.seed, key.shots) == ("weights", "full", "experts", 0, None)
+    faster = job.key_of("weights", data, replace(loaded.settings, lr=1e-2))
+    assert faster.settings != key.settings and faster.data == key.data
+    assert job.key_of("weights", data, replace(loaded.settings, device="cuda")) == key
+    moved = data._replace(cases=tuple(c._replace(split="train") for c in data.cases))
+    assert job.key_of("weights", moved, loaded.settings).data != key.data

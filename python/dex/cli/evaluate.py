@@ -1,0 +1,89 @@
+"""`dex evaluate`: fine-tuned models on a split of their task."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dex.cli import _progress, _task_data
+from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
+from dex.common import exits
+
+HELP = "metrics of fine-tuned models on a split, with intervals over patients, and a report"
+POSITION = 53
+NEEDS = "train,data,adapt"
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    options = _parser().parse_args(arguments)
+    require_one_process("dex evaluate")
+    if options.out is not None and len(options.folder) > 1:
+        raise ValueError(f"out: expected none with {len(options.folder)} folders, each of which gets its own; got one")
+
+    from dex.tasks import evaluate as job
+    from dex.tasks.load import load_task_model
+    from dex.train.plan import resolve_device
+
+    settings = job.Options(options.evaluate, options.batch_size, options.precision, options.window, options.tolerance)
+    sheet = options.sheet and folder_argument("sheet", options.sheet)
+    jobs = []
+    for folder in dict.fromkeys(options.folder):
+        loaded = load_task_model(folder, options.checkpoint)
+        data = _task_data.open_data(options.task or loaded.task, options, loaded.data)
+        job.check(loaded, data, settings)
+        out = Path(folder) if options.out is None else folder_argument("out", options.out)
+        check_folder(out)
+        config = replace(loaded.config, run=replace(loaded.config.run, device=options.device))
+        jobs.append((loaded, data, out, resolve_device(config)))
+
+    def carry_out() -> int:
+        try:
+            for loaded, data, out, device in jobs:
+                loaded.model.to(device)
+                with exits.stopping(exits.STOP_SIGNALS), _progress.shown("dex evaluate") as say:
+                    evaluation = _task_data.write_evaluation(loaded, data, settings, out, sheet, say)
+                loaded.model.to("cpu")
+                print(f"{out}: {_task_data.words(evaluation)}")
+                print(out / _task_data.REPORT)
+        except exits.Stopped:
+            print("dex evaluate: stopped; what is written stays, the same command evaluates anew", file=sys.stderr)
+            return exits.PREEMPTED
+        except (ValueError, OSError) as error:
+            return failed("dex evaluate", error)
+        return exits.DONE
+
+    return carry_out
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dex evaluate",
+        description="What fine-tuned models score on a split of their task, at the images' own size: Dice, HD95 and "
+        "NSD, or accuracy, AUC, F1 and calibration, by class, with BCa intervals over patients. Writes evaluation.json "
+        "and report.html into each folder. Nothing is flipped or averaged over views.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal.",
+    )
+    parser.add_argument(
+        "folder", nargs="+", metavar="FOLDER", help="what dex finetune wrote, or one of its checkpoints"
+    )
+    parser.add_argument("--task", metavar="TASK", help="task, YAML file or folder of the labels (as it was trained)")
+    parser.add_argument("--evaluate", default="test", choices=("train", "val", "test"), help="which side (test)")
+    parser.add_argument("--out", metavar="DIR", help="where evaluation.json and report.html go (into FOLDER)")
+    parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row for each folder")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        metavar="X",
+        help="enlarge frames to X times the model's image size and average over overlapping windows (as a whole)",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=2.0, metavar="MM", help="of NSD (2, not stated by the paper)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames per forward (16)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    _task_data.add_options(parser)
+    return parser

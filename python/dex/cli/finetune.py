@@ -1,0 +1,177 @@
+"""`dex finetune`: a pretrained model fine-tuned on a task."""
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dex.cli import _progress, _task_data
+from dex.cli._console import Parser, check_folder, failed, folder_argument
+from dex.common import exits
+
+if TYPE_CHECKING:
+    from dex.tasks.recipe import Settings
+    from dex.tasks.task import TaskData
+
+HELP = "fine-tune a pretrained model on a task, or on labelled images of one's own"
+POSITION = 52
+NEEDS = "train,data,adapt"
+
+
+def run(arguments: list[str]) -> Callable[[], int]:
+    from dex.tasks import recipe
+
+    options = _parser().parse_args(arguments)
+    settings = _settings(options)
+    recipe.check(settings)
+    resume = _resume(options.resume)
+    out = folder_argument("out", options.out)
+    check_folder(out)
+
+    from dex.common.ranks import announced
+    from dex.tasks.finetune import prepare
+
+    data = _task_data.open_data(options.task, options)
+    if options.dry_run:
+        print(_described(options.run, data, settings))
+        return lambda: exits.DONE
+    sheet = options.sheet and folder_argument("sheet", options.sheet)
+    try:
+        with _progress.shown("dex finetune") as say:
+            training = prepare(
+                options.run,
+                data,
+                settings,
+                out,
+                resume=resume,
+                overwrite=options.overwrite,
+                command=["dex", "finetune", *arguments],
+                split=_task_data.remembered(options),
+                say=say,
+            )
+    except exits.Stopped as stopped:
+        print(f"dex finetune: {stopped} before the first step: start the same command again", file=sys.stderr)
+        return lambda: exits.PREEMPTED
+
+    def carry_out() -> int:
+        try:
+            code = training.run()
+            if code == exits.DONE and announced().rank == 0 and not options.no_evaluation and data.of("test"):
+                _evaluate(out, data, settings, sheet)
+        except (OSError, ValueError) as error:
+            return failed("dex finetune", error)
+        except exits.Stopped:
+            print("dex finetune: stopped while it evaluated; dex evaluate does that alone", file=sys.stderr)
+            return exits.PREEMPTED
+        return code
+
+    return carry_out
+
+
+def _evaluate(out: Path, data: "TaskData", settings: "Settings", sheet: Path | None) -> None:
+    """The test split, by the best checkpoint."""
+    from dex.tasks.evaluate import Options
+    from dex.tasks.load import load_task_model
+
+    loaded = load_task_model(out)
+    loaded.model.to(_device(loaded.config, settings.device))
+    with exits.stopping(), _progress.shown("dex finetune") as say:
+        options = Options("test", settings.batch_size)
+        evaluation = _task_data.write_evaluation(loaded, data, options, out, sheet, say)
+    print(_task_data.words(evaluation))
+    print(out / _task_data.REPORT)
+
+
+def _device(config: Any, device: str) -> Any:
+    from dex.train.plan import resolve_device
+
+    return resolve_device(replace(config, run=replace(config.run, device=device)))
+
+
+def _resume(text: str | None) -> bool:
+    if text not in (None, "auto"):
+        raise ValueError(f"resume: expected auto; got {text!r}")
+    return text is not None
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    from dex.tasks import recipe
+
+    given = {field.name: getattr(options, field.name) for field in recipe.fields()}
+    return replace(recipe.preset(options.preset), **{name: value for name, value in given.items() if value is not None})
+
+
+def _described(run: str, data: "TaskData", settings: "Settings") -> str:
+    """What would be trained, with every setting; every target is read."""
+    from dex.common.units import format_bytes
+    from dex.tasks import recipe
+    from dex.tasks.cases import check_targets
+    from dex.tasks.finetune import plan
+
+    planned, model = plan(run, data, settings)
+    task = data.task
+    lines = [f"{task.name}: {task.kind} of {', '.join(task.classes)}; metric {task.metric}"]
+    for side, count in check_targets(data).items():
+        patients = len({case.patient for case in data.of(side)})
+        of_class = ", ".join(f"{name} {n:,}" for name, n in zip(task.classes, count.present, strict=True))
+        lines.append(
+            f"{side}: {count.cases:,} cases of {patients:,} patients, {count.frames:,} images; with {of_class}"
+        )
+        if side == "train":
+            steps = -(-count.frames // settings.batch_size)
+            lines.append(f"  {steps:,} steps an epoch, {steps * settings.epochs:,} steps")
+    trained, whole = model.trained_parameters(), sum(p.numel() for p in model.parameters())
+    # Weights, and of what trains a gradient and two moments; activations come on top.
+    size = 4 * (whole + 3 * trained)
+    lines.append(f"{trained:,} of {whole:,} parameters trained ({settings.mode}, {settings.path})")
+    lines.append(f"{format_bytes(size)} for weights, gradients and moments; activations and time are not estimated")
+    lines.append(f"{planned.device.type}, {planned.precision}, images of {planned.config.model.img_size} pixels")
+    lines += planned.notes
+    lines += [f"{name}: {value}" for name, value in recipe.to_dict(settings).items()]
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    from dex.tasks import recipe
+
+    parser = Parser(
+        prog="dex finetune",
+        description="Fine-tune a pretrained model on a task: segmentation by a UNETR decoder, classification by a "
+        "head. The best checkpoint by the validation metric is evaluated on the test split at the end. Several ranks "
+        "(torchrun -m dex finetune ...) share every batch.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 stopped by three non-finite steps in a row, 75 "
+        "stopped by a signal, saved and resumable, 130 interrupted at once.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
+    parser.add_argument("task", metavar="TASK", help="a name of dex tasks, a YAML file, or a folder of one's own")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the fine-tuned model; new or empty")
+    parser.add_argument("--resume", metavar="auto", help="auto: go on from the newest good checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out after the first step")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run; write nothing")
+    parser.add_argument("--no-evaluation", action="store_true", help="leave the test split alone")
+    parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row of the test split")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(recipe.PRESETS),
+        default="paper",
+        help="defaults of the settings below: paper, whose values are shown, or cpu for minutes on a processor (paper)",
+    )
+    _task_data.add_options(parser)
+    group = parser.add_argument_group("settings")
+    for field in recipe.fields():
+        _add_setting(group, field, recipe.kind_of(field.name), recipe.describe(field))
+    return parser
+
+
+def _add_setting(group: Any, field: Any, kind: Any, text: str) -> None:
+    option, words = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
+    if typing.get_origin(kind) is typing.Literal:
+        group.add_argument(option, choices=typing.get_args(kind), help=words)
+    elif kind is bool:
+        group.add_argument(option, action="store_true", default=None, help=words)
+    else:
+        numbers = [k for k in (*typing.get_args(kind), kind) if k in (int, float)]
+        group.add_argument(option, type=numbers[0], metavar="N" if numbers[0] is int else "X", help=words)
