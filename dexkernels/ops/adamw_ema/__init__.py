@@ -7,7 +7,7 @@ from ...checks import check_momentum, check_number, check_scalar, check_skip, ch
 from .. import backends
 from .records import Rule, Scalars, Update
 
-BACKENDS = {"reference": "cpu", "triton": "triton"}
+BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
 """Backend -> the module of this folder that has its ``adamw_ema_`` and ``why_not``."""
 
 COPIES = (torch.bfloat16, torch.float16)
@@ -105,8 +105,10 @@ def _check(name: str, u: Update, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a director with its group_weights, and a copy only where there is one")
     if u.director is None:
         return
-    if p.dim() == 0:
-        raise ValueError(f"{name}.parameter: expected [E, ...] beside a director, got a 0-dim tensor")
+    if p.dim() == 0 or p.shape[0] == 0:
+        raise ValueError(
+            f"{name}.parameter: expected [E, ...] of at least one expert beside a director, got {describe(p)}"
+        )
     check_tensor(f"{name}.director", u.director, tuple(p.shape[1:]), like=p)
     check_tensor(f"{name}.group_weights", u.group_weights, (p.shape[0],), like=p, same_dtype=False)
     if u.copy is not None:
