@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dex.prepare import readers, sources
+from dex.data.folder import kind_of
+from dex.prepare import modalities, readers, sources
 from dex.prepare.ids import Names
 from dex.prepare.readers.files import quiet
 from dex.tasks import own, patterns, splits
@@ -74,14 +75,19 @@ def open_task(
     Raises: FileNotFoundError, NotADirectoryError; ValueError naming the argument, the file or the patients.
     """
     task = task if isinstance(task, Task) else find(task)
+    _check_types(seed, shots, classes, modality)
+    for name, value in (("data", data), ("labels", labels), ("private", private)):
+        if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
+            raise ValueError(f"{name}: expected a path; got {value!r}")
     root = _root(task, data, labels)
     if modality is not None:
-        task = replace(task, modality=sources.modalities.resolve(modality).name)
+        task = replace(task, modality=modalities.resolve(modality).name)
     if classes:
         task = _classed(task, classes)
     files = patterns.listed(root)
     held = _held(task, files, Path(labels) if labels is not None else None)
     task = held.task
+    _check_modality(task, held.items)
     task, indices = _resolved(task, held.items, files)
     whose = _patients(held.items, files, patient, by_folder=labels is None and not task.layout.rules)
     samples = [
@@ -102,7 +108,31 @@ def open_task(
         for i in places
         for target in [indices[i]]
     )
-    return TaskData(task, cases, (*_overlap(task), *whose.notes, *notes))
+    return TaskData(task, cases, (*_overlap(task), *held.notes, *whose.notes, *notes))
+
+
+def _check_types(seed: int, shots: int | None, classes: Sequence[str], modality: str | None) -> None:
+    """ValueError naming the argument."""
+    for name, value in (("seed", seed), ("shots", 1 if shots is None else shots)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name}: expected a whole number; got {value!r}")
+    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+        raise ValueError(f"classes: expected a list of texts; got {classes!r}")
+    if not isinstance(modality, str | None):
+        raise ValueError(f"modality: expected a name; got {modality!r}")
+
+
+def _check_modality(task: Task, items: Sequence[Item]) -> None:
+    """ValueError for files that do not say what they hold, where nobody has said it either."""
+    if task.modality:
+        return
+    for item in items:
+        format = readers.format_of(item.image)
+        if format is not None and not readers.reader_of(format).decides and kind_of(item.image) is None:
+            raise ValueError(
+                f"modality: expected --modality, one of {', '.join(modalities.NAMES)}, since a {format} file does not "
+                f"say what it holds; got none for {item.image}"
+            )
 
 
 def _root(task: Task, data: str | os.PathLike[str] | None, labels: str | os.PathLike[str] | None) -> Path:
@@ -132,6 +162,9 @@ def _held(task: Task, files: Files, labels: Path | None) -> Own:
     if labels is not None:
         items = own.of_table(labels, files.root)
         kind = "segmentation" if any(item.mask for item in items) else "classification"
+        lacking = [item.image for item in items if not (item.mask if kind == "segmentation" else item.label)]
+        if lacking:
+            raise ValueError(f"labels: expected a mask for each file, or for none; {labels} has none for {lacking[0]}")
         _require_kind(task, kind)
         return Own(replace(task, kind=kind, metric=task.metric if task.kind == kind else ""), items)
     if not task.layout.rules:
@@ -266,6 +299,8 @@ def _patients(items: list[Item], files: Files, pattern: str | None, by_folder: b
 def _pattern(pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
+    if not isinstance(pattern, str):
+        raise ValueError(f"patient: expected a regular expression; got {pattern!r}")
     try:
         expression = re.compile(pattern)
     except re.error as error:

@@ -56,6 +56,7 @@ class Own(NamedTuple):
     task: Task
     """With kind, classes and values, as far as the files say them."""
     items: list[Item]
+    notes: tuple[str, ...] = ()
 
 
 def split_of(text: str) -> str:
@@ -148,9 +149,10 @@ def of_table(path: Path, root: Path, columns: dict[str, str] | None = None, loos
 def _placed(text: str, root: Path, table: Path, number: int) -> str:
     """A path of a table, below ``root`` or beside the table."""
     for base in (root, table.parent):
-        place = base / text
-        if place.exists():
-            return text if base == root and not Path(text).is_absolute() else str(place.absolute())
+        for name in (text, text.replace("\\", "/")):
+            place = base / name
+            if place.exists():
+                return name if base == root and not Path(name).is_absolute() else str(place.absolute())
     raise FileNotFoundError(f"labels: expected files below {root}; {table}, row {number}: nothing at {root / text}")
 
 
@@ -250,8 +252,20 @@ def _pairs(files: Files, task: Task) -> Own | None:
             )
             for m in with_mask
         ]
-        return Own(replace(task, kind="segmentation", metric=_metric(task, "segmentation")), items)
+        return Own(replace(task, kind="segmentation", metric=_metric(task, "segmentation")), items, _left(items, files))
     return None
+
+
+def _left(items: Sequence[Item], files: Files) -> tuple[str, ...]:
+    """A sentence about masks that belong to no image."""
+    used = {item.mask for item in items}
+    of_images = {item.image.rpartition("/")[0] for item in items}
+    folders = {mask.rpartition("/")[0] for mask in used} - of_images
+    left = [path for folder in sorted(folders) for path in files.within(folder) if readers.format_of(path) is not None]
+    left = [path for path in left if path not in used]
+    if not left:
+        return ()
+    return (f"{len(left):,} masks belong to no image, such as {left[0]}",)
 
 
 def _has_folder(name: str, files: Files) -> bool:

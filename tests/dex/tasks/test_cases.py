@@ -160,6 +160,31 @@ def test_a_pattern_needs_a_group(folders):
             open_task(folders, patient=pattern)
 
 
+def test_arguments_of_another_type(folders):
+    for name, value in (
+        *(("data", 3), ("labels", 3), ("labels", ""), ("private", 3), ("seed", "x"), ("shots", "3"), ("shots", True)),
+        *(("classes", "ab"), ("classes", [3]), ("modality", 3), ("patient", 3)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            open_task(folders, **{name: value})
+
+
+def test_volumes_need_a_modality_at_once(tmp_path, volume, save_nifti):
+    for i in range(10):
+        save_nifti(tmp_path / f"d/images/{i}.nii.gz", volume.values, volume.affine)
+        save_nifti(tmp_path / f"d/masks/{i}.nii.gz", volume.labels, volume.affine)
+    with pytest.raises(ValueError, match=r"modality: expected --modality, .*a nifti file.* images/0.nii.gz"):
+        open_task(tmp_path / "d", classes=["one", "two"])
+    data = open_task(tmp_path / "d", classes=["one", "two"], modality="ct")
+    assert data.task.modality == "CT" and check_targets(data)["train"].frames == 9 * len(data.of("train"))
+
+
+def test_a_table_with_masks_for_some(pairs):
+    (pairs / "labels.csv").write_text("file,mask,label\nimages/p0-0.png,masks/p0-0.png,\nimages/p1-1.png,,x\n")
+    with pytest.raises(ValueError, match=r"a mask for each file, or for none; .* has none for images/p1-1.png"):
+        open_task(pairs, labels=pairs / "labels.csv", classes=["one", "two"])
+
+
 def test_no_data(tmp_path, monkeypatch):
     monkeypatch.delenv("DEX_TASKS", raising=False)
     with pytest.raises(FileNotFoundError, match="nothing at"):

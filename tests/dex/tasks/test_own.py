@@ -84,6 +84,11 @@ def test_an_image_without_a_mask_and_one_with_two(held):
         held("masks/b.png", "masks/a.tif")
 
 
+def test_a_mask_without_an_image_is_said(held):
+    found = held("images/a.png", "masks/a.png", "masks/b.png", "masks/readme.txt")
+    assert found.notes == ("1 masks belong to no image, such as masks/b.png",)
+
+
 def test_nnunet(held, tmp_path):
     (tmp_path / "dataset.json").write_text(
         json.dumps({"labels": {"background": 0, "liver": 1, "tumour": 2, "ignore": 3}})
@@ -157,6 +162,7 @@ def test_a_table_of_labels(table):
         own.Item("ü b.png", "y", split="val", patient="p2"),
     ]
     assert table("path;label\na.png;x, y\n") == [own.Item("a.png", "x, y")]
+    assert table("file,label\n..\\data\\a.png,x\n") == [own.Item("../data/a.png", "x")]
     assert table("file,mask\na.png,m.png\n") == [own.Item("a.png", mask="m.png")]
     assert table("name,class\na,x\n", columns={"file": "name", "label": "class"}, loose=True) == [own.Item("a", "x")]
 
