@@ -12,6 +12,7 @@ results; --check: change nothing, exit 1 when it would.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -174,11 +175,18 @@ def fine_tune(out: Path, job: Job) -> None:
     if cost.is_file():
         return
     before = time.process_time()
-    side = side_of(out, job.arm)
-    task = compare.prepared(opened(out, job.fold), leak_of(out, job.fold))
+    side, task = side_of(out, job.arm), prepared(out, job.fold)
     compare.outcome(side, task, compare.settings_of(side, settings(), job.seed), out / "tasks", discard=True)
     used = {"processor_seconds": time.process_time() - before, "max_rss_kb": resource.getrusage(0).ru_maxrss}
     atomic.write(cost, json.dumps(used) + "\n")
+
+
+@functools.cache
+def prepared(out: Path, fold: str):
+    """Read and checked once in each process."""
+    from dex.tasks import compare
+
+    return compare.prepared(opened(out, fold), leak_of(out, fold))
 
 
 def leak_of(out: Path, fold: str) -> str:
@@ -188,6 +196,7 @@ def leak_of(out: Path, fold: str) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["sentence"]
 
 
+@functools.cache
 def side_of(out: Path, arm: str):
     from dex.tasks import compare
 

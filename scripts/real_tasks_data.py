@@ -34,7 +34,7 @@ LEAST_VOXELS = 150
 """A structure is a class of `mr-slab` where both slabs hold at least so much of it."""
 VAL_EVERY = 5
 """One slice in so many of a training volume is for validation: each class must be there."""
-SHOWN = 200
+SHOWN = 160
 """Training images of an epoch at least: fewer are listed several times, so that epochs are alike in length."""
 GAP = 2
 """Slices, or 2 mm and more, between the two slabs of the MR."""
