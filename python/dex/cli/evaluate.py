@@ -10,7 +10,7 @@ from dex.cli._console import Parser, check_folder, failed, folder_argument, requ
 from dex.common import exits
 
 HELP = "metrics of fine-tuned models on a split, with intervals over patients, and a report"
-POSITION = 53
+POSITION = 47
 NEEDS = "train,data,adapt"
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dex.tasks.task import TaskData
 
 HELP = "fine-tune a pretrained model on a task, or on labelled images of one's own"
-POSITION = 52
+POSITION = 46
 NEEDS = "train,data,adapt"
 
 

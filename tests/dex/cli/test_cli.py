@@ -37,6 +37,11 @@ def test_help_lists_only_what_works(run):
         "embed",
         "probe",
         "export",
+        "tasks",
+        "finetune",
+        "evaluate",
+        "predict",
+        "compare",
         "doctor",
     ]
     for command in commands:
@@ -91,6 +96,11 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
             "embed",
             "probe",
             "export",
+            "tasks",
+            "finetune",
+            "evaluate",
+            "predict",
+            "compare",
             "doctor",
         ]
         assert "  echo       says what it was given\n" in run("--help")[1]
@@ -98,7 +108,10 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
         assert run("echo") == (2, "", "dex echo: word: expected one, got none\n")
         code, _, err = run("echo", "absent")
         assert code == 2 and "pip install -e '.[data]'" in err
-        names = "prepare, data, echo, pretrain, report, analyse, explain, embed, probe, export, doctor"
+        names = (
+            "prepare, data, echo, pretrain, report, analyse, explain, embed, probe, export, tasks, finetune, evaluate, "
+            "predict, compare, doctor"
+        )
         assert f"expected one of {names}; got '_helper'" in run("_helper")[2]
     finally:
         sys.modules.pop("dex.cli.echo", None)
