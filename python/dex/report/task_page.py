@@ -29,6 +29,8 @@ from dex.tasks.recipe import Settings
 
 MODE = 0o600
 _WORST = 10
+_MANY = 20
+"""With more classes, cells of a confusion that hold nothing are not drawn."""
 _BY_PATIENT = {"segmentation": "dice", "classification": "balanced_accuracy"}
 """The metric whose value of a class enters by the patients that show it."""
 _LEAST = 620
@@ -65,6 +67,11 @@ def write(
     unknown = sorted({p.case for p in pictures} - {case.id for case in evaluation.cases})
     if unknown:
         raise ValueError(f"pictures: expected cases of the evaluation, got {', '.join(unknown[:3])}")
+    for p in pictures:
+        if p.image.dtype != np.uint8 or 0 in p.image.shape or not (p.image.ndim == 2 or p.image.shape[2:] == (3,)):
+            raise ValueError(
+                f"pictures: expected uint8 [h, w, 3] or [h, w], got {p.image.dtype} {list(p.image.shape)} of {p.case}"
+            )
     name = _name(evaluation)
     sections = [
         Section("classes", "By class", _classes(evaluation)),
@@ -250,12 +257,12 @@ def _confusion(evaluation: Evaluation) -> str:
     names = [*(["background"] if segmentation else []), *evaluation.classes]
     rows, columns = [_numbered(name, i) for i, name in enumerate(names)], [str(i) for i in range(len(names))]
     shares = [[v / sum(row) if sum(row) else None for v in row] for row in evaluation.confusion]
-    what = "pixels" if segmentation else "cases"
+    what, many = "pixels" if segmentation else "cases", len(names) > _MANY
     figure = matrix(
         f"Share of {what} by truth",
         rows,
         columns,
-        shares,
+        [[None if many and not v else v for v in row] for row in shares],
         top=1.0,
         unit="rows: truth, columns: prediction by number",
         marked=[(i, i) for i in range(len(names))],

@@ -99,6 +99,10 @@ def test_what_does_not_belong_leaves_the_earlier_page(tmp_path):
     before = out.read_bytes()
     with pytest.raises(ValueError, match="pictures: expected cases of the evaluation, got another"):
         write(out, classified(), pictures=[Picture("another", np.zeros((4, 4, 3), np.uint8))])
+    one = classified().cases[0].id
+    for image in (np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match=f"pictures: expected uint8 .* of {one}"):
+            write(out, classified(), pictures=[Picture(one, image)])
     with pytest.raises(ValueError, match="second: expected the cases"):
         write(out, classified(), other=Other("b", [classified(n=46)]))
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]

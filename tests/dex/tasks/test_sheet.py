@@ -52,7 +52,7 @@ def test_a_row_that_is_there_stays(tmp_path):
     assert not sheet.add(ROW._replace(seconds=1.0)) and sheet.path.read_bytes() == before
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
     st.integers(),

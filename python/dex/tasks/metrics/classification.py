@@ -125,8 +125,11 @@ def auc(data: Classified, of: int | None = None) -> Measure:
             return torch.full((len(weights),), float("nan"), dtype=torch.float64)
         return torch.stack([area(weights) for area in ranked]).mean(0)
 
-    scored = data.scored() if wanted else torch.zeros(data.number, dtype=torch.bool)
-    return Measure(statistic, scored, len(data.labels) if wanted else 0, _few(data, of))
+    if not wanted:
+        return Measure(
+            statistic, torch.zeros(data.number, dtype=torch.bool), 0, "it takes cases of the class and others"
+        )
+    return Measure(statistic, data.scored(), len(data.labels), _few(data, of))
 
 
 def confusion(data: Classified) -> np.ndarray:

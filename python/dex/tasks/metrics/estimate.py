@@ -57,7 +57,7 @@ def estimate(measure: Measure, seed: int = 0) -> Estimate:
     """
     patients = int(measure.scored.sum())
     if patients == 0:
-        return Estimate(None, None, None, 0, measure.cases, "no case enters it")
+        return Estimate(None, None, None, 0, measure.cases, measure.no_interval or "no case enters it")
     value = float(measure.statistic(measure.scored.double()[None])[0])
     if not math.isfinite(value):
         return Estimate(None, None, None, patients, measure.cases, "it is not defined for these cases")

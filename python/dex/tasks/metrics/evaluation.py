@@ -5,6 +5,7 @@ Shape letters: n cases, C classes, P patients.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,8 +225,21 @@ def checked(evaluation: Evaluation) -> Evaluation:
     if twice:
         more = f" and {len(twice) - 3} others" if len(twice) > 3 else ""
         raise ValueError(f"cases: expected each id once; {', '.join(twice[:3])}{more} came several times")
+    if len(set(evaluation.classes)) < len(evaluation.classes):
+        raise ValueError(f"classes: expected each name once, got {', '.join(evaluation.classes)}")
     evaluation._check(evaluation.metric, None)
+    _check_plain(evaluation.about)
     return evaluation._replace(cases=tuple(sorted(evaluation.cases, key=lambda case: (case.patient, case.id))))
+
+
+def _check_plain(about: Mapping[str, Any]) -> None:
+    for name, value in about.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"about: expected text, finite numbers and lists of them, got {value!r} for {name!r}"
+            ) from None
 
 
 def _rows(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:

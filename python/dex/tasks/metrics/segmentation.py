@@ -145,7 +145,10 @@ def _check_values(name: str, mask: np.ndarray, classes: int) -> None:
 def _spacing(spacing_mm: tuple[float, float, float] | None) -> tuple[float, ...]:
     if spacing_mm is None:
         return (1.0, 1.0, 1.0)
-    spacing = tuple(float(s) for s in spacing_mm)
+    try:
+        spacing = tuple(float(s) for s in spacing_mm)
+    except (TypeError, ValueError):
+        spacing = ()
     if len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing):
         raise ValueError(
             "spacing_mm: expected three positive numbers (between frames, rows, columns) or None for pixels, "

@@ -92,7 +92,7 @@ def test_a_class_that_is_predicted_and_never_there_has_f1_0():
     data = Classified(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]), torch.arange(2), 2)
     assert value(f1(data, 1)) == 0 and value(f1(data)) == pytest.approx(1 / 3)
     assert value(sensitivity(data)) == 0.5  # of class 0 alone
-    assert auc(data).cases == 0  # one class only: no ranking
+    assert estimate(auc(data)) == (None, None, None, 0, 0, "it takes cases of the class and others")
 
 
 def test_a_tie_counts_half_and_the_first_class_is_predicted():

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +68,18 @@ def test_a_metric_may_forbid_an_interval():
 
 def test_counted():
     assert [counted(n, "patient") for n in (1, 2, 1250)] == ["1 patient", "2 patients", "1,250 patients"]
+
+
+@pytest.mark.slow
+def test_the_documentation_says_how_often_intervals_cover():
+    """The row of mean Dice in docs/metrics.md, within three standard errors of 400 and of 1,000 sets."""
+    page = (Path(__file__).parents[4] / "docs/metrics.md").read_text(encoding="utf-8")
+    patients, dice = (re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1] for name in ("patients", "mean Dice"))
+    stated = {int(n): float(p.strip(" %")) / 100 for n, p in zip(patients.split("|"), dice.split("|"), strict=True)}
+    assert set(stated) >= {4, 10, 30}
+    rng = np.random.default_rng(1)
+    for number in (4, 10, 30):
+        found = [estimate(of_values(rng.beta(8, 2, number))) for _ in range(400)]
+        share = np.mean([e.low <= 0.8 <= e.high for e in found if e.low is not None])
+        error = (stated[number] * (1 - stated[number]) * (1 / 400 + 1 / 1000)) ** 0.5
+        assert abs(share - stated[number]) < 3 * error

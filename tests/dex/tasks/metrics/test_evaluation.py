@@ -120,6 +120,11 @@ def test_what_no_evaluation_is_is_named(classified, segmented):
     ):
         with pytest.raises(ValueError, match=message):
             of_classification("t", ("x", "y"), *arguments)
+    with pytest.raises(ValueError, match="classes: expected each name once, got x, x"):
+        of_classification("t", ("x", "x"), pair, p, labels)
+    for value in (object(), float("nan"), np.float32(1)):
+        with pytest.raises(ValueError, match="about: expected text, .* for 'step'"):
+            of_classification("t", ("x", "y"), pair, p, labels, about={"step": value})
     with pytest.raises(ValueError, match="metric: expected one of"):
         of_classification("t", ("x", "y"), pair, p, labels, metric="nonsense")
     with pytest.raises(ValueError, match="cases: expected at least one"):

@@ -22,7 +22,7 @@ def test_the_file_stays_when_writing_fails(classified, tmp_path):
     write(classified(), path)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write(classified(run=object()), path)
+        write(classified()._replace(about={"run": object()}), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

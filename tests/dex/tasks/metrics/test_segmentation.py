@@ -95,10 +95,10 @@ def test_dice_is_torchmetrics_but_for_both_empty():
     score = theirs.dice_score(*pair, **how)[0].tolist()
     ours = [c.dice for c in segmentation_scores(predicted, truth, ("a", "b", "c"), None).classes]
     assert ours[:2] == pytest.approx(score[:2])
-    assert ours[2] is None and not score[2] == 0  # NaN or 1 there, by version
+    assert ours[2] is None and np.isnan(score[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(MASK, st.data())
 def test_symmetry_bounds_and_counts(predicted, data):
     truth = data.draw(arrays.arrays(np.uint8, predicted.shape, elements=st.sampled_from([0, 1, 2])))
@@ -128,6 +128,8 @@ GOOD = np.zeros((1, 2, 2), np.uint8)
         ({"truth": GOOD + 7}, "truth: expected .* or 255 to ignore a pixel; got 7"),
         ({"truth": GOOD.astype(np.int64) - 1}, "truth: expected .* got -1"),
         ({"spacing_mm": (1, 0, 1)}, "spacing_mm: expected three positive"),
+        ({"spacing_mm": 1.0}, "spacing_mm: expected three positive .* got 1.0"),
+        ({"spacing_mm": "abc"}, "spacing_mm: expected three positive"),
         ({"spacing_mm": (1, 1)}, "spacing_mm: expected three positive"),
         ({"spacing_mm": (1, float("nan"), 1)}, "spacing_mm: expected three positive"),
         ({"classes": ()}, "classes: expected 1 to 254"),

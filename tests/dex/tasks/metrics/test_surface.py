@@ -13,7 +13,7 @@ library = pytest.importorskip("surface_distance", reason="needs surface-distance
 
 MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
 SPACING = st.tuples(*[st.sampled_from([0.4, 0.7, 1.0, 2.5, 5.0])] * 3)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=30, deadline=None)
 
 
 def blobs(rng, shape):
