@@ -82,7 +82,7 @@ def write(
     ]
     if other is not None:
         sections.append(compared(name, list(seeds) or [evaluation], other))
-    sections.append(Section("basis", "What the numbers rest on", _basis(evaluation, settings, leak)))
+    sections.append(Section("basis", "What the numbers rest on", _basis(evaluation, settings, leak, notes)))
     warned = [*([_PRIVATE] if pictures else []), *notes]
     page = document.document("Evaluation of a task", evaluation.task, _headline(evaluation, name), warned, sections)
     document.write(page, out, MODE if pictures else 0o666)
@@ -297,7 +297,7 @@ def _reliability(evaluation: Evaluation) -> str:
     return reading(read) + f"<p>{esc(words)}</p>" + reliability_diagram(found)
 
 
-def _basis(evaluation: Evaluation, settings: Settings | None, leak: str) -> str:
+def _basis(evaluation: Evaluation, settings: Settings | None, leak: str, said: Sequence[str]) -> str:
     lines = [
         f"Leak check against the pretraining set: {leak or str(evaluation.about.get('leak') or 'not checked')}",
     ]
@@ -332,7 +332,7 @@ def _basis(evaluation: Evaluation, settings: Settings | None, leak: str) -> str:
             f"In fewer than {MIN_PATIENTS} patients: {', '.join(rare)}. Means over classes rest on them as on the "
             "others, and their intervals say little of them"
         )
-    lines += [str(note) for note in evaluation.about.get("notes") or ()]
+    lines += [str(note) for note in evaluation.about.get("notes") or () if note not in said]
     items = "".join(f"<li>{esc(line)}.</li>" for line in lines)
     return f'<ul class="lead">{items}</ul>{_facts(evaluation)}{_settings(settings)}'
 

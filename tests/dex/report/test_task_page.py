@@ -35,7 +35,7 @@ def test_a_segmentation_in_whole(tmp_path):
         settings=Settings(epochs=7),
         pictures=pictures(evaluation),
         leak="no case is a copy of a pretraining image",
-        notes=["Labels by a model"],
+        notes=["Labels by a model", *ABOUT["notes"]],
         other=Other("control", [segmented(0, 0.6)]),
     )
     source, text = out.read_text(encoding="utf-8"), text_of(out)
@@ -60,6 +60,7 @@ def test_a_segmentation_in_whole(tmp_path):
         "lesion missed",
     ):
         assert words in text, words
+    assert text.count("A note of the data") == 1
     counts = re.search(r"<th>lesion</th>(?:<td>[^<]*</td>){3}((?:<td>\d+</td>)+)</tr>", source)[1]
     assert re.findall(r"\d+", counts) == ["6", "2", "2", "2", "6"]  # patients, scored, missed, spurious, empty
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", source))

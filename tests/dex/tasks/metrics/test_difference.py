@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from dex.tasks.metrics.difference import paired_difference
@@ -10,6 +11,24 @@ def test_pairing_narrows_what_patients_share(classified):
     assert got.estimate.value == pytest.approx(a.estimate("accuracy").value - b.estimate("accuracy").value)
     assert got.estimate.low < 0 < got.estimate.high and got.verdict == "not told apart"
     assert "not told apart" in got.sentence("DEX", "control")
+
+
+def test_the_interval_is_scipys_of_paired_patients(classified):
+    """Every patient has two cases, so that accuracy is the mean over patients of theirs."""
+    stats = pytest.importorskip("scipy.stats", reason="needs scipy, of the extra 'adapt'")
+    a, b = classified(0, 1.5, n=80), classified(1, 1.0, n=80)
+    right = [[np.argmax(c.probabilities) == c.label for c in e.cases] for e in (a, b)]
+    sides = [np.reshape(r, (40, 2)).mean(1) for r in right]
+
+    def difference(x, y, axis):
+        return x.mean(axis) - y.mean(axis)
+
+    how = {"paired": True, "method": "BCa", "n_resamples": 9999, "random_state": 0}
+    want = stats.bootstrap(sides, difference, **how).confidence_interval
+    got = paired_difference(a, b, "accuracy").estimate
+    width = want.high - want.low
+    assert got.value == pytest.approx(difference(*sides, 0))
+    assert abs(got.low - want.low) < 0.1 * width and abs(got.high - want.high) < 0.1 * width
 
 
 def test_a_better_model_is_better_whichever_way_the_metric_counts(classified):
