@@ -91,6 +91,8 @@ class OptimConfig:
     """Factor of the learning rate from one encoder block to the one before it; 1 gives all the same."""
     ema: float | None = None
     """Momentum of an average of the weights that is kept beside them, such as 0.9999; null keeps none."""
+    fused: bool = False
+    """Whether AdamW and the directors' update read the experts once, together; results differ in rounding."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dex.common.ranks import full
 from dex.config import Config
+from dexkernels.optim import DEXAdamW
 
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
@@ -57,6 +59,48 @@ def adamw(config: Config, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor)
     # Read by the fused step: where found_inf is 1 it leaves weights, moments and step counters alone.
     optimizer.grad_scale = None
     return optimizer
+
+
+def fused_adamw(
+    config: Config, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor, copies: torch.dtype | None
+) -> DEXAdamW:
+    """`adamw` that moves the directors too. copies: the dtype of the experts' copies that it writes; None: none.
+
+    They stay unused, and so are not written, where something else holds on to the weights, as their average does, or
+    where forwards make their own.
+    """
+    optim, parallel = config.optim, config.parallel
+    if optim.ema is not None or parallel.strategy == "fsdp" or parallel.compile or parallel.cuda_graph:
+        copies = None
+    groups = parameter_groups(config, named)
+    optimizer = DEXAdamW(model, groups, config.peak_lr, optim.betas, optim.eps, optim.weight_decay, copies=copies)
+    if lr.is_cuda:
+        for group in optimizer.param_groups:
+            group["lr"] = lr if group["lr_scale"] == 1.0 else torch.zeros_like(lr)
+    return optimizer
+
+
+def move(
+    optimizer: torch.optim.AdamW,
+    model: nn.Module,
+    gate_mass: list[Tensor],
+    momentum: Tensor,
+    norm: Tensor,
+    clip_norm: float,
+    skip: Tensor,
+) -> None:
+    """GEMA, clip, AdamW. gate_mass and skip are those of all ranks; norm is the gradients'. skip: nothing changes."""
+    if isinstance(optimizer, DEXAdamW):
+        # As torch.nn.utils.clip_grads_with_norm_ scales.
+        scale = (clip_norm / (full(norm) + 1e-6)).clamp(max=1.0)
+        masses = {"gate_mass": gate_mass, "momentum": momentum} if gate_mass else {}
+        optimizer.step(**masses, clip_scale=scale, skip=skip, process_group=False)
+        return
+    model.update_directors(gate_mass, momentum, skip=skip, process_group=False)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    optimizer.found_inf = skip.float()
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor, value: float) -> None:

@@ -24,7 +24,7 @@ from dex.train import checkpoint, cuda_graph
 from dex.train.average import WeightAverage
 from dex.train.engine import Engine
 from dex.train.initial import first_model, load_initial
-from dex.train.optimizer import adamw, set_learning_rate
+from dex.train.optimizer import adamw, fused_adamw, move, set_learning_rate
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
 from dex.train.verdict import Agreement, Losses, NonFinite, Verdict, send
@@ -75,7 +75,7 @@ class Trainer(Engine):
         )
         """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
-        self.optimizer = adamw(config, self.named_parameters, self._schedule.lr)
+        self.optimizer = self._new_optimizer()
         self.average = None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
         self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
         self._unreadable: CorruptDataError | None = None
@@ -180,10 +180,8 @@ class Trainer(Engine):
         losses = Losses(out.loss, total, out.align_loss, out.balance_loss, full(norm))
         verdict = self._agreement.reach(losses, out, modality, **self._flags._asdict())
         skip = ~verdict.good
-        self.model.update_directors(verdict.gate_mass, values.momentum, skip=skip, process_group=False)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, norm)
-        self.optimizer.found_inf = skip.float()
-        self.optimizer.step()
+        momentum, clip_norm = values.momentum, config.optim.clip_norm
+        move(self.optimizer, self.model, verdict.gate_mass, momentum, norm, clip_norm, skip)
         if self.average is not None:
             self.average.update(verdict.good)
         if self.loss_scale is not None:
@@ -309,6 +307,12 @@ class Trainer(Engine):
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        if not self.config.optim.fused:
+            return adamw(self.config, self.named_parameters, self._schedule.lr)
+        copies = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.precision)
+        return fused_adamw(self.config, self.model, self.named_parameters, self._schedule.lr, copies)
 
     def _new_graph(self) -> cuda_graph.StepGraph | None:
         if not self.config.parallel.cuda_graph:

@@ -89,3 +89,31 @@ def test_what_was_trained_so_goes_on_after_a_save(tiny, change, images, tmp_path
     for _ in range(4):
         plain.train_step()
     assert plain.row()["loss"] != pytest.approx(whole.row()["loss"], rel=1e-6)
+
+
+FUSED = {
+    "alone": {},
+    "averages, rates by depth, decay of matrices": {
+        "optim__ema": 0.9, "optim__layer_decay": 0.5, "optim__decay_exclude": "vectors",
+    },
+    "bf16": {"run__precision": "bf16"},
+    "micro-batches": {"parallel__micro_batch": 4},
+    "no experts": {"model__num_experts": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FUSED)
+def test_fused_is_the_same_to_rounding(tiny, change, what):
+    ends = []
+    for fused in (False, True):
+        c = change(tiny, optim__fused=fused, optim__weight_decay=0.1, **FUSED[what])
+        trainer = Trainer(resolve(c, open_dataset(c.data.path)))
+        for _ in range(4):
+            assert not trainer.train_step()
+        ends.append({name: t.clone() for name, t in trainer.tensors().items()})
+        trainer.close()
+    assert ends[0].keys() == ends[1].keys()
+    bound = 2e-2 if what == "bf16" else 1e-4
+    for name, t in ends[0].items():
+        scale = max(float(t.abs().max()), 1e-6)
+        assert float((t - ends[1][name]).abs().max()) <= bound * scale, name
