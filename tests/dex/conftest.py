@@ -164,7 +164,7 @@ def finetuned(pretrained, discs, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("finetuned")
     data = open_task(discs, discs, classes=["disc=255"], private=root / "private")
     settings = Settings(
-        epochs=2, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32"
+        epochs=2, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32", workers=0
     )
     assert finetune(pretrained, data, settings, root / "out") == 0
     return root / "out"

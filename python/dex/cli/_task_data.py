@@ -1,9 +1,10 @@
 """What the commands about tasks share: options that say where the labelled data are, and what an evaluation leaves."""
 
 import argparse
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dex.cli._console import folder_argument
 
@@ -69,10 +70,29 @@ def remembered(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in REMEMBERED}
 
 
+def leak_sentence(data: "TaskData", run: str | None, side: str, say: "Say") -> str:
+    """What the comparison of a side with the data of the pretrained run says; run: None leaves it out."""
+    from dex.tasks import leakage
+
+    if run is None:
+        return "not checked"
+    total, done = len(data.of(side)), itertools.count()
+    return leakage.of_run(
+        data, Path(run), sides=(side,), beat=lambda: say(next(done), total, "comparing with the pretraining set")
+    ).sentence
+
+
+class Where(NamedTuple):
+    """Of what an evaluation leaves."""
+
+    out: Path
+    sheet: Path | None
+
+
 def write_evaluation(
-    loaded: "LoadedTask", data: "TaskData", settings: "Options", out: Path, sheet: str | None, say: "Say"
+    loaded: "LoadedTask", data: "TaskData", settings: "Options", where: Where, leak: str, say: "Say"
 ) -> "Evaluation":
-    """Evaluate; write ``evaluation.json`` and ``report.html`` to ``out``, and a row to the sheet if one is named."""
+    """Evaluate; write ``evaluation.json`` and ``report.html``, and a row to the sheet if one is named."""
     import time
 
     from dex.report import task_page
@@ -82,15 +102,22 @@ def write_evaluation(
 
     began = time.monotonic()
     evaluation = job.evaluate(loaded, data, settings, say)
+    evaluation = evaluation._replace(about={**evaluation.about, "leak": leak})
+    out, sheet = where
     out.mkdir(parents=True, exist_ok=True)
     evaluation_file.write(evaluation, out / job.FILE)
     pictures = [task_page.Picture(*picture) for picture in job.pictures(loaded, data, evaluation, settings)]
     task_page.write(
-        out / REPORT, evaluation, settings=loaded.settings, pictures=pictures, notes=evaluation.about["notes"]
+        out / REPORT,
+        evaluation,
+        settings=loaded.settings,
+        pictures=pictures,
+        leak=leak,
+        notes=evaluation.about["notes"],
     )
     if sheet is not None:
         key = job.key_of(loaded.pretrained["sha256"], data, loaded.settings, loaded.data.get("shots"))
-        row = row_of(evaluation, key, seconds=time.monotonic() - began, versions=job.versions())
+        row = row_of(evaluation, key, leak=leak, seconds=time.monotonic() - began, versions=job.versions())
         if not Sheet(sheet).add(row):
             print(f"{sheet}: has a row of this result already; nothing added")
     return evaluation

@@ -20,11 +20,14 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if options.out is not None and len(options.folder) > 1:
         raise ValueError(f"out: expected none with {len(options.folder)} folders, each of which gets its own; got one")
 
+    from dex.cli._features import workers
     from dex.tasks import evaluate as job
     from dex.tasks.load import load_task_model
     from dex.train.plan import resolve_device
 
-    settings = job.Options(options.evaluate, options.batch_size, options.precision, options.window, options.tolerance)
+    settings = job.Options(
+        options.evaluate, options.batch_size, options.precision, options.window, options.tolerance, workers(options)
+    )
     sheet = options.sheet and folder_argument("sheet", options.sheet)
     jobs = []
     for folder in dict.fromkeys(options.folder):
@@ -41,7 +44,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
             for loaded, data, out, device in jobs:
                 loaded.model.to(device)
                 with exits.stopping(exits.STOP_SIGNALS), _progress.shown("dex evaluate") as say:
-                    evaluation = _task_data.write_evaluation(loaded, data, settings, out, sheet, say)
+                    leak = _task_data.leak_sentence(data, options.run, settings.split, say)
+                    where = _task_data.Where(out, sheet)
+                    evaluation = _task_data.write_evaluation(loaded, data, settings, where, leak, say)
                 loaded.model.to("cpu")
                 print(f"{out}: {_task_data.words(evaluation)}")
                 print(out / _task_data.REPORT)
@@ -70,6 +75,7 @@ def _parser() -> Parser:
     parser.add_argument("--evaluate", default="test", choices=("train", "val", "test"), help="which side (test)")
     parser.add_argument("--out", metavar="DIR", help="where evaluation.json and report.html go (into FOLDER)")
     parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row for each folder")
+    parser.add_argument("--run", metavar="RUN", help="leak check against the data of this pretrained run")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
     )
@@ -85,5 +91,12 @@ def _parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames per forward (16)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read, each with limits on memory and time (one for each processor, at most 8). 0 reads in "
+        "the command's own process, without these limits",
+    )
     _task_data.add_options(parser)
     return parser

@@ -5,7 +5,6 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dex.cli import _progress, _task_data
@@ -60,7 +59,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         try:
             code = training.run()
             if code == exits.DONE and announced().rank == 0 and not options.no_evaluation and data.of("test"):
-                _evaluate(out, data, settings, sheet)
+                leak = None if options.no_leak_check else options.run
+                _evaluate(_task_data.Where(out, sheet), data, settings, leak)
         except (OSError, ValueError) as error:
             return failed("dex finetune", error)
         except exits.Stopped:
@@ -71,18 +71,20 @@ def run(arguments: list[str]) -> Callable[[], int]:
     return carry_out
 
 
-def _evaluate(out: Path, data: "TaskData", settings: "Settings", sheet: Path | None) -> None:
-    """The test split, by the best checkpoint."""
+def _evaluate(where: _task_data.Where, data: "TaskData", settings: "Settings", run: str | None) -> None:
+    """The test split, by the best checkpoint. run: with whose data it is compared for leaks."""
     from dex.tasks.evaluate import Options
     from dex.tasks.load import load_task_model
 
-    loaded = load_task_model(out)
+    loaded = load_task_model(where.out)
     loaded.model.to(_device(loaded.config, settings.device))
     with exits.stopping(), _progress.shown("dex finetune") as say:
-        options = Options("test", settings.batch_size)
-        evaluation = _task_data.write_evaluation(loaded, data, options, out, sheet, say)
+        options = Options("test", settings.batch_size, workers=settings.processes)
+        leak = _task_data.leak_sentence(data, run, "test", say)
+        evaluation = _task_data.write_evaluation(loaded, data, options, where, leak, say)
     print(_task_data.words(evaluation))
-    print(out / _task_data.REPORT)
+    print(f"leak check against pretraining: {leak}")
+    print(where.out / _task_data.REPORT)
 
 
 def _device(config: Any, device: str) -> Any:
@@ -152,6 +154,9 @@ def _parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out after the first step")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run; write nothing")
     parser.add_argument("--no-evaluation", action="store_true", help="leave the test split alone")
+    parser.add_argument(
+        "--no-leak-check", action="store_true", help="do not compare the test split with the data of RUN"
+    )
     parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row of the test split")
     parser.add_argument(
         "--preset",

@@ -23,18 +23,27 @@ def skip_blocks(depth: int) -> tuple[int, ...]:
 
 
 class UNETR(nn.Module):
-    """``images [B, 3, S, S], tokens [B, 1 + G * G, D], hidden states -> logits [B, C, S, S]``.
+    """``images [B, in_chans, S, S], tokens [B, 1 + G * G, D], hidden states -> logits [B, C, S, S]``.
 
     Args:
         img_size, patch_size: S and the side of a patch, which divides S.
         dim, depth: D and the encoder's number of blocks.
         classes: C, background included.
-        feature_size: channels at full size.
+        feature_size: channels at full size. in_chans: of the images.
 
     Needs MONAI. Raises: ValueError naming the argument.
     """
 
-    def __init__(self, img_size: int, patch_size: int, dim: int, depth: int, classes: int, feature_size: int = 16):
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        classes: int,
+        feature_size: int = 16,
+        in_chans: int = 3,
+    ):
         super().__init__()
         if patch_size < 2:
             raise ValueError(f"patch_size: expected at least 2 for UNETR, which enlarges patches; got {patch_size}")
@@ -88,7 +97,7 @@ class UNETR(nn.Module):
                         num_layer=0, stride=1, upsample_kernel_size=2, conv_block=False, **channels, **common
                     )
                 )
-        self.image = UnetrBasicBlock(in_channels=3, out_channels=feature_size, stride=1, **common)
+        self.image = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **common)
         self.out = UnetOutBlock(spatial_dims=2, in_channels=feature_size, out_channels=classes)
 
     def forward(self, images: Tensor, tokens: Tensor, hidden: dict[int, Tensor]) -> Tensor:

@@ -20,10 +20,13 @@ from dex.tasks.task import IGNORED
 _NUMBERS = 8
 
 
-def augment(images: Tensor, masks: Tensor | None, keys: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """uint8 ``[B, 3, S, S]`` and uint8 ``[B, S, S]`` -> normalised float32 ``[B, 3, S, S]`` and uint8 ``[B, S, S]``.
+def augment(
+    images: Tensor, masks: Tensor | None, keys: Tensor, settings: Settings, channels: int = 3
+) -> tuple[Tensor, Tensor | None]:
+    """uint8 ``[B, 3, S, S]`` and uint8 ``[B, S, S]`` -> normalised float32 ``[B, C, S, S]`` and uint8 ``[B, S, S]``.
 
-    keys: int64 ``[B]``. What comes in from beyond an image is black, and `IGNORED` in its mask.
+    keys: int64 ``[B]``. channels: C, 3 or 1, as the model takes. What comes in from beyond an image is black, and
+    `IGNORED` in its mask.
     """
     size = images.shape[-1]
     numbers = 2 * uniform(keys, _NUMBERS) - 1
@@ -34,7 +37,7 @@ def augment(images: Tensor, masks: Tensor | None, keys: Tensor, settings: Settin
         inside = (grid.abs() <= 1).all(-1)[:, None]
         changed = (out - 0.5) * contrast[:, None, None, None] + 0.5 + brightness[:, None, None, None]
         out = torch.where(inside, changed, out)
-    out = center(out.clamp_(0, 1), size)
+    out = center(out.clamp_(0, 1), size, channels)
     if masks is None:
         return out, None
     # One more, so that what is beyond the mask is 0, and one less in uint8 is IGNORED.

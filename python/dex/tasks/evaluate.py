@@ -22,6 +22,7 @@ from dex.tasks.metrics.evaluation import Evaluation, examples, of_classification
 from dex.tasks.metrics.segmentation import TOLERANCE, segmentation_scores
 from dex.tasks.overlay import overlay, telling_frame
 from dex.tasks.probabilities import check_window, of_frames
+from dex.tasks.reading import frames_of
 from dex.tasks.recipe import Settings
 from dex.tasks.sheet import Key
 from dex.tasks.task import SPLITS
@@ -38,6 +39,8 @@ class Options(NamedTuple):
     """See `dex.tasks.probabilities.of_frames`."""
     tolerance: float = TOLERANCE
     """Of NSD."""
+    workers: int = 0
+    """Processes that read the cases, with limits; 0 reads here."""
 
 
 class Predicted(NamedTuple):
@@ -85,9 +88,10 @@ def evaluate(
     cases, task = check(loaded, data, options), loaded.task
     scores, whose, rows, labels = [], [], [], []
     fingerprint = hashlib.sha256()
-    for done, case in enumerate(cases):
+    contents = frames_of(cases, task, options.workers)
+    for done, (case, frames) in enumerate(zip(cases, contents, strict=True)):
         say(done, len(cases), "evaluating")
-        one = predict_case(loaded, case, options)
+        one = _predicted(loaded, case, checked(case, frames, task), options)
         fingerprint.update(_content(one))
         if one.masks is not None:
             of_case = segmentation_scores(
@@ -172,7 +176,10 @@ def _digest(value: Any) -> str:
 
 def predict_case(loaded: LoadedTask, case: Case, options: Options) -> Predicted:
     """ValueError where the case cannot be read or its target does not fit the task."""
-    frames = checked(case, read(case, loaded.task), loaded.task)
+    return _predicted(loaded, case, checked(case, read(case, loaded.task), loaded.task), options)
+
+
+def _predicted(loaded: LoadedTask, case: Case, frames: Frames, options: Options) -> Predicted:
     spacing = None if frames.spacing_mm is None else frames.spacing_mm[1:]
     batches = of_frames(
         loaded,

@@ -181,7 +181,7 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
 
 def _with_data(planned: TaskPlan, data: TaskData, found: _Earlier, say: Say) -> TaskPlan:
     settings = planned.settings
-    splits = read_splits(data, planned.config.model.img_size, settings.evaluate_cases, say)
+    splits = read_splits(data, planned.config.model.img_size, settings, say)
     planned = planned._replace(
         train=splits.train,
         val=splits.val,

@@ -36,7 +36,7 @@ def value_of(trainer: TaskTrainer) -> Judged:
                 images = torch.stack([dataset.image(i) for i in part]).to(trainer.device)
                 target = torch.stack([dataset.target(i) for i in part]).to(trainer.device)
                 with autocast(trainer.device, plan.precision):
-                    logits = model(center(images, dataset.size))
+                    logits = model(center(images, dataset.size, model.encoder.in_chans))
                 losses += trainer.image_loss(logits, target).double().tolist()
                 outputs.append(logits.argmax(1).to(torch.uint8) if target.ndim == 3 else logits.float().softmax(1))
                 targets.append(target)

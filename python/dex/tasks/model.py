@@ -26,7 +26,7 @@ class TaskOutput(NamedTuple):
 
 
 class TaskModel(nn.Module):
-    """``images [B, 3, S, S] -> logits [B, C, S, S]`` or ``[B, C]``; images as `dex.data.center` gives them.
+    """``images [B, in_chans, S, S] -> logits [B, C, S, S]`` or ``[B, C]``; images as `dex.data.center` gives them.
 
     encoder: of the pretrained run; it becomes part of this model. What does not train, by ``settings.mode``, takes no
     gradient. Needs MONAI for segmentation, but for mode linear. Raises: ValueError naming the setting.
@@ -34,6 +34,11 @@ class TaskModel(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, task: Task, settings: Settings):
         super().__init__()
+        if not isinstance(encoder.img_size, int):
+            sides = " x ".join(map(str, encoder.img_size))
+            raise ValueError(
+                f"img_size: expected a square, which tasks take; the run's images are {sides}: give its side"
+            )
         choose_path_(encoder, settings.path)
         self.mode, self.kind = settings.mode, task.kind
         width, depth = encoder.patch_embed.out_features, len(encoder.blocks)
@@ -45,7 +50,7 @@ class TaskModel(nn.Module):
             self.head = LinearSegmentation(width, outputs, encoder.img_size)
         else:
             self.head = UNETR(
-                encoder.img_size, encoder.patch_size, width, depth, outputs, feature_size=settings.feature_size
+                encoder.img_size, encoder.patch_size, width, depth, outputs, settings.feature_size, encoder.in_chans
             )
         if settings.mode == "lora":
             add_lora_(encoder, settings.lora_rank, settings.lora_alpha)

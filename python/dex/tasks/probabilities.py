@@ -54,7 +54,7 @@ def of_frames(
     height, width = images.shape[1:3]
     for start in range(0, len(images), batch_size):
         squares = square(images[start : start + batch_size], None, size, spacing)
-        batch = center(squares.images.to(device).expand(-1, 3, -1, -1), size)
+        batch = center(squares.images.to(device).expand(-1, 3, -1, -1), size, model.encoder.in_chans)
         with autocast(device, precision):
             logits = model(batch) if window is None else _windows(loaded, batch)
         probabilities = logits.float().softmax(1).cpu()

@@ -6,11 +6,14 @@ segmentation, cross-entropy for classification. Everything else is a choice of o
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dex.common.fields import merge, words
+from dex.common.ranks import ranks_here
+from dex.config import MOST_WORKERS
 
 STATED, OURS = "as the supplement states", "not stated by the paper"
 MODES = ("full", "frozen", "linear", "lora")
@@ -70,11 +73,19 @@ class Settings:
         "auto", "bf16 and fp16 are autocast; auto takes bf16 where the processor has it, else fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: CUDA where it is")
+    workers: int | None = _setting(
+        None,
+        "processes that read the cases, each with limits on memory and time; none: one for each processor, at most 8. "
+        "0 reads here, without limits",
+    )
     timeout: float = _setting(600.0, "seconds that a rank waits for the others")
 
     @property
-    def encoder_is_trained(self) -> bool:
-        return self.mode in ("full", "lora")
+    def processes(self) -> int:
+        """That read the cases."""
+        if self.workers is not None:
+            return self.workers
+        return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
 
     @property
     def wants_aux(self) -> bool:
@@ -87,7 +98,7 @@ PRESETS: dict[str, Settings] = {
     "cpu": Settings(epochs=20, warmup_epochs=2.0, batch_size=8, feature_size=8, checkpoint_every=2, evaluate_cases=32),
 }
 """cpu: minutes on two cores for a small run; everything that the supplement states but the warm-up stays."""
-RUNTIME = frozenset({"device", "checkpoint_every", "keep_checkpoints", "timeout"})
+RUNTIME = frozenset({"device", "checkpoint_every", "keep_checkpoints", "workers", "timeout"})
 """Settings that a resumed run may change: they decide no number, but that another device rounds otherwise."""
 
 
@@ -159,6 +170,7 @@ def check(settings: Settings) -> None:
     require(0 <= s.intensity < 1, "intensity", "a share in [0, 1)")
     require(s.clip_norm > 0, "clip_norm", "above 0")
     require(0 <= s.seed < 2**63, "seed", "at least 0, below 2^63")
+    require(s.workers is None or 0 <= s.workers <= MOST_WORKERS, "workers", f"0 to {MOST_WORKERS}")
     require(s.timeout > 0, "timeout", "above 0")
     _check_together(s)
 

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dex.data.order import permutation
-from dex.tasks.cases import Case, Frames, TaskData, read
+from dex.tasks.cases import Case, Frames, TaskData
 from dex.tasks.geometry import Placement, placement
 from dex.tasks.model import outputs_of
+from dex.tasks.reading import frames_of
+from dex.tasks.recipe import Settings
 from dex.tasks.task import IGNORED, Task
 
 Say = Callable[[int, int, str], None]
@@ -181,7 +183,7 @@ class Splits(NamedTuple):
     fingerprint: str
 
 
-def read_splits(data: TaskData, size: int, evaluate_cases: int, say: Say = lambda done, total, text: None) -> Splits:
+def read_splits(data: TaskData, size: int, settings: Settings, say: Say = lambda done, total, text: None) -> Splits:
     """Training and validation cases, read and checked. ValueError naming what cannot be trained on.
 
     Without a validation split there is none to choose the best checkpoint by, which a note says.
@@ -190,12 +192,14 @@ def read_splits(data: TaskData, size: int, evaluate_cases: int, say: Say = lambd
     sides = {side: [case for case in data.cases if case.split == side] for side in ("train", "val", "test")}
     if not sides["train"]:
         raise ValueError(f"data: expected training cases of {task.name}; got {_counted(sides)}")
-    judged = spread_cases(sides["val"], evaluate_cases)
+    judged = spread_cases(sides["val"], settings.evaluate_cases)
     train, val = TaskDataset(task, size), TaskDataset(task, size)
     total = len(sides["train"]) + len(judged)
-    for done, (dataset, case) in enumerate([*((train, c) for c in sides["train"]), *((val, c) for c in judged)]):
+    cases = [*((train, case) for case in sides["train"]), *((val, case) for case in judged)]
+    contents = frames_of([case for _, case in cases], task, settings.processes)
+    for done, ((dataset, case), frames) in enumerate(zip(cases, contents, strict=True)):
         say(done, total, "reading cases")
-        dataset.add(case, checked(case, read(case, task), task))
+        dataset.add(case, checked(case, frames, task))
     notes = list(_check_classes(train, val, task))
     if not judged:
         notes.append("no validation cases: the last checkpoint counts as the best, and nothing ends the run early")

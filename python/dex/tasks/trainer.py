@@ -114,7 +114,7 @@ class TaskTrainer(Engine):
             keys = sample_keys(settings.seed, self._to_device(batch.places))
             targets = self._to_device(batch.targets)
             masks = targets if plan.task.kind == "segmentation" else None
-            images, moved = augment(self._to_device(batch.images), masks, keys, settings)
+            images, moved = augment(self._to_device(batch.images), masks, keys, settings, self.model.encoder.in_chans)
         torch.manual_seed(step_seed(settings.seed, self.step) ^ self.ranks.rank)  # of dropout
         verdict, image_loss = self._compute(images, targets if moved is None else moved)
         self._pending.append(send(verdict, image_loss, self.step, batch.ids))

@@ -12,7 +12,7 @@ from dex.tasks import recipe
 from dex.train.runlog import read_rows
 
 QUICK = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8", "--lr", "3e-3", "--feature-size", "4"]
-QUICK += ["--device", "cpu", "--precision", "fp32"]
+QUICK += ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def test_it_ends_with_an_evaluation_and_a_row(command, tmp_path, capsys):
     assert "cases of" in capsys.readouterr().out
     evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["about"]["split"] == "test" and (out / "report.html").stat().st_mode & 0o077 == 0
-    assert len(sheet.read_text().splitlines()) == 2
+    assert len(sheet.read_text().splitlines()) == 2 and evaluation["about"]["leak"] in sheet.read_text()
+    assert evaluation["about"]["leak"].startswith("none found in ")
     assert main([*command, "--out", str(out), "--resume", "auto", "--no-evaluation"]) == 0
 
 

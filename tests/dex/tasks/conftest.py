@@ -41,7 +41,9 @@ def quick():
     """Settings of seconds."""
     from dex.tasks.recipe import Settings
 
-    return Settings(epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32")
+    return Settings(
+        epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32", workers=0
+    )
 
 
 SHAPE = (12, 10, 9)

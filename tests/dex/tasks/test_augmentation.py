@@ -77,3 +77,12 @@ def test_a_classification_has_no_masks(batch):
     images, _, keys = batch
     out, moved = augment(images, None, keys, Settings())
     assert out.shape == images.shape and moved is None
+
+
+def test_one_channel_is_the_luminance(batch):
+    images, masks, keys = batch
+    out, moved = augment(images, masks, keys, STILL, channels=1)
+    assert out.shape == (8, 1, 24, 24) and torch.equal(moved, masks)
+    torch.testing.assert_close(
+        out, center(images, 24, 1), atol=0.01, rtol=0
+    )  # evaluation rounds the grey of whole numbers

@@ -20,7 +20,9 @@ from dex.tasks.recipe import Settings
 from dex.train import checkpoint
 from dex.train.runlog import read_rows
 
-QUICK = Settings(epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32")
+QUICK = Settings(
+    epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32", workers=0
+)
 """As the fixture ``quick``."""
 OF_TIME = {"images_per_s", "data_wait_s", "memory_mb", "memory_now_mb", "val_seconds"}
 
@@ -48,7 +50,7 @@ def once(pretrained, discs, tmp_path_factory):
     root = tmp_path_factory.mktemp("once")
     data = open_task(discs, discs, classes=["disc=255"], private=root / "private")
     settings = Settings(
-        epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32"
+        epochs=3, warmup_epochs=1, batch_size=8, lr=3e-3, feature_size=4, device="cpu", precision="fp32", workers=0
     )
     assert finetune(pretrained, data, settings, root / "whole") == exits.DONE
     return root

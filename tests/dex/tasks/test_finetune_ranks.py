@@ -17,7 +17,15 @@ from dex.train.runlog import read_rows
 
 # Gentle steps: those of AdamW divide by the gradient's size, so that rounding would grow.
 SETTINGS = Settings(
-    epochs=2, warmup_epochs=1, batch_size=8, lr=3e-4, feature_size=4, device="cpu", precision="fp32", timeout=60.0
+    epochs=2,
+    warmup_epochs=1,
+    batch_size=8,
+    lr=3e-4,
+    feature_size=4,
+    device="cpu",
+    precision="fp32",
+    workers=0,
+    timeout=60.0,
 )
 
 

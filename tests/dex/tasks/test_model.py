@@ -79,3 +79,14 @@ def test_merging_leaves_plain_weights_and_the_same_function(quick):
 
 def test_outputs_hold_the_background_of_a_segmentation():
     assert (outputs_of(SEGMENTATION), outputs_of(CLASSIFICATION)) == (3, 3)
+
+
+@pytest.mark.parametrize("task", [SEGMENTATION, CLASSIFICATION], ids=["segmentation", "classification"])
+def test_a_run_on_one_channel_has_a_decoder_of_one(quick, task):
+    model = TaskModel(VisionTransformer(32, 8, 32, 2, 2, 4, 2, in_chans=1), task, quick)
+    assert model(torch.randn(2, 1, 32, 32)).shape[:2] == (2, 3)
+
+
+def test_a_run_on_rectangles_needs_a_size(quick):
+    with pytest.raises(ValueError, match="img_size: expected a square, .* the run's images are 32 x 64"):
+        TaskModel(VisionTransformer((32, 64), 8, 32, 2, 2, 4, 2), SEGMENTATION, quick)

@@ -6,6 +6,7 @@ import torch
 
 from dex.tasks import task_dataset
 from dex.tasks.cases import Case, Frames, TaskData
+from dex.tasks.recipe import Settings
 from dex.tasks.task import IGNORED, Task
 from dex.tasks.task_dataset import TaskDataset, checked, read_splits, spread_cases, square
 
@@ -121,9 +122,9 @@ def masked(value):
 def splits_of(monkeypatch, contents, task=SEGMENTATION):
     """contents: (split, Frames) of every case."""
     held = {str(i): of_case for i, (_, of_case) in enumerate(contents)}
-    monkeypatch.setattr(task_dataset, "read", lambda case, task: held[case.image])
+    monkeypatch.setattr(task_dataset, "frames_of", lambda cases, task, processes: (held[c.image] for c in cases))
     cases = tuple(case(str(i), split) for i, (split, _) in enumerate(contents))
-    return read_splits(TaskData(task, cases, ()), 8, 2)
+    return read_splits(TaskData(task, cases, ()), 8, Settings(evaluate_cases=2))
 
 
 def test_splits_need_something_to_learn(monkeypatch):
