@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from dex.prepare.readers.files import Unpacked, opened
 from dex.tasks.cases import Grid
 
 LEVELS = 255
-"""Steps of a probability in a NIfTI file."""
+"""Steps of a probability in a file."""
 _HEADER_BYTES = 540
 _GZIP_LEVEL = 4
 
@@ -115,20 +116,24 @@ def write_mask(path: Path, frames: np.ndarray, source: Path, grid: Grid | None) 
         _write_nifti(path, to_volume(frames, grid), _header(source), grid)
 
 
-def write_probabilities(path: Path, frames: np.ndarray, source: Path, grid: Grid | None) -> None:
-    """Write float ``[n, C, H, W]`` with the background first: NIfTI ``[I, J, K, C]`` in steps of 1 / 255, MHA and NRRD
-    of C components, or float32 NPY ``[C, H, W]`` of a picture."""
+def write_probabilities(path: Path, steps: np.ndarray, source: Path, grid: Grid | None) -> None:
+    """Write ``steps``, uint8 ``[n, C, H, W]`` of `in_steps` with the background first: NIfTI ``[I, J, K, C]`` with the
+    slope 1 / 255, MHA and NRRD of C float components, or float32 NPY ``[n, C, H, W]`` where there is no grid."""
     if grid is None:
         stream = io.BytesIO()
-        np.save(stream, np.ascontiguousarray(frames[0], np.float32))
+        np.save(stream, steps.astype(np.float32) / LEVELS)
         atomic.write(path, stream.getvalue(), sync=True)
         return
-    volume = to_volume(np.moveaxis(frames, 1, 3), grid)
+    volume = to_volume(np.moveaxis(steps, 1, 3), grid)
     if path.name.endswith((".mha", ".nrrd")):
-        _write_metaimage(path, np.ascontiguousarray(volume, np.float32), grid)
+        _write_metaimage(path, volume.astype(np.float32) / LEVELS, grid)
     else:
-        steps = np.rint(volume * np.float32(LEVELS)).astype(np.uint8)
-        _write_nifti(path, steps, _header(source), grid, slope=1 / LEVELS)
+        _write_nifti(path, volume, _header(source), grid, slope=1 / LEVELS)
+
+
+def in_steps(probabilities: np.ndarray) -> np.ndarray:
+    """uint8 of probabilities in [0, 1]: a volume of them as floats would take four times its memory."""
+    return np.rint(probabilities * np.float32(LEVELS)).astype(np.uint8)
 
 
 def _write_png(path: Path, frames: np.ndarray) -> None:
@@ -213,11 +218,7 @@ def _write_metaimage(path: Path, volume: np.ndarray, grid: Grid) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetOrigin((to_lps @ grid.affine[:3, 3]).tolist())
     image.SetDirection((linear / spacing).ravel().tolist())
-    ending = ".mha" if path.name.endswith(".mha") else ".nrrd"
-    work = path.with_name(f"{path.name.removesuffix(ending)}.{os.getpid()}{atomic.PARTIAL}{ending}")
-    try:
+    with tempfile.TemporaryDirectory(prefix="dex-mask-") as folder:  # SimpleITK writes to names alone
+        work = Path(folder) / ("mask.mha" if path.name.endswith(".mha") else "mask.nrrd")
         SimpleITK.WriteImage(image, os.fspath(work), True)
-        atomic.sync_path(work)
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
+        atomic.write(path, work.read_bytes(), sync=True)

@@ -1,0 +1,383 @@
+"""`dex predict`: a fine-tuned model on new files; killed at any moment, it goes on where it was.
+
+    OUT/_prediction.json    the model and the options; a start with others is refused
+    OUT/ID.nii.gz           the mask of a volume or series in its space; ID.png of a picture, ID.0007.png of a frame
+    OUT/ID.probabilities.*  with --probabilities
+    OUT/ID.overlay.png      with --overlays
+    OUT/predictions.csv     a row per file: what became of it; of a classification the probability of each class
+    OUT.private/            mode 0700, never to be given away with the predictions
+        salt                what ids are hashed with
+        files.csv           id -> path, and why a file was refused
+        done/ID.json        a file's row, written when everything else of it is there
+
+Files are read in processes with limits, so that one that crashes, hangs or eats memory costs itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from dex.common import atomic, exits, formats
+from dex.inference import reading
+from dex.inference.collection import Collection, Decoded, Note, Row
+from dex.prepare import chunks, readers
+from dex.prepare.ids import Names
+from dex.prepare.sources import Source
+from dex.tasks import geometry, overlay
+from dex.tasks.frames import Frames, read
+from dex.tasks.load import LoadedTask
+from dex.tasks.probabilities import check_window, of_frames
+from dex.tasks.salt import salt_of
+from dex.tasks.task import Case, Task
+from dex.tasks.task_dataset import Say
+
+PLAN, TABLE, FILES, DONE = "_prediction.json", "predictions.csv", "files.csv", "done"
+FORMAT, VERSION = "dex-prediction", 1
+REFUSED = "refused"
+MAX_PROBABILITY_BYTES = 2**32
+
+
+class Options(NamedTuple):
+    out: Path
+    probabilities: bool = False
+    overlays: bool = False
+    public: bool = False
+    """Ids are readable, from the files' names."""
+    batch_size: int = 16
+    precision: str = "fp32"
+    window: float | None = None
+    workers: int = 0
+    """Processes that read, within limits; 0 reads in this one."""
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop; what is written stays."""
+
+
+class Summary(NamedTuple):
+    done: int
+    refused: dict[str, int]
+    """By reason."""
+
+
+def private_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.private")
+
+
+def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The files and DICOM folders that the arguments name, each once, in order; a folder stands for everything in it.
+
+    Links are not followed below a folder. Raises: FileNotFoundError, ValueError.
+    """
+    expected = "file: expected files, DICOM folders, or folders of them"
+    found: dict[Path, None] = {}
+    if not arguments:
+        raise ValueError(f"{expected}; got none")
+    for argument in arguments:
+        if not os.fspath(argument):
+            raise ValueError(f"{expected}; got ''")
+        path = Path(os.path.abspath(Path(argument).expanduser()))
+        if not path.exists():
+            raise FileNotFoundError(f"{expected}; nothing at {argument}")
+        inside = list(_below(path)) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{expected}; {argument} holds no file of the formats {', '.join(readers.formats())}")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files of a known format, and folders that directly hold DICOM files."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        has_series = False
+        for name in sorted(names):
+            path = Path(place) / name
+            if name.startswith(".") or path.is_symlink() or not path.is_file():
+                continue
+            format = readers.format_of(path) or readers.recognised(path)
+            if format is not None and readers.reader_of(format).whole_folders:
+                has_series = True
+            elif format is not None:
+                yield path
+        if has_series:
+            yield Path(place)
+
+
+def begin(loaded: LoadedTask, files: Sequence[Path], options: Options) -> list[str]:
+    """Check everything and write the plan, or compare it with that of an earlier start. The files' ids. ValueError."""
+    if options.batch_size < 1:
+        raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
+    if options.workers < 0:
+        raise ValueError(f"workers: expected at least 0; got {options.workers}")
+    if loaded.task.kind == "classification":
+        for name in ("probabilities", "overlays"):
+            if getattr(options, name):
+                raise ValueError(f"{name}: expected a segmentation; {loaded.task.name} is a classification")
+    check_window(loaded, options.window)
+    inside = next((path for path in files if path.is_relative_to(options.out.absolute())), None)
+    if inside is not None:
+        raise ValueError(f"out: expected a folder apart from the files; {inside} is in {options.out}")
+    _begin_folder(_plan(loaded, options), options.out)
+    names = _ids(files, options)
+    (private_folder(options.out) / DONE).mkdir(mode=0o700, exist_ok=True)
+    return names
+
+
+def _ids(files: Sequence[Path], options: Options) -> list[str]:
+    salt = b"" if options.public else salt_of(options.out, private_folder(options.out))
+    private_folder(options.out).mkdir(mode=0o700, parents=True, exist_ok=True)
+    names = Names(Source("predict", "CT", "ct", public=options.public), salt)
+    if not options.public:
+        return [names.unit(os.fspath(path)).rpartition("/")[2] for path in files]
+    plain = [names.unit(_stem(path)).rpartition("/")[2] for path in files]
+    twice = {name for name in plain if plain.count(name) > 1}
+    return [f"{name}-{plain[:place].count(name)}" if name in twice else name for place, name in enumerate(plain)]
+
+
+def _stem(path: Path) -> str:
+    suffix = "" if path.is_dir() else formats.suffix_of(path)
+    return path.name[: len(path.name) - len(suffix)] or path.name
+
+
+def run(
+    loaded: LoadedTask,
+    files: Sequence[Path],
+    ids: Sequence[str],
+    options: Options,
+    say: Say = lambda done, total, text: None,
+) -> Summary:
+    """Predict what is not there yet; `begin` has given the ids, and the model is on its device.
+
+    A file that cannot be used is a row of the table with its reason, and is tried again by the next start.
+    Raises: `Stopped` after a signal; OSError, `dex.prepare.workers.WorkerFault` for what is no file's fault.
+    """
+    left = [place for place in range(len(files)) if not _done_path(options, ids[place]).exists()]
+    refused: dict[str, str] = {}
+    units = [_Unit(ids[place], files[place]) for place in left]
+    collection = Collection("", [range(len(units))], lambda item: [units[item]], _Reader(loaded.task))
+    with exits.collected() as signals:
+
+        def check() -> None:
+            if signals:
+                raise Stopped
+
+        say(len(files) - len(left), len(files), "")
+        with contextlib.closing(reading.decoded(collection, range(len(units)), options.workers, check)) as items:
+            for number, item in enumerate(items):
+                check()
+                reason = next((note.refused for note in item.notes if note.refused), "")
+                if not reason:
+                    reason = _write_case(loaded, units[number], item.images[0], options)
+                if reason:
+                    refused[units[number].id] = reason
+                say(len(files) - len(left) + number + 1, len(files), "")
+    return _finish(loaded, files, ids, refused, options)
+
+
+class _Unit(NamedTuple):
+    id: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """`dex.inference.collection.Reader` of files at their own size; what it gives are `Frames`."""
+
+    has_paths: ClassVar[bool] = True
+    task: Task
+
+    def names(self, unit: _Unit) -> list[str]:
+        return [os.fspath(unit.path)]
+
+    def read(self, unit: _Unit, beat: Callable[[], None]) -> Decoded:
+        try:
+            frames = read(Case(unit.id, "", "test", unit.path, None), self.task, beat)
+        except (ValueError, OSError) as error:
+            if isinstance(error.__context__, MemoryError):
+                raise MemoryError from None
+            cause = error.__context__
+            known = isinstance(cause, readers.Refused)
+            return self.refused(unit, str(cause) if known else f"unreadable: {' '.join(str(error).split())}")
+        return Decoded([frames], [Row(unit.id, "", self.task.modality, "", "")], [])
+
+    def refused(self, unit: _Unit, reason: str) -> Decoded:
+        return Decoded([], [], [Note(unit.id, os.fspath(unit.path), "", reason)])
+
+    def weight(self, unit: _Unit) -> float:
+        files = [unit.path] if unit.path.is_file() else [path for path in unit.path.iterdir() if path.is_file()]
+        return len(files) + sum(path.stat().st_size for path in files) / 2**20
+
+    def preload(self) -> None:
+        chunks.preload(list(readers.formats()))
+
+
+def _write_case(loaded: LoadedTask, unit: _Unit, frames: Frames, options: Options) -> str:
+    """Write everything of one file, its row last. Or the reason for which it gives nothing."""
+    if reason := _unusable(loaded.task, frames, options):
+        return reason
+    spacing = None if frames.spacing_mm is None else frames.spacing_mm[1:]
+    batches = of_frames(
+        loaded,
+        frames.images,
+        spacing,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        window=options.window,
+    )
+    row: dict[str, Any] = {"frames": len(frames.images)}
+    if loaded.task.kind == "classification":
+        shares = torch.cat(list(batches)).double().mean(0)
+        _check_finite(bool(shares.isfinite().all()))
+        row["class"] = loaded.task.classes[int(shares.argmax())]
+        row |= {f"p {name}": round(float(p), 6) for name, p in zip(loaded.task.classes, shares, strict=True)}
+    else:
+        row |= _write_masks(loaded.task, unit, frames, batches, options)
+    atomic.write(_done_path(options, unit.id), json.dumps(row) + "\n", sync=True, mode=0o600)
+    return ""
+
+
+def _unusable(task: Task, frames: Frames, options: Options) -> str:
+    if task.kind == "classification":
+        return ""
+    if frames.grid is not None and not frames.grid.even:
+        return (
+            "inconsistent: its slices are unevenly spaced, and a mask's file has one distance for all; add the slices "
+            "that are missing, or leave out those of another spacing"
+        )
+    size = int(np.prod(frames.images.shape[:3])) * (len(task.classes) + 1)
+    if options.probabilities and size > MAX_PROBABILITY_BYTES:
+        return f"too large: its probabilities take {size:,} bytes, at most {MAX_PROBABILITY_BYTES:,}"
+    return ""
+
+
+def _write_masks(
+    task: Task, unit: _Unit, frames: Frames, batches: Iterator[torch.Tensor], options: Options
+) -> dict[str, Any]:
+    """The files of a segmentation; the row's columns: millilitres of each class, or pixels where no file says the
+    size of a voxel."""
+    n, height, width = frames.images.shape[:3]
+    masks = np.empty((n, height, width), np.uint8)
+    steps = np.empty((n, len(task.classes) + 1, height, width), np.uint8) if options.probabilities else None
+    place = 0
+    for batch in batches:
+        _check_finite(bool(batch.isfinite().all()))
+        here = slice(place, place := place + len(batch))
+        masks[here] = batch.argmax(1).to(torch.uint8).numpy()
+        if steps is not None:
+            steps[here] = geometry.in_steps(batch.numpy())
+    ending = geometry.suffix(unit.path, frames.grid)
+    if steps is not None:
+        file = f"{unit.id}.probabilities{'.npy' if frames.grid is None else ending}"
+        geometry.write_probabilities(options.out / file, steps, unit.path, frames.grid)
+    if options.overlays:
+        number = overlay.telling_frame(masks)
+        pixels = frames.spacing_mm[1:] if frames.spacing_mm else (1.0, 1.0)
+        title = f"{task.name}: {unit.id}" + (f", frame {number}" if n > 1 else "")
+        picture = overlay.overlay(frames.images[number], masks[number], task.classes, title=title, spacing=pixels)
+        atomic.write(options.out / f"{unit.id}.overlay.png", overlay.png(picture), sync=True)
+    if frames.grid is not None or n == 1:
+        geometry.write_mask(options.out / f"{unit.id}{ending}", masks, unit.path, frames.grid)
+    else:
+        for number in range(n):
+            path = options.out / f"{unit.id}.{number:04d}{ending}"
+            geometry.write_mask(path, masks[number : number + 1], unit.path, None)
+    counts = np.bincount(masks.ravel(), minlength=len(task.classes) + 1)[1:].tolist()
+    if frames.grid is None or frames.spacing_mm is None:
+        return {f"pixels {name}": count for name, count in zip(task.classes, counts, strict=True)}
+    voxel = float(np.prod(frames.spacing_mm)) / 1000
+    return {f"ml {name}": round(count * voxel, 3) for name, count in zip(task.classes, counts, strict=True)}
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise FloatingPointError("model: expected finite probabilities; got NaN: its weights cannot be used")
+
+
+def _plan(loaded: LoadedTask, options: Options) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": loaded.task.name,
+        "classes": list(loaded.task.classes),
+        "checkpoint": loaded.sha256,
+        "step": loaded.step,
+        "probabilities": options.probabilities,
+        "overlays": options.overlays,
+        "public": options.public,
+        "window": options.window,
+        "precision": options.precision,
+    }
+
+
+def _begin_folder(plan: dict[str, Any], out: Path) -> None:
+    path = out / PLAN
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name, value in plan.items() if earlier[name] != value]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"out: expected the plan of an earlier start in {path}; {error!r}") from error
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"out: {out} was begun with {name} {earlier[name]}, now it is {plan[name]}; give another --out"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a new or empty folder, or one that this command began; got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, json.dumps(plan, indent=1) + "\n", sync=True)
+
+
+def _done_path(options: Options, id: str) -> Path:
+    return private_folder(options.out) / DONE / f"{id}.json"
+
+
+def _finish(
+    loaded: LoadedTask, files: Sequence[Path], ids: Sequence[str], refused: dict[str, str], options: Options
+) -> Summary:
+    """The two tables: of all files that were ever done here, and of those that this start refused."""
+    done = {path.stem: json.loads(path.read_text()) for path in sorted(_done_path(options, "*").parent.glob("*.json"))}
+    columns = ["id", "outcome", "frames"]
+    columns += [name for row in done.values() for name in row if name not in columns]
+    columns = list(dict.fromkeys(columns))
+    rows = [{"id": id, "outcome": "done", **row} for id, row in done.items()]
+    rows += [{"id": id, "outcome": f"{REFUSED}: {why.partition(':')[0]}"} for id, why in refused.items()]
+    _write_table(options.out / TABLE, columns, rows, 0o666)
+    private = private_folder(options.out) / FILES
+    known = {row["id"]: row for row in _read_table(private)}
+    for id, path in zip(ids, files, strict=True):
+        known[id] = {"id": id, "file": os.fspath(path), REFUSED: refused.get(id, "")}
+    _write_table(private, ["id", "file", REFUSED], list(known.values()), 0o600)
+    for left in options.out.glob(f"*{atomic.PARTIAL}*"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    reasons: dict[str, int] = {}
+    for why in refused.values():
+        reasons[why.partition(":")[0]] = reasons.get(why.partition(":")[0], 0) + 1
+    return Summary(sum(id in done for id in ids), reasons)
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], mode: int) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write(path, text.getvalue().encode("utf-8", "surrogateescape"), sync=True, mode=mode)
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    return list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"), newline="")))
