@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors after the input has been accepted propagate, so that the process exits with 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help(), end="", file=sys.stdout if arguments else sys.stderr)
         return exits.DONE if arguments else exits.USAGE
@@ -65,6 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
         return exits.FAILED
+
+
+def _open_closed() -> None:
+    """Give input and outputs that are closed to the null device, before another file gets their number and with it what
+    libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def commands() -> dict[str, ModuleType]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -137,7 +139,17 @@ class Loader:
         return Batch(images, torch.tensor(read.modality, dtype=torch.int64), read.ids, places)
 
     def _start_workers(self) -> tuple[Iterator, Slots]:
-        slots = Slots(_AHEAD * self.num_workers + 2, self._reader.shape)
+        try:
+            slots = Slots(_AHEAD * self.num_workers + 2, self._reader.shape)
+            multiprocessing.Lock()  # of what the processes share, too; DataLoader would fail half-way
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"{error.strerror}: no room in shared memory (/dev/shm) for {self.num_workers} reading processes; make "
+                "it larger, free it, or take data.num_workers 0",
+            ) from None
         loader = torch.utils.data.DataLoader(
             _Worker(self._reader, slots),
             batch_size=None,

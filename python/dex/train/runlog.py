@@ -212,7 +212,15 @@ class RunLog:
 
     def _starts(self) -> list[dict[str, Any]]:
         path = self._path(STARTS)
-        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+        if not path.exists():
+            return []
+        try:
+            return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"out: expected the starts of a run in {path}; got {type(error).__name__}: {error}. Nothing else needs "
+                "the file: move it away, and the run goes on without the record of its starts"
+            ) from None
 
     def open(self, config: Any, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Begin or continue the run; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
@@ -232,17 +240,17 @@ class RunLog:
             self._owned = True
         self._place = _identity(self.folder)
         # First, since it makes the folder a run's, whatever comes next.
-        atomic.write(self.folder / self.config_name, self.config_text(config), locked=True)
+        atomic.write(self.folder / self.config_name, self.config_text(config), sync=True, locked=True)
         self.pictures.mkdir(exist_ok=True)
         for path in (*self._partial(), *self.pictures.glob(f"*{atomic.PARTIAL}"), *self.pictures.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         starts = {"starts": [*self._starts(), dict(start)]}
-        atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n", locked=True)
+        atomic.write(self.folder / STARTS, json.dumps(starts, indent=1) + "\n", sync=True, locked=True)
         self._start_file = self._newest_start_file()
         for name in (METRICS, EVENTS):
             path = self.folder / name
             kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
-            atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), locked=True)
+            atomic.write(path, "".join(json.dumps(row) + "\n" for row in kept), sync=True, locked=True)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         if self.wandb_project(config) is not None:
@@ -370,7 +378,9 @@ class Progress:
         self._summary = summary or _summary
         self._began = time.monotonic()
         self._bar: Any = None
-        if active and sys.stdout.isatty():
+        self.lost: str | None = None
+        """Why lines can no longer be written, if so."""
+        if active and sys.stdout is not None and sys.stdout.isatty():
             self._make_bar(steps, start)
 
     def _make_bar(self, steps: int, start: int) -> None:
@@ -414,14 +424,22 @@ class Progress:
             return
         done = row["step"] - self._start
         left = (time.monotonic() - self._began) / max(done, 1) * (self._steps - row["step"])
-        print(f"step {row['step']}/{self._steps}  {text}  left {duration(left)}", flush=True)
+        self._print(f"step {row['step']}/{self._steps}  {text}  left {duration(left)}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
             self._console.print(text, markup=False, highlight=False)
         elif self._active:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """The run goes on without whoever read its lines: every row is in `METRICS`, every warning in `EVENTS`."""
+        try:
             print(text, flush=True)
+        except OSError as error:  # a closed pipe, a full disk
+            self.lost = error.strerror or type(error).__name__
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

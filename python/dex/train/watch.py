@@ -177,9 +177,11 @@ class Watch:
 
     def _end(self, reason: str) -> None:
         with self._lock:
-            print(f"{self.command}: rank {self.ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
-            if self._error is not None:
-                traceback.print_exception(self._error)
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            sys.stderr.flush()
-            os._exit(exits.FAILED)
+            try:
+                print(f"{self.command}: rank {self.ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
+                if self._error is not None:
+                    traceback.print_exception(self._error)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                sys.stderr.flush()
+            finally:  # whoever read it may be gone
+                os._exit(exits.FAILED)

@@ -1,5 +1,6 @@
 """What all commands have in common: `dex.cli` itself."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,14 @@ def test_a_reader_that_has_had_enough_is_no_fault():
     process.stdout.close()
     assert (process.wait(60), process.stderr.read()) == (1, "")
     process.stderr.close()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_input_or_output_goes_to_no_other_file(closed, tmp_path):
+    """A descriptor that is closed would be the next file's, and take what is printed."""
+    said = (
+        "import os, sys; from dex.cli import main; code = main(['--version']); "
+        "file = open('file', 'w'); sys.exit(code or 100 * (file.fileno() < 3))"
+    )
+    command = f"exec {sys.executable} -c {shlex.quote(said)} {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=False).returncode == 0

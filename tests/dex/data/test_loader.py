@@ -1,5 +1,6 @@
 """Batches: resumption, ranks, workers, and the replacement of samples that cannot be read."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -241,3 +242,16 @@ def test_a_signal_to_the_workers_does_not_end_them(number):
         for worker in workers:
             os.kill(worker.pid, number)
         assert got + take(loader, 16) == want
+
+
+def test_shared_memory_without_room_is_named(monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("Lock", "RawArray"):
+        with monkeypatch.context() as patch, Loader(Numbers(10), 4, seed=0, num_workers=2) as loader:
+            patch.setattr(multiprocessing, name, full)
+            with pytest.raises(
+                OSError, match=r"no room in shared memory \(/dev/shm\) for 2 reading processes; .* data.num_w"
+            ):
+                next(loader)

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import os
 import pty
 import select
@@ -346,3 +347,27 @@ def test_a_link_in_a_run_is_not_replaced(earlier_run, tmp_path):
     new.discard()
     assert tree(earlier_run) == before and (earlier_run / "checkpoints").is_symlink()
     assert not ReplacedRun(earlier_run).there
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_run_goes_on_without_whoever_reads_its_lines(number, tmp_path, monkeypatch):
+    class Lost(io.TextIOWrapper):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    file = Lost((tmp_path / "output").open("wb"))
+    monkeypatch.setattr(sys, "stdout", file)
+    progress = Progress(10, 0)
+    progress.say("a line")
+    assert progress.lost == os.strerror(number)
+    assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+    monkeypatch.setattr(sys, "stdout", None)
+    Progress(10, 0).say("a line")
+
+
+def test_starts_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(
+        ValueError, match=r"out: expected the starts of a run in .*run\.json; got JSONDecodeError.*move it"
+    ):
+        RunLog(tmp_path).last_start()
