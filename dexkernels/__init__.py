@@ -1,5 +1,6 @@
 """Kernels and layer of Director-Experts networks. Needs torch and numpy; `dex` is the training system on top of it."""
 
+from . import optim
 from ._version import __version__
 from .collect import AuxCollector, collect_aux
 from .layer import Aux, DEXLayer
@@ -25,6 +26,7 @@ __all__ = [
     "grouped_mlp",
     "hold_weights",
     "mask_tokens",
+    "optim",
     "route",
     "shard",
     "to_dense_",
