@@ -364,7 +364,7 @@ class FinetuneRun(RunLoop):
             self._report(bad)
             if trainer.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
                 return self._stop_nonfinite(bad)
-            if ends_epoch or done % LOG_EVERY == 0:
+            if done % per_epoch % LOG_EVERY == 0:  # the end of an epoch among them
                 self._row()
             if stopping:  # at once: whoever stops a run kills it soon
                 self._save(wait=True)
@@ -434,8 +434,7 @@ class FinetuneRun(RunLoop):
         row |= {"images_per_s": steps * self.settings.batch_size / seconds, **trainer.pace(steps)}
         self._name_slow_rank(row, seconds / steps)
         self._restart_clock()
-        self.log.row(row)
-        self.progress.row(row)
+        self._show(row)
 
     def _save(self, wait: bool = False) -> None:
         trainer = self.trainer

@@ -37,6 +37,7 @@ class RunLoop:
         """Where it goes on."""
         self.signals: list[int] = []
         self.saver = checkpoint.Saver(log.checkpoints, keep, self.ranks)
+        self._output_lost = False
         self._slow_rank: int | None = None
         self._slow_rows = 0
         """In how many rows in succession it was that rank."""
@@ -83,6 +84,14 @@ class RunLoop:
     def _save(self, wait: bool = False) -> None:
         """Save this step unless it is saved; wait: until it is on the disk."""
         raise NotImplementedError
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        """Write a row of metrics and say it; an event when nobody reads what is said any more."""
+        self.log.row(row)
+        self.progress.row(row)
+        if self.progress.lost and not self._output_lost:
+            self._output_lost = True
+            self.log.event(row["step"], "output lost", reason=self.progress.lost)
 
     def _name_slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
         """Say which rank the others wait for, once it was the same in two rows in succession."""

@@ -151,7 +151,6 @@ class PretrainRun(RunLoop):
         self._best = self._best_so_far()
         self._saved_step = self.saved.state["step"] if self.saved else None
         self._unreadable = 0
-        self._output_lost = False
         on_gpu = trainer.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(trainer.device) if on_gpu else ""
 
@@ -237,11 +236,7 @@ class PretrainRun(RunLoop):
         if (share := mfu(trainer.config, images / seconds, self._device_name, self.ranks.world_size)) is not None:
             row["mfu"] = share
         self._restart_clock()
-        self.log.row(row)
-        self.progress.row(row)
-        if self.progress.lost and not self._output_lost:
-            self._output_lost = True
-            self.log.event(trainer.step, "output lost", reason=self.progress.lost)
+        self._show(row)
         self._spikes()
         warming_up = trainer.step < warmup_steps(trainer.config, trainer.steps)
         for layer, experts in trainer.window.newly_unused(warming_up=warming_up):

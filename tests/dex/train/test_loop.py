@@ -87,3 +87,18 @@ def test_a_slow_rank_is_named_in_the_second_row(loop, capsys):
     loop.take = rows
     assert loop.run() == exits.DONE
     assert "rank 1 is slow" in capsys.readouterr().out
+
+
+def test_lost_output_is_an_event_once(loop):
+    def rows():
+        loop.progress = Progress(10, 0, summary=lambda row: "loss 1")
+        loop.progress.lost = "Broken pipe"
+        for step in (1, 2):
+            loop._show({"step": step, "loss": 1.0})
+        return exits.DONE
+
+    loop.take = rows
+    assert loop.run() == exits.DONE
+    events = read_rows(loop.log.folder / "events.jsonl")
+    assert [(event["step"], event["reason"]) for event in events] == [(1, "Broken pipe")]
+    assert len(read_rows(loop.log.folder / "metrics.jsonl")) == 2
