@@ -7,8 +7,10 @@ any folders. A pattern may begin anywhere below the folder, as archives are unpa
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -139,10 +141,23 @@ def beside(match: Match, pattern: str, files: Files) -> list[str]:
         return [wanted] if wanted in files.files or wanted in files.folders else []
     places = [""]
     for part in wanted.split("/"):
-        fits = re.compile(re.escape(part).replace(r"\*", "[^/]*")).fullmatch
-        inside = (path for place in places for path in _children(files).get(place, ()))
-        places = [path for path in inside if fits(path.rpartition("/")[2])]
+        places = [path for place in places for path in _fitting(place, part, files)]
     return [path for path in places if path != match.image]
+
+
+def _fitting(folder: str, part: str, files: Files) -> list[str]:
+    """What directly in a folder has a name that ``part``, perhaps with ``*``, fits."""
+    start = f"{folder}/" if folder else ""
+    if "*" not in part:
+        path = start + part
+        return [path] if path in files.files or path in files.folders else []
+    inside = _children(files).get(folder, [])
+    literal = start + part.partition("*")[0]
+    fits = re.compile(re.escape(start + part).replace(r"\*", "[^/]*")).fullmatch
+    begun = itertools.takewhile(
+        lambda path: path.startswith(literal), (inside[i] for i in range(bisect_left(inside, literal), len(inside)))
+    )
+    return [path for path in begun if fits(path)]
 
 
 @functools.lru_cache(maxsize=8)
