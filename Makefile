@@ -103,7 +103,7 @@ scaling: $(INSTALLED)  ## unit costs and steps on 1, 2 and 4 ranks measured (20 
 	$(VENV)/bin/python scripts/scaling.py --measure
 	$(VENV)/bin/python scripts/scaling_page.py
 
-tasks: $(INSTALLED)  ## real labelled images of packages: DEX, a monolithic control and a random start on six tasks, and the page about them (45 minutes on two cores); goes on where it stopped
+tasks: $(INSTALLED)  ## real labelled images of packages: DEX, a monolithic control and a random start on six tasks, and the page about them (sized for 45 minutes on two cores); goes on where it stopped
 	$(VENV)/bin/python scripts/real_tasks.py runs/real-tasks
 
 clean:  ## remove the environment and everything that was built

@@ -17,10 +17,13 @@ TEXT = """\
 # Real tasks
 
 Labelled images that come with public packages, cut into small tasks: a DEX, a monolithic control of equal compute and
-a random start, each fine-tuned with three seeds. Made by `make tasks`, from
-[its results](../benchmarks/results/tasks/results.json); not edited.
+a random start, each fine-tuned with three seeds. Made by `make tasks`{source}; not edited.
 
-**Read this first.** {reading}
+{reading}
+
+## The tasks
+
+{folds}
 
 ## The plan
 
@@ -28,15 +31,30 @@ It was fixed before the runs: arms, tasks, classes by a rule, settings, seeds, t
 accuracy), the comparison (DEX minus monolithic, paired by patient and seed) and when no verdict is drawn (fewer than 10
 test patients or 3 seeds).
 
-- DEX and control are the presets {presets}: {compute}
-- Their pretraining set is the embedded one without {left_out}, the origins that the tasks below are cut from. Each was
-  pretrained once: seeds are of fine-tuning alone, and another pretraining might turn a difference round.
+- DEX and control are the presets {presets} of `dex pretrain`.{compute}
+- Their pretraining set is the embedded one without the origins that the segmentations are cut from ({left_out}).
+- Each was pretrained once: seeds are of fine-tuning alone, and another pretraining might turn a difference round.
 - The random start is the DEX's architecture, drawn anew by each seed.
-- All fine-tune with {settings}; everything else as `dex finetune` has it. A tested series is never trained on. The
-  checkpoint is chosen by slices of the *training* series.
+- All fine-tune with the same settings, beside the defaults of `dex finetune`: {settings}.
+- A tested series is never trained on. The checkpoint is chosen by slices of the *training* series.
 - Masks of CT and MR are the output of a model, TotalSegmentator, not of experts: a score says how near one comes to
   that model. That the CT series are of different patients is not verified.
+"""
+FOLDS = """\
+- `ct-organs`: two CT series of the totalsegmentator package, and the structures of which both hold {ml:g} ml. Each
+  series is tested on after training on the other.
+- `ct-aorta`: three CT series, and the aorta and vertebra T12, which the package labels in all three. Each is tested on
+  after training on the other two. The heart that it labels in one is in no other, so it is no task.
+- `mr-slab`: **one MR of one subject**, and the structures of which both slabs hold {voxels} voxels. Each slab is tested
+  on after training on the other, {gap} slices away.
+- `nuclei`: **one fluorescence image** of the stardist package, in tiles; not H&E. Each half is tested on after training
+  on the other.
+- `plane`: slices of CT and MR volumes, axial, coronal or sagittal. Each body CT is tested on after training on the
+  other volumes.
+- `modality`: CT, MR, X-ray or ultrasound, by images of the embedded set. Tested on origins that are not trained on.
 
+Of a training volume one slice in {every} is for validation."""
+SCORES = """
 ## Results
 
 {table}
@@ -49,27 +67,41 @@ first arm minus the second, with a 95 % BCa interval over patients where there a
 
 {cost}
 """
+UNMEASURED = """**Not measured yet.** The plan below is committed before any result: `make tasks` carries it out. It is
+sized for 45 minutes on two cores, and goes on where it stopped."""
 
 
 def page(check: bool) -> int:
-    if not RESULTS.is_file():
-        print(f"{RESULTS.relative_to(ROOT)}: expected the results of make tasks; there are none yet")
-        return 0 if check else 1
-    return settle(PAGE, text(json.loads(RESULTS.read_text())), check=check, source="its results", command="make tasks")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else None
+    return settle(PAGE, text(results), check=check, source="its results", command="make tasks")
 
 
-def text(results: dict) -> str:
-    pretraining = results["pretraining"]
-    return TEXT.format(
-        reading=reading(results),
-        presets=" and ".join(f"`{preset}`" for preset in pretraining["presets"].values()),
-        compute=" ".join(pretraining["sentences"]),
-        left_out=", ".join(f"`{name}`" for name in pretraining["left_out"]),
-        settings=", ".join(f"`{name}={value}`" for name, value in results["settings"].items()),
+def text(results: dict | None) -> str:
+    """Without results the plan alone."""
+    import real_tasks
+    import real_tasks_data
+
+    plan = TEXT.format(
+        source="" if results is None else " from [its results](../benchmarks/results/tasks/results.json)",
+        reading=UNMEASURED if results is None else f"**Read this first.** {reading(results)}",
+        presets=" and ".join(f"`{preset}`" for preset in real_tasks.PRETRAINING.values()),
+        compute="" if results is None else " " + " ".join(results["pretraining"]["sentences"]),
+        left_out=", ".join(f"`{name}`" for name in real_tasks_data.LEFT_OUT),
+        settings=", ".join(f"`{name}={value}`" for name, value in real_tasks.SETTINGS.items()),
+        folds=folds(real_tasks_data),
+    )
+    if results is None:
+        return plan
+    return plan + SCORES.format(
         table=table(results),
         tasks="\n".join(section(task, results) for task in results["tasks"]),
         cost=cost(results),
     )
+
+
+def folds(data) -> str:
+    """The tasks, in words."""
+    return FOLDS.format(ml=data.LEAST_ML, voxels=data.LEAST_VOXELS, gap=data.GAP, every=data.VAL_EVERY)
 
 
 def reading(results: dict) -> str:
