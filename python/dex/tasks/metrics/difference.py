@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dex.tasks.metrics.estimate import Estimate, Measure, counted, estimate
+from dex.tasks.metrics.estimate import FEW_PATIENTS, Estimate, Measure, counted, estimate
 from dex.tasks.metrics.evaluation import METRICS, ClassifiedCase, Evaluation, SegmentedCase
 from dex.tasks.metrics.segmentation import ClassScores
 
@@ -47,6 +47,8 @@ class Difference(NamedTuple):
             basis += f"; {alike} of {len(self.by_seed)} seeds with this sign"
         if found.low is None:
             return f"{first} minus {second}: {number} ({basis}), without an interval: {found.why}."
+        if found.patients < FEW_PATIENTS:
+            basis += "; over so few an interval is too narrow"
         numbers = f"{number} [{found.low:+.3f}, {found.high:+.3f}] ({basis})"
         if self.verdict == "not told apart":
             return f"{first} and {second} are not told apart: {numbers}."

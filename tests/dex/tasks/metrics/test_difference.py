@@ -87,6 +87,14 @@ def test_three_patients_have_no_verdict(segmented):
     assert got.estimate.value > 0 and got.verdict == "not measured" and "3 patients" in got.sentence("A", "B")
 
 
+def test_an_interval_over_few_patients_is_called_too_narrow(segmented, classified):
+    few = paired_difference(segmented(0, 0.99), segmented(1, 0.6), "dice")
+    assert few.estimate.patients == 6 and "(6 patients; over so few an interval is too narrow)" in few.sentence(
+        "A", "B"
+    )
+    assert "narrow" not in paired_difference(classified(0, 3.0), classified(0, 0.5), "auc").sentence("A", "B")
+
+
 def test_sides_that_are_not_of_the_same_cases_are_refused(classified, segmented):
     a = classified()
     for b, message in (
