@@ -156,7 +156,7 @@ def test_every_field_survives_yaml(tmp_path):
         if isinstance(value, tuple):
             return [altered(v) for v in value]
         choices = {"auto": "cpu", "bf16": "fp32", "kd": "cosine", "ddp": "fsdp", "cls": "mean", "xavier": "linear"}
-        choices |= {"cosine": "wsd", "none": "vectors"}
+        choices |= {"cosine": "wsd", "none": "vectors", "part": "batch"}
         return choices[value] if value in choices else other[type(value)]
 
     values = {
