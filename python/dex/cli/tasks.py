@@ -95,7 +95,7 @@ def _present(task: "Task", root: Path | None) -> str:
     """Whether the data of a task are below the folder."""
     from dex.tasks import patterns
 
-    if not _is_there(task, str(root) if root else None):
+    if root is None or not _is_there(task, str(root)):
         return "no"
     files = patterns.listed(root / task.name)
     if not task.layout.rules:

@@ -39,6 +39,10 @@ class Stored(NamedTuple):
 def stored(target: Path | Parts, task: Task, stack: readers.Stack, image: Path) -> np.ndarray:
     """uint8 ``[F, R, C]`` in the order of the image's file: 0 background, i + 1 class i, 255 ignored. Of parts the
     later class counts where they overlap. ValueError naming the file."""
+    if stack.length is None:
+        raise ValueError(
+            f"mask: expected an image or a volume under it; {image} is a video that does not say its length"
+        )
     shape = (stack.length, *stack.shape)
     if isinstance(target, Parts):
         out = np.zeros(shape, np.uint8)

@@ -157,3 +157,12 @@ def test_values_for_a_message(tmp_path, save_png):
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)[LABELS]
     assert masks.values_in(save_png(tmp_path / "c.png", colours)) == ["#000000", "#0000ff", "#ff0000"]
     assert masks.values_in(tmp_path / "nothing.png") == []
+
+
+def test_a_video_that_does_not_say_its_length_has_no_mask(tmp_path, image, save_png):
+    (stack,) = readers.read([image], "picture")
+    stack.length = None
+    target = save_png(tmp_path / "m.png", LABELS)
+    for given in (target, Parts((target,))):
+        with pytest.raises(ValueError, match="image.png is a video"):
+            masks.stored(given, task("one"), stack, image)
