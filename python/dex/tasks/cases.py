@@ -19,6 +19,7 @@ from dex.data.folder import kind_of
 from dex.prepare import modalities, readers, sources
 from dex.prepare.ids import Names
 from dex.prepare.readers.files import quiet
+from dex.prepare.splits import PATIENT
 from dex.tasks import own, patterns, splits
 from dex.tasks.frames import Frames, Grid, read, read_target
 from dex.tasks.own import Item, Own
@@ -323,7 +324,9 @@ def _header_patient(image: Path) -> str:
             head, _ = read_header(image, readers.Limits())
     except readers.Refused:
         return ""
-    return text(head, "PatientID") or text(head, "PatientName")
+    patient = text(head, "PatientID") or text(head, "PatientName")
+    names = Names(sources.Source("own", "CT", "ct"), b"")
+    return patient if names.identity("file", patient).by == PATIENT else ""
 
 
 def _is_dicom(path: Path) -> bool:

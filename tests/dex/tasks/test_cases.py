@@ -154,6 +154,16 @@ def test_patients_of_dicom_headers(tmp_path, save_series):
     assert len({case.patient for case in by_path.cases}) == 16
 
 
+def test_a_header_that_names_nobody(tmp_path, save_series):
+    labels = np.zeros((3, 16, 14), np.int16)
+    labels[:, 3:8, 3:8] = 100
+    for i in range(20):
+        save_series(tmp_path / f"d/{'ab'[i % 2]}/s{i}", labels, patient="Anonymous")
+    data = open_task(tmp_path / "d")
+    assert len({case.patient for case in data.cases}) == 20
+    assert "nothing names the patient of each image" in data.notes[0]
+
+
 def test_a_pattern_needs_a_group(folders):
     for pattern in ("(", "p1"):
         with pytest.raises(ValueError, match="patient: expected a regular expression"):
