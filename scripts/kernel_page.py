@@ -19,7 +19,7 @@ COMMAND = "python tests/emulator/every_kernel.py"
 DTYPES = ("bf16", "fp16", "fp32")
 
 Results = dict[str, dict[str, Any]]
-"""Compiler -> ``{"sources": hash, "cases": {name: case}}``, as tests/emulator/every_kernel.py keeps them."""
+"""Compiler -> ``{"cases": {name: case}}``, as tests/emulator/every_kernel.py keeps them."""
 
 
 class Kernel(NamedTuple):

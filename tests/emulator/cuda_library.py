@@ -30,11 +30,11 @@ def version(compiler: str) -> str:
     return re.search(r"release ([\d.]+)", text)[1]
 
 
-def compiled(compiler: str, target: str, folder: Path, csrc: Path = CSRC) -> str:
-    """The PTX of group_ema.cu for ``target``; ``folder``: where a file may lie. csrc: of which sources."""
-    file = folder / f"group_ema-{target}.ptx"
+def compiled(compiler: str, target: str, folder: Path, csrc: Path = CSRC, operator: str = "group_ema") -> str:
+    """The PTX of an operator for ``target``; ``folder``: where a file may lie. csrc: of which sources."""
+    file = folder / f"{operator}-{target}.ptx"
     options = ["-O3", "-std=c++17", f"-arch={target}", f"-I{csrc}"]
-    source = csrc / "group_ema/group_ema.cu"
+    source = csrc / f"{operator}/{operator}.cu"
     subprocess.run([compiler, "-ptx", *options, source, "-o", file], check=True, capture_output=True)
     return file.read_text()
 

@@ -1,12 +1,13 @@
 """Runs every shipped kernel and configuration on the emulator, once an architecture, and keeps what came of it.
 
-    python tests/emulator/every_kernel.py    # what is missing in results.json, or was made of other sources
+    python tests/emulator/every_kernel.py    # what is missing in results.json, or its operator has other sources
     make pages                               # docs/kernels.md and what `dex doctor` says, from results.json
 
 The installed Triton compiles the Triton kernels: all cases with the version that the tests use, the smallest of every
 family with another one. nvcc, where it is installed, compiles those of the CUDA library.
 Results are written case by case, so the run can be stopped and started again. A case keeps its errors beside plain
 torch's, in how many orders of the warps the bits are the same, and of each kernel the hash of its PTX and the counts.
+Of other sources a case is compiled first: launches of the same instructions with the same arguments are not run again.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cuda_adamw  # noqa: E402
 import cuda_library  # noqa: E402
 import torch  # noqa: E402
 from ptx_emulator.counters import Counters, parts  # noqa: E402
@@ -30,6 +32,10 @@ from ptx_emulator.program import Program  # noqa: E402
 from ptx_emulator.ptx import PTXError  # noqa: E402
 from shipped_cases import (  # noqa: E402
     Case,
+    adamw_ema_case,
+    adamw_named,
+    adamw_updates,
+    adamw_want,
     align_loss_case,
     errors_of,
     group_ema_case,
@@ -90,7 +96,9 @@ class Launched(NamedTuple):
     kernel: str
     program: Program
     blocks: int
-    counters: Counters
+    counters: Counters | None
+    """None where it was only compiled."""
+    arguments: str
 
 
 Compute = Callable[[int | None, bool], tuple[dict[str, torch.Tensor], list[Launched]]]
@@ -152,6 +160,10 @@ def _ema_cases() -> Made:
     yield "group_ema", lambda s: group_ema_case(s, 0.9)
     yield "group_ema, momentum on the device", lambda s: group_ema_case(s, torch.tensor(0.75))
     yield "group_ema, never skipped", lambda s: group_ema_case(s, 0.9, with_skip=False)
+    float16, double = torch.float16, torch.tensor(0.75, dtype=torch.float64)
+    yield "adamw_ema", lambda s: adamw_ema_case(s, double)
+    yield "adamw_ema, copies in float16, clipped", lambda s: adamw_ema_case(s, torch.tensor(0.75), float16, 0.5)
+    yield "adamw_ema, no copies, never skipped", lambda s: adamw_ema_case(s, double, None, with_skip=False)
 
 
 SMALLEST = {
@@ -171,13 +183,20 @@ SMALLEST = {
 
 
 def cuda_cases() -> dict[str, tuple[int, dict]]:
-    """Name -> architecture, and options of `_captured_ema`."""
+    """Name -> architecture, and options of `run_cuda` or `run_cuda_adamw`."""
     forms = {
         "group_ema": {},
         "group_ema, the large table": {"capacity": cuda_library.LARGE},
         "group_ema, addresses that are not aligned": {"offset": 1},
         "group_ema, captured: scalars on the device": {"momentum": torch.tensor(0.75), "skip": torch.tensor(False)},
         "group_ema, captured: momentum in float64": {"momentum": torch.tensor(0.75, dtype=torch.float64)},
+    }
+    half = {"momentum": torch.tensor(0.5, dtype=torch.float64)}
+    forms |= {
+        "adamw_ema": {},
+        "adamw_ema, the large table": {"capacity": cuda_adamw.LARGE},
+        "adamw_ema, addresses that are not aligned, no copies": {"offset": 1, "copies": None},
+        "adamw_ema, captured: clip and skip on the device": half | {"clip": 0.5, "skip": torch.tensor(False)},
     }
     return {
         f"sm_{arch} fp32 {form}": (arch, options) for arch in cuda_library.TARGETS for form, options in forms.items()
@@ -199,9 +218,27 @@ def run(compute: Compute, case: Case, orders: int) -> dict:
         "errors": {name: list(e) for name, e in errors_of(case, results).items()},
         "orders_with_the_same_bits": f"{same} of {orders}",
         "kernels": _kernels(launches),
+        "launches": launches_of(launches),
         "seconds": round(time.perf_counter() - start, 1),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def launches_of(launches: Iterable[Launched]) -> str:
+    """A hash of what is run: instructions and arguments."""
+    digest = hashlib.sha256()
+    for one in launches:
+        digest.update(f"{one.kernel} {one.program.digest} {one.arguments}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def compiled_triton(shipped, planned: Planned) -> str:
+    """`launches_of` a case that is not run."""
+    case = planned.make(shipped)
+    with shipped.emulated(planned.arch, compile_only=True) as emulator:
+        case.compute(emulator)
+    shipped.PROGRAMS.clear()
+    return launches_of(_launched(ran) for ran in emulator.ran)
 
 
 def run_triton(shipped, planned: Planned, orders: int) -> dict:
@@ -210,12 +247,16 @@ def run_triton(shipped, planned: Planned, orders: int) -> dict:
     def compute(seed, count):
         with shipped.emulated(planned.arch, seed=seed, count=count) as emulator:
             results = case.compute(emulator)
-        return results, [Launched(ran.kernel, ran.program, ran.blocks, ran.counters) for ran in emulator.ran]
+        return results, [_launched(ran) for ran in emulator.ran]
 
     try:
         return run(compute, case, orders)
     finally:
         shipped.PROGRAMS.clear()  # large, and of little use to the next case
+
+
+def _launched(ran) -> Launched:
+    return Launched(ran.kernel, ran.program, ran.blocks, ran.counters, ran.arguments)
 
 
 def run_cuda(ptx: str, momentum=0.9, skip=None, capacity=cuda_library.SMALL, offset=0) -> dict:
@@ -235,7 +276,7 @@ def run_cuda(ptx: str, momentum=0.9, skip=None, capacity=cuda_library.SMALL, off
         counters = captured.run(seed, count)
         for got, promised, shadow in zip(directors, exact, shadows, strict=True):
             assert torch.equal(got, promised) and torch.equal(shadow, got.bfloat16())
-        launched = Launched("group_ema_kernel", captured.program, captured.grid[0], counters)
+        launched = Launched("group_ema_kernel", captured.program, captured.grid[0], counters, str(captured.grid))
         return _named(directors), [launched]
 
     def want(precision):
@@ -244,6 +285,35 @@ def run_cuda(ptx: str, momentum=0.9, skip=None, capacity=cuda_library.SMALL, off
             d, stack, w = (t.to(precision) for t in (d, stack.nan_to_num(), w))
             results.append(float(momentum) * d + (1 - float(momentum)) * torch.tensordot(w, stack, 1))
         return _named(results)
+
+    return run(compute, Case(torch.float32, None, want), MANY_ORDERS)
+
+
+def run_cuda_adamw(
+    ptx: str, momentum=None, clip=None, skip=None, capacity=cuda_adamw.SMALL, offset=0, copies=torch.bfloat16
+) -> dict:
+    """The like of `adamw_ema_`."""
+    from dexkernels.ops.adamw_ema.records import Rule, rates
+
+    records = type("Records", (), {"adamw_records": importlib.import_module("dexkernels.ops.adamw_ema.records")})
+    momentum = torch.tensor(0.75, dtype=torch.float64) if momentum is None else momentum
+    before = adamw_updates(records, copies, offset)
+    (first, second, eps), lr, decay = cuda_adamw.RULE, 1e-2, 0.1
+    of_each = rates([u._replace(step=u.step + 1) for u in before], Rule(lr, (first, second), eps, decay))
+    scale = None if clip is None else torch.tensor(clip)
+    exact = [cuda_adamw.promised(u, r, float(momentum), clip or 1.0) for u, r in zip(before, of_each, strict=True)]
+
+    def compute(seed, count):
+        updates = adamw_updates(records, copies, offset)
+        captured = cuda_adamw.Captured(ptx, updates, of_each, momentum, clip=scale, skip=skip, capacity=capacity)
+        counters = captured.run(seed, count)
+        for got, right in zip(updates, exact, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got.moved, right.moved, strict=True))
+        return adamw_named(updates), [Launched("adamw_ema_kernel", captured.program, captured.grid[0], counters, "")]
+
+    def want(precision):
+        specification = type("Specification", (), {"reference": importlib.import_module("dexkernels.reference")})
+        return adamw_want(specification, before, momentum, clip or 1.0, precision)
 
     return run(compute, Case(torch.float32, None, want), MANY_ORDERS)
 
@@ -280,12 +350,12 @@ def _counted(launched: Launched) -> dict:
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def sources(compiler: str) -> str:
-    """A hash of everything that the kernels are made of which ``"triton 3.6.0"`` or ``"nvcc 13.0"`` compiles."""
-    ops, csrc = ROOT / "dexkernels/ops", ROOT / "csrc"
-    files = {ops / "triton_common.py", *ops.glob("*/triton.py"), *ops.glob("*/triton/*.py")}
+def sources(compiler: str, name: str) -> str:
+    """A hash of what the kernels of a case are made of which ``"triton 3.6.0"`` or ``"nvcc 13.0"`` compiles."""
+    ops, csrc, operator = ROOT / "dexkernels/ops", ROOT / "csrc", name.replace(",", "").split()[2]
+    files = {ops / "triton_common.py", *ops.glob(f"{operator}/triton.py"), *ops.glob(f"{operator}/triton/*.py")}
     if compiler.startswith("nvcc"):
-        files = {file for file in csrc.rglob("*") if file.suffix in (".cu", ".h")}
+        files = {file for part in ("common", operator) for file in (csrc / part).iterdir() if file.suffix != ".cpp"}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
@@ -293,7 +363,7 @@ def sources(compiler: str) -> str:
 
 
 def load() -> dict:
-    """Compiler -> ``{"sources": hash, "cases": {name: what `run` found}}``."""
+    """Compiler -> ``{"cases": {name: what `run` found, with the hash of its `sources`}}``."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
@@ -313,10 +383,16 @@ class Keeper:
     def __init__(self, compiler: str):
         self.compiler, self.failed = compiler, 0
 
-    def run(self, only: str, run_case: Callable[[str], dict]) -> None:
+    def run(self, only: str, run_case: Callable[[str], dict], compile_case: Callable[[str], str] | None = None) -> None:
+        """compile_case: `launches_of` a case that is only compiled; where they are those of before it is not run."""
         for name, orders in expected(self.compiler).items():
-            done = self._kept()["cases"].get(name, {}).get("orders_with_the_same_bits")
-            if done == f"{orders} of {orders}" or only not in name:
+            kept = self._kept().get(name, {})
+            complete = kept.get("orders_with_the_same_bits") == f"{orders} of {orders}"
+            if only not in name or complete and kept.get("sources") == sources(self.compiler, name):
+                continue
+            if complete and compile_case is not None and compile_case(name) == kept["launches"]:
+                print(f"{self.compiler}, {name}: the same launches", flush=True)
+                self._keep(name, kept)
                 continue
             try:
                 case = run_case(name)
@@ -328,15 +404,11 @@ class Keeper:
             self._keep(name, case)
 
     def _kept(self) -> dict:
-        """What is kept of this compiler, unless it is of other sources."""
-        kept = load().get(self.compiler, {})
-        today = sources(self.compiler)
-        return kept if kept.get("sources") == today else {"sources": today, "cases": {}}
+        return load().get(self.compiler, {}).get("cases", {})
 
     def _keep(self, name: str, case: dict) -> None:
-        kept = self._kept()
-        cases = kept["cases"] | {name: case}
-        kept["cases"] = {name: cases[name] for name in expected(self.compiler) if name in cases}
+        cases = self._kept() | {name: case | {"sources": sources(self.compiler, name)}}
+        kept = {"cases": {name: cases[name] for name in expected(self.compiler) if name in cases}}
         atomic.write(RESULTS, _text(load() | {self.compiler: kept}))
 
 
@@ -345,9 +417,13 @@ def _text(results: dict) -> str:
     compilers = []
     for compiler, kept in sorted(results.items()):
         cases = ",\n".join(f"   {json.dumps(name)}: {json.dumps(case)}" for name, case in kept["cases"].items())
-        head = f' {json.dumps(compiler)}: {{\n  "sources": {json.dumps(kept["sources"])},\n'
+        head = f" {json.dumps(compiler)}: {{\n"
         compilers.append(f'{head}  "cases": {{\n{cases}\n  }}\n }}')
     return "{\n" + ",\n".join(compilers) + "\n}\n"
+
+
+CUDA = {"group_ema": run_cuda, "adamw_ema": run_cuda_adamw}
+"""Operator of the CUDA library -> what runs a case of it."""
 
 
 def main() -> int:
@@ -360,16 +436,26 @@ def main() -> int:
 
         keeper, planned = Keeper(f"triton {triton.__version__}"), triton_cases()
         orders = expected(keeper.compiler)
-        keeper.run(only, lambda name: run_triton(shipped, planned[name], orders[name]))
+        keeper.run(
+            only,
+            lambda name: run_triton(shipped, planned[name], orders[name]),
+            lambda name: compiled_triton(shipped, planned[name]),
+        )
         failed += keeper.failed
     if compiler := cuda_library.nvcc():
         keeper, forms = Keeper(f"nvcc {cuda_library.version(compiler)}"), cuda_cases()
         with tempfile.TemporaryDirectory() as folder:
             ptx = {
-                arch: cuda_library.compiled(compiler, target, Path(folder))
+                (operator, arch): cuda_library.compiled(compiler, target, Path(folder), operator=operator)
                 for arch, target in cuda_library.TARGETS.items()
+                for operator in CUDA
             }
-        keeper.run(only, lambda name: run_cuda(ptx[forms[name][0]], **forms[name][1]))
+
+        def run_case(name):
+            operator, (arch, options) = name.replace(",", "").split()[2], forms[name]
+            return CUDA[operator](ptx[operator, arch], **options)
+
+        keeper.run(only, run_case)
         failed += keeper.failed
     return 1 if failed else 0
 

@@ -283,3 +283,74 @@ def group_ema_case(shipped, momentum, with_skip=True, offset=0) -> Case:
         return named(directors)
 
     return Case(torch.float32, compute, want)
+
+
+# --- adamw_ema_ -------------------------------------------------------------------------------------------------------
+
+ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1}
+
+
+def adamw_updates(shipped, copies=torch.bfloat16, offset=0) -> list:
+    """Of stacks and of parameters that no director follows; of the first an expert has no weight, of the third none.
+
+    offset: elements by which parameters lie behind an address that is a multiple of 16.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        t = torch.randn(shape, generator=generator)
+        return torch.empty(t.numel() + offset)[offset:].view(t.shape).copy_(t)
+
+    updates = []
+    for E, shape in ((4, (5, 3)), (1, (2100,)), (3, (1,)), (8, (4, 20)), (0, (70,)), (0, ())):
+        full = (E, *shape) if E else shape
+        update = shipped.adamw_records.Update(
+            draw(*full), draw(*full), draw(*full), draw(*full).square(), torch.tensor(3.0)
+        )
+        if E:
+            copy = torch.full((E + 1, *shape), -1.0, dtype=copies) if copies is not None else None
+            update = update._replace(director=draw(*shape), group_weights=torch.rand(E, generator=generator), copy=copy)
+        updates.append(update)
+    updates[0].group_weights[1] = 0
+    updates[2].group_weights.zero_()
+    return updates
+
+
+def adamw_named(updates) -> Results:
+    return {
+        f"{name} {i}": t
+        for i, u in enumerate(updates)
+        for name, t in zip(("parameter", "exp_avg", "exp_avg_sq", "director"), (u[0], *u[2:4], u.director), strict=True)
+        if t is not None
+    }
+
+
+def adamw_want(shipped, updates, momentum, clip, precision) -> Results:
+    results = []
+    for u in updates:
+        p, g, m, v, d = (None if t is None else t.to(precision, copy=True) for t in (*u[:4], u.director))
+        weights = None if d is None else u.group_weights.to(precision)
+        state = {"exp_avg": m, "exp_avg_sq": v, "step": u.step.clone()}
+        shipped.reference.adamw_ema_(p, g, state, ADAMW, d, weights, float(momentum), clip)
+        results.append(u._replace(parameter=p, exp_avg=m, exp_avg_sq=v, director=d))
+    return adamw_named(results)
+
+
+def adamw_ema_case(shipped, momentum, copies=torch.bfloat16, clip=None, with_skip=True, offset=0) -> Case:
+    before, records = adamw_updates(shipped, copies, offset), shipped.adamw_records
+    rule = records.Rule(ADAMW["lr"], (ADAMW["beta1"], ADAMW["beta2"]), ADAMW["eps"], ADAMW["weight_decay"])
+
+    def compute(emulator):
+        fresh = adamw_updates(shipped, copies, offset)
+        emulator.extra = tuple(t for u in fresh for t in (*u.moved, u.gradient))
+        scalars = records.Scalars(
+            momentum, None if clip is None else torch.tensor(clip), torch.tensor(False) if with_skip else None
+        )
+        shipped.adamw_ema.adamw_ema_(fresh, rule, scalars)
+        if not emulator.compile_only:
+            for u in (u for u in fresh if u.copy is not None):
+                assert torch.equal(u.copy[:-1], u.parameter.to(u.copy.dtype))
+                assert torch.equal(u.copy[-1], u.director.to(u.copy.dtype))
+        return adamw_named(fresh)
+
+    return Case(torch.float32, compute, lambda precision: adamw_want(shipped, before, momentum, clip or 1.0, precision))

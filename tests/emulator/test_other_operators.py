@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shipped_cases import align_loss_case, check, group_ema_case, route_case
+from shipped_cases import adamw_ema_case, align_loss_case, check, group_ema_case, route_case
 
 
 def slow(*values):
@@ -59,6 +59,15 @@ def test_group_ema(shipped, arch, momentum):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_group_ema_of_directors_that_are_not_aligned(shipped, arch):
     check(shipped, group_ema_case(shipped, 0.9, offset=1), shipped.emulated(arch))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, slow({"copies": torch.float16, "clip": 0.5}), slow({"copies": None, "with_skip": False}), {"offset": 1}],
+)
+def test_adamw_ema(shipped, arch, options):
+    check(shipped, adamw_ema_case(shipped, torch.tensor(0.75), **options), shipped.emulated(arch))
 
 
 def test_group_ema_that_is_skipped(shipped):

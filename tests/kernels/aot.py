@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dexkernels.ops.adamw_ema import triton as adamw_ema
+from dexkernels.ops.adamw_ema.records import Rule, Scalars, Update
 from dexkernels.ops.align_loss import triton as align_loss
 from dexkernels.ops.group_ema import triton as group_ema
 from dexkernels.ops.grouped_mlp import triton as grouped_mlp
@@ -30,6 +32,7 @@ from dexkernels.records import MLPWeights
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 LAUNCHED = []
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.float64: "fp64"}
 
 
 def record(self, *args, grid, warmup, **kwargs):
@@ -108,7 +111,7 @@ def compile_one(kernel, args, kwargs, arch):
     }
 
 
-def launch_mlp(dtype, B, N, D, H, E, K, path=None):
+def launch_mlp(dtype, B, N, D, H, E, K, path=None, activation="gelu"):
     """The grouped MLP in training and, in bf16, in evaluation too; returns its output.
 
     In bf16 training is that under autocast: with a director behind the experts and float32 weight gradients.
@@ -122,9 +125,9 @@ def launch_mlp(dtype, B, N, D, H, E, K, path=None):
     alone, slots = MLPWeights(*(w[:E] for w in weights)), Slots(gates, order, offsets)
     if autocast:
         grouped_mlp.forward(x, slots, alone, False, path=path)
-    out, z, _ = grouped_mlp.forward(x, slots, weights, True, path=path)
+    out, z, _ = grouped_mlp.forward(x, slots, weights, True, activation, path=path)
     saved = Saved(x, *slots, alone.fc1_weight, alone.fc2_weight, alone.fc2_bias, z)
-    grouped_mlp.backward(out, saved, Needs(), torch.float32 if autocast else dtype, path=path)
+    grouped_mlp.backward(out, saved, Needs(), torch.float32 if autocast else dtype, activation, path=path)
     return out
 
 
@@ -133,9 +136,11 @@ def launch_everything(dtype, arch):
     B, N, D, H, E, K = 224, 65, 768, 3072, 8, 2
     m = {"device": "meta"}
     out = launch_mlp(dtype, B, N, D, H, E, K)
+    launch_mlp(dtype, B, N, D, H, E, K, activation="gelu_tanh")
     if arch == 90 and dtype != torch.float32:
         gathered = len(LAUNCHED)
         launch_mlp(dtype, B, N, D, H, E, K, "aligned")
+        launch_mlp(dtype, B, N, D, H, E, K, "aligned", "gelu_tanh")
         launch_mlp(dtype, 24, N, D, H, E, K, "aligned")  # too few images for pairs
         launch_mlp(dtype, 56, N, D, H, 32, K, "aligned")  # results by slot
         if dtype == torch.bfloat16:
@@ -158,6 +163,17 @@ def launch_everything(dtype, arch):
         skip = torch.empty((), dtype=torch.bool, **m)
         for momentum in (0.999, torch.empty((), **m)):
             group_ema.group_ema_([b2[0]] * 4, [b2] * 4, [torch.empty(E, **m)] * 4, momentum, skip)
+        launch_adamw(b2, skip)
+
+
+def launch_adamw(stack, skip):
+    """With copies, clipped and perhaps skipped, and without any of them."""
+    m = {"device": "meta"}
+    copy = torch.empty(stack.shape[0] + 1, *stack.shape[1:], dtype=torch.bfloat16, **m)
+    update = Update(*[stack] * 4, torch.empty((), **m), stack[0], torch.empty(stack.shape[0], **m), copy)
+    momentum, scalar = torch.empty((), dtype=torch.float64, **m), torch.empty((), **m)
+    adamw_ema.adamw_ema_([update], Rule(scalar), Scalars(momentum, scalar, skip))
+    adamw_ema.adamw_ema_([update._replace(copy=None)], Rule(scalar), Scalars(momentum, None, None))
 
 
 def main(arch: int) -> None:

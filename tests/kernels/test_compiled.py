@@ -44,7 +44,7 @@ KERNELS = {
         "sum_chunks_kernel",
     ),
     *("forward_kernel", "mean_kernel", "backward_kernel"),
-    *("route_kernel", "logits_grad_kernel", "router_grad_kernel", "group_ema_kernel"),
+    *("route_kernel", "logits_grad_kernel", "router_grad_kernel", "group_ema_kernel", "adamw_ema_kernel"),
 }
 
 
@@ -104,6 +104,7 @@ def test_products_load_asynchronously(compiled):
 
 
 def test_memory_bound_kernels_load_16_bytes(compiled):
+    bound = ("combine_kernel", "group_ema_kernel", "adamw_ema_kernel", "forward_kernel", "backward_kernel")
     for r in compiled:
-        if r["kernel"] in ("combine_kernel", "group_ema_kernel", "forward_kernel", "backward_kernel"):
+        if r["kernel"] in bound:
             assert r["wide_load"], r

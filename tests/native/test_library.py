@@ -103,6 +103,16 @@ def test_group_ema_has_wide_accesses_and_no_spills(machine_code):
         assert "FFMA" in code and not [op for op in code if op.startswith("ATOM")], name
 
 
+def test_adamw_ema_has_wide_accesses_and_no_spills(machine_code):
+    kernels = {k: v for k, v in machine_code.items() if "adamw_ema_kernel" in k[1]}
+    assert len(kernels) == 4, "two table sizes on two architectures"
+    for name, code in kernels.items():
+        count = {op: code.count(op) for op in ("LDG.E.128", "STG.E.128", "STG.E.64")}
+        # Of the director, and of a parameter, its gradient and its moments; copies of four elements are 8 bytes.
+        assert count == {"LDG.E.128": 5, "STG.E.128": 4, "STG.E.64": 2}, name
+        assert not [op for op in code if op.startswith(("LDL", "STL", "ATOM"))], name
+
+
 def test_no_kernel_uses_the_stack(library):
     usage = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", dump(library, "-res-usage"))
     assert len(usage) >= 4

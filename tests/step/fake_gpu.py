@@ -104,6 +104,8 @@ CASES = {
     "bf16": contextlib.nullcontext,
     "averages and rates by depth": contextlib.nullcontext,
     "fp16": contextlib.nullcontext,
+    "fused": contextlib.nullcontext,
+    "fused in bf16": contextlib.nullcontext,
     "micro-batches in bf16": contextlib.nullcontext,
     "layer reads its loss": lambda: after(layer.DEXLayer, "_routed", lambda out, *_: out[1].align_loss.item()),
     "layer reads group sizes": lambda: after(layer, "routed_mlp", lambda out, *_: out[1].group_sizes.tolist()),
@@ -143,6 +145,8 @@ OPTIONS = {
     "checkpointing": {"checkpointing": True},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
+    "fused": {"optim": {"fused": True, "layer_decay": 0.5}},
+    "fused in bf16": {"optim": {"fused": True}, "precision": "bf16"},
     "averages and rates by depth": {"optim": {"ema": 0.9, "layer_decay": 0.5, "decay_exclude": "vectors"}},
     "micro-batches in bf16": {"micro_batch": 4, "precision": "bf16"},
 }

@@ -27,6 +27,8 @@ UNTOUCHED = (
     "micro-batches in bf16",
     "averages and rates by depth",
     "fp16",
+    "fused",
+    "fused in bf16",
 )
 
 LAYERS = ("layer by token", "layer by mean, cosine", "layer, mse", "layer of a host")

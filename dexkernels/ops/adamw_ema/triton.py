@@ -16,7 +16,7 @@ from torch import Tensor
 from ..triton_common import on_device
 from .records import Rule, Scalars, Update, rates
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 512, 4
 """Elements of an expert that one program updates, of every expert in turn."""
 
 SEARCH = 64
@@ -55,6 +55,42 @@ def adamw(p, g, exp_avg, exp_avg_sq, keep, rate, root, beta1, rest1, beta2, rest
     exp_avg = beta1 * exp_avg + rest1 * g
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * g * g
     return keep * p - rate * exp_avg / (tl.sqrt(exp_avg_sq) * root + eps), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def update_block(
+    parameter, gradient, first_moment, second_moment, director, copy, i, size, num_experts, follows, moves, copies,
+    shares, m, rest, clip, keep, rate, root, beta1, rest1, beta2, rest2, eps, COPY: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """The elements i of every expert in turn, of the director if one follows, and of the copies if there are any."""
+    inside = i < size
+    e = tl.arange(0, EXPERTS)
+    d = tl.load(director + i, mask=inside & follows, other=0.0)
+    d = tl.where(moves, m * d, d)
+    for expert in range(num_experts):
+        p = tl.load(parameter + i, mask=inside, other=0.0)
+        scale = rest * tl.sum(tl.where(e == expert, shares, 0.0), 0)
+        if scale != 0.0:
+            d += scale * p
+        p, exp_avg, exp_avg_sq = adamw(
+            p,
+            clip * tl.load(gradient + i, mask=inside, other=0.0),
+            tl.load(first_moment + i, mask=inside, other=0.0),
+            tl.load(second_moment + i, mask=inside, other=0.0),
+            keep, rate, root, beta1, rest1, beta2, rest2, eps,
+        )  # fmt: skip
+        tl.store(parameter + i, p, mask=inside)
+        tl.store(first_moment + i, exp_avg, mask=inside)
+        tl.store(second_moment + i, exp_avg_sq, mask=inside)
+        tl.store(copy + i, p.to(COPY), mask=inside & copies)
+        parameter += size
+        gradient += size
+        first_moment += size
+        second_moment += size
+        copy += size
+    tl.store(director + i, d, mask=inside & moves)
+    tl.store(copy + i, d.to(COPY), mask=inside & copies)
 
 
 @triton.jit
@@ -112,34 +148,25 @@ def adamw_ema_kernel(
     if clip_scale is not None:
         clip = tl.load(clip_scale).to(tl.float32)
     i = (pid - tl.load(row + 9)) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
     follows = director_at != 0
     weights += tl.load(row + 8)
     e = tl.arange(0, EXPERTS)
     shares = tl.load(weights + e, mask=follows & (e < num_experts), other=0.0)
     moves = tl.sum((shares != 0.0).to(tl.int32), 0) > 0
-    d = tl.load(director + i, mask=inside & follows, other=0.0)
-    d = tl.where(moves, m * d, d)
-    at = i
-    for expert in range(num_experts):
-        p = tl.load(parameter + at, mask=inside, other=0.0)
-        scale = rest * tl.sum(tl.where(e == expert, shares, 0.0), 0)
-        if scale != 0.0:
-            d += scale * p
-        p, exp_avg, exp_avg_sq = adamw(
-            p,
-            clip * tl.load(gradient + at, mask=inside, other=0.0),
-            tl.load(first_moment + at, mask=inside, other=0.0),
-            tl.load(second_moment + at, mask=inside, other=0.0),
-            keep, rate, root, beta1, rest1, beta2, rest2, eps,
+    # Wide loads need 16-byte alignment and whole groups of four, which only the numbers themselves can show.
+    addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | director_at | copy_at
+    if (addresses | (size * 4)) % 16 == 0:
+        update_block(
+            tl.multiple_of(parameter, 16), tl.multiple_of(gradient, 16), tl.multiple_of(first_moment, 16),
+            tl.multiple_of(second_moment, 16), tl.multiple_of(director, 16), tl.multiple_of(copy, 16), i,
+            size // 4 * 4, num_experts, follows, moves, copy_at != 0, shares, m, rest, clip, keep, rate, root,
+            beta1, rest1, beta2, rest2, eps, COPY, EXPERTS,
         )  # fmt: skip
-        tl.store(parameter + at, p, mask=inside)
-        tl.store(first_moment + at, exp_avg, mask=inside)
-        tl.store(second_moment + at, exp_avg_sq, mask=inside)
-        tl.store(copy + at, p.to(COPY), mask=inside & (copy_at != 0))
-        at += size
-    tl.store(director + i, d, mask=inside & moves)
-    tl.store(copy + at, d.to(COPY), mask=inside & (copy_at != 0))
+    else:
+        update_block(
+            parameter, gradient, first_moment, second_moment, director, copy, i, size, num_experts, follows, moves,
+            copy_at != 0, shares, m, rest, clip, keep, rate, root, beta1, rest1, beta2, rest2, eps, COPY, EXPERTS,
+        )  # fmt: skip
 
 
 def why_not(update: Update) -> str | None:

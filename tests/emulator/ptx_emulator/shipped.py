@@ -20,6 +20,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dexkernels import reference
+from dexkernels.ops.adamw_ema import records as adamw_records
+from dexkernels.ops.adamw_ema import triton as adamw_ema
 from dexkernels.ops.align_loss import triton as align_loss
 from dexkernels.ops.group_ema import triton as group_ema
 from dexkernels.ops.grouped_mlp import records as mlp_records
@@ -51,13 +53,15 @@ COMPILED, PROGRAMS = {}, {}
 
 
 class Ran(NamedTuple):
-    """One launch: of which kernel, in what time, and what was counted."""
+    """One launch: of which kernel, in what time, and what was counted; None where it was only compiled."""
 
     kernel: str
     program: Program
     blocks: int
     seconds: float
     counters: object
+    arguments: str
+    """Grid, numbers, and how tensors lie; not what they hold."""
 
 
 def source(kernel, args, kwargs):
@@ -139,8 +143,8 @@ class Poisoned(torch.overrides.TorchFunctionMode):
 class Emulator:
     """Runs launches for an architecture; see `emulated`."""
 
-    def __init__(self, arch, seed=None, count=False, extra=(), change=None, only=None):
-        self.arch, self.seed, self.count, self.extra = arch, seed, count, extra
+    def __init__(self, arch, seed=None, count=False, extra=(), change=None, only=None, compile_only=False):
+        self.arch, self.seed, self.count, self.extra, self.compile_only = arch, seed, count, extra, compile_only
         self.change, self.only = change, only or {}
         self.ran = []
 
@@ -166,12 +170,27 @@ class Emulator:
         if self.change is not None:
             ptx = self.change(kernel.__name__, ptx)
         program = program_of(ptx, None, compiled.metadata.shared)
+        arguments_of = repr((grid, [_form(values[parameter.name]) for parameter in kernel.params]))
+        if self.compile_only:
+            self.ran.append(Ran(kernel.__name__, program, 0, 0.0, None, arguments_of))
+            return
         start = time.perf_counter()
         threads = 32 * compiled.metadata.num_warps
         blocks = self.only.get(kernel.__name__)
         launch = Launch(program, memory, grid, threads, [*arguments, 0, 0], self.seed, self.count, blocks)
         counters = launch.run()
-        self.ran.append(Ran(kernel.__name__, program, len(launch.blocks), time.perf_counter() - start, counters))
+        self.ran.append(
+            Ran(kernel.__name__, program, len(launch.blocks), time.perf_counter() - start, counters, arguments_of)
+        )
+
+
+def _form(value):
+    """An argument but for what it holds and where: numbers as they are."""
+    if isinstance(value, TensorDescriptor):
+        return _form(value.base), list(value.shape), list(value.strides), list(value.block_shape)
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), list(value.shape), list(value.stride()), value.data_ptr() % 16
+    return value
 
 
 def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
@@ -182,13 +201,16 @@ def tensor_map(descriptor: TensorDescriptor, metadata: dict) -> TensorMap:
 
 
 @contextlib.contextmanager
-def emulated(arch: int, seed: int | None = None, count: bool = False, extra=(), change=None, only=None):
+def emulated(
+    arch: int, seed: int | None = None, count: bool = False, extra=(), change=None, only=None, compile_only=False
+):
     """Within it, launches of Triton kernels on CPU tensors run their PTX for ``arch``; gives the `Emulator`.
 
     extra: tensors that kernels reach through tables of addresses. change: may edit the PTX of a kernel, given its name
-    and text. only: kernel -> the numbers of the blocks to run, of those of which not all are.
+    and text. only: kernel -> the numbers of the blocks to run, of those of which not all are. compile_only: nothing is
+    run, and what launches would write stays as it was.
     """
-    emulator = Emulator(arch, seed, count, extra, change, only)
+    emulator = Emulator(arch, seed, count, extra, change, only, compile_only)
 
     def run(self, *args, grid, warmup=False, **kwargs):
         emulator.run(self, args, grid(kwargs) if callable(grid) else grid, kwargs)
@@ -269,6 +291,8 @@ __all__ = [
     "Poisoned",
     "Routing",
     "Tile",
+    "adamw_ema",
+    "adamw_records",
     "align_loss",
     "aligned",
     "compile_kernel",
