@@ -176,7 +176,8 @@ def fine_tune(out: Path, job: Job) -> None:
         return
     before = time.process_time()
     side, task = side_of(out, job.arm), prepared(out, job.fold)
-    compare.outcome(side, task, compare.settings_of(side, settings(), job.seed), out / "tasks", discard=True)
+    made, leak = compare.settings_of(side, settings(), job.seed), leak_of(out, job.fold)
+    compare.outcome(side, task, made, out / "tasks", leak=leak, discard=True)
     used = {"processor_seconds": time.process_time() - before, "max_rss_kb": resource.getrusage(0).ru_maxrss}
     atomic.write(cost, json.dumps(used) + "\n")
 
@@ -186,7 +187,7 @@ def prepared(out: Path, fold: str):
     """Read and checked once in each process."""
     from dex.tasks import compare
 
-    return compare.prepared(opened(out, fold), leak_of(out, fold))
+    return compare.prepared(opened(out, fold))
 
 
 def leak_of(out: Path, fold: str) -> str:

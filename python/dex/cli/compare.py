@@ -4,9 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
+
+if TYPE_CHECKING:
+    from dex.tasks.compare import Compared, Prepared, Side
+    from dex.tasks.recipe import Settings
 
 HELP = "two pretrained runs on tasks: fine-tuned alike, paired by patient and seed, with a verdict"
 POSITION = 49
@@ -37,20 +42,14 @@ def run(arguments: list[str]) -> Callable[[], int]:
     names = [one.data.task.name for one in prepared]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks: expected each once; got {', '.join(names)}")
+    compare.open_sheet(out)
     out.mkdir(parents=True, exist_ok=True)
 
     def carry_out() -> int:
         try:
             results = []
             for task in prepared:
-                sides = []
-                for one in (a, b):
-                    done = []
-                    for seed in options.seeds:
-                        made = compare.settings_of(one, settings, seed)
-                        done.append(compare.outcome(one, task, made, out, discard=options.discard, say=_say))
-                    sides.append(done)
-                results.append(compare.compared(task.data.task.name, *sides))
+                results.append(_compared(task, (a, b), settings, out, options))
                 compare.write_result(out / compare.RESULT, a, b, results)
         except exits.Stopped:
             return _stopped(out)
@@ -68,6 +67,21 @@ def run(arguments: list[str]) -> Callable[[], int]:
     return carry_out
 
 
+def _compared(
+    task: "Prepared", sides: "tuple[Side, Side]", settings: "Settings", out: Path, options: Any
+) -> "Compared":
+    """Both sides of one task with all seeds."""
+    from dex.tasks import compare
+
+    leaks = compare.leaks(task, sides)
+    both = []
+    for one in sides:
+        made = [compare.settings_of(one, settings, seed) for seed in options.seeds]
+        given = {"leak": leaks[one.name], "discard": options.discard, "say": _say}
+        both.append([compare.outcome(one, task, of_seed, out, **given) for of_seed in made])
+    return compare.compared(task.data.task.name, *both, leaks)
+
+
 def _say(text: str) -> None:
     print(f"dex compare: {text}", file=sys.stderr, flush=True)
 
@@ -77,7 +91,7 @@ def _stopped(out: Path) -> int:
     return exits.PREEMPTED
 
 
-def _settings(path: Path, base):
+def _settings(path: Path, base: "Settings") -> "Settings":
     import yaml
 
     from dex.tasks import recipe

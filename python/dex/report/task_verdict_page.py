@@ -57,4 +57,8 @@ def _compute(a: Side, b: Side) -> str:
 
 def _section(a: Side, b: Side, one: Compared, number: int) -> Section:
     section = compared(a.name, one.first, Other(b.name, one.second))
-    return Section(f"task-{number}", one.task, section.content)
+    leaks = "".join(
+        f'<p class="soft">Test images in the pretraining set of {esc(name)}: {esc(said)}.</p>'
+        for name, said in one.leaks.items()
+    )
+    return Section(f"task-{number}", one.task, section.content + leaks)

@@ -17,13 +17,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dex.common import atomic, exits
 from dex.inference.load import load
-from dex.tasks import compute
+from dex.tasks import compute, leakage
 from dex.tasks import task as task_records
 from dex.tasks.cases import Parts, TaskData, check_targets
 from dex.tasks.compute import Compute
@@ -62,8 +62,6 @@ class Prepared(NamedTuple):
 
     data: TaskData
     fingerprint: str
-    leak: str
-    """What the check against the pretraining set said."""
 
 
 class Failed(RuntimeError):
@@ -79,6 +77,11 @@ def side(name: str, run: str | Path, start: str = "pretrained") -> Side:
     loaded = load(run)
     checkpoint = manifest_hash(loaded.folder) or _digest(loaded.folder)
     return Side(name, Path(run), checkpoint, compute.of_run(name, loaded, start == "random"), start)
+
+
+def open_sheet(out: Path) -> None:
+    """ValueError where the sheet in ``out`` is none of these columns: before the work."""
+    Sheet(out / SHEET).rows()
 
 
 def _digest(folder: Path) -> str:
@@ -101,12 +104,12 @@ def sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
     return first, second
 
 
-def prepared(data: TaskData, leak: str = "not checked") -> Prepared:
+def prepared(data: TaskData) -> Prepared:
     """The task with every target read once. ValueError naming what is wrong, before anything trains."""
     if not data.of("test"):
         raise ValueError(f"data: expected test cases of {data.task.name}; it has none")
     check_targets(data)
-    return Prepared(data, _fingerprint(data), leak)
+    return Prepared(data, _fingerprint(data))
 
 
 def _fingerprint(data: TaskData) -> str:
@@ -124,6 +127,18 @@ def _fingerprint(data: TaskData) -> str:
     return digest.hexdigest()
 
 
+def leaks(task: Prepared, sides: Sequence[Side]) -> dict[str, str]:
+    """By the sides' names, what the check of the test cases against their pretraining sets says; once for a set."""
+    of_set: dict[str, str] = {}
+    said = {}
+    for one in sides:
+        known = one.compute.data or one.name
+        if known not in of_set:
+            of_set[known] = leakage.of_run(task.data, one.run, sides=("test",)).sentence
+        said[one.name] = of_set[known]
+    return said
+
+
 def settings_of(one: Side, settings: Settings, seed: int) -> Settings:
     """Those of one fine-tuning: the same for both sides but for the start."""
     return dataclasses.replace(settings, seed=seed, start=one.start)
@@ -135,11 +150,12 @@ def outcome(
     settings: Settings,
     out: Path,
     *,
+    leak: str = "not checked",
     discard: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """The evaluation of one fine-tuning, made unless it is there. settings: of `settings_of`. discard: remove the
-    checkpoints once it is evaluated.
+    """The evaluation of one fine-tuning, made unless it is there. settings: of `settings_of`. leak: what the
+    check against the pretraining set said, for the sheet. discard: remove the checkpoints once it is evaluated.
 
     Raises: `Failed`; `dex.common.exits.Stopped` before training; ValueError naming what cannot be trained on, or data
     that are not those of an earlier start.
@@ -160,7 +176,7 @@ def outcome(
         evaluation = evaluate(load_task_model(folder), task.data, EvaluateOptions())
         evaluation_file.write(evaluation, known)
     evaluation = evaluation_file.read(known)
-    sheet.add(row_of(evaluation, key, leak=task.leak, seconds=time.perf_counter() - began, versions=versions()))
+    sheet.add(row_of(evaluation, key, leak=leak, seconds=time.perf_counter() - began, versions=versions()))
     if discard:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return evaluation
@@ -190,6 +206,8 @@ class Compared(NamedTuple):
     second: tuple[Evaluation, ...]
     reasons: tuple[str, ...]
     """Why no verdict is given; () where one is."""
+    leaks: Mapping[str, str]
+    """By the side's name, what the check of the test cases against its pretraining set said."""
 
     @property
     def values(self) -> tuple[float | None, float | None]:
@@ -202,7 +220,9 @@ def _mean(evaluations: Sequence[Evaluation], metric: str) -> float | None:
     return None if any(value is None for value in values) else sum(values) / len(values)
 
 
-def compared(task: str, first: Sequence[Evaluation], second: Sequence[Evaluation]) -> Compared:
+def compared(
+    task: str, first: Sequence[Evaluation], second: Sequence[Evaluation], leaks: Mapping[str, str] | None = None
+) -> Compared:
     """Paired by patient and seed. ValueError where the two sides were not evaluated on the same cases and seeds."""
     metric = first[0].metric
     difference = paired_difference(first, second, metric)
@@ -212,7 +232,7 @@ def compared(task: str, first: Sequence[Evaluation], second: Sequence[Evaluation
         reasons.append(f"{patients} test patient{'s' if patients != 1 else ''}, fewer than {LEAST_PATIENTS}")
     if len(first) < LEAST_SEEDS:
         reasons.append(f"{len(first)} seed{'s' if len(first) != 1 else ''}, fewer than {LEAST_SEEDS}")
-    return Compared(task, metric, difference, tuple(first), tuple(second), tuple(reasons))
+    return Compared(task, metric, difference, tuple(first), tuple(second), tuple(reasons), leaks or {})
 
 
 def verdict(a: Side, b: Side, tasks: Sequence[Compared]) -> str:
@@ -252,6 +272,7 @@ def write_result(path: Path, a: Side, b: Side, tasks: Sequence[Compared]) -> Non
                 "by_seed": [seed._asdict() for seed in one.difference.by_seed],
                 "sentence": one.difference.sentence(a.name, b.name),
                 "no_verdict": list(one.reasons),
+                "leaks": dict(one.leaks),
             }
             for one in tasks
         ],

@@ -115,6 +115,28 @@ def test_runs_that_are_the_same_are_refused(pretrained, tmp_path):
         compare.sides(pretrained, tmp_path / "absent")
 
 
+def test_the_leak_check_runs_once_for_a_set(shade_data, monkeypatch):
+    asked = []
+
+    def of_run(data, run, sides):
+        asked.append((run, sides))
+        return compare.leakage.not_checked("of a test")
+
+    monkeypatch.setattr(compare.leakage, "of_run", of_run)
+    said = compare.leaks(compare.Prepared(shade_data, ""), (A, B))
+    assert said == {"DEX": "not checked because of a test", "control": "not checked because of a test"}
+    assert asked == [(A.run, ("test",))]
+    compare.leaks(compare.Prepared(shade_data, ""), (A, B._replace(compute=COST._replace(data="other"))))
+    assert len(asked) == 3
+
+
+def test_a_sheet_of_other_columns_is_refused(tmp_path):
+    compare.open_sheet(tmp_path)
+    (tmp_path / compare.SHEET).write_text("a,b\n")
+    with pytest.raises(ValueError, match="sheet: expected the columns of this version"):
+        compare.open_sheet(tmp_path)
+
+
 def test_other_data_are_refused(shade_data, tmp_path, shades):
     task = compare.prepared(shade_data)
     compare._same_data(tmp_path / "shades/data.sha256", task)
