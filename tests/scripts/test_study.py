@@ -186,6 +186,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(quick, tmp_path):
 def test_wrong_usage_is_told(tmp_path, capsys):
     assert study.main(["nowhere", "--results", str(tmp_path / "r.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("study: path: expected ")
+    with pytest.raises(SystemExit):
+        study.main(["embedded", "--workers", "0", "--results", str(tmp_path / "r.jsonl")])
+    assert "--workers: expected at least 1; got 0" in capsys.readouterr().err
     assert study.main(["--page", "--results", str(tmp_path / "r.jsonl")]) == 1
     assert "got none: make study" in capsys.readouterr().out
 
