@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dex.tasks import splits
@@ -14,6 +14,7 @@ def samples(count=60, patients=20, labels=("a", "b"), side=lambda i: ""):
     return [Sample(f"p{i % patients}", labels[i % patients % len(labels)], side(i), f"f{i}") for i in range(count)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abc")), min_size=40, max_size=120), st.integers(0, 9))
 def test_drawn_sides_never_tear_a_patient_and_do_not_depend_on_the_order(pairs, seed):
     several = [Sample(str(patient), label, "", str(i)) for i, (patient, label) in enumerate(pairs)]
