@@ -2,11 +2,12 @@
 """Real labelled images from public packages: DEX, a monolithic control and a random start, three seeds each.
 
 usage: python scripts/real_tasks.py OUT [--task NAME ...] [--processes N]
+       python scripts/real_tasks.py OUT --data
        python scripts/real_tasks.py --page [--check]
 
 OUT: a folder; a second start goes on where the first one stopped, whatever stopped it. Writes benchmarks/results/tasks/
-results.json and sheet.csv after every task that is complete, and docs/real-tasks.md. --page: the page alone, from the
-results; --check: change nothing, exit 1 when it would.
+results.json and sheet.csv after every task that is complete, and docs/real-tasks.md. --data: the labelled images alone,
+in OUT/data. --page: the page alone, from the results; --check: change nothing, exit 1 when it would.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--task", nargs="+", choices=ORDER, default=ORDER)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--data", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -80,6 +82,11 @@ def main() -> int:
         return page(check=options.check)
     if options.out is None:
         parser.error("OUT: expected a folder")
+    if options.data:
+        import real_tasks_data
+
+        real_tasks_data.build(options.out / "data", CACHE)
+        return 0
     run(options.out, options.task, options.processes)
     from real_tasks_page import page
 

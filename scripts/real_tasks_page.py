@@ -54,6 +54,21 @@ FOLDS = """\
 - `modality`: CT, MR, X-ray or ultrasound, by images of the embedded set. Tested on origins that are not trained on.
 
 Of a training volume one slice in {every} is for validation."""
+BY_HAND = """
+## One of them by hand
+
+From the checkpoint of `make pretrain` to masks of a DICOM series that it was not fine-tuned on:
+
+```bash
+python scripts/real_tasks.py runs/real-tasks --data            # fetches the packages and cuts the labelled images
+CT=runs/real-tasks/data/ct-organs-dicom
+dex finetune RUN $CT.yaml --data $CT --preset cpu --img-size 96 --lr 1e-3 --epochs 6 --warmup-epochs 1 --out runs/ct
+dex predict runs/ct $CT/test/images/dicom~0 --out predictions --overlays
+```
+
+`runs/ct/report.html` has the scores on the test series, `predictions` the mask as NIfTI in the series' space. `make
+pretrain` has seen images of these series, without labels: `dex tasks $CT.yaml --data $CT --run RUN` says so.
+"""
 SCORES = """
 ## Results
 
@@ -91,11 +106,15 @@ def text(results: dict | None) -> str:
         folds=folds(real_tasks_data),
     )
     if results is None:
-        return plan
-    return plan + SCORES.format(
-        table=table(results),
-        tasks="\n".join(section(task, results) for task in results["tasks"]),
-        cost=cost(results),
+        return plan + BY_HAND
+    return (
+        plan
+        + BY_HAND
+        + SCORES.format(
+            table=table(results),
+            tasks="\n".join(section(task, results) for task in results["tasks"]),
+            cost=cost(results),
+        )
     )
 
 
