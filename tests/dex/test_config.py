@@ -72,6 +72,21 @@ def test_monolithic_control_differs_in_the_experts_alone():
         ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
         ("optim: {eps: 1e-8}\nrun: {}\noptim: {clip_norm: 2}", r"optim comes twice, in lines 1 and 3"),
         ("optim: {\n  eps: 1e-8,\n  eps: 1e-9}", r"eps comes twice, in lines 2 and 3"),
+        ("optim: {eps: 1e-8, eps: 1e-9}", r"eps comes twice, in lines 1 and 1"),
+        ("model: {embed_dims: 32}", r"unknown key in .*; perhaps model\.embed_dim$"),
+        ("model: {img-size: 32}", r"perhaps model\.img_size$"),
+        ("modle: {depth: 32}", r"perhaps model$"),
+        ("data: {batch_size: 010}", r"010 in line 1 is 8 in YAML; write 8"),
+        ("schedule:\n  steps: 1:30", r"1:30 in line 2 is 90 in YAML; write 90"),
+        ("run: {device: cuda:0}", r"run\.device: expected one of auto, cpu, cuda; got 'cuda:0'"),
+        ("model: {norm_pix_loss: 'no'}", r"model\.norm_pix_loss: expected true or false; got 'no'"),
+        ("run: {seed: yes}", r"run\.seed: expected a whole number; got True"),
+        ("model:\n\tdepth: 2", r"expected YAML in .*config\.yaml; got: .*line 2"),
+        ("model: *m", r"expected YAML in .*undefined alias"),
+        ("model: !!python/object/apply:os.system [ls]", r"expected YAML in .*could not determine a constructor"),
+        ("model: {}\n---\nmodel: {}", r"expected YAML in .*single document"),
+        ("run: {wandb: 2020-01-01}", r"run\.wandb: expected text or null; got datetime"),
+        ("model: &m {depth: *m}", r"model\.depth: expected a whole number; got"),
         ("model:", r"model: expected fields and their values; got nothing"),
         ("model: {", r"expected YAML in .*config\.yaml"),
     ],
@@ -89,6 +104,19 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
     read = config.read_yaml(path, config.Config())
     assert (read.optim.base_lr, read.optim.clip_norm, read.model.num_experts) == (3e-4, 2.0, (4, 6))
     assert read.optim.betas == config.Config().optim.betas
+
+
+@pytest.mark.parametrize("data", [b"\x91\x00\xff" * 50, "model: {}".encode("utf-16"), b"model: {}\0", b"a: \xe9"])
+def test_a_file_that_is_no_text_is_named(data, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(data)
+    with pytest.raises(ValueError, match=r"^config: expected YAML in .*config\.yaml; got: "):
+        config.read_yaml(tmp_path / "config.yaml", config.Config())
+
+
+def test_numbers_that_are_what_they_look_like_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {batch_size: 0x10}\nschedule: {steps: 1_000, warmup: 0.0, decay: 1.0}")
+    read = config.read_yaml(tmp_path / "config.yaml", config.Config())
+    assert (read.data.batch_size, read.schedule.steps, read.schedule.warmup) == (16, 1000, 0.0)
 
 
 def test_missing_file_and_unknown_preset_are_named(tmp_path):

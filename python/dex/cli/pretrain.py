@@ -128,12 +128,17 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
             return None
         raise ValueError(_complaint(_one_line(complaint.getvalue()), arguments, Pretrain)) from None
     config = parsed.fields
-    if parsed.data is not None:
-        config = replace(config, data=replace(config.data, path=parsed.data))
-    if parsed.init is not None:
-        config = replace(config, model=replace(config.model, init=parsed.init))
-    if parsed.steps is not None:
-        config = replace(config, schedule=replace(config.schedule, steps=parsed.steps))
+    for short, section, name in (("data", "data", "path"), ("init", "model", "init"), ("steps", "schedule", "steps")):
+        value = getattr(parsed, short)
+        if value is None:
+            continue
+        fields = getattr(config, section)
+        if any(word.split("=")[0] == f"--{section}.{name}" for word in arguments) and getattr(fields, name) != value:
+            raise ValueError(
+                f"{short}: expected --{short} or --{section}.{name}, which are the same; got {value} and "
+                f"{getattr(fields, name)}"
+            )
+        config = replace(config, **{section: replace(fields, **{name: value})})
     return _Request(config, parsed.overwrite, parsed.dry_run, _override(parsed.override, parsed.reason))
 
 

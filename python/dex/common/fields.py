@@ -1,6 +1,7 @@
 """Nested dataclasses of plain values: filled from mappings with every mistake named, and what their types expect."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from dataclasses import replace
@@ -10,15 +11,34 @@ import yaml
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that comes twice in one mapping is an error; plain YAML takes the last one."""
+    """YAML in which a key that comes twice in one mapping is an error, of which plain YAML takes the last one, and so is
+    a number that is another than it looks: 010 is 8 there, and 1:30 is 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
                 raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
+
+    def construct_plain_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number. YAMLError for one in base 8 or 60."""
+        is_whole = node.tag.endswith(":int")
+        number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        digits = node.value.lstrip("+-")
+        if ":" in digits or (is_whole and len(digits) > 1 and digits[0] == "0" and digits[1] not in "xXbB"):
+            raise yaml.YAMLError(
+                f"{node.value} in line {node.start_mark.line + 1} is {number} in YAML; write {number}, or quote a text"
+            )
+        return number
+
+
+for _tag in ("int", "float"):
+    OnceLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", OnceLoader.construct_plain_number)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -42,7 +62,11 @@ def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
     changes = {}
     for key, value in values.items():
         if key not in kinds:
-            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}")
+            close = difflib.get_close_matches(str(key).lower().replace("-", "_"), kinds, 1)
+            meant = f"; perhaps {prefix}{close[0]}" if close else ""
+            raise ValueError(
+                f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}{meant}"
+            )
         old = getattr(base, key)
         if dataclasses.is_dataclass(old):
             changes[key] = merge(old, value, source, f"{prefix}{key}.")

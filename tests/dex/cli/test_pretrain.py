@@ -98,6 +98,14 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             "Unrecognized options: --optim.lr, 3; perhaps --optim.base-lr",
         ),
         (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null; got many"),
+        (
+            ["pretrain", "--preset", "demo", "--steps", "4", "--schedule.steps=5"],
+            "steps: expected --steps or --schedule.steps, which are the same; got 4 and 5",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--data", "a", "--data.path", "b"],
+            "data: expected --data or --data.path, which are the same; got a and b",
+        ),
         (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
         (
             ["pretrain", "--preset", "demo", "--run.device", "tpu"],
