@@ -11,8 +11,8 @@ import yaml
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that comes twice in one mapping is an error, of which plain YAML takes the last one, and so is
-    a number that is another than it looks: 010 is 8 there, and 1:30 is 90."""
+    """YAML without two traps: a key that comes twice in one mapping, of which plain YAML takes the last one, and numbers
+    that are others than they look, 010 (8) and 1:30 (90), are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
