@@ -34,8 +34,14 @@ a small model, by `make reliability`; `make test-all` tries a sample of each. Ma
 A random number is a function of the seed and of an image's place in the run, so there is no state of a generator to
 save or to lose. Kills are SIGKILL: what the kernel had not written to the disk when the power goes is not among them,
 though every file and folder of a checkpoint is flushed before it gets its name. File operations are counted and broken
-where Python calls them. Not tried: GPUs and NCCL, more than two ranks, several machines, network file systems.
+where Python calls them. {surroundings}Not tried: GPUs and NCCL, more than two ranks, several machines, network file
+systems.
 """
+
+SURROUNDINGS = """\
+Disks that fail, fill up or stand still, limits and outputs are real ones. Two faults are stood in for: a file
+server that does not answer, by a FIFO, and a clock that jumps, by a library that is loaded before all others. """
+_SURROUNDINGS_ROW = 27
 
 
 def page(results: dict) -> str:
@@ -50,7 +56,15 @@ def page(results: dict) -> str:
         f"| {row['promise']} | {row['wanted']:,} | {row['done']:,} | {figures(row['details'])} |"
         for row in results["rows"]
     ]
-    return TEXT.format(name=RESULTS.name, path=RESULTS.relative_to(ROOT), measured=measured, rows="\n".join(rows))
+    has_surroundings = any(row["row"] == _SURROUNDINGS_ROW for row in results["rows"])
+    surroundings = SURROUNDINGS if has_surroundings else ""
+    return TEXT.format(
+        surroundings=surroundings,
+        name=RESULTS.name,
+        path=RESULTS.relative_to(ROOT),
+        measured=measured,
+        rows="\n".join(rows),
+    )
 
 
 def figures(details: dict) -> str:

@@ -209,6 +209,20 @@ def other_fleet(tmp_path):
     fleet.close()
 
 
+@pytest.fixture
+def clocked_fleet(tmp_path):
+    """Ranks whose time of day is moved by the seconds in a file, 8 bytes; and the file."""
+    offset, library = tmp_path / "offset", tmp_path / "clock.so"
+    offset.write_bytes(bytes(8))
+    source = Path(__file__).with_name("clock.c")
+    if shutil.which("cc") is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C compiler for a clock that jumps")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    fleet = Fleet(tmp_path, LD_PRELOAD=str(library), CLOCK_OFFSET=str(offset))
+    yield fleet, offset
+    fleet.close()
+
+
 @pytest.fixture(scope="session")
 def tiny(images) -> config.Config:
     """A step in milliseconds: 64 pixels, 2 layers, 4 experts."""

@@ -139,6 +139,7 @@ class Faults:
         self.batches()
         if self.here:
             self.loader()
+            self.reads()
             self.end()
 
     def signals(self):
@@ -273,6 +274,20 @@ class Faults:
                 return real(loader)
 
             Loader.__next__ = late
+
+    def reads(self):
+        """Whoever reads an image while ``stall`` is there, a FIFO, waits until somebody has written to it."""
+        if "stall" in self.asked:
+            from dex.data.folder import FolderDataset
+
+            real, stall = FolderDataset._bytes, self.asked["stall"]
+
+            def late(dataset, path):
+                with contextlib.suppress(FileNotFoundError), open(stall) as file:
+                    file.read()
+                return real(dataset, path)
+
+            FolderDataset._bytes = late
 
     def end(self):
         if "like_nccl" in self.asked:  # leaving the others waits for them, too
