@@ -11,8 +11,8 @@ import yaml
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML without two traps. A key that comes twice in one mapping, of which plain YAML takes the last one, and numbers
-    that are not what they look like, 010 (8) and 1:30 (90), are errors."""
+    """YAML without two traps: a key that comes twice in one mapping, of which plain YAML takes the last one, and a
+    number that is not what it looks like, 010 (8) or 1:30 (90), are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
