@@ -30,6 +30,7 @@ def made(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_comparison_and_its_second_start(run, made, tmp_path):
     words = ["compare", made / "dex", made / "mono", "--tasks", made / "shades", "--out", "out", "--seeds", "0", "1"]
     words += ["--settings", made / "quick.yaml", "--discard"]
