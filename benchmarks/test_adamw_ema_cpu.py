@@ -13,7 +13,7 @@ from dexkernels.ops.group_ema import group_ema_
 
 
 def test_adamw_ema(tiny, compare, report):
-    D, H, E = (16, 32, 4) if tiny else (768, 3072, 8)
+    D, H, E = (16, 32, 4) if tiny else (512, 2048, 8)
     shapes = ((H, D), (H,), (D, H), (D,))
     weights = torch.rand(E)
     weights /= weights.sum()

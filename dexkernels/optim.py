@@ -154,8 +154,8 @@ class DEXAdamW(torch.optim.AdamW):
         for layer, a in zip(layers, group_weights, strict=True):
             for director, stacked in layer.director_pairs():
                 pair = _Pair(*local_pair(director, stacked), a)
-                in_place = pair.experts.data_ptr() == _local(stacked).data_ptr() and pair.experts.numel() > 0
-                if in_place and id(stacked) in trained:
+                memory = (t.untyped_storage()._cdata for t in (pair.experts, _local(stacked)))
+                if len(set(memory)) == 1 and id(stacked) in trained:
                     pairs[id(stacked)] = pair
                 else:
                     alone.append(pair)

@@ -26,7 +26,7 @@ from dex.train import trainer as engine  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dex.train.verdict import Agreement  # noqa: E402
 from dex.train.window import Window  # noqa: E402
-from dexkernels import collect_aux, layer, shadows  # noqa: E402
+from dexkernels import collect_aux, layer, optim, shadows  # noqa: E402
 from dexkernels.testing import NoHostWaits  # noqa: E402
 
 STEPS = 4
@@ -73,6 +73,10 @@ def after(owner, name, do):
 
 def instead(owner, name, do):
     return mock.patch.object(owner, name, do)
+
+
+def in_plain_torch(operator):
+    return lambda *arguments, **options: operator(*arguments, **options | {"backend": "reference"})
 
 
 def ask_for_skip(self, mass, momentum, *, skip, process_group):
@@ -191,6 +195,8 @@ def steps(name: str, launched: list[list[str]]) -> None:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda: True),
             (shadows, "stream_of", lambda device: 0),
+            (optim, "adamw_ema_", in_plain_torch(optim.adamw_ema_)),
+            (optim, "group_ema_", in_plain_torch(optim.group_ema_)),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (Trainer, "_next_batch", next_batch),
         ):
