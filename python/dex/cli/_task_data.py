@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,20 @@ def open_data(
 
 def remembered(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in REMEMBERED}
+
+
+def sheet_argument(text: str | None) -> Path | None:
+    """The sheet that is named. ValueError: what is there is none, or none can be written."""
+    if text is None:
+        return None
+    from dex.tasks.sheet import Sheet
+
+    sheet = folder_argument("sheet", text)
+    Sheet(sheet).rows()
+    there = next(place for place in sheet.absolute().parents if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"sheet: expected a CSV file in a folder that can be written; {there} cannot")
+    return sheet
 
 
 def leak_sentence(data: "TaskData", run: str | None, side: str, say: "Say") -> str:

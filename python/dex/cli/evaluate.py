@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     settings = job.Options(
         options.evaluate, options.batch_size, options.precision, options.window, options.tolerance, workers(options)
     )
-    sheet = options.sheet and folder_argument("sheet", options.sheet)
+    sheet = _task_data.sheet_argument(options.sheet)
     jobs = []
     for folder in dict.fromkeys(options.folder):
         loaded = load_task_model(folder, options.checkpoint)

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if options.dry_run:
         print(_described(options.run, data, settings))
         return lambda: exits.DONE
-    sheet = options.sheet and folder_argument("sheet", options.sheet)
+    sheet = _task_data.sheet_argument(options.sheet)
     try:
         with _progress.shown("dex finetune") as say:
             training = prepare(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -67,6 +68,10 @@ def check(loaded: LoadedTask, data: TaskData, options: Options) -> tuple[Case, .
         counts = ", ".join(f"{len(data.of(side))} {side}" for side in SPLITS)
         raise ValueError(f"split: expected cases to evaluate; {theirs.name} has {counts}. --split names another one")
     check_window(loaded, options.window)
+    if isinstance(options.batch_size, bool) or not isinstance(options.batch_size, int) or options.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1; got {options.batch_size!r}")
+    if not 0 <= options.tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a distance of at least 0; got {options.tolerance!r}")
     if options.split != "train":
         known = trained_patients(loaded.folder.parent.parent)
         shared = {case.patient for case in cases} & known

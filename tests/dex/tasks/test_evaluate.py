@@ -114,3 +114,12 @@ def test_a_result_is_known_by_its_key_before_it_trains(loaded, data):
     assert job.key_of("weights", data, replace(loaded.settings, device="cuda")) == key
     moved = data._replace(cases=tuple(c._replace(split="train") for c in data.cases))
     assert job.key_of("weights", moved, loaded.settings).data != key.data
+
+
+def test_what_it_learned_beats_a_constant_prediction_by_its_interval(pretrained, data, quick, tmp_path):
+    settings = replace(quick, epochs=6, feature_size=8)
+    assert finetune(pretrained, data, settings, tmp_path / "out") == 0
+    evaluation = evaluate(load_task_model(tmp_path / "out"), data, Options("val"))
+    pixels, disc = 40 * 56, [case.classes[0].truth for case in evaluation.cases]
+    constant = np.mean([2 * truth / (truth + pixels) for truth in disc])  # everything is disc; nothing is has Dice 0
+    assert evaluation.estimate("dice").low > constant > 0
