@@ -20,10 +20,11 @@ from torch import Tensor
 from dex.data import images
 from dex.data.dataset import IMAGE_SIZE
 from dex.data.folder import kind_of
-from dex.prepare import filters, label_maps, modalities, readers, routing, sources
+from dex.prepare import filters, modalities, readers, routing, sources
 from dex.prepare.no_images import not_an_image
 from dex.prepare.readers.files import opened
-from dex.prepare.slices import enough, pieces, slices
+from dex.prepare.reading import Reading
+from dex.prepare.slices import slices
 
 
 class Preprocessed(NamedTuple):
@@ -149,25 +150,14 @@ def read_stacks(
     path: of the unit below the source's root, for its folders may name the modality. beat: called for every frame and
     slice, a sign of life.
     """
-    source = source.for_format(unit.format)
-    wanted = None if source.routed else source.modality_of(path)
-
-    def decide(head: Any, has_pixels: bool) -> routing.Decision:
-        return routing.decide(routing.facts_of(head, has_pixels), wanted)
-
-    described = _for_stack(source, None, path)
-    least = None if label_maps.suspicious(path) else enough(described, IMAGE_SIZE, 8)
-    asked = {"decide": None if source.trusted else decide, "volumes": source.volumes, "enough": least}
-    asked["pieces"] = pieces(described, IMAGE_SIZE)
-    stacks = readers.read(unit.files, unit.format, beat=beat, **asked)
-    for number, stack in enumerate(stacks):
-        of_stack = _for_stack(source, stack, path)
+    reading = Reading(source.for_format(unit.format), path)
+    for number, stack in enumerate(reading.stacks(unit.files, unit.format, size=IMAGE_SIZE, beat=beat)):
+        of_stack = reading.for_stack(stack)
         if of_stack.routed:
             raise readers.Refused("unknown modality", "nothing says of which modality it is")
         refused = None if source.trusted else not_an_image(stack, unit.format, path, of_stack.modality)
         whole = "burned-in" if stack.burned_in else refused and refused.reason
-        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(unit.format).decides:
-            stack.rescale(source.slope, source.intercept)
+        reading.rescale(stack, unit.format)
         images, labels, dropped, files = [], [], [], []
         for one in slices(stack, of_stack, IMAGE_SIZE, 8):
             beat()
@@ -217,32 +207,18 @@ def opened_whole(
     elif modality is not None:
         modality = modalities.resolve(modality).name
     source = source_of(unit.files[0].parent, modality, planes, **described).for_format(unit.format)
-    path = unit.files[0].name
-    wanted = None if source.routed else source.modality_of(path)
-
-    def decide(head: Any, has_pixels: bool) -> routing.Decision:
-        return routing.decide(routing.facts_of(head, has_pixels), wanted)
-
-    asked = {"decide": None if source.trusted else decide, "volumes": source.volumes, "pieces": 0, "headers": headers}
+    reading = Reading(source, unit.files[0].name)
     try:
-        stacks = list(readers.read(unit.files, unit.format, beat=beat, **asked))
+        stacks = list(reading.stacks(unit.files, unit.format, size=None, beat=beat, headers=headers))
         if len(stacks) > 1:
             sizes = ", ".join(str(stack.length) for stack in stacks)
             raise readers.Refused("inconsistent", f"{len(stacks)} series, of {sizes} frames; name one of them")
-        of_stack = _for_stack(source, stacks[0], path)
+        of_stack = reading.for_stack(stacks[0])
         if of_stack.routed:
             raise readers.Refused("unknown modality", "nothing says of which modality it is")
     except readers.Refused as error:
         raise ValueError(f"file: expected one readable {unit.format} image or series; {file}: {error}") from None
     return Opened(stacks[0], of_stack)
-
-
-def _for_stack(source: sources.Source, stack: readers.Stack | None, path: str) -> sources.Source:
-    """The source with the modality of the stack, or of the path; as it is where neither says one."""
-    if stack is not None and stack.decision is not None:
-        return source.for_modality(*stack.decision[:3])
-    modality = source.modality_of(path)
-    return source if modality is None else source.for_modality(modality.name, modality.normalisation)
 
 
 def picture(file: Path, kind: str) -> Preprocessed:

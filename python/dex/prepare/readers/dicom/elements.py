@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from pydicom import Dataset
 from pydicom.charset import convert_encodings, default_encoding
-from pydicom.datadict import tag_for_keyword
-from pydicom.dataelem import RawDataElement, convert_raw_data_element
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, ImplicitVRLittleEndian, PrivateTransferSyntaxes
 
@@ -32,6 +32,8 @@ _SHORT = frozenset(
     (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL")
     + (b"SS", b"ST", b"TM", b"UI", b"UL", b"US")
 )
+_SIMPLE = frozenset(word.decode() for word in _SHORT) | {"UC", "UR", "UT"}
+_SHARED = 256  # bytes of a value that may be shared
 _TAG, _LONG_HEAD, _SHORT_LENGTH = struct.Struct("<HHL"), struct.Struct("<L"), struct.Struct("<H")
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _CHARACTERS, _SYNTAX, _META_END = 0x00080005, 0x00020010, 0x0002FFFF
@@ -39,13 +41,32 @@ _CHARACTERS, _SYNTAX, _META_END = 0x00080005, 0x00020010, 0x0002FFFF
 
 class Head(Dataset):
     """A data set that is soon asked for many elements, for most of them in vain and for some again and again. It is not
-    changed once it was asked."""
+    changed once it was asked.
+
+    The files of a series have most values in common, and pydicom takes longer to convert one than to find it: values of
+    the same bytes are converted once and shared."""
+
+    def __getitem__(self, key: Any) -> Any:
+        element = self._dict.get(key) if isinstance(key, int) else None
+        if isinstance(element, RawDataElement) and _is_shared(element):
+            encoding = self.original_character_set or self._character_set
+            self._dict[element.tag] = element = _converted(
+                int(element.tag),
+                element.VR,
+                element.value,
+                element.is_implicit_VR,
+                encoding if isinstance(encoding, str) else tuple(encoding),
+            )
+            return element
+        return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
+        if isinstance(key, tuple):  # of a private block, mostly absent
+            return self[BaseTag(key[0] << 16 | key[1])] if key[0] << 16 | key[1] in self._dict else default
         tag = _tag(key) if isinstance(key, str) else None
         if tag is None:
             return super().get(key, default)
-        if tag not in self.keys():
+        if tag not in self._dict:
             return default
         values = self.__dict__.setdefault("_values", {})
         if key not in values:
@@ -53,10 +74,37 @@ class Head(Dataset):
         return values[key]
 
 
+def _is_shared(raw: RawDataElement) -> bool:
+    """Whether its value depends on nothing but what `_converted` is given."""
+    if len(raw.value) > _SHARED or raw.tag.is_private or raw.tag == _CHARACTERS:
+        return False
+    return (raw.VR or _representation(int(raw.tag))) in _SIMPLE
+
+
+@functools.lru_cache(maxsize=2**13)
+def _converted(
+    tag: int, representation: str | None, value: bytes, implicit: bool, encoding: str | tuple[str, ...]
+) -> DataElement:
+    raw = RawDataElement(_named(tag), representation, len(value), value, 0, implicit, True, True)
+    return convert_raw_data_element(raw, encoding=encoding if isinstance(encoding, str) else list(encoding))
+
+
+@functools.cache
+def _representation(tag: int) -> str:
+    """Of an element that does not say its own; "" where it is in no dictionary."""
+    return dictionary_VR(tag) if dictionary_has_tag(tag) else ""
+
+
 @functools.cache
 def _tag(keyword: str) -> BaseTag | None:
     number = tag_for_keyword(keyword)
-    return None if number is None else BaseTag(number)
+    return None if number is None else _named(number)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _named(tag: int) -> BaseTag:
+    """One object for each tag: comparing two takes a while."""
+    return BaseTag(tag)
 
 
 class Plain(NamedTuple):
@@ -104,8 +152,10 @@ class _Scan:
     def syntax(self) -> UID:
         """The transfer syntax, of the file meta group, which is stepped over."""
         syntax = ""
-        while (element := self._next(False)) is not None and element[0] <= _META_END:
+        while (element := self._next(False, meta=True)) is not None and element[0] <= _META_END:
             tag, _, length, head = element
+            if tag >> 16 != 2:
+                raise _NotPlain
             if tag == _SYNTAX:
                 syntax = self._value(head, length).rstrip(b"\0 ").decode("ascii", "replace")
             self._step(head + length)
@@ -125,9 +175,9 @@ class _Scan:
                 raise _NotPlain
             before = tag
             if tag in wanted or tag == _CHARACTERS:
-                if length > LONGEST or representation in (b"SQ", b"UN"):
+                if length > LONGEST or representation in (b"SQ", b"UN") or (implicit and _representation(tag) == "SQ"):
                     raise _NotPlain
-                name, value = BaseTag(tag), self._value(head, length)
+                name, value = _named(tag), self._value(head, length)
                 word = None if implicit else representation.decode("ascii")
                 raw[name] = RawDataElement(name, word, length, value, self.place + head, implicit, True, True)
             if length == _OPEN:
@@ -139,8 +189,9 @@ class _Scan:
             self.place = self._size
         return raw
 
-    def _next(self, implicit: bool) -> tuple[int, bytes, int, int] | None:
-        """Tag, value representation, length and bytes before the value of the element here; None at the file's end."""
+    def _next(self, implicit: bool, meta: bool = False) -> tuple[int, bytes, int, int] | None:
+        """Tag, value representation, length and bytes before the value of the element here; None at the file's end.
+        meta: of one behind the file meta group the tag alone, since nothing says yet how it is written."""
         self._left -= 1
         if self._left < 0:
             raise _NotPlain
@@ -153,7 +204,7 @@ class _Scan:
             return None
         group, member, length = _TAG.unpack_from(self._data, at)
         tag = group << 16 | member
-        if group == 0xFFFE:
+        if group == 0xFFFE or (meta and tag > _META_END):
             return tag, b"", length, 8
         representation = self._data[at + 4 : at + 6]
         if implicit:
