@@ -2,6 +2,12 @@
 
 # fmt: off
 EXECUTED: dict[tuple[str, str], str] = {
+    ("adamw_ema_", "cuda"): (
+        "1 kernel, executed on the emulator for sm_80, sm_90 in fp32, 2026-11-30; on a GPU: not yet"
+    ),
+    ("adamw_ema_", "triton"): (
+        "1 kernel, executed on the emulator for sm_80, sm_90 in fp32, 2026-11-30; on a GPU: not yet"
+    ),
     ("align_loss", "triton"): (
         "3 kernels, executed on the emulator for sm_80, sm_90 in bf16, fp16, fp32, 2026-11-30; on a GPU: "
         "not yet"
