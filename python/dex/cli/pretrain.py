@@ -25,6 +25,8 @@ POSITION = 30
 _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 """What a disk or a file server does to a run: one line says it, and a traceback would add nothing."""
 NEEDS = "train"
+_SHORT = {"data": "data.path", "init": "model.init", "steps": "schedule.steps"}
+"""Options that are short names of fields."""
 
 
 class _Request(NamedTuple):
@@ -38,6 +40,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.config import PRESETS, Config
 
     first = _first_options(arguments)
+    _check_contradictions(arguments)
     resume, out = _resume_target(first.resume, first.out)
     base = _base_config(first.preset, first.config, out if resume else None)
     if base is None and not {"-h", "--help"} & set(arguments):
@@ -128,17 +131,11 @@ def _parse(arguments: list[str], base: "Config") -> _Request | None:
             return None
         raise ValueError(_complaint(_one_line(complaint.getvalue()), arguments, Pretrain)) from None
     config = parsed.fields
-    for short, section, name in (("data", "data", "path"), ("init", "model", "init"), ("steps", "schedule", "steps")):
+    for short, full in _SHORT.items():
         value = getattr(parsed, short)
-        if value is None:
-            continue
-        fields = getattr(config, section)
-        if any(word.split("=")[0] == f"--{section}.{name}" for word in arguments) and getattr(fields, name) != value:
-            raise ValueError(
-                f"{short}: expected --{short} or --{section}.{name}, which are the same; got {value} and "
-                f"{getattr(fields, name)}"
-            )
-        config = replace(config, **{section: replace(fields, **{name: value})})
+        if value is not None:
+            section, name = full.split(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return _Request(config, parsed.overwrite, parsed.dry_run, _override(parsed.override, parsed.reason))
 
 
@@ -156,6 +153,29 @@ def _first_options(arguments: list[str]) -> argparse.Namespace:
     for name in ("preset", "config", "out", "resume"):
         parser.add_argument(f"--{name}")
     return parser.parse_known_args(arguments)[0]
+
+
+def _check_contradictions(arguments: list[str]) -> None:
+    """ValueError: one option, or two that are the same, with two values. Nothing says which of them is meant."""
+    given: dict[str, tuple[str, str]] = {}
+    for place, word in enumerate(arguments):
+        if not word.startswith("--"):
+            continue
+        option, equals, value = word[2:].replace("-", "_").partition("=")
+        if equals:
+            value = word.partition("=")[2]
+        else:
+            value = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :]))
+        before, other = given.setdefault(_SHORT.get(option, option), (option, value))
+        if value == other:
+            continue
+        if option == before:
+            raise ValueError(f"{option}: expected one value; got --{option} twice, with {other} and {value}")
+        short, full = sorted((option, before), key=len)
+        values = (value, other) if option == short else (other, value)
+        raise ValueError(
+            f"{short}: expected --{short} or --{full}, which are the same; got {values[0]} and {values[1]}"
+        )
 
 
 def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:

@@ -75,6 +75,12 @@ def test_command_line_over_yaml_over_preset(run, images, tmp_path):
     assert got.model == config.Config().model  # without a preset the published values are below
 
 
+def test_an_option_may_come_twice_with_one_value(run, images):
+    arguments = ("pretrain", "--preset", "demo", "--data", images, f"--data.path={images}", "--dry-run")
+    once = run(*arguments, "--steps", 3)
+    assert once[0] == 0 and run(*arguments, "--steps", 3, "--schedule.steps", 3, "--preset=demo") == once
+
+
 def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
     out = run("pretrain", "--preset", "demo", "--data", images, "--run.seed", 5, "--dry-run")[1]
     (tmp_path / "again.yaml").write_text(out)
@@ -105,6 +111,27 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (
             ["pretrain", "--preset", "demo", "--data", "a", "--data.path", "b"],
             "data: expected --data or --data.path, which are the same; got a and b",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--model.init=b", "--init", "a"],
+            "init: expected --init or --model.init, which are the same; got a and b",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--preset", "paper"],
+            "preset: expected one value; got --preset twice, with demo and paper",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--optim.base-lr", "1e-3", "--optim.base_lr=2e-3"],
+            "optim.base_lr: expected one value; got --optim.base_lr twice, with 1e-3 and 2e-3",
+        ),
+        (
+            ["pretrain", "--preset", "demo", "--run.seed", "99999999999999999999"],
+            "run.seed: expected at least 0, below",
+        ),
+        (["pretrain", "--preset", "demo", "--run.milestones", "a"], "run.milestones: expected "),
+        (
+            ["pretrain", "--preset", "demo", "--model.norm-pix-loss", "maybe"],
+            "Unrecognized options: maybe",
         ),
         (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
         (
