@@ -18,6 +18,9 @@ from dexkernels import shard
 
 Strategy = Literal["ddp", "fsdp"]
 _NCCL_GRACE = datetime.timedelta(seconds=60)
+_NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Of torchrun: its ranks meet at a new store each time they are started. Without it a node that was the first, and no
+longer is when others have joined, sends its ranks to its old store, where nobody comes."""
 
 
 class Ranks(NamedTuple):
@@ -67,19 +70,36 @@ def default_workers(device: str) -> int:
 
 
 def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
-    """Join the others; ``timeout`` in seconds for every collective. One rank stays alone."""
+    """Join the others; ``timeout`` in seconds for every collective. One rank stays alone.
+
+    RuntimeError: the others did not come.
+    """
     if ranks.world_size == 1:
         return ranks
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout)
-    if device.type == "cuda":
-        # gloo for tensors on the host, NCCL for those on a GPU, whose watchdog aborts the process when its time is up:
-        # the watch comes first, since it knows whom to name.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE)
-    else:
-        dist.init_process_group("gloo", timeout=limit)
-    return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
+    try:
+        if device.type == "cuda":
+            # gloo for tensors on the host, NCCL for those on a GPU, whose watchdog aborts the process when its time is
+            # up: the watch comes first, since it knows whom to name.
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE)
+        else:
+            dist.init_process_group("gloo", timeout=limit)
+        return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
+    except RuntimeError as error:
+        raise RuntimeError(_did_not_meet(ranks, timeout, error)) from error
+
+
+def _did_not_meet(ranks: Ranks, timeout: float, error: RuntimeError) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"rank {ranks.rank}: expected all {ranks.world_size} ranks to meet at {place} within {timeout:g} s; got: "
+        f"{str(error).splitlines()[0]}"
+    )
+    if _environment("GROUP_WORLD_SIZE", 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        text += f". Where nodes come and go, torchrun needs {_NEW_STORE}=1 in its environment"
+    return text
 
 
 def stop(ranks: Ranks) -> None:

@@ -69,6 +69,20 @@ def test_one_bit_makes_a_difference(seen):
     assert [(told["same"], told["other sign of zero"]) for told in seen] == [(True, False)] * 2
 
 
+def test_ranks_that_do_not_meet_are_named_with_what_helps(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (said | {"RANK": "0", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    words = rf"^rank 0: expected all 2 ranks to meet at 127.0.0.1:{store.port} within 0.2 s; got: .+"
+    with pytest.raises(RuntimeError, match=words) as error:
+        ranks.start(ranks.announced(), torch.device("cpu"), 0.2)
+    assert "torchrun" not in str(error.value) and not dist.is_initialized()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=words + "torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks.start(ranks.announced(), torch.device("cpu"), 0.2)
+
+
 def test_alone_nothing_is_exchanged():
     value = object()
     assert ranks.gather(ALONE, value) == [value] and ranks.from_first(ALONE, value) is value
