@@ -331,7 +331,7 @@ def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[F
                     elif what := readers.passed_over(entry.name):
                         passed_over[path] = what
                     elif not entry.is_file(follow_symlinks=False):
-                        passed_over[path] = "no regular files"
+                        passed_over[path] = "pipes, sockets and devices"
                     else:
                         yield _file(source, path, entry.stat(follow_symlinks=False))
         except OSError as error:

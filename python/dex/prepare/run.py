@@ -437,7 +437,8 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
     shown = passed_over_counts(listing)
     suffixes = ", ".join(f"{count:,} {what}" for what, count in shown.items() if what not in listing.ignored)
     for reason, count in listing.ignored.items():
-        say(f"{source.name}: passed over {count:,} {reason}{f': {suffixes}' if reason == UNKNOWN else ''}")
+        what, which = (f"files {reason}", f" ({suffixes})") if reason == UNKNOWN else (reason, "")
+        say(f"{source.name}: passed over {what}: {count:,}{which}")
     return root, listing
 
 

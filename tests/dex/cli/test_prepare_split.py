@@ -36,7 +36,7 @@ def test_folders_that_are_no_patients_are_parted_and_it_is_said(run, tmp_path, p
     assert code == 0 and held_out(out) == 20 and "held out: 20 images (50.0 %) of 1 patient" in out
     assert "note: folder: 50 % of the images are held out: 5 % cannot be met" in out
     code, out, _ = run("prepare", "scans", "--val-share", 0, *X_RAY, "none")
-    assert code == 0 and held_out(out) == 0 and "note" not in out
+    assert code == 0 and held_out(out) == 0 and "note: folder:" not in out
     code, _, err = run("prepare", "scans", "--val-share", 2, *X_RAY, "out")
     assert code == 2 and "val_share: expected a share, 0 to 1; got 2.0" in err
 
@@ -44,10 +44,16 @@ def test_folders_that_are_no_patients_are_parted_and_it_is_said(run, tmp_path, p
 def test_patterns_and_sides(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 40, patients=2)
     code, out, _ = run("prepare", "scans", "--patient", r"/\d*(\d)\.png$", *X_RAY, "set")
-    assert code == 0 and held_out(out) == 4 and "of 1 patient" in out and "of 9 patients" in out and "note" not in out
+    assert (
+        code == 0
+        and held_out(out) == 4
+        and "of 1 patient" in out
+        and "of 9 patients" in out
+        and "note: folder:" not in out
+    )
     (tmp_path / "sides.csv").write_text("path,split\np0/0000.png,val\np1/0001.png,val\n")
     code, out, _ = run("prepare", "scans", "--split", "sides.csv", *X_RAY, "given")
-    assert code == 0 and held_out(out) == 2 and "note" not in out
+    assert code == 0 and held_out(out) == 2 and "note: folder:" not in out
     (tmp_path / "sides.csv").write_text("path,split\np0/0000.png,val\nnone.png,val\n")
     code, out, err = run("prepare", "scans", "--split", "sides.csv", *X_RAY, "wrong")
     assert (code, out) == (2, "") and "sides.csv: line 3: expected paths or patients of the source" in err
@@ -59,7 +65,7 @@ def test_a_table_from_the_command_line(run, tmp_path, pictures):
     rows = [f"{path.relative_to(tmp_path)};P{k // 3};{k}" for k, path in enumerate(sorted(tmp_path.rglob("*.png")))]
     (tmp_path / "list.csv").write_text("\ufeffFile;Subject;Age\n" + "\n".join(rows) + "\n", "utf-8")
     code, out, err = run("prepare", "list.csv", *X_RAY, "set")
-    assert (code, err) == (0, "") and "table: passed over 1 columns (Age)" in out
+    assert (code, err) == (0, "") and "table: passed over columns (Age): 1" in out
     assert "of 1 patient" in out and len(ShardDataset(tmp_path / "set")) == 12
     code, out, _ = run("prepare", "list.csv", "--patient", "age", *X_RAY, "by-age")
     assert code == 0 and "of 11 patients" in out

@@ -68,10 +68,10 @@ def test_the_private_folder_says_which_file_of_a_folder_was_refused(here, tmp_pa
     (root / "us/broken.dcm").write_bytes(b"no image")
     (root / "us/short.dcm").write_bytes((root / "us/1.dcm").read_bytes()[:140])
     facts, _ = start([source(root)], tmp_path / "out")
-    assert facts["sources"][0]["refused"] == {"no image": 1, "unreadable": 1}
+    assert facts["sources"][0]["refused"] == {"unreadable": 2}
     (ids,) = (tmp_path / "out.private" / "ids").iterdir()
     refused = [row for row in map(json.loads, ids.read_text().splitlines()) if "refused" in row]
-    assert {row["file"]: row["refused"] for row in refused} == {"broken.dcm": "unreadable", "short.dcm": "no image"}
+    assert {row["file"]: row["refused"] for row in refused} == {"broken.dcm": "unreadable", "short.dcm": "unreadable"}
     assert {row["path"] for row in refused} == {"us"}
     assert "broken.dcm" not in (tmp_path / "out.private" / "log.jsonl").read_text()
 
@@ -180,18 +180,18 @@ MISBEHAVE = """
         if "crash" in files[0].name:
             os.kill(os.getpid(), signal.SIGSEGV)
         if "hang" in files[0].name:
-            time.sleep(60)
+            time.sleep(120)
         if "eat" in files[0].name:
             np.ones(2**40, np.uint8)
         if "grow" in files[0].name:
             try:
-                heap.append(np.ones(400 * 2**20, np.uint8))
+                heap.append(np.ones(100 * 2**20, np.uint8))
             except MemoryError:
                 raise readers.Refused("too large") from None
         if "fault" in files[0].name:
             raise KeyError(files[0].name)
         if "slow" in files[0].name:
-            for _ in range(40):  # for longer than the limit, but never silent for so long
+            for _ in range(70):  # for longer than the limit, but never silent for so long
                 time.sleep(0.1)
                 options["beat"]()
         if "late" in files[0].name:
@@ -207,7 +207,8 @@ MISBEHAVE = """
 
 @pytest.mark.slow
 def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, monkeypatch):
-    """Real workers; what no file is known to do to a reader is done in its place."""
+    """Real workers; what no file is known to do to a reader is done in its place. Six seconds of silence, since other
+    work on the machine must not pass for a reader that hangs."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "misreader.py").write_text(textwrap.dedent(MISBEHAVE))
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
@@ -220,9 +221,8 @@ def test_a_reader_that_crashes_hangs_or_eats_memory_costs_one_unit(tmp_path, mon
         file.write(bytes(9 * 2**20))  # what it may take in all grows with its size
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "work", misreader.work)
-        facts, _ = start(
-            [source(tmp_path / "root")], tmp_path / "out", limits=readers.Limits(seconds=3.0), max_unreadable=20
-        )
+        limits = readers.Limits(memory_mb=160, seconds=6.0)
+        facts, _ = start([source(tmp_path / "root")], tmp_path / "out", limits=limits, max_unreadable=20)
     (one,) = facts["sources"]
     assert one["refused"] == {"crash": 1, "timeout": 1, "too large": 1, "unreadable": 2}
     assert one["units"] == 10 and one["seen"] == one["kept"] == 6

@@ -52,8 +52,8 @@ def test_dicom_by_folder_all_else_by_file_sorted_by_bytes(tmp_path):
     assert listing.ignored == {
         "symbolic links": 2,
         "hidden files": 1,
-        "directories of DICOM files": 1,
-        "no regular files": 1,
+        "DICOMDIR files": 1,
+        "pipes, sockets and devices": 1,
         "of no known format": 1,
     }
 

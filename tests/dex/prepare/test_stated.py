@@ -51,7 +51,7 @@ def test_a_table_says_of_each_file_what_it_is(mixed, here, tmp_path):
     assert {row["modality"]: row["split"] for row in lines(tmp_path / "out")}["CT"] == "train"
     sides = splits(tmp_path / "out")
     assert len(sides) == 3 and all(len(each) == 1 for each in sides.values())
-    assert "table: passed over 1 columns (age)" in said and facts["split"][0]["by"] == "stated"
+    assert "table: passed over columns (age): 1" in said and facts["split"][0]["by"] == "stated"
 
 
 def test_rows_of_dicom_files_are_read_together_as_a_folder_is(mixed, here, tmp_path):

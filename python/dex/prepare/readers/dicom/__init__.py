@@ -83,5 +83,5 @@ READER = Reader(
     whole_folders=True,
     series_of=series_of,
     choices=("decide",),
-    passed_over={"DICOMDIR": "directories of DICOM files"},
+    passed_over={"DICOMDIR": "DICOMDIR files"},
 )

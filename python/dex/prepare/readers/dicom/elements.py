@@ -119,6 +119,10 @@ class _NotPlain(Exception):
     """pydicom is to read this header."""
 
 
+class _CutOff(_NotPlain):
+    """The file ends within an element."""
+
+
 def plain(file: BoundedFile, wanted: Container[int], pixels: Container[int]) -> Plain | None:
     """The wanted elements before the first one of `pixels`, of a file with the magic of DICOM."""
     try:
@@ -140,14 +144,28 @@ def plain(file: BoundedFile, wanted: Container[int], pixels: Container[int]) -> 
     return Plain(head, syntax, scan.place)
 
 
+def is_cut_off(file: BoundedFile, pixels: Container[int]) -> bool:
+    """Whether a file with the magic of DICOM ends within an element of its header, or before the first one that is not
+    of the file meta group."""
+    try:
+        scan = _Scan(file.fileno(), file.size)
+        scan.elements(scan.syntax() == ImplicitVRLittleEndian, (), pixels)
+    except _CutOff:
+        return True
+    except (_NotPlain, struct.error, OSError):
+        return False
+    return scan.ends_early
+
+
 class _Scan:
-    """Steps over the elements of a file. place: of the next one."""
+    """Steps over the elements of a file. place: of the next one. ends_early: as of `is_cut_off`, once all elements
+    were seen."""
 
     def __init__(self, descriptor: int, size: int):
         self._descriptor, self._size = descriptor, size
         self._data, self._start = os.pread(descriptor, BLOCK, 0), 0
         self._left = MOST
-        self.place = 132
+        self.place, self.ends_early = 132, False
 
     def syntax(self) -> UID:
         """The transfer syntax, of the file meta group, which is stepped over."""
@@ -159,6 +177,8 @@ class _Scan:
             if tag == _SYNTAX:
                 syntax = self._value(head, length).rstrip(b"\0 ").decode("ascii", "replace")
             self._step(head + length)
+        if element is None and not syntax:
+            raise _CutOff
         uid = UID(syntax)
         if not syntax or uid in PrivateTransferSyntaxes or not uid.is_transfer_syntax or uid.is_deflated:
             raise _NotPlain
@@ -186,6 +206,7 @@ class _Scan:
             else:
                 self._step(head + length)
         if element is None:
+            self.ends_early = before < 0 or self.place > self._size
             self.place = self._size
         return raw
 
@@ -200,7 +221,7 @@ class _Scan:
             self._data, self._start, at = os.pread(self._descriptor, BLOCK, self.place), self.place, 0
         if at + 8 > len(self._data):
             if self.place < self._size:
-                raise _NotPlain
+                raise _CutOff
             return None
         group, member, length = _TAG.unpack_from(self._data, at)
         tag = group << 16 | member
@@ -223,7 +244,7 @@ class _Scan:
         if len(value) < length:
             value = os.pread(self._descriptor, length, self.place + head)
         if len(value) < length:
-            raise _NotPlain
+            raise _CutOff
         return value
 
     def _step(self, count: int) -> None:
@@ -253,5 +274,5 @@ class _Scan:
                 else:
                     raise _NotPlain
             if element is None:
-                raise _NotPlain
+                raise _CutOff
             self._step(8)

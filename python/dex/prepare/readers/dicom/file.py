@@ -144,6 +144,14 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
         return head, Place(syntax, source.tell(), source.size - source.tell(), keyword, representation)
 
 
+def without_pixels(path: Path, limits: Limits, detail: str = "an object without pixels") -> Refused:
+    """Why a file whose header leads to no pixels gives no image: cut off before them, or made without them."""
+    with quiet("DICOM header"), _opened(path, limits) as file:
+        if has_magic(file) and elements.is_cut_off(file, _PIXELS):
+            return Refused("unreadable", "cut off within its header, before the pixels; copy it anew")
+    return Refused("no image", detail)
+
+
 def _opened(path: Path, limits: Limits, kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
     """The file at `path`, or what it holds where gzip has packed it; Refused when that would not fit."""
     file = opened(path, kind)

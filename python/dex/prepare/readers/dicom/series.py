@@ -23,7 +23,7 @@ from ..files import Limits, quiet
 from ..reader import Decide
 from ..stack import Geometry, Refused, Stack
 from . import apart, suv
-from .file import Pixels, Place, describe, digest, listed, read_header, text
+from .file import Pixels, Place, describe, digest, listed, read_header, text, without_pixels
 from .file import number as number_of
 from .mosaic import Mosaic, first_position, mosaic, tiles
 
@@ -114,6 +114,8 @@ def read(
                 identity = _identity(head)
                 if decide is not None:
                     decision = decide(head, place is not None)
+                    if decision.left_out == "no image" and place is None:
+                        raise without_pixels(path, limits, decision.detail)
                     if decision.left_out:
                         raise Refused(decision.left_out, decision.detail)
                     identity = (*identity, decision.modality)
@@ -169,7 +171,7 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     if kind in _NO_IMAGE or modality in ("SEG", "RTDOSE"):
         raise Refused("no image", _NO_IMAGE.get(kind, "not an image"))
     if place is None:
-        raise Refused("no image", "an object without pixels")
+        raise without_pixels(path, limits)
     slabs = mosaic(head)
     # careless anonymisers give all files one UID, so the place in the series must agree too, and then the pixels
     instance = tuple(text(head, name) for name in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient"))

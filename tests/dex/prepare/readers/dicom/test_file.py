@@ -3,6 +3,7 @@
 import gzip
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pydicom
@@ -55,6 +56,7 @@ def test_headers_are_read_within_bounds(tmp_path, monkeypatch):
         tmp_path / "c.dcm", pixels, Modality="US", PatientComments="Canary" * 10**6, syntax=ImplicitVRLittleEndian
     )
     assert len(stored(read(path)[0])) == 1  # what is not used is not read
+    path = write(tmp_path / "d.dcm", pixels, Modality="US", syntax=ExplicitVRBigEndian)  # left to pydicom
     monkeypatch.setattr("dex.prepare.readers.dicom.file.HEADER_READS", 20)
     with pytest.raises(Refused, match="too large"):
         read(path)
@@ -354,3 +356,23 @@ def test_bright_is_high_by_photometric_interpretation_and_lut_shape(tmp_path, ph
     assert np.array_equal(stored(stack)[0], 255 - eight if inverse else eight) and not stack.inverted
     (stack,) = read(write(tmp_path / "b.dcm", eight.astype(np.uint16), stored=12, **elements))
     assert stack.inverted == inverse
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_a_file_that_is_cut_within_its_header_is_unreadable(tmp_path, syntax):
+    """Not an object without pixels, wherever it is cut but between two elements."""
+    data = Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    data.SOPClassUID, data.Modality, data.Rows, data.Columns = "1.2.840.10008.5.1.4.1.1.2", "CT", 8, 8
+    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = data.SOPClassUID, "1.2"
+    path = tmp_path / "a.dcm"
+    pydicom.dcmwrite(path, data, enforce_file_format=True)
+    whole = path.read_bytes()
+    outcomes = Counter()
+    for end in range(1, len(whole) + 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(Refused) as caught:
+            list(readers.read([path], "dicom"))
+        outcomes[caught.value.reason] += 1
+    assert outcomes == {"no image": 4, "unreadable": len(whole) - 4}
