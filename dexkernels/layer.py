@@ -79,28 +79,32 @@ class Recording:
 
 
 class Replaced:
-    """Weak references to parameters whose place a layer took in a host. A copy of the layer has none."""
+    """Weak references to parameters that a call replaced by others in a host. A copy of the layer has none."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter] = ()):
-        self._parameters = [weakref.ref(p) for p in parameters]
+    def __init__(self) -> None:
+        self._parameters: list[tuple[weakref.ref[nn.Parameter], str]] = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Replaced, ()
+
+    def add(self, parameters: Iterable[nn.Parameter], by: str) -> None:
+        """``by``: the name of the call."""
+        self._parameters += [(weakref.ref(p), by) for p in parameters]
 
     def check_optimizers(self) -> None:
         """ValueError when an optimizer still holds one of them. Asks once, and looks only if one is alive."""
         if torch.compiler.is_compiling() or not self._parameters:
             return
-        alive = {id(p) for reference in self._parameters if (p := reference()) is not None}
+        alive = {id(p): by for reference, by in self._parameters if (p := reference()) is not None}
         self._parameters = []
         if not alive:
             return
         for o in (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)):
-            held = sum(id(p) in alive for group in o.param_groups for p in group["params"])
+            held = [alive[id(p)] for group in o.param_groups for p in group["params"] if id(p) in alive]
             if held:
                 raise ValueError(
-                    f"optimizer: expected one that was built after upcycle_, got {type(o).__name__} with {held} "
-                    "parameters that a DEXLayer took the place of: it would never train the experts. Build it again "
+                    f"optimizer: expected one that was built after {held[0]}, got {type(o).__name__} with {len(held)} "
+                    "parameters that it put others in the place of: the experts would never be trained. Build it again "
                     "from model.parameters()"
                 )
 

@@ -29,9 +29,10 @@ def shard(
             `Sequential` that holds it, or the layer.
         options: of ``fully_shard``, such as ``mp_policy``, ``offload_policy`` and ``reshard_after_forward``.
 
-    Returns: ``model``. To be called after `upcycle_` and before the optimizer is built.
-    Raises: ValueError when torch.distributed is not initialised, when ``model`` holds no DEX layer, or when the ranks
-        cannot cut a stacked tensor evenly.
+    Returns: ``model``. To be called after `upcycle_` and before the optimizer is built; one that was built before is
+    refused at the first `update_directors`.
+    Raises: ValueError when torch.distributed is not initialised, when ``model`` holds no DEX layer, when it is in DDP
+        or is cut already, or when the ranks cannot cut a stacked tensor evenly.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -40,6 +41,7 @@ def shard(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DEXLayer)}
     if blocks is None and not layers:
         raise ValueError("model: expected at least one DEXLayer in it, got none; call upcycle_ first")
+    _check_whole(model, layers)
     if not dist.is_initialized():
         raise ValueError("mesh: expected ranks that have started (torch.distributed.init_process_group), got none")
     if mesh is None:
@@ -58,10 +60,31 @@ def shard(
 
     if blocks is None:
         blocks = dict.fromkeys(_block(model, name) for name in layers)
+    whole = {name: list(layer.parameters()) for name, layer in layers.items()}
     for block in blocks:
         if block is not model:
             fully_shard(block, mesh=mesh, shard_placement_fn=place, **options)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=place, **options)
+    fully_shard(model, mesh=mesh, shard_placement_fn=place, **options)
+    for name, layer in layers.items():
+        layer.replaced.add(whole[name], "shard")
+    return model
+
+
+def _check_whole(model: nn.Module, layers: dict[str, DEXLayer]) -> None:
+    """ValueError for what is spread over ranks already."""
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'model'}: expected a model outside DDP, in whose place shard comes, got one in it"
+            )
+    for name, layer in layers.items():
+        if any(isinstance(p, DTensor) for p in layer.parameters()):
+            raise ValueError(
+                f"{name or 'model'}: expected a DEX layer that is not cut yet, got one that is: shard once"
+            )
 
 
 def check_cut(name: str, shape: "torch.Size | tuple[int, ...]", ranks: int) -> None:

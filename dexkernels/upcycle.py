@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .choices import AlignKind, BackendName, LayoutName, PathName, RouteFrom, RoutingName
-from .layer import DEXLayer, Replaced
+from .layer import DEXLayer
 from .layout import LAYOUTS, Layout
 from .ops.dense import ACTIVATIONS
 
@@ -57,6 +57,12 @@ WHOLE_IMAGES = (*NO_CLS, "timm.models.beit.Beit", "timm.models.swin_transformer.
 WINDOW_MARKS = ("window_size", "shift_size", "patch_area", "partition_op", "unfolding")
 """Attributes, other than 0 and None, by which a block around an MLP, or attention beside it, shows that it may cut
 images into windows."""
+
+WRAPPERS = (
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+)
+DTENSOR = "torch.distributed.tensor.DTensor"
 
 
 class Absorbed(nn.Identity):
@@ -149,10 +155,12 @@ def upcycle_(
     Returns: path of each MLP's module -> its DEX layer, in the order of the model's modules.
     Raises: ValueError naming the module, the reason and what to do: an activation other than the GELU, a gated MLP,
         dropout between the maps, no bias, half precision, hooks or shared weights on the maps, tokens before images
-        (``[N, B, D]``), nested tensors, windows, no known CLS token. Then the model is as it was.
+        (``[N, B, D]``), nested tensors, windows, no known CLS token, DDP or FSDP around the model or in it. Then the
+        model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_unwrapped(model, "upcycle_")
     if route_from not in (None, "cls", "mean"):
         raise ValueError(f"route_from: expected 'cls', 'mean' or None, got {route_from!r}")
     if select is not None and not callable(select):
@@ -181,7 +189,7 @@ def upcycle_(
         layers[mlp.name] = _dex_layer(mlp, num_experts, top_k, host, route_from=source or "cls", **options)
 
     for mlp, (fc1, _, fc2) in _replace(mlps, layers, host):
-        layers[mlp.name].replaced = Replaced((*fc1.parameters(), *fc2.parameters()))
+        layers[mlp.name].replaced.add((*fc1.parameters(), *fc2.parameters()), "upcycle_")
     return layers
 
 
@@ -219,6 +227,7 @@ def to_dense_(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_unwrapped(model, "to_dense_")
     mlps = list(_find(model, DEXLayer))
     ours = {id(mlp.get(0)) for mlp in mlps}
     for name, module in model.named_modules():
@@ -237,6 +246,16 @@ def to_dense_(model: nn.Module) -> list[str]:
         )
         mlp.place(fc1, nn.GELU(ACTIVATIONS[layer.activation]).train(mlp.module.training), fc2)
     return [mlp.name for mlp in mlps]
+
+
+def _check_unwrapped(model: nn.Module, call: str) -> None:
+    """ValueError where others hold the parameters that ``call`` replaces, and would go on to sum their gradients."""
+    for name, module in model.named_modules():
+        if _path(module) in WRAPPERS:
+            raise ValueError(
+                f"{name or 'model'}: expected a model that is not spread over ranks yet, got {_type(module)}: call "
+                f"{call} first, and then wrap what it leaves"
+            )
 
 
 def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
@@ -345,6 +364,9 @@ def _check_map(mlp: _Mlp, place: str, linear: nn.Module, kind: type[nn.Module]) 
         names = ("kernel_size", "stride", "padding", "groups")
         if any(getattr(linear, name) != getattr(plain, name) for name in names):
             raise _refused(mlp, f"kernel size 1 and nothing else in {place}", repr(linear))
+    if _path(linear.weight) == DTENSOR:
+        remedy = "call upcycle_ before dexkernels.shard or fully_shard"
+        raise _refused(mlp, f"whole weights in {place}", "weights that are cut over ranks", remedy)
     if linear.bias is None:
         remedy = f"bias = torch.nn.Parameter(torch.zeros({linear.weight.shape[0]})) changes nothing"
         raise _refused(mlp, f"a bias in {place}", "bias=False", remedy)
@@ -497,8 +519,8 @@ def _refused(mlp: _Mlp, expected: str, got: str, remedy: str = "") -> ValueError
     return ValueError(f"{mlp.name or 'model'}: expected {expected}, got {got}{': ' if hints else ''}{hints}")
 
 
-def _path(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _path(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _type(module) -> str:

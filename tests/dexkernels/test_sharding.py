@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dexkernels import DEXLayer, collect_aux, shard
+from dexkernels import DEXLayer, collect_aux, shard, upcycle_
 from dexkernels.testing import randomize_
 
 pytestmark = [
@@ -93,6 +93,17 @@ def trained(net, host, rank, ranks):
     return {n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in host.state_dict().items()}
 
 
+def built_before_shard():
+    host = fresh()
+    optimizer = torch.optim.SGD([p for block in host.blocks for p in block.mlp.experts.parameters()], lr=0.1)
+    trained(shard(host), host, 0, 1)
+    del optimizer
+
+
+def upcycled_after(spread):
+    upcycle_(spread(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))), E, 2, route_from="mean")
+
+
 def ways(ranks):
     more = ["hsdp"] if ranks == 4 else []
     fixed = ["ddp after requires_grad_(True)", "blocks, torch's placements", "layers, torch's placements"]
@@ -116,6 +127,11 @@ def main(rank, ranks, store, out):
         lambda: apart.blocks[0].mlp.update_director(torch.ones(E), 0.5),
         lambda: shard(uneven),
         lambda: shard(fresh(), unnamed),
+        lambda: shard(shard(fresh())),
+        lambda: shard(DistributedDataParallel(fresh())),
+        built_before_shard,
+        lambda: upcycled_after(fully_shard),
+        lambda: upcycled_after(DistributedDataParallel),
     ):
         try:
             act()
@@ -183,10 +199,16 @@ def test_parameters_gathered_in_bfloat16_are_no_half_precision_layer(seen, alone
 
 def test_what_cannot_work_is_refused_by_name(seen):
     ranks, found = seen
-    assert len(found["errors"]) == 3
+    assert len(found["errors"]) == 8
     assert found["errors"][0].startswith("experts: expected them to be cut over ranks as their director is, got whole")
     assert found["errors"][2].startswith("mesh: expected names of its two dimensions")
     assert f"to be a multiple of the {ranks} ranks that share it" in found["errors"][1]
+    assert found["errors"][3] == "blocks.0.mlp: expected a DEX layer that is not cut yet, got one that is: shard once"
+    assert found["errors"][4].startswith("model: expected a model outside DDP")
+    built = "optimizer: expected one that was built after shard, got SGD with 4 parameters"
+    assert found["errors"][5].startswith(built)
+    assert found["errors"][6].startswith("model: expected whole weights in 0, got weights that are cut over ranks")
+    assert found["errors"][7].startswith("model: expected a model that is not spread over ranks yet, got Distributed")
 
 
 def test_wrong_arguments_are_named():
