@@ -92,8 +92,10 @@ class BuildNative(build_ext):
 
 
 class PathFile:
-    """A ``.pth`` file with the folders of both packages. setuptools' own choice for two folders is an import hook, which
-    type checkers and editors do not run: to them the packages could not be resolved."""
+    """A ``.pth`` file with the folders of both packages. setuptools' own choice for two folders is an import hook.
+
+    Type checkers and editors do not run it: to them the packages could not be resolved.
+    """
 
     def __init__(self, name: str):
         self.name = name

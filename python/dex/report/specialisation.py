@@ -25,9 +25,7 @@ def specialisation(runs: list[RunRecord]) -> str:
     draw = Drawer(runs)
     charts = [*_swap_gap(draw), *_probe(draw), *_ranks(draw)]
     by_layer = [
-        _layers(
-            draw, "Information", "information", "of expert sets, corrected", "information_null"
-        ),
+        _layers(draw, "Information", "information", "of expert sets, corrected", "information_null"),
         _layers(draw, "Information, whole images", "information_whole", "corrected"),
         _layers(draw, "Sets of experts", "expert_sets", "in use, masked"),
         _layers(draw, "Entropy of all probabilities", "probability_entropy", "over log E"),

@@ -216,7 +216,8 @@ def test_every_known_layout_is_tested():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_other_files_say_what_is_expected_where(tmp_path, name):
     picture(tmp_path / "somewhere/picture.png")
-    with pytest.raises(ValueError, match=f"expected files of {name} below .*, by .*: .*; got 1 files: somewhere/picture.png"):
+    message = f"expected files of {name} below .*, by .*: .*; got 1 files: somewhere/picture.png"
+    with pytest.raises(ValueError, match=message):
         open_task(name, tmp_path)
 
 
