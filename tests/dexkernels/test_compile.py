@@ -189,3 +189,14 @@ def test_changing_batch_sizes_compile_twice_at_most(masked):
             close(got, want)
     assert graphs() == 2
     torch._dynamo.reset()
+
+
+def test_an_exported_layer_takes_batches_of_any_size():
+    """With few tokens: which of two counts is larger depends on the batch there, and must not be kept in the graph."""
+    layer = randomize_(DEXLayer(D, H, E, K), 0).eval()
+    sizes = {0: torch.export.Dim("batch", max=1024)}
+    with torch.no_grad():
+        exported = torch.export.export(layer, (draw(0, B, N, D),), dynamic_shapes=(sizes,)).module()
+        for size in (2, 40, 1000):
+            x = draw(size, size, N, D)
+            close(exported(x), layer(x))

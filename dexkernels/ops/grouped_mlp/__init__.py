@@ -79,7 +79,9 @@ def need_of(tokens: int, rows: int, fc1_weight: Tensor) -> str | None:
     tokens: of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1).
     """
     H, D = fc1_weight.shape[1:]
-    return LARGE if max(D, H) > MAX_WIDTH or max(rows, tokens * D, D * H) > MAX_COUNT else None
+    # Each by itself: torch.export would hold every batch to which of several numbers is the largest in its example.
+    large = max(D, H) > MAX_WIDTH or rows > MAX_COUNT or tokens * D > MAX_COUNT or D * H > MAX_COUNT
+    return LARGE if large else None
 
 
 class _Inputs(NamedTuple):
