@@ -1,4 +1,5 @@
-"""What `dex prepare` costs per slice, and from that what the whole corpus would: core-hours, terabytes, hours.
+"""What `dex prepare` costs per slice, and from that what the whole corpus would: core-hours, terabytes, hours; and what
+an inventory costs.
 
 Costs are CPU seconds of the worker processes (they do not depend on who else uses the machine) over whole runs of the
 command: reading, normalising, filters, hashes, encoding, and the joining pass. The full form fetches the volumes of
@@ -174,3 +175,59 @@ def test_photographs_against_their_decoding(photographs, tiny, report):
     bare_seconds, seconds = float(np.median(bare)), float(np.median(whole))
     detail = f"{1 / seconds:.0f} a second and core, decoding alone {1 / bare_seconds:.0f}"
     report("photographs, prepared", "decoding alone", bare_seconds / seconds, 0.3, detail)
+
+
+SERIES, FILES = 200, 100
+
+
+@pytest.fixture
+def hospital(tiny, tmp_path):
+    """DICOM files of 64 x 64 pixels, FILES in each folder."""
+    pydicom = pytest.importorskip("pydicom")
+    pixels = np.random.default_rng(0).integers(-200, 300, (64, 64)).astype(np.int16).tobytes()
+    for series in range(2 if tiny else SERIES):
+        folder = tmp_path / "scans" / f"p{series // 2:03d}" / f"s{series % 2}"
+        folder.mkdir(parents=True)
+        for place in range(3 if tiny else FILES):
+            data = pydicom.Dataset()
+            data.file_meta = pydicom.dataset.FileMetaDataset()
+            data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            values = {
+                "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2",
+                "SOPInstanceUID": f"1.2.{series}.{place + 1}",
+                "SeriesInstanceUID": f"1.3.{series}",
+                "StudyInstanceUID": f"1.4.{series // 2}",
+                "Modality": "CT",
+                "PatientID": f"P{series // 2}",
+                "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+                "SeriesDescription": "Thorax",
+                "KVP": "120",
+                "InstanceNumber": place,
+                "ImagePositionPatient": [0, 0, 2 * place],
+                "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+                "PixelSpacing": [1, 1],
+                "SliceThickness": 2,
+                **{"Rows": 64, "Columns": 64, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"},
+                **{"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1},
+                **{"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "HU"},
+            }
+            for name, value in values.items():
+                setattr(data, name, value)
+            data.add_new("PixelData", "OW", pixels)
+            pydicom.dcmwrite(folder / f"{place:04d}.dcm", data, enforce_file_format=True)
+    return tmp_path / "scans"
+
+
+def test_an_inventory_of_a_folder(hospital, tmp_path, report):
+    """Processor time of `dex data inventory` and its workers, their start and the sample of pixels included."""
+    files = sum(1 for path in hospital.rglob("*.dcm"))
+    before = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(["data", "inventory", str(hospital), "--out", str(tmp_path / "page"), "--workers", "2"])
+    after = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
+    assert code == 0 and f"{files:,} slices" in said.getvalue(), said.getvalue()
+    seconds = sum(a.ru_utime + a.ru_stime - b.ru_utime - b.ru_stime for a, b in zip(after, before, strict=True))
+    ratio = files / seconds / (20_000 / 30)
+    # wide, for a busy machine
+    report("inventory of DICOM", "20,000 in 30 s", ratio, 0.6, f"{seconds:.1f} s of processors for {files:,}")

@@ -6,7 +6,7 @@ is `dex` with such workers, which are killed after SECONDS instead of ten: on a 
 longer, and what is judged is the processor's time.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import sys
@@ -15,7 +15,8 @@ import time
 from dex.prepare import chunks, readers
 from dex.prepare import run as prepare
 
-SECONDS = 60.0
+SECONDS = 120.0
+OPTIONS = prepare.Options
 
 
 def status(name: str) -> int:
@@ -61,6 +62,11 @@ class Measured:
         self._report.save(state)
 
 
+def patient(limits=readers.Limits(), **options):  # noqa: B008
+    """`prepare.Options` with SECONDS of silence."""
+    return OPTIONS(limits=dataclasses.replace(limits, seconds=SECONDS), **options)
+
+
 def work(task, report):
     return chunks.work(task, Measured(task.job, task.state, report))
 
@@ -71,5 +77,5 @@ if __name__ == "__main__":
     from dex import cli
 
     chunks.work = measured.work  # by a name that other processes know
-    prepare.Options = functools.partial(prepare.Options, limits=readers.Limits(seconds=SECONDS))
+    prepare.Options = measured.patient
     sys.exit(cli.main(sys.argv[1:]))

@@ -109,8 +109,10 @@ class Undetermined(ValueError):
     ):
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
         super().__init__(f"{source}: expected files whose modality a header or the command says; got {listed} of none")
-        self.suffixes, self.by_folders = sorted(suffixes), by_folders
-        self.patterns, self.unnamed = list(patterns), list(unnamed)
+        self.suffixes: list[str] = sorted(suffixes)
+        self.by_folders: bool = by_folders
+        self.patterns: list[str] = list(patterns)
+        self.unnamed: list[str] = list(unnamed)
 
 
 def discover(source: Source, root: Path) -> Listing:

@@ -37,7 +37,7 @@ from . import alignment, duplicates
 from .candidates import Candidates, candidates, turned, view
 from .normalise import difference_hash, grey
 
-logger = logging.getLogger("dex.data")
+logger: logging.Logger = logging.getLogger("dex.data")
 
 KINDS = ("exact", "near", "moved", "neighbour")
 EXAMPLES = 20  # pairs, and ids of unreadable images, that a report names on the screen

@@ -103,7 +103,7 @@ class Private:
             plan = json.loads((folder / trace.PLAN).read_bytes())
             salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else None
             entries = plan["sources"]
-            self.sources = [self._listed(number, entry, salt) for number, entry in enumerate(entries)]
+            self.sources: list[_Listed] = [self._listed(number, entry, salt) for number, entry in enumerate(entries)]
         except FileNotFoundError:
             raise NoPrivateFolder(
                 f"DIR: expected its private folder beside it, which alone knows files and patients; {folder} is not "
@@ -112,7 +112,7 @@ class Private:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / trace.PLAN}: expected what dex prepare wrote; got {error}") from None
         self._names = {listed.name: listed.naming(listed.source.patient) for listed in self.sources}
-        self.withdrawn = trace.withdrawn(folder)
+        self.withdrawn: list[trace.Withdrawn] = trace.withdrawn(folder)
 
     def _listed(self, number: int, entry: dict[str, Any], salt: bytes | None) -> _Listed:
         said = yaml.safe_load(entry["description"])

@@ -228,33 +228,36 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
         _integer(head.get("InstanceNumber")),
         name,
     )
+    several = pixels.options["number_of_frames"] > 1
+    localizer = "LOCALIZER" in image_type or "SCOUT" in image_type
     for number in range(pixels.count):
-        groups = (each[number], shared) if each else (shared,)
-        content = _group(groups, "FrameContentSequence")
-        transform = _group(groups, "PixelValueTransformationSequence") or head
-        measures = _group(groups, "PixelMeasuresSequence") or head
-        several = pixels.options["number_of_frames"] > 1
-        plane = _group(groups, "PlanePositionSequence") or ({} if enhanced or several else head)
-        turned = _group(groups, "PlaneOrientationSequence") or ({} if enhanced else head)
-        if tomogram:
-            plane = turned = tomogram
-        position = _vector(plane.get("ImagePositionPatient"), 3)
-        orientation = _orientation(turned.get("ImageOrientationPatient"))
-        if tomogram and position is not None and orientation is not None and between:
-            position = position + number * between * _normal(orientation)
-        localizer = "LOCALIZER" in image_type or "SCOUT" in image_type
-        slope, intercept = _rescale(transform)
-        mapped = suv.mapping(groups) if modality == "PT" and pixels.modality_lut is None else None
-        units, slope, intercept = mapped or ("", slope, intercept)
-        quantity, note = _quantity(pixels, modality, localizer, transform)
-        times = (_integer(content.get("TemporalPositionIndex")), *map(_integer, listed(content.get("StackID"))))
-        indices = tuple(_integer(v) for v in listed(content.get("DimensionIndexValues")))
+        if each or not number:  # else all frames are as the first one
+            groups = (each[number], shared) if each else (shared,)
+            content = _group(groups, "FrameContentSequence")
+            transform = _group(groups, "PixelValueTransformationSequence") or head
+            measures = _group(groups, "PixelMeasuresSequence") or head
+            plane = _group(groups, "PlanePositionSequence") or ({} if enhanced or several else head)
+            turned = _group(groups, "PlaneOrientationSequence") or ({} if enhanced else head)
+            if tomogram:
+                plane = turned = tomogram
+            first = position = _vector(plane.get("ImagePositionPatient"), 3)
+            orientation = _orientation(turned.get("ImageOrientationPatient"))
+            spacing = _spacing(measures, head)
+            slope, intercept = _rescale(transform)
+            mapped = suv.mapping(groups) if modality == "PT" and pixels.modality_lut is None else None
+            units, slope, intercept = mapped or ("", slope, intercept)
+            quantity, note = _quantity(pixels, modality, localizer, transform)
+            times = (_integer(content.get("TemporalPositionIndex")), *map(_integer, listed(content.get("StackID"))))
+            indices = tuple(_integer(v) for v in listed(content.get("DimensionIndexValues")))
+            said = apart.said_by(head, groups, content)
+        if tomogram and first is not None and orientation is not None and between:
+            position = first + number * between * _normal(orientation)
         yield Slice(
             pixels=pixels,
             number=number,
             position=position,
             orientation=orientation,
-            spacing=_spacing(measures, head),
+            spacing=spacing,
             slope=1.0 if pixels.modality_lut is not None else slope,
             intercept=0.0 if pixels.modality_lut is not None else intercept,
             instance=base[6],
@@ -272,7 +275,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             inverted=quantity == "raw" and pixels.inverse,
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
-            said=apart.said_by(head, groups, content),
+            said=said,
             location=None if enhanced or several else number_of(head.get("SliceLocation")),
             units=units,
         )
