@@ -80,15 +80,31 @@ def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout)
     try:
+        place: dict[str, Any] = {}
+        if (store := _store_of_this_start(limit)) is not None:
+            place = {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
         if device.type == "cuda":
             # gloo for tensors on the host, NCCL for those on a GPU, whose watchdog aborts the process when its time is
             # up: the watch comes first, since it knows whom to name.
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE, **place)
         else:
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo", timeout=limit, **place)
         return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
     except RuntimeError as error:
         raise RuntimeError(_did_not_meet(ranks, timeout, error)) from error
+
+
+def _store_of_this_start(limit: datetime.timedelta) -> dist.Store | None:
+    """Where the ranks of this start meet; None where torch's own way is right.
+
+    torchrun keeps one store over its restarts: a rank that came before rank 0 found the address of the rank 0 before,
+    where nobody is. So each start has names of its own, where one torchrun counts the starts of all ranks.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or _environment("GROUP_WORLD_SIZE", 1) > 1:
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0), is_master=False, timeout=limit)
+    return dist.PrefixStore(f"start {_environment('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _did_not_meet(ranks: Ranks, timeout: float, error: RuntimeError) -> str:

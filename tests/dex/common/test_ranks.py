@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +85,31 @@ def test_ranks_that_do_not_meet_are_named_with_what_helps(monkeypatch):
         ranks.start(ranks.announced(), torch.device("cpu"), 0.2)
 
 
+def test_a_start_looks_for_no_rank_of_the_start_before():
+    """torchrun keeps its store: rank 0 of a first start left its address there, and rank 1 of a second comes early."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    program = [sys.executable, __file__, "starts"]
+    path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    out = subprocess.run(program, env=os.environ | path | said, capture_output=True, text=True, timeout=60).stdout
+    first, second = out.splitlines()
+    assert first.startswith("rank 0: expected all 2 ranks to meet at ")
+    assert second.startswith("rank 1: expected all 2 ranks to meet at ") and "wait timeout" in second, second
+
+
+def starts():
+    """Rank 0 of a first start, then rank 1 of a second one, each a process of its own; what they end with."""
+    for number in (0, 1):
+        if os.fork() == 0:
+            os.environ |= {"WORLD_SIZE": "2", "RANK": str(number), "TORCHELASTIC_RESTART_COUNT": str(number)}
+            try:
+                ranks.start(ranks.announced(), torch.device("cpu"), 0.5)
+            except RuntimeError as error:
+                print(error, flush=True)
+            os._exit(0)
+        os.wait()
+
+
 def test_alone_nothing_is_exchanged():
     value = object()
     assert ranks.gather(ALONE, value) == [value] and ranks.from_first(ALONE, value) is value
@@ -138,4 +165,4 @@ def test_what_cannot_be_cut_evenly_is_refused():
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    starts() if sys.argv[1] == "starts" else main(int(sys.argv[1]))
