@@ -97,9 +97,8 @@ class Replaced:
             return
         alive = {id(p): by for reference, by in self._parameters if (p := reference()) is not None}
         self._parameters = []
-        if not alive:
-            return
-        for o in (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)):
+        objects = gc.get_objects() if alive else ()
+        for o in (o for o in objects if issubclass(type(o), torch.optim.Optimizer)):
             held = [alive[id(p)] for group in o.param_groups for p in group["params"] if id(p) in alive]
             if held:
                 raise ValueError(
@@ -327,6 +326,8 @@ class DEXLayer(PublishedNames, nn.Module):
                 f"experts: expected the layer's own module, got {type(self.experts).__name__}: stacked experts take no "
                 "adapters. Let the adapters reach attention, or the director of layers with path='director'"
             )
+        if self._path == "experts" and self.training and torch.is_grad_enabled():
+            self._check_director()
         if torch.jit.is_tracing() and torch.is_grad_enabled():
             raise ValueError("torch.jit.trace: expected it under torch.no_grad(), got one that records gradients")
         if self._path == "director" and return_aux:
@@ -397,6 +398,16 @@ class DEXLayer(PublishedNames, nn.Module):
                 "its experts: keep the layer in float32 and wrap the forward in torch.autocast; in evaluation "
                 "(layer.eval()) it may be in half precision"
             )
+
+    def _check_director(self) -> None:
+        """ValueError for adapters of a director that follows its experts; a user's own module may be any."""
+        for name, module in self.director.named_children():
+            adapted = not isinstance(module, nn.Linear) and next(module.parameters(), None) is not None
+            if adapted and isinstance(self.director, MLP):
+                raise ValueError(
+                    f"director.{name}: expected torch.nn.Linear with path='experts', got {type(module).__name__}: "
+                    "adapters there are never trained. Let them reach attention, or set path='director'"
+                )
 
     def _routed(
         self,

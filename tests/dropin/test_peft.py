@@ -73,3 +73,16 @@ def test_adapters_of_stacked_experts_are_refused_with_the_way_out(adapted, optio
         ValueError, match="experts: expected the layer's own module, got ParamWrapper: .* path='director'"
     ):
         model(pixel_values=pixels(model))
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": r".*director\.fc[12]"}, {"target_parameters": ["director.fc1.weight"]}]
+)
+def test_adapters_of_a_director_that_follows_experts_are_refused(adapted, options):
+    """They would stay as they are, silently where something else is trained."""
+    model = adapted(**options)
+    with pytest.raises(
+        ValueError, match=r"director\.fc1: expected torch.nn.Linear with path='experts', got .*attention"
+    ):
+        model(pixel_values=pixels(model))
+    assert model.eval()(pixel_values=pixels(model)).logits.isfinite().all()
