@@ -6,10 +6,10 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dex.data import images
 
@@ -20,7 +20,7 @@ from .page import count as _count
 from .page import number as _n
 from .page import percent as _percent
 from .routing import REASONS, meaning
-from .splits import hints, sides
+from .splits import PATIENT, hints, sides, unnamed_kinds
 from .thumbnails import Thumbnail
 
 LEFT_OUT = "left_out.json"
@@ -448,7 +448,7 @@ def _held_out(facts: dict) -> str:
     said = "".join(f"<li>{escape(hint)}</li>" for hint in hints(facts))
     how = "".join(
         f'<tr><th scope="row"><span class="name">{escape(row["source"])}</span></th>'
-        f'<td data-label="Split by"><span>{_SPLIT_BY[row["by"]]}</span></td>'
+        f'<td data-label="Split by"><span>{_split_by(row)}</span></td>'
         f'<td data-label="Train" class="number">{_n(row["images"]["train"])}</td>'
         f'<td data-label="Held out" class="number">{_n(row["images"]["val"])}</td></tr>'
         for row in facts["split"]
@@ -460,6 +460,15 @@ def _held_out(facts: dict) -> str:
         '<th scope="col" class="number">Train</th><th scope="col" class="number">Held out</th></tr></thead>'
         f"<tbody>{how}</tbody></table>"
     )
+
+
+def _split_by(row: Mapping[str, Any]) -> str:
+    """Of a source by patients, also what stands for those that nothing names."""
+    loose = unnamed_kinds(row)
+    if row["by"] != PATIENT or not loose:
+        return _SPLIT_BY[row["by"]]
+    named = PATIENT in row["groups"] or not row["groups"]  # not known after a withdrawal
+    return " or ".join([PATIENT, *loose] if named else loose)
 
 
 def _rules(rules: object) -> str:

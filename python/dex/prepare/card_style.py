@@ -83,6 +83,8 @@ thead th { color: var(--quiet); font-size: .8125rem; vertical-align: bottom; whi
 #sources td.wide { width: 40%; padding-top: .85rem; padding-left: 1rem; } #sources thead th:nth-child(3) {
   padding-left: 1rem; }
 #sources th[scope=row] { width: 30%; } #licences th[scope=row] { width: 26%; } #licences td:nth-child(2) { width: 24%; }
+#sources td.number:nth-child(2) small, #left-out th[scope=row] { white-space: nowrap; }
+#left-out td.number { padding-right: 1.6rem; }
 #text table { max-width: 46rem; } #text table + p { margin-top: .8rem; }
 .grid { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .9rem; }
 .grid img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: #000;

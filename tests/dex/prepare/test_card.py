@@ -17,7 +17,7 @@ from browser import CHROMIUM
 from PIL import Image
 
 from dex.data import open_dataset
-from dex.prepare import filters
+from dex.prepare import card, filters
 from dex.prepare.card import _DROPPED, _MEANING, Example, build
 from dex.prepare.readers import REASONS
 
@@ -513,3 +513,12 @@ def test_what_is_held_out_is_counted_and_what_is_unsure_is_said(facts):
     page = build(facts | {"split": [row]})[0].decode()
     assert "18 files" in page and "of 2 files" in page and "a&lt;b&gt;" in page
     assert "2 patients, by headers and folders, are too few" in page and "--patient" in page
+
+
+def test_a_split_says_what_stands_for_patients():
+    row = {"by": "patient", "groups": {"patient": {"train": 3, "val": 1}}}
+    assert card._split_by(row) == "patient"
+    assert card._split_by({**row, "groups": row["groups"] | {"folder": {"train": 2, "val": 0}}}) == "patient or folder"
+    assert card._split_by({**row, "groups": {"file": {"train": 2, "val": 1}}}) == "file"
+    assert card._split_by({**row, "groups": {}, "unnamed": ["file"]}) == "patient or file"  # after a withdrawal
+    assert card._split_by({**row, "by": "series", "groups": {"file": {}}}) == "series, or file"
