@@ -47,6 +47,6 @@ def test_public_names():
 
     assert set(dexkernels.__all__) == {
         *("DEXLayer", "Aux", "Routing", "route", "grouped_mlp", "align_loss", "group_ema_", "__version__"),
-        *("upcycle_", "to_dense_", "collect_aux", "AuxCollector", "hold_weights", "mask_tokens", "shard"),
+        *("upcycle_", "to_dense_", "collect_aux", "AuxCollector", "hold_weights", "mask_tokens", "optim", "shard"),
     }
     assert all(getattr(dexkernels, name) is not None for name in dexkernels.__all__)

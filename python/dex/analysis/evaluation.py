@@ -6,7 +6,7 @@ Shape letters: B images, D width, E experts, K chosen, L patches, M modalities, 
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Evaluation(NamedTuple):
     """What tells whether experts specialise; None where it was not asked for."""
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
@@ -83,11 +83,16 @@ class Evaluator:
         steps: int = 0,
     ):
         self.ranks = ranks
-        self.config, self.model, self.train, self.held_out = config, model, train, held_out
-        self.dataset = held_out if dataset is None else dataset
-        self.device, self.precision, self.modalities = device, precision, held_out.modalities
-        self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
-        self.chosen = per_layer(config.model.top_k, config.model.depth) if self.experts else ()
+        self.config: Config = config
+        self.model: MaskedAutoencoder = model
+        self.train: Dataset = train
+        self.held_out: Dataset = held_out
+        self.dataset: Dataset = held_out if dataset is None else dataset
+        self.device: torch.device = device
+        self.precision: str = precision
+        self.modalities: tuple[str, ...] = held_out.modalities
+        self.experts: list[int] = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
+        self.chosen: tuple[int, ...] = per_layer(config.model.top_k, config.model.depth) if self.experts else ()
         self.steps = steps
 
     @functools.cached_property

@@ -123,6 +123,10 @@ class Instruments(NamedTuple):
     """`dex.analysis.source_probe.leave_sources_out` of mean of patches and CLS token."""
     pixels: Interval | None
     """The same probe of 16 x 16 grey pixels."""
+    swapped: int = 0
+    """Held-out images of the gaps."""
+    probed: int = 0
+    """Images of the probe and of the pixels'."""
 
 
 class Seen(NamedTuple):
@@ -179,6 +183,8 @@ def measure(
         patch_rank=spectra.spectrum(seen.whole.patches).rankme if ranked else None,
         probe=linear_probe(probed) if probed.features.isfinite().all() else None,
         pixels=pixels,
+        swapped=swaps,
+        probed=len(probed.features),
     )
 
 
@@ -213,7 +219,7 @@ def columns(found: Instruments) -> dict[str, object]:
         for end in ("value", "low", "high"):
             name = "swap_gap" if end == "value" else f"swap_gap_{end}"
             row[name] = {gap.kind: getattr(gap.gap, end) for gap in every}
-        row["swap_gap_of"] = every[0].own
+        row |= {"swap_gap_of": every[0].own, "swap_gap_images": found.swapped}
     if found.layers:
         layers = found.layers
         row |= {
@@ -230,6 +236,8 @@ def columns(found: Instruments) -> dict[str, object]:
     for name, interval in (("probe_linear", found.probe), ("probe_pixels", found.pixels)):
         if interval is not None:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if found.probe is not None:
+        row["probe_images"] = found.probed
     return row
 
 

@@ -10,12 +10,12 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-logger = logging.getLogger("dex.data")
+logger: logging.Logger = logging.getLogger("dex.data")
 
 SPLITS = ("train", "val")
 IMAGE_SIZE = 256
@@ -32,7 +32,7 @@ class SampleError(ValueError):
         self.sample_id = sample_id
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.sample_id, self.reason)
 
 
@@ -160,10 +160,11 @@ class View(Dataset):
         self._base = base
         self._indices = np.asarray(indices, dtype=np.int64)
         self.label = label
-        self.name = f"{base.name}/{label}"
-        self.modalities = base.modalities
-        self.empty_modalities = base.empty_modalities
-        self.image_size, self.channels = base.image_size, base.channels
+        self.name: str = f"{base.name}/{label}"
+        self.modalities: tuple[str, ...] = base.modalities
+        self.empty_modalities: tuple[str, ...] = base.empty_modalities
+        self.image_size: int = base.image_size
+        self.channels: int = base.channels
 
     @functools.cached_property
     def fingerprint(self) -> str:

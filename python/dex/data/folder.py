@@ -24,7 +24,7 @@ from dex.common import formats
 from . import images
 from .dataset import IMAGE_SIZE, Dataset, SampleError
 
-logger = logging.getLogger("dex.data")
+logger: logging.Logger = logging.getLogger("dex.data")
 
 UNKNOWN = "unknown"
 _KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".npy": "npy"}
@@ -73,8 +73,8 @@ class FolderDataset(Dataset):
     """
 
     def __init__(self, root: str | Path, image_size: int = IMAGE_SIZE):
-        self.root = Path(root).resolve(strict=True)
-        self.name = self.root.name
+        self.root: Path = Path(root).resolve(strict=True)
+        self.name: str = self.root.name
         self.image_size = image_size
         self._fingerprint: str | None = None
         self.ignored: Counter[str] = Counter()
@@ -96,7 +96,7 @@ class FolderDataset(Dataset):
         self._paths = [path for path, _ in files]
         self._sizes = np.array([size for _, size in files], np.int64)
         names = [_modality(path) for path in self._paths]
-        self.modalities = tuple(sorted(set(names)))
+        self.modalities: tuple[str, ...] = tuple(sorted(set(names)))
         number = {name: index for index, name in enumerate(self.modalities)}
         self._modality = np.array([number[name] for name in names], dtype=np.int64)
 

@@ -18,7 +18,7 @@ from .dataset import Dataset, SampleError
 from .order import epoch_order, replacement
 from .shared_memory import Slots
 
-logger = logging.getLogger("dex.data")
+logger: logging.Logger = logging.getLogger("dex.data")
 
 MAX_CORRUPT = 10
 MAX_CORRUPT_SHARE = 0.001
@@ -32,7 +32,7 @@ class CorruptDataError(ValueError):
 
     def __init__(self, message: str, samples: dict[str, str] | None = None):
         super().__init__(message)
-        self.samples = dict(samples or {})
+        self.samples: dict[str, str] = dict(samples or {})
 
 
 class Batch(NamedTuple):
@@ -99,7 +99,7 @@ class Loader:
         self.seed = seed
         self.temperature = temperature
         self.num_workers = num_workers
-        self.batches_per_epoch = batches_per_epoch(dataset, batch_size)
+        self.batches_per_epoch: int = batches_per_epoch(dataset, batch_size)
         self.corrupt: dict[str, str] = {}
         self._position = start_batch
         self._reader = _BatchReader(dataset, batch_size, seed, temperature, rank, world_size)

@@ -24,7 +24,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from . import images
 from .dataset import SPLITS
@@ -63,7 +63,7 @@ _SHARD_FIELDS = {
 }
 
 
-def read_manifest(root: Path) -> tuple[dict, bytes]:
+def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
     """The manifest and its bytes; ValueError when it is not exactly what a writer wrote, or names files elsewhere."""
     try:
         raw = read_bytes(root, MANIFEST, 0, None)
@@ -81,7 +81,7 @@ def read_manifest(root: Path) -> tuple[dict, bytes]:
     return manifest, raw
 
 
-def check_manifest(manifest: dict) -> None:
+def check_manifest(manifest: dict[str, Any]) -> None:
     """ValueError, KeyError or TypeError unless it has all fields, names files within the folder and adds up."""
     _check_fields(
         manifest,
@@ -105,7 +105,7 @@ def check_manifest(manifest: dict) -> None:
         raise ValueError("'samples' is not the sum over the shards")
 
 
-def read_index(root: Path, entry: dict) -> Iterator[dict]:
+def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The lines of one shard's index, one after the other, fields and bounds checked, once its hash has been.
 
     ValueError, on the way too, names the file and the fault. Memory: the file and one line.
@@ -209,7 +209,7 @@ def _open(root: Path, file: str) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
-def manifest_bytes(body: dict) -> bytes:
+def manifest_bytes(body: dict[str, Any]) -> bytes:
     """The manifest's file. Its hash covers every other field; `read_manifest` compares the layout too, so that no byte
     of the file can change unseen."""
     digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()

@@ -21,7 +21,7 @@ import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dex.common import atomic
 
@@ -40,14 +40,14 @@ class Change(NamedTuple):
     after: str
 
 
-def lines(root: Path, manifest: dict) -> Iterator[tuple[dict, dict]]:
+def lines(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The shard's entry and the index line of every sample, in order."""
     for entry in manifest["shards"]:
         for line in read_index(root, entry):
             yield entry, line
 
 
-def image(root: Path, entry: dict, line: dict) -> bytes:
+def image(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> bytes:
     """A sample's encoded image. ValueError when it is not what was written."""
     data = read_bytes(root, entry["file"], line["offset"], line["size"])
     if hashlib.sha256(data).hexdigest() != line["sha256"]:
@@ -55,7 +55,7 @@ def image(root: Path, entry: dict, line: dict) -> bytes:
     return data
 
 
-def described(root: Path, entry: dict, line: dict) -> bytes:
+def described(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> bytes:
     """A sample's .json member, which follows its image. ValueError where it does not."""
     place = line["offset"] + line["size"] + -line["size"] % tarfile.BLOCKSIZE
     try:
@@ -134,7 +134,7 @@ def settle(root: Path) -> bool:
     return True
 
 
-def _without(root: Path, entry: dict, ids: frozenset[str]) -> dict:
+def _without(root: Path, entry: dict[str, Any], ids: frozenset[str]) -> dict[str, Any]:
     """The entry of the shard without these samples; a file of its own where it has one of them."""
     kept = list(read_index(root, entry))
     before = len(kept)
@@ -171,7 +171,7 @@ def _without(root: Path, entry: dict, ids: frozenset[str]) -> dict:
     }
 
 
-def _counts(root: Path, manifest: dict, ids: frozenset[str]) -> list[dict]:
+def _counts(root: Path, manifest: dict[str, Any], ids: frozenset[str]) -> list[dict[str, Any]]:
     rows = {row["name"]: {**row} for row in manifest["modalities"]}
     for _, line in lines(root, manifest):
         if line["id"] in ids:
@@ -181,7 +181,7 @@ def _counts(root: Path, manifest: dict, ids: frozenset[str]) -> list[dict]:
     return list(rows.values())
 
 
-def _document(root: Path, entry: dict, documents: Mapping[str, bytes]) -> dict:
+def _document(root: Path, entry: dict[str, Any], documents: Mapping[str, bytes]) -> dict[str, Any]:
     data = documents.get(entry["file"])
     if data is None:
         return entry
@@ -199,7 +199,7 @@ def _next_document(root: Path, file: str) -> Path:
     return root / f"{file}{_NEXT}"
 
 
-def _renamed(entry: dict, old: dict) -> dict:
+def _renamed(entry: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "file": old["file"], "index": old["index"]}
 
 
@@ -217,7 +217,7 @@ def _place(source: Path, target: Path) -> None:
     os.replace(work, target)
 
 
-def _sweep(root: Path, manifest: dict) -> None:
+def _sweep(root: Path, manifest: dict[str, Any]) -> None:
     """Remove what a change leaves or left beside the files of `manifest`."""
     names = {entry[name] for entry in manifest["shards"] for name in ("file", "index")}
     left: Iterable[Path] = [
@@ -241,6 +241,6 @@ def _write_manifest(root: Path, data: bytes) -> None:
     atomic.write(root / MANIFEST, data, sync=True, mode=mode, locked=True)
 
 
-def meta(root: Path, entry: dict, line: dict) -> dict:
+def meta(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     """What is said of a sample beside its image."""
     return json.loads(described(root, entry, line))

@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dex.common import atomic
 
@@ -48,10 +49,12 @@ class ShardWriter:
         modalities: Iterable[str],
         image_size: int = IMAGE_SIZE,
         samples_per_shard: int = 10_000,
-        withdrawals: Iterable[dict] = (),
+        withdrawals: Iterable[dict[str, Any]] = (),
     ):
-        self.root = Path(root)
-        self.name, self.modalities, self.image_size = name, tuple(modalities), image_size
+        self.root: Path = Path(root)
+        self.name: str = name
+        self.modalities: tuple[str, ...] = tuple(modalities)
+        self.image_size: int = image_size
         self.samples_per_shard = samples_per_shard
         self._withdrawals = list(withdrawals)
         if len(set(self.modalities)) != len(self.modalities) or not self.modalities:
@@ -81,7 +84,7 @@ class ShardWriter:
         modality: str,
         split: str,
         group: str,
-        meta: dict | None = None,
+        meta: dict[str, Any] | None = None,
         checked: bool = False,
     ) -> None:
         """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member.
@@ -240,5 +243,5 @@ def tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
 
 
-def json_line(record: dict) -> bytes:
+def json_line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,18 +40,18 @@ class ShardDataset(Dataset):
     """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).resolve(strict=True)
+        self.root: Path = Path(root).resolve(strict=True)
         manifest, raw = read_manifest(self.root)
-        self.manifest = manifest
-        self.name = manifest["name"]
-        self.image_size = manifest["image_size"]
-        self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self.withdrawals = tuple(
+        self.manifest: dict[str, Any] = manifest
+        self.name: str = manifest["name"]
+        self.image_size: int = manifest["image_size"]
+        self.fingerprint: str = hashlib.sha256(raw).hexdigest()
+        self.withdrawals: tuple[Withdrawal, ...] = tuple(
             Withdrawal(entry["date"], entry["images"], entry["before"]) for entry in manifest.get("withdrawals", ())
         )
         rows = manifest["modalities"]
-        self.modalities = tuple(row["name"] for row in rows if not row["empty"])
-        self.empty_modalities = tuple(row["name"] for row in rows if row["empty"])
+        self.modalities: tuple[str, ...] = tuple(row["name"] for row in rows if not row["empty"])
+        self.empty_modalities: tuple[str, ...] = tuple(row["name"] for row in rows if row["empty"])
 
         number = {name: index for index, name in enumerate(self.modalities)}
         parts = []

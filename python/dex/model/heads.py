@@ -21,9 +21,9 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, dim: int, classes: int, dropout: float = 0.0, linear: bool = False):
         super().__init__()
-        self.norm = nn.LayerNorm(2 * dim, elementwise_affine=not linear)
-        self.dropout = nn.Dropout(0.0 if linear else dropout)
-        self.linear = nn.Linear(2 * dim, classes)
+        self.norm: nn.LayerNorm = nn.LayerNorm(2 * dim, elementwise_affine=not linear)
+        self.dropout: nn.Dropout = nn.Dropout(0.0 if linear else dropout)
+        self.linear: nn.Linear = nn.Linear(2 * dim, classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
@@ -37,8 +37,8 @@ class LinearSegmentation(nn.Module):
     def __init__(self, dim: int, classes: int, img_size: int):
         super().__init__()
         self.img_size = img_size
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.linear = nn.Linear(dim, classes)
+        self.norm: nn.LayerNorm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.linear: nn.Linear = nn.Linear(dim, classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 

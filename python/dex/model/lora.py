@@ -23,9 +23,9 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float):
         super().__init__()
         *stack, rows, columns = weight.shape
-        self.scale = alpha / rank
-        self.down = nn.Parameter(weight.new_empty(*stack, rank, columns))
-        self.up = nn.Parameter(weight.new_zeros(*stack, rows, rank))
+        self.scale: float = alpha / rank
+        self.down: nn.Parameter = nn.Parameter(weight.new_empty(*stack, rank, columns))
+        self.up: nn.Parameter = nn.Parameter(weight.new_zeros(*stack, rows, rank))
         bound = 1 / math.sqrt(columns)  # as torch.nn.Linear draws
         nn.init.uniform_(self.down, -bound, bound)
 

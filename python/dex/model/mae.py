@@ -86,8 +86,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv: nn.Linear = nn.Linear(dim, 3 * dim)
+        self.proj: nn.Linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
@@ -108,12 +108,13 @@ class Block(nn.Module):
         **dex_options: Any,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1: nn.LayerNorm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn: Attention = Attention(dim, num_heads)
+        self.norm2: nn.LayerNorm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.keeps_probabilities = False
         """Whether aux has the probabilities of all experts too: a `FullAux`."""
-        self.dex = self.mlp = None
+        self.dex: DEXLayer | None = None
+        self.mlp: MLP | None = None
         if num_experts:
             self.dex = DEXLayer(dim, hidden_dim, num_experts, top_k, **dex_options)
         else:
@@ -174,16 +175,17 @@ class VisionTransformer(nn.Module):
         check_number("mlp_ratio", mlp_ratio, "a positive finite number", lambda v: 0 < v < float("inf"))
         hidden_dim = max(int(embed_dim * mlp_ratio), 1)
         self.img_size: Size = plain_size(img_size)
-        self.patch_size, self.in_chans = patch_size, in_chans
+        self.patch_size: int = patch_size
+        self.in_chans: int = in_chans
         # A linear map of flattened patches, not a convolution: removed patches are then never embedded.
-        self.patch_embed = nn.Linear(in_chans * patch_size**2, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed: nn.Linear = nn.Linear(in_chans * patch_size**2, embed_dim)
+        self.cls_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             Block(embed_dim, num_heads, hidden_dim if e else k * hidden_dim, e, k, **dex_options)
             for e, k in zip(experts, chosen, strict=True)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm: nn.LayerNorm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.checkpointing = False
         """Keep only every block's input for backward and compute the block anew there."""
 
@@ -310,22 +312,22 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         **dex_options: Any,
     ):
         super().__init__()
-        self.encoder = VisionTransformer(
+        self.encoder: VisionTransformer = VisionTransformer(
             img_size, patch_size, embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, **dex_options
         )
         _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         if norm_pix_loss and patch_size**2 * in_chans < 2:
             raise ValueError("norm_pix_loss: expected False for patches of a single value, which have no deviation")
         self.norm_pix_loss = norm_pix_loss
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_embed: nn.Linear = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.encoder.grid_size))
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: nn.ModuleList = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, int(decoder_embed_dim * mlp_ratio))
             for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_norm: nn.LayerNorm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
+        self.decoder_pred: nn.Linear = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -470,17 +472,17 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         return tensors
 
 
-def vit_base(**overrides) -> MaskedAutoencoder:
+def vit_base(**overrides: Any) -> MaskedAutoencoder:
     """DEX ViT-B: 768/12/12, decoder 512/8/16, patch 16, 256 pixels, 8 experts, 2 chosen; any argument can be given."""
     return MaskedAutoencoder(**{"embed_dim": 768, "depth": 12, "num_heads": 12} | overrides)
 
 
-def vit_large(**overrides) -> MaskedAutoencoder:
+def vit_large(**overrides: Any) -> MaskedAutoencoder:
     """DEX ViT-L: 1024/24/16, otherwise as `vit_base`."""
     return MaskedAutoencoder(**{"embed_dim": 1024, "depth": 24, "num_heads": 16} | overrides)
 
 
-def vit_huge(**overrides) -> MaskedAutoencoder:
+def vit_huge(**overrides: Any) -> MaskedAutoencoder:
     """DEX ViT-H: 1280/32/16, otherwise as `vit_base` (patch 16; the original MAE's 14 does not divide 256)."""
     return MaskedAutoencoder(**{"embed_dim": 1280, "depth": 32, "num_heads": 16} | overrides)
 

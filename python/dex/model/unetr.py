@@ -54,10 +54,10 @@ class UNETR(nn.Module):
 
         common = {"spatial_dims": 2, "kernel_size": 3, "norm_name": "instance", "res_block": True}
         self.img_size = img_size
-        self.doublings = (patch_size - 1).bit_length()
-        self.inner_size = img_size // patch_size * 2**self.doublings
+        self.doublings: int = (patch_size - 1).bit_length()
+        self.inner_size: int = img_size // patch_size * 2**self.doublings
         """Side of the decoder's result: S, or more where the patch is no power of two."""
-        self.after = skip_blocks(depth)
+        self.after: tuple[int, ...] = skip_blocks(depth)
         u = self.doublings
         self._levels = [max(0, u - 1 - i) for i in range(len(self.after))]
         """How often each hidden state's grid is doubled before it is joined."""
@@ -65,7 +65,7 @@ class UNETR(nn.Module):
         def width(level: int) -> int:
             return dim if level == 0 else feature_size * min(2 ** (u - level), _WIDEST)
 
-        self.skips = nn.ModuleList(
+        self.skips: nn.ModuleList = nn.ModuleList(
             UnetrPrUpBlock(
                 in_channels=dim,
                 out_channels=width(level),
@@ -80,13 +80,13 @@ class UNETR(nn.Module):
             for level in self._levels
         )
         same_grid = self._levels.count(0)
-        self.bottom = (
+        self.bottom: nn.Module = (
             UnetrBasicBlock(in_channels=dim * (1 + same_grid), out_channels=dim, stride=1, **common)
             if same_grid
             else nn.Identity()
         )
         joined = {level for level in self._levels if level} | {u}
-        self.ups = nn.ModuleList()
+        self.ups: nn.ModuleList = nn.ModuleList()
         for level in range(1, u + 1):
             channels = {"in_channels": width(level - 1), "out_channels": feature_size if level == u else width(level)}
             if level in joined:
@@ -97,8 +97,10 @@ class UNETR(nn.Module):
                         num_layer=0, stride=1, upsample_kernel_size=2, conv_block=False, **channels, **common
                     )
                 )
-        self.image = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **common)
-        self.out = UnetOutBlock(spatial_dims=2, in_channels=feature_size, out_channels=classes)
+        self.image: UnetrBasicBlock = UnetrBasicBlock(
+            in_channels=in_chans, out_channels=feature_size, stride=1, **common
+        )
+        self.out: UnetOutBlock = UnetOutBlock(spatial_dims=2, in_channels=feature_size, out_channels=classes)
 
     def forward(self, images: Tensor, tokens: Tensor, hidden: dict[int, Tensor]) -> Tensor:
         skips: dict[int, list[Tensor]] = {}

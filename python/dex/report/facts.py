@@ -80,9 +80,7 @@ def _effort(run: RunRecord) -> dict[str, Fact]:
 def _results(run: RunRecord) -> dict[str, Fact]:
     result = {}
     if (value := run.last("loss")) is not None:
-        before, step = _before_last(run), run.last_step("loss")
-        images = f", {(step - before) * run.batch:,} images" if run.batch else ""
-        result["training loss"] = Fact(number(value), f"steps {before + 1:,} to {step:,}{images}")
+        result["training loss"] = Fact(number(value), _trained(run, "loss"))
     if (value := run.last("val_loss")) is not None:
         lowest, step = min((v, s) for s, v in run.points("val_loss") if v is not None)
         more = f"; lowest {number(lowest)} at step {step:,}" if lowest < value else ""
@@ -92,27 +90,35 @@ def _results(run: RunRecord) -> dict[str, Fact]:
     if run.has_experts:
         for key, label in (("align_loss", "align loss"), ("balance_loss", "balance loss")):
             if (value := run.last(key)) is not None:
-                result[label] = Fact(number(value), f"to step {run.last_step(key):,}, not weighted")
+                result[label] = Fact(number(value), f"not weighted; {_trained(run, key)}")
     kind = next((kind for kind in _SWAPPED if run.last("swap_gap", kind) is not None), None)
     if kind is not None:
         low, high = (run.last(f"swap_gap_{end}", kind) for end in ("low", "high"))
         ends = "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]; "
-        more = (
-            f"{ends}loss with experts {'at random' if kind == 'random' else 'of another modality'}, less with its own"
-        )
+        others = "at random" if kind == "random" else "of another modality"
+        measured = _held_out(run, "swap_gap_of", "swap_gap_images")
+        more = f"{ends}loss with experts {others}, less with its own; {measured}"
         result["swap gap"] = Fact(f"{run.last('swap_gap', kind):+.3f}", more)
     if (value := run.last("probe_linear")) is not None:
         pixels = run.last("probe_pixels")
         beside = "" if pixels is None else f", pixels {pixels:.1%}"
-        result["linear probe"] = Fact(f"{value:.1%}", f"of the modality, sources left out{beside}")
+        measured = _held_out(run, "probe_linear", "probe_images")
+        result["linear probe"] = Fact(f"{value:.1%}", f"of the modality, sources left out{beside}; {measured}")
     if (value := run.last("probe_knn")) is not None:
         result["kNN probe"] = Fact(f"{value:.1%}", f"accuracy of the modality; {_held_out(run, 'probe_knn')}", -value)
     return result
 
 
-def _held_out(run: RunRecord, key: str) -> str:
-    """At which step, and on how many images, the newest ``key`` was measured."""
-    images = run.last("val_images")
+def _trained(run: RunRecord, key: str) -> str:
+    """Over which steps, and how many images, the newest training value ``key`` is a mean."""
+    before, step = _before_last(run, key), run.last_step(key)
+    images = f", {(step - before) * run.batch:,} images" if run.batch else ""
+    return f"steps {before + 1:,} to {step:,}{images}"
+
+
+def _held_out(run: RunRecord, key: str, counted: str = "val_images") -> str:
+    """At which step, and on how many images (in ``counted``), the newest ``key`` was measured."""
+    images = run.last(counted)
     return f"step {run.last_step(key):,}" + (f", {int(images):,} images" if images is not None else "")
 
 
@@ -131,9 +137,9 @@ def _health(run: RunRecord) -> dict[str, Fact]:
     return result
 
 
-def _before_last(run: RunRecord) -> int:
-    """Step of the row before the one with the last training loss: where its mean begins."""
-    points = run.points("loss")
+def _before_last(run: RunRecord, key: str) -> int:
+    """Step of the row before the one with the newest training value ``key``: where its mean begins."""
+    points = run.points(key)
     last = max(i for i, (_, v) in enumerate(points) if v is not None)
     return points[last - 1][0] if last else 0
 

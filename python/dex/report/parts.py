@@ -13,8 +13,9 @@ class Drawer:
     """Draws one kind of value of all runs with one axis of steps and the runs' marks."""
 
     def __init__(self, runs: list[RunRecord]):
-        self.runs, self.several = runs, len(runs) > 1
-        self.end = max(run.step for run in runs)
+        self.runs: list[RunRecord] = runs
+        self.several: bool = len(runs) > 1
+        self.end: int = max(run.step for run in runs)
 
     def marks(self, unused: bool = False, run: RunRecord | None = None) -> list[Mark]:
         """Of one run or of all; "unused experts" only where asked for, since there may be many."""

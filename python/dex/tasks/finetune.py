@@ -45,7 +45,8 @@ _DRAWN = -1
 class TaskLog(RunLog):
     """The folder of a fine-tuning: a run folder whose configuration is ``finetune.yaml``."""
 
-    config_name, command = CONFIG, "dex finetune"
+    config_name: str = CONFIG
+    command: str = "dex finetune"
 
     def config_text(self, config: Any) -> str:
         return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -314,13 +315,15 @@ class _Best(NamedTuple):
 class FinetuneRun(RunLoop):
     """`finetune` once everything is ready: epochs, and what happens between them."""
 
-    command = TaskLog.command
+    command: str = TaskLog.command
 
     def __init__(self, trainer: TaskTrainer, log: TaskLog, notes: Sequence[str], watch: Watch):
         progress = Progress(trainer.steps, trainer.step, trainer.ranks.first, _summary)
         super().__init__(trainer, log, watch, progress, trainer.settings.keep_checkpoints)
         self.trainer: TaskTrainer = trainer
-        self.notes, self.settings, self.saved = list(notes), trainer.settings, trainer.plan.saved
+        self.notes: list[str] = list(notes)
+        self.settings: Settings = trainer.settings
+        self.saved: checkpoint.Checkpoint | None = trainer.plan.saved
         state = self.saved.state if self.saved else {}
         self._saved_step = state.get("step")
         self._judged = state.get("judged", 0)

@@ -44,6 +44,7 @@ class TaskModel(nn.Module):
         width, depth = encoder.patch_embed.out_features, len(encoder.blocks)
         outputs = outputs_of(task)
         self.encoder = encoder
+        self.head: nn.Module
         if task.kind == "classification":
             self.head = ClassificationHead(width, outputs, settings.dropout, linear=settings.mode == "linear")
         elif settings.mode == "linear":

@@ -89,7 +89,7 @@ class Sheet:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, wait: float = _WAIT):
-        self.path = Path(os.path.realpath(path))
+        self.path: Path = Path(os.path.realpath(path))
         self._wait = wait
 
     def rows(self) -> list[Row]:

@@ -86,12 +86,13 @@ class TaskDataset:
     """The frames of one split at one size. `add` fills it, then nothing changes."""
 
     def __init__(self, task: Task, size: int):
-        self.task, self.size = task, size
+        self.task: Task = task
+        self.size: int = size
         self.cases: list[Case] = []
         self.frames: list[Stored] = []
         self.labels: list[int] = []
         """Of every case of a classification."""
-        self.counts = torch.zeros(outputs_of(task), dtype=torch.int64)
+        self.counts: Tensor = torch.zeros(outputs_of(task), dtype=torch.int64)
         """``[C]``: pixels of each class, with the background first, or frames of each class."""
         self._file = tempfile.TemporaryFile()
         self._end = 0

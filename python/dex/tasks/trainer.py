@@ -5,12 +5,11 @@ Shape letters: B images of this rank.
 
 import contextlib
 import gc
-import time
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dex.analysis.evaluation import autocast
 from dex.common.random import sample_keys, step_seed
@@ -26,7 +25,7 @@ from dex.train import checkpoint
 from dex.train.engine import Engine
 from dex.train.optimizer import adamw, set_learning_rate
 from dex.train.schedules import learning_rate
-from dex.train.verdict import Agreement, Losses, NonFinite, send
+from dex.train.verdict import Agreement, Losses, NonFinite
 from dex.train.window import Window
 from dexkernels.layer import update_directors
 
@@ -76,18 +75,22 @@ class TaskTrainer(Engine):
     def __init__(self, plan: TaskPlan, model: TaskModel):
         super().__init__(plan.ranks, plan.device, plan.precision)
         settings = plan.settings
-        self.plan, self.settings, self.steps = plan, settings, plan.steps
-        self.model = model.to(plan.device)
+        self.plan: TaskPlan = plan
+        self.settings: Settings = settings
+        self.steps: int = plan.steps
+        self.model: TaskModel = model.to(plan.device)
         self.net: torch.nn.Module = self.model
         if plan.ranks.world_size > 1:
             self.net = spread(self.model, (), "ddp", plan.device)
-        self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in self.named_parameters]
+        self.named_parameters: list[tuple[str, nn.Parameter]] = [
+            (n, p) for n, p in self.model.named_parameters() if p.requires_grad
+        ]
+        self.parameters: list[nn.Parameter] = [p for _, p in self.named_parameters]
         self._lr = torch.zeros((), device=plan.device)
-        self.optimizer = adamw(_as_config(plan), self.named_parameters, self._lr)
+        self.optimizer: torch.optim.AdamW = adamw(_as_config(plan), self.named_parameters, self._lr)
         experts = [layer.num_experts for layer in model.encoder.dex_layers] if settings.wants_aux else []
         self._agreement = Agreement(plan.ranks, experts, 1)
-        self.window = Window((plan.task.name,), experts, plan.device)
+        self.window: Window = Window((plan.task.name,), experts, plan.device)
         weights = balanced(plan.train.counts) if settings.class_weights == "balanced" else None
         self._weights = None if weights is None else weights.to(plan.device)
 
@@ -102,11 +105,9 @@ class TaskTrainer(Engine):
     def train_step(self) -> list[NonFinite]:
         """One step; returns the non-finite ones among the steps whose verdict has arrived."""
         settings, plan = self.settings, self.plan
-        began = time.perf_counter()
-        self.at("loader")
-        batch = plan.train.batch(self.step, settings.batch_size, settings.seed, self.ranks.rank, self.ranks.world_size)
-        self.data_wait += time.perf_counter() - began
-        self.at("step")
+        with self._waiting_for_data():
+            ranks = self.ranks
+            batch = plan.train.batch(self.step, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
         rate = self.learning_rate_at(self.step)
         self._lr.fill_(rate)
         set_learning_rate(self.optimizer, self._lr, rate)
@@ -117,8 +118,7 @@ class TaskTrainer(Engine):
             images, moved = augment(self._to_device(batch.images), masks, keys, settings, self.model.encoder.in_chans)
         torch.manual_seed(step_seed(settings.seed, self.step) ^ self.ranks.rank)  # of dropout
         verdict, image_loss = self._compute(images, targets if moved is None else moved)
-        self._pending.append(send(verdict, image_loss, self.step, batch.ids))
-        self.step += 1
+        self._send(verdict, image_loss, batch.ids)
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
 
     def _compute(self, images: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
@@ -187,12 +187,7 @@ class TaskTrainer(Engine):
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters)
-        self.step = saved.state["step"]
-        self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
-        self.loss_spikes.restore(saved.state)
-        self.window.restore(saved.state)
-        if self.loss_scale is not None and "loss_scale" in saved.state:
-            self.loss_scale.restore(saved.state["loss_scale"])
+        self._go_on_from(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `checkpoint.Saver` writes, not copied."""

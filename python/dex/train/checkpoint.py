@@ -69,7 +69,9 @@ class Saver:
     """
 
     def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
-        self.root, self.keep, self.ranks = root, keep, ranks
+        self.root: Path = root
+        self.keep: int = keep
+        self.ranks: Ranks = ranks
         # A group of its own: the thread's messages must not mix with those of the training loop.
         # Long timeout: the watchdog already covers a rank that hangs or dies.
         alone = ranks.world_size == 1

@@ -1,11 +1,13 @@
 """What pretraining and fine-tuning share of a step: verdicts under way, non-finite steps, time and memory of ranks."""
 
+import contextlib
 import math
 import resource
 import statistics
 import sys
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,35 +19,60 @@ from dex.common.ranks import Ranks, gather, same_bits
 from dex.train.loss_scale import MOST_HALVINGS, LossScale
 from dex.train.loss_spikes import LossSpikes
 from dex.train.stopwatch import Stopwatch
-from dex.train.verdict import NonFinite, Sent
+from dex.train.verdict import NonFinite, Sent, Verdict, send
+from dex.train.window import Window
 
 
 class Engine:
     """A model in training, without its step: `dex.train.trainer.Trainer` and `dex.tasks.trainer.TaskTrainer` add it.
 
-    A step appends what it sends to ``_pending`` and counts ``step``; its verdict is read later, without a wait.
+    A step ends with `_send`; its verdict is read later, without a wait.
     """
 
     model: torch.nn.Module
+    window: Window
 
     def __init__(self, ranks: Ranks, device: torch.device, precision: str):
-        self.ranks, self.device = ranks, device
-        self.step = 0
+        self.ranks: Ranks = ranks
+        self.device: torch.device = device
+        self.step: int = 0
         """Steps done."""
-        self.loss_scale = LossScale(device) if precision == "fp16" else None
-        self.nonfinite_in_a_row = 0
-        self.data_wait = 0.0
+        self.loss_scale: LossScale | None = LossScale(device) if precision == "fp16" else None
+        self.nonfinite_in_a_row: int = 0
+        self.data_wait: float = 0.0
         """Seconds spent waiting for the loader since it was last set to 0."""
         self._local = Stopwatch(device)
         """Runs while the device needs no other rank: augmentation and, but for fsdp and replays, forward."""
-        self.stop_requested = False
+        self.stop_requested: bool = False
         """Set before a step: this rank was asked to stop."""
-        self.stopping = False
+        self.stopping: bool = False
         """Some rank was asked to stop, and all know of it."""
         self.at: Callable[[str], None] = lambda phase: None
         """Called with what a step does next: "loader", then "step"."""
-        self.loss_spikes = LossSpikes()
+        self.loss_spikes: LossSpikes = LossSpikes()
         self._pending: deque[Sent] = deque()
+
+    @contextlib.contextmanager
+    def _waiting_for_data(self) -> Iterator[None]:
+        began = time.perf_counter()
+        self.at("loader")
+        yield
+        self.data_wait += time.perf_counter() - began
+        self.at("step")
+
+    def _send(self, verdict: Verdict, image_loss: Tensor, ids: Sequence[str]) -> None:
+        """The step is done; its verdict, on its way to the host, is read later."""
+        self._pending.append(send(verdict, image_loss, self.step, ids))
+        self.step += 1
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
+        """What `restore` of every trainer takes from a checkpoint's state, beside tensors and data."""
+        self.step = state["step"]
+        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.loss_spikes.restore(state)
+        self.window.restore(state)
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.restore(state["loss_scale"])
 
     def flush(self) -> list[NonFinite]:
         """Wait for the verdicts still under way and return the non-finite steps among them."""

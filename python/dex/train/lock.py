@@ -30,7 +30,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None):
         self.folder = folder
-        self.made_file = False
+        self.made_file: bool = False
         """This process made the lock file, and nobody else can have made it."""
         self._say = say
         self._descriptor: int | None = None
@@ -114,7 +114,8 @@ class FolderLock:
                 os.pwrite(descriptor, f"{_this_process()}\n".encode(), 0)
                 self._key = _key(os.fstat(descriptor))
                 _held_here.add(self._key)
-            self._descriptor, self.made_file = descriptor, made
+            self._descriptor = descriptor
+            self.made_file = made
             return None
         finally:
             if not self.held:

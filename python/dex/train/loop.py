@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dex.common import exits
-from dex.common.ranks import Failed, gather, stop
+from dex.common.ranks import Failed, Ranks, gather, stop
 from dex.train import checkpoint
 from dex.train.engine import Engine
 from dex.train.runlog import Progress, RunLog
@@ -31,12 +31,15 @@ class RunLoop:
     command = "dex pretrain"
 
     def __init__(self, trainer: Engine, log: RunLog, watch: Watch, progress: Progress, keep: int):
-        self.trainer, self.log, self.watch, self.progress = trainer, log, watch, progress
-        self.ranks = trainer.ranks
+        self.trainer: Engine = trainer
+        self.log: RunLog = log
+        self.watch: Watch = watch
+        self.progress: Progress = progress
+        self.ranks: Ranks = trainer.ranks
         self.saved: checkpoint.Checkpoint | None = None
         """Where it goes on."""
         self.signals: list[int] = []
-        self.saver = checkpoint.Saver(log.checkpoints, keep, self.ranks)
+        self.saver: checkpoint.Saver = checkpoint.Saver(log.checkpoints, keep, self.ranks)
         self._output_lost = False
         self._slow_rank: int | None = None
         self._slow_rows = 0

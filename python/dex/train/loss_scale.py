@@ -22,9 +22,9 @@ class LossScale:
     """
 
     def __init__(self, device: torch.device):
-        self.value = torch.full((), START, device=device)
+        self.value: Tensor = torch.full((), START, device=device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.overflows = 0
+        self.overflows: int = 0
         """In a row; the host counts them."""
 
     @torch.no_grad()

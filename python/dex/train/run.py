@@ -13,7 +13,7 @@ import torch
 from dex.analysis.instruments import is_due
 from dex.common import exits
 from dex.common.ranks import announced, decided, everywhere, from_first, gather, start, stop
-from dex.config import Config
+from dex.config import Config, RunConfig
 from dex.data import CorruptDataError
 from dex.model.weights import DECODER_PREFIXES, LoadReport
 from dex.sizing.estimate import mfu
@@ -142,8 +142,9 @@ class PretrainRun(RunLoop):
         progress = Progress(trainer.steps, trainer.step, active=trainer.ranks.first)
         super().__init__(trainer, log, watch, progress, trainer.config.run.keep_checkpoints)
         self.trainer: Trainer = trainer
-        self.notes, self.run_config = notes, trainer.config.run
-        self.saved = trainer.plan.saved
+        self.notes: list[str] = notes
+        self.run_config: RunConfig = trainer.config.run
+        self.saved: checkpoint.Checkpoint | None = trainer.plan.saved
         stable = stable_steps(trainer.config, trainer.steps) if trainer.config.schedule.lr_shape == "wsd" else None
         self._milestones = {*(self.run_config.milestones or ()), *([stable] if stable else [])}
         """Of warm-up-stable-decay also the last step before the decay, from which a longer run can go on."""

@@ -134,10 +134,12 @@ class RunLog:
     active: False on all ranks but one, where nothing is written.
     """
 
-    config_name, command = CONFIG, "dex pretrain"
+    config_name: str = CONFIG
+    command: str = "dex pretrain"
 
     def __init__(self, folder: Path, active: bool = True):
-        self.folder, self.active = folder, active
+        self.folder: Path = folder
+        self.active: bool = active
         self._lock = FolderLock(folder, self._say)
         self._replaced = ReplacedRun(folder)
         self._owned = False

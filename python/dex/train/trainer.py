@@ -5,21 +5,21 @@ Shape letters: B images, K chosen, E experts, M modalities, R held-out images sh
 
 import contextlib
 import gc
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
 from dex.common.ranks import full, gather, spread
-from dex.config import images_per_rank, per_layer, to_dict
+from dex.config import Config, images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.augmentation import with_channels
-from dex.model import MAEOutput
+from dex.model import MAEOutput, MaskedAutoencoder
 from dex.model.balance import batch_balance, mean_probabilities
+from dex.model.weights import LoadReport
 from dex.train import checkpoint, cuda_graph
 from dex.train.average import WeightAverage
 from dex.train.engine import Engine
@@ -27,7 +27,7 @@ from dex.train.initial import first_model, load_initial
 from dex.train.optimizer import adamw, fused_adamw, move, set_learning_rate
 from dex.train.plan import Plan
 from dex.train.schedules import Schedule, schedule_at
-from dex.train.verdict import Agreement, Losses, NonFinite, Verdict, send
+from dex.train.verdict import Agreement, Losses, NonFinite, Verdict
 from dex.train.window import Window
 from dexkernels import hold_weights
 
@@ -59,25 +59,31 @@ class Trainer(Engine):
         """At step 0, wherever the plan goes on: `restore` takes it there. The loader is there already."""
         config, ranks = plan.config, plan.ranks
         super().__init__(ranks, plan.device, plan.precision)
-        self.plan, self.config = plan, config
-        self.modalities, self.steps = plan.dataset.modalities, plan.steps
-        self.loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
+        self.plan: Plan = plan
+        self.config: Config = config
+        self.modalities: tuple[str, ...] = plan.dataset.modalities
+        self.steps: int = plan.steps
+        self.loader: Loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
         model = first_model(config)
-        self.initial = load_initial(model, config) if config.model.init and not plan.saved else None
+        self.initial: LoadReport | None = load_initial(model, config) if config.model.init and not plan.saved else None
         """What became of the weights of ``model.init``; None without them, or where a checkpoint brings others."""
-        self.model = model.to(self.device)
+        self.model: MaskedAutoencoder = model.to(self.device)
         self.net = self._prepare_model()
         """The model as training calls it: spread over the ranks."""
-        self.named_parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in self.named_parameters]
+        self.named_parameters: list[tuple[str, nn.Parameter]] = [
+            (n, p) for n, p in self.model.named_parameters() if p.requires_grad
+        ]
+        self.parameters: list[nn.Parameter] = [p for _, p in self.named_parameters]
         self._schedule = Schedule(
             *(torch.zeros((), dtype=_SCHEDULE.get(name), device=self.device) for name in Schedule._fields)
         )
         """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
-        self.optimizer = self._new_optimizer()
-        self.average = None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
-        self.experts = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
+        self.optimizer: torch.optim.AdamW = self._new_optimizer()
+        self.average: WeightAverage | None = (
+            None if config.optim.ema is None else WeightAverage(self.model, config.optim.ema)
+        )
+        self.experts: list[int] = [e for e in per_layer(config.model.num_experts, config.model.depth) if e]
         self._unreadable: CorruptDataError | None = None
         self._evaluator = Evaluator(
             config,
@@ -91,7 +97,7 @@ class Trainer(Engine):
             steps=plan.steps,
         )
         self._agreement = Agreement(ranks, self.experts, len(self.modalities))
-        self.window = Window(self.modalities, self.experts, self.device)
+        self.window: Window = Window(self.modalities, self.experts, self.device)
         self._graph = self._new_graph()
 
     @property
@@ -106,11 +112,8 @@ class Trainer(Engine):
         """
         config = self.config
         values = schedule_at(config, self.step, self.steps)
-        began = time.perf_counter()
-        self.at("loader")
-        batch, unreadable = self._next_batch()
-        self.data_wait += time.perf_counter() - began
-        self.at("step")
+        with self._waiting_for_data():
+            batch, unreadable = self._next_batch()
 
         with self._local:
             keys = numbers.sample_keys(config.run.seed, self._to_device(batch.places))
@@ -127,8 +130,7 @@ class Trainer(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         inputs = (images, modality, mask_noise, *router_noise)
         verdict, image_loss = self._graph(self._compute, *inputs) if self._graph else self._compute(*inputs)
-        self._pending.append(send(verdict, image_loss, self.step, batch.ids))
-        self.step += 1
+        self._send(verdict, image_loss, batch.ids)
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
 
     def _compute(
@@ -220,7 +222,8 @@ class Trainer(Engine):
     def close(self) -> None:
         """Stop the loader and release DDP or FSDP, before the process group is destroyed."""
         self.loader.close()
-        self.net, self._graph = self.model, None
+        self.net: nn.Module = self.model
+        self._graph = None
         # DistributedDataParallel is part of reference cycles. What is left of it when Python ends, after its process
         # group, aborts the process now and then.
         gc.collect()
@@ -283,12 +286,7 @@ class Trainer(Engine):
         if self.loader.position != saved.state["data_position"]:
             self.loader.close()
             self.loader = self._new_loader(saved.state["data_position"])
-        self.step = saved.state["step"]
-        self.nonfinite_in_a_row = saved.state["nonfinite_in_a_row"]
-        self.loss_spikes.restore(saved.state)
-        self.window.restore(saved.state)
-        if self.loss_scale is not None and "loss_scale" in saved.state:
-            self.loss_scale.restore(saved.state["loss_scale"])
+        self._go_on_from(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `checkpoint.Saver` writes: weights, buffers, moments and averages, not copied."""

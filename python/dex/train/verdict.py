@@ -72,8 +72,8 @@ class Fields:
     """Named tensors in one vector, one after the other. ``shapes``: the shape of each, by name."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+        self.sizes: list[int] = [math.prod(shape) for shape in self.shapes.values()]
 
     def pack(self, dtype: torch.dtype, **values: Tensor) -> Tensor:
         """One vector of ``values``, one for every field."""
@@ -105,9 +105,11 @@ class Agreement:
     """
 
     def __init__(self, ranks: Ranks, experts: Sequence[int], modalities: int):
-        self.ranks, self.experts, self.modalities = ranks, list(experts), modalities
+        self.ranks: Ranks = ranks
+        self.experts: list[int] = list(experts)
+        self.modalities: int = modalities
         kinds, numbers = (modalities,), (sum(experts),)
-        self.fields = Fields(
+        self.fields: Fields = Fields(
             {"bad": (), "stop": (), "unreadable": ()}
             | dict.fromkeys(Losses._fields, ())
             | {"modality_loss": kinds, "modality_images": kinds}

@@ -35,7 +35,9 @@ class Watch:
     """
 
     def __init__(self, ranks: Ranks, timeout: float, command: str = "dex pretrain"):
-        self.ranks, self.timeout, self.command = ranks, timeout, command
+        self.ranks: Ranks = ranks
+        self.timeout: float = timeout
+        self.command: str = command
         self._place: dict[str, Any] = {"step": 0, "phase": "start"}
         self._since = time.monotonic()
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}

@@ -39,13 +39,14 @@ class Window:
         """experts: of each layer that has any."""
 
         kinds = (len(modalities),)
-        self.modalities, self.experts = modalities, list(experts)
-        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.modalities: Sequence[str] = modalities
+        self.experts: list[int] = list(experts)
+        self.steps: Tensor = torch.zeros((), dtype=torch.float64, device=device)
         """0-dim: steps since the last row, but for those without images."""
         self._fields = Fields({"good": (), **dict.fromkeys(Losses._fields, ())} | dict.fromkeys(_MODALITY, kinds))
         self._sums = torch.zeros(sum(self._fields.sizes), dtype=torch.float64, device=device)
         """Over the good ones among them, by `sums`; all ranks have the same."""
-        self.slots = torch.zeros(sum(experts), dtype=torch.int64, device=device)
+        self.slots: Tensor = torch.zeros(sum(experts), dtype=torch.int64, device=device)
         """``[E]``: given to each expert since the last judgement."""
         self._unused = [UnusedExperts((), ()) for _ in self.experts]
         self._told: list[set[int]] = [set() for _ in self.experts]

@@ -69,6 +69,7 @@ def test_a_row_has_numbers_alone_and_survives_json():
     assert row["swap_gap_low"].keys() == row["swap_gap_high"].keys() == row["swap_gap"].keys()
     assert row["expert_sets"] == [E] * DEPTH and row["information"] == pytest.approx([1.0] * DEPTH)
     assert row["rankme"].keys() == {"CLS token", "mean of patches"} and row["probe_linear"] == 1.0
+    assert row["swap_gap_images"] == found.swapped > 0 and row["probe_images"] == found.probed > 0
     assert columns(Instruments([], None, [], None, None, None, None)) == {}
 
 

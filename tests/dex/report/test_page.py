@@ -23,6 +23,7 @@ def test_a_real_run_is_shown_with_the_numbers_it_logged(real, tmp_path):
         "",
         "losses",
         "modalities",
+        "specialisation",
         "experts",
         "reconstructions",
         "speed",

@@ -8,7 +8,7 @@ from run_folders import held_out, read, row, write
 
 def measured(step, gap=0.1, **more):
     kinds = {"same modality": gap / 2, "other modality": gap, "other less same modality": gap / 2}
-    values = {"swap_gap": kinds, "swap_gap_of": 0.4}
+    values = {"swap_gap": kinds, "swap_gap_of": 0.4, "swap_gap_images": 24, "probe_images": 1056}
     values |= {f"swap_gap_{end}": {k: v + by for k, v in kinds.items()} for end, by in (("low", -0.02), ("high", 0.03))}
     values |= {"information": [0.2 + gap, 0.4 + gap], "information_null": [0.05, 0.07], "information_whole": [0.3, 0.5]}
     values |= {"expert_sets": [6, 8], "probability_entropy": [0.9, 0.7], "first_agreement": [0.5, 0.75]}
@@ -40,8 +40,9 @@ def test_curves_have_their_references(run, tmp_path):
     assert page.source.count('class="band f1"') >= 1  # the interval of the swap gap
     assert re.search(r'class="line[^"]*dashed[^"]*" data-l="pixels"', page.source)
     told = page.section_words("")
-    assert "+0.200 swap gap [0.180, 0.230]; loss with experts of another modality, less with its own" in told
-    assert "80.0% linear probe of the modality, sources left out, pixels 50.0%" in told
+    gap = "+0.200 swap gap [0.180, 0.230]; loss with experts of another modality, less with its own"
+    assert f"{gap}; step 8, 24 images" in told
+    assert "80.0% linear probe of the modality, sources left out, pixels 50.0%; step 8, 1,056 images" in told
     assert re.search(r"without evaluation and saving; evaluation [\d.]+% more", told)
 
 
