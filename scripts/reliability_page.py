@@ -27,8 +27,8 @@ a small model, by `make reliability`; `make test-all` tries a sample of each. Ma
 
 {measured}
 
-| promise | wanted | kept | figures |
-| --- | --- | --- | --- |
+| promise | wanted | kept | figures | measured |
+| --- | --- | --- | --- | --- |
 {rows}
 
 A random number is a function of the seed and of an image's place in the run, so there is no state of a generator to
@@ -46,14 +46,13 @@ _SURROUNDINGS_ROW = 27
 
 def page(results: dict) -> str:
     machine = results["machine"]
-    commit = ", ".join(sorted({commit_of(row) for row in results["rows"]}))
     size = "in full" if results["full"] else "sampled"
     measured = (
-        f"Measured {size} on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, Python {machine['python']}, "
-        f"torch {machine['torch']}, {commit}; {results['seconds'] / 60:.0f} minutes."
+        f"Measured {size} on {machine['cpus']} CPUs with Python {machine['python']} and torch {machine['torch']}, in "
+        f"{results['seconds'] / 60:.0f} minutes together. Each row says when, of which commit and on which processor."
     )
     rows = [
-        f"| {row['promise']} | {row['wanted']:,} | {row['done']:,} | {figures(row['details'])} |"
+        f"| {row['promise']} | {row['wanted']:,} | {row['done']:,} | {figures(row['details'])} | {of(row)} |"
         for row in results["rows"]
     ]
     has_surroundings = any(row["row"] == _SURROUNDINGS_ROW for row in results["rows"])
@@ -65,6 +64,10 @@ def page(results: dict) -> str:
         measured=measured,
         rows="\n".join(rows),
     )
+
+
+def of(row: dict) -> str:
+    return f"{row['date']}, {commit_of(row)}, {row['cpu']}"
 
 
 def figures(details: dict) -> str:

@@ -1,4 +1,4 @@
-"""Rows 7 to 18 of what we promise, on two gloo ranks: sampled, or with DEX_RELIABILITY=full in the environment in full.
+"""Rows 7 to 18, 27 and 28 of what we promise, on two gloo ranks: sampled, or in full with DEX_RELIABILITY=full set.
 
 Every promise records what was wanted and what was done; DEX_RELIABILITY_OUT names a JSON file for all of them. With
 DEX_RELIABILITY_PART what runs takes its place in that file, and the rest of it stays.
@@ -77,14 +77,13 @@ def pytest_terminal_summary(terminalreporter, config):
         path, date = Path(out), datetime.datetime.now(datetime.UTC).date().isoformat()
         machine = describe_machine(torch.device("cpu"))
         for row in rows:
-            row |= {"commit": machine["commit"], "dirty": machine["dirty"], "date": date}
+            row |= {"commit": machine["commit"], "dirty": machine["dirty"], "date": date, "cpu": machine["cpu"]}
         failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)]
         before = json.loads(path.read_text(encoding="utf-8")) if os.environ.get("DEX_RELIABILITY_PART") else None
         if before:  # what was tried again takes the place of what was there; the rest stays, with its own commit
             tried = {(row["row"], row["promise"]) for row in rows}
             ran = {report.nodeid for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)}
-            of = {"commit": before["machine"]["commit"], "dirty": before["machine"]["dirty"], "date": before["date"]}
-            rows += [of | row for row in before["rows"] if (row["row"], row["promise"]) not in tried]
+            rows += [row for row in before["rows"] if (row["row"], row["promise"]) not in tried]
             failed += [name for name in before["failed"] if name not in ran | set(failed)]
         body = {
             "date": date,
