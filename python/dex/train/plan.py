@@ -240,7 +240,8 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
         raise ValueError(f"run.keep_best: expected held-out images; {dataset.name!r} has none")
     if config.schedule.span is not None and config.schedule.span > steps:
         raise ValueError(
-            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,}"
+            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,} (a run "
+            "that was extended keeps the span of its first steps)"
         )
     cores = len(os.sched_getaffinity(0))
     notes = ()
