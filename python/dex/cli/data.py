@@ -132,6 +132,7 @@ def _private_folder(folder: Path) -> Path:
 def _check(path: str) -> Callable[[], int]:
     from dex.data import verify
     from dex.data.shard_format import read_manifest
+    from dex.prepare import page
 
     folder = _set(path)
 
@@ -142,7 +143,8 @@ def _check(path: str) -> Callable[[], int]:
         if problems:
             return exits.FAILED
         manifest, _ = read_manifest(folder)
-        print(f"{manifest['samples']:,} images in {len(manifest['shards']):,} shards: every hash fits")
+        images, shards = page.count(manifest["samples"], "image"), page.count(len(manifest["shards"]), "shard")
+        print(f"{images} in {shards}: every hash fits")
         return exits.DONE
 
     return carry_out

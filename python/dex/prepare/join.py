@@ -25,6 +25,7 @@ from dex.data import ShardWriter
 from . import card, duplicates, filters, modalities, normalise, splits, thumbnails, trace
 from .chunk_files import paths
 from .chunks import HISTOGRAM, HISTOGRAM_BYTES, Counts, Settings
+from .page import count as _count
 from .sources import PACKAGES, Source
 from .thumbnails import LeftOut, Thumbnail
 
@@ -102,6 +103,8 @@ def join(
     if not keep.any():
         small = sum(counts.dropped["too small"] for counts in table.counts)
         hint = "; of thick slices --planes stored takes what was acquired" if small else ""
+        if any(counts.refused["another modality"] for counts in table.counts):
+            hint += "; without --modality each DICOM file is taken as its header says"
         raise NothingKept(f"no image was kept: {_where_they_went(table.counts)}{hint}")
 
     out = private / "set"
@@ -510,4 +513,5 @@ def _where_they_went(counts: Sequence[Counts]) -> str:
         total.add(one)
     reasons = {**total.dropped, **total.refused}
     listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-    return f"{total.units} units, {total.seen} slices seen; {listed or 'nothing was refused'}"
+    seen = f"{_count(total.units, 'unit')}, {_count(total.seen, 'slice')} seen"
+    return f"{seen}; {listed or 'nothing was refused'}"

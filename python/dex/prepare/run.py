@@ -44,6 +44,7 @@ from .chunks import Counts, Job, Settings
 from .discover import UNKNOWN, Chunk, Listing, check_modalities, discover, parted, passed_over_counts
 from .folders import Level
 from .ids import SALT, Names, read_salt
+from .page import count as _count
 from .remote import is_url
 from .slices import PIXELS
 from .sources import Source, to_yaml
@@ -490,7 +491,7 @@ def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
 
 def _amount(planned: Sequence[_Planned]) -> str:
     units, files, size = (sum(one.entry[name] for one in planned) for name in ("units", "files", "bytes"))
-    return f"{files:,} files in {units:,} units, {format_bytes(size)}"
+    return f"{_count(files, 'file')} in {_count(units, 'unit')}, {format_bytes(size)}"
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:

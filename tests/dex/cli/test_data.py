@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("inline_workers")
 def test_check_names_a_missing_shard(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 4)
     assert run("prepare", "scans", "--modality", "X-ray", "--size", 64, "--out", "set")[0] == 0
-    assert run("data", "check", "set") == (0, "4 images in 1 shards: every hash fits\n", "")
+    assert run("data", "check", "set") == (0, "4 images in 1 shard: every hash fits\n", "")
     (tmp_path / "set" / "shard-00000.tar").unlink()
     code, out, err = run("data", "check", "set")
     assert (code, err) == (1, "") and "shard-00000.tar" in out and "every hash fits" not in out
@@ -121,7 +121,7 @@ def test_withdraw(prepared, run, tmp_path):
     assert before[:2] == (2, "") and "got nobody" in before[2]
     code, out, err = run("data", "withdraw", "set", "p1")
     assert (code, err) == (0, "") and "withdrawn: 2 images of 1 patient\n" in out and "fingerprint before: " in out
-    assert run("data", "check", "set")[:2] == (0, "6 images in 1 shards: every hash fits\n")
+    assert run("data", "check", "set")[:2] == (0, "6 images in 1 shard: every hash fits\n")
     code, out, _ = run("data", "where", "set", "p1")
     assert code == 0 and "0 images in the set" in out and "withdrawn on " in out
     code, out, _ = run("data", "withdraw", "set", "p1")

@@ -59,7 +59,7 @@ def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path, pictures):
     code, out, _ = run(*arguments)  # done already
     assert code == 0 and "dex data refused" in out and "left_out.html" not in out
     code, out, err = run("data", "check", "my set")
-    assert (code, out, err) == (0, "12 images in 1 shards: every hash fits\n", "")
+    assert (code, out, err) == (0, "12 images in 1 shard: every hash fits\n", "")
     code, out, _ = run(
         *("pretrain", "--preset", "demo", "--data", "my set", "--data.batch-size", 4, "--dry-run"),
         *("--model.img-size", 64),

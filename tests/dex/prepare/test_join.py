@@ -5,7 +5,7 @@ import dataclasses
 import nibabel
 import numpy as np
 import pytest
-from small_runs import digest, lines, picture, save, save_dicom, save_volume, source, start
+from small_runs import digest, lines, picture, save, save_dicom, save_series, save_volume, source, start
 
 from dex.prepare.ids import place_of
 from dex.prepare.run import Failed
@@ -82,7 +82,7 @@ def test_one_patient_is_there_to_train_on(here, tmp_path):
 
 def test_nothing_kept_says_why(here, tmp_path):
     save(tmp_path / "root", "a.png", np.full((64, 64), 90, np.uint8))
-    with pytest.raises(Failed, match=r"no image was kept: 1 units, 1 slices seen; blank 1\. .*log\.jsonl"):
+    with pytest.raises(Failed, match=r"no image was kept: 1 unit, 1 slice seen; blank 1\. .*log\.jsonl"):
         start([source(tmp_path / "root")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -95,3 +95,10 @@ def test_slices_across_thick_ones_lead_to_the_option(here, tmp_path):
     assert facts["images"] == 6 and any(note.startswith("40 slices are too small") for note in notes(facts))
     facts, _ = start([source(tmp_path / "root", modality="CT")], tmp_path / "axial")
     assert not any("too small" in note for note in notes(facts))
+
+
+def test_a_folder_of_another_modality_ends_with_the_way_out(here, tmp_path):
+    save_series(tmp_path / "root", 1, 3, iter("123"), SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+    wrong = source(tmp_path / "root", modality="MR", normalisation="mr", trusted=False)
+    with pytest.raises(Failed, match=r"1 unit, 0 slices seen; another modality 3; without --modality each DICOM file"):
+        start([wrong], tmp_path / "out")
