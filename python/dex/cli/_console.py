@@ -43,7 +43,7 @@ def require_one_process(command: str) -> None:
 
 def print_line(command: str, message: str) -> None:
     """``command: message`` on one line of stderr."""
-    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.write(f"{command}: {' '.join(message.split())}\n")  # at once: ranks share the output
 
 
 def failed(command: str, error: Exception | str) -> int:
