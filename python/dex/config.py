@@ -185,6 +185,8 @@ class Config:
 
 MOST_WORKERS = 256
 """Of one rank; each is a process. No machine has so many cores for a rank that more would be meant."""
+MOST_WIDE, MOST_DEEP, MOST_EXPERTS = 2**20, 10_000, 2**16
+"""Features, blocks, experts of a layer: above them a number is a slip, whose model no machine could hold."""
 
 # Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
 # otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
@@ -302,6 +304,9 @@ def _check_model(model: ModelConfig) -> None:
         _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
     for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         _require(getattr(model, name) >= 1, f"model.{name}", "at least 1", getattr(model, name))
+    for names, most in ((("embed_dim", "decoder_embed_dim"), MOST_WIDE), (("depth", "decoder_depth"), MOST_DEEP)):
+        for name in names:
+            _require(getattr(model, name) <= most, f"model.{name}", f"at most {most:,}", getattr(model, name))
     by_patch = f"a multiple of model.patch_size = {model.patch_size}"
     divides = not any(side % model.patch_size for side in height_width(model.img_size))
     _require(divides, "model.img_size", by_patch, model.img_size)
@@ -319,7 +324,9 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("embed_dim", "decoder_embed_dim"):
         width = getattr(model, name)
         hidden = f"a ratio that gives at least one hidden unit of model.{name} = {width}"
-        _require(1 <= width * model.mlp_ratio < math.inf, "model.mlp_ratio", hidden, model.mlp_ratio)
+        _require(width * model.mlp_ratio >= 1, "model.mlp_ratio", hidden, model.mlp_ratio)
+        widest = f"a ratio that gives at most {MOST_WIDE:,} hidden units of model.{name} = {width}"
+        _require(width * model.mlp_ratio <= MOST_WIDE, "model.mlp_ratio", widest, model.mlp_ratio)
     patches = math.prod(side // model.patch_size for side in height_width(model.img_size))
     kept = int(patches * (1 - model.mask_ratio))
     _require(
@@ -340,6 +347,8 @@ def _check_experts(model: ModelConfig) -> None:
             value,
         )
     experts, chosen = per_layer(model.num_experts, model.depth), per_layer(model.top_k, model.depth)
+    few = f"at most {MOST_EXPERTS:,} a layer"
+    _require(max(experts) <= MOST_EXPERTS, "model.num_experts", few, model.num_experts)
     _require(all(k >= 1 for k in chosen), "model.top_k", "at least 1", model.top_k)
     _require(
         all(e == 0 for e in experts) or all(e >= k for e, k in zip(experts, chosen, strict=True)),

@@ -155,26 +155,36 @@ def _first_options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
+class _Given(NamedTuple):
+    option: str
+    value: str
+    words: str
+    """As they stand on the command line."""
+
+
 def _check_contradictions(arguments: list[str]) -> None:
     """ValueError: one option, or two that are the same, with two values. Nothing says which of them is meant."""
-    given: dict[str, tuple[str, str]] = {}
+    seen: dict[str, _Given] = {}
     for place, word in enumerate(arguments):
         if not word.startswith("--"):
             continue
-        option, equals, value = word[2:].replace("-", "_").partition("=")
-        if equals:
-            value = word.partition("=")[2]
-        else:
-            value = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :]))
-        before, other = given.setdefault(_SHORT.get(option, option), (option, value))
-        if value == other:
+        name, equals, value = word[2:].partition("=")
+        values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
+        given = _Given(name.replace("-", "_"), value if equals else " ".join(values), word)
+        if not equals:
+            given = given._replace(words=f"{word} {given.value}".strip())
+        section, dot, last = given.option.rpartition(".")
+        if last.startswith("no_"):  # a switch that is turned off
+            given = given._replace(option=f"{section}{dot}{last[3:]}", value="no")
+        before = seen.setdefault(_SHORT.get(given.option, given.option), given)
+        if given.value == before.value:
             continue
-        if option == before:
-            raise ValueError(f"{option}: expected one value; got --{option} twice, with {other} and {value}")
-        short, full = sorted((option, before), key=len)
-        values = (value, other) if option == short else (other, value)
+        if given.option == before.option:
+            raise ValueError(f"{given.option}: expected one value; got {before.words} and {given.words}")
+        short, full = sorted((given, before), key=lambda g: len(g.option))
         raise ValueError(
-            f"{short}: expected --{short} or --{full}, which are the same; got {values[0]} and {values[1]}"
+            f"{short.option}: expected --{short.option} or --{full.option}, which are the same; got {short.value} and "
+            f"{full.value}"
         )
 
 
@@ -250,6 +260,7 @@ def _complaint(text: str, arguments: list[str], kind: type) -> str:
     from dex.common.fields import words
     from dex.config import field_kind
 
+    arguments = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     options = [word for word in arguments if word.startswith("--")]
     if text.startswith("Unrecognized options:"):
         for before, word in itertools.pairwise(arguments):

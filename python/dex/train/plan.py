@@ -19,6 +19,7 @@ from dex.common.units import duration, format_bytes
 from dex.config import Config, check, from_dict, per_layer, resolve_micro_batch, to_dict
 from dex.data import open_dataset
 from dex.data.dataset import Dataset
+from dex.data.folder import FolderDataset
 from dex.data.loader import batches_per_epoch
 from dex.train import checkpoint, cuda_graph
 from dex.train.continuation import Change, Override, go_on
@@ -272,7 +273,7 @@ def plan(
     if override is not None:
         override.check(resume)
     state = look(RunLog(out), resume, overwrite)
-    dataset = open_data(config)
+    dataset = open_data(config, out)
     fingerprint = fingerprint_of(dataset) if state.run else ""  # without a run there is nothing to compare it with
     return with_folder(placement, dataset, fingerprint, state, override)
 
@@ -316,6 +317,13 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
 
 def _check_folder(out: Path) -> None:
     """ValueError unless ``out`` is, or can become, a folder that can be written."""
+    try:
+        os.lstat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"out: expected the path of a folder; got {str(out)!r}: {reason}") from error
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"out: expected a folder; {there} is a file")
@@ -323,7 +331,8 @@ def _check_folder(out: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written; {there} cannot")
 
 
-def open_data(config: Config) -> Dataset:
+def open_data(config: Config, out: Path | None = None) -> Dataset:
+    """The data set of a run in the folder ``out``. ValueError and FileNotFoundError name the field."""
     try:
         dataset = open_dataset(config.data.path)
     except (ValueError, FileNotFoundError) as error:
@@ -331,6 +340,11 @@ def open_data(config: Config) -> Dataset:
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"data.{error}") from error
+    if out is not None and isinstance(dataset, FolderDataset) and out.resolve().is_relative_to(dataset.root):
+        raise ValueError(
+            f"out: expected a folder outside the data in {dataset.root}, whose images the run's pictures would join; "
+            f"got {out}"
+        )
     dataset.channels = config.model.in_chans
     return dataset
 

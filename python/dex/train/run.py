@@ -105,7 +105,7 @@ def _plan(
     watch.at(0, "reading checkpoint and data")
     ranks = placement.ranks
     state = FolderState(*decided(ranks, lambda: look(log, resume, overwrite, hold=True)))
-    dataset = everywhere(ranks, lambda: open_data(placement.config))
+    dataset = everywhere(ranks, lambda: open_data(placement.config, log.folder))
     fingerprint = fingerprint_of(dataset, ranks, lambda: watch.at(0, "reading the data for its fingerprint"))
     return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state, override))
 

@@ -118,12 +118,19 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         ),
         (
             ["pretrain", "--preset", "demo", "--preset", "paper"],
-            "preset: expected one value; got --preset twice, with demo and paper",
+            "preset: expected one value; got --preset demo and --preset paper",
         ),
         (
             ["pretrain", "--preset", "demo", "--optim.base-lr", "1e-3", "--optim.base_lr=2e-3"],
-            "optim.base_lr: expected one value; got --optim.base_lr twice, with 1e-3 and 2e-3",
+            "optim.base_lr: expected one value; got --optim.base-lr 1e-3 and --optim.base_lr=2e-3",
         ),
+        (
+            ["pretrain", "--preset", "demo", "--parallel.compile", "--parallel.no-compile"],
+            "parallel.compile: expected one value; got --parallel.compile and --parallel.no-compile",
+        ),
+        (["pretrain", "--preset", "demo", "--steps="], "steps: expected a whole number or null; got nothing"),
+        (["pretrain", "--preset", "demo", "--out", "a\0b"], "out: expected the path of a folder; got 'a\\x00b': "),
+        (["pretrain", "--preset", "demo", "--out", "a" * 300], "a': File name too long"),
         (
             ["pretrain", "--preset", "demo", "--run.seed", "99999999999999999999"],
             "run.seed: expected at least 0, below",
@@ -200,6 +207,17 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, ima
     if arguments[:1] == ["pretrain"] and arguments[-1] != "--preset":
         assert run(*arguments, "--dry-run") == (code, out, err)  # it approves nothing that the call refuses
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_folder_in_its_own_data_is_refused(run, images, tmp_path):
+    """Its pictures would be images of the next start."""
+    shutil.copytree(images, tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ("pretrain", "--preset", "demo", "--data", "data", "--out", "data/ct/../runs/first")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and sorted(tmp_path.rglob("*")) == before
+    assert err.startswith(f"dex pretrain: out: expected a folder outside the data in {tmp_path / 'data'}, whose images")
+    assert run(*arguments, "--dry-run") == (code, out, err)
 
 
 def test_default_run_folder_is_named_after_the_preset_or_the_file(run, tiny, tmp_path):
