@@ -185,7 +185,7 @@ class Config:
 
 MOST_WORKERS = 256
 """Of one rank; each is a process. No machine has so many cores for a rank that more would be meant."""
-MOST_WIDE, MOST_DEEP, MOST_EXPERTS = 2**20, 10_000, 2**16
+MOST_WIDE, MOST_DEEP, MOST_EXPERTS = 2**20, 1_000, 2**16
 """Features, blocks, experts of a layer: above them a number is a slip, whose model no machine could hold."""
 
 # Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
@@ -288,7 +288,9 @@ def check(config: Config) -> None:
     _check_schedule(config.schedule)
     for name, value in flat(to_dict(config)).items():
         numbers = value if isinstance(value, list) else [value]
-        _require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value)
+        floats = [n for n in numbers if isinstance(n, float)]
+        _require(all(math.isfinite(n) for n in floats), name, "finite numbers", value)
+        _require(all(n == 0 or 1e-37 < abs(n) < 1e37 for n in floats), name, "0 or numbers that float32 holds", value)
     _check_parallel(config.parallel)
     _check_run(config.run)
 
@@ -405,6 +407,7 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
 def _check_parallel(parallel: ParallelConfig) -> None:
     micro = parallel.micro_batch
     _require(parallel.timeout > 0, "parallel.timeout", "above 0", parallel.timeout)
+    _require(parallel.timeout <= 1e7, "parallel.timeout", "at most 10,000,000 seconds", parallel.timeout)
     _require(micro is None or micro >= 1, "parallel.micro_batch", "at least 1, or null", micro)
 
 

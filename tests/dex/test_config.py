@@ -146,7 +146,7 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("optim__weight_decay", 1e5, "optim.weight_decay: expected a share of less than 1 at the peak"),
         ("model__mlp_ratio", 1e6, "model.mlp_ratio: expected a ratio that gives at most 1,048,576 hidden units"),
         ("model__embed_dim", 4 * 10**8, "model.embed_dim: expected at most 1,048,576; got 400000000"),
-        ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 10,000; got 1000000000"),
+        ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 1,000; got 1000000000"),
         ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 a layer; got 1000000000"),
         ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit of"),
         ("data__num_workers", 257, "data.num_workers: expected 0 to 256; got 257"),
@@ -164,6 +164,9 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("run__seed", -1, "run.seed: expected at least 0"),
         ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
         ("parallel__micro_batch", 0, "parallel.micro_batch: expected at least 1, or null; got 0"),
+        ("parallel__timeout", 1e12, "parallel.timeout: expected at most 10,000,000 seconds; got 1000000000000.0"),
+        ("optim__eps", 1e-320, "optim.eps: expected 0 or numbers that float32 holds; got 1e-320"),
+        ("schedule__balance_weight", (1e300, 0.0), "schedule.balance_weight: expected 0 or numbers that float32 holds"),
         ("parallel__timeout", 0.0, "parallel.timeout: expected above 0; got 0.0"),
     ],
 )
