@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,20 +133,22 @@ class Watched(nn.Parameter):
     A parameter becomes one in its place (`watch`), with everything that refers to it.
     """
 
+    touched: bool
+
     @property
-    def data(self):
+    def data(self) -> Tensor:
         self.touched = True
         return torch._C.TensorBase.data.__get__(self)
 
     @data.setter
-    def data(self, value):
+    def data(self, value: Tensor) -> None:
         self.touched = True
         torch._C.TensorBase.data.__set__(self, value)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, {})
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
         return memo[id(self)]

@@ -40,7 +40,9 @@ class Example(NamedTuple):
     kind: str
 
 
-def build(facts: dict, examples: Iterable[Example] = (), left_out: Sequence[Thumbnail] = ()) -> tuple[bytes, bytes]:
+def build(
+    facts: dict[str, Any], examples: Iterable[Example] = (), left_out: Sequence[Thumbnail] = ()
+) -> tuple[bytes, bytes]:
     """The card as (HTML, JSON): both a function of the arguments alone. left_out: thumbnails that anybody may see.
     `facts`:
 

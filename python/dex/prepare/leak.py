@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,15 +87,15 @@ class Leak:
 
     a: Side
     b: Side
-    by_modality: tuple[dict, ...]
-    by_source: tuple[dict, ...]
+    by_modality: tuple[dict[str, Any], ...]
+    by_source: tuple[dict[str, Any], ...]
     pairs: tuple[Pair, ...]
 
     @property
     def overlap(self) -> bool:
         return any(self.b.found.values())
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, strings and numbers."""
         return {
             "overlap": self.overlap,

@@ -60,7 +60,7 @@ class Package:
     sha256: str
     fetch: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.registry not in REGISTRIES:
             raise ValueError(f"package.registry: expected one of {', '.join(REGISTRIES)}; got {self.registry!r}")
         for field, expression, expected in (

@@ -51,7 +51,7 @@ class Tile:
     stride: int
     box: tuple[int, int, int, int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.size >= 1, "tiles.size", "at least 1", self.size)
         _require(self.stride >= 1, "tiles.stride", "at least 1", self.stride)
         if self.box is not None:
@@ -71,7 +71,7 @@ class Route:
     modality: str
     files: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = _named({"modality": self.modality})["modality"]
         _require(name in modalities.NAMES, "routes.modality", f"one of {', '.join(modalities.NAMES)}", self.modality)
         object.__setattr__(self, "modality", name)
@@ -150,7 +150,7 @@ class Source:
     split_file: str | None = field(default=None, repr=False)
     package: Package | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is not None,
             "name",

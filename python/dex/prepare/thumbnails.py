@@ -87,7 +87,9 @@ def choose(some: Iterable[Thumbnail]) -> list[Thumbnail]:
     return [one for reason in sorted(chosen) for one in chosen[reason]]
 
 
-def without(some: Iterable[Thumbnail], groups: frozenset[str], ids: frozenset[str], paths: frozenset[str]) -> list:
+def without(
+    some: Iterable[Thumbnail], groups: frozenset[str], ids: frozenset[str], paths: frozenset[str]
+) -> list[Thumbnail]:
     """Those that show nothing of these patients, images and units. What may be anybody's goes too."""
     return [
         one

@@ -48,7 +48,7 @@ class Report:
         self._connection = connection
         self._said = 0.0
         self._done = 0
-        self.begun = 0
+        self.begun: int = 0
 
     def begin(self, unit: int, silence: float, total: float) -> None:
         """Unit number `unit` of the job comes next. It hangs if nothing is heard of it for `silence` seconds, or if it

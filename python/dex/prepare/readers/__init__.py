@@ -37,7 +37,7 @@ def reader_of(format: str) -> Reader:
     return described[format]
 
 
-def format_of(path: bytes | str | os.PathLike) -> str | None:
+def format_of(path: bytes | str | os.PathLike[str]) -> str | None:
     """The format that a file's suffix names, in any case, the longest suffix that fits; None for another or no suffix.
     Nothing is read: what a file without a suffix is, `recognised` says."""
     name = os.path.basename(os.fsdecode(path)).lower()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class BoundedFile(io.BufferedReader):
         return super().read(wanted)
 
 
-def opened(path: str | bytes | os.PathLike, kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
+def opened(path: str | bytes | os.PathLike[str], kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
     """The regular file at `path`; a link, a device, a pipe or a folder is Refused("unreadable"), and so is what the
     system will not open."""
     try:
@@ -186,7 +187,7 @@ def has_magic(file: BoundedFile) -> bool:
     return file.read(4) == b"DICM"
 
 
-def fill(file, out: np.ndarray, beat: Callable[[], None] = lambda: None) -> None:
+def fill(file: Any, out: np.ndarray, beat: Callable[[], None] = lambda: None) -> None:
     """Read `out` (contiguous) full; Refused when the file ends before. `beat` is called now and then."""
     view = memoryview(out.reshape(-1).view(np.uint8))
     done = 0

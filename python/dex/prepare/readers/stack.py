@@ -6,7 +6,7 @@ Shape letters: F frames, H rows, W columns. Index axes of a volume: i along colu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Refused(ValueError):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.file = ""
+        self.file: str = ""
         self.files: tuple[str, ...] = ()
         self.others: list[Refused] = []
 
@@ -61,7 +61,10 @@ class Refused(ValueError):
         """Itself, with the names of the files that it is about, unless it says so already."""
         found = tuple(sorted({name for name in names if name}))
         if not self.file and not self.files:
-            self.file, self.files = (found[0], ()) if len(found) == 1 else ("", found)
+            if len(found) == 1:
+                self.file = found[0]
+            else:
+                self.files = found
         return self
 
 
@@ -103,7 +106,7 @@ class Geometry:
     affine: tuple[tuple[float, float, float, float], ...] | None = None
 
     @classmethod
-    def from_affine(cls, affine: np.ndarray, spacing=None, even: bool = True) -> Geometry:
+    def from_affine(cls, affine: np.ndarray, spacing: Sequence[float] | None = None, even: bool = True) -> Geometry:
         """`affine [3 or 4, 3 or 4]`: (i, j, k) to mm, right-anterior-superior; one of 3 rows lacks the place of the
         first voxel. Refused when it is singular."""
         linear = np.asarray(affine, np.float64)[:3, :3]
@@ -211,7 +214,7 @@ class Stack:
     _percentiles: dict = field(default_factory=dict, repr=False)
     _lowest: np.float32 | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
             raise ValueError(f"quantity: expected one of {QUANTITIES}, got {self.quantity!r}")
         if not (np.isfinite(self.slope).all() and np.isfinite(self.intercept).all() and np.all(self.slope)):

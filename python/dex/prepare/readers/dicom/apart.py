@@ -72,7 +72,7 @@ class Piece(Protocol):
 
     said: tuple[Hashable, ...]
     instance: int
-    order: tuple
+    order: tuple[Any, ...]
 
 
 def said_by(head: Any, groups: Sequence[Any], content: Any) -> tuple[Hashable, ...]:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -233,7 +233,7 @@ class Pixels:
     path: Path
     syntax: pydicom.uid.UID
     offset: int
-    options: dict
+    options: dict[str, Any]
     limits: Limits
     shift: int
     colour: bool
@@ -499,20 +499,20 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
     return pixels
 
 
-def text(source, name: str) -> str:
+def text(source: Any, name: str) -> str:
     """An element's value as stripped text, "" where absent."""
     value = source.get(name)
     return "" if value is None else str(value).strip()
 
 
-def listed(value) -> list:
+def listed(value: Any) -> list[Any]:
     """The values of an element of any multiplicity."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
 
 
-def private(head, group: int, creator: str, element: int):
+def private(head: Any, group: int, creator: str, element: int) -> Any:
     """The value of an element of a private block, only where its creator is the expected one; else None."""
     block = head.get((group, 0x0010), None)
     member = head.get((group, 0x1000 | element), None)
@@ -521,7 +521,7 @@ def private(head, group: int, creator: str, element: int):
     return member.value
 
 
-def number(value) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number, or None."""
     try:
         finite = float(value)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Mosaic(NamedTuple):
     normal: np.ndarray | None
 
 
-def mosaic(head) -> Mosaic | None:
+def mosaic(head: Any) -> Mosaic | None:
     """What the header says of a mosaic; None for any other image. Refused where it does not say enough."""
     if "MOSAIC" not in (str(value).strip().upper() for value in listed(head.get("ImageType"))):
         return None
@@ -58,7 +59,13 @@ def tiles(sides: tuple[int, int], count: int) -> int:
     return beside
 
 
-def first_position(position: np.ndarray, orientation, spacing, sides, beside: int) -> np.ndarray:
+def first_position(
+    position: np.ndarray,
+    orientation: Sequence[float],
+    spacing: Sequence[float],
+    sides: Sequence[int],
+    beside: int,
+) -> np.ndarray:
     """Where the first pixel of the first slice is. spacing: mm of rows, of columns."""
     down, right = ((side - side // beside) / 2 * mm for side, mm in zip(sides, spacing, strict=True))
     return position + right * np.array(orientation[:3]) + down * np.array(orientation[3:])

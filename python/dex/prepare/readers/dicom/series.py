@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,13 +56,13 @@ class Slice:
     slope: float
     intercept: float
     instance: int
-    order: tuple
-    kind: tuple
+    order: tuple[Any, ...]
+    kind: tuple[Hashable, ...]
     quantity: str
     inverted: bool
     note: str
     tomographic: bool
-    said: tuple = field(repr=False, default=())
+    said: tuple[Hashable, ...] = field(repr=False, default=())
     location: float | None = None
     units: str = ""
 

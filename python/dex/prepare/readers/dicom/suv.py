@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..stack import Refused
 from .file import GE_PET, PHILIPS_PET, listed, number, private, text
@@ -46,7 +46,7 @@ class Uptake(NamedTuple):
     philips_activity: float | None
 
 
-def uptake(head, units: str = "") -> Uptake:
+def uptake(head: Any, units: str = "") -> Uptake:
     """From the header elements of one file. units: as its frames' own mapping says, "" where none does."""
     items = head.get("RadiopharmaceuticalInformationSequence") or []
     drug = items[0] if len(items) == 1 else {}
@@ -156,7 +156,7 @@ def _text_of(value) -> str:
     return "" if value is None else str(value)
 
 
-def mapping(groups: Sequence) -> tuple[str, float, float] | None:
+def mapping(groups: Sequence[Any]) -> tuple[str, float, float] | None:
     """Units, slope and intercept that the functional groups of a frame give its stored values; None where they give
     none of UNITS."""
     items = next((found for group in groups if (found := group.get("RealWorldValueMappingSequence"))), [])
