@@ -158,7 +158,7 @@ def _resize(model: MaskedAutoencoder, state: dict[str, Tensor], grid: tuple[int,
             new = resize_patch_embed(state[name], model.encoder.patch_size)
         else:
             rows = state[name].shape[1] if state[name].dim() == 3 else 0
-            is_own = grid is None and math.isqrt(rows - 1) ** 2 != rows - 1 and rows == 1 + math.prod(own)
+            is_own = grid is None and rows == 1 + math.prod(own) and math.isqrt(rows - 1) ** 2 != rows - 1
             new = resize_pos_embed(state[name], model.encoder.grid_size, own if is_own else grid)
         if new.shape != state[name].shape:
             resized.append(name)

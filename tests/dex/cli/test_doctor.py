@@ -74,6 +74,8 @@ def test_backends_say_why_not():
 def test_kernels_say_where_they_have_been_executed():
     found = {c.name: c.detail for c in doctor.kernels()}
     assert list(found) == [
+        "adamw_ema_ triton",
+        "adamw_ema_ cuda",
         "align_loss triton",
         "group_ema_ triton",
         "group_ema_ cuda",

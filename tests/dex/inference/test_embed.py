@@ -27,12 +27,12 @@ def test_features_are_those_of_the_trainers_encoder(tiny, tmp_path):
     assert run.run() == 0
     evaluator = run.trainer._evaluator
     evaluator.evaluate()
-    held_out = evaluator._held_out.images
+    held_out = evaluator._images.images
     got = dex.load(tmp_path / "run").embed(held_out)
     with torch.no_grad():
         want = run.trainer.model.eval().encoder(center(held_out, 64))
     assert len(held_out) == 6 and torch.equal(got.cls, want[:, 0])
-    torch.testing.assert_close(got.cls, evaluator._tokens(held_out), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.cls, evaluator._whole(held_out).cls, rtol=1e-5, atol=1e-5)
 
 
 def test_features_are_the_encoders(loaded, batch):

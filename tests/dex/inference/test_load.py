@@ -182,8 +182,13 @@ def test_another_image_size_resizes_the_positions(trained):
     assert torch.equal(loaded.encoder.pos_embed, resize_pos_embed(as_trained.encoder.pos_embed, 6))
     assert loaded.encoder(torch.zeros(2, 3, 96, 96)).shape == (2, 37, 32)
     assert torch.equal(dex.load(trained, img_size=64).encoder.pos_embed, as_trained.encoder.pos_embed)
-    for size in (0, 65, 64.0, True):
-        with pytest.raises(ValueError, match="img_size: expected a multiple of the patch size, 16; got"):
+    for size, expected in (
+        (0, "a positive whole number, or two, height and width"),
+        (65, "a multiple of the patch size, 16"),
+        (64.0, "a positive whole number, or two, height and width"),
+        (True, "a positive whole number, or two, height and width"),
+    ):
+        with pytest.raises(ValueError, match=f"img_size: expected {expected}; got"):
             dex.load(trained, img_size=size)
 
 
