@@ -8,18 +8,13 @@ import sys
 from collections.abc import Callable
 
 import torch
-from shipped_cases import Case
+from shipped_cases import Case, route_case, untouched
 
 COLS = 256
 
 EXPERTS, LAST = 128, 127
 FAR = (2**31 // LAST // 8 + 1) * 8
 """Columns of an expert: the biases of the last expert begin just past element 2^31."""
-
-
-def untouched(*shape, dtype=torch.bfloat16) -> torch.Tensor:
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return torch.tensor([], dtype=dtype).set_(torch.UntypedStorage(size), 0, shape)
 
 
 def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
@@ -33,6 +28,10 @@ def far_cases(shipped) -> dict[str, tuple[int, Callable[[], Case]]]:
         "biases of gates far apart": (80, lambda: biases_of_gates(shipped)),
         "packed rows far apart": (90, lambda: packed_rows(shipped)),
         "probabilities far apart": (80, lambda: probabilities()),
+        "rows far apart": (80, lambda: route_case(shipped, 3, 40, 3, 2, torch.bfloat16, strides=(2**30 + 8, 1))),
+        "columns far apart": (80, lambda: route_case(shipped, 3, 40, 3, 2, torch.bfloat16, strides=(1, 2**26))),
+        "parts of a sum far apart": (80, lambda: parts_of_a_sum()),
+        "parts of a gradient far apart": (80, lambda: parts_of_a_gradient()),
     }
 
 
@@ -198,3 +197,34 @@ def probabilities() -> Case:
 
     exact = p[:, :columns].double().mean(0)
     return _case("mean_probability_kernel", 0, run, exact, torch.float32)
+
+
+def parts_of_a_sum() -> Case:
+    """Rows on both sides of element 2^31, of whole numbers that bfloat16 adds up exactly."""
+    import probes
+
+    hidden, columns, first, end = 2**24, 16, 120, 130
+    parts, out = untouched(end, hidden), torch.empty(columns)
+    parts[first:, :columns] = torch.randint(8, (end - first, columns), generator=torch.Generator().manual_seed(0))
+
+    def run():
+        probes.sum_parts_kernel[(1,)](parts, out, first, end, hidden, columns, 16)
+        return out
+
+    return _case("sum_parts_kernel", 0, run, parts[first:, :columns].double().sum(0), torch.float32)
+
+
+def parts_of_a_gradient() -> Case:
+    """Of three parts the first rows of the third, which begins at element 2^31."""
+    import probes
+
+    side, width = 16, 2**15
+    height = 2**30 // width
+    parts = untouched(2 * height + side, width)
+    values = torch.rand(side, side, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+
+    def run():
+        probes.store_chunk_kernel[(1,)](values, parts, torch.empty(1), 2, height, width, side)
+        return parts[2 * height :, :side]
+
+    return _case("store_chunk_kernel", 0, run, values.double(), torch.float32)

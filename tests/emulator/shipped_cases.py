@@ -4,6 +4,7 @@ Every function takes ``shipped``, the module `ptx_emulator.shipped`, from the fi
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, R rows.
 """
 
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -192,13 +193,26 @@ def _want_mlp(shipped, inputs, precision, director, activation="gelu") -> Result
 # --- route ------------------------------------------------------------------------------------------------------------
 
 
-def route_case(shipped, R, D, E, K, dtype, one_launch=None, with_noise=True) -> Case:
+def untouched(*shape, dtype=torch.bfloat16) -> torch.Tensor:
+    """A tensor of which no page is touched until something is written, nor counted when a process forks."""
+    no_reserve = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
+    memory = mmap.mmap(
+        -1, torch.Size(shape).numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    )
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def route_case(shipped, R, D, E, K, dtype, one_launch=None, with_noise=True, strides=None) -> Case:
     """Forward and backward; logits lie wide apart, so that no rounding changes a choice.
 
-    one_launch: up to how many rows one program does everything, by default what ships.
+    one_launch: up to how many rows one program does everything, by default what ships. strides: of rows and columns.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(R, 1, D, generator=generator).to(dtype)
+    if strides is not None:
+        row, column = strides
+        apart = untouched((R - 1) * row + (D - 1) * column + 1, dtype=dtype).as_strided((R, 1, D), (row, row, column))
+        x = apart.copy_(x)
     weight = torch.randn(E, D, generator=generator) * 4 * D**-0.5
     noise = torch.randn(R, 1, E, generator=generator) if with_noise else None
     grads = torch.randn(R, K, generator=generator), torch.randn((), generator=generator)
@@ -213,7 +227,7 @@ def route_case(shipped, R, D, E, K, dtype, one_launch=None, with_noise=True) -> 
 
     def want(precision):
         leaf, leaf_weight = (
-            x.to(precision).requires_grad_(),
+            x.contiguous().to(precision, copy=True).requires_grad_(),
             weight.to(shipped.reference.real(precision)).requires_grad_(),
         )
         # The specification adds 1 to the noise where no expert was ever used.

@@ -16,6 +16,7 @@ OFFSET = "out += (image.to(tl.int64) * tokens + n) * width"
         IMAGE,
         "probabilities far apart",
         "packed rows far apart",
+        "parts of a gradient far apart",
         *(
             pytest.param(f"{what} far apart", marks=pytest.mark.slow)
             for what in (
@@ -24,6 +25,9 @@ OFFSET = "out += (image.to(tl.int64) * tokens + n) * width"
                 "biases by slot",
                 "biases of packed rows",
                 "biases of gathered rows",
+                "rows",
+                "columns",
+                "parts of a sum",
             )
         ),
     ],
