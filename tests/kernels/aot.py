@@ -191,7 +191,9 @@ def main(arch: int) -> None:
             values = arguments(kernel, args, kwargs)
             flags = [values[p.name] for p in kernel.params if p.is_constexpr]
             row = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "arch": arch, "flags": flags}
-            print(json.dumps(row | compile_one(kernel, args, kwargs, arch)), flush=True)
+            print(
+                json.dumps(row | compile_one(kernel, args, kwargs, arch), default=str), flush=True
+            )  # dtypes are flags
 
 
 if __name__ == "__main__":
