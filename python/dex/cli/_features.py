@@ -34,7 +34,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
     add_img_size(parser)
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
+    add_computing(parser, 64, "images")
+
+
+def add_computing(parser: argparse.ArgumentParser, batch_size: int, of: str) -> None:
+    """How files are read and a model computes; `of`: what a batch counts."""
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"{of} per forward ({batch_size})"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
     parser.add_argument(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dex.cli import _features
 from dex.cli._console import folder_argument
 
 if TYPE_CHECKING:
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 REMEMBERED = ("split", "patient", "split_seed", "shots")
 """Options that a fine-tuned folder keeps, so that an evaluation splits as the training did."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Of a fine-tuned model in use."""
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        metavar="X",
+        help="enlarge frames to X times the model's image size and average over overlapping windows (as a whole)",
+    )
+    _features.add_computing(parser, 16, "frames")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -76,27 +76,9 @@ def _parser() -> Parser:
     parser.add_argument("--out", metavar="DIR", help="where evaluation.json and report.html go (into FOLDER)")
     parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row for each folder")
     parser.add_argument("--run", metavar="RUN", help="leak check against the data of this pretrained run")
-    parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
-    )
-    parser.add_argument(
-        "--window",
-        type=float,
-        metavar="X",
-        help="enlarge frames to X times the model's image size and average over overlapping windows (as a whole)",
-    )
+    _task_data.add_model_options(parser)
     parser.add_argument(
         "--tolerance", type=float, default=2.0, metavar="MM", help="of NSD (2, not stated by the paper)"
-    )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames per forward (16)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that read, each with limits on memory and time (one for each processor, at most 8). 0 reads in "
-        "the command's own process, without these limits",
     )
     _task_data.add_options(parser)
     return parser

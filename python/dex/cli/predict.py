@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from dex.cli import _progress
+from dex.cli import _progress, _task_data
 from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
 
@@ -81,23 +81,5 @@ def _parser() -> Parser:
     parser.add_argument("--probabilities", action="store_true", help="write the probability of every class as well")
     parser.add_argument("--overlays", action="store_true", help="draw the frame of each file that shows most")
     parser.add_argument("--public", action="store_true", help="readable ids from the files' names, not salted hashes")
-    parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
-    )
-    parser.add_argument(
-        "--window",
-        type=float,
-        metavar="X",
-        help="enlarge frames to X times the model's image size and average over overlapping windows (as a whole)",
-    )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames per forward (16)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that read, each with limits on memory and time (one for each processor, at most 8). 0 reads in "
-        "the command's own process, without these limits",
-    )
+    _task_data.add_model_options(parser)
     return parser

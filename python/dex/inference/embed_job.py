@@ -101,7 +101,7 @@ def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
             raise ValueError(f"out: expected a new file; {options.out} is there. Give another --out")
         options.out.parent.mkdir(parents=True, exist_ok=True)
     else:
-        _begin_folder(_plan(loaded, collection, options), options.out)
+        begin_folder(_plan(loaded, collection, options), options.out, PLAN, may_lack=_READING)
     (private_folder(options.out) / NOTES).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
@@ -236,15 +236,21 @@ def _plan(loaded: Loaded, collection: Collection, options: Options) -> dict[str,
     }
 
 
-def _begin_folder(plan: dict[str, Any], out: Path) -> None:
-    path = out / PLAN
+def begin_folder(plan: dict[str, Any], out: Path, file: str, may_lack: str = "") -> None:
+    """Make the folder of a job with its plan, or find it begun by the same plan. ValueError for another one.
+
+    file: of the plan, in the folder. may_lack: what plans of old do not say.
+    """
+    path = out / file
     if path.exists():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"out: expected the plan of an earlier start in {path}; {error}") from error
+        if not isinstance(earlier, dict):
+            raise ValueError(f"out: expected the plan of an earlier start in {path}; got {type(earlier).__name__}")
         for name, value in plan.items():
-            if earlier.get(name, value if name == _READING else None) != value:  # plans of old do not say it
+            if earlier.get(name, value if name == may_lack else None) != value:
                 raise ValueError(
                     f"out: {out} was begun with {name} {earlier.get(name)}, now it is {value}; give another --out"
                 )

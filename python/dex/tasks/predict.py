@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from dex.common import atomic, exits, formats
-from dex.inference import reading
+from dex.inference import embed_job, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.prepare import chunks, readers
 from dex.prepare.ids import Names
@@ -129,7 +129,7 @@ def begin(loaded: LoadedTask, files: Sequence[Path], options: Options) -> list[s
     inside = next((path for path in files if path.is_relative_to(options.out.absolute())), None)
     if inside is not None:
         raise ValueError(f"out: expected a folder apart from the files; {inside} is in {options.out}")
-    _begin_folder(_plan(loaded, options), options.out)
+    embed_job.begin_folder(_plan(loaded, options), options.out, PLAN)
     names = _ids(files, options)
     (private_folder(options.out) / DONE).mkdir(mode=0o700, exist_ok=True)
     return names
@@ -319,26 +319,6 @@ def _plan(loaded: LoadedTask, options: Options) -> dict[str, Any]:
         "window": options.window,
         "precision": options.precision,
     }
-
-
-def _begin_folder(plan: dict[str, Any], out: Path) -> None:
-    path = out / PLAN
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name, value in plan.items() if earlier[name] != value]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"out: expected the plan of an earlier start in {path}; {error!r}") from error
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"out: {out} was begun with {name} {earlier[name]}, now it is {plan[name]}; give another --out"
-            )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new or empty folder, or one that this command began; got {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, json.dumps(plan, indent=1) + "\n", sync=True)
 
 
 def _done_path(options: Options, id: str) -> Path:
