@@ -1,8 +1,18 @@
 """Fixtures of several folders. What they need is imported when one is asked for: some tests run without it."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_any_order(request) -> None:
+    """Begin a module's random numbers anew for each test: none depends on which tests ran before it."""
+    numpy = sys.modules.get("numpy")
+    for value in vars(request.module).values() if numpy else ():
+        if isinstance(value, numpy.random.Generator):
+            value.bit_generator.state = type(value.bit_generator)(0).state
 
 
 @pytest.fixture

@@ -90,8 +90,12 @@ def test_shifts(kind):
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_fields(kind):
     bits, x = int(kind[1:]), numbers(kind)
-    start = np.array([0, 1, 4, 14, bits - 1, bits, 40, 255] * 100, np.uint32)[: len(x)]
-    length = np.array([0, 1, 3, 14, bits, 31, 7, 255, 2] * 100, np.uint32)[: len(x)]
+    # Every start with every length; all ones show a bit from beyond the word, whatever is drawn.
+    starts, lengths = [0, 1, 4, 14, bits - 1, bits, bits + 1, 40, 255], [0, 1, 3, 14, bits - 1, bits, 31, 7, 255, 2]
+    start, length = (a.reshape(-1) for a in np.meshgrid(np.array(starts, np.uint32), np.array(lengths, np.uint32)))
+    ones = np.full(start.size, -1 if kind[0] == "s" else 2**bits - 1, dtype(kind))
+    x = np.concatenate([ones, x[: start.size]])
+    start, length = np.tile(start, 2), np.tile(length, 2)
 
     def field(value, at, count):
         """As the manual of PTX has it, bit by bit."""

@@ -293,6 +293,8 @@ def extract_field(parts, num_operands):
         # Bits beyond the word are zeros, or copies of the sign: a shift of the widened value gives both.
         wide = x.astype(np.int64) if kind[0] == "s" or bits == 32 else x
         field = (wide >> np.minimum(start, 63).astype(wide.dtype)).astype(np.int64)
+        if kind == "u64":  # no wider word to shift
+            field = np.where(start >= bits, 0, field)
         short = np.minimum(length, 63)
         value = np.where(length >= 64, field, field & ((np.int64(1) << short) - 1))
         if kind[0] == "s":
