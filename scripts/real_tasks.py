@@ -5,9 +5,9 @@ usage: python scripts/real_tasks.py OUT [--task NAME ...] [--processes N]
        python scripts/real_tasks.py OUT --data
        python scripts/real_tasks.py --page [--check]
 
-OUT: a folder; a second start goes on where the first one stopped, whatever stopped it. Writes benchmarks/results/tasks/
-results.json and sheet.csv after every task that is complete, and docs/real-tasks.md. --data: the labelled images alone,
-in OUT/data. --page: the page alone, from the results; --check: change nothing, exit 1 when it would.
+OUT: a folder; after any stop, a second start resumes. Writes benchmarks/results/tasks/results.json and sheet.csv after
+every complete task, and docs/real-tasks.md. --data: only the labelled images, in OUT/data. --page: only the page, from
+the results. --check: change nothing; exit 1 if the page is outdated.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from generated import atomic  # noqa: E402
 RESULTS = ROOT / "benchmarks/results/tasks"
 CACHE = Path("~/.cache/dex").expanduser()
 
-# The plan. It was committed before any of these runs was made; docs/real-tasks.md prints it.
+# The plan, committed before the first run; docs/real-tasks.md prints it.
 PRETRAINING = {"dex": "demo", "monolithic": "demo-monolithic"}
 ARMS = ("dex", "monolithic", "random")
-"""The last one is the architecture of the first, drawn anew."""
+"""The last one is the architecture of the first, initialised randomly."""
 PAIRS = (("dex", "monolithic"), ("dex", "random"), ("monolithic", "random"))
-"""The first pair is the outcome; the others say whether pretraining on so few images helps at all."""
+"""The first pair is the main comparison; the others show whether pretraining on these few images helps at all."""
 SEEDS = (0, 1, 2)
-"""Of fine-tuning. Each arm was pretrained once."""
+"""Seeds of fine-tuning. Each arm was pretrained once."""
 SETTINGS = {
     "img_size": 96,
     "feature_size": 8,
@@ -54,9 +54,9 @@ SETTINGS = {
     "checkpoint_every": 100,
     "keep_checkpoints": 1,
 }
-"""Of all arms and tasks; everything else as `dex finetune` has it."""
+"""Settings of all arms and tasks; all others are the defaults of `dex finetune`."""
 EPOCHS = {"ct-organs": 18, "nuclei": 6, "mr-slab": 12, "plane": 6, "modality": 6, "ct-aorta": 9}
-"""Of all arms. A trial of six epochs of ct-organs, looked at by its validation slices, was still learning."""
+"""For all arms. In a trial, ct-organs was still learning after six epochs, by the loss of its validation slices."""
 ORDER = ("ct-organs", "nuclei", "mr-slab", "plane", "modality", "ct-aorta")
 
 
@@ -103,12 +103,12 @@ def run(out: Path, tasks: Sequence[str], processes: int) -> None:
     folds = real_tasks_data.build(out / "data", CACHE)
     real_tasks_data.without_sources(out / "pretraining")
     pretrain(out, processes)
-    say(f"data and pretraining are there after {time.monotonic() - began:.0f} s")
+    say(f"data and pretraining are ready after {time.monotonic() - began:.0f} s")
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for task in [name for name in ORDER if name in tasks]:
-            of_task = [fold.name for fold in folds if fold.task == task]
-            jobs = [Job(fold, "", None) for fold in of_task]
-            jobs += [Job(fold, arm, seed) for seed in SEEDS for fold in of_task for arm in ARMS]
+            names = [fold.name for fold in folds if fold.task == task]
+            jobs = [Job(fold, "", None) for fold in names]
+            jobs += [Job(fold, arm, seed) for seed in SEEDS for fold in names for arm in ARMS]
             futures = [pool.submit(carry_out, out, job) for job in jobs]
             for future in as_completed(futures):
                 future.result()
@@ -117,7 +117,7 @@ def run(out: Path, tasks: Sequence[str], processes: int) -> None:
 
 
 def pretrain(out: Path, processes: int) -> None:
-    """Both arms at once, or one after the other."""
+    """Pretrain both arms, at the same time if ``processes`` allows."""
     running: list[tuple[str, subprocess.Popen]] = []
     for name, preset in PRETRAINING.items():
         words = [sys.executable, "-m", "dex", "pretrain", "--preset", preset, "--data", str(out / "pretraining")]
@@ -148,7 +148,7 @@ def is_pretrained(run: Path) -> bool:
 
 
 def carry_out(out: Path, job: Job) -> None:
-    """In a process of the pool; what it prints goes to a log."""
+    """Run one job in a process of the pool; its output goes to a log."""
     import torch
 
     torch.set_num_threads(1)
@@ -158,15 +158,15 @@ def carry_out(out: Path, job: Job) -> None:
 
 
 def leak_check(out: Path, fold: str) -> None:
-    """Against the set that both arms were pretrained on; the test images alone are asked about."""
+    """Compare the test images with the set that both arms were pretrained on."""
     from dex.tasks import leakage
 
     path = out / f"leaks/{fold}.json"
     if path.is_file():
         return
     path.parent.mkdir(exist_ok=True)
-    found = leakage.check(opened(out, fold), out / "pretraining", sides=("test",))
-    atomic.write(path, json.dumps({**found._asdict(), "sentence": found.sentence}, indent=1) + "\n")
+    leak = leakage.check(opened(out, fold), out / "pretraining", sides=("test",))
+    atomic.write(path, json.dumps({**leak._asdict(), "sentence": leak.sentence}, indent=1) + "\n")
 
 
 def opened(out: Path, fold: str):
@@ -184,21 +184,21 @@ def fine_tune(out: Path, job: Job) -> None:
         return
     before = time.process_time()
     side, task = side_of(out, job.arm), prepared(out, job.fold)
-    of_task = dataclasses.replace(settings(), epochs=EPOCHS[task_of(out, job.fold)])
-    made, leak = compare.settings_of(side, of_task, job.seed), leak_of(out, job.fold)
-    compare.outcome(side, task, made, out / "tasks", leak=leak, discard=True)
+    with_epochs = dataclasses.replace(settings(), epochs=EPOCHS[task_of(out, job.fold)])
+    job_settings, leak = compare.settings_of(side, with_epochs, job.seed), leak_of(out, job.fold)
+    compare.outcome(side, task, job_settings, out / "tasks", leak=leak, discard=True)
     used = {"processor_seconds": time.process_time() - before, "max_rss_kb": resource.getrusage(0).ru_maxrss}
     atomic.write(cost, json.dumps(used) + "\n")
 
 
 def task_of(out: Path, fold: str) -> str:
-    listed = json.loads((out / "data/folds.json").read_text(encoding="utf-8"))
-    return next(entry["task"] for entry in listed if entry["name"] == fold)
+    entries = json.loads((out / "data/folds.json").read_text(encoding="utf-8"))
+    return next(entry["task"] for entry in entries if entry["name"] == fold)
 
 
 @functools.cache
 def prepared(out: Path, fold: str):
-    """Read and checked once in each process."""
+    """The task, read and checked once per process."""
     from dex.tasks import compare
 
     return compare.prepared(opened(out, fold))
@@ -206,7 +206,7 @@ def prepared(out: Path, fold: str):
 
 def leak_of(out: Path, fold: str) -> str:
     path = out / f"leaks/{fold}.json"
-    while not path.is_file():  # the other process makes it
+    while not path.is_file():  # Another process writes it.
         time.sleep(1)
     return json.loads(path.read_text(encoding="utf-8"))["sentence"]
 
@@ -226,7 +226,7 @@ def settings():
 
 
 def complete(out: Path, folds) -> set[str]:
-    """The tasks all of whose runs are there."""
+    """The tasks whose runs are all done."""
     return {
         task
         for task in {fold.task for fold in folds}
@@ -241,7 +241,7 @@ def complete(out: Path, folds) -> set[str]:
 
 
 def evaluations(out: Path, folds: Sequence[str], arm: str) -> list:
-    """One per seed: the test cases of all folds together."""
+    """One evaluation per seed, of the test cases of all folds together."""
     from dex.tasks.evaluate import FILE
     from dex.tasks.metrics import evaluation_file
 
@@ -258,7 +258,7 @@ def evaluations(out: Path, folds: Sequence[str], arm: str) -> list:
 
 
 def summarise(out: Path, folds, wall: float) -> None:
-    """results.json and sheet.csv, of the tasks that are complete."""
+    """Write results.json and sheet.csv of the complete tasks."""
     import real_tasks_data
     import torch
 
@@ -268,8 +268,7 @@ def summarise(out: Path, folds, wall: float) -> None:
     sides = {arm: side_of(out, arm) for arm in ARMS}
     tasks = []
     for name in [task for task in ORDER if any(fold.task == task for fold in folds)]:
-        of_task = [fold for fold in folds if fold.task == name]
-        tasks.append(summary(out, name, of_task, compare))
+        tasks.append(summary(out, name, [fold for fold in folds if fold.task == name], compare))
     costs = [json.loads(path.read_text())["processor_seconds"] for path in out.glob("tasks/*/*/cost.json")]
     results = {
         "machine": describe_machine(torch.device("cpu")),
@@ -299,24 +298,25 @@ def summary(out: Path, name: str, folds, compare) -> dict:
     task = opened(out, folds[0].name).task
     pairs = []
     for a, b in PAIRS:
-        one = compare.compared(name, by_arm[a], by_arm[b])
+        comparison = compare.compared(name, by_arm[a], by_arm[b])
+        difference = comparison.difference
         pairs.append(
             {
                 "first": a,
                 "second": b,
-                "estimate": one.difference.estimate._asdict(),
-                "by_seed": [seed.value for seed in one.difference.by_seed],
-                "verdict": one.difference.verdict,
-                "no_verdict": one.reasons,
-                "sentence": one.difference.sentence(a, b),
+                "estimate": difference.estimate._asdict(),
+                "by_seed": [seed.value for seed in difference.by_seed],
+                "verdict": difference.verdict,
+                "no_verdict": comparison.reasons,
+                "sentence": difference.sentence(a, b),
             }
         )
     values = {
         arm: {
-            "by_seed": [one.estimate(first.metric).value for one in by_arm[arm]],
+            "by_seed": [run.estimate(first.metric).value for run in by_arm[arm]],
             "by_class": [
-                [estimate.value for estimate in one.by_class("dice" if one.kind == "segmentation" else first.metric)]
-                for one in by_arm[arm]
+                [estimate.value for estimate in run.by_class("dice" if run.kind == "segmentation" else first.metric)]
+                for run in by_arm[arm]
             ],
         }
         for arm in ARMS
