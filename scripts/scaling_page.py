@@ -69,7 +69,7 @@ keeps them.
 | overlap | at most the stated share. ddp: gradients during the last backward; fsdp: everything during all compute |
 | memory | weights, gradients, moments, copies, activations; fsdp divides the first three and adds two gathered blocks |
 
-Not counted: the loader, evaluation, recomputation (`parallel.checkpointing`), temporary tensors of operators, stragglers.
+Not counted: the loader, evaluation, recomputation (`parallel.checkpointing`), operators' temporary tensors, stragglers.
 """
 
 
