@@ -2,7 +2,7 @@
 """Draws which package imports which, from the code: docs/images/architecture.svg.
 
 usage: python scripts/architecture.py [--check]
---check: change nothing; exit 1 when the drawing is not what the code says. Needs no other package.
+--check: change nothing; exit 1 if the drawing is outdated. Needs no other package.
 """
 
 import argparse
@@ -37,22 +37,22 @@ LAYERS = (
     ("report",),
     ("cli",),
 )
-"""Packages of `dex`, the lowest first: each may import those below it. What is not named stands above all of them."""
+"""Packages of `dex`, the lowest first: each may import those below it. Others stand above all of them."""
 
 TOP, LIBRARY = "dex", "dexkernels"
-"""Names in the drawing: the modules of `dex` that lie in no package and stand above all; the kernel library."""
+"""Names in the drawing: the top-level modules of `dex`, which stand above all packages; the kernel library."""
 
 WIDTH, MARGIN, BOX, STEP, ROW, FIRST = 900, 16, 82, 58, 50, 78
-"""Pixels: of the drawing, around it, of a box, from column to column, from row to row, above the first row's middle."""
+"""Pixels: drawing width, margin, box width, column distance, row distance, vertical centre of the first row."""
 LETTER, SMALL = 5.9, 11
-"""Pixels that a letter of the small text takes, and its size."""
+"""Pixels per letter of the small text, and its font size."""
 INK, QUIET, PAPER = "#26323a", "#6a767d", "#fcfbf8"
 COLOURS = ("#5b6770", "#0d6e75", "#8a5a00", "#2f72c4", "#6a55b0", "#b03a5b", "#3d7d3a", "#cb5f12", "#1f7a8c", "#7a3f9d")
-"""Of the columns, in turn."""
+"""Colours of the columns, in turn."""
 
 
 class Import(NamedTuple):
-    """One import of a module by another, wherever in the file it stands."""
+    """One import of a module by another, anywhere in the file."""
 
     importer: str
     imported: str
@@ -70,18 +70,18 @@ def modules() -> dict[str, Path]:
 
 
 def imports(named: dict[str, Path]) -> list[Import]:
-    """Every import between ``named`` modules, those inside of functions and for annotations included."""
-    found = []
+    """Every import between ``named`` modules, including those in functions and for annotations."""
+    entries = []
     for importer, path in named.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for imported in _targets(node, importer, path.name == "__init__.py", named):
                 if imported != importer:
-                    found.append(Import(importer, imported, node.lineno))
-    return found
+                    entries.append(Import(importer, imported, node.lineno))
+    return entries
 
 
 def _targets(node: ast.AST, importer: str, is_package: bool, named: dict[str, Path]) -> Iterator[str]:
-    """The modules among ``named`` that an import statement means."""
+    """The modules among ``named`` that an import statement imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name in named)
     elif isinstance(node, ast.ImportFrom):
@@ -98,31 +98,31 @@ def _targets(node: ast.AST, importer: str, is_package: bool, named: dict[str, Pa
 
 
 def package_of(module: str) -> str:
-    """The package of `dex` that a module lies in, or the module itself where it lies in none: ``dex.data.loader`` ->
-    ``data``, ``dex.config`` -> ``config``, ``dex`` -> ``dex``; of the kernel library always ``dexkernels``."""
+    """The package of `dex` that contains a module, or the module itself: ``dex.data.loader`` -> ``data``,
+    ``dex.config`` -> ``config``, ``dex`` -> ``dex``. Modules of the kernel library give ``dexkernels``."""
     parts = module.split(".")
     return parts[1] if parts[0] == "dex" and len(parts) > 1 else parts[0]
 
 
 def box_of(module: str) -> str:
-    """The box of the drawing that a module belongs to."""
+    """The module's box in the drawing."""
     package = package_of(module)
     return package if package == LIBRARY or any(package in layer for layer in LAYERS) else TOP
 
 
 def boxes() -> list[str]:
-    """The packages of `dex` as the drawing shows them, from the top down."""
+    """The packages of `dex` in the drawing, from the top down."""
     return [TOP, *(name for layer in reversed(LAYERS) for name in reversed(layer))]
 
 
-def counts(found: Iterable[Import]) -> Counter[tuple[str, str]]:
+def counts(entries: Iterable[Import]) -> Counter[tuple[str, str]]:
     """(importer, imported) -> number of imports, between boxes."""
-    pairs = ((box_of(entry.importer), box_of(entry.imported)) for entry in found)
+    pairs = ((box_of(entry.importer), box_of(entry.imported)) for entry in entries)
     return Counter((importer, imported) for importer, imported in pairs if importer != imported)
 
 
 def contents(named: dict[str, Path], package: str) -> list[str]:
-    """What lies directly in a package, by its dotted name: modules, and folders with a slash."""
+    """The direct contents of a package, by its dotted name: modules, and folders with a slash."""
     prefix = f"{package}."
     inside = {name.removeprefix(prefix): path for name, path in sorted(named.items()) if name.startswith(prefix)}
     plain = {name: path for name, path in inside.items() if "." not in name and not name.startswith("_")}
@@ -130,7 +130,7 @@ def contents(named: dict[str, Path], package: str) -> list[str]:
 
 
 def wrapped(words: Iterable[str], width: float, most: int) -> list[str]:
-    """Words with commas in at most ``most`` lines of ``width`` pixels; an ellipsis where there are more."""
+    """Words with commas in at most ``most`` lines of ``width`` pixels; an ellipsis if more are needed."""
     lines = [""]
     for word in words:
         longer = f"{lines[-1]}, {word}" if lines[-1] else word
@@ -145,17 +145,17 @@ def wrapped(words: Iterable[str], width: float, most: int) -> list[str]:
     return lines
 
 
-def draw(named: dict[str, Path], found: Iterable[Import]) -> str:
-    """The SVG: a box for each package on a diagonal; what it imports lies below it. Where the column of the importer
-    meets the row of the imported package stands the number of imports."""
-    names, arrows = boxes(), counts(found)
+def draw(named: dict[str, Path], entries: Iterable[Import]) -> str:
+    """The SVG: a box for each package on a diagonal, above the packages that it imports. The number of imports stands
+    where the column of the importer meets the row of the imported package."""
+    names, arrows = boxes(), counts(entries)
     below = FIRST + ROW * len(names) + 8
     height = below + 168
     rows = {name: FIRST + ROW * i for i, name in enumerate(names)} | {LIBRARY: below}
     columns = {name: MARGIN + BOX / 2 + STEP * i for i, name in enumerate(names)}
     for importer, imported in arrows:
         if importer == LIBRARY or rows[importer] > rows[imported]:
-            raise ValueError(f"{importer}: expected to import what lies below it, got {imported}")
+            raise ValueError(f"{importer}: expected imports of lower packages, got {imported}")
     parts = [
         text(MARGIN, 26, "Who imports whom", "start", INK, 16),
         text(
@@ -175,7 +175,7 @@ def draw(named: dict[str, Path], found: Iterable[Import]) -> str:
         if name == TOP:
             inside = [module for module in inside if box_of(f"dex.{module.removesuffix('/')}") == TOP]
         parts += _box(name, colour, columns[name], rows[name], inside)
-    parts += _library(named, found, below, height)
+    parts += _library(named, entries, below, height)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" role="img" '
         f'aria-label="Packages in layers; each arrow is an import and points down">\n'
@@ -220,7 +220,7 @@ def _arrow(x: float, y: float, path: str, colour: str) -> str:
 
 
 def _box(name: str, colour: str, x: float, y: float, inside: list[str]) -> list[str]:
-    """A package, and beside it what lies in it."""
+    """The box of a package, with its contents beside it."""
     left = x - BOX / 2
     parts = [_rectangle(left, y - 16, BOX, 32, colour), text(x, y + 5, name, colour="#fff", size=13)]
     beside = left + BOX + 12
@@ -237,8 +237,8 @@ def _rectangle(x: float, y: float, width: float, height: float, fill: str, strok
     )
 
 
-def _library(named: dict[str, Path], found: Iterable[Import], top: int, bottom: int) -> list[str]:
-    """The kernel library: its modules, and below them its operators, each with what runs it."""
+def _library(named: dict[str, Path], entries: Iterable[Import], top: int, bottom: int) -> list[str]:
+    """The kernel library: its modules, and below them its operators, each with its backends."""
     width = WIDTH - 2 * MARGIN
     parts = [_rectangle(MARGIN, top, width, bottom - top - MARGIN, "#eef2f1", "#9fb3b0")]
     parts.append(text(MARGIN + 14, top + 24, LIBRARY, "start", INK, 14))
@@ -247,7 +247,7 @@ def _library(named: dict[str, Path], found: Iterable[Import], top: int, bottom: 
         parts.append(text(MARGIN + 110, top + 24 + 14 * i, words, "start", QUIET, SMALL))
     prefix = f"{LIBRARY}.ops."
     operators = [name.removesuffix("/") for name in contents(named, f"{LIBRARY}.ops") if name.endswith("/")]
-    into = sum(e.imported.startswith(prefix) and not e.importer.startswith(f"{LIBRARY}.ops") for e in found)
+    into = sum(e.imported.startswith(prefix) and not e.importer.startswith(f"{LIBRARY}.ops") for e in entries)
     y = top + 74
     if into:
         x = MARGIN + 60

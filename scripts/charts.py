@@ -1,4 +1,4 @@
-"""Two pictures of a results file, as SVG text that depends on nothing else: a roofline, and cost against E and B."""
+"""Two charts of a results file as self-contained SVG text: a roofline, and cost against E and B."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 COLOURS = {"reference": "#777777", "triton": "#0b7a75", "triton, aligned": "#7a3f9d", "cuda": "#b3541e"}
 COLOURS |= {"dense products": "#2b4c9b"}
-"""What did it -> colour."""
+"""Backend or limit -> colour."""
 
 CASES = ("grouped_mlp forward", "grouped_mlp forward + backward", "layer step")
 MARKERS = ("M0-5 5 4H-5Z", "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0Z", "M-4-4H4V4H-4Z")
@@ -16,7 +16,7 @@ ALIGNED = "aligned path of "
 LIMIT = "dense products"
 FIXED = {"N": 65, "D": 768, "K": 2}
 SHARED = {"E": ("experts", {"B": 224}), "B": ("images", {"E": 8})}
-"""Size that moves -> what it counts, and what else is held beside FIXED."""
+"""Varied size -> what it counts, and the sizes held fixed beside FIXED."""
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 400, 64, 44, 34
 
@@ -100,8 +100,8 @@ def drawing(parts: Iterable[str], title: str) -> str:
 
 
 def drawn(result: dict, cases: Sequence[str]) -> list[tuple[str, str, dict]]:
-    """``(case, what did it, row)`` of the rows in bf16; of the aligned path that path alone."""
-    found = []
+    """``(case, backend, row)`` of the bf16 rows; for the aligned path, of its Triton rows alone."""
+    entries = []
     for row in result["rows"]:
         case, who = row["case"].removeprefix(ALIGNED), row["backend"]
         if row["case"].startswith(ALIGNED):
@@ -109,8 +109,8 @@ def drawn(result: dict, cases: Sequence[str]) -> list[tuple[str, str, dict]]:
                 continue
             who = "triton, aligned"
         if row["dtype"] == "bfloat16" and case in cases:
-            found.append((case, who, row))
-    return found
+            entries.append((case, who, row))
+    return entries
 
 
 def described(row: dict) -> str:
@@ -119,7 +119,7 @@ def described(row: dict) -> str:
 
 
 def roofline(result: dict) -> str | None:
-    """TFLOP/s of every product in bf16 against its operations per byte, under the limits of the same run."""
+    """TFLOP/s of every bf16 product against its operations per byte, with the limits of the same run."""
     rows = [
         (case, who, row)
         for case, who, row in drawn(result, CASES)
@@ -151,7 +151,7 @@ def roofline(result: dict) -> str | None:
 
 
 def growth(result: dict) -> str | None:
-    """Milliseconds of forward and backward against the number of experts, and of images; all else held."""
+    """Milliseconds of forward and backward against the numbers of experts and images, with all else fixed."""
     panels = [panel for panel in (_series(result, letter) for letter in SHARED) if panel[1]]
     if not panels:
         return None
@@ -181,19 +181,18 @@ def growth(result: dict) -> str | None:
 
 
 def _series(result: dict, letter: str) -> tuple[str, dict[tuple[str, str], list[tuple[int, float]]]]:
-    """``(case, backend or limit) -> [(size, ms)]``, of at least two sizes."""
+    """``(case, backend or limit) -> [(size, ms)]``, with at least two sizes."""
     held = FIXED | SHARED[letter][1]
-
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    series: dict[tuple[str, str], dict[int, float]] = {}
     for case, who, row in drawn(result, CASES[1:]):
         shape = row["shape"]
         if letter not in shape or "routing" in shape or any(shape.get(k) != v for k, v in held.items()):
             continue
-        found.setdefault((case, who), {})[shape[letter]] = row["ms"]
+        series.setdefault((case, who), {})[shape[letter]] = row["ms"]
         if row["baseline"] == LIMIT and case == CASES[1]:
-            found.setdefault((case, LIMIT), {})[shape[letter]] = row["baseline_ms"]
-    return letter, {key: sorted(points.items()) for key, points in found.items() if len(points) > 1}
+            series.setdefault((case, LIMIT), {})[shape[letter]] = row["baseline_ms"]
+    return letter, {key: sorted(points.items()) for key, points in series.items() if len(points) > 1}
 
 
 CHARTS = {"roofline": roofline, "growth": growth}
-"""End of a picture's name -> what draws it; None where the file holds nothing to draw."""
+"""End of a chart's file name -> its drawing function, which returns None if the results hold nothing to draw."""

@@ -73,7 +73,7 @@ def test_an_import_is_drawn_with_its_number():
     ("importer", "imported"), [("dex.data.loader", "dex.train.run"), ("dexkernels.layer", "dex.common.units")]
 )
 def test_an_import_upwards_is_refused(importer, imported):
-    with pytest.raises(ValueError, match="expected to import what lies below it, got"):
+    with pytest.raises(ValueError, match="expected imports of lower packages, got"):
         architecture.draw({}, [Import(importer, imported, 1)])
 
 

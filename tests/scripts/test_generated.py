@@ -8,7 +8,7 @@ def test_a_page_is_written_or_checked(tmp_path, monkeypatch, capsys):
     page, words = tmp_path / "page.md", {"source": "results.json", "command": "scripts/page.py"}
     assert generated.settle(page, "one", check=True, **words) == 1
     assert not page.exists()
-    assert capsys.readouterr().out == "page.md: not what results.json says; run scripts/page.py\n"
+    assert capsys.readouterr().out == "page.md: does not match results.json; run scripts/page.py\n"
     assert generated.settle(page, "one", check=False, **words) == 0
     assert page.read_text() == "one"
     assert generated.settle(page, "one", check=True, **words) == 0
