@@ -1,1 +1,1 @@
-"""What a trained model is good for: `load` it, `embed` images, export it."""
+"""Use of a trained model: ``load`` it, ``embed`` images, export it."""

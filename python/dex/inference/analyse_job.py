@@ -1,6 +1,6 @@
-"""`dex analyse`: a trained model, its references and, if wanted, its earlier checkpoints, all measured alike.
+"""``dex analyse``: a trained model, its references and, if wanted, its earlier checkpoints, measured in the same way.
 
-Reads only. The references are the model that the run started from, the pixels, and another run where one is given.
+It only reads. The references are the model that the run started from, the pixels, and another run if one is given.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from dex.train.runlog import CONFIG, STARTS
 
 HELD_OUT, PROBED = 256, 512
 OVER_STEPS = ("routing", "swap", "features")
-"""The parts that are measured of every checkpoint."""
+"""The parts measured for every checkpoint."""
 PICTURES = 8
 """Images whose feature maps are drawn."""
 _MEASURE = ("norm_pix_loss", "mask_ratio", "img_size", "patch_size", "in_chans")
-"""Fields of the model that decide what its masked loss is a loss of."""
+"""Fields of the model that must be equal for masked losses to be comparable."""
 
 
 class Options(NamedTuple):
     parts: tuple[str, ...] = PARTS
-    """Of `dex.analysis.examine.PARTS`."""
+    """Of ``dex.analysis.examine.PARTS``."""
     images: int = HELD_OUT
     probed: int = PROBED
     batch_size: int = 64
     checkpoints: str | int = "last"
-    """``"last"``, ``"all"``, or at most so many of them, spread over the run."""
+    """``"last"``, ``"all"``, or their maximum number, spread over the run."""
     ema: bool = False
-    """Measure the averages of the weights that runs with ``optim.ema`` keep, of all runs that are read."""
+    """Measure the averaged weights that runs with ``optim.ema`` keep, for the other run too."""
 
 
 class Subject(NamedTuple):
-    """A model that is measured."""
+    """A model to measure."""
 
     name: str
     step: int
@@ -59,22 +59,22 @@ class Subject(NamedTuple):
 
 
 class Other(NamedTuple):
-    """The run that is compared."""
+    """The run compared with."""
 
     name: str
     findings: Findings
     comparable: bool
-    """Whether its masked loss measures the same."""
+    """Whether its masked loss is comparable."""
 
 
 class Maps(NamedTuple):
-    """Where features differ within images, of n images."""
+    """Feature maps of n images, G patches to a side."""
 
     images: Tensor
     """uint8 ``[n, 3, S, S]``."""
     labels: list[str]
     colours: Tensor
-    """float ``[n, G, G, 3]``; see `dex.analysis.maps.principal_maps`."""
+    """float ``[n, G, G, 3]``; see ``dex.analysis.maps.principal_maps``."""
     attention: Tensor
     """float ``[n, G, G]``: mean over the heads."""
 
@@ -85,20 +85,20 @@ class Analysis(NamedTuple):
     material: Material
     data: str
     """Name of the data set."""
-    found: Findings
+    findings: Findings
     start: Findings | None
-    """Of the model at step 0. None: not asked for, or its weights cannot be had, which is then a note."""
+    """Of the model at step 0. None: not requested, or its weights are unavailable, as a note then says."""
     other: Other | None
     pixels: Interval | None
     curve: list[Findings]
-    """Over the steps, ascending, step 0 and the newest among them; empty unless checkpoints were asked for."""
+    """By ascending step, from step 0 to the newest; empty unless checkpoints were requested."""
     maps: Maps | None
     start_maps: Maps | None
     notes: list[str]
 
 
 class Job(NamedTuple):
-    """Everything resolved; nothing is measured yet."""
+    """Everything resolved, nothing measured yet."""
 
     name: str
     loaded: Loaded
@@ -113,7 +113,7 @@ class Job(NamedTuple):
 
 
 Say = Callable[[int, int, str], None]
-"""``(done, total, what comes now)``"""
+"""Called with (done, total, what comes next)."""
 
 
 def prepare(
@@ -128,7 +128,7 @@ def prepare(
         raise ValueError(f"data: expected held-out images; the split 'val' of {dataset.name} is empty. Give --data")
     notes = _data_notes(loaded, dataset, data)
     if options.ema:
-        notes.append("Measured are the averages of the weights (optim.ema), not the weights")
+        notes.append("The averaged weights (optim.ema) were measured")
     start, earlier = None, []
     if set(options.parts) != {"heldout"}:
         start = _start(loaded, notes)
@@ -160,29 +160,28 @@ def check(options: Options) -> None:
 
 
 def open_data(loaded: Loaded, data: str | Path | None) -> Dataset:
-    """The data set that is given, or else that of the run. ValueError, FileNotFoundError."""
-    given = data is not None
-    path = data if given else loaded.config.data.path
+    """The data set ``data``, or that of the run. ValueError, FileNotFoundError."""
+    path = loaded.config.data.path if data is None else data
     try:
         return open_dataset(path)
     except (ValueError, FileNotFoundError) as error:
-        why = str(error).removeprefix("path: ")
-        more = "" if given else ". This is where the run had its data; give --data if they have moved"
-        raise type(error)(f"data: {why}{more}") from error
+        reason = str(error).removeprefix("path: ")
+        hint = ". The run had its data there; give --data if they have moved" if data is None else ""
+        raise type(error)(f"data: {reason}{hint}") from error
 
 
 def check_modalities(loaded: Loaded, dataset: Dataset) -> None:
-    """ValueError: the data hold a modality that the run has not been trained on."""
-    strange = [name for name in dataset.modalities if name not in loaded.modalities]
-    if loaded.modalities and strange:
+    """ValueError if the data have a modality that the run was not trained on."""
+    unknown = [name for name in dataset.modalities if name not in loaded.modalities]
+    if loaded.modalities and unknown:
         raise ValueError(
             f"data: expected modalities of the run ({', '.join(loaded.modalities)}); {dataset.name} also has "
-            f"{', '.join(strange)}. Names have to be spelt alike"
+            f"{', '.join(unknown)}. The spelling must match"
         )
 
 
 def analyse(job: Job, device: torch.device, say: Say = lambda done, total, text: None) -> Analysis:
-    """Measure everything. The models are moved to ``device`` one after the other."""
+    """Measure everything. The models are moved to ``device`` one by one."""
     options, progress = job.options, _Progress(job, say)
     progress("reading images")
     probed = options.probed if "features" in options.parts else 1
@@ -193,29 +192,30 @@ def analyse(job: Job, device: torch.device, say: Say = lambda done, total, text:
         return examine(model.to(device), step, config, material, parts, batch_size=options.batch_size, report=report)
 
     loaded = job.loaded
-    found = measure(loaded.model, f"step {loaded.step}", loaded.step, loaded.config, options.parts)
-    drawn = "features" in options.parts
-    own_maps = _maps(loaded.model, loaded.config, material) if drawn else None
+    findings = measure(loaded.model, f"step {loaded.step}", loaded.step, loaded.config, options.parts)
+    with_maps = "features" in options.parts
+    own_maps = _maps(loaded.model, loaded.config, material) if with_maps else None
     start = start_maps = None
     if job.start is not None:
         model = job.start.load()
         start = measure(model, "step 0", 0, job.start.config, options.parts)
-        start_maps = _maps(model, job.start.config, material) if drawn else None
+        start_maps = _maps(model, job.start.config, material) if with_maps else None
     other = None
     if job.other is not None:
-        theirs = measure(job.other.model, job.other_name, job.other.step, job.other.config, options.parts)
-        unlike = _unlike(loaded.config, job.other.config)
-        other = Other(job.other_name, theirs, not unlike)
-        if unlike:
+        of_other = measure(job.other.model, job.other_name, job.other.step, job.other.config, options.parts)
+        differing = _differing(loaded.config, job.other.config)
+        other = Other(job.other_name, of_other, not differing)
+        if differing:
             job.notes.append(
-                f"The losses of {job.name} and {job.other_name} do not measure the same: different {', '.join(unlike)}"
+                f"The losses of {job.name} and {job.other_name} are not comparable: the runs differ in "
+                f"{', '.join(differing)}"
             )
     over_steps = [part for part in OVER_STEPS if part in options.parts]
     curve = [measure(s.load(), s.name, s.step, s.config, over_steps) for s in job.earlier]
     if job.earlier:
-        curve = [*([start] if start else []), *curve, found]
+        curve = [*([start] if start else []), *curve, findings]
     pixels = None
-    if "features" in options.parts:
+    if with_maps:
         progress("pixels")
         pixels = pixel_probe(material)
     progress.end()
@@ -224,7 +224,7 @@ def analyse(job: Job, device: torch.device, say: Say = lambda done, total, text:
         config=loaded.config,
         material=material,
         data=job.dataset.name,
-        found=found,
+        findings=findings,
         start=start,
         other=other,
         pixels=pixels,
@@ -255,16 +255,16 @@ class _Progress:
 
 
 def _parts(model: MaskedAutoencoder, wanted: set[str]) -> int:
-    """How many parts `examine` measures of the model; those of experts are not of one without."""
-    without = set() if model.encoder.dex_layers else {"swap", "ablation", "similarity"}
-    return len((wanted | {"heldout"}) - without)
+    """The number of parts that ``examine`` measures; a model without experts has fewer."""
+    left_out = set() if model.encoder.dex_layers else {"swap", "ablation", "similarity"}
+    return len((wanted | {"heldout"}) - left_out)
 
 
 def _data_notes(loaded: Loaded, dataset: Dataset, data: str | Path | None) -> list[str]:
     notes = []
     if not loaded.modalities:
-        notes.append("The modalities that the model was trained on are not known here; those of the data set are taken")
-    doubt = "whether the run has trained on images that are held out here is not known"
+        notes.append("The modalities that the model was trained on are unknown; those of the data set are used")
+    doubt = "the run may have trained on images that are held out here"
     trained_on = _fingerprint(loaded.folder.parent.parent)
     if isinstance(dataset, ShardDataset) and trained_on is not None:
         if dataset.fingerprint != trained_on and not dataset.withdrawn_since(trained_on):
@@ -272,12 +272,12 @@ def _data_notes(loaded: Loaded, dataset: Dataset, data: str | Path | None) -> li
                 f"The data set {dataset.name} is not, or no longer, the one that the run was trained on: {doubt}"
             )
     elif data is not None:
-        notes.append(f"The data are {dataset.name}, given by --data: {doubt}")
+        notes.append(f"The data set {dataset.name} was given by --data: {doubt}")
     return notes
 
 
 def _fingerprint(run: Path) -> str | None:
-    """Of the data that the run was trained on last; None where that is not known."""
+    """The fingerprint of the data that the run was last trained on; None if unknown."""
     try:
         return json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]["fingerprint"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -295,7 +295,7 @@ def _start(loaded: Loaded, notes: list[str]) -> Subject | None:
         return model.eval()
 
     if config.model.init is not None and not Path(config.model.init).expanduser().exists():
-        notes.append(f"The model at step 0 is not shown: it began as {config.model.init}, which is no longer there")
+        notes.append(f"The model at step 0 is not shown: it began as {config.model.init}, which no longer exists")
         return None
     return Subject("step 0", 0, config, begin)
 
@@ -303,24 +303,26 @@ def _start(loaded: Loaded, notes: list[str]) -> Subject | None:
 def _earlier(run: Path, loaded: Loaded, options: Options, notes: list[str]) -> list[Subject]:
     wanted = options.checkpoints
     if not is_run(run):
-        raise ValueError(f"checkpoints: expected a run folder, which has several; {run} is one model")
-    folders = [(step, folder) for step, folder in checkpoint.found(run / "checkpoints") if step < loaded.step]
+        raise ValueError(f"checkpoints: expected a run folder, which has several; got the single model {run}")
+    folders = [
+        (step, folder) for step, folder in checkpoint.list_checkpoints(run / "checkpoints") if step < loaded.step
+    ]
     if isinstance(wanted, int):
         others = wanted - 1
         if others < len(folders):
             folders = [folders[i * len(folders) // others] for i in range(others)] if others else []
-    whole = []
+    intact = []
     for step, folder in folders:
         try:
             checkpoint.verify(folder)
         except checkpoint.CheckpointError as error:
             notes.append(f"The checkpoint of step {step} is left out: {error}")
             continue
-        of_step = functools.partial(_model_of, folder, options.ema)
-        whole.append(Subject(f"step {step}", step, loaded.config, of_step))
-    if not whole:
-        notes.append(f"There is no checkpoint before step {loaded.step} (run.keep_checkpoints says how many are kept)")
-    return whole
+        load_model = functools.partial(_model_of, folder, options.ema)
+        intact.append(Subject(f"step {step}", step, loaded.config, load_model))
+    if not intact:
+        notes.append(f"There is no checkpoint before step {loaded.step}; run.keep_checkpoints sets how many are kept")
+    return intact
 
 
 def _model_of(folder: Path, ema: bool) -> MaskedAutoencoder:
@@ -328,21 +330,20 @@ def _model_of(folder: Path, ema: bool) -> MaskedAutoencoder:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's own folder, in which an analysis may lie."""
+    """Whether it is the folder of a run, rather than of a checkpoint or an exported model."""
     return (folder / CONFIG).is_file() and not checkpoint.is_checkpoint(folder)
 
 
-def _unlike(one: Config, other: Config) -> list[str]:
-    return [f"model.{f}" for f in _MEASURE if getattr(one.model, f) != getattr(other.model, f)]
+def _differing(a: Config, b: Config) -> list[str]:
+    return [f"model.{f}" for f in _MEASURE if getattr(a.model, f) != getattr(b.model, f)]
 
 
 def _maps(model: MaskedAutoencoder, config: Config, material: Material) -> Maps:
-    """Of the first held-out images, whose modalities take turns; components are those of their patches together."""
+    """The maps of the first held-out images, whose modalities take turns; components are over all their patches."""
     count = min(len(material.held_out.modality.unique()), PICTURES)
     count = count if 2 * count > PICTURES else PICTURES
     images = material.held_out.images[:count]
-    kinds = material.held_out.modality[:count].tolist()
+    labels = [material.modalities[m] for m in material.held_out.modality[:count].tolist()]
     device = next(model.parameters()).device
-    seen = maps.tokens(model.encoder, center(images.to(device), config.model.img_size, config.model.in_chans))
-    labels = [material.modalities[m] for m in kinds]
-    return Maps(images, labels, maps.principal_maps(seen.patches, model.encoder.grid), seen.attention.mean(1))
+    tokens = maps.tokens(model.encoder, center(images.to(device), config.model.img_size, config.model.in_chans))
+    return Maps(images, labels, maps.principal_maps(tokens.patches, model.encoder.grid), tokens.attention.mean(1))

@@ -1,8 +1,8 @@
-"""The images of a shard set, a folder or a file, in a fixed order, with names that tell nobody's identity.
+"""The images of a shard set, a folder or a file, in a fixed order and with anonymous names.
 
-A collection is a list of items, the unit of reading: some samples of a shard set, some pictures, or one volume, video
-or DICOM series. Items make parts, the unit of writing and of resuming. Both are functions of the input alone.
-`dex.inference.reading` reads them. Shape letters: n images, C channels, S side of a stored image.
+A collection is a list of items, the unit of reading: several samples of a shard set, several pictures, or one volume,
+video or DICOM series. Parts, the unit of writing and resuming, consist of items. Both depend only on the input.
+``dex.inference.reading`` reads them. Shape letters: n images, C channels, S side of a stored image.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from dex.prepare.ids import Names, read_salt
 from dex.prepare.modalities import AUTO
 
 SAMPLES = 16
-"""Images of an item, of a shard set or of files with one image each: one by one they would cost more on their way from
-the process that reads them than in it."""
+"""Images per item, for a shard set and for files with one image each. One by one, sending them between processes would
+take longer than reading them."""
 SINGLE = ("picture", "array")
-"""Formats whose files are read together."""
+"""Formats whose files are grouped into items."""
 PART_ITEMS, PART_BYTES = 128, 2**30
-"""Items of a part at most, and bytes of their files."""
+"""Maximum number of items in a part, and of bytes in their files."""
 
 
 class Row(NamedTuple):
@@ -43,84 +43,84 @@ class Row(NamedTuple):
 
     id: str
     group: str
-    """What a split must keep together: a patient, a series, a folder."""
+    """The images that a split must keep together: a patient, a series, a folder."""
     modality: str
-    """"" where a picture was taken as it is."""
+    """"" for a picture that was taken as it is."""
     label: str
-    """Which image of its file: ``axial-012``; "" in a shard set, where the id says it."""
+    """The image's place in its file: ``axial-012``; "" in a shard set, whose ids contain it."""
     dropped: str
-    """Why `dex prepare` would leave it out of a corpus; "" if it would not."""
+    """Why ``dex prepare`` would leave the image out of a corpus; "" if it would not."""
 
 
 class Note(NamedTuple):
-    """For the private folder: which file an id belongs to, or why a file gave nothing."""
+    """A line for the private folder: the file of an id, or why a file gave nothing."""
 
     id: str
     path: str
     label: str
     refused: str
     patient: bool = False
-    """Whether the group of the image is the patient that a header names."""
+    """Whether the group of the image is the patient named in a header."""
     file: str = ""
-    """Path of the file, or of the first of several, where ``path`` is the folder of a series."""
+    """Path of the file, or of the first of several, if ``path`` is the folder of a series."""
 
 
 class Decoded(NamedTuple):
-    """What an item, or a unit of it, gives."""
+    """The images of an item, or of one of its units."""
 
     images: list[np.ndarray]
-    """uint8 ``[n, C, S, S]``, C = 1 for grey images or 3; all n together are as many as ``rows``."""
+    """uint8 ``[n, C, S, S]``, C = 1 for grey images, else 3; the n of all arrays add up to the number of ``rows``."""
     rows: list[Row]
     notes: list[Note]
 
 
 class Reader(Protocol):
-    """Reads the units of a collection, in any process: it is pickled. A unit is one sample, file or series."""
+    """Reads the units of a collection, in any process: it can be pickled. A unit is one sample, file or series."""
 
     has_paths: ClassVar[bool]
-    """Whether names are paths below the input; else they are the ids of a shard set."""
+    """Whether names are paths below the input; otherwise they are ids of a shard set."""
 
     def names(self, unit: Any) -> list[str]:
         """The path or id of a unit, and the paths of its files."""
 
     def read(self, unit: Any, beat: Callable[[], None]) -> Decoded:
-        """What a unit gives. Nothing is raised for one that cannot be read: the notes say so. ``beat`` is called now
-        and then."""
+        """The images of a unit; one that cannot be read leaves a note and raises nothing. ``beat`` is called now and
+        then."""
 
     def refused(self, unit: Any, reason: str) -> Decoded:
         """A note on a unit that gives nothing."""
 
     def weight(self, unit: Any) -> float:
-        """How much longer than a small file a unit may take to read."""
+        """The time limit of a unit, as a multiple of a small file's."""
 
     def preload(self) -> None:
-        """Import what reading takes."""
+        """Import the libraries that reading needs."""
 
 
 class Collection(NamedTuple):
     """A shard set, a folder or a file."""
 
     fingerprint: str
-    """Another one means that the input has changed."""
+    """Changes with the input."""
     parts: list[range]
-    """Numbers of items."""
+    """For each part, the numbers of its items."""
     units: Callable[[int], list[Any]]
-    """The units of an item, by its number."""
+    """Item number -> units."""
     reader: Reader
     reading: dict[str, Any] = {}  # noqa: RUF012
-    """How files are read: what else than the input decides about images and ids."""
+    """Settings of reading that influence images and ids."""
 
     @property
     def items(self) -> int:
         return self.parts[-1].stop if self.parts else 0
 
     def read(self, item: int) -> Decoded:
-        """An item by its number, in this process."""
+        """Read an item in this process."""
         return joined([self.reader.read(unit, lambda: None) for unit in self.units(item)])
 
 
 def joined(parts: Sequence[Decoded]) -> Decoded:
-    """One after the other."""
+    """The parts concatenated."""
     return Decoded(*(list(itertools.chain(*lists)) for lists in zip(*parts, strict=True))) if parts else _nothing([])
 
 
@@ -134,11 +134,11 @@ def collection(
     processes: int = 1,
     **overrides: Any,
 ) -> Collection:
-    """The images at ``path``: a shard set, a folder of files that `dex prepare` reads, or one such file.
+    """The images at ``path``: a shard set, a folder of files that ``dex prepare`` reads, or one such file.
 
-    private: the folder with the salt of the ids of files, which is made when it is missing; never to be given away
-    with the features. modality, planes, overrides: as of `dex.inference.preprocess.preprocess`, and ``from-folders``.
-    public: readable ids. processes: that read the headers of very large DICOM folders.
+    private: the folder of the salt with which ids are hashed, created if missing; do not share it with the features.
+    modality, planes, overrides: as for ``dex.inference.preprocess.preprocess``; modality may be ``from-folders``.
+    public: readable ids. processes: number that read the headers of very large DICOM folders.
     Raises: FileNotFoundError; ValueError naming the argument.
     """
     if not path.exists():
@@ -146,7 +146,7 @@ def collection(
     if (path / MANIFEST).is_file():
         given = {"modality": modality} if modality is not None else overrides
         for name, value in given.items():
-            raise ValueError(f"{name}: expected none for a shard set, whose images are prepared; got {value!r}")
+            raise ValueError(f"{name}: expected none for a shard set, whose images are already prepared; got {value!r}")
         return _of_shards(ShardDataset(path))
     root = path if path.is_dir() else path.parent
     source = preprocess.source_of(root, modality, planes, **overrides)
@@ -174,7 +174,7 @@ class _Sample(NamedTuple):
 
 
 class _Samples:
-    """`Reader` of a shard set."""
+    """The ``Reader`` of a shard set."""
 
     has_paths = False
 
@@ -226,46 +226,46 @@ def _listed(source: sources.Source, root: Path) -> Listing:
     try:
         return discover.discover(source, root)
     except ValueError as error:
-        found = str(error).rpartition("; ")[2]
+        reason = str(error).rpartition("; ")[2]
         raise ValueError(
             f"input: expected a regular file of the formats {', '.join(readers.formats())}, or a folder of such files; "
-            f"links are not followed; {found}"
+            f"links are not followed; {reason}"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """`Reader` of the files of a folder."""
+    """The ``Reader`` of the files of a folder."""
 
     has_paths: ClassVar[bool] = True
     root: Path
     source: sources.Source
     ids: Names
     as_it_is: bool
-    """Pictures are taken as a plain folder of images gives them: nobody has said how else."""
+    """Take pictures as a plain folder of images gives them, since no other setting is given."""
     formats: list[str]
 
     def names(self, unit: discover.Unit) -> list[str]:
         return list(dict.fromkeys([unit.key, *(file.path for file in unit.files)]))
 
     def read(self, unit: discover.Unit, beat: Callable[[], None]) -> Decoded:
-        whole = Unit(tuple(self.root / file.path for file in unit.files), unit.format)
-        kind = preprocess.picture_kind(whole) if self.as_it_is else None
+        to_read = Unit(tuple(self.root / file.path for file in unit.files), unit.format)
+        kind = preprocess.picture_kind(to_read) if self.as_it_is else None
         parts: list[Decoded] = []
         refused: list[str] = []
         try:
             if kind is not None:
-                image = preprocess.picture_planes(whole.files[0], kind)[None]
+                image = preprocess.picture_planes(to_read.files[0], kind)[None]
                 parts.append(self._named(unit, StackImages(image, ("image",), None, (None,), "", ("",), ())))
             else:
-                for stack in preprocess.read_stacks(whole, self.source, unit.files[0].path, beat):
+                for stack in preprocess.read_stacks(to_read, self.source, unit.files[0].path, beat):
                     parts.append(self._named(unit, stack))
                     refused += map(str, stack.refused)
         except (ValueError, OSError) as error:  # Refused is a ValueError
             if isinstance(error.__context__, MemoryError):
                 raise MemoryError from None
-            known = isinstance(error, readers.Refused)
-            refused.append(str(error) if known else f"unreadable: {faults.sentence(error)}")
+            expected = isinstance(error, readers.Refused)
+            refused.append(str(error) if expected else f"unreadable: {faults.sentence(error)}")
         return joined([*parts, *(self.refused(unit, reason) for reason in refused)])
 
     def refused(self, unit: discover.Unit, reason: str) -> Decoded:
@@ -280,24 +280,24 @@ class _Files:
     def _named(self, unit: discover.Unit, stack: StackImages) -> Decoded:
         alone = not readers.reader_of(unit.format).whole_folders
         group = self.ids.group(unit.files[0].path, stack.patient, alone)
-        known = group != self.ids.group(unit.files[0].path, "", alone)
+        has_patient = group != self.ids.group(unit.files[0].path, "", alone)
         rows, notes = [], []
         for label, dropped, file in zip(stack.labels, stack.dropped, stack.files, strict=True):
             row = Row(self.ids.sample(unit.key, label), group, stack.modality or "", label, dropped or "")
             rows.append(row)
-            notes.append(Note(row.id, unit.key, label, "", known, _within(unit, file)))
+            notes.append(Note(row.id, unit.key, label, "", has_patient, _within(unit, file)))
         return Decoded([_narrow(stack.images)], rows, notes)
 
 
 def _within(unit: discover.Unit, name: str) -> str:
-    """The path of the unit's file of that name, or of its first; "" for a unit of one file."""
+    """The path of the unit's file ``name``, or of its first file; "" for a unit of one file."""
     if not readers.reader_of(unit.format).whole_folders:
         return ""
     return next((file.path for file in unit.files if file.path.rpartition("/")[2] == name), unit.files[0].path)
 
 
 def _salt(private: Path) -> bytes:
-    """The salt in the folder, made by the first of several processes."""
+    """The salt in the folder; the first of several processes creates it."""
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -308,8 +308,8 @@ def _salt(private: Path) -> bytes:
 
 
 def cut(sizes: Iterable[int], items: int, total: int) -> list[range]:
-    """Consecutive items of the given bytes as parts of at most ``items`` items and ``total`` bytes, at least one item
-    each."""
+    """Consecutive items, of ``sizes`` bytes, as parts of at most ``items`` items and ``total`` bytes, but at least one
+    item each."""
     parts, start, size, number = [], 0, 0, 0
     for number, more in enumerate(sizes, 1):
         if number - 1 > start and (number - 1 - start == items or size + more > total):
@@ -321,27 +321,26 @@ def cut(sizes: Iterable[int], items: int, total: int) -> list[range]:
     return parts
 
 
-def _grouped(listing: Listing, unsaid: bool, as_it_is: bool) -> list[list[int]]:
-    """Numbers of the units that are read together. unsaid: nobody has given a modality; ValueError where files need
-    one, as all do that are neither DICOM nor pictures to be taken as they are."""
+def _grouped(listing: Listing, no_modality: bool, as_it_is: bool) -> list[list[int]]:
+    """The units as items: lists of the numbers of units that are read together. no_modality: none was given; ValueError
+    if a file needs one, as all do except DICOM and pictures that are taken as they are."""
     groups: list[list[int]] = []
-    silent, single_before = set(), False
+    undecided, single_before = set(), False
     for number in range(len(listing.lines)):
         unit = listing.unit(number)
         as_picture = as_it_is and kind_of(unit.key) is not None
-        says = readers.reader_of(unit.format).decides or as_picture
-        if not says:
-            silent.add(unit.format)
+        if not readers.reader_of(unit.format).decides and not as_picture:
+            undecided.add(unit.format)
         single = unit.format in SINGLE
         if single and single_before and len(groups[-1]) < SAMPLES:
             groups[-1].append(number)
         else:
             groups.append([number])
         single_before = single
-    if silent and unsaid:
+    if undecided and no_modality:
         raise ValueError(
-            f"modality: expected one, since files of the formats {', '.join(sorted(silent))} do not say what they "
-            "hold; got none"
+            f"modality: expected one, since files of the formats {', '.join(sorted(undecided))} do not state theirs; "
+            "got none"
         )
     return groups
 
@@ -351,11 +350,11 @@ def _nothing(notes: list[Note]) -> Decoded:
 
 
 def _narrow(images: np.ndarray) -> np.ndarray:
-    """``[n, 1, S, S]`` of grey images ``[n, 3, S, S]``: a third of the bytes on their way to the model."""
+    """Grey images ``[n, 3, S, S]`` as ``[n, 1, S, S]``, a third of the bytes to transfer; other images unchanged."""
     grey = images.shape[1] == 3 and (images == images[:, :1]).all()
     return images[:, :1] if grey else images
 
 
 def _quoted(name: str) -> str:
-    """A pattern that this name alone fits."""
+    """A pattern that matches only this name."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

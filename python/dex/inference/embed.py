@@ -1,4 +1,4 @@
-"""Features of images: what an encoder computes of them, batch by batch.
+"""Features that an encoder computes for images, batch by batch.
 
 Shape letters: n images, B images of a batch, C channels, S image side, D width, K chosen experts.
 """
@@ -33,7 +33,7 @@ class Embedding(NamedTuple):
     patches: Tensor
     """``[n, D]``: the mean of the patch tokens after the final norm."""
     layers: dict[int, Tensor]
-    """Block -> ``[n, D]``: the CLS token after that block, for the blocks that were asked for."""
+    """Block -> ``[n, D]``: the CLS token after that block, for the requested blocks."""
     gates: list[Tensor]
     """Per DEX layer ``[n, K]``; empty on the director's path and for a monolithic model."""
     expert_indices: list[Tensor]
@@ -42,8 +42,8 @@ class Embedding(NamedTuple):
 
 def items(inputs: Inputs) -> list[Item]:
     """The inputs as a list."""
-    one = isinstance(inputs, str | os.PathLike | Preprocessed | np.ndarray | Tensor)
-    return [inputs] if one else list(inputs)
+    single = isinstance(inputs, str | os.PathLike | Preprocessed | np.ndarray | Tensor)
+    return [inputs] if single else list(inputs)
 
 
 def images_of(item: Any, modality: str | None = None) -> list[Tensor]:
@@ -67,7 +67,7 @@ def images_of(item: Any, modality: str | None = None) -> list[Tensor]:
         raise ValueError(f"inputs: expected uint8, or floats within [0, 1]; got {images.dtype}")
     if images.numel():
         low, high = (float(value) for value in torch.aminmax(images))
-        if not (low >= 0 and high <= 1):  # NaN fails both
+        if not (low >= 0 and high <= 1):  # NaN fails both comparisons
             raise ValueError(f"inputs: expected floats within [0, 1]; got minimum {low}, maximum {high}")
     return [images]
 
@@ -105,7 +105,7 @@ def embed(
 def features(
     encoder: VisionTransformer, images: Tensor, layers: Sequence[int] = (), precision: str = "fp32"
 ) -> Embedding:
-    """Of one batch, where the encoder is. ``images [B, C, H, W]`` as `dex.data.center` gives them."""
+    """Features of one batch ``images [B, C, H, W]``, as ``dex.data.center`` gives it, on the encoder's device."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     with _recorded(encoder, layers) as record:
@@ -116,7 +116,7 @@ def features(
 
 
 def joined(parts: Sequence[Embedding]) -> Embedding:
-    """Batches one after the other, on the host."""
+    """The batches concatenated, on the host."""
 
     def cat(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors)).cpu()
@@ -132,7 +132,7 @@ def joined(parts: Sequence[Embedding]) -> Embedding:
 
 
 def check_layers(encoder: VisionTransformer, layers: Sequence[int]) -> tuple[int, ...]:
-    """The layers, ascending, each once. ValueError."""
+    """The layers, sorted and without duplicates. ValueError."""
     depth = len(encoder.blocks)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
@@ -148,7 +148,7 @@ class _Record(NamedTuple):
 
 @contextlib.contextmanager
 def _recorded(encoder: VisionTransformer, layers: Sequence[int]) -> Iterator[_Record]:
-    """What one forward within the block says of chosen layers and of routing."""
+    """Record chosen layers and the routing of one forward pass within the ``with`` block."""
     record = _Record({}, [], [])
 
     def keep(layer: int):
@@ -159,7 +159,7 @@ def _recorded(encoder: VisionTransformer, layers: Sequence[int]) -> Iterator[_Re
 
     def routing(layer: DEXLayer, inputs: tuple) -> None:
         if layer.path == "experts":
-            # The layer's own decision once more, without the director that `return_aux` runs.
+            # Repeats the layer's decision, since `return_aux` would run the director too.
             how = {"routing": layer.routing, "route_from": layer.route_from, "temperature": layer.temperature}
             decision = route(inputs[0], layer.router_weight, layer.top_k, **how)
             record.gates.append(decision.gates.float())
@@ -176,7 +176,7 @@ def _recorded(encoder: VisionTransformer, layers: Sequence[int]) -> Iterator[_Re
 def _batches(
     images: Sequence[Tensor], batch_size: int, encoder: VisionTransformer, device: torch.device
 ) -> Iterator[Tensor]:
-    """Normalised batches of ``batch_size`` images (the last one may be smaller), across tensors of different sizes."""
+    """Normalised batches of ``batch_size`` images (the last may be smaller), across tensors of different sizes."""
     waiting: list[Tensor] = []
     count = 0
     for tensor in images:

@@ -1,15 +1,16 @@
-"""`dex embed`: the features of a collection, written in parts; killed at any moment, it goes on where it was.
+"""``dex embed``: the features of a collection, written in parts; it resumes after a kill at any moment.
 
     OUT/                    a folder of Parquet parts, or one ``.npz`` file
-        _embedding.json     the model, the input and the options; a start with others is refused
-        part-00000.parquet  there whole, or not at all
-        _summary.json       when all parts are there: how many images, and how many files gave none. Readers of
-                            Parquet folders pass over names with an underscore
-    OUT.private/            mode 0700, never to be given away with the features
-        salt                what the ids of files are hashed with
+        _embedding.json     the model, the input and the options; a start with different ones is refused
+        part-00000.parquet  whole or absent
+        _summary.json       once all parts are written: the number of images, and of files that gave none. Readers of
+                            Parquet folders skip names that begin with an underscore
+    OUT.private/            mode 0700; do not share it with the features
+        salt                key of the hashed ids
         notes/              a file per part: id -> path and label, and why a file was refused
 
-A part is a function of the input, the model and the options alone. Ranks share the parts; they exchange nothing.
+A part depends only on the input, the model and the options. Ranks divide the parts among themselves and do not
+communicate.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Options(NamedTuple):
     batch_size: int = 64
     precision: str = "fp32"
     workers: int = 0
-    """Processes that read, within limits; 0 reads in this one."""
+    """Processes that read files, with limits; 0 reads in this process."""
     rank: int = 0
-    """This process takes every ``ranks``-th part, from part ``rank`` on."""
+    """This process computes every ``ranks``-th part, starting with part ``rank``."""
     ranks: int = 1
 
     @property
@@ -61,19 +62,19 @@ class Options(NamedTuple):
 
 
 class Stopped(BaseException):
-    """A signal asked the job to stop; parts that are written stay."""
+    """A signal stopped the job; finished parts are kept."""
 
 
 class Summary(NamedTuple):
     images: int
     refused: dict[str, int]
-    """Files, or parts of files, that gave nothing, by reason."""
+    """Numbers of files, or parts of files, that gave nothing, by reason."""
     complete: bool
-    """Whether all parts of all ranks are there."""
+    """Whether all parts of all ranks are written."""
 
 
 class Part(NamedTuple):
-    """A part of a collection, embedded."""
+    """An embedded part of a collection."""
 
     number: int
     rows: list[Row]
@@ -86,7 +87,7 @@ def private_folder(out: Path) -> Path:
 
 
 def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
-    """Check everything and write the plan, or compare it with that of an earlier start. ValueError."""
+    """Check everything, and write the plan or compare it with that of an earlier start. ValueError."""
     check_layers(loaded.encoder, options.layers)
     if options.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
@@ -96,9 +97,9 @@ def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
         if options.ranks > 1:
             raise ValueError("out: expected a folder for several ranks, which write parts; got an .npz file")
         if options.out.is_dir():
-            raise ValueError(f"out: expected a file; {options.out} is a folder")
+            raise ValueError(f"out: expected a file; got the folder {options.out}")
         if options.out.exists():
-            raise ValueError(f"out: expected a new file; {options.out} is there. Give another --out")
+            raise ValueError(f"out: expected a new file; {options.out} exists. Choose another --out")
         options.out.parent.mkdir(parents=True, exist_ok=True)
     else:
         begin_folder(_plan(loaded, collection, options), options.out, PLAN, may_lack=_READING)
@@ -106,14 +107,14 @@ def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
 
 
 def run(loaded: Loaded, collection: Collection, options: Options, say: Callable[[str], None] | None = None) -> Summary:
-    """Embed the parts of this rank that are not there yet. `begin` has been called; the model is on its device.
+    """Embed the missing parts of this rank. Call ``begin`` first, and move the model to its device.
 
-    say: called now and then with a line of progress. Raises `Stopped` after a signal.
+    say: called now and then with a line of progress. Raises ``Stopped`` after a signal.
     """
     if options.single_file:
         return _run_single(loaded, collection, options, say)
-    mine = [number for number in range(options.rank, len(collection.parts), options.ranks)]
-    missing = [number for number in mine if not _path(options.out, number).exists()]
+    of_rank = range(options.rank, len(collection.parts), options.ranks)
+    missing = [number for number in of_rank if not _path(options.out, number).exists()]
     for part in embedded(loaded, collection, missing, options, say):
         _write_notes(options.out, part)
         tables.write_parquet(_path(options.out, part.number), part.rows, part.embedding)
@@ -136,7 +137,7 @@ def embedded(
     options: Options,
     say: Callable[[str], None] | None,
 ) -> Iterator[Part]:
-    """The parts of these numbers, in order, while later items are being read."""
+    """The parts ``numbers``, in order; later items are read in the meantime."""
     order = [(number, item) for number in numbers for item in collection.parts[number]]
     progress = _Progress(len(order), say)
     with exits.collected() as signals:
@@ -158,7 +159,7 @@ def embedded(
 
 
 class _Batches:
-    """The images of one part, in batches across its items."""
+    """Collects the images of one part into batches that extend across its items."""
 
     def __init__(self, loaded: Loaded, options: Options):
         self._encoder, self._options = loaded.encoder, options
@@ -211,11 +212,11 @@ class _Progress:
         if self._say is None or now - self._last < _EVERY:
             return
         self._last = now
-        passed = now - self._start
-        left = duration(passed / self._done * (self._items - self._done))
+        elapsed = now - self._start
+        remaining = duration(elapsed / self._done * (self._items - self._done))
         self._say(
-            f"{self._done:,} of {self._items:,} items, {self._images:,} images, {self._images / passed:,.0f} images/s, "
-            f"{left} left"
+            f"{self._done:,} of {self._items:,} items, {self._images:,} images, "
+            f"{self._images / elapsed:,.0f} images/s, {remaining} left"
         )
 
 
@@ -237,9 +238,9 @@ def _plan(loaded: Loaded, collection: Collection, options: Options) -> dict[str,
 
 
 def begin_folder(plan: dict[str, Any], out: Path, file: str, may_lack: str = "") -> None:
-    """Make the folder of a job with its plan, or find it begun by the same plan. ValueError for another one.
+    """Create the folder of a job with its plan, or accept one that was begun with the same plan. ValueError otherwise.
 
-    file: of the plan, in the folder. may_lack: what plans of old do not say.
+    file: name of the plan in the folder. may_lack: a key that plans of earlier versions do not have.
     """
     path = out / file
     if path.exists():
@@ -262,21 +263,21 @@ def begin_folder(plan: dict[str, Any], out: Path, file: str, may_lack: str = "")
 
 
 def _finish(collection: Collection, out: Path) -> Summary:
-    """Count what is there, and say so in the folder once nothing is missing."""
+    """Count the images and refused files, and write the summary once no part is missing."""
     paths = [path for number in range(len(collection.parts)) if (path := _path(out, number)).exists()]
     notes = [path for number in range(len(collection.parts)) if (path := _notes_path(out, number)).exists()]
     refused = reasons(json.loads(line)["refused"] for path in notes for line in path.read_text().splitlines())
     summary = Summary(sum(map(tables.count_rows, paths)), refused, len(paths) == len(collection.parts))
     if summary.complete:
-        for left in out.glob(f"*{atomic.PARTIAL}"):  # by a process that was killed; nobody writes any more
-            left.unlink(missing_ok=True)
+        for partial in out.glob(f"*{atomic.PARTIAL}"):  # Left by killed processes; no process writes any more
+            partial.unlink(missing_ok=True)
         counted = {"images": summary.images, "refused": sum(refused.values())}
         atomic.write(out / SUMMARY, json.dumps(counted) + "\n", sync=True)
     return summary
 
 
 def reasons(notes: Iterable[str]) -> dict[str, int]:
-    """How often each reason stands in notes of the form ``reason: detail``, most often first; "" is none."""
+    """Frequency of the reasons in notes of the form ``reason: detail``, most frequent first; "" is skipped."""
     return dict(Counter(note.partition(":")[0] for note in notes if note).most_common())
 
 

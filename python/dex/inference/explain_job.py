@@ -1,6 +1,7 @@
-"""`dex explain`: why a trained model takes these experts for one scan. Reads only.
+"""``dex explain``: why a trained model takes these experts for one scan. It only reads.
 
-The route with whole and masked views, the masked loss with other experts, and the training images that are most alike.
+It measures the routes of the whole and of the masked image, the masked loss with other experts, and the training images
+that are most similar.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from dex.inference.preprocess import Preprocessed, preprocess
 
 _MASKS = 0x5CA1
 _SHOWN = 20
-"""Labels that an error names."""
+"""Labels named in an error, at most."""
 
 
 class Options(NamedTuple):
     label: str | None = None
-    """Which image of a file with several; None: the middle one of those that `dex prepare` would keep."""
+    """Which image of a file with several; None: the middle one of those that ``dex prepare`` would keep."""
     masks: int = 16
     train: int = 512
-    """Training images that are looked at."""
+    """Training images to compare with."""
     neighbours: int = 8
     batch_size: int = 64
 
@@ -53,11 +54,11 @@ class Neighbour(NamedTuple):
 
 
 class Usual(NamedTuple):
-    """The experts that a modality's training images most often take, given to the scan."""
+    """The scan with the experts that a modality's training images most often take."""
 
     modality: str
     change: Interval
-    """Of the masked loss; over the masks."""
+    """Of the masked loss; the interval is over the masks."""
     sets: list[UsualSet]
     """Per layer."""
 
@@ -73,24 +74,24 @@ class Explanation(NamedTuple):
     image: Tensor
     """uint8 ``[3, S, S]``."""
     whole: Routes
-    """Of one image, ``[1, ...]``."""
+    """Routes of the unmasked image, ``[1, ...]``."""
     alternatives: Alternatives
     usual: list[Usual]
     neighbours: list[Neighbour]
     compared: int
-    """Training images that neighbours were sought among."""
+    """Number of training images compared with."""
     notes: list[str]
 
 
 class Job(NamedTuple):
-    """Everything resolved; nothing is measured yet."""
+    """Everything resolved, nothing measured yet."""
 
     run: str
     loaded: Loaded
     file: Path
-    found: Preprocessed
+    scan: Preprocessed
     place: int
-    """Of the image in the file."""
+    """Index of the image in the scan."""
     train: Dataset | None
     options: Options
     notes: list[str]
@@ -107,22 +108,21 @@ def prepare(
 ) -> Job:
     """Load the model, read the scan and open the data. ValueError or FileNotFoundError naming the argument.
 
-    Without ``data``, training images that are no longer where the run had them are a note.
+    Without ``data``, a note says so if the training data are no longer where the run had them.
     """
-    for name in ("masks", "train", "neighbours", "batch_size"):
-        if getattr(options, name) < (2 if name == "masks" else 1):
-            least = 2 if name == "masks" else 1
+    for name, least in (("masks", 2), ("train", 1), ("neighbours", 1), ("batch_size", 1)):
+        if getattr(options, name) < least:
             raise ValueError(f"{name.replace('_', '-')}: expected at least {least}; got {getattr(options, name)}")
     loaded = load(run, path="experts")
     if not loaded.encoder.dex_layers:
-        raise ValueError("run: expected a model with experts; this one is monolithic, so that nothing is routed")
-    found = preprocess(file, modality, planes)
-    place = _chosen(found, options.label)
+        raise ValueError("run: expected a model with experts, got a monolithic one, which routes nothing")
+    scan = preprocess(file, modality, planes)
+    place = _chosen(scan, options.label)
     notes = []
-    if found.dropped[place] is not None:
-        notes.append(f"dex prepare would leave this image out of a corpus: {found.dropped[place]}")
-    if found.modality is not None and loaded.modalities and found.modality not in loaded.modalities:
-        notes.append(f"The model was not trained on {found.modality}, but on {', '.join(loaded.modalities)}")
+    if scan.dropped[place] is not None:
+        notes.append(f"dex prepare would leave this image out of a corpus: {scan.dropped[place]}")
+    if scan.modality is not None and loaded.modalities and scan.modality not in loaded.modalities:
+        notes.append(f"The model was not trained on {scan.modality}, but on {', '.join(loaded.modalities)}")
     try:
         dataset = open_data(loaded, data)
         check_modalities(loaded, dataset)
@@ -132,17 +132,17 @@ def prepare(
         notes.append(f"No training images are shown: {error}")
         dataset = None
     train = None if dataset is None else dataset.split("train")
-    return Job(Path(run).resolve().name, loaded, Path(file), found, place, train, options, notes)
+    return Job(Path(run).resolve().name, loaded, Path(file), scan, place, train, options, notes)
 
 
-def _chosen(found: Preprocessed, label: str | None) -> int:
+def _chosen(scan: Preprocessed, label: str | None) -> int:
     if label is None:
-        kept = [i for i, why in enumerate(found.dropped) if why is None] or list(range(len(found.labels)))
+        kept = [i for i, reason in enumerate(scan.dropped) if reason is None] or list(range(len(scan.labels)))
         return kept[len(kept) // 2]
-    if label not in found.labels:
-        some = ", ".join(found.labels[:_SHOWN]) + (", ..." if len(found.labels) > _SHOWN else "")
+    if label not in scan.labels:
+        some = ", ".join(scan.labels[:_SHOWN]) + (", ..." if len(scan.labels) > _SHOWN else "")
         raise ValueError(f"image: expected one of the file's images ({some}); got {label!r}")
-    return found.labels.index(label)
+    return scan.labels.index(label)
 
 
 def explain(
@@ -150,15 +150,15 @@ def explain(
 ) -> Explanation:
     """Measure everything; the model is moved to ``device``."""
     model, config, options = job.loaded.model.to(device), job.loaded.config.model, job.options
-    image = center(job.found.images[job.place][None].to(device), config.img_size, config.in_chans)
+    image = center(job.scan.images[job.place][None].to(device), config.img_size, config.in_chans)
     patches = model.encoder.patches
     generator = torch.Generator().manual_seed(_MASKS)
     noise = torch.rand(options.masks, patches, generator=generator).to(device)
-    asked = {"mask_ratio": config.mask_ratio, "batch_size": options.batch_size}
+    masking = {"mask_ratio": config.mask_ratio, "batch_size": options.batch_size}
     say(0, 4, "routes")
     whole = masked_forward(model, image, noise[:1], mask_ratio=0.0).routes
     say(1, 4, "other experts")
-    others = alternatives(model, image[0], noise, **asked)
+    others = alternatives(model, image[0], noise, **masking)
     usual, neighbours, compared = [], [], 0
     if job.train is not None:
         say(2, 4, "reading training images")
@@ -166,15 +166,15 @@ def explain(
         compared = len(sample.ids)
         if compared:
             say(3, 4, "training images")
-            known = center(sample.images.to(device), config.img_size, config.in_chans)
+            train_images = center(sample.images.to(device), config.img_size, config.in_chans)
             names = job.train.modalities
-            of_each = torch.rand(compared, patches, generator=generator).to(device)
-            routes = masked_forward(model, known, of_each, **asked).routes
+            train_noise = torch.rand(compared, patches, generator=generator).to(device)
+            routes = masked_forward(model, train_images, train_noise, **masking).routes
             for name, sets in zip(names, usual_sets(routes, sample.modality, len(names)), strict=True):
                 if sets is not None:
-                    losses = loss_with_sets(model, image[0], noise, sets, **asked)
+                    losses = loss_with_sets(model, image[0], noise, sets, **masking)
                     usual.append(Usual(name, change(losses, others.own), sets))
-            neighbours = _nearest(job, model, image, known, sample)
+            neighbours = _nearest(job, model, image, train_images, sample)
         else:
             job.notes.append("No training images are shown: the data set has none that can be read")
     say(4, 4, "done")
@@ -182,10 +182,10 @@ def explain(
         run=job.run,
         step=job.loaded.step,
         file=job.file.name,
-        label=job.found.labels[job.place],
-        labels=job.found.labels,
-        modality=job.found.modality,
-        image=job.found.images[job.place],
+        label=job.scan.labels[job.place],
+        labels=job.scan.labels,
+        modality=job.scan.modality,
+        image=job.scan.images[job.place],
         whole=whole,
         alternatives=others,
         usual=usual,
@@ -196,26 +196,29 @@ def explain(
 
 
 def similarities(one: maps.Tokens, others: maps.Tokens) -> Tensor:
-    """Mean of the cosines of CLS tokens and of means of patches, ``[n]``, once the others' mean is taken away: without
-    that, a common offset makes all images alike."""
-    found = []
-    for a, b in ((one.cls, others.cls), (one.patches.mean(1), others.patches.mean(1))):
-        found.append(F.cosine_similarity(a.double() - b.double().mean(0), b.double() - b.double().mean(0), dim=1))
-    return sum(found) / len(found)
+    """Mean cosine ``[n]`` of CLS tokens and of patch means, after the mean over ``others`` is subtracted: a common
+    offset would make all images similar."""
+
+    def cosine(a: Tensor, b: Tensor) -> Tensor:
+        mean = b.double().mean(0)
+        return F.cosine_similarity(a.double() - mean, b.double() - mean, dim=1)
+
+    return (cosine(one.cls, others.cls) + cosine(one.patches.mean(1), others.patches.mean(1))) / 2
 
 
-def _nearest(job: Job, model: torch.nn.Module, image: Tensor, known: Tensor, sample: Sample) -> list[Neighbour]:
+def _nearest(job: Job, model: torch.nn.Module, image: Tensor, train_images: Tensor, sample: Sample) -> list[Neighbour]:
     batch = job.options.batch_size
-    like = similarities(maps.tokens(model.encoder, image), maps.tokens(model.encoder, known, batch_size=batch))
-    nearest = like.argsort(descending=True)[: job.options.neighbours]
-    some = nearest.to(known.device)
-    none = torch.zeros(len(nearest), model.encoder.patches, device=known.device)
-    routes = masked_forward(model, known[some], none, mask_ratio=0.0, batch_size=batch).routes
+    tokens = maps.tokens(model.encoder, train_images, batch_size=batch)
+    similarity = similarities(maps.tokens(model.encoder, image), tokens)
+    nearest = similarity.argsort(descending=True)[: job.options.neighbours]
+    images = train_images[nearest.to(train_images.device)]
+    noise = torch.zeros(len(nearest), model.encoder.patches, device=train_images.device)
+    routes = masked_forward(model, images, noise, mask_ratio=0.0, batch_size=batch).routes
     return [
         Neighbour(
             sample.ids[i],
             job.train.modalities[int(sample.modality[i])],
-            float(like[i]),
+            float(similarity[i]),
             sample.images[i],
             [experts[row].tolist() for experts in routes.experts],
         )

@@ -1,11 +1,11 @@
-"""`dex export`: a trained model for other programs. Each format is a folder, which appears whole or not at all.
+"""``dex export``: a trained model for other programs. Each format is a folder, written whole or not at all.
 
 ==============  ===============================================================================================
-safetensors     ``model.safetensors`` and ``config.json``; `dex.load` takes the folder or the file back
+safetensors     ``model.safetensors`` and ``config.json``; ``dex.load`` reads the folder or the file
 hf              the same with a model card, ``README.md``: a folder for the Hugging Face Hub
 timm            a dense ViT from the directors, in timm's names
 onnx            ``model.onnx``: the encoder in plain ONNX operators, any batch size
-torch-export    ``model.pt2``: the encoder for `torch.export.load`, any batch size; needs torch alone
+torch-export    ``model.pt2``: the encoder for ``torch.export.load``, any batch size; needs torch alone
 ==============  ===============================================================================================
 """
 
@@ -33,18 +33,18 @@ from dex.model import VisionTransformer
 ONNX, PROGRAM, CARD = "model.onnx", "model.pt2", "README.md"
 OPSET = 18
 _TRACED_BATCH = 2
-"""Images of the example: torch takes a batch of one for a constant."""
+"""Images of the example input; torch would treat a batch of one as a constant."""
 
 
 def export(loaded: Loaded, format: str, out: Path) -> None:
-    """Write ``loaded`` into the folder ``out``, which is new or empty. ValueError for what the format cannot hold."""
+    """Write ``loaded`` into the new or empty folder ``out``. ValueError if the format cannot hold it."""
     check(loaded, format, out)
     with atomic.writing_folder(out) as folder:
         _WRITERS[format](loaded, folder)
 
 
 def check(loaded: Loaded, format: str, out: Path) -> None:
-    """ValueError for what can be known before anything is written."""
+    """ValueError for everything that can be checked before writing."""
     if format not in _WRITERS:
         raise ValueError(f"format: expected one of {', '.join(_WRITERS)}; got {format!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -54,7 +54,7 @@ def check(loaded: Loaded, format: str, out: Path) -> None:
 
 
 def timm_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:
-    """The dense encoder under timm's names: of the directors, or of a monolithic model."""
+    """The weights of a dense encoder under timm's names: with the directors, or of a monolithic model."""
     state: dict[str, Tensor] = {}
     for name, tensor in encoder.state_dict().items():
         if name == "patch_embed.weight":
@@ -68,7 +68,7 @@ def timm_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:
 
 
 def _write_safetensors(loaded: Loaded, folder: Path) -> None:
-    config = replace(loaded.config, data=replace(loaded.config.data, path=None))  # folders are called after patients
+    config = replace(loaded.config, data=replace(loaded.config.data, path=None))  # Folder names may name patients
     description = model_file.Description(config, loaded.modalities, loaded.step, loaded.path)
     model_file.write_folder(folder, description, loaded.model.state_dict())
 
@@ -110,12 +110,12 @@ def _write_timm(loaded: Loaded, folder: Path) -> None:
 
 
 def _write_onnx(loaded: Loaded, folder: Path) -> None:
-    import onnx  # noqa: F401  torch's exporter needs it and says so less plainly
+    import onnx  # noqa: F401  torch's exporter needs it, but has a less clear error
     import onnxscript  # noqa: F401
 
     model, example = _traceable(loaded)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about its own internals
+        warnings.simplefilter("ignore")  # About internals of torch
         program = torch.onnx.export(
             model,
             (example,),
@@ -127,8 +127,8 @@ def _write_onnx(loaded: Loaded, folder: Path) -> None:
             verbose=False,
         )
     for node in program.model.graph:
-        node.metadata_props.clear()  # paths of source files, which tell whose machine this is
-    program.save(str(folder / ONNX), external_data=_bytes_of(model) > 2**30)  # a protobuf holds less than 2 GB
+        node.metadata_props.clear()  # Paths of source files, which identify the exporting machine
+    program.save(str(folder / ONNX), external_data=_bytes_of(model) > 2**30)  # A protobuf holds less than 2 GB
     _write_json(folder / model_file.CONFIG, _described(loaded))
 
 
@@ -137,7 +137,7 @@ def _write_torch_export(loaded: Loaded, folder: Path) -> None:
     program = torch.export.export(model, (example,), dynamic_shapes=_dynamic())
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # paths of source files, which tell whose machine this is
+            node.meta.pop("stack_trace", None)  # Paths of source files, which identify the exporting machine
     torch.export.save(program, folder / PROGRAM)
     _write_json(folder / model_file.CONFIG, _described(loaded))
 
@@ -152,7 +152,7 @@ def _dynamic() -> dict[str, Any]:
 
 
 def _described(loaded: Loaded) -> dict[str, Any]:
-    """What a program needs to know of a graph: its input and output."""
+    """The input and output of a graph, for the program that runs it."""
     encoder = loaded.encoder
     width = encoder.norm.normalized_shape[0]
     mean, std = map(list, statistics(encoder.in_chans))

@@ -21,8 +21,8 @@ _FILES = ["config.json", "model.safetensors"]
 
 
 class DEXModel(ModelHubMixin, library_name="dexkernels"):
-    """A `Loaded` with `save_pretrained`, `push_to_hub` and `from_pretrained`; a folder is what ``dex export --format
-    hf`` writes."""
+    """A ``Loaded`` with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``, which use the folders of
+    ``dex export --format hf``."""
 
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
@@ -36,11 +36,12 @@ class DEXModel(ModelHubMixin, library_name="dexkernels"):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **options: Any) -> "DEXModel":
-        """``model_id``: a repository, or a folder. Further options: of the download (``cache_dir``, ``token``, ...)
-        and ``img_size`` and ``path`` of `dex.load`."""
-        own = {name: options.pop(name) for name in ("img_size", "path") if name in options}
+        """model_id: a repository or a folder. options: those of the download (``cache_dir``, ``token``, ...), and
+        ``img_size`` and ``path`` of ``dex.load``."""
+        of_load = {name: options[name] for name in ("img_size", "path") if name in options}
         if Path(model_id).is_dir():
-            return cls(load(model_id, **own))
+            return cls(load(model_id, **of_load))
         known = ("cache_dir", "local_files_only", "token", "force_download")
         download = {name: options[name] for name in known if name in options}
-        return cls(load(snapshot_download(model_id, revision=revision, allow_patterns=_FILES, **download), **own))
+        folder = snapshot_download(model_id, revision=revision, allow_patterns=_FILES, **download)
+        return cls(load(folder, **of_load))

@@ -1,7 +1,7 @@
-"""Experts with weights of 8 bits, for inference on a CPU: a quarter of the memory, float32 activations.
+"""Experts with 8-bit weights, for inference on a CPU: a quarter of the memory, float32 activations.
 
-Each output channel of a weight has a scale of its own, ``w ~ scale * q`` with ``q`` in -127 to 127, rounded to nearest:
-an entry is off by at most half its channel's scale. Router, biases, attention and norms stay as they are.
+Each output channel of a weight has its own scale, ``w ~ scale * q`` with ``q`` from -127 to 127, rounded to nearest, so
+the error of an entry is at most half its channel's scale. Router, biases, attention and norms are not quantised.
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen.
 """
 
@@ -19,19 +19,19 @@ from dexkernels.ops.dense import ACTIVATIONS
 
 
 class Int8Report(NamedTuple):
-    """What `quantize_` did."""
+    """Result of ``quantize_``."""
 
     layers: int
     bytes_before: int
-    """Of the stacked weights of all experts."""
+    """Size of the stacked weights of all experts."""
     bytes_after: int
-    """Scales included."""
+    """The same after quantisation, scales included."""
 
 
 class Int8Experts(nn.Module):
-    """What a `DEXLayer` computes in evaluation on its experts' path, with quantised weights; no gradient.
+    """The experts' path of a ``DEXLayer`` in evaluation mode, with quantised weights and without gradient.
 
-    One expert after the other is widened to float32, for the images that chose it: an expert that nobody chose costs
+    Experts are widened to float32 one by one, for the images that chose them: an expert that no image chose costs
     nothing.
     """
 
@@ -72,16 +72,16 @@ class Int8Experts(nn.Module):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[E, out, in]`` -> int8 ``[E, out, in]`` and scales ``[E, out]``."""
+    """Quantise ``[E, out, in]`` to int8 ``[E, out, in]`` and scales ``[E, out]``."""
     scales = weight.abs().amax(-1) / 127
     numbers = (weight / torch.where(scales > 0, scales, 1.0)[..., None]).round().to(torch.int8)
     return numbers, scales
 
 
 def quantize_(encoder: VisionTransformer) -> Int8Report:
-    """Replace the DEX layers of ``encoder`` by `Int8Experts`, for inference; their directors go.
+    """Replace the DEX layers of ``encoder`` with ``Int8Experts``, for inference; their directors are removed.
 
-    ValueError: an encoder without experts, on the director's path, or elsewhere than on the CPU.
+    ValueError: the encoder has no experts, is on the director's path, or is not on the CPU.
     """
     layers = encoder.dex_layers
     if not layers or layers[0].path != "experts":
@@ -92,6 +92,6 @@ def quantize_(encoder: VisionTransformer) -> Int8Report:
     for block in encoder.blocks:
         before += block.dex.experts.fc1_weight.nbytes + block.dex.experts.fc2_weight.nbytes
         block.mlp, block.dex = Int8Experts(block.dex), None
-        after += sum(b.nbytes for name, b in block.mlp.named_buffers() if name.endswith(("_scale", "fc1_weight")))
-        after += block.mlp.fc2_weight.nbytes
+        quantised = ("fc1_weight", "fc1_scale", "fc2_weight", "fc2_scale")
+        after += sum(getattr(block.mlp, name).nbytes for name in quantised)
     return Int8Report(len(layers), before, after)

@@ -1,4 +1,4 @@
-"""A pretrained model from its run folder, a checkpoint, or an exported file; the training data is not needed."""
+"""Loads a pretrained model from its run folder, a checkpoint or an exported file; the training data are not needed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _EXPECTED = "run: expected a run folder, one of its checkpoint folders, or a fol
 
 
 class Loaded(NamedTuple):
-    """A pretrained model and what it was trained as."""
+    """A pretrained model and facts about its training."""
 
     model: MaskedAutoencoder
     """In evaluation mode, on the host, in float32."""
     config: Config
-    """The run's configuration at this checkpoint; ``model.img_size`` is that of `model`."""
+    """The run's configuration at this checkpoint; ``config.model.img_size`` is the size that ``model`` takes."""
     modalities: tuple[str, ...]
-    """Names of the modalities in the training data; empty for a checkpoint apart from its run folder."""
+    """Names of the modalities in the training data; empty for a checkpoint outside its run folder."""
     step: int
     """Training steps done."""
     folder: Path
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
     @property
     def encoder(self) -> VisionTransformer:
-        """``images [B, C, H, W] -> tokens [B, 1 + L, D]``, CLS first; images as `dex.data.center` gives them."""
+        """``images [B, C, H, W] -> tokens [B, 1 + L, D]``, CLS first; images as ``dex.data.center`` gives them."""
         return self.model.encoder
 
     @property
@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
         planes: Sequence[str] = ("auto",),
         **overrides: Any,
     ) -> Preprocessed:
-        """The images of a picture, a volume or a DICOM folder; see `dex.inference.preprocess.preprocess`."""
+        """The images of a picture, a volume or a DICOM folder; see ``dex.inference.preprocess.preprocess``."""
         return preprocess(file, modality, planes, **overrides)
 
     def embed(
@@ -74,29 +74,29 @@ class Loaded(NamedTuple):
         """Features of files or arrays.
 
         Args:
-            inputs: one of, or a list of: a path for `preprocess`; what `preprocess` gave; an image ``[H, W]`` or
-                ``[C, H, W]``; images ``[B, C, H, W]``. Arrays are numpy or torch, uint8 or floats within [0, 1], of one
-                or three channels. The centre square is resized to the model's image size.
-            layers: blocks, from 0, whose CLS token is wanted too.
-            modality: of files, as in `preprocess`.
-            batch_size: images per forward.
+            inputs: one or a list of: a path for ``preprocess``; a result of ``preprocess``; an image ``[H, W]`` or
+                ``[C, H, W]``; images ``[B, C, H, W]``. Arrays are numpy or torch, uint8 or floats within [0, 1], with
+                one or three channels. The centre square is resized to the model's image size.
+            layers: blocks, counted from 0, whose CLS token to return as well.
+            modality: of files, as in ``preprocess``.
+            batch_size: images per forward pass.
             precision: ``"fp32"``, or ``"bf16"`` for autocast.
 
-        Computed where the model is; routing has no exploration noise. Raises: ValueError naming the argument.
+        Runs on the model's device, without exploration noise. Raises: ValueError naming the argument.
         """
         images = [image for item in embed.items(inputs) for image in embed.images_of(item, modality)]
         return embed.embed(self.encoder, images, layers=layers, batch_size=batch_size, precision=precision)
 
 
 class _Source(NamedTuple):
-    """Where a model's weights are, and what they belong to."""
+    """The weights of a model, and what belongs to them."""
 
     config: Config
     modalities: tuple[str, ...]
     step: int
     folder: Path
     fill: Callable[[MaskedAutoencoder], None]
-    """Copies the weights into a model of that configuration."""
+    """Copies the weights into a model with this configuration."""
     path: str = "experts"
 
 
@@ -104,21 +104,21 @@ def load(
     run: str | os.PathLike[str], *, img_size: Size | None = None, path: str | None = None, ema: bool = False
 ) -> Loaded:
     """The model of a run folder, with the weights of its newest good checkpoint; of one checkpoint folder; or of a
-    folder or a ``.safetensors`` file that `dex export` wrote.
+    folder or a ``.safetensors`` file that ``dex export`` wrote.
 
     Args:
         run: the folder or file.
-        img_size: side of the images that the model is to take, or (height, width), multiples of its patch size.
-            Position embeddings are resized. None: as trained.
+        img_size: side of the model's input images, or (height, width), multiples of its patch size. Position embeddings
+            are resized. None: as trained.
         path: ``"experts"``, or ``"director"`` for the dense model that follows them. None: experts, unless an exported
-            model says otherwise.
-        ema: take the average of the weights that a run with ``optim.ema`` keeps, not the weights.
+            model states otherwise.
+        ema: load the averaged weights that a run with ``optim.ema`` keeps.
 
-    Every hash is checked. A newer checkpoint that is damaged is passed over with a warning. The model takes each
-    kernel's default backend on whatever device it is moved to, not ``model.backend`` of the run.
+    Every hash is checked. Damaged checkpoints are skipped with a warning, for the newest good one. The model uses the
+    default backend of each kernel on its device, not ``model.backend`` of the run.
 
-    Raises: FileNotFoundError and ValueError naming the argument; `dex.train.checkpoint.CheckpointError` (a ValueError)
-    naming the file that is damaged or the tensor that does not fit.
+    Raises: FileNotFoundError and ValueError naming the argument; ``dex.train.checkpoint.CheckpointError`` (a
+    ValueError) naming the damaged file or the tensor that does not fit.
     """
     source = _find(run, ema)
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def path_of(encoder: VisionTransformer) -> str:
 
 
 def choose_path_(encoder: VisionTransformer, path: str) -> None:
-    """Make ``encoder`` compute with its experts or with its directors. ValueError."""
+    """Make ``encoder`` compute with its experts or its directors. ValueError."""
     if path not in PATHS:
         raise ValueError(f"path: expected one of {', '.join(PATHS)}; got {path!r}")
     if path == "director" and not encoder.dex_layers:
@@ -150,7 +150,7 @@ def choose_path_(encoder: VisionTransformer, path: str) -> None:
 
 
 def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
-    """Make ``model`` take images of another size; its position embeddings are resized. ValueError."""
+    """Change the image size of ``model``; its position embeddings are resized. ValueError."""
     encoder = model.encoder
     check_size("img_size", img_size)
     patch, before = encoder.patch_size, encoder.grid
@@ -162,14 +162,14 @@ def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
 
 
 def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
-    """What ``run`` names."""
+    """The source of the model that ``run`` names."""
     if not isinstance(run, str | os.PathLike) or not os.fspath(run):
         raise ValueError(f"{_EXPECTED}; got {run!r}")
     place = Path(run)
     if not place.exists():
         raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
     if ema and (not place.is_dir() or model_file.is_model_folder(place)):
-        raise ValueError(f"ema: expected a run or a checkpoint; {place} was exported, with the weights that it holds")
+        raise ValueError(f"ema: expected a run or a checkpoint; got the exported model {place}")
     if not place.is_dir():
         return _of_file(place)
     if model_file.is_model_folder(place):
@@ -184,8 +184,8 @@ def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
         raise checkpoint.CheckpointError(f"run: {str(error).removeprefix('resume: ')}") from error
     if saved is None:
         raise ValueError(
-            f"run: expected a run with a checkpoint; {place} has none yet: the first is written after "
-            "run.checkpoint_every steps, or when the run is stopped by a signal"
+            f"run: expected a run with a checkpoint; {place} has none yet. The first is written after "
+            "run.checkpoint_every steps, or when a signal stops the run"
         )
     for reason in passed_over:
         warnings.warn(f"dex.load: passed over {reason}; loaded {saved.folder.name}", stacklevel=3)

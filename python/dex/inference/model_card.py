@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, what it was trained on, how it is used."""
+"""The model card of an exported model: architecture, training data, results, use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ tags:
 # {title}
 
 A masked autoencoder with a Director-Experts (DEX) vision transformer
-([arXiv 2605.21861](https://arxiv.org/abs/2605.21861)), trained with dexkernels. It gives features, makes no diagnosis
-and has not been validated for clinical use.
+([arXiv 2605.21861](https://arxiv.org/abs/2605.21861)), trained with dexkernels. It computes features of images, makes
+no diagnosis and has not been validated for clinical use.
 
 | | |
 | --- | --- |
@@ -31,7 +31,7 @@ and has not been validated for clinical use.
 
 ## Intended use
 
-Research: features of medical images for probes, retrieval and clustering, or a start for fine-tuning. Not for
+Research: features of medical images for probes, retrieval and clustering, or a starting point for fine-tuning. Not for
 diagnosis, triage or any other decision about a patient.
 
 ## Training
@@ -43,21 +43,21 @@ diagnosis, triage or any other decision about a patient.
 ## Measured
 
 {measured}
-The held-out images come from the same sources as the training images; no other data was tried.
+The held-out images come from the same sources as the training images; no other data was tested.
 
-**No downstream study.** How the features do on labelled tasks, against a control of equal size, was not measured;
-`dex probe` measures it on images of your own.
+**No downstream study.** Performance of the features on labelled tasks, compared with a control of equal size, was not
+measured. `dex probe` evaluates them on your own images.
 
 ## Limits
 
 - Modalities, devices, sites and patients other than those of the training data are untested; age, sex and origin of
   the patients are not recorded.
-- Volumes are seen slice by slice, pictures at {size} x {size} pixels: what is smaller than a pixel there is lost.
-- The expert that an image is routed to depends on how it looks; it is not a clinical finding.
+- Volumes are processed slice by slice, images at {size} pixels; details smaller than a pixel are lost.
+- The expert that an image is routed to depends on its appearance; it is not a clinical finding.
 
 ## Licence
 
-No licence is stated for these weights. Whoever publishes them chooses one, and is bound by the licences of the training
+No licence is stated for these weights. If you publish them, choose one; you are bound by the licences of the training
 data. {licences}
 ## Use
 
@@ -65,21 +65,21 @@ data. {licences}
 import dex
 
 model = dex.load("FOLDER")  # this folder
-features = model.embed("scan.dcm").cls  # [slices, {width}]; pictures, NIfTI with modality="MR", arrays
+features = model.embed("scan.dcm").cls  # [slices, {width}]; also pictures, NIfTI with modality="MR", arrays
 ```
 
 Images are square, RGB or grey, and normalised as in training: `model.preprocess` reads files, `dex.data.center`
-normalises arrays. The weights in `model.safetensors` hold no pickle; `config.json` has their SHA-256 and every field of
-the training configuration but the place of the data.
+normalises arrays. The weights in `model.safetensors` contain no pickle; `config.json` has their SHA-256 and every field
+of the training configuration except the location of the data.
 """
 
 
-_EMBEDDED = "They were the small set in the package dexkernels, whose sources and licences it ships.\n"
-_OWN = "These are not recorded here; the data card of a set that `dex prepare` wrote has them.\n"
+_EMBEDDED = "The training data were the small set in the package dexkernels, which lists its sources and licences.\n"
+_OWN = "They are not recorded here; the data card of a set that `dex prepare` wrote lists them.\n"
 
 
 def model_card(loaded: Loaded) -> str:
-    """Markdown; names no file, folder, person or machine."""
+    """The card as Markdown; it names no file, folder, person or machine."""
     m = loaded.config.model
     experts = (
         f"{_numbers(m.num_experts)} per layer, {_numbers(m.top_k)} per image"
@@ -103,14 +103,14 @@ def model_card(loaded: Loaded) -> str:
         training=_rows(training),
         data=_data(run),
         measured=_evaluation(run, loaded.step),
-        size=m.img_size,
+        size=" x ".join(map(str, height_width(m.img_size))),
         licences=_EMBEDDED if embedded else _OWN,
         width=m.embed_dim,
     )
 
 
 def _evaluation(run: Path, step: int) -> str:
-    """The last evaluation on held-out images up to the checkpoint, beside that before training."""
+    """The last evaluation on held-out images up to the checkpoint, beside the one before training."""
     rows = [row for row in read_rows(run / METRICS) if "val_loss" in row and row.get("step", 0) <= step]
     if not rows:
         return "Nothing was measured on held-out images.\n"
@@ -118,16 +118,16 @@ def _evaluation(run: Path, step: int) -> str:
     lines = [f"| on held-out images | step {last['step']:,} | before training |", "| --- | --- | --- |"]
     lines.append(_measured("reconstruction loss", last, first, "val_loss", ".4f"))
     if last.get("probe_knn") is not None:
-        lines.append(_measured("modality found by kNN", last, first, "probe_knn", ".1%"))
+        lines.append(_measured("kNN accuracy of the modality", last, first, "probe_knn", ".1%"))
     losses = last.get("val_modality_loss") or {}
     before = first.get("val_modality_loss") or {}
     lines += [_measured(f"reconstruction loss, {name}", losses, before, name, ".4f") for name in losses]
     return "\n".join(lines) + "\n"
 
 
-def _measured(what: str, last: dict[str, Any], first: dict[str, Any], name: str, form: str) -> str:
+def _measured(title: str, last: dict[str, Any], first: dict[str, Any], name: str, form: str) -> str:
     before = first.get(name)
-    return f"| {what} | {last[name]:{form}} | {'not measured' if before is None else f'{before:{form}}'} |"
+    return f"| {title} | {last[name]:{form}} | {'not measured' if before is None else f'{before:{form}}'} |"
 
 
 def _data(run: Path) -> str:
@@ -140,7 +140,7 @@ def _data(run: Path) -> str:
 
 
 def _start(run: Path) -> dict[str, Any]:
-    """What the run's last start says of its data; empty where there is none."""
+    """What the run's last start recorded about its data; empty if nothing."""
     try:
         data = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]
     except (OSError, ValueError, LookupError, TypeError):

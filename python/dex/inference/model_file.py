@@ -1,7 +1,7 @@
-"""A model in one ``.safetensors`` file that says itself how the model is built, and a folder around such a file.
+"""A model in one ``.safetensors`` file with a description of how to build it, and a folder around such a file.
 
-The file's metadata hold a description under ``dex``; the folder's ``config.json`` holds the same description and the
-SHA-256 of the file. Nothing in either is executed. Tensors have the names of ``MaskedAutoencoder.state_dict()``.
+The file's metadata contain the description under ``dex``; the folder's ``config.json`` contains the same description
+and the SHA-256 of the file. Nothing in either is executed. Tensors are named as in ``MaskedAutoencoder.state_dict()``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _KEY = "dex"
 
 
 class Description(NamedTuple):
-    """Everything about a model but its weights."""
+    """Everything about a model except its weights."""
 
     config: Config
     modalities: tuple[str, ...]
     step: int
     path: str
-    """``"experts"`` or ``"director"``: what its forward computes."""
+    """``"experts"`` or ``"director"``: what its forward pass computes."""
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -39,26 +39,25 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def write_folder(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
-    """``model.safetensors`` and ``config.json`` in ``folder``, which exists; the latter comes last and says that both
-    are whole."""
-    words = _words(description)
-    data = save(dict(tensors), {_KEY: json.dumps(words), "format": "pt"})
+    """Write ``model.safetensors``, then ``config.json``, to the existing ``folder``; the latter marks both complete."""
+    fields = _fields(description)
+    data = save(dict(tensors), {_KEY: json.dumps(fields), "format": "pt"})
     atomic.write(folder / WEIGHTS, data, sync=True)
-    described = {"model_type": "dex", **words, "sha256": {WEIGHTS: hashlib.sha256(data).hexdigest()}}
+    described = {"model_type": "dex", **fields, "sha256": {WEIGHTS: hashlib.sha256(data).hexdigest()}}
     atomic.write(folder / CONFIG, json.dumps(described, indent=1) + "\n", sync=True)
 
 
 def read_folder(folder: Path) -> tuple[Description, dict[str, Tensor]]:
-    """ValueError, naming ``run`` and the file, for one that is damaged or not of this format."""
+    """The model in ``folder``. ValueError naming ``run`` and the file if it is damaged or of another format."""
     weights, config = folder / WEIGHTS, folder / CONFIG
     try:
-        want = json.loads(config.read_text(encoding="utf-8"))["sha256"][WEIGHTS]
+        expected_hash = json.loads(config.read_text(encoding="utf-8"))["sha256"][WEIGHTS]
     except (OSError, ValueError, LookupError, TypeError) as error:
         expected = f"run: expected a folder that dex export wrote, with the hash of {WEIGHTS} in {CONFIG}"
         raise ValueError(f"{expected}; {config}: {type(error).__name__}") from error
     with weights.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != want:
-            raise ValueError(f"run: {weights}: damaged, its SHA-256 is not the one in {CONFIG}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected_hash:
+            raise ValueError(f"run: {weights}: damaged; its SHA-256 differs from the one in {CONFIG}")
     description = read_description(weights)
     if description is None:
         raise ValueError(f"run: expected a folder that dex export wrote; {weights} does not describe its model")
@@ -66,7 +65,7 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, Tensor]]:
 
 
 def read_description(file: Path) -> Description | None:
-    """What the file says of its model; None for a safetensors file of another program."""
+    """The description in the file; None for a safetensors file of another program."""
     try:
         with safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get(_KEY)
@@ -75,16 +74,16 @@ def read_description(file: Path) -> Description | None:
     if text is None:
         return None
     try:
-        words = json.loads(text)
-        if (words["format"], words["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"{words['format']} version {words['version']}, this is {FORMAT} version {VERSION}")
-        config = from_dict(words["config"], Config(), str(file))
-        return Description(config, tuple(words["modalities"]), int(words["step"]), words["path"])
+        fields = json.loads(text)
+        if (fields["format"], fields["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{fields['format']} version {fields['version']}, not {FORMAT} version {VERSION}")
+        config = from_dict(fields["config"], Config(), str(file))
+        return Description(config, tuple(fields["modalities"]), int(fields["step"]), fields["path"])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"run: expected a model that dex export wrote; {file}: {error}") from error
 
 
-def _words(description: Description) -> dict[str, Any]:
+def _fields(description: Description) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""An encoder of plain torch operators with static shapes, for programs that do not have dexkernels.
+"""An encoder of plain torch operators with static shapes, for programs without dexkernels.
 
 Letters: B images, N tokens, D width, H hidden, E experts, K chosen.
 """
@@ -14,17 +14,17 @@ from dexkernels.ops.dense import ACTIVATIONS
 
 
 def check_image_wise(layer: DEXLayer) -> None:
-    """ValueError unless the layer sends whole images ``[B, N, D]`` to experts: what stands in for it can do no more."""
+    """ValueError unless the layer routes whole images ``[B, N, D]``: its replacements support nothing else."""
     if layer.routing != "image" or layer.layout != "tokens" or layer.windows > 1:
         got = f"routing={layer.routing!r}, layout={layer.layout!r}, windows={layer.windows}"
         raise ValueError(f"layer: expected routing='image' of [B, N, D] in one window, got {got}")
 
 
 class GatheredExperts(nn.Module):
-    """What a `DEXLayer` computes in evaluation on its experts' path: ``[B, N, D] -> [B, N, D]``.
+    """The experts' path of a ``DEXLayer`` in evaluation mode: ``[B, N, D] -> [B, N, D]``.
 
-    The K experts' weights are gathered for every image, ``[B, K, H, D]``, so that no shape depends on the routing.
-    That costs memory: 2 K H D numbers an image.
+    The weights of the K experts are gathered for every image, ``[B, K, H, D]``, so that no shape depends on the
+    routing. This takes memory for 2 K H D numbers per image.
     """
 
     def __init__(self, layer: DEXLayer):
@@ -55,14 +55,12 @@ class GatheredExperts(nn.Module):
 
 
 def plain(encoder: VisionTransformer) -> VisionTransformer:
-    """The encoder in evaluation mode, its DEX layers replaced by `GatheredExperts`, or by their directors on that path.
-
-    Weights are shared with ``encoder``, which is left as it is.
-    """
+    """A copy of the encoder in evaluation mode, its DEX layers replaced by ``GatheredExperts``, or by their directors
+    if that is their path. The copy shares its weights with ``encoder``, which does not change."""
     shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
-    made = copy.deepcopy(encoder, shared).eval()
-    for block in made.blocks:
+    result = copy.deepcopy(encoder, shared).eval()
+    for block in result.blocks:
         if block.dex is not None:
             block.mlp = block.dex.director if block.dex.path == "director" else GatheredExperts(block.dex)
             block.dex = None
-    return made
+    return result

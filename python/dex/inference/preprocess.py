@@ -1,8 +1,8 @@
-"""From one file of a patient, or one DICOM folder, to images as training saw them.
+"""Turns one file of a patient, or one DICOM folder, into images as used in training.
 
-With a modality, files go the way of `dex prepare`: its readers, the modality's normalisation, square slices. Without
-one, pictures and NPY files go the way of a plain folder of images (`dex.data.folder`): the centre square. DICOM files
-that `dex prepare` leaves out by their headers (`dex.prepare.routing`) are refused.
+With a modality, files are processed as by ``dex prepare``: its readers, the modality's normalisation, square slices.
+Without one, pictures and NPY files are processed as a plain folder of images is (``dex.data.folder``): the centre
+square. DICOM files that ``dex prepare`` leaves out by their headers (``dex.prepare.routing``) are refused.
 Shape letters: n images, S side of a stored image.
 """
 
@@ -31,18 +31,18 @@ class Preprocessed(NamedTuple):
     """The images of one file or series."""
 
     images: Tensor
-    """uint8 ``[n, 3, S, S]``; `Loaded.embed` takes them."""
+    """uint8 ``[n, 3, S, S]``; ``Loaded.embed`` takes them."""
     labels: tuple[str, ...]
-    """Which image of the file each is: ``axial-012``, ``frame-0003``, ``image``."""
+    """The place of each image in the file: ``axial-012``, ``frame-0003``, ``image``."""
     modality: str | None
-    """None where a picture was taken as it is."""
+    """None for a picture that was taken as it is."""
     dropped: tuple[str | None, ...]
-    """Why `dex prepare` would leave an image out of a corpus (``blank``, ``foreground``, ``too small``, or for all
-    images of a stack ``label map``, ``probability map``, ``burned-in``); None: kept."""
+    """Why ``dex prepare`` would leave an image out of a corpus: ``blank``, ``foreground``, ``too small``, or, for all
+    images of a stack, ``label map``, ``probability map``, ``burned-in``. None: it would keep the image."""
 
 
 class Unit(NamedTuple):
-    """What is read at once: one file (and the one beside it that holds its data), or the files of a DICOM series."""
+    """The files read at once: one file (and the one beside it with its data), or those of a DICOM series."""
 
     files: tuple[Path, ...]
     format: str
@@ -51,18 +51,18 @@ class Unit(NamedTuple):
 def preprocess(
     file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",), **overrides: Any
 ) -> Preprocessed:
-    """Every image of ``file``, except the files of a DICOM folder that `dex prepare` leaves out by their headers.
+    """Every image of ``file``, except the files of a DICOM folder that ``dex prepare`` leaves out by their headers.
 
     Args:
-        file: a file of any format that `dex prepare` reads, or a folder with the files of a DICOM series.
-        modality: a name or alias of `dex.prepare.modalities`, which decides the normalisation. None: what the first
-            DICOM header says that holds an image; pictures and NPY files are then taken as a plain folder of images
-            gives them; other formats do not say what they hold.
+        file: a file of any format that ``dex prepare`` reads, or a folder with the files of a DICOM series.
+        modality: a name or alias of ``dex.prepare.modalities``, which sets the normalisation. None: that of the first
+            DICOM header with an image; pictures and NPY files are taken as a plain folder of images gives them; other
+            formats need a modality.
         planes: of volumes: axial, coronal, sagittal, stored.
-        overrides: what else the training set was prepared with, as of `dex prepare`: ``normalisation``, ``volumes``,
-            ``slope`` and ``intercept``, ``frame_stride`` (`dex.prepare.sources.Source`).
+        overrides: other settings with which the training set was prepared: ``normalisation``, ``volumes``, ``slope``
+            and ``intercept``, ``frame_stride`` (``dex.prepare.sources.Source``).
 
-    Raises: FileNotFoundError; ValueError naming the argument, with the reason for a file that is refused.
+    Raises: FileNotFoundError; ValueError naming the argument, with the reason if the file is refused.
     """
     unit = unit_of(file)
     if modality is None:
@@ -85,7 +85,7 @@ def preprocess(
 
 
 def unit_of(file: str | os.PathLike[str]) -> Unit:
-    """What ``file`` is, by its suffix or first bytes. FileNotFoundError, ValueError."""
+    """The files and the format of ``file``, by its suffix or first bytes. FileNotFoundError, ValueError."""
     expected = f"file: expected a file of the formats {', '.join(readers.formats())}, or a folder of a DICOM series"
     if not isinstance(file, str | os.PathLike) or not os.fspath(file):
         raise ValueError(f"{expected}; got {file!r}")
@@ -110,12 +110,12 @@ def picture_kind(unit: Unit) -> str | None:
 
 
 def source_of(folder: Path, modality: str | None, planes: Sequence[str], **overrides: Any) -> sources.Source:
-    """How `dex prepare` would take the files of ``folder``. modality: also ``from-folders``; None: as a file says."""
+    """The settings of ``dex prepare`` for ``folder``. modality: also ``from-folders``; None: as the headers say."""
     return sources.resolve(folder, modality=modality or modalities.AUTO, planes=tuple(planes), **overrides)[0]
 
 
 def read(unit: Unit, source: sources.Source) -> Preprocessed:
-    """Every slice of the unit. `dex.prepare.readers.Refused` for a unit that gives none."""
+    """Every slice of the unit. ``dex.prepare.readers.Refused`` if there is none."""
     parts = list(read_stacks(unit, source, unit.files[0].name))
     return Preprocessed(
         torch.cat([torch.from_numpy(part.images).expand(-1, 3, -1, -1) for part in parts]),
@@ -126,17 +126,17 @@ def read(unit: Unit, source: sources.Source) -> Preprocessed:
 
 
 class StackImages(NamedTuple):
-    """What one stack of a unit, or a picture, gives; labels, modality and dropped as of `Preprocessed`."""
+    """The images of one stack of a unit, or of a picture; labels, modality and dropped as in ``Preprocessed``."""
 
     images: np.ndarray
-    """uint8 ``[n, C, S, S]``, C = 1 where all of them are grey, else 3."""
+    """uint8 ``[n, C, S, S]``, C = 1 if all images are grey, else 3."""
     labels: tuple[str, ...]
     modality: str | None
     dropped: tuple[str | None, ...]
     patient: str
-    """As the header has it, "" if unknown: for hashing only."""
+    """From the header, "" if unknown; for hashing only."""
     files: tuple[str, ...]
-    """Names of the files that the images are of, in a unit of several; "" where an image is not of one."""
+    """The file name of each image, in a unit of several files; "" for an image that is not from a single file."""
     refused: tuple[readers.Refused, ...]
     """Parts of the unit that were left out."""
 
@@ -144,27 +144,27 @@ class StackImages(NamedTuple):
 def read_stacks(
     unit: Unit, source: sources.Source, path: str, beat: Callable[[], None] = lambda: None
 ) -> Iterator[StackImages]:
-    """The stacks of the unit, one by one, without what a header says that `dex prepare` leaves out.
-    `dex.prepare.readers.Refused` as in `read`.
+    """The stacks of the unit, one by one, without files that ``dex prepare`` leaves out by their headers.
+    ``dex.prepare.readers.Refused`` as in ``read``.
 
-    path: of the unit below the source's root, for its folders may name the modality. beat: called for every frame and
-    slice, a sign of life.
+    path: of the unit below the source's root; its folders may name the modality. beat: called for every frame and
+    slice, as a sign of life.
     """
     reading = Reading(source.for_format(unit.format), path)
     for number, stack in enumerate(reading.stacks(unit.files, unit.format, size=IMAGE_SIZE, beat=beat)):
         of_stack = reading.for_stack(stack)
         if of_stack.routed:
-            raise readers.Refused("unknown modality", "nothing says of which modality it is")
+            raise readers.Refused("unknown modality", "nothing states its modality")
         refused = None if source.trusted else not_an_image(stack, unit.format, path, of_stack.modality)
-        whole = "burned-in" if stack.burned_in else refused and refused.reason
+        stack_dropped = "burned-in" if stack.burned_in else refused and refused.reason
         reading.rescale(stack, unit.format)
         images, labels, dropped, files = [], [], [], []
-        for one in slices(stack, of_stack, IMAGE_SIZE, 8):
+        for cut in slices(stack, of_stack, IMAGE_SIZE, 8):
             beat()
-            images.append(one.image)
-            labels.append(f"s{number:02d}-{one.label}" if number else one.label)
-            dropped.append(whole or filters.verdict(one.image, one.share, one.small, of_stack))
-            files.append(stack.origins[one.number][0] if stack.origins and one.number is not None else "")
+            images.append(cut.image)
+            labels.append(f"s{number:02d}-{cut.label}" if number else cut.label)
+            dropped.append(stack_dropped or filters.verdict(cut.image, cut.share, cut.small, of_stack))
+            files.append(stack.origins[cut.number][0] if stack.origins and cut.number is not None else "")
         yield StackImages(
             _planes(images),
             tuple(labels),
@@ -177,7 +177,7 @@ def read_stacks(
 
 
 class Opened(NamedTuple):
-    """The one stack of a unit, and how it is normalised and cut."""
+    """The only stack of a unit, and its settings of normalisation and slicing."""
 
     stack: readers.Stack
     source: sources.Source
@@ -191,22 +191,22 @@ def opened_whole(
     headers: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Opened:
-    """The one stack of a picture, a volume or a DICOM series, to be taken at its own size (`dex.prepare.slices`):
-    normalised and oriented as `preprocess` does, but never resized, and nothing of it is left out.
+    """The only stack of a picture, a volume or a DICOM series, to be sliced at its own size (``dex.prepare.slices``):
+    normalised and oriented as by ``preprocess``, but not resized, and with nothing left out.
 
-    modality: as of `preprocess`; without one pictures are taken as they are. headers: no pixel is to be read.
-    Raises: FileNotFoundError; ValueError naming the file, for one that cannot be read and for several series.
+    modality: as for ``preprocess``; without one, pictures are taken as they are. headers: read no pixels.
+    Raises: FileNotFoundError; ValueError naming a file that cannot be read or holds several series.
     """
     unit = unit_of(file)
-    described: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if modality is None and picture_kind(unit) is not None:
-        modality, described = "picture", {"normalisation": "display"}
+        modality, overrides = "picture", {"normalisation": "display"}
     elif modality is None and not readers.reader_of(unit.format).decides:
         expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
         raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none for {file}")
     elif modality is not None:
         modality = modalities.resolve(modality).name
-    source = source_of(unit.files[0].parent, modality, planes, **described).for_format(unit.format)
+    source = source_of(unit.files[0].parent, modality, planes, **overrides).for_format(unit.format)
     reading = Reading(source, unit.files[0].name)
     try:
         stacks = list(reading.stacks(unit.files, unit.format, size=None, beat=beat, headers=headers))
@@ -215,14 +215,14 @@ def opened_whole(
             raise readers.Refused("inconsistent", f"{len(stacks)} series, of {sizes} frames; name one of them")
         of_stack = reading.for_stack(stacks[0])
         if of_stack.routed:
-            raise readers.Refused("unknown modality", "nothing says of which modality it is")
+            raise readers.Refused("unknown modality", "nothing states its modality")
     except readers.Refused as error:
         raise ValueError(f"file: expected one readable {unit.format} image or series; {file}: {error}") from None
     return Opened(stacks[0], of_stack)
 
 
 def picture(file: Path, kind: str) -> Preprocessed:
-    """A PNG, JPEG or NPY file as `dex.data.FolderDataset` gives it. ValueError, with the decoder's reason."""
+    """A PNG, JPEG or NPY file as ``dex.data.FolderDataset`` gives it. ValueError with the decoder's reason."""
     try:
         planes = picture_planes(file, kind)
     except readers.Refused as error:
@@ -231,7 +231,7 @@ def picture(file: Path, kind: str) -> Preprocessed:
 
 
 def picture_planes(file: Path, kind: str) -> np.ndarray:
-    """uint8 ``[3, S, S]`` of a PNG, JPEG or NPY file. `dex.prepare.readers.Refused` with the decoder's reason."""
+    """uint8 ``[3, S, S]`` of a PNG, JPEG or NPY file. ``dex.prepare.readers.Refused`` with the decoder's reason."""
     out = np.empty((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     with opened(file) as stream:
         if stream.size > images.MAX_FILE_BYTES:
@@ -245,7 +245,7 @@ def picture_planes(file: Path, kind: str) -> np.ndarray:
 
 
 def _planes(images: list[np.ndarray]) -> np.ndarray:
-    """uint8 ``[n, C, S, S]`` of n uint8 ``[S, S]`` or ``[S, S, 3]``; C = 1 where all are grey, else 3."""
+    """uint8 ``[n, C, S, S]`` from n images, uint8 ``[S, S]`` or ``[S, S, 3]``; C = 1 if all are grey, else 3."""
     channels = 3 if any(image.ndim == 3 for image in images) else 1
     out = np.empty((len(images), channels, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for target, image in zip(out, images, strict=True):

@@ -1,8 +1,8 @@
-"""`dex probe`: what the features of labelled images are worth to a linear map, to neighbours, and to a few examples.
+"""``dex probe``: tests the features of labelled images with a linear probe, a kNN probe and few-shot probes.
 
     OUT/probe.csv    a row per result: balanced accuracy, its interval over patients, or one draw of the few-shot curve
     OUT/curve.png    the few-shot curve
-    OUT.private/refused.jsonl    where files gave nothing: which, and why. Mode 0600
+    OUT.private/refused.jsonl    the files that gave nothing, if any, and why. Mode 0600
 
 Labels are the sub-folders of the input, a CSV file, or the modalities of a shard set.
 """
@@ -31,23 +31,23 @@ SHEET, CURVE, REFUSED = "probe.csv", "curve.png", "refused.jsonl"
 COLUMNS = ("features", "probe", "shots", "seed", "draw", "accuracy", "low", "high", "images", "patients", "classes")
 FEATURES = ("cls", "patches")
 _NAMED = 5
-"""Lines without an image that are named."""
+"""Lines without an image named in a message, at most."""
 
 
 class Label(NamedTuple):
-    """A line of the CSV file."""
+    """The label and patient in a line of the CSV file."""
 
     label: str
     patient: str
 
 
 class Labels(NamedTuple):
-    """How labels and patients are found."""
+    """Where labels and patients come from."""
 
     table: dict[str, Label] | None = None
-    """Path below the input, or id in a shard set -> label; None: by folder, or by modality in a shard set."""
+    """Path below the input, or id in a shard set -> label; None: the folder, or the modality in a shard set."""
     patient: re.Pattern[str] | None = None
-    """Searched in the path; group 1 names the patient."""
+    """Searched in the path; group 1 is the patient."""
 
 
 class Settings(NamedTuple):
@@ -62,22 +62,22 @@ class Settings(NamedTuple):
 class Result(NamedTuple):
     settings: Settings
     names: list[str]
-    """Of the classes."""
+    """Class names."""
     data: Labelled
     linear: Interval
     knn: Interval
     curve: list[Point]
     unlabelled: int
-    """Images that no line of the CSV file names."""
+    """Number of images without a line in the CSV file."""
     unmatched: list[str]
-    """Lines of the CSV file that name no image."""
+    """Paths or ids in the CSV file without an image."""
     refused: list[Note]
     """Files, or parts of files, that gave nothing."""
 
 
 def read_labels(path: Path | None, patient: str | None) -> Labels:
-    """ValueError naming the argument: no CSV file with columns ``path`` (or ``id``), ``label`` and, if there are any,
-    ``patient``; no regular expression with a group."""
+    """The labels of a CSV file with columns ``path`` (or ``id``), ``label`` and optionally ``patient``, and the regular
+    expression for patients, which needs a group. ValueError or FileNotFoundError naming the argument."""
     pattern = None
     if patient is not None:
         try:
@@ -90,7 +90,7 @@ def read_labels(path: Path | None, patient: str | None) -> Labels:
         return Labels(None, pattern)
     if not path.is_file():
         raise FileNotFoundError(f"labels: expected a CSV file; nothing at {path}")
-    expected = "labels: expected a CSV file with columns path (or id), label and perhaps patient"
+    expected = "labels: expected a CSV file with columns path (or id), label and optionally patient"
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
@@ -101,7 +101,7 @@ def read_labels(path: Path | None, patient: str | None) -> Labels:
     table: dict[str, Label] = {}
     for number, row in enumerate(rows, 2):
         if row[key] in table:
-            raise ValueError(f"labels: expected one line for each {key}; {path}, row {number}, names {row[key]} again")
+            raise ValueError(f"labels: expected one line per {key}; {path}, row {number}, names {row[key]} again")
         if not row["label"]:
             raise ValueError(f"labels: expected a label for each {key}; {path}, row {number}, has none")
         table[row[key]] = Label(row["label"], row.get("patient") or "")
@@ -114,20 +114,19 @@ def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Sett
     parts = list(embedded(loaded, collection, range(len(collection.parts)), options, None))
     rows = [row for part in parts for row in part.rows]
     notes = {note.id: note for part in parts for note in part.notes if not note.refused}
-    named = [_label(row, notes.get(row.id), labels) for row in rows]
-    chosen = [i for i, label in enumerate(named) if label is not None]
-    names = _classes({named[i].label for i in chosen}, len(rows))
-    patients = {patient: number for number, patient in enumerate(sorted({named[i].patient for i in chosen}))}
+    labelled = {i: label for i, row in enumerate(rows) if (label := _label(row, notes.get(row.id), labels)) is not None}
+    names = _classes({label.label for label in labelled.values()}, len(rows))
+    numbers = {patient: number for number, patient in enumerate(sorted({v.patient for v in labelled.values()}))}
     data = Labelled(
-        getattr(joined([part.embedding for part in parts]), settings.features)[chosen],
-        torch.tensor([names.index(named[i].label) for i in chosen]),
-        torch.tensor([patients[named[i].patient] for i in chosen]),
+        getattr(joined([part.embedding for part in parts]), settings.features)[list(labelled)],
+        torch.tensor([names.index(label.label) for label in labelled.values()]),
+        torch.tensor([numbers[label.patient] for label in labelled.values()]),
     )
     try:
         folds_of(data, settings.folds, 0)
     except ValueError as error:
         classes = re.sub(r"class (\d+)", lambda match: f"class {names[int(match[1])]!r}", str(error))
-        raise ValueError(f"{classes}; --patient, or a column patient, says whose an image is") from None
+        raise ValueError(f"{classes}; --patient, or a column patient, assigns images to patients") from None
     refused = [note for part in parts for note in part.notes if note.refused]
     return Result(
         settings,
@@ -136,37 +135,37 @@ def probe(loaded: Loaded, collection: Collection, labels: Labels, settings: Sett
         linear(data, settings.folds),
         knn(data, settings.k, settings.folds),
         few_shot(data, settings.shots, settings.draws, settings.seeds, settings.folds),
-        len(rows) - len(chosen),
+        len(rows) - len(labelled),
         _unmatched(collection, labels),
         refused,
     )
 
 
 def check_labels(collection: Collection, labels: Labels) -> None:
-    """ValueError for what the names of files and the table say before anything is read: no label, or one class."""
+    """ValueError if file names and the table, before anything is read, give no label or a single class."""
     if not collection.reader.has_paths and labels.table is None:
-        return  # the modalities of a shard set
+        return  # Labels are the modalities of a shard set
     names = _names(collection)
     if labels.table is not None:
-        found = {labels.table[name].label for several in names for name in several if name in labels.table}
+        classes = {labels.table[name].label for of_unit in names for name in of_unit if name in labels.table}
     else:
-        found = {_folder_of(several[-1]) for several in names}
-    _classes(found, len(names))
+        classes = {_folder_of(of_unit[-1]) for of_unit in names}
+    _classes(classes, len(names))
 
 
-def _classes(found: set[str], images: int) -> list[str]:
-    if not found:
+def _classes(names: set[str], images: int) -> list[str]:
+    if not names:
         raise ValueError(
             f"labels: expected some of the {images:,} files or images to have one, by paths below INPUT (or ids of a "
             "shard set); got none"
         )
-    if len(found) < 2:
-        raise ValueError(f"labels: expected at least 2 classes; got {min(found)!r} alone")
-    return sorted(found)
+    if len(names) < 2:
+        raise ValueError(f"labels: expected at least 2 classes; got {min(names)!r} only")
+    return sorted(names)
 
 
 def _names(collection: Collection) -> list[list[str]]:
-    """Of each unit, as `Reader.names` gives them."""
+    """The names of each unit, as from ``Reader.names``."""
     units = (unit for item in range(collection.items) for unit in collection.units(item))
     return [collection.reader.names(unit) for unit in units]
 
@@ -177,7 +176,7 @@ def _unmatched(collection: Collection, labels: Labels) -> list[str]:
 
 def _folder_of(path: str) -> str:
     if "/" not in path:
-        raise ValueError(f"labels: expected a sub-folder for each class, or --labels; {path} lies in none")
+        raise ValueError(f"labels: expected a sub-folder for each class, or --labels; {path} is in none")
     return path.partition("/")[0]
 
 
@@ -193,17 +192,18 @@ def check(settings: Settings) -> None:
 
 
 def write(result: Result, out: Path) -> None:
-    """The sheet, the curve and the refused files, where there are any."""
+    """Write the sheet and, if there are any, the curve and the refused files."""
     out.mkdir(parents=True, exist_ok=True)
     stream = io.StringIO()
     sheet = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     sheet.writeheader()
-    size = {"images": len(result.data.labels), "classes": len(result.names)}
-    size |= {"patients": int(result.data.patients.max()) + 1, "features": result.settings.features}
-    for name, found in (("linear", result.linear), ("knn", result.knn)):
-        sheet.writerow({**size, "probe": name, "accuracy": found.value, "low": found.low, "high": found.high})
+    common = {"images": len(result.data.labels), "classes": len(result.names)}
+    common |= {"patients": int(result.data.patients.max()) + 1, "features": result.settings.features}
+    for name, accuracy in (("linear", result.linear), ("knn", result.knn)):
+        ends = {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+        sheet.writerow({**common, "probe": name, **ends})
     for point in result.curve:
-        sheet.writerow({**size, "probe": "few-shot linear", **point._asdict()})
+        sheet.writerow({**common, "probe": "few-shot linear", **point._asdict()})
     atomic.write(out / SHEET, stream.getvalue())
     if result.refused:
         private = private_folder(out)
@@ -211,13 +211,13 @@ def write(result: Result, out: Path) -> None:
         lines = "".join(json.dumps({"path": note.path, "refused": note.refused}) + "\n" for note in result.refused)
         atomic.write(private / REFUSED, lines, mode=0o600)
     if result.curve:
-        from dex.analysis.plots import few_shot_curve, pixels, save  # imports matplotlib
+        from dex.analysis.plots import few_shot_curve, pixels, save  # Imports matplotlib
 
         save(pixels(few_shot_curve(result.curve, result.linear.value, len(result.names))), out / CURVE)
 
 
 def _label(row: Row, note: Note | None, labels: Labels) -> Label | None:
-    """Class and patient of an image; None where the table does not name it."""
+    """Class and patient of an image; None if the table does not name it."""
     path = note.path if note is not None else row.id
     if note is not None and note.file and (labels.table is None or note.file in labels.table):
         path = note.file
@@ -233,7 +233,8 @@ def _label(row: Row, note: Note | None, labels: Labels) -> Label | None:
 
 
 def _patient(row: Row, note: Note | None, path: str, labels: Labels) -> str:
-    """By the pattern; else a header's, or a shard set's group; else the folder below the class, else the file."""
+    """The patient by the pattern, else by the header or the group of a shard set, else by the folder below the class,
+    else by the file."""
     match = labels.patient.search(path) if labels.patient else None
     if match and match[1]:
         return match[1]
@@ -244,12 +245,11 @@ def _patient(row: Row, note: Note | None, path: str, labels: Labels) -> str:
 
 
 def table(result: Result) -> str:
-    """The result as lines for the screen."""
+    """The result as text for the terminal."""
     lines = []
-    for name, found in (("linear", result.linear), (f"kNN, k = {result.settings.k}", result.knn)):
-        lines.append(
-            f"{name:<14} balanced accuracy {found.value:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}"
-        )
+    for name, accuracy in (("linear", result.linear), (f"kNN, k = {result.settings.k}", result.knn)):
+        interval = f"95 % interval {accuracy.low:.3f} to {accuracy.high:.3f}"
+        lines.append(f"{name:<14} balanced accuracy {accuracy.value:.3f}, {interval}")
     for shots in sorted({point.shots for point in result.curve}):
         values = [point.accuracy for point in result.curve if point.shots == shots]
         spread = torch.tensor(values, dtype=torch.float64).std(correction=0)
@@ -259,7 +259,7 @@ def table(result: Result) -> str:
 
 
 def left_out(result: Result, out: Path) -> list[str]:
-    """What was left out, for the screen; `write` has been called."""
+    """What was left out, as lines for the terminal. Call ``write`` first."""
     lines = []
     if result.unlabelled:
         lines.append(f"left out: {result.unlabelled:,} images without a label")
@@ -267,9 +267,9 @@ def left_out(result: Result, out: Path) -> list[str]:
         some = ", ".join(result.unmatched[:_NAMED]) + (", ..." if len(result.unmatched) > _NAMED else "")
         lines.append(f"labels without an image: {len(result.unmatched):,} ({some})")
     if result.refused:
-        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons(n.refused for n in result.refused).items())
-        where = private_folder(out) / REFUSED
-        lines.append(f"refused: {len(result.refused):,} files or parts of files ({why}); which and why is in {where}")
+        counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons(note.refused for note in result.refused).items())
+        file = private_folder(out) / REFUSED
+        lines.append(f"refused: {len(result.refused):,} files or parts of files ({counts}); {file} lists them")
     return lines
 
 

@@ -1,6 +1,6 @@
-"""Reads the items of a collection in processes with limits: a file that crashes, hangs or eats memory costs itself.
+"""Reads the items of a collection in processes with limits: a file that crashes, hangs or eats memory fails alone.
 
-The processes and their limits are those of `dex prepare` (`dex.prepare.workers`, `dex.prepare.readers.Limits`).
+The processes and their limits are those of ``dex prepare`` (``dex.prepare.workers``, ``dex.prepare.readers.Limits``).
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from dex.prepare import chunks, readers, workers
 
 LIMITS = readers.Limits()
 OUTPUT_MB = 1024
-"""Beside `LIMITS`, for the images of one unit, held up to three times: 5,000 grey ones or 1,700 in colour."""
+"""Added to ``LIMITS`` for the images of one unit, held up to three times: 5,000 grey or 1,700 colour images."""
 _AHEAD = 4
-"""Items for each process that may be read before the one that is waited for."""
+"""Items per process that may be read ahead of the next one to return."""
 _WORTH = 4
-"""Items that are worth starting another process for."""
+"""Items that justify another process."""
 
 
 class _Job(NamedTuple):
     place: int
-    """In the order of items."""
+    """Index in the order of items."""
     units: list[Any]
 
 
 class _State(NamedTuple):
     next: int
-    """The unit that comes next."""
+    """Number of the next unit."""
     read: Decoded
-    """What the one before it gave."""
+    """The images of the previous unit."""
 
 
 def decoded(
@@ -43,11 +43,11 @@ def decoded(
     check: Callable[[], None] = lambda: None,
     limits: readers.Limits = LIMITS,
 ) -> Iterator[Decoded]:
-    """The items ``order``, in this order, read by up to ``processes``, which go on while the caller works.
+    """The items numbered ``order``, in this order, read by up to ``processes`` processes while the caller works.
 
-    processes: 0 reads here, without a limit. limits: of each unit; `OUTPUT_MB` come on top. check: called now and
-    then; what it raises ends the processes.
-    Raises: OSError, `dex.prepare.workers.WorkerFault` for what is no file's fault.
+    processes: 0 reads in this process, without limits. limits: of each unit; ``OUTPUT_MB`` is added. check: called now
+    and then; an exception from it ends the processes.
+    Raises: OSError, ``dex.prepare.workers.WorkerFault`` for failures that no file caused.
     """
     if processes == 0 or not order:
         for item in order:
@@ -56,13 +56,13 @@ def decoded(
         return
     processes = min(processes, -(-len(order) // _WORTH))
     parts: dict[int, list[Decoded]] = {}
-    whole: dict[int, Decoded] = {}
-    given = 0
+    complete: dict[int, Decoded] = {}
+    returned = 0
 
     def jobs() -> Iterator[_Job | None]:
         for place, item in enumerate(order):
             parts[place] = []
-            while place >= given + _AHEAD * processes:  # one item that takes long must not fill the memory with others
+            while place >= returned + _AHEAD * processes:  # Others must not fill the memory behind a slow item
                 yield None
             yield _Job(place, collection.units(item))
 
@@ -81,14 +81,14 @@ def decoded(
     )
     with contextlib.closing(results):
         for job, _ in results:
-            whole[job.place] = joined(parts.pop(job.place))
-            while given in whole:
-                yield whole.pop(given)
-                given += 1
+            complete[job.place] = joined(parts.pop(job.place))
+            while returned in complete:
+                yield complete.pop(returned)
+                returned += 1
 
 
 def _work(reader: Reader, limits: readers.Limits, task: workers.Task, report: workers.Report) -> None:
-    """Read one item, from `task.state` on; each unit is sent as it comes."""
+    """Read one item, starting at ``task.state``, and send each unit when it is read."""
     units = task.job.units
     for number in range(task.state.next if task.state else 0, len(units)):
         unit = units[number]
@@ -101,11 +101,11 @@ def _work(reader: Reader, limits: readers.Limits, task: workers.Task, report: wo
             report.save(_State(number + 1, reader.read(unit, report.beat)))
         except MemoryError:
             if report.begun > 1:
-                raise  # what other units left behind may be to blame: once more, in a fresh process
+                raise  # Earlier units may be to blame: try once more in a fresh process
             reason = f"too large: needs more than {limits.memory_mb + OUTPUT_MB} MB of memory"
             report.save(_State(number + 1, reader.refused(unit, reason)))
         except OSError:
-            raise  # of the connection: a reader's own are notes
+            raise  # From the connection: readers turn their own into notes
         except Exception as error:
             reason = f"unreadable: {faults.sentence(error)} ({workers.where(error)})"
             report.save(_State(number + 1, reader.refused(unit, reason)))

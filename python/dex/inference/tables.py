@@ -1,6 +1,6 @@
-"""Features as tables: Parquet in parts, or one NumPy archive. pyarrow is imported only here.
+"""Features as tables: Parquet parts, or one NumPy archive. pyarrow is imported only here.
 
-Columns, one row per image: those of `dex.inference.collection.Row`; ``cls`` and ``patches`` (float32 lists of the
+One row per image. Columns: those of ``dex.inference.collection.Row``; ``cls`` and ``patches`` (float32 lists of the
 width); ``layer_03`` for chosen blocks; ``experts_03`` (int32) and ``gates_03`` (float32), lists of K, for DEX layers.
 """
 
@@ -19,7 +19,7 @@ from dex.inference.embed import Embedding
 
 
 def columns(embedding: Embedding) -> dict[str, np.ndarray]:
-    """The numbers of a table by column: arrays ``[n, width]``."""
+    """The numeric columns of a table: name -> array ``[n, width]``."""
     named = {"cls": embedding.cls, "patches": embedding.patches}
     named |= {f"layer_{layer:02d}": tokens for layer, tokens in embedding.layers.items()}
     for number, (indices, gates) in enumerate(zip(embedding.expert_indices, embedding.gates, strict=True)):
@@ -47,7 +47,7 @@ def count_rows(path: Path) -> int:
 
 
 def write_npz(path: Path, rows: Sequence[Row], embedding: Embedding) -> None:
-    """`numpy.load` reads it without pickle: text is of fixed width."""
+    """Text has a fixed width, so ``numpy.load`` reads the file without pickle."""
     text = {name: np.array([getattr(row, name) for row in rows], dtype=np.str_) for name in Row._fields}
     stream = io.BytesIO()
     np.savez(stream, **text, **columns(embedding))

@@ -1,15 +1,16 @@
-"""The sections of an analysis that say what the features are: losses, spectra, probe, maps, curves over the steps."""
+"""The sections of an analysis about features: losses, spectra, probe, maps, and curves over the steps."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 
 import torch
 from PIL import Image
 
-from dex.analysis.conclusion import told
-from dex.analysis.examine import Findings, paired
+from dex.analysis.conclusion import format_interval
+from dex.analysis.examine import Findings, Layer, paired
 from dex.analysis.plots import feature_maps, pixels
 from dex.analysis.swap import KINDS
 from dex.inference.analyse_job import Analysis
@@ -18,6 +19,7 @@ from dex.report.analysis_parts import (
     bar,
     block,
     cell,
+    gap_in_all_layers,
     interval_cell,
     models,
     names,
@@ -35,29 +37,29 @@ _FEATURES = (("cls", "CLS token"), ("patches", "mean of patches"))
 
 def heldout(analysis: Analysis) -> Block:
     """The masked loss by modality."""
-    shown, words = models(analysis), names(analysis)
+    shown, modalities = models(analysis), names(analysis)
     counts = analysis.material.held_out.modality.bincount(minlength=len(analysis.material.modalities)).tolist()
     counts = [counts[m] for m in present(analysis)]
     rows = [
-        (m.name, word, count, m.found.modality_loss[word], None, None)
+        (m.name, name, count, m.findings.modality_loss[name], None, None)
         for m in shown
-        for word, count in zip(words, counts, strict=True)
+        for name, count in zip(modalities, counts, strict=True)
     ]
-    rows += [(m.name, "all", sum(counts), *m.found.loss) for m in shown]
+    rows += [(m.name, "all", sum(counts), *m.findings.loss) for m in shown]
     lines = [
-        [word, str(count), *(cell(m.found.modality_loss[word], 4) for m in shown)]
-        for word, count in zip(words, counts, strict=True)
+        [name, str(count), *(cell(m.findings.modality_loss[name], 4) for m in shown)]
+        for name, count in zip(modalities, counts, strict=True)
     ]
-    lines.append(["all", str(sum(counts)), *(told(m.found.loss) for m in shown)])
+    lines.append(["all", str(sum(counts)), *(format_interval(m.findings.loss) for m in shown)])
     drawn = rows_table(["masked loss", "images", *(m.name for m in shown)], lines)
     if analysis.other is not None and analysis.other.comparable:
-        gap = paired(analysis.found, analysis.other.findings, analysis.material.groups)
-        drawn += f"<p>This run less {analysis.other.name}, the same images and masks: {told(gap, signed=True)}.</p>"
-        rows.append((f"this run less {analysis.other.name}", "all", sum(counts), *gap))
+        difference = paired(analysis.findings, analysis.other.findings, analysis.material.groups)
+        against = f"This run minus {analysis.other.name}, on the same images and masks"
+        drawn += f"<p>{against}: {format_interval(difference, signed=True)}.</p>"
+        rows.append((f"this run less {analysis.other.name}", "all", sum(counts), *difference))
     read = (
-        "Mean squared error over the hidden patches of held-out images. A lower loss is not by itself a better "
-        "representation, and losses with and without norm_pix_loss, or of other image and patch sizes, do not "
-        "compare."
+        "Mean squared error over the masked patches of held-out images. A lower loss alone does not mean better "
+        "features. Losses with and without norm_pix_loss, or with different image or patch sizes, are not comparable."
     )
     data = (("model", "modality", "images", "loss", "low", "high"), rows)
     return block("heldout", "Held-out loss", read, drawn, [], data)
@@ -65,25 +67,25 @@ def heldout(analysis: Analysis) -> Block:
 
 def probe(analysis: Analysis) -> Block | None:
     """The linear probe beside pixels and step 0."""
-    if analysis.found.probe is None:
+    if analysis.findings.probe is None:
         return None
     values = [("16×16 pixels", analysis.pixels)]
-    by_step = sorted(models(analysis), key=lambda m: m.name != "step 0")  # the references first
-    values += [(m.name, m.found.probe) for m in by_step]
+    by_step = sorted(models(analysis), key=lambda m: m.name != "step 0")  # The references come first
+    values += [(m.name, m.findings.probe) for m in by_step]
     values = [(name, interval) for name, interval in values if interval is not None]
-    one = Bars("balanced accuracy", [bar(interval) for _, interval in values], 0)
-    unit = "balanced accuracy, sources left out"
-    figure = bars("Linear probe of the modality", [n for n, _ in values], [one], unit=unit, key=False, span=(0, 1))
+    series = Bars("balanced accuracy", [bar(interval) for _, interval in values], 0)
+    unit = "balanced accuracy on unseen sources"
+    figure = bars("Linear probe of the modality", [n for n, _ in values], [series], unit=unit, key=False, span=(0, 1))
     groups = analysis.material.probed_groups
     count = len(groups.of.unique())
     read = (
-        f"A standardised linear probe tells the modality of {len(groups.of)} images, each fold of {groups.kind} "
-        f"judged by a probe of the others ({count} {groups.kind}); mean of patches and CLS token. Intervals that "
-        "overlap are no difference, and grey pixels alone go far. A higher modality probe is not by itself better: "
-        "features that tell modalities apart and nothing else are what collapse means."
+        "A linear probe on standardised features (patch mean and CLS token) predicts the modality of "
+        f"{len(groups.of)} images; each fold of the {count} {groups.kind} is predicted by a probe fitted on the rest. "
+        "Compare with 16×16 grey pixels, which already go far. Overlapping intervals show no difference. A higher "
+        "accuracy alone is not better: collapsed features can separate modalities and nothing else."
     )
     rows = [(name, *interval) for name, interval in values]
-    drawn = pair([figure]) + rows_table(["", "balanced accuracy"], [[n, told(i)] for n, i in values])
+    drawn = pair([figure]) + rows_table(["", "balanced accuracy"], [[n, format_interval(i)] for n, i in values])
     return block(
         "probe", "What a linear map can read", read, drawn, [figure], (("features", "value", "low", "high"), rows)
     )
@@ -91,31 +93,31 @@ def probe(analysis: Analysis) -> Block | None:
 
 def spectra(analysis: Analysis) -> Block | None:
     """Singular values and ranks."""
-    if analysis.found.cls is None:
+    if analysis.findings.cls is None:
         return None
     shown = models(analysis)
     figures, rows, lines = [], [], []
-    for field, words in _FEATURES:
-        curves_of = []
+    for field, title in _FEATURES:
+        spectra_lines = []
         for place, model in enumerate(shown):
-            spectrum = getattr(model.found, field)
+            spectrum = getattr(model.findings, field)
             if spectrum is None:
                 continue
             s = spectrum.singular_values
             share = (s / s[0].clamp(min=1e-300)).tolist()
             points = [(i, v if v > 1e-6 else None) for i, v in enumerate(share, 1)]
-            curves_of.append(Line(model.name, points, place, bare=True))
+            spectra_lines.append(Line(model.name, points, place, bare=True))
             rows += [(model.name, field, i, v) for i, v in enumerate(s.tolist(), 1)]
             numbers = (spectrum.rankme, spectrum.effective_rank)
             cosines = (spectrum.cosine, spectrum.centred_cosine)
-            lines.append([f"{words}, {model.name}", *(cell(v, 1) for v in numbers), *(cell(v) for v in cosines)])
-        figure = curves(f"Singular values, {words}", curves_of, unit="largest = 1", log=True, key=True)
+            lines.append([f"{title}, {model.name}", *(cell(v, 1) for v in numbers), *(cell(v) for v in cosines)])
+        figure = curves(f"Singular values, {title}", spectra_lines, unit="largest = 1", log=True, key=True)
         figures.append(along(figure, "component"))
     read = (
-        "Singular values of the centred features of whole held-out images; a slow fall means that many directions "
-        "are in use. RankMe and effective rank count them, at most as many as images or width: compare them with "
-        "step 0, not with other sets. The cosine of CLS tokens is most often a common offset: all point one way, "
-        "and nothing is lost, since the cosine after centring and the probe stay; it alone says nothing of "
+        "Singular values of the centred features of unmasked held-out images. A slow fall means that many directions "
+        "are in use; a steep one means collapse. RankMe and effective rank count the directions, and cannot exceed the "
+        "number of images or the width: compare them with step 0, not with other data sets. A high cosine of CLS "
+        "tokens is usually a common offset, which does no harm if the centred cosine is low; it says nothing about "
         "experts."
     )
     header = ["", "RankMe", "effective rank", "cosine", "cosine, centred"]
@@ -125,7 +127,7 @@ def spectra(analysis: Analysis) -> Block | None:
 
 
 def maps(analysis: Analysis) -> Block | None:
-    """Principal components of patches and attention, images side by side."""
+    """Principal components of patches, and attention, image by image."""
     if analysis.maps is None:
         return None
     picture = pixels(feature_maps(*_drawn(analysis)))
@@ -133,16 +135,16 @@ def maps(analysis: Analysis) -> Block | None:
     Image.fromarray(picture).save(data, "PNG", optimize=True)
     encoded = base64.b64encode(data.getvalue()).decode()
     read = (
-        "Colours are the first three principal components of the patches of these images together: equal colours "
-        "are alike patches, in whatever image. Attention is the last block's from the CLS token, mean over heads; "
-        "the scale is each image's own, so that faint structure looks as strong as any. Pictures of an untrained "
-        "model have structure too, since its patches hold pixels: compare with step 0. Neither says anything of "
-        "experts."
+        "Colours are the first three principal components over the patches of all these images: patches of equal "
+        "colour have similar features, also across images. Look for anatomy in one colour. Attention is from the CLS "
+        "token in the last block, mean over heads; it is scaled per image, so faint structure looks strong. Compare "
+        "with step 0: an untrained model shows structure too, since its patches hold pixels. Neither says anything "
+        "about experts."
     )
     html = (
         f'<figure class="picture"><div class="scroll"><img width="{picture.shape[1]}" height="{picture.shape[0]}" '
         f'alt="images, principal components of patches and attention" src="data:image/png;base64,{encoded}"></div>'
-        '</figure><p class="files">Beside this page: maps.png</p>'
+        '</figure><p class="files">Files beside this page: maps.png</p>'
     )
     return Block("maps", "Where features differ within images", reading(read) + html, {"maps.png": data.getvalue()})
 
@@ -159,9 +161,9 @@ def steps(analysis: Analysis) -> Block | None:
     """The main measures over the steps."""
     if len(analysis.curve) < 2:
         return None
-    found, rows, charts = analysis.curve, [], []
-    end = found[-1].step
-    gaps = {kind: [(f.step, _all_layers(f, kind)) for f in found] for kind in KINDS}
+    curve, rows, charts = analysis.curve, [], []
+    end = curve[-1].step
+    gaps = {kind: [(f.step, gap_in_all_layers(f, kind)) for f in curve] for kind in KINDS}
     lines = [
         Line(kind, [(step, gap and gap.gap.value) for step, gap in points], (2, 1, 0)[place], dots=True)
         for place, (kind, points) in enumerate(gaps.items())
@@ -181,9 +183,9 @@ def steps(analysis: Analysis) -> Block | None:
         "RankMe, mean of patches": lambda f: f.patches and f.patches.rankme,
         "linear probe": lambda f: f.probe,
     }
-    points = {name: [(f.step, value(f)) for f in found] for name, value in singles.items()}
-    for name, of_name in points.items():
-        for step, value in of_name:
+    points = {name: [(f.step, value(f)) for f in curve] for name, value in singles.items()}
+    for name, values in points.items():
+        for step, value in values:
             if value is not None:
                 rows.append((step, name, *(value if isinstance(value, tuple) else (value, None, None))))
     together = {
@@ -201,21 +203,22 @@ def steps(analysis: Analysis) -> Block | None:
             for values in [[(step, _value(v)) for step, v in points[name]]]
         ]
         if title == "Linear probe" and analysis.pixels is not None:
-            flat = [(f.step, analysis.pixels.value) for f in found]
+            flat = [(f.step, analysis.pixels.value) for f in curve]
             lines.append(Line("16×16 pixels", flat, 7, faint=True))
         unit = "mean over layers" if title in ("Corrected information", "Router", "Expert sets in use") else ""
         charts.append(curves(title, lines, end=end, key=len(lines) > 1, unit=unit))
     table = [
         [
             f"{f.step:,}",
-            *(interval_cell(g and g.gap) for g in (_all_layers(f, k) for k in KINDS)),
+            *(interval_cell(g and g.gap) for g in (gap_in_all_layers(f, k) for k in KINDS)),
             interval_cell(f.probe),
         ]
-        for f in found
+        for f in curve
     ]
     read = (
-        "The same images, masks and references at every step. A gap that rises while the noise still falls may be "
-        "exploration ending; a probe below that of pixels, or a rank that falls towards a few, is worth a look."
+        "Every step is measured on the same images and masks. A gap that rises while the exploration noise still "
+        "falls may only show exploration ending. Look into a probe below that of pixels, or a rank that falls to a few "
+        "directions."
     )
     header = ["step", *(f"swap gap, {kind}" for kind in KINDS), "linear probe"]
     drawn = grid(charts) + rows_table(header, table)
@@ -227,11 +230,7 @@ def _value(value: object) -> float | None:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _all_layers(found: Findings, kind: str):
-    return next((g for g in found.gaps or () if g.kind == kind and g.layer is None), None)
-
-
-def _mean_of_layers(found: Findings, value) -> float | None:
-    if not found.layers:
+def _mean_of_layers(model: Findings, value: Callable[[Layer], float]) -> float | None:
+    if not model.layers:
         return None
-    return float(torch.tensor([value(layer) for layer in found.layers], dtype=torch.float64).mean())
+    return float(torch.tensor([value(layer) for layer in model.layers], dtype=torch.float64).mean())

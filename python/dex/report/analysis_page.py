@@ -1,8 +1,8 @@
-"""The page of `dex analyse`, and the files beside it: pictures, the numbers behind each, and all of them as JSON.
+"""The page of ``dex analyse`` and the files beside it: figures, the numbers behind them, and all numbers as JSON.
 
 OUT/index.html       self-contained
 OUT/findings.json    every number of the page
-OUT/NAME.svg, .png   each picture, for a paper
+OUT/NAME.svg, .png   each figure, for a paper
 OUT/NAME.csv         the numbers behind it
 """
 
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dex.analysis.conclusion import Conclusion, conclude, told
+from dex.analysis.conclusion import Conclusion, conclude, format_interval
 from dex.analysis.examine import Findings
 from dex.analysis.record import FORMAT, VERSION, plain, to_plain
 from dex.common import atomic
@@ -21,7 +21,7 @@ from dex.inference.analyse_job import Analysis
 from dex.report import analysis_experts as experts
 from dex.report import analysis_features as features
 from dex.report import document
-from dex.report.analysis_parts import Block, models, names, rows_table
+from dex.report.analysis_parts import Block, gap_in_all_layers, models, names, rows_table
 from dex.report.charts import esc, number
 
 PAGE, FINDINGS = "index.html", "findings.json"
@@ -42,9 +42,9 @@ _SECTIONS = (
 
 
 def write(analysis: Analysis, out: Path) -> Path:
-    """Write page and files to the folder ``out``, each whole or not at all, the page last; returns the page's path.
+    """Write the page and its files to the folder ``out``, each whole or not at all, the page last; return its path.
 
-    Files that an earlier analysis left there, and this one has not, are removed.
+    Files of an earlier analysis that this one does not write are removed.
     """
     blocks = [b for b in (section(analysis) for section in _SECTIONS) if b is not None]
     files = {name: data for b in blocks for name, data in b.files.items()}
@@ -62,14 +62,14 @@ def write(analysis: Analysis, out: Path) -> Path:
 
 
 def findings(analysis: Analysis) -> dict[str, Any]:
-    """Every number, as JSON holds it."""
+    """Every number of the analysis, as values that JSON can hold."""
     material = analysis.material
-    verdict = concluded(analysis, analysis.found)
+    verdict = concluded(analysis, analysis.findings)
     return {
         "format": FORMAT,
         "version": VERSION,
         "run": analysis.name,
-        "step": analysis.found.step,
+        "step": analysis.findings.step,
         "data": analysis.data,
         "modalities": list(material.modalities),
         "held_out": {
@@ -79,7 +79,7 @@ def findings(analysis: Analysis) -> dict[str, Any]:
         },
         "verdict": verdict._asdict(),
         "notes": list(analysis.notes),
-        "found": plain(analysis.found),
+        "found": plain(analysis.findings),
         "step_0": analysis.start and plain(analysis.start),
         "other": analysis.other
         and {"name": analysis.other.name, "comparable": analysis.other.comparable, **plain(analysis.other.findings)},
@@ -88,30 +88,30 @@ def findings(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def concluded(analysis: Analysis, of: Findings) -> Conclusion:
-    """What the swap test says of one of the models; without it, nothing."""
-    if of.gaps is None and of.layers != []:
-        return Conclusion("not measured", "Whether the experts are specialised was not measured (--only swap does it).")
-    return conclude(of.gaps, of.modality_gap, _groups(analysis), analysis.material.groups.kind)
+def concluded(analysis: Analysis, model: Findings) -> Conclusion:
+    """The conclusion of the swap test about one of the models."""
+    if model.gaps is None and model.layers != []:
+        return Conclusion("not measured", "Specialisation of the experts was not measured; --only swap measures it.")
+    return conclude(model.gaps, model.modality_gap, _groups(analysis), analysis.material.groups.kind)
 
 
 def loss_table(analysis: Analysis) -> str:
-    """The held-out loss by modality as lines for the screen."""
-    shown, words = models(analysis), names(analysis)
-    wide = max(len("all"), *map(len, words))
-    lines = [f"{'':{wide}}  " + "  ".join(f"{m.name:>22}" for m in shown)]
-    for word in words:
-        lines.append(f"{word:{wide}}  " + "  ".join(f"{m.found.modality_loss[word]:>22.4f}" for m in shown))
-    lines.append(f"{'all':{wide}}  " + "  ".join(f"{told(m.found.loss):>22}" for m in shown))
+    """The held-out loss by modality, as text for the terminal."""
+    shown, modalities = models(analysis), names(analysis)
+    width = max(len("all"), *map(len, modalities))
+    lines = [f"{'':{width}}  " + "  ".join(f"{m.name:>22}" for m in shown)]
+    for name in modalities:
+        lines.append(f"{name:{width}}  " + "  ".join(f"{m.findings.modality_loss[name]:>22.4f}" for m in shown))
+    lines.append(f"{'all':{width}}  " + "  ".join(f"{format_interval(m.findings.loss):>22}" for m in shown))
     return "\n".join(lines)
 
 
 def about(analysis: Analysis) -> str:
-    """What the numbers are of, in a sentence."""
+    """The images that were measured, and what intervals are over, in a sentence."""
     material = analysis.material
     return (
-        f"{len(material.held_out.ids):,} held-out images of the data set {analysis.data}; intervals are "
-        f"95 %, over their {_groups(analysis):,} {material.groups.kind}."
+        f"{len(material.held_out.ids):,} held-out images of the data set {analysis.data}; 95 % intervals over their "
+        f"{_groups(analysis):,} {material.groups.kind}."
     )
 
 
@@ -120,7 +120,7 @@ def _groups(analysis: Analysis) -> int:
 
 
 def _earlier_files(out: Path) -> set[str]:
-    """Files beside the page of an earlier analysis, by its own list."""
+    """The files beside the page of an earlier analysis, as its findings list them."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         record = json.loads((out / FINDINGS).read_text(encoding="utf-8"))
         if record["format"] == FORMAT:
@@ -136,11 +136,11 @@ def _page(analysis: Analysis, blocks: list[Block]) -> str:
 
 
 def _headline(analysis: Analysis) -> str:
-    verdict = f'<p class="verdict">{esc(concluded(analysis, analysis.found).text)}</p>'
+    verdict = f'<p class="verdict">{esc(concluded(analysis, analysis.findings).text)}</p>'
     lines = [about(analysis)]
-    for name, found in models(analysis)[1:]:
-        if found.gaps is not None:
-            lines.append(f"{name}: {concluded(analysis, found).text}")
+    for name, model in models(analysis)[1:]:
+        if model.gaps is not None:
+            lines.append(f"{name}: {concluded(analysis, model).text}")
     more = "".join(f'<p class="lead">{esc(line)}</p>' for line in lines)
     return verdict + more + _summary(analysis)
 
@@ -149,33 +149,32 @@ def _summary(analysis: Analysis) -> str:
     """The main numbers of every model, side by side."""
     shown = models(analysis)
     measures = {
-        "held-out masked loss": lambda f: told(f.loss),
+        "held-out masked loss": lambda f: format_interval(f.loss),
         "swap gap, another modality's experts": lambda f: _gap(f, "other modality"),
         "swap gap, random experts": lambda f: _gap(f, "random"),
         "corrected information, masked (chance below)": _information,
-        "linear probe": lambda f: None if f.probe is None else told(f.probe),
+        "linear probe": lambda f: None if f.probe is None else format_interval(f.probe),
         "RankMe, mean of patches": lambda f: None if f.patches is None else number(f.patches.rankme, 3),
     }
     rows = []
     for name, measure in measures.items():
-        values = [measure(m.found) for m in shown]
+        values = [measure(m.findings) for m in shown]
         if any(v is not None for v in values):
             rows.append([name, *(v or "–" for v in values)])
     if analysis.pixels is not None:
         place = next(i for i, row in enumerate(rows) if row[0] == "linear probe")
-        rows[place][0] = f"linear probe (pixels {told(analysis.pixels)})"
+        rows[place][0] = f"linear probe (pixels {format_interval(analysis.pixels)})"
     return rows_table(["", *(m.name for m in shown)], rows)
 
 
-def _gap(found: Findings, kind: str) -> str | None:
-    gap = next((g for g in found.gaps or () if g.kind == kind and g.layer is None), None)
-    return gap and told(gap.gap, signed=True)
+def _gap(model: Findings, kind: str) -> str | None:
+    gap = gap_in_all_layers(model, kind)
+    return gap and format_interval(gap.gap, signed=True)
 
 
-def _information(found: Findings) -> str | None:
-    if not found.layers:
+def _information(model: Findings) -> str | None:
+    if not model.layers:
         return None
-    values = [
-        sum(getattr(layer.masked, f) for layer in found.layers) / len(found.layers) for f in ("value", "null_high")
-    ]
-    return f"{values[0]:.3f} ({values[1]:.3f})"
+    value = sum(layer.masked.value for layer in model.layers) / len(model.layers)
+    chance = sum(layer.masked.null_high for layer in model.layers) / len(model.layers)
+    return f"{value:.3f} ({chance:.3f})"

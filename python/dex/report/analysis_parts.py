@@ -1,4 +1,4 @@
-"""What the sections of an analysis are made of."""
+"""Building blocks of the sections of an analysis."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dex.analysis.conclusion import told
+from dex.analysis.conclusion import format_interval
 from dex.analysis.examine import Findings
 from dex.analysis.intervals import Interval
+from dex.analysis.swap import Gap
 from dex.inference.analyse_job import Analysis
 from dex.report.charts import esc
 from dex.report.parts import table
@@ -17,7 +18,7 @@ from dex.report.pictures import Bar, svg_file
 
 
 class Block(NamedTuple):
-    """A section, and the files beside the page that belong to it."""
+    """A section, and the files beside the page that belong to it: name -> contents."""
 
     anchor: str
     title: str
@@ -26,24 +27,29 @@ class Block(NamedTuple):
 
 
 class Model(NamedTuple):
-    """One of the models that are compared."""
+    """One of the models compared."""
 
     name: str
-    found: Findings
+    findings: Findings
 
 
 def models(analysis: Analysis) -> list[Model]:
-    """The run, the model that it started from, and another run, as far as there are any."""
-    found = [Model(f"step {analysis.found.step}", analysis.found)]
+    """The run, the model that it started from and the run it is compared with; the latter two if there are any."""
+    result = [Model(f"step {analysis.findings.step}", analysis.findings)]
     if analysis.start is not None:
-        found.append(Model("step 0", analysis.start))
+        result.append(Model("step 0", analysis.start))
     if analysis.other is not None:
-        found.append(Model(analysis.other.name, analysis.other.findings))
-    return found
+        result.append(Model(analysis.other.name, analysis.other.findings))
+    return result
+
+
+def gap_in_all_layers(model: Findings, kind: str) -> Gap | None:
+    """The swap gap of one kind in all layers at once, if it was measured."""
+    return next((gap for gap in model.gaps or () if gap.kind == kind and gap.layer is None), None)
 
 
 def present(analysis: Analysis) -> list[int]:
-    """The modalities of which there are held-out images."""
+    """The numbers of the modalities that have held-out images."""
     return sorted(set(analysis.material.held_out.modality.tolist()))
 
 
@@ -52,7 +58,7 @@ def names(analysis: Analysis) -> list[str]:
 
 
 def numbered(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Rows and columns of a square matrix: the columns are the rows' numbers."""
+    """Row and column names of a square matrix; columns are named by the numbers of the rows."""
     return [f"{word} {i}" for i, word in enumerate(words, 1)], [str(i) for i in range(1, len(words) + 1)]
 
 
@@ -61,7 +67,7 @@ def bar(interval: Interval | None) -> Bar | None:
 
 
 def sheet(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """A CSV file; numbers in full, None as nothing."""
+    """A CSV file with numbers in full; None is an empty cell."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
@@ -78,7 +84,10 @@ def block(
     data: tuple[Sequence[str], Iterable[Sequence[Any]]],
     columns: int = 2,
 ) -> Block:
-    """read: how to read it and when it misleads, plain text; drawn: HTML; figures: those that the SVG file shows."""
+    """A section with a CSV file of ``data`` (header, rows) and, if there are figures, an SVG file of them.
+
+    read: plain text on how to read the section and when it misleads. drawn: HTML. columns: figures per row of the SVG.
+    """
     files = {f"{anchor}.csv": sheet(*data)}
     if picture := svg_file(figures, columns):
         files[f"{anchor}.svg"] = picture
@@ -90,7 +99,7 @@ def reading(text: str) -> str:
 
 
 def _beside(files: Iterable[str]) -> str:
-    return f'<p class="files">Beside this page: {", ".join(sorted(files))}</p>'
+    return f'<p class="files">Files beside this page: {", ".join(sorted(files))}</p>'
 
 
 def pair(figures: Iterable[str]) -> str:
@@ -98,7 +107,7 @@ def pair(figures: Iterable[str]) -> str:
 
 
 def rows_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is a heading, the others are numbers; cells are plain text."""
+    """A table whose first column is a heading and whose others are numbers; cells are plain text."""
     head = f"<tr>{''.join(f'<th>{esc(h)}</th>' for h in header)}</tr>"
     body = [f"<tr><th>{esc(row[0])}</th>{''.join(f'<td>{esc(v)}</td>' for v in row[1:])}</tr>" for row in rows]
     return table(head, body, "numbers")
@@ -109,4 +118,4 @@ def cell(value: float | None, digits: int = 3) -> str:
 
 
 def interval_cell(interval: Interval | None) -> str:
-    return "–" if interval is None else told(interval)
+    return "–" if interval is None else format_interval(interval)

@@ -1,6 +1,6 @@
 """Curves and heatmaps of a report, as HTML figures with inline SVG.
 
-A drawing is 360 wide, the width of a telephone and of a third of a desktop's page, so that its text is of one size on
+A drawing is 360 units wide, the width of a phone and of a third of a desktop page, so its text has the same size on
 both. Every line carries its values as ``data-p="step,value step,value"``, to six digits.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 COLOURS = 8
-"""Colours that the style sheet has; further lines are dashed."""
+"""Line colours in the style sheet; further lines are dashed."""
 _DOTS_UP_TO = 40
 _LAYERS = ((16, 140, 150), (140, 100, 200), (222, 112, 40))
-"""First, middle and last layer; each is told from a white and from a dark ground."""
+"""Colours of the first, middle and last layer, visible on white and on dark backgrounds."""
 
 
 class Line(NamedTuple):
@@ -26,9 +26,9 @@ class Line(NamedTuple):
     faint: bool = False
     dots: bool = False
     bare: bool = False
-    """Without the band from least to largest where points lie too close together."""
+    """Draw no band from minimum to maximum where points are too dense to draw individually."""
     dashed: bool = False
-    """A reference, which is not the run's own."""
+    """Mark the line as a reference."""
     interval: Sequence[tuple[float, float, float]] = ()
     """``(step, low, high)``, drawn as a band."""
 
@@ -51,16 +51,16 @@ MARKS = {
     "no swap gap": ("unused", "no swap gap", "M-4-3H4M0-3V4"),
     "": ("other", "other event", "M-3 0H3M0-3V3"),
 }
-"""Kind of an event -> class in the style sheet, words, glyph; "" is every other kind."""
+"""Kind of event -> class in the style sheet, words, glyph; "" stands for every other kind."""
 
 
 def esc(value: object) -> str:
-    """Text for HTML, within quotes too."""
+    """Escape text for HTML, attribute values included."""
     return html.escape(str(value), quote=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Four significant digits; whole numbers as such: ``0.8213``, ``2.150``, ``1,250``, ``1.500e-05``."""
+    """``digits`` significant digits; integers without decimals: ``0.8213``, ``2.150``, ``1,250``, ``1.500e-05``."""
     if value is None:
         return "–"
     if value == int(value) and abs(value) < 1e15:
@@ -71,7 +71,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def layer_colour(layer: int, layers: int) -> str:
-    """From the first layer's colour to the last one's."""
+    """The colour of a layer, interpolated from the first layer's colour to the last one's."""
     place = 2 * layer / max(layers - 1, 1)
     a, b = (_LAYERS[0], _LAYERS[1]) if place <= 1 else (_LAYERS[1], _LAYERS[2])
     t = place if place <= 1 else place - 1
@@ -79,13 +79,13 @@ def layer_colour(layer: int, layers: int) -> str:
 
 
 def glyph(kind: str) -> str:
-    """The sign by which an event of this kind is marked."""
+    """The symbol of a kind of event."""
     name, _, shape = MARKS.get(kind, MARKS[""])
     return f'<svg class="glyph" viewBox="-6 -6 12 12" aria-hidden="true"><path class="m-{name}" d="{shape}"/></svg>'
 
 
 def sample(colour: int | str, faint: bool = False, dashed: bool = False) -> str:
-    """A piece of a line, for a key."""
+    """A short piece of a line, for a legend."""
     kind, ink = _ink(colour)
     kind += " dashed" if dashed and " dashed" not in kind else ""
     path = f'<path class="line{kind}{" faint" if faint else ""}"{ink} d="M1 4H15"/>'
@@ -93,7 +93,7 @@ def sample(colour: int | str, faint: bool = False, dashed: bool = False) -> str:
 
 
 def mark_key(kinds: Iterable[str]) -> str:
-    """What the signs of ``kinds`` mean."""
+    """A legend of the symbols of ``kinds``."""
     wanted = {kind if kind in MARKS else "" for kind in kinds}
     parts = [f"<span>{glyph(k)}{esc(words)}</span>" for k, (_, words, _) in MARKS.items() if k in wanted]
     return f'<p class="key">{"".join(parts)}</p>' if parts else ""
@@ -112,12 +112,12 @@ def curves(
     key: bool | str = False,
     wide: bool = False,
 ) -> str:
-    """A figure with one chart over the steps; empty when no line holds a number.
+    """A figure with one chart over the steps; "" if no line holds a number.
 
-    log: a logarithmic scale where the values are positive and span a factor of 8 or more. percent: values are shares.
-    end: last step of the axis; the lines' last one without it. span: smallest and largest value of the axis, for charts
-    that are compared. key: the lines' names and colours below the title; a word that begins all of them is said once.
-    wide: as broad as a desktop's page; a narrow drawing takes its place where there is less room.
+    log: use a logarithmic scale if the values are positive and span a factor of 8 or more. percent: values are shares.
+    end: last step of the axis; default: that of the lines. span: smallest and largest value of the axis, for charts
+    that are compared. key: show a legend below the title; a word that all labels begin with is then shown once.
+    wide: fill the width of a desktop page; a narrow drawing replaces it where there is less room.
     """
     lines = [line for line in lines if any(v is not None for _, v in line.points)]
     if not lines:
@@ -139,7 +139,7 @@ def curves(
 
 
 def heatmap(title: str, names: Sequence[str], shares: Sequence[Sequence[float]], top: float) -> str:
-    """Modalities by experts: ``shares [M][E]``, each row summing to 1; ``top`` is the share of the full colour."""
+    """Modalities by experts: ``shares [M][E]``, each row summing to 1; ``top`` is the share drawn in full colour."""
     experts = len(shares[0])
     left = 8 + 6.3 * min(max(map(len, names)), 22)
     cell, height = (356 - left) / experts, 17
@@ -188,14 +188,18 @@ def _drawing(
         place = ((math.log(value) if log else value) - a) / (b - a)
         return bottom - (bottom - top) * min(max(place, -0.02), 1.02)
 
+    def band(ends: Sequence[tuple[float, float, float]]) -> str:
+        upper = [f"{x(step):.1f} {y(high):.1f}" for step, _, high in ends]
+        lower = [f"{x(step):.1f} {y(low):.1f}" for step, low, _ in reversed(ends)]
+        return "M" + "L".join(upper + lower) + "Z"
+
     parts = []
     for value, text in ticks:
         parts.append(
             f'<path class="grid" d="M{left} {y(value):.1f}H{right}"/>'
             f'<text x="{left - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{text}</text>'
         )
-    step_ticks = _nice(0, end, 5 if width < 500 else 10, whole=True)
-    for value in step_ticks:
+    for value in _nice(0, end, 5 if width < 500 else 10, whole=True):
         anchor = "end" if x(value) > right - 12 else "middle"
         parts.append(f'<text x="{x(value):.1f}" y="{height - 7}" text-anchor="{anchor}">{_short(value)}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
@@ -203,15 +207,15 @@ def _drawing(
     for mark in marks:
         kind, _, shape = MARKS.get(mark.kind, MARKS[""])
         place = round(x(min(mark.step, end)))
-        here = drawn.setdefault(place, [])
-        if kind in here:
+        kinds = drawn.setdefault(place, [])
+        if kind in kinds:
             continue
-        aside = 8 * len(here)
-        here.append(kind)
+        shift = 8 * len(kinds)
+        kinds.append(kind)
         parts.append(
             f'<g class="mark" transform="translate({place} 0)"><title>{esc(mark.text)}</title>'
             f'<path class="rod m-{kind}" d="M0 {top}V{bottom}"/>'
-            f'<path class="m-{kind}" transform="translate({aside} 7)" d="{shape}"/></g>'
+            f'<path class="m-{kind}" transform="translate({shift} 7)" d="{shape}"/></g>'
         )
     for line in lines:
         stretches = _columns(line.points, end, columns)
@@ -223,13 +227,9 @@ def _drawing(
             if len(places) == 1 or (line.dots and len(line.points) <= _DOTS_UP_TO):
                 dots += [f"M{p}h0" for p in places]
             if not line.bare and any(c.low < c.high for c in stretch):
-                there = [f"{x(c.step):.1f} {y(c.high):.1f}" for c in stretch]
-                back = [f"{x(c.step):.1f} {y(c.low):.1f}" for c in reversed(stretch)]
-                bands.append("M" + "L".join(there + back) + "Z")
+                bands.append(band([(c.step, c.low, c.high) for c in stretch]))
         if line.interval:
-            there = [f"{x(step):.1f} {y(high):.1f}" for step, _, high in line.interval]
-            back = [f"{x(step):.1f} {y(low):.1f}" for step, low, _ in reversed(line.interval)]
-            bands.append("M" + "L".join(there + back) + "Z")
+            bands.append(band(line.interval))
         kind, ink = _ink(line.colour)
         kind += " dashed" if line.dashed and " dashed" not in kind else ""
         data = " ".join(f"{_exact(c.step)},{c.mean:.6g}" for stretch in stretches for c in stretch)
@@ -246,12 +246,12 @@ def _drawing(
 
 
 def _points_drawn(width: int) -> int:
-    """Columns of a chart; up to twice as many points are drawn one by one."""
+    """Columns of a chart; up to twice as many points are drawn individually."""
     return (width - 56) // 2
 
 
 def is_dense(points: int) -> bool:
-    """Whether a narrow chart has no room for this number of points; it then shows their means and range."""
+    """Whether a narrow chart has too little room for all points, and shows their means and ranges instead."""
     return points > 2 * _points_drawn(360)
 
 
@@ -260,7 +260,7 @@ def _exact(step: float) -> str:
 
 
 def _ink(colour: int | str) -> tuple[str, str]:
-    """Class and style of a line's colour."""
+    """Class and style attribute of a line's colour."""
     if isinstance(colour, str):
         return "", f' style="stroke:{esc(colour)}"'
     return f" s{colour % COLOURS}{' dashed' if colour >= COLOURS else ''}", ""
@@ -281,19 +281,19 @@ def _last(line: Line) -> float | None:
     return next((v for _, v in reversed(line.points) if v is not None), None)
 
 
-def _runs(points: Iterable[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """Stretches without a gap."""
-    runs: list[list[tuple[float, float]]] = [[]]
+def _stretches(points: Iterable[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
+    """The points, split at gaps."""
+    stretches: list[list[tuple[float, float]]] = [[]]
     for step, value in points:
         if value is None:
-            runs.append([])
+            stretches.append([])
         else:
-            runs[-1].append((step, value))
-    return [run for run in runs if run]
+            stretches[-1].append((step, value))
+    return [stretch for stretch in stretches if stretch]
 
 
 class _Column(NamedTuple):
-    """Points that lie too close together to be drawn apart; most often there is one."""
+    """Neighbouring points drawn as one; usually a single point."""
 
     step: float
     mean: float
@@ -302,15 +302,15 @@ class _Column(NamedTuple):
 
 
 def _columns(points: Sequence[tuple[float, float | None]], end: float, columns: int) -> list[list[_Column]]:
-    """Stretches without a gap; one column a point where there are few, else at most ``columns`` over [0, end]."""
+    """Stretches without a gap: one column per point if there are few, else at most ``columns`` over [0, end]."""
     few = len(points) <= 2 * columns
-    stretches = []
-    for run in _runs(points):
+    result = []
+    for stretch in _stretches(points):
         groups: dict[int, list[tuple[float, float]]] = {}
-        for i, point in enumerate(run):
+        for i, point in enumerate(stretch):
             groups.setdefault(i if few else min(int(point[0] / end * columns), columns - 1), []).append(point)
-        stretches.append([_column(group) for group in groups.values()])
-    return stretches
+        result.append([_column(group) for group in groups.values()])
+    return result
 
 
 def _column(group: Sequence[tuple[float, float]]) -> _Column:
@@ -319,7 +319,7 @@ def _column(group: Sequence[tuple[float, float]]) -> _Column:
 
 
 def scale(low: float, high: float, log: bool, percent: bool) -> tuple[tuple[float, float], list[tuple[float, str]]]:
-    """The axis' ends, and its ticks with their text."""
+    """The ends of an axis, and its ticks with their labels."""
     if log:
         ratio = (high / low) ** 0.04
         low, high = low / ratio, high * ratio

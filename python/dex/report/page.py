@@ -1,7 +1,7 @@
-"""`report`: one HTML page about one or several run folders, to be read anywhere without anything else.
+"""``report``: one self-contained HTML page about one or several run folders.
 
-It reads what `dex.train.runlog` writes and nothing more: a run folder copied from another machine or written by another
-version will do. Equal folders give equal bytes.
+It reads only the files that ``dex.train.runlog`` writes, so it also accepts a run folder copied from another machine or
+written by another version. Equal folders give equal bytes.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from dex.report.specialisation import specialisation
 
 
 def report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page about ``runs`` (run folders, compared if several) to ``out``, whole or not at all; returns it.
+    """Write the page about the run folders ``runs`` to ``out``, whole or not at all, and return ``out``.
 
-    Raises: ValueError naming the run whose folder, files or contents are missing or no run's; naming out.
+    Several runs are compared. Raises: ValueError naming ``out``, or the run whose files are missing or damaged.
     """
     if not runs:
         raise ValueError("runs: expected at least one run folder, got none")
@@ -27,14 +27,14 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     if out.is_dir():
         raise ValueError(f"out: expected a file to write, got the folder {out}")
     folders = [Path(run) for run in runs]
-    read = [read_run(folder, name) for folder, name in zip(folders, labels(folders), strict=True)]
-    document.write(_page(read), out)
+    records = [read_run(folder, name) for folder, name in zip(folders, labels(folders), strict=True)]
+    document.write(_page(records), out)
     return out
 
 
 def _page(runs: list[RunRecord]) -> str:
     several = len(runs) > 1
-    drawn = [
+    parts = [
         Section("losses", "Losses", sections.losses(runs)),
         Section("modalities", "Modalities", sections.modalities(runs)),
         Section("specialisation", "Do the experts specialise?", specialisation(runs)),
@@ -48,7 +48,7 @@ def _page(runs: list[RunRecord]) -> str:
     ]
     title = f"{len(runs)} runs compared" if several else runs[0].name
     notes = [f"{run.name}: {note}" if several else note for run in runs for note in run.notes] + unlike(runs)
-    return document.document("DEX pretraining report", title, _headline(runs), notes, drawn)
+    return document.document("DEX pretraining report", title, _headline(runs), notes, parts)
 
 
 def _headline(runs: list[RunRecord]) -> str:

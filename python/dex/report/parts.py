@@ -1,4 +1,4 @@
-"""What sections are made of: charts of several runs on one axis, tables, a run's name, events in words."""
+"""Building blocks of sections: charts of several runs on one axis, tables, run names, and events in words."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _SAMPLES_SHOWN = 12
 
 
 class Drawer:
-    """Draws one kind of value of all runs with one axis of steps and the runs' marks."""
+    """Draws a quantity of all runs over a common axis of steps, with marks for the runs' events."""
 
     def __init__(self, runs: list[RunRecord]):
         self.runs: list[RunRecord] = runs
@@ -18,7 +18,7 @@ class Drawer:
         self.end: int = max(run.step for run in runs)
 
     def marks(self, unused: bool = False, run: RunRecord | None = None) -> list[Mark]:
-        """Of one run or of all; "unused experts" only where asked for, since there may be many."""
+        """The events of one run or of all; "unused experts" only if ``unused``, since there may be many."""
         return [
             Mark(e["step"], kind_of(e), f"{f'{r.name}, ' if self.several else ''}step {e['step']}: {tell(e)}"[:400])
             for r in ([run] if run else self.runs)
@@ -35,13 +35,13 @@ class Drawer:
         dots: bool = False,
         **how: Any,
     ) -> str:
-        """One line a run."""
+        """A chart with one line per run."""
         names = [run.name if self.several else title for run in self.runs]
         lines = [Line(names[i], points(run), i, dots=dots) for i, run in enumerate(self.runs)]
         return curves(title, lines, self.marks(unused), end=self.end, key=self.several, **how)
 
     def layers(self, title: str, key: str, **how: Any) -> list[str]:
-        """One line a layer, one chart a run, all on one scale."""
+        """One chart per run with one line per layer, all on the same scale."""
         charts = []
         all_points = [run.points(key, n) for run in self.runs for n in range(run.layers(key))]
         values = [v for points in all_points for _, v in points if v is not None]
@@ -56,12 +56,12 @@ class Drawer:
 
 
 def of_experts(key: str) -> Callable[[RunRecord], list[tuple[int, float | None]]]:
-    """Points of ``key``; none of a run without experts, which writes zeros there."""
+    """The points of ``key``; empty for a run without experts, whose rows hold zeros."""
     return lambda run: run.points(key) if run.has_experts else []
 
 
 def kind_of(event: Mapping[str, Any]) -> str:
-    """The kind by which it is marked."""
+    """The event's key in ``dex.report.charts.MARKS``."""
     return "loss spike" if "spike" in event["event"] else event["event"]
 
 

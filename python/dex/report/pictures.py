@@ -1,4 +1,4 @@
-"""Bars with intervals and matrices, in the manner of `dex.report.charts`, and figures as SVG files of their own."""
+"""Bars with intervals, matrices, and SVG files of figures, in the style of ``dex.report.charts``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dex.report.charts import esc, number, sample, scale
 from dex.report.style import STYLE
 
 NAME = 22
-"""Characters of a row's name that are shown."""
+"""Characters shown of a row's name, at most."""
 _NUMBERED = 14
-"""With more columns than this the cells hold no numbers."""
+"""Columns of a matrix whose cells show their numbers, at most."""
 
 
 class Bar(NamedTuple):
@@ -26,7 +26,7 @@ class Bar(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """One bar for each group; None leaves its place empty."""
+    """One bar per group; None leaves a gap."""
 
     label: str
     values: Sequence[Bar | None]
@@ -44,9 +44,9 @@ def bars(
     key: bool = True,
     percent: bool = False,
 ) -> str:
-    """A figure of bars from 0, side by side in each group, with their intervals; a narrow and a broad drawing of it.
+    """A figure of bars from 0 with their intervals, side by side within a group; drawn narrow and broad.
 
-    span: smallest and largest value of the axis, for figures that are compared. Empty when there is no bar.
+    span: smallest and largest value of the axis, for figures that are compared. Returns "" if there is no bar.
     """
     drawn = [bar for s in series for bar in s.values if bar is not None]
     if not drawn:
@@ -94,16 +94,16 @@ def _bars(
         if g == last or (g % every == 0 and last - g >= every):
             middle = begin + place * 0.39
             parts.append(f'<text x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{esc(names[g])}</text>')
-        for s, one in enumerate(series):
-            bar = one.values[g]
+        for place_in_group, s in enumerate(series):
+            bar = s.values[g]
             if bar is None:
                 continue
-            x = begin + s * thick
+            x = begin + place_in_group * thick
             tall = abs(y(bar.value) - y(0))
-            words = f"{group}, {one.label}: {bar.value:.4g} [{bar.low:.4g}, {bar.high:.4g}]"
+            tooltip = f"{group}, {s.label}: {bar.value:.4g} [{bar.low:.4g}, {bar.high:.4g}]"
             parts.append(
-                f'<g class="bar" data-v="{bar.value:.6g} {bar.low:.6g} {bar.high:.6g}"><title>{esc(words)}</title>'
-                f'<rect class="f{one.colour}" x="{x:.1f}" y="{min(y(bar.value), y(0)):.1f}" '
+                f'<g class="bar" data-v="{bar.value:.6g} {bar.low:.6g} {bar.high:.6g}"><title>{esc(tooltip)}</title>'
+                f'<rect class="f{s.colour}" x="{x:.1f}" y="{min(y(bar.value), y(0)):.1f}" '
                 f'width="{max(thick - 1, 1):.1f}" height="{max(tall, 0.5):.1f}"/>'
                 f'<path class="whisker" d="M{x + thick / 2 - 0.5:.1f} {y(bar.low):.1f}V{y(bar.high):.1f}'
                 f"M{x + thick * 0.25:.1f} {y(bar.low):.1f}h{thick * 0.4:.1f}"
@@ -127,12 +127,12 @@ def matrix(
     digits: int = 2,
     marked: Sequence[tuple[int, int]] = (),
 ) -> str:
-    """A figure of coloured cells ``values [R][C]``: one colour above 0, another below, in full at ``top``; None is left
-    empty. The cells hold their numbers where there is room. marked: cells with a frame."""
+    """A figure of coloured cells ``values [R][C]``: one colour above 0, another below, full at ``top``; None leaves a
+    cell empty. Cells show their numbers where there is room. marked: (row, column) of cells with a frame."""
     left = 8 + 6.3 * min(max(map(len, rows)), NAME)
     cell = (356 - left) / len(columns)
-    told = len(columns) <= _NUMBERED and cell >= 15
-    height = 19 if told else 15
+    with_numbers = len(columns) <= _NUMBERED and cell >= 15
+    height = 19 if with_numbers else 15
     frames, parts = set(marked), []
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = 2 + r * height
@@ -144,13 +144,13 @@ def matrix(
             kind = "pos" if value >= 0 else "neg"
             share = min(abs(value) / top, 1) if top > 0 else 0
             frame = " framed" if (r, c) in frames else ""
-            words = f"{name}, {columns[c]}: {value:.4g}"
+            tooltip = f"{name}, {columns[c]}: {value:.4g}"
             parts.append(
                 f'<rect class="cell {kind}{frame}" x="{left + c * cell:.2f}" y="{y}" width="{max(cell - 1.5, 1):.2f}" '
                 f'height="{height - 1.5}" fill-opacity="{0.75 * share:.3f}" data-v="{value:.6g}">'
-                f"<title>{esc(words)}</title></rect>"
+                f"<title>{esc(tooltip)}</title></rect>"
             )
-            if told:
+            if with_numbers:
                 text = _short(value, digits, cell)
                 parts.append(
                     f'<text class="in" x="{left + (c + 0.5) * cell - 0.75:.2f}" y="{y + height / 2 + 2.5:.1f}" '
@@ -173,7 +173,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _short(value: float, digits: int, cell: float) -> str:
-    """As many digits as a cell has room for: ``.12``, ``-.12``, ``1.0``."""
+    """``value`` with as many digits as fit into a cell: ``.12``, ``-.12``, ``1.0``."""
     room = max(0, min(digits, int((cell - 8) / 5.5) - 1))
     text = f"{value:.{room}f}"
     if float(text) == 0:
@@ -182,12 +182,12 @@ def _short(value: float, digits: int, cell: float) -> str:
 
 
 def along(figure: str, axis: str) -> str:
-    """A figure of `dex.report.charts.curves` whose horizontal axis is not the step."""
+    """Name the horizontal axis of a figure of ``dex.report.charts.curves`` that is not drawn over steps."""
     return figure.replace("<svg viewBox", f'<svg data-axis="{esc(axis)}" viewBox')
 
 
 class _Panel(NamedTuple):
-    """A figure, taken apart."""
+    """The parts of a figure."""
 
     caption: ElementTree.Element
     inner: str
@@ -197,18 +197,17 @@ class _Panel(NamedTuple):
     @classmethod
     def of(cls, figure: str) -> _Panel:
         tree = ElementTree.fromstring(figure)
-        drawing = [svg for svg in tree.iter("svg") if svg.get("role") == "img"][
-            -1
-        ]  # the broad one, where there are two
+        drawings = [svg for svg in tree.iter("svg") if svg.get("role") == "img"]
+        drawing = drawings[-1]  # The broad one, if there are two
         width, height = (float(v) for v in drawing.get("viewBox").split()[2:])
         inner = "".join(ElementTree.tostring(part, encoding="unicode") for part in drawing)
         return cls(tree.find("figcaption"), inner, width, height)
 
 
 def svg_file(figures: Sequence[str], columns: int = 2) -> bytes:
-    """Figures of this module or of `dex.report.charts` as one SVG file in the light colours, ``columns`` side by side.
+    """Figures of this module or of ``dex.report.charts`` in one SVG file, ``columns`` per row, in the light colours.
 
-    It needs nothing else, also in programs without style variables. Empty without a figure.
+    The file is self-contained and has no style variables, which some programs do not support. b"" without a figure.
     """
     panels = [_Panel.of(figure) for figure in figures if figure]
     if not panels:
@@ -251,7 +250,7 @@ def _caption(caption: ElementTree.Element) -> str:
 
 
 def _plain_style() -> str:
-    """The rules of drawings with the light colours in the place of variables."""
+    """The style rules of drawings, with the light colours in place of variables."""
     colours = dict(re.findall(r"--([\w-]+):(#\w+)", STYLE.partition("@media")[0]))
     wanted = re.findall(
         r"^\.(?:grid|axis|line|faint|dots|band|f\d|s\d|dashed|cell|pos|neg|framed|whisker|rod|m-)[^\n]*",

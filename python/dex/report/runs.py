@@ -1,6 +1,6 @@
-"""A run folder as a report needs it: read leniently, every step once, with what had to be left out.
+"""Reads a run folder for a report: leniently, each step once, with notes on what is left out.
 
-Lenient because the run may have been killed at any moment, and may come from another version of this package.
+The run may have been killed at any moment, and may come from another version of this package.
 """
 
 import json
@@ -18,18 +18,18 @@ _ABSENT = object()
 
 
 class Stretch(NamedTuple):
-    """Training between two rows, or between a start and the row after it."""
+    """Training between two rows, or between a start and the next row."""
 
     step: int
-    """Of the row that ends it."""
+    """Step of the row that ends the stretch."""
     seconds: float
     waiting: float | None
-    """Share of them spent waiting for data."""
+    """Share of the time spent waiting for data."""
 
 
 @dataclass
 class RunRecord:
-    """What a run folder holds, in the order of steps, each step once."""
+    """The contents of a run folder in the order of steps, each step once."""
 
     name: str
     config: dict[str, Any]
@@ -39,7 +39,7 @@ class RunRecord:
     events: list[dict[str, Any]]
     folder: Path
     notes: list[str] = field(default_factory=list)
-    """What the reader must know: damaged lines, pictures that cannot be read."""
+    """Warnings on the page: damaged lines, unreadable pictures."""
 
     @property
     def step(self) -> int:
@@ -59,9 +59,9 @@ class RunRecord:
         return whole(self.config.get("data.batch_size"))
 
     def points(self, key: str, *inner: str | int) -> list[tuple[int, float | None]]:
-        """(step, value) of every row that has ``key``, and ``inner`` within it; None where the value is no number.
+        """``(step, value)`` of every row that has ``key`` and, within it, ``inner``; None if the value is no number.
 
-        A row without it is passed over: a modality of which a step saw no image leaves no gap.
+        Rows without it are skipped: a modality that had no image in a step leaves no gap.
         """
         points = []
         for row in self.rows:
@@ -76,7 +76,7 @@ class RunRecord:
         return next((v for _, v in reversed(self.points(key, *inner)) if v is not None), None)
 
     def last_step(self, key: str) -> int | None:
-        """The step of `last`."""
+        """The step of ``last(key)``."""
         return next((step for step, v in reversed(self.points(key)) if v is not None), None)
 
     def names(self, key: str) -> list[str]:
@@ -87,23 +87,23 @@ class RunRecord:
         return max((len(r[key]) for r in self.rows if isinstance(r.get(key), list)), default=0)
 
     def stretches(self) -> list[Stretch]:
-        """The pace of training, one stretch for every row of it."""
-        begun = [s for s in (whole(start.get("step")) for start in self.starts) if s is not None]
-        result, before = [], 0
+        """The durations of training, one stretch for each training row."""
+        start_steps = [s for s in (whole(start.get("step")) for start in self.starts) if s is not None]
+        result, previous = [], 0
         for row in self.rows:
             speed, step = real(row.get("images_per_s")), row["step"]
             if "images_per_s" not in row:
                 continue
-            before = max([before, *(s for s in begun if s < step)])
-            if speed and speed > 0 and self.batch and step > before:
-                seconds = (step - before) * self.batch / speed
+            previous = max([previous, *(s for s in start_steps if s < step)])
+            if speed and speed > 0 and self.batch and step > previous:
+                seconds = (step - previous) * self.batch / speed
                 wait = real(row.get("data_wait_s"))
                 result.append(Stretch(step, seconds, None if wait is None else wait / seconds))
-            before = step
+            previous = step
         return result
 
     def state(self) -> str:
-        """How far it came, and why no further."""
+        """Whether the run finished, and if not, why."""
         if self.planned is not None and self.step >= self.planned:
             return "finished"
         last = self.events[-1] if self.events else {}
@@ -112,25 +112,25 @@ class RunRecord:
         if last.get("event") == "stopped":
             return f"stopped: {last.get('reason', 'no reason given')}"
         if self.config.get("run.stop_at") == self.step:
-            return "stopped as asked"
+            return "stopped at run.stop_at"
         return "unfinished: still running or killed"
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as tell them apart."""
+    """The names of the folders, with as many parents as make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    names = [p[-1] for p in parts]  # one folder, given twice
+    names = [p[-1] for p in parts]  # A folder is given twice
     return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """The run in ``folder``. ValueError naming the folder: a file is missing or unreadable, or holds no row at all."""
+    """The run in ``folder``. ValueError naming the folder if a file is missing or unreadable, or no row is left."""
     if not folder.is_dir():
-        raise ValueError(f"run {folder}: expected a run folder; there is none")
+        raise ValueError(f"run {folder}: expected a run folder; no such folder")
     for file in (CONFIG, STARTS, METRICS, EVENTS):
         if not (folder / file).is_file():
             raise ValueError(f"run {folder}: expected the files of a run folder; {file} is missing")
@@ -141,7 +141,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         reason = " ".join(str(error).split())
         raise ValueError(f"run {folder}: {CONFIG} or {STARTS} cannot be read: {reason}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"run {folder}: expected fields and their values in {CONFIG}")
+        raise ValueError(f"run {folder}: expected fields and values in {CONFIG}, got {type(config).__name__}")
     if not isinstance(starts, list) or not starts or not all(isinstance(s, dict) for s in starts):
         raise ValueError(f"run {folder}: expected a list of at least one start in {STARTS}")
     notes: list[str] = []
@@ -152,7 +152,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that have a step; ``notes`` gets what was left out."""
+    """The rows of a JSONL file that have a step; what is left out is added to ``notes``."""
     rows, damaged = [], []
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")
     for i, line in enumerate(lines, 1):
@@ -166,8 +166,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             rows.append(row)
         else:
             damaged.append(i)
-    if damaged == [len(lines)]:  # no line break behind it
-        notes.append(f"The last line of {path.name} is cut short, as a killed run leaves it, and is left out")
+    if damaged == [len(lines)]:  # No line break at its end
+        notes.append(f"The last line of {path.name} is incomplete, as after a kill, and is left out")
     elif damaged:
         listed = ", ".join(map(str, damaged[:10])) + (" …" if len(damaged) > 10 else "")
         notes.append(f"{len(damaged)} line(s) of {path.name} cannot be read and are left out: {listed}")
@@ -175,7 +175,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _latest_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the order of steps; what a resumed run did anew counts, not what it had done before it was killed."""
+    """The rows in the order of steps; those that a resumed run wrote again replace the earlier ones."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         while kept and kept[-1]["step"] > row["step"]:
@@ -192,7 +192,7 @@ def _row_kind(row: Mapping[str, Any]) -> str:
 
 
 def _latest_events(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As for rows; but an event may be told of a step or two late, so only a resume takes back."""
+    """The events in the order of steps. One may be logged a step or two late, so only a resume discards events."""
     kept: list[dict[str, Any]] = []
     for event in events:
         kind = str(event.get("event", "event"))
@@ -210,7 +210,7 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """A value of a configuration, an event or a start as people write it."""
+    """A value of a configuration, an event or a start in plain words."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -223,19 +223,19 @@ def plain(value: Any) -> str:
 
 
 def within(value: Any, part: str | int, otherwise: Any = None) -> Any:
-    """``value[part]`` of a mapping or list; ``otherwise`` where there is no such thing."""
+    """``value[part]`` of a mapping or list; ``otherwise`` if there is no such item."""
     if isinstance(value, dict):
         return value.get(part, otherwise)
     return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else otherwise
 
 
 def real(value: Any) -> float | None:
-    """A number that can be drawn; None for anything else."""
+    """``value`` if it is a number that can be drawn, else None."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e100:
         return None
     return 0.0 if abs(value) < 1e-100 else float(value)
 
 
 def whole(value: Any) -> int | None:
-    """A count or a step; None for anything else."""
+    """``value`` if it is a count or a step, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1e15 else None

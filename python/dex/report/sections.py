@@ -1,4 +1,4 @@
-"""The sections of a page, each a function of its runs: HTML, or nothing where no run logged what it shows."""
+"""The sections of a page about runs. Each function returns HTML, or "" if no run logged what the section shows."""
 
 import base64
 import io
@@ -14,7 +14,8 @@ from dex.report.parts import Drawer, chip, details, grid, kind_of, of_experts, r
 from dex.report.runs import RunRecord, plain, real, whole, within
 
 _EVENTS_SHOWN = 200
-_MACHINE_LATER = ("started", "step", "resumed_from", "command", "steps", "data")
+_SHOWN_ELSEWHERE = ("started", "step", "resumed_from", "command", "steps", "data")
+"""Keys of a start that are not rows of the machine's table."""
 
 
 def losses(runs: list[RunRecord]) -> str:
@@ -25,7 +26,7 @@ def losses(runs: list[RunRecord]) -> str:
         held_out = run.points("val_loss")
         lines.append(Line(f"{name}training", run.points("loss"), i, faint=draw.several and bool(held_out)))
         lines.append(Line(f"{name}held out", held_out, i if draw.several else 1, dots=True))
-    hero = curves("Masked loss", lines, draw.marks(unused=True), log=True, end=draw.end, key=True, wide=True)
+    main = curves("Masked loss", lines, draw.marks(unused=True), log=True, end=draw.end, key=True, wide=True)
     key = mark_key(kind_of(e) for run in runs for e in run.events)
     more = [
         draw.overlay("Align loss", of_experts("align_loss"), log=True),
@@ -33,12 +34,13 @@ def losses(runs: list[RunRecord]) -> str:
         draw.overlay("Gradient norm", lambda run: run.points("grad_norm"), log=True, unit="before clipping"),
     ]
     caption = (
-        "Training values are means over the steps since the row before. Held-out values are of the same images and the "
-        "same masks every time. Align and balance loss are shown before their weights."
+        "A held-out loss that rises while the training loss falls means overfitting. Training values are means over "
+        "the steps since the previous row; held-out values always use the same images and masks. Align and balance "
+        "loss are unweighted."
     )
     if any(is_dense(len(run.points("loss"))) for run in runs):
-        caption += " Where rows lie too close together, a line is their mean and the band around it their range."
-    return hero + key + grid(more) + f'<p class="soft">{caption}</p>'
+        caption += " Where rows are too dense to draw, the line is their mean and the band their range."
+    return main + key + grid(more) + f'<p class="soft">{caption}</p>'
 
 
 def modalities(runs: list[RunRecord]) -> str:
@@ -68,17 +70,20 @@ def modalities(runs: list[RunRecord]) -> str:
             points = [v for _, v in run.points(shown, name) if v is not None]
             cells.append(f"<td>{number(points[0])}</td><td>{number(points[-1])}</td>" if points else "<td>–</td>" * 2)
         rows.append(f"<tr><th>{esc(name)}</th>{''.join(cells)}</tr>")
-    word = "held-out" if held_out else "training"
+    split = "held-out" if held_out else "training"
     heads = "".join(f'<th colspan="2">{chip(i, run)}</th>' for i, run in enumerate(runs)) if draw.several else ""
     head = f'<tr><th colspan="2"></th>{heads}</tr>' if heads else ""
     below = "<th>first</th><th>last</th>" * len(runs)
-    head += f"<tr><th>{word} loss</th><th>images</th>{below}</tr>"
+    head += f"<tr><th>{split} loss</th><th>images</th>{below}</tr>"
     legend = (
         "".join(f"<span>{chip(i, run)}</span>" for i, run in enumerate(runs))
         if draw.several
         else f"<span>{sample(0, held_out)}training</span>" + (f"<span>{sample(1)}held out</span>" if held_out else "")
     )
-    caption = f"Masked loss by modality{', held out' if draw.several and held_out else ''}; all charts have one scale."
+    caption = (
+        f"Masked loss by modality{', held out' if draw.several and held_out else ''}; all charts have the same scale. "
+        "Look for modalities whose loss stops falling early."
+    )
     return f'<p class="soft">{caption}</p><p class="key">{legend}</p>{grid(charts)}{table(head, rows, "numbers")}'
 
 
@@ -88,24 +93,27 @@ def experts(runs: list[RunRecord]) -> str:
         draw.layers("Usage entropy", "usage_entropy", unit="1 = even load"),
         draw.layers("Least used expert's share", "usage_min_share", percent=True, unit="of the slots"),
         draw.layers("Gate entropy", "val_gate_entropy", unit="1 = equal gates, held-out images"),
-        draw.layers("Director to experts", "director_distance", unit="relative distance"),
+        draw.layers("Director to experts", "director_distance", unit="relative distance of weights"),
     ]
     probe = draw.overlay(
         "kNN probe", lambda run: run.points("probe_knn"), percent=True, dots=True, unit="accuracy of the modality"
     )
-    if max(sum(map(bool, charts)) for charts in by_layer) > 1:  # runs side by side, one row a quantity
+    if max(sum(map(bool, charts)) for charts in by_layer) > 1:  # Runs side by side, one row per quantity
         drawn = "".join(map(grid, [*by_layer, [probe]]))
     else:
         drawn = grid([*(chart for charts in by_layer for chart in charts), probe])
     maps = "".join(
         _expert_maps(i, run, draw.several) or _picture(i, run, "experts", draw.several) for i, run in enumerate(runs)
     )
-    caption = "Which expert takes which modality: share of each modality's gate mass, held-out images."
+    caption = (
+        "How the gate mass of each modality is divided among the experts, on held-out images. Rows that look alike are "
+        "modalities that the router does not separate."
+    )
     return drawn + (f'<h3>Experts by modality</h3><p class="soft">{caption}</p>{maps}' if maps else "")
 
 
 def _expert_maps(i: int, run: RunRecord, named: bool) -> str:
-    """From the newest row with ``val_expert_mass``: modality -> per layer the gate mass that each expert takes."""
+    """Heatmaps from the newest row with ``val_expert_mass``: modality -> for each layer, the experts' gate mass."""
     row = next((r for r in reversed(run.rows) if isinstance(r.get("val_expert_mass"), dict)), None)
     if row is None:
         return ""
@@ -124,7 +132,7 @@ def _expert_maps(i: int, run: RunRecord, named: bool) -> str:
     if not panels:
         return ""
     top = max(share for _, by_name in panels for shares in by_name.values() for share in shares)
-    scale = f"step {row['step']:,}; the full colour is a share of {top:.0%}"
+    scale = f"step {row['step']:,}; full colour is a share of {top:.0%}"
     head = f"<h4>{chip(i, run)} <small>{scale}</small></h4>" if named else f'<p class="soft">{scale}</p>'
     return head + grid(heatmap(title, list(by_name), list(by_name.values()), top) for title, by_name in panels)
 
@@ -135,16 +143,16 @@ def speed(runs: list[RunRecord]) -> str:
         draw.overlay("Images per second", lambda run: run.points("images_per_s")),
         draw.overlay("Waiting for data", _waiting, percent=True, unit="of the time"),
         draw.overlay("MFU", lambda run: run.points("mfu"), percent=True, unit="of the device's peak"),
-        draw.overlay("Memory", lambda run: run.points("memory_mb"), unit="MB, the most so far"),
+        draw.overlay("Memory", lambda run: run.points("memory_mb"), unit="MB, peak so far"),
         draw.overlay("Memory in use", lambda run: run.points("memory_now_mb"), unit="MB"),
-        draw.overlay("Slowest rank", _slowest, unit="times the median rank, in what needs no other rank"),
+        draw.overlay("Slowest rank", _slowest, unit="times the median rank, communication excluded"),
     ]
     return grid(charts)
 
 
 def _slowest(run: RunRecord) -> list[tuple[int, float | None]]:
     pairs = zip(run.points("slowest_rank_s"), run.points("median_rank_s"), strict=False)
-    return [(step, most / usual if most and usual else None) for (step, most), (_, usual) in pairs]
+    return [(step, slowest / median if slowest and median else None) for (step, slowest), (_, median) in pairs]
 
 
 def _waiting(run: RunRecord) -> list[tuple[int, float | None]]:
@@ -176,7 +184,7 @@ def _picture(i: int, run: RunRecord, kind: str, named: bool) -> str:
             run.notes.append(f"The picture {path.name} cannot be read")
             continue
         data = io.BytesIO()
-        # A PNG of photographs would make a page of several megabytes.
+        # As PNG, photographs would make the page several megabytes large.
         drawn.save(data, "JPEG", quality=90, subsampling=0, optimize=True)
         name = f"{chip(i, run)}: " if named else ""
         return (
@@ -188,7 +196,7 @@ def _picture(i: int, run: RunRecord, kind: str, named: bool) -> str:
 
 
 def _newest_pictures(run: RunRecord, kind: str) -> list[tuple[Path, int]]:
-    """The newest first; those of steps that a resumed run has yet to take again come not at all."""
+    """The pictures, newest first, without those of steps that a resumed run has not reached again."""
     pictures = []
     for path in (run.folder / "pictures").glob(f"{kind}-step-*.png"):
         match = re.fullmatch(rf"{kind}-step-(\d+)\.png", path.name)
@@ -205,14 +213,14 @@ def events(runs: list[RunRecord]) -> str:
             counts[e["event"]] = counts.get(e["event"], 0) + 1
         shown = [_event_row(e, chip(i, run) if len(runs) > 1 else None) for e in run.events]
         if len(shown) > _EVENTS_SHOWN:
-            left = len(shown) - _EVENTS_SHOWN
+            omitted = len(shown) - _EVENTS_SHOWN
             half = _EVENTS_SHOWN // 2
             columns = 4 if len(runs) > 1 else 3
-            shown[half:-half] = [f'<tr><td colspan="{columns}">{left:,} events left out here</td></tr>']
+            shown[half:-half] = [f'<tr><td colspan="{columns}">{omitted:,} events omitted</td></tr>']
         rows += shown
     if not rows:
-        return '<p class="soft">None: no resume, no preemption, no step that was not finite, no unused expert.</p>'
-    summary = "; ".join(f"{word} ×{n}" if n > 1 else word for word, n in counts.items())
+        return '<p class="soft">None: no resume, no preemption, no non-finite step, no unused expert.</p>'
+    summary = "; ".join(f"{kind} ×{n}" if n > 1 else kind for kind, n in counts.items())
     run_head = "<th>run</th>" if len(runs) > 1 else ""
     head = f"<tr>{run_head}<th>step</th><th>event</th><th>details</th></tr>"
     return f'<p class="soft">{esc(summary)}</p>{table(head, rows, "events")}'
@@ -220,25 +228,25 @@ def events(runs: list[RunRecord]) -> str:
 
 def _event_row(event: Mapping[str, Any], run: str | None) -> str:
     first = f"<td>{run}</td>" if run else ""
-    what = f"{glyph(kind_of(event))} {esc(event['event'])}"
-    return f"<tr>{first}<td>{event['step']:,}</td><td>{what}</td><td>{esc(details(event))}</td></tr>"
+    kind = f"{glyph(kind_of(event))} {esc(event['event'])}"
+    return f"<tr>{first}<td>{event['step']:,}</td><td>{kind}</td><td>{esc(details(event))}</td></tr>"
 
 
 def configuration(runs: list[RunRecord]) -> str:
     fields = list({f: None for run in runs for f in run.config})
     missing = object()
-    unlike = [f for f in fields if any(run.config.get(f, missing) != runs[0].config.get(f, missing) for run in runs)]
+    differing = [f for f in fields if any(run.config.get(f, missing) != runs[0].config.get(f, missing) for run in runs)]
     parts = []
     if len(runs) > 1:
         rows = []
-        for f in unlike:
+        for f in differing:
             cells = "".join(f"<td>{esc(plain(r.config[f])) if f in r.config else '–'}</td>" for r in runs)
             rows.append(f"<tr><th>{esc(f)}</th>{cells}</tr>")
         parts.append("<h3>Differences</h3>" + (table(run_heads(runs), rows) if rows else "<p>None.</p>"))
         parts.append("<h3>The same in all runs</h3>")
     groups: dict[str, list[str]] = {}
     for f in fields:
-        if f not in unlike:
+        if f not in differing:
             section, _, name = f.rpartition(".")
             value = esc(plain(runs[0].config[f]))
             groups.setdefault(section, []).append(f"<tr><th>{esc(name)}</th><td>{value}</td></tr>")
@@ -250,7 +258,7 @@ def configuration(runs: list[RunRecord]) -> str:
 
 
 def machine(runs: list[RunRecord]) -> str:
-    keys = list({k: None for run in runs for start in run.starts for k in start if k not in _MACHINE_LATER})
+    keys = list({k: None for run in runs for start in run.starts for k in start if k not in _SHOWN_ELSEWHERE})
     rows = []
     for key in keys:
         cells = []
@@ -258,7 +266,7 @@ def machine(runs: list[RunRecord]) -> str:
             values = list({plain(s[key]): None for s in run.starts if s.get(key) is not None})
             cells.append(f"<td>{esc(' → '.join(values)) if values else '–'}</td>")
         if any(c != "<td>–</td>" for c in cells):
-            name = {"dirty": "changed since the commit"}.get(key, key)
+            name = {"dirty": "uncommitted changes"}.get(key, key)
             rows.append(f"<tr><th>{esc(name)}</th>{''.join(cells)}</tr>")
     data = []
     for run in runs:

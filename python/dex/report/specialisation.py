@@ -1,4 +1,4 @@
-"""Whether the experts of runs specialise: what evaluations measured while they trained, each beside its references."""
+"""The section on whether experts specialise: measurements taken during training, each beside its references."""
 
 from collections.abc import Sequence
 
@@ -10,26 +10,26 @@ Points = list[tuple[int, float | None]]
 
 _KINDS = ("other modality", "same modality", "random")
 _READ = (
-    "Swap gap: how much the held-out masked loss rises when an image is given the experts of another one, in all "
-    "layers; bands are 95 % intervals over sources. A band that holds 0 shows no specialisation. Above another "
-    "image of the same modality, it is about modality. Dashed lines are references: step 0 is the untrained model "
-    "(by layer: the mean of its layers), which already routes by modality to a degree; chance is the 95th "
-    "percentile of permuted modalities; pixels are the same probe of 16 × 16 grey pixels. Entropy near 1: the "
-    "router does not decide; few sets of experts: most images take the same. dex analyse measures more, of more "
-    "images."
+    "Swap gap: the rise of the held-out masked loss when an image gets the experts of another image in all layers; "
+    "bands are 95 % intervals over sources. A band that includes 0 shows no specialisation. A gap with another "
+    "modality's experts above the gap with the same modality's means that experts follow modality. Dashed lines are "
+    "references: step 0 is the untrained model (for layers: their mean), which already routes by modality to some "
+    "degree; chance is the 95th percentile with permuted modalities; pixels is the same probe on 16 × 16 grey pixels. "
+    "Entropy near 1: the router is undecided. Few sets of experts: most images take the same ones. dex analyse "
+    "measures more, on more images."
 )
 
 
 def specialisation(runs: list[RunRecord]) -> str:
-    """Nothing where no run measured it."""
+    """HTML of the section; "" if no run measured it."""
     draw = Drawer(runs)
     charts = [*_swap_gap(draw), *_probe(draw), *_ranks(draw)]
     by_layer = [
         _layers(draw, "Information", "information", "of expert sets, corrected", "information_null"),
         _layers(draw, "Information, whole images", "information_whole", "corrected"),
         _layers(draw, "Sets of experts", "expert_sets", "in use, masked"),
-        _layers(draw, "Entropy of all probabilities", "probability_entropy", "over log E"),
-        _layers(draw, "First expert masked as whole", "first_agreement", "share of images"),
+        _layers(draw, "Entropy of all probabilities", "probability_entropy", "divided by log E"),
+        _layers(draw, "Same first expert, masked and whole", "first_agreement", "share of images"),
     ]
     rows = [charts, *by_layer] if draw.several else [[*charts, *(chart for row in by_layer for chart in row)]]
     drawn = "".join(map(grid, rows))
@@ -38,30 +38,33 @@ def specialisation(runs: list[RunRecord]) -> str:
 
 def _swap_gap(draw: Drawer) -> list[str]:
     def line(run: RunRecord, kind: str, label: str, colour: int) -> Line:
-        points = run.points("swap_gap", kind)
-        low, high = (dict(run.points(f"swap_gap_{end}", kind)) for end in ("low", "high"))
-        interval = [
-            (step, low[step], high[step])
-            for step, value in points
-            if value is not None and low.get(step) is not None and high.get(step) is not None
-        ]
-        return Line(label, points, colour, dots=True, interval=interval)
+        interval = _interval(run, "swap_gap", kind)
+        return Line(label, run.points("swap_gap", kind), colour, dots=True, interval=interval)
 
     if draw.several:
         lines = [line(run, _main_kind(run), run.name, i) for i, run in enumerate(draw.runs)]
     else:
-        whose = {"random": "random experts"}
         run = draw.runs[0]
-        lines = [line(run, kind, whose.get(kind, f"of {kind}"), (1, 0, 2)[i]) for i, kind in enumerate(_KINDS)]
+        lines = [
+            line(run, kind, "random experts" if kind == "random" else f"of {kind}", (1, 0, 2)[i])
+            for i, kind in enumerate(_KINDS)
+        ]
     if not any(v is not None for ln in lines for _, v in ln.points):
         return []
     zero = Line("0", [(0, 0.0), (draw.end, 0.0)], 7, faint=True, dashed=True)
-    unit = "rise of the loss with others' experts"
+    unit = "rise of the loss with other experts"
     return [curves("Swap gap", [*lines, zero], draw.marks(unused=True), end=draw.end, key=True, unit=unit)]
 
 
+def _interval(run: RunRecord, key: str, *inner: str) -> list[tuple[int, float, float]]:
+    """``(step, low, high)`` where ``key`` and both ends of its interval were measured."""
+    low, high = (dict(run.points(f"{key}_{end}", *inner)) for end in ("low", "high"))
+    ends = [(step, low.get(step), high.get(step)) for step, v in run.points(key, *inner) if v is not None]
+    return [(step, a, b) for step, a, b in ends if a is not None and b is not None]
+
+
 def _main_kind(run: RunRecord) -> str:
-    """Of another modality where there is one."""
+    """The first kind of swap that the run measured: with another modality, if it has several."""
     return next((kind for kind in _KINDS if run.points("swap_gap", kind)), _KINDS[0])
 
 
@@ -70,14 +73,11 @@ def _probe(draw: Drawer) -> list[str]:
     for i, run in enumerate(draw.runs):
         name = f"{run.name}, " if draw.several else ""
         points = run.points("probe_linear")
-        low, high = (dict(run.points(f"probe_linear_{end}")) for end in ("low", "high"))
-        ends = [(s, low.get(s), high.get(s)) for s, v in points if v is not None]
-        interval = [(s, a, b) for s, a, b in ends if a is not None and b is not None]
-        lines.append(Line(f"{name}probe", points, i, dots=True, interval=interval))
+        lines.append(Line(f"{name}probe", points, i, dots=True, interval=_interval(run, "probe_linear")))
         if not draw.several:
             lines += _reference(points, "step 0", draw.end, 5)
         lines += _reference(run.points("probe_pixels"), f"{name}pixels", draw.end, 7)
-    unit = "of the modality, sources left out"
+    unit = "of the modality, on unseen sources"
     chart = curves(
         "Linear probe", lines, draw.marks(), end=draw.end, key=True, percent=True, unit=unit, span=(0.0, 1.0)
     )
@@ -93,21 +93,12 @@ def _ranks(draw: Drawer) -> list[str]:
             lines.append(Line(run.name if draw.several else kind, points, i, dots=True))
             name = f"{run.name}, step 0" if draw.several else "step 0"
             lines += _reference(points, name, draw.end, i if draw.several else 5)
-        charts.append(
-            curves(
-                f"RankMe, {kind}",
-                lines,
-                draw.marks(),
-                end=draw.end,
-                key=True,
-                unit="directions in use",
-            )
-        )
+        charts.append(curves(f"RankMe, {kind}", lines, draw.marks(), end=draw.end, key=True, unit="directions in use"))
     return charts
 
 
 def _layers(draw: Drawer, title: str, key: str, unit: str, chance: str | None = None) -> list[str]:
-    """One chart a run, one line a layer, with the means over layers of step 0 and of chance."""
+    """One chart per run with one line per layer, and references: the means over layers of step 0 and of chance."""
     values = [v for run in draw.runs for n in range(run.layers(key)) for _, v in run.points(key, n) if v is not None]
     charts = []
     for run in draw.runs:
@@ -130,7 +121,7 @@ def _layers(draw: Drawer, title: str, key: str, unit: str, chance: str | None = 
 
 
 def _mean(by_layer: Sequence[Points]) -> Points:
-    """Over layers, where all have a number."""
+    """The mean over layers, at steps where all layers have a number."""
     steps: dict[int, list[float]] = {}
     for points in by_layer:
         for step, value in points:
@@ -140,7 +131,7 @@ def _mean(by_layer: Sequence[Points]) -> Points:
 
 
 def _reference(points: Points, label: str, end: int, colour: int) -> list[Line]:
-    """The first value, if it is that of step 0, as a dashed line to the end."""
+    """A dashed line at the value of step 0, up to ``end``; none if the points do not begin at step 0."""
     first = next(((step, value) for step, value in points if value is not None), None)
     if first is None or first[0] != 0:
         return []

@@ -1,4 +1,4 @@
-"""The style sheet of a report, its charts included, and the script that shows the values under the pointer."""
+"""The style sheet of reports and their charts, and the script that shows the values under the pointer."""
 
 STYLE = """
 :root{color-scheme:light dark;--page:#faf9f6;--panel:#fff;--ink:#1c2429;--quiet:#5a656c;--line:#dedbd3;--accent:#0d6e75;
@@ -105,7 +105,7 @@ background:var(--ink);color:var(--page);font-size:12px;line-height:1.35;white-sp
 """
 
 SCRIPT = """
-// Values under the pointer; the page reads the same without.
+// Show the values under the pointer; the page is complete without this.
 for (const svg of document.querySelectorAll('svg[data-x]')) {
   const [left, right, end] = svg.dataset.x.split(' ').map(Number), figure = svg.closest('figure');
   const lines = [...svg.querySelectorAll('path[data-p]')].filter(p => p.dataset.p).map(
@@ -118,8 +118,8 @@ for (const svg of document.querySelectorAll('svg[data-x]')) {
     const step = ((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / (right - left) * end;
     const near = lines.map(([name, points]) => [name, points.reduce(
       (a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)]);
-    const axis = svg.dataset.axis || 'step', told = ([name, p]) => `${name}: ${p[1]} at ${axis} ${Math.round(p[0])}`;
-    tip.textContent = near.slice(0, 12).map(told).join('\\n');
+    const axis = svg.dataset.axis || 'step', text = ([name, p]) => `${name}: ${p[1]} at ${axis} ${Math.round(p[0])}`;
+    tip.textContent = near.slice(0, 12).map(text).join('\\n');
     tip.hidden = false;
     const x = event.clientX - frame.left, half = x > frame.width / 2;
     tip.style.left = half ? 'auto' : `${x + 14}px`;

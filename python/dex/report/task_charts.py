@@ -1,5 +1,5 @@
-"""Drawings of a task's evaluation, in the manner of `dex.report.charts`: every case in a strip by class, and how
-reliable probabilities are."""
+"""Charts of a task's evaluation, in the style of ``dex.report.charts``: every case in a strip per class, and a
+reliability diagram."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ROW = 20
 
 
 class Strip(NamedTuple):
-    """The values of one class, one a case."""
+    """The values of one class, one per case."""
 
     label: str
     values: Sequence[float]
     mean: float | None
     low: float | None
     high: float | None
-    """Ends of the mean's interval."""
+    """``low`` and ``high`` are the ends of the mean's interval."""
 
 
 def strips(
@@ -33,11 +33,10 @@ def strips(
     span: tuple[float, float] | None = None,
     mean: str = "mean and 95 % interval",
 ) -> str:
-    """A figure with a row for each class: a dot for each case, and the mean with its interval; a narrow and a broad
-    drawing.
+    """A figure with a row per class: a dot per case, and the mean with its interval; drawn narrow and broad.
 
-    span: ends of the axis; those of the values without it. mean: what the mean and its interval are called.
-    Empty without a value.
+    span: ends of the axis; default: those of the values. mean: legend of the mean and its interval. Returns "" if there
+    is no value.
     """
     rows = [row for row in rows if len(row.values) or row.mean is not None]
     if not rows:
@@ -74,31 +73,30 @@ def _strips(title: str, rows: Sequence[Strip], ends: tuple[float, float], width:
         y = 4 + _ROW * (i + 0.5)
         shown = row.label if len(row.label) <= _NAME else row.label[: _NAME - 1] + "…"
         parts.append(f'<text x="{left - 6:.0f}" y="{y + 4:.1f}" text-anchor="end">{esc(shown)}</text>')
-        # Neighbours in the order of values lie on three lines, so that fewer dots cover each other.
+        # Dots take turns on three lines, so that fewer of them overlap.
         dots = "".join(f"M{x(v):.1f} {y + 5 - 5 * (k % 3):.1f}h0" for k, v in enumerate(sorted(row.values)))
         data = " ".join(f"{v:.6g}" for v in row.values)
-        words = row.label
+        tooltip = row.label
         if len(row.values):
-            words += f": {len(row.values)} cases from {number(min(row.values))} to {number(max(row.values))}"
+            tooltip += f": {len(row.values)} cases from {number(min(row.values))} to {number(max(row.values))}"
             dots = f'<path class="line faint dots s0" data-v="{data}" d="{dots}"/>'
         if row.mean is not None:
-            words += f"; {number(row.mean)}"
+            tooltip += f"; {number(row.mean)}"
             if row.low is not None and row.high is not None:
-                words += f" [{number(row.low)}, {number(row.high)}]"
+                tooltip += f" [{number(row.low)}, {number(row.high)}]"
                 dots += f'<path class="line s1" d="M{x(row.low):.1f} {y:.1f}H{x(row.high):.1f}"/>'
             dots += f'<path class="line dots s1" data-v="{row.mean:.6g}" d="M{x(row.mean):.1f} {y:.1f}h0"/>'
-        parts.append(f"<g><title>{esc(words)}</title>{dots}</g>")
+        parts.append(f"<g><title>{esc(tooltip)}</title>{dots}</g>")
     return (
         f'<svg viewBox="0 0 {width} {bottom + 20}" role="img" aria-label="{esc(title)}: every case by class">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def reliability_diagram(found: Reliability) -> str:
-    """A figure: accuracy by confidence beside the diagonal on which both agree, and below how many cases each bin
-    holds."""
+def reliability_diagram(reliability: Reliability) -> str:
+    """A figure of accuracy by confidence, with the diagonal on which both agree; below, the cases of each bin."""
     width, height, left, right, top, bottom, base = 360, 330, 46, 350, 10, 240, 304
-    most = max(b.cases for b in found.bins)
+    most = max(b.cases for b in reliability.bins)
 
     def x(value: float) -> float:
         return left + (right - left) * value
@@ -114,16 +112,17 @@ def reliability_diagram(found: Reliability) -> str:
             f'<text x="{x(i / 10):.1f}" y="{height - 6}" text-anchor="middle">{i / 10:g}</text>'
         )
     parts.append(f'<path class="axis dashed" d="M{x(0)} {y(0)}L{x(1)} {y(1)}"/>')
-    for b in found.bins:
+    for b in reliability.bins:
         if not b.cases:
             continue
         thick = x(b.high) - x(b.low) - 2
-        words = (
-            f"confidence {b.low:.2f} to {b.high:.2f}: {b.cases} cases, mean {b.confidence:.3f}, right {b.accuracy:.3f}"
+        tooltip = (
+            f"confidence {b.low:.2f} to {b.high:.2f}: {b.cases} cases, mean confidence {b.confidence:.3f}, "
+            f"accuracy {b.accuracy:.3f}"
         )
         tall = max((base - bottom - 16) * b.cases / most, 1)
         parts.append(
-            f'<g class="bar" data-v="{b.confidence:.6g} {b.accuracy:.6g} {b.cases}"><title>{esc(words)}</title>'
+            f'<g class="bar" data-v="{b.confidence:.6g} {b.accuracy:.6g} {b.cases}"><title>{esc(tooltip)}</title>'
             f'<path class="line s1" d="M{x(b.confidence):.1f} {y(b.confidence):.1f}V{y(b.accuracy):.1f}"/>'
             f'<path class="line dots s0" d="M{x(b.confidence):.1f} {y(b.accuracy):.1f}h0"/>'
             f'<rect class="f7" x="{x(b.low) + 1:.1f}" y="{base - tall:.1f}" width="{thick:.1f}" '
@@ -132,11 +131,11 @@ def reliability_diagram(found: Reliability) -> str:
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}M{left} {base}H{right}"/>')
     parts.append(f'<text x="{left - 5}" y="{base - 24}" text-anchor="end">{most:,}</text>')
     key = (
-        f'<span class="key"><span>{sample(0)}share that is right</span><span>{sample(1)}gap to what was said</span>'
+        f'<span class="key"><span>{sample(0)}accuracy</span><span>{sample(1)}gap to the confidence</span>'
         f"<span>{sample(7)}cases</span></span>"
     )
     return (
         '<figure class="chart bars"><figcaption><b>Reliability</b> <small>by probability of the predicted class</small>'
         f'{key}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="Reliability: accuracy by '
-        f'confidence, expected calibration error {found.ece:.3f}">{"".join(parts)}</svg></figure>'
+        f'confidence, expected calibration error {reliability.ece:.3f}">{"".join(parts)}</svg></figure>'
     )

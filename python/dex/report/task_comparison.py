@@ -13,27 +13,24 @@ from dex.tasks.metrics.difference import Difference, paired_difference
 from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
 _READ = (
-    "The first model minus the second on the same cases. Patients are drawn with all their cases, for both models at "
-    "once, so that what makes a patient hard for both does not widen the interval. It says how other patients would "
-    "vary; how other seeds would is what the seeds show. Distances of surfaces are compared where both models found "
-    "the class. With several metrics and classes some intervals leave out 0 by chance: the primary metric of all "
-    "classes is the one to conclude from."
+    "The first model minus the second on the same cases. The bootstrap draws patients with all their cases, for both "
+    "models at once, so a patient who is hard for both does not widen the interval. Intervals show how the result "
+    "varies with patients; the values by seed show how it varies with training. Surface distances are compared where "
+    "both models found the class. With several metrics and classes, some intervals exclude 0 by chance: draw "
+    "conclusions from the primary metric over all classes."
 )
 
 
 class Other(NamedTuple):
-    """The model that a page compares its own with."""
+    """The second model of a comparison."""
 
     name: str
     evaluations: Sequence[Evaluation]
-    """One, or one per seed; of the same cases."""
+    """One, or one per seed, on the same cases."""
 
 
 def section(first: str, second: str, differences: Sequence[Difference], classes: Sequence[str]) -> Section:
-    """A verdict of the first difference, and a row for each.
-
-    classes: of the task, for differences of one class.
-    """
+    """The verdict of the first difference, and a row per difference; ``classes``: names of the task's classes."""
     verdict = f'<p class="verdict">{esc(differences[0].sentence(first, second))}</p>'
     rows = [
         [
@@ -51,15 +48,15 @@ def section(first: str, second: str, differences: Sequence[Difference], classes:
 
 
 def compared(first: str, evaluations: Sequence[Evaluation], other: Other) -> Section:
-    """The section of the primary metric, of all others, and of the primary one by class."""
-    one = evaluations[0]
-    differences = [paired_difference(evaluations, other.evaluations, name) for name in one.summary()]
-    if METRICS[one.metric].of_classes and len(one.classes) > 1:
-        for of in range(len(one.classes)):
-            difference = paired_difference(evaluations, other.evaluations, one.metric, of=of)
+    """The section with the differences in all metrics, the primary one first, and in the primary one by class."""
+    task = evaluations[0]
+    differences = [paired_difference(evaluations, other.evaluations, name) for name in task.summary()]
+    if METRICS[task.metric].of_classes and len(task.classes) > 1:
+        for of in range(len(task.classes)):
+            difference = paired_difference(evaluations, other.evaluations, task.metric, of=of)
             if difference.estimate.value is not None:
                 differences.append(difference)
-    return section(first, other.name, differences, one.classes)
+    return section(first, other.name, differences, task.classes)
 
 
 def _better(difference: Difference) -> str:

@@ -1,6 +1,6 @@
-"""The page of an evaluation: what a fine-tuned model scores, on whom, where it fails, and what the numbers rest on.
+"""The page of an evaluation: the scores of a fine-tuned model, where it fails, and the basis of the numbers.
 
-It may hold images of patients: it belongs to whoever may see them.
+It may contain images of patients: share it only with people who may see them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from dex.tasks.recipe import Settings
 MODE = 0o600
 _WORST = 10
 _MANY = 20
-"""With more classes, cells of a confusion that hold nothing are not drawn."""
+"""With more classes, empty cells of a confusion matrix are not drawn."""
 _BY_PATIENT = {"segmentation": "dice", "classification": "balanced_accuracy"}
-"""The metric whose value of a class enters by the patients that show it."""
-_LEAST = 620
-_PRIVATE = "This page holds images of cases; who receives the page receives them"
+"""The metric that counts the patients of a class."""
+_MIN_WIDTH = 620
+"""A wider picture is shown no narrower than this, in pixels, and scrolls."""
+_PRIVATE = "This page contains images of cases; anyone you give this page to receives them"
 
 
 class Picture(NamedTuple):
-    """Image, truth and prediction of a case in one picture."""
+    """Image, ground truth and prediction of a case in one picture."""
 
     case: str
     """Its id."""
@@ -57,12 +58,12 @@ def write(
     other: Other | None = None,
     seeds: Sequence[Evaluation] = (),
 ) -> None:
-    """Write the page to ``out``, whole or not at all, readable by its owner alone where it holds pictures.
+    """Write the page to ``out``, whole or not at all; a page with pictures is readable by its owner only.
 
-    settings: of the fine-tuning. pictures: of the cases of `dex.tasks.metrics.evaluation.examples`, or any.
-    leak: a sentence about the check against the pretraining set; "" says that it did not run. notes: sentences without
-    their full stop. other: a model to compare with; seeds: the evaluations of this one by seed, if there are several.
-    ValueError: a picture of no case, or an ``other`` of other cases; nothing is written.
+    settings: of the fine-tuning. pictures: of the cases of ``dex.tasks.metrics.evaluation.examples``, or any.
+    leak: a sentence about the leak check against the pretraining set; "" if it did not run. notes: sentences without a
+    full stop. other: a model to compare with. seeds: the evaluations of this model by seed, if there are several.
+    ValueError, with nothing written: a picture of an unknown case, or an ``other`` with different cases.
     """
     unknown = sorted({p.case for p in pictures} - {case.id for case in evaluation.cases})
     if unknown:
@@ -77,19 +78,19 @@ def write(
         Section("classes", "By class", _classes(evaluation)),
         Section("cases", "Case by case", _cases(evaluation)),
         Section("pictures", "Best, middle and worst", _pictures(evaluation, pictures)),
-        Section("confusion", "What is taken for what", _confusion(evaluation)),
-        Section("reliability", "What its probabilities are worth", _reliability(evaluation)),
+        Section("confusion", "Which classes are confused", _confusion(evaluation)),
+        Section("reliability", "Are its probabilities calibrated?", _reliability(evaluation)),
     ]
     if other is not None:
         sections.append(compared(name, list(seeds) or [evaluation], other))
-    sections.append(Section("basis", "What the numbers rest on", _basis(evaluation, settings, leak, notes)))
-    warned = [*([_PRIVATE] if pictures else []), *notes]
-    page = document.document("Evaluation of a task", evaluation.task, _headline(evaluation, name), warned, sections)
+    sections.append(Section("basis", "Basis of the numbers", _basis(evaluation, settings, leak, notes)))
+    notices = [*([_PRIVATE] if pictures else []), *notes]
+    page = document.document("Evaluation of a task", evaluation.task, _headline(evaluation, name), notices, sections)
     document.write(page, out, MODE if pictures else 0o666)
 
 
 def _name(evaluation: Evaluation) -> str:
-    """Of the model."""
+    """The name of the model."""
     about = evaluation.about
     return str(about.get("finetuned") or about.get("run") or "the model")
 
@@ -102,9 +103,9 @@ def _headline(evaluation: Evaluation, name: str) -> str:
     if first.value is None:
         verdict = f"{title} has no value: {first.why}."
     elif first.low is None:
-        verdict = f"{title} {first.value:.3f} over {basis}; without an interval: {first.why}."
+        verdict = f"{title} {first.value:.3f} over {basis}, without an interval: {first.why}."
     else:
-        verdict = f"{title} {first.value:.3f}, with 95 % confidence {first.low:.3f} to {first.high:.3f}, over {basis}."
+        verdict = f"{title} {first.value:.3f}, 95 % interval {first.low:.3f} to {first.high:.3f}, over {basis}."
     facts = [name, *(f"{k} {evaluation.about[k]}" for k in ("mode", "path", "split", "seed") if k in evaluation.about)]
     if "step" in evaluation.about:
         facts.insert(1, f"step {evaluation.about['step']}")
@@ -113,17 +114,17 @@ def _headline(evaluation: Evaluation, name: str) -> str:
         f'<div class="tiles">{"".join(_tile(evaluation, n, e) for n, e in summary.items())}</div>',
     ]
     if few(first.patients) and first.low is not None:
-        warning = f"Over fewer than {FEW_PATIENTS} patients, intervals cover the truth less often than 95 %."
+        warning = f"With fewer than {FEW_PATIENTS} patients, intervals cover the truth in less than 95 % of cases."
         lines.append(f'<p class="soft">{warning}</p>')
     return "".join(lines)
 
 
 def _tile(evaluation: Evaluation, metric: str, estimate: Estimate) -> str:
     better = "" if METRICS[metric].higher_is_better else "; lower is better"
-    told = f"{interval(estimate).strip()} {counted(estimate.patients, 'patient')}{better}".strip()
+    more = f"{interval(estimate).strip()} {counted(estimate.patients, 'patient')}{better}".strip()
     return (
         f'<div class="tile"><span>{esc(title_of(evaluation, metric))}</span><b>{cell(estimate.value)}</b>'
-        f"<span><small>{esc(told)}</small></span></div>"
+        f"<span><small>{esc(more)}</small></span></div>"
     )
 
 
@@ -153,15 +154,15 @@ def _classes(evaluation: Evaluation) -> str:
 
 
 _SEGMENTATION = (
-    "Dice, HD95 in {unit} and NSD are means over cases, each class by itself; the figure of all is the mean over "
-    "classes. A class that only the prediction or only the truth holds scores Dice 0 (spurious, missed); one that "
-    "neither holds is left out (empty). HD95 and NSD are of the scored cases alone: a model that misses the hard ones "
-    f"looks nearer than it is. A class scored in fewer than {MIN_PATIENTS} patients has no interval."
+    "Dice, HD95 in {unit} and NSD are means over cases for each class; the overall value is the mean over classes. A "
+    "class that only the prediction or only the truth contains scores Dice 0 (spurious, missed); one that neither "
+    "contains is left out (empty). HD95 and NSD use the scored cases only, so a model that misses hard cases looks "
+    f"better than it is: check the column missed. A class scored in fewer than {MIN_PATIENTS} patients has no interval."
 )
 _CLASSIFICATION = (
-    "AUC is of each class against all others, sensitivity the share of its cases that are found, F1 their balance "
-    "with false alarms. A class without a case has no AUC and no sensitivity. Intervals are over patients; a class of "
-    f"fewer than {MIN_PATIENTS} patients has none."
+    "AUC is of each class against all others, sensitivity is the share of its cases that are recognised, and F1 "
+    "balances this with false alarms. A class without cases has no AUC and no sensitivity. Intervals are over "
+    f"patients; a class of fewer than {MIN_PATIENTS} patients has none."
 )
 
 
@@ -185,9 +186,9 @@ def _strips_of(evaluation: Evaluation, metric: str, estimates: Sequence[Estimate
 
 def _cases(evaluation: Evaluation) -> str:
     values = evaluation.case_values()
-    figure, words = "", "mean Dice of the classes that they or their predictions hold"
+    figure, score = "", "mean Dice of the classes in the case or its prediction"
     if evaluation.kind == "classification":
-        words = "probability of their true class"
+        score = "probability of the true class"
         rows = []
         for of, name in enumerate(evaluation.classes):
             kept = [v for v, case in zip(values, evaluation.cases, strict=True) if case.label == of]
@@ -195,19 +196,19 @@ def _cases(evaluation: Evaluation) -> str:
         figure = strips("Probability of the true class", rows, span=(0.0, 1.0), mean="mean")
     order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i])[:_WORST]
     lines = [
-        [evaluation.cases[i].id, evaluation.cases[i].patient, cell(values[i]), _said(evaluation, i)] for i in order
+        [evaluation.cases[i].id, evaluation.cases[i].patient, cell(values[i]), _mistakes(evaluation, i)] for i in order
     ]
-    head = f"<h3>Lowest cases</h3><p>By the {words}.</p>"
+    head = f"<h3>Lowest cases</h3><p>By {score}.</p>"
     return figure + head + words_table(["case", "patient", "score", "what went wrong"], lines)
 
 
-def _said(evaluation: Evaluation, place: int) -> str:
-    """What was right and what was said of a case, in a few words."""
+def _mistakes(evaluation: Evaluation, place: int) -> str:
+    """The true class of a case and a wrong prediction; for segmentation, the classes missed or spurious."""
     case = evaluation.cases[place]
     if evaluation.kind == "classification":
         predicted = int(np.argmax(case.probabilities))
-        right = "" if predicted == case.label else f", said {evaluation.classes[predicted]}"
-        return f"{evaluation.classes[case.label]}{right}"
+        wrong = "" if predicted == case.label else f", predicted {evaluation.classes[predicted]}"
+        return f"{evaluation.classes[case.label]}{wrong}"
     wrong = [
         f"{name} {c.state}"
         for name, c in zip(evaluation.classes, case.classes, strict=True)
@@ -225,11 +226,11 @@ def _pictures(evaluation: Evaluation, pictures: Sequence[Picture]) -> str:
     figures = []
     for shown in pictures:
         place = number[shown.case]
-        at = {"best": places.best, "middle": places.median, "worst": places.worst}
-        kinds = [kind for kind, example in at.items() if example == place]
-        words = [", ".join(kinds), f"{shown.case} (patient {evaluation.cases[place].patient})"]
-        words += [cell(values[place]), _said(evaluation, place)]
-        caption = ": ".join(filter(None, (words[0].capitalize(), ", ".join(filter(None, words[1:])))))
+        ranks = {"best": places.best, "middle": places.median, "worst": places.worst}
+        rank = ", ".join(name for name, example in ranks.items() if example == place).capitalize()
+        patient = f"{shown.case} (patient {evaluation.cases[place].patient})"
+        description = ", ".join(filter(None, (patient, cell(values[place]), _mistakes(evaluation, place))))
+        caption = f"{rank}: {description}" if rank else description
         figures.append(
             f'<figure class="picture"><div class="scroll">{_picture(shown.image, caption)}</div>'
             f"<figcaption>{esc(caption)}</figcaption></figure>"
@@ -237,17 +238,17 @@ def _pictures(evaluation: Evaluation, pictures: Sequence[Picture]) -> str:
     return "".join(figures)
 
 
-def _picture(image: np.ndarray, words: str) -> str:
-    """At its own size where there is room; no smaller than can be looked at, with a bar to move it."""
+def _picture(image: np.ndarray, alt: str) -> str:
+    """The image at its own size, shrunk to the page's width but not below ``_MIN_WIDTH``."""
     height, width = image.shape[:2]
     encoded = base64.b64encode(png(image)).decode()
-    style = f"max-width:{width}px;min-width:{min(width, _LEAST)}px"
+    style = f"max-width:{width}px;min-width:{min(width, _MIN_WIDTH)}px"
     size = f'width="{width}" height="{height}" style="{style}"'
-    return f'<img {size} alt="{esc(words)}" src="data:image/png;base64,{encoded}">'
+    return f'<img {size} alt="{esc(alt)}" src="data:image/png;base64,{encoded}">'
 
 
 def _numbered(name: str, number: int) -> str:
-    """A row's name, cut so that its number is seen."""
+    """A row's name with its number, cut to the characters shown."""
     most = NAME - len(str(number)) - 1
     return f"{name if len(name) <= most else name[: most - 1] + '…'} {number}"
 
@@ -257,9 +258,9 @@ def _confusion(evaluation: Evaluation) -> str:
     names = [*(["background"] if segmentation else []), *evaluation.classes]
     rows, columns = [_numbered(name, i) for i, name in enumerate(names)], [str(i) for i in range(len(names))]
     shares = [[v / sum(row) if sum(row) else None for v in row] for row in evaluation.confusion]
-    what, many = "pixels" if segmentation else "cases", len(names) > _MANY
+    unit, many = "pixels" if segmentation else "cases", len(names) > _MANY
     figure = matrix(
-        f"Share of {what} by truth",
+        f"Share of {unit} by truth",
         rows,
         columns,
         [[None if many and not v else v for v in row] for row in shares],
@@ -274,30 +275,34 @@ def _confusion(evaluation: Evaluation) -> str:
         if i != j and evaluation.confusion[i][j]
     ]
     lines.sort(key=lambda line: -int(line[2].replace(",", "")))
-    read = f"Each row adds up to 1: of the {what} that truly are of a class, the share that was called each one."
+    read = (
+        f"Each row sums to 1: the {unit} of a true class, by predicted class. Look for dark cells off the diagonal; "
+        "the table lists the most frequent mistakes."
+    )
     if segmentation:
-        read += " Ignored pixels count nowhere. Every pixel counts alike here, so that large structures weigh most."
-    table_of = words_table(["truth", "taken for", what, "of the truth"], lines[:_WORST]) if lines else ""
-    return reading(read) + pair([figure, f"<div>{table_of}</div>"])
+        read += " Ignored pixels are not counted. Every pixel has the same weight, so large structures dominate."
+    mistakes = words_table(["truth", "predicted", unit, "share of the truth"], lines[:_WORST]) if lines else ""
+    return reading(read) + pair([figure, f"<div>{mistakes}</div>"])
 
 
 def _reliability(evaluation: Evaluation) -> str:
     if evaluation.kind != "classification":
         return ""
-    found = evaluation.reliability()
+    reliability = evaluation.reliability()
     read = (
-        "A dot on the dashed line: cases of that probability are right as often as it says. Below the line the model "
-        "says more than it knows. A dot of few cases lies off the line by chance. ECE is the mean distance over cases, "
-        f"in {len(found.bins)} bins of equal width."
+        "A dot on the dashed line is calibrated: predictions of that probability are right that often. Dots below the "
+        "line mean an overconfident model. Dots of few cases lie off the line by chance. ECE is the mean distance from "
+        f"the line over cases, in {len(reliability.bins)} bins of equal width."
     )
-    words = (
-        f"ECE {found.ece:.3f}. As many cases with exactly right probabilities would show {found.by_chance:.3f} on "
-        f"average. Brier score {evaluation.estimate('brier').value:.3f}, from 0 to 2."
+    scores = (
+        f"ECE {reliability.ece:.3f}; perfectly calibrated probabilities would give {reliability.by_chance:.3f} on "
+        f"average with this number of cases. Brier score {evaluation.estimate('brier').value:.3f}, from 0 to 2."
     )
-    return reading(read) + f"<p>{esc(words)}</p>" + reliability_diagram(found)
+    return reading(read) + f"<p>{esc(scores)}</p>" + reliability_diagram(reliability)
 
 
-def _basis(evaluation: Evaluation, settings: Settings | None, leak: str, said: Sequence[str]) -> str:
+def _basis(evaluation: Evaluation, settings: Settings | None, leak: str, notices: Sequence[str]) -> str:
+    """How the numbers were obtained, the model and data, and the settings; ``notices`` are shown elsewhere."""
     lines = [
         f"Leak check against the pretraining set: {leak or str(evaluation.about.get('leak') or 'not checked')}",
     ]
@@ -305,19 +310,19 @@ def _basis(evaluation: Evaluation, settings: Settings | None, leak: str, said: S
     if any(e.low is not None for e in summary.values()):
         lines.append(
             f"Intervals: 95 %, BCa bootstrap over {counted(len(evaluation.patients), 'patient')}, each drawn with all "
-            "cases. They say how other patients would vary, not how another training would"
+            "cases. They show how results vary with patients, not with training"
         )
     if evaluation.kind == "segmentation":
         without = sum(1 for case in evaluation.cases if case.unit != evaluation.unit)
         lines.append(
             f"Distances are in {evaluation.unit}"
             + (", as the files give no spacing" if evaluation.unit == "pixels" else ", by the spacing of each file")
-            + (f"; {counted(without, 'case')} without a spacing do not enter them" if without else "")
+            + (f"; {counted(without, 'case')} without a spacing are not included" if without else "")
         )
         empty = sum(evaluation.states(of)["empty"] for of in range(len(evaluation.classes)))
         lines.append(
-            f"Left out as empty on both sides: {empty:,} of "
-            f"{len(evaluation.cases) * len(evaluation.classes):,} pairs of a case and a class"
+            f"Left out because neither truth nor prediction contains the class: {empty:,} of "
+            f"{len(evaluation.cases) * len(evaluation.classes):,} pairs of case and class"
         )
     without = [f"{title_of(evaluation, n)}: {e.why}" for n, e in summary.items() if e.why]
     if without:
@@ -329,10 +334,10 @@ def _basis(evaluation: Evaluation, settings: Settings | None, leak: str, said: S
     ]
     if rare and len(evaluation.classes) > 1:
         lines.append(
-            f"In fewer than {MIN_PATIENTS} patients: {', '.join(rare)}. Means over classes rest on them as on the "
-            "others, and their intervals say little of them"
+            f"In fewer than {MIN_PATIENTS} patients: {', '.join(rare)}. Means over classes weight these like the "
+            "others, and the intervals of the means hardly reflect them"
         )
-    lines += [str(note) for note in evaluation.about.get("notes") or () if note not in said]
+    lines += [str(note) for note in evaluation.about.get("notes") or () if note not in notices]
     items = "".join(f"<li>{esc(line)}.</li>" for line in lines)
     return f'<ul class="lead">{items}</ul>{_facts(evaluation)}{_settings(settings)}'
 
@@ -356,9 +361,8 @@ def _settings(settings: Settings | None) -> str:
     for field in recipe.fields():
         value = getattr(settings, field.name)
         stated = field.metadata["stated"]
-        ours = value != field.default
-        whose = "changed here" if ours else recipe.STATED if stated else recipe.OURS
+        choice = "changed here" if value != field.default else recipe.STATED if stated else recipe.OURS
         shown = "none" if value is None else value
-        rows.append(f"<tr><th>{esc(field.name)}</th><td>{esc(shown)}</td><td>{esc(whose)}</td></tr>")
-    head = "<tr><th>setting</th><th>value</th><th>whose choice</th></tr>"
+        rows.append(f"<tr><th>{esc(field.name)}</th><td>{esc(shown)}</td><td>{esc(choice)}</td></tr>")
+    head = "<tr><th>setting</th><th>value</th><th>origin</th></tr>"
     return f"<h3>Recipe</h3>{table(head, rows)}"

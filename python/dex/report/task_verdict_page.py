@@ -1,4 +1,4 @@
-"""The page of `dex compare`: a verdict in a sentence, a row for each task, what both sides cost, each task apart."""
+"""The page of ``dex compare``: the verdict, a row per task, the compute of both sides, and a section per task."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dex.tasks.metrics.evaluation import METRICS
 
 _READ = (
     "Both sides were fine-tuned with the same settings, splits and seeds, and are compared on the same test cases, "
-    "paired by patient and seed. Intervals are over patients; three seeds show how much chance in training adds. "
-    f"With fewer than {LEAST_PATIENTS} test patients or {LEAST_SEEDS} seeds a difference is shown without a verdict."
+    "paired by patient and seed. Intervals are over patients; the values by seed show how much training varies. "
+    f"With fewer than {LEAST_PATIENTS} test patients or {LEAST_SEEDS} seeds, a difference is shown without a verdict."
 )
 
 
@@ -28,7 +28,7 @@ def write(out: Path, a: Side, b: Side, tasks: Sequence[Compared]) -> None:
     sections = [
         Section("tasks", "Task by task", reading(_READ) + _tasks(a, b, tasks)),
         Section("compute", "What the two cost", _compute(a, b)),
-        *(_section(a, b, one, number) for number, one in enumerate(tasks)),
+        *(_section(a, b, task, number) for number, task in enumerate(tasks)),
     ]
     page = document.document("Comparison on tasks", f"{a.name} and {b.name}", headline, [], sections)
     document.write(page, out)
@@ -36,11 +36,12 @@ def write(out: Path, a: Side, b: Side, tasks: Sequence[Compared]) -> None:
 
 def _tasks(a: Side, b: Side, tasks: Sequence[Compared]) -> str:
     rows = []
-    for one in tasks:
-        values = ["–" if value is None else f"{value:.3f}" for value in one.values]
-        said = f"no verdict: {'; '.join(one.reasons)}" if one.reasons else one.difference.verdict
-        seeds = " ".join(f"{seed.value:+.3f}" for seed in one.difference.by_seed if seed.value is not None)
-        rows.append([one.task, METRICS[one.metric].title, *values, signed(one.difference.estimate), seeds or "–", said])
+    for task in tasks:
+        title = METRICS[task.metric].title
+        values = ["–" if value is None else f"{value:.3f}" for value in task.values]
+        text = f"no verdict: {'; '.join(task.reasons)}" if task.reasons else task.difference.verdict
+        seeds = " ".join(f"{seed.value:+.3f}" for seed in task.difference.by_seed if seed.value is not None)
+        rows.append([task.task, title, *values, signed(task.difference.estimate), seeds or "–", text])
     return rows_table(["task", "metric", a.name, b.name, "difference", "by seed", ""], rows)
 
 
@@ -49,16 +50,16 @@ def _compute(a: Side, b: Side) -> str:
     titles = ("steps", "images seen", "parameters", "active parameters", "operations", "operations of directors")
     rows = []
     for name, title in zip(names, titles, strict=True):
-        values = (getattr(one.compute, name) for one in (a, b))
+        values = (getattr(side.compute, name) for side in (a, b))
         rows.append([title, *(f"{v:,}" if v < 1e9 else f"{v:.3g}" for v in values)])
-    said = "".join(f"<p>{esc(sentence)}</p>" for sentence in compute.sentences(a.compute, b.compute))
-    return said + rows_table(["", a.name, b.name], rows)
+    sentences = "".join(f"<p>{esc(sentence)}</p>" for sentence in compute.sentences(a.compute, b.compute))
+    return sentences + rows_table(["", a.name, b.name], rows)
 
 
-def _section(a: Side, b: Side, one: Compared, number: int) -> Section:
-    section = compared(a.name, one.first, Other(b.name, one.second))
+def _section(a: Side, b: Side, task: Compared, number: int) -> Section:
+    section = compared(a.name, task.first, Other(b.name, task.second))
     leaks = "".join(
-        f'<p class="soft">Test images in the pretraining set of {esc(name)}: {esc(said)}.</p>'
-        for name, said in one.leaks.items()
+        f'<p class="soft">Test images in the pretraining set of {esc(name)}: {esc(leak)}.</p>'
+        for name, leak in task.leaks.items()
     )
-    return Section(f"task-{number}", one.task, section.content + leaks)
+    return Section(f"task-{number}", task.task, section.content + leaks)

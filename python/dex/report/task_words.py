@@ -1,4 +1,4 @@
-"""Estimates in the words of a page."""
+"""Estimates, formatted for a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _DIGITS = 3
 
 
 def plain(estimate: Estimate) -> str:
-    """``0.812 [0.790, 0.834]``; the value alone without an interval, a dash without a value."""
+    """``0.812 [0.790, 0.834]``, ``0.812`` if there is no interval, or a dash if there is no value."""
     if estimate.value is None:
         return "–"
     return f"{estimate.value:.{_DIGITS}f}{interval(estimate)}"
 
 
 def signed(estimate: Estimate) -> str:
-    """As `plain`, of a difference: ``+0.021 [-0.004, +0.046]``."""
+    """``plain`` for a difference: ``+0.021 [-0.004, +0.046]``."""
     if estimate.value is None:
         return "–"
     ends = "" if estimate.low is None else f" [{estimate.low:+.{_DIGITS}f}, {estimate.high:+.{_DIGITS}f}]"
@@ -28,12 +28,12 @@ def signed(estimate: Estimate) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """`` [0.790, 0.834]``, or nothing."""
+    """`` [0.790, 0.834]``, or "" if there is no interval."""
     return "" if estimate.low is None else f" [{estimate.low:.{_DIGITS}f}, {estimate.high:.{_DIGITS}f}]"
 
 
 def title_of(evaluation: Evaluation, metric: str) -> str:
-    """With the unit of HD95 and the tolerance of NSD: ``NSD at 2 mm``."""
+    """The title of a metric, with the unit of HD95 and the tolerance of NSD: ``NSD at 2 mm``."""
     title = METRICS[metric].title
     if metric == "hd95":
         return f"{title} ({evaluation.unit})"
@@ -43,11 +43,11 @@ def title_of(evaluation: Evaluation, metric: str) -> str:
 
 
 def few(patients: int) -> bool:
-    """Whether an interval of so many patients covers the truth less often than it says."""
+    """Whether an interval over this number of patients has less coverage than it claims."""
     return patients < FEW_PATIENTS
 
 
 def words_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells hold words, which wrap; cells are plain text."""
+    """A table of plain text that wraps."""
     head = f"<tr>{''.join(f'<th>{esc(h)}</th>' for h in header)}</tr>"
     return table(head, [f"<tr>{''.join(f'<td>{esc(v)}</td>' for v in row)}</tr>" for row in rows])

@@ -27,8 +27,8 @@ def test_everything_is_measured_beside_its_references(trained, control):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     prepared = job.prepare(trained, options(checkpoints="all"), compare=control)
     found = job.analyse(prepared, CPU, lambda *a: said.append(a))
-    assert found.found.step == 12 and found.start.step == 0 and found.other.findings.step == 1
-    assert [f.step for f in found.curve] == [0, 5, 10, 12] and found.curve[-1] is found.found
+    assert found.findings.step == 12 and found.start.step == 0 and found.other.findings.step == 1
+    assert [f.step for f in found.curve] == [0, 5, 10, 12] and found.curve[-1] is found.findings
     assert found.other.findings.layers == [] and found.other.findings.gaps is None and found.other.comparable
     assert found.pixels is None or found.pixels.low <= found.pixels.value
     assert len(found.maps.images) == len(found.maps.labels) and found.maps.colours.shape[1:] == (4, 4, 3)
@@ -42,7 +42,7 @@ def test_step_0_is_the_model_that_the_run_began_with(trained):
     found = job.analyse(prepared, CPU)
     begun = examine(first_model(load(trained).config), 0, found.config, found.material, ("heldout", "swap"))
     assert found.start.loss == begun.loss and found.start.gaps == begun.gaps
-    assert found.start.loss != found.found.loss and found.curve == [] and found.maps is None and found.pixels is None
+    assert found.start.loss != found.findings.loss and found.curve == [] and found.maps is None and found.pixels is None
 
 
 def test_only_the_held_out_loss_is_one_forward(trained):
@@ -129,14 +129,14 @@ def test_wrong_input(trained, images, tmp_path):
     with pytest.raises(ValueError, match="data: expected held-out images; the split 'val' of one is empty"):
         job.prepare(trained, options(), data=tmp_path / "one")
     step = trained / "checkpoints" / "step-00000005"
-    with pytest.raises(ValueError, match="checkpoints: expected a run folder, which has several; .* is one model"):
+    with pytest.raises(ValueError, match="checkpoints: expected a run folder, which has several; got the single model"):
         job.prepare(step, options(checkpoints="all"), data=images)
 
 
 def test_data_that_have_moved_are_asked_for(trained, tmp_path, change):
     loaded = load(trained)
     moved = loaded._replace(config=change(loaded.config, data__path=str(tmp_path / "gone")))
-    with pytest.raises(FileNotFoundError, match="found nothing at '.*/gone'. This is where the run had its data; give"):
+    with pytest.raises(FileNotFoundError, match="found nothing at '.*/gone'. The run had its data there; give"):
         job.open_data(moved, None)
 
 
@@ -147,10 +147,10 @@ def test_averages_are_measured_where_they_are_asked_for(trained, tiny, change, t
     for ema in (False, True):
         prepared = job.prepare(run, options(parts=("heldout",), checkpoints="all", ema=ema))
         found[ema] = job.analyse(prepared, CPU)
-    assert found[True].found.loss != found[False].found.loss
+    assert found[True].findings.loss != found[False].findings.loss
     assert found[True].curve[0].loss != found[False].curve[0].loss  # of an earlier checkpoint
-    assert "Measured are the averages of the weights" in found[True].notes[0] and not found[False].notes
-    with pytest.raises(ValueError, match="ema: expected a run that keeps an average of its weights, optim.ema"):
+    assert "The averaged weights (optim.ema) were measured" in found[True].notes[0] and not found[False].notes
+    with pytest.raises(ValueError, match="ema: expected a run with an average of the weights .optim.ema."):
         job.prepare(trained, options(ema=True))
-    with pytest.raises(ValueError, match="compare: ema: expected a run that keeps an average"):
+    with pytest.raises(ValueError, match="compare: ema: expected a run with an average"):
         job.prepare(run, options(ema=True), compare=trained)

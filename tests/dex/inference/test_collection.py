@@ -74,7 +74,7 @@ def test_folders_may_name_the_modalities(images, tmp_path, private):
     assert torch.equal(got[40][0].expand(3, -1, -1), want)
     shutil.copytree(images / "ct", tmp_path / "scans" / "first patient")
     (item, *_) = decoded(collection(tmp_path / "scans", private, modality="from-folders"))
-    assert not item.rows and item.notes[0].refused == "unknown modality: nothing says of which modality it is"
+    assert not item.rows and item.notes[0].refused == "unknown modality: nothing states its modality"
 
 
 def test_one_salt_serves_all_processes(private):

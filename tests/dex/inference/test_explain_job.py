@@ -49,11 +49,11 @@ def test_a_volume_and_which_of_its_slices(trained, tmp_path):
     path = tmp_path / "scan.nii.gz"
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
     prepared = job.prepare(trained, path, FEW, modality="MR", planes=("axial",))
-    assert len(prepared.found.labels) > 3 and prepared.found.modality == "MR"
-    kept = [i for i, why in enumerate(prepared.found.dropped) if why is None] or list(range(len(prepared.found.labels)))
+    assert len(prepared.scan.labels) > 3 and prepared.scan.modality == "MR"
+    kept = [i for i, why in enumerate(prepared.scan.dropped) if why is None] or list(range(len(prepared.scan.labels)))
     assert prepared.place == kept[len(kept) // 2]
     assert any(note.startswith("The model was not trained on MR") for note in prepared.notes)  # but on "mr"
-    label = prepared.found.labels[2]
+    label = prepared.scan.labels[2]
     one = job.prepare(trained, path, FEW._replace(label=label), modality="MR", planes=("axial",))
     assert one.place == 2
     with pytest.raises(ValueError, match="image: expected one of the file's images .axial-.*; got 'axial-999'"):
@@ -87,7 +87,7 @@ def test_wrong_numbers(name, trained, images):
 
 
 def test_wrong_input(trained, control, images, tmp_path):
-    with pytest.raises(ValueError, match="run: expected a model with experts; this one is monolithic"):
+    with pytest.raises(ValueError, match="run: expected a model with experts, got a monolithic one"):
         job.prepare(control, images / "ct" / "000.png", FEW)
     with pytest.raises(FileNotFoundError, match="file: expected a file of the formats"):
         job.prepare(trained, tmp_path / "none.png", FEW)

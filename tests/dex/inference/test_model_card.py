@@ -19,10 +19,16 @@ def test_the_card_says_what_the_run_was(tmp_path):
     ):
         assert line in text.splitlines()
     assert "Jane" not in text and str(tmp_path) not in text
-    assert "| reconstruction loss | 2.1260 | " in text and "| modality found by kNN | 75.0% | " in text
-    assert "**No downstream study.**" in text and "licences it ships" in text
+    assert "| reconstruction loss | 2.1260 | " in text and "| kNN accuracy of the modality | 75.0% | " in text
+    assert "**No downstream study.**" in text and "lists its sources and licences" in text
     sections = [line for line in text.splitlines() if line.startswith("## ")]
     assert sections == [f"## {name}" for name in ("Intended use", "Training", "Measured", "Limits", "Licence", "Use")]
+
+
+def test_oblong_images_have_both_sides_in_the_card():
+    patch = dex.load(EARLIER / "embedded").encoder.patch_size
+    text = model_card(dex.load(EARLIER / "embedded", img_size=(2 * patch, 3 * patch)))
+    assert f"images at {2 * patch} x {3 * patch} pixels" in text
 
 
 def test_what_was_not_measured_is_said(tmp_path):

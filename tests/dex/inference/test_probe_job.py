@@ -41,7 +41,7 @@ def test_label_and_patient_of_an_image(note, labels, want):
 
 
 def test_a_picture_in_no_class_is_named():
-    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 1.png lies in"):
+    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 1.png is in"):
         probe_job._label(ROW, note("1.png"), Labels())
 
 
@@ -53,7 +53,7 @@ def test_labels_are_read_from_csv(tmp_path):
     for text, message in (
         ("name,label\na,b\n", "labels: expected a CSV file with columns path .* has name, label"),
         ("", "labels: expected a CSV file .* has no line"),
-        ("path,label\na,x\na,y\n", "labels: expected one line for each path; .*, row 3, names a again"),
+        ("path,label\na,x\na,y\n", "labels: expected one line per path; .*, row 3, names a again"),
         ("path,label\na,\n", "labels: expected a label for each path; .*, row 2, has none"),
     ):
         file.write_text(text)
@@ -96,7 +96,7 @@ def test_too_few_patients_are_named(trained, images, tmp_path):
     labels = Labels(patient=re.compile(r"^(ct)"))
     with pytest.raises(ValueError, match="labels: expected at least 2 patients of each class, got 1 of class 'ct'"):
         probe_job.probe(dex.load(trained), images_of, labels, Settings(), Options(tmp_path / "out"))
-    with pytest.raises(ValueError, match="labels: expected at least 2 classes; got 'one' alone"):
+    with pytest.raises(ValueError, match="labels: expected at least 2 classes; got 'one' only"):
         table = {"ct/000.png": Label("one", "")}
         probe_job.probe(dex.load(trained), images_of, Labels(table), Settings(), Options(tmp_path / "out"))
 
@@ -112,7 +112,7 @@ def test_labels_are_judged_before_anything_is_read(images, tmp_path, monkeypatch
     ):
         with pytest.raises(ValueError, match=message):
             probe_job.check_labels(pictures, labels)
-    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 000.png lies in"):
+    with pytest.raises(ValueError, match="labels: expected a sub-folder for each class, or --labels; 000.png is in"):
         probe_job.check_labels(collection(images / "ct", tmp_path / "private"), Labels())
 
 
@@ -125,7 +125,7 @@ def test_what_was_left_out_is_said(probed, tmp_path):
     assert probe_job.left_out(result, out) == [
         "left out: 3 images without a label",
         "labels without an image: 7 (0.png, 1.png, 2.png, 3.png, 4.png, ...)",
-        f"refused: 2 files or parts of files (unreadable 1, crash 1); which and why is in {where}",
+        f"refused: 2 files or parts of files (unreadable 1, crash 1); {where} lists them",
     ]
     assert [json.loads(line)["path"] for line in where.read_text().splitlines()] == ["ct/a.png", "ct/b.png"]
     assert where.stat().st_mode & 0o77 == 0

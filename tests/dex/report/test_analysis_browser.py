@@ -23,7 +23,7 @@ def test_an_analysis_fits_a_desktop_and_a_telephone(analysis, tmp_path):
     wide = analysis._replace(
         name="run-of-a-long-name" * 4,
         material=analysis.material._replace(modalities=LONG),
-        found=longer(analysis.found),
+        findings=longer(analysis.findings),
         start=longer(analysis.start),
         other=analysis.other._replace(name="another-run" * 5, findings=longer(analysis.other.findings)),
         notes=["A note " * 30],

@@ -15,7 +15,7 @@ def test_every_section_and_every_file(analysis, tmp_path):
     written = page.write(analysis, tmp_path / "a b" / "out")
     source = written.read_text()
     there = re.findall(r'<section id="(\w+)"', source)
-    assert there == [s for s in SECTIONS if s != "probe" or analysis.found.probe is not None]
+    assert there == [s for s in SECTIONS if s != "probe" or analysis.findings.probe is not None]
     record = json.loads((written.parent / "findings.json").read_text())
     for name in record["files"]:
         assert (written.parent / name).stat().st_size > 10 and name in source
@@ -33,7 +33,7 @@ def test_the_verdict_comes_first_and_the_numbers_are_those_of_the_record(analysi
     assert html.unescape(verdict) == record["verdict"]["text"]
     assert source.index(verdict) < source.index("<table")
     assert record["held_out"]["images"] == len(analysis.material.held_out.ids)
-    assert record["found"]["loss"]["value"] == analysis.found.loss.value
+    assert record["found"]["loss"]["value"] == analysis.findings.loss.value
     gap = next(g for g in record["found"]["gaps"] if g["kind"] == "other modality" and g["layer"] is None)
     told = f"{gap['gap']['value']:.6g} {gap['gap']['low']:.6g} {gap['gap']['high']:.6g}"
     assert f'data-v="{told}"' in source
@@ -43,9 +43,9 @@ def test_the_verdict_comes_first_and_the_numbers_are_those_of_the_record(analysi
 
 
 def test_nothing_is_claimed_of_what_was_not_measured(analysis):
-    alone = analysis._replace(found=analysis.found._replace(gaps=None, modality_gap=None))
-    assert page.concluded(alone, alone.found).kind == "not measured"
-    dense = analysis.found._replace(gaps=None, layers=[])
+    alone = analysis._replace(findings=analysis.findings._replace(gaps=None, modality_gap=None))
+    assert page.concluded(alone, alone.findings).kind == "not measured"
+    dense = analysis.findings._replace(gaps=None, layers=[])
     assert page.concluded(alone, dense).kind == "no experts"
 
 
@@ -55,7 +55,7 @@ def test_the_table_for_the_screen(analysis):
     first = names(analysis)[0]
     assert lines[1].split() == [
         first,
-        *(f"{f.modality_loss[first]:.4f}" for f in (analysis.found, analysis.start, analysis.other.findings)),
+        *(f"{f.modality_loss[first]:.4f}" for f in (analysis.findings, analysis.start, analysis.other.findings)),
     ]
 
 

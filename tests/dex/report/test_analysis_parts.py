@@ -14,7 +14,7 @@ def test_a_sheet_holds_numbers_in_full():
 def test_a_block_brings_its_files():
     block = parts.block("swap", "Title", "less < more", "<p>x</p>", [], (("a",), [(1,)]))
     assert block.files == {"swap.csv": b"a\n1\n"} and "less &lt; more" in block.content
-    assert "Beside this page: swap.csv" in block.content
+    assert "Files beside this page: swap.csv" in block.content
 
 
 def test_cells():

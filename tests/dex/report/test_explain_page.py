@@ -22,7 +22,7 @@ def test_the_page_holds_every_section_and_its_numbers(found, tmp_path):
     page.write(found, out)
     source = out.read_text()
     assert re.findall(r'<section id="(\w+)"', source) == ["route", "experts", "modalities", "alike"]
-    assert out.stat().st_mode & 0o777 == 0o600 and "This page holds the scan itself" in source
+    assert out.stat().st_mode & 0o777 == 0o600 and "This page contains the scan" in source
     assert html.escape(page.sentence(found), quote=True) in source
     own = found.alternatives.own
     for losses in found.alternatives.swapped[1]:
@@ -50,6 +50,6 @@ def test_the_sentence_says_no_more_than_the_intervals(found):
     some = [usual("CT", 0.1, 0.2), usual("MR", -0.2, -0.1), usual("PET", -0.1, 0.3), usual("X-ray", 0.0, 0.5)]
     text = page.sentence(found._replace(usual=some, modality="CT"))
     assert "with the usual experts of CT it changes by +0.150 [0.100, 0.200]" in text
-    assert text.endswith("It is lower with those of MR; not told apart with those of PET, X-ray.")
+    assert text.endswith("It is lower with those of MR; not clearly different with those of PET, X-ray.")
     assert page.sentence(found._replace(usual=some, modality=None)).count("higher with those of CT") == 1
     assert page.sentence(found._replace(usual=[])).endswith("mean of 3 masks.")

@@ -10,7 +10,7 @@ def test_runs_that_measure_another_loss_are_told_apart(few, tmp_path):
         tmp_path / "other", [held_out(4)], start=START | {"data": data}, changes={"model": {"mask_ratio": 0.5}}
     )
     page = read(few, other, out=tmp_path / "r.html")
-    assert "do not measure the same: different model.mask_ratio, the data set" in page.section_words("")
+    assert "are not comparable: the runs differ in model.mask_ratio, the data set" in page.section_words("")
     assert "<td><b>" not in page.source
 
 
@@ -32,7 +32,7 @@ def test_figures_of_a_run(tmp_path):
 
 def test_a_run_in_a_sentence(few):
     assert sentence(read_run(few, "few")) == (
-        "Masked autoencoder around a DEX vision transformer (width 192, 4 layers, 3 heads; 8 experts a layer, 2 an "
-        "image), 256 px images in patches of 16, 75% hidden. Data: little, 1,240 images of 2 modalities. The held-out "
+        "Masked autoencoder with a DEX vision transformer (width 192, 4 layers, 3 heads; 8 experts per layer, 2 per "
+        "image), 256 px images in patches of 16, 75% masked. Data: little, 1,240 images of 2 modalities. The held-out "
         "masked loss went from 3 to 0.3333 at step 8."
     )

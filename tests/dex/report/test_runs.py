@@ -47,7 +47,7 @@ def test_an_event_that_is_told_late_takes_nothing_back(tmp_path):
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        ('{"step": 12, "loss": 0.', "The last line of metrics.jsonl is cut short, as a killed run leaves it"),
+        ('{"step": 12, "loss": 0.', "The last line of metrics.jsonl is incomplete, as after a kill"),
         ('{"step": 12, "loss": 0.\n', "1 line(s) of metrics.jsonl cannot be read and are left out: 5"),
         ("null\n[]\n{}\n\n\x00", "4 line(s) of metrics.jsonl cannot be read and are left out: 5, 6, 7, 9"),
         ('{"step": -3}\n' + "[" * 100000 + "\n", "2 line(s) of metrics.jsonl cannot be read"),
@@ -78,13 +78,13 @@ def test_a_missing_file_is_named_with_its_run(few, tmp_path, name):
     ("name", "text", "message"),
     [
         ("config.yaml", "a: [", "config.yaml or run.json cannot be read"),
-        ("config.yaml", "- 3", "expected fields and their values in config.yaml"),
+        ("config.yaml", "- 3", "expected fields and values in config.yaml, got list"),
         ("config.yaml", "!!python/object/apply:os.system ['true']", "cannot be read"),
         ("run.json", '{"starts": [', "config.yaml or run.json cannot be read"),
         ("run.json", '{"starts": []}', "expected a list of at least one start"),
         ("run.json", "[]", "cannot be read"),
         ("metrics.jsonl", "", "expected rows in metrics.jsonl; the file is empty"),
-        ("metrics.jsonl", '{"st', "expected rows in metrics.jsonl; The last line of metrics.jsonl is cut short"),
+        ("metrics.jsonl", '{"st', "expected rows in metrics.jsonl; The last line of metrics.jsonl is incomplete"),
     ],
 )
 def test_a_useless_file_is_named_with_its_run(few, tmp_path, name, text, message):

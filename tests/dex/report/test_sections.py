@@ -46,7 +46,7 @@ def test_expert_maps_are_drawn_from_the_newest_row(tmp_path):
     page = read(write(tmp_path / "run", rows), out=tmp_path / "r.html")
     told = page.section_words("experts")
     assert "layer 0: ct gives expert 0 75.0%" in told and "layer 1: mr gives expert 1 0.0%" in told
-    assert "us gives" not in told and "the full colour is a share of 100%" in told
+    assert "us gives" not in told and "full colour is a share of 100%" in told
     assert re.findall(r'fill-opacity="([^"]*)"', page.source) == [
         *("0.750", "0.250", "0.500", "0.500"),
         *("0.000", "1.000", "1.000", "0.000"),
@@ -78,7 +78,7 @@ def test_events_are_listed_and_marked(tmp_path):
 def test_very_many_events_are_cut(tmp_path):
     events = [event(5, "unreadable sample", sample=f"sample {i}", reason="cut") for i in range(1000)]
     told = read(write(tmp_path / "run", [row(8)], events), out=tmp_path / "r.html").section_words("events")
-    assert "unreadable sample ×1000" in told and "800 events left out here" in told
+    assert "unreadable sample ×1000" in told and "800 events omitted" in told
     assert "sample 99;" in told and "sample 100;" not in told and "sample 900;" in told and "sample 999;" in told
 
 

@@ -42,14 +42,14 @@ def test_a_segmentation_in_whole(tmp_path):
     anchors = re.findall(r'<section id="(\w+)"', source)
     assert anchors == ["classes", "cases", "pictures", "confusion", "comparison", "basis"]
     dice = evaluation.estimate("dice")
-    assert f"Dice {dice.value:.3f}, with 95 % confidence {dice.low:.3f} to {dice.high:.3f}, over 6 patients, 12" in text
+    assert f"Dice {dice.value:.3f}, 95 % interval {dice.low:.3f} to {dice.high:.3f}, over 6 patients, 12" in text
     assert source.count("data:image/png;base64") == 3 and stat.S_IMODE(out.stat().st_mode) == 0o600
     for words in (
         "fives-full is better than control",
         "no case is a copy of a pretraining image",
         "A note of the data",
         "Labels by a model",
-        "Left out as empty on both sides: 6 of 24",
+        "neither truth nor prediction contains the class: 6 of 24",
         "Distances are in mm, by the spacing of each file",
         "HD95 (mm)",
         "NSD at 2 mm",
@@ -72,11 +72,11 @@ def test_a_classification_in_whole(tmp_path):
     source, text = (tmp_path / "r.html").read_text(), text_of(tmp_path / "r.html")
     assert re.findall(r'<section id="(\w+)"', source) == ["classes", "cases", "confusion", "reliability", "basis"]
     reliability = evaluation.reliability()
-    assert f"ECE {reliability.ece:.3f}. As many cases" in text and f"show {reliability.by_chance:.3f}" in text
+    assert f"ECE {reliability.ece:.3f}; perfectly" in text and f"give {reliability.by_chance:.3f} on average" in text
     assert "pretraining set: 12 copies" in text and "Without an interval: ECE: chance" in text
     assert stat.S_IMODE((tmp_path / "r.html").stat().st_mode) & 0o400 and "images of cases" not in text
     worst = min(zip(evaluation.case_values(), evaluation.cases, strict=True))[1]
-    assert worst.id in text and f"{evaluation.classes[worst.label]}, said " in text
+    assert worst.id in text and f"{evaluation.classes[worst.label]}, predicted " in text
 
 
 def test_three_patients_have_no_interval_on_the_page(tmp_path):
