@@ -198,14 +198,15 @@ class Verdict(NamedTuple):
     architecture: str
     op: str
     backend: str
-    default: bool
+    fastest: bool
+    """Right and faster than plain torch in every case, shape and dtype that was measured; of two, the faster one."""
     text: str
 
 
 def verdicts(results: Iterable[dict]) -> list[Verdict]:
     """Of every architecture, operator and backend that was measured against plain torch.
 
-    A backend is the default where it was right and faster than the present one in every case, shape and dtype that was
+    A backend is the fastest where it was right and faster than the present one in every case, shape and dtype that was
     measured: one loss, or one case without a row (a wrong result gets none), keeps it out. Of two that win, the one
     with the shorter sum of times.
     """

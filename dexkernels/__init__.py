@@ -13,6 +13,7 @@ from .routing import Routing
 from .shadows import hold_weights
 from .sharding import shard
 from .upcycle import to_dense_, upcycle_
+from .verification.run import verify
 
 __all__ = [
     "Aux",
@@ -31,4 +32,5 @@ __all__ = [
     "shard",
     "to_dense_",
     "upcycle_",
+    "verify",
 ]

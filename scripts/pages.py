@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes what follows from benchmarks/results/ and tests/emulator/results.json.
 
-dexkernels/_defaults.py and _executed.py, pictures, the marked regions of the pages.
+dexkernels/_measured.py and _executed.py, pictures, the marked regions of the pages.
 
 usage: python scripts/pages.py [--check]
 --check: change nothing; exit 1, naming each, when a file is not what the results say. Needs no other package.
@@ -29,24 +29,20 @@ NOTHING = """\
 Not measured on a GPU: no kernel is used unless asked for by name, and CUDA tensors take the same plain-torch operators
 as the CPU."""
 
-DEFAULTS = '''\
-"""Which backend serves an operator on which GPU. Made by scripts/pages.py from benchmarks/results/; not edited."""
+MEASURED = '''\
+"""What benchmarks measured of every backend, by GPU. Made by scripts/pages.py from benchmarks/results/; not edited."""
 
 # fmt: off
-DEFAULTS: dict[tuple[str, str], str] = {chosen}
-"""(architecture, operator) -> backend. What is not here, and every CPU, takes "reference"."""
-
 MEASURED: dict[tuple[str, str, str], str] = {measured}
 """(architecture, operator, backend) -> what was measured."""
 '''
 
 
-def defaults(results: list[dict]) -> str:
-    """The text of dexkernels/_defaults.py."""
+def measured_module(results: list[dict]) -> str:
+    """The text of dexkernels/_measured.py."""
     verdicts = record.verdicts(results)
-    chosen = [f'    ("{v.architecture}", "{v.op}"): "{v.backend}",\n' for v in verdicts if v.default]
     measured = [f'    ("{v.architecture}", "{v.op}", "{v.backend}"): (\n{strings(v.text)}    ),\n' for v in verdicts]
-    return DEFAULTS.format(chosen=literal(chosen), measured=literal(measured))
+    return MEASURED.format(measured=literal(measured))
 
 
 def region(name: str, results: list[dict]) -> str:
@@ -82,23 +78,23 @@ def pictures_of(results: list[dict], folder: str) -> str:
 
 
 def summary(results: list[dict]) -> str:
-    """The backends that are defaults, and the largest image-wise case of each kind in bf16, against every baseline."""
+    """The largest image-wise case of each kind in bf16, against every baseline."""
     parts = []
     for result in results:
         rows = [row for row in result["rows"] if row["dtype"] == "bfloat16" and row["backend"] != record.PRESENT]
         largest = max((_size(row) for row in rows), default=0)
         parts.append(f"{_heading(result)}\n\n{table(row for row in rows if _size(row) == largest)}")
     return (
-        "\n\n".join(parts) + "\n\nAll rows, and which backend is the default where: [benchmarks](benchmarks/README.md)."
+        "\n\n".join(parts) + "\n\nAll rows, and which backend is the fastest where: [benchmarks](benchmarks/README.md)."
     )
 
 
 def full(results: list[dict]) -> str:
     verdicts = record.verdicts(results)
     lines = [
-        f"| {v.architecture} | {v.op} | {v.backend} | {'yes' if v.default else 'no'} | {v.text} |" for v in verdicts
+        f"| {v.architecture} | {v.op} | {v.backend} | {'yes' if v.fastest else 'no'} | {v.text} |" for v in verdicts
     ]
-    head = "| architecture | operator | backend | default | measured |\n| --- | --- | --- | --- | --- |"
+    head = "| architecture | operator | backend | fastest in every case | measured |\n| --- | --- | --- | --- | --- |"
     of_devices = (f"{_heading(r)}{_not_timed(r)}\n\n{table(r['rows'])}" for r in results)
     return "\n\n".join(["\n".join([head, *lines]), *of_devices])
 
@@ -161,7 +157,7 @@ def fill(text: str, results: list[dict], where: str) -> str:
 def made(results: list[dict]) -> dict[Path, str]:
     """Every generated file and its text."""
     files = {
-        ROOT / "dexkernels/_defaults.py": defaults(results),
+        ROOT / "dexkernels/_measured.py": measured_module(results),
         ROOT / "dexkernels/_executed.py": kernel_page.module(kernel_page.load(), results),
     }
     for page in PAGES:

@@ -48,5 +48,6 @@ def test_public_names():
     assert set(dexkernels.__all__) == {
         *("DEXLayer", "Aux", "Routing", "route", "grouped_mlp", "align_loss", "group_ema_", "__version__"),
         *("upcycle_", "to_dense_", "collect_aux", "AuxCollector", "hold_weights", "mask_tokens", "optim", "shard"),
+        "verify",
     }
     assert all(getattr(dexkernels, name) is not None for name in dexkernels.__all__)

@@ -25,6 +25,7 @@ LONG_CONSTRUCTORS = {"DEXLayer", "MaskedAutoencoder", "VisionTransformer"}
 encoder of MaskedAutoencoder, shares its names."""
 
 RENAMES = {
+    "dexkernels/verification/record.py": "a record moves into place; the kernel library stands without dex.common",
     "python/dex/common/atomic.py": "the one way to write a file atomically",
     "python/dex/data/shard_rewrite.py": "all files of a set at once, while its manifest names others",
     "python/dex/data/shard_writer.py": "several files become a set: each moves into place, the manifest last",
@@ -33,7 +34,6 @@ RENAMES = {
     "python/dex/prepare/run.py": "the finished folder moves into place",
     "python/dex/train/checkpoint.py": "a folder that several ranks write, under one name, moves into place",
     "python/dex/train/runlog.py": "--overwrite sets the earlier run aside and may put it back",
-    "scripts/build_embedded_data.py": "the folder of the rebuilt set moves into place",
 }
 """What may move a file or a folder, and why."""
 
@@ -41,7 +41,7 @@ WITHOUT_TEST = {
     "python/dex/__main__.py": "it calls dex.cli.main",
     "python/dex/prepare/card_style.py": "text: the style sheet of the data card",
     "dexkernels/_version.py": "one literal",
-    "dexkernels/_defaults.py": "made by scripts/pages.py, whose tests check it",
+    "dexkernels/_measured.py": "made by scripts/pages.py, whose tests check it",
     "dexkernels/_executed.py": "made by scripts/pages.py, whose tests check it",
 }
 """Modules that hold nothing to test."""

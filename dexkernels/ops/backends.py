@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 
 from .. import native
-from .._defaults import DEFAULTS, MEASURED
 from .._executed import EXECUTED
+from .._measured import MEASURED
 from ..choices import BACKENDS
+from ..verification import choice
+from ..verification.record import Record
 
 TABLES: dict[str, dict[str, str]] = {}
 """Operator -> backend -> the module that runs it; filled by `register`."""
@@ -48,7 +50,7 @@ class BackendStatus(NamedTuple):
     backend: str
     available: bool
     default: bool
-    """Whether it is what this machine uses when no backend is asked for."""
+    """Whether it is what this machine uses in training, in bf16 on a GPU, when no backend is asked for."""
     reason: str
     """Why it is not available, or what it is."""
     executed: str
@@ -103,14 +105,21 @@ def covering(op: str, backend: str | None, feature: str | None = None) -> str | 
     return backend if backend in TABLES[op] and feature not in LIMITS[op].get(backend, ()) else None
 
 
-def choose(op: str, backend: str | None, device: torch.device, feature: str | None = None) -> str:
-    """The backend of ``op`` for tensors on ``device``: the one asked for, or what committed measurements chose.
+def choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    feature: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend of ``op`` for tensors of ``dtype`` on ``device``: the one asked for, or the fastest that
+    `dexkernels.verify` has proven on this GPU.
 
-    What they chose and cannot run here (no Triton, say), or not with the ``feature``, gives way to plain torch, which
-    `report` tells.
+    What it chose and cannot run here (no Triton, say), or not with the ``feature``, gives way to plain torch, which
+    also computes where nothing was verified.
     """
     if backend is None:
-        default = DEFAULTS.get((architecture(device), op), "reference") if device.type == "cuda" else "reference"
+        default = choice.default(op, device, dtype)
         return default if default == "reference" or why_not(op, default, feature) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
@@ -126,24 +135,33 @@ choose._dynamo_marked_constant = True
 def report() -> list[BackendStatus]:
     """Every operator and backend: whether it can run on this machine, whether it is the default, and why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = choice.found(device) if device.type == "cuda" else None
     rows = []
     for op in TABLES:
-        default = choose(op, None, device)
+        default = choose(op, None, device, dtype=training_dtype(op))
         for backend in BACKENDS:
             reason = why_not(op, backend)
-            text = reason or _proven(op, backend, device)
+            text = reason or _proven(op, backend, device, record)
             executed = EXECUTED.get((op, backend), "")
             limits = "; ".join(f"no {feature}: {why}" for feature, why in LIMITS[op].get(backend, {}).items())
             rows.append(BackendStatus(op, backend, reason is None, default == backend, text, executed, limits))
     return rows
 
 
-def _proven(op: str, backend: str, device: torch.device) -> str:
+def training_dtype(op: str) -> torch.dtype:
+    """What ``op`` computes in when a GPU trains: directors and moments are float32, the rest is bf16 by autocast."""
+    return torch.float32 if op in ("group_ema_", "adamw_ema_") else torch.bfloat16
+
+
+def _proven(op: str, backend: str, device: torch.device, record: Record | None) -> str:
     if backend == "reference":
         return "plain torch, any device"
+    if record is not None and (states := record.states(op, backend)):
+        return f"verified on this GPU, {record.date}: {states}"
     where = architecture(device)
     if (where, op, backend) in MEASURED:
-        return f"{where}: {MEASURED[where, op, backend]}"
-    elsewhere = sorted({a for a, o, b in MEASURED if (o, b) == (op, backend)})
-    known = f"measured on {', '.join(elsewhere)} alone" if elsewhere else "never measured on a GPU"
-    return f"{known}: only when asked for"
+        known = f"{where}: {MEASURED[where, op, backend]}"
+    else:
+        elsewhere = sorted({a for a, o, b in MEASURED if (o, b) == (op, backend)})
+        known = f"measured on {', '.join(elsewhere)} alone" if elsewhere else "never measured on a GPU"
+    return f"{known}; used when asked for, or where dex verify has proven it"

@@ -32,8 +32,9 @@ def chosen_backend(request, monkeypatch):
         return
     choose, load = backends.choose, backends.load
 
-    def choose_wanted(op, backend, device, feature=None):
-        return choose(op, backends.covering(op, wanted, feature) if backend is None else backend, device, feature)
+    def choose_wanted(op, backend, device, feature=None, dtype=None):
+        backend = backends.covering(op, wanted, feature) if backend is None else backend
+        return choose(op, backend, device, feature, dtype)
 
     def load_skipping(op, backend):
         module = load(op, backend)

@@ -155,5 +155,7 @@ def test_backend_report_gives_the_reasons_of_the_refusals():
                 backends.choose(op, backend, torch.device("cpu"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for op in backends.TABLES:
-        assert [b for b in backends.BACKENDS if rows[op, b].default] == [backends.choose(op, None, device)]
+        assert [b for b in backends.BACKENDS if rows[op, b].default] == [
+            backends.choose(op, None, device, dtype=backends.training_dtype(op))
+        ]
     assert layer(4, 6, backend="reference")(X).shape == X.shape

@@ -121,7 +121,7 @@ def test_what_the_kernel_cannot_take_is_refused_or_left_to_plain_torch(message, 
     assert float(update.step) == 3
     from dexkernels.ops import backends
 
-    monkeypatch.setattr(backends, "choose", lambda op, backend, device: "triton")
+    monkeypatch.setattr(backends, "choose", lambda op, backend, device, dtype: "triton")
     other = make((4, 3), seed=1)
     before = [clone(update), clone(other)]
     adamw_ema_([update, other], RULE)

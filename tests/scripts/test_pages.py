@@ -1,4 +1,4 @@
-"""Files of benchmarks/results/, and what is made from them: defaults of the backends, tables of the pages."""
+"""Files of benchmarks/results/, and what is made from them: what was measured of the backends, tables of the pages."""
 
 import copy
 import json
@@ -59,10 +59,10 @@ def test_committed_results_are_right():
     assert {p.suffix for p in record.RESULTS.iterdir()} <= {".json", ""}
 
 
-def test_committed_pages_and_defaults_follow_from_the_results():
+def test_committed_pages_and_modules_follow_from_the_results():
     """`make pages` mends it."""
     first, second = pages.made(record.newest()), pages.made(record.newest())
-    assert first == second and {p.name for p in first} == {"_defaults.py", "_executed.py", "README.md", "kernels.md"}
+    assert first == second and {p.name for p in first} == {"_measured.py", "_executed.py", "README.md", "kernels.md"}
     for path, text in first.items():
         assert path.read_text() == text, path
 
@@ -171,23 +171,24 @@ def test_wrong_files_are_refused(tmp_path, change, message):
         record.newest(tmp_path)
 
 
-# --- which backend is the default
+# --- which backend is the fastest
 
 
 def evaluated(results):
     names = {}
-    exec(pages.defaults(results), names)
-    return names["DEFAULTS"], names["MEASURED"]
+    exec(pages.measured_module(results), names)
+    fastest = {(v.architecture, v.op): v.backend for v in record.verdicts(results) if v.fastest}
+    return fastest, names["MEASURED"]
 
 
-def test_right_and_faster_everywhere_is_the_default():
+def test_right_and_faster_everywhere_is_the_fastest():
     other = {"shape": {"B": 64}}
     made = [result(REFERENCE, row(), REFERENCE | other, row(ratio=1.1, **other))]
-    defaults, measured = evaluated(made)
-    assert defaults == {("sm_90", "route"): "triton"}
+    fastest, measured = evaluated(made)
+    assert fastest == {("sm_90", "route"): "triton"}
     assert set(measured) == {("sm_90", "route", "triton")}
     assert measured["sm_90", "route", "triton"].startswith("1.10 to 2.00 times as fast as plain torch in 2 cases")
-    assert all(len(line) <= 120 for line in pages.defaults(made).splitlines())
+    assert all(len(line) <= 120 for line in pages.measured_module(made).splitlines())
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,8 @@ def test_every_device_of_an_architecture_has_a_say_and_other_architectures_none(
     fast, slow = result(REFERENCE, row()), result(REFERENCE, row(ratio=0.5), device="NVIDIA H200")
     assert evaluated([fast, slow])[0] == {}
     slow["versions"]["architecture"] = "sm_80"
-    defaults, measured = evaluated([fast, slow])
-    assert defaults == {("sm_90", "route"): "triton"} and len(measured) == 2
+    fastest, measured = evaluated([fast, slow])
+    assert fastest == {("sm_90", "route"): "triton"} and len(measured) == 2
 
 
 # --- the pages
@@ -328,7 +329,7 @@ def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     """In a copy of the tree with a results file: what is made, then nothing to do, then what is left without it."""
     code = ("benchmarks/record.py", "scripts/pages.py", "scripts/charts.py", "scripts/generated.py")
     code += ("scripts/kernel_page.py", "tests/emulator/results.json")
-    generated = ("dexkernels/_defaults.py", "dexkernels/_executed.py")
+    generated = ("dexkernels/_measured.py", "dexkernels/_executed.py")
     for name in (*pages.PAGES, *generated, *code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

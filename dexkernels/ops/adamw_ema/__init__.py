@@ -59,7 +59,7 @@ def adamw_ema_(
     scalars = Scalars(_on(device, momentum), None if clip_scale is None else _on(device, clip_scale), skip)
     if skip is not None and skip.device != device:
         scalars = scalars._replace(skip=skip.to(device))
-    chosen = backends.choose("adamw_ema_", backend, device)
+    chosen = backends.choose("adamw_ema_", backend, device, dtype=torch.float32)
     parts: dict[str, list[Update]] = {chosen: [], "reference": []}
     for i, update in enumerate(updates):
         reason = backends.load("adamw_ema_", chosen).why_not(update)

@@ -49,7 +49,8 @@ def align_loss(
     check_tensor("director_out", director_out, tuple(experts_out.shape), like=experts_out, same_dtype=False)
     if token_mask is not None:
         check_mask("token_mask", token_mask, tuple(experts_out.shape[:-1]), experts_out)
-    backend = backends.choose("align_loss", backend, experts_out.device, None if token_mask is None else "token_mask")
+    feature = None if token_mask is None else "token_mask"
+    backend = backends.choose("align_loss", backend, experts_out.device, feature, experts_out.dtype)
     loss, _ = torch.ops.dexkernels.align_loss(experts_out, director_out.detach(), token_mask, kind, backend)
     return loss
 

@@ -10,7 +10,11 @@ from .. import backends
 BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
 """Backend -> the module of this folder that has its ``group_ema_``."""
 
-backends.register("group_ema_", __name__, BACKENDS)
+STRIDED = "strided tensors"
+LIMITS = {"cuda": {STRIDED: "its kernel takes directors, and experts one by one, that are contiguous"}}
+"""Backend -> a feature -> why the backend lacks it: plain torch has it, unless the backend is asked for by name."""
+
+backends.register("group_ema_", __name__, BACKENDS, LIMITS)
 
 
 def group_ema_(
@@ -57,13 +61,22 @@ def group_ema_(
     if not isinstance(momentum, Tensor):
         # A kernel that fills, not a copy from the host: nobody waits. float64: 1 - m is exact to the last bit.
         momentum = torch.full((), momentum, dtype=torch.float64, device=device)
-    backend = backends.choose("group_ema_", backend, device)
+    if backend is None:
+        dtypes, strided = {d.dtype for d in directors}, not all(map(_is_plain, directors, experts))
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        backend = backends.choose("group_ema_", None, device, STRIDED if strided else None, dtype)
+    else:  # the backend itself says what it cannot take
+        backend = backends.choose("group_ema_", backend, device)
     if torch.compiler.is_compiling():
         torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
     else:
         # There is no gradient to record; the dispatcher would only add its time to each step.
         with torch.no_grad():
             backends.load("group_ema_", backend).group_ema_(directors, experts, group_weights, momentum, skip)
+
+
+def _is_plain(director: Tensor, experts: Tensor) -> bool:
+    return director.is_contiguous() and (experts.is_contiguous() or experts[:1].is_contiguous())
 
 
 @torch.library.custom_op("dexkernels::group_ema_", mutates_args=("directors",))

@@ -60,8 +60,8 @@ def grouped_mlp(
     check_tensor("routing.group_offsets", routing.group_offsets, (E + 1,), like=x, same_dtype=False)
     check_choice("activation", activation, tuple(ACTIVATIONS))
     need = need_of(N if gates.dim() == 2 else 1, B * N * gates.shape[-1], fc1_weight)
-    backend = backends.choose("grouped_mlp", backend, x.device, need)
     x = x.to(autocast_dtype(x))
+    backend = backends.choose("grouped_mlp", backend, x.device, need, x.dtype)
     lowered = Shadows().of(weights, None, x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
     if gates.dim() == 3:

@@ -82,7 +82,7 @@ def route(
     check_tokens(x)
     check_noise_std(noise_std)
     noise = scaled_noise(x, router_weight.shape[0], routing, Noise(noise_std, router_noise, usage_ema))
-    backend = backends.choose("route", backend, x.device)
+    backend = backends.choose("route", backend, x.device, dtype=x.dtype)
     r = router_rows(x, routing, route_from)
     routed = Routed(*torch.ops.dexkernels.route(r, router_weight, noise, usage_ema, top_k, temperature, backend))
     return as_routing(routed, x, routing)

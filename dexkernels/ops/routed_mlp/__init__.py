@@ -83,8 +83,11 @@ def routed_mlp(
         check_token_mask(token_mask, x, cls=settings.routing == "image" and settings.route_from == "cls")
         feature = "token_mask"
     route_backend, mlp_backend = (
-        backends.choose(op, backends.covering(op, backend, need), x.device, need)
-        for op, need in (("route", feature), ("grouped_mlp", need_of(tokens, rows, weights.fc1_weight)))
+        backends.choose(op, backends.covering(op, backend, need), x.device, need, dtype)
+        for op, need, dtype in (
+            ("route", feature, x.dtype),
+            ("grouped_mlp", need_of(tokens, rows, weights.fc1_weight), autocast_dtype(x)),
+        )
     )
     # The router reads x as it came; only the experts compute in autocast's dtype.
     lowered = (shadows or Shadows()).of(weights, director, autocast_dtype(x))

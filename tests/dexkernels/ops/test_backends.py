@@ -1,4 +1,4 @@
-"""Which backend is chosen, by committed measurements of an architecture; and what the report says of them."""
+"""Which backend is chosen, by what was verified on this GPU; and what the report says of them."""
 
 import importlib.util
 import sys
@@ -8,63 +8,74 @@ import torch
 
 from dexkernels import ops
 from dexkernels.ops import backends
+from dexkernels.verification import choice
 
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.fixture
 def h100(monkeypatch, request):
-    """A machine that would be an sm_90 with Triton, whose results are as given."""
+    """A machine that would be an sm_90 with Triton, where some kernels are proven."""
     if request.config.getoption("--backend"):
         pytest.skip("--backend replaces the choice")
-    monkeypatch.setattr(backends, "DEFAULTS", {("sm_90", "route"): "triton", ("sm_80", "align_loss"): "triton"})
+    proven = {("route", "bfloat16"): "triton", ("group_ema_", "float32"): "cuda"}
+    monkeypatch.setattr(choice, "_tables", {0: proven})
+    monkeypatch.setattr(choice, "found", lambda device: None)
     monkeypatch.setattr(
         backends, "MEASURED", {("sm_90", "route", "triton"): "fast", ("sm_80", "align_loss", "triton"): "so"}
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(backends.native, "why_not", lambda: None)
     return monkeypatch
 
 
-def test_a_measured_backend_serves_its_architecture(h100):
+def test_what_is_proven_serves_its_dtype_on_its_gpu(h100):
     assert backends.architecture(CUDA) == "sm_90" and backends.architecture(CPU) == "cpu"
-    assert backends.choose("route", None, CUDA) == "triton"
-    assert backends.choose("route", None, CPU) == "reference"
-    assert backends.choose("align_loss", None, CUDA) == "reference"
-    assert backends.choose("route", "reference", CUDA) == "reference"
-    h100.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert backends.choose("route", None, CUDA) == "reference"
-    assert backends.choose("align_loss", None, CUDA) == "triton"
+    assert backends.choose("route", None, CUDA, dtype=BF16) == "triton"
+    assert backends.choose("route", None, torch.device("cuda"), dtype=BF16) == "triton"
+    assert backends.choose("route", None, CPU, dtype=BF16) == "reference"
+    for dtype in (FP32, FP64, None):
+        assert backends.choose("route", None, CUDA, dtype=dtype) == "reference"
+    assert backends.choose("align_loss", None, CUDA, dtype=BF16) == "reference"
+
+
+def test_a_backend_that_is_asked_for_overrules_the_record(h100):
+    assert backends.choose("route", "reference", CUDA, dtype=BF16) == "reference"
+    assert backends.choose("align_loss", "triton", CUDA, dtype=BF16) == "triton"
 
 
 def test_a_default_that_cannot_run_gives_way(h100):
     h100.setattr(backends, "_why_no_triton", lambda: "triton is not installed")
-    assert backends.choose("route", None, CUDA) == "reference"
+    assert backends.choose("route", None, CUDA, dtype=BF16) == "reference"
     with pytest.raises(ValueError, match="triton is not installed"):
         backends.choose("route", "triton", CUDA)
 
 
 def test_report_says_what_was_measured_where(h100):
     rows = {(r.op, r.backend): r for r in backends.report()}
-    assert rows["route", "triton"].default and rows["route", "triton"].reason == "sm_90: fast"
-    assert not rows["route", "reference"].default
-    assert rows["align_loss", "triton"].reason == "measured on sm_80 alone: only when asked for"
-    assert rows["group_ema_", "triton"].reason == "never measured on a GPU: only when asked for"
+    when = "; used when asked for, or where dex verify has proven it"
+    assert rows["route", "triton"].default and rows["route", "triton"].reason == f"sm_90: fast{when}"
+    assert not rows["route", "reference"].default and rows["group_ema_", "cuda"].default
+    assert rows["align_loss", "triton"].reason == f"measured on sm_80 alone{when}"
+    assert rows["group_ema_", "triton"].reason == f"never measured on a GPU{when}"
 
 
 def test_a_feature_that_a_backend_lacks_gives_way(h100):
-    h100.setattr(backends, "DEFAULTS", {("sm_90", op): "triton" for op in ("route", "grouped_mlp", "align_loss")})
+    ops_of = ("route", "grouped_mlp", "align_loss")
+    h100.setattr(choice, "_tables", {0: {(op, "bfloat16"): "triton" for op in ops_of}})
     for op, feature in (("route", "token_mask"), ("align_loss", "token_mask"), ("grouped_mlp", "sizes past 32 bits")):
-        assert backends.choose(op, None, CUDA) == "triton" and backends.covering(op, "triton") == "triton"
-        assert (
-            backends.choose(op, None, CUDA, feature) == "reference" and backends.covering(op, "triton", feature) is None
-        )
+        assert backends.choose(op, None, CUDA, dtype=BF16) == "triton" and backends.covering(op, "triton") == "triton"
+        assert backends.choose(op, None, CUDA, feature, BF16) == "reference"
+        assert backends.covering(op, "triton", feature) is None
         with pytest.raises(ValueError, match=f"backend: 'triton' cannot run {op}: no {feature}: its kernel"):
             backends.choose(op, "triton", CUDA, feature)
         rows = {r.backend: r.limits for r in backends.report() if r.op == op}
         assert rows["triton"].startswith(f"no {feature}: its kernel") and not rows["reference"]
-    assert backends.choose("grouped_mlp", None, CUDA, "token_mask") == "triton"
+    assert backends.choose("grouped_mlp", None, CUDA, "token_mask", BF16) == "triton"
 
 
 def test_report_says_where_kernels_have_been_executed(monkeypatch):
@@ -76,7 +87,8 @@ def test_report_says_where_kernels_have_been_executed(monkeypatch):
 
 @pytest.mark.skipif("config.getoption('--backend')", reason="--backend replaces the choice")
 def test_a_cpu_always_takes_plain_torch():
-    assert {backends.choose(op, None, CPU) for op in backends.TABLES} == {"reference"}
+    chosen = {backends.choose(op, None, CPU, dtype=dtype) for op in backends.TABLES for dtype in (BF16, FP32, None)}
+    assert chosen == {"reference"}
 
 
 @pytest.fixture

@@ -1,0 +1,345 @@
+"""What is compared with float64 and timed: each operator, forward and backward, through its public function.
+
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen. 2 operations are one multiply-add.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..layer import DEXLayer
+from ..ops.adamw_ema import adamw_ema_
+from ..ops.adamw_ema.records import Rule, Update
+from ..ops.align_loss import align_loss
+from ..ops.group_ema import group_ema_
+from ..ops.grouped_mlp import grouped_mlp
+from ..ops.route import route
+from ..testing import randomize_, relative_error
+from .inputs import Draw, cls_rows, routing_of, weights_of
+from .record import Sizes
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+"""Relative error that is granted whatever plain torch's is."""
+
+BOUND = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""The largest error of any right result, plain torch's too. 2e-5 catches tf32, which is near 3e-4."""
+
+DTYPES = {
+    "route": (torch.bfloat16, torch.float32, torch.float16),
+    "grouped_mlp": (torch.bfloat16, torch.float32, torch.float16),
+    "align_loss": (torch.bfloat16, torch.float32, torch.float16),
+    "group_ema_": (torch.float32,),
+    "adamw_ema_": (torch.float32,),
+}
+"""Operator -> the dtypes that its kernels take."""
+
+SMALL = (Sizes(4, 65, 64, 128, 4, 2), Sizes(3, 5, 37, 71, 5, 3), Sizes(33, 1, 48, 96, 3, 1))
+"""Whole and cut-off tiles, sizes that are odd, an expert without images, tokens that are routed one by one."""
+
+Run = Callable[[str], list[Tensor]]
+"""``run(backend) -> results``"""
+
+
+class Case(NamedTuple):
+    """One operator on one set of inputs."""
+
+    exact: Callable[[], list[Tensor]]
+    """The results in float64; whole numbers must be met exactly."""
+    run: Run
+    """Results of a backend: outputs, then gradients."""
+    timed: Callable[[str], object]
+    """What is timed of a backend; ``run``, where that does nothing beside it."""
+    limit: Callable[[], object]
+    """Takes the least time that this device could need."""
+    limit_name: str
+
+
+def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """Those of ``op``; the first is the one that is timed."""
+    return list(_MAKERS[op](sizes, dtype, Draw(device)))
+
+
+def _exactly(compute: Callable[..., list[Tensor]], spec: Callable) -> Callable[[], list[Tensor]]:
+    return lambda: compute(spec, torch.float64)
+
+
+def _by(compute: Callable[..., list[Tensor]], function: Callable, dtype: torch.dtype) -> Run:
+    return lambda backend: compute(functools.partial(function, backend=backend), dtype)
+
+
+def _leaves(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    return [t.to(dtype).detach().requires_grad_() for t in tensors]
+
+
+def _copy_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
+    source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _route(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
+    B, N, D, _, E, K = sizes
+    w = draw(E, D, scale=D**-0.5)
+    x = draw(B, min(N, 2), D)  # only CLS tokens are read
+    x[:, 0] = cls_rows(draw, sizes, w)
+    x, w, grad = x.to(dtype), w.to(dtype), draw(B, K)
+
+    def compute(function: Callable, real: torch.dtype) -> list[Tensor]:
+        leaves = _leaves(real, x, w)
+        r = function(*leaves, K, temperature=0.5)
+        one = torch.ones_like(r.balance_loss)
+        grads = torch.autograd.grad((r.gates, r.balance_loss), leaves, (grad.to(r.gates.dtype), one))
+        whole = [r.expert_indices.long(), r.slot_order, r.group_sizes, r.group_offsets]
+        return [r.gates.detach(), r.balance_loss.detach(), r.gate_mass, *whole, *grads]
+
+    run = _by(compute, route, dtype)
+    limit = _copy_of(dtype.itemsize * 3 * (B * D + E * D), draw.device)
+    yield Case(_exactly(compute, reference.route), run, run, limit, "copy")
+
+
+def _grouped_mlp(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
+    B, N, D, H, E, K = sizes
+    routing = routing_of(draw, sizes)
+    acc = torch.float32
+    x, *weights = (t.to(dtype) for t in (draw(B, N, D), *weights_of(draw, sizes)))
+    gates, grad = routing.gates.to(acc), draw(B, N, D).to(dtype)
+    routing = routing._replace(balance_loss=routing.balance_loss.to(acc), gate_mass=routing.gate_mass.to(acc))
+    large = B * N > 1024
+    for activation in ("gelu",) if large or K > 1 else ("gelu", "gelu_tanh"):
+
+        def compute(function: Callable, real: torch.dtype, activation: str = activation) -> list[Tensor]:
+            leaves = _leaves(real, x, *weights)
+            its_gates = gates.to(real if real == torch.float64 else acc).detach().requires_grad_()
+            out = function(leaves[0], routing._replace(gates=its_gates), *leaves[1:], activation=activation)
+            return [out.detach(), *torch.autograd.grad(out, [its_gates, *leaves], grad.to(real))]
+
+        run = _by(compute, grouped_mlp, dtype)
+        # The specification runs every expert on every token: at sizes of training plain torch in float64 must do.
+        spec = functools.partial(grouped_mlp, backend="reference") if large else reference.grouped_mlp
+        yield Case(_exactly(compute, spec), run, run, _dense(sizes, dtype, draw), "dense products")
+    if dtype in HALVES and not large:
+        yield _layer(sizes, dtype, draw)
+
+
+def _dense(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
+    """The six bare products of as many rows, of one expert."""
+    B, N, D, H, _, K = sizes
+    (rows, hidden), (w1, w2) = (
+        (torch.ones(shape, dtype=dtype, device=draw.device) for shape in shapes)
+        for shapes in (((B * K * N, D), (B * K * N, H)), ((H, D), (D, H)))
+    )
+
+    def products() -> None:
+        torch.mm(rows, w1.t()), torch.mm(hidden, w2.t())
+        torch.mm(rows, w2), torch.mm(rows.t(), hidden), torch.mm(hidden, w1), torch.mm(hidden.t(), rows)
+
+    return products
+
+
+def _layer(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Case:
+    """A whole layer with float32 masters under autocast: the director is one more expert of the same launches."""
+    B, N, D, H, E, K = sizes
+    layer = randomize_(DEXLayer(D, H, E, K)).to(draw.device)
+    x, grad = draw(B, N, D), draw(B, N, D).float()
+    x[:, 0] = cls_rows(draw, sizes, layer.router_weight.detach().double())
+    x = x.float()
+
+    def losses(y: Tensor, align: Tensor, balance: Tensor, leaves: list[Tensor], real: torch.dtype) -> list[Tensor]:
+        total = (y.to(real) * grad.to(real)).sum() + align + balance
+        return [y.detach(), align.detach(), balance.detach(), *torch.autograd.grad(total, leaves)]
+
+    def run(backend: str) -> list[Tensor]:
+        layer.backend = backend
+        (its_x,) = _leaves(torch.float32, x)
+        with torch.autocast(draw.device.type, dtype):
+            y, aux = layer(its_x, return_aux=True)
+        leaves = [its_x, layer.router_weight, *layer.experts.weights]
+        return losses(y, aux.align_loss, aux.balance_loss, leaves, torch.float32)
+
+    def exact() -> list[Tensor]:
+        leaves = _leaves(torch.float64, x, layer.router_weight, *layer.experts.weights)
+        its_x, router, *weights = leaves
+        routing = reference.route(its_x, router, K, temperature=layer.temperature)
+        y = reference.grouped_mlp(its_x, routing, *weights)
+        director = reference.mlp(its_x, *(w.double() for w in layer.director.weights))
+        return losses(y, reference.align_loss(y, director), routing.balance_loss, leaves, torch.float64)
+
+    return Case(exact, run, run, _dense(sizes, dtype, draw), "dense products")
+
+
+def _align_loss(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
+    B, N, D = sizes[:3]
+    y, director = draw(B, N, D).to(dtype), draw(B, N, D).to(dtype)
+    for kind in ("kd", "cosine", "mse"):
+
+        def compute(function: Callable, real: torch.dtype, kind: str = kind) -> list[Tensor]:
+            (leaf,) = _leaves(real, y)
+            loss = function(leaf, director.to(real), kind)
+            return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+        run = _by(compute, align_loss, dtype)
+        limit = _copy_of(5 * y.numel() * dtype.itemsize, draw.device)
+        yield Case(_exactly(compute, reference.align_loss), run, run, limit, "copy")
+
+
+def _tensors(sizes: Sizes, draw: Draw) -> list[tuple[Tensor, Tensor]]:
+    """``(director, experts)`` of the four tensors of a layer."""
+    return [(draw(*w.shape[1:]).float(), w.float()) for w in weights_of(draw, sizes)]
+
+
+def _group_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
+    pairs, E = _tensors(sizes, draw), sizes.num_experts
+    weights = draw(E).softmax(0)
+    if E > 2:
+        weights[-1] = 0
+    weights = weights.float()
+    directors, experts = ([pair[i] for pair in pairs] for i in (0, 1))
+    on, off = (torch.tensor(skip, device=draw.device) for skip in (True, False))
+
+    def compute(function: Callable, real: torch.dtype) -> list[Tensor]:
+        results = []
+        for momentum, skip in ((0.9, None), (torch.tensor(0.99, device=draw.device), off), (0.9, on)):
+            moved = [d.to(real, copy=True) for d in directors]
+            function(moved, [e.to(real) for e in experts], [weights.to(real)] * len(moved), momentum, skip=skip)
+            results += moved
+        return results
+
+    def timed(backend: str) -> None:
+        # Not 1, with which a kernel need not read the experts.
+        group_ema_(directors, experts, [weights] * len(directors), 0.999, backend=backend)
+
+    num_bytes = 4 * sum(2 * d.numel() + e.numel() for d, e in pairs)
+    limit = _copy_of(num_bytes, draw.device)
+    yield Case(_exactly(compute, reference.group_ema_), _by(compute, group_ema_, dtype), timed, limit, "copy")
+
+
+def _adamw_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
+    pairs, E = _tensors(sizes, draw), sizes.num_experts
+    weights = draw(E).softmax(0).float()
+    plain = [(None, draw(sizes.dim).float()), *pairs]  # a parameter that no director follows, and a layer's
+    grads = [draw(*p.shape).float() for _, p in plain]
+    moments = [(draw(*p.shape, scale=0.1).float(), draw(*p.shape).square().float()) for _, p in plain]
+    rule, momentum, clip = Rule(lr=1e-2, weight_decay=0.1), 0.9, 0.5
+
+    def updates(moved: bool = True, copies: bool = True) -> list[Update]:
+        """Of copies of everything, or, to be timed, of the tensors themselves."""
+        made = []
+        for (director, p), grad, (first, second) in zip(plain, grads, moments, strict=True):
+            its = [t.clone() if moved and t is not None else t for t in (p, first, second, director)]
+            copy = None if director is None or not copies else p.new_zeros((E + 1, *p.shape[1:]), dtype=torch.bfloat16)
+            made.append(
+                Update(
+                    parameter=its[0],
+                    gradient=grad,
+                    exp_avg=its[1],
+                    exp_avg_sq=its[2],
+                    step=torch.full((), 3.0, device=draw.device),
+                    director=its[3],
+                    group_weights=None if director is None else weights,
+                    copy=copy,
+                )
+            )
+        return made
+
+    def run(backend: str) -> list[Tensor]:
+        made = updates()
+        adamw_ema_(made, rule, momentum=momentum, clip_scale=clip, backend=backend)
+        still = updates()
+        skip = torch.ones((), dtype=torch.bool, device=draw.device)
+        adamw_ema_(still, rule, momentum=momentum, clip_scale=clip, skip=skip, backend=backend)
+        kept = [t for u in still for t in (u.parameter, u.director) if t is not None]
+        moved = [t for u in made for t in (u.parameter, u.exp_avg, u.exp_avg_sq, u.director) if t is not None]
+        followed = [u for u in made if u.director is not None]
+        rounded = [torch.cat((u.parameter, u.director[None])).to(torch.bfloat16) for u in followed]
+        wrong = [(u.copy != r).sum() for u, r in zip(followed, rounded, strict=True)]
+        return [*moved, *kept, *wrong]
+
+    def exact() -> list[Tensor]:
+        of_rule = {"lr": rule.lr, "beta1": rule.betas[0], "beta2": rule.betas[1]}
+        of_rule |= {"eps": rule.eps, "weight_decay": rule.weight_decay}
+        results, kept = [], []
+        for (director, p), grad, (first, second) in zip(plain, grads, moments, strict=True):
+            state = {"exp_avg": first.double(), "exp_avg_sq": second.double(), "step": torch.tensor(3.0)}
+            its, followed = p.double(), None if director is None else director.double()
+            shares = None if director is None else weights.double()
+            reference.adamw_ema_(its, grad.double(), state, of_rule, followed, shares, momentum, clip)
+            results += [t for t in (its, state["exp_avg"], state["exp_avg_sq"], followed) if t is not None]
+            kept += [t.double() for t in (p, director) if t is not None]
+        return results + kept + [torch.zeros((), dtype=torch.int64, device=draw.device)] * len(pairs)
+
+    still, frozen = updates(moved=False, copies=False), Rule(lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
+
+    def timed(backend: str) -> None:
+        adamw_ema_(still, frozen, momentum=0.999, backend=backend)
+
+    num_bytes = 4 * sum(7 * p.numel() + (0 if d is None else 2 * d.numel()) for d, p in plain)
+    yield Case(exact, run, timed, _copy_of(num_bytes, draw.device), "copy")
+
+
+_MAKERS: dict[str, Callable[[Sizes, torch.dtype, Draw], Iterator[Case]]] = {
+    "route": _route,
+    "grouped_mlp": _grouped_mlp,
+    "align_loss": _align_loss,
+    "group_ema_": _group_ema,
+    "adamw_ema_": _adamw_ema,
+}
+
+
+class Finding(NamedTuple):
+    """What a comparison says; ``problem`` is empty when the results are right."""
+
+    error: float | None
+    plain_error: float | None
+    problem: str
+
+
+def compare(case: Case, backend: str, dtype: torch.dtype) -> Finding:
+    """Results of ``backend`` against float64: at most twice plain torch's error, and the same bits when repeated."""
+    exact = case.exact()
+    plain = errors_of(case.run("reference"), exact)
+    got = case.run(backend)
+    errors = errors_of(got, exact)
+    worst = max(range(len(errors)), key=lambda i: errors[i])
+    finding = Finding(*(e if e < float("inf") else None for e in (errors[worst], plain[worst])), "")
+    for i, (error, granted) in enumerate(zip(errors, plain, strict=True)):
+        bound = min(2 * granted + FLOOR[dtype], BOUND[dtype]) if exact[i].is_floating_point() else 0.0
+        if backend == "reference":
+            bound = BOUND[dtype] if exact[i].is_floating_point() else 0.0
+        if not error <= bound:
+            return Finding(
+                error if error < float("inf") else None,
+                granted if granted < float("inf") else None,
+                f"result {i} {list(exact[i].shape)}: error {error:.2g}, expected at most {bound:.2g}",
+            )
+    if backend != "reference":
+        again = case.run(backend)
+        for i, (a, b) in enumerate(zip(got, again, strict=True)):
+            if not torch.equal(a, b):
+                return finding._replace(problem=f"result {i} {list(a.shape)}: other bits when repeated")
+    return finding
+
+
+def errors_of(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [relative_error(got, want) for got, want in zip(results, exact, strict=True)]
+
+
+def bytes_needed(sizes: Sizes) -> int:
+    """A bound of what the case that is timed takes on the device, float64 included."""
+    B, N, D, H, E, K = sizes
+    return 8 * (8 * B * N * D + 6 * B * K * N * H + 12 * (E + 1) * 2 * D * H)
+
+
+def sizes_checked(values: dict[str, Any]) -> Sizes:
+    """`Sizes` of what a user gave. ValueError names the field."""
+    for name, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    sizes = Sizes(**values)
+    if sizes.top_k > sizes.num_experts:
+        raise ValueError(f"top_k: expected at most num_experts = {sizes.num_experts}, got {sizes.top_k}")
+    return sizes
