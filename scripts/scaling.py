@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How a step scales: unit costs and steps measured on this machine, and what `dex.sizing.scaling` makes of the costs.
+"""How a step scales: unit costs and steps measured on this machine, and the predictions of `dex.sizing.scaling`.
 
 usage: python scripts/scaling.py --measure    measure (about 20 minutes) and predict
-       python scripts/scaling.py --predict    predict anew from what is in the results
+       python scripts/scaling.py --predict    predict again from the measurements in the results file
 
-Writes benchmarks/results/scaling/gloo.json, of which scripts/scaling_page.py makes docs/scaling.md.
-Measuring starts ranks of its own, see scripts/scaling_ranks.py. Nothing else should run meanwhile.
+Writes benchmarks/results/scaling/gloo.json, from which scripts/scaling_page.py makes docs/scaling.md.
+Measuring starts its own ranks, see scripts/scaling_ranks.py. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks/results/scaling/gloo.json"
 EXPERTS, BATCHES = (4, 8, 16, 32), (8, 32)
 RANKS = (1, 2, 4)
 OTHER = {"embed_dim": 256, "depth": 3, "num_heads": 4}
-"""Another network than the calibrated one, among the test points."""
+"""A network among the test points that differs from the calibrated one."""
 
 MAKERS = {
     "A100 80 GB": {"memory": 2.04e12, "inner": 300e9, "outer": 25e9},
@@ -48,23 +48,23 @@ ASSUMED = {
     "bytes per second to the disk": 2e9,
     "GPUs of a node": 8,
 }
-"""What nobody has measured here. The share of the peak that products reach is `dex.sizing.estimate.ASSUMED_MFU`."""
+"""Values not measured here. The share of the peak that products reach is `dex.sizing.estimate.ASSUMED_MFU`."""
 NETWORKS = {"ViT-B": (768, 12, 12), "ViT-L": (1024, 24, 16), "ViT-H": (1280, 32, 16)}
-"""Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; all else as the preset published-code."""
+"""Width, layers, heads of `dex.model.vit_base`, `vit_large` and `vit_huge`; otherwise the preset published-code."""
 GPU, GPUS, GPU_EXPERTS = "H100 SXM", (8, 64, 256), (8, 32)
 IMAGES = 112
-"""Images of a GPU in a step where the batch grows with the GPUs (896 on 8), and the most that are computed at once."""
+"""Images per GPU and step (896 on 8 GPUs), and the largest micro-batch."""
 MODALITIES = 10
 RUN_IMAGES = 200 * 4.97e6
 """Images of the published run: 200 epochs of 4.97 million."""
 SCATTER = 2.0
-"""Passes over the ring of gloo's reduce-scatter, which is an all-reduce."""
+"""Passes over the ring of gloo's reduce-scatter, which is implemented as an all-reduce."""
 SIZES = [2**k for k in range(10, 27, 2)]
-"""Bytes of the collectives that are timed."""
+"""Bytes of the timed collectives."""
 
 
 def test_points(ranks: int) -> list[dict]:
-    """What is predicted and then measured with this number of ranks."""
+    """The configurations that are predicted and measured with this number of ranks."""
     points = [
         {"strategy": strategy, "experts": experts, "batch": batch}
         for strategy in (("ddp", "fsdp") if ranks > 1 else ("ddp",))
@@ -80,30 +80,30 @@ def test_points(ranks: int) -> list[dict]:
     return points
 
 
-# From what ranks measured to unit costs and results.
+# From the ranks' measurements to unit costs and results.
 
 
 def measure(steps: int = 4, rounds: int = 6) -> dict:
-    """Everything that is measured, as the results file keeps it."""
+    """All measurements, in the format of the results file."""
     import torch
 
     from dex.train.runlog import describe_machine
 
     torch.set_num_threads(1)
     began, loads, costs, tests = time.monotonic(), [], {}, []
-    machine = describe_machine(torch.device("cpu"))  # of what is about to run, whatever is edited meanwhile
+    machine = describe_machine(torch.device("cpu"))  # Before the run, since files may be edited during it.
     for count in RANKS:
         points = test_points(count)
         job = {"rounds": rounds, "sizes": SIZES}
-        # The machine changes under us: half of the costs before the test points, half behind them.
+        # The machine's speed drifts: measure half of the costs before the test points and half after them.
         before = launch(count, job)
         loads.append(os.getloadavg()[0])
-        seen = launch(count, {"points": points, "steps": steps}, timeout=3600)
+        by_rank = launch(count, {"points": points, "steps": steps}, timeout=3600)
         loads.append(os.getloadavg()[0])
         costs[str(count)] = summary(before + launch(count, job))
         print(f"{count} ranks: {time.monotonic() - began:.0f} s", file=sys.stderr)
         for i, point in enumerate(points):
-            tests.append({"ranks": count, **point, "measured": measured([one[i] for one in seen])})
+            tests.append({"ranks": count, **point, "measured": measured([of_rank[i] for of_rank in by_rank])})
     return {
         "date": datetime.date.today().isoformat(),
         "seconds": round(time.monotonic() - began),
@@ -117,7 +117,7 @@ def measure(steps: int = 4, rounds: int = 6) -> dict:
 
 
 class Spread(NamedTuple):
-    """Median and quartiles, a list in the results file."""
+    """Median and quartiles; a list in the results file."""
 
     median: float
     low: float
@@ -129,30 +129,30 @@ def spread(values: list[float]) -> Spread:
     return Spread(*(float(f"{v:.5g}") for v in (middle, low, high)))
 
 
-def summary(everyone: list[dict]) -> dict:
-    """Medians and quartiles over ranks and rounds, in seconds; checkpoints and collectives likewise."""
+def summary(by_rank: list[dict]) -> dict:
+    """Medians and quartiles over ranks and rounds, in seconds."""
     pooled = {
-        "steps": {b: spread([t for one in everyone for t in one["steps"][b]]) for b in everyone[0]["steps"]},
-        **{kind: spread([t for one in everyone for t in one[kind]]) for kind in ("update", "gema")},
+        "steps": {b: spread([t for rank in by_rank for t in rank["steps"][b]]) for b in by_rank[0]["steps"]},
+        **{kind: spread([t for rank in by_rank for t in rank[kind]]) for kind in ("update", "gema")},
         "collectives": {
-            kind: {size: spread([t for one in everyone for t in one["collectives"][kind][size]]) for size in sizes}
-            for kind, sizes in everyone[0]["collectives"].items()
+            kind: {size: spread([t for rank in by_rank for t in rank["collectives"][kind][size]]) for size in sizes}
+            for kind, sizes in by_rank[0]["collectives"].items()
         },
     }
-    if "checkpoint" in everyone[0]:
-        pooled["checkpoint"] = spread([t for one in everyone for t in one["checkpoint"]])
+    if "checkpoint" in by_rank[0]:
+        pooled["checkpoint"] = spread([t for rank in by_rank for t in rank["checkpoint"]])
     return pooled
 
 
-def measured(everyone: list[dict]) -> dict:
-    """One test point: seconds of a step, and bytes of the rank that has the most of them."""
+def measured(by_rank: list[dict]) -> dict:
+    """One test point: seconds of a step over all ranks, and the largest byte counts of any rank."""
     return {
-        "seconds": spread([t for one in everyone for t in one["seconds"]]),
-        "wire": max(one["wire"] for one in everyone),
-        "collectives": everyone[0]["collectives"],
-        "held": everyone[0]["held"],
-        "peak": max(one["peak"] for one in everyone),
-        "peak_resident": max(one["peak_resident"] for one in everyone),
+        "seconds": spread([t for rank in by_rank for t in rank["seconds"]]),
+        "wire": max(rank["wire"] for rank in by_rank),
+        "collectives": by_rank[0]["collectives"],
+        "held": by_rank[0]["held"],
+        "peak": max(rank["peak"] for rank in by_rank),
+        "peak_resident": max(rank["peak_resident"] for rank in by_rank),
     }
 
 
@@ -160,18 +160,18 @@ def measured(everyone: list[dict]) -> dict:
 
 
 def unit_costs(results: dict, ranks: int):
-    """What the calibration says of this number of busy ranks on this machine.
+    """The unit costs of this machine with this number of busy ranks, from the calibration.
 
-    Two batches of one network give the seconds of an image, and what is left of the smaller one when its images,
-    its gradients and its update are taken off is the fixed part.
+    Two batches of one network give the seconds per image. The fixed part is the rest of the smaller batch's step after
+    its images, gradients and update.
     """
     from dex.data import open_dataset
     from dex.sizing.scaling import Costs, Link, moved, workload
 
-    seen = results["costs"][str(ranks)]
+    calibration = results["costs"][str(ranks)]
     small, large = CALIBRATION["batches"]
-    steps = {batch: Spread(*seen["steps"][str(batch)]).median for batch in (small, large)}
-    update = Spread(*seen["update"]).median
+    steps = {batch: Spread(*calibration["steps"][str(batch)]).median for batch in (small, large)}
+    update = Spread(*calibration["update"]).median
     work = workload(
         configuration({"experts": CALIBRATION["experts"], "batch": small}), len(open_dataset(None).modalities)
     )
@@ -179,11 +179,11 @@ def unit_costs(results: dict, ranks: int):
     traffic = moved(work, 1, "ddp")
     bandwidth = (traffic["adamw"] + traffic["gema"]) / update
     fixed = steps[small] - small * per_image - update - traffic["gradients"] / bandwidth
-    link, rates = Link(1.0, 0.0), {}  # alone: never asked
+    link, rates = Link(1.0, 0.0), {}  # A single rank uses no link.
     if ranks > 1:
         speeds = {}
         for kind, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", SCATTER)):
-            times = {int(size): Spread(*entry).median for size, entry in seen["collectives"][kind].items()}
+            times = {int(size): Spread(*entry).median for size, entry in calibration["collectives"][kind].items()}
             least, most = min(times), max(times)
             speeds[kind] = passes * (ranks - 1) / ranks * most / (times[most] - times[least])
             if kind == "all_reduce":
@@ -207,7 +207,7 @@ def unit_costs(results: dict, ranks: int):
 
 
 def tested(results: dict) -> dict:
-    """Unit costs, and the test points with what they predict of them."""
+    """Unit costs, and the test points with their predictions."""
     from dex.data import open_dataset
     from dex.sizing.scaling import exchanges, memory, sent, step, workload
 
@@ -219,13 +219,13 @@ def tested(results: dict) -> dict:
         work = workload(configuration(point), modalities)
         held = memory(work, n, strategy)
         between = ["weights", "gradients", "moments"]
-        talk = exchanges(work, n, strategy)
+        collectives = exchanges(work, n, strategy)
         predicted = {
-            "wire": round(sum(sum(sent(e, n, n, costs[n].scatter)) for e in talk.values())),
+            "wire": round(sum(sum(sent(e, n, n, costs[n].scatter)) for e in collectives.values())),
             "held": {kind: held[kind] for kind in between},
             "peak": sum(held.values()),
         }
-        if "precision" not in point:  # the unit costs are of fp32
+        if "precision" not in point:  # The unit costs are for fp32.
             parts = step(work, n, strategy, costs[n])
             predicted["seconds"] = parts.total
             predicted["parts"] = {k: float(f"{v:.4g}") for k, v in parts._asdict().items()}
@@ -234,7 +234,7 @@ def tested(results: dict) -> dict:
 
 
 def predict(results: dict) -> dict:
-    """``results`` with predictions of its test points, if it has any, and the tables of GPUs."""
+    """``results`` with predictions of its test points, if it has any, and the GPU table."""
     import torch
 
     from dex.sizing.estimate import ASSUMED_MFU
@@ -259,7 +259,7 @@ def predict(results: dict) -> dict:
 
 
 def gpu_costs(name: str):
-    """Unit costs of a GPU, and {cost: "measured" or "assumed"}: from a results file of it where there is one."""
+    """Unit costs of a GPU, from a results file of it if there is one, and {cost: "measured" or "assumed"}."""
     from dex.sizing.estimate import ASSUMED_MFU
     from dex.sizing.estimate import GPUS as KNOWN
     from dex.sizing.scaling import Costs, Link
@@ -290,7 +290,7 @@ def gpu_costs(name: str):
 
 @functools.cache
 def counted(name: str, experts: int):
-    """The workload of a network; its batch is to be set."""
+    """The workload of a network; the caller sets its batch."""
     from dataclasses import replace
 
     from dex.config import preset
@@ -303,7 +303,7 @@ def counted(name: str, experts: int):
 
 
 def gpu_row(name: str, experts: int, count: int, costs) -> dict:
-    """One network on ``count`` GPUs, `IMAGES` on each, both strategies; what cannot be cut says why."""
+    """One network on ``count`` GPUs, `IMAGES` on each, with both strategies; an impossible one gives its reason."""
     from dataclasses import replace
 
     from dex.sizing.scaling import days, memory, split, step
@@ -345,7 +345,7 @@ def write(results: dict) -> None:
 
 
 def lines(value, depth: int = 0) -> str:
-    """JSON with one line for each item of a list and for each value of the two outermost dictionaries."""
+    """JSON with one line per list item and per value of the two outermost dictionaries."""
     inner = " " * (depth + 1)
     if isinstance(value, dict) and depth < 2:
         items = [f"{inner}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()]
@@ -358,7 +358,7 @@ def lines(value, depth: int = 0) -> str:
 
 
 def rounded(value):
-    """Four digits of every broken number: more would say nothing."""
+    """``value`` with every float rounded to four digits; more are not significant."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

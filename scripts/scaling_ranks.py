@@ -1,8 +1,8 @@
-"""What every rank of a job of scripts/scaling.py measures, and how such ranks are started.
+"""The measurements of each rank of a job of scripts/scaling.py, and the start of these ranks.
 
 usage: python scripts/scaling_ranks.py JOB    one rank, by `launch`
 
-Imports of torch stand inside of functions, since scripts/scaling_page.py works without it.
+Functions import torch, since scripts/scaling_page.py works without it.
 """
 
 import gc
@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 CALIBRATION = {"experts": 12, "batches": [12, 36]}
-"""The network of the unit costs; no test point has its number of experts or its batches."""
+"""The network of the unit costs; no test point has the same number of experts or batch size."""
 
 Meet = Callable[[], None]
-"""Returns when all ranks have called it."""
+"""A barrier: returns when all ranks have called it."""
 
 
 def configuration(point: dict):
-    """The demo preset's network and data with what ``point`` changes."""
+    """The demo preset's network and data with the changes of ``point``."""
     from dataclasses import replace
 
     from dex.config import preset
@@ -41,8 +41,8 @@ def configuration(point: dict):
 
 
 def rank(job_path: Path) -> None:
-    """One rank of a job: ``rounds`` and ``sizes`` of unit costs, or ``points`` and their ``steps``; the first rank
-    writes what all measured to ``out``."""
+    """Run one rank of a job: ``rounds`` and ``sizes`` of unit costs, or ``points`` and their ``steps``. The first rank
+    writes the measurements of all to ``out``."""
     import torch
 
     from dex.common.ranks import announced, gather, start, stop
@@ -54,9 +54,9 @@ def rank(job_path: Path) -> None:
         measured = [measure_point(ranks, point, job["steps"]) for point in job["points"]]
     else:
         measured = measure_costs(ranks, job["rounds"], job["sizes"])
-    everyone = gather(ranks, measured)
+    by_rank = gather(ranks, measured)
     if ranks.first:
-        Path(job["out"]).write_text(json.dumps(everyone))
+        Path(job["out"]).write_text(json.dumps(by_rank))
     stop(ranks)
 
 
@@ -70,17 +70,17 @@ def _trainer(point: dict, ranks):
 
 
 def _step_seconds(trainer, meet: Meet) -> float:
-    """One step without the wait for the loader; all ranks begin together."""
+    """Seconds of one step without the wait for the loader; all ranks begin together."""
     meet()
     trainer.data_wait = 0.0
     began = time.perf_counter()
     if trainer.train_step():
-        raise RuntimeError("a step was not finite")
+        raise RuntimeError("train_step: expected a finite step")
     return time.perf_counter() - began - trainer.data_wait
 
 
 def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
-    """Seconds of what the unit costs are made of, on this rank while the others do the same."""
+    """Seconds of the parts of the unit costs, on this rank while the others do the same."""
     from dex.common.ranks import ALONE, barrier
 
     def meet():
@@ -89,7 +89,7 @@ def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
     seconds = {"steps": {}}
     small, large = CALIBRATION["batches"]
     for batch in (small, large):
-        # One process each that knows of no other: what they share is the machine.
+        # Each process trains alone; only the machine is shared.
         trainer = _trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
         for _ in range(2):
             trainer.train_step()
@@ -105,7 +105,7 @@ def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
 
 
 def _update_seconds(trainer, meet: Meet, rounds: int) -> dict[str, list[float]]:
-    """Of everything that follows backward, and of the directors' update alone."""
+    """Seconds of everything after backward, and of the directors' update alone."""
     import torch
 
     mass = [torch.ones(e) for e in trainer.experts]
@@ -136,7 +136,7 @@ def _checkpoint_seconds(trainer, number: int) -> float:
 
 
 def _collective_seconds(ranks: int, meet: Meet, rounds: int, sizes: list[int]) -> dict[str, dict[int, list[float]]]:
-    """Kind -> bytes -> seconds of each call; nothing where there is one rank."""
+    """Kind -> bytes -> seconds of each call; empty with one rank."""
     import torch
     import torch.distributed as dist
 
@@ -162,7 +162,7 @@ def _collective_seconds(ranks: int, meet: Meet, rounds: int, sizes: list[int]) -
 
 
 def measure_point(ranks, point: dict, steps: int) -> dict:
-    """Seconds, bytes held and bytes sent of steps of one configuration, on this rank."""
+    """Seconds of steps of one configuration, and bytes held and sent, on this rank."""
     from dex.common.ranks import barrier
 
     gc.collect()
@@ -180,7 +180,7 @@ def measure_point(ranks, point: dict, steps: int) -> dict:
     meet()
     before = _written()
     trainer.train_step()
-    wire = _written() - before  # without the barrier's
+    wire = _written() - before  # Without those of the barrier.
     held = _held(trainer)
     peak, collectives = _profiled(trainer, meet)
     trainer.close()
@@ -195,7 +195,7 @@ def measure_point(ranks, point: dict, steps: int) -> dict:
 
 
 def _held(trainer) -> dict[str, int]:
-    """Bytes of the tensors that lie on this rank between two steps."""
+    """Bytes of the tensors that this rank holds between two steps."""
 
     def local(t) -> int:
         t = t.to_local() if hasattr(t, "to_local") else t
@@ -210,10 +210,9 @@ def _held(trainer) -> dict[str, int]:
 
 
 def _profiled(trainer, meet: Meet) -> tuple[int, dict[str, list[int]]]:
-    """The most bytes allocated during a step beyond those before it, and {collective: [calls, numbers]} of that step.
+    """The peak allocation of a step beyond the bytes before it, and {collective: [calls, numbers]} of that step.
 
-    By torch's own record of its allocator and of gloo. Gradients of the step before, where they are no views of
-    buckets, are freed first.
+    Both are from torch's profiler. Gradients of the previous step are freed first, unless they are views of buckets.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -233,7 +232,7 @@ def _profiled(trainer, meet: Meet) -> tuple[int, dict[str, list[int]]]:
         record.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    first = events[0]["args"]  # torch goes on counting where the record before ended
+    first = events[0]["args"]  # torch continues counting from the end of the previous record.
     base = first["Total Allocated"] - first["Bytes"]
     return max(e["args"]["Total Allocated"] for e in events) - base, calls
 
@@ -247,12 +246,16 @@ def _reset_peak() -> None:
 
 
 def _written() -> int:
-    """Bytes that this process handed to writes so far; gloo's messages are writes to sockets."""
+    """Bytes that this process has written so far; gloo's messages are writes to sockets."""
     return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 def launch(count: int, job: dict, timeout: float = 900) -> list:
-    """Run a job on ``count`` ranks; what every rank measured. RuntimeError with a rank's last words when one fails."""
+    """Run a job on ``count`` ranks and return each rank's measurements.
+
+    Raises:
+        RuntimeError: a rank failed; the message has the end of its output.
+    """
     with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -272,14 +275,14 @@ def launch(count: int, job: dict, timeout: float = 900) -> list:
             command = [sys.executable, __file__, str(path)]
             processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         try:
-            ended = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
+            outcomes = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
         finally:
             for p in processes:
                 if p.poll() is None:
                     p.kill()
-        for words, code in ended:
+        for errors, code in outcomes:
             if code:
-                raise RuntimeError(f"a rank ended with {code}: {words[-2000:]}")
+                raise RuntimeError(f"a rank exited with {code}: {errors[-2000:]}")
         return json.loads(out.read_text())
 
 

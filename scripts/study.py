@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The study of docs/study-plan.md: many small runs, a row each, and the page and figures that are made of the rows.
+"""The study of docs/study-plan.md: many small runs with a row each, and a page and figures made from the rows.
 
 usage: python scripts/study.py [DATA] [--search] [--workers N] [--shuffle SEED] [--only TEXT]
        python scripts/study.py --page [--check]
 
-DATA: a shard set of 64 pixels, as `dex prepare packages --size 64` makes it; data/study without it; "embedded" for the
-images of the package. Rows go to benchmarks/results/study/runs.jsonl as runs end. Stopped or killed, the same command
-goes on with what is missing; a row whose sources or data are no longer those of here is made anew. --search: the search
-and its confirmation. --page: the page alone, from the rows; --check: change nothing, exit 1 when it would.
+DATA: a shard set of 64 pixels, as made by `dex prepare packages --size 64` (default: data/study), or "embedded" for the
+images of the package. Rows are written to benchmarks/results/study/runs.jsonl as runs end. After a stop or kill, the
+same command does the missing runs. A row from other sources or data is computed again. --search: the search and its
+confirmation. --page: only the page, from the rows; --check: change nothing, exit 1 if the page is outdated.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from study_arms import Spec  # noqa: E402
 RESULTS = ROOT / "benchmarks/results/study/runs.jsonl"
 DATA = ROOT / "data/study"
 DEPENDS = ("python/dex/analysis", "python/dex/data", "python/dex/model", "python/dex/train", "dexkernels")
-"""Whose Python sources decide a run's numbers, beside the study's own."""
+"""Folders whose Python sources determine a run's results, beside the study's own."""
 OWN = ("study_arms.py", "study_run.py")
 
 
@@ -45,20 +45,20 @@ def sources_hash() -> str:
         paths += (ROOT / folder).rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted(paths):
-        if not any(part in ("triton", "cuda") or part.startswith("triton") for part in path.parts):  # of GPUs alone
+        if not any(part in ("triton", "cuda") or part.startswith("triton") for part in path.parts):  # Runs use the CPU.
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def fingerprint(data: str) -> str:
-    """Of the data set."""
+    """The fingerprint of the data set."""
     from dex.data import open_dataset
 
     return open_dataset(None if data == "embedded" else data).take_fingerprint()
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows by their keys; the last of equals. A last line that a kill cut short is left out."""
+    """The rows by key; of equal keys the last row. A last line cut short by a kill is ignored."""
     rows: dict[str, dict[str, Any]] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -71,10 +71,17 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class Results:
-    """The rows of one file, which nobody else writes meanwhile."""
+    """The rows of one file, locked against other writers."""
 
     def __init__(self, path: Path, origin: dict[str, Any]):
-        """origin: of what is run now; rows of another one are made anew. ValueError: another process has the file."""
+        """Lock and read the rows.
+
+        Args:
+            origin: sources and data of this start; rows of another origin are computed again.
+
+        Raises:
+            ValueError: another process has the file.
+        """
         self.path, self.origin = path, origin
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = (path.parent / f".{path.name}.lock").open("w")
@@ -82,7 +89,7 @@ class Results:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise ValueError(f"results: expected that nobody else writes {path}; another study does") from None
+            raise ValueError(f"results: expected no other process to use {path}; another study is running") from None
         self.rows = read(path)
 
     def close(self) -> None:
@@ -93,17 +100,20 @@ class Results:
         return row is not None and all(row.get(name) == value for name, value in self.origin.items())
 
     def add(self, row: dict[str, Any]) -> None:
-        """Whole or not at all, whenever the process is killed."""
+        """Add a row and write the file atomically."""
         self.rows[row["key"]] = row | self.origin
         lines = [json.dumps(self.rows[key], sort_keys=True) + "\n" for key in sorted(self.rows)]
         atomic.write(self.path, "".join(lines))
 
 
 def carry_out(specs: Sequence[Spec], results: Results, data: str, workers: int, say: Callable[[str], None]) -> None:
-    """Run what is missing of ``specs``, ``workers`` at a time, each a process of one thread. RuntimeError names a run
-    that failed; what the others have finished is kept."""
+    """Do the missing runs of ``specs``, ``workers`` at a time, each in a process with one thread.
+
+    Raises:
+        RuntimeError: a run failed; the message names it. The results of finished runs are kept.
+    """
     missing = [spec for spec in specs if not results.is_there(spec)]
-    say(f"{len(specs) - len(missing)} of {len(specs)} runs are there; {len(missing)} to go")
+    say(f"{len(specs) - len(missing)} of {len(specs)} runs are done; {len(missing)} to go")
     running: dict[subprocess.Popen, Spec] = {}
     began, done = time.monotonic(), 0
     try:
@@ -133,7 +143,7 @@ def _start(spec: Spec, data: str) -> subprocess.Popen:
 
 
 def _ended(running: dict[subprocess.Popen, Spec]) -> Iterator[tuple[subprocess.Popen, Spec]]:
-    """Those that have ended, once there are some. A row is small enough that no pipe fills up."""
+    """Wait until some processes have ended, and return them. A row is small enough that no pipe fills up."""
     while True:
         ended = [(process, spec) for process, spec in running.items() if process.poll() is not None]
         if ended:
@@ -142,7 +152,7 @@ def _ended(running: dict[subprocess.Popen, Spec]) -> Iterator[tuple[subprocess.P
 
 
 def everything(results: Results, data: str, arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """The study, or the search, whose choice decides what is confirmed."""
+    """Run the study, or the search and the confirmation of its choice."""
     from study_choice import choose, combine
 
     tiny = arguments.tiny
@@ -171,13 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", nargs="?", default=str(DATA), help="shard set, or embedded")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the rows")
-    parser.add_argument("--search", action="store_true", help="the search and its confirmation")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each (2)")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="in another order")
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
+    parser.add_argument("--search", action="store_true", help="do the search and its confirmation")
+    parser.add_argument("--workers", type=int, default=2, help="simultaneous runs, with one thread each (2)")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="do the runs in a random order")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains TEXT")
     parser.add_argument("--tiny", action="store_true", help="runs of seconds, for tests")
-    parser.add_argument("--page", action="store_true", help="the page alone, from the rows")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is not that")
+    parser.add_argument("--page", action="store_true", help="only the page, from the rows")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     options = parser.parse_args(arguments)
     if options.page or options.check:
         from study_page import write

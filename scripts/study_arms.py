@@ -1,4 +1,4 @@
-"""What the study trains: arms, and the runs of each; see docs/study-plan.md, which was written first."""
+"""The arms of the study and the runs of each; see docs/study-plan.md, which was written first."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,23 +27,23 @@ TINY: dict[str, dict[str, Any]] = {
     | {"decoder_depth": 1, "patch_size": 16},
     "data": {"batch_size": 4},
 }
-"""What makes a run one of seconds, for tests."""
+"""Changes that make a run take seconds, for tests."""
 PUBLISHED = {"schedule": {"balance_weight": [0.01, 0.01]}}
-"""What the search starts from."""
+"""Changes of the search's reference."""
 K_WARMUP = 0.2
-"""Share of a run in which `Arm.warm_k` experts an image are taken."""
+"""Share of a run in which each image takes `Arm.warm_k` experts."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train, told by what differs from `BASE`."""
+    """A way to train, as changes to `BASE`."""
 
     name: str
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     routing: str = "image"
-    """``"image"``, ``"token"``, or ``"random"``: routers stay 0, and noise decides."""
+    """``"image"``, ``"token"``, or ``"random"``: router weights stay 0, and noise chooses."""
     upcycled: bool = False
-    """Starts from a dense MAE that was trained for as many steps with the same seed."""
+    """Whether it starts from a dense MAE that was trained for as many steps with the same seed."""
     warm_k: int | None = None
 
 
@@ -55,7 +55,7 @@ class Spec:
     seed: int
     steps: int
     half: int | None = None
-    """Of the sources, 0 or 1; None: all."""
+    """Half of the sources, 0 or 1; None: all sources."""
     tiny: bool = False
 
     @property
@@ -65,7 +65,7 @@ class Spec:
 
 
 def read_spec(values: dict[str, Any]) -> Spec:
-    """From ``dataclasses.asdict`` of one, by way of JSON."""
+    """The `Spec` from its ``dataclasses.asdict``, read from JSON."""
     return Spec(**values | {"arm": Arm(**values["arm"])})
 
 
@@ -75,7 +75,7 @@ NORMALISED = {"model": {"norm_pix_loss": True}}
 
 
 def joined(*changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Several changes as one; the later ones win."""
+    """Several changes merged; later ones win."""
     whole: dict[str, dict[str, Any]] = {}
     for change in changes:
         for section, values in change.items():
@@ -136,9 +136,9 @@ CANDIDATES: dict[str, list[Arm]] = {
         _candidate("batch in parts of 4", {"parallel": {"micro_batch": 4}, "model": {"balance_over": "batch"}}),
     ],
 }
-"""By what they change; one thing each."""
+"""Kind of change -> candidates with one such change each."""
 SEARCHED, CONFIRMED = (0, 1, 2), (10, 11, 12, 13, 14)
-"""Seeds."""
+"""Seeds of the search and of the confirmation."""
 
 
 def search(steps: int = 400, tiny: bool = False) -> list[Spec]:
@@ -148,7 +148,7 @@ def search(steps: int = 400, tiny: bool = False) -> list[Spec]:
 
 
 def combined(better: list[Arm]) -> Arm:
-    """All changes that helped, in one: the best of each kind."""
+    """One candidate with all changes that helped: the best of each kind."""
     changes = [
         {
             section: {k: v for k, v in values.items() if REFERENCE.changes.get(section, {}).get(k) != v}
@@ -161,6 +161,6 @@ def combined(better: list[Arm]) -> Arm:
 
 
 def confirmation(chosen: Arm, steps: tuple[int, int] = (400, 1100), tiny: bool = False) -> list[Spec]:
-    """On the second half of the sources, with seeds that the search has not used."""
+    """Runs on the second half of the sources, with seeds that the search has not used."""
     arms = (chosen, REFERENCE, MONO)
     return [Spec(arm, seed, s, half=1, tiny=tiny) for s in steps for seed in CONFIRMED for arm in arms]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One run of the study: trains a `Spec` and measures it; prints its row as JSON.
+"""One run of the study: trains a `Spec`, measures it, and prints its row as JSON.
 
 usage: python scripts/study_run.py DATA SPEC     (scripts/study.py starts these; SPEC is JSON, DATA may be "embedded")
 """
@@ -43,7 +43,7 @@ _SEED = 0x57D1
 
 
 class Half(View):
-    """Some sources of a data set, still whole enough to have splits."""
+    """Some sources of a data set, with its splits."""
 
     def split(self, name: str) -> Dataset:
         if name not in SPLITS:
@@ -53,21 +53,21 @@ class Half(View):
 
 
 def source_of(name: str) -> str:
-    """The source of an image by its id; in a plain folder each image is its own."""
+    """The source in an image's id; in a plain folder each image is its own source."""
     return name.split("/")[0]
 
 
 def half_of(dataset: Dataset, half: int) -> Half:
-    """The sources of each modality, in order of their names, in turns."""
+    """Every other source of each modality, in order of their names."""
     names = [source_of(dataset.sample_id(i)) for i in range(len(dataset))]
     modality = dataset.modality_index()
-    first: dict[str, int] = {}
+    modality_of: dict[str, int] = {}
     for i, name in enumerate(names):
-        first.setdefault(name, int(modality[i]))
-    taken: set[str] = set()
-    for m in sorted(set(first.values())):
-        taken |= set(sorted(name for name, kind in first.items() if kind == m)[half::2])
-    return Half(dataset, [i for i, name in enumerate(names) if name in taken], f"half {half}")
+        modality_of.setdefault(name, int(modality[i]))
+    chosen: set[str] = set()
+    for m in sorted(set(modality_of.values())):
+        chosen |= set(sorted(name for name, kind in modality_of.items() if kind == m)[half::2])
+    return Half(dataset, [i for i, name in enumerate(names) if name in chosen], f"half {half}")
 
 
 def configuration(spec: Spec) -> Config:
@@ -79,7 +79,7 @@ def configuration(spec: Spec) -> Config:
 
 
 def prepare(model: MaskedAutoencoder, spec: Spec) -> None:
-    """What no field of the configuration says."""
+    """Apply the changes of an arm that the configuration has no field for."""
     for layer in model.encoder.dex_layers:
         if spec.arm.routing == "token":
             layer.routing = "token"
@@ -87,23 +87,29 @@ def prepare(model: MaskedAutoencoder, spec: Spec) -> None:
         if spec.arm.routing == "random":
             with torch.no_grad():
                 layer.router_weight.zero_()
-            # A gradient of zeros: neither AdamW nor its decay moves a weight of 0.
+            # With a gradient of zeros, neither AdamW nor its decay moves a weight of 0.
             layer.router_weight.register_hook(torch.zeros_like)
 
 
-def _noise_for_tokens(layer: torch.nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
-    """A number for each token, where the trainer draws one for each image."""
-    if named.get("router_noise") is not None:
-        named = named | {"router_noise": torch.randn(*given[0].shape[:2], layer.num_experts)}
-    return given, named
+def _noise_for_tokens(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Replace the trainer's noise per image with noise per token, ``[B, N, E]``."""
+    if kwargs.get("router_noise") is not None:
+        kwargs = kwargs | {"router_noise": torch.randn(*args[0].shape[:2], layer.num_experts)}
+    return args, kwargs
 
 
 def train(
     spec: Spec, dataset: Dataset, parent: int | None, look: Callable[[MaskedAutoencoder], None] = lambda model: None
 ) -> tuple[Trainer, list[list[float]]]:
-    """The trainer after its last step, and ``[step, loss]`` of twenty stretches. ``look`` sees the model at step 0.
+    """Train a run.
 
-    Ends with its ``parent`` process, so that a study that was killed leaves nothing that goes on.
+    Args:
+        spec: the run.
+        dataset: training data.
+        parent: process to exit with, so that a killed study leaves no running processes.
+        look: called with the model at step 0.
+
+    Returns: the trainer after its last step, and ``[step, loss]`` of twenty intervals.
     """
     torch.manual_seed(_SEED + spec.seed)
     config = configuration(spec)
@@ -122,13 +128,13 @@ def train(
         if (step + 1) % every == 0:
             curve.append([step + 1, trainer.row()["loss"]])
             if parent is not None and os.getppid() != parent:
-                raise SystemExit("the process that started this one is gone")
+                raise SystemExit("the parent process has exited")
     trainer.flush()
     return trainer, curve
 
 
 def dense(spec: Spec, dataset: Dataset, parent: int | None) -> dict[str, Tensor]:
-    """Weights of a dense MAE under their published names: one MLP of an expert's size, as many steps, the same seed."""
+    """Weights, by published name, of a dense MAE: MLPs of an expert's size, trained for as many steps, same seed."""
     from dataclasses import replace
 
     changes = joined(spec.arm.changes, {"model": {"num_experts": 0, "top_k": 1}})
@@ -139,7 +145,7 @@ def dense(spec: Spec, dataset: Dataset, parent: int | None) -> dict[str, Tensor]
 
 
 def random_routes(model: MaskedAutoencoder, images: int, seed: int) -> Routes:
-    """As training draws them: gates of the K largest probabilities of noise alone."""
+    """Routes from noise alone, as in training: gates of the K largest probabilities."""
     generator = torch.Generator().manual_seed(seed)
     gates, experts, probabilities = [], [], []
     for layer in model.encoder.dex_layers:
@@ -152,35 +158,35 @@ def random_routes(model: MaskedAutoencoder, images: int, seed: int) -> Routes:
 
 
 def measure(spec: Spec, model: MaskedAutoencoder, config: Config, held_out: Sample) -> dict[str, Any]:
-    """Sums by source, over images and masks, of the loss and of what others' experts add; information by layer."""
+    """Sums by source, over images and masks, of the loss and its rise with others' experts; information by layer."""
     images = center(held_out.images, config.model.img_size)
     routed = bool(model.encoder.dex_layers) and spec.arm.routing != "token"
     sources: dict[str, dict[str, float]] = {}
-    found: list[list[float]] = []
+    by_mask: list[list[float]] = []
     for mask in range(MASKS):
         noise = torch.rand(len(images), (config.model.img_size // config.model.patch_size) ** 2,
                            generator=torch.Generator().manual_seed(_SEED + mask))  # fmt: skip
-        drawn = random_routes(model, len(images), mask) if spec.arm.routing == "random" else None
+        random = random_routes(model, len(images), mask) if spec.arm.routing == "random" else None
 
         def under(overrides: Sequence[Override | None] | None, noise: Tensor = noise) -> Masked:
             ratio = config.model.mask_ratio
             return masked_forward(model, images, noise, mask_ratio=ratio, overrides=overrides)
 
-        own = under(None if drawn is None else _as_overrides(drawn))
+        own = under(None if random is None else _as_overrides(random))
         columns = {"loss": own.loss}
         if routed:
-            own = own if drawn is None else own._replace(routes=drawn)
+            own = own if random is None else own._replace(routes=random)
             swap = swapped(lambda o, under=under: under(o).loss, own, held_out.modality, layers_apart=False, seed=mask)
             columns |= {kind: swap.given[k, -1] - swap.own for k, kind in enumerate(KINDS)}
             columns["beyond"] = swap.given[1, -1] - swap.given[0, -1]
-            found.append([information.information(sets_of(e), held_out.modality).value for e in own.routes.experts])
+            by_mask.append([information.information(sets_of(e), held_out.modality).value for e in own.routes.experts])
         for name, values in columns.items():
             for image, value in zip(held_out.ids, values.tolist(), strict=True):
                 row = sources.setdefault(source_of(image), {})
-                if math.isfinite(value):  # NaN: there is no partner, or the run diverged
+                if math.isfinite(value):  # NaN: there is no partner, or the run diverged.
                     row[name] = row.get(name, 0.0) + value
                     row[f"{name} of"] = row.get(f"{name} of", 0) + 1
-    by_layer = [sum(layer) / len(layer) for layer in zip(*found, strict=True)]
+    by_layer = [sum(layer) / len(layer) for layer in zip(*by_mask, strict=True)]
     return {"sources": sources, "information": by_layer}
 
 
@@ -189,7 +195,7 @@ def _as_overrides(routes: Routes) -> list[Override]:
 
 
 def probe(model: MaskedAutoencoder, config: Config, probed: Sample) -> list[float] | None:
-    """Value, low, high; sources left out."""
+    """Accuracy of a linear probe with sources left out: value, low, high."""
     x = features(tokens(model.encoder, center(probed.images, config.model.img_size)))
     names = [source_of(name) for name in probed.ids]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -198,7 +204,7 @@ def probe(model: MaskedAutoencoder, config: Config, probed: Sample) -> list[floa
 
 
 def row_of(spec: Spec, data: str | None, parent: int | None = None) -> dict[str, Any]:
-    """Everything that the page says of a run."""
+    """The row of a run."""
     torch.set_num_threads(1)
     dataset = open_dataset(data)
     if spec.half is not None:

@@ -47,5 +47,5 @@ def test_a_configuration_is_that_of_the_point():
 
 def test_a_rank_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="a rank ended with 1"):
+    with pytest.raises(RuntimeError, match="a rank exited with 1"):
         scaling_ranks.launch(1, {"rounds": 1, "sizes": []})

@@ -105,7 +105,7 @@ def test_the_search_chooses_by_the_rule_that_was_fixed():
     assert joined.changes["model"] == {"route_from": "mean"} and joined.changes["schedule"]["noise_std"] == [0.0, 0.0]
     assert joined.changes["schedule"]["balance_weight"] == [0.01, 0.01]
     assert study_choice.choose(rows(mean_token=(0.4, -0.2), no_align=(0.6, -0.1)), None, 400).name == "no align"
-    with pytest.raises(RuntimeError, match="expected rows of candidates"):
+    with pytest.raises(RuntimeError, match="expected candidates whose runs"):
         study_choice.choose({}, None, 400)
     assert study_choice.combine(rows(mean_token=(0.4, 0.1)), 400) is None
 
@@ -127,9 +127,9 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
         ),
     )
     text = study_page.page(rows)
-    assert "Loss of cls less the monolithic control's at 400 steps: -0.0500 **[-0.0500, -0.0500]**; lower." in text
-    assert "Loss of mean less the monolithic control's at 400 steps: +0.0500" in text and "; higher." in text
-    assert "With random experts the swap gap is +0.0000 [0.0000, 0.0000], which holds 0, as it must." in text
+    assert "Loss of cls minus the monolithic control's at 400 steps: -0.0500 **[-0.0500, -0.0500]**; lower." in text
+    assert "Loss of mean minus the monolithic control's at 400 steps: +0.0500" in text and "; higher." in text
+    assert "With random experts the swap gap is +0.0000 [0.0000, 0.0000], which contains 0, as it must." in text
     assert "one run did not stay finite" in text and "| align 0 (not finite) | 400 | 0 |" in text
     assert text.count("| 60 |") == len(rows)
     assert "Chosen by the rule: **mean token**" in text and "it is better than both." in text
@@ -138,7 +138,7 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
     study_page.figure(rows, tmp_path / "a folder" / "study.png")
     assert (tmp_path / "a folder" / "study.png").stat().st_size > 10_000
     wrong = rows | keyed(*(made("random experts", s, 0.6, 0.3) for s in range(3)))
-    assert "does not hold 0: the instrument is wrong" in study_page.page(wrong)
+    assert "does not contain 0: the instrument is wrong" in study_page.page(wrong)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_rows_that_are_there_are_not_made_again_and_stale_ones_are(quick, tmp_pa
     specs, path = study_arms.study((4, 6), tiny=True)[:6], tmp_path / "a b" / "rüns.jsonl"
     results = study.Results(path, {"sources_sha256": "1", "data": "d"})
     study.carry_out(specs[:4], results, "x", 2, lambda text: None)
-    with pytest.raises(ValueError, match="expected that nobody else writes"):
+    with pytest.raises(ValueError, match="expected no other process to use"):
         study.Results(path, {})
     results.close()
     path.write_text(path.read_text() + '{"key": "cut sho')  # as a kill would leave it, were it written in place
@@ -190,7 +190,7 @@ def test_wrong_usage_is_told(tmp_path, capsys):
         study.main(["embedded", "--workers", "0", "--results", str(tmp_path / "r.jsonl")])
     assert "--workers: expected at least 1; got 0" in capsys.readouterr().err
     assert study.main(["--page", "--results", str(tmp_path / "r.jsonl")]) == 1
-    assert "got none: make study" in capsys.readouterr().out
+    assert "got none; run make study" in capsys.readouterr().out
 
 
 def test_halves_share_no_source_and_are_whole_sets():
