@@ -46,6 +46,7 @@ def verify(
     seconds: float = SECONDS,
     say: Say = print,
     keep: bool = True,
+    stop: threading.Event | None = None,
 ) -> Record:
     """Compare every kernel with float64 on this GPU, time it, and from then on use the fastest that is right.
 
@@ -60,6 +61,7 @@ def verify(
         seconds: after which what is left is not tried.
         say: called with a line of text for each step.
         keep: whether to write the record into the cache; this process uses it in any case.
+        stop: once it is set, what is left is not tried.
 
     Returns: the record; `Record.wrong` has what must not be. Raises: ValueError naming the argument.
     """
@@ -69,7 +71,7 @@ def verify(
         raise ValueError(f"seconds: expected a number above 0, got {seconds!r}")
     who = identity(where)
     with record.alone(who) if keep else contextlib.nullcontext():
-        found = _found(who, sizes, where, seconds, say)
+        found = _found(who, sizes, _Bounds(where, time.monotonic() + seconds, seconds, stop or threading.Event()), say)
         earlier, _ = record.load(who)
         found = found.with_times_of(earlier)
         if keep:
@@ -104,11 +106,29 @@ def check_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
 
 
-def _found(who: Identity, sizes: Sizes, device: torch.device, seconds: float, say: Say) -> Record:
+class _Bounds(NamedTuple):
+    """Where a verification runs, and when it ends."""
+
+    device: torch.device
+    deadline: float
+    seconds: float
+    stop: threading.Event
+
+    def ask(self, worker: Worker, **step: Any) -> dict[str, Any]:
+        left = self.deadline - time.monotonic()
+        if left <= 0 or self.stop.is_set():
+            return {"failed": "there was no time left", "late": True}
+        try:
+            return worker.ask(step | {"device": str(self.device)}, min(left, STEP_SECONDS))
+        except Died as error:
+            return {"failed": str(error), "late": self.stop.is_set() or time.monotonic() >= self.deadline}
+
+
+def _found(who: Identity, sizes: Sizes, bounds: _Bounds, say: Say) -> Record:
     began = time.monotonic()
-    say(f"verifying the kernels on {who}; at most {seconds:.0f} s")
-    checks = _checks(device, began + CHECKING * seconds, say)
-    times, wrong = _times(checks, sizes, device, began + seconds, say)
+    say(f"verifying the kernels on {who}; at most {bounds.seconds:.0f} s")
+    checks = _checks(bounds._replace(deadline=began + CHECKING * bounds.seconds), say)
+    times, wrong = _times(checks, sizes, bounds, say)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Record(who, today, round(time.monotonic() - began, 1), (*checks, *wrong), times)
 
@@ -144,7 +164,7 @@ def _longest(op: str) -> int:
     return ("grouped_mlp", "route", "align_loss", "adamw_ema_", "group_ema_").index(op)
 
 
-def _checks(device: torch.device, deadline: float, say: Say) -> list[Check]:
+def _checks(bounds: _Bounds, say: Say) -> list[Check]:
     """Of all operators, backends and dtypes; several processes at a time, since most of the time is compiling."""
     checks, parts = _parts()
     of_key: dict[tuple[str, ...], list[Check]] = {}
@@ -152,13 +172,13 @@ def _checks(device: torch.device, deadline: float, say: Say) -> list[Check]:
     left, lock = deque(parts), threading.Lock()
 
     def work() -> None:
-        with Worker() as worker:
+        with Worker(bounds.stop) as worker:
             while True:
                 with lock:
                     if not left:
                         return
                     part = left.popleft()
-                found = _checked(worker, part, device, deadline)
+                found = _checked(worker, part, bounds)
                 with lock:
                     done = of_key.setdefault(part[:3], [])
                     done.append(found)
@@ -173,10 +193,9 @@ def _checks(device: torch.device, deadline: float, say: Say) -> list[Check]:
     return checks + [_merged(done) for done in of_key.values()]
 
 
-def _checked(worker: Worker, part: _Part, device: torch.device, deadline: float) -> Check:
+def _checked(worker: Worker, part: _Part, bounds: _Bounds) -> Check:
     shapes = [list(sizes) for sizes in part.shapes]
-    step = {"kind": "check", "op": part.op, "backend": part.backend, "dtype": part.dtype, "shapes": shapes}
-    result = _ask(worker, step, device, deadline)
+    result = bounds.ask(worker, kind="check", op=part.op, backend=part.backend, dtype=part.dtype, shapes=shapes)
     if "failed" in result:
         return Check(*part[:3], "no time" if result.get("late") else "failed", None, None, result["failed"])
     return Check(*part[:3], *(result[name] for name in ("state", "error", "plain_error", "detail")))
@@ -187,43 +206,33 @@ def _merged(checks: list[Check]) -> Check:
     return max(checks, key=lambda c: (c.state in ("wrong", "failed"), c.state != "right", c.error or 0.0))
 
 
-def _times(
-    checks: list[Check], sizes: Sizes, device: torch.device, deadline: float, say: Say
-) -> tuple[tuple[Timing, ...], list[Check]]:
+def _times(checks: list[Check], sizes: Sizes, bounds: _Bounds, say: Say) -> tuple[tuple[Timing, ...], list[Check]]:
     """Of everything that is right, one at a time; and what is wrong at these sizes after all."""
     times, wrong = [], []
-    with Worker() as worker:
+    with Worker(bounds.stop) as worker:
         for dtype, op in itertools.product(map(name_of, _ORDER), sorted(DTYPES, key=_longest)):
             right = [c.backend for c in checks if (c.op, c.dtype, c.state) == (op, dtype, "right")]
             candidates = [backend for backend in right if backend != "reference"]
             if "reference" not in right or not candidates:
                 continue
-            step = {"kind": "time", "op": op, "backends": candidates, "dtype": dtype, "sizes": list(sizes)}
-            result = _ask(worker, step | {"rounds": ROUNDS}, device, deadline)
-            if reason := result.get("failed") or result.get("skipped"):
-                say(f"  {op} {dtype}: not timed at {sizes}: {reason}")
-                if "failed" in result and not result.get("late"):
-                    reason = f"{reason} at {sizes}"
+            step = {"op": op, "backends": candidates, "dtype": dtype, "sizes": list(sizes), "rounds": ROUNDS}
+            result = bounds.ask(worker, kind="time", **step)
+            if "failed" in result:
+                say(f"  {op} {dtype}: not timed at {sizes}: {result['failed']}")
+                if not result.get("late"):
+                    reason = f"{result['failed']} at {sizes}"
                     wrong += [Check(op, backend, dtype, "failed", None, None, reason) for backend in candidates]
                 continue
             for backend, problem in result["wrong"].items():
                 wrong.append(Check(op, backend, dtype, "wrong", None, None, problem))
                 say(_line(wrong[-1]))
+            if result["images"] < sizes.images:
+                say(f"  {op} {dtype}: timed with {result['images']} images, for the memory")
             plain = result["ms"].pop("reference")
             for backend, ms in result["ms"].items():
                 times.append(Timing(op, backend, dtype, sizes, ms, plain, result["limit_ms"], result["limit"]))
                 say(_time_line(times[-1]))
     return tuple(times), wrong
-
-
-def _ask(worker: Worker, step: dict[str, Any], device: torch.device, deadline: float) -> dict[str, Any]:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return {"failed": "its time was over", "late": True}
-    try:
-        return worker.ask(step | {"device": str(device)}, min(left, STEP_SECONDS))
-    except Died as error:
-        return {"failed": str(error), "late": time.monotonic() >= deadline}
 
 
 def _line(check: Check) -> str:

@@ -34,10 +34,13 @@ class Died(RuntimeError):
 
 
 class Worker:
-    """``ask(step, seconds)`` gives the answer to a step. Use as a context."""
+    """``ask(step, seconds)`` gives the answer to a step. Use as a context.
 
-    def __init__(self, command: tuple[str, ...] = COMMAND):
-        self._command = command
+    stop: once it is set, the process is ended within half a second.
+    """
+
+    def __init__(self, stop: threading.Event | None = None, command: tuple[str, ...] = COMMAND):
+        self._command, self._stop = command, stop or threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -56,7 +59,7 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(step) + "\n")
             self._process.stdin.flush()
-            line = self._lines.get(timeout=max(seconds, 0.0))
+            line = self._answer(time.monotonic() + seconds)
         except queue.Empty:
             self.end()
             raise Died(f"TimeoutError: no answer within {seconds:.0f} s") from None
@@ -67,6 +70,15 @@ class Worker:
             self.end()
             raise Died(f"ProcessDied: exit status {code}{f', {last}' if last else ''}")
         return json.loads(line)
+
+    def _answer(self, deadline: float) -> str | None:
+        while True:
+            left = 0.0 if self._stop.is_set() else max(deadline - time.monotonic(), 0.0)
+            try:
+                return self._lines.get(timeout=min(left, 0.5))
+            except queue.Empty:
+                if left <= 0.5:
+                    raise
 
     def end(self) -> None:
         if self._process is not None:
@@ -132,11 +144,11 @@ def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.
 def timed(
     op: str, candidates: list[str], dtype: str, sizes: Sizes, device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """``{"ms": {backend: ...}, "limit_ms": ..., "limit": ..., "wrong": {backend: ...}}`` of the backends that are right
-    at these sizes too."""
+    """``{"ms": {backend: ...}, "limit_ms": ..., "limit": ..., "wrong": {backend: ...}, "images": ...}`` of the backends
+    that are right at these sizes too; with fewer images where the memory holds no more."""
     real = getattr(torch, dtype)
-    if device.type == "cuda" and bytes_needed(sizes) > torch.cuda.mem_get_info(device)[0]:
-        return {"skipped": f"it would need {bytes_needed(sizes) / 2**30:.0f} GiB of the GPU's memory"}
+    if device.type == "cuda":
+        sizes = fitting(sizes, torch.cuda.mem_get_info(device)[0])
     case = cases(op, sizes, real, device)[0]
     exact = case.exact()
     plain, wrong, right = errors_of(case.run("reference"), exact), {}, ["reference"]
@@ -155,7 +167,14 @@ def timed(
     calls: dict[str, Callable[[int], object]] = {b: lambda i, b=b: case.timed(b) for b in right}
     ms = {n: statistics.median(t) for n, t in watch.take(calls | {"limit": lambda i: case.limit()}).items()}
     limit = ms.pop("limit")
-    return {"ms": ms, "limit_ms": limit, "limit": case.limit_name, "wrong": wrong}
+    return {"ms": ms, "limit_ms": limit, "limit": case.limit_name, "wrong": wrong, "images": sizes.images}
+
+
+def fitting(sizes: Sizes, num_bytes: int) -> Sizes:
+    """``sizes`` with as many images as fit beside their float64 results, at least one."""
+    while sizes.images > 1 and bytes_needed(sizes) > 0.9 * num_bytes:
+        sizes = sizes._replace(images=sizes.images // 2)
+    return sizes
 
 
 def answer(step: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import threading
 import time
 
 import pytest
@@ -23,7 +24,7 @@ class GPU:
     def __init__(self, answers):
         self.answers, self.steps = answers, []
 
-    def __call__(self):
+    def __call__(self, stop):
         return self
 
     def __enter__(self):
@@ -40,7 +41,7 @@ class GPU:
         if step["kind"] == "check":
             return FINE
         ms = {"reference": 1.0} | {b: 0.5 if b == "triton" else 0.6 for b in step["backends"]}
-        return {"ms": ms, "limit_ms": 0.25, "limit": "copy", "wrong": {}}
+        return {"ms": ms, "limit_ms": 0.25, "limit": "copy", "wrong": {}, "images": step["sizes"][0]}
 
 
 @pytest.fixture
@@ -132,7 +133,8 @@ def test_a_kernel_that_takes_its_process_with_it_costs_only_itself(gpu):
 def test_wrong_or_failing_at_the_users_sizes_counts(gpu):
     def answers(step):
         if step["kind"] == "time" and step["op"] == "route":
-            return {"ms": {"reference": 1.0}, "limit_ms": 0.2, "limit": "copy", "wrong": {"triton": "errors 1"}}
+            answer = {"ms": {"reference": 1.0}, "limit_ms": 0.2, "limit": "copy", "images": 8}
+            return answer | {"wrong": {"triton": "errors 1"}}
         if step["kind"] == "time" and step["op"] == "align_loss":
             return {"failed": "OutOfMemoryError: no", "fatal": False}
 
@@ -143,11 +145,24 @@ def test_wrong_or_failing_at_the_users_sizes_counts(gpu):
     assert any("align_loss bfloat16: not timed at B 8" in line for line in lines)
 
 
-def test_sizes_that_the_memory_does_not_hold_are_not_timed_but_nothing_is_wrong(gpu):
-    gpu(lambda step: {"skipped": "it would need 9 GiB"} if step["kind"] == "time" else None)
-    found, _ = verify()
-    assert found.times == () and found.wrong() == [] and found.choices() == {}
+def test_what_the_memory_does_not_hold_is_timed_with_fewer_images_and_says_so(gpu):
+    def answers(step):
+        if step["kind"] == "time":
+            ms = dict.fromkeys(("reference", *step["backends"]), 1.0)
+            return {"ms": ms, "limit_ms": 0.2, "limit": "copy", "wrong": {}, "images": 4}
+
+    gpu(answers)
+    found, lines = verify()
+    assert found.timed(SIZES) and found.wrong() == [] and found.choices() == {}
+    assert "  route bfloat16: timed with 4 images, for the memory" in lines
     assert list(run.summary(found)) == ["plain torch everywhere: no kernel was right and faster"]
+
+
+def test_a_verification_that_is_stopped_tries_nothing_more(gpu):
+    stop = threading.Event()
+    played = gpu(lambda step: stop.set())
+    found, _ = verify(stop=stop)
+    assert 1 <= len(played.steps) <= run.JOBS and found.wrong() == []
 
 
 def test_when_plain_torch_itself_is_wrong_nothing_is_chosen(gpu):

@@ -2,14 +2,16 @@
 
 import json
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 from dexkernels.verification import worker as module
+from dexkernels.verification.cases import bytes_needed
 from dexkernels.verification.record import Sizes
-from dexkernels.verification.worker import Died, Worker, answer, check, timed
+from dexkernels.verification.worker import Died, Worker, answer, check, fitting, timed
 
 CPU = torch.device("cpu")
 TINY = Sizes(3, 5, 9, 14, 4, 2)
@@ -23,7 +25,7 @@ def no_other_backend(request):
 
 
 def python(code):
-    return Worker((sys.executable, "-c", f"import json, os, sys, time\nfor line in sys.stdin:\n    {code}"))
+    return Worker(command=(sys.executable, "-c", f"import json, os, sys, time\nfor line in sys.stdin:\n    {code}"))
 
 
 @pytest.mark.slow
@@ -55,6 +57,21 @@ def test_a_process_that_hangs_is_ended_and_started_again():
             worker.ask({"slow": 1}, 0.4)
         assert time.monotonic() - began < 20
         assert worker.ask({"quick": 1}, 60) == {"quick": 1}
+
+
+def test_a_process_is_ended_when_it_is_to_stop():
+    stop, command = threading.Event(), (sys.executable, "-c", "import time; time.sleep(60)")
+    threading.Timer(0.3, stop.set).start()
+    began = time.monotonic()
+    with Worker(stop, command) as worker, pytest.raises(Died):
+        worker.ask({}, 60)
+    assert time.monotonic() - began < 20
+
+
+def test_as_many_images_as_the_memory_holds():
+    need = bytes_needed(Sizes())
+    assert fitting(Sizes(), 2 * need) == Sizes() and fitting(Sizes(), need).images == 112
+    assert fitting(Sizes(), 0).images == 1
 
 
 def test_nothing_is_left_running():
