@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds sdist, wheels and an editable install in every way that DEX_CUDA and nvcc allow, and looks into each of them.
-# usage: scripts/check_build.sh [PYTHON]   PYTHON: one that has torch and numpy (default .venv/bin/python)
+# Builds sdist, wheels and an editable install for every combination of DEX_CUDA and nvcc, and checks the contents.
+# usage: scripts/check_build.sh [PYTHON]   PYTHON: has torch and numpy (default .venv/bin/python)
 # Works in a temporary copy: neither the tree nor PYTHON's environment is changed. About two minutes on two cores.
-# Parts that need an nvcc are left out where there is none, and that is said.
+# Without nvcc, the parts that need it are skipped with a note.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-.venv/bin/python}")
@@ -12,7 +12,7 @@ began=$SECONDS
 
 say() { printf '%4d s  %s\n' $((SECONDS - began)) "$*"; }
 fail() { echo "check_build: $*" >&2; exit 1; }
-# The names in an archive, one a line; sdist's without their leading folder.
+# The names in an archive, one per line; those of an sdist without their leading folder.
 names() { "$python" - "$1" <<'PY'
 import sys, tarfile, zipfile
 path = sys.argv[1]
@@ -49,7 +49,7 @@ if command -v nvcc >/dev/null; then nvcc=yes; fi
 unset DEX_CUDA CUDACXX CUDA_HOME
 say "ready; nvcc: $nvcc"
 
-# sdist, made without nvcc: it must hold the sources all the same.
+# The sdist, made without nvcc, must hold the CUDA sources too.
 PATH=$work/bin build --sdist --outdir "$work/sdist"
 sdist=$(echo "$work"/sdist/*.tar.gz)
 for name in CMakeLists.txt setup.py pyproject.toml csrc/common/math.h csrc/group_ema/group_ema.cu csrc/group_ema/bind.cpp csrc/bindings.cpp csrc/strict_nvcc.py \
@@ -60,7 +60,7 @@ mkdir "$work/from-sdist"
 tar -C "$work/from-sdist" --strip-components=1 -xf "$sdist"
 cd "$work/from-sdist"
 
-# No nvcc: one line, a pure wheel, no failure. DEX_CUDA=1: a failure with that reason.
+# Without nvcc: one line and a pure wheel. With DEX_CUDA=1: a failure with that reason.
 line='dexkernels: the native library is not built: no nvcc in $CUDACXX, $CUDA_HOME/bin or on PATH; everything else works without it'
 PATH=$work/bin build --wheel --outdir "$work/none"
 [[ $(grep -cxF "$line" "$work/log") == 1 ]] || fail "expected once: $line"
@@ -73,7 +73,7 @@ say "without nvcc: a pure wheel and one line; DEX_CUDA=1 fails with the reason"
 
 if [[ $nvcc == yes ]]; then
     DEX_CUDA=0 build --wheel --outdir "$work/zero"
-    grep -qxF 'dexkernels: the native library is not built (DEX_CUDA=0)' "$work/log" || fail "DEX_CUDA=0 is not told"
+    grep -qxF 'dexkernels: the native library is not built (DEX_CUDA=0)' "$work/log" || fail "DEX_CUDA=0 gives no message"
     has "$work"/zero/*-py3-none-any.whl '^dexkernels/'
     say "DEX_CUDA=0: a pure wheel"
 
@@ -89,7 +89,7 @@ if [[ $nvcc == yes ]]; then
     lacks "$wheel" '^(csrc|tests|CMakeLists)'
     say "DEX_CUDA=1: wheel from the sdist with _C and both packages, in $took s"
 
-    # No torch in this environment: the module alone must load.
+    # This environment has no torch: the module must load without it.
     "$work/env/bin/pip" install -q --no-deps "$wheel"
     "$work/env/bin/python" - <<'PY'
 import glob, importlib.util, sysconfig
@@ -114,8 +114,8 @@ PY
     [[ -e $(echo dexkernels/_C.*.so) ]] || fail "the editable install put no _C into dexkernels/"
     (cd "$work" && "$work/env/bin/python" -c 'import importlib.util as u; print(u.find_spec("dexkernels").origin)') |
         grep -qF "$work/tree/dexkernels" || fail "the editable install does not point to its tree"
-    say "editable install: _C lies in dexkernels/"
+    say "editable install: _C is in dexkernels/"
 else
     say "no nvcc: wheel with _C and editable install with _C are not checked"
 fi
-say "all good"
+say "all checks passed"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whether every public name of both packages has a complete type, by basedpyright --verifytypes; else exit 1.
+"""Checks that every public name of both packages has a complete type, with basedpyright --verifytypes; exits 1 if not.
 
 usage: python scripts/public_types.py
 
-Types of other packages are not looked into. Modules whose base is in a package that is not installed, or that
-return what Triton has no types for, are left out, and named.
+Types of other packages are ignored. Modules that need a package that is not installed, or whose results Triton has no
+types for, are left out and named.
 """
 
 import importlib.util
@@ -20,18 +20,19 @@ BUILT_ON = {
     "dex.inference.hub": "huggingface_hub",
 }
 UNTYPED = ("dexkernels.ops.grouped_mlp.triton",)
-"""Returns what Triton has no types for."""
+"""Modules that return objects for which Triton has no types."""
 
 
 def incomplete(package: str) -> list[str]:
     """A line for each public name of ``package`` whose type is unknown or ambiguous."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # it asks the first python
+    # basedpyright resolves packages with the first python on PATH.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     command = [sys.executable, "-m", "basedpyright", "--ignoreexternal", "--outputjson", "--verifytypes", package]
     run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     report = json.loads(run.stdout)["typeCompleteness"]
     symbols = [s for s in report["symbols"] if s["isExported"]]
     if not symbols:
-        sys.exit(f"{package}: basedpyright finds no public name: {run.stdout[:500]}")
+        sys.exit(f"{package}: expected public names, got none from basedpyright: {run.stdout[:500]}")
     absent = (*UNTYPED, *(module for module, needed in BUILT_ON.items() if importlib.util.find_spec(needed) is None))
     bad = [s for s in symbols if not s["isTypeKnown"] or s["isTypeAmbiguous"]]
     left_out = [m for m in absent if m.startswith(f"{package}.")]

@@ -3,12 +3,12 @@
 
 usage: python scripts/tune.py --list [--shipped] [--kernel NAME ...] [--dtype bfloat16] [--arch 90]    without a GPU
        python scripts/tune.py [--kernel NAME ...] [--dtype bfloat16] [--write]    on the GPU that is to be served
---list: every candidate with what the compiler says of it: registers, spills, shared memory, tensor-core instructions.
-A candidate is a shipped tile with one number changed, and what is found faster is the next to be changed. It is timed
-only if the compiler spills little, it fits into shared memory, its result is within twice plain torch's error of
-float64, and a second call gives the same bits. Timed is a whole forward and backward, by CUDA events, candidates in
-turns, over inputs that rotate. What is kept must be 2 % faster. --write puts it into the table; without, it is printed.
-A table is all that a run of a network sees of this: no first step stalls, and a call has the same bits in every run.
+--list: every candidate with facts from the compiler: registers, spills, shared memory, tensor-core instructions.
+The search starts from a shipped tile and changes one number at a time; a faster tile becomes the next start. A tile is
+timed only if the compiler spills little, it fits into shared memory, its error is at most twice plain torch's (against
+float64), and a second call gives the same bits. The time is that of a whole forward and backward, by CUDA events, with
+candidates in turns and rotating inputs. A kept tile must be 2 % faster. --write puts it into the table; otherwise it is
+printed. Networks only read the table: no first step stalls, and a call has the same bits in every run.
 """
 
 import argparse
@@ -59,18 +59,18 @@ LADDERS = {
     "stages": (2, 3, 4, 5, 6, 7),
 }
 FIXED = {name: ("rows",) for name, *_ in configurations.ALIGNED if name != "weight_grad_blocks"}
-"""What is not a matter of choice: the number of blocks in the height of a tile of the aligned path."""
+"""Numbers that cannot be chosen: the number of blocks in the height of a tile of the aligned path."""
 
 MEASURED_ON = {"many": ("ViT-B", "ViT-B, N 257"), "few": ("ViT-B, E 64", "ViT-B, B 8")}
-"""Class of shapes -> those that it is measured on; a tile on the first that has a use for it."""
+"""Class of shapes -> shapes that represent it; a tile is measured on the first that uses it."""
 
 PROBES = [SHAPES[name] for names in MEASURED_ON.values() for name in names]
 
 SHARED = {80: 99 * 1024, 90: 232_448}
-"""Bytes of shared memory a block may have; those of 80 are what 8.6 and 8.9 share."""
+"""Architecture -> bytes of shared memory per block; 80 has the limit of 8.6 and 8.9."""
 
 GAIN = 1.02
-"""How much faster a candidate must be: what lies below is the clock's."""
+"""Speedup that a candidate needs; smaller ones are within the timing noise."""
 
 HEAD = '''\
 """What scripts/tune.py measured to be faster than the tables of the launchers. Made by it; not edited."""
@@ -80,7 +80,7 @@ HEAD = '''\
 
 
 class Facts(NamedTuple):
-    """Of one candidate ahead of time, the worst of its kernels."""
+    """Compile-time facts of one candidate: the worst values of its kernels."""
 
     registers: int
     stack: int
@@ -101,7 +101,7 @@ def keys(dtype: torch.dtype, arch: int, wanted: list[str] | None = None) -> list
 
 
 def neighbours(key: Key, tile: Tile) -> Iterator[Tile]:
-    """``tile`` with one number a step up or down its ladder, or its halves toggled where it has a heavy epilogue."""
+    """``tile`` with one number a step up or down its ladder, or with halves toggled if its epilogue is heavy."""
     for field, ladder in LADDERS.items():
         at = ladder.index(getattr(tile, field))
         for i in (at - 1, at + 1):
@@ -112,7 +112,7 @@ def neighbours(key: Key, tile: Tile) -> Iterator[Tile]:
 
 
 def launches(tiles: dict[Key, Tile], path: str, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
-    """What a forward and backward launch, on tensors without values."""
+    """The launches of a forward and backward, on meta tensors."""
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     m = {"device": "meta"}
     x, gates = torch.empty(B, N, D, dtype=dtype, **m), torch.empty(B, K, **m)
@@ -140,7 +140,7 @@ def path_of(key: Key) -> str:
 
 
 def taking(key: Key, tile: Tile, dtype: torch.dtype, arch: int, shape: dict) -> list[tuple]:
-    """The launches that take this tile: those that another in its place would change."""
+    """The launches that use this tile: those that change with another tile."""
     before, after = (
         launches(configurations.TILES | {key: t}, path_of(key), dtype, arch, shape)
         for t in (tile, tile._replace(stages=tile.stages + 1))
@@ -151,9 +151,9 @@ def taking(key: Key, tile: Tile, dtype: torch.dtype, arch: int, shape: dict) -> 
 
 
 def facts(key: Key, tile: Tile, dtype: torch.dtype, arch: int) -> Facts:
-    """Compiles for ``arch`` the kernels that take this tile."""
-    found = next(filter(None, (taking(key, tile, dtype, arch, shape) for shape in PROBES)))
-    rows = [aot.compile_one(*launch, arch) for launch in found]
+    """Compile the kernels that use this tile for ``arch``."""
+    affected = next(filter(None, (taking(key, tile, dtype, arch, shape) for shape in PROBES)))
+    rows = [aot.compile_one(*launch, arch) for launch in affected]
     used = sorted({shape for row in rows for shape in row["wgmma"]} | {"mma" for row in rows if row["mma"]})
     worst = [max(row[name] for row in rows) for name in ("registers", "stack", "local_in_loops", "shared")]
     return Facts(*worst, " ".join(used) or "fma")
@@ -171,10 +171,8 @@ def listed(key: Key, dtype: torch.dtype, arch: int, only_shipped: bool) -> Itera
             yield f"{name} does not compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
             continue
         verdict = f.refused(arch) or "a candidate"
-        facts_of_it = (
-            f"{f.registers:3} registers, {f.stack:5} B stack, {f.local_in_loops:3} spills in loops, {f.shared:6} B"
-        )
-        yield f"{name} {facts_of_it} shared, {f.instructions}: {verdict}"
+        usage = f"{f.registers:3} registers, {f.stack:5} B stack, {f.local_in_loops:3} spills in loops, {f.shared:6} B"
+        yield f"{name} {usage} shared, {f.instructions}: {verdict}"
 
 
 def climb(
@@ -183,7 +181,7 @@ def climb(
     right: Callable[[Tile], bool],
     times: Callable[[list[Tile]], list[float]],
 ) -> Tile:
-    """The tile that no right neighbour beats by `GAIN`. ``times``: of tiles in turns, so that the pair is compared."""
+    """A tile that no correct neighbour beats by `GAIN`. ``times`` measures tiles in turns, so a pair is comparable."""
     best, tried = start, {start}
     while True:
         for tile in near(best):
@@ -192,8 +190,8 @@ def climb(
             tried.add(tile)
             if not right(tile):
                 continue
-            ours, theirs = times([best, tile])
-            if ours > GAIN * theirs:
+            best_ms, tile_ms = times([best, tile])
+            if best_ms > GAIN * tile_ms:
                 best = tile
                 break
         else:
@@ -201,7 +199,7 @@ def climb(
 
 
 class Bench:
-    """Forward and backward of `grouped_mlp` of one shape, on this machine's GPU."""
+    """Forward and backward of `grouped_mlp` for one shape, on this machine's GPU."""
 
     def __init__(self, timer: Timer, dtype: torch.dtype, shape: dict):
         self.timer, self.dtype, self.shape = timer, dtype, shape
@@ -225,14 +223,14 @@ class Bench:
         return self._run(grouped_mlp, i, tiles=tiles, path=path)
 
     def right(self, tiles: dict[Key, Tile], path: str) -> bool:
-        """Within twice plain torch's error, and the same bits twice."""
+        """Whether the error is at most twice plain torch's, and two calls give the same bits."""
         try:
             first, second = self.run(tiles, path), self.run(tiles, path)
-        except Exception as error:  # it doesn't compile, or asks for more than this GPU has
+        except Exception as error:  # It does not compile, or exceeds this GPU's resources.
             print(f"    {type(error).__name__}: {str(error)[:100]}")
             return False
         name = str(self.dtype).removeprefix("torch.")
-        errors = [relative_error(got, want) for got, want in zip(first, self.exact, strict=True)]
+        errors = [relative_error(result, exact) for result, exact in zip(first, self.exact, strict=True)]
         near = all(e <= min(2 * p + 1e-3, BOUND[name]) for e, p in zip(errors, self.plain, strict=True))
         return near and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -244,8 +242,8 @@ class Bench:
 
 
 def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], str | None]:
-    """The best tile of each key of ``wanted`` that this shape has a use for; the faster path, of two that are right."""
-    tiles, right, found = dict(configurations.TILES), [], {}
+    """The best tile of each key of ``wanted`` that this shape uses, and the faster path if both are correct."""
+    tiles, right, tuned = dict(configurations.TILES), [], {}
     for path in ("gather", "aligned"):
         has_tiles = ("fc1_blocks", precision(bench.dtype), arch) in tiles
         if path == "aligned" and not (has_tiles and planning.has_tma(bench.grad.device)):
@@ -272,12 +270,12 @@ def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], s
                 lambda some, key=key, path=path: bench.times([(tiles | {key: tile}, path) for tile in some]),
             )
             print(f"  {key[0]}: {tuple(best)}" + ("" if best == tiles[key] else f", was {tuple(tiles[key])}"))
-            tiles[key] = found[key] = best
+            tiles[key] = tuned[key] = best
     if len(right) < 2:
-        return found, None
+        return tuned, None
     ms = dict(zip(right, bench.times([(tiles, path) for path in right]), strict=True))
     print(f"  path: {ms}")
-    return found, min(ms, key=ms.get)
+    return tuned, min(ms, key=ms.get)
 
 
 def table(tiles: dict, paths: dict, measured: str) -> str:
@@ -295,16 +293,16 @@ def table(tiles: dict, paths: dict, measured: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="what the compiler says of every candidate; no GPU")
-    parser.add_argument("--shipped", action="store_true", help="with --list: the shipped tiles alone")
-    parser.add_argument("--kernel", action="append", help="of the keys of the table alone (default: all of them)")
+    parser.add_argument("--list", action="store_true", help="print the compiler's facts of every candidate; no GPU")
+    parser.add_argument("--shipped", action="store_true", help="with --list: only the shipped tiles")
+    parser.add_argument("--kernel", action="append", help="kernel of the table (default: all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="of --list (default 90)")
-    parser.add_argument("--write", action="store_true", help="into dexkernels/ops/grouped_mlp/triton/_tuned.py")
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="architecture for --list (default 90)")
+    parser.add_argument("--write", action="store_true", help="write dexkernels/ops/grouped_mlp/triton/_tuned.py")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if not arguments.list and not torch.cuda.is_available():
-        print("tune: no GPU that torch can use; --list needs none", file=sys.stderr)
+        print("tune: expected a GPU that torch can use, got none; --list needs none", file=sys.stderr)
         return 2
     arch = arguments.arch if arguments.list else architecture(torch.device("cuda"))
     chosen = keys(dtype, arch, arguments.kernel)
@@ -320,17 +318,17 @@ def main() -> int:
     tiles, paths = dict(_tuned.TILES), dict(_tuned.PATHS)
     timer = Timer(torch.device("cuda"), tiny=False)
     for kind in configurations.CLASSES:
-        found, faster = {}, []
+        tuned, faster = {}, []
         for name in MEASURED_ON[kind]:
             print(f"{kind}: {name}")
             bench = Bench(timer, dtype, SHAPES[name])
-            new, path = tune(bench, [key for key in chosen if key not in found], arch)
-            found |= new
+            new, path = tune(bench, [key for key in chosen if key not in tuned], arch)
+            tuned |= new
             faster.append(path)
         for key in chosen:
             tiles.pop((*key, kind), None)
-        tiles |= {(*key, kind): tile for key, tile in found.items() if tile != configurations.TILES[key]}
-        if not arguments.kernel:  # the path of a class is that which is faster on all of its shapes
+        tiles |= {(*key, kind): tile for key, tile in tuned.items() if tile != configurations.TILES[key]}
+        if not arguments.kernel:  # A class uses a path only if it is faster on all of its shapes.
             paths.pop((arch, precision(dtype), kind), None)
             paths |= {(arch, precision(dtype), kind): faster[0]} if len({*faster}) == 1 and faster[0] else {}
     today = datetime.datetime.now(datetime.UTC).date()

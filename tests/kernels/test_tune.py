@@ -187,4 +187,4 @@ def test_list_needs_no_gpu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU that torch can use" in done.stderr
+    assert done.returncode == 2 and "expected a GPU that torch can use" in done.stderr

@@ -349,7 +349,7 @@ def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     assert run().returncode == 0 and run("--check").stdout == ""
     assert len(list((tmp_path / "docs/images").iterdir())) == 2
     path.unlink()
-    assert "of no result" in run("--check").stdout
+    assert "has no result" in run("--check").stdout
     assert run().returncode == 0 and run("--check").returncode == 0
     assert not list((tmp_path / "docs/images").iterdir())
     for name in (*pages.PAGES, *generated):

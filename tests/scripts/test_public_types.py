@@ -42,7 +42,7 @@ def test_a_module_of_an_absent_package_is_left_out(answer, monkeypatch, capsys):
 
 def test_a_checker_that_sees_nothing_is_no_success(answer):
     answer()
-    with pytest.raises(SystemExit, match="basedpyright finds no public name"):
+    with pytest.raises(SystemExit, match="expected public names, got none"):
         public_types.incomplete("dex")
 
 
