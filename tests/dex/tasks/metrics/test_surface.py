@@ -31,20 +31,60 @@ def test_the_scores_are_those_of_surface_distance(shape, seed):
     rng = np.random.default_rng(seed)
     a, b = blobs(rng, shape)
     spacing = tuple(rng.uniform(0.3, 4, len(shape)))
-    found = library.compute_surface_distances(b, a, spacing)
+    theirs = library.compute_surface_distances(b, a, spacing)
     got = surface_scores(a, b, spacing, 1.0)
-    assert got.hd95 == pytest.approx(library.compute_robust_hausdorff(found, 95), rel=1e-12)
-    assert got.nsd == pytest.approx(library.compute_surface_dice_at_tolerance(found, 1.0), rel=1e-12)
+    assert got.hd95 == pytest.approx(library.compute_robust_hausdorff(theirs, 95), rel=1e-12)
+    assert got.nsd == pytest.approx(library.compute_surface_dice_at_tolerance(theirs, 1.0), rel=1e-12)
 
 
-def test_the_two_ways_to_the_nearest_element_agree(monkeypatch):
-    a, b = blobs(np.random.default_rng(0), (8, 12, 10))
-    pair, spacing = [surface(m, (3.0, 0.7, 0.7)) for m in (a, b)], (3.0, 0.7, 0.7)
-    found = []
-    for cost in (0.0, 1e9):  # the tree, the distance transform
-        monkeypatch.setattr(surfaces, "_TREE_COST", cost)
-        found.append(distances(*pair, a.shape, spacing))
-    assert np.allclose(*found, rtol=1e-12) and found[0].max() > 0
+WAYS = {
+    "tree": {"_NEAR": 0.0, "_TREE_COST": 0.0, "_BUILD_COST": 0.0},
+    "transform": {"_NEAR": 0.0, "_TREE_COST": 1e9},
+    "no tree of many elements": {"_NEAR": 0.0, "_BUILD_COST": 1e9},
+    "neighbours": {},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("shape", "spacing"), [((8, 12, 10), (3.0, 0.7, 0.7)), ((20, 17), (0.5, 1.25))])
+def test_every_way_to_the_nearest_element_gives_its_distance(monkeypatch, way, shape, spacing):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(surfaces, name, value)
+    rng = np.random.default_rng(0)
+    close = blobs(rng, shape)
+    far = np.zeros((2, *shape), bool)
+    far[0].flat[0] = far[1, -2:] = True
+    for a, b in (close, far, far[::-1]):
+        pair = [surface(mask, spacing) for mask in (a, b)]
+        places = [np.stack(np.unravel_index(s.corners, [n + 1 for n in shape]), -1) * spacing for s in pair]
+        expected = np.sqrt(((places[0][:, None] - places[1][None]) ** 2).sum(-1)).min(1)
+        assert np.allclose(distances(*pair, a.shape, spacing), expected, rtol=1e-12) and expected.max() > 0
+
+
+def test_noise_all_over_needs_no_search_tree_of_it(monkeypatch):
+    from scipy import spatial
+
+    rng = np.random.default_rng(0)
+    truth = np.zeros((12, 40, 40), bool)
+    truth[3:9, 10:30, 10:30] = True
+    predicted = truth ^ (rng.random(truth.shape) < 0.2)
+    sizes, tree = [], spatial.KDTree
+    monkeypatch.setattr(spatial, "KDTree", lambda points: sizes.append(len(points)) or tree(points))
+    scores = surface_scores(predicted, truth, (3.0, 1.0, 1.0), 2.0)
+    assert max(sizes, default=0) < len(surface(predicted, (3.0, 1.0, 1.0)).corners) / 4
+    theirs = library.compute_surface_distances(truth, predicted, (3.0, 1.0, 1.0))
+    assert scores.hd95 == pytest.approx(library.compute_robust_hausdorff(theirs, 95), rel=1e-12)
+    assert scores.nsd == pytest.approx(library.compute_surface_dice_at_tolerance(theirs, 2.0), rel=1e-12)
+
+
+@few
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0 + 1e-9, 7.0, 300.0]), min_size=1, max_size=40), st.data())
+def test_the_percentile_is_that_of_the_sorted_distances(values, data):
+    sizes = np.array(data.draw(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=len(values), max_size=len(values))))
+    order = np.argsort(values)
+    below = np.cumsum(sizes[order])
+    expected = np.array(values)[order][np.searchsorted(below, 0.95 * below[-1])]
+    assert surfaces._percentile(np.array(values), sizes) == expected
 
 
 def test_a_shifted_box_is_as_far_as_its_shift():
