@@ -1,14 +1,13 @@
-"""`dex predict`: masks, probabilities and overlays of new files by a fine-tuned model."""
+"""``dex predict``: masks, probabilities and overlays for new files from a fine-tuned model."""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from dex.cli import _progress, _task_data
 from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
 
-HELP = "masks or classes of new files by a fine-tuned model"
+HELP = "predict masks or classes of new files with a fine-tuned model"
 POSITION = 48
 NEEDS = "train,data,adapt"
 
@@ -20,7 +19,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
     check_folder(out)
 
     from dex.cli._features import workers
-    from dex.common.ranks import announced
     from dex.prepare.workers import WorkerFault
     from dex.tasks import predict
     from dex.tasks.load import load_task_model
@@ -37,28 +35,28 @@ def run(arguments: list[str]) -> Callable[[], int]:
         workers(options),
     )
     loaded = load_task_model(options.folder, options.checkpoint)
-    config = replace(loaded.config, run=replace(loaded.config.run, device=options.device))
-    device = resolve_device(config, announced())
+    device = resolve_device(options.device)
     files = predict.inputs(options.file)
-    ids = predict.begin(loaded, files, job)
+    items = predict.parted(files, loaded.task, options.series or ())
+    ids = predict.begin(loaded, items, job)
     loaded.model.to(device)
 
     def carry_out() -> int:
         try:
             with _progress.shown("dex predict") as say:
-                summary = predict.run(loaded, files, ids, job, say)
+                summary = predict.run(loaded, items, ids, job, say)
         except predict.Stopped:
-            print(f"dex predict: stopped; {out}: what is written stays; the same command goes on", file=sys.stderr)
+            print(f"dex predict: stopped; finished files stay in {out}, and the same command resumes", file=sys.stderr)
             return exits.PREEMPTED
         except (OSError, FloatingPointError, WorkerFault) as error:
             return failed("dex predict", error)
         if summary.refused:
-            why = ", ".join(f"{reason} {count:,}" for reason, count in summary.refused.items())
-            where = predict.private_folder(out) / predict.FILES
-            print(f"refused: {sum(summary.refused.values()):,} files ({why}); which and why is in {where}")
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.refused.items())
+            table = predict.private_folder(out) / predict.FILES
+            print(f"refused: {sum(summary.refused.values()):,} files ({reasons}); {table} lists them")
         if not summary.done:
-            return failed("dex predict", "file: expected at least one that can be read; there is none")
-        print(f"{out}: {summary.done:,} of {len(files):,} files, {out / predict.TABLE}")
+            return failed("dex predict", "file: expected at least one readable file; got none")
+        print(f"{out}: {summary.done:,} of {len(items):,} files, {out / predict.TABLE}")
         return exits.DONE
 
     return carry_out
@@ -67,19 +65,31 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex predict",
-        description="What a fine-tuned model says of new files. A mask of a NIfTI, MHA or NRRD file has its shape, "
-        "orientation and place; that of a DICOM series is a NIfTI file in the patient's space; that of a picture a PNG "
-        "of its size. Classifications are a table. A file that cannot be used is refused by name and the others go on. "
-        "Killed or stopped, the same command goes on with the files that are missing.",
+        description="Predict masks or classes of new files with a fine-tuned model. The mask of a NIfTI, MHA or NRRD "
+        "file has the same shape, orientation and position; that of a DICOM series is a NIfTI file in patient "
+        "coordinates; that of a picture is a PNG of the same size. Classes are written as a table. A file that cannot "
+        "be used is refused with the reason, and the rest are predicted. After a kill or a stop, the same command "
+        "predicts the missing files.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and resumable.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="what dex finetune wrote, or one of its checkpoint folders")
-    parser.add_argument("file", nargs="+", metavar="FILE", help="files, DICOM folders, or folders of them")
+    parser.add_argument("folder", metavar="FOLDER", help="folder written by dex finetune, or one of its checkpoints")
+    parser.add_argument("file", nargs="+", metavar="FILE", help="files, DICOM folders, or folders of either")
     parser.add_argument(
-        "--out", required=True, metavar="OUT", help="folder; OUT.private beside it says which file is which"
+        "--out", required=True, metavar="OUT", help="output folder; OUT.private beside it maps ids to files"
     )
-    parser.add_argument("--probabilities", action="store_true", help="write the probability of every class as well")
-    parser.add_argument("--overlays", action="store_true", help="draw the frame of each file that shows most")
-    parser.add_argument("--public", action="store_true", help="readable ids from the files' names, not salted hashes")
+    parser.add_argument(
+        "--series",
+        action="append",
+        metavar="N|UID",
+        help="of DICOM data only the series of this Series Number or Series Instance UID; may be repeated (all of them, "
+        "each in its own file)",
+    )
+    parser.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
+    parser.add_argument(
+        "--overlays", action="store_true", help="draw the mask over the frame of each file where it is largest"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make readable ids from the names of the files instead of salted hashes"
+    )
     _task_data.add_model_options(parser)
     return parser

@@ -189,14 +189,81 @@ def opened_whole(
     planes: Sequence[str] = ("auto",),
     *,
     headers: bool = False,
+    series: str | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Opened:
     """The only stack of a picture, a volume or a DICOM series, to be sliced at its own size (``dex.prepare.slices``):
     normalised and oriented as by ``preprocess``, but not resized, and with nothing left out.
 
-    modality: as for ``preprocess``; without one, pictures are taken as they are. headers: read no pixels.
+    modality: as for ``preprocess``; without one, pictures are taken as they are. headers: read no pixels. series: of a
+    DICOM folder with several: the ``key`` of one of ``series_in``, its Series Number or its Series Instance UID.
     Raises: FileNotFoundError; ValueError naming a file that cannot be read or holds several series.
     """
+    unit, reading = _reading(file, modality, planes)
+    try:
+        stacks = list(reading.stacks(unit.files, unit.format, size=None, beat=beat, headers=headers))
+        stack = _chosen(stacks, series) if series else stacks[0]
+        if len(stacks) > 1 and not series:
+            raise readers.Refused("inconsistent", f"{_listed(stacks)}; each needs a folder of its own")
+        of_stack = reading.for_stack(stack)
+        if of_stack.routed:
+            raise readers.Refused("unknown modality", "nothing states its modality")
+    except readers.Refused as error:
+        raise ValueError(f"file: expected one readable {unit.format} image or series; {file}: {error}") from None
+    return Opened(stack, of_stack)
+
+
+class Series(NamedTuple):
+    """One of several series or volumes that a DICOM folder or file holds."""
+
+    key: str
+    """Tells it from the others; holds identities of the header, and is never printed."""
+    number: str
+    """Series Number, "" unknown."""
+    uid: str
+    """Series Instance UID, "" unknown; never printed."""
+
+    def answers(self, name: str) -> bool:
+        """Whether ``name`` is its key, Series Number or Series Instance UID."""
+        return bool(name) and name in self
+
+
+def series_in(
+    file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
+) -> tuple[Series, ...]:
+    """Everything that `opened_whole` can open of a DICOM folder or file, by the headers; () for other formats.
+
+    Raises: FileNotFoundError; ValueError naming a file that cannot be read.
+    """
+    unit, reading = _reading(file, modality, planes)
+    if not readers.reader_of(unit.format).decides:
+        return ()
+    try:
+        stacks = reading.stacks(unit.files, unit.format, size=None, headers=True)
+        return tuple(_series_of(stack) for stack in stacks)
+    except readers.Refused as error:
+        raise ValueError(f"file: expected readable DICOM files; {file}: {error}") from None
+
+
+def _series_of(stack: readers.Stack) -> Series:
+    key = "\0".join((stack.series, stack.study, stack.patient))
+    return Series(key, stack.series_number, stack.series.partition("\0")[0])
+
+
+def _chosen(stacks: Sequence[readers.Stack], series: str) -> readers.Stack:
+    matching = [stack for stack in stacks if _series_of(stack).answers(series)]
+    if len(matching) != 1:
+        raise readers.Refused("inconsistent", f"{_listed(stacks)}; {len(matching)} of them match the series asked for")
+    return matching[0]
+
+
+def _listed(stacks: Sequence[readers.Stack]) -> str:
+    numbers = ", ".join(f"{stack.series_number or '?'} ({stack.length} images)" for stack in stacks)
+    return f"it holds {len(stacks)} series or volumes, by Series Number {numbers}"
+
+
+def _reading(file: str | os.PathLike[str], modality: str | None, planes: Sequence[str]) -> tuple[Unit, Reading]:
+    """The files, and how they are normalised and cut."""
     unit = unit_of(file)
     overrides: dict[str, Any] = {}
     if modality is None and picture_kind(unit) is not None:
@@ -207,18 +274,7 @@ def opened_whole(
     elif modality is not None:
         modality = modalities.resolve(modality).name
     source = source_of(unit.files[0].parent, modality, planes, **overrides).for_format(unit.format)
-    reading = Reading(source, unit.files[0].name)
-    try:
-        stacks = list(reading.stacks(unit.files, unit.format, size=None, beat=beat, headers=headers))
-        if len(stacks) > 1:
-            sizes = ", ".join(str(stack.length) for stack in stacks)
-            raise readers.Refused("inconsistent", f"{len(stacks)} series, of {sizes} frames; name one of them")
-        of_stack = reading.for_stack(stacks[0])
-        if of_stack.routed:
-            raise readers.Refused("unknown modality", "nothing states its modality")
-    except readers.Refused as error:
-        raise ValueError(f"file: expected one readable {unit.format} image or series; {file}: {error}") from None
-    return Opened(stacks[0], of_stack)
+    return unit, Reading(source, unit.files[0].name)
 
 
 def picture(file: Path, kind: str) -> Preprocessed:

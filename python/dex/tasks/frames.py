@@ -62,13 +62,14 @@ class Frames(NamedTuple):
         return None if self.grid is None else self.grid.affine
 
 
-def read(case: Case, task: Task, beat: Callable[[], None] = lambda: None) -> Frames:
-    """The frames of a case. beat: called for every frame that is read, a sign of life.
+def read(case: Case, task: Task, beat: Callable[[], None] = lambda: None, series: str | None = None) -> Frames:
+    """The frames of a case. beat: called for every frame that is read, a sign of life. series: as of
+    `dex.inference.preprocess.opened_whole`.
 
     Raises: FileNotFoundError; ValueError naming the file: one that cannot be read, a mask of another size or grid, or
     a value that means nothing.
     """
-    opened = _opened(case.image, task, beat)
+    opened = _opened(case.image, task, beat, series=series)
     try:
         frames = list(unscaled(opened.stack, opened.source))
     except readers.Refused as error:
@@ -92,8 +93,11 @@ def read_target(case: Case, task: Task) -> np.ndarray:
     return _cut(masks.stored(case.target, task, opened.stack, case.image), opened)
 
 
-def _opened(image: Path, task: Task, beat: Callable[[], None], headers: bool = False) -> Opened:
-    return preprocess.opened_whole(image, task.modality or None, (task.plane,), headers=headers, beat=beat)
+def _opened(
+    image: Path, task: Task, beat: Callable[[], None], headers: bool = False, series: str | None = None
+) -> Opened:
+    planes = (task.plane,)
+    return preprocess.opened_whole(image, task.modality or None, planes, headers=headers, series=series, beat=beat)
 
 
 def _cut(stored: np.ndarray, opened: Opened) -> np.ndarray:

@@ -7,7 +7,7 @@
     OUT/predictions.csv     a row per file: what became of it; of a classification the probability of each class
     OUT.private/            mode 0700, never to be given away with the predictions
         salt                what ids are hashed with
-        files.csv           id -> path, and why a file was refused
+        files.csv           id -> path and Series Number, and why a file was refused
         done/ID.json        a file's row, written when everything else of it is there
 
 Files are read in processes with limits, so that one that crashes, hangs or eats memory costs itself.
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from dex.common import atomic, exits, formats
-from dex.inference import embed_job, reading
+from dex.inference import embed_job, preprocess, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.prepare import chunks, readers
 from dex.prepare.ids import Names
@@ -63,6 +63,16 @@ class Options(NamedTuple):
 
 class Stopped(BaseException):
     """A signal asked the job to stop; what is written stays."""
+
+
+class Item(NamedTuple):
+    """A file, a DICOM folder, or one series of it."""
+
+    path: Path
+    series: str | None = None
+    """As of `dex.inference.preprocess.opened_whole`; None where there is one."""
+    label: str = ""
+    """Of the series, for tables and readable ids: its Series Number."""
 
 
 class Summary(NamedTuple):
@@ -115,8 +125,36 @@ def _below(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def begin(loaded: LoadedTask, files: Sequence[Path], options: Options) -> list[str]:
-    """Check everything and write the plan, or compare it with that of an earlier start. The files' ids. ValueError."""
+def parted(files: Sequence[Path], task: Task, series: Sequence[str] = ()) -> list[Item]:
+    """One item per file, and one per series of DICOM folders that hold several; headers alone are read.
+
+    series: Series Numbers or Series Instance UIDs; of DICOM data no other series is taken, and data without any of them
+    are refused when they are read. ValueError: no file has them.
+    """
+    items, matched = [], False
+    for path in files:
+        try:
+            inside = preprocess.series_in(path, task.modality or None, (task.plane,))
+        except (ValueError, OSError):
+            items.append(Item(path))  # refused by name when it is read
+            continue
+        chosen = [each for each in inside if any(each.answers(name) for name in series)] if series else inside
+        matched = matched or bool(chosen)
+        if inside and not chosen:
+            items.append(Item(path, series[0]))
+        elif len(inside) < 2:
+            items.append(Item(path))
+        else:
+            items += [Item(path, each.key, each.number) for each in chosen]
+    if series and not matched:
+        raise ValueError(
+            f"series: expected the Series Number or Series Instance UID of a file; got {', '.join(series)}"
+        )
+    return items
+
+
+def begin(loaded: LoadedTask, items: Sequence[Item], options: Options) -> list[str]:
+    """Check everything and write the plan, or compare it with that of an earlier start. The items' ids. ValueError."""
     if options.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
     if options.workers < 0:
@@ -126,22 +164,24 @@ def begin(loaded: LoadedTask, files: Sequence[Path], options: Options) -> list[s
             if getattr(options, name):
                 raise ValueError(f"{name}: expected a segmentation; {loaded.task.name} is a classification")
     check_window(loaded, options.window)
-    inside = next((path for path in files if path.is_relative_to(options.out.absolute())), None)
+    inside = next((item.path for item in items if item.path.is_relative_to(options.out.absolute())), None)
     if inside is not None:
         raise ValueError(f"out: expected a folder apart from the files; {inside} is in {options.out}")
     embed_job.begin_folder(_plan(loaded, options), options.out, PLAN)
-    names = _ids(files, options)
+    names = _ids(items, options)
     (private_folder(options.out) / DONE).mkdir(mode=0o700, exist_ok=True)
     return names
 
 
-def _ids(files: Sequence[Path], options: Options) -> list[str]:
+def _ids(items: Sequence[Item], options: Options) -> list[str]:
     salt = b"" if options.public else salt_of(options.out, private_folder(options.out))
     private_folder(options.out).mkdir(mode=0o700, parents=True, exist_ok=True)
     names = Names(Source("predict", "CT", "ct", public=options.public), salt)
     if not options.public:
-        return [names.unit(os.fspath(path)).rpartition("/")[2] for path in files]
-    plain = [names.unit(_stem(path)).rpartition("/")[2] for path in files]
+        keys = ("\0".join((os.fspath(item.path), *((item.series,) if item.series else ()))) for item in items)
+        return [names.unit(key).rpartition("/")[2] for key in keys]
+    stems = (_stem(item.path) + (f"-series-{item.label or 'x'}" if item.series else "") for item in items)
+    plain = [names.unit(stem).rpartition("/")[2] for stem in stems]
     twice = {name for name in plain if plain.count(name) > 1}
     return [f"{name}-{plain[:place].count(name)}" if name in twice else name for place, name in enumerate(plain)]
 
@@ -153,7 +193,7 @@ def _stem(path: Path) -> str:
 
 def run(
     loaded: LoadedTask,
-    files: Sequence[Path],
+    items: Sequence[Item],
     ids: Sequence[str],
     options: Options,
     say: Say = lambda done, total, text: None,
@@ -163,9 +203,9 @@ def run(
     A file that cannot be used is a row of the table with its reason, and is tried again by the next start.
     Raises: `Stopped` after a signal; OSError, `dex.prepare.workers.WorkerFault` for what is no file's fault.
     """
-    left = [place for place in range(len(files)) if not _done_path(options, ids[place]).exists()]
+    left = [place for place in range(len(items)) if not _done_path(options, ids[place]).exists()]
     refused: dict[str, str] = {}
-    units = [_Unit(ids[place], files[place]) for place in left]
+    units = [_Unit(ids[place], items[place].path, items[place].series) for place in left]
     collection = Collection("", [range(len(units))], lambda item: [units[item]], _Reader(loaded.task))
     with exits.collected() as signals:
 
@@ -173,22 +213,23 @@ def run(
             if signals:
                 raise Stopped
 
-        say(len(files) - len(left), len(files), "")
-        with contextlib.closing(reading.decoded(collection, range(len(units)), options.workers, check)) as items:
-            for number, item in enumerate(items):
+        say(len(items) - len(left), len(items), "")
+        with contextlib.closing(reading.decoded(collection, range(len(units)), options.workers, check)) as contents:
+            for number, content in enumerate(contents):
                 check()
-                reason = next((note.refused for note in item.notes if note.refused), "")
+                reason = next((note.refused for note in content.notes if note.refused), "")
                 if not reason:
-                    reason = _write_case(loaded, units[number], item.images[0], options)
+                    reason = _write_case(loaded, units[number], content.images[0], options)
                 if reason:
                     refused[units[number].id] = reason
-                say(len(files) - len(left) + number + 1, len(files), "")
-    return _finish(loaded, files, ids, refused, options)
+                say(len(items) - len(left) + number + 1, len(items), "")
+    return _finish(loaded, items, ids, refused, options)
 
 
 class _Unit(NamedTuple):
     id: str
     path: Path
+    series: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +244,7 @@ class _Reader:
 
     def read(self, unit: _Unit, beat: Callable[[], None]) -> Decoded:
         try:
-            frames = read(Case(unit.id, "", "test", unit.path, None), self.task, beat)
+            frames = read(Case(unit.id, "", "test", unit.path, None), self.task, beat, unit.series)
         except (ValueError, OSError) as error:
             if isinstance(error.__context__, MemoryError):
                 raise MemoryError from None
@@ -326,7 +367,7 @@ def _done_path(options: Options, id: str) -> Path:
 
 
 def _finish(
-    loaded: LoadedTask, files: Sequence[Path], ids: Sequence[str], refused: dict[str, str], options: Options
+    loaded: LoadedTask, items: Sequence[Item], ids: Sequence[str], refused: dict[str, str], options: Options
 ) -> Summary:
     """The two tables: of all files that were ever done here, and of those that this start refused."""
     done = {path.stem: json.loads(path.read_text()) for path in sorted(_done_path(options, "*").parent.glob("*.json"))}
@@ -338,9 +379,9 @@ def _finish(
     _write_table(options.out / TABLE, columns, rows, 0o666)
     private = private_folder(options.out) / FILES
     known = {row["id"]: row for row in _read_table(private)}
-    for id, path in zip(ids, files, strict=True):
-        known[id] = {"id": id, "file": os.fspath(path), REFUSED: refused.get(id, "")}
-    _write_table(private, ["id", "file", REFUSED], list(known.values()), 0o600)
+    for id, item in zip(ids, items, strict=True):
+        known[id] = {"id": id, "file": os.fspath(item.path), "series": item.label, REFUSED: refused.get(id, "")}
+    _write_table(private, ["id", "file", "series", REFUSED], list(known.values()), 0o600)
     for left in options.out.glob(f"*{atomic.PARTIAL}*"):  # by a process that was killed
         left.unlink(missing_ok=True)
     reasons: dict[str, int] = {}

@@ -30,9 +30,10 @@ def table(path):
     return list(csv.DictReader(path.open(newline="", encoding="utf-8")))
 
 
-def go(loaded, files, options):
-    ids = predict.begin(loaded, files, options)
-    return ids, predict.run(loaded, files, ids, options)
+def go(loaded, files, options, series=()):
+    items = predict.parted(files, loaded.task, series)
+    ids = predict.begin(loaded, items, options)
+    return ids, predict.run(loaded, items, ids, options)
 
 
 def test_masks_probabilities_and_overlays_of_pictures(loaded, pictures, tmp_path):
@@ -133,19 +134,19 @@ def test_a_second_start_makes_what_is_missing_alone(loaded, pictures, tmp_path, 
 
 def test_another_model_or_other_options_are_refused(loaded, pictures, tmp_path):
     options = Options(tmp_path / "out")
-    predict.begin(loaded, pictures, options)
+    predict.begin(loaded, [predict.Item(path) for path in pictures], options)
     with pytest.raises(ValueError, match="out: .* was begun with overlays False, now it is True"):
-        predict.begin(loaded, pictures, options._replace(overlays=True))
+        predict.begin(loaded, [predict.Item(path) for path in pictures], options._replace(overlays=True))
     with pytest.raises(ValueError, match="was begun with checkpoint"):
-        predict.begin(loaded._replace(sha256="other"), pictures, options)
+        predict.begin(loaded._replace(sha256="other"), [predict.Item(path) for path in pictures], options)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for out in (tmp_path / "full", tmp_path / "full/file"):
         with pytest.raises(ValueError, match="out: expected a new or empty folder"):
-            predict.begin(loaded, pictures, Options(out))
+            predict.begin(loaded, [predict.Item(path) for path in pictures], Options(out))
     (tmp_path / "out" / predict.PLAN).write_text("no plan")
     with pytest.raises(ValueError, match="out: expected the plan"):
-        predict.begin(loaded, pictures, options)
+        predict.begin(loaded, [predict.Item(path) for path in pictures], options)
 
 
 def test_public_ids_are_the_files_names(loaded, pictures, tmp_path):
@@ -178,12 +179,16 @@ def test_options_that_a_classification_does_not_have(loaded, pictures, tmp_path)
     task = loaded.task.__class__(**{**loaded.task.__dict__, "kind": "classification", "metric": "accuracy"})
     for name in ("probabilities", "overlays"):
         with pytest.raises(ValueError, match=f"{name}: expected a segmentation"):
-            predict.begin(loaded._replace(task=task), pictures, Options(tmp_path / "out", **{name: True}))
+            predict.begin(
+                loaded._replace(task=task),
+                [predict.Item(path) for path in pictures],
+                Options(tmp_path / "out", **{name: True}),
+            )
     for given, name in ((Options(tmp_path, batch_size=0), "batch-size"), (Options(tmp_path, workers=-1), "workers")):
         with pytest.raises(ValueError, match=name):
-            predict.begin(loaded, pictures, given)
+            predict.begin(loaded, [predict.Item(path) for path in pictures], given)
     with pytest.raises(ValueError, match="out: expected a folder apart from the files"):
-        predict.begin(loaded, pictures, Options(pictures[0].parent))
+        predict.begin(loaded, [predict.Item(path) for path in pictures], Options(pictures[0].parent))
 
 
 def test_a_classification_is_a_table(pretrained, shade_data, shades, quick, tmp_path):
@@ -218,6 +223,69 @@ def test_unevenly_spaced_slices_are_refused(loaded, tmp_path):
 
 
 def test_the_plan_says_what_was_asked(loaded, pictures, tmp_path):
-    predict.begin(loaded, pictures, Options(tmp_path / "out", window=1.5))
+    predict.begin(loaded, [predict.Item(path) for path in pictures], Options(tmp_path / "out", window=1.5))
     plan = json.loads((tmp_path / "out" / predict.PLAN).read_text())
     assert plan["checkpoint"] == loaded.sha256 and plan["window"] == 1.5 and plan["classes"] == ["disc"]
+
+
+@pytest.fixture
+def of_ct(loaded):
+    return loaded._replace(task=loaded.task.__class__(**{**loaded.task.__dict__, "modality": "CT"}))
+
+
+@pytest.fixture
+def export(save_series, tmp_path):
+    """A folder with three series, as an archive exports an examination: numbers 2 and 4, and one without a number."""
+    import pydicom
+
+    rng, folder = np.random.default_rng(0), tmp_path / "Müller 1"
+    folder.mkdir()
+    for number, frames in ((2, 3), (4, 5), (None, 4)):
+        save_series(tmp_path / f"s{number}", rng.integers(-500, 500, (frames, 12, 10)).astype(np.int16))
+        for path in sorted((tmp_path / f"s{number}").iterdir()):
+            head = pydicom.dcmread(path)
+            if number is not None:
+                head.SeriesNumber = number
+            head.save_as(folder / f"{number}-{path.name}", enforce_file_format=True)
+    return folder
+
+
+def test_every_series_of_a_folder_gets_its_own_mask(of_ct, export, tmp_path):
+    ids, summary = go(of_ct, [export], Options(tmp_path / "out"))
+    assert summary == predict.Summary(3, {}) and len(set(ids)) == 3
+    depths = {id: nibabel.load(tmp_path / "out" / f"{id}.nii.gz").shape for id in ids}
+    series = {row["id"]: row["series"] for row in table(predict.private_folder(tmp_path / "out") / predict.FILES)}
+    assert {series[id]: shape for id, shape in depths.items()} == {
+        "2": (10, 12, 3),
+        "4": (10, 12, 5),
+        "": (10, 12, 4),
+    }
+    again = go(of_ct, [export], Options(tmp_path / "out"))
+    assert again == (ids, summary)
+    ids, _ = go(of_ct, [export], Options(tmp_path / "named", public=True))
+    assert sorted(id.partition("-series-")[2] for id in ids) == ["2", "4", "x"]
+
+
+def test_a_series_is_chosen_by_number_or_uid(of_ct, export, tmp_path):
+    import pydicom
+
+    uid = str(pydicom.dcmread(export / "4-000.dcm").SeriesInstanceUID)
+    for number, wanted in enumerate((["4"], [uid])):
+        ids, summary = go(of_ct, [export], Options(tmp_path / f"out{number}"), wanted)
+        assert summary.done == len(ids) == 1
+        assert nibabel.load(tmp_path / f"out{number}" / f"{ids[0]}.nii.gz").shape == (10, 12, 5)
+    with pytest.raises(ValueError, match="series: expected the Series Number or .* of a file; got 9"):
+        go(of_ct, [export], Options(tmp_path / "none"), ["9"])
+    assert not (tmp_path / "none").exists()
+    files = [export, tmp_path / "s2"]  # s2 was saved without a number
+    ids, summary = go(of_ct, files, Options(tmp_path / "some"), ["4"])
+    assert summary == predict.Summary(1, {"inconsistent": 1})
+    rows = table(predict.private_folder(tmp_path / "some") / predict.FILES)
+    (reason,) = [row["refused"] for row in rows if row["refused"]]
+    assert "it holds 1 series or volumes, by Series Number ? (3 images)" in reason and "0 of them match" in reason
+
+
+def test_the_id_of_a_folder_with_one_series_is_that_of_the_folder(of_ct, tmp_path):
+    names = predict._ids([predict.Item(tmp_path)], Options(tmp_path / "out"))
+    assert names == predict._ids([predict.Item(tmp_path, None, "3")], Options(tmp_path / "out"))
+    assert names != predict._ids([predict.Item(tmp_path, "key", "3")], Options(tmp_path / "out"))

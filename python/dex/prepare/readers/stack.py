@@ -173,6 +173,7 @@ class Stack:
     volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
     decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
         that its header gives besides, or "". named: its header calls it what label maps are called.
+    series_number: the header's, "" unknown.
     patient, study, series: raw identities, for hashing only; "" unknown. Never printed.
     refused: parts of the unit that were left out. beat: called for every frame that was decoded.
 
@@ -208,6 +209,7 @@ class Stack:
     patient: str = field(default="", repr=False)
     study: str = field(default="", repr=False)
     series: str = field(default="", repr=False)
+    series_number: str = ""
     refused: list[Refused] = field(default_factory=list)
     whole: np.ndarray | None = field(default=None, repr=False)
     beat: Callable[[], None] = field(default=lambda: None, repr=False)

@@ -63,6 +63,7 @@ KEYS = (
     Key("acquisition time", "time"),
     Key("content time", "time"),
 )
+SERIES_NUMBER = KEYS.index(Key("series number"))
 _TIMES = [number for number, key in enumerate(KEYS) if key.kind == "time"]
 
 

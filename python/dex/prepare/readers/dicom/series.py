@@ -454,6 +454,7 @@ def _stack(group: Group, series: Series, factor, note: str, limits: Limits) -> S
         named=series.named,
         note=first.note or (note if quantity == "raw" else ""),
         patient=series.patient,
+        series_number=str(first.said[apart.SERIES_NUMBER]) if first.said else "",
     )
 
 
