@@ -81,7 +81,7 @@ def _parser() -> Parser:
         "--series",
         action="append",
         metavar="N|UID",
-        help="of DICOM data only the series of this Series Number or Series Instance UID; may be repeated (all of them, "
+        help="of DICOM data only the series of this Series Number or Series Instance UID; may be repeated (all, "
         "each in its own file)",
     )
     parser.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
