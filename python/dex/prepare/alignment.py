@@ -1,9 +1,9 @@
-"""Whether two images show the same, once the one is shifted and scaled to lie upon the other.
+"""Decide whether two images show the same, after one is shifted and scaled onto the other.
 
-`align` finds shift and scale by Gauss-Newton steps from coarse to fine, gain and offset of the grey levels left free.
-Then correlations are taken where the images overlap: `coarse`, of the levels; `fine` and `finest`, of what remains of
-them when everything wider than some pixels is taken away. Of a copy, whatever was done to it, all are near 1; slices
-that are neighbours in a volume are alike in the coarse one and have their own edges and noise in the others.
+``align`` finds the shift and scale by Gauss-Newton steps from coarse to fine, with free gain and offset of the grey
+levels. Then it correlates the images where they overlap: ``coarse`` uses the levels; ``fine`` and ``finest`` use only
+detail, without structures wider than a few pixels. For a copy, however transformed, all three are near 1. Neighbouring
+slices of a volume agree in ``coarse``, but have their own edges and noise in the others.
 
 Shape letters: P pairs; S `SIDE`.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 
 SIDE = 128
 COPY = 0.988
-"""The finest correlation from which on an image is a copy. Measured by `benchmarks/test_leak.py`, as is the next."""
+"""Least ``finest`` correlation of a copy. Measured by `benchmarks/test_leak.py`, like the next two."""
 RELATED, COARSE = 0.85, 0.9
-"""The fine and the coarse correlation from which on two images show the same anatomy, copies or neighbours."""
-_MOST_SHIFT, _MOST_SCALE = 0.3, 0.25  # of half a side; natural logarithm
-_LEVELS = ((16, 5), (32, 5))  # sides, steps: of all pairs, then, of those that are alike, also
-_FINER = ((64, 4), (SIDE, 3))
-_SMOOTH, _WIDE, _NARROW = 1.2, 4.0, 2.0  # pixels: what is finer than the first, or wider than another, does not count
-_DETAIL = 0.5  # levels of 255: images with less have nothing to compare
+"""Least ``fine`` and ``coarse`` correlation of two images of the same anatomy, copies or neighbours."""
+_MOST_SHIFT, _MOST_SCALE = 0.3, 0.25  # Relative to half a side; natural logarithm
+_LEVELS = ((16, 5), (32, 5))  # Sides and steps for all pairs
+_FINER = ((64, 4), (SIDE, 3))  # The same for pairs that are similar after these
+_SMOOTH, _WIDE, _NARROW = 1.2, 4.0, 2.0  # Pixels: detail is coarser than the first, and finer than one of the others
+_DETAIL = 0.5  # Levels of 255: images with less detail have nothing to compare
 _LEAST_OVERLAP = 0.5
 
 
 class Alignment(NamedTuple):
-    """shift: [P, 2], of a against b, along x and y in sides; scale: [P, 2], how much longer the sides of b are in a;
-    coarse, fine, finest: [P], correlations within [-1, 1]; -1 where the images do not overlap or have no detail."""
+    """shift: [P, 2], of a relative to b, along x and y in sides; scale: [P, 2], length of b's sides in a, relative to
+    a's; coarse, fine, finest: [P], correlations in [-1, 1], -1 if the images do not overlap or have no detail."""
 
     shift: Tensor
     scale: Tensor
@@ -42,9 +42,9 @@ class Alignment(NamedTuple):
 
 @torch.no_grad()
 def align(a: Tensor, b: Tensor, start: Tensor) -> Alignment:
-    """Of P pairs of images, float32 [P, S, S] each, levels 0..255.
+    """Align P pairs of images, float32 [P, S, S] each, levels 0..255.
 
-    start: [P, 3], shift along x and y in half sides, and scale, which take a place in b to one in a.
+    start: [P, 3], shift along x and y in half sides, and scale, that map a place in b to one in a.
     """
     place = torch.cat([start[:, :2], start[:, 2:].log().expand(-1, 2)], dim=1)
     for side, steps in _LEVELS:
@@ -65,7 +65,7 @@ def align(a: Tensor, b: Tensor, start: Tensor) -> Alignment:
 
 
 def _steps(a: Tensor, b: Tensor, place: Tensor, count: int) -> Tensor:
-    """`count` Gauss-Newton steps that bring gain * a(place) + offset nearer to b."""
+    """Improve ``place`` by ``count`` Gauss-Newton steps that fit gain * a(place) + offset to b."""
     side = a.shape[-1]
     down, across = torch.gradient(a, dim=(1, 2))
     layers = torch.stack([a, across * side / 2, down * side / 2], dim=1)
@@ -96,19 +96,19 @@ def _steps(a: Tensor, b: Tensor, place: Tensor, count: int) -> Tensor:
 
 
 def _centres(side: int) -> Tensor:
-    """[side]: of pixels, from -1 to 1."""
+    """[side]: centres of the pixels, from -1 to 1."""
     return (torch.arange(side) + 0.5) / side * 2 - 1
 
 
 def _grid(place: Tensor, side: int) -> Tensor:
-    """[P, side, side, 2]: where each pixel of b lies in a."""
+    """[P, side, side, 2]: the place in a of each pixel of b."""
     centre = _centres(side)
     x, y = (centre * place[:, 2 + i, None].exp() + place[:, i, None] for i in (0, 1))
     return torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
 
 
 def _overlap(a: Tensor, b: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a laid upon b, b, and where both are."""
+    """a resampled onto b, b, and a mask of the pixels where both are."""
     grid = _grid(place, a.shape[-1])
     moved = F.grid_sample(a[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
     return moved, b, (grid.abs() <= 1).all(dim=-1)
@@ -121,7 +121,8 @@ def _fine_correlation(a: Tensor, b: Tensor, inside: Tensor, wide: float) -> Tens
 
 
 def _correlation(a: Tensor, b: Tensor, inside: Tensor, least: float = 0.0) -> Tensor:
-    """[P]: of the pixels `inside`; -1 where these are few, or either has a standard deviation of `least` or below."""
+    """[P]: correlation over the pixels ``inside``; -1 if these are few, or if a standard deviation is at most
+    ``least``."""
     weight = inside.float()
     pixels = weight.sum((1, 2), keepdim=True).clamp_min(1)
     a, b = ((image - (image * weight).sum((1, 2), keepdim=True) / pixels) * weight for image in (a, b))
@@ -132,7 +133,7 @@ def _correlation(a: Tensor, b: Tensor, inside: Tensor, least: float = 0.0) -> Te
 
 
 def _smaller(images: Tensor, side: int) -> Tensor:
-    """[P, side, side], a little blurred at full size: slopes of single pixels lead nowhere."""
+    """[P, side, side], slightly blurred at full size: slopes of single pixels give no direction."""
     if side == images.shape[-1]:
         return _blurred(images, 0.7)
     return F.adaptive_avg_pool2d(images[:, None], side)[:, 0]

@@ -1,11 +1,11 @@
-"""Which images of one set may show what an image of another shows: shifted, cropped, mirrored, turned.
+"""Find images of one set that may show the same as an image of another: shifted, cropped, mirrored or rotated.
 
-A view is an image's grey levels at 32 x 32. Two sieves, the second finer than the first:
+A view is an image's grey levels at 32 x 32. Two stages, from coarse to fine:
 
-1. every pair, by the correlation of 8 x 8 grids: of the eight ways to turn and mirror b, and of either image's middle
-   95 %, the best counts; the `SIEVE` best of each b go on;
-2. these, in every way to turn b, by grids of 16 x 16 of b also shifted and scaled: the `CANDIDATES` best are given to
-   `alignment`. A symmetric image is there twice.
+1. Every pair is scored by the correlation of 8 x 8 grids: the best over the eight ways to turn and mirror b, and over
+   the whole and the middle 95 % of either image. The ``SIEVE`` best of each b go on.
+2. These are scored by 16 x 16 grids, with b turned in every way, shifted and scaled. The ``CANDIDATES`` best go to
+   ``alignment``. A symmetric image is there twice.
 
 Shape letters: n, m images of a and b; V views' side; G grid's side; W ways to shift and scale; K candidates.
 """
@@ -24,18 +24,18 @@ VIEW = 32
 TURNS = 8
 SIEVE, CANDIDATES = 128, 12
 LEAST = 0.8
-"""Correlation of the finer grids below which two images show different things: copies that were shifted by up to 3 % of
-their side, or cropped to 90 %, have more."""
+"""Below this correlation of the finer grids, two images show different things. Copies shifted by up to 3 % of their
+side, or cropped to 90 %, have more."""
 _COARSE, _FINE = 8, 16
 _MIDDLE = 0.95
-_SHIFTS, _SCALES = (-0.05, 0.0, 0.05), (0.95, 1.0, 1 / 0.95)  # of half a side; of the side
-_ROWS, _BLOCK = 256, 4096  # images of b and of a at a time
+_SHIFTS, _SCALES = (-0.05, 0.0, 0.05), (0.95, 1.0, 1 / 0.95)  # Relative to half a side, and to the side
+_ROWS, _BLOCK = 256, 4096  # Images of b and of a at a time
 
 
 class Candidates(NamedTuple):
-    """For each of m images of b, K images of a: `of` int64 [m, K] (-1: none), `turn` int64 [m, K]: a is like
-    `turned(b, turn)`; `score` float32 [m, K]; `start` float32 [m, K, 3]: shift along x and y, in half sides, and scale
-    that take a place in the turned b to one in a."""
+    """For each of m images of b, K images of a: ``of`` int64 [m, K] (-1: none); ``turn`` int64 [m, K]: a resembles
+    ``turned(b, turn)``; ``score`` float32 [m, K]; ``start`` float32 [m, K, 3]: shift along x and y, in half sides, and
+    scale that map a place in the turned b to one in a."""
 
     of: np.ndarray
     turn: np.ndarray
@@ -49,8 +49,8 @@ def view(image: np.ndarray) -> np.ndarray:
 
 
 def turned(images: np.ndarray, turn: int) -> np.ndarray:
-    """Images [..., H, W] in one of the eight ways a square can lie: transposed for turn & 4, then mirrored left to
-    right for turn & 1 and top to bottom for turn & 2. Of numpy arrays and of torch tensors."""
+    """Images [..., H, W] in one of the eight orientations of a square: transposed for turn & 4, then mirrored left to
+    right for turn & 1 and top to bottom for turn & 2. For numpy arrays and torch tensors."""
     if turn & 4:
         images = images.swapaxes(-1, -2)
     axes = [axis for bit, axis in ((1, -1), (2, -2)) if turn & bit]
@@ -60,7 +60,7 @@ def turned(images: np.ndarray, turn: int) -> np.ndarray:
 
 
 def candidates(views_a: np.ndarray, views_b: np.ndarray) -> Candidates:
-    """Of n views of a, uint8 [n, V, V], those like each of m views of b."""
+    """The views of a, uint8 [n, V, V], that resemble each of m views of b."""
     m = len(views_b)
     likely = _every_pair(views_a, views_b, min(SIEVE, len(views_a)))
     kept = Candidates(
@@ -87,7 +87,7 @@ def candidates(views_a: np.ndarray, views_b: np.ndarray) -> Candidates:
 
 
 def _every_pair(views_a: np.ndarray, views_b: np.ndarray, count: int) -> np.ndarray:
-    """int64 [m, count]: the images of a that go on, for each of b."""
+    """int64 [m, count]: for each image of b, the best images of a."""
     m = len(views_b)
     best, of = np.full((m, count), -2, np.float32), np.zeros((m, count), np.int64)
     whole, middle = _window(_COARSE), _window(_COARSE, scale=_MIDDLE)
@@ -112,8 +112,8 @@ def _every_pair(views_a: np.ndarray, views_b: np.ndarray, count: int) -> np.ndar
 
 
 def _window(side: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
-    """float32 [side, V]: what takes a side of a view to `side` means of equal parts of a window of it, `scale` times as
-    long and `shift` half sides to the right; beyond the border its last level goes on."""
+    """float32 [side, V]: the matrix that maps a side of a view to ``side`` means over equal parts of a window, which is
+    ``scale`` times as long and ``shift`` half sides to the right. Beyond the border, the last level continues."""
     edges = (np.arange(side + 1) / side * 2 - 1) * scale + shift
     places = (edges + 1) / 2 * VIEW
     weights = np.zeros((side, VIEW), np.float32)
@@ -130,14 +130,14 @@ def _grids(views: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarra
 
 
 def _unit(grids: np.ndarray) -> np.ndarray:
-    """float32 [n, G * G] of zero mean and length 1; zeros where all levels are equal."""
+    """float32 [n, G * G] with zero mean and length 1; zeros if all levels are equal."""
     flat = grids.reshape(len(grids), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-3)
 
 
 def _back(start: np.ndarray) -> np.ndarray:
-    """The other way round: where turned b(scale * place + shift) is like a(place), a(place / scale - shift / scale) is
-    like turned b(place)."""
+    """The inverse map: if turned b(scale * place + shift) resembles a(place), then a(place / scale - shift / scale)
+    resembles turned b(place)."""
     shift, scale = start[:, :2], start[:, 2:]
     return np.concatenate([-shift / scale, 1 / scale], axis=1)

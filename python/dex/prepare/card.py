@@ -1,4 +1,4 @@
-"""The data card of a prepared set: one HTML page that needs nothing but itself, and the same facts as JSON."""
+"""The data card of a prepared set: one self-contained HTML page, and the same facts as JSON."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .splits import PATIENT, hints, sides, unnamed_kinds
 from .thumbnails import Thumbnail
 
 LEFT_OUT = "left_out.json"
-"""Of the set, beside the card: what its thumbnails of public sources are made from; absent where it has none."""
+"""File of the set, beside the card: the thumbnails of public sources; absent if there are none."""
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
-_BINS = 64  # bars of a histogram
-_PLOT = (256, 72)  # its width and height in the picture's own units
+_BINS = 64  # Bars of a histogram
+_PLOT = (256, 72)  # Its width and height in SVG units
 
 
 class Example(NamedTuple):
@@ -43,26 +43,26 @@ class Example(NamedTuple):
 def build(
     facts: dict[str, Any], examples: Iterable[Example] = (), left_out: Sequence[Thumbnail] = ()
 ) -> tuple[bytes, bytes]:
-    """The card as (HTML, JSON): both a function of the arguments alone. left_out: thumbnails that anybody may see.
-    `facts`:
+    """The card as (HTML, JSON), both a function of the arguments alone. left_out: thumbnails of public sources.
+    ``facts``:
 
         name, image_size, bits, encoding, images, train, val
         modalities  [{name, train, val, sources, empty, histogram: 256 counts of pixel values of the kept images}]
         sources     [{name, modality, anatomy, normalisation, licence, citation, package, public, simulated, units,
                       refused: {reason: units or parts of them}, seen, dropped: {reason: slices}, kept, train, val,
-                      patients, text_suspected, burned_in_declared, nan_as_background: volumes, where there are any,
-                      modality_assumed: units whose modality the description alone says, where there are any}]
-        duplicates  [{source, of, exact, near}]: images of `source` dropped for an image of the source `of`
-        left_out    [{source, units, refused}]: what gave no image of a known modality, of sources whose files have
-                    modalities of their own; may be absent
-        withdrawn   [{date, images}]: what was taken out of the set after it was written; may be absent
-        split       [{source, by, images: {train, val}, groups: {kind: {train, val}}, ...}]: as `splits.Split.rows`, a
-                    source each; may be absent
-        rules       {name: text, number, list or dict}: what was applied
+                      patients, text_suspected, burned_in_declared, nan_as_background: volumes, if there are any,
+                      modality_assumed: units whose modality only the description names, if there are any}]
+        duplicates  [{source, of, exact, near}]: images of ``source`` dropped for an image of the source ``of``
+        left_out    [{source, units, refused}]: units and refusals of unknown modality, of sources whose files each
+                    have their own modality; may be absent
+        withdrawn   [{date, images}]: images removed after the set was written; may be absent
+        split       [{source, by, images: {train, val}, groups: {kind: {train, val}}, ...}]: as ``splits.Split.rows``,
+                    one per source; may be absent
+        rules       {name: text, number, list or dict}: the rules that were applied
 
-    The JSON holds the facts as they are and, under "examples", modality, source and id of each. ValueError when the
-    numbers disagree: seen = kept + dropped, kept = train + val and duplicates listed = duplicates dropped for every
-    source, the sources' images for every modality and for the whole; or when a count is negative.
+    The JSON holds the facts unchanged and, under "examples", modality, source and id of each. Raises ValueError if a
+    count is negative or the numbers disagree: seen = kept + dropped, kept = train + val and duplicates listed =
+    duplicates dropped for every source; the images of its sources for every modality and for the whole.
     """
     examples = list(examples)
     _check(facts, examples)
@@ -72,9 +72,9 @@ def build(
 
 
 def _check(facts: dict, examples: list[Example]) -> None:
-    def equal(what: str, expected: int, got: int) -> None:
+    def equal(label: str, expected: int, got: int) -> None:
         if expected != got:
-            raise ValueError(f"facts: {what}: expected {expected}, got {got}")
+            raise ValueError(f"facts: {label}: expected {expected}, got {got}")
 
     names = [source["name"] for source in facts["sources"]]
     if len(set(names)) != len(names):
@@ -88,8 +88,8 @@ def _check(facts: dict, examples: list[Example]) -> None:
                 raise ValueError(f"facts: source {source['name']!r}: {key}: expected at least 0, got {count}")
         for kind in ("exact", "near"):
             listed = sum(row[kind] for row in facts["duplicates"] if row["source"] == source["name"])
-            what = f"source {source['name']!r}: {kind} duplicates listed"
-            equal(what, source["dropped"].get(f"{kind} duplicate", 0), listed)
+            label = f"source {source['name']!r}: {kind} duplicates listed"
+            equal(label, source["dropped"].get(f"{kind} duplicate", 0), listed)
     for split in ("train", "val"):
         equal(f"{split} images of all sources", sum(source[split] for source in facts["sources"]), facts[split])
         for row in facts["modalities"]:
@@ -98,18 +98,18 @@ def _check(facts: dict, examples: list[Example]) -> None:
     equal("images", facts["train"] + facts["val"], facts["images"])
     for row in facts["modalities"]:
         equal(f"modality {row['name']!r}: counts in its histogram", 256, len(row["histogram"]))
-        mine = sum(source["modality"] == row["name"] for source in facts["sources"])
-        equal(f"modality {row['name']!r}: sources", mine, row["sources"])
+        sources = sum(source["modality"] == row["name"] for source in facts["sources"])
+        equal(f"modality {row['name']!r}: sources", sources, row["sources"])
         if row["empty"] != (row["train"] + row["val"] == 0):
             raise ValueError(f"facts: modality {row['name']!r}: 'empty' contradicts its counts")
     known = [row["name"] for row in facts["modalities"]]
-    for what, value, of in (
+    for label, value, of in (
         *(("modality of a source", source["modality"], known) for source in facts["sources"]),
         *(("source of a duplicate", row[key], names) for row in facts["duplicates"] for key in ("source", "of")),
         *(("source of an example", example.source, names) for example in examples),
     ):
         if value not in of:
-            raise ValueError(f"facts: {what}: expected one of {of}, got {value!r}")
+            raise ValueError(f"facts: {label}: expected one of {of}, got {value!r}")
 
 
 def _counts(source: dict) -> list[tuple[str, int]]:
@@ -153,8 +153,8 @@ def _header(facts: dict) -> str:
         ("Modalities", f"{len(filled)}", f"of {len(facts['modalities'])}"),
         ("Sources", _n(len(sources)), ", ".join(kinds) or "all public"),
         ("Patients", _n(sum(s["patients"] for s in sources)), "counted source by source"),
-        ("Slices looked at", _n(seen), f"{_percent(facts['images'], seen)} kept"),
-        ("Slices dropped", _n(dropped), f"{_percent(dropped, seen)} of those looked at"),
+        ("Slices seen", _n(seen), f"{_percent(facts['images'], seen)} kept"),
+        ("Slices dropped", _n(dropped), f"{_percent(dropped, seen)} of those seen"),
         ("Refused", _n(refused), f"units or parts; {_n(units)} units in all"),
         ("Text suspected", _n(suspected), f"{_percent(suspected, facts['images'])} of the images"),
     ]
@@ -163,7 +163,7 @@ def _header(facts: dict) -> str:
         images_ = sum(s["kept"] for s in sources if s["simulated"])
         notice = (
             f'<p class="notice">{_SIMULATED} {_n(images_)} of the images, from {_count(simulated, "source")}, are '
-            "simulated: computed, not acquired from a patient. They bear this mark wherever they are shown.</p>"
+            "simulated: computed, not acquired from a patient. They carry this mark wherever they appear.</p>"
         )
     total = sum((Counter(s["dropped"]) for s in sources), Counter())
     parts = [("train", facts["train"]), ("val", facts["val"]), *_in_order(total)]
@@ -172,7 +172,7 @@ def _header(facts: dict) -> str:
         f"<p>{_count(facts['images'], 'image')} of {facts['image_size']} × {facts['image_size']} pixels, "
         f"{facts['bits']}-bit {escape(str(facts['encoding']).upper())}.</p>{notice}"
         + page.tiles(listed)
-        + f'<h2 class="small">What became of {_count(seen, "slice")}</h2>{_bar(parts, seen, "all sources")}'
+        + f'<h2 class="small">{_count(seen, "slice")}, kept and dropped</h2>{_bar(parts, seen, "all sources")}'
         + f'<ul class="legend">{"".join(_key(label, count, seen) for label, count in parts if count)}</ul></header>'
     )
 
@@ -182,8 +182,8 @@ def _modalities(facts: dict) -> str:
     for row in facts["modalities"]:
         count = row["train"] + row["val"]
         if not count:
-            what = f"all slices of {_count(row['sources'], 'source')} were dropped" if row["sources"] else "no source"
-            empty.append(f"<li><b>{escape(row['name'])}</b>: {what}</li>")
+            reason = f"all slices of {_count(row['sources'], 'source')} were dropped" if row["sources"] else "no source"
+            empty.append(f"<li><b>{escape(row['name'])}</b>: {reason}</li>")
             continue
         simulated = {s["simulated"] for s in facts["sources"] if s["modality"] == row["name"] and s["kept"]}
         mark = "" if True not in simulated else _SIMULATED if len(simulated) == 1 else _PARTLY
@@ -194,11 +194,11 @@ def _modalities(facts: dict) -> str:
             f"<p>{', '.join([*_splits(row), _count(row['sources'], 'source')])}</p></article>"
         )
     note = (
-        "<p>Pixel values of the kept images, from black to white; heights are on a square-root scale, so that the "
-        "background does not hide the rest.</p>"
+        "<p>Pixel values of the kept images, from black to white. Heights are on a square-root scale, so that the "
+        "background does not dwarf the rest.</p>"
     )
-    gone = f'<div class="empty"><h3>Without an image</h3><ul>{"".join(empty)}</ul></div>' if empty else ""
-    return f'{note}<div class="panels">{"".join(cards)}</div>{gone}'
+    without = f'<div class="empty"><h3>Without images</h3><ul>{"".join(empty)}</ul></div>' if empty else ""
+    return f'{note}<div class="panels">{"".join(cards)}</div>{without}'
 
 
 def _histogram(row: dict) -> str:
@@ -232,15 +232,15 @@ def _sources(facts: dict) -> str:
             dropped, refused = _list(_in_order(source["dropped"])), _list(sorted(source["refused"].items()))
             about = [source["anatomy"], f"rule {source['normalisation']}", source["package"]]
             if source.get("modality_assumed"):
-                about.append(f"modality of {_count(source['modality_assumed'], 'file')} by the command alone")
+                about.append(f"modality of {_count(source['modality_assumed'], 'file')} from the command only")
             if source.get("nan_as_background"):
                 about.append(f"NaN as background in {_count(source['nan_as_background'], 'volume')}")
             cells.append(
                 f'<tr><th scope="row">{_name(source)}<small>{escape(" · ".join(filter(None, about)))}</small></th>'
                 f'<td data-label="Kept" class="number">{_n(source["kept"])}'
                 f"{''.join(f'<small>{split}</small>' for split in _splits(source))}</td>"
-                f'<td data-label="Slices looked at" class="wide">{_bar(parts, source["seen"], source["name"])}'
-                f"<small>{_n(source['seen'])} looked at"
+                f'<td data-label="Slices seen" class="wide">{_bar(parts, source["seen"], source["name"])}'
+                f"<small>{_n(source['seen'])} seen"
                 + (f"; dropped: {dropped}" if dropped else "; none dropped" if source["seen"] else "")
                 + f'</small></td><td data-label="Units" class="number">{_n(source["units"])}'
                 + (f"<small>refused: {refused}</small>" if refused else "")
@@ -249,9 +249,9 @@ def _sources(facts: dict) -> str:
         head = f'<tr class="group"><th colspan="5" scope="rowgroup">{escape(modality)}</th></tr>'
         bodies.append(f"<tbody>{head}{''.join(cells)}</tbody>")
     return (
-        "<p>A unit is what is decoded together: a file, or the DICOM files of a folder. What is refused is a unit or a "
-        "part of one (a file, a series, a page, volumes after the first), and gave no slice. The bars show what share "
-        "of the slices looked at was kept and dropped, in the colours above.</p>"
+        "<p>A unit is decoded as a whole: a file, or the DICOM files of a folder. Refused units, or parts of them (a "
+        "file, a series, a page, volumes after the first), give no slice. The bars show the kept and dropped shares of "
+        "the slices seen, in the colours above.</p>"
         '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col" class="number">Kept</th>'
         '<th scope="col">Kept and dropped</th><th scope="col" class="number">Units</th>'
         f'<th scope="col" class="number">Patients</th></tr></thead>{"".join(bodies)}</table>'
@@ -259,7 +259,7 @@ def _sources(facts: dict) -> str:
 
 
 def _left_out(facts: dict, shown: Sequence[Thumbnail]) -> str:
-    """What is no image, no image of its source's modality, or was dropped, by reason; "" where there is nothing."""
+    """Files that are not images or of another modality, and dropped slices, by reason; "" if there are none."""
     refused = sum((Counter(s["refused"]) for s in (*facts["sources"], *facts.get("left_out", ()))), Counter())
     dropped = sum((Counter(s["dropped"]) for s in facts["sources"]), Counter())
     rows = [
@@ -272,27 +272,27 @@ def _left_out(facts: dict, shown: Sequence[Thumbnail]) -> str:
         return ""
     public = any(source["public"] for source in facts["sources"])
     private = not all(source["public"] for source in facts["sources"])
-    where = "Thumbnails of private sources are in the private folder alone, in left_out.html: they may show names."
+    where = "Thumbnails of private sources may show names, so they are only in left_out.html of the private folder."
     listed = "".join(
         f'<tr><th scope="row">{escape(reason)}</th><td data-label="{label}" class="number">{_n(count)}</td>'
-        f'<td data-label="What they are"><span>{escape((_MEANING | _DROPPED)[reason])}</span></td></tr>'
+        f'<td data-label="Meaning"><span>{escape((_MEANING | _DROPPED)[reason])}</span></td></tr>'
         for label, count, reason in rows
     )
     html = (
-        "<p>Files, or parts of them, that gave no slice, by what their headers and numbers say; and slices that were "
+        "<p>Files, or parts of them, that gave no slice because of their headers or values, and slices that were "
         f"dropped. {where if private else ''}</p>"
         '<table class="cards"><thead><tr><th scope="col">Reason</th><th scope="col" class="number">Files or slices</th>'
-        f'<th scope="col">What they are</th></tr></thead><tbody>{listed}</tbody></table>'
+        f'<th scope="col">Meaning</th></tr></thead><tbody>{listed}</tbody></table>'
     )
-    for reason, some in groupby(thumbnails.choose(shown), key=lambda one: one.reason):
-        html += f"<h3>{escape(reason)}</h3>{thumbnails.figures(list(some))}"
+    for reason, group in groupby(thumbnails.choose(shown), key=lambda thumbnail: thumbnail.reason):
+        html += f"<h3>{escape(reason)}</h3>{thumbnails.figures(list(group))}"
     if public and shown:
-        html += f"<p>At most {thumbnails.SHOWN} of each reason, of public sources.</p>"
+        html += f"<p>At most {thumbnails.SHOWN} per reason, from public sources.</p>"
     return html
 
 
 def _withdrawn(facts: dict) -> str:
-    """What was taken out after the set was written; "" where nothing was."""
+    """Images removed after the set was written; "" if there are none."""
     rows = "".join(
         f'<tr><th scope="row">{escape(row["date"])}</th><td data-label="Images" class="number">{_n(row["images"])}</td>'
         "</tr>"
@@ -301,32 +301,32 @@ def _withdrawn(facts: dict) -> str:
     if not rows:
         return ""
     return (
-        "<p>Images that were taken out of the set after it was written. Weights that were trained on it before have "
-        'seen them.</p><table class="cards"><thead><tr><th scope="col">Date</th><th scope="col" class="number">Images'
+        "<p>Images removed from the set after it was written. Weights trained on the set before that date have seen "
+        'them.</p><table class="cards"><thead><tr><th scope="col">Date</th><th scope="col" class="number">Images'
         f"</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 _MEANING = {reason: meaning(reason) for reason in REASONS} | {
     LABEL_MAP: "a segmentation, a mask or an atlas: few values that fill regions",
-    PROBABILITY_MAP: "probabilities of a tissue, by name and numbers",
+    PROBABILITY_MAP: "probabilities of a tissue, by name and values",
     "burned-in": "the header declares burned-in annotation",
-    "unsupported": "a kind of file, or a codec, that is not read",
-    "inconsistent": "numbers the rule cannot take, copies, or volumes and frames after the first",
+    "unsupported": "a file type or codec that cannot be read",
+    "inconsistent": "values that the rule cannot handle, copies, or volumes and frames after the first",
     "constant": "no two values differ",
     "not finite": "infinite values, or nearly all NaN",
     "too large": "more than the limits allow",
-    "unreadable": "damaged or cut off",
+    "unreadable": "damaged or truncated",
     "timeout": "its reader took too long, twice",
-    "crash": "its reader died of it, twice",
+    "crash": "its reader crashed on it, twice",
 }
 _DROPPED = {
-    "foreground": "less of it differs from the background than the rule asks for",
+    "foreground": "less foreground than the rule requires",
     "blank": "nearly one level everywhere",
-    "too small": "fewer than 32 pixels a side",
-    "exact duplicate": "the pixels of an image that was kept",
-    "near duplicate": "nearly the pixels of an image that was kept",
-    WITHDRAWN: "taken out after the set was written, or not let in again",
+    "too small": "fewer than 32 pixels along a side",
+    "exact duplicate": "the same pixels as a kept image",
+    "near duplicate": "nearly the same pixels as a kept image",
+    WITHDRAWN: "removed after the set was written, or left out since",
 }
 
 
@@ -357,14 +357,16 @@ def _duplicates(facts: dict) -> str:
     for row in facts["duplicates"]:
         for kind in ("exact", "near"):
             pairs[row["source"], row["of"], kind] += row[kind]
-    found = {(source, of) for (source, of, _), count in pairs.items() if count}
-    if not found:
+    total: Counter = Counter()
+    for (source, of, _), count in pairs.items():
+        total[source, of] += count
+    total = +total
+    if not total:
         return "<p>No image repeats another one.</p>"
     sources = {source["name"]: source for source in facts["sources"]}
-    rows = [name for name in sources if any(source == name for source, _ in found)]
-    across = [name for name in sources if any(of == name != source for source, of in found)]
-    own = any(source == of for source, of in found)
-    total = Counter({pair: pairs[*pair, "exact"] + pairs[*pair, "near"] for pair in found})
+    rows = [name for name in sources if any(source == name for source, _ in total)]
+    across = [name for name in sources if any(of == name != source for source, of in total)]
+    own = any(source == of for source, of in total)
     top = max(total.values())
 
     def cell(name: str, of: str) -> str:
@@ -388,9 +390,9 @@ def _duplicates(facts: dict) -> str:
     inside = sum(count for (source, of), count in total.items() if source == of)
     count = total.total()
     return (
-        f"<p>{_count(count, 'slice')} dropped: {_n(exact)} with the same pixels, {_n(count - exact)} alike; "
-        f"{_n(inside)} repeat an image of their own source, {_n(count - inside)} one of another. Rows: the source "
-        "whose slices were dropped. Columns: the source of the images that were kept.</p>"
+        f"<p>{_count(count, 'slice')} dropped: {_n(exact)} with the same pixels, {_n(count - exact)} similar; "
+        f"{_n(inside)} repeat an image of their own source, {_n(count - inside)} one of another source. Rows: the "
+        "source of the dropped slices. Columns: the source of the kept images.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Duplicates by source"><table class="matrix">'
         f'<thead><tr><th scope="col">dropped from</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
         + (f'<ol class="numbered">{key}</ol>' if key else "")
@@ -400,12 +402,12 @@ def _duplicates(facts: dict) -> str:
 def _text(facts: dict) -> str:
     rows = [s for s in facts["sources"] if s["text_suspected"] or s["burned_in_declared"]]
     note = (
-        "<p>Suspected: the kept image looks as if letters stood in its margins. Such images are counted, not dropped; "
-        "where nothing is suspected, text may still be there. Declared: units whose header says that text is burned "
-        "into the pixels.</p>"
+        "<p>Suspected: the margins of the kept image look like text. Such images are counted, not dropped; an image "
+        "without suspicion may still contain text. Declared: units whose header declares text burned into the "
+        "pixels.</p>"
     )
     if not rows:
-        return f"{note}<p>No image is suspected, no unit declares it.</p>"
+        return f"{note}<p>No text is suspected or declared.</p>"
 
     def share(source: dict) -> str:
         if not source["text_suspected"]:
@@ -447,7 +449,7 @@ def _held_out(facts: dict) -> str:
     rows = "".join(
         f"<dt>{side}</dt><dd>{images}{groups and f' of {groups}'}</dd>" for side, (images, groups) in counted
     )
-    said = "".join(f"<li>{escape(hint)}</li>" for hint in hints(facts))
+    notes = "".join(f"<li>{escape(hint)}</li>" for hint in hints(facts))
     how = "".join(
         f'<tr><th scope="row"><span class="name">{escape(row["source"])}</span></th>'
         f'<td data-label="Split by"><span>{_split_by(row)}</span></td>'
@@ -456,8 +458,8 @@ def _held_out(facts: dict) -> str:
         for row in facts["split"]
     )
     return (
-        "<p>What is named here is never on both sides.</p>"
-        f'<dl class="rules">{rows}</dl>{f"<ul>{said}</ul>" if said else ""}'
+        "<p>Each of these is on one side only.</p>"
+        f'<dl class="rules">{rows}</dl>{f"<ul>{notes}</ul>" if notes else ""}'
         '<table class="cards"><thead><tr><th scope="col">Source</th><th scope="col">Split by</th>'
         '<th scope="col" class="number">Train</th><th scope="col" class="number">Held out</th></tr></thead>'
         f"<tbody>{how}</tbody></table>"
@@ -465,11 +467,11 @@ def _held_out(facts: dict) -> str:
 
 
 def _split_by(row: Mapping[str, Any]) -> str:
-    """Of a source by patients, also what stands for those that nothing names."""
+    """What the source was split by; for patients, also what stands for unnamed ones."""
     loose = unnamed_kinds(row)
     if row["by"] != PATIENT or not loose:
         return _SPLIT_BY[row["by"]]
-    named = PATIENT in row["groups"] or not row["groups"]  # not known after a withdrawal
+    named = PATIENT in row["groups"] or not row["groups"]  # Unknown after a withdrawal
     return " or ".join([PATIENT, *loose] if named else loose)
 
 
@@ -486,11 +488,11 @@ def _rules(rules: object) -> str:
 
 _SPLIT_BY = {
     "patient": "patient",
-    "folder": "folder: all headers name one patient",
+    "folder": "folder: all headers name the same patient",
     "study": "study, or file",
     "series": "series, or file",
     "stated": "the table or --split",
-    "source": "its description, all to one side",
+    "source": "its description, all on one side",
 }
 _SIMULATED = '<span class="mark simulated">simulated</span>'
 _PARTLY = '<span class="mark simulated">partly simulated</span>'
@@ -530,7 +532,7 @@ def _splits(row: dict) -> list[str]:
 
 
 def _list(counts: list[tuple[str, int]]) -> str:
-    """Reasons and counts that are not 0; a count stays on the line of its reason."""
+    """Reasons with counts above 0; a count stays on the same line as its reason."""
     return ", ".join(f"{escape(reason)}&nbsp;{_n(count)}" for reason, count in counts if count)
 
 
@@ -544,7 +546,7 @@ def _data_url(example: Example) -> str:
 
 
 def _short(example: Example) -> str:
-    """The last part of the id; the picture's title is the whole."""
+    """The last part of the id; the picture's title shows all of it."""
     return example.id.rpartition("/")[2]
 
 

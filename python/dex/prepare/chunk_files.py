@@ -1,11 +1,11 @@
 """The three files of a chunk while they are written.
 
-    chunks/<source>-<chunk>.bin      of each kept image its encoded bytes, then its histogram
-    chunks/<source>-<chunk>.jsonl    a line for each kept image and for some of the dropped slices, then one of counts
-    ids/<source>-<chunk>.jsonl       which file each kept image and each refusal is of: rows of `trace`
+    chunks/<source>-<chunk>.bin      for each kept image, its encoded bytes and then its histogram
+    chunks/<source>-<chunk>.jsonl    a line for each kept image and for some dropped slices, then the counts
+    ids/<source>-<chunk>.jsonl       the file behind each kept image and each refusal: rows of ``trace``
 
-They exist whole or not at all; the second comes last and says that they do. Until then their names end in ".partial",
-the process that writes them holds a lock, and what is done of them stands in `unfinished`.
+They appear only when complete; the second comes last and marks the chunk as done. Until then their names end in
+".partial", the process that writes them holds a lock, and ``unfinished`` records the progress.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .unfinished import Unfinished
 
 
 class Busy(Exception):
-    """Another process is at work on the chunk."""
+    """Another process is working on the chunk."""
 
 
 class CannotWrite(Exception):
-    """An OSError while writing, so that it is not taken for one of the file that is read."""
+    """An OSError while writing, told apart from one of the file being read."""
 
     def __init__(self, error: OSError):
         super().__init__(error.errno)
@@ -44,16 +44,17 @@ def is_done(private: Path, name: str) -> bool:
 
 
 class ChunkFiles:
-    """A chunk's three files while they are written. Busy when another process writes them; CannotWrite for any
-    OSError."""
+    """A chunk's three files while they are written. Raises Busy if another process is writing them, and CannotWrite
+    for any OSError."""
 
     def __init__(self, private: Path, name: str, identity: str, tail: int):
-        """identity: what decides about the chunk beside its files; tail: bytes that follow each image."""
+        """identity: names everything that determines the chunk beside its files; tail: number of bytes that follow
+        each image."""
         self._final = paths(private, name)
         self._partial = [atomic.work_name(path) for path in self._final]
         self._files: list[Any] = []
-        done = self._final[1].with_suffix(".unfinished")
-        self._unfinished = Unfinished(done, self._partial, identity, tail)
+        progress = self._final[1].with_suffix(".unfinished")
+        self._unfinished = Unfinished(progress, self._partial, identity, tail)
         self._finished = False
 
     def __enter__(self) -> ChunkFiles:
@@ -72,7 +73,7 @@ class ChunkFiles:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is CannotWrite and not self._finished:  # a full disk gets its room back
+        if kind is CannotWrite and not self._finished:  # Free the space on a full disk
             self._unfinished.forget()
             for path in self._partial:
                 path.unlink(missing_ok=True)
@@ -84,22 +85,22 @@ class ChunkFiles:
         self._write(1, _json({**line, "offset": offset}))
 
     def show(self, row: dict[str, Any]) -> None:
-        """Keep a thumbnail of a slice that was dropped, for the pages that show what was left out."""
+        """Keep a thumbnail of a dropped slice for the page of left-out images."""
         self._write(1, _json(row))
 
     def note(self, row: dict[str, Any]) -> None:
-        """Keep where an image, or what was refused, comes from."""
+        """Keep the origin of an image or of a refusal."""
         self._write(2, _json(row))
 
     def sizes(self) -> tuple[int, int, int]:
         return tuple(file.tell() for file in self._files)
 
     def cut(self, sizes: tuple[int, int, int]) -> None:
-        """Take back what was written after `sizes`."""
+        """Remove what was written after ``sizes``."""
         try:
             for file, size in zip(self._files, sizes, strict=True):
                 if file.seek(0, os.SEEK_END) < size:
-                    raise RuntimeError("a file of the chunk has become shorter than it was left")
+                    raise RuntimeError("a file of the chunk is shorter than when it was saved")
                 file.seek(size)
                 file.truncate()
         except OSError as error:
@@ -114,18 +115,18 @@ class ChunkFiles:
         return self.sizes()
 
     def keep(self, sizes: tuple[int, int, int], state: dict[str, Any]) -> None:
-        """Let a run that comes after a kill go on from `state`, which is reached with these sizes."""
+        """Save ``state``, which belongs to these sizes, so that a run after a kill resumes there."""
         try:
             self._unfinished.keep(sizes, state)
         except OSError as error:
             raise CannotWrite(error) from None
 
     def left(self) -> tuple[tuple[int, int, int], dict[str, Any]] | None:
-        """The sizes and the state of an earlier run, when it was killed."""
+        """The sizes and the state that a killed run left."""
         return self._unfinished.left()
 
     def finish(self, counts: dict[str, Any]) -> None:
-        """Write the last line and give the files their names, the lines' last."""
+        """Write the last line and rename the files to their final names, the .jsonl last."""
         self.flush()
         with open(self._partial[1], "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -153,7 +154,7 @@ class ChunkFiles:
         for file in self._files:
             try:
                 file.close()
-            except OSError:  # a full disk: what was buffered is lost, and was not promised
+            except OSError:  # A full disk: buffered data is lost, but was never recorded as saved
                 pass
         self._files = []
 

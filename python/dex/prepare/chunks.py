@@ -1,6 +1,6 @@
-"""One chunk of a source: from files to encoded, normalised images, each with what the join needs to know of it.
+"""One chunk of a source: from files to normalised, encoded images, each with the facts that the join needs.
 
-A chunk's result is the three files of `chunk_files`.
+The result is the three files of ``chunk_files``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class Settings:
-    """What, beside the source, decides about an image. size: S in pixels; encoding: "jpg" or "png"."""
+    """Settings of every image, beside its source. size: S in pixels; encoding: "jpg" or "png"."""
 
     size: int = 256
     bits: int = 8
@@ -50,8 +50,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A chunk to be done. name: of its files; private: the private folder; listing: the source's units; common, level:
-    as in `discover.Listing`."""
+    """A chunk to prepare. name: common name of its files; private: the private folder; listing: file of the source's
+    units; common, level: see ``discover.Listing``."""
 
     name: str
     private: Path = field(repr=False)
@@ -65,11 +65,11 @@ class Job:
     settings: Settings
     limits: readers.Limits
     withdrawn: frozenset[str] = field(default=frozenset(), repr=False)
-    """Ids of images and groups that are not to be kept."""
+    """Ids of images and groups to leave out."""
 
 
 class Refusal(NamedTuple):
-    """A unit, or a part of it, that gave nothing. id: of the unit; reason: one of `readers.REASONS`."""
+    """A refused unit, or a refused part of one. id: of the unit; reason: one of ``readers.REASONS``."""
 
     id: str
     reason: str
@@ -78,10 +78,10 @@ class Refusal(NamedTuple):
 
 @dataclass
 class Counts:
-    """units, unreadable (units with a reason in UNREADABLE) and refused are about files; seen and what follows are
-    about slices: seen = kept + sum(dropped). masked: stacks with NaN as background. assumed: units with images whose
-    modality neither header, table nor folder says, but the description alone. parts: the same by modality, ""
-    where none is known, of a source whose files have modalities of their own."""
+    """units, unreadable (units with a reason in UNREADABLE) and refused count units and their parts; seen, dropped,
+    kept and text count slices: seen = kept + sum(dropped). masked: stacks with a NaN background. assumed: units with
+    images whose modality only the description names, and neither header, table nor folder. parts: the same counts by
+    modality ("" where unknown), for a source whose files each have their own modality."""
 
     units: int = 0
     unreadable: int = 0
@@ -106,7 +106,7 @@ class Counts:
             self.part(modality).add(part)
 
     def since(self, before: Counts) -> Counts:
-        """What was counted after `before`, its parts aside."""
+        """The counts added since ``before``, without parts."""
         values = ((name, value) for name, value in vars(self).items() if name != "parts")
         return Counts(**{name: value - getattr(before, name) for name, value in values})
 
@@ -122,10 +122,10 @@ class Counts:
 
 
 UNREADABLE = ("unreadable", "timeout", "crash")
-"""Reasons that say that a file is broken rather than unsuitable: too many of them stop a run."""
+"""Reasons of broken files, in contrast to unsuitable ones: too many of them stop a run."""
 GIVEN_UP = {
-    "timeout": "its reader took too long, twice; it may be damaged: copy the file anew, or leave it out",
-    "crash": "its reader died of it, twice; it may be damaged: copy the file anew, or leave it out",
+    "timeout": "its reader took too long, twice; it may be damaged: copy the file again, or leave it out",
+    "crash": "its reader crashed on it, twice; it may be damaged: copy the file again, or leave it out",
 }
 
 
@@ -135,24 +135,24 @@ class Result(NamedTuple):
 
 
 class Changed(Exception):
-    """A file is not what it was when the sources were listed."""
+    """A file has changed since the sources were listed."""
 
 
 class _State(NamedTuple):
-    """Where another process would go on: the next unit, the files' sizes, and what is known so far."""
+    """Where another process can resume: the next unit, the sizes of the chunk's files, and the result so far."""
 
     next: int
     sizes: tuple[int, int, int]
     result: Result
 
     def kept(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
-        """The sizes, and the rest as JSON holds it."""
+        """The sizes, and the rest as JSON values."""
         counts, refusals = self.result
         return self.sizes, {"next": self.next, "counts": counts.to_dict(), "refusals": refusals}
 
     @classmethod
     def of(cls, left: tuple[tuple[int, int, int], dict[str, Any]] | None) -> _State | None:
-        """From what `kept` gave."""
+        """The inverse of ``kept``."""
         if left is None:
             return None
         sizes, kept = left
@@ -166,16 +166,16 @@ def _files(job: Job) -> ChunkFiles:
 
 
 def preload(formats: Iterable[str]) -> None:
-    """Import what the readers need, so that a worker's memory limit is about files."""
+    """Import what the readers need, so that a worker's memory limit covers only the files."""
     for format in formats:
-        with contextlib.suppress(Refused):  # not installed: each file of the format is refused and says so
+        with contextlib.suppress(Refused):  # Not installed: each file of the format is refused for that reason
             readers.load(format)
     Image.init()
 
 
 def work(task: Task, report: Report) -> Result | str:
-    """Do one chunk, from `task.state` on, or from where an earlier run was killed. A string, "changed" or "busy", says
-    why it was not done."""
+    """Do one chunk, starting from ``task.state`` or from where an earlier run was killed. Returns "changed" or "busy"
+    if it could not be done."""
     job: Job = task.job
     units = read_units(job.listing, job.chunk)
     try:
@@ -203,8 +203,7 @@ def work(task: Task, report: Report) -> Result | str:
 
 
 class _Part(NamedTuple):
-    """One thing that was refused. files: their names, () where it is the whole unit; modality: "" where it is not
-    known."""
+    """A refused part of a unit. files: their names, () for the whole unit; modality: "" where unknown."""
 
     refusal: Refusal
     files: tuple[str, ...]
@@ -212,9 +211,9 @@ class _Part(NamedTuple):
 
 
 class UnitWork:
-    """The work on one unit: writes what is kept, counts what is not; of a stack that is refused nothing stays."""
+    """The work on one unit: writes the kept images, counts the others, and removes all traces of a refused stack."""
 
-    headers = False  # whether no pixel is read
+    headers = False  # Whether to read headers only
 
     def __init__(self, job: Job, number: int, unit: Unit, counts: Counts, files: ChunkFiles, report: Report):
         self._job, self._number, self._unit, self._files, self._report = job, number, unit, files, report
@@ -223,8 +222,8 @@ class UnitWork:
         self._source = job.source.for_format(unit.format)
         self._path = unit.files[0].path
         self._reading = Reading(self._source, self._path, unit.stated.modality)
-        self._modality = ""  # of the stack that is being worked on
-        self._first = ""  # of the first one
+        self._modality = ""  # Of the current stack
+        self._first = ""  # Of the first stack
         self._refused: list[_Part] = []
 
     @property
@@ -236,8 +235,9 @@ class UnitWork:
         self._refused.append(_Part(refusal, files, self._modality))
 
     def begin(self) -> None:
-        """Say that this unit comes next, and how long it may take."""
-        # Every decoded frame is a sign of life, and a few bytes may declare any number of frames.
+        """Report that this unit comes next, and how long it may take."""
+        # Every decoded frame is a sign of life, so the total time needs its own limit: a few bytes may declare any
+        # number of frames.
         sizes, silence = [file.size for file in self._unit.files], self._job.limits.seconds
         self._report.begin(self._number, silence, silence * (len(sizes) + sum(sizes) / 2**20))
 
@@ -246,8 +246,8 @@ class UnitWork:
             if not is_unchanged(self._job.root, file):
                 raise Changed
             self._report.beat()
-        if (said := self._contradicted()) is not None:
-            detail = f"its folder says {said}, not {self._source.modality}; --trust takes it"
+        if (modality := self._contradicted()) is not None:
+            detail = f"its folder says {modality}, not {self._source.modality}; --trust takes it"
             return self.refuse("another modality", detail)
         paths = [self._job.root / file.path for file in self._unit.files]
         stacks = self._reading.stacks(
@@ -288,7 +288,7 @@ class UnitWork:
                 self.refuse(part.reason, part.detail, (part.file,) if part.file else part.files)
 
     def finish(self) -> Counts:
-        """The counts, this unit's included."""
+        """The counts, including this unit's."""
         reasons = [part.refusal.reason for part in self._refused]
         self._counts.units += 1
         self._counts.refused.update(reasons)
@@ -305,32 +305,32 @@ class UnitWork:
         return self._counts
 
     def _is_assumed(self) -> bool:
-        """Whether nothing but the user's description says of which modality the unit is."""
+        """Whether only the user's description names the unit's modality."""
         if self._unit.stated.modality or readers.reader_of(self._unit.format).decides:
             return False
         return self._source.is_assumed(self._path)
 
     def _contradicted(self) -> str | None:
-        """The modality that folders say of a file that says none itself, where the description says another."""
+        """The modality that the folders name, if the file names none and the description another."""
         if self._unit.stated.modality or readers.reader_of(self._unit.format).decides:
             return None
         return self._source.contradicted(self._path)
 
     def _refuse_for(self, error: Exception, stack: readers.Stack | None = None) -> None:
-        """stack: the one that is refused, where it is one of several in its unit."""
+        """stack: the refused stack, if the unit may have others."""
         files = trace.files_of(stack) if stack is not None else ()
         if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
             if self._report.begun > 1:
-                raise MemoryError  # what other units left behind may be to blame: once more, in a fresh process
+                raise MemoryError  # Leftovers of other units may be to blame: try once more in a fresh process
             self.refuse("too large", f"needs more than {self._job.limits.memory_mb} MB of memory", files)
         elif isinstance(error, Refused):
-            for one in (error, *error.others):
-                self.refuse(one.reason, one.detail, (one.file,) if one.file else one.files or files)
+            for refused in (error, *error.others):
+                self.refuse(refused.reason, refused.detail, (refused.file,) if refused.file else refused.files or files)
         else:
             self.refuse("unreadable", faults.described(error))
 
     def _stack(self, stack: readers.Stack, number: int, order: int) -> None:
-        """number: among the unit's stacks that are used; order: among all that its reader gives."""
+        """number: among the unit's used stacks; order: among all stacks that its reader yields."""
         settings = self._job.settings
         source, kept_together = self._admitted(stack), self._kept_together(stack)
         group = kept_together["group"]
@@ -344,38 +344,38 @@ class UnitWork:
         if self._source.routed:
             common["modality"] = source.modality
         origins = trace.Origins(stack, self._unit.key, number, self._volume(order))
-        for one in slices(stack, source, settings.size, settings.bits):
+        for cut in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
-            dropped = filters.verdict(one.image, one.share, one.small, source)
-            label = f"s{number:02d}-{one.label}" if number else one.label
+            dropped = filters.verdict(cut.image, cut.share, cut.small, source)
+            label = f"s{number:02d}-{cut.label}" if number else cut.label
             sample = self._names.sample(self._unit.key, label)
             if group in self._job.withdrawn or sample in self._job.withdrawn:
                 dropped = dropped or filters.WITHDRAWN
             elif dropped is not None:
-                self._show(one, dropped, label, common)
+                self._show(cut, dropped, label, common)
             if dropped is not None:
                 self._counts.dropped[dropped] += 1
                 continue
-            line, data = _describe(one, settings.encoding)
+            line, data = _describe(cut, settings.encoding)
             self._files.add({"id": sample, "label": label, **common, **line}, data)
-            for row in origins.rows(sample, label, one.number):
+            for row in origins.rows(sample, label, cut.number):
                 self._files.note(row)
             self._counts.kept += 1
             self._counts.text += line["text"]
         self._counts.masked += stack.masked
 
-    def _show(self, one: Slice, reason: str, label: str, common: dict[str, Any]) -> None:
-        """Keep a thumbnail of a dropped slice: of the first of a reason in this chunk, the second, fourth, eighth..."""
+    def _show(self, dropped_slice: Slice, reason: str, label: str, common: dict[str, Any]) -> None:
+        """Keep a thumbnail of the first, second, fourth, eighth, ... slice that this chunk drops for a reason."""
         before = self._counts.dropped[reason]
         if before & (before + 1):
             return
-        picture = base64.b64encode(thumbnails.of_slice(one.image)).decode()
+        picture = base64.b64encode(thumbnails.of_slice(dropped_slice.image)).decode()
         where = {"path": self._unit.key, "label": label, "group": common["group"]}
         self._files.show({"dropped": reason, **where, "thumbnail": picture})
 
     def _admitted(self, stack: readers.Stack) -> Source:
-        """The source as it is for the stack. Refused where that is no image, or is not to be used."""
+        """The source with the stack's modality. Raises Refused if the stack is not an image or must not be used."""
         source = self._reading.for_stack(stack)
         self._modality = "" if source.routed else source.modality
         self._check_numbers(stack, source)
@@ -385,14 +385,15 @@ class UnitWork:
         return source
 
     def _volume(self, order: int) -> int | None:
-        """The number of a stack's volume in its file, where the description asks for others than the first."""
+        """The number of a stack's volume in its file; None unless the description asks for more than the first."""
         volumes = self._source.volumes
         if volumes in ("first", "mean") or "volumes" not in readers.reader_of(self._unit.format).choices:
             return None
         return order * (int(volumes) if volumes.isdecimal() else 1)
 
     def _kept_together(self, stack: readers.Stack) -> dict[str, Any]:
-        """What `splits` must know of a stack: its patient, and what it is of where patients are too few."""
+        """What ``splits`` needs of a stack: its patient, and its folder, file, study or series if patients are too
+        few."""
         names, alone = self._names, not readers.reader_of(self._unit.format).whole_folders
         stated = self._unit.stated.patient
         group = names.identity(self._path, stack.patient, alone, stated)
@@ -405,23 +406,24 @@ class UnitWork:
         if alone:
             return line if place.by == "file" else line | {"file": names.part("file", self._unit.key)}
         identity = stack.patient, stack.study
-        series = stack.series.partition("\0")[0]  # its stacks show one anatomy
+        series = stack.series.partition("\0")[0]  # The stacks of one series show the same anatomy
         line["series"] = names.part("series", *identity, series or self._unit.key)
         return line | ({"study": names.part("study", *identity)} if stack.study else {})
 
     def _check_numbers(self, stack: readers.Stack, source: Source) -> None:
-        """Refused where the stack is no image by its numbers or by what its file declares, or of no known modality."""
+        """Raise Refused if the stack's numbers or its file's header show that it is not an image, or if its modality
+        is unknown."""
         if not source.trusted:
             refused = not_an_image(stack, self._unit.format, self._path, source.modality)
             if refused is not None:
                 raise refused
         if source.routed:
-            raise Refused("unknown modality", "nothing says of which modality it is; --modality or --pattern would")
+            raise Refused("unknown modality", "nothing names its modality; give --modality or --pattern")
 
 
-def _describe(one: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:
-    """What the join needs to know of an image, and its bytes: encoded, then the histogram."""
-    image = np.ascontiguousarray(one.image)
+def _describe(kept_slice: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:
+    """The facts that the join needs of an image, and its bytes: the encoded image, then the histogram."""
+    image = np.ascontiguousarray(kept_slice.image)
     encoded = encode(image, encoding)
     eight = image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     shape = f"{image.dtype.str} {image.shape} ".encode()
@@ -435,17 +437,18 @@ def _describe(one: Slice, encoding: str) -> tuple[dict[str, Any], bytes]:
         "sha256": hashlib.sha256(data).hexdigest(),
         "pixels_sha256": pixels.hexdigest(),
         "dhash": f"{normalise.difference_hash(eight):064x}",
-        "share": round(float(one.share), 4),
+        "share": round(float(kept_slice.share), 4),
         "text": bool(filters.suspect_text(image)),
     }
     return line, data
 
 
 def encode(image: np.ndarray, encoding: str) -> bytes:
-    """uint8 [S, S], uint8 [S, S, 3] or uint16 [S, S] (png only) as the bytes of a file."""
+    """Encode uint8 [S, S], uint8 [S, S, 3] or uint16 [S, S] (png only) as the bytes of a file."""
     stream = io.BytesIO()
     if encoding == "jpg":
-        # optimised tables would save 3 to 5 % of the bytes, take twice as long, and fail on what packs badly
+        # Optimised tables would save 3 to 5 % of the bytes, but take twice as long and fail on images that compress
+        # badly.
         Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     else:
         Image.fromarray(image).save(stream, "PNG")

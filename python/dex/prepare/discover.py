@@ -1,14 +1,13 @@
-"""Which files a source has, and how they are cut into chunks of work: a function of the listing alone.
+"""The files of a source and their division into chunks of work: a function of the listing alone.
 
-A unit is what is decoded together: all DICOM files of one folder, or one file of another format and, after it, the one
-beside it that holds its data (`readers` says which format is read by folders). Units are in the order of their keys'
-bytes, whatever the locale. A folder of very many files is `large`: `parted` puts its series, which only the headers
-tell, in its place. A listing is kept as JSON
-lines, one a unit:
+A unit is decoded as a whole: all DICOM files of one folder, or one file of another format, followed by the separate
+file with its data if there is one (``readers`` says which formats are read by folder). Units are sorted by the bytes of
+their keys, whatever the locale. A folder with very many files is ``large``: ``parted`` replaces it by its series, which
+only the headers tell. A listing is stored as JSON lines, one per unit:
 
     {"key": "patient-3/ct", "format": "dicom", "files": [["patient-3/ct/0001.dcm", size, mtime_ns], ...]}
 
-with paths below the root; bytes that are no UTF-8 are kept as lone surrogates.
+with paths below the root; bytes that are not UTF-8 are stored as lone surrogates.
 """
 
 from __future__ import annotations
@@ -35,17 +34,15 @@ from .stated import Rest, Said, Stated
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
 LARGE = 2000
-"""A folder of more files that are read together is parted into its series before it is cut into chunks."""
-
-
+"""A folder with more files than this that are read together is divided into its series before it is cut into chunks."""
 UNKNOWN = "of no known format"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|[A-Z][A-Z0-9]{0,3})")
-"""A suffix that may be shown: others may be parts of names."""
+"""A suffix that may be shown; others may be parts of names."""
 
 
 class File(NamedTuple):
-    """`path` below the root; `mtime_ns` is 0 where the content is known by a hash (packages)."""
+    """``path`` below the root; ``mtime_ns`` is 0 if a hash identifies the content (packages)."""
 
     path: str
     size: int
@@ -60,7 +57,7 @@ class Unit(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """`units` consecutive units whose lines are the `length` bytes at `offset` of the listing."""
+    """``units`` consecutive units whose lines are the ``length`` bytes at ``offset`` of the listing."""
 
     offset: int
     length: int
@@ -68,11 +65,11 @@ class Chunk(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """lines: one a unit, in order; sizes: the bytes of each unit's files; digest: sha256 (hex) of paths, sizes and
-    times, another one means that the input has changed; large: the numbers of the units that `parted` parts; ignored:
-    what was passed over, by reason; common: the number of folders that all paths begin with; passed_over: path ->
-    reason, of each of these files; level: which folder tells patients apart; rest: the sides of files of which the
-    units do not say them."""
+    """lines: one per unit, in order; sizes: total bytes of each unit's files; digest: SHA-256 (hex) of paths, sizes and
+    times, which changes with the input; large: the numbers of the units that ``parted`` divides; common: the number of
+    leading folders that all paths share; ignored: counts of skipped files, by reason; passed_over: path -> reason of
+    each skipped file; level: the folder that tells patients apart; rest: the sides of files that the units do not
+    give."""
 
     lines: list[bytes]
     sizes: list[int]
@@ -95,9 +92,9 @@ class Listing(NamedTuple):
 
 
 class Undetermined(ValueError):
-    """Files whose modality neither a header nor the description says. suffixes: of them; by_folders: whether their
-    folders are called after their modalities; patterns: name them, and none of the other files that need one; unnamed:
-    suffixes of which there are no such patterns."""
+    """Files whose modality neither a header nor the description names. suffixes: theirs; by_folders: whether their
+    folders are named after their modalities; patterns: match these files and no other file without a header; unnamed:
+    suffixes for which there are no such patterns."""
 
     def __init__(
         self,
@@ -108,7 +105,7 @@ class Undetermined(ValueError):
         unnamed: Sequence[str] = (),
     ):
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
-        super().__init__(f"{source}: expected files whose modality a header or the command says; got {listed} of none")
+        super().__init__(f"{source}: expected files whose modality a header or the command names; got {listed} of none")
         self.suffixes: list[str] = sorted(suffixes)
         self.by_folders: bool = by_folders
         self.patterns: list[str] = list(patterns)
@@ -116,11 +113,12 @@ class Undetermined(ValueError):
 
 
 def discover(source: Source, root: Path) -> Listing:
-    """The units of `source` below `root`. Links are never followed.
+    """The units of ``source`` below ``root``. Links are never followed.
 
-    ValueError, without the name of any file: no folder at `root`, one below it that cannot be listed, no file found.
+    Raises ValueError, without the name of any file, if ``root`` is not a folder, if a folder below it cannot be listed,
+    and if there is no file.
     """
-    passed_over: dict[str, str] = {}  # path -> reason
+    passed_over: dict[str, str] = {}  # Path -> reason
     folders: dict[tuple[str, str], dict[Stated, list[File]]] = {}  # (path, format)
     said = Said(source, root)
     single: list[Unit] = []
@@ -135,7 +133,7 @@ def discover(source: Source, root: Path) -> Listing:
         format = _format(source, root, file.path)
         if format is None:
             archive = file.path.lower().endswith(_ARCHIVES)
-            passed_over[file.path] = "archives, which are to be unpacked first" if archive else UNKNOWN
+            passed_over[file.path] = "archives, to be unpacked first" if archive else UNKNOWN
         elif readers.reader_of(format).whole_folders:
             folders.setdefault(("/".join(parts), format), {}).setdefault(said.of(file.path), []).append(file)
         else:
@@ -147,13 +145,13 @@ def discover(source: Source, root: Path) -> Listing:
     ignored = Counter(passed_over.values())
     if said.columns:
         ignored[f"columns ({', '.join(said.columns)})"] = len(said.columns)
-    # by a source that says what all its files are
+    # If the description gives one format for all files, a data file was also listed as a unit of its own.
     single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
     units = single
     units += [unit for (key, format), by_stated in folders.items() for unit in _of_folder(key, format, by_stated)]
     if not units:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
-        raise ValueError(f"{source.name}: expected files that its patterns name below its root; found {seen}")
+        raise ValueError(f"{source.name}: expected files that match its patterns below its root; got {seen}")
     units.sort(key=lambda unit: (os.fsencode(unit.key), unit.format))
     lines = [_line(unit) for unit in units]
     digest = hashlib.sha256()
@@ -178,7 +176,7 @@ def discover(source: Source, root: Path) -> Listing:
 
 
 def passed_over_counts(listing: Listing) -> dict[str, int]:
-    """How many files are no unit's, by reason; those of no known format by their suffix."""
+    """The number of files outside all units, by reason; those of unknown format by suffix."""
     counts: Counter[str] = Counter()
     for path, reason in listing.passed_over.items():
         counts[_shown_suffix(path) if reason == UNKNOWN else reason] += 1
@@ -193,8 +191,8 @@ def _shown_suffix(path: str) -> str:
 
 
 def check_modalities(source: Source, listing: Listing) -> None:
-    """Undetermined where the description gives no modality to a file whose header cannot. Files that are called like
-    label maps may have none: their numbers will tell."""
+    """Raise Undetermined if neither the header nor the description can give a file its modality. Files named like label
+    maps may have none: their values decide later."""
     if not source.routed:
         return
     units = [
@@ -218,8 +216,8 @@ def check_modalities(source: Source, listing: Listing) -> None:
 
 
 def _patterns(unknown: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Patterns that name `unknown` by suffix, or by suffix and depth, and none of `others`; the suffixes of those that
-    have none. A pattern goes before what a folder says, so one that is too wide would change modalities."""
+    """Patterns that match ``unknown`` by suffix, or by suffix and depth, and none of ``others``; and the suffixes
+    without such a pattern. A pattern overrides a folder's name, so one that is too wide would change modalities."""
     patterns, unnamed = [], []
     for suffix in sorted(set(map(_suffix, unknown))):
         depths = sorted({path.count("/") for path in unknown if _suffix(path) == suffix})
@@ -234,14 +232,14 @@ def _patterns(unknown: Sequence[str], others: Sequence[str]) -> tuple[list[str],
 
 
 def modality_of(source: Source, unit: Unit) -> Modality | None:
-    """The modality that a table or the description gives a unit, whatever its header says; None where neither does."""
+    """The modality that a table or the description gives a unit, whatever its header says; None if neither does."""
     return known(unit.stated.modality) if unit.stated.modality else source.modality_of(unit.files[0].path)
 
 
 def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
-    """The listing with a unit for each series in the place of each large unit, called by its first file.
+    """The listing with each large unit replaced by one unit per series, named by its first file.
 
-    series: of each large unit, in order, the name of each file's series.
+    series: for each large unit, in order, the name of each file's series.
     """
     lines, sizes, start = [], [], 0
     for number, names in zip(listing.large, series, strict=True):
@@ -251,7 +249,7 @@ def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
         by_series: dict[str, list[File]] = {}
         for file, name in zip(whole.files, names, strict=True):
             by_series.setdefault(name, []).append(file)
-        for files in by_series.values():  # in the order of their first files
+        for files in by_series.values():  # In the order of their first files
             unit = Unit(files[0].path, whole.format, tuple(files), whole.stated)
             lines.append(_line(unit))
             sizes.append(_size(unit))
@@ -260,9 +258,9 @@ def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
 
 
 def cut(sizes: Iterable[tuple[int, int]]) -> list[Chunk]:
-    """Chunks of consecutive units: at most CHUNK_UNITS of them and CHUNK_BYTES of files, at least one unit.
+    """Chunks of consecutive units: at least one, at most CHUNK_UNITS units and CHUNK_BYTES bytes of files.
 
-    sizes: of each unit, the bytes of its line in the listing and those of its files.
+    sizes: for each unit, the bytes of its line in the listing and those of its files.
     """
     chunks: list[Chunk] = []
     offset = start = units = total = 0
@@ -284,7 +282,7 @@ def read_units(listing: Path, chunk: Chunk) -> list[Unit]:
 
 
 def is_unchanged(root: Path, file: File) -> bool:
-    """Whether the file is still what the listing says, by size and time."""
+    """Whether the file still has the size and time of the listing."""
     try:
         status = os.lstat(os.path.join(root, file.path))
     except OSError:
@@ -294,12 +292,12 @@ def is_unchanged(root: Path, file: File) -> bool:
 
 def _listed(source: Source, said: Said) -> Iterator[File]:
     """The files that a table names."""
-    for one in said.listed.values():
-        yield _file(source, one.path, one.status)
+    for file in said.listed.values():
+        yield _file(source, file.path, file.status)
 
 
 def _of_folder(key: str, format: str, by_stated: dict[Stated, list[File]]) -> Iterator[Unit]:
-    """The files of one folder that are read together: those of which the same is said."""
+    """The units of one folder: its files, grouped by what the user states about them."""
     for stated, files in by_stated.items():
         files.sort(key=_path)
         yield Unit(key if len(by_stated) == 1 else files[0].path, format, tuple(files), stated)
@@ -313,7 +311,7 @@ def _level(source: Source, units: Iterable[Unit], common: int) -> Level:
 
 
 def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[File]:
-    """The files that the source's patterns name, in no order."""
+    """The files that match the source's patterns, in any order."""
     if not root.is_dir():
         raise ValueError(f"{source.name}: expected its root to be a folder; there is none")
     pending = [""]
@@ -330,8 +328,8 @@ def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[F
                     elif not source.matches(path):
                         hidden = any(part.startswith(".") for part in path.split("/"))
                         passed_over[path] = "hidden files" if hidden else "not named by the patterns"
-                    elif what := readers.passed_over(entry.name):
-                        passed_over[path] = what
+                    elif reason := readers.passed_over(entry.name):
+                        passed_over[path] = reason
                     elif not entry.is_file(follow_symlinks=False):
                         passed_over[path] = "pipes, sockets and devices"
                     else:
@@ -341,7 +339,7 @@ def _walk(source: Source, root: Path, passed_over: dict[str, str]) -> Iterator[F
 
 
 def _beside(source: Source, root: Path, path: str, format: str) -> list[File]:
-    """The file that holds the data of the one at `path`, where that is another and there is one."""
+    """The separate file with the data of the one at ``path``, if there is one."""
     folder = path.rpartition("/")[0]
     for name in readers.beside(root / path, format):
         other = f"{folder}/{name}" if folder else name
@@ -369,7 +367,7 @@ def _is_large(unit: Unit) -> bool:
 
 
 def _suffix(path: str) -> str:
-    """The suffix by which the format is known; a file's name is the user's own."""
+    """The suffix that identifies the format; the rest of a file's name is private."""
     suffixes = readers.reader_of(readers.format_of(path)).suffixes if readers.format_of(path) else ()
     return max((suffix for suffix in suffixes if path.lower().endswith(suffix)), key=len, default="without suffix")
 

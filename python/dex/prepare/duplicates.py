@@ -1,16 +1,16 @@
-"""Exact and near duplicates among millions of images, found from two hashes of each.
+"""Exact and near duplicates among millions of images, found by two hashes of each.
 
-Two images are exact duplicates when the sha256 of their pixels is the same. They are near duplicates when their
-256-bit difference hashes a, b (`normalise.difference_hash`) are alike:
+Two images are exact duplicates if the SHA-256 of their pixels is equal. They are near duplicates if their 256-bit
+difference hashes a, b (``normalise.difference_hash``) satisfy
 
     |a xor b| <= 10    and    |a xor b| <= 0.1 |a or b|
 
-The second condition is for nearly empty images, whose hashes hold few ones and are close to each other whatever they
-show. From it follows that a hash of p ones has neighbours within min(10, p // 9) bits only: its reach.
+The second condition is for nearly empty images, whose hashes have few ones and are close to each other whatever the
+images show. It follows that a hash with p ones has neighbours only within min(10, p // 9) bits: its reach.
 
-Of two hashes that differ in at most r bits, one of r + 1 disjoint bands of bits is equal. So every hash is filed under
-each of its bands (reach + 1 of them: the fewer ones, the longer the bands), and only those that share a band are
-compared. The result does not depend on how bits are dealt to bands, only the time does.
+If two hashes differ in at most r bits, at least one of r + 1 disjoint bands of bits is equal in both. So the index
+stores every hash under each of its reach + 1 bands (the fewer ones, the longer the bands), and only hashes that share a
+band are compared. The assignment of bits to bands affects only the time, not the result.
 
 Shape letters: n, m images; Q entries: pairs of an image and one of its bands.
 """
@@ -25,47 +25,47 @@ from .normalise import NEAR_DUPLICATE_BITS
 
 KEEP, EXACT, NEAR = 0, 1, 2
 HASH_BITS = 256
-ONES_PER_BIT = 10  # one in this many of the ones in a or b may differ
+ONES_PER_BIT = 10  # Least number of ones in a or b per differing bit
 
 _BLOCK = 4096
-_PAIRS = 2**18  # compared at a time: what fits a cache
-_OPEN_PAIRS = 2**19  # within a block, before it is halved
-_REACH = 9  # ones in a hash for each bit of its reach: d <= (p + d) / 10 is d <= p / 9
+_PAIRS = 2**18  # Compared at a time: fits in a cache
+_OPEN_PAIRS = 2**19  # Most pairs within a block before it is halved
+_REACH = 9  # Ones in a hash per bit of its reach: d <= (p + d) / 10 means d <= p / 9
 _MIX = np.random.default_rng(0).integers(1, 2**63, 4, np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 def find(pixels: np.ndarray, hashes: np.ndarray, unit: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n images repeat an earlier one that is kept.
+    """Find which of n images repeat an earlier kept one.
 
-    pixels: uint8 [n, 32], sha256 of each image's pixels; hashes: uint8 [n, 32], difference hashes, first bit first;
-    unit: int64 [n], the volume, series or file an image is of; volume: bool [n], neighbours in that unit are
-    neighbours in space. Two images of one unit that is a volume are never near duplicates, only exact ones.
+    pixels: uint8 [n, 32], SHA-256 of each image's pixels; hashes: uint8 [n, 32], difference hashes, first bit first;
+    unit: int64 [n], number of each image's volume, series or file; volume: bool [n], whether neighbours in that unit
+    are neighbours in space. Two images of the same volume are never near duplicates, only exact ones.
 
-    Returns kind, int8 [n]: KEEP, EXACT or NEAR, and of, int64 [n]: the kept image that is repeated (the first of
-    several), -1 where kept. The images are gone through in order, each is compared with those kept before it, and
-    EXACT goes before NEAR. Memory: some 300 bytes an image.
+    Returns kind, int8 [n]: KEEP, EXACT or NEAR, and of, int64 [n]: the (first) kept image that is repeated, -1 for kept
+    images. The images are processed in order; each is compared with those kept before it, and EXACT takes precedence
+    over NEAR. Memory: about 300 bytes per image.
     """
     pixels, hashes = _table("pixels", pixels), _table("hashes", hashes)
     unit, volume = np.asarray(unit), np.asarray(volume)
     for name, array, kinds in (("hashes", hashes, "u"), ("unit", unit, "iu"), ("volume", volume, "b")):
         if len(array) != len(pixels) or array.dtype.kind not in kinds or (array is not hashes and array.ndim != 1):
-            raise ValueError(f"{name}: expected {len(pixels)} rows, one an image, got {array.dtype} {array.shape}")
+            raise ValueError(f"{name}: expected {len(pixels)} rows, one per image, got {array.dtype} {array.shape}")
     return _Greedy(pixels, hashes, unit.astype(np.int64), volume).run()
 
 
 def between(
     hashes_a: np.ndarray, pixels_a: np.ndarray, hashes_b: np.ndarray, pixels_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the m images of b occur among the n images of a.
+    """Find which of the m images of b occur among the n images of a.
 
-    hashes_a, pixels_a: uint8 [n, 32]; hashes_b, pixels_b: uint8 [m, 32]; as in `find`. Returns kind, int8 [m]: KEEP
+    hashes_a, pixels_a: uint8 [n, 32]; hashes_b, pixels_b: uint8 [m, 32]; as in ``find``. Returns kind, int8 [m]: KEEP
     (not in a), EXACT or NEAR, and of, int64 [m]: the first image of a that is repeated, or -1.
     """
     tables = {"hashes_a": hashes_a, "pixels_a": pixels_a, "hashes_b": hashes_b, "pixels_b": pixels_b}
     hashes_a, pixels_a, hashes_b, pixels_b = (_table(name, table) for name, table in tables.items())
     for side, hashes, pixels in (("a", hashes_a, pixels_a), ("b", hashes_b, pixels_b)):
         if len(hashes) != len(pixels):
-            raise ValueError(f"pixels_{side}: expected {len(hashes)} rows, one an image, got {len(pixels)}")
+            raise ValueError(f"pixels_{side}: expected {len(hashes)} rows, one per image, got {len(pixels)}")
     kind, of = np.zeros(len(hashes_b), np.int8), np.full(len(hashes_b), -1, np.int64)
     if not len(hashes_a) or not len(hashes_b):
         return kind, of
@@ -89,7 +89,7 @@ def between(
     same = _groups(np.concatenate([pixels_a, pixels_b]))
     first = np.full(same.max(initial=-1) + 1, -1, np.int64)
     rows = np.flatnonzero(same[: len(pixels_a)] >= 0)[::-1]
-    first[same[rows]] = rows  # the last written, the earliest row, stays
+    first[same[rows]] = rows  # In reverse order, so that the earliest row is written last
     repeated = np.flatnonzero(same[len(pixels_a) :] >= 0)
     repeated = repeated[first[same[len(pixels_a) + repeated]] >= 0]
     kind[repeated], of[repeated] = EXACT, first[same[len(pixels_a) + repeated]]
@@ -97,7 +97,7 @@ def between(
 
 
 class _Greedy:
-    """The state of one `find`: what is kept so far, in an index, and what has been decided."""
+    """The state of one ``find``: the kept images in an index, and the decisions so far."""
 
     def __init__(self, pixels: np.ndarray, hashes: np.ndarray, unit: np.ndarray, volume: np.ndarray):
         self.unit, self.volume = unit, volume
@@ -113,7 +113,7 @@ class _Greedy:
         return self.kind, self.of
 
     def decide(self, rows: np.ndarray) -> None:
-        """Decide on `rows`, ascending, when all before them are decided."""
+        """Decide on ``rows``, which are ascending, once all earlier rows are decided."""
         kept = np.where(self.same[rows] >= 0, self.kept_of_same[self.same[rows]] if len(self.kept_of_same) else -1, -1)
         known = kept >= 0
         self.kind[rows[known]], self.of[rows[known]] = EXACT, kept[known]
@@ -126,27 +126,27 @@ class _Greedy:
         row, slot = _entries(words, index.ones[rows], index.bits, all_levels=True)
         begin, end = index.span(slot)
         best = np.full(len(rows), none, np.int64)
-        filed = np.zeros(len(rows), bool)  # a slice kept before, of this volume, has the same hash and stands for both
+        filed = np.zeros(len(rows), bool)  # A kept slice of the same volume has the same hash and stands for both
         for i, j, distance in index.near(words, row, begin, end):
             own = self.one_volume(rows[i], j)
             np.minimum.at(best, i[~own], j[~own])
             filed[i[own & (distance == 0)]] = True
 
-        # those left are compared with each other: filed at the end of their bands, then taken out again
+        # Compare the others with each other: insert them at the end of their slots, and remove them afterwards.
         left = (best == none) & ~filed
         index.insert(rows[left])
-        mine = left[row]
-        row, begin, end = row[mine], end[mine], index.span(slot[mine])[1]
+        open_entries = left[row]
+        row, begin, end = row[open_entries], end[open_entries], index.span(slot[open_entries])[1]
         count = int((end - begin).sum())
         edges: dict[int, list[tuple[int, bool]]] = {}
         if count <= _OPEN_PAIRS:
-            found = [np.stack([i, j, self.one_volume(rows[i], j), d]) for i, j, d in index.near(words, row, begin, end)]
-            i, j, own, distance = np.unique(np.concatenate(found, axis=1), axis=1) if found else np.empty((4, 0), int)
+            pairs = [np.stack([i, j, self.one_volume(rows[i], j), d]) for i, j, d in index.near(words, row, begin, end)]
+            i, j, own, distance = np.unique(np.concatenate(pairs, axis=1), axis=1) if pairs else np.empty((4, 0), int)
             matters = (j < rows[i]) & ((own == 0) | (distance == 0))
             for a, b, o in zip(i[matters].tolist(), j[matters].tolist(), own[matters].tolist(), strict=True):
                 edges.setdefault(a, []).append((b, bool(o)))
         index.remove(rows[left])
-        if count > _OPEN_PAIRS and len(rows) > 1:  # many alike: the first half decides on most of the second
+        if count > _OPEN_PAIRS and len(rows) > 1:  # Many are similar: the first half decides most of the second
             self.decide(rows[: len(rows) // 2])
             self.decide(rows[len(rows) // 2 :])
             return
@@ -167,16 +167,16 @@ class _Greedy:
         index.insert(rows[(self.kind[rows] == KEEP) & ~filed])
 
     def one_volume(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """bool [Q]: both images of a pair are of one unit that is a volume."""
+        """bool [Q]: whether both images of a pair are of the same volume."""
         return (self.unit[i] == self.unit[j]) & self.volume[i] & self.volume[j]
 
 
 class _Index:
-    """Hashes filed under their bands. The entries of one slot lie side by side, in the order they were inserted; the
-    room for all of them is set aside at the start.
+    """An index of hashes by their bands. The entries of one slot are contiguous, in the order of insertion; space for
+    all of them is allocated at the start.
 
-    words: uint64 [n, 4], the hashes, dealt; ones: int64 [n], how many bits are set; bits: of a slot's number within a
-    band.
+    words: uint64 [n, 4], the hashes with permuted bits; ones: int64 [n], number of set bits; bits: number of bits of a
+    slot's number within a band.
     """
 
     def __init__(self, hashes: np.ndarray):
@@ -188,7 +188,7 @@ class _Index:
         for start in range(0, len(hashes), _BLOCK):
             _, slot = self._own(np.arange(start, min(start + _BLOCK, len(hashes))))
             np.add.at(count, slot, 1)
-        self._spans = np.empty((bands << self.bits, 2), np.int32)  # begin, end: two numbers in one cache line
+        self._spans = np.empty((bands << self.bits, 2), np.int32)  # Begin and end, in the same cache line
         np.cumsum(count, out=self._spans[:, 1])
         total = int(self._spans[-1, 1])
         self._spans[:, 1] -= count
@@ -196,7 +196,7 @@ class _Index:
         self._rows = np.empty(total, np.int32)
 
     def insert(self, rows: np.ndarray) -> None:
-        """File `rows` at the end of their slots."""
+        """Insert ``rows`` at the end of their slots."""
         row, slot = self._own(rows)
         order = np.argsort(slot, kind="stable")
         row, slot = row[order], slot[order]
@@ -207,20 +207,20 @@ class _Index:
         self._spans[slot[fresh], 1] += length.astype(np.int32)
 
     def remove(self, rows: np.ndarray) -> None:
-        """Take out `rows`, which were inserted last."""
+        """Remove ``rows``, which must be the last ones inserted."""
         np.subtract.at(self._spans[:, 1], self._own(rows)[1], 1)
 
     def span(self, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 begin [Q], end [Q] of the entries now filed under each of `slot`."""
+        """int64 begin [Q], end [Q] of the current entries of each slot."""
         spans = self._spans[slot].astype(np.int64)
         return spans[:, 0], spans[:, 1]
 
     def near(
         self, words: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Pairs (row of `words`, filed row, distance) that are near, some at a time, of entries begin .. end - 1.
+        """Near pairs (row of ``words``, inserted row, distance) among the entries begin .. end - 1, in batches.
 
-        A pair comes once for each band that it shares.
+        A pair comes once for each band that its hashes share.
         """
         filled = np.flatnonzero(end > begin)
         row, begin, length = row[filled], begin[filled], (end - begin)[filled]
@@ -230,11 +230,11 @@ class _Index:
             done = ends[start - 1] if start else 0
             stop = max(start + 1, int(np.searchsorted(ends, done + _PAIRS, "right")))
             part = length[start:stop]
-            # one arange runs through all slots: what is added takes it from its own place to the slot's
+            # One arange runs through all slots; ``shift`` moves each part of it to the slot's own range.
             shift = begin[start:stop] - (ends[start:stop] - part - done)
             j = self._rows[np.arange(ends[stop - 1] - done) + np.repeat(shift, part)]
             i = np.repeat(row[start:stop], part)
-            # most pairs differ too much within a quarter or a half of their bits already
+            # Most pairs already differ too much in a quarter or a half of their bits.
             distance = np.bitwise_count(np.repeat(words[row[start:stop], 0], part) ^ self._quarters[0][j])
             for quarter in range(1, 4):
                 some = np.flatnonzero(distance <= NEAR_DUPLICATE_BITS)
@@ -250,10 +250,10 @@ class _Index:
 
 
 def _entries(words: np.ndarray, ones: np.ndarray, bits: int, all_levels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """row int64 [Q], slot int64 [Q]: under what the hashes `words` [n, 4] are filed, or to be looked for.
+    """row int64 [Q], slot int64 [Q]: the slots where the hashes ``words`` [n, 4] are stored or looked up.
 
-    A hash is filed with the bands of its own level, which is its reach. It is looked for on every level on which it
-    can have a neighbour: pairs differ by at most the smaller reach, so no band is too long for them.
+    A hash is stored with the bands of its own level, which is its reach. It is looked up on every level where it can
+    have a neighbour: a pair differs by at most the smaller reach, so the bands are short enough for it.
     """
     own = np.minimum(ones // _REACH, NEAR_DUPLICATE_BITS)
     unpacked = np.zeros((len(words), HASH_BITS + 1), np.uint8)
@@ -280,7 +280,8 @@ def _entries(words: np.ndarray, ones: np.ndarray, bits: int, all_levels: bool) -
 
 
 def _bands(count: int) -> np.ndarray:
-    """int64 [count, 64 w]: the places of each band's bits, filled up with HASH_BITS, the place of a bit never set."""
+    """int64 [count, 64 w]: the places of each band's bits, padded with HASH_BITS, the place of a bit that is never
+    set."""
     parts = np.array_split(np.arange(HASH_BITS), count)
     places = np.full((count, -(-len(parts[0]) // 64) * 64), HASH_BITS)
     for band, part in zip(places, parts, strict=True):
@@ -289,12 +290,12 @@ def _bands(count: int) -> np.ndarray:
 
 
 _PLACES = [_bands(level + 1) for level in range(NEAR_DUPLICATE_BITS + 1)]
-# bits are dealt at random: neighbours in the image tend to be equal, so a band of neighbours would tell little
+# Bits are assigned at random: neighbours in the image tend to be equal, so a band of neighbours would say little.
 _DEAL = np.random.default_rng(1).permutation(HASH_BITS)
 
 
 def _words(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [n, 4], the hashes (uint8 [n, 32]) with their bits dealt, and int64 [n], how many are set."""
+    """uint64 [n, 4], the hashes (uint8 [n, 32]) with permuted bits, and int64 [n], their numbers of set bits."""
     words = np.empty((len(hashes), HASH_BITS // 64), np.uint64)
     for start in range(0, len(hashes), _BLOCK):
         bits = np.unpackbits(hashes[start : start + _BLOCK], axis=1).take(_DEAL, axis=1)
@@ -307,7 +308,7 @@ def _groups(digests: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(digests).view(np.uint64)
     order = np.lexsort(words.T)
     fresh = np.ones(len(words), bool)
-    for start in range(1, len(words), 2**20):  # in parts: a sorted copy of all would be as large as the digests
+    for start in range(1, len(words), 2**20):  # In parts: a sorted copy of all would be as large as the digests
         part = order[start - 1 : start + 2**20]
         fresh[start : start + 2**20] = (words[part[1:]] != words[part[:-1]]).any(axis=1)
     number = np.cumsum(fresh) - 1

@@ -1,14 +1,14 @@
-"""Which folder in the paths of a source tells patients apart: a function of the paths alone.
+"""Find the folder in the paths of a source that tells patients apart: a function of the paths alone.
 
-It is the first one that the paths do not share, with these exceptions. A level is passed over
+It is the first one that the paths do not share, but these levels are skipped:
 
-- whose folders are all called after modalities or parts of a split (`CT`, `MRI`, `train`, `test`, `imagesTr`, ...);
-- whose folders are classes: at most CLASSES of them with at least CLASS_PICTURES single pictures each on average,
-  unless they are numbered (`patient-001`, `video7`, `0042`), as classes seldom are;
-- whose folders are days (`2024-03-01`), where a deeper level has enough folders;
-- whose folders are too few to hold out a share of them, where a deeper level has enough (`site-a/p001`, `site-b/p002`).
+- all folders are named after modalities or parts of a split (``CT``, ``MRI``, ``train``, ``test``, ``imagesTr``, ...);
+- the folders are classes: at most CLASSES of them, with at least CLASS_PICTURES single pictures each on average, unless
+  they are numbered (``patient-001``, ``video7``, ``0042``), as classes seldom are;
+- the folders are days (``2024-03-01``), and a deeper level has enough folders;
+- the folders are too few to hold out a share of them, and a deeper level has enough (``site-a/p001``, ``site-b/p002``).
 
-Where a modality, a split or a class is all that folders tell, no folder stands for a patient.
+If all folders name a modality, a split or a class, no folder stands for a patient.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import NamedTuple
 from .modalities import key, known
 
 NONE = -1
-"""The level where no folder tells patients apart."""
+"""The level if no folder tells patients apart."""
 CLASSES, CLASS_PICTURES = 30, 100
 MOST = 3.0
-"""Times the wanted share: with fewer folders, each is more than that."""
+"""A level has too few folders if each holds more than this many times the wanted share."""
 
 _PARTS = {
     *("train", "training", "val", "valid", "validation", "test", "testing", "dev", "heldout", "holdout"),
@@ -43,32 +43,32 @@ _DAY = re.compile(r"(\d{4})[-_.]?(\d{2})[-_.]?(\d{2})|(\d{2})[-_.](\d{2})[-_.](\
 
 
 class Place(NamedTuple):
-    """folders: of a file, from the root on; single: whether it is one picture, rather than a volume, a film or a
-    folder's files that are read together."""
+    """folders: of a file, from the root on; single: whether it is a single picture, not a volume, a film or a folder
+    read as a whole."""
 
     folders: tuple[str, ...]
     single: bool
 
 
 class _Folders(NamedTuple):
-    """The folders of one level: how many files are below each, and how many of those are single pictures."""
+    """The folders of one level: the number of files below each, and the total number of single pictures."""
 
     files: Counter[str]
     singles: int
 
 
 class Level(NamedTuple):
-    """The number of the folder that tells patients apart, counted from the root; NONE where none does. sure: False
-    where the folders above it were no better than it, only too few."""
+    """The number of the folder that tells patients apart, counted from the root; NONE if there is none. sure: False if
+    folders above it were skipped only because they are too few."""
 
     number: int
     sure: bool = True
 
 
 def level_of(places: Iterable[Place], common: int, share: float) -> Level:
-    """Which folder tells patients apart.
+    """The folder that tells patients apart.
 
-    common: the number of folders that all paths share. share: of the patients, the part to be held out.
+    common: the number of leading folders that all paths share. share: of patients to hold out.
     """
     levels: list[_Folders] = []
     for place in places:
@@ -88,7 +88,7 @@ def level_of(places: Iterable[Place], common: int, share: float) -> Level:
 
 
 def names_nobody(folder: str) -> bool:
-    """Whether a folder is called after a modality or a part of a split."""
+    """Whether a folder is named after a modality or a part of a split."""
     return known(folder) is not None or key(folder) in _PARTS
 
 
@@ -104,7 +104,7 @@ def _is_class(level: _Folders) -> bool:
 
 
 def _are_numbered(names: Iterable[str]) -> bool:
-    """Whether names differ by their numbers alone, and what is numbered is no class, part or site."""
+    """Whether the names differ only by their numbers, and do not number classes, parts or sites."""
     stems = {_DIGITS.sub("0", name) for name in names}
     words = {key(word) for stem in stems for word in stem.split("0")}
     return len(stems) == 1 and any("0" in stem for stem in stems) and not words & _NO_PATIENTS
@@ -122,4 +122,4 @@ def _is_day(name: str) -> bool:
     try:
         return 1980 <= datetime.date(int(year), int(month), int(day)).year < 2100
     except ValueError:
-        return match[4] is not None and int(match[5]) <= 31 and int(match[4]) <= 12  # month first
+        return match[4] is not None and int(match[5]) <= 31 and int(match[4]) <= 12  # Month first

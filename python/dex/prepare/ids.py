@@ -1,7 +1,7 @@
 """Names of samples and patients in a prepared set: readable for public sources, salted hashes for all others.
 
-A private name is an HMAC-SHA256 under a salt that never leaves the private folder: without it nobody can tell whether
-a given patient or file is in the set by hashing guesses.
+A private name is an HMAC-SHA256 under a salt that never leaves the private folder. Without the salt, hashing guesses
+does not reveal whether a given patient or file is in the set.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .sources import BY_FOLDER, Source
 SALT, SALT_BYTES = "salt", 32
 _MAX_NAME = 200
 _NOBODY = re.compile(r"(anon\w*|de-?identified|unknown|none|null|patient|n/?a|id|test|0+|[x*_-]+)?", re.IGNORECASE)
-"""What stands in a header instead of a patient: such an identity names many."""
+"""Placeholders in headers instead of a patient: such an identity is shared by many."""
 
 
 def read_salt(folder: Path) -> bytes:
-    """The salt in `folder`, made once. ValueError when the file there is not one. To be called under a lock."""
+    """The salt in ``folder``, created once. Call it under a lock. Raises ValueError for a file that is not a salt."""
     path = folder / SALT
     if not path.exists():
         atomic.write(path, os.urandom(SALT_BYTES), sync=True, mode=0o600, locked=True)
     salt = path.read_bytes()
     if len(salt) != SALT_BYTES:
-        raise ValueError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}; without it the ids are lost: begin anew")
+        raise ValueError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}; without it the ids are lost: start over")
     return salt
 
 
 class Group(NamedTuple):
-    """What keeps a patient's images together. by: "patient" where it is named, "folder" where a folder stands for it,
-    "file" where only the file itself does."""
+    """The group of a patient's images. by: "patient" if the patient is named, "folder" if a folder stands for the
+    patient, "file" if only the file itself does."""
 
     name: str
     by: str
@@ -47,8 +47,8 @@ class Group(NamedTuple):
 class Names:
     """The names of one source's samples.
 
-    common: the number of folders that all paths of the source begin with; level: the number of the folder in a path
-    that tells patients apart (`folders.level_of`), without it the first one after those.
+    common: the number of leading folders that all paths of the source share; level: the number of the folder in a path
+    that tells patients apart (``folders.level_of``); by default, the first one after those.
     """
 
     def __init__(self, source: Source, salt: bytes, common: int = 0, level: int | None = None):
@@ -58,7 +58,7 @@ class Names:
         self._patient = re.compile(source.patient_pattern) if source.patient_pattern else None
 
     def sample(self, key: str, label: str) -> str:
-        """The id of one image: unit `key` (a path below the root), `label` unique in the unit."""
+        """The id of one image: ``key`` of its unit (a path below the root), ``label`` unique in the unit."""
         if not self._source.public:
             return f"{self._source.name}/{self._hash('sample', self._source.name, key, label)}"
         return "/".join(part for part in (self._source.name, _safe(key), _safe(label)) if part)
@@ -70,16 +70,16 @@ class Names:
         return "/".join(part for part in (self._source.name, _safe(key)) if part)
 
     def group(self, path: str, patient: str, alone: bool = True) -> str:
-        """The name of `identity`'s group."""
+        """The name of the group from ``identity``."""
         return self.identity(path, patient, alone).name
 
     def identity(self, path: str, patient: str, alone: bool = True, stated: str = "") -> Group:
-        """The group of a file's images. path: below the root; patient: the header's, or ""; alone: False where the
-        files beside it may be the same patient's; stated: the patient by a table, or ""."""
+        """The group of a file's images. path: below the root; patient: the header's, or ""; alone: False if the files
+        beside it may be of the same patient; stated: the patient by a table, or ""."""
         if stated:
             return Group(self.patient(stated), "patient")
-        if (found := self.in_path(path)) is not None:
-            return Group(self._folder(found), "patient")
+        if (name := self.in_path(path)) is not None:
+            return Group(self._folder(name), "patient")
         if self._folders:
             return self.folder(path, alone)._replace(by="patient")
         if not _NOBODY.fullmatch(" ".join(patient.split())):
@@ -87,7 +87,8 @@ class Names:
         return self.folder(path, alone)
 
     def patient(self, patient: str) -> str:
-        """The group of a patient by a header or a table. Without the source: a patient may be in several."""
+        """The group of a patient named by a header or a table. It does not depend on the source: a patient may be in
+        several."""
         patient = " ".join(patient.split())
         if self._source.public:
             return "patient-" + hashlib.sha256(patient.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -99,9 +100,9 @@ class Names:
         return (match.group(1) or None) if match else None
 
     def folder(self, path: str, alone: bool = True) -> Group:
-        """What stands for the patient where none is named. Folders above the one that tells patients apart are left
-        out, so that `CT/p1` and `MR/p1` are one. Beside folders of patients there may be some that name nobody: there a
-        folder below them stands for the patient, or the file."""
+        """What stands for an unnamed patient. Folders above the one that tells patients apart are left out, so that
+        ``CT/p1`` and ``MR/p1`` are the same patient. Among the folders of patients there may be some named after a
+        modality or a split: a folder below them then stands for the patient, or the file."""
         *folders, _ = path.split("/")
         level = self._level
         if not self._folders and not self._source.public:
@@ -114,7 +115,7 @@ class Names:
         return Group(self._folder("/".join([*folders, ""])), "folder")
 
     def part(self, kind: str, *identity: str) -> str:
-        """The name of a study, a series or a file, which is less than a patient."""
+        """The name of a part of a patient's images: a study, a series or a file."""
         if self._source.public:
             digest = hashlib.sha256("\0".join(identity).encode("utf-8", "surrogatepass")).hexdigest()[:32]
             return f"{self._source.name}/{kind}-{digest}"
@@ -132,12 +133,12 @@ class Names:
 
 
 def place_of(group: str) -> int:
-    """Where the hash of a group's name lies, 0 <= place < 2**64."""
+    """The hash of a group's name as a number, 0 <= place < 2**64."""
     return int.from_bytes(hashlib.sha256(b"dex split\0" + group.encode()).digest()[:8], "big")
 
 
 def _safe(name: str) -> str:
-    """Printable ASCII that no shell, page or path takes for anything else; different names stay different."""
+    """Printable ASCII without special meaning in shells, pages and paths; different names stay different."""
     quoted = quote_from_bytes(os.fsencode(name), safe="/")
     if len(quoted) <= _MAX_NAME:
         return quoted

@@ -1,18 +1,18 @@
-"""What a source holds and what `dex prepare` would make of it, from headers and a small sample of pixels.
+"""What a source holds and what ``dex prepare`` would make of it, from headers and a small sample of pixels.
 
-Files are listed, judged and read by the code of a real run (`discover`, `chunks.UnitWork`, the readers, `routing`),
-with their headers alone read. So these numbers are exact, as far as the files' pixels can be read:
+The code of a real run (``discover``, ``chunks.UnitWork``, the readers, ``routing``) lists and judges the files, but
+reads only their headers. These numbers are therefore exact, if the pixels of the files can be read:
 
-    modality, size, planes and spacing of every image, patients, what headers leave out and why, what is passed over,
-    slices that are too small, files whose modality nothing says
+    modality, size, planes and spacing of every image, patients, what is left out by headers and why, skipped files,
+    slices that are too small, files of unknown modality
 
-These are estimates, from units drawn by a seed whose pixels are read as a real run would read them:
+These are estimates, from units drawn by a seed and read completely, as in a real run:
 
-    slices that are kept or dropped for what they show, label maps (known by their numbers), damage in pixel data, the
+    slices kept or dropped because of their pixels, label maps recognised by their values, damaged pixel data, the
     set's bytes, the time
 
-No date, name, path or description of a series gets into an inventory; patients are counted by salted hashes, under a
-salt that is forgotten.
+An inventory contains no date, name, path or series description. Patients are counted by salted hashes, and the salt is
+discarded.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .sources import Source
 from .survey import Kind, Measured, Survey, look, measure
 
 SAMPLE_BYTES = 64 * 2**20
-"""Of a unit: larger ones are not read while there are others."""
-_EVERY = 5.0  # seconds between lines
+"""Larger units are sampled only if there are no others."""
+_EVERY = 5.0  # Seconds between lines
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Of one source. passed_over: reason, or suffix of no known format -> files. undetermined: why a real run would not
-    begin; None where it would. workers: for the time."""
+    """The inventory of one source. passed_over: reason, or suffix of an unknown format -> number of files.
+    undetermined: why a real run would not start; None if it would. workers: for the estimate of the time."""
 
     source: str
     files: int
@@ -63,8 +63,8 @@ class Inventory:
 
 
 class Estimate(NamedTuple):
-    """slices: by headers. kept, bytes, seconds (of one processor): estimates; label_maps: of stacks. unmeasured: slices
-    of kinds of which no unit was read, which are in none of these."""
+    """slices, small: exact, by headers. kept, bytes, seconds (of one processor), label_maps (stacks): estimates.
+    unmeasured: slices of kinds without a sampled unit; the estimates do not include them."""
 
     slices: int
     small: int
@@ -85,9 +85,9 @@ def take(
     limits: readers.Limits = readers.Limits(),  # noqa: B008
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Inventory]:
-    """The inventory of each source, by name. Nothing is written, except packages and files elsewhere, into `cache`.
+    """The inventory of each source, sorted by name. Only packages and remote files are written, into ``cache``.
 
-    ValueError for a source without files, as from a real run; `run.Failed` for a fault of our own.
+    Raises ValueError for a source without files, as a real run does, and ``run.Failed`` for a fault of our own.
     """
     try:
         taken = []
@@ -104,7 +104,7 @@ def take(
 
 @dataclass(frozen=True)
 class _Worked:
-    """One source, and how its units are given to workers."""
+    """One source, and how its units are passed to workers."""
 
     source: Source
     root: Path
@@ -123,7 +123,7 @@ class _Worked:
         except Undetermined as error:
             undetermined = error
         survey = self.survey(listing)
-        if survey.given_up:  # one file of a large folder may be to blame: its series apart, as a real run has them
+        if survey.given_up:  # One file of a large folder may be to blame: divide it into series, as a real run does
             options = run.Options(out=self.scratch / "out", workers=self.processes, limits=self.limits)
             survey = self.survey(
                 run.parted_by_headers(self.source, self.root, listing, options, self.scratch, self.say)
@@ -142,13 +142,13 @@ class _Worked:
     def survey(self, listing: Listing) -> Survey:
         path = self.scratch / "units.jsonl"
         path.write_bytes(b"".join(listing.lines))
-        total, known, said = len(listing.lines), 0, time.monotonic()
+        total, known, reported = len(listing.lines), 0, time.monotonic()
         jobs = [self._job(path, chunk, listing) for chunk in listing.chunks]
         result = Survey()
         for job, survey in self._run(look, jobs, listing.formats):
             known += job.chunk.units
-            if time.monotonic() - said >= _EVERY:
-                said = time.monotonic()
+            if time.monotonic() - reported >= _EVERY:
+                reported = time.monotonic()
                 self.say(f"{self.source.name}: headers of {known:,}/{total:,} units")
             result.add(survey)
         return result
@@ -166,8 +166,8 @@ class _Worked:
             jobs.append(self._job(path, whole, listing))
         measured: dict[Kind, Measured] = {}
         for _, by_kind in self._run(measure, jobs, sorted({kind.format for kind in kinds})):
-            for kind, one in by_kind.items():
-                measured.setdefault(kind, Measured()).add(one)
+            for kind, results in by_kind.items():
+                measured.setdefault(kind, Measured()).add(results)
         return measured
 
     def _job(self, path: Path, chunk: Chunk, listing: Listing) -> Job:
@@ -201,15 +201,15 @@ def _estimate(inventory: Inventory) -> Estimate:
     kept = size = labels = seconds = 0.0
     unmeasured = 0
     for kind in inventory.kinds:
-        count, one = survey.slices(kind), _nearest(kind, sample)
-        if one is None:
+        count, part = survey.slices(kind), _nearest(kind, sample)
+        if part is None:
             unmeasured += count
             continue
-        share = count / one.expected
-        kept, size, seconds = kept + one.kept * share, size + one.bytes * share, seconds + one.seconds * share
+        factor = count / part.expected
+        kept, size, seconds = kept + part.kept * factor, size + part.bytes * factor, seconds + part.seconds * factor
         stacks = sum(alike.stacks for leaf, alike in survey.leaves.items() if leaf.kind == kind)
-        left_out = one.refused[label_maps.LABEL_MAP] + one.refused[label_maps.PROBABILITY_MAP]
-        labels += stacks * min(1.0, left_out / one.units)
+        left_out = part.refused[label_maps.LABEL_MAP] + part.refused[label_maps.PROBABILITY_MAP]
+        labels += stacks * min(1.0, left_out / part.units)
     return Estimate(
         slices=total,
         small=sum(alike.small for alike in survey.leaves.values()),
@@ -218,18 +218,18 @@ def _estimate(inventory: Inventory) -> Estimate:
         seconds=seconds + survey.idle,
         label_maps=round(labels),
         unmeasured=unmeasured,
-        sampled=sum(one.expected for one in sample.values()),
+        sampled=sum(part.expected for part in sample.values()),
     )
 
 
 def _nearest(kind: Kind, sample: dict[Kind, Measured]) -> Measured | None:
-    """What was measured of a kind, else of all kinds of its format."""
+    """The measurements of a kind, or else of all kinds of its format."""
     if kind in sample and sample[kind].expected:
         return sample[kind]
     total = Measured()
-    for other, one in sample.items():
+    for other, part in sample.items():
         if other.format == kind.format and other.named == kind.named:
-            total.add(one)
+            total.add(part)
     return total if total.expected else None
 
 

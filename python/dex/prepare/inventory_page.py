@@ -1,4 +1,4 @@
-"""An inventory as text, as an HTML page in the data card's style, and as JSON: a function of the inventory alone."""
+"""An inventory as text, as an HTML page in the style of the data card, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .inventory import Inventory
 from .survey import Alike, Kind, Leaf
 
 SIZES = 4
-"""Sizes in pixels that are listed one by one, of each modality and plane; the rest is a range."""
-NOT_SAID = "not said"
+"""Number of sizes that are listed for each modality and plane; the others are given as a range."""
+NOT_SAID = "unknown"
 EXACT = (
-    "Exact, from listing and headers: files, modalities, sizes, planes, spacing, patients, what is left out by "
-    "headers, what is passed over."
+    "Exact, from the listing and headers: files, modalities, sizes, planes, spacing, patients, what is left out by "
+    "headers, skipped files."
 )
 
 
@@ -45,7 +45,7 @@ def build(inventories: Sequence[Inventory]) -> tuple[bytes, bytes]:
 
 
 def to_dict(inventory: Inventory) -> dict[str, Any]:
-    """Plain values: "exact" is from listing and headers, "estimate" from the sample."""
+    """The inventory as plain values: "exact" from the listing and headers, "estimate" from the sample."""
     survey, estimate = inventory.survey, inventory.estimate
     return {
         "source": inventory.source,
@@ -78,14 +78,14 @@ def to_dict(inventory: Inventory) -> dict[str, Any]:
                     "format": kind.format,
                     "modality": kind.modality,
                     "named_like_label_maps": kind.named,
-                    "sampled_slices": one.expected,
-                    "kept": one.kept,
-                    "dropped": dict(sorted(one.dropped.items())),
-                    "refused": dict(sorted(one.refused.items())),
-                    "slices_per_second": round(one.expected / one.seconds, 1) if one.seconds else None,
-                    "bytes_per_image": round(one.bytes / one.kept) if one.kept else None,
+                    "sampled_slices": part.expected,
+                    "kept": part.kept,
+                    "dropped": dict(sorted(part.dropped.items())),
+                    "refused": dict(sorted(part.refused.items())),
+                    "slices_per_second": round(part.expected / part.seconds, 1) if part.seconds else None,
+                    "bytes_per_image": round(part.bytes / part.kept) if part.kept else None,
                 }
-                for kind, one in sorted(inventory.sample.items())
+                for kind, part in sorted(inventory.sample.items())
             ],
         },
     }
@@ -129,13 +129,12 @@ def _lines(inventory: Inventory) -> Iterable[str]:
         if row.kind.format != before:
             before = row.kind.format
             yield f"  {_title(before)}"
-        what = _modality(row.kind)
-        yield f"    {what:<22} {_stacks(row)}, {page.count(row.total.slices, 'slice')}{_plane(row)}"
+        yield f"    {_modality(row.kind):<22} {_stacks(row)}, {page.count(row.total.slices, 'slice')}{_plane(row)}"
         yield f"      {_sizes(row)}{_spacing(row.total)}"
     for title, listed in (("left out, by headers", _left_out(inventory)), ("passed over", _passed_over(inventory))):
         if listed:
             yield f"  {title}"
-            yield from (f"    {count:>7,} {what}" for what, count in listed)
+            yield from (f"    {count:>7,} {reason}" for reason, count in listed)
     yield from (f"  {line}" for line in _estimated(inventory))
 
 
@@ -144,14 +143,14 @@ def _patients(inventory: Inventory) -> str:
     others = len(survey.groups) - survey.patients
     text = page.count(survey.patients, "patient")
     return text + (
-        f" and {page.number(others) + (' folders or files' if others > 1 else ' folder or file')} that name none"
+        f" and {page.number(others) + (' folders or files' if others > 1 else ' folder or file')} that name no patient"
         if others
         else ""
     )
 
 
 def _estimated(inventory: Inventory) -> list[str]:
-    """Sentences, for text and page."""
+    """The estimate as sentences, for the text and the page."""
     estimate = inventory.estimate
     lines = []
     if estimate.small:
@@ -159,26 +158,26 @@ def _estimated(inventory: Inventory) -> list[str]:
     if estimate.sampled:
         measured = estimate.slices - estimate.small - estimate.unmeasured
         lines.append(
-            f"Estimate, from {page.count(estimate.sampled, 'slice')} that were read as a run reads them: about "
+            f"Estimate, from {page.count(estimate.sampled, 'slice')} read as in a real run: about "
             f"{page.number(estimate.kept)} of {page.number(measured)} slices kept "
             f"({page.percent(estimate.kept, measured)}), {format_bytes(estimate.bytes)}, "
-            f"{_time(estimate.seconds / inventory.workers)} with {inventory.workers} at work."
+            f"{_time(estimate.seconds / inventory.workers)} with {page.count(inventory.workers, 'worker')}."
         )
         rates = [
-            f"{_title(kind.format)} {_modality(kind)} {one.expected / one.seconds:,.0f}"
-            for kind, one in sorted(inventory.sample.items())
-            if one.seconds
+            f"{_title(kind.format)} {_modality(kind)} {part.expected / part.seconds:,.0f}"
+            for kind, part in sorted(inventory.sample.items())
+            if part.seconds
         ]
-        lines.append(f"Rates measured on these, slices a second and process: {', '.join(rates)}.")
+        lines.append(f"Rates measured on these, in slices per second and process: {', '.join(rates)}.")
     if estimate.label_maps:
         lines.append(
-            f"Label maps, recognised by their numbers: about {page.number(estimate.label_maps)} will be left out."
+            f"Label maps, recognised by their values: about {page.number(estimate.label_maps)} will be left out."
         )
     if estimate.unmeasured:
-        lines.append(f"Not measured: {page.count(estimate.unmeasured, 'slice')}, of which none was read.")
+        lines.append(f"Not measured: {page.count(estimate.unmeasured, 'slice')} of kinds without a sample.")
     if inventory.survey.lengthless:
         lines.append(f"{page.count(inventory.survey.lengthless, 'film')} without a number of frames: not counted.")
-    lines.append(f"{EXACT} Near-duplicates are found in the whole set alone.")
+    lines.append(f"{EXACT} Near-duplicates are only found in the whole set.")
     return lines
 
 
@@ -194,7 +193,7 @@ def _passed_over(inventory: Inventory) -> list[tuple[str, int]]:
 
 
 def _title(format: str) -> str:
-    return next((one.title for one in formats.FORMATS if one.name == format), format)
+    return next((known.title for known in formats.FORMATS if known.name == format), format)
 
 
 def _modality(kind: Kind) -> str:
@@ -221,7 +220,7 @@ def _sizes(row: _Row) -> str:
 
 
 def _spacing(total: Alike) -> str:
-    text = f"; {_range(total.spacing)} mm a pixel" if total.spacing else ""
+    text = f"; {_range(total.spacing)} mm per pixel" if total.spacing else ""
     return text + (f", {_range(total.apart)} mm between slices" if total.apart else "")
 
 
@@ -235,41 +234,45 @@ def _range(ends: tuple[float, float]) -> str:
 
 
 def _page(inventories: Sequence[Inventory]) -> str:
-    files, size = sum(one.files for one in inventories), sum(one.bytes for one in inventories)
-    estimates = [one.estimate for one in inventories]
-    slices, kept = sum(one.slices for one in estimates), sum(one.kept for one in estimates)
-    left_out = sum(one.survey.refused.total() for one in inventories)
-    passed = sum(sum(one.passed_over.values()) for one in inventories)
-    seconds = sum(one.seconds for one in estimates) / inventories[0].workers
+    files, size = sum(inventory.files for inventory in inventories), sum(inventory.bytes for inventory in inventories)
+    patients = sum(inventory.survey.patients for inventory in inventories)
+    left_out = sum(inventory.survey.refused.total() for inventory in inventories)
+    passed = sum(sum(inventory.passed_over.values()) for inventory in inventories)
+    estimates = [inventory.estimate for inventory in inventories]
+    slices, kept, set_size = (
+        sum(getattr(estimate, name) for estimate in estimates) for name in ("slices", "kept", "bytes")
+    )
+    seconds = sum(estimate.seconds for estimate in estimates) / inventories[0].workers
     head = page.tiles(
         [
             page.Tile("Files", page.number(files), format_bytes(size)),
             page.Tile("Slices", page.number(slices), "by their headers"),
-            page.Tile("Patients", page.number(sum(one.survey.patients for one in inventories)), "counted by hashes"),
+            page.Tile("Patients", page.number(patients), "counted by hashes"),
             page.Tile("Left out", page.number(left_out), "by headers"),
-            page.Tile("Passed over", page.number(passed), "no image files"),
+            page.Tile("Passed over", page.number(passed), "not image files"),
             page.Tile("Kept", f"≈ {page.number(kept)}", "estimate"),
-            page.Tile("Size of the set", f"≈ {format_bytes(sum(one.bytes for one in estimates))}", "estimate"),
+            page.Tile("Size of the set", f"≈ {format_bytes(set_size)}", "estimate"),
             page.Tile("Time", _time(seconds, "≈ "), "estimate"),
         ]
     )
-    names = escape(", ".join(one.source for one in inventories))
-    unsure = sum(len(one.undetermined.suffixes) for one in inventories if one.undetermined)
-    notice = (
-        '<p class="notice">The modality of some files is not known: <code>dex prepare</code> will not begin '
-        "until its command says it.</p>"
-        if unsure
-        else ""
-    )
+    names = escape(", ".join(inventory.source for inventory in inventories))
+    notice = ""
+    if any(inventory.undetermined for inventory in inventories):
+        notice = (
+            '<p class="notice">The modality of some files is unknown: <code>dex prepare</code> will not start '
+            "until its command names it.</p>"
+        )
     header = f'<header><p class="kicker">Inventory</p><h1>{names}</h1>{notice}{head}</header>'
     sections = []
-    for number, one in enumerate(inventories):
-        key, name = f"-{number}" if number else "", f": {escape(one.source)}" if len(inventories) > 1 else ""
+    for number, inventory in enumerate(inventories):
+        key, name = f"-{number}" if number else "", f": {escape(inventory.source)}" if len(inventories) > 1 else ""
+        refused = _counts(_left_out(inventory), "By headers", "Files or parts")
+        skipped = _counts(_passed_over(inventory), "Reason", "Files")
         sections += [
-            page.Section(f"images{key}", f"Images{name}", _tree(one)),
-            page.Section(f"left-out{key}", f"Left out{name}", _counts(_left_out(one), "By headers", "Files or parts")),
-            page.Section(f"passed-over{key}", f"Passed over{name}", _counts(_passed_over(one), "What", "Files")),
-            page.Section(f"estimate{key}", f"Estimate{name}", _sentences(_estimated(one))),
+            page.Section(f"images{key}", f"Images{name}", _tree(inventory)),
+            page.Section(f"left-out{key}", f"Left out{name}", refused),
+            page.Section(f"passed-over{key}", f"Passed over{name}", skipped),
+            page.Section(f"estimate{key}", f"Estimate{name}", _sentences(_estimated(inventory))),
         ]
     return page.document("Inventory", header, sections)
 
@@ -293,15 +296,15 @@ def _tree(inventory: Inventory) -> str:
     )
 
 
-def _counts(listed: Sequence[tuple[str, int]], what: str, of: str) -> str:
+def _counts(listed: Sequence[tuple[str, int]], title: str, of: str) -> str:
     if not listed:
-        return "<p>Nothing.</p>"
+        return "<p>None.</p>"
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td data-label="{of}" class="number">{page.number(count)}</td></tr>'
         for name, count in listed
     )
     return (
-        f'<table class="cards"><thead><tr><th scope="col">{what}</th><th scope="col" class="number">{of}</th></tr>'
+        f'<table class="cards"><thead><tr><th scope="col">{title}</th><th scope="col" class="number">{of}</th></tr>'
         f"</thead><tbody>{rows}</tbody></table>"
     )
 

@@ -1,7 +1,7 @@
-"""From finished chunks to a shard set with its card: one pass decides, a second one writes.
+"""From finished chunks to a shard set with its card: the first pass decides, the second writes.
 
-What is decided depends on the chunks' content and order alone, so the set's bytes do not depend on who made them or
-when. Memory: some 110 bytes an image for the table of hashes, and what `duplicates.find` and `ShardWriter` take.
+The decisions depend only on the content and order of the chunks, so the set has the same bytes whichever process made
+them. Memory: about 110 bytes per image for the table of hashes, plus that of ``duplicates.find`` and ``ShardWriter``.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from .sources import PACKAGES, Source
 from .thumbnails import LeftOut, Thumbnail
 
 EXAMPLES = 12
-"""Images of each modality that the card shows."""
+"""Number of images of each modality on the card."""
 _TAIL = 2**16
-_MANY = 1_000  # thumbnails, above which those are forgotten that will not be shown
+_MANY = 1_000  # Above this number of thumbnails, those that will not be shown are discarded
 
 
 class ChunkFault(RuntimeError):
-    """A finished chunk is not what was written; it was taken away, so that the next start makes it anew."""
+    """A finished chunk is damaged; it was removed, so that the next start makes it again."""
 
 
 class NothingKept(ValueError):
-    """No image is left to be written; says where they went."""
+    """There is no image to write; the message counts the reasons."""
 
 
 class Part(NamedTuple):
-    """The chunks of one source, in order. sides: of patients by their groups, as the user gave them; default: of all
-    others, "" where they are drawn. sure: whether folders may be taken for patients (`folders.Level`)."""
+    """The chunks of one source, in order. sides: the user's side of each patient, by group; default: the side of all
+    others, "" if it is drawn. sure: whether folders can stand for patients (``folders.Level``)."""
 
     source: Source
     chunks: Sequence[str]
@@ -55,7 +55,8 @@ class Part(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Images of one modality of one source, whose own name it has where all of the source's are. part: its number."""
+    """Images of one modality of one source. name: the source's, with the modality if it has several. part: the
+    source's number."""
 
     name: str
     part: int
@@ -65,16 +66,16 @@ class _Row(NamedTuple):
 
 @dataclass
 class _Table:
-    """Of every image of every chunk, in order."""
+    """Columns over every image of every chunk, in order."""
 
     pixels: np.ndarray  # uint8 [n, 32]
     hashes: np.ndarray  # uint8 [n, 32]
-    stack: np.ndarray  # int64 [n], numbered through the whole run
+    stack: np.ndarray  # int64 [n], numbered over the whole run
     volume: np.ndarray  # bool [n]
     text: np.ndarray  # bool [n]
     row: np.ndarray  # int64 [n]
     rows: list[_Row]
-    counts: list[Counts]  # of each source
+    counts: list[Counts]  # Of each source
     stacks: splits.Columns
 
 
@@ -85,11 +86,11 @@ def join(
     say: Callable[[str], None] = lambda text: None,
     refused: LeftOut = LeftOut(Counter(), ()),  # noqa: B008
 ) -> tuple[Path, dict[str, Any], LeftOut]:
-    """Write the shard set of all chunks to `private/set`; returns that folder, the card's facts and what was left out:
-    `refused`, and the slices that were dropped.
+    """Write the shard set of all chunks to ``private/set``. Returns that folder, the card's facts and what was left
+    out: ``refused``, and the dropped slices.
 
-    The first of several equal or alike images is kept; `splits` says what is held out. NothingKept; ChunkFault;
-    splits.BothSides.
+    Of equal or similar images, the first is kept; ``splits`` decides what is held out. Raises NothingKept, ChunkFault
+    and splits.BothSides.
     """
     table = _read(parts, private)
     say(f"looking for duplicates among {len(table.stack):,} images")
@@ -102,9 +103,9 @@ def join(
     facts = _facts(parts, settings, table, split, kind, of)
     if not keep.any():
         small = sum(counts.dropped["too small"] for counts in table.counts)
-        hint = "; of thick slices --planes stored takes what was acquired" if small else ""
+        hint = "; for thick slices, --planes stored takes the acquired plane" if small else ""
         if any(counts.refused["another modality"] for counts in table.counts):
-            hint += "; without --modality each DICOM file is taken as its header says"
+            hint += "; without --modality each DICOM file gets the modality of its header"
         raise NothingKept(f"no image was kept: {_where_they_went(table.counts)}{hint}")
 
     out = private / "set"
@@ -133,9 +134,9 @@ def join(
         for entry in facts["modalities"]:
             entry["histogram"] = second.histograms[entry["name"]].tolist()
         if withdrawals:
-            facts["withdrawn"] = [{"date": one["date"], "images": one["images"]} for one in withdrawals]
+            facts["withdrawn"] = [{key: record[key] for key in ("date", "images")} for record in withdrawals]
         left = LeftOut(refused.counts + _slices_left_out(facts), thumbnails.choose([*refused.shown, *second.left()]))
-        public = LeftOut(left.counts, [one.for_card() for one in left.shown if one.public])
+        public = LeftOut(left.counts, [thumbnail.for_card() for thumbnail in left.shown if thumbnail.public])
         page, numbers = card.build(facts, second.examples(), public.shown)
         writer.add_document("card.html", page)
         writer.add_document("card.json", numbers)
@@ -150,7 +151,7 @@ class _SecondPass:
     def __init__(self, table: _Table, split: splits.Split, kind: np.ndarray, of: np.ndarray, names: Sequence[str]):
         self._table, self._split, self._kind, self._of = table, split, kind, of
         keep = kind == duplicates.KEEP
-        self._keys = np.cumsum(keep) - 1  # of a kept image: its number among them
+        self._keys = np.cumsum(keep) - 1  # The number of a kept image among all kept ones
         self._chosen = _choose(table, keep)
         self._examples: dict[int, card.Example] = {}
         self._pairs = _pairs_to_show(kind)
@@ -160,8 +161,8 @@ class _SecondPass:
         self.histograms = {name: np.zeros(256, np.int64) for name in names}
 
     def dropped(self, source: Source, line: dict[str, Any]) -> None:
-        """line: of a slice that was dropped."""
-        one = Thumbnail(
+        """line: of a dropped slice."""
+        thumbnail = Thumbnail(
             reason=line["dropped"],
             source=source.name,
             name=line["path"],
@@ -172,7 +173,7 @@ class _SecondPass:
             pictures=(base64.b64decode(line["thumbnail"]),),
             public=source.public,
         )
-        self._dropped.append(one)
+        self._dropped.append(thumbnail)
         if len(self._dropped) > _MANY:
             self._dropped = thumbnails.choose(self._dropped)
 
@@ -188,7 +189,7 @@ class _SecondPass:
         writer: ShardWriter,
         repeated: Any,
     ) -> None:
-        """Write image `number` to the set, or that it repeats another one. image: its bytes and its histogram."""
+        """Write image ``number`` to the set, or record that it repeats another one. image: its bytes and histogram."""
         data, histogram = image or (b"", None)
         if number in self._members:
             self._members[number], self._lines[number] = thumbnails.of_file(data), line
@@ -216,12 +217,12 @@ class _SecondPass:
         return [self._examples[number] for number in sorted(self._examples)]
 
     def left(self) -> list[Thumbnail]:
-        """Of dropped slices, and of duplicates beside what was kept."""
+        """Thumbnails of dropped slices, and of duplicates beside the kept images."""
         pairs = []
         for number in self._pairs:
             both = (number, int(self._of[number]))
-            lines = [self._lines[one] for one in both]
-            sources = [self._table.rows[self._table.row[one]].source for one in both]
+            lines = [self._lines[member] for member in both]
+            sources = [self._table.rows[self._table.row[member]].source for member in both]
             pairs.append(
                 Thumbnail(
                     reason="near duplicate" if self._kind[number] == duplicates.NEAR else "exact duplicate",
@@ -231,7 +232,7 @@ class _SecondPass:
                     detail=f"left; {lines[1]['id']}, right, was kept",
                     groups=tuple(line["group"] for line in lines),
                     ids=tuple(line["id"] for line in lines),
-                    pictures=tuple(self._members[one] for one in both),
+                    pictures=tuple(self._members[member] for member in both),
                     public=all(source.public for source in sources),
                 )
             )
@@ -239,7 +240,7 @@ class _SecondPass:
 
 
 def _pairs_to_show(kind: np.ndarray) -> list[int]:
-    """Numbers of some duplicates of each kind, spread evenly."""
+    """Numbers of some duplicates of each kind, evenly spaced."""
     pairs: list[int] = []
     for code in (duplicates.EXACT, duplicates.NEAR):
         here = np.flatnonzero(kind == code)
@@ -253,7 +254,7 @@ def _slices_left_out(facts: dict[str, Any]) -> Counter[str]:
 
 
 def read_counts(private: Path, name: str) -> Counts:
-    """What a finished chunk counted, from its last line alone."""
+    """The counts of a finished chunk, from its last line."""
     path = paths(private, name)[1]
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -281,8 +282,7 @@ def _rows(parts: Sequence[Part], counts: Sequence[Counts]) -> list[_Row]:
 
 
 def _read(parts: Sequence[Part], private: Path) -> _Table:
-    columns = [bytearray() for _ in range(2)]
-    stacks, flags, numbers = bytearray(), bytearray(), bytearray()
+    pixels, hashes, stacks, flags, numbers = (bytearray() for _ in range(5))
     counts = [_total(private, part) for part in parts]
     rows = _rows(parts, counts)
     places = {(row.part, row.source.modality): number for number, row in enumerate(rows)}
@@ -297,8 +297,8 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
                     place = (name, line["unit"], line["stack"])
                     stack += 1
                     stacked.add(number, splits.side_of(line, part.sides, part.default))
-                columns[0] += bytes.fromhex(line["pixels_sha256"])
-                columns[1] += bytes.fromhex(line["dhash"])
+                pixels += bytes.fromhex(line["pixels_sha256"])
+                hashes += bytes.fromhex(line["dhash"])
                 stacks += stack.to_bytes(8, "little")
                 flags.append(line["volume"] << 1 | line["text"] << 2)
                 numbers += places[number, line.get("modality", part.source.modality)].to_bytes(4, "little")
@@ -308,8 +308,8 @@ def _read(parts: Sequence[Part], private: Path) -> _Table:
             )
     flag = np.frombuffer(flags, np.uint8)
     return _Table(
-        pixels=np.frombuffer(columns[0], np.uint8).reshape(-1, 32),
-        hashes=np.frombuffer(columns[1], np.uint8).reshape(-1, 32),
+        pixels=np.frombuffer(pixels, np.uint8).reshape(-1, 32),
+        hashes=np.frombuffer(hashes, np.uint8).reshape(-1, 32),
         stack=np.frombuffer(stacks, "<i8"),
         volume=(flag & 2).astype(bool),
         text=(flag & 4).astype(bool),
@@ -328,7 +328,7 @@ def _total(private: Path, part: Part) -> Counts:
 
 
 def _lines(private: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The images of a chunk, and its dropped slices that have a thumbnail; ChunkFault unless it ends as it should."""
+    """The images of a chunk, and its dropped slices with a thumbnail. Raises ChunkFault if the chunk is damaged."""
     data, lines, _ = paths(private, name)
     end, digest = None, hashlib.sha256()
     try:
@@ -353,14 +353,14 @@ def _image(private: Path, name: str, file: Any, line: dict[str, Any]) -> tuple[b
     file.seek(line["offset"])
     data = file.read(line["size"] + HISTOGRAM_BYTES)
     if hashlib.sha256(data).hexdigest() != line["sha256"]:
-        raise _fault(private, name, "an image is not what was written")
+        raise _fault(private, name, "an image differs from what was written")
     return data[: line["size"]], np.frombuffer(data[line["size"] :], HISTOGRAM)
 
 
-def _fault(private: Path, name: str, what: str) -> ChunkFault:
+def _fault(private: Path, name: str, damage: str) -> ChunkFault:
     paths(private, name)[1].unlink(missing_ok=True)
     atomic.sync_path(private / "chunks")
-    return ChunkFault(f"chunk {name} is damaged: {what}. It was removed: start again to make it anew")
+    return ChunkFault(f"chunk {name} is damaged: {damage}. It was removed: start again to rebuild it")
 
 
 def _meta(source: Source, line: dict[str, Any]) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def _meta(source: Source, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choose(table: _Table, keep: np.ndarray) -> set[int]:
-    """Places of the examples: of each modality EXAMPLES, spread over its sources and, in each, over its images."""
+    """Places of the examples: EXAMPLES per modality, spread over its sources and over the images of each."""
     chosen: set[int] = set()
     for modality in {row.source.modality for row in table.rows}:
         places = {
@@ -393,7 +393,7 @@ def _choose(table: _Table, keep: np.ndarray) -> set[int]:
 def _facts(
     parts: Sequence[Part], settings: Settings, table: _Table, split: splits.Split, kind: np.ndarray, of: np.ndarray
 ) -> dict[str, Any]:
-    """All of the card but the histograms, which the second pass brings."""
+    """All facts of the card without the histograms, which the second pass adds."""
     keep = kind == duplicates.KEEP
     held = split.val[table.stack]
     sources = []
@@ -428,7 +428,7 @@ def _facts(
                 **({"modality_assumed": counts.assumed} if counts.assumed else {}),
             }
         )
-    # The package-borne sources stand for the corpus: its modalities of which they hold nothing are listed too.
+    # The package-borne sources stand for the corpus, so its modalities are listed even if they have no image.
     corpus = len(parts) > 1 and all(part.source.package for part in parts)
     own = sorted({source["modality"] for source in sources} - set(modalities.NAMES))
     listed = []
@@ -454,12 +454,12 @@ def _facts(
 
 
 def _left_out(parts: Sequence[Part], counts: Sequence[Counts]) -> dict[str, Any]:
-    """Units and refusals of no known modality, of the sources whose files have modalities of their own."""
+    """Units and refusals of unknown modality, of the sources whose files each have their own modality."""
     rows = []
     for part, total in zip(parts, counts, strict=True):
-        if (nowhere := total.parts.get("")) is not None:
-            refused = dict(sorted(nowhere.refused.items()))
-            rows.append({"source": part.source.name, "units": nowhere.units, "refused": refused})
+        if (unknown := total.parts.get("")) is not None:
+            refused = dict(sorted(unknown.refused.items()))
+            rows.append({"source": part.source.name, "units": unknown.units, "refused": refused})
     return {"left_out": rows} if rows else {}
 
 
@@ -484,21 +484,21 @@ def _rules(listed: Sequence[_Row], settings: Settings) -> dict[str, Any]:
     shares = sorted({(row.source.modality, row.source.min_foreground) for row in listed})
     return {
         "foreground": (
-            f"share of pixels that differ by more than {normalise.FOREGROUND_STEP} of full scale from the commonest "
+            f"share of pixels that differ by more than {normalise.FOREGROUND_STEP} of full scale from the most common "
             "level of the outermost ring of pixels"
         ),
         "least foreground": ", ".join(f"{modality} {share:g}" for modality, share in shares),
         "near duplicates": (
             f"{duplicates.HASH_BITS}-bit difference hashes that differ in at most {normalise.NEAR_DUPLICATE_BITS} bits "
-            f"and in at most one in {duplicates.ONES_PER_BIT} of the ones of both; not within one volume; the first "
-            "in order is kept"
+            f"and in at most one bit per {duplicates.ONES_PER_BIT} bits set in both together; not within one volume; "
+            "the first image is kept"
         ),
         "exact duplicates": "equal normalised pixels",
         "burned-in annotation": "kept although declared" if settings.allow_burned_in else "refused when declared",
         "suspected text": "counted, not dropped",
         "splits": (
-            "all images of a patient on one side, by the hash of the patient or as the source says; where patients are "
-            "too few, of a study, a series or a file"
+            "all images of a patient on one side, by the hash of the patient or as the source says; if there are too "
+            "few patients, of a study, a series or a file"
         ),
     }
 
@@ -509,8 +509,8 @@ def _name(names: Sequence[str]) -> str:
 
 def _where_they_went(counts: Sequence[Counts]) -> str:
     total = Counts()
-    for one in counts:
-        total.add(one)
+    for of_source in counts:
+        total.add(of_source)
     reasons = {**total.dropped, **total.refused}
     listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
     seen = f"{_count(total.units, 'unit')}, {_count(total.seen, 'slice')} seen"

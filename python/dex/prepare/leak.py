@@ -1,13 +1,13 @@
-"""Images that two data sets have in common: what must not stand in training and test at once.
+"""Images that two data sets share, and that must not be in both training and test data.
 
-Every image is decoded as a batch would get it (uint8 RGB of the set's size) and hashed anew, so that shard sets and
-folders, PNG and JPEG, 8 and 16 bits can be compared. An image of b is
+Every image is decoded as for a batch (uint8 RGB of the set's size) and hashed again, so that shard sets and folders,
+PNG and JPEG, 8 and 16 bits can be compared. An image of b is
 
-    exact       equal pixels
-    near        a copy in another encoding, size, brightness or contrast: hashes that are alike (`duplicates`), or fine
-                detail that is the same once the two lie upon each other (`candidates`, `alignment`)
-    moved       such a copy that was shifted, cropped, mirrored or turned by quarters
-    neighbour   the same anatomy in the same place, with detail of its own: the next slice of the same volume
+    exact       equal in every pixel
+    near        a copy in another encoding, size, brightness or contrast: similar hashes (``duplicates``), or the same
+                fine detail once the two are aligned (``candidates``, ``alignment``)
+    moved       such a copy, but shifted, cropped, mirrored or rotated by quarter turns
+    neighbour   the same anatomy in the same place with different detail: the next slice of the same volume
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from .normalise import difference_hash, grey
 logger: logging.Logger = logging.getLogger("dex.data")
 
 KINDS = ("exact", "near", "moved", "neighbour")
-EXAMPLES = 20  # pairs, and ids of unreadable images, that a report names on the screen
+EXAMPLES = 20  # Pairs, and ids of unreadable images, that a report prints
 
 _CHUNK = 256
-_CHUNKS_PER_WORKER = 8  # fewer do not pay for starting a process
-_NOTE = 50_000
-_AT_ONCE = 256  # images of b whose candidates are decoded together
-_PAIRS = 64  # aligned together
-_STILL = 0.006, 0.01  # shift in sides, and change of scale, of a copy that was not moved
+_CHUNKS_PER_WORKER = 8  # Fewer chunks are not worth starting a process
+_NOTE = 50_000  # Images between progress messages
+_AT_ONCE = 256  # Images of b whose candidates are decoded together
+_PAIRS = 64  # Pairs that are aligned together
+_STILL = 0.006, 0.01  # Largest shift (in sides) and change of scale of a copy that counts as not moved
 _NAMES = {name: number for number, name in enumerate(KINDS, 1)}
 _TURNS = (
     *("", "mirrored left to right", "mirrored top to bottom", "turned by a half"),
     *("transposed", "turned by a quarter", "turned by a quarter", "transposed along the other diagonal"),
 )
-_dataset: Dataset | None = None  # of a worker process
+_dataset: Dataset | None = None  # In a worker process
 
 
 class Pair(NamedTuple):
-    """kind: one of KINDS. b, a: ids. how: what was done to b, "" where nothing was or is known."""
+    """kind: one of KINDS. b, a: ids. how: the transformation of b, "" if none or unknown."""
 
     kind: str
     b: str
@@ -67,7 +67,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sets. found: of its images, how many occur in the other one, for each of KINDS."""
+    """One of the two sets. found: the number of its images that occur in the other set, for each of KINDS."""
 
     name: str
     images: int
@@ -78,11 +78,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Leak:
-    """What `leak` found. The tables count images of b by the image of a that each repeats; only what is not 0.
+    """The result of ``leak``. The tables count the images of b that repeat an image of a.
 
-    by_modality: {"modality", "images"} and each of KINDS, all modalities of b. by_source: {"source", "of"} and each of
-    KINDS: sources of b and of a, which are the ids' parts before the first "/". pairs: each image of b that occurs in
-    a, in order, with the one that it is most like.
+    by_modality: a row {"modality", "images"} with each of KINDS for every modality of b. by_source: a row
+    {"source", "of"} with each of KINDS for every pair of sources of b and a with shared images; a source is the part of
+    an id before the first "/". pairs: every image of b that occurs in a, in order, with the most similar image of a.
     """
 
     a: Side
@@ -96,7 +96,7 @@ class Leak:
         return any(self.b.found.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers."""
+        """The report as plain dicts, lists, strings and numbers."""
         return {
             "overlap": self.overlap,
             **{
@@ -115,7 +115,7 @@ class Leak:
         }
 
     def write(self, path: Path) -> None:
-        """All pairs: a table where the name ends in .csv, else the whole report as JSON."""
+        """Write all pairs as a table if the name ends in .csv, else the whole report as JSON."""
         if path.suffix.lower() != ".csv":
             return atomic.write(path, json.dumps(self.to_json(), indent=1) + "\n")
         table = io.StringIO()
@@ -127,9 +127,9 @@ class Leak:
     def to_text(self) -> str:
         lines = []
         for side, other in ((self.b, self.a), (self.a, self.b)):
-            found = sum(side.found.values())
+            shared = sum(side.found.values())
             lines.append(
-                f"{side.name}: {found:,} of {side.images:,} images occur in {other.name} "
+                f"{side.name}: {shared:,} of {side.images:,} images occur in {other.name} "
                 f"({', '.join(f'{side.found[kind]:,} {kind}' for kind in KINDS)})"
             )
             if side.unreadable:
@@ -144,11 +144,11 @@ class Leak:
 
 
 def leak(a: str | Path | None, b: str | Path | None, workers: int = 1) -> Leak:
-    """Compare two data sets, each a shard set, a folder of images or None (the embedded set); see `open_dataset`.
+    """Compare two data sets, each a shard set, a folder of images or None (the embedded set); see ``open_dataset``.
 
-    workers: processes that decode; the report does not depend on it. Images that cannot be read are counted, named
-    and left out. Memory: some 1,500 bytes an image. `dex data leak A B` exits with 0 when the report has no overlap
-    and with 1 when it has.
+    workers: number of decoding processes; it does not change the report. Unreadable images are counted, named and left
+    out. Memory: about 1,500 bytes per image. ``dex data leak A B`` exits with 0 without an overlap, and with 1 with
+    one.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
@@ -185,8 +185,8 @@ def leak(a: str | Path | None, b: str | Path | None, workers: int = 1) -> Leak:
 
 
 class _Prints(NamedTuple):
-    """Of the n images that can be read: places int64 [n] in the data set, sha256 of their pixels and difference hashes
-    uint8 [n, 32] each, views uint8 [n, 32, 32]; and the places of the others."""
+    """For the n readable images: places int64 [n] in the data set, pixels (their SHA-256) and hashes (difference
+    hashes) uint8 [n, 32] each, and views uint8 [n, 32, 32]. lost: the places of the unreadable images."""
 
     places: np.ndarray
     pixels: np.ndarray
@@ -223,8 +223,8 @@ def _prints(path: str | Path | None, dataset: Dataset, workers: int) -> _Prints:
 
 
 def _look_closer(sets: _Sets, kind: np.ndarray, of: np.ndarray, kind_a: np.ndarray) -> dict[int, str]:
-    """Align the images of b that are no exact copies with those of a that may show the same, and write what comes out
-    into `kind`, `of` and `kind_a`. Returns what was done to each image of b."""
+    """Align the images of b that are not exact copies with their candidates in a, and write the results into ``kind``,
+    ``of`` and ``kind_a``. Returns the transformation of each image of b, in words."""
     how: dict[int, str] = {}
     rows = np.flatnonzero(kind != _NAMES["exact"])
     if not len(rows) or not len(kind_a):
@@ -249,7 +249,7 @@ def _look_closer(sets: _Sets, kind: np.ndarray, of: np.ndarray, kind_a: np.ndarr
 
 
 class _Candidate(NamedTuple):
-    """Rows of b and of a, the way to turn b, and where alignment starts."""
+    """Rows of b and a, how to turn b, and where the alignment starts."""
 
     b: int
     a: int
@@ -258,7 +258,7 @@ class _Candidate(NamedTuple):
 
 
 def _pairs(rows: np.ndarray, likely: Candidates, kind: np.ndarray, of: np.ndarray) -> list[_Candidate]:
-    """The candidates of images of b, and those whose hashes are alike."""
+    """The candidates of images of b, and the pairs with similar hashes."""
     pairs = []
     for number, row in enumerate(rows.tolist()):
         if kind[row] == _NAMES["near"]:
@@ -270,7 +270,8 @@ def _pairs(rows: np.ndarray, likely: Candidates, kind: np.ndarray, of: np.ndarra
 
 
 def _aligned(sets: _Sets, pairs: list[_Candidate]) -> Iterator[tuple[_Candidate, float, int, str]]:
-    """Of pairs that show the same: the fine correlation, which of KINDS that is (from 1), and what was done to b."""
+    """For each pair that shows the same: its fine correlation, the number in KINDS (from 1), and the transformation of
+    b in words."""
     images_a = _grey_images(sets.a, sets.prints_a.places, {pair.a for pair in pairs})
     images_b = _grey_images(sets.b, sets.prints_b.places, {pair.b for pair in pairs})
     pairs = [pair for pair in pairs if pair.a in images_a and pair.b in images_b]
@@ -291,7 +292,7 @@ def _aligned(sets: _Sets, pairs: list[_Candidate]) -> Iterator[tuple[_Candidate,
 
 
 def _how(turn: int, shift: float, scale: float) -> str:
-    """In words. shift: in sides; scale: how much longer the sides of b are in a."""
+    """The transformation in words. shift: in sides; scale: length of b's sides in a, relative to a's."""
     words = [_TURNS[turn]]
     if abs(scale - 1) > _STILL[1]:
         words.append(f"cropped to {scale:.0%}" if scale < 1 else f"uncropped from {1 / scale:.0%}")
@@ -301,7 +302,7 @@ def _how(turn: int, shift: float, scale: float) -> str:
 
 
 def _grey_images(dataset: Dataset, places: np.ndarray, rows: set[int]) -> dict[int, torch.Tensor]:
-    """float32 [SIDE, SIDE] by row; without those that can no longer be read."""
+    """float32 [SIDE, SIDE] by row, without images that can no longer be read."""
     side = (alignment.SIDE, alignment.SIDE)
     images = {}
     for row in sorted(rows):
@@ -326,7 +327,7 @@ def _parts(path: str | Path | None, dataset: Dataset, workers: int) -> Iterator[
             for (start, _), part in zip(ranges, pool.map(_hash_here, ranges), strict=True):
                 yield start, part
         except BrokenProcessPool as error:
-            raise OSError(f"{dataset.name}: a process that decodes images was killed") from error
+            raise OSError(f"{dataset.name}: a decoding process was killed") from error
 
 
 def _open(path: str | Path | None) -> None:
@@ -366,12 +367,11 @@ def _source(sample_id: str) -> str:
 
 
 def _columns(rows: tuple[dict, ...]) -> list[str]:
-    """A table: numbers to the right, with thousands separators."""
+    """A text table: numbers on the right, with thousands separators."""
     cells = [list(rows[0])] + [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
-    right = [isinstance(value, int) for value in rows[0].values()]
-    widths = [max(len(row[c]) for row in cells) for c in range(len(right))]
+    sides = [">" if isinstance(value, int) else "<" for value in rows[0].values()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        "  "
-        + "  ".join(f"{cell:{'>' if r else '<'}{w}}" for cell, r, w in zip(row, right, widths, strict=True)).rstrip()
+        "  " + "  ".join(f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths, strict=True)).rstrip()
         for row in cells
     ]

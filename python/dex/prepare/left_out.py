@@ -1,11 +1,11 @@
-"""`DIR.private/left_out.html`: what was refused or dropped, by reason, with a few thumbnails of each.
+"""``DIR.private/left_out.html``: what was refused or dropped, by reason, with a few thumbnails of each.
 
-It is for whoever prepared the set, and never part of it: screens and pages show names in their pixels, and so may what
-looks like a mask, since a scanned page has two values too. The public card has the counts, and thumbnails of public
-sources alone. `left_out.json` beside the page holds what it is made of, for a withdrawal.
+The page is for the person who prepared the set, and never part of the set: screens and pages show names in their
+pixels, and even a supposed mask may be a scanned page, which has two values too. The public card has the counts, and
+thumbnails only of public sources. ``left_out.json`` beside the page holds its contents, for a withdrawal.
 
-Thumbnails of files are read in processes of their own, like everything else. What holds no image, or cannot be read,
-has none.
+Worker processes read the thumbnails of files, like all other files. A file without an image, or an unreadable one, has
+no thumbnail.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .thumbnails import LeftOut, Thumbnail
 
 PAGE, RECORD = trace.LEFT_OUT, "left_out.json"
 _NEVER_PUBLIC = ("burned-in", *chunks.GIVEN_UP)
-"""Reasons of which the card shows nothing: a name may be read, or a thumbnail may depend on how busy the machine is."""
+"""Reasons without thumbnails on the card: they may show a name, or depend on how busy the machine is."""
 
 
 class Listed(NamedTuple):
-    """A source and where its files lie."""
+    """A source and the root of its files."""
 
     source: Source
     root: Path
 
 
 class _Row(NamedTuple):
-    """One refusal. path: of its unit; file: its name, where the unit has several; source: its number."""
+    """One refusal. path: of its unit; file: its name, if the unit has several; source: its number."""
 
     reason: str
     detail: str
@@ -54,7 +54,7 @@ class _Row(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A file to be looked at."""
+    """A file that needs a thumbnail. name: its thumbnail, still without a picture."""
 
     name: Thumbnail
     files: tuple[Path, ...]
@@ -62,30 +62,31 @@ class _Job(NamedTuple):
 
 
 def look_at(private: Path, listed: Sequence[Listed], limits: readers.Limits, processes: int) -> LeftOut:
-    """What was refused in a run whose chunks are all done. listed: its sources, in their order."""
+    """What a run refused, when all its chunks are done. listed: its sources, in order."""
     counts: Counter[str] = Counter()
     chosen: list[Thumbnail] = []
     rows: dict[Thumbnail, _Row] = {}
     for row in _rows(private):
         counts[row.reason] += 1
-        one = _named(row, listed[row.source].source)
-        rows[one] = row
-        chosen.append(one)
+        name = _named(row, listed[row.source].source)
+        rows[name] = row
+        chosen.append(name)
         if len(chosen) > 1_000:
             chosen = thumbnails.choose(chosen)
-            rows = {one: rows[one] for one in chosen}
+            rows = {name: rows[name] for name in chosen}
     chosen = thumbnails.choose(chosen)
-    jobs = [job for one in chosen if (job := _job(one, rows[one], listed[rows[one].source].root, limits)) is not None]
+    jobs = [_job(name, rows[name], listed[rows[name].source].root, limits) for name in chosen]
+    jobs = [job for job in jobs if job is not None]
     pictures: dict[Thumbnail, bytes] = {}
     if jobs:
-        with contextlib.suppress(workers.WorkerFault):  # the set does not depend on it
+        with contextlib.suppress(workers.WorkerFault):  # The set does not depend on it
             pictures.update(_looked(jobs, limits, processes))
-    shown = [one._replace(pictures=(pictures[one],) if pictures.get(one) else ()) for one in chosen]
+    shown = [name._replace(pictures=(pictures[name],) if pictures.get(name) else ()) for name in chosen]
     return LeftOut(counts, shown)
 
 
 def write(private: Path, left: LeftOut) -> None:
-    """Write the page; where nothing was left out, remove that of an earlier run."""
+    """Write the page, or remove that of an earlier run if nothing was left out."""
     if not left.counts:
         for name in (PAGE, RECORD):
             (private / name).unlink(missing_ok=True)
@@ -95,17 +96,17 @@ def write(private: Path, left: LeftOut) -> None:
 
 
 def forget(private: Path, groups: frozenset[str], ids: frozenset[str], paths: frozenset[str]) -> None:
-    """Take these patients, images and units from the page, with the files that may be anybody's."""
+    """Remove these patients, images and units from the page, and all files of unknown patients."""
     try:
         left = LeftOut.from_json((private / RECORD).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged: nobody knows whose it is
+    except (OSError, ValueError, KeyError, TypeError):  # Of an earlier version, or damaged: its patients are unknown
         left = LeftOut(Counter(), ())
     write(private, left._replace(shown=thumbnails.without(left.shown, groups, ids, paths)))
 
 
 def _named(row: _Row, source: Source) -> Thumbnail:
     public = source.public and row.reason not in _NEVER_PUBLIC
-    # whose file it is that was not read to the end nobody knows
+    # The patient of a file that was not read to the end is unknown.
     return Thumbnail(row.reason, source.name, row.name, row.path, row.detail, (), (), (), public)
 
 
@@ -122,7 +123,7 @@ def _looked(jobs: Sequence[_Job], limits: readers.Limits, processes: int) -> Ite
 
 
 def look(task: workers.Task, report: workers.Report) -> bytes:
-    """A thumbnail of the middle frame of a file; b"" where there is none."""
+    """A thumbnail of the middle frame of a file, or b""."""
     job: _Job = task.job
     if task.refused or task.state is not None:
         return b""
@@ -131,7 +132,7 @@ def look(task: workers.Task, report: workers.Report) -> bytes:
         stack = next(readers.read(job.files, _format(job.files[0]) or "", limits=job.limits, beat=report.beat))
         frame = next(stack.sample(frozenset([(stack.length or 1) // 2])))
         return thumbnails.thumbnail(frame)
-    except Exception:  # whatever is wrong with it is why it was left out
+    except Exception:  # The file was left out because of this fault
         return b""
     finally:
         report.save(True)
@@ -149,14 +150,14 @@ def _rows(private: Path) -> Iterator[_Row]:
                     yield _Row(row["refused"], row.get("detail", ""), row["path"], file, source)
 
 
-def _job(one: Thumbnail, row: _Row, root: Path, limits: readers.Limits) -> _Job | None:
+def _job(name: Thumbnail, row: _Row, root: Path, limits: readers.Limits) -> _Job | None:
     folder = os.path.dirname(row.path)
     tried = [root / row.path / row.file, root / folder / row.file] if row.file else [root / row.path]
     path = next((path for path in tried if path.is_file() and not path.is_symlink()), None)
     if path is None or (format := _format(path)) is None:
         return None
-    beside = (path.with_name(name) for name in readers.beside(path, format))
-    return _Job(one, (path, *(other for other in beside if other.is_file())), limits)
+    beside = (path.with_name(other) for other in readers.beside(path, format))
+    return _Job(name, (path, *(other for other in beside if other.is_file())), limits)
 
 
 def _format(path: Path) -> str | None:
@@ -165,24 +166,22 @@ def _format(path: Path) -> str | None:
 
 def _page(left: LeftOut) -> str:
     shown: Mapping[str, list[Thumbnail]] = {
-        reason: list(some) for reason, some in groupby(thumbnails.choose(left.shown), key=lambda one: one.reason)
+        reason: list(group)
+        for reason, group in groupby(thumbnails.choose(left.shown), key=lambda thumbnail: thumbnail.reason)
     }
     sections = []
     for number, reason in enumerate(sorted(left.counts, key=lambda reason: (reason in filters.DROPPED, reason))):
         count = left.counts[reason]
-        what = page.count(count, "slice") if reason in filters.DROPPED else _files(count)
-        sections.append(
-            page.Section(
-                f"reason-{number}", escape(reason), f"<p>{what}.</p>{thumbnails.figures(shown.get(reason, ()))}"
-            )
-        )
+        amount = page.count(count, "slice") if reason in filters.DROPPED else _files(count)
+        html = f"<p>{amount}.</p>{thumbnails.figures(shown.get(reason, ()))}"
+        sections.append(page.Section(f"reason-{number}", escape(reason), html))
     slices = sum(count for reason, count in left.counts.items() if reason in filters.DROPPED)
     header = (
-        '<header><p class="kicker">Private</p><h1>Left out</h1><p class="notice">This page names files and shows '
-        "pixels that may hold names. It belongs to whoever prepared the set, and is not to be given away with it.</p>"
+        '<header><p class="kicker">Private</p><h1>Left out</h1><p class="notice">This page names files, and its '
+        "pictures may show names. It is only for the person who prepared the set; do not share it.</p>"
         f"<p>{_files(left.counts.total() - slices)} gave no image; <code>dex data refused</code> lists them all. "
         f"{page.count(slices, 'slice')} of the others {'was' if slices == 1 else 'were'} dropped. At most "
-        f"{thumbnails.SHOWN} of each reason are shown, drawn by chance.</p></header>"
+        f"{thumbnails.SHOWN} per reason are shown, drawn at random.</p></header>"
     )
     return page.document("Left out", header, sections)
 

@@ -1,8 +1,8 @@
-"""Find images of a prepared set by id, by patient or by file, with what the private folder knows of them.
+"""Find images of a prepared set by id, patient or file, using the private folder.
 
-A text is looked up as the id of an image (its last part is enough), of a unit or of a patient group; as a patient the
-way the hospital calls it: a header's PatientID, or what the source's pattern or folders name; and as the path of a file
-or folder. What is found in several of these ways is joined.
+A text is looked up as the id of an image (its last part is enough), a unit or a patient group; as the hospital's name
+of a patient: a header's PatientID, or a name from the source's pattern or folders; and as the path of a file or folder.
+Matches of several of these kinds are joined.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .sources import Source
 _HASH = re.compile(r"[0-9a-f]{32}")
 _NAME_AND_BIRTH = re.compile(r"(.*\S)[\s,/]+(\d{8})")
 _SUGGESTED = 3
-_SHORTEST = 6  # characters of an id that are enough to suggest the rest
+_SHORTEST = 6  # Least characters of an id for which complete ids are suggested
 
 
 class NoPrivateFolder(ValueError):
-    """A set without the folder that knows its files."""
+    """The set's private folder is missing."""
 
 
 class Place(NamedTuple):
-    """A row of the private table. id: of an image, or of a unit where `refused` is its reason; source: its name; unit:
-    the unit's key; file: below the source's root; files: all of them, of an image that is cut across several."""
+    """A row of the private table. id: of an image, or of a unit if `refused` holds a reason; source: its name; unit:
+    the unit's key; file: path below the source's root; files: all of them, for an image cut across several."""
 
     id: str
     source: str
@@ -49,13 +49,13 @@ class Place(NamedTuple):
     frame: int | None = None
     volume: int | None = None
     exact: bool = True
-    """False where the table, of an earlier version, only knows the unit and that has several files."""
+    """False if an earlier version wrote the table, so that only the unit is known, and it has several files."""
     refused: str = ""
     detail: str = ""
 
 
 class _Listed(NamedTuple):
-    """A source of the plan. prefix: the folders that all its paths begin with, `common` of them."""
+    """A source of the plan. prefix: the leading folders that all its paths share, `common` of them."""
 
     name: str
     root: str
@@ -65,16 +65,16 @@ class _Listed(NamedTuple):
     prefix: str
     level: int
     by_series: frozenset[str]
-    """Keys of units that are called by their first file: a series of a large folder."""
+    """Keys of units named by their first file: series of a large folder."""
     folders: frozenset[str]
-    """Keys of units that are folders of several files."""
+    """Keys of units that are folders with several files."""
 
     @property
     def by_folder(self) -> str:
         return f"the folder in {self.name}"
 
     def folders_called(self, text: str) -> set[str]:
-        """Folders that stand for the patient `text`: a name, or a path as far as it."""
+        """Folders that stand for the patient `text`, which is a folder's name or its path."""
         above = [*self.prefix.split("/")[: self.common], *["-"] * (self.level - self.common)] if self.prefix else []
         above += ["-"] * (self.level - len(above))
         paths = {"/".join([*above, text])} if "/" not in text else set()
@@ -82,20 +82,20 @@ class _Listed(NamedTuple):
         return paths if self.level >= 0 else set()
 
     def is_of(self, text: str, file: str) -> bool:
-        """Whether a file lies in the folder of the patient `text`."""
+        """Whether a file is in the folder of the patient `text`."""
         folders = file.split("/")[:-1]
         return 0 <= self.level < len(folders) and folders[self.level] == text
 
     def naming(self, patient: str) -> Names | None:
-        """Its names, if its paths named patients by this pattern; None without the salt."""
+        """The source's names, if this pattern named its patients; None without the salt."""
         if self.salt is None and not self.source.public:
             return None
         return Names(replace(self.source, patient=patient), self.salt or b"", self.common, self.level)
 
 
 class Private:
-    """The private folder of a set, for reading. NoPrivateFolder where there is none; ValueError for one that is none of
-    dex's."""
+    """The private folder of a set, for reading. Raises NoPrivateFolder if it is missing, and ValueError if dex did not
+    write it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -106,19 +106,19 @@ class Private:
             self.sources: list[_Listed] = [self._listed(number, entry, salt) for number, entry in enumerate(entries)]
         except FileNotFoundError:
             raise NoPrivateFolder(
-                f"DIR: expected its private folder beside it, which alone knows files and patients; {folder} is not "
-                "there: ask whoever prepared the set, or bring the two together"
+                f"DIR: expected its private folder {folder} beside it, which alone knows files and patients; got none: "
+                "ask the person who prepared the set, or put the folder there"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / trace.PLAN}: expected what dex prepare wrote; got {error}") from None
+            raise ValueError(f"{folder / trace.PLAN}: expected a plan of dex prepare; got {error}") from None
         self._names = {listed.name: listed.naming(listed.source.patient) for listed in self.sources}
         self.withdrawn: list[trace.Withdrawn] = trace.withdrawn(folder)
 
     def _listed(self, number: int, entry: dict[str, Any], salt: bytes | None) -> _Listed:
-        said = yaml.safe_load(entry["description"])
+        description = yaml.safe_load(entry["description"])
         needed = ("name", "modality", "normalisation", "patient", "public", "table")
-        known = {name: said[name] for name in needed if name in said}
-        source, common = Source(**known), entry["common"]
+        source = Source(**{name: description[name] for name in needed if name in description})
+        common = entry["common"]
         series, folders, prefix = set(), set(), ""
         for unit in self._units(number):
             first = unit["files"][0][0]
@@ -126,15 +126,14 @@ class Private:
             if readers.reader_of(unit["format"]).whole_folders:
                 series.update([unit["key"]] if unit["key"] == first else ())
                 folders.update([unit["key"]] if len(unit["files"]) > 1 else ())
-        where = (source.name, entry.get("root", ""))
-        level = entry.get("level", [common])[0]
-        return _Listed(*where, source, salt, common, prefix, level, frozenset(series), frozenset(folders))
+        root, level = entry.get("root", ""), entry.get("level", [common])[0]
+        return _Listed(source.name, root, source, salt, common, prefix, level, frozenset(series), frozenset(folders))
 
     def _units(self, number: int) -> Iterator[dict[str, Any]]:
         yield from _rows(self.folder / trace.UNITS / f"{number:03d}.jsonl")
 
     def places(self) -> Iterator[Place]:
-        """All rows, those of kept images and of refusals."""
+        """All rows: of kept images and of refusals."""
         for path in sorted((self.folder / trace.IDS).glob("*.jsonl")):
             listed = self.sources[int(path.name[:3])]
             stacks: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -163,7 +162,7 @@ class Private:
                 )
 
     def passed_over(self) -> Iterator[Place]:
-        """Files that were no unit's, the reason in `refused`."""
+        """Files outside all units, with the reason in `refused`."""
         for number, listed in enumerate(self.sources):
             for row in _rows(self.folder / trace.UNITS / f"{number:03d}{trace.PASSED_OVER}"):
                 for name in row["names"]:
@@ -171,7 +170,7 @@ class Private:
                     yield Place("", listed.name, listed.root, file, file, refused=row["reason"])
 
     def duplicates(self) -> Iterator[dict[str, Any]]:
-        """Images that were left out for one that was kept; nothing where an earlier version made the set."""
+        """Images that were left out as duplicates; none if an earlier version made the set."""
         yield from _rows(self.folder / trace.DUPLICATES)
 
     @property
@@ -179,7 +178,7 @@ class Private:
         return (self.folder / trace.DUPLICATES).exists()
 
     def groups_called(self, text: str) -> dict[str, str]:
-        """Groups that a patient called `text` would have -> as what."""
+        """Possible groups of a patient named `text` -> what kind of name that is."""
         called: dict[str, str] = {}
         for listed in self.sources:
             if (names := listed.naming("")) is None:
@@ -201,9 +200,9 @@ class Private:
 
 @dataclass
 class Found:
-    """What a text leads to. images: id -> of the set, and those that were left out as duplicates; ways: as what it was
-    found; groups: patients of whom it names all images; withdrawn: what was taken out under this name before; alike:
-    ids that begin as it does; called: group -> as what, that a patient of this name would have."""
+    """The matches of a text. images: id -> image of the set, or one left out as a duplicate; ways: the kinds of names
+    that matched; groups: patients of whom the text names all images; withdrawn: earlier withdrawals of this name;
+    alike: ids with this prefix; called: possible group of a patient with this name -> the kind of name."""
 
     text: str
     images: dict[str, Image] = field(default_factory=dict)
@@ -225,8 +224,8 @@ class Found:
 
 @dataclass
 class Image:
-    """shard, line: of the set, None where it is not in it. duplicate: the row of one that was left out for another;
-    copy_of: the id of that."""
+    """An image. shard, line: its place in the set, None if it is not in it. duplicate: the row of an image that was
+    left out as a duplicate; copy_of: the id of its original."""
 
     id: str
     shard: dict[str, Any] | None = None
@@ -237,29 +236,30 @@ class Image:
 
 
 def find(root: Path, private: Private | None, texts: Sequence[str]) -> list[Found]:
-    """What each of `texts` leads to. private: None: ids of images and groups alone. ValueError for a set that does not
-    fit its hashes, and for an empty text."""
+    """The matches of each text. private: if None, only ids of images and groups are known. Raises ValueError for a set
+    that does not match its hashes, and for an empty text."""
     manifest, _ = read_manifest(root)
-    found = [Found(text.strip()) for text in texts]
+    matches = [Found(text.strip()) for text in texts]
     groups: dict[str, list[tuple[Found, str]]] = defaultdict(list)
-    for one in found:
-        if not one.text or set(one.text) <= set("./"):
-            raise ValueError(f"ID: expected an id, a patient or a path; got {one.text!r}")
-        one.called = {one.text: "the id of a patient group"} | (private.groups_called(one.text) if private else {})
-        for group, way in one.called.items():
-            groups[group].append((one, way))
+    for match in matches:
+        text = match.text
+        if not text or set(text) <= set("./"):
+            raise ValueError(f"ID: expected an id, a patient or a path; got {text!r}")
+        match.called = {text: "the id of a patient group"} | (private.groups_called(text) if private else {})
+        for group, way in match.called.items():
+            groups[group].append((match, way))
         for record in private.withdrawn if private else ():
-            if not one.called.keys().isdisjoint(record.groups) or _ends(record.ids, one.text):
-                one.withdrawn.append(record)
-    _in_index(root, manifest, found, groups)
+            if not match.called.keys().isdisjoint(record.groups) or _ends(record.ids, text):
+                match.withdrawn.append(record)
+    _in_index(root, manifest, matches, groups)
     if private:
-        _in_private(private, found, groups)
-        _complete(root, manifest, [image for one in found for image in one.images.values() if image.line is None])
-    return found
+        _in_private(private, matches, groups)
+        _complete(root, manifest, [image for match in matches for image in match.images.values() if not image.line])
+    return matches
 
 
 def _complete(root: Path, manifest: dict, images: Sequence[Image]) -> None:
-    """Where in the set are images that were found by their files, and those that others are copies of?"""
+    """Look up in the set the images that were found by their files, and the originals of duplicates."""
     by_id, by_key = defaultdict(list), defaultdict(list)
     for image in images:
         by_id[image.id].append(image)
@@ -272,55 +272,55 @@ def _complete(root: Path, manifest: dict, images: Sequence[Image]) -> None:
             image.copy_of = line["id"]
 
 
-def _in_index(root: Path, manifest: dict, found: Sequence[Found], groups: dict[str, list[tuple[Found, str]]]) -> None:
+def _in_index(root: Path, manifest: dict, matches: Sequence[Found], groups: dict[str, list[tuple[Found, str]]]) -> None:
     for entry, line in shard_rewrite.lines(root, manifest):
         last = line["id"].rpartition("/")[2]
         hits = [*groups.get(line["group"], ())]
-        for one in found:
-            if one.text == line["id"] or (one.text == last and _HASH.fullmatch(last)):
-                hits.append((one, "the id of an image"))
-            elif len(one.text) >= _SHORTEST and len(one.alike) < _SUGGESTED and last.startswith(one.text):
-                one.alike.append(line["id"])
-        for one, way in hits:
-            image = one.add(line["id"], way)
+        for match in matches:
+            if match.text == line["id"] or (match.text == last and _HASH.fullmatch(last)):
+                hits.append((match, "the id of an image"))
+            elif len(match.text) >= _SHORTEST and len(match.alike) < _SUGGESTED and last.startswith(match.text):
+                match.alike.append(line["id"])
+        for match, way in hits:
+            image = match.add(line["id"], way)
             image.shard, image.line = entry, line
             if way != "the id of an image":
-                one.groups.add(line["group"])
+                match.groups.add(line["group"])
 
 
-def _in_private(private: Private, found: Sequence[Found], groups: dict[str, list[tuple[Found, str]]]) -> None:
+def _in_private(private: Private, matches: Sequence[Found], groups: dict[str, list[tuple[Found, str]]]) -> None:
     left_out = {}
     for row in private.duplicates():
-        for one, way in groups.get(row["group"], ()):
-            one.add(row["id"], way)
-            one.groups.add(row["group"])
+        for match, way in groups.get(row["group"], ()):
+            match.add(row["id"], way)
+            match.groups.add(row["group"])
         left_out[row["id"]] = row
     listed_as = {listed.name: listed for listed in private.sources}
-    paths = {listed.name: [_below(one.text, listed.root) for one in found] for listed in private.sources}
+    paths = {listed.name: [_below(match.text, listed.root) for match in matches] for listed in private.sources}
     unit, name = None, ""
     for place in private.places():
         if (place.source, place.unit) != unit:
             unit, name = (place.source, place.unit), private.unit_id(place)
-        for one, below in zip(found, paths[place.source], strict=True):
-            way = _way(one, place, name, below, listed_as[place.source])
+        for match, below in zip(matches, paths[place.source], strict=True):
+            way = _way(match, place, name, below, listed_as[place.source])
             if way == listed_as[place.source].by_folder:
-                one.groups.update(group for group, called in one.called.items() if called == way)
+                match.groups.update(group for group, called in match.called.items() if called == way)
             if place.refused:
                 if way:
-                    one.refused.append(place)
-                    one.ways += [way] if way not in one.ways else []
-            elif way or place.id in one.images:
-                image = one.add(place.id, way) if way else one.images[place.id]
+                    match.refused.append(place)
+                    match.ways += [way] if way not in match.ways else []
+            elif way or place.id in match.images:
+                image = match.add(place.id, way) if way else match.images[place.id]
                 image.place, image.duplicate = place, left_out.get(place.id)
 
 
-def _way(one: Found, place: Place, unit: str, below: set[str], listed: _Listed) -> str:
-    """As what a text names the row of the table; "" where it does not."""
-    if one.text in (unit, unit.rpartition("/")[2]) and unit:
+def _way(match: Found, place: Place, unit: str, below: set[str], listed: _Listed) -> str:
+    """The kind of name by which a text matches a row of the table, or ""."""
+    if match.text in (unit, unit.rpartition("/")[2]) and unit:
         return "the id of a unit"
-    if not place.refused and one.text in (place.id, place.id.rpartition("/")[2]):
+    if not place.refused and match.text in (place.id, place.id.rpartition("/")[2]):
         return "the id of an image"
-    if listed.is_of(one.text, place.file):
+    if listed.is_of(match.text, place.file):
         return listed.by_folder
     for path in below:
         if any(file == path or file.startswith(f"{path}/") for file in place.files or (place.file,)):
@@ -329,7 +329,7 @@ def _way(one: Found, place: Place, unit: str, below: set[str], listed: _Listed) 
 
 
 def _below(text: str, root: str) -> set[str]:
-    """What `text`, a path, may be called below `root`."""
+    """The possible paths of the path `text` below `root`."""
     paths = {os.path.normpath(text)} if not os.path.isabs(text) else set()
     if root:
         for whole in {os.path.abspath(text), os.path.realpath(text)}:

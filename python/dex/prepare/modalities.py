@@ -5,8 +5,8 @@
     of_dicom("DX")                             # "X-ray"
     of_folder("Dermoscopy")                    # "clinical photography"
 
-A name or an alias matches without regard to case, spaces, "-" and "_". Nothing else matches: a misspelt name is an
-error that names the closest one, never a guess.
+Names and aliases match without regard to letter case, spaces, "-" and "_". Nothing else matches: a misspelt name is an
+error that suggests the closest one, never a guess.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import re
 from typing import NamedTuple
 
 NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
-"""The rules of `normalise`, by the name that a description gives them."""
+"""Names of the rules of ``normalise`` in descriptions."""
 AUTO, FROM_FOLDERS = "auto", "from-folders"
-"""Words that stand in place of a modality: as the header says, and as the folder says. No modality has these names."""
+"""Values instead of a modality: the header decides, or the folder decides. No modality may have these names."""
 MIN_FOREGROUND = 0.05
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,62}[A-Za-z0-9])?")
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
 class Modality(NamedTuple):
-    """name: as shards, cards and messages show it. normalisation: the corpus' rule. aliases: other names, in the form
-    that `key` gives. min_foreground: the least share of foreground that a slice is kept with. crop: whether pictures
-    are cut to the centre square, rather than padded. volumes: whether its images are slices of volumes. pieces: whether
-    a picture too large for one image is cut into images at its own resolution, rather than shrunk."""
+    """name: as shown in shards, cards and messages. normalisation: the rule of the corpus. aliases: other names, in the
+    form of ``key``. min_foreground: the least foreground share of a kept slice. crop: whether pictures are cropped to
+    the centre square, not padded. volumes: whether its images are slices of volumes. pieces: whether a picture too
+    large for one image is cut into images at its own resolution, not shrunk."""
 
     name: str
     normalisation: str = "display"
@@ -79,13 +79,13 @@ _DICOM = {
     "endoscopy": ("ES", "LP"),
     "clinical photography": ("XC", "DMS"),
 }
-"""Codes of the element Modality, the retired ones included (PS3.3, C.7.3.1.1.1). Others name no modality of the
-catalogue: nuclear medicine, radiotherapy images, thermography, ophthalmic mapping, "other", ..."""
+"""Codes of the element Modality, including retired ones (PS3.3, C.7.3.1.1.1). Other codes are outside the catalogue:
+nuclear medicine, radiotherapy images, thermography, ophthalmic mapping, "other", ..."""
 _BY_CODE = {code: name for name, codes in _DICOM.items() for code in codes}
 
 
 def key(text: str) -> str:
-    """What two spellings of one name share: "X-Ray", "x_ray" and "xray" are "xray"."""
+    """The common form of all spellings of a name: "X-Ray", "x_ray" and "xray" become "xray"."""
     return _SEPARATORS.sub("", text.strip()).casefold()
 
 
@@ -94,8 +94,9 @@ _OTHER_WORDS = {
     *("dms", "dr", "dx", "es", "gm", "io", "op", "opt", "pt", "px", "rf", "rg", "sm", "xc"),
     "angiography",
 }
-"""Aliases that folders have for other reasons: diabetic retinopathy, diagnosis, end-systole, grey matter, operation,
-options, patient, prescription, smoker, angiography by CT or OCT, ... A command may give them, a folder may not."""
+"""Aliases that often mean something else in the name of a folder: diabetic retinopathy, diagnosis, end-systole, grey
+matter, operation, options, patient, prescription, smoker, angiography by CT or OCT, ... Commands may use them; folders
+with these names have no modality."""
 _VAGUE = {
     *("photo", "photos", "photograph", "photographs", "photography", "clinicalphoto", "clinicalphotos", "microscopy"),
     *("angiography", "fluoroscopy", "echo", "opt", "cfp", "octa", "dms", "usg", "laparoscopy"),
@@ -104,15 +105,15 @@ _RESERVED = {key(word) for word in (AUTO, FROM_FOLDERS)}
 
 
 def known(text: str) -> Modality | None:
-    """The catalogue's modality of that name or alias; None where there is none."""
+    """The catalogue's modality with that name or alias, or None."""
     return _BY_KEY.get(key(text))
 
 
 def resolve(text: str, normalisation: str | None = None) -> Modality:
-    """The modality that a user's word means, with another normalisation where one is given.
+    """The modality that a user names, with another normalisation if one is given.
 
-    A name that the catalogue does not have is a modality of the user's own. It needs a normalisation, and must not be
-    one of the catalogue's misspelt. ValueError: a name or a normalisation that cannot be, with what would be right.
+    A name outside the catalogue is the user's own modality. It needs a normalisation, and must not look like a misspelt
+    name of the catalogue. Raises ValueError, with the valid names, for an invalid name or normalisation.
     """
     if normalisation is not None and normalisation not in NORMALISATIONS:
         allowed = ", ".join(NORMALISATIONS)
@@ -126,7 +127,7 @@ def resolve(text: str, normalisation: str | None = None) -> Modality:
     misspelt = [word for word in _BY_KEY if len(word) > 1 and _one_off(key(name), word)]
     if normalisation is None or misspelt:
         close = misspelt or difflib.get_close_matches(key(name), _BY_KEY, n=1, cutoff=0.75)
-        meant = f" (do you mean {_BY_KEY[close[0]].name!r}?)" if close else ""
+        meant = f" (did you mean {_BY_KEY[close[0]].name!r}?)" if close else ""
         raise ValueError(
             f"modality: expected one of {', '.join(NAMES)}; got {text!r}{meant}. "
             f"A modality of your own needs --normalisation, one of {', '.join(NORMALISATIONS)}"
@@ -135,26 +136,26 @@ def resolve(text: str, normalisation: str | None = None) -> Modality:
 
 
 def of_dicom(code: str) -> str | None:
-    """The catalogue's name for a value of the DICOM element Modality; None for another value or none."""
+    """The catalogue's name for a value of the DICOM element Modality, or None."""
     return _BY_CODE.get(code.strip().upper())
 
 
 def of_folder(name: str) -> str | None:
-    """The catalogue's name that a folder is called by; None for a folder that is called anything else, or by a word
-    that folders have for other reasons too."""
+    """The catalogue's name of the modality that a folder is named after; None for any other name, and for words that
+    often mean something else there."""
     modality = None if key(name) in _OTHER_WORDS else known(name)
     return None if modality is None else modality.name
 
 
 def surely_of_folder(name: str) -> str | None:
-    """The same, without names that folders have for other reasons: two letters, `photos`, `angiography` of CT, ..."""
+    """``of_folder`` without ambiguous names: two letters, ``photos``, ``angiography`` (also of CT), ..."""
     word = key(name)
     return None if word in _VAGUE or (len(word) == 2 and word not in ("ct", "mr")) else of_folder(name)
 
 
-def _one_off(one: str, other: str) -> bool:
-    """Whether two words differ by one letter, which is missing, added or another."""
-    short, long = sorted((one, other), key=len)
+def _one_off(first: str, second: str) -> bool:
+    """Whether two words differ by one letter: missing, added or changed."""
+    short, long = sorted((first, second), key=len)
     if len(short) == len(long):
         return sum(a != b for a, b in zip(short, long, strict=True)) == 1
     return len(long) == len(short) + 1 and any(short == long[:i] + long[i + 1 :] for i in range(len(long)))

@@ -1,4 +1,4 @@
-"""Whether what a reader gives is an image at all: label maps and maps of probabilities are none."""
+"""Decide whether a stack is an image at all: label maps and probability maps are not."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from . import label_maps, readers
 from .readers import Refused
 from .routing import GREY
 
-_CHROMA, _COLOURED = 32, 0.1  # levels between a pixel's channels, and the share of such pixels, from which on is colour
-_FILM = (0, 30)  # frames of a film that are looked at
+_CHROMA, _COLOURED = 32, 0.1  # In colour: levels between a pixel's channels, and share of such pixels, at least
+_FILM = (0, 30)  # Frames of a film that are examined
 
 
 def not_an_image(stack: readers.Stack, format: str, path: str, modality: str = "") -> Refused | None:
-    """Why a stack is no image of a modality: by what its file declares, by its colours or by its numbers.
+    """Why a stack is not an image of a modality: because of its file's declaration, its colours or its values.
 
-    path: of its file, whose name is a hint, as what its header calls it is.
+    path: of its file; like the name in its header, the file's name is a hint.
     """
     reader = readers.reader_of(format)
     if modality in GREY and not reader.decides and _is_coloured(stack, reader.frame_stride != 1):
         return Refused(
             "rendering",
-            f"in colour, and {modality} is grey; --modality or --pattern says what it is, or --trust takes it",
+            f"in colour, but {modality} is grey; give its modality with --modality or --pattern, or --trust to take it",
         )
-    if reader.frame_stride != 1:  # films hold no labels
+    if reader.frame_stride != 1:  # Films hold no labels
         return None
     if stack.declared:
         return Refused(stack.declared, "its header declares it")
@@ -34,12 +34,12 @@ def not_an_image(stack: readers.Stack, format: str, path: str, modality: str = "
     if label_maps.judge(_frames(stack), named) or (reader.decides and label_maps.judge(_rescaled(stack), named)):
         return Refused(label_maps.LABEL_MAP, "few values that fill regions")
     if not reader.decides and label_maps.is_probability_map(_frames(stack), os.path.basename(path)):
-        return Refused(label_maps.PROBABILITY_MAP, "by its name and numbers")
+        return Refused(label_maps.PROBABILITY_MAP, "by its name and values")
     return None
 
 
 def _is_coloured(stack: readers.Stack, film: bool) -> bool:
-    """Whether much of a picture or film is in colour: more than marks, arrows or a tint."""
+    """Whether much of a picture or film is in colour, more than marks, arrows or a tint."""
     for frame in stack.sample(frozenset(_FILM if film else label_maps.spread(stack.length))):
         if frame.ndim == 2:
             return False
@@ -50,14 +50,14 @@ def _is_coloured(stack: readers.Stack, film: bool) -> bool:
 
 
 def _rescaled(stack: readers.Stack) -> Iterator[np.ndarray]:
-    """The same frames in the numbers that the header makes of them, where these are others: the labels of a map that
-    was given the rescale of its CT begin at 0 in either the one or the other."""
+    """The same frames after the header's rescale, if that changes them: the labels of a map with the rescale of its CT
+    start at 0 either before or after it."""
     if np.ndim(stack.slope) == 0 and (stack.slope, stack.intercept) != (1, 0) and stack.quantity != "display8":
         yield from (frame * stack.slope + stack.intercept for frame in _frames(stack))
 
 
 def _frames(stack: readers.Stack) -> Iterator[np.ndarray]:
-    """Some frames of a stack, and all of them where each of these is of one value."""
+    """A sample of the frames of a stack; if each of these has a single value, then all frames."""
     blank = True
     for frame in stack.sample(frozenset(label_maps.spread(stack.length))):
         blank = blank and bool((frame[:1] == frame.flat[0]).all() and (frame == frame.flat[0]).all())

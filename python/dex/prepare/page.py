@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing but itself, and how numbers stand on it."""
+"""The frame of a self-contained HTML page, and the format of its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .card_style import CSS
 
 
 class Section(NamedTuple):
-    """key: of its address in the page. html: its body."""
+    """key: anchor of its address in the page. html: its body."""
 
     key: str
     title: str
@@ -18,7 +18,7 @@ class Section(NamedTuple):
 
 
 def document(title: str, header: str, sections: Sequence[Section]) -> str:
-    """An HTML page; `header` is HTML too."""
+    """An HTML page; ``header`` is HTML too."""
     links = "".join(f'<a href="#{section.key}">{section.title}</a>' for section in sections)
     body = "".join(
         f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{heading}</h2>{html}</section>\n'
@@ -27,7 +27,7 @@ def document(title: str, header: str, sections: Sequence[Section]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # the page asks the browser to keep it to its word: nothing is fetched, nothing is run
+        # The browser enforces that the page fetches nothing and runs nothing.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
@@ -37,7 +37,7 @@ def document(title: str, header: str, sections: Sequence[Section]) -> str:
 
 
 class Tile(NamedTuple):
-    """One of the numbers at the top of a page."""
+    """A number at the top of a page."""
 
     label: str
     big: str
@@ -53,12 +53,12 @@ def number(value: int) -> str:
     return f"{value:,}"
 
 
-def count(value: int, what: str) -> str:
-    return f"{number(value)} {what}{'' if value == 1 else 's'}"
+def count(value: int, noun: str) -> str:
+    return f"{number(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in few digits, which is "0 %" or "100 %" only where it is exactly that."""
+    """A share with few digits; "0 %" and "100 %" are exact."""
     if not part:
         return "0 %"
     share = 100 * part / whole

@@ -1,4 +1,4 @@
-"""How the files of a unit are read: one way for `dex prepare` and for whoever uses a trained model on files."""
+"""How the files of a unit are read, shared by ``dex prepare`` and inference on files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .sources import Source
 
 
 class Reading(NamedTuple):
-    """source: for the unit's format (`Source.for_format`). path: of the unit's first file, below the source's root.
-    stated: the modality that a table gives, "" where none does."""
+    """source: for the unit's format (``Source.for_format``). path: of the unit's first file, below the source's root.
+    stated: the modality from a table, "" if there is none."""
 
     source: Source
     path: str
@@ -31,13 +31,12 @@ class Reading(NamedTuple):
         beat: Callable[[], None] | None = None,
         headers: bool = False,
     ) -> Iterator[readers.Stack]:
-        """The stacks of the unit, as `readers.read` gives them.
+        """The stacks of the unit, from ``readers.read``.
 
-        size: S of the images that are made, with `bits` each; None for frames that keep their own size. headers: no
-        pixel is read.
+        size: S of the images to make, with ``bits`` bits; None for frames at their own size. headers: read no pixels.
         """
         described = self.for_stack(None)
-        whole = size is None or headers or label_maps.suspicious(self.path)  # such a name makes every pixel count
+        whole = size is None or headers or label_maps.suspicious(self.path)  # A label map is judged by all its pixels
         return readers.read(
             files,
             format,
@@ -51,14 +50,14 @@ class Reading(NamedTuple):
         )
 
     def for_stack(self, stack: readers.Stack | None) -> Source:
-        """The source with the stack's modality, or with the path's; as it is where nothing says which that is."""
+        """The source with the stack's modality, or with the path's; unchanged if neither is known."""
         if stack is not None and stack.decision is not None:
             return self.source.for_modality(*stack.decision[:3])
         modality = self._modality()
         return self.source if modality is None else self.source.for_modality(modality.name, modality.normalisation)
 
     def rescale(self, stack: readers.Stack, format: str) -> None:
-        """Apply the description's slope and intercept, which are for formats whose headers have none."""
+        """Apply the description's slope and intercept, if the format's headers have none."""
         if (self.source.slope, self.source.intercept) != (1, 0) and not readers.reader_of(format).decides:
             stack.rescale(self.source.slope, self.source.intercept)
 

@@ -1,11 +1,11 @@
-"""Folders and tables that are elsewhere: whatever `fsspec` opens, copied into the cache before anything is read.
+"""Remote folders and tables: anything ``fsspec`` opens, copied into the cache before anything is read.
 
     s3://bucket/scans    memory://scans    sftp://host/scans    scans.zip    zip://::s3://bucket/scans.zip
 
-Readers open local files alone: workers that may be killed at any moment, within a limit of memory, are no place for a
-connection. So the files that a source names are copied first, once, and no more than the disk has room for; a later
-start copies what is missing or has another size or time, and removes what is no longer there. The copies are the user's
-own, in a folder that no other may enter.
+Readers open only local files: workers have a memory limit and may be killed at any moment, so they keep no connections.
+The files that a source names are copied first, once, if the disk has room. A later start copies files that are missing
+or have another size or time, and removes copies of files that no longer exist. Only the user can enter the folder of
+the copies.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dex.common.units import format_bytes
 from . import readers
 
 RESERVE = 2**30
-"""Bytes of the disk that are left free."""
+"""Bytes of the disk that stay free."""
 STREAMS = 8
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 
 class Entry(NamedTuple):
-    """A file elsewhere. mtime_ns: 0 where the file system does not say when it was written."""
+    """A remote file. mtime_ns: 0 if the file system gives no time of modification."""
 
     name: str
     size: int
@@ -47,8 +47,8 @@ def is_url(text: str | os.PathLike[str]) -> bool:
 
 
 def place_of(argument: str) -> str:
-    """What a word of the command line means: the URL of a zip file's content, the path that a local URL names, and
-    anything else as it is."""
+    """The place that a command-line argument names: the URL of a zip file's content, the path of a local URL, and
+    anything else unchanged."""
     for scheme in ("file://", "local://"):
         if argument.startswith(scheme):
             return argument.removeprefix(scheme)
@@ -58,10 +58,11 @@ def place_of(argument: str) -> str:
 
 
 def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[str], None]) -> Path:
-    """The folder with copies of the files below `url` that are wanted, by their paths below it, and of the files that
-    hold their data. Copies that were made for other runs stay.
+    """The folder with copies of the wanted files below ``url``, and of the separate files with their data. ``wanted``
+    gets paths below ``url``. Copies made for other runs stay.
 
-    ValueError: no such place, nothing that opens it, no room for it. OSError: the connection, the disk.
+    Raises ValueError if the place does not exist, cannot be opened or is too large; OSError for a fault of the
+    connection or the disk.
     """
     root = cache / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,14 +82,14 @@ def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[s
 
 @contextlib.contextmanager
 def _alone(root: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Other runs that copy into the same folder wait."""
+    """Make other runs that copy into the same folder wait."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks keeps nobody out
+        with contextlib.suppress(OSError):  # The file system has no locks: go on without one
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say("waiting for another run, which copies files from the same place")
+                say("waiting for another run that is copying files from the same place")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -104,7 +105,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _entries(system: Any, top: str) -> dict[str, Entry]:
-    """Path below `top` -> file. Names that would lead out of a folder are no files of ours."""
+    """Path below ``top`` -> file, without names that would lead out of the folder."""
     entries = {}
     above = top.rstrip("/") + "/" if top.rstrip("/") else ""
     for name, info in system.find(top, detail=True).items():
@@ -134,12 +135,12 @@ def _copy(system: Any, url: str, root: Path, entries: dict[str, Entry], say: Cal
     size, free = sum(entry.size for entry in todo.values()), shutil.disk_usage(root).free
     if size > free - RESERVE:
         raise ValueError(
-            f"root: {_shown(url)} has {format_bytes(size)} to be copied, and {root} has room for "
-            f"{format_bytes(max(0, free - RESERVE))}: give --cache a larger disk, or --files a part of it"
+            f"root: {_shown(url)} has {format_bytes(size)} to copy, but {root} has room for "
+            f"{format_bytes(max(0, free - RESERVE))}: give --cache a larger disk, or --files for a part of it"
         )
     say(f"copying {len(todo):,} files, {format_bytes(size)}, from {_shown(url)}")
 
-    def one(path: str) -> None:
+    def copy_file(path: str) -> None:
         entry, target = todo[path], root / path
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with system.open(entry.name, "rb") as source, atomic.writing(target, mode=0o600) as copy:
@@ -150,10 +151,10 @@ def _copy(system: Any, url: str, root: Path, entries: dict[str, Entry], say: Cal
         _named(url),
         concurrent.futures.ThreadPoolExecutor(STREAMS if getattr(system, "async_impl", False) else 1) as pool,
     ):
-        done = [pool.submit(one, path) for path in todo]
+        copies = [pool.submit(copy_file, path) for path in todo]
         try:
-            for future in done:
-                future.result()
+            for copied in copies:
+                copied.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -168,14 +169,14 @@ def _is_there(path: Path, entry: Entry) -> bool:
 
 
 def _beside(root: Path, path: str) -> Iterator[str]:
-    """Paths of the files that may hold the data of one that was copied."""
+    """Paths of the separate files that may hold the data of a copied one."""
     format, folder = readers.format_of(path), path.rpartition("/")[0]
     for name in readers.beside(root / path, format) if format is not None else ():
         yield f"{folder}/{name}" if folder else name
 
 
 def _remove_others(root: Path, paths: Collection[str]) -> None:
-    """Remove copies of files that are no longer there, and what a run that was killed has left."""
+    """Remove copies of files that no longer exist, and leftovers of killed runs."""
     for above, _, names in os.walk(root):
         for path in (os.path.join(above, name) for name in names):
             if os.path.relpath(path, root) not in paths:
@@ -184,11 +185,11 @@ def _remove_others(root: Path, paths: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def _named(url: str) -> Iterator[None]:
-    """What a file system raises, as ours: its text may hold what it was called with."""
+    """Replace the errors of a file system by our own: their text may contain the URL."""
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"root: expected a folder at {_shown(url)}; nothing is there") from None
+        raise ValueError(f"root: expected a folder at {_shown(url)}; got nothing") from None
     except ImportError as error:
         raise ValueError(f"root: {_shown(url)} cannot be opened: {error}") from None
     except ValueError as error:
@@ -198,10 +199,10 @@ def _named(url: str) -> Iterator[None]:
         raise ValueError(f"root: {_shown(url)} cannot be opened: {why}") from None
     except OSError as error:
         raise OSError(error.errno, f"{_shown(url)}: {error.strerror or type(error).__name__}") from None
-    except Exception as error:  # of the many libraries, each its own
+    except Exception as error:  # Every library has its own kinds of errors
         raise OSError(None, f"{_shown(url)}: {type(error).__name__}") from None
 
 
 def _shown(url: str) -> str:
-    """The kind of a place: the rest may hold a name or a password."""
+    """The scheme of a URL: the rest may contain a name or a password."""
     return url.partition(":")[0] + "://"

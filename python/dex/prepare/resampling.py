@@ -1,9 +1,9 @@
-"""Antialiased bicubic resampling of images of 8 bits, as products with banded matrices.
+"""Antialiased bicubic resampling of 8-bit images, as products with banded matrices.
 
-The filter is Pillow's: a = -0.5, widened by the ratio where an image shrinks, its weights divided by their sum. Weights
-are whole multiples of 2**-15 down the rows and of 2**-24 along the columns, so that all products and sums are whole
-numbers that float32, then float64, hold exactly: the result is the same on every processor, in whatever order it adds.
-It lies within 0.1 levels of the exact one before it is rounded, so within one level after.
+The filter is Pillow's: a = -0.5, widened by the ratio when an image shrinks, with weights divided by their sum. Weights
+are multiples of 2**-15 down the rows and of 2**-24 along the columns, so that all products and sums are exact in
+float32, then float64: the result is the same on every processor, whatever the order of the sums. Before rounding it is
+within 0.1 levels of the exact result, and therefore within one level after.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 _BITS = (15, 24)  # 255 * 1.3 * 2**15 < 2**24, and with the second weights < 2**53
-_REACH = 2.0  # of the filter, in pixels that come out
+_REACH = 2.0  # Of the filter, in output pixels
 _A = -0.5
-_BLOCK = 16  # pixels that come out at a time: their inputs overlap
+_BLOCK = 16  # Output pixels at a time: their inputs overlap
 
 
 class _Band(NamedTuple):
-    """Outputs out .. out + n - 1 as sums over inputs first .. first + m - 1. weights: [n, m], whole numbers."""
+    """Outputs out .. out + n - 1 as weighted sums of inputs first .. first + m - 1. weights: [n, m], whole numbers."""
 
     out: int
     first: int
@@ -28,8 +28,8 @@ class _Band(NamedTuple):
 
 
 def bicubic(pixels: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """uint8 [height, width] or [height, width, C] of the box (left, top, right, bottom) of uint8 [H, W] or
-    [H, W, C]."""
+    """Resize the box (left, top, right, bottom) of uint8 [H, W] or [H, W, C] to uint8 [height, width] or
+    [height, width, C]."""
     left, top, right, bottom = box
     rows, columns = pixels.shape[:2]
     channels = pixels.size // max(1, rows * columns)
@@ -55,7 +55,7 @@ def bicubic(pixels: np.ndarray, box: tuple[float, float, float, float], height: 
 
 @functools.lru_cache(64)
 def _bands(length: int, start: float, end: float, wanted: int, bits: int, dtype: type) -> tuple[_Band, ...]:
-    """How `wanted` pixels come of those from `start` to `end` of `length`."""
+    """The weights that turn the part from ``start`` to ``end`` of ``length`` pixels into ``wanted`` pixels."""
     scale = (end - start) / wanted
     widened = max(scale, 1.0)
     centres = start + (np.arange(wanted) + 0.5) * scale
@@ -70,7 +70,7 @@ def _bands(length: int, start: float, end: float, wanted: int, bits: int, dtype:
         weights *= (place >= first[here, None]) & (place < last[here, None])
         weights /= weights.sum(axis=1, keepdims=True)
         whole = np.rint(weights * 2**bits)
-        # what rounding has lost goes to the greatest, so that a level stays what it is
+        # The greatest weight takes the rounding error, so that a constant level stays the same.
         rows = np.arange(len(whole))
         whole[rows, whole.argmax(axis=1)] += 2**bits - whole.sum(axis=1)
         bands.append(_Band(out, begin, np.ascontiguousarray(whole, dtype)))

@@ -1,15 +1,15 @@
-"""What a DICOM header says about a file: the modality and normalisation of its images, or a reason to leave it out.
+"""Decide from a DICOM header: the modality and normalisation of a file's images, or a reason to leave it out.
 
     decide(facts_of(header, has_pixels=True))          # Decision(modality="CT", normalisation="ct", ...)
     decide(facts, resolve("MR")).left_out              # "another modality": the header contradicts the user
 
-`RULES` is a table, and the first row that applies decides: reason, detail, where the DICOM standard (PS3.3 unless it
-says otherwise) or a manufacturer defines it, and the test. What no row leaves out needs a SOP class and a Modality that
-agree; nothing is guessed where they do not.
+The first row of ``RULES`` that applies decides. A row holds the reason, the detail, the section of the DICOM standard
+(PS3.3 unless it says otherwise) or the manufacturer that defines it, and the test. A file that no row leaves out needs
+a SOP class and a Modality that agree; otherwise nothing is guessed.
 
-DERIVED alone, the first value of Image Type, leaves nothing out: compressed and reformatted images are DERIVED too. The
-third and later values tell. A series description can hold names: it is searched for a few words, and neither it nor
-any other value of a header gets into a decision.
+DERIVED, as the first value of Image Type, is no reason to leave out a file: compressed and reformatted images are
+DERIVED too. The third and later values decide. A series description may contain names of people: it is only searched
+for a few words, and no value of a header appears in a decision.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REASONS = (
     "unknown modality",
     "another modality",
 )
-"""Why a DICOM file is left out."""
+"""Reasons to leave out a DICOM file."""
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _TOMOGRAPHIC = ("CT", "MR", "PET")
 GREY = (*_TOMOGRAPHIC, "X-ray")
@@ -50,8 +50,8 @@ GREY = (*_TOMOGRAPHIC, "X-ray")
 
 
 class Facts(NamedTuple):
-    """What `decide` asks of a header: stripped upper case, "" where absent. description: words of the series
-    description, for searching alone."""
+    """The values of a header that ``decide`` uses: stripped upper case, "" where absent. description: words of the
+    series description, only for searching."""
 
     sop_class: str = ""
     modality: str = ""
@@ -68,12 +68,12 @@ class Facts(NamedTuple):
     has_pixels: bool = True
 
     def __repr__(self) -> str:
-        return "Facts(...)"  # a traceback shows no value of a header
+        return "Facts(...)"  # Keep the header's values out of tracebacks
 
 
 class Decision(NamedTuple):
-    """modality, normalisation, planes: of the file's images, in the words of a description; left_out: "", or one of
-    REASONS, where there are none. detail: words of this module's own, why."""
+    """modality, normalisation, planes: of the file's images, as a description spells them; left_out: "", or one of
+    REASONS. detail: the reason in words of this module, without values of the header."""
 
     modality: str = ""
     normalisation: str = ""
@@ -90,7 +90,7 @@ class Rule(NamedTuple):
 
 
 def facts_of(head: Any, has_pixels: bool = True) -> Facts:
-    """The facts in a header: a pydicom data set, or anything else whose `get` takes keywords. Never raises."""
+    """The facts in a header: a pydicom data set, or anything else whose ``get`` takes keywords. Never raises."""
     transform = _item(_item(head, "SharedFunctionalGroupsSequence"), "PixelValueTransformationSequence")
     values = _values(head, "ImageType")
     return Facts(
@@ -111,9 +111,11 @@ def facts_of(head: Any, has_pixels: bool = True) -> Facts:
 
 
 def decide(facts: Facts, wanted: Modality | None = None) -> Decision:
-    """The modality of a file's images, or why it is left out. wanted: the modality that the user gave. A header that
-    says another is left out. One that says nothing takes the user's, and so does one that names no modality of the
-    catalogue, where the user's is none either."""
+    """The modality of a file's images, or the reason to leave it out.
+
+    wanted: the modality that the user gave. A file whose header names another one is left out. A header without a
+    modality takes the user's. So does one with a modality outside the catalogue, if the user's is outside it too.
+    """
     rule = next((rule for rule in RULES if rule.applies(facts)), None)
     silent = not facts.sop_class and facts.modality in ("", "OT")
     unknown = rule is not None and rule.reason == "unknown modality"
@@ -127,8 +129,7 @@ def decide(facts: Facts, wanted: Modality | None = None) -> Decision:
 
 
 def _modality(facts: Facts) -> str:
-    """The catalogue's name that SOP class and Modality agree on, or that one of them gives where the other is absent;
-    "" where there is none."""
+    """The catalogue's name on which SOP class and Modality agree, or that one gives if the other is absent; else ""."""
     code, kind = of_dicom(facts.modality) or "", _IMAGES.get(_short(facts.sop_class), "")
     if not facts.modality or not facts.sop_class:
         return code or kind
@@ -136,7 +137,7 @@ def _modality(facts: Facts) -> str:
 
 
 def _short(sop_class: str) -> str:
-    """A storage class without the standard's common root; any other UID as it is."""
+    """A storage class without the standard's common root; any other UID unchanged."""
     return sop_class.removeprefix(_STORAGE)
 
 
@@ -169,7 +170,7 @@ _FOR_PROCESSING = ("1.1.1", "1.2.1", "1.3.1", "13.1.5", "14.2")
 
 
 def _of_class(*kinds: str) -> Callable[[Facts], bool]:
-    """A SOP class is one of these; one that ends in "." stands for all that begin so."""
+    """The SOP class is one of these; a kind that ends in "." stands for all with that prefix."""
     exact = {kind for kind in kinds if not kind.endswith(".")}
     begins = tuple(kind for kind in kinds if kind.endswith("."))
 
@@ -194,13 +195,13 @@ def _both(*tests: Callable[[Facts], bool]) -> Callable[[Facts], bool]:
 
 
 def _typed(*words: str) -> Callable[[Facts], bool]:
-    """One of the third and later values of Image Type is one of these."""
+    """The third or a later value of Image Type is one of these."""
     wanted = set(words)
     return lambda facts: not wanted.isdisjoint(facts.image_type[2:])
 
 
 def _described(*phrases: str) -> Callable[[Facts], bool]:
-    """Words of the series description, one after the other, are one of these."""
+    """The series description contains one of these phrases, as consecutive words."""
     wanted = [tuple(phrase.split()) for phrase in phrases]
 
     def applies(facts: Facts) -> bool:
@@ -215,7 +216,7 @@ def _described(*phrases: str) -> Callable[[Facts], bool]:
 
 
 def _derived(facts: Facts) -> bool:
-    """The image may be computed, and the values of Image Type that would tell how are absent or say nothing."""
+    """The image may be computed, and the values of Image Type that would say how are absent or empty."""
     return facts.image_type[:1] == ("DERIVED",) or facts.image_type[2:3] in ((), ("",), ("OTHER",))
 
 
@@ -256,7 +257,7 @@ def _called_localizer(facts: Facts) -> bool:
     return (
         any(_LOCALIZER.fullmatch(word) for word in words)
         or _described("3 PLANE", "THREE PLANE", "PLANE LOC")(facts)
-        or (_modality(facts) == "MR" and "SURVEY" in words)  # of Philips; a "bone survey" of CT is none
+        or (_modality(facts) == "MR" and "SURVEY" in words)  # Philips; in CT, a "bone survey" is not a localizer
     )
 
 
@@ -265,7 +266,7 @@ def _front_of_the_eye(facts: Facts) -> bool:
     return not words.isdisjoint(_OPHTHALMIC_FRONT)
 
 
-# Objects that are no images, by their SOP class, then by their Modality where the class is absent or private.
+# Objects that are not images, by SOP class, then by Modality if the class is absent or private.
 _OBJECTS = (
     Rule(
         "dose report",
@@ -328,7 +329,7 @@ _OBJECTS = (
     ),
     Rule("no image", "an object without pixels", "C.7.6.3", lambda facts: not facts.has_pixels),
 )
-# Pictures that were made after the acquisition: of a screen, of a page, of numbers.
+# Pictures made after the acquisition: of a screen, a page or numbers.
 _CAPTURES = (
     Rule("dose report", "a page about dose", "GE, Siemens", _typed("DOSE_INFO", "DOSE INFO", "DOSE REPORT", "DOSE")),
     Rule(
@@ -348,7 +349,7 @@ _CAPTURES = (
     Rule("screenshot", "a page of a report", "Siemens", _typed("REPORT", "CSA REPORT", "WORKSHEET", "REPORT PAGE")),
     Rule("screenshot", "a picture of a screen", "-", _described(*_SCREENS, "WORKSHEET")),
 )
-# Objects that are images, but of no modality of the catalogue, or whose header does not say of which.
+# Images of a modality outside the catalogue, or whose header does not name one.
 _MODALITIES = (
     Rule("whole slide", "a whole slide", "A.32.8, A.90.2", _of_class("77.1.6", "77.1.9")),
     Rule(
@@ -386,7 +387,7 @@ _MODALITIES = (
         lambda facts: _modality(facts) == "fundus" and _front_of_the_eye(facts),
     ),
 )
-# Images that the scanner or a workstation computed, and those that only serve to plan others.
+# Images computed by the scanner or a workstation, and images for planning others.
 _IMAGE_TYPES = (
     Rule(
         "localizer",
@@ -475,16 +476,16 @@ RULES = (*_OBJECTS, *_CAPTURES, *_MODALITIES, *_IMAGE_TYPES)
 
 
 def meaning(reason: str) -> str:
-    """What files that are left out for this reason are, in words."""
+    """The files left out for this reason, in words."""
     if reason == "another modality":
-        return "the header or the folder says another modality than the user"
+        return "the header or the folder names another modality than the user"
     return "; ".join(dict.fromkeys(rule.detail for rule in RULES if rule.reason == reason))
 
 
 def _value(head: Any, keyword: str) -> Any:
     try:
         return head.get(keyword)
-    except Exception:  # values are converted when they are asked for, and a header may hold anything
+    except Exception:  # pydicom converts a value on access, and a header may hold anything
         return None
 
 
@@ -513,7 +514,7 @@ def _values(head: Any, keyword: str) -> tuple[str, ...]:
 
 
 def _item(head: Any, keyword: str) -> Any:
-    """The first item of a sequence; one without elements where there is none."""
+    """The first item of a sequence, or an empty one."""
     value = _value(head, keyword)
     try:
         return value[0] if value else {}

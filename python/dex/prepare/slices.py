@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 MIN_SIDE = 32
 PIXELS = 4
-"""The number of the rules by which the pixels of an image come about: images of two of them are not to be mixed."""
+"""Version of the rules that turn pixels into images: never mix images of two versions."""
 
 OVERSAMPLING = 2
-"""Pixels of a frame for each that is stored, along a side: down to this many, means of neighbours may stand for a
-frame of 8 bits for display."""
-_REACH = 2  # of the bicubic filter, in pixels that come out
-_LACKING = 0.25  # of the neighbours that a mean is of
-_STRIP = 2**21  # numbers worked on at a time: float32 of a whole picture would be its largest copy
+"""Frame pixels per stored pixel along a side. Means of neighbours may shrink an 8-bit display frame down to this many
+before it is resized."""
+_REACH = 2  # Of the bicubic filter, in output pixels
+_LACKING = 0.25  # Largest share of the neighbours that may be missing from the last mean
+_STRIP = 2**21  # Numbers processed at a time: a whole picture as float32 would be its largest copy
 
 
 class Slice(NamedTuple):
-    """`image`: uint8 or uint16 [S, S], or uint8 [S, S, 3]. `share`: of its content, padding apart, that is foreground.
-    `small`: the content's shorter side had fewer than MIN_SIDE pixels before it was resized. `number`: of the stored
-    frame that it shows, None where it is cut across several."""
+    """``image``: uint8 or uint16 [S, S], or uint8 [S, S, 3]. ``share``: foreground share of its content, without the
+    padding. ``small``: the content's shorter side had fewer than MIN_SIDE pixels before it was resized. ``number``: of
+    the stored frame that it shows, None if it is cut across several."""
 
     label: str
     image: np.ndarray
@@ -44,14 +44,15 @@ class Slice(NamedTuple):
 
 
 def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice]:
-    """Every image that `source` (normalisation, planes, frame_stride, fit, whole, tiles) makes of `stack`, as unit
-    float32 until one last rounding to 8 or 16 bits; colour always has 8, and where all channels agree it is given as
-    grey. What is 8 bits for display already, and becomes 8 bits, stays so (`resize_eight`). The stride is for stacks
-    that are no volume.
+    """Every image that ``source`` (normalisation, planes, frame_stride, fit, whole, tiles) makes of ``stack``.
 
-    Padded: square pixels by the spacing, the longer side `size`, the content's own background level around it. Cropped:
-    the centre square. Tiles are cut at their size in pixels beside the whole, the spacing
-    aside. Refused, from the reader or the rule, means that nothing of this stack is to be used.
+    Pixels are float32 in 0..1 until they are rounded once to 8 or 16 bits. Colour always has 8 bits, and becomes grey
+    where all channels agree. An 8-bit display frame that becomes an 8-bit image stays uint8 (``resize_eight``). The
+    stride applies to stacks that are not volumes.
+
+    Padded images have square pixels by the spacing, a longer side of ``size``, and the content's own background level
+    around it. Cropped images are the centre square. Tiles are cut at their size in pixels, in addition to the whole
+    and without regard to the spacing. If the reader or the rule raises Refused, use nothing of this stack.
     """
     if bits not in (8, 16):
         raise ValueError(f"bits: expected 8 or 16, got {bits}")
@@ -83,8 +84,8 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
 
 
 class Whole(NamedTuple):
-    """A frame at its own size. `image`: uint8 [H, W] or [H, W, 3]. `spacing`: mm of rows and of columns. `number`: as
-    of `Slice`."""
+    """A frame at its own size. ``image``: uint8 [H, W] or [H, W, 3]. ``spacing``: mm between rows and between columns.
+    ``number``: see ``Slice``."""
 
     label: str
     image: np.ndarray
@@ -93,8 +94,8 @@ class Whole(NamedTuple):
 
 
 def unscaled(stack: Stack, source: Source) -> Iterator[Whole]:
-    """Every frame of the planes of `source` by its normalisation, as `slices` gives them before they are resized.
-    Refused as there; a frame of a part that cannot be scaled is refused too."""
+    """Every frame of the planes of ``source``, normalised as in ``slices`` but not resized. Raises Refused as there,
+    and also for a frame of a part that cannot be scaled."""
     rules = _Rules(stack, source.normalisation)
     for frame in stack.frames(source.planes, 1):
         rule = rules.of(frame.part)
@@ -106,8 +107,9 @@ def unscaled(stack: Stack, source: Source) -> Iterator[Whole]:
 
 
 def enough(source: Source, size: int, bits: int) -> int | None:
-    """The pixels of the shorter side that suffice of a picture of `source` (`readers.read`): as `resize_eight` leaves
-    them. None: the whole is needed, for tiles, for numbers, or since nothing says what becomes of it."""
+    """How many pixels along the shorter side of a picture of ``source`` suffice, as ``resize_eight`` leaves them (see
+    ``readers.read``). None if the whole picture is needed: for tiles, for other values than bytes, or for an unknown
+    normalisation."""
     by_bytes = source.normalisation in ("display", "ct", "suv") and (source.slope, source.intercept) == (1, 0)
     if source.tiles or not source.whole or bits != 8 or not by_bytes:
         return None
@@ -115,9 +117,9 @@ def enough(source: Source, size: int, bits: int) -> int | None:
 
 
 def pieces(source: Source, size: int) -> int | None:
-    """The sides of the pieces that a picture of `source` is cut into where it has too many pixels for one frame
-    (`readers.read`): those of the images that are stored, so that each keeps its resolution. None: it is shrunk. 0: it
-    is refused, since the description's own tiles are of the whole picture."""
+    """The side of the pieces into which a picture of ``source`` is cut if it is too large for one frame (see
+    ``readers.read``): that of the stored images, so that each piece keeps its resolution. None: the picture is shrunk.
+    0: it is refused, because the description's own tiles need the whole picture."""
     if source.tiles:
         return 0
     modality = modalities.known(source.modality)
@@ -125,7 +127,7 @@ def pieces(source: Source, size: int) -> int | None:
 
 
 class _Rules:
-    """The rule of each part of a stack. Refused where a stack that has no parts has none."""
+    """The normalisation rule of each part of a stack. Raises Refused if a stack without parts has no rule."""
 
     def __init__(self, stack: Stack, name: str):
         self._stack, self._name = stack, name
@@ -134,7 +136,7 @@ class _Rules:
             self._of_parts[0] = self._rule(0)
 
     def of(self, part: int) -> Callable[[np.ndarray], np.ndarray] | None:
-        """None for a part that cannot be scaled, which is then among the stack's refused ones."""
+        """None for a part that cannot be scaled; it is then added to the stack's refused parts."""
         if part not in self._of_parts:
             self._of_parts[part] = None
             try:
@@ -152,7 +154,7 @@ class _Rules:
 
 
 def places(tile: Tile, height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Left and top of each cut-out that lies within the tile's box and the frame."""
+    """Left and top of each cut-out within both the tile's box and the frame."""
     left, top, right, bottom = tile.box or (0, 0, width, height)
     for y in range(max(0, top), min(bottom, height) - tile.size + 1, tile.stride):
         for x in range(max(0, left), min(right, width) - tile.size + 1, tile.stride):
@@ -166,8 +168,9 @@ def resize(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """Unit float32 [height, width] or [height, width, 3] of `rule` over the box (left, top, right, bottom) of a frame
-    [H, W] or [H, W, 3]: antialiased bicubic, first along the rows, strip by strip, then along the columns."""
+    """Apply ``rule`` to the box (left, top, right, bottom) of a frame [H, W] or [H, W, 3] and resize it to float32
+    [height, width] or [height, width, 3] in 0..1. Antialiased bicubic, first along the rows, strip by strip, then
+    along the columns."""
     left, top, right, bottom = box
     first, last = _reached(top, bottom, height, len(pixels))
     rows = max(1, _STRIP // (pixels.shape[1] * (3 if pixels.ndim == 3 else 1)))
@@ -180,9 +183,12 @@ def resize(
 
 
 def resize_eight(pixels: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """uint8 [height, width] or [height, width, 3] of the box (left, top, right, bottom) of a uint8 frame [H, W] or
-    [H, W, 3]: what `resize` makes of it by / 255, rounded, within one level, where its sides are less than
-    2 x OVERSAMPLING times too long. Longer ones are first divided by a whole number, by means of as many neighbours.
+    """Resize the box (left, top, right, bottom) of a uint8 frame [H, W] or [H, W, 3] to uint8 [height, width] or
+    [height, width, 3].
+
+    Where the box is less than 2 x OVERSAMPLING times as long as the result, this agrees within one level with the
+    rounded result of ``resize`` and the rule / 255. A longer box is first divided by a whole number: each pixel becomes
+    the mean of that many neighbours.
     """
     rows, columns = (
         _span(*side) for side in ((box[1], box[3], height, pixels.shape[0]), (box[0], box[2], width, pixels.shape[1]))
@@ -199,7 +205,8 @@ def resize_eight(pixels: np.ndarray, box: tuple[float, float, float, float], hei
 
 
 class _Span(NamedTuple):
-    """Pixels first .. last - 1 along a side of a frame, divided by `by`; start, end: of the box, in what comes out."""
+    """Pixels first .. last - 1 along a side of a frame, divided by ``by``. start, end: of the box, in pixels after the
+    division."""
 
     first: int
     last: int
@@ -209,16 +216,18 @@ class _Span(NamedTuple):
 
 
 def _span(start: float, end: float, wanted: int, length: int) -> _Span:
-    """What of a side of `length` pixels it takes to make `wanted` ones of its part from `start` to `end`."""
+    """The pixels of a side of ``length`` pixels that are needed to make ``wanted`` pixels of its part from ``start``
+    to ``end``."""
     most = max(1, int((end - start) / wanted / OVERSAMPLING))
     first, last = _reached(start, end, wanted, length, most)
-    # a last mean of few pixels would weigh as much as the others
+    # A last mean over few pixels would weigh as much as the others.
     by = min(range(most // 2 + 1, most + 1), key=lambda by: (-(last - first) % by > _LACKING * by, -by))
     return _Span(first, last, by, (start - first) / by, (end - first) / by)
 
 
 def _reached(start: float, end: float, wanted: int, length: int, more: int = 0) -> tuple[int, int]:
-    """First and last + 1 of a side's pixels that the filter takes for its part from `start` to `end`, and `more`."""
+    """First and last + 1 of the pixels that the filter reads for the part from ``start`` to ``end``, widened by
+    ``more`` on both sides."""
     reach = int(np.ceil(_REACH * max(1.0, (end - start) / wanted))) + more
     return max(0, int(start) - reach), min(length, int(np.ceil(end)) + reach)
 
@@ -237,14 +246,14 @@ def _inverse(rule: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray],
 
 
 def _square_pixels(height: float, width: float, spacing: tuple[float, float], size: int) -> tuple[int, int]:
-    """Height and width that show a frame with square pixels, the longer of them `size`."""
+    """Height and width of a frame with square pixels and a longer side of ``size``."""
     extent = np.array((height, width)) * np.array(spacing)
     tall, wide = (max(1, round(float(v))) for v in extent * (size / extent.max()))
     return tall, wide
 
 
 def _centre(height: float, width: float, spacing: tuple[float, float]) -> tuple[float, float, float, float]:
-    """The largest centre square, in mm, as a box in pixels."""
+    """The box, in pixels, of the largest centred square in mm."""
     rows, columns = spacing
     side = min(height * rows, width * columns)
     tall, wide = side / rows, side / columns
@@ -263,8 +272,8 @@ def _finished(label: str, content: np.ndarray, size: int, bits: int, shorter: fl
 
 
 def _padded(content: np.ndarray, grey: np.ndarray, size: int) -> np.ndarray:
-    """The content in the middle of its background: the mean of those pixels of its outermost ring whose grey value, of
-    8 bits, is the background level."""
+    """Pad the content to [size, size] with its background: the mean of those pixels of its outermost ring whose 8-bit
+    grey value is the background level."""
     height, width = content.shape[:2]
     if (height, width) == (size, size):
         return content

@@ -35,11 +35,11 @@ CATALOGUE = Path(__file__).parent / "catalogue"
 PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
-"""The name of a source that is a folder and nothing else: what a folder is called may be a patient's name."""
+"""The name of a source given as a folder: the folder's own name may be a patient's."""
 TABLE = "table"
-"""The name of a source that is a table and nothing else."""
+"""The name of a source given as a table."""
 BY_FOLDER = "folder"
-"""What `patient` says where a folder names the patient, whatever headers say."""
+"""The value of `patient` for a folder that names the patient, whatever the headers say."""
 MAX_YAML_BYTES = 2**20
 
 
@@ -66,7 +66,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Route:
-    """Files, by patterns of paths below the root, and the modality that they are of."""
+    """The modality of files, given by patterns of paths below the root."""
 
     modality: str
     files: tuple[str, ...]
@@ -192,14 +192,14 @@ class Source:
             except re.error as error:
                 raise ValueError(f"patient: expected a regular expression; {error}") from None
             _require(groups >= 1, "patient", "'folder', or a regular expression with a group", self.patient)
-        _require(not (self.split and self.split_file), "split_file", "none where all is on one side", "split_file")
+        _require(not (self.split and self.split_file), "split_file", "none beside split", "split_file")
 
     def _check_modality(self) -> None:
         if self.routed:
-            _require(self.normalisation == AUTO, "normalisation", f"{AUTO!r}, as the modality is", self.normalisation)
+            _require(self.normalisation == AUTO, "normalisation", f"{AUTO!r}, like the modality", self.normalisation)
             _require(not self.trusted, "trusted", f"a modality other than {self.modality!r}", self.trusted)
             return
-        _require(not self.routes, "routes", f"none where the modality is not {AUTO!r} or {FROM_FOLDERS!r}", "routes")
+        _require(not self.routes, "routes", f"none unless the modality is {AUTO!r} or {FROM_FOLDERS!r}", "routes")
         _require(
             modalities.resolve(self.modality, self.normalisation).name == self.modality,
             "modality",
@@ -209,7 +209,7 @@ class Source:
 
     @property
     def patient_column(self) -> str:
-        """The table's column that names the patient, where `patient` says which."""
+        """The table's patient column, if `patient` names one."""
         if self.table is None or self.patient == BY_FOLDER:
             return ""
         try:
@@ -219,17 +219,17 @@ class Source:
 
     @property
     def patient_pattern(self) -> str:
-        """The regular expression that finds the patient in a path, where there is one."""
+        """The regular expression that finds the patient in a path, or ""."""
         return "" if self.patient == BY_FOLDER or self.patient_column else self.patient
 
     @property
     def routed(self) -> bool:
-        """Whether files have modalities of their own."""
+        """Whether each file has its own modality."""
         return self.modality in (AUTO, FROM_FOLDERS)
 
     def modality_of(self, path: str) -> Modality | None:
-        """The modality that the description gives a file, whatever its header says; None where it gives none, or where
-        the folders above it are called after several."""
+        """The modality that the description gives a file, whatever its header says; None if it gives none, or if the
+        folders above the file are named after several."""
         if not self.routed:
             return modalities.resolve(self.modality, self.normalisation)
         for route in self.routes:
@@ -241,21 +241,20 @@ class Source:
         return modalities.known(names.pop()) if len(names) == 1 else None
 
     def is_assumed(self, path: str) -> bool:
-        """Whether one modality is given to all files, and no folder above this one bears it out."""
+        """Whether all files get the same modality, and no folder above this one confirms it."""
         if self.routed or self.trusted or self.package is not None:
             return False
         return self.modality not in {of_folder(part) for part in path.split("/")[:-1]}
 
     def contradicted(self, path: str) -> str | None:
-        """The modality that the folders above a file are surely called after, where that is another than the one that
-        the description gives all files."""
+        """The modality that the folders above a file clearly name, if it differs from the one of the description."""
         if self.routed or self.trusted or self.package is not None or self.modality not in modalities.NAMES:
             return None
         names = {surely_of_folder(part) for part in path.split("/")[:-1]} - {None}
         return names.pop() if len(names) == 1 and self.modality not in names else None
 
     def for_modality(self, modality: str, normalisation: str, planes: tuple[str, ...] = (AUTO,)) -> Source:
-        """The source as it is for files of one modality. planes: in the place of "auto"."""
+        """The source for files of one modality. planes: replace "auto"."""
         if not self.routed:
             return self
         of_catalogue = modalities.known(modality)
@@ -272,18 +271,18 @@ class Source:
         )
 
     def matches(self, path: str) -> bool:
-        """Whether a path relative to the root, "/" between folders, is one of the files."""
+        """Whether a path relative to the root, with "/" between folders, is one of the source's files."""
         return _matcher(self.files).match(path) is not None and _matcher(self.exclude).match(path) is None
 
     def for_format(self, format: str) -> Source:
-        """The source as it is for files of one format: `frame_stride` is at least 1."""
+        """The source for files of one format: `frame_stride` is at least 1."""
         if self.frame_stride:
             return self
         return dataclasses.replace(self, frame_stride=readers.reader_of(format).frame_stride)
 
     @property
     def crop(self) -> bool:
-        """Whether pictures are cut to the centre square, rather than padded."""
+        """Whether pictures are cropped to the centre square rather than padded."""
         modality = modalities.known(self.modality)
         return self.fit == "crop" or (not self.fit and modality is not None and modality.crop)
 
@@ -292,8 +291,8 @@ _matcher = functools.lru_cache(compile_globs)
 
 
 def read_source(path: str | Path) -> Source:
-    """The source that a YAML file describes. ValueError, naming the file and the key: an unknown key, a value of the
-    wrong type or one that cannot work."""
+    """The source that a YAML file describes. Raises ValueError, naming the file and the key, for an unknown key, a
+    value of the wrong type or an invalid one."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -351,7 +350,7 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
     if is_table(argument):
         _require("files" not in overrides, "files", "none beside a table, which names them", overrides.get("files"))
         if is_url(argument):
-            _require("root" not in overrides, "root", "none beside a table that is not on this machine", "root")
+            _require("root" not in overrides, "root", "none beside a table at a URL", "root")
             return [_folder(path, {"name": TABLE, "root": argument.rpartition("/")[0], "table": argument} | overrides)]
         given = {"name": TABLE, "root": path.parent, "table": _absolute(path, Path.cwd())}
         return [_folder(path, given | overrides)]
@@ -364,13 +363,13 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
     else:
         raise ValueError(
             "SOURCE: expected a folder, a table, a YAML file, a shipped source or 'packages'; "
-            + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "nothing is at the path given")
+            + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "got a path to nothing")
         )
     given = _named(overrides).get("modality", source.modality)
     if given != source.modality and not (source.routed and given in (AUTO, FROM_FOLDERS)):
         raise ValueError(
             f"modality: the source {source.name!r} is {source.modality}, got {given!r}; "
-            "copy its description and edit that, where it is wrong"
+            "if that is wrong, copy its description and edit the copy"
         )
     source = _changed(source, {**overrides, "modality": given})
     _check_ready(source)
@@ -378,7 +377,8 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
 
 
 def to_yaml(source: Source) -> str:
-    """What `read_source` turns into the same source: what differs from the defaults, and `files`."""
+    """A description that `read_source` turns into the same source: the fields that differ from their defaults, and
+    `files`."""
     values = {}
     for entry in dataclasses.fields(source):
         value = getattr(source, entry.name)
@@ -407,7 +407,7 @@ def _folder(path: Path, overrides: dict[str, Any]) -> Source:
 
 
 def _named(values: Any) -> Any:
-    """With the catalogue's name of the modality in the place of another spelling or an alias."""
+    """The values with the catalogue's name of the modality instead of another spelling or an alias."""
     if not isinstance(values, Mapping) or not isinstance(values.get("modality"), str):
         return values
     name = values["modality"]
@@ -430,15 +430,15 @@ def _check_ready(source: Source) -> None:
     if missing:
         count = "" if source.images is None else f" (the catalogue counts {source.images:,} images)"
         raise ValueError(
-            f"{source.name}: the description has no {' and no '.join(missing)}{count}. Where its files are and what "
-            "they are called is for you to say, who have them: give "
-            "--root FOLDER --files 'PATTERN' (for instance '**/*.nii.gz'), or copy the description, fill in root and "
-            f"files, and prepare the copy. It is {CATALOGUE.name}/{source.name}.yaml in the package dex.prepare"
+            f"{source.name}: the description has no {' and no '.join(missing)}{count}. Say where your copy of its "
+            "files is: give --root FOLDER --files 'PATTERN' (for instance '**/*.nii.gz'), or copy the description, "
+            "fill in root and files, and prepare the copy. "
+            f"It is {CATALOGUE.name}/{source.name}.yaml in the package dex.prepare"
         )
 
 
 def is_place(argument: str) -> bool:
-    """Whether a word of the command line is a folder or a table, here or elsewhere."""
+    """Whether a command-line argument is a folder or a table, local or remote."""
     place = place_of(argument)
     return Path(place).expanduser().is_dir() or is_table(place) or is_url(place)
 
@@ -446,12 +446,12 @@ def is_place(argument: str) -> bool:
 def _absolute(root: str | os.PathLike[str], base: Path) -> str:
     if is_url(root):
         return os.fspath(root)
-    # not resolved: whether links are followed is decided where files are opened
+    # Links stay: the code that opens files decides whether to follow them.
     return os.path.abspath(base / Path(root).expanduser())
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and a key that comes twice is an error."""
+    """A safe loader that also rejects repeated keys."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -477,7 +477,7 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _build(kind: type, values: Any, prefix: str) -> Any:
-    """A dataclass from plain values, checked against its annotations. ValueError names the field."""
+    """A dataclass from plain values, checked against its annotations. A ValueError names the field."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix or 'description'}: expected keys and values, got {type(values).__name__}")
     dot = f"{prefix}." if prefix else ""

@@ -1,15 +1,15 @@
-"""Which images are held out: whole patients where there are enough of them, else what is smaller, and said so.
+"""Which images are held out: whole patients if there are enough of them, else smaller units, and the card says so.
 
-What may not be torn is an atom. Of each source the first of these levels is taken whose atoms leave a share of images
-between half of `val_share` and three times it to be held out; where none does, the one that comes nearest:
+An atom is a set of images that must not be split. For each source, the first level is used whose atoms hold out between
+half and three times ``val_share`` of the images; if there is none, the level that comes nearest:
 
-    patient   the patient that header, table or --patient names; where none is named, the folder, or the file itself
+    patient   the patient named by header, table or --patient; if none is named, the folder, or the file itself
     study     DICOM studies, and files of other formats
     series    DICOM series, and files of other formats
 
-A patient who is named stays whole at every level, unless no other one is named in the source. An atom is held out when
-the hash of its name says so, as long as that comes to such a share, else atoms are taken in the order of the hashes,
-each that brings the share nearer. So the sides are a function of names, number of images and `val_share` alone.
+A named patient stays whole at every level, unless no other patient is named in the source. The hash of its name decides
+whether an atom is held out. If that misses the share, atoms are held out in the order of their hashes, each one that
+brings the share nearer. The split is therefore a function of names, numbers of images and ``val_share`` alone.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from .ids import place_of
 from .sources import Source
 
 PATIENT, FOLDER, FILE, STUDY, SERIES = KINDS = ("patient", "folder", "file", "study", "series")
-"""What an atom can be."""
+"""Kinds of atoms."""
 TRAIN, VAL = "train", "val"
 STATED, WHOLE = "stated", "source"
-"""How a source is split where nothing is drawn: by the table or `--split`, or as all of it."""
+"""How a source is split if nothing is drawn: by the table or ``--split``, or the whole source on one side."""
 LEVELS = (PATIENT, STUDY, SERIES)
 _PARTED_BY = {FOLDER: "folder", STUDY: "study or file", SERIES: "series or file"}
-"""What a level takes apart where its atoms are no longer counted, after a withdrawal."""
-HOW = "--patient says who is whose, --split FILE what is held out"
+"""The units of a level in words, for use after a withdrawal, when its atoms are no longer counted."""
+HOW = "--patient tells patients apart, --split FILE names what is held out"
 LEAST, MOST = 0.5, 3.0
-"""Of the share that is wanted: with less or more held out, the next level is tried."""
+"""Multiples of the wanted share: if less or more is held out, the next level is tried."""
 
-_NAMED, _IN_HEADER = 1, 2  # flags of a stack: its patient is named; by its header
+_NAMED, _IN_HEADER = 1, 2  # Flags of a stack: its patient is named; its header names it
 
 
 class BothSides(ValueError):
-    """Something that may not be torn is on both sides of what the user gave."""
+    """The user's split puts an atom on both sides."""
 
 
 class Side(NamedTuple):
-    """Of a stack. atoms: the name of its atom at each level. folder: what its place alone would make of it, where its
-    header names the patient. kinds: of the atoms."""
+    """The atoms of a stack. atoms: the name of its atom at each level. folder: its name by its place alone, if its
+    header names the patient. kinds: of the atoms. fixed: the side that the user gave, "" for none."""
 
     atoms: tuple[str, str, str]
     folder: str
@@ -52,7 +52,7 @@ class Side(NamedTuple):
 
 
 def side_of(line: Mapping[str, Any], sides: Mapping[str, str], default: str) -> Side:
-    """From a line of a chunk. sides: of patients by their groups, as the user gave them; default: of all others."""
+    """From a line of a chunk. sides: the user's side of each patient, by group; default: the side of all others."""
     group, by = line["group"], line["by"]
     finest, kind = line.get("series") or line.get("file", group), SERIES if "series" in line else FILE
     kinds = (by, STUDY if "study" in line else kind, kind)
@@ -61,7 +61,7 @@ def side_of(line: Mapping[str, Any], sides: Mapping[str, str], default: str) -> 
 
 
 class Stacks:
-    """The stacks of all sources, in order, as columns."""
+    """The stacks of all sources, in order, stored as columns."""
 
     def __init__(self) -> None:
         self._places, self._kinds, self._flags = bytearray(), bytearray(), bytearray()
@@ -94,7 +94,7 @@ class Stacks:
 
 
 class Columns(NamedTuple):
-    """[n] of n stacks; atoms and kinds [n, levels]. An atom is the place of its name (`ids.place_of`)."""
+    """[n] for n stacks; atoms and kinds [n, levels]. An atom is a number computed from its name (``ids.place_of``)."""
 
     atoms: np.ndarray
     folder: np.ndarray
@@ -106,30 +106,30 @@ class Columns(NamedTuple):
 
 
 class Split(NamedTuple):
-    """val: bool [n]. level: of each stack, the number of the level that its atom is of; -1: its folder. rows: for the
-    card, one a source: how it was split, and what stands on each side."""
+    """val: bool [n]. level: number of the level of each stack's atom; -1: its folder. rows: for the card, one per
+    source: how it was split, and the number of atoms on each side."""
 
     val: np.ndarray
     level: np.ndarray
     rows: list[dict[str, Any]]
 
     def patients(self, stacks: Columns, some: np.ndarray) -> int:
-        """How many patients, named or by their folder or file, some stacks are of; those that were torn are no
-        patients, or not named as such."""
+        """The number of patients of ``some`` stacks, named or by folder or file. Folders and files that were split do
+        not count."""
         whole = some[(self.level[some] <= 0) | stacks.named[some]]
         return len(np.unique(np.where(self.level[whole] < 0, stacks.folder[whole], stacks.atoms[whole, 0])))
 
 
 def name_of(line: Mapping[str, Any], level: int) -> str:
-    """What a line's image is said to be of: its patient where one is named, else its atom at that level."""
+    """The group of a line's image: its patient if named, else its atom at that level."""
     return line["group"] if line["by"] == PATIENT else side_of(line, {}, "").atoms[max(level, 0)]
 
 
 def draw(stacks: Columns, images: np.ndarray, sources: Sequence[Source]) -> Split:
-    """The sides of all stacks. images: int [n], the number that is kept of each.
+    """The sides of all stacks. images: int [n], the number of kept images of each.
 
-    A patient of several sources stands on one side: where an earlier source drew it, or in "val" where a source asks
-    for that. Where that leaves nothing to train on, and no source asks for it, all is trained on. BothSides.
+    A patient of several sources is on one side: that of the first source that drew it, or "val" if a source asks for
+    that. If nothing is left to train on, and no source asked for that, everything is trained on. Raises BothSides.
     """
     val = stacks.fixed == 2
     level = np.zeros(len(val), np.int64)
@@ -142,18 +142,18 @@ def draw(stacks: Columns, images: np.ndarray, sources: Sequence[Source]) -> Spli
         stated = here & used & (stacks.fixed > 0)
         if stated.any() and not source.split:
             _check_one_side(stacks, stated)
-            if _torn(stacks.atoms[stated, 0], val[stated]):  # a folder was no patient
+            if _torn(stacks.atoms[stated, 0], val[stated]):  # The user split a folder, so it is not a patient
                 level[here & ~stacks.named] = len(LEVELS) - 1
         if not free.any():
             how.append(None)
             continue
-        one = _draw(stacks, images, free, source.val_share, drawn)
-        val[free], level[here] = one.val, one.level
-        # a named patient is whole at every level but where it is the only one
-        level[here & stacks.named] = 0 if one.whole else one.level
-        how.append(one)
-        for atom, held in zip(stacks.atoms[free, 0][stacks.named[free]], one.val[stacks.named[free]], strict=True):
-            if one.whole:
+        draws = _draw(stacks, images, free, source.val_share, drawn)
+        val[free], level[here] = draws.val, draws.level
+        # A named patient is whole at every level, unless it is the only one.
+        level[here & stacks.named] = 0 if draws.whole else draws.level
+        how.append(draws)
+        for atom, held in zip(stacks.atoms[free, 0][stacks.named[free]], draws.val[stacks.named[free]], strict=True):
+            if draws.whole:
                 drawn[int(atom)] = bool(held)
     whole = stacks.named & (level == 0)
     val |= whole & np.isin(stacks.atoms[:, 0], np.unique(stacks.atoms[whole & val & used, 0]))
@@ -163,15 +163,15 @@ def draw(stacks: Columns, images: np.ndarray, sources: Sequence[Source]) -> Spli
     atoms = np.where(level < 0, stacks.folder, stacks.atoms[np.arange(len(val)), np.maximum(level, 0)])
     kinds = np.where(level < 0, KINDS.index(FOLDER), stacks.kinds[np.arange(len(val)), np.maximum(level, 0)])
     rows = []
-    for number, (source, one) in enumerate(zip(sources, how, strict=True)):
+    for number, (source, draws) in enumerate(zip(sources, how, strict=True)):
         here = used & (stacks.part == number)
-        rows.append(_row(source, one, here, val, atoms, kinds, images))
+        rows.append(_row(source, draws, here, val, atoms, kinds, images))
     return Split(val, level, rows)
 
 
 class _Drawn(NamedTuple):
-    """val: bool, of the free stacks. level: as in `Split`. whole: whether named patients are whole. fits: whether the
-    share is near what is wanted. patients: how many named patients or folders there were."""
+    """val: bool, of the free stacks. level: as in ``Split``. whole: whether named patients are whole. fits: whether the
+    share is near the wanted one. patients: number of named patients, folders or files."""
 
     val: np.ndarray
     level: int
@@ -187,27 +187,27 @@ def _draw(stacks: Columns, images: np.ndarray, free: np.ndarray, share: float, d
     whole = not only
     candidates = [(0, stacks.atoms[free, 0])]
     if only and stacks.in_header[free].all() and len(np.unique(stacks.folder[free])) > 1:
-        candidates.append((-1, stacks.folder[free]))  # a name that all headers give tells nobody apart
+        candidates.append((-1, stacks.folder[free]))  # All headers give the same name, so it identifies nobody
     for number in range(1, len(LEVELS)):
         candidates.append((number, np.where(named & whole, stacks.atoms[free, 0], stacks.atoms[free, number])))
     tried, by_folders = [], True
     for level, atoms in candidates:
         val, fits = _choose(atoms, counts, share, drawn)
-        if level == 0 and _torn(stacks.atoms[free, 1][~named], val[~named]):  # a study of two folders
+        if level == 0 and _torn(stacks.atoms[free, 1][~named], val[~named]):  # A study in two folders
             fits, by_folders = False, False
         tried.append(_Drawn(val, level, whole or level == 0, fits, len(patients)))
         if fits:
             break
-    # where none fits, none is torn that brings the share no nearer
-    best = tried[-1] if tried[-1].fits else min(tried, key=lambda one: _distance(counts, one.val, share))
-    # what the finest atoms make of it may be whole patients all the same
+    # If none fits, the first of the nearest: patients are not split unless that brings the share nearer.
+    best = tried[-1] if tried[-1].fits else min(tried, key=lambda drawn: _distance(counts, drawn.val, share))
+    # Even the finest atoms may happen to leave all patients whole.
     if by_folders and not _torn(stacks.atoms[free, 0], best.val):
         best = best._replace(level=0, whole=True)
     return best
 
 
 def _choose(atoms: np.ndarray, images: np.ndarray, share: float, drawn: Mapping[int, bool]) -> tuple[np.ndarray, bool]:
-    """Which stacks are held out, bool [n], and whether that is a share near the one that is wanted."""
+    """Which stacks are held out, bool [n], and whether their share is near the wanted one."""
     if share <= 0 or share >= 1:
         return np.full(len(atoms), share >= 1), True
     codes, inverse = np.unique(atoms, return_inverse=True)
@@ -226,7 +226,7 @@ def _choose(atoms: np.ndarray, images: np.ndarray, share: float, drawn: Mapping[
         held = np.zeros(len(codes), bool)
         held[[number for number, value in known.items() if value]] = True
         taken = int(counts[held].sum())
-        free = [number for number in range(len(codes)) if number not in known]  # in the order of the hashes
+        free = [number for number in range(len(codes)) if number not in known]  # In the order of the hashes
         for number in free:
             if abs(taken + counts[number] - share * total) < abs(taken - share * total):
                 held[number] = True
@@ -237,7 +237,7 @@ def _choose(atoms: np.ndarray, images: np.ndarray, share: float, drawn: Mapping[
 
 
 def _distance(images: np.ndarray, val: np.ndarray, share: float) -> tuple[bool, float]:
-    """How far from what is wanted; nothing held out is farthest."""
+    """The distance from the wanted share; nothing held out is farthest."""
     held = int(images[val].sum())
     return not held, abs(held - share * int(images.sum()))
 
@@ -247,19 +247,19 @@ def _torn(atoms: np.ndarray, val: np.ndarray) -> bool:
 
 
 def _check_one_side(stacks: Columns, fixed: np.ndarray) -> None:
-    """What may not be torn: named patients, and series."""
+    """Raise BothSides if named patients or series are on both sides."""
     val = stacks.fixed[fixed] == 2
-    for what, column in (("patients", 0), ("files or series", len(LEVELS) - 1)):
+    for kind, column in (("patients", 0), ("files or series", len(LEVELS) - 1)):
         atoms = stacks.atoms[fixed, column]
         rows = stacks.named[fixed] if column == 0 else np.ones(len(atoms), bool)
         both = np.intersect1d(atoms[rows & val], atoms[rows & ~val])
         if len(both):
-            raise BothSides(f"split: expected each patient on one side; got {len(both):,} {what} on both")
+            raise BothSides(f"split: expected each patient on one side; got {len(both):,} {kind} on both")
 
 
 def _row(
     source: Source,
-    one: _Drawn | None,
+    drawn: _Drawn | None,
     here: np.ndarray,
     val: np.ndarray,
     atoms: np.ndarray,
@@ -272,21 +272,21 @@ def _row(
         sides = {name: len(np.unique(atoms[of_kind & side])) for name, side in ((TRAIN, ~val), (VAL, val))}
         if any(sides.values()):
             groups[kind] = sides
-    if one is None:
+    if drawn is None:
         by = WHOLE if source.split else STATED
     else:
-        by = FOLDER if one.level < 0 else LEVELS[one.level]
+        by = FOLDER if drawn.level < 0 else LEVELS[drawn.level]
     row = {
         "source": source.name,
         "by": by,
         "images": {name: int(images[here & side].sum()) for name, side in ((TRAIN, ~val), (VAL, val))},
         "groups": groups,
     }
-    return row if one is None else row | {"wanted": source.val_share, "patients": one.patients, "fits": one.fits}
+    return row if drawn is None else row | {"wanted": source.val_share, "patients": drawn.patients, "fits": drawn.fits}
 
 
 def sides(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """For train and val: the number of images, and of what was kept whole, in words."""
+    """For train and val, in words: the number of images, and the numbers of atoms."""
     described = []
     for side in (TRAIN, VAL):
         groups = dict.fromkeys(KINDS, 0)
@@ -300,8 +300,8 @@ def sides(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def hints(facts: Mapping[str, Any]) -> list[str]:
-    """What is to be known of how the images were split, a sentence for each source that needs one."""
-    said = []
+    """Notes on the split: a sentence for each source that needs one."""
+    notes = []
     for row in facts.get("split", ()):
         images, by, name = row["images"], row["by"], row["source"]
         total = sum(images.values())
@@ -311,34 +311,35 @@ def hints(facts: Mapping[str, Any]) -> list[str]:
         loose = unnamed_kinds(row)
         few = row["patients"] * MOST * row["wanted"] < 1
         if not images[VAL]:
-            said.append(f"{name}: no image is held out: all are of one {next(iter(row['groups']), PATIENT)}; {HOW}")
+            notes.append(f"{name}: no image is held out: all are of one {next(iter(row['groups']), PATIENT)}; {HOW}")
         elif by != PATIENT and (few or by == FOLDER):
             are = "is" if row["patients"] == 1 else "are"
             parted = " and ".join(loose if row["groups"] else ()) or _PARTED_BY[by]
-            said.append(
+            notes.append(
                 f"{name}: {_count(row['patients'], 'patient')}, by headers and folders, {are} too few to hold out "
                 f"{wanted}: split by {parted}, so that a patient may be on both sides; {HOW}"
             )
         elif loose and (by != PATIENT or FILE in loose or not row["sure"]):
             counts = {kind: sum(sides.values()) for kind, sides in row["groups"].items()}
             unnamed = " and ".join(_count(counts[kind], kind) if counts else f"some {_plural(kind)}" for kind in loose)
-            said.append(
+            notes.append(
                 f"{name}: nothing names the patients of {unnamed}; each counts as one, so that a patient may be on "
                 f"both sides; {HOW}"
             )
         if images[VAL] and not row["fits"]:
-            said.append(f"{name}: {100 * images[VAL] / total:.0f} % of the images are held out: {wanted} cannot be met")
-    return said
+            share = f"{100 * images[VAL] / total:.0f} %"
+            notes.append(f"{name}: {share} of the images are held out: {wanted} cannot be met")
+    return notes
 
 
 def unnamed_kinds(row: Mapping[str, Any]) -> list[str]:
-    """What stands for patients that nothing names; after a withdrawal too, when their numbers are no longer known."""
+    """The kinds of atoms that stand for unnamed patients; also after a withdrawal, when their numbers are lost."""
     return [kind for kind in row["groups"] if kind != PATIENT] or list(row.get("unnamed", ()))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what if number == 1 else _plural(what)}"
+def _count(number: int, kind: str) -> str:
+    return f"{number:,} {kind if number == 1 else _plural(kind)}"
 
 
-def _plural(what: str) -> str:
-    return {STUDY: "studies", SERIES: SERIES}.get(what, f"{what}s")
+def _plural(kind: str) -> str:
+    return {STUDY: "studies", SERIES: SERIES}.get(kind, f"{kind}s")

@@ -1,7 +1,7 @@
-"""What a table, or a file of sides, says of each file of a source.
+"""What a table, or a split file, states about each file of a source.
 
-A row names a file, or a folder: then it speaks of all files below it. Paths are relative to the source's root, or
-absolute. All is checked before anything is read or written.
+A row names a file, or a folder and thereby all files below it. Paths are relative to the source's root, or absolute.
+Everything is checked before anything is read or written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .table import Row, lines
 
 
 class Stated(NamedTuple):
-    """Of a file; "" for what is not said."""
+    """What is stated about a file; "" for what is not."""
 
     modality: str = ""
     patient: str = ""
@@ -29,7 +29,7 @@ class Stated(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A file that a table names. path: below the root, or absolute where it is not below it."""
+    """A file that a table names. path: below the root, or absolute if it is not below it."""
 
     path: str
     status: os.stat_result
@@ -38,8 +38,8 @@ class Listed(NamedTuple):
 
 
 def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
-    """The files that the rows of a table name. ValueError names the lines of a file that is not there, that is none, or
-    that comes twice."""
+    """The files that the rows of a table name. Raises ValueError, with the lines, for a path that does not exist, is
+    not a file or comes twice."""
     listed: list[Listed] = []
     missing, links = [], []
     for row in rows:
@@ -51,24 +51,24 @@ def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
             continue
         stated = Stated(row.modality, row.patient, row.split)
         if stat.S_ISDIR(status.st_mode):
-            listed += [Listed(one, found, stated, row.line) for one, found in _files_below(root, path)]
+            listed += [Listed(below, status, stated, row.line) for below, status in _files_below(root, path)]
         elif stat.S_ISREG(status.st_mode):
             listed.append(Listed(path, status, stated, row.line))
         else:
             links.append(row.line)
     if missing:
         raise ValueError(
-            f"{file.name}: {lines(missing)}: path: expected a file or a folder; nothing is there. Paths are relative "
+            f"{file.name}: {lines(missing)}: path: expected a file or a folder; got nothing there. Paths are relative "
             "to the table's folder, or to --root DIR"
         )
     if links:
         raise ValueError(f"{file.name}: {lines(links)}: path: expected a file; got a symbolic link or a device")
     first: dict[str, int] = {}
     twice: set[int] = set()
-    for one in listed:
-        if one.path in first:
-            twice |= {first[one.path], one.line}
-        first.setdefault(one.path, one.line)
+    for named in listed:
+        if named.path in first:
+            twice |= {first[named.path], named.line}
+        first.setdefault(named.path, named.line)
     if twice:
         again = len(listed) - len(first)
         raise ValueError(f"{file.name}: {lines(sorted(twice))}: path: expected each file once; got {again:,} again")
@@ -76,9 +76,9 @@ def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
 
 
 class Sides:
-    """The sides that a file gives to paths and patients.
+    """The sides of paths and patients in a split file.
 
-    ValueError, naming lines, when one path or patient has both.
+    Raises ValueError, with the lines, if a path or a patient has both sides.
     """
 
     def __init__(self, file: Path, root: Path):
@@ -97,7 +97,7 @@ class Sides:
             raise ValueError(f"{file.name}: {lines(sorted(set(both)))}: expected each on one side; got both")
 
     def of(self, path: str, patient: str) -> str:
-        """The side of a file, "" where none is given. patient: by its path or a table, or ""."""
+        """The side of a file, or "". patient: by its path or a table, or ""."""
         parts = path.split("/")
         above = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
         rows = [self._paths[name] for name in above if name in self._paths]
@@ -109,8 +109,8 @@ class Sides:
         return rows[0].split if rows else ""
 
     def left(self, headers: bool) -> dict[str, str]:
-        """Patients that no path names -> side. headers: whether there are files whose headers may; ValueError where
-        there are none."""
+        """Patients that no path names -> side. headers: whether files have headers that may name them; without such
+        headers, a ValueError is raised for the lines that name nobody."""
         left = [row for row in self._rows if row.line not in self._seen]
         unknown = [row.line for row in left if row.path or not headers]
         if unknown:
@@ -121,8 +121,8 @@ class Sides:
 
 
 class Said:
-    """What is said of the files of one source before any is read. listed: by a table, in the order of its rows;
-    columns: of the table, those that say nothing."""
+    """What is stated about the files of one source before any is read. listed: files of the table, in the order of its
+    rows; columns: the table's unused columns."""
 
     def __init__(self, source: Source, root: Path):
         self._in_path = Names(source, b"").in_path
@@ -133,11 +133,11 @@ class Said:
         if source.table:
             file = root / os.path.basename(source.table) if is_url(source.table) else Path(source.table)
             rows, self.columns = _read(source, file)
-            self.listed = {one.path: one for one in files_of(file, root, rows)}
-        self._drawn = self._sides is None and not any(one.stated.split for one in self.listed.values())
+            self.listed = {named.path: named for named in files_of(file, root, rows)}
+        self._drawn = self._sides is None and not any(named.stated.split for named in self.listed.values())
 
     def of(self, path: str) -> Stated:
-        """What is said of the file at a path below the root."""
+        """What is stated about the file at a path below the root."""
         stated = self.listed[path].stated if path in self.listed else Stated()
         patient = stated.patient or self._in_path(path) or ""
         if self._sides is not None:
@@ -150,9 +150,9 @@ class Said:
         return stated
 
     def rest(self, headers: bool) -> Rest:
-        """When `of` was asked for every file. headers: whether there are files whose headers name patients.
-        ValueError for a patient on both sides, and for a name that is nobody's."""
-        both = sum(len(each) > 1 for each in self._patients.values())
+        """The sides of all other files; call it after ``of`` for every file. headers: whether files have headers that
+        name patients. Raises ValueError for a patient on both sides, and for an unknown name."""
+        both = sum(len(sides) > 1 for sides in self._patients.values())
         if both:
             raise ValueError(
                 f"split: expected each patient on one side; got {both:,} of {len(self._patients):,} on both"
@@ -161,11 +161,11 @@ class Said:
 
 
 def copied(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
-    """The folder with copies of a source's files that are elsewhere (`remote`), its table included."""
+    """The folder with copies of a source's remote files (``remote``), including its table."""
     url, wanted = source.root or "", source.matches
     if source.table:
         name = os.path.basename(source.table)
-        own = is_url(source.table)  # then it lies at the root
+        own = is_url(source.table)  # Then it is at the root
         file = remote.fetch(url, lambda path: path == name, cache, say) / name if own else Path(source.table)
         paths = {os.path.normpath(row.path) for row in _read(source, file).rows}
 
@@ -177,7 +177,7 @@ def copied(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
 
 
 class Rest(NamedTuple):
-    """sides: of patients that only headers name; default: of all else whose side nothing says, "" where it is drawn."""
+    """sides: of patients that only headers name; default: side of everything else without one, "" if it is drawn."""
 
     sides: dict[str, str]
     default: str
@@ -190,13 +190,13 @@ def _read(source: Source, file: Path) -> table.Table:
     other = [row.line for row in rows if row.modality and not source.routed and row.modality != source.modality]
     if other:
         raise ValueError(
-            f"{file.name}: {lines(other)}: modality: expected {source.modality}, as --modality says; got another"
+            f"{file.name}: {lines(other)}: modality: expected {source.modality}, as in --modality; got another"
         )
     return table.Table(rows, columns)
 
 
 def _below(root: Path, path: str) -> str:
-    """As a path below the root, or absolute where it is not below it."""
+    """The path below the root, or an absolute path if it is not below it."""
     whole = os.path.normpath(os.path.join(root, os.path.expanduser(path)))
     top = os.path.normpath(root)
     return os.path.relpath(whole, top) if whole.startswith(top.rstrip("/") + "/") else whole

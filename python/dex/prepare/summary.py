@@ -1,4 +1,4 @@
-"""What `dex prepare` says: progress while it works, a table at the end."""
+"""The output of ``dex prepare``: progress while it works, a table at the end."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .label_maps import LABEL_MAP
 from .page import count
 from .splits import hints, sides
 
-_EVERY = 5.0  # seconds between lines off a terminal
+_EVERY = 5.0  # Seconds between lines if the output is not a terminal
 _EVERY_ON_BAR = 0.25
 _WIDTH = 160
 
 
 class Progress:
-    """A bar with time left on a terminal; elsewhere a plain line now and then."""
+    """A bar with the remaining time on a terminal; elsewhere a plain line every few seconds."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._total = 0
 
     def begin(self, units: int, done: Counts) -> None:
-        """units: of this part; done: what of it was there before."""
+        """units: of this part; done: the counts of the chunks that were already finished."""
         self._total, self._before = units, (done.units, done.seen)
         self._began = self._said = time.monotonic()
         self._finished = Counts()
@@ -65,18 +65,18 @@ class Progress:
         self._bar = None
 
     def update(self, chunk: str, counts: Counts) -> None:
-        """counts: of what is done of a chunk."""
+        """counts: so far, of a chunk in progress."""
         self._going[chunk] = counts
         self._within.pop(chunk, None)
         self._show()
 
     def within(self, chunk: str, seen: int) -> None:
-        """seen: slices so far of the unit that a chunk's worker is at."""
+        """seen: slices so far of the current unit of a chunk."""
         self._within[chunk] = seen
         self._show()
 
     def finish(self, chunk: str, counts: Counts) -> None:
-        """counts: of a chunk that is done."""
+        """counts: of a finished chunk."""
         self._finished.add(counts)
         self._going.pop(chunk, None)
         self._within.pop(chunk, None)
@@ -118,7 +118,7 @@ class Progress:
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """The card's facts by source, as plain text."""
+    """The card's facts by source as a plain-text table."""
     rows = Table(box=None, pad_edge=False)
     rows.add_column("source", no_wrap=True)
     rows.add_column("modality", no_wrap=True)
@@ -146,21 +146,21 @@ def table(facts: Mapping[str, Any]) -> str:
 
 
 def counts(facts: Mapping[str, Any]) -> list[str]:
-    """What is trained on and what is held out: images, and what was kept whole."""
+    """The numbers of images and of atoms for training and held out."""
     train, val = (f"{count} of {groups}" if groups else count for count, groups in sides(facts))
     return [f"train:    {train}", f"held out: {val}"]
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:
-    """What somebody who is about to train on the set should know first."""
-    said = list(hints(facts))
+    """What to know before training on the set."""
+    lines = list(hints(facts))
     if not facts["train"]:
-        said.append("no image to train on: all patients came to val; split: train in a description")
+        lines.append("no image to train on: all patients are held out; put split: train into a description")
     for source in facts["sources"]:
         if number := source.get("modality_assumed", 0):
             say = "says" if number == 1 else "say"
             what = f"{count(number, 'file')} of {source['name']} {say} no modality, nor does a folder"
-            said.append(f"{what}; the command says {source['modality']}")
+            lines.append(f"{what}; the command says {source['modality']}")
     refused: Counter[str] = Counter()
     for row in (*facts["sources"], *facts.get("left_out", ())):
         refused.update(row["refused"])
@@ -170,17 +170,17 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         (LABEL_MAP, "label map", ""),
     ):
         if number := refused[reason]:
-            said.append(f"{count(number, what)} {'is' if number == 1 else 'are'} left out{why}")
+            lines.append(f"{count(number, what)} {'is' if number == 1 else 'are'} left out{why}")
     withdrawn = sum(source["dropped"].get(WITHDRAWN, 0) for source in facts["sources"])
     if withdrawn:
-        said.append(f"{withdrawn:,} images are left out: they were withdrawn by `dex data withdraw`")
+        lines.append(f"{withdrawn:,} images are left out: they were withdrawn by `dex data withdraw`")
     small = sum(source["dropped"].get("too small", 0) for source in facts["sources"])
     if 2 * small > sum(source["seen"] for source in facts["sources"]):
-        said.append(f"{small:,} slices are too small; of thick slices planes: stored takes what was acquired")
+        lines.append(f"{small:,} slices are too small; for thick slices, planes: stored takes the acquired plane")
     flagged = sum(source["text_suspected"] for source in facts["sources"])
     if flagged:
-        said.append(f"burned-in text is suspected in {flagged:,} of the images kept; the card shows in which sources")
-    return said
+        lines.append(f"burned-in text is suspected in {flagged:,} of the images kept; the card shows in which sources")
+    return lines
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

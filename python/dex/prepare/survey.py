@@ -1,6 +1,6 @@
-"""What headers say of units, and what becomes of a few whose pixels are read: the workers' part of an inventory.
+"""The workers' part of an inventory: the headers of all units, and the pixels of a sample.
 
-Both go the way of a real run, `chunks.UnitWork`; nothing is written.
+Both use the code of a real run, ``chunks.UnitWork``, but write nothing.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .sources import Source
 from .workers import Report, Task
 
 SEED = "dex inventory"
-"""The sample is a function of it and of the units' names."""
+"""The sample is a function of this seed and the units' names."""
 SAMPLED = 12
-"""Units of one kind whose pixels may be read."""
+"""Largest number of sampled units per kind."""
 SAMPLE_SECONDS = 1.0
-"""Of a processor, after which no further unit of a kind is read."""
+"""Processor time after which no further unit of a kind is read."""
 SAMPLE_FILES = 16
-"""Of a DICOM folder, evenly spread."""
+"""Largest number of files read of a DICOM folder, evenly spaced."""
 
 
 class Kind(NamedTuple):
-    """What is sampled together. modality: "" where nothing says it. named: called like a label map, of a format whose
-    headers do not say what they are."""
+    """Units that are sampled together. modality: "" if unknown. named: named like a label map, in a format whose
+    headers do not declare one."""
 
     format: str
     modality: str
@@ -40,7 +40,8 @@ class Kind(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """Images that look alike. plane: one of `readers.PLANES`, "" of pictures; height, width: in pixels."""
+    """Images of the same kind, plane and size. plane: one of ``readers.PLANES``, "" for pictures; height, width: in
+    pixels."""
 
     kind: Kind
     plane: str
@@ -50,8 +51,8 @@ class Leaf(NamedTuple):
 
 @dataclass
 class Alike:
-    """stacks: series, volumes or pictures; slices: images of them; small: how many of these are too small. spacing,
-    apart: least and greatest mm between pixels and between the frames of volumes, where known."""
+    """Counts of alike images. stacks: series, volumes or pictures; slices: their images; small: slices that are too
+    small. spacing, apart: least and greatest mm between pixels and between the frames of volumes, if known."""
 
     stacks: int = 0
     slices: int = 0
@@ -67,11 +68,10 @@ class Alike:
 
 @dataclass
 class Survey:
-    """What headers say of some units. leaves: of what may be kept. refused: (modality or "", reason, detail) -> how
-    often. groups: what says that it is one patient's ("patient", or "folder" or "file" where nothing does), and its
-    hash. candidates: for the sample, (draw, unit) of each kind. seconds: of a processor; idle: those of units that gave
-    no stack. given_up: large units whose worker died or hung. lengthless: stacks whose header does not say how many
-    frames they have."""
+    """The headers of some units. leaves: counts of what may be kept. refused: (modality or "", reason, detail) ->
+    count. groups: what identifies a patient ("patient", or else "folder" or "file"), with its hash. candidates: for the
+    sample, (draw, unit) of each kind. seconds: processor time; idle: that of units without a stack. given_up: large
+    units whose worker died or hung. lengthless: stacks whose header does not give the number of frames."""
 
     leaves: dict[Leaf, Alike] = field(default_factory=dict)
     refused: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -98,14 +98,14 @@ class Survey:
         return sum(by == "patient" for by, _ in self.groups)
 
     def slices(self, kind: Kind) -> int:
-        """Of one kind, those apart that are too small."""
+        """The number of slices of one kind, without those that are too small."""
         return sum(alike.slices - alike.small for leaf, alike in self.leaves.items() if leaf.kind == kind)
 
 
 @dataclass
 class Measured:
-    """What became of the sampled units of one kind. expected: slices by their headers, those apart that are too small;
-    bytes: of the kept images' files; seconds: of a processor."""
+    """The results of the sampled units of one kind. expected: slices by their headers, without those that are too
+    small; bytes: of the kept images' files; seconds: processor time."""
 
     units: int = 0
     expected: int = 0
@@ -121,7 +121,7 @@ class Measured:
 
 
 class _State(NamedTuple):
-    """Where another process would go on."""
+    """Where another process can resume."""
 
     next: int
     result: Any
@@ -134,18 +134,18 @@ def look(task: Task, report: Report) -> Survey:
     units = read_units(job.listing, job.chunk)
     for number in range(state.next, len(units)):
         began = time.process_time()
-        one = _Look(job, number, units[number], report)
+        unit_work = _Look(job, number, units[number], report)
         survey = Survey()
         if number in task.refused:
-            one.refuse(task.refused[number], GIVEN_UP[task.refused[number]])
+            unit_work.refuse(task.refused[number], GIVEN_UP[task.refused[number]])
             survey.given_up = int(len(units[number].files) > LARGE)
         else:
-            one.begin()
+            unit_work.begin()
             try:
-                one.run()
+                unit_work.run()
             except Changed:
-                one.refuse("unreadable", "the file changed after it was listed")
-        one.into(survey)
+                unit_work.refuse("unreadable", "the file changed after it was listed")
+        unit_work.into(survey)
         survey.seconds = time.process_time() - began
         survey.idle = 0.0 if survey.leaves else survey.seconds
         state.result.add(survey)
@@ -155,25 +155,25 @@ def look(task: Task, report: Report) -> Survey:
 
 
 def measure(task: Task, report: Report) -> dict[Kind, Measured]:
-    """Read units to the last pixel, as a real run does, until enough is known of their kinds."""
+    """Read whole units, as a real run does, until their kinds are measured."""
     job: Job = task.job
     state = task.state or _State(0, {})
     units = read_units(job.listing, job.chunk)
     for number in range(state.next, len(units)):
-        if number in task.refused or sum(one.seconds for one in state.result.values()) >= SAMPLE_SECONDS:
+        if number in task.refused or sum(part.seconds for part in state.result.values()) >= SAMPLE_SECONDS:
             continue
         expected, files = Survey(), _Nowhere(job.source)
-        one = _Look(job, number, units[number], report)
-        whole = UnitWork(job, number, units[number], Counts(), files, report)
-        one.begin()
+        headers = _Look(job, number, units[number], report)
+        pixels = UnitWork(job, number, units[number], Counts(), files, report)
+        headers.begin()
         try:
-            one.run()
-            one.into(expected)
+            headers.run()
+            headers.into(expected)
             began = time.process_time()
-            whole.run()
+            pixels.run()
         except Changed:
             continue
-        counts, seconds = whole.finish(), time.process_time() - began
+        counts, seconds = pixels.finish(), time.process_time() - began
         for kind, share in _shares(expected).items():
             part = counts.parts.get(kind.modality, Counts()) if job.source.routed else counts
             state.result.setdefault(kind, Measured()).add(
@@ -202,7 +202,7 @@ class _Look(UnitWork):
         self._survey = Survey()
 
     def into(self, survey: Survey) -> None:
-        """Add what was seen, and what was refused, which is known when the unit has been worked on."""
+        """Add what was seen and what was refused; call it when the unit is done."""
         for part in self._refused:
             self._survey.refused[part.modality, part.refusal.reason, part.refusal.detail] += 1
         unit = _fewer(self._unit)
@@ -230,13 +230,13 @@ class _Look(UnitWork):
             height, width = planned.shape
             tiles = sum(sum(1 for _ in places(tile, height, width)) for tile in source.tiles)
             small = planned.count if source.whole and min(planned.shape) < MIN_SIDE else 0
-            one = Alike(int(not counted), planned.count * (source.whole + tiles), small)
+            alike = Alike(int(not counted), planned.count * (source.whole + tiles), small)
             if stack.geometry is not None or planned.spacing != (1.0, 1.0):
-                one.spacing = (min(planned.spacing), max(planned.spacing))
+                alike.spacing = (min(planned.spacing), max(planned.spacing))
             if stack.geometry is not None and stack.volume:
-                one.apart = (stack.geometry.spacing[2],) * 2
+                alike.apart = (stack.geometry.spacing[2],) * 2
             leaf = Leaf(kind, "" if stack.geometry is None else planned.plane, height, width)
-            self._survey.leaves.setdefault(leaf, Alike()).add(one)
+            self._survey.leaves.setdefault(leaf, Alike()).add(alike)
             counted = True
         if stack.length is None:
             self._survey.lengthless += 1
@@ -246,11 +246,11 @@ class _Look(UnitWork):
 
     def _may_be_labels(self, source: Source) -> bool:
         reader = readers.reader_of(self._unit.format)
-        return not source.trusted and not reader.decides and reader.frame_stride == 1  # films hold no labels
+        return not source.trusted and not reader.decides and reader.frame_stride == 1  # Films hold no labels
 
 
 class _Nowhere:
-    """In the place of a chunk's files: nothing is written. bytes: of the images, by modality."""
+    """A stand-in for a chunk's files that writes nothing. bytes: of the images, by modality."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -273,7 +273,7 @@ class _Nowhere:
 
 
 def _shares(survey: Survey) -> dict[Kind, float]:
-    """Which part of a unit's slices is of each kind."""
+    """The share of a unit's slices that is of each kind."""
     counts = Counter({leaf.kind: 0 for leaf in survey.leaves})
     for leaf, alike in survey.leaves.items():
         counts[leaf.kind] += alike.slices
@@ -282,7 +282,7 @@ def _shares(survey: Survey) -> dict[Kind, float]:
 
 
 def _fewer(unit: Unit) -> Unit:
-    """The unit, with some of its files where they are many."""
+    """The unit, with only some of its files if it has many."""
     if not readers.reader_of(unit.format).whole_folders or len(unit.files) <= SAMPLE_FILES:
         return unit
     return unit._replace(files=unit.files[:: -(-len(unit.files) // SAMPLE_FILES)])
@@ -292,7 +292,7 @@ def _draw(drawn: tuple[str, Unit]) -> tuple[str, str]:
     return drawn[0], drawn[1].key
 
 
-def _within(one: tuple[float, float] | None, other: tuple[float, float] | None) -> tuple[float, float] | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one[0], other[0]), max(one[1], other[1])
+def _within(first: tuple[float, float] | None, second: tuple[float, float] | None) -> tuple[float, float] | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return min(first[0], second[0]), max(first[1], second[1])

@@ -1,10 +1,10 @@
-"""Tables that say of files what they are: CSV, TSV, JSON lines, Parquet, or a list of paths.
+"""Tables that describe files: CSV, TSV, JSON lines, Parquet, or a list of paths.
 
-    path;modality;patient;split            column names in any case, in any order, with these aliases: COLUMNS
-    p1/a.dcm;CT;P-001;train                "," or tabs do as well; UTF-8, with or without a byte order mark
-    p2/scan.nii.gz;MRI;P-002;val           other columns are passed over, and named
+    path;modality;patient;split            column names in any letter case and order; COLUMNS lists their aliases
+    p1/a.dcm;CT;P-001;train                "," and tabs work too; UTF-8, with or without a byte order mark
+    p2/scan.nii.gz;MRI;P-002;val           other columns are skipped, and reported
 
-A mistake is named by its line, never by what stands there: paths and patients are the user's own.
+An error names the line, but never its contents: paths and patients are private.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COLUMNS = {
     "patient": ("patient", "patientid", "subject", "subjectid", "participantid", "participant", "case", "caseid"),
     "split": ("split", "subset", "partition", "side"),
 }
-"""What the columns mean -> their names without spaces, "-" and "_", the first that is there."""
+"""Meaning of a column -> its possible names without spaces, "-" and "_"; the first that occurs is used."""
 NAMED_BY = ("pathorpatient", "name", "id", "key")
 """Columns of a split file that hold a path or a patient."""
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "heldout": "val"}
 DELIMITERS = ",;\t"
 NAMED = 5
-"""Lines that an error names one by one."""
+"""Number of lines that an error names one by one."""
 
 
 class Row(NamedTuple):
-    """line: its number, from 1; "" for what it does not say. name: a path or a patient, of a split file."""
+    """A row, with "" for missing values. line: its number, from 1. name: a path or a patient, in a split file."""
 
     line: int
     path: str = ""
@@ -46,14 +46,14 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """passed_over: the names of columns that say nothing."""
+    """passed_over: the names of columns that are not used."""
 
     rows: list[Row]
     passed_over: list[str]
 
 
 class _Text(NamedTuple):
-    """columns: their names; rows: (line, cells)."""
+    """columns: names of the columns; rows: (line, cells)."""
 
     columns: list[str]
     rows: Iterator[tuple[int, Sequence[Any]]]
@@ -64,9 +64,10 @@ def is_table(name: str) -> bool:
 
 
 def read(path: Path, patient: str = "") -> Table:
-    """The table in a file. patient: the name of the column that names the patient, instead of the usual ones.
+    """The table in a file. patient: the name of the patient column, instead of the usual ones.
 
-    ValueError names the file and the line: no text or no table, no column of paths, a value that cannot be.
+    Raises ValueError, naming the file and the line, if it is not text or not a table, has no column of paths, or holds
+    an invalid value.
     """
     text = _open(path)
     meaning = _meanings(path, text.columns, ("path", "modality", "patient", "split"), patient)
@@ -83,7 +84,7 @@ def read(path: Path, patient: str = "") -> Table:
 
 
 def read_split(path: Path) -> list[Row]:
-    """The rows of a table of paths or patients and the side of each. ValueError as `read`."""
+    """The rows of a table of paths or patients and the side of each. Raises ValueError as ``read`` does."""
     text = _open(path)
     meaning = _meanings(path, text.columns, ("path", "patient", "split"))
     named = [number for number, name in enumerate(text.columns) if key(name) in NAMED_BY and number not in meaning]
@@ -92,29 +93,24 @@ def read_split(path: Path) -> list[Row]:
     if "split" not in meaning.values() or len(meaning) < 2:
         raise _fault(path, 1, f"expected a column of paths or patients and one called split; got {_others(text)}")
     rows = _rows(path, text, meaning)
-    for what, lines in (
-        (
-            "expected a path or a patient; got none",
-            [row.line for row in rows if not (row.path or row.patient or row.name)],
-        ),
-        ("split: expected train or val; got nothing", [row.line for row in rows if not row.split]),
-    ):
-        if lines:
-            raise _fault(path, lines, what)
+    if nameless := [row.line for row in rows if not (row.path or row.patient or row.name)]:
+        raise _fault(path, nameless, "expected a path or a patient; got none")
+    if sideless := [row.line for row in rows if not row.split]:
+        raise _fault(path, sideless, "split: expected train or val; got nothing")
     if not rows:
         raise ValueError(f"{path.name}: expected a row for each path or patient; got none")
     return rows
 
 
 def lines(numbers: Sequence[int]) -> str:
-    """Lines as a message names them."""
+    """Line numbers in words, for a message."""
     listed = ", ".join(map(str, numbers[:NAMED]))
     more = f" and {len(numbers) - NAMED:,} more" if len(numbers) > NAMED else ""
     return f"line{'' if len(numbers) == 1 else 's'} {listed}{more}"
 
 
 def _others(text: _Text) -> str:
-    """The number of columns: without a line of their names, the first line is the user's own."""
+    """The number of columns, in words. If the line of names is missing, the first line is private data."""
     if not text.columns:
         return "nothing"
     columns = f"{len(text.columns)} column{'' if len(text.columns) == 1 else 's'}"
@@ -159,8 +155,8 @@ def _csv(path: Path, text: str) -> _Text:
         except csv.Error as error:
             raise _fault(path, reader.line_num, f"expected CSV; {error}") from None
 
-    found = rows()
-    return _Text([name.strip() for name in next(found, (1, []))[1]], found)
+    records = rows()
+    return _Text([name.strip() for name in next(records, (1, []))[1]], records)
 
 
 def _json_lines(path: Path, text: str) -> _Text:
@@ -193,19 +189,19 @@ def _parquet(path: Path) -> _Text:
 
 
 def _meanings(path: Path, columns: Sequence[str], wanted: Sequence[str], patient: str = "") -> dict[int, str]:
-    """The number of a column -> what it means."""
+    """The number of a column -> its meaning."""
     keys = [key(name) for name in columns]
     meaning = {}
-    for what in wanted:
-        aliases = (key(patient),) if what == "patient" and patient else COLUMNS[what]
+    for column in wanted:
+        aliases = (key(patient),) if column == "patient" and patient else COLUMNS[column]
         for alias in aliases:
             if keys.count(alias) > 1:
-                raise _fault(path, 1, f"expected one column called {what}; got {keys.count(alias)}")
+                raise _fault(path, 1, f"expected one column called {column}; got {keys.count(alias)}")
             if alias in keys:
-                meaning[keys.index(alias)] = what
+                meaning[keys.index(alias)] = column
                 break
         else:
-            if what == "patient" and patient and "path" in meaning.values():
+            if column == "patient" and patient and "path" in meaning.values():
                 got = ", ".join(columns)
                 raise ValueError(
                     f"patient: expected a column of {path.name} ({got}), 'folder', or a regular expression with a group"
@@ -218,7 +214,7 @@ def _rows(path: Path, text: _Text, meaning: dict[int, str]) -> list[Row]:
     for line, cells in text.rows:
         if len(cells) != len(text.columns):
             raise _fault(path, line, f"expected {len(text.columns)} cells, got {len(cells)}")
-        values = {what: _text(path, line, what, cells[number]) for number, what in meaning.items()}
+        values = {column: _text(path, line, column, cells[number]) for number, column in meaning.items()}
         if modality := values.get("modality"):
             known = modalities.known(modality)
             if known is None:
@@ -232,11 +228,11 @@ def _rows(path: Path, text: _Text, meaning: dict[int, str]) -> list[Row]:
     return rows
 
 
-def _text(path: Path, line: int, what: str, value: Any) -> str:
-    if value is None or value != value:  # nothing, or NaN
+def _text(path: Path, line: int, column: str, value: Any) -> str:
+    if value is None or value != value:  # Nothing, or NaN
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _fault(path, line, f"{what}: expected text, got {type(value).__name__}")
+        raise _fault(path, line, f"{column}: expected text, got {type(value).__name__}")
     return str(value).strip()
 
 

@@ -1,19 +1,18 @@
-"""From an image, or from what was refused, back to its file: the private table, `DIR.private/ids`.
+"""The private table ``DIR.private/ids``: from an image, or from a refusal, back to its file.
 
-A row is a JSON object on a line of its own. `path` is the unit's key, below the source's root:
+Each row is a JSON object on its own line. ``path`` is the unit's key, below the source's root:
 
     {"id": image, "path": key, "label": label, "file": name, "frame": n, "volume": n, "stack": n}
     {"path": key, "stack": n, "files": [name, ...]}
     {"id": unit, "path": key, "refused": reason, "detail": text, "file": name or "files": [name, ...]}
 
-A kept image has `file` where its unit has several, the number of the stored frame in the file (from 0) where it shows
-one, that of the volume where others than the first were asked for, and `stack` where it is cut across the frames of
-several files, which stand once, in a row of their own before it. Sets made before rows said this have `id`, `path` and
-`label` alone.
+A kept image has ``file`` if its unit has several files; ``frame``, the number of the stored frame in the file (from 0),
+if it shows one; ``volume`` if more than the first volume was requested; and ``stack`` if it is cut across the frames of
+several files, which an earlier row lists once. Older sets have only ``id``, ``path`` and ``label``.
 
     duplicates.jsonl    {"id": image, "group": patient, "key": of the image that was kept, "near": true}
     withdrawn.jsonl     {"time", "ids": images, "groups": patients, "images": n, "before": fingerprint, "after": ...}
-    units/NNN-passed-over.jsonl    {"reason", "folder", "names": [...]}: files that are no unit's
+    units/NNN-passed-over.jsonl    {"reason", "folder", "names": [...]}: files that belong to no unit
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ PLAN, LOG, UNITS, IDS, LEFT_OUT = "plan.json", "log.jsonl", "units", "ids", "lef
 
 
 class Origins:
-    """The rows of one stack's images. unit: the unit's key; number: of the stack in it; volume: of the stack in its
-    file, None where that is the only one that was asked for."""
+    """The rows of one stack's images. unit: the unit's key; number: of the stack in the unit; volume: its number in
+    the file, None if only one was requested."""
 
     def __init__(self, stack: readers.Stack, unit: str, number: int, volume: int | None):
         self._origins, self._unit, self._number, self._volume = stack.origins, unit, number, volume
@@ -44,8 +43,8 @@ class Origins:
         self._listed = False
 
     def rows(self, sample: str, label: str, number: int | None) -> Iterator[dict[str, Any]]:
-        """Of one image, and before it of the stack's files where it is the first that needs them. number: of the
-        stored frame, None where it is cut across several."""
+        """The row of one image, preceded by the row of the stack's files if it is the first image to need it. number:
+        of the stored frame, None if the image is cut across several."""
         row: dict[str, Any] = {"id": sample, "path": self._unit, "label": label}
         if number is None and self._files:
             if len(self._files) == 1:
@@ -66,24 +65,24 @@ class Origins:
 
 
 def files_of(stack: readers.Stack) -> tuple[str, ...]:
-    """The names of its files, where the unit has others too."""
+    """The names of the stack's files; () if its unit has only one file."""
     return tuple(sorted({name for name, _ in stack.origins if name}))
 
 
 def refusal(unit: str, reason: str, detail: str, key: str, files: tuple[str, ...]) -> dict[str, Any]:
-    """The row of a unit that was refused, or of some of its files."""
+    """The row of a refused unit, or of some refused files of it."""
     row: dict[str, Any] = {"id": unit, "path": key, "refused": reason} | ({"detail": detail} if detail else {})
     return row | ({"file": files[0]} if len(files) == 1 else {"files": files} if files else {})
 
 
 def duplicate(sample: str, group: str, of: int, near: bool) -> bytes:
-    """The line of an image that was left out as a duplicate. of: the number of the kept one among all that are."""
+    """The line of an image left out as a duplicate. of: the number of its original among all kept images."""
     return _json({"id": sample, "group": group, "key": f"{of:08d}", "near": near})
 
 
 class Withdrawn(NamedTuple):
-    """One withdrawal. time: UTC; images: how many the set lost; ids, groups: of images and patients, as hashed as they
-    are; before, after: the set's fingerprints."""
+    """One withdrawal. time: UTC; images: number of images removed from the set; ids, groups: hashed ids of images and
+    patients; before, after: the set's fingerprints."""
 
     time: str
     images: int
@@ -96,12 +95,12 @@ class Withdrawn(NamedTuple):
         return _json(self._asdict())
 
     def public(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The manifest's entry for it."""
         return {"date": self.time, "images": self.images, "before": self.before}
 
 
 def withdrawn(private: Path) -> list[Withdrawn]:
-    """What was taken out of the set, in order."""
+    """The withdrawals from the set, in order."""
     try:
         rows = map(json.loads, (private / WITHDRAWN).read_bytes().splitlines())
     except FileNotFoundError:
@@ -115,7 +114,7 @@ def write_withdrawn(private: Path, records: Iterable[Withdrawn]) -> None:
 
 
 def remove(table: Path, ids: frozenset[str]) -> bool:
-    """Take the rows of these images out of a table, with their stacks' files; whether there were any."""
+    """Remove the rows of these images and of their stacks' files from a table. Returns whether there were any."""
     with open(table, "rb") as old:
         if not any(json.loads(line).get("id") in ids for line in old):
             return False
@@ -143,7 +142,7 @@ def log(private: Path, event: str, **details: Any) -> None:
 
 
 def write_passed_over(path: Path, passed_over: Mapping[str, str]) -> None:
-    """passed_over: path below the root -> reason. Nothing is written where there is none."""
+    """passed_over: path below the root -> reason. If it is empty, no file is written."""
     rows: dict[tuple[str, str], list[str]] = {}
     for file, reason in passed_over.items():
         folder, _, name = file.rpartition("/")

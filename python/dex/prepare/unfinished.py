@@ -1,7 +1,7 @@
-"""What is done of a chunk that is not finished, so that a run that was killed goes on within it.
+"""The progress within an unfinished chunk, so that a killed run can resume there.
 
-It is one file beside the chunk's own, replaced at most once in `EVERY` seconds, and believed only where those files
-bear it out: a machine that lost its power may have kept the one and not the others.
+It is a file beside those of the chunk, replaced at most once every ``EVERY`` seconds. It is used only if the chunk's
+files agree with it: after a power failure, the disk may have it but not them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 from dex.common import atomic
 
 EVERY = 1.0
-"""Seconds of work that a kill may cost, beside the unit that was begun."""
+"""Seconds of work that a kill may cost, in addition to the current unit."""
 
 
 class Unfinished:
-    """path: of the file; files: the chunk's three while they are written: images, their lines, ids. identity: what else
-    decides about the chunk; another one makes it begin anew. tail: bytes that follow each image."""
+    """path: of the file; files: the chunk's three unfinished files: images, their lines, ids. identity: names
+    everything else that determines the chunk; with another identity it starts over. tail: number of bytes that follow
+    each image."""
 
     def __init__(self, path: Path, files: Sequence[Path], identity: str, tail: int):
         self._path, self._files, self._identity, self._tail = path, files, identity, tail
         self._kept = time.monotonic()
 
     def keep(self, sizes: Sequence[int], state: dict[str, Any]) -> None:
-        """Write down that `state` is reached with the files' first `sizes` bytes, unless it was done a moment ago."""
+        """Record that the files' first ``sizes`` bytes belong to ``state``, unless the last record is very recent."""
         if time.monotonic() - self._kept < EVERY:
             return
         row = {"identity": self._identity, "sizes": list(sizes), "sha256": self._digests(sizes), "state": state}
@@ -36,8 +37,7 @@ class Unfinished:
         self._kept = time.monotonic()
 
     def left(self) -> tuple[tuple[int, int, int], dict[str, Any]] | None:
-        """The sizes and the state of the last `keep`; None where there was none, or the files are not what they were
-        then."""
+        """The sizes and the state of the last ``keep``; None if there was none, or if the files have changed since."""
         try:
             row = json.loads(self._path.read_bytes())
             sizes = tuple(row["sizes"])
@@ -51,18 +51,18 @@ class Unfinished:
         self._path.unlink(missing_ok=True)
 
     def _digests(self, sizes: Sequence[int]) -> list[str]:
-        """Of the lines and of the ids."""
+        """SHA-256 of the lines and of the ids."""
         return [
             hashlib.sha256(_start(path, size)).hexdigest()
             for path, size in zip(self._files[1:], sizes[1:], strict=True)
         ]
 
     def _fit(self, sizes: Sequence[int]) -> bool:
-        """Whether every line's image is there: the images themselves are too many to be read at each `keep`."""
+        """Whether every line's image is intact. Hashing all images at every ``keep`` would take too long."""
         end = 0
         with open(self._files[0], "rb") as images:
             for line in map(json.loads, _start(self._files[1], sizes[1]).splitlines()):
-                if "size" not in line:  # a dropped slice has no image there
+                if "size" not in line:  # A dropped slice has no image
                     continue
                 images.seek(line["offset"])
                 data = images.read(line["size"] + self._tail)

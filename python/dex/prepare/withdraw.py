@@ -1,12 +1,12 @@
-"""Take a patient, or single images, out of a prepared set for good.
+"""Remove a patient, or single images, from a prepared set for good.
 
-What goes: the images from the shards (`dex.data.shard_rewrite`), their thumbnails and counts from the card, their rows
-from the private table, and every other image that `prepare` left out as a copy of one of them or that stayed in the
-place of one. `DIR.private/withdrawn.jsonl` keeps their hashed ids, so that no later start of `dex prepare` brings them
-back; the manifest and the card keep the date and the number.
+Removed are the images from the shards (``dex.data.shard_rewrite``), their thumbnails and counts from the card, their
+rows from the private table, and all copies: images that ``prepare`` left out as duplicates of a removed one, or kept
+instead of it. ``DIR.private/withdrawn.jsonl`` keeps their hashed ids, so that no later start of ``dex prepare`` adds
+them again; the manifest and the card keep the date and the number.
 
-The record is written first, then the shards change, then the private folder is cleared. A call that was cut short
-anywhere is finished by the next one.
+The record is written first, then the shards change, then the private folder is cleared. If a call is interrupted
+anywhere, the next one completes it.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .lookup import Found, Private
 from .thumbnails import LeftOut
 
 LEFTOVERS = ("chunks", "set", "headers")
-"""What `prepare` keeps in the private folder until the set is written, and a killed one may have left."""
+"""Folders that ``prepare`` keeps until the set is written; a killed run may have left them."""
 _BY_PATIENT = (None, "patient", "source")
-"""How a card's sources are split whose groups are all patients; one of an earlier version does not say."""
+"""Values of a card's ``by`` for which every group is a patient; cards of earlier versions have none."""
 CARD_HTML, CARD_JSON = "card.html", "card.json"
 
 
 class Impossible(ValueError):
-    """What was asked for names nothing that is in the set, or all of it."""
+    """The request names nothing that is in the set, or all of it."""
 
 
 class Outcome(NamedTuple):
-    """images: how many were taken out now; patients: how many of those that were named had some of them; copies: of the
-    images, those that were not named but repeat one that was; others: images of the same patients, or of what was kept
-    together in their place, that stay, because single images were named; before, after: the set's fingerprints;
-    seen_by: all that it had before; knows_copies: False where an earlier version made the set. finished: whether an
-    earlier withdrawal, which was cut short, was finished first; earlier: dates of those that took out what was named
-    before."""
+    """images: number removed now; patients: number of named patients that had some of them; copies: how many of the
+    images were not named, but repeat a named one; others: images of the same patients (or of the groups that stand for
+    patients) that stay, because single images were named; before, after: the set's fingerprints; seen_by: all
+    fingerprints that the set has had; knows_copies: False if an earlier version made the set; finished: whether an
+    interrupted earlier withdrawal was completed first; earlier: dates of the withdrawals that already removed what was
+    named."""
 
     images: int
     patients: int
@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """ids: of all images that must not be there, in the set or not; kept: (shard, index line) of those in the set."""
+    """ids: of all images to remove, in the set or not; kept: (shard, index line) of those in the set."""
 
     ids: frozenset[str]
     groups: frozenset[str]
@@ -77,11 +77,11 @@ class _Chosen(NamedTuple):
 
 
 def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
-    """Take what `texts` (see `lookup`) name out of the set in `root`, whose private folder is `folder`.
+    """Remove what ``texts`` (see ``lookup``) name from the set in ``root``, whose private folder is ``folder``.
 
-    An earlier call that was cut short is finished first; without a text that is all. Impossible for a text that leads
-    to nothing, and where nothing would be left; ValueError for a set that is damaged; BlockingIOError when another
-    process withdraws from it; OSError. The set is then as it was.
+    An interrupted earlier call is completed first; without texts, nothing else is done. Raises Impossible for a text
+    that names nothing, and if no image would be left; ValueError for a damaged set; BlockingIOError if another process
+    is withdrawing from it; and OSError. The set is then unchanged.
     """
     with _alone(root):
         private = Private(folder) if folder.exists() else None
@@ -90,22 +90,22 @@ def withdraw(root: Path, folder: Path, texts: Sequence[str]) -> Outcome:
             finished |= _settle_private(root, private)
             private = Private(folder)
         if not texts and not finished:
-            raise Impossible("ID: expected a patient or an id; no earlier withdrawal is left to be finished")
-        found = lookup.find(root, private, texts)
-        earlier = tuple(sorted({record.time for one in found for record in one.withdrawn}))
-        chosen = _chosen(root, private, found)
+            raise Impossible("ID: expected a patient or an id; there is no interrupted withdrawal to complete")
+        matches = lookup.find(root, private, texts)
+        earlier = tuple(sorted({record.time for match in matches for record in match.withdrawn}))
+        chosen = _chosen(root, private, matches)
         if chosen.kept:
             return _carry_out(root, private, chosen)._replace(finished=finished, earlier=earlier)
         now = shard_rewrite.fingerprint(root)
         return Outcome(0, 0, 0, 0, now, now, (), True, finished, earlier)
 
 
-def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Chosen:
-    for one in found:
-        if not any(image.line or image.duplicate for image in one.images.values()) and not one.withdrawn:
-            raise Impossible(nothing(one, private))
-    images = {name: image for one in found for name, image in one.images.items()}
-    groups = frozenset(group for one in found for group in one.groups)
+def _chosen(root: Path, private: Private | None, matches: Sequence[Found]) -> _Chosen:
+    for match in matches:
+        if not any(image.line or image.duplicate for image in match.images.values()) and not match.withdrawn:
+            raise Impossible(nothing(match, private))
+    images = {name: image for match in matches for name, image in match.images.items()}
+    groups = frozenset(group for match in matches for group in match.groups)
     keys = {image.line["key"] for image in images.values() if image.line}
     ids: set[str] = set(images)
     if private:
@@ -114,29 +114,29 @@ def _chosen(root: Path, private: Private | None, found: Sequence[Found]) -> _Cho
     manifest, _ = read_manifest(root)
     kept = [(entry, line) for entry, line in shard_rewrite.lines(root, manifest) if line["key"] in keys]
     copies = sum(line["id"] not in images for _, line in kept)
-    patients = sum(bool(one.groups and one.images) for one in found)
+    patients = sum(bool(match.groups and match.images) for match in matches)
     return _Chosen(frozenset(ids.union(line["id"] for _, line in kept)), groups, kept, copies, patients)
 
 
-def nothing(one: Found, private: Private | None) -> str:
-    """Says what was looked for, where nothing was found."""
-    if one.images:
+def nothing(match: Found, private: Private | None) -> str:
+    """The message for a text that names nothing in the set: what was searched, and similar names."""
+    if match.images:
         return (
-            f"ID: {one.text} names images that were left out as copies of others; this set was made before it was "
-            "written down of which"
+            f"ID: {match.text} names images that were left out as copies of others; this set does not record of "
+            "which: an earlier version made it"
         )
-    if one.refused:
-        return f"ID: {one.text} names what was refused; nothing of it is in the set"
+    if match.refused:
+        return f"ID: {match.text} names what was refused; nothing of it is in the set"
     if private is None:
-        ways = "the ids of images and patient groups; patients and paths are known to the private folder alone"
+        ways = "the ids of images and patient groups; only the private folder knows patients and paths"
     else:
         sources = ", ".join(listed.name for listed in private.sources[:3])
         more = f" and {len(private.sources) - 3} more" if len(private.sources) > 3 else ""
         ways = f"ids of images, units and patient groups, PatientIDs, folders and paths of {sources}{more}"
         if any(listed.naming("") is None for listed in private.sources):
-            ways += "; without its salt no patient can be looked up by name"
-    alike = f". Is it {' or '.join(one.alike)}?" if one.alike else ""
-    return f"ID: expected what is in the set; got {one.text}, looked for among {ways}{alike}"
+            ways += "; without the salt, patients cannot be looked up by name"
+    alike = f". Did you mean {' or '.join(match.alike)}?" if match.alike else ""
+    return f"ID: expected a name in the set; got {match.text}, searched among {ways}{alike}"
 
 
 def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
@@ -145,7 +145,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
     gone = frozenset(line["id"] for _, line in chosen.kept)
     if len(gone) == manifest["samples"]:
         raise Impossible(
-            f"ID: expected some of the set's images; these are all {len(gone):,}: remove {root}, or prepare others"
+            f"ID: expected some of the set's images; got all {len(gone):,}: remove {root}, or prepare other sources"
         )
     documents, others = _documents(root, manifest, chosen, date)
     change = shard_rewrite.plan(root, gone, documents, date)
@@ -153,7 +153,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
         date, len(gone), tuple(sorted(chosen.ids)), tuple(sorted(chosen.groups)), change.before, change.after
     )
     if private:
-        earlier = [one for one in trace.withdrawn(private.folder) if one.before != change.before]
+        earlier = [other for other in trace.withdrawn(private.folder) if other.before != change.before]
         trace.write_withdrawn(private.folder, [*earlier, record])
     shard_rewrite.carry_out(root, change)
     if private:
@@ -165,7 +165,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
         others=others,
         before=change.before,
         after=change.after,
-        seen_by=(*(one["before"] for one in manifest.get("withdrawals", ())), change.before),
+        seen_by=(*(withdrawal["before"] for withdrawal in manifest.get("withdrawals", ())), change.before),
         knows_copies=private is None or private.knows_duplicates,
         finished=False,
         earlier=(),
@@ -173,7 +173,8 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
 
 
 def _settle_private(root: Path, private: Private) -> bool:
-    """Clear the private folder after a withdrawal that was cut short; forget one that never reached the shards."""
+    """Clear the private folder after an interrupted withdrawal; delete the record of one that never reached the
+    shards."""
     records = trace.withdrawn(private.folder)
     if not records:
         return False
@@ -187,7 +188,7 @@ def _settle_private(root: Path, private: Private) -> bool:
 
 
 def _clear(private: Private, record: trace.Withdrawn) -> bool:
-    """Remove what the private folder holds of withdrawn images; whether there was any."""
+    """Remove everything about withdrawn images from the private folder. Returns whether there was anything."""
     changed = False
     for name in LEFTOVERS:
         if (private.folder / name).exists():
@@ -205,7 +206,7 @@ def _clear(private: Private, record: trace.Withdrawn) -> bool:
 
 
 def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[dict[str, bytes], int]:
-    """The set's card without the images, and how many others of the same patients stay."""
+    """The set's card without the images, and the number of other images of the same patients that stay."""
     gone = {line["id"]: (entry, line) for entry, line in chosen.kept}
     groups = {line["group"] for _, line in chosen.kept}
     stay = [
@@ -229,7 +230,7 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
         if (row["name"], line["group"]) not in left:
             left.add((row["name"], line["group"]))
             whole = line["group"] in chosen.groups or split.get(row["name"].partition(" (")[0]) in _BY_PATIENT
-            row["patients"] = max(0, row["patients"] - whole)  # what is less than a patient was not counted as one
+            row["patients"] = max(0, row["patients"] - whole)  # Smaller groups were not counted as patients
     _subtract_sides(facts, root, chosen)
     for name in {line["modality"] for _, line in chosen.kept}:
         here = [(entry, line) for entry, line in chosen.kept if line["modality"] == name]
@@ -248,7 +249,7 @@ def _documents(root: Path, manifest: dict, chosen: _Chosen, date: str) -> tuple[
 
 
 def _subtract_sides(facts: dict, root: Path, chosen: _Chosen) -> None:
-    """From what the card says of the split: images, and no longer how many patients or files they are of."""
+    """Subtract the images from the card's split, and drop its numbers of patients and files, now unknown."""
     rows = {row["source"]: row for row in facts.get("split", ())}
     for entry, line in chosen.kept:
         row = rows.get(shard_rewrite.meta(root, entry, line).get("source", ""))
@@ -258,7 +259,7 @@ def _subtract_sides(facts: dict, root: Path, chosen: _Chosen) -> None:
 
 
 def _row_of(facts: dict, root: Path, entry: dict, line: dict) -> dict[str, Any]:
-    """The card's row that an image is counted in. ValueError where there is none."""
+    """The card's row that counts an image. Raises ValueError if there is none."""
     source = shard_rewrite.meta(root, entry, line).get("source", "")
     for row in facts["sources"]:
         if row["name"] in (source, f"{source} ({line['modality']})") and row["modality"] == line["modality"]:
@@ -267,8 +268,8 @@ def _row_of(facts: dict, root: Path, entry: dict, line: dict) -> dict[str, Any]:
 
 
 def _subtract(row: dict[str, Any], root: Path, kept: Sequence[tuple[dict, dict]]) -> None:
-    """Take images out of a modality's counts and histogram. That is of the pixels before they were encoded: what JPEG
-    has moved to another level since is taken from the next one."""
+    """Subtract images from a modality's counts and histogram. The histogram is of the pixels before encoding, so a
+    pixel whose level JPEG has changed is subtracted from the next level that has one."""
     pixels = np.zeros(256, np.int64)
     for entry, line in kept:
         row[line["split"]] -= 1
@@ -290,9 +291,9 @@ def _histogram(data: bytes) -> np.ndarray:
 
 
 def _examples(root: Path, manifest: dict, facts: dict, shown: Sequence[dict], gone: dict) -> list[Example]:
-    """The card's pictures, with others of the same modality in the place of those that go."""
-    left = [one["id"] for one in shown if one["id"] not in gone]
-    missing = Counter(one["modality"] for one in shown if one["id"] in gone)
+    """The card's examples, with removed ones replaced by others of the same modality."""
+    left = [example["id"] for example in shown if example["id"] not in gone]
+    missing = Counter(example["modality"] for example in shown if example["id"] in gone)
     count = {row["name"]: row["train"] + row["val"] for row in facts["modalities"]}
     places = {
         name: {(2 * i + 1) * count[name] // (2 * most) for i in range(most)} if count[name] else set()
@@ -318,8 +319,8 @@ def _alone(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"DIR: another process withdraws from {root}") from None
-        except OSError:  # a file system without locks keeps nobody out
+            raise BlockingIOError(f"DIR: another process is withdrawing from {root}") from None
+        except OSError:  # The file system has no locks: go on without one
             pass
         yield
     finally:

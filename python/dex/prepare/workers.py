@@ -1,12 +1,12 @@
-"""Processes that work on untrusted files: one that crashes, hangs or eats memory costs one unit, not the run.
+"""Worker processes for untrusted files: a crash, a hang or too much memory costs one unit, not the run.
 
-`run` gives each job to one of N processes. A job is a row of units; the function that works on it says which unit it
-begins and when it is done with one, and may be asked to go on from there in another process. A process that dies, or
-says nothing for its time, is replaced; its unit is tried once more, in a process that has done nothing else, and is
-given up when that fails too. So a process that was killed for another's sake loses nothing.
+``run`` passes each job to one of N processes. A job is a sequence of units; its function reports when a unit begins and
+ends, and another process can resume after any unit. A process that dies, or is silent for too long, is replaced. Its
+unit is tried once more in a fresh process, and given up if that fails too. So a process that was killed because of
+another unit loses nothing.
 
-Workers start by "spawn", hold no file of their parent's, write nothing to its stdout and stderr (a library's message
-may hold what a header says), ignore the terminal's signals and die with their parent.
+Workers start by "spawn", inherit no open files, write nothing to their parent's stdout and stderr (a library's message
+may contain values of a header), ignore the terminal's signals and die with their parent.
 """
 
 from __future__ import annotations
@@ -33,48 +33,48 @@ from dex.common.faults import where
 ATTEMPTS = 2
 START_SECONDS = 120.0
 _BEAT_EVERY = 0.2
-_NEEDS_FRESH = 77  # exit code: out of memory in a process that has done other units before
+_NEEDS_FRESH = 77  # Exit code: out of memory in a process that had done other units before
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerFault(RuntimeError):
-    """What failed in a worker is no file's fault; names the error's type and lines of code, no value."""
+    """A worker failed for a reason that is not a file's. Names the error's type and lines of code, but no value."""
 
 
 class Report:
-    """How the work on a job tells its parent where it is. begun: the number of units this process has begun."""
+    """How a worker reports its progress on a job to its parent. begun: the number of units this process has begun."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._said = 0.0
+        self._sent = 0.0
         self._done = 0
         self.begun: int = 0
 
     def begin(self, unit: int, silence: float, total: float) -> None:
-        """Unit number `unit` of the job comes next. It hangs if nothing is heard of it for `silence` seconds, or if it
-        takes more than `total`."""
+        """Unit number ``unit`` of the job begins. It counts as hanging after ``silence`` seconds without a report, or
+        ``total`` seconds in all."""
         self.begun += 1
         self._done = 0
-        self._say("begin", unit, silence, total)
+        self._send("begin", unit, silence, total)
 
     def beat(self, done: int | None = None) -> None:
-        """Something was done: `done` pieces of the unit, where that is known. Cheap: may be called for every slice."""
+        """A sign of life, with the number of finished pieces of the unit if known. Cheap enough for every slice."""
         if done is not None:
             self._done = done
-        if time.monotonic() - self._said >= _BEAT_EVERY:
-            self._say("beat", self._done)
+        if time.monotonic() - self._sent >= _BEAT_EVERY:
+            self._send("beat", self._done)
 
     def save(self, state: Any) -> None:
-        """A unit is done: another process could go on from `state`."""
-        self._say("save", state)
+        """A unit is done: another process can resume from ``state``."""
+        self._send("save", state)
 
-    def _say(self, *message: Any) -> None:
-        self._said = time.monotonic()
+    def _send(self, *message: Any) -> None:
+        self._sent = time.monotonic()
         self._connection.send(message)
 
 
 class Task(NamedTuple):
-    """state: None, or the newest that was saved; refused: reason by number, of units that were given up."""
+    """state: the last saved state, or None; refused: number of a unit that was given up -> reason."""
 
     job: Any
     state: Any
@@ -91,13 +91,14 @@ def run(
     on_save: Callable[[Any, Any], None] = lambda job, state: None,
     on_beat: Callable[[Any, int], None] = lambda job, done: None,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (job, result) as they come, where result = work(Task(job, ...), report), a function at module level.
+    """Yield (job, result) in the order of completion, where result = work(Task(job, ...), report). ``work`` is a
+    function at module level.
 
-    jobs: None among them says that no job is to be begun before another one is done; at least one is at work then.
-    memory_mb: a worker may allocate so much (address space, MiB) above what it has after `preload()`. on_save(job,
-    state) is called in this process for every state that is saved, on_beat(job, done) now and then within a unit.
-    Raises OSError when a worker cannot write (a full disk) and WorkerFault for a fault of our own. When the iterator is
-    closed, or anything is raised, the workers are killed.
+    jobs: None means that the next job must wait until another one is done; at least one must be in progress then.
+    memory_mb: the address space, in MiB, that a worker may allocate on top of what it has after ``preload()``.
+    on_save(job, state) is called in this process for every saved state, on_beat(job, done) from time to time within a
+    unit. Raises OSError if a worker cannot write (a full disk) and WorkerFault for a fault of our own. The workers are
+    killed when the iterator is closed or raises.
     """
     pending, busy, idle = iter(jobs), [], []
     try:
@@ -110,7 +111,7 @@ def run(
                 return
             began = time.monotonic()
             wait([handle for worker in busy for handle in worker.handles()], timeout=0.25)
-            lost = time.monotonic() - began - 1.0  # this process was stopped, perhaps all of them
+            lost = time.monotonic() - began - 1.0  # This process was suspended, and perhaps the workers too
             for worker in list(busy):
                 if lost > 0:
                     worker.heard += lost
@@ -124,7 +125,7 @@ def run(
 
 
 class _Worker:
-    """A process, its job, and what is known about the two. `_unit`: the one it is at, None between units."""
+    """A process and its job. ``_unit``: the current unit, None between units."""
 
     def __init__(self, work: Callable, memory_mb: int, preload: Callable | None, on_save: Callable, on_beat: Callable):
         self._arguments, self._on_save, self._on_beat = (work, memory_mb, preload), on_save, on_beat
@@ -143,8 +144,8 @@ class _Worker:
         return [self._connection, self._process.sentinel]
 
     def listen(self) -> bool:
-        """Take in what the process said, replace it when it died or hangs; whether the job is done."""
-        alive = self._process.is_alive()  # asked first: what it said before it died is still read
+        """Read the process's messages and replace it if it died or hangs. Returns whether the job is done."""
+        alive = self._process.is_alive()  # Asked first, so that messages sent before its death are still read
         while (message := self._receive()) is not None:
             if self._hear(*message):
                 return True
@@ -166,7 +167,7 @@ class _Worker:
     def _receive(self) -> tuple | None:
         try:
             return self._connection.recv() if self._connection.poll() else None
-        except (EOFError, OSError):  # it is dead, or as good as
+        except (EOFError, OSError):  # Dead, or about to be
             self._process.kill()
             return None
 
@@ -195,7 +196,7 @@ class _Worker:
         if self._unit is None:
             self._failed_starts += 1
             if self._failed_starts >= 3:
-                raise WorkerFault(f"three workers in a row ended before they began a unit ({reason})")
+                raise WorkerFault(f"three workers in a row ended before beginning a unit ({reason})")
         elif blame:
             self._failures[self._unit] += 1
             if self._failures[self._unit] >= ATTEMPTS:
@@ -209,20 +210,20 @@ class _Worker:
         self._unit, self._silence, self._end, self.heard = None, START_SECONDS, math.inf, time.monotonic()
         try:
             self._connection.send(self.task)
-        except OSError:  # it died while idle; `listen` will see
+        except OSError:  # It died while idle; `listen` will notice
             pass
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_main, args=(theirs, os.getpid(), *self._arguments), daemon=True)
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(target=_main, args=(child_end, os.getpid(), *self._arguments), daemon=True)
         with _environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"):
             self._process.start()
-        theirs.close()
+        child_end.close()
 
 
 class _environment:
-    """Variables for what is started within the block: one process a core, threads would only fight."""
+    """Variables for processes started within the block: with one process per core, threads would only compete."""
 
     def __init__(self, **variables: str):
         self._variables = variables
@@ -254,7 +255,7 @@ def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, p
             connection.send(("done", work(task, report)))
     except MemoryError:
         os._exit(_NEEDS_FRESH)
-    except (EOFError, BrokenPipeError, ConnectionError):  # the parent has gone
+    except (EOFError, BrokenPipeError, ConnectionError):  # The parent has ended
         os._exit(0)
     except OSError as error:
         connection.send(("cannot write", error.errno or errno.EIO))
@@ -265,7 +266,7 @@ def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, p
 def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # It died before the call
         os._exit(0)
 
 

@@ -93,9 +93,9 @@ def test_where(prepared, run, tmp_path):
     code, out, _ = run("data", "where", "set", "scans/p0/bad.png")
     assert code == 0 and "refused as unreadable" in out and f"{tmp_path}/scans/p0/bad.png" in out
     code, out, err = run("data", "where", "set", "p1", "nobody")
-    assert (code, out) == (2, "") and "got nobody, looked for among ids" in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and "got nobody, searched among ids" in err and len(err.splitlines()) == 1
     code, out, err = run("data", "where", "set", row["id"].split("/")[1][:8])
-    assert code == 2 and f"Is it {row['id']}?" in err
+    assert code == 2 and f"Did you mean {row['id']}?" in err
 
 
 def test_refused(prepared, run, tmp_path):
@@ -127,7 +127,7 @@ def test_withdraw(prepared, run, tmp_path):
     code, out, _ = run("data", "withdraw", "set", "p1")
     assert code == 0 and "nothing of it is in the set: withdrawn on " in out
     code, out, err = run("data", "withdraw", "set")
-    assert code == 2 and "no earlier withdrawal is left" in err
+    assert code == 2 and "there is no interrupted withdrawal" in err
     code, out, _ = run(*prepared)  # the set is there, without the patient
     assert code == 0 and "withdrawn" in out
     shutil.rmtree(tmp_path / "set")
@@ -148,9 +148,9 @@ def test_a_set_without_its_private_folder(prepared, run, tmp_path):
     shutil.rmtree(tmp_path / "set.private")
     for command in (["where", "set", row["id"]], ["refused", "set"]):
         code, out, err = run("data", *command)
-        assert (code, out) == (2, "") and "DIR: expected its private folder beside it" in err
+        assert (code, out) == (2, "") and "DIR: expected its private folder" in err
     code, out, err = run("data", "withdraw", "set", "p1")
-    assert code == 2 and "known to the private folder alone" in err
+    assert code == 2 and "only the private folder knows" in err
     code, out, _ = run("data", "withdraw", "set", row["group"])
     assert code == 0 and "without the private folder no copies" in out
     assert index(tmp_path / "set") and all(left["group"] != row["group"] for left in index(tmp_path / "set"))

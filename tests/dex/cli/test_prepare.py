@@ -118,7 +118,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare"], "the following arguments are required: SOURCE, --out"),
         (["prepare", "scans"], "the following arguments are required: --out"),
         (["prepare", "scans", "--modality", "xrays-ct", "--out", "o"], "modality: expected one of CT, MR"),
-        (["prepare", "scans", "--modality", "CTX", "--normalisation", "ct", "--out", "o"], "do you mean 'CT'?"),
+        (["prepare", "scans", "--modality", "CTX", "--normalisation", "ct", "--out", "o"], "did you mean 'CT'?"),
         (["prepare", "scans", "--modality", "CT", "--normalisation", "hu", "--out", "o"], "normalisation: expected"),
         (["prepare", "scans", "--pattern", "ct/**", "--out", "o"], "pattern: expected MODALITY=GLOB"),
         (["prepare", "scans", "--pattern", "film=ct/**", "--out", "o"], "routes.modality: expected one of CT"),
@@ -135,7 +135,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder; got ''"),
         (["prepare", "scans", "--modality", "CT", "--out", "full"], "out: expected a new or empty folder"),
         (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder; file is something else"),
-        (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that its patterns name"),
+        (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that match its patterns"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "7"], "size: expected 32 to 4096"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "big"], "argument --size: invalid int value"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "12"], "argument --bits: invalid choice"),
@@ -167,9 +167,9 @@ def test_an_earlier_run_of_something_else_is_usage_and_a_bad_run_is_a_failure(ru
     command = ("prepare", "scans", "--modality", "X-ray", "--out", "set")
     assert run(*command, "--size", 64, "--shard", "0/2")[0] == 0
     code, _, err = run(*command, "--size", 32)
-    assert code == 2 and "begun with size 64, now it is 32" in err and len(err.splitlines()) == 1
+    assert code == 2 and "started with size 64, now it is 32" in err and len(err.splitlines()) == 1
     code, _, err = run(*command, "--size", 64, "--memory", 1024)
-    assert code == 2 and "begun with memory_mb 512, now it is 1024" in err and len(err.splitlines()) == 1
+    assert code == 2 and "started with memory_mb 512, now it is 1024" in err and len(err.splitlines()) == 1
     for i in range(4):
         (tmp_path / "scans" / "p0" / f"x{i}.png").write_bytes(b"x")
     code, _, err = run(*command, "--size", 64)

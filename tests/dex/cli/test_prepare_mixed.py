@@ -293,7 +293,9 @@ def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, 
     code, out, err = run("prepare", "scans", "--out", "a set", "--modality", "auto")
     assert (code, out) == (2, "")
     lines = err.splitlines()
-    assert lines[0].startswith("dex prepare: folder: expected files whose modality a header or the command says; got 3")
+    assert lines[0].startswith(
+        "dex prepare: folder: expected files whose modality a header or the command names; got 3"
+    )
     assert lines[2] == "dex prepare scans --out 'a set' --modality auto --pattern 'MODALITY=**/*.png'"
     assert lines[4] == "dex prepare scans --out 'a set' --modality from-folders"
     assert not list(tmp_path.glob("a set*"))
@@ -367,8 +369,8 @@ def test_a_dry_run_promises_what_the_run_then_does(mixed, run, tmp_path):
 
 def test_a_dry_run_lists_what_it_cannot_place_and_ends_with_the_command(mixed, run, tmp_path):
     code, out, err = run("prepare", "scans", "--dry-run", "--size", SIDE)
-    assert code == 2 and "not said" in out and "secondary capture" in out
+    assert code == 2 and "unknown" in out and "secondary capture" in out
     assert "6 .jpg" in err and err.splitlines()[-1] == "dex prepare scans --dry-run --size 64 --modality from-folders"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scans"]
     code, out, err = run(*shlex.split(err.splitlines()[-1])[1:])
-    assert code == 0 and "not said, named like label maps" in out and "Estimate" in out
+    assert code == 0 and "unknown, named like label maps" in out and "Estimate" in out

@@ -73,7 +73,7 @@ def test_a_table_from_the_command_line(run, tmp_path, pictures):
     code, _, _ = run("prepare", "list.csv", *X_RAY, "set")
     assert code == 0 and digest("set") == again
     code, _, err = run("prepare", "list.csv", "--out", "out")
-    assert code == 2 and "expected files whose modality a header or the command says; got 12 .png of none" in err
+    assert code == 2 and "expected files whose modality a header or the command names; got 12 .png of none" in err
     code, _, err = run("prepare", "list.csv", "--patient", "who", *X_RAY, "out")
     assert code == 2 and "patient: expected a column of list.csv (File, Subject, Age)" in err
     code, _, err = run("prepare", "none.csv", *X_RAY, "out")

@@ -181,7 +181,7 @@ def test_headline_numbers(facts, examples):
         "Modalities": "3",
         "Sources": "4",
         "Patients": "28",
-        "Slices looked at": "20,135",
+        "Slices seen": "20,135",
         "Slices dropped": "2,622",
         "Refused": "1,114",
         "Text suspected": "1,290",
@@ -215,10 +215,10 @@ def test_sources(facts, examples):
     page = Page(html)
     row = page.row("sources", "heart-ct")
     assert "13,02312,345 train | 678 val" in row
-    assert "15,555 looked at; dropped: foreground\xa02,501, near duplicate\xa031" in row
+    assert "15,555 seen; dropped: foreground\xa02,501, near duplicate\xa031" in row
     clinic = page.row("sources", "clinic")
     assert "private" in clinic and "refused: burned-in\xa01,111, unreadable\xa03" in clinic and "timeout" not in clinic
-    assert "77 looked at; dropped: too small\xa077" in page.row("sources", "all-gone")
+    assert "77 seen; dropped: too small\xa077" in page.row("sources", "all-gone")
     bars = [a["aria-label"] for tag, a in page.tags if a.get("class") == "bar"]
     assert bars == [
         "all sources: train 16,826, val 687, foreground 2,501, too small 77, exact duplicate 5, near duplicate 39",
@@ -259,7 +259,9 @@ def test_a_modality_that_is_partly_simulated(facts):
 def test_duplicates(facts, examples):
     page = Page(build(facts, examples)[0])
     text = page.text["duplicates"]
-    assert "44 slices dropped: 5 with the same pixels, 39 alike; 42 repeat an image of their own source, 2 one" in text
+    assert (
+        "44 slices dropped: 5 with the same pixels, 39 similar; 42 repeat an image of their own source, 2 one" in text
+    )
     titles = [a["title"] for tag, a in page.tags if tag == "td" and "title" in a]
     assert titles == [
         "heart-ct repeats heart-ct: 0 exact, 31 near",

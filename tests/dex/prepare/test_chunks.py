@@ -330,6 +330,6 @@ def test_files_whose_modality_the_command_alone_says_are_counted(here, tmp_path)
     facts, _ = start([source(tmp_path / "root", trusted=False)], tmp_path / "out")
     (row,) = facts["sources"]
     assert row["kept"] == 5 and row["modality_assumed"] == 3
-    assert "modality of 3 files by the command alone" in (tmp_path / "out" / "card.html").read_text()
+    assert "modality of 3 files from the command only" in (tmp_path / "out" / "card.html").read_text()
     facts, _ = start([source(tmp_path / "root")], tmp_path / "trusted")
     assert "modality_assumed" not in facts["sources"][0]

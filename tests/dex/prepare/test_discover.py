@@ -224,4 +224,4 @@ def test_files_of_no_known_format_by_a_suffix_that_is_no_part_of_a_name(tmp_path
         (tmp_path / name).write_bytes(b"x")
     listing = discover.discover(resolve(tmp_path, modality="X-ray")[0], tmp_path)
     counts = {".svs": 1, ".txt": 2, "other suffixes": 4, "without a suffix": 2}
-    assert passed_over_counts(listing) == counts | {"archives, which are to be unpacked first": 2}
+    assert passed_over_counts(listing) == counts | {"archives, to be unpacked first": 2}

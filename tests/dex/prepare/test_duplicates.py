@@ -205,7 +205,7 @@ def test_no_images():
         ({"hashes": np.zeros((3, 16), np.uint8)}, r"hashes: expected uint8 \[n, 32\]"),
         ({"pixels": np.zeros((3, 32), np.int16)}, r"pixels: expected uint8 \[n, 32\], got int16"),
         ({"hashes": table(1, 2)}, "hashes: expected 3 rows"),
-        ({"unit": np.zeros(3)}, "unit: expected 3 rows, one an image, got float64"),
+        ({"unit": np.zeros(3)}, "unit: expected 3 rows, one per image, got float64"),
         ({"volume": np.zeros(2, bool)}, "volume: expected 3 rows"),
     ],
 )

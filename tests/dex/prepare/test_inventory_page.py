@@ -32,11 +32,11 @@ def taken():
 
 def test_text(taken):
     text = inventory_page.to_text(taken)
-    assert text.startswith("folder: 320 files, 1 MB, 2 patients and 1 folder or file that name none, 309 slices")
-    assert "3 series, 300 slices, axial\n      512 x 512 pixels; 0.7 to 0.9 mm a pixel, 5 mm between slices" in text
-    assert "not said" in text and "5 other sizes, 100 x 200 to 108 x 208" in text
+    assert text.startswith("folder: 320 files, 1 MB, 2 patients and 1 folder or file that name no patient, 309 slices")
+    assert "3 series, 300 slices, axial\n      512 x 512 pixels; 0.7 to 0.9 mm per pixel, 5 mm between slices" in text
+    assert "unknown" in text and "5 other sizes, 100 x 200 to 108 x 208" in text
     assert "7 secondary capture: a secondary capture" in text and "2 .txt" in text
-    assert "about 270 of 300 slices kept (90 %), 3 MB, 2s with 2 at work" in text
+    assert "about 270 of 300 slices kept (90 %), 3 MB, 2s with 2 workers" in text
     assert "Not measured: 9 slices" in text and "DICOM CT 60." in text
 
 
@@ -51,7 +51,7 @@ def test_json_tells_what_is_exact_from_what_is_estimated(taken):
 def test_the_page_escapes_and_fetches_nothing(taken):
     html = inventory_page.build(taken)[0].decode()
     assert "inconsistent: &lt;b&gt;" in html and "<script" not in html and "http://" not in html
-    assert "will not begin" in html and re.search(r"<dt>Files</dt><dd><b>320</b>", html)
+    assert "will not start" in html and re.search(r"<dt>Files</dt><dd><b>320</b>", html)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_nothing_kept_says_why(here, tmp_path):
 
 def test_slices_across_thick_ones_lead_to_the_option(here, tmp_path):
     save_volume(tmp_path / "root" / "ct.nii.gz", 3)
-    with pytest.raises(Failed, match="too small 40; of thick slices --planes stored"):
+    with pytest.raises(Failed, match="too small 40; for thick slices, --planes stored"):
         start([source(tmp_path / "root", modality="CT", planes=("coronal",))], tmp_path / "none")
     facts, _ = start([source(tmp_path / "root", modality="CT", planes=("axial", "coronal"))], tmp_path / "out")
     assert facts["images"] == 6 and any(note.startswith("40 slices are too small") for note in notes(facts))

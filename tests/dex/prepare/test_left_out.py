@@ -131,7 +131,7 @@ def test_dropped_slices_and_pairs_of_duplicates_are_shown(dropped):
     """Of private sources in the private page alone."""
     section, html = made_of(dropped, public=False)
     assert "base64" not in section and "left_out.html" in section
-    for reason, meaning in (("blank", "one level"), ("near duplicate", "nearly the pixels")):
+    for reason, meaning in (("blank", "one level"), ("near duplicate", "nearly the same pixels")):
         assert reason in section and meaning in section
     assert not (dropped / "out" / "left_out.json").exists()
     parts = dict(re.findall(r"<section.*?<h2[^>]*>(.*?)</h2>(.*?)</section>", html, re.DOTALL))

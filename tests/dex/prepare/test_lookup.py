@@ -157,14 +157,14 @@ def test_without_a_private_folder(mixed, tmp_path):
     assert row["id"] in found.images
     (found,) = lookup.find(mixed, None, ["MRN-1"])
     assert not found
-    with pytest.raises(lookup.NoPrivateFolder, match="none.private is not there"):
+    with pytest.raises(lookup.NoPrivateFolder, match="none.private beside it"):
         lookup.Private(tmp_path / "none.private")
 
 
 def test_a_private_folder_of_something_else(mixed, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "plan.json").write_text('{"sources": [{}]}')
-    with pytest.raises(ValueError, match="plan.json: expected what dex prepare wrote"):
+    with pytest.raises(ValueError, match="plan.json: expected a plan of dex prepare"):
         lookup.Private(tmp_path / "x")
 
 

@@ -66,10 +66,10 @@ def test_what_is_no_name_is_refused(text):
 
 
 def test_a_misspelt_name_is_told_the_closest():
-    with pytest.raises(ValueError, match="do you mean 'ultrasound'"):
+    with pytest.raises(ValueError, match="did you mean 'ultrasound'"):
         resolve("ultrasond")
     for word in ("ultrasond", "ultrasounds", "ultrasoond"):
-        with pytest.raises(ValueError, match="do you mean 'ultrasound'"):
+        with pytest.raises(ValueError, match="did you mean 'ultrasound'"):
             resolve(word, "display")
     with pytest.raises(ValueError, match="needs --normalisation, one of ct, mr, pet, suv, display"):
         resolve("photoacoustic")

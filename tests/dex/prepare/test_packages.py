@@ -136,7 +136,7 @@ def test_links_and_devices_in_a_tar(cache, kind, what):
     for number, target in enumerate(("../../../witness", "/etc/passwd", "d/1.png")):
         data = tar(*GOOD, special("d/0.png", kind, target))
         thing = package(cache, f"t{number}.tar.gz", data)
-        with pytest.raises(ValueError, match=f"'d/0.png': expected a regular file, it is {what}"):
+        with pytest.raises(ValueError, match=f"'d/0.png': expected a regular file, got {what}"):
             unpack(thing, ["**/*.png"], cache)
     assert list((cache / "thing-1.0").iterdir()) == []
 
@@ -149,21 +149,21 @@ def test_a_file_through_a_link_is_a_file_in_a_folder(cache):
         folder = unpack(thing, ["**/*.png"], cache)
         assert tree(folder) == {"out/new.png": b"evil"} and not (folder / "out").is_symlink()
         # and the link itself is refused when it is asked for
-        with pytest.raises(ValueError, match="'out': expected a regular file, it is a link"):
+        with pytest.raises(ValueError, match="'out': expected a regular file, got a link"):
             unpack(thing, ["**/*"], cache)
 
 
 def test_links_and_odd_members_in_a_zip(cache):
     thing = package(cache, "a.zip", zipped((link_in_zip("d/0.png"), b"/etc/passwd")))
-    with pytest.raises(ValueError, match="it is a link"):
+    with pytest.raises(ValueError, match="expected a regular file, got a link"):
         unpack(thing, ["d/*"], cache)
     thing = package(cache, "b.zip", zipped(("d/0.png", b"x" * 99), compress=zipfile.ZIP_LZMA))
-    with pytest.raises(ValueError, match="it is compressed in an unusual way"):
+    with pytest.raises(ValueError, match="expected a regular file, got compressed in an unusual way"):
         unpack(thing, ["d/*"], cache)
     data = bytearray(zipped(("d/0.png", b"x" * 99)))
     data[data.index(b"PK\x01\x02") + 8] |= 1
     thing = package(cache, "c.zip", bytes(data))
-    with pytest.raises(ValueError, match="it is encrypted"):
+    with pytest.raises(ValueError, match="expected a regular file, got encrypted"):
         unpack(thing, ["d/*"], cache)
 
 
@@ -178,7 +178,7 @@ def test_sparse_members_of_a_tar(cache):
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
     thing = package(cache, "t.tar.gz", gzip.compress(bytes(header) + b"x" * 512 + bytes(1024)))
-    with pytest.raises(ValueError, match="it is sparse"):
+    with pytest.raises(ValueError, match="expected a regular file, got sparse"):
         unpack(thing, ["d/*"], cache)
 
 
@@ -279,7 +279,7 @@ def test_members_of_every_length_and_long_names(cache, pax):
 
 def test_a_pattern_that_names_nothing(cache):
     thing = package(cache, "t.zip", zipped(*GOOD))
-    with pytest.raises(ValueError, match=r"^t.zip: no member 'x/\*'"):
+    with pytest.raises(ValueError, match=r"^t.zip: expected members that match 'x/\*'"):
         unpack(thing, ["d/*", "x/*"], cache)
     with pytest.raises(ValueError, match="patterns: expected at least one"):
         unpack(thing, [], cache)
@@ -427,7 +427,7 @@ def test_a_network_that_is_absent(index, tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(ConnectionError, match="^thing 1.0: expected to fetch t.whl with pip; is the network there"):
+    with pytest.raises(ConnectionError, match="^thing 1.0: expected to fetch t.whl with pip; is the network reachable"):
         fetch(Package("thing", "1.0", "pypi", "t.whl", SHA), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -444,7 +444,7 @@ def test_npm(tmp_path, monkeypatch):
     npm = tools / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     npm.chmod(0o755)
-    with pytest.raises(ConnectionError, match="is the network there.*npm error code ENOTFOUND"):
+    with pytest.raises(ConnectionError, match="is the network reachable.*npm error code ENOTFOUND"):
         fetch(thing, tmp_path / "cache")
     npm.write_text(f'#!/bin/sh\n/bin/cp "{tmp_path}/real.tgz" thing-1.0.tgz\necho "$@" > "{tmp_path}/said"\n')
     assert tree(unpack(thing, ["package/*.dcm"], tmp_path / "cache")) == {"package/a.dcm": b"one"}

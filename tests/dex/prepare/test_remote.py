@@ -52,10 +52,10 @@ def test_tables_elsewhere_and_of_files_elsewhere(bucket, here, tmp_path):
     (tmp_path / "list.csv").write_text("path,modality,patient\np0/00.png,X-ray,A\np2,X-ray,B\n")
     other, _ = start(resolve(tmp_path / "list.csv", root=bucket), tmp_path / "two", cache=tmp_path / "cache")
     assert other["images"] == 3
-    with pytest.raises(ValueError, match="root: expected none beside a table that is not on this machine"):
+    with pytest.raises(ValueError, match="root: expected none beside a table at a URL"):
         resolve(f"{bucket}/list.csv", root=str(tmp_path))
     (tmp_path / "list.csv").write_text("path,modality\nnone.png,X-ray\n")
-    with pytest.raises(ValueError, match="list.csv: line 2: path: expected a file or a folder; nothing is there"):
+    with pytest.raises(ValueError, match="list.csv: line 2: path: expected a file or a folder; got nothing there"):
         start(resolve(tmp_path / "list.csv", root=bucket), tmp_path / "three", cache=tmp_path / "cache")
 
 

@@ -157,7 +157,7 @@ def test_an_input_that_changed_is_refused(what, here, two, tmp_path):
 def test_a_file_that_changes_while_it_waits_is_refused(here, two, tmp_path):
     run = prepare.prepare(two, Options(tmp_path / "out", SETTINGS), str)
     os.utime(tmp_path / "pictures" / "p6" / "13.png", ns=(0, 1))
-    with pytest.raises(Failed, match="pictures: a file is not what it was") as error:
+    with pytest.raises(Failed, match="pictures: a file has changed") as error:
         run.run(Progress())
     assert "13.png" not in str(error.value)
 
@@ -165,10 +165,10 @@ def test_a_file_that_changes_while_it_waits_is_refused(here, two, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": dataclasses.replace(SETTINGS, size=32)}, "begun with size 64, now it is 32"),
-        ({"settings": dataclasses.replace(SETTINGS, bits=16)}, "begun with bits 8, now it is 16"),
-        ({"sources": slice(1)}, "begun with the sources pictures, volumes; got pictures"),
-        ({"description": {"frame_stride": 2}}, "begun with another description of pictures"),
+        ({"settings": dataclasses.replace(SETTINGS, size=32)}, "started with size 64, now it is 32"),
+        ({"settings": dataclasses.replace(SETTINGS, bits=16)}, "started with bits 8, now it is 16"),
+        ({"sources": slice(1)}, "started with the sources pictures, volumes; got pictures"),
+        ({"description": {"frame_stride": 2}}, "started with another description of pictures"),
     ],
 )
 def test_an_output_of_another_run_is_refused(change, message, here, two, tmp_path):
@@ -182,7 +182,7 @@ def test_an_output_of_another_run_is_refused(change, message, here, two, tmp_pat
 def test_other_versions_of_the_decoders_are_refused(here, two, tmp_path, monkeypatch):
     start(two, tmp_path / "out", shard=(0, 2))
     monkeypatch.setattr(prepare, "_version", lambda name: "0.1")
-    with pytest.raises(ValueError, match="begun with dexkernels .*, now it is 0.1"):
+    with pytest.raises(ValueError, match="started with dexkernels .*, now it is 0.1"):
         start(two, tmp_path / "out")
 
 
@@ -199,7 +199,7 @@ def test_another_split_into_parts_at_once_is_refused_at_the_chunk(here, two, tmp
     partial = tmp_path / "out.private" / "chunks" / "000-000002.bin.partial"
     with open(partial, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # so that only an exclusive one is refused
-        with pytest.raises(Failed, match="another process prepares the same files"):
+        with pytest.raises(Failed, match="another process is preparing the same files"):
             run.run(Progress())
     assert start(two, tmp_path / "out")[0]["images"] == 26
 
@@ -305,6 +305,6 @@ def test_an_out_that_holds_something_else_is_refused(two, tmp_path):
         start(two, tmp_path / "out", salt=None)
     with pytest.raises(ValueError, match="out: expected a folder outside the root of pictures"):
         start(two, tmp_path / "pictures" / "set", salt=None)
-    with pytest.raises(ValueError, match="sources of different names; 'pictures' comes 2 times"):
+    with pytest.raises(ValueError, match="sources of different names; got 'pictures' 2 times"):
         start([two[0], two[0]], tmp_path / "new", salt=None)
     assert not (tmp_path / "out.private").exists() and not (tmp_path / "new.private").exists()

@@ -135,7 +135,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "planes: []\n", "planes: expected some of"),
         (SMALL + "planes: [axial, axial]\n", "planes: expected some of"),
         (SMALL + "planes: [oblique]\n", "planes: expected some of"),
-        (SMALL + "split: val\nsplit_file: a.csv\n", "split_file: expected none where all is on one side"),
+        (SMALL + "split: val\nsplit_file: a.csv\n", "split_file: expected none beside split"),
         (SMALL + "split: test\n", "split: expected one of '', 'train', 'val'"),
         (SMALL + "fit: stretch\n", "fit: expected one of"),
         (SMALL + "whole: false\n", "whole: expected tiles"),
@@ -152,7 +152,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "package: {name: a}\n", "package.version: missing"),
         (SMALL.replace("name: a", "name: a/b"), "name: expected up to 64"),
         (SMALL.replace("name: a", "name: ..a"), "name: expected up to 64"),
-        (SMALL.replace("CT", "CTs"), "modality: expected one of CT, .*do you mean 'CT'"),
+        (SMALL.replace("CT", "CTs"), "modality: expected one of CT, .*did you mean 'CT'"),
         (SMALL.replace("CT", "a/b"), "modality: expected CT, .*, or a name of your own; got 'a/b'"),
         (SMALL.replace(": ct", ": window"), "normalisation: expected one of ct, mr"),
         (SMALL.replace("CT", "auto"), "normalisation: expected 'auto'"),
@@ -297,7 +297,7 @@ def test_a_folder_is_private_and_nameless(tmp_path):
         with pytest.raises(ValueError) as caught:
             resolve(folder, **bad)
         assert "Jane" not in str(caught.value)
-    with pytest.raises(ValueError, match="nothing is at the path given") as caught:
+    with pytest.raises(ValueError, match="got a path to nothing") as caught:
         resolve(folder / "gone", modality="CT")
     assert "Jane" not in str(caught.value)
 

@@ -78,11 +78,11 @@ def test_paths_outside_the_table_and_another_root(mixed, here, tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("path\na/00.png\nnone.png\n", "list.csv: line 3: path: expected a file or a folder; nothing is there"),
+        ("path\na/00.png\nnone.png\n", "list.csv: line 3: path: expected a file or a folder; got nothing there"),
         ("path\na/00.png\na/03.png\n./a/00.png\n", "lines 2, 4: path: expected each file once; got 1 again"),
         ("path\na\na/00.png\n", "lines 2, 3: path: expected each file once"),
         ("path\nlink.png\n", "line 2: path: expected a file; got a symbolic link"),
-        ("path,modality\na/00.png,CT\n", "line 2: modality: expected X-ray, as --modality says"),
+        ("path,modality\na/00.png,CT\n", "line 2: modality: expected X-ray, as in --modality"),
         (
             "path,patient,split\na/00.png,P,train\na/03.png,P,val\n",
             "expected each patient on one side; got 1 of 1 on both",

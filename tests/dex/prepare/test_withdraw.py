@@ -236,7 +236,7 @@ def test_the_same_again_changes_nothing(whole):
 
 
 def test_finishing_without_a_name(whole, monkeypatch):
-    with pytest.raises(withdraw.Impossible, match="no earlier withdrawal is left to be finished"):
+    with pytest.raises(withdraw.Impossible, match="no interrupted withdrawal to complete"):
         take(whole)
     with monkeypatch.context() as patch:
         patch.setattr(withdraw, "_clear", lambda *_: 1 / 0)
@@ -251,7 +251,7 @@ def test_finishing_without_a_name(whole, monkeypatch):
     [
         (
             "nobody",
-            "got nobody, looked for among ids of images, units and patient groups, PatientIDs, folders .* of ct, p",
+            "got nobody, searched among ids of images, units and patient groups, PatientIDs, folders .* of ct, p",
         ),
         ("", "expected an id, a patient or a path"),
     ],
@@ -266,7 +266,7 @@ def test_names_that_lead_to_nothing(text, message, whole):
 def test_all_of_a_set_is_not_withdrawn(whole):
     before = everything(whole)
     groups = {row["group"] for row in lines(whole)}
-    with pytest.raises(withdraw.Impossible, match="these are all 18"):
+    with pytest.raises(withdraw.Impossible, match="got all 18"):
         take(whole, *groups)
     assert everything(whole) == before
 
@@ -275,7 +275,7 @@ def test_two_at_once(whole):
     descriptor = os.open(whole, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match="another process withdraws"):
+        with pytest.raises(BlockingIOError, match="another process is withdrawing"):
             take(whole, "MRN-2")
     finally:
         os.close(descriptor)
@@ -285,7 +285,7 @@ def test_two_at_once(whole):
 def test_a_set_that_was_given_away_alone(whole):
     row = lines(whole)[0]
     shutil.rmtree(private_folder(whole))
-    with pytest.raises(withdraw.Impossible, match="patients and paths are known to the private folder alone"):
+    with pytest.raises(withdraw.Impossible, match="only the private folder knows patients and paths"):
         take(whole, "MRN-2")
     assert take(whole, row["group"]).images == 3 and verify(whole) == []
     assert not private_folder(whole).exists()
@@ -296,7 +296,7 @@ def test_a_set_of_an_earlier_version(whole):
     make_older(whole)
     outcome = take(whole, "MRN-2", "p0")
     assert outcome.images == 5 and not outcome.knows_copies and verify(whole) == []
-    with pytest.raises(withdraw.Impossible, match="left out as copies .* made before it was written down"):
+    with pytest.raises(withdraw.Impossible, match="left out as copies .* an earlier version made it"):
         take(whole, "p4/copy.png")
 
 
