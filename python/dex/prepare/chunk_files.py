@@ -27,7 +27,7 @@ class Busy(Exception):
 
 
 class CannotWrite(Exception):
-    """An OSError while writing, told apart from one of the file being read."""
+    """An OSError while writing, as opposed to one of the file being read."""
 
     def __init__(self, error: OSError):
         super().__init__(error.errno)

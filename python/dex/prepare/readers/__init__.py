@@ -1,11 +1,11 @@
-"""Readers of medical image files: one unit (a file with the one that holds its data, or a folder's DICOM files) in, its
-stacks out.
+"""Readers of medical image files: from a unit (a file with its separate data file, or a folder's DICOM files) to its
+stacks.
 
-A format is a module or a folder of this package with a description, ``READER`` (`reader.Reader`), and is called after
-it. No table names the formats: to add one, add its module.
+A format is a module or a folder of this package with a description, ``READER`` (``reader.Reader``), and has its name.
+There is no table of formats: to add one, add its module.
 
-Files are opened as regular files only, declared sizes are checked before anything is allocated, nothing is unpickled,
-and no text of a library, which could hold a header's, leaves a reader.
+Readers only open regular files, check declared sizes before they allocate anything, and unpickle nothing. No message of
+a library leaves a reader, since it could contain values of a header.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def formats() -> tuple[str, ...]:
 
 
 def reader_of(format: str) -> Reader:
-    """The description of a format. ValueError for one that there is not."""
+    """The description of a format. Raises ValueError for an unknown one."""
     described = _described(tuple(__path__))
     if format not in described:
         raise ValueError(f"format: expected one of {', '.join(described)}, got {format!r}")
@@ -38,8 +38,8 @@ def reader_of(format: str) -> Reader:
 
 
 def format_of(path: bytes | str | os.PathLike[str]) -> str | None:
-    """The format that a file's suffix names, in any case, the longest suffix that fits; None for another or no suffix.
-    Nothing is read: what a file without a suffix is, `recognised` says."""
+    """The format for a file's suffix, in any letter case; the longest matching suffix decides. None for an unknown
+    suffix or none. The file is not read; ``recognised`` does that for files without a suffix."""
     name = os.path.basename(os.fsdecode(path)).lower()
     described = _described(tuple(__path__))
     fitting = [(len(s), f) for f, reader in described.items() for s in reader.suffixes if name.endswith(s)]
@@ -47,8 +47,8 @@ def format_of(path: bytes | str | os.PathLike[str]) -> str | None:
 
 
 def recognised(path: Path) -> str | None:
-    """The format of a regular file by its first bytes, for those formats whose files often have no suffix. A reader
-    that refuses the file leaves it to the others."""
+    """The format of a regular file by its first bytes, for formats whose files often lack a suffix. If one reader
+    refuses the file, the others are still asked."""
     try:
         file = opened(path)
     except Refused:
@@ -63,28 +63,27 @@ def recognised(path: Path) -> str | None:
 
 
 def passed_over(name: str) -> str | None:
-    """What a file of this name is that no reader takes for an image; None for any other name."""
-    each = (reader.passed_over.get(name.upper()) for reader in _described(tuple(__path__)).values())
-    return next(filter(None, each), None)
+    """What a file with this name is, if it is known not to be an image; None for any other name."""
+    reasons = (reader.passed_over.get(name.upper()) for reader in _described(tuple(__path__)).values())
+    return next(filter(None, reasons), None)
 
 
 def beside(path: Path, format: str) -> list[str]:
-    """What the file beside it that holds its data may be called, by its name or header; nothing where it has them
-    itself, or says so in a way that is refused."""
+    """Possible names of the separate file with the data, by the file's name or header; [] if the file holds its data
+    itself, or if its header is refused."""
     return reader_of(format).beside(path)
 
 
 def series_of(path: Path, format: str, limits: Limits) -> str:
-    """A name for what `read` puts a file of a large folder together with, by its header; "" where that cannot be
-    read."""
+    """A name of the series that ``read`` puts a file of a large folder into, by its header; "" if it cannot be read."""
     load(format)
     shared = reader_of(format).series_of(path, limits)
     return hashlib.sha256("\0".join(shared).encode("utf-8", "surrogatepass")).hexdigest()[:16] if shared else ""
 
 
 def load(format: str) -> None:
-    """Import what reading a format takes, so that a limit on the process's memory can be set afterwards.
-    Refused("unsupported") names a library that is not installed."""
+    """Import what the reader of a format needs, so that the process's memory can be limited afterwards. Raises
+    Refused("unsupported"), with the name of the library, if one is not installed."""
     reader = reader_of(format)
     for module, distribution in reader.needs.items():
         try:
@@ -108,17 +107,17 @@ def read(
     pieces: int | None = None,
     headers: bool = False,
 ) -> Iterator[Stack]:
-    """The stacks of one unit, in a fixed order: a folder's DICOM files, or one file of another format and, after it,
-    the one that `beside` names.
+    """The stacks of one unit, in a fixed order. files: a folder's DICOM files, or one file of another format, followed
+    by the one that ``beside`` names.
 
-    Refused is raised for a unit that gives nothing; a part that was left out stands in a stack's `refused`. `beat` is
-    called for every DICOM file whose header was read, for every frame that was decoded and while volumes are read.
-    `decide`: for each file of a format whose headers say what they are, whether it is left out; without it none is.
-    `volumes`: which are taken of a file that holds several, one of VOLUMES or "N", every N-th.
-    `headers`: no pixel is read: the numbers of the stacks are not to be used.
-    `enough`: a picture may be given with sides divided by a whole number while its shorter one has so many pixels left.
-    `pieces`: a picture of more pixels than `limits` has for a frame is cut into squares of so many pixels a side, a
-    frame each; without it such a picture is shrunk, and with 0 it is refused.
+    Raises Refused for a unit without stacks; a refused part is listed in the ``refused`` of a stack. ``beat`` is called
+    for every DICOM header that was read, for every decoded frame and while volumes are read.
+    ``decide``: whether a file is left out, for formats whose headers say what they are; without it, all are taken.
+    ``volumes``: which volumes of a file are taken: one of VOLUMES, or "N" for every N-th.
+    ``headers``: read no pixels; the values of the stacks must not be used.
+    ``enough``: a picture may be read with sides divided by a whole number, if its shorter side keeps this many pixels.
+    ``pieces``: a picture larger than the frame limit is cut into squares of this side, one per frame. By default it is
+    shrunk, and with 0 it is refused.
     """
     load(format)
     if not files:
@@ -135,16 +134,16 @@ def read(
 
 @functools.cache
 def _described(folders: tuple[str, ...]) -> dict[str, Reader]:
-    """Format -> description, of the modules in ``folders``, the package's path."""
+    """Format -> description, for the modules in ``folders``, the package's path."""
     described: dict[str, Reader] = {}
     owners: dict[str, str] = {}
     for name in sorted(module.name for module in pkgutil.iter_modules(folders)):
         reader = vars(importlib.import_module(f"{__name__}.{name}")).get("READER")
-        if reader is None:  # what readers share
+        if reader is None:  # A module that readers share
             continue
         for suffix in reader.suffixes:
             if suffix in owners:
-                raise ValueError(f"suffixes: expected {suffix} of one reader, got it of {owners[suffix]} and {name}")
+                raise ValueError(f"suffixes: expected {suffix} in one reader, got it in {owners[suffix]} and {name}")
             owners[suffix] = name
         described[name] = reader
     return described

@@ -1,4 +1,4 @@
-"""NPY and NPZ without pickle: [H, W] or [F, H, W]; channels, 3 or 4, come last and are 8 bits or unit floats.
+"""NPY and NPZ without pickle: [H, W] or [F, H, W]; 3 or 4 channels come last and are 8 bits or floats in 0..1.
 
 Headers are checked against the file's size before anything is allocated. Each member of an NPZ is a stack.
 """
@@ -70,7 +70,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, headers: bool = Fals
 
 
 def _members(path: Path, file: BoundedFile, limits: Limits) -> tuple[list[Any], list[Refused]]:
-    """How each sound array of an archive is opened, its layout and its name; why the others are none."""
+    """For each valid array of an archive: how to open it, its layout and its name; and the refusals of the others."""
     sound, refused, total = [], [], 0
     with zipfile.ZipFile(file) as archive:
         for member in sorted(archive.infolist(), key=lambda member: member.filename.encode("utf-8", "replace")):
@@ -100,20 +100,21 @@ def _member(path: Path, member: zipfile.ZipInfo) -> Iterator[Any]:
 
 
 def _check_directory(file: BoundedFile) -> None:
-    """NPZ archives have no comment and no 64-bit directory; zipfile builds an object for every entry it is told of."""
+    """NPZ archives have no comment and no 64-bit directory. zipfile creates an object for every declared entry, so
+    their number is checked before."""
     file.seek(max(0, file.size - _END - 20))
     tail = file.read(_END + 20)
     end = tail[-_END:]
     if end[:4] != b"PK\x05\x06" or tail[:4] == b"PK\x06\x07":
-        raise Refused("unreadable", "cut off, or not a plain zip archive; copy it anew")
+        raise Refused("unreadable", "truncated, or not a plain zip archive; copy it again")
     count, size = int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little")
     if count > MAX_MEMBERS or size > MAX_DIRECTORY:
         raise Refused("too large", f"{count} arrays in one archive, at most {MAX_MEMBERS}")
 
 
 class _Layout(NamedTuple):
-    """shape: as declared. start: the first byte of the numbers. frame: H, W and, where there is an axis of them, the
-    channels. kept: whether all may be in memory."""
+    """shape: as declared. start: first byte of the values. frame: H, W and the channels, if the array has an axis of
+    them. kept: whether the whole array may be in memory."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -129,7 +130,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limits: Limits) -> _Layout:
-    """What the header of an array of `size` bytes in all says, which is packed in a file of `file` bytes."""
+    """The layout in the header of an array with ``size`` bytes, stored in a file with ``file`` bytes."""
     counted = _Counted(stream)
     version = np.lib.format.read_magic(counted)
     if version not in ((1, 0), (2, 0)):
@@ -137,12 +138,12 @@ def _layout(stream: io.BufferedIOBase, size: int, file: int, packed: bool, limit
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(counted)
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise Refused("unsupported", "no array of plain numbers; save integers or floats")
+        raise Refused("unsupported", "not an array of plain numbers; save integers or floats")
     if not 2 <= len(shape) <= 4 or min(shape) < 1:
         raise Refused("unsupported", f"{len(shape)} axes, or one of no length; save [slices, height, width]")
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if needed != size - counted.count:
-        raise Refused("unreadable", f"{needed} bytes declared, {size - counted.count} there: cut off; copy it anew")
+        raise Refused("unreadable", f"{needed} bytes declared, {size - counted.count} there: truncated; copy it again")
     channels = shape[-1] if len(shape) > 2 and shape[-1] in (1, 3, 4) else 0
     if len(shape) == 4 and not channels:
         raise Refused("unsupported", "4 axes without channels last; save [slices, height, width, 3]")
@@ -179,7 +180,7 @@ def _nothing(*_: Any) -> Any:
 
 
 def _eight(array: np.ndarray, channels: int) -> np.ndarray:
-    """Colour as uint8 [F, H, W, 3], bool as 0 and 255, all else as it is, without an axis of one channel."""
+    """Colour as uint8 [F, H, W, 3], bool as 0 and 255, everything else unchanged; an axis of one channel is removed."""
     if array.dtype == bool:
         array = array.view(np.uint8) * np.uint8(255)
     if channels == 1:
@@ -192,7 +193,7 @@ def _eight(array: np.ndarray, channels: int) -> np.ndarray:
     if array.dtype not in (np.uint16, np.float16, np.float32, np.float64):
         raise Refused("unsupported", f"colour of type {array.dtype}; save uint8")
     if array.dtype != np.uint16 and not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
-        raise Refused("unsupported", "colour that is not within 0 and 1; scale it, or save uint8")
+        raise Refused("unsupported", "colour outside 0 to 1; scale it, or save uint8")
     out = np.empty(array.shape, np.uint8)
     for target, frame in zip(out, array, strict=True):
         for row, values in zip(target, frame, strict=True):
@@ -201,7 +202,7 @@ def _eight(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 class _Counted:
-    """How many bytes a header took."""
+    """A stream that counts the bytes of a header."""
 
     def __init__(self, stream: io.BufferedIOBase):
         self.stream, self.count = stream, 0

@@ -1,4 +1,4 @@
-"""What every reader does first: open a regular file and nothing else, and check sizes before anything is allocated."""
+"""The first steps of every reader: open only regular files, and check sizes before anything is allocated."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from dex.common import bombs, faults
 from .stack import Refused
 
 RATIO = 100
-"""Of what a file's frames come to in all to its own size: what packs better is empty, and takes long to unpack."""
+"""Largest ratio of a file's unpacked frames to its size: anything above is nearly constant, and slow to unpack."""
 
 STREAMED = 4
-"""Times the memory that the largest volume may have which is read frame by frame."""
+"""Largest size of a volume that is read frame by frame, as a multiple of the memory limit."""
 
-OTHER = "it is damaged or of another format; copy it anew, or give it its own suffix"
+OTHER = "it is damaged or of another format; copy it again, or give it its own suffix"
 _EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, by the first bytes
 _MAX_MEMBERS = 2**16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`memory_mb`: MiB above what the process has already; `seconds`: for whoever runs a reader in a process of its
-    own; `pixels`: of one frame."""
+    """``memory_mb``: MiB in addition to what the process already has; ``seconds``: until a silent worker counts as
+    hanging; ``pixels``: of one frame."""
 
     memory_mb: int = 512
     seconds: float = 10.0
@@ -43,50 +43,50 @@ class Limits:
 
     @classmethod
     def within(cls, memory_mb: int) -> Limits:
-        """With twice the memory a frame may have twice as many pixels and take twice as long."""
+        """Limits for this memory: with twice as much, a frame may have twice as many pixels and take twice as long."""
         more = memory_mb / cls.memory_mb
         return cls(memory_mb, cls.seconds * max(1.0, more), int(cls.pixels * more))
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """The memory limit in bytes."""
         return self.memory_mb * 2**20
 
     @property
     def streamed(self) -> int:
-        """Bytes of the largest volume that is read frame by frame."""
+        """Largest size in bytes of a volume that is read frame by frame."""
         return STREAMED * self.memory
 
     @property
     def remedy(self) -> str:
-        """What takes larger files than these, for a refusal."""
+        """How to accept larger files, for the text of a refusal."""
         return f"--memory above {self.memory_mb} takes more"
 
     def check_frame(self, height: int, width: int) -> None:
-        """Refused unless a frame of these sides may be decoded."""
+        """Raise Refused unless a frame with these sides may be decoded."""
         if height < 1 or width < 1:
             raise Refused("unreadable", f"sides of {height} and {width} pixels")
         if height * width > self.pixels:
             raise Refused("too large", f"{height} x {width} pixels, at most {self.pixels}; {self.remedy}")
 
     def check_all(self, total: int, packed: int) -> None:
-        """Refused where `total` bytes of frames come from too few packed ones to be images."""
+        """Raise Refused if ``total`` bytes of frames are packed into too few bytes to be images."""
         if total > self.memory and total > RATIO * packed:
             raise Refused("too large", f"{total} bytes in all from {packed} packed ones")
 
     def holds(self, stored: int, height: int, width: int, itemsize: int) -> bool:
-        """Whether `stored` bytes may be kept while frames of these sides and bytes a pixel are worked on: the frame as
-        it was decoded, a copy of it, and 4 bytes a pixel of float32."""
+        """Whether ``stored`` bytes may be kept during the work on frames with these sides and bytes per pixel. That
+        work takes the decoded frame, a copy of it, and 4 bytes per pixel of float32."""
         return stored + height * width * (2 * itemsize + 4) <= self.memory - 32 * 2**20
 
 
 BZIP2_BYTES = 2**26
-"""Of data packed by bzip2: more take too long, 20 MB a second."""
+"""Limit of data packed by bzip2: more take too long, at 20 MB per second."""
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that never allocates more than is left of it, nor more than `largest` bytes in one read; a reader that
-    makes more than `calls` reads is stopped. Both by Refused("too large")."""
+    """A file whose reads never allocate more than its remaining bytes. Raises Refused("too large") for a read of more
+    than ``largest`` bytes, and after ``calls`` reads."""
 
     largest: int = 2**62
     calls: int = 2**62
@@ -100,13 +100,13 @@ class BoundedFile(io.BufferedReader):
         wanted = left if size is None or size < 0 else min(size, left)
         self.calls -= 1
         if wanted > self.largest or self.calls < 0:
-            raise Refused("too large", "more data in one place than a reader takes")
+            raise Refused("too large", "more data in one place than a reader accepts")
         return super().read(wanted)
 
 
 def opened(path: str | bytes | os.PathLike[str], kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
-    """The regular file at `path`; a link, a device, a pipe or a folder is Refused("unreadable"), and so is what the
-    system will not open."""
+    """The regular file at ``path``. Raises Refused("unreadable") for a link, a device, a pipe or a folder, and for a
+    file that the system does not open."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -117,7 +117,7 @@ def opened(path: str | bytes | os.PathLike[str], kind: type[BoundedFile] = Bound
         raise Refused("unreadable", "not a regular file: a link, a device or a folder; copy the file itself")
     if not status.st_size:
         os.close(descriptor)
-        raise Refused("unreadable", "the file is empty; copy it anew, or leave it out")
+        raise Refused("unreadable", "the file is empty; copy it again, or leave it out")
     return kind(io.FileIO(descriptor, "rb"), status.st_size)
 
 
@@ -125,23 +125,24 @@ _MEMBER = b"\x1f\x8b"
 
 
 class Unpacked:
-    """The data of a gzip file's members, or of a zlib stream, from byte `start` on. Python's own looks at a member's
-    name, and at zeros behind a member, byte by byte, and takes members without end."""
+    """The data of a gzip file's members, or of a zlib stream, from byte ``start`` on. Python's own module reads the
+    names of members and trailing zeros byte by byte, and accepts any number of members."""
 
     def __init__(self, raw: BoundedFile, start: int = 0):
         self._raw, self._start = raw, start
         self._begin()
 
     def readinto(self, out: memoryview) -> int:
-        """Some bytes, as many as `out` holds at most; 0 at the end, where the last checksum has been compared."""
+        """Read at least one byte and at most as many as ``out`` holds; 0 at the end, after the last checksum was
+        verified."""
         while True:
             if self._inflate.eof:
-                rest = self._inflate.unused_data.lstrip(b"\0")  # archives on tapes are padded
+                rest = self._inflate.unused_data.lstrip(b"\0")  # Archives on tapes are padded
                 while len(rest) < len(_MEMBER):
                     if not (block := self._raw.read(2**16)):
                         return 0
                     rest = (rest + block).lstrip(b"\0")
-                if not rest.startswith(_MEMBER):  # bytes that were appended to the file; gzip passes over them too
+                if not rest.startswith(_MEMBER):  # Bytes appended to the file; gzip ignores them too
                     return 0
                 self._members += 1
                 if self._members > _MAX_MEMBERS:
@@ -149,7 +150,7 @@ class Unpacked:
                 self._inflate, self._input = zlib.decompressobj(_EITHER), rest
             block = self._input or self._raw.read(2**16)
             if not block:
-                raise Refused("unreadable", "the packed data end early: cut off; copy it anew")
+                raise Refused("unreadable", "the packed data end early: truncated; copy it again")
             data = self._inflate.decompress(block, len(out))
             self._input = self._inflate.unconsumed_tail
             if data:
@@ -176,40 +177,41 @@ class Unpacked:
 
 
 def check_scans(data: bytes) -> None:
-    """Refused where a JPEG has more scans than any encoder writes."""
+    """Raise Refused if a JPEG has more scans than any encoder writes."""
     if bombs.has_too_many_scans(data):
         raise Refused("too large", bombs.SCANS)
 
 
 def has_magic(file: BoundedFile) -> bool:
-    """Whether a file has the magic of DICOM at byte 128; leaves it right after."""
+    """Whether a file has the magic of DICOM at byte 128. The position afterwards is right behind it."""
     file.seek(128)
     return file.read(4) == b"DICM"
 
 
 def fill(file: Any, out: np.ndarray, beat: Callable[[], None] = lambda: None) -> None:
-    """Read `out` (contiguous) full; Refused when the file ends before. `beat` is called now and then."""
+    """Fill ``out`` (contiguous) from the file, calling ``beat`` from time to time. Raises Refused if the file ends too
+    early."""
     view = memoryview(out.reshape(-1).view(np.uint8))
     done = 0
     while done < len(view):
         got = file.readinto(view[done : done + 2**22])
         if not got:
-            raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}: copy it anew")
+            raise Refused("unreadable", f"{len(view)} bytes declared, the file ends after {done}: copy it again")
         done += got
         beat()
 
 
 def native(array: np.ndarray) -> np.ndarray:
-    """The same numbers in this machine's byte order; the array itself is no longer to be used."""
+    """The same values in this machine's byte order; do not use the given array afterwards."""
     return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
 
 
 @contextmanager
 def quiet(what: str) -> Iterator[None]:
-    """No text of a library leaves: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
-    words of our own. A MemoryError is Refused("too large"). Interrupts pass."""
+    """Let no text of a library out: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
+    our own words. A MemoryError becomes Refused("too large"). Interrupts pass."""
     disabled = logging.root.manager.disable
-    if disabled < logging.CRITICAL:  # each change empties the caches of all loggers
+    if disabled < logging.CRITICAL:  # Each change empties the caches of all loggers
         logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -219,7 +221,7 @@ def quiet(what: str) -> Iterator[None]:
         raise
     except MemoryError:
         raise Refused("too large", f"{what}: not enough memory") from None
-    except BaseException as error:  # a panic of a decoder written in Rust is no Exception
+    except BaseException as error:  # A panic of a decoder written in Rust is not an Exception
         raise Refused("unreadable", f"{what}: {faults.described(error)}") from None
     finally:
         if disabled < logging.CRITICAL:
@@ -227,7 +229,7 @@ def quiet(what: str) -> Iterator[None]:
 
 
 def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:
-    """A generator function each step of which is `quiet`, but not whoever takes its items."""
+    """A decorator that makes every step of a generator function ``quiet``, but not the code that uses its items."""
 
     def wrap(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
         @functools.wraps(function)
@@ -248,7 +250,7 @@ def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iter
 
 
 def only(files: list[Path] | tuple[Path, ...]) -> Path:
-    """The one file of a unit that is one file."""
+    """The only file of a unit. Raises ValueError if there are more."""
     if len(files) != 1:
         raise ValueError(f"files: expected one, got {len(files)}")
     return files[0]

@@ -1,10 +1,10 @@
-"""Pictures of more pixels than a frame may have: cut into pieces at their own resolution, or shrunk by a whole number.
+"""Pictures with more pixels than a frame may have: cut into pieces at full resolution, or shrunk by a whole number.
 
-    stack(path, picture, limits, beat, side=256)     # pieces of 256 x 256 pixels, a frame each
-    stack(path, picture, limits, beat, side=None)    # one frame, of means of neighbours
+    stack(path, picture, limits, beat, side=256)     # pieces of 256 x 256 pixels, one per frame
+    stack(path, picture, limits, beat, side=None)    # one frame of means over neighbours
 
-A TIFF is decoded by its own tiles or strips: those that an area needs are put together as a small TIFF. Pictures of
-other formats can only be decoded whole, for as long as that fits into the memory.
+A TIFF is decoded by its own tiles or strips: those of an area are joined into a small TIFF. Pictures in other formats
+can only be decoded whole, if they fit into memory.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_TILES = 2**18
-_WORKING = 6  # bytes of a channel of a pixel that decoders work with which keep the whole picture
-_SPARE = 2**26  # bytes of memory beside a picture that is decoded whole
-_AREA = 2**22  # pixels that are made of a picture at once
-_CELL, _STRIPS = 2**23, 2**20  # pixels decoded at once: the largest tile; of strips as many as have so many
-_SMALL = {"1": 1, "L": 1, "P": 1}  # bytes of a pixel in Pillow's memory, where these are not four
+_WORKING = 6  # Working memory, in bytes per channel of a pixel, of decoders that keep the whole picture
+_SPARE = 2**26  # Bytes of memory needed beside a picture that is decoded whole
+_AREA = 2**22  # Pixels of a picture that are processed at once
+_CELL, _STRIPS = 2**23, 2**20  # Pixels decoded at once: of the largest tile; of several strips together
+_SMALL = {"1": 1, "L": 1, "P": 1}  # Bytes per pixel in Pillow's memory, for modes other than four bytes
 
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS, _TABLES = 322, 323, 324, 325, 347
 _COPIED = (_BITS, _COMPRESSION, _PHOTOMETRIC, 266, _SAMPLES, _PLANAR, 317, 320, 338, 339, _TABLES, 530, 531)
-"""Tags that say how pixels are written down; 266 fill order, 317 predictor, 320 palette, 338 extra samples, 339 sample
-format, 530 and 531 where colours of JPEG are."""
+"""Tags that describe the encoding of pixels; 266 fill order, 317 predictor, 320 palette, 338 extra samples, 339 sample
+format, 530 and 531 chroma subsampling and positions."""
 _AS_THEY_ARE, _OLD_JPEG, _APART = 1, 6, 2
 _SHORT, _LONG, _BYTES = 3, 4, 7
 
 
 class Source(Protocol):
     def area(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """Its pixels, as they are stored: not turned yet."""
+        """Its pixels as stored, before the orientation is applied."""
 
 
 class Picture(NamedTuple):
-    """What of a picture is known before it is decoded.
+    """What is known of a picture before it is decoded.
 
-    open: from a file to one of its pages. convert: from a part of that to pixels [H, W] or [H, W, 3] of `dtype`.
-    orientation: of EXIF, 1 to 8. divisor: the largest power of two by which its decoder can divide the sides. fields:
-    of its stack, whatever else.
+    open: maps a file and the number of a page to that page. convert: maps a part of it to pixels [H, W] or [H, W, 3] of
+    ``dtype``. orientation: of EXIF, 1 to 8. divisor: the largest power of two by which the decoder can divide the
+    sides. fields: all other fields of its stack.
     """
 
     page: int
@@ -70,13 +70,14 @@ class Picture(NamedTuple):
 
     @property
     def pixel(self) -> int:
-        """Bytes."""
+        """Bytes per pixel."""
         return self.channels * self.dtype.itemsize
 
 
 def stack(path: Path, picture: Picture, limits: Limits, beat: Beat, side: int | None) -> Stack:
-    """side: of the pieces, which begin at the upper left; what is left over at the right and below is not shown. None:
-    one frame, its sides divided by the least whole number with which it has few enough pixels. 0: Refused."""
+    """The stack of a large picture. side: of the pieces, which start at the upper left; the remainder on the right and
+    at the bottom is not shown. None: one frame, with its sides divided by the least whole number that suffices. With 0,
+    Refused is raised."""
     with opened(path) as file:
         image = picture.open(file, picture.page)
         height, width = _sides(image)
@@ -128,7 +129,7 @@ def _in_pieces(path: Path, picture: Picture, limits: Limits, sides: tuple[int, i
 def _shrunk(
     path: Path, picture: Picture, limits: Limits, beat: Beat, sides: tuple[int, int], by: int
 ) -> dict[str, Any]:
-    """By means of by x by neighbours."""
+    """One frame of means over ``by`` x ``by`` neighbours."""
     height, width = (length // by for length in sides)
     depth = () if picture.channels == 1 else (picture.channels,)
 
@@ -160,7 +161,7 @@ def _shrunk(
 
 
 def _means(band: np.ndarray, by: int) -> np.ndarray:
-    """Of by x by neighbours in [by * H, by * W] or [by * H, by * W, 3], in the same type."""
+    """The means over ``by`` x ``by`` neighbours in [by * H, by * W] or [by * H, by * W, 3], in the same dtype."""
     if band.dtype == np.uint8:
         from PIL import Image
 
@@ -174,7 +175,7 @@ def _means(band: np.ndarray, by: int) -> np.ndarray:
 
 
 def _drafted(path: Path, picture: Picture, sides: tuple[int, int], by: int) -> dict[str, Any]:
-    """By the decoder of JPEG or JPEG 2000, which leaves out what is finer."""
+    """One frame at a smaller size from the decoder of JPEG or JPEG 2000, which omits the finer detail."""
     height, width = (-(-length // by) for length in sides)
     depth = () if picture.channels == 1 else (picture.channels,)
 
@@ -202,7 +203,7 @@ def _drafted(path: Path, picture: Picture, sides: tuple[int, int], by: int) -> d
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright, by the orientation of EXIF."""
+    """The pixels upright, according to the EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     flip = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
@@ -211,35 +212,35 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _sides(image: Image.Image) -> tuple[int, int]:
-    """Height and width as the pixels are stored; Pillow gives those of a TIFF as they are shown."""
+    """Height and width as stored; for a TIFF, Pillow's size is after the orientation."""
     if image.format == "TIFF":
         return int(image.tag_v2[_LENGTH]), int(image.tag_v2[_WIDTH])
     return image.size[1], image.size[0]
 
 
 def _check_whole(image: Image.Image, picture: Picture, limits: Limits, by: int, drafted: bool) -> None:
-    """Refused where a picture that is only decoded whole does not fit into the memory. by: its sides are divided;
-    drafted: by the decoder."""
+    """Raise Refused if a picture that can only be decoded whole does not fit into memory. by: divisor of its sides;
+    drafted: whether the decoder divides them."""
     height, width = _sides(image)
     mode = image.mode
     pixel = 2 if mode.startswith("I;16") else _SMALL.get(mode, 4)
     turned = 2 if image.format == "TIFF" and picture.orientation != 1 else 1
-    working = 0  # bytes of a pixel besides
+    working = 0  # Additional bytes per pixel
     if image.format == "TIFF":
         working = pixel
     elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-        working = 2 * len(image.getbands())  # coefficients of the whole image
+        working = 2 * len(image.getbands())  # Coefficients of the whole image
     elif image.format in ("JPEG2000", "WEBP"):
         working = _WORKING * len(image.getbands()) / (by**2 if drafted else 1)
     if reason := image.format == "TIFF" and bombs.too_much_of_tiff(image, limits.pixels):
         raise Refused("too large", reason)
-    made = picture.pixel / by**2 if by > 1 else 0  # the frame
-    needed = math.ceil(height * width * (pixel * turned / (by**2 if drafted else 1) + working + made)) + _SPARE
+    frame = picture.pixel / by**2 if by > 1 else 0
+    needed = math.ceil(height * width * (pixel * turned / (by**2 if drafted else 1) + working + frame)) + _SPARE
     if needed > limits.memory:
         raise Refused(
             "too large",
-            f"{height} x {width} pixels, of which nothing can be decoded alone, take {math.ceil(needed / 2**20)} MB; "
-            f"--memory {math.ceil(needed / 2**20)} takes them, and a tiled TIFF needs no more memory",
+            f"{height} x {width} pixels, which can only be decoded as a whole, take {math.ceil(needed / 2**20)} MB; "
+            f"give --memory {math.ceil(needed / 2**20)}, or save it as a tiled TIFF, which needs no more memory",
         )
 
 
@@ -250,7 +251,7 @@ def _source(picture: Picture, file: BoundedFile, limits: Limits) -> Source:
 
 
 class _Whole:
-    """A picture that is decoded at once, when an area of it is asked for."""
+    """A picture that is decoded completely when its first area is requested."""
 
     def __init__(self, image: Image.Image, picture: Picture):
         self._image, self._picture = image, picture
@@ -262,8 +263,8 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """Tiles, or strips of the whole width, of `tall` x `wide` pixels: where each begins and how many bytes it has, row
-    by row, and so for each of `planes`. tags: of how the pixels are written down, type and values."""
+    """Tiles, or strips of the full width, of ``tall`` x ``wide`` pixels. offsets, counts: first byte and number of
+    bytes of each, row by row, for each of ``planes``. tags: encoding of the pixels, as type and values."""
 
     height: int
     width: int
@@ -282,13 +283,13 @@ class _Tiling:
 
     @property
     def together(self) -> int:
-        """How many rows of tiles or strips are decoded at once."""
+        """Number of rows of tiles or strips that are decoded at once."""
         return 1 if self.tiles else max(1, _STRIPS // (self.tall * self.wide))
 
 
 def _tiling(image: Image.Image) -> _Tiling | None:
-    """How a TIFF can be decoded by parts; None for one that cannot, and for other formats. Refused where its tiles are
-    not all there."""
+    """The tiling of a TIFF; None for a TIFF that cannot be decoded in parts, and for other formats. Raises Refused if
+    tiles are missing."""
     if image.format != "TIFF":
         return None
     tags = image.tag_v2
@@ -311,14 +312,14 @@ def _tiling(image: Image.Image) -> _Tiling | None:
     if min(tall, wide) < 1 or compression == _OLD_JPEG:
         return None
     if compression == _AS_THEY_ARE and not tiles and planes == 1 and pixel % 8 == 0 and tall * wide > _STRIPS:
-        if len(offsets) == -(-height // tall):  # each row becomes a strip of its own
+        if len(offsets) == -(-height // tall):  # Treat each row as a separate strip
             offsets = tuple(offsets[y // tall] + y % tall * width * pixel // 8 for y in range(height))
             counts, tall = (width * pixel // 8,) * height, 1
     expected = -(-height // tall) * -(-width // wide) * planes
     if len(offsets) != expected or len(counts) != expected or tall * wide > _CELL:
         return None
     if not all(counts):
-        raise Refused("unsupported", "a TIFF that lacks some of its tiles; save it with all of them")
+        raise Refused("unsupported", "a TIFF with missing tiles; save it with all of them")
     copied = {tag: (tags.tagtype.get(tag, _SHORT), _values(tags[tag])) for tag in _COPIED if tag in tags}
     order = "<" if tags.prefix[:2] == b"II" else ">"
     return _Tiling(height, width, tall, wide, tiles, planes, offsets, counts, order, copied)
@@ -335,7 +336,7 @@ def _values(value: Any) -> tuple[int, ...] | bytes:
 
 
 class _Tiles:
-    """A TIFF of which only the tiles are decoded that an area needs; the last ones are kept, up to so many bytes."""
+    """A TIFF of which only the tiles of an area are decoded; the last ones are kept, up to ``kept`` bytes."""
 
     def __init__(self, file: BoundedFile, tiling: _Tiling, picture: Picture, kept: int):
         self._file, self._tiling, self._picture, self._left = file, tiling, picture, kept
@@ -354,7 +355,7 @@ class _Tiles:
         return out
 
     def _cell(self, row: int, column: int) -> np.ndarray:
-        """A tile, or some strips, which may reach beyond the picture."""
+        """A tile, or some strips; they may reach beyond the picture."""
         if (row, column) in self._cells:
             self._cells.move_to_end((row, column))
             return self._cells[row, column]
@@ -373,7 +374,7 @@ class _Tiles:
         return cell
 
     def _small(self, numbers: list[int], width: int, height: int) -> BoundedFile:
-        """A TIFF of these tiles alone."""
+        """A TIFF with only these tiles."""
         tiling = self._tiling
         parts = []
         for number in numbers:
@@ -398,7 +399,7 @@ class _Tiles:
 
 
 class _InMemory(io.BytesIO):
-    """With a name, as a file has."""
+    """A buffer with a name, like a file."""
 
     name = ""
 
@@ -408,7 +409,7 @@ def _header(order: str, directory: int) -> bytes:
 
 
 def _directory(order: str, place: int, tags: dict[int, tuple[int, tuple[int, ...] | bytes]]) -> bytes:
-    """The directory of a TIFF at byte `place`, with its values behind it."""
+    """The directory of a TIFF at byte ``place``, followed by its values."""
     entries, values = b"", b""
     behind = place + 2 + 12 * len(tags) + 4
     for tag, (kind, value) in sorted(tags.items()):

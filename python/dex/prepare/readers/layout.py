@@ -1,6 +1,6 @@
-"""Where the numbers of a NIfTI, MHA, MHD, NRRD or NHDR are: in the file itself or in one beside it.
+"""Where the values of a NIfTI, MHA, MHD, NRRD or NHDR are: in the file itself or in a separate one.
 
-That one is taken by its plain name alone: no folder, no list of files, no pattern.
+A separate file must be given by its plain name: no folder, no list of files, no pattern.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from .files import OTHER, BoundedFile
 from .stack import Refused
 
 HEADER_BYTES = 2**16
-MAX_AXES = 10  # the limit of MetaIO
+MAX_AXES = 10  # The limit of MetaIO
 _LINE = re.compile(rb"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*([^\r\n]*)\r?")
 _NAME = re.compile(rb"(?:\./)?([^/\\%:\x00-\x1f\x7f]{1,255})")
 _ENCODINGS = {b"raw": "", b"gz": "gzip", b"gzip": "gzip", b"bz2": "bzip2", b"bzip2": "bzip2"}
-_ALONG = (b"", b"domain", b"space", b"time", b"none", b"???")  # kinds of axes that are no components of a pixel
+_ALONG = (b"", b"domain", b"space", b"time", b"none", b"???")  # Kinds of axes other than components of a pixel
 
 
 class Layout(NamedTuple):
-    """kind: SimpleITK's name of the format. name: of the file beside the header that holds the numbers, "" where it is
-    the header's own. start: their first byte there, None where they are the last of its bytes. packing: "", "zlib",
-    "gzip" or "bzip2". order: of bytes, "<" or ">". interleaved: whether a pixel's components follow each other."""
+    """kind: SimpleITK's name of the format. name: of the separate file with the values, "" if they follow the header.
+    start: their first byte there, None if they are the last bytes of the file. packing: "", "zlib", "gzip" or "bzip2".
+    order: of bytes, "<" or ">". interleaved: whether the components of a pixel are adjacent."""
 
     kind: str
     name: str
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def images_of(name: str) -> list[str]:
-    """What the file with the image may be called, for a header of this name; nothing where the header has it itself."""
+    """Possible names of the image file for a header with this name; [] if the header's file holds the image."""
     match = re.fullmatch(r"(?i)(.*\.)hdr(\.gz)?", name, re.DOTALL)
     if not match:
         return []
@@ -41,7 +41,8 @@ def images_of(name: str) -> list[str]:
 
 
 def layout(file: BoundedFile) -> Layout:
-    """By the lines of an MHA's or NRRD's header; Refused for any other format, and for a place that is not read."""
+    """The layout in the header of an MHA or NRRD file. Raises Refused for any other format, and for a layout that is
+    not supported."""
     head = file.read(HEADER_BYTES)
     return _nrrd(head, file.size) if head[:7] == b"NRRD000" else _metaimage(head)
 
@@ -70,7 +71,7 @@ def _metaimage(head: bytes) -> Layout:
     big = fields.get(b"binarydatabyteordermsb", fields.get(b"elementbyteordermsb", b""))[:1] in (b"T", b"t", b"1")
     skipped = fields.get(b"headersize", b"0")
     if not re.fullmatch(rb"-1|\d{1,18}", skipped) or (skipped not in (b"0", b"-1") and (local or packed)):
-        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
+        raise Refused("unsupported", "its data do not follow the header; save it again as one file")
     start: int | None = place if local else int(skipped)
     if skipped == b"-1" and not packed:
         start = None
@@ -90,15 +91,15 @@ def _nrrd(head: bytes, size: int) -> Layout:
     if elsewhere and (len(elsewhere) > 1 or not squeezed[elsewhere[0]].startswith(b"datafile:")):
         raise Refused("unsupported", "its data are in another file, oddly named; save both as one")
     if end is None and (not elsewhere or size > len(head)):
-        raise Refused("unreadable", "no end of the header: it is damaged or cut off; copy it anew")
-    if fields.get(b"encoding") not in _ENCODINGS:  # the parser of numbers reads beyond its memory
+        raise Refused("unreadable", "no end of the header: it is damaged or truncated; copy it again")
+    if fields.get(b"encoding") not in _ENCODINGS:  # The parser of text values reads beyond its memory
         raise Refused("unsupported", "its data are written as text; save them in binary form")
     packing = _ENCODINGS[fields[b"encoding"]]
     skipped = fields.get(b"byteskip", b"0")
     if fields.get(b"lineskip", b"0") != b"0" or not re.fullmatch(rb"-1|\d{1,18}", skipped):
-        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
+        raise Refused("unsupported", "its data do not follow the header; save it again as one file")
     if skipped != b"0" and (packing or not elsewhere):
-        raise Refused("unsupported", "its data do not follow the header; save it anew as one file")
+        raise Refused("unsupported", "its data do not follow the header; save it again as one file")
     start = None if skipped == b"-1" else int(skipped)
     name = ""
     if elsewhere:
@@ -112,7 +113,7 @@ def _nrrd(head: bytes, size: int) -> Layout:
 
 
 def _plain(name: bytes) -> str:
-    """The name of a file in the same folder."""
+    """The plain name of a file in the same folder."""
     match = _NAME.fullmatch(name)
     if match is None or match.group(1) in (b".", b"..") or name[:4].upper() == b"LIST" or name.upper() == b"LOCAL":
         raise Refused("unsupported", "its data are in another folder or in several files; save them as one file")

@@ -1,7 +1,8 @@
 """MHA, MHD and NRRD, in one file or two.
 
-SimpleITK reads the header: sizes, type of numbers, geometry. It is told which format to use, so that no other can be
-chosen by content, and gets no header that leads to more than one file or to another folder. The numbers are read here.
+SimpleITK reads the header: sizes, data type, geometry. The format is fixed beforehand, so that the content cannot
+select another one, and headers that lead to several files or to another folder are refused before. The values are read
+here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .reader import Beat, Reader, chosen
 from .stack import Geometry, Refused, Stack
 from .volume import Volumes, is_kept
 
-_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # SimpleITK's axes are left, posterior, superior
+_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # From SimpleITK's axes: left, posterior, superior
 _NUMBERS = ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
 
 
 @functools.cache
 def _numbers() -> dict[int, np.dtype]:
-    """The types of numbers that are read, by SimpleITK's own names; SimpleITK is silent and on one thread from here."""
+    """The supported data types by SimpleITK's names. From here on, SimpleITK is silent and uses one thread."""
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
@@ -42,14 +43,14 @@ def _numbers() -> dict[int, np.dtype]:
 def read(
     files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
 ) -> Iterator[Stack]:
-    """files: the header's, then the one that holds the data where that is another."""
+    """files: the header's, followed by the separate file with the data if there is one."""
     with quiet("MHA or NRRD"):
         image, others = _image(files, limits, volumes)
     return quietly("MHA or NRRD")(image.stacks)(functools.partial(_stack, image, **others), volumes, beat, headers)
 
 
 def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes, dict[str, Any]]:
-    """The volumes, and what else their stacks are made of."""
+    """The volumes, and the other fields of their stacks."""
     import SimpleITK
 
     path, types = files[0], _numbers()
@@ -57,7 +58,7 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
         place = layout(file)
         beside = next((other for other in files[1:] if other.name == place.name), None)
         if place.name and beside is None:
-            raise Refused("unreadable", "the file with its data is not beside it; put it into the same folder")
+            raise Refused("unreadable", "the file with its data is missing; put it into the same folder")
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO(place.kind)
         reader.SetFileName(os.fspath(path))
@@ -124,8 +125,8 @@ def _opened(path: Path, place: Layout) -> Iterator[Any]:
 
 
 def _start(file: int, place: Layout, declared: int, wanted: int) -> int:
-    """The first byte of the numbers in the unpacked data of a file of that many bytes. declared: bytes of all; wanted:
-    up to the last one that is read."""
+    """The first byte of the values in the unpacked data of a file with that many bytes. declared: bytes of all values;
+    wanted: bytes up to the last value to read."""
     if place.packing:
         if place.packing == "bzip2" and wanted > BZIP2_BYTES:
             raise Refused("too large", f"{wanted} bytes packed by bzip2, at most {BZIP2_BYTES}")
@@ -137,10 +138,10 @@ def _start(file: int, place: Layout, declared: int, wanted: int) -> int:
 
 
 def _same(path: Path, file: BoundedFile) -> None:
-    """SimpleITK opens by name: refuse a name that no longer is the file whose header was checked."""
+    """SimpleITK opens files by name: refuse a name that no longer leads to the file whose header was checked."""
     now, then = os.lstat(path), os.fstat(file.fileno())
     if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
-        raise Refused("unreadable", "the file changed while it was read")
+        raise Refused("unreadable", "the file changed while it was being read")
 
 
 def _geometry(reader) -> Geometry:

@@ -1,4 +1,4 @@
-"""MGH and MGZ, the volumes of FreeSurfer. Of several volumes no more is read than is taken."""
+"""MGH and MGZ, the volumes of FreeSurfer. Only the requested volumes are read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .volume import Volumes, is_kept
 DATA_AT = 284
 _HEADER = struct.Struct(">7ih15f")
 _TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2"}
-_WITHOUT_GEOMETRY = (1.0, 1.0, 1.0), ((-1.0, 0.0, 0.0), (0.0, 0.0, -1.0), (0.0, 1.0, 0.0))  # coronal, as FreeSurfer's
+_WITHOUT_GEOMETRY = (1.0, 1.0, 1.0), ((-1.0, 0.0, 0.0), (0.0, 0.0, -1.0), (0.0, 1.0, 0.0))  # Coronal, as in FreeSurfer
 
 
 class _Header(NamedTuple):
-    """width, height, depth and volumes of `dtype`; spacing: mm along these; axes: their directions, right, anterior,
-    superior; centre: where the middle of the volume lies, mm."""
+    """sizes: width, height, depth and number of volumes; spacing: mm along the first three; axes: their directions
+    (right, anterior, superior); centre: of the volume, in mm."""
 
     sizes: tuple[int, int, int, int]
     dtype: np.dtype
@@ -66,7 +66,7 @@ def read(
         )
         if not packed and DATA_AT + image.size > raw.size:
             declared = DATA_AT + image.size
-            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: cut off; copy it anew")
+            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: truncated; copy it again")
         geometry = Geometry.from_affine(header.affine, header.spacing)
     return quietly("MGH")(image.stacks)(functools.partial(_stack, image, geometry), volumes, beat, headers)
 

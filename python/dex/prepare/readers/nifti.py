@@ -1,6 +1,6 @@
-"""NIfTI-1 and -2 in one file or two, packed by gzip or bzip2 or not. Of several volumes no more is read than is taken.
+"""NIfTI-1 and -2 in one file or two, packed by gzip, by bzip2 or not at all. Only the requested volumes are read.
 
-A volume that does not fit into the memory is streamed along its slow axis, once for each pass.
+A volume that does not fit into memory is streamed along its slow axis, once per pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 from .volume import Volumes, is_kept
 
-HEADER_BYTES = 540  # NIfTI-2; a NIfTI-1 file has as many wherever it has an image
+HEADER_BYTES = 540  # Of NIfTI-2; a NIfTI-1 file with an image has at least as many
 LARGEST_OFFSET = 2**26
 _SIZES = {size: (size.to_bytes(4, "little"), size.to_bytes(4, "big")) for size in (348, 540)}
 _BYTES, _RGB, _RGBA = 2, 128, 2304
@@ -32,14 +32,14 @@ _BYTES, _RGB, _RGBA = 2, 128, 2304
 def read(
     files: Sequence[Path], limits: Limits, beat: Beat, volumes: str = "first", headers: bool = False
 ) -> Iterator[Stack]:
-    """files: the header's, then the one that holds the image where that is another."""
+    """files: the header's, followed by the separate file with the image if there is one."""
     with quiet("NIfTI"):
         image, others = _image(files, limits)
     return quietly("NIfTI")(image.stacks)(functools.partial(_stack, **others), volumes, beat, headers)
 
 
 def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, Any]]:
-    """The volumes, and what else their stacks are made of."""
+    """The volumes, and the other fields of their stacks."""
     with opened(files[0]) as raw:
         header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
     path = files[0]
@@ -47,7 +47,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
         names = images_of(path.name)
         path = next((other for other in files[1:] if other.name in names), None)
         if path is None:
-            raise Refused("unreadable", "the file with its image is not beside it; put the .img into the same folder")
+            raise Refused("unreadable", "the file with its image is missing; put the .img into the same folder")
     shape, frames, count, planes = _shape(header, code)
     channels = {_RGB: 3, _RGBA: 4}.get(code, planes)
     stored = np.dtype(np.uint8) if channels > 1 else header.get_data_dtype()
@@ -69,7 +69,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
             raise Refused("unreadable", f"data at byte {offset}")
         if not packed and offset + size > raw.size:
             declared = offset + size
-            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: cut off; copy it anew")
+            raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: truncated; copy it again")
     slope, intercept = header.get_slope_inter() if channels == 1 else (None, None)
 
     def colours(stack: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def _opened(path: Path, packed: str) -> Iterator[Any]:
 
 
 def _packing(raw: BoundedFile) -> str:
-    """What a file is packed by, by its first bytes: "gzip", "bzip2" or ""."""
+    """How a file is packed, by its first bytes: "gzip", "bzip2" or ""."""
     start = raw.read(3)
     raw.seek(0)
     return "gzip" if start[:2] == b"\x1f\x8b" else "bzip2" if start == b"BZh" else ""
@@ -134,7 +134,7 @@ def _unpacked(raw: BoundedFile, packed: str) -> BoundedFile | Unpacked | bz2.BZ2
 
 
 def _header(data: bytes):
-    """The header, its data type's code, and whether the image is in another file."""
+    """The header, the code of its data type, and whether the image is in a separate file."""
     import nibabel
 
     if len(data) < 348:
@@ -155,7 +155,7 @@ def _header(data: bytes):
 
 
 def _shape(header, code: int) -> tuple[tuple[int, ...], int, int, int]:
-    """The first sides, frames of one volume, number of volumes, and of planes: bytes of colours that lie apart."""
+    """The declared shape, frames per volume, number of volumes, and number of planes (colour channels stored apart)."""
     shape = tuple(int(v) for v in header.get_data_shape())
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
         raise Refused("unreadable", f"{len(shape)} sides, or one of no length; save a volume")
@@ -173,13 +173,13 @@ def beside(path: Path) -> list[str]:
 
 
 def recognises(file: BoundedFile) -> bool:
-    """By the magic of an image in one file, whatever it is called: `.img` is usual."""
+    """By the magic of header and image in one file, whatever its name: ``.img`` is common."""
     try:
         data = _unpacked(file, _packing(file)).read(HEADER_BYTES)
-    except Exception:  # packed bytes of any kind
+    except Exception:  # Packed bytes of any kind
         return False
-    one = data[:4] in _SIZES[348] and data[344:348] in (b"n+1\0", b"n+2\0")
-    return one or (data[:4] in _SIZES[540] and data[4:8] == b"n+2\0")
+    first_version = data[:4] in _SIZES[348] and data[344:348] in (b"n+1\0", b"n+2\0")
+    return first_version or (data[:4] in _SIZES[540] and data[4:8] == b"n+2\0")
 
 
 READER = Reader(

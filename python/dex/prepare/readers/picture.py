@@ -1,7 +1,10 @@
-"""PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 and PPM. 8 bits for display come out upright, RGB or grey, black behind
-transparency; deeper grey comes out as the numbers it has. The pages of a TIFF are frames where they are alike; others,
-and the frames of an animation after the first, are left out. A JPEG whose sides are longer than is asked for is decoded
-at a half, a quarter or an eighth of them. `large` reads those of more pixels than a frame may have."""
+"""PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 and PPM.
+
+8-bit display pictures become upright RGB or grey, with black behind transparency; deeper grey keeps its values. Alike
+pages of a TIFF are frames; other pages, and the frames of an animation after the first, are left out. A JPEG with
+longer sides than requested is decoded at a half, a quarter or an eighth of them. ``large`` reads pictures with more
+pixels than a frame may have.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,18 @@ if TYPE_CHECKING:
     from . import large
 
 MAX_PAGES = 4_000
-MAX_TAG = 2**23  # bytes of one tag of a TIFF
+MAX_TAG = 2**23  # Bytes of one tag of a TIFF
 _DEEP = {"I": np.int32, "F": np.float32}
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _PLANAR, _APART = 284, 2
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 _STRIP = 2**20
-_COSINES = (b"\xc0", b"\xc1", b"\xc2")  # baseline, extended, progressive: the frames of a JPEG of cosines
-_CUTS = (8, 4, 2)  # by which the sides of such a JPEG can be divided
-_CODING_STYLE = 2**16  # bytes within which a JPEG 2000 says how many resolutions it has
-_MAX_SEGMENTS = 1000  # before the frame of a JPEG
-_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables, among their markers
+_COSINES = (b"\xc0", b"\xc1", b"\xc2")  # Frame markers of JPEGs by cosine transform: baseline, extended, progressive
+_CUTS = (8, 4, 2)  # Possible divisors of the sides of such a JPEG
+_CODING_STYLE = 2**16  # Bytes within which a JPEG 2000 declares its number of resolutions
+_MAX_SEGMENTS = 1000  # Before the frame of a JPEG
+_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # Tables, among the frame markers
 
 
 def read(
@@ -58,7 +61,7 @@ def read(
         if image.format in ("GIF", "WEBP") and image.is_animated:
             refused.append(Refused("inconsistent", "frames after the first"))
         pages = [0]
-        while image.format == "TIFF":  # asked for their number, Pillow would go through all of them first
+        while image.format == "TIFF":  # Pillow's `n_frames` would read all pages first
             page = image.tell() + 1
             try:
                 image.seek(page)
@@ -114,7 +117,7 @@ def _open(file: BoundedFile) -> Image.Image:
 
     from dex.data.images import PICTURES
 
-    if file.read(4)[:2] in (b"II", b"MM"):  # the data of an image are taken in small pieces, or by the decoder itself
+    if file.read(4)[:2] in (b"II", b"MM"):  # Pixel data are read in small pieces, or by the decoder itself
         file.largest = MAX_TAG
     file.seek(0)
     with _of_any_size():
@@ -122,7 +125,7 @@ def _open(file: BoundedFile) -> Image.Image:
 
 
 def _large_page(image: Image.Image, limits: Limits, refused: list[Refused]) -> int | None:
-    """The first page that has more pixels than a frame may have, None where there is none; the others are refused."""
+    """The first page with more pixels than a frame may have, or None. If there is one, the other pages are refused."""
     large = [image.size[0] * image.size[1] > limits.pixels]
     with _of_any_size():
         while image.format == "TIFF" and len(large) < MAX_PAGES:
@@ -161,7 +164,7 @@ def _large(file: BoundedFile, page: int, limits: Limits) -> large.Picture:
 
 
 def _divisor(image: Image.Image, file: BoundedFile) -> int:
-    """The largest power of two by which the decoder can divide a picture's sides."""
+    """The largest power of two by which the decoder can divide the sides of a picture."""
     if image.format in ("JPEG", "MPO") and _is_of_cosines(file):
         return _CUTS[0]
     if image.format != "JPEG2000":
@@ -174,7 +177,7 @@ def _divisor(image: Image.Image, file: BoundedFile) -> int:
 
 @contextmanager
 def _of_any_size() -> Iterator[None]:
-    """Pillow opens pictures of any size: whoever opens them checks it."""
+    """Let Pillow open pictures of any size: the caller checks it."""
     from PIL import Image
 
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -197,17 +200,17 @@ def _channels(mode: str, dtype: np.dtype) -> int:
 
 
 def _fields(image: Image.Image, dtype: np.dtype) -> dict[str, Any]:
-    """What a stack of it says of its numbers."""
+    """The fields of its stack that describe the values."""
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     return {
         "quantity": "display8" if dtype == np.uint8 else "raw",
         "windowed": dtype == np.uint8,
-        "inverted": white_is_zero and dtype != np.uint8,  # Pillow itself inverts 8 bits and fewer, but nothing deeper
+        "inverted": white_is_zero and dtype != np.uint8,  # Pillow itself inverts at most 8 bits
     }
 
 
 def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> None:
-    """Refused where few bytes make the decoder work long."""
+    """Raise Refused if few bytes would keep the decoder busy for long."""
     if image.format in ("JPEG", "MPO") and file.size > limits.memory // 4:
         raise Refused("too large", f"{file.size:,} bytes of JPEG, at most {limits.memory // 4:,}")
     place = file.tell()
@@ -223,14 +226,14 @@ def _check_packing(image: Image.Image, file: BoundedFile, limits: Limits) -> Non
 
 
 def _divided(image: Image.Image, file: BoundedFile, enough: int | None) -> int:
-    """By what the sides of a JPEG are divided while it is decoded: the shorter one keeps `enough` pixels."""
+    """The divisor of a JPEG's sides during decoding: the shorter side keeps ``enough`` pixels."""
     if enough is None or image.format not in ("JPEG", "MPO") or not _is_of_cosines(file):
         return 1
     return next((by for by in _CUTS if min(image.size) >= by * enough), 1)
 
 
 def _is_of_cosines(file: BoundedFile) -> bool:
-    """Whether a JPEG can be decoded at a part of its size: a lossless one cannot. Leaves the file where it was."""
+    """Whether a JPEG can be decoded at a smaller size, unlike a lossless one. The position in the file is kept."""
     place = file.tell()
     file.seek(2)
     marker = b""
@@ -238,15 +241,15 @@ def _is_of_cosines(file: BoundedFile) -> bool:
         marker = file.read(2)
         if len(marker) < 2 or marker[0] != 0xFF or (0xC0 <= marker[1] <= 0xCF and marker[1] not in _NO_FRAMES):
             break
-        # 0xff before a marker fills up
+        # 0xff before a marker is padding.
         file.seek(int.from_bytes(file.read(2), "big") - 2 if marker[1] != 0xFF else -1, 1)
     file.seek(place)
     return marker[:1] == b"\xff" and marker[1:] in _COSINES
 
 
 def _kind(image: Image.Image, limits: Limits | None) -> tuple[tuple[int, int], str, int, np.dtype]:
-    """(height, width) as stored, mode, EXIF orientation, type of the numbers, before any pixel is decoded. limits: of a
-    picture that becomes a frame."""
+    """(height, width) as stored, mode, EXIF orientation and dtype, before any pixel is decoded. limits: for a picture
+    that becomes a frame."""
     from PIL import Image
 
     from dex.data.images import DISPLAY, TRANSPOSE
@@ -263,21 +266,22 @@ def _kind(image: Image.Image, limits: Limits | None) -> tuple[tuple[int, int], s
             raise Refused("too large", reason)
         bits, sign = max(image.tag_v2.get(_BITS, (1,))), max(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
         if bits > 8 and len(image.getbands()) > 1 and image.tag_v2.get(_PLANAR) == _APART:
-            raise Refused("unsupported", f"colours of {bits} bits in planes that lie apart; save it as PNG")
+            raise Refused("unsupported", f"colours of {bits} bits in separate planes; save it as PNG")
         if dtype == np.uint8 and sign == _SIGNED:
             raise Refused("unsupported", "signed numbers of 8 bits; save them with 16")
-        if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow's have a sign, of the same bits
+        if mode == "I" and bits == 32 and sign == _UNSIGNED:  # Pillow reads the same bits as signed
             dtype = np.dtype(np.uint32)
-        return (height, width), mode, 1, dtype  # turned by Pillow, which says so in the size
+        return (height, width), mode, 1, dtype  # Pillow applies the orientation, and the size includes it
     try:
-        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole image first
-    except Exception:  # unreadable metadata says nothing about the pixels
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's method would decode the image first
+    except Exception:  # Unreadable metadata say nothing about the pixels
         orientation = 1
     return (height, width), mode, orientation if orientation in TRANSPOSE else 1, dtype
 
 
 def _pixels(image: Image.Image, orientation: int, channels: int, dtype: np.dtype) -> np.ndarray:
-    """Upright, in strips: a whole image made opaque, and numpy's view of it, would be its largest copies."""
+    """The upright pixels, converted in strips: a whole opaque image, and numpy's view of it, would be the largest
+    copies."""
     from dex.data.images import TRANSPOSE, to_l_or_rgb
 
     if orientation != 1:

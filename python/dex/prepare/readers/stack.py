@@ -33,16 +33,16 @@ REASONS = (
 PLANES = ("axial", "coronal", "sagittal", "stored", "auto")
 QUANTITIES = ("HU", "SUV", "raw", "display8")
 
-_NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # of right, anterior, superior
+_NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # Patient axis along each plane's normal
 _CHUNK = 2**20
-_MOST_NAN = 0.98  # of a stack's numbers: with more of them it is refused
-_THICK = 2.0  # spacings of rows and columns: slices further apart show nothing across them
+_MOST_NAN = 0.98  # Largest share of NaN in a stack that is not refused
+_THICK = 2.0  # Times the spacing of rows and columns: slices further apart are useless in other planes
 
 
 class Refused(ValueError):
-    """A file or stack that cannot be used. `reason`: one of REASONS; `detail`: our own words and numbers only. `file`:
-    the name of the one among a unit's files that it is about, "" where that is all, several or unknown, never printed;
-    `files`: the names of several; `others`: what else was refused in a unit that gave nothing."""
+    """A file or stack that cannot be used. ``reason``: one of REASONS; ``detail``: only our own words and numbers.
+    ``file``: the name of the file concerned, if it is one of a unit's files; "" for all, several or unknown ones. It is
+    never printed. ``files``: the names of several; ``others``: further refusals of a unit without stacks."""
 
     def __init__(self, reason: str, detail: str = ""):
         if reason not in REASONS:
@@ -58,20 +58,20 @@ class Refused(ValueError):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
     def about(self, names: Iterable[str]) -> Refused:
-        """Itself, with the names of the files that it is about, unless it says so already."""
-        found = tuple(sorted({name for name in names if name}))
+        """Itself, with the names of the files concerned, unless it has some already."""
+        distinct = tuple(sorted({name for name in names if name}))
         if not self.file and not self.files:
-            if len(found) == 1:
-                self.file = found[0]
+            if len(distinct) == 1:
+                self.file = distinct[0]
             else:
-                self.files = found
+                self.files = distinct
         return self
 
 
 class Frame(NamedTuple):
-    """`label` is unique in its stack. `pixels`: float32 [H, W] in the stack's quantity, or uint8 [H, W] or [H, W, 3]
-    where that is "display8". `spacing`: mm of rows, of columns; (1, 1) where unknown. `part`: of `Stack.parts`.
-    `number`: of the stored frame that it shows; None where it is cut across several."""
+    """``label`` is unique in its stack. ``pixels``: float32 [H, W] in the stack's quantity, or uint8 [H, W] or
+    [H, W, 3] if that is "display8". ``spacing``: mm between rows and between columns; (1, 1) if unknown. ``part``: see
+    ``Stack.parts``. ``number``: of the stored frame that it shows; None if it is cut across several."""
 
     label: str
     pixels: np.ndarray
@@ -81,7 +81,8 @@ class Frame(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """Images of one plane of a stack before any pixel is decoded: how many, H and W, mm of rows and of columns."""
+    """The images of one plane of a stack before any pixel is decoded: their number, H and W, and mm between rows and
+    between columns."""
 
     plane: str
     count: int
@@ -91,12 +92,12 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a volume's index axes (i, j, k) point.
+    """The directions of a volume's index axes (i, j, k).
 
-    `axes[a]`: the index axis nearest to patient axis a (right, anterior, superior), `signs[a]`: 1 or -1.
-    `spacing`: mm along i, j, k. `even`: False where frames are not evenly spaced along their normal, so that only
-    they, and nothing across them, can be shown. `affine`: four rows, (i, j, k, 1) to mm right-anterior-superior of the
-    voxels' centres; None where the file does not say where its first voxel lies.
+    ``axes[a]``: the index axis nearest to patient axis a (right, anterior, superior), ``signs[a]``: 1 or -1.
+    ``spacing``: mm along i, j, k. ``even``: False if the frames are not evenly spaced along their normal, so that no
+    other planes can be shown. ``affine``: four rows that map (i, j, k, 1) to the centre of a voxel in mm
+    right-anterior-superior; None if the file does not give the position of its first voxel.
     """
 
     axes: tuple[int, int, int]
@@ -107,12 +108,12 @@ class Geometry:
 
     @classmethod
     def from_affine(cls, affine: np.ndarray, spacing: Sequence[float] | None = None, even: bool = True) -> Geometry:
-        """`affine [3 or 4, 3 or 4]`: (i, j, k) to mm, right-anterior-superior; one of 3 rows lacks the place of the
-        first voxel. Refused when it is singular."""
+        """``affine [3 or 4, 3 or 4]`` maps (i, j, k) to mm right-anterior-superior; with 3 rows it lacks the position
+        of the first voxel. Raises Refused if it is singular."""
         linear = np.asarray(affine, np.float64)[:3, :3]
         lengths = np.sqrt((linear**2).sum(axis=0))
         if not np.isfinite(linear).all() or not lengths.all() or abs(np.linalg.det(linear / lengths)) < 1e-3:
-            raise Refused("inconsistent", "the header's axes do not span a volume; mend its directions and spacing")
+            raise Refused("inconsistent", "the header's axes do not span a volume; correct its directions and spacing")
         cosines = linear / lengths
         axes = max(itertools.permutations(range(3)), key=lambda order: sum(abs(cosines[a, order[a]]) for a in range(3)))
         signs = tuple(1 if cosines[a, axes[a]] > 0 else -1 for a in range(3))
@@ -125,7 +126,7 @@ class Geometry:
         return cls(axes, signs, tuple(known), even, rows)
 
     def canonical(self, frames: np.ndarray) -> np.ndarray:
-        """A view of [F, H, W, ...] with axes right, anterior, superior, and the rest as it was."""
+        """A view of [F, H, W, ...] with axes right, anterior, superior; further axes are unchanged."""
         rest = range(3, frames.ndim)
         array = frames.transpose(2, 1, 0, *rest).transpose(*self.axes, *rest)
         return array[tuple(slice(None, None, sign) for sign in self.signs)]
@@ -140,8 +141,8 @@ class Geometry:
 
 
 def cut(canonical: np.ndarray, plane: str, n: int) -> np.ndarray:
-    """Slice `n` of [right, anterior, superior, ...] as a radiologist sees it: the patient's right on the left, front
-    up, head up; sagittal with the front on the left."""
+    """Slice ``n`` of [right, anterior, superior, ...] in radiological orientation: the patient's right on the left,
+    front or head up; sagittal with the front on the left."""
     if plane == "axial":
         return canonical[::-1, ::-1, n].swapaxes(0, 1)
     if plane == "coronal":
@@ -151,34 +152,34 @@ def cut(canonical: np.ndarray, plane: str, n: int) -> np.ndarray:
 
 @dataclass
 class Stack:
-    """What one reader call gives; it can be gone through more than once.
+    """One volume, series, video or picture from a reader. Its frames can be read several times.
 
-    quantity: "HU", "SUV", "raw" (arbitrary numbers) or "display8" (0..255, MONOCHROME1 already inverted, RGB).
-    length: frames in the stored direction, None where a video does not say. shape: H, W of a stored frame.
-    load(wanted): (number, stored frame) for each frame number that `wanted` takes, in ascending order.
-    whole: [F, H, W, ...] where the reader holds all frames anyway.
+    quantity: "HU", "SUV", "raw" (arbitrary values) or "display8" (0..255, MONOCHROME1 already inverted, RGB).
+    length: number of stored frames, None if a video does not say. shape: H, W of a stored frame.
+    load(wanted): (number, stored frame) for each frame number that `wanted` accepts, in ascending order.
+    whole: [F, H, W, ...] if the reader holds all frames anyway.
     slope, intercept: numbers, or float64 [F]; value = slope * stored + intercept.
-    holds(bytes): whether that number of bytes may be kept in memory beside one frame's work.
+    holds(bytes): whether that many bytes may be kept in memory in addition to the work on one frame.
     inverted: "raw" values of MONOCHROME1: the normalised image is 1 - image.
-    described: the file does not say what its numbers are, so the source's description does.
-    extent: rows and columns of a frame that the image fills, where a file was read at a part of its size: the last ones
-        may be filled in part. None: all.
-    windowed: "display8" of a picture or video, made for the eye: whatever window its modality has was applied.
-    parts: of each frame the number of the image that it belongs to, where several were only read together; an image's
-        numbers say nothing about another's. () where all frames are one.
-    origins: of each stored frame the name of its file and its number in that, from 0; "" names the unit's only file.
-        () where that is the frame's number in the stack.
-    labels: of the stored frames, () where their numbers do. peek: frames to judge the stack by, where those that it has
-        are not as they were stored.
-    volume: neighbouring frames are neighbours in space. note: why the quantity is no better than "raw".
-    decision: what its header says that it is, where its reader was asked to decide. declared: a reason to leave it out
-        that its header gives besides, or "". named: its header calls it what label maps are called.
-    series_number: the header's, "" unknown.
-    patient, study, series: raw identities, for hashing only; "" unknown. Never printed.
-    refused: parts of the unit that were left out. beat: called for every frame that was decoded.
+    described: the file does not say what its values are, so the source's description does.
+    extent: rows and columns of a frame that the image fills, if a file was read at a smaller size: the last row and
+        column may be filled in part. None: all.
+    windowed: "display8" of a picture or video for viewing: any window of its modality has been applied.
+    parts: for each frame, the number of its image, if independent images were read together; the values of one say
+        nothing about another's. () if all frames belong together.
+    origins: for each stored frame, the name of its file and its number there, from 0; "" names the unit's only file.
+        () if that is the frame's number in the stack.
+    labels: of the stored frames; () to use their numbers. peek: frames for judging the stack, if its own are not as
+        they were stored.
+    volume: neighbouring frames are neighbours in space. note: why the quantity is only "raw".
+    decision: what its header says it is, if the reader was given `decide`. declared: another reason in the header to
+        leave it out, or "". named: its header names it like a label map.
+    series_number: the header's, "" if unknown.
+    patient, study, series: raw identities, only for hashing; "" if unknown. Never printed.
+    refused: refused parts of the unit. beat: called for every decoded frame.
 
-    NaN is background: what was masked away. It becomes the lowest number that the stack has, and `masked` says whether
-    there was any. `frames` and `percentiles` raise Refused too: nothing of a stack is then to be used.
+    NaN is background that was masked out. It is replaced by the lowest value of the stack, and `masked` tells whether
+    there was any. `frames` and `percentiles` may raise Refused: then use nothing of the stack.
     """
 
     quantity: str
@@ -223,8 +224,8 @@ class Stack:
             raise Refused("inconsistent", "a rescale slope of zero, or a rescale that is not finite")
 
     def frames(self, planes: tuple[str, ...], stride: int) -> Iterator[Frame]:
-        """Every stride-th frame of each plane, from number 0; a stack that is no volume gives its frames once. "auto":
-        axial, or the plane of acquisition where axial slices would be cut across few thick or uneven ones."""
+        """Every stride-th frame of each plane, from number 0; a stack that is not a volume yields its frames once.
+        "auto": axial, or the acquired plane if axial slices would be cut across thick or unevenly spaced ones."""
         planes, across = self._chosen(planes, stride)
         for plane in planes:
             if plane == "stored":
@@ -235,7 +236,8 @@ class Stack:
                 yield from self._along(plane, stride)
 
     def planned(self, planes: tuple[str, ...], stride: int) -> Iterator[Planned]:
-        """What `frames` would give of each plane, from the header alone; a stack without a length gives nothing."""
+        """The images that ``frames`` would yield of each plane, from the header alone; none if the length is
+        unknown."""
         planes, across = self._chosen(planes, stride)
         for plane in planes if self.length is not None else ():
             if plane in across and self.whole is None:
@@ -255,7 +257,7 @@ class Stack:
             yield Planned(plane, -(-count // stride), shape, spacing)
 
     def _chosen(self, planes: tuple[str, ...], stride: int) -> tuple[tuple[str, ...], list[str]]:
-        """The planes that are cut, and which of them across the stored frames."""
+        """The planes to cut, and those of them that lie across the stored frames."""
         unknown = [plane for plane in planes if plane not in PLANES]
         if unknown or not planes:
             raise ValueError(f"planes: expected some of {PLANES}, got {list(planes)}")
@@ -277,8 +279,8 @@ class Stack:
         return planes, across
 
     def percentiles(self, low: float, high: float, part: int = 0) -> tuple[float, float]:
-        """Of all numbers of the stack, or of one of its parts, as numpy.percentile (linear) gives them; memory of one
-        frame at most."""
+        """Percentiles of all values of the stack, or of one of its parts, equal to numpy.percentile (linear). If the
+        stack may not be kept, at most one frame is in memory."""
         key = (low, high, part)
         if key not in self._percentiles:
             if self.whole is None and self.length is not None and not self.parts and self.holds(self._bytes()):
@@ -295,17 +297,18 @@ class Stack:
         plane = next(plane for plane, axis in _NORMAL.items() if self.geometry.axes[axis] == coarse)
         if not self.volume or plane == "axial":
             return "axial"
-        return "stored" if coarse == 2 else plane  # acquired so, and turned since
+        return "stored" if coarse == 2 else plane  # Acquired in this plane, and rotated later
 
     def rescale(self, slope: float, intercept: float) -> None:
-        """Numbers become slope * number + intercept, and are what the source's description says."""
+        """Replace values by slope * value + intercept; the source's description says what they are."""
         if self.channels > 1:
-            raise Refused("inconsistent", "slope and intercept of colours; give them for grey images alone")
+            raise Refused("inconsistent", "slope and intercept of colours; give them only for grey images")
         self.slope, self.intercept = self.slope * slope, self.intercept * slope + intercept
         self.quantity, self.described, self.windowed = "raw", True, False
 
     def sample(self, numbers: Collection[int]) -> Iterator[np.ndarray]:
-        """The stored frames of these numbers, as they are stored. A stack of one frame keeps it, if it may."""
+        """The frames with these numbers, as they are stored. A stack with a single frame keeps it in memory if it
+        may."""
         if self.peek is not None:
             yield from self.peek()
             return
@@ -345,7 +348,7 @@ class Stack:
             yield from self._slices_of(self._block(plane, begin, end), plane, range(begin, end), stride)
 
     def _slices_of(self, part: np.ndarray, plane: str, numbers: range, stride: int) -> Iterator[Frame]:
-        """Every stride-th slice across [F, H, W, ...], of which `numbers` there are."""
+        """Every stride-th slice across [F, H, W, ...], which holds the slices ``numbers``."""
         values = self.geometry.canonical(part)
         slope, intercept = (
             self.geometry.canonical(np.broadcast_to(np.reshape(v, (-1, 1, 1)), part.shape[:3]))
@@ -358,7 +361,7 @@ class Stack:
                 yield Frame(f"{plane}-{n:03d}", image, self.geometry.plane_spacing(plane))
 
     def _blocks(self, plane: str) -> Iterator[tuple[int, int]]:
-        """The slices of a plane across the stored frames, in rows of them that may be in memory together."""
+        """The slices of a plane across the stored frames, in ranges that may be in memory together."""
         if self.whole is None and self.holds(self._bytes()):
             self._keep()
         count = self.shape[1 - self.geometry.axes[_NORMAL[plane]]]
@@ -366,19 +369,20 @@ class Stack:
         return ((begin, min(begin + most, count)) for begin in range(0, count, most))
 
     def _most(self, plane: str) -> int:
-        """How many slices of a plane across the stored frames may be in memory together; Refused where none may."""
+        """How many slices of a plane across the stored frames may be in memory together. Raises Refused if not even
+        one may."""
         count = self.shape[1 - self.geometry.axes[_NORMAL[plane]]]
         for most in range(count, 0, -1):
-            if self.holds(2 * -(-self._bytes() * most // count)):  # whoever takes the last slice may hold all of them
+            if self.holds(2 * -(-self._bytes() * most // count)):  # Twice: the caller may still hold the last range
                 return most
         raise Refused("too large", f"{plane} slices need at least {self._bytes() // count:,} bytes at once")
 
     def _block(self, plane: str, begin: int, end: int) -> np.ndarray:
-        """[F, H, W, ...] of the stored frames, of whose rows or columns only those of slices begin .. end - 1."""
+        """[F, H, W, ...] of the stored frames, with only the rows or columns of slices begin .. end - 1."""
         if self.whole is not None:
             return self.whole
         axis = _NORMAL[plane]
-        side = 1 - self.geometry.axes[axis]  # of a frame: 0 rows, 1 columns
+        side = 1 - self.geometry.axes[axis]  # Of a frame: 0 rows, 1 columns
         if self.geometry.signs[axis] < 0:
             begin, end = self.shape[side] - end, self.shape[side] - begin
         part = (slice(begin, end), slice(None))[:: 1 if side == 0 else -1]
@@ -416,14 +420,14 @@ class Stack:
             whole[number] = pixels
             count += 1
         if count != self.length:
-            raise Refused("inconsistent", f"{self.length} frames declared, {count} found")
+            raise Refused("inconsistent", f"{self.length} frames declared, {count} read")
         self.whole = whole
 
     def _scale(self, number: int) -> tuple[float, float]:
         return tuple(v[number] if isinstance(v, np.ndarray) else v for v in (self.slope, self.intercept))
 
     def _numbers(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
-        """The frame's numbers, with the lowest of the stack in the place of NaN."""
+        """The values of a frame, with NaN replaced by the lowest value of the stack."""
         if self.quantity == "display8":
             return stored
         numbers = self._rescaled(stored, slope, intercept)
@@ -439,7 +443,7 @@ class Stack:
                 numbers = stored.copy()
             numbers[strip][np.isnan(numbers[strip])] = self._background()
             if not np.isfinite(numbers[strip]).all():
-                raise Refused("not finite", "a value is infinite; put a number in its place")
+                raise Refused("not finite", "a value is infinite; replace it by a number")
         return numbers
 
     def _rescaled(self, stored: np.ndarray, slope, intercept) -> np.ndarray:
@@ -449,7 +453,7 @@ class Stack:
         out = np.empty(stored.shape, np.float32)
         rows = max(1, _CHUNK // max(1, stored.shape[1]))
         with np.errstate(over="ignore", invalid="ignore"):
-            for top in range(0, len(stored), rows):  # in strips: float64 of a whole frame would be its largest copy
+            for top in range(0, len(stored), rows):  # In strips: a whole frame as float64 would be its largest copy
                 strip = slice(top, top + rows)
                 if plain:
                     out[strip] = stored[strip]
@@ -460,7 +464,7 @@ class Stack:
         return out
 
     def _background(self) -> np.float32:
-        """The lowest number of the stack; Refused where nearly all are NaN."""
+        """The lowest value of the stack. Raises Refused if nearly all are NaN."""
         if self._lowest is None:
             lowest, count, total = np.float32(np.inf), 0, 0
             for number, pixels in self._loaded(lambda number: True):
@@ -469,7 +473,7 @@ class Stack:
                 lowest = np.float32(min(lowest, numbers.min(where=finite, initial=np.inf)))
                 count, total = count + int(np.isnan(numbers).sum()), total + numbers.size
             if count > _MOST_NAN * total or not np.isfinite(lowest):
-                raise Refused("not finite", f"{count} of {total} values are no numbers: leave it out")
+                raise Refused("not finite", f"{count} of {total} values are NaN: leave it out")
             self._lowest = lowest
         return self._lowest
 
@@ -498,7 +502,8 @@ class Stack:
         return _interpolate(percents, int(ends[-1]), lambda rank: values[np.searchsorted(ends, rank, side="right")])
 
     def _count_floats(self, percents: tuple[float, float], part: int) -> tuple[float, float]:
-        """Order statistics of float32 numbers by two passes of counting, high and low half of an ascending key."""
+        """Order statistics of float32 values by two counting passes: the high, then the low half of an ascending
+        key."""
 
         def keys() -> Iterator[np.ndarray]:
             for number, pixels in self._loaded(self._of_part(part)):
@@ -518,13 +523,13 @@ class Stack:
             upper = key >> 16
             for place, counts in low.items():
                 counts += np.bincount((key & 0xFFFF)[upper == place], minlength=2**16)
-        found = {}
+        values = {}
         for rank, place in places.items():
             before = int(ends[place] - high[place])
             key = (place << 16) | int(np.searchsorted(np.cumsum(low[place]), rank - before, side="right"))
             bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
-            found[rank] = float(np.uint32(bits).view(np.float32))
-        return _interpolate(percents, total, found.__getitem__)
+            values[rank] = float(np.uint32(bits).view(np.float32))
+        return _interpolate(percents, total, values.__getitem__)
 
 
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -540,9 +545,9 @@ def _ranks(percent: float, total: int) -> tuple[int, int, float]:
 
 
 def _interpolate(percents: tuple[float, float], total: int, value: Callable[[int], float]) -> tuple[float, float]:
-    def one(percent: float) -> float:
+    def percentile(percent: float) -> float:
         below, above, share = _ranks(percent, total)
         low, high = float(value(below)), float(value(above))
         return low + (high - low) * share
 
-    return one(percents[0]), one(percents[1])
+    return percentile(percents[0]), percentile(percents[1])

@@ -1,9 +1,9 @@
-"""Video files through OpenCV's FFmpeg, streaming: every frame is stepped over, only the wanted ones are converted.
+"""Video files through OpenCV's FFmpeg, streamed: every frame is decoded, but only the wanted ones are converted.
 
-A container is recognised by its own first bytes, and FFmpeg may use that container's demuxer, files, and nothing else:
-a playlist or an address inside a file leads nowhere. It is given the opened file, not its name. The picture's size is
-checked where the container declares it, and again before the first frame is asked for; opening a stream may decode a
-frame of it, so a limit on the process's memory is the last line.
+A container is recognised by its first bytes. FFmpeg may only use the demuxer of that container and the file protocol,
+so a playlist or an address inside a file leads nowhere. It gets the opened file, not its name. The frame size is
+checked where the container declares it, and again before the first frame is requested. Opening a stream may already
+decode a frame, so the memory limit of the process is the last defence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import cv2
 
 MAX_BOXES = 10_000
-MOST = 0.9  # of the frames that a container counts; with a varying rate the count is an estimate
+MOST = 0.9  # Least share of the declared frames; at a variable frame rate, the declaration is an estimate
 _CAPTURE_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
@@ -40,7 +40,7 @@ def _opencv() -> ModuleType:
     """OpenCV, silent and on one thread."""
     import cv2
 
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; read once, when FFmpeg is first used
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # Quiet; read once, when FFmpeg is first used
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     cv2.setNumThreads(1)
     return cv2
@@ -70,7 +70,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
                     yield number, np.ascontiguousarray(frame[:, :, ::-1])
                 number += 1
         if 0 < number < MOST * declared and not stack.refused:
-            stack.refused.append(Refused("inconsistent", f"{declared} frames declared, {number} found"))
+            stack.refused.append(Refused("inconsistent", f"{declared} frames declared, {number} decoded"))
 
     stack = Stack(
         quantity="display8",
@@ -88,7 +88,7 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat) -> Iterator[Stack]:
 
 @contextmanager
 def _capture(file: BoundedFile, limits: Limits) -> Iterator[tuple[cv2.VideoCapture, tuple[int, int]]]:
-    """An opened video whose frames are small enough, and their H, W."""
+    """An opened video with frames within the limits, and their H, W."""
     cv2 = _opencv()
     demuxer = _demuxer(file, limits)
     before = os.environ.get(_CAPTURE_OPTIONS)
@@ -112,12 +112,12 @@ def _capture(file: BoundedFile, limits: Limits) -> Iterator[tuple[cv2.VideoCaptu
 
 def _check(height: int, width: int, limits: Limits) -> None:
     limits.check_frame(height, width)
-    if not limits.holds(0, height, width, 6):  # a decoder keeps several frames to predict from
+    if not limits.holds(0, height, width, 6):  # A decoder keeps several reference frames
         raise Refused("too large", f"video frames of {height} x {width} pixels")
 
 
 def _demuxer(file: BoundedFile, limits: Limits) -> str:
-    """FFmpeg's name for the container, by its first bytes."""
+    """FFmpeg's name of the container, by its first bytes."""
     file.seek(0)
     start = file.read(72)
     if start[4:8] in _BOXES:
@@ -136,11 +136,11 @@ def _demuxer(file: BoundedFile, limits: Limits) -> str:
         return "mpeg"
     if start[:4] == b"\0\0\1\xb3":
         return "mpegvideo"
-    raise Refused("unreadable", "not a video container that is read (MP4, MOV, AVI, Matroska, ASF, MPEG); convert it")
+    raise Refused("unreadable", "not a supported video container (MP4, MOV, AVI, Matroska, ASF, MPEG); convert it")
 
 
 def _track_sizes(file: BoundedFile) -> Iterator[tuple[int, int]]:
-    """H, W of every track of an MP4 or QuickTime file that has some; sound has none."""
+    """H, W of every track of an MP4 or QuickTime file, except sound, which has none."""
     place = 0
     for _ in range(MAX_BOXES):
         file.seek(place)

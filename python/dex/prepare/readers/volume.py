@@ -1,5 +1,5 @@
-"""Volumes whose frames lie in a file one after another: kept in memory where they fit, else read frame by frame, again
-for each pass."""
+"""Volumes whose frames are stored one after another: kept in memory if they fit, else read frame by frame in each
+pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .stack import Refused, Stack
 
 @dataclass(frozen=True)
 class Volumes:
-    """`count` volumes of `frames` frames of the shape `frame`, [H, W] or [H, W, C], in `dtype`'s byte order.
+    """``count`` volumes with ``frames`` frames of shape ``frame``, [H, W] or [H, W, C], in the byte order of ``dtype``.
 
-    open: gives the unpacked data, of which the first number is at byte `start`. packed: its end has a checksum. kept:
-    whether one volume may be in memory (`is_kept`). planes: how many stored frames make one frame of a stack. seen:
-    makes of frames [F, H, W, ...] as they are stored those of a stack. what: the format, for messages.
+    open: opens the unpacked data, whose first value is at byte ``start``. packed: the data end with a checksum. kept:
+    whether one volume may be kept in memory (``is_kept``). planes: number of stored frames per frame of a stack. seen:
+    converts stored frames [F, H, W, ...] to those of a stack. what: the format, for messages.
     """
 
     open: Callable[[], AbstractContextManager[Any]] = field(repr=False)
@@ -47,10 +47,9 @@ class Volumes:
         return int(np.prod(self.frame)) * self.dtype.itemsize
 
     def stacks(self, make: Callable[..., Stack], volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
-        """A stack for each volume that is taken, or one of their mean. headers: no number is read before it is asked
-        for.
+        """A stack for each volume to take, or one of their mean. headers: read no values before they are needed.
 
-        make(dtype, channels, whole, load, holds): a stack of these fields of it, and of all its others.
+        make(dtype, channels, whole, load, holds): creates the stack; it adds all other fields.
         """
         numbers, refused = chosen(volumes, self.count), left_out(volumes, self.count)
         mean = volumes == "mean" and self.count > 1
@@ -92,7 +91,7 @@ class Volumes:
         file.seek(self.start + number * self.size)
         fill(file, whole, beat)
         if self.packed and number == self.count - 1:
-            file.read(1)  # at its end the checksum is compared
+            file.read(1)  # Reading the end verifies the checksum
         return self.seen(native(whole))
 
     def _loader(self, volume: int) -> Callable[[Callable[[int], bool]], Iterator[tuple[int, np.ndarray]]]:
@@ -114,9 +113,11 @@ class Volumes:
 def is_kept(
     limits: Limits, frame: Sequence[int], frames: int, itemsize: int, *, file: int, packing: str = "", copies: int = 1
 ) -> bool:
-    """Whether a volume of that many frames may be kept in memory; Refused where it cannot be read frame by frame.
+    """Whether a volume with that many frames may be kept in memory. Raises Refused if it can neither be kept nor read
+    frame by frame.
 
-    frame: H, W and, of colours, how many. file: the bytes of the file; copies: of the volume that making it takes.
+    frame: H, W and, for colours, the number of channels. file: size of the file in bytes; copies: number of copies of
+    the volume in memory while it is made.
     """
     height, width, *channels = frame
     limits.check_frame(height, width)
@@ -124,8 +125,8 @@ def is_kept(
     size = height * width * frames * bytes_a_pixel
     if limits.holds(size * copies, height, width, bytes_a_pixel):
         return True
-    empty = packing and size > RATIO * file  # it takes long to unpack for what it is
-    never = empty or packing == "bzip2" or copies > 1
-    if never or size > limits.streamed or not limits.holds(0, height, width, bytes_a_pixel):
+    empty = packing and size > RATIO * file  # Nearly constant, and slow to unpack in every pass
+    unstreamable = empty or packing == "bzip2" or copies > 1
+    if unstreamable or size > limits.streamed or not limits.holds(0, height, width, bytes_a_pixel):
         raise Refused("too large", f"{size:,} bytes declared; {limits.remedy}")
     return False

@@ -60,7 +60,7 @@ def test_npy_that_is_refused(tmp_path):
         assert caught.value.reason in ("unreadable", "unsupported"), number
     assert not os.path.exists("/tmp/dex-canary-of-the-readers-test")
     np.save(tmp_path / "a.npy", np.where(COLOUR > 9, 2.0, np.nan))
-    with pytest.raises(Refused, match="within 0 and 1"):
+    with pytest.raises(Refused, match="outside 0 to 1"):
         frames(tmp_path / "a.npy")
 
 

@@ -206,7 +206,7 @@ def test_jpegs_in_a_tiff_keep_their_tables(tmp_path):
 def test_what_does_not_fit_says_which_memory_would_do(tmp_path):
     Image.new("L", (20_000, 20_000)).save(tmp_path / "a.png", compress_level=1)
     with pytest.raises(
-        Refused, match=r"20000 x 20000 pixels, .* take 446 MB; --memory 446 takes them, and a tiled TIFF"
+        Refused, match=r"20000 x 20000 pixels, .* take 446 MB; give --memory 446, or save it as a tiled TIFF"
     ):
         read(tmp_path / "a.png", limits=Limits.within(256), pieces=SIDE)
 
@@ -215,7 +215,7 @@ def test_what_does_not_fit_says_which_memory_would_do(tmp_path):
     ("data", "reason", "says"),
     [
         (tiff(colour(), tile=(48, 80))[:5000], "unreadable", ""),
-        (tiff(np.zeros((HEIGHT, WIDTH, 3), np.uint16), planar=2), "unsupported", "planes that lie apart"),
+        (tiff(np.zeros((HEIGHT, WIDTH, 3), np.uint16), planar=2), "unsupported", "in separate planes"),
     ],
 )
 def test_large_tiffs_that_are_refused(tmp_path, data, reason, says):
@@ -229,5 +229,5 @@ def test_a_tiff_that_lacks_tiles_is_refused(tmp_path):
     data = tiff(colour(), tile=(48, 80))
     place = data.rindex(struct.pack("<LL", 48 * 80 * 3, 48 * 80 * 3))
     (tmp_path / "a.tif").write_bytes(data[:place] + bytes(4) + data[place + 4 :])
-    with pytest.raises(Refused, match="lacks some of its tiles"):
+    with pytest.raises(Refused, match="missing tiles"):
         read(tmp_path / "a.tif", pieces=SIDE)

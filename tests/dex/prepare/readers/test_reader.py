@@ -103,7 +103,7 @@ def test_two_readers_of_one_suffix_are_refused(grid, tmp_path, monkeypatch):
     (tmp_path / "more" / "again.py").write_text(textwrap.dedent(NEW))
     monkeypatch.setattr(readers, "__path__", [*readers.__path__, str(tmp_path)])  # a path that was not looked at yet
     importlib.invalidate_caches()
-    with pytest.raises(ValueError, match=r"suffixes: expected \.grid of one reader, got it of again and grid"):
+    with pytest.raises(ValueError, match=r"suffixes: expected \.grid in one reader, got it in again and grid"):
         readers.formats()
     sys.modules.pop("dex.prepare.readers.again", None)
 

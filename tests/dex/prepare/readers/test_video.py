@@ -58,7 +58,7 @@ def test_what_is_no_video_container_is_not_opened(tmp_path, capfd):
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(Refused, match="not a video container"):
+        with pytest.raises(Refused, match="not a supported video container"):
             read(tmp_path / name)
     whole = real.read_bytes()
     for content in (whole[:200], whole[:8] + bytes(1000), b"RIFF" + bytes(4) + b"AVI " + bytes(500)):

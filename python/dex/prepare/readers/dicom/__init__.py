@@ -1,7 +1,7 @@
-"""DICOM: all files of one folder are read together, since only their headers say which of them are one series.
+"""DICOM: all files of one folder are read together, because only their headers say which of them form a series.
 
-`series` puts the files in order, `file` reads the header and decodes the frames of one of them (`codestream`: the sizes
-that compressed ones declare), `mosaic` takes Siemens mosaics apart, `suv` has the uptake of PET.
+``series`` puts the files in order; ``file`` reads the header and decodes the frames of one file (``codestream``: the
+sizes that compressed frames declare); ``mosaic`` divides Siemens mosaics; ``suv`` computes the uptake of PET.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..stack import Stack
 
 _FIRST_GROUPS = (0x0002, 0x0008)
 _REPRESENTATIONS = (b"AE", b"CS", b"DA", b"LO", b"SH", b"TM", b"UI", b"UL")
-_LONGEST = 256  # bytes of one of the first elements
+_LONGEST = 256  # Bytes of one of the first elements
 
 
 def recognises(file: BoundedFile) -> bool:
-    """By the magic of DICOM or, where the preamble is lacking, by two elements in order at the start of the file."""
+    """By the magic of DICOM or, without a preamble, by two elements in order at the start of the file."""
     if has_magic(file):
         return True
     file.seek(0)
@@ -79,7 +79,7 @@ READER = Reader(
     read=read,
     needs=formats.of("dicom").needs,
     load=load,
-    recognises=recognises,  # files are often called after their UID
+    recognises=recognises,  # Files are often named after their UID
     whole_folders=True,
     series_of=series_of,
     choices=("decide",),

@@ -1,7 +1,7 @@
-"""Which of a series' slices are one volume, where several were taken at each place: echoes, b-values, phases, times.
+"""Find the volumes in a series with several slices at each place: echoes, b-values, phases, times.
 
-Headers are asked for what differs (`KEYS`), then for when each slice was taken, then for its number. What none of them
-tells is no volume: it is better shown image by image than with a slice of another contrast in its middle.
+Slices are separated by the header values in ``KEYS``, then by the time of acquisition, then by their number. If none of
+these separates them, they do not form a volume: it is better to show them one by one than to mix contrasts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import numpy as np
 from .file import GE_PARAMETERS, PHILIPS_MR, SIEMENS_MR, listed, private, text
 from .file import number as number_of
 
-_RELATIVE = 0.02  # what amounts of one kind may differ by: headers give what was measured, not what was asked for
-
-
-_SEQUENCES = 4  # in which slices may have been taken, of those that are seen, that are tried
+_RELATIVE = 0.02  # Relative tolerance of equal amounts: headers give measured values, not the requested ones
+_SEQUENCES = 4  # Number of observed acquisition sequences that are tried
 
 
 class Key(NamedTuple):
-    """always: tells slices apart even where no place recurs, since it changes the contrast or names the stack. kind:
-    "value", "amount" (values a little apart are one) or "time" (seconds or milliseconds)."""
+    """always: separates slices even if no place recurs, because it changes the contrast or names the stack. kind:
+    "value", "amount" (close values are equal) or "time" (seconds or milliseconds)."""
 
     name: str
     kind: str = "value"
@@ -68,16 +66,17 @@ _TIMES = [number for number, key in enumerate(KEYS) if key.kind == "time"]
 
 
 class Piece(Protocol):
-    """said: a value for each of KEYS, then those of the frame's dimension indices; instance: the number of its file in
-    the series; order: sorts slices at one place, the file's name last."""
+    """key_values: a value for each of KEYS, followed by the frame's dimension indices; instance: number of its file in
+    the series; order: sorts slices at the same place, the file's name last."""
 
-    said: tuple[Hashable, ...]
+    key_values: tuple[Hashable, ...]
     instance: int
     order: tuple[Any, ...]
 
 
-def said_by(head: Any, groups: Sequence[Any], content: Any) -> tuple[Hashable, ...]:
-    """What a frame's header says of each of KEYS, values of one type each. groups: its functional groups."""
+def key_values_of(head: Any, groups: Sequence[Any], content: Any) -> tuple[Hashable, ...]:
+    """A frame's header value for each of KEYS, always of the same type, and its dimension indices. groups: its
+    functional groups."""
 
     def of(sequence: str, keyword: str) -> Any:
         items = next((items for group in groups if (items := group.get(sequence))), None)
@@ -137,9 +136,9 @@ def said_by(head: Any, groups: Sequence[Any], content: Any) -> tuple[Hashable, .
 def split(
     slices: Sequence[Piece], places: Sequence[int], digest: Callable[[Piece], bytes]
 ) -> tuple[list[list[Piece]], list[Piece], list[Piece]]:
-    """Lists of slices that are one volume each, at most one slice a place, in the order of places; slices that nothing
-    says the volume of; and copies of others at their place. places: the number of each slice's place; digest: of a
-    slice's pixels, asked for only where a place has more slices than others."""
+    """Divide slices into volumes. Returns the volumes, each with at most one slice per place, in the order of places;
+    the slices that belong to no known volume; and copies of other slices at the same place. places: the number of each
+    slice's place; digest: of a slice's pixels, called only if a place has more slices than others."""
     stacks, alone, copies = [], [], []
     for group in _by_keys(list(zip(places, slices, strict=True))):
         counts = Counter(place for place, _ in group)
@@ -148,7 +147,7 @@ def split(
             copies += again
             counts = Counter(place for place, _ in group)
         parts = [group] if max(counts.values()) == 1 else _by_order(group, counts)
-        if parts is None:  # the places with one slice are still one volume, where they are most of them
+        if parts is None:  # The places with a single slice still form a volume if they are the majority
             once = [item for item in group if counts[item[0]] == 1]
             parts = [once] if 2 * len(once) > len(counts) else []
             alone += [piece for place, piece in group if not parts or counts[place] > 1]
@@ -156,40 +155,40 @@ def split(
     return stacks, alone, copies
 
 
-def told_apart(slices: Sequence[Piece]) -> list[list[Piece]]:
-    """The same for slices whose places nobody says: those of several contrasts or phases, where each has several."""
+def separate(slices: Sequence[Piece]) -> list[list[Piece]]:
+    """Divide slices with unknown places by contrast or phase, if each part has several slices."""
     groups = [list(slices)]
     for number, key in enumerate(KEYS):
         if key.always or key.name in ("acquisition", "trigger time"):
-            parts = [_clusters(group, [piece.said[number] for piece in group], key) for group in groups]
+            divided = [_clusters(group, [piece.key_values[number] for piece in group], key) for group in groups]
             groups = [
                 part
-                for group, apart in zip(groups, parts, strict=True)
-                for part in (apart if all(len(one) > 1 for one in apart) else [group])
+                for group, parts in zip(groups, divided, strict=True)
+                for part in (parts if all(len(part) > 1 for part in parts) else [group])
             ]
     return groups
 
 
-_Item = tuple[int, Any]  # a place and its slice
+_Item = tuple[int, Any]  # A place and its slice
 
 
 def _by_keys(group: list[_Item]) -> list[list[_Item]]:
     groups = [group]
-    count = max(len(piece.said) for _, piece in group)
+    count = max(len(piece.key_values) for _, piece in group)
     for number in range(count):
         key = KEYS[number] if number < len(KEYS) else Key("dimension index")
-        groups = [part for group in groups for part in _told(group, number, key)]
+        groups = [part for group in groups for part in _by_key(group, number, key)]
     return groups
 
 
-def _told(group: list[_Item], number: int, key: Key) -> list[list[_Item]]:
-    """The parts that a key tells apart; the group where it tells none.
+def _by_key(group: list[_Item], number: int, key: Key) -> list[list[_Item]]:
+    """The parts into which a key divides the group, or the whole group.
 
-    What differs from slice to slice of one volume tells nothing apart: half of the slices must be in parts of several
-    places. Other keys count only where a place recurs, and if it then recurs less often, in parts of more than half of
-    the places.
+    A value that changes from slice to slice within a volume divides nothing: an ``always`` key needs half of the slices
+    in parts with several places. Other keys need a recurring place that recurs less often in the parts, and half of the
+    slices in parts with more than half of the places.
     """
-    values = [piece.said[number] if number < len(piece.said) else 0 for _, piece in group]
+    values = [piece.key_values[number] if number < len(piece.key_values) else 0 for _, piece in group]
     parts = _clusters(group, values, key)
     if len(parts) == 1:
         return parts
@@ -206,7 +205,7 @@ def _told(group: list[_Item], number: int, key: Key) -> list[list[_Item]]:
 
 
 def _clusters(group: list, values: list, key: Key) -> list[list]:
-    """The group by value, in ascending order; amounts that follow each other closely are one."""
+    """The group divided by value, in ascending order; amounts close to the one before are equal to it."""
     ranked = sorted(range(len(group)), key=lambda n: (values[n], n))
     parts: list[list] = []
     last = None
@@ -220,7 +219,7 @@ def _clusters(group: list, values: list, key: Key) -> list[list]:
 
 
 def _recurring(group: list[_Item]) -> int:
-    """How many slices the place with the most of them has."""
+    """The largest number of slices at one place."""
     return max(Counter(place for place, _ in group).values())
 
 
@@ -241,16 +240,16 @@ def _without_copies(
 
 
 def _by_order(group: list[_Item], counts: Counter[int]) -> list[list[_Item]] | None:
-    """Parts with one slice a place, by when the slices were taken or by their number; None where that says nothing."""
-    times = [number for number in _TIMES if _distinct(group, lambda piece, n=number: piece.said[n])]
-    orders: list[Callable[[Any], Hashable]] = [lambda piece, n=number: piece.said[n] for number in times]
+    """Parts with one slice per place, by time of acquisition or number; None if neither divides the group."""
+    times = [number for number in _TIMES if _distinct(group, lambda piece, n=number: piece.key_values[n])]
+    orders: list[Callable[[Any], Hashable]] = [lambda piece, n=number: piece.key_values[n] for number in times]
     numbered = _distinct(group, lambda piece: piece.instance)
     if numbered:
         orders.append(lambda piece: piece.instance)
     for number in times:
         if parts := _pauses(group, number):
             return parts
-    named: Callable[[Any], Hashable] = lambda piece: piece.order  # noqa: E731 - one of a list of such functions
+    named: Callable[[Any], Hashable] = lambda piece: piece.order  # noqa: E731 - Part of a list of such functions
     for order in (*orders, named):
         if parts := _passes(group, order, by_name=order is named):
             return parts
@@ -267,37 +266,37 @@ def _by_order(group: list[_Item], counts: Counter[int]) -> list[list[_Item]] | N
 
 
 def _distinct(group: list[_Item], value: Callable[[Any], Hashable]) -> bool:
-    """Whether the slices of each place differ in a value."""
+    """Whether the slices at each place all have different values."""
     return len({(place, value(piece)) for place, piece in group}) == len(group)
 
 
 def _pauses(group: list[_Item], number: int) -> list[list[_Item]] | None:
-    """Parts with at least half of the usual time from one slice of a place to its next between them."""
+    """Parts separated by pauses: at least half of the median time between two slices at the same place."""
     by_place: dict[int, list[float]] = defaultdict(list)
     for place, piece in group:
-        by_place[place].append(piece.said[number])
+        by_place[place].append(piece.key_values[number])
     steps = [b - a for times in map(sorted, by_place.values()) for a, b in zip(times, times[1:], strict=False)]
     pause = statistics.median(steps) / 2
     parts: list[list[_Item]] = []
     last = -math.inf
-    for item in sorted(group, key=lambda item: item[1].said[number]):
-        if item[1].said[number] - last > pause:
+    for item in sorted(group, key=lambda item: item[1].key_values[number]):
+        if item[1].key_values[number] - last > pause:
             parts.append([])
         parts[-1].append(item)
-        last = item[1].said[number]
+        last = item[1].key_values[number]
     return parts if max(map(_recurring, parts)) == 1 and len(parts) == _recurring(group) else None
 
 
 def _passes(group: list[_Item], order: Callable[[Any], Hashable], by_name: bool = False) -> list[list[_Item]] | None:
-    """Parts that each went through the places once, all of them in one sequence, if the slices were taken like that.
-    by_name: names may have any order, so only a sequence from end to end is none by chance.
+    """Parts that each pass through the places once, all in the same sequence; None if the slices do not fit that.
+    by_name: names may have any order, so only a sequence from end to end is accepted as not random.
 
-    Where the first or the last slice of all is missing, the sequence may begin at several places; it then begins at an
-    end of the volume, or nothing is known.
+    If the first or the last slice of all is missing, the sequence could begin at several places. Then it must begin at
+    an end of the volume, or the result is None.
     """
     ranked = sorted(group, key=lambda item: order(item[1]))
     places = np.array([place for place, _ in ranked])
-    every = np.unique(places)
+    distinct = np.unique(places)
     first: list[int] = []
     passes = []
     for place in places.tolist():
@@ -305,19 +304,19 @@ def _passes(group: list[_Item], order: Callable[[Any], Hashable], by_name: bool 
             passes.append(first)
             first = []
         first.append(place)
-    full = [tuple(one) for one in (*passes, first) if len(one) == len(every)]
-    straight = [tuple(every.tolist()), tuple(every[::-1].tolist())]
+    full = [tuple(visited) for visited in (*passes, first) if len(visited) == len(distinct)]
+    straight = [tuple(distinct.tolist()), tuple(distinct[::-1].tolist())]
     sequences = dict.fromkeys([*(() if by_name else full[:_SEQUENCES]), *straight])
-    sound: dict[tuple[int, ...], bool] = {}  # where the parts end -> whether they begin at an end of the volume
+    possible: dict[tuple[int, ...], bool] = {}  # Where the parts end -> whether they begin at an end of the volume
     for sequence in sequences:
-        rank = np.empty(len(every), np.int64)
-        rank[np.searchsorted(every, sequence)] = np.arange(len(every))
-        ranks = rank[np.searchsorted(every, places)]
-        for start in range(len(every)):
-            cuts = tuple((np.flatnonzero(np.diff((ranks - start) % len(every)) <= 0) + 1).tolist())
+        rank = np.empty(len(distinct), np.int64)
+        rank[np.searchsorted(distinct, sequence)] = np.arange(len(distinct))
+        ranks = rank[np.searchsorted(distinct, places)]
+        for start in range(len(distinct)):
+            cuts = tuple((np.flatnonzero(np.diff((ranks - start) % len(distinct)) <= 0) + 1).tolist())
             if len(cuts) + 1 == _recurring(group):
-                sound[cuts] = sound.get(cuts, False) or sequence[start] in (every[0], every[-1])
-    likely = [cuts for cuts, at_an_end in sound.items() if at_an_end or len(sound) == 1]
+                possible[cuts] = possible.get(cuts, False) or sequence[start] in (distinct[0], distinct[-1])
+    likely = [cuts for cuts, at_an_end in possible.items() if at_an_end or len(possible) == 1]
     if len(likely) != 1:
         return None
     ends = [0, *likely[0], len(ranked)]
@@ -325,7 +324,7 @@ def _passes(group: list[_Item], order: Callable[[Any], Hashable], by_name: bool 
 
 
 def _place_by_place(group: list[_Item], order: Callable[[Any], Hashable]) -> bool:
-    """Whether all slices of a place follow each other."""
+    """Whether the slices of each place are consecutive."""
     places = [place for place, _ in sorted(group, key=lambda item: order(item[1]))]
     return sum(a != b for a, b in zip(places, places[1:], strict=False)) == len(set(places)) - 1
 
@@ -337,7 +336,7 @@ def _words(value: Any) -> str:
 
 
 def _seconds(value: Any) -> float:
-    """Of a date and time, or a time of day; -1 for anything else."""
+    """Seconds of a date and time, or of a time of day; -1 for anything else."""
     digits, _, fraction = str(value or "").replace(":", "").strip().split("+")[0].split("-")[0].partition(".")
     if not digits.isdecimal():
         return -1.0
@@ -348,8 +347,8 @@ def _seconds(value: Any) -> float:
 
 
 def numbered(along: Sequence[float], apart: float) -> list[int]:
-    """The number of the place that each position along a line is at: those not more than `apart` from the first of
-    theirs are one."""
+    """The number of the place of each position along a line. A place holds all positions at most ``apart`` from its
+    first one."""
     places = [0] * len(along)
     number, first = -1, -math.inf
     for n in sorted(range(len(along)), key=along.__getitem__):

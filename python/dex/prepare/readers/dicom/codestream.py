@@ -1,4 +1,4 @@
-"""What a compressed frame says of itself before it is decoded: decoders allocate by the codestream's own sizes."""
+"""The header of a compressed frame, read before decoding: decoders allocate by the sizes in the codestream."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def jpeg_size(data: bytes) -> tuple[int, int, int]:
                 )
             break
         place += 2 + length
-    raise Refused("unreadable", "no frame header in the compressed data: damaged; copy it anew")
+    raise Refused("unreadable", "no frame header in the compressed data: damaged; copy it again")
 
 
 def jpeg_colour(data: bytes) -> str:
-    """ "RGB" or "YBR_FULL", as a lossy JPEG stream of three components says itself; "" where it does not.
+    """ "RGB" or "YBR_FULL", as declared by a lossy JPEG stream of three components; "" if it declares neither.
 
-    An Adobe marker says it. Else JFIF means YCbCr, and so do components called 1, 2, 3, as decoders hold; "R", "G", "B"
-    are what they are called.
+    An Adobe marker decides. Otherwise JFIF means YCbCr, as do components named 1, 2, 3, which is the convention of
+    decoders; components named "R", "G", "B" are RGB.
     """
     place, jfif = 2, False
     while place + 4 <= len(data) and data[place] == 0xFF:
@@ -56,8 +56,8 @@ def jpeg_colour(data: bytes) -> str:
 
 
 def whole_spectrum(data: bytes) -> bytes:
-    """A sequential JPEG stream whose scans say that they hold all coefficients. A widely used encoder of 12 bits wrote
-    "0 to 0", which the decoder refuses and every other reader passes over."""
+    """The stream, with a sequential JPEG's scans declared to hold all coefficients. A widely used 12-bit encoder wrote
+    "0 to 0", which the decoder refuses, although other readers ignore it."""
     place, sequential = 2, False
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
@@ -76,14 +76,14 @@ def j2k_size(data: bytes) -> tuple[int, int, int]:
     """(rows, columns, components) of a JPEG 2000 codestream, bare or within a JP2."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or start + 42 > len(data):
-        raise Refused("unreadable", "no size in the compressed data: damaged; copy it anew")
+        raise Refused("unreadable", "no size in the compressed data: damaged; copy it again")
     width, height, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
     return height - top, width - left, struct.unpack(">H", data[start + 40 : start + 42])[0]
 
 
 def rle_segments(data: bytes) -> int:
-    """How many segments an RLE frame has; the decoder stops where each has filled its plane."""
+    """The number of segments of an RLE frame. The decoder stops when each segment has filled its plane."""
     count = int.from_bytes(data[:4], "little")
     if len(data) < 64 or not 1 <= count <= 15:
-        raise Refused("unreadable", "an RLE frame without header: damaged; copy it anew")
+        raise Refused("unreadable", "an RLE frame without a header: damaged; copy it again")
     return count

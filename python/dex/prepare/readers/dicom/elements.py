@@ -1,8 +1,8 @@
-"""The wanted elements of a plain DICOM header, found in a fraction of the time that pydicom takes to step over the
-others. pydicom converts their values, and reads every header that is not plain.
+"""Read the wanted elements of a plain DICOM header in a fraction of the time that pydicom takes to skip the others.
+pydicom still converts their values, and reads every header that is not plain.
 
-Plain: with preamble and magic, little endian and not deflated, its elements in order and none of those that are wanted
-a sequence. `plain` gives None for any other, and wherever pydicom would have something to say.
+A plain header has a preamble and the magic, is little endian and not deflated, has its elements in order, and none of
+the wanted ones is a sequence. ``plain`` returns None for any other header, and wherever pydicom would warn or raise.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pydicom.uid import UID, ImplicitVRLittleEndian, PrivateTransferSyntaxes
 
 from ..files import BoundedFile
 
-BLOCK = 2**14  # bytes that are looked at together
-MOST = 10_000  # elements, those of sequences included
-LONGEST = 2**16  # bytes of a value
-DEEPEST = 8  # of sequences
+BLOCK = 2**14  # Bytes read at a time
+MOST = 10_000  # Elements, including those of sequences
+LONGEST = 2**16  # Bytes of a value
+DEEPEST = 8  # Nested sequences
 _OPEN = 0xFFFFFFFF
 _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _SHORT = frozenset(
@@ -33,18 +33,18 @@ _SHORT = frozenset(
     + (b"SS", b"ST", b"TM", b"UI", b"UL", b"US")
 )
 _SIMPLE = frozenset(word.decode() for word in _SHORT) | {"UC", "UR", "UT"}
-_SHARED = 256  # bytes of a value that may be shared
+_SHARED = 256  # Largest number of bytes of a value that may be shared
 _TAG, _LONG_HEAD, _SHORT_LENGTH = struct.Struct("<HHL"), struct.Struct("<L"), struct.Struct("<H")
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _CHARACTERS, _SYNTAX, _META_END = 0x00080005, 0x00020010, 0x0002FFFF
 
 
 class Head(Dataset):
-    """A data set that is soon asked for many elements, for most of them in vain and for some again and again. It is not
-    changed once it was asked.
+    """A data set that is fast for many look-ups, most of absent elements and some repeated. Do not change it after the
+    first look-up.
 
-    The files of a series have most values in common, and pydicom takes longer to convert one than to find it: values of
-    the same bytes are converted once and shared."""
+    The files of a series share most values, and pydicom takes longer to convert a value than to find it. Values with
+    the same bytes are therefore converted once and shared."""
 
     def __getitem__(self, key: Any) -> Any:
         element = self._dict.get(key) if isinstance(key, int) else None
@@ -61,7 +61,7 @@ class Head(Dataset):
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        if isinstance(key, tuple):  # of a private block, mostly absent
+        if isinstance(key, tuple):  # Of a private block, mostly absent
             return self[BaseTag(key[0] << 16 | key[1])] if key[0] << 16 | key[1] in self._dict else default
         tag = _tag(key) if isinstance(key, str) else None
         if tag is None:
@@ -75,7 +75,7 @@ class Head(Dataset):
 
 
 def _is_shared(raw: RawDataElement) -> bool:
-    """Whether its value depends on nothing but what `_converted` is given."""
+    """Whether the value depends only on the arguments of ``_converted``."""
     if len(raw.value) > _SHARED or raw.tag.is_private or raw.tag == _CHARACTERS:
         return False
     return (raw.VR or _representation(int(raw.tag))) in _SIMPLE
@@ -91,7 +91,7 @@ def _converted(
 
 @functools.cache
 def _representation(tag: int) -> str:
-    """Of an element that does not say its own; "" where it is in no dictionary."""
+    """The value representation of an element that does not declare one; "" if it is in no dictionary."""
     return dictionary_VR(tag) if dictionary_has_tag(tag) else ""
 
 
@@ -103,12 +103,12 @@ def _tag(keyword: str) -> BaseTag | None:
 
 @functools.lru_cache(maxsize=2**12)
 def _named(tag: int) -> BaseTag:
-    """One object for each tag: comparing two takes a while."""
+    """The same object for each tag: comparing two objects is slow."""
     return BaseTag(tag)
 
 
 class Plain(NamedTuple):
-    """head: the wanted elements. pixels: the offset of the element that holds them, the file's size where none does."""
+    """head: the wanted elements. pixels: offset of the element with the pixels, or the size of a file without."""
 
     head: Dataset
     syntax: UID
@@ -116,7 +116,7 @@ class Plain(NamedTuple):
 
 
 class _NotPlain(Exception):
-    """pydicom is to read this header."""
+    """The header is left to pydicom."""
 
 
 class _CutOff(_NotPlain):
@@ -124,10 +124,10 @@ class _CutOff(_NotPlain):
 
 
 def plain(file: BoundedFile, wanted: Container[int], pixels: Container[int]) -> Plain | None:
-    """The wanted elements before the first one of `pixels`, of a file with the magic of DICOM."""
+    """The wanted elements before the first one of ``pixels``, of a file with the magic of DICOM."""
     try:
         descriptor = file.fileno()
-    except OSError:  # unpacked
+    except OSError:  # An unpacked file, in memory
         return None
     scan = _Scan(descriptor, file.size)
     try:
@@ -145,8 +145,8 @@ def plain(file: BoundedFile, wanted: Container[int], pixels: Container[int]) -> 
 
 
 def is_cut_off(file: BoundedFile, pixels: Container[int]) -> bool:
-    """Whether a file with the magic of DICOM ends within an element of its header, or before the first one that is not
-    of the file meta group."""
+    """Whether a file with the magic of DICOM ends within an element of its header, or right after the file meta
+    group."""
     try:
         scan = _Scan(file.fileno(), file.size)
         scan.elements(scan.syntax() == ImplicitVRLittleEndian, (), pixels)
@@ -158,8 +158,8 @@ def is_cut_off(file: BoundedFile, pixels: Container[int]) -> bool:
 
 
 class _Scan:
-    """Steps over the elements of a file. place: of the next one. ends_early: as of `is_cut_off`, once all elements
-    were seen."""
+    """Steps over the elements of a file. place: offset of the next one. ends_early: as in ``is_cut_off``, once all
+    elements were seen."""
 
     def __init__(self, descriptor: int, size: int):
         self._descriptor, self._size = descriptor, size
@@ -168,7 +168,7 @@ class _Scan:
         self.place, self.ends_early = 132, False
 
     def syntax(self) -> UID:
-        """The transfer syntax, of the file meta group, which is stepped over."""
+        """The transfer syntax in the file meta group. Skips the group."""
         syntax = ""
         while (element := self._next(False, meta=True)) is not None and element[0] <= _META_END:
             tag, _, length, head = element
@@ -211,8 +211,9 @@ class _Scan:
         return raw
 
     def _next(self, implicit: bool, meta: bool = False) -> tuple[int, bytes, int, int] | None:
-        """Tag, value representation, length and bytes before the value of the element here; None at the file's end.
-        meta: of one behind the file meta group the tag alone, since nothing says yet how it is written."""
+        """Tag, value representation, length, and number of bytes before the value of the next element; None at the end
+        of the file. meta: whether the element may be the first one after the file meta group, of which only the tag is
+        read, because its encoding is not yet known."""
         self._left -= 1
         if self._left < 0:
             raise _NotPlain
@@ -229,7 +230,7 @@ class _Scan:
             return tag, b"", length, 8
         representation = self._data[at + 4 : at + 6]
         if implicit:
-            if representation in _SHORT or representation in _LONG:  # perhaps it is not
+            if representation in _SHORT or representation in _LONG:  # Perhaps the header is explicit after all
                 raise _NotPlain
             return tag, b"", length, 8
         if representation in _SHORT:
@@ -251,7 +252,7 @@ class _Scan:
         self.place += count
 
     def _sequence(self, implicit: bool, depth: int) -> None:
-        """Step over the items of a sequence without a length, and its end."""
+        """Step over the items and the end of a sequence without a length."""
         if depth > DEEPEST:
             raise _NotPlain
         while True:

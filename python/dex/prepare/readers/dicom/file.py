@@ -1,4 +1,4 @@
-"""One DICOM file: the few header elements that are used, taken within bounds, and its frames decoded one at a time."""
+"""One DICOM file: the few header elements in use, read within limits, and its frames, decoded one at a time."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from ..stack import Refused
 from . import bits, elements
 from .codestream import j2k_size, jpeg_colour, jpeg_size, rle_segments, whole_spectrum
 
-HEADER_READS = 1_000_000  # each element takes two or three and about 400 bytes of objects
+HEADER_READS = 1_000_000  # Each element takes two or three reads and about 400 bytes of objects
 HEADER_VALUE = 2**20
-MAX_ITEMS = 150_000  # of all sequences: each is an object of 2 kB and takes as long as ten elements
+MAX_ITEMS = 150_000  # Of all sequences: each is an object of 2 kB and takes as long as ten elements
 MAX_FRAMES = 50_000
 STRIP = 2**20
 
-# Only these are read; everything else, names and private data included, is skipped in the file.
+# Only these are read. Everything else in the file is skipped, including names and private data.
 KEYWORDS = """
 SOPClassUID SOPInstanceUID Modality ImageType BodyPartExamined SeriesDescription PresentationIntentType ConversionType
 ComplexImageComponent VolumeBasedCalculationTechnique SeriesType
@@ -77,7 +77,7 @@ _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7
 
 
 class _Header(BoundedFile):
-    """A file whose elements and items are counted while they are read."""
+    """A file that counts its elements and items while they are read."""
 
     def __init__(self, raw: io.RawIOBase, size: int):
         super().__init__(raw, size)
@@ -93,7 +93,7 @@ class _Header(BoundedFile):
 
 
 class Place(NamedTuple):
-    """Where a file's pixels are, how many bytes follow, and how they are written down."""
+    """Where the pixels of a file start, how many bytes are left from there, and how they are encoded."""
 
     syntax: pydicom.uid.UID
     offset: int
@@ -103,7 +103,7 @@ class Place(NamedTuple):
 
 
 def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | None]:
-    """The elements of KEYWORDS and where the pixels are; None for an object without pixels."""
+    """The elements in KEYWORDS, and the place of the pixels (None for an object without pixels)."""
     with quiet("DICOM header"), _opened(path, limits, _Header) as file:
         magic = has_magic(file)
         simple = elements.plain(file, _WANTED, _PIXELS) if magic else None
@@ -134,7 +134,7 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
         order = "<" if syntax.is_little_endian else ">"
         group, member, length = struct.unpack(f"{order}HHL", element)
         representation = element[4:6].decode("ascii", "replace")
-        if representation in ("OB", "OW", "OF", "OD", "UN"):  # whatever the transfer syntax says
+        if representation in ("OB", "OW", "OF", "OD", "UN"):  # Whatever the transfer syntax says
             length = struct.unpack(f"{order}L", source.read(4))[0]
         else:
             representation = ""
@@ -145,21 +145,21 @@ def read_header(path: Path, limits: Limits) -> tuple[pydicom.Dataset, Place | No
 
 
 def without_pixels(path: Path, limits: Limits, detail: str = "an object without pixels") -> Refused:
-    """Why a file whose header leads to no pixels gives no image: cut off before them, or made without them."""
+    """Why a file without pixels gives no image: truncated before them, or created without them."""
     with quiet("DICOM header"), _opened(path, limits) as file:
         if has_magic(file) and elements.is_cut_off(file, _PIXELS):
-            return Refused("unreadable", "cut off within its header, before the pixels; copy it anew")
+            return Refused("unreadable", "truncated within its header, before the pixels; copy it again")
     return Refused("no image", detail)
 
 
 def _opened(path: Path, limits: Limits, kind: type[BoundedFile] = BoundedFile) -> BoundedFile:
-    """The file at `path`, or what it holds where gzip has packed it; Refused when that would not fit."""
+    """The file at ``path``, unpacked if it is packed by gzip. Raises Refused if that would not fit into memory."""
     file = opened(path, kind)
     if file.read(2) != b"\x1f\x8b":
         file.seek(0)
         return file
     with file:
-        file.calls = 2**62  # packed data is read in small blocks
+        file.calls = 2**62  # Packed data are read in small blocks
         unpacked, data = Unpacked(file), bytearray()
         while block := unpacked.read(2**20):
             data += block
@@ -169,13 +169,13 @@ def _opened(path: Path, limits: Limits, kind: type[BoundedFile] = BoundedFile) -
 
 
 class _Unpacked(io.BytesIO):
-    """With a name, since pydicom asks every buffered file for one."""
+    """A buffer with a name, because pydicom asks every buffered file for one."""
 
     name = ""
 
 
 def _with_converted(head: pydicom.Dataset) -> None:
-    """What an enhanced file that was converted from single images keeps of them aside, as if it stood at the top."""
+    """Add the attributes that an enhanced file, converted from single images, keeps of them in a separate sequence."""
     shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
     for element in (shared.get("UnassignedSharedConvertedAttributesSequence") or [()])[0]:
         if element.tag in _TAGS and element.tag not in head:
@@ -187,7 +187,7 @@ def _at_pixels(tag, vr, length) -> bool:
 
 
 def _inflated(path: Path, limits: Limits) -> io.BytesIO | None:
-    """The data set of a deflated file, or None for another transfer syntax; Refused when it would not fit."""
+    """The data set of a deflated file, or None for another transfer syntax. Raises Refused if it is too large."""
     with _opened(path, limits) as file:
         syntax, start = _meta(file)
         if syntax != DeflatedExplicitVRLittleEndian:
@@ -204,7 +204,7 @@ def _inflated(path: Path, limits: Limits) -> io.BytesIO | None:
 
 
 def _meta(file: BoundedFile) -> tuple[str, int]:
-    """Transfer syntax and the offset where the file meta group (always explicit, little endian) ends."""
+    """The transfer syntax, and the offset of the end of the file meta group (always explicit, little endian)."""
     file.seek(132)
     syntax = ""
     for _ in range(100):
@@ -224,11 +224,10 @@ def _meta(file: BoundedFile) -> tuple[str, int]:
 
 @dataclass(slots=True, kw_only=True)
 class Pixels:
-    """What decoding the frames of one file takes. `colour`: frames come out as uint8 [H, W, 3] RGB.
-    `inverse`: low numbers are bright, by MONOCHROME1 or the shape of the presentation LUT. `invert`: such a frame of 8
-    bits, given as 255 - x. `dtype`: of the frames that `frames` gives. `padding`: the lowest and
-    highest stored value that stand for no measurement. `slices`: of a mosaic, `beside` of them in a row; its frames are
-    these, while `sides` is what is decoded at once."""
+    """How to decode the frames of one file. ``colour``: frames become uint8 [H, W, 3] RGB. ``inverse``: low values are
+    bright, by MONOCHROME1 or the presentation LUT's shape. ``invert``: such frames have 8 bits and become 255 - x.
+    ``dtype``: of the frames from ``frames``. ``padding``: lowest and highest stored value that mean "not measured".
+    ``slices``: of a mosaic, ``beside`` per row; these are its frames, and ``sides`` is the size of the whole."""
 
     path: Path
     syntax: pydicom.uid.UID
@@ -266,7 +265,7 @@ class Pixels:
 
     @quietly("DICOM pixels")
     def frames(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        """The frames of these numbers, in this order, each [H, W] or [H, W, 3] of `dtype`."""
+        """The frames with these numbers, in this order, each [H, W] or [H, W, 3] of ``dtype``."""
         with _opened(self.path, self.limits) as file:
             source = file
             if self.syntax == DeflatedExplicitVRLittleEndian:
@@ -316,12 +315,12 @@ class Pixels:
             if self.syntax in JPEGTransferSyntaxes:
                 data = whole_spectrum(data)
             array, photometric = _decoded(decoder, data, options)
-            # The decoder makes up what is lacking. Where all is there, it does not look at what follows.
+            # The decoder invents missing data. If the stream is complete, appended bytes do not change the result.
             if self.syntax in _ENDING and data.find(_END, data.rfind(b"\xff\xda")) < 0:
                 if not np.array_equal(array, _decoded(decoder, data + b"\x55" * 64 + _END, options)[0]):
-                    raise Refused("unreadable", "the compressed data end early: cut off; copy it anew")
+                    raise Refused("unreadable", "the compressed data end early: truncated; copy it again")
             if self.syntax in JPEGTransferSyntaxes and self.options["samples_per_pixel"] == 3:
-                photometric = jpeg_colour(data) or photometric  # headers say RGB of streams that are not
+                photometric = jpeg_colour(data) or photometric  # Headers declare RGB for streams that are not
             yield self._rgb(array, photometric)
 
     def _encapsulated(self, source: BoundedFile, numbers: list[int]) -> Iterator[bytes]:
@@ -336,13 +335,13 @@ class Pixels:
                     number = next(wanted, None)
                 if number is None:
                     return
-            raise Refused("unreadable", f"{declared} frames declared, {index + 1} found")
+            raise Refused("unreadable", f"{declared} frames declared, {index + 1} read")
         for number in numbers:
             source.seek(self.offset)
             yield get_frame(source, number, **known)
 
     def _check_codestream(self, data: bytes) -> None:
-        """The decoders allocate by the codestream's own sizes, so these must be the header's."""
+        """Decoders allocate by the sizes in the codestream, so these must match the header."""
         if len(data) > self.limits.memory // 4:
             raise Refused("too large", f"{len(data)} bytes in one compressed frame")
         rows, columns, samples = *self.sides, self.options["samples_per_pixel"]
@@ -373,12 +372,12 @@ class Pixels:
             raise Refused("unsupported", "YBR of more than 8 bits; convert it to RGB or grey")
         out = np.empty(array.shape, np.uint8)
         rows = max(1, STRIP // array.shape[1])
-        for top in range(0, len(array), rows):  # in strips: the conversion works in float64
+        for top in range(0, len(array), rows):  # In strips: the conversion uses float64
             out[top : top + rows] = convert_color_space(array[top : top + rows], "YBR_FULL", "RGB")
         return out
 
     def _finished(self, array: np.ndarray) -> np.ndarray:
-        if self.shift > 0:  # the value does not start at bit 0
+        if self.shift > 0:  # The value does not start at bit 0
             array = array >> self.shift
         if self.padding is not None:
             array = self._without_padding(array)
@@ -397,8 +396,8 @@ class Pixels:
         return 255 - array if self.invert else array
 
     def _without_padding(self, array: np.ndarray) -> np.ndarray:
-        """Padding becomes the darkest value that was measured in the frame, 0 where none was: it may lie far outside of
-        what was measured, and percentiles would be of it."""
+        """Replace padding by the darkest measured value of the frame, or by 0 if there is none. Padding may be far
+        outside the measured range and would dominate the percentiles."""
         low, high = self.padding
         measured = (array < low) | (array > high)
         if measured.all():
@@ -414,7 +413,7 @@ class Pixels:
 
 
 def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) -> Pixels:
-    """What decoding takes; Refused where the header is not sound or its sizes are too large."""
+    """How to decode a file. Raises Refused for an inconsistent header, or for sizes above the limits."""
     syntax = place.syntax
     options = as_pixel_options(head)
     options.update(pixel_keyword=place.keyword, transfer_syntax_uid=syntax)
@@ -428,31 +427,31 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         options.setdefault("bits_stored", options.get("bits_allocated"))
     for name in ("rows", "columns", "bits_allocated", "number_of_frames", "samples_per_pixel"):
         if not isinstance(options.get(name), int):
-            raise Refused("unreadable", f"{name} is missing or no number")
+            raise Refused("unreadable", f"{name} is missing or not a number")
         options[name] = int(options[name])
     photometric = options["photometric_interpretation"] = str(options["photometric_interpretation"])
     allocated, samples = options["bits_allocated"], options["samples_per_pixel"]
     limits.check_frame(options["rows"], options["columns"])
     packed = allocated == 12 and samples == 1 and syntax.is_little_endian and not syntax.is_encapsulated
-    sound = packed or allocated in (1, 8, 16, 32, 64)
-    if samples not in (1, 3) or not sound or options["number_of_frames"] < 1:
-        raise Refused("unsupported", f"{samples} samples of {allocated} bits a pixel; export it as grey or RGB")
+    supported = packed or allocated in (1, 8, 16, 32, 64)
+    if samples not in (1, 3) or not supported or options["number_of_frames"] < 1:
+        raise Refused("unsupported", f"{samples} samples of {allocated} bits per pixel; export it as grey or RGB")
     if samples == 3:
         options.setdefault("planar_configuration", 0)
     count = options["number_of_frames"]
     if count > MAX_FRAMES:
         raise Refused("too large", f"{count} frames in one file, at most {MAX_FRAMES}")
     if syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian:
-        needed = 8 * count  # an item's tag and length, at least
+        needed = 8 * count  # At least the tag and length of an item per frame
         limits.check_all(count * options["rows"] * options["columns"] * samples * max(1, allocated // 8), place.left)
     else:
         needed = count * options["rows"] * options["columns"] * samples * allocated // 8
         needed = needed // 3 * 2 if photometric == "YBR_FULL_422" else needed
     if needed > place.left:
-        raise Refused("unreadable", f"{needed} bytes declared, {place.left} there: cut off; copy it anew")
+        raise Refused("unreadable", f"{needed} bytes declared, {place.left} there: truncated; copy it again")
     stored = allocated if floating else options["bits_stored"]
     if not isinstance(stored, int) or not 1 <= stored <= allocated:
-        raise Refused("unreadable", "bits stored of bits allocated")
+        raise Refused("unreadable", "bits stored outside 1 to bits allocated")
     shift, high = 0, head.get("HighBit")
     if not floating and not syntax.is_compressed and isinstance(high, int) and stored - 1 < high < allocated:
         shift, options["bits_stored"] = high + 1 - stored, high + 1
@@ -464,7 +463,7 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
         palette, first = _palette(head, syntax)
     lut = None
     item = (head.get("ModalityLUTSequence") or [{}])[0]
-    if not colour and item.get("LUTDescriptor") is not None and item.get("LUTData") is not None:  # some are empty
+    if not colour and item.get("LUTDescriptor") is not None and item.get("LUTData") is not None:  # Some are empty
         first = _first(item.LUTDescriptor, signed)
         lut = _table(item.LUTData, item.LUTDescriptor, syntax)
     rescaled = (head.get("RescaleSlope", 1) or 1) != 1 or (head.get("RescaleIntercept", 0) or 0) != 0
@@ -500,20 +499,20 @@ def describe(path: Path, head: pydicom.Dataset, place: Place, limits: Limits) ->
 
 
 def text(source: Any, name: str) -> str:
-    """An element's value as stripped text, "" where absent."""
+    """An element's value as stripped text, "" if absent."""
     value = source.get(name)
     return "" if value is None else str(value).strip()
 
 
 def listed(value: Any) -> list[Any]:
-    """The values of an element of any multiplicity."""
+    """The values of an element with any multiplicity."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
 
 
 def private(head: Any, group: int, creator: str, element: int) -> Any:
-    """The value of an element of a private block, only where its creator is the expected one; else None."""
+    """The value of an element of a private block, if the block has the expected creator; else None."""
     block = head.get((group, 0x0010), None)
     member = head.get((group, 0x1000 | element), None)
     if block is None or member is None or str(block.value).strip() != creator:
@@ -536,7 +535,7 @@ def _first(descriptor, signed: bool) -> int:
 
 
 def _padding(head, allocated: int, signed: bool) -> tuple[int, int] | None:
-    """The lowest and highest value of padding, whatever sign its element was written with."""
+    """The lowest and highest padding value, independent of the sign in which the element is written."""
     value = number(head.get("PixelPaddingValue"))
     if value is None:
         return None
@@ -548,7 +547,7 @@ def _padding(head, allocated: int, signed: bool) -> tuple[int, int] | None:
 
 
 def _table(data, descriptor, syntax) -> np.ndarray:
-    """uint16 [n] of a lookup table whose entries are bytes or words."""
+    """uint16 [n]: a lookup table whose entries are bytes or words."""
     count = int(descriptor[0]) or 2**16
     if isinstance(data, bytes):
         wide = len(data) >= 2 * count
@@ -557,12 +556,12 @@ def _table(data, descriptor, syntax) -> np.ndarray:
     else:
         values = np.asarray(listed(data)[:count], np.int64) % 2**16
     if not len(values):
-        raise Refused("unreadable", "an empty lookup table: its header is damaged; export it anew")
+        raise Refused("unreadable", "an empty lookup table: its header is damaged; export it again")
     return values.astype(np.uint16)
 
 
 def _palette(head, syntax) -> tuple[np.ndarray, int]:
-    """uint8 [n, 3] and the stored value of its first entry."""
+    """The palette, uint8 [n, 3], and the stored value of its first entry."""
     descriptor = head.RedPaletteColorLookupTableDescriptor
     first = _first(descriptor, head.get("PixelRepresentation") == 1)
     if "RedPaletteColorLookupTableData" in head:
@@ -580,15 +579,15 @@ def _palette(head, syntax) -> tuple[np.ndarray, int]:
 
 
 def _decoded(decoder, data: bytes, options: dict) -> tuple[np.ndarray, str]:
-    """A single compressed frame and what its colours then are."""
-    # an empty offset table and one fragment: what pydicom wants around it
+    """A single compressed frame, decoded, and its photometric interpretation."""
+    # pydicom expects the frame within an empty offset table and one fragment.
     item = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
     array, properties = decoder.as_array(item, index=0, raw=True, decoding_plugin="pylibjpeg", **options)
     return array, properties["photometric_interpretation"]
 
 
 def digest(path: Path, place: Place, limits: Limits) -> bytes:
-    """Of the bytes of a file's pixels, as they are stored."""
+    """The SHA-256 of a file's pixels, as they are stored."""
     with _opened(path, limits) as file:
         source: io.BufferedIOBase | io.BytesIO | None = file
         if place.syntax == DeflatedExplicitVRLittleEndian:

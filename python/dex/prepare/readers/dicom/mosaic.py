@@ -1,7 +1,7 @@
-"""Siemens mosaics: the slices of a volume side by side in one image, row by row in a square of as many as are needed.
+"""Siemens mosaics: the slices of a volume side by side in one image, row by row in a square grid.
 
-How many there are, and to which side they follow each other, stands in private elements alone. The position in the
-header is that of an image as large as the mosaic and centred on its slices.
+Only private elements give the number of slices and the direction from one to the next. The position in the header is
+that of an image as large as the mosaic and centred on its slices.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from .file import SIEMENS_CSA, SIEMENS_MR, listed, private
 from .file import number as number_of
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # "highly experimental": of its DICOM readers; this one is of private headers
+    warnings.simplefilter("ignore")  # "highly experimental": about its DICOM readers; this one reads private headers
     from nibabel.nicom import csareader
-
 
 MAX_SLICES = 1024
 
 
 class Mosaic(NamedTuple):
-    """normal: unit vector from each slice to the next, None where nobody says."""
+    """normal: unit vector from each slice to the next, None if unknown."""
 
     count: int
     normal: np.ndarray | None
 
 
 def mosaic(head: Any) -> Mosaic | None:
-    """What the header says of a mosaic; None for any other image. Refused where it does not say enough."""
+    """The mosaic that a header describes; None for any other image. Raises Refused if the header lacks the number of
+    slices."""
     if "MOSAIC" not in (str(value).strip().upper() for value in listed(head.get("ImageType"))):
         return None
     csa = _csa(head)
-    count = number_of(private(head, 0x0019, SIEMENS_MR, 0x0A)) or number_of(_told(csareader.get_n_mosaic, csa))
+    count = number_of(private(head, 0x0019, SIEMENS_MR, 0x0A)) or number_of(_read(csareader.get_n_mosaic, csa))
     if count is None or count != int(count) or count < 1:
         raise Refused(
-            "unsupported", "a mosaic whose header does not say of how many slices; convert it, to NIfTI for instance"
+            "unsupported", "a mosaic without the number of slices in its header; convert it, to NIfTI for instance"
         )
     if count > MAX_SLICES:
         raise Refused("too large", f"a mosaic of more than {MAX_SLICES} slices; convert it, to NIfTI for instance")
-    normal = _told(csareader.get_slice_normal, csa)
+    normal = _read(csareader.get_slice_normal, csa)
     length = 0.0 if normal is None else float(np.linalg.norm(normal))
     return Mosaic(int(count), np.asarray(normal, float) / length if 0.9 < length < 1.1 else None)
 
 
 def tiles(sides: tuple[int, int], count: int) -> int:
-    """How many slices stand beside each other in a mosaic of `sides` pixels."""
+    """The number of slices per row in a mosaic of ``sides`` pixels."""
     beside = math.isqrt(count - 1) + 1
     if sides[0] % beside or sides[1] % beside or min(sides) < beside:
         raise Refused(
@@ -66,7 +66,7 @@ def first_position(
     sides: Sequence[int],
     beside: int,
 ) -> np.ndarray:
-    """Where the first pixel of the first slice is. spacing: mm of rows, of columns."""
+    """The position of the first pixel of the first slice. spacing: mm between rows and between columns."""
     down, right = ((side - side // beside) / 2 * mm for side, mm in zip(sides, spacing, strict=True))
     return position + right * np.array(orientation[:3]) + down * np.array(orientation[3:])
 
@@ -75,12 +75,12 @@ def _csa(head) -> dict | None:
     data = private(head, 0x0029, SIEMENS_CSA, 0x10)
     try:
         return csareader.read(data) if isinstance(data, bytes) else None
-    except Exception:  # what it cannot read says nothing
+    except Exception:  # An unreadable header says nothing
         return None
 
 
-def _told(ask, csa: dict | None):
+def _read(get, csa: dict | None):
     try:
-        return None if csa is None else ask(csa)
+        return None if csa is None else get(csa)
     except Exception:
         return None

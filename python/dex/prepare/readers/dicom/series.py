@@ -1,7 +1,7 @@
-"""DICOM files to stacks: series apart, frames in their order in space, numbers in Hounsfield units or SUV where known.
+"""DICOM files to stacks: one series each, frames in spatial order, values in Hounsfield units or SUV if known.
 
-A series is split where size, kind of pixels, orientation or localizer differ, and where a position recurs (phases,
-echoes, b-values), by what the headers say of these (`apart`). A mosaic is taken apart into its slices.
+A series is split where size, kind of pixels, orientation or localizer differ, and where positions recur (phases,
+echoes, b-values), by the headers (``apart``). A mosaic is divided into its slices.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _NO_IMAGE = {_DIRECTORY: "a directory of files", _DOSE: "a dose distribution"} |
     _SEGMENTATIONS, "a segmentation"
 )
 _SAME_PLACE = 0.01  # mm along the normal
-_UNEVEN = 0.1  # of the usual distance
+_UNEVEN = 0.1  # Share of the median distance
 _TILT = math.cos(math.radians(3))
-_SAME_COSINE, _SAME_SPACING = 0.01, 0.001  # what jitter leaves between slices of one volume; relative
+_SAME_COSINE, _SAME_SPACING = 0.01, 0.001  # Largest jitter between slices of one volume; the second is relative
 
 
 class Repeated(Refused):
-    """The same instance twice: the second file is left out, its series stays."""
+    """The same instance twice: the second file is left out, the series stays."""
 
 
 @dataclass(slots=True)
 class Slice:
-    """One frame of one file: where it is and what its numbers mean. `order`: what sorts frames at one place. `said`: as
-    `apart.said_by` gives it. `location`: mm along an unknown line. `units`: of PET where the frame has a mapping of its
-    own, else ""."""
+    """One frame of one file: its place and the meaning of its values. ``order``: sorts frames at the same place.
+    ``key_values``: from ``apart.key_values_of``. ``location``: mm along an unknown line. ``units``: of PET, if the
+    frame has its own mapping, else ""."""
 
     pixels: Pixels
     number: int
@@ -62,14 +62,14 @@ class Slice:
     inverted: bool
     note: str
     tomographic: bool
-    said: tuple[Hashable, ...] = field(repr=False, default=())
+    key_values: tuple[Hashable, ...] = field(repr=False, default=())
     location: float | None = None
     units: str = ""
 
 
 class Group(NamedTuple):
-    """Slices of one stack. volume: each at a place of its own, parallel to the others. alone: their numbers say nothing
-    about each other's."""
+    """Slices of one stack. volume: whether each is at its own place, parallel to the others. alone: whether the values
+    of one say nothing about another's."""
 
     slices: list[Slice]
     volume: bool
@@ -78,7 +78,7 @@ class Group(NamedTuple):
 
 @dataclass
 class Alike:
-    """Files of one identity: the first one, and digests of their pixels, made when a second one comes."""
+    """Files with the same identity: the first one, and digests of their pixels, computed when a second one comes."""
 
     path: Path
     place: Place
@@ -99,9 +99,9 @@ class Series:
 def read(
     files: Sequence[Path], limits: Limits, beat: Callable[[], None], decide: Decide | None = None
 ) -> Iterator[Stack]:
-    """The stacks of one folder's files, by series identity. A file that cannot be read refuses its series, where that
-    can be known; objects without pixels, doses and segmentations are "no image". decide: leaves out more of them, and
-    none of what it leaves out refuses its series."""
+    """The stacks of one folder's files, by series identity. An unreadable file refuses its whole series, if that is
+    known; objects without pixels, doses and segmentations are "no image". decide: leaves out further files, without
+    refusing their series."""
     by_identity: dict[tuple[str, ...], Series] = defaultdict(Series)
     faulty: dict[tuple[str, ...], Refused] = {}
     refused: list[Refused] = []
@@ -130,8 +130,8 @@ def read(
     for identity in sorted(by_identity):
         slices = by_identity[identity].slices
         if identity in faulty and slices:
-            spoiled = Refused("inconsistent", f"{len(slices)} slices of a series with a file that is refused")
-            refused.append(spoiled.about(_names(slices)))
+            incomplete = Refused("inconsistent", f"{len(slices)} slices of a series with a refused file")
+            refused.append(incomplete.about(_names(slices)))
         if identity in faulty or not slices:
             continue
         try:
@@ -143,12 +143,12 @@ def read(
         refused[0].others = refused[1:]
         raise refused[0]
     stacks[0].refused.extend(refused)
-    while stacks:  # a stack given away is not held here, nor what it keeps in memory
+    while stacks:  # Keep no reference to a yielded stack, which may hold much memory
         yield stacks.pop(0)
 
 
 def series_of(path: Path, limits: Limits) -> tuple[str, ...]:
-    """What the files of one series share, which `read` puts together; () for a file that it refuses at once."""
+    """What the files share that ``read`` puts into one series; () for a file with an unreadable header."""
     try:
         with quiet("DICOM header"):
             return _identity(read_header(path, limits)[0])
@@ -161,7 +161,7 @@ def _names(slices: Sequence[Slice]) -> Iterator[str]:
 
 
 def _identity(head) -> tuple[str, ...]:
-    # careless anonymisers give the series of several patients one UID, or none
+    # Careless anonymisers give the series of several patients the same UID, or none.
     return text(head, "SeriesInstanceUID"), text(head, "StudyInstanceUID"), _patient(head)
 
 
@@ -173,15 +173,15 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
     if place is None:
         raise without_pixels(path, limits)
     slabs = mosaic(head)
-    # careless anonymisers give all files one UID, so the place in the series must agree too, and then the pixels
+    # Careless anonymisers give all files the same UID, so the place in the series and then the pixels must agree too.
     instance = tuple(text(head, name) for name in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient"))
     if instance[0]:
         alike = series.instances.setdefault(instance, Alike(path, place))
         if alike.path != path:
             _check_new(alike, path, place, limits)
     series.patient = _patient(head)
-    called = (head.get("SeriesDescription"), head.get("ProtocolName"), *listed(head.get("ImageType")))
-    series.named |= suspicious(" ".join(str(name) for name in called if name))
+    names = (head.get("SeriesDescription"), head.get("ProtocolName"), *listed(head.get("ImageType")))
+    series.named |= suspicious(" ".join(str(name) for name in names if name))
     series.burned_in |= str(head.get("BurnedInAnnotation", "")).strip().upper() == "YES"
     pixels = describe(path, head, place, limits)
     if slabs is None:
@@ -195,12 +195,12 @@ def _add(series: Series, head, path: Path, place: Place | None, limits: Limits) 
 
 
 def _check_new(alike: Alike, path: Path, place: Place, limits: Limits) -> None:
-    """Repeated where a file of the same identity has the same pixels."""
+    """Raise Repeated if a file with the same identity has the same pixels."""
     if not alike.digests:
         alike.digests.add(digest(alike.path, alike.place, limits))
     pixels = digest(path, place, limits)
     if pixels in alike.digests:
-        raise Repeated("inconsistent", "an instance that is there already")
+        raise Repeated("inconsistent", "a copy of another instance")
     alike.digests.add(pixels)
 
 
@@ -231,7 +231,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
     several = pixels.options["number_of_frames"] > 1
     localizer = "LOCALIZER" in image_type or "SCOUT" in image_type
     for number in range(pixels.count):
-        if each or not number:  # else all frames are as the first one
+        if each or not number:  # Otherwise all frames are like the first one
             groups = (each[number], shared) if each else (shared,)
             content = _group(groups, "FrameContentSequence")
             transform = _group(groups, "PixelValueTransformationSequence") or head
@@ -249,7 +249,7 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             quantity, note = _quantity(pixels, modality, localizer, transform)
             times = (_integer(content.get("TemporalPositionIndex")), *map(_integer, listed(content.get("StackID"))))
             indices = tuple(_integer(v) for v in listed(content.get("DimensionIndexValues")))
-            said = apart.said_by(head, groups, content)
+            key_values = apart.key_values_of(head, groups, content)
         if tomogram and first is not None and orientation is not None and between:
             position = first + number * between * _normal(orientation)
         yield Slice(
@@ -275,14 +275,14 @@ def _slices(head, pixels: Pixels, modality: str, name: str) -> Iterator[Slice]:
             inverted=quantity == "raw" and pixels.inverse,
             note=note,
             tomographic=not localizer and (modality in ("CT", "MR", "PT") or bool(tomogram)),
-            said=said,
+            key_values=key_values,
             location=None if enhanced or several else number_of(head.get("SliceLocation")),
             units=units,
         )
 
 
 def _of_mosaic(slabs: Mosaic, head, pixels: Pixels, modality: str, name: str) -> list[Slice]:
-    """The slices of a mosaic: with places of their own, or one stack a file where these are not known."""
+    """The slices of a mosaic, each at its own place; if the places are unknown, each file becomes its own stack."""
     if pixels.count != 1:
         raise Refused("unsupported", "several mosaics in one file; convert it, to NIfTI for instance")
     pixels.slices, pixels.beside = slabs.count, tiles(pixels.sides, slabs.count)
@@ -298,14 +298,14 @@ def _of_mosaic(slabs: Mosaic, head, pixels: Pixels, modality: str, name: str) ->
 
 
 def _quantity(pixels: Pixels, modality: str, localizer: bool, transform) -> tuple[str, str]:
-    """What the numbers are, and a note where that is less than the modality promises. PET becomes SUV later, with the
-    whole series known."""
+    """The quantity of the values, and a note if it is less than the modality promises. PET becomes SUV later, when the
+    whole series is known."""
     if pixels.eight:
         return "display8", ""
     if modality != "CT":
         return "raw", ""
     if localizer:
-        return "raw", "a localizer's numbers are no Hounsfield units"
+        return "raw", "a localizer's values are not Hounsfield units"
     kind = str(transform.get("RescaleType") or "HU").strip().upper()
     if pixels.modality_lut is not None or kind not in ("HU", "US") or transform.get("RescaleIntercept") is None:
         return "raw", "no rescale to Hounsfield units"
@@ -342,14 +342,14 @@ def _groups(slices: list[Slice], refused: list[Refused]) -> list[Group]:
     loose = [piece for piece in slices if piece.position is None or piece.orientation is None]
     placed = [piece for piece in slices if piece.position is not None and piece.orientation is not None]
     groups = []
-    single: list[Slice] = []  # of which nothing says that others are of the same volume
+    single: list[Slice] = []  # Slices that are not known to belong to a volume with others
     for parallel in _parallel(placed):
         normal = _upwards(parallel[0].orientation)
         along = [float(piece.position @ normal) for piece in parallel]
         for volume in _apart(parallel, along, single, refused):
             groups.append(Group(volume, volume=True, alone=False))
     known = [piece for piece in loose if piece.location is not None and piece.tomographic]
-    if len(known) == len(loose):  # a header without places
+    if len(known) == len(loose):  # Headers without positions
         along = [piece.location for piece in known]
         groups.extend(Group(volume, False, False) for volume in _apart(known, along, single, refused))
     else:
@@ -359,16 +359,17 @@ def _groups(slices: list[Slice], refused: list[Refused]) -> list[Group]:
 
 
 def _apart(slices: list[Slice], along: list[float], single: list[Slice], refused: list[Refused]) -> list[list[Slice]]:
-    """The volumes of slices at these places along a line, each in order; what is of none goes into `single`."""
+    """The volumes of slices at these positions along a line, each in order; slices of no volume are added to
+    ``single``."""
     if not slices:
         return []
     places = apart.numbered(along, _SAME_PLACE)
-    if len(set(places)) < 2:  # one picture, a film of one place, or a turning camera
+    if len(set(places)) < 2:  # One picture, a film at one place, or a rotating camera
         single.extend(slices)
         return []
     stacks, alone, copies = apart.split(slices, places, _pixels_of)
     for piece in copies:
-        copy = Repeated("inconsistent", "an image that is there already")
+        copy = Repeated("inconsistent", "a copy of another image")
         copy.file = piece.pixels.path.name
         refused.append(copy)
     single.extend(alone)
@@ -382,13 +383,13 @@ def _pixels_of(piece: Slice) -> bytes:
 
 
 def _without_places(slices: list[Slice], alone: bool) -> list[Group]:
-    """By instance number. alone: of tomographic slices each is."""
+    """Groups in the order of instance numbers. alone: whether each tomographic slice stands alone."""
     groups = []
     by_spacing: dict[tuple, list[Slice]] = defaultdict(list)
     for piece in slices:
         by_spacing[piece.spacing].append(piece)
     for key in sorted(by_spacing):
-        parts = [by_spacing[key]] if alone else apart.told_apart(by_spacing[key])
+        parts = [by_spacing[key]] if alone else apart.separate(by_spacing[key])
         for part in parts:
             part.sort(key=lambda piece: (piece.instance, piece.order))
             groups.append(Group(part, False, alone and part[0].tomographic))
@@ -396,12 +397,12 @@ def _without_places(slices: list[Slice], alone: bool) -> list[Group]:
 
 
 def _parallel(slices: list[Slice]) -> list[list[Slice]]:
-    """Lists of slices of one orientation and spacing, each within the tolerance of its list's first."""
+    """Lists of slices with the same orientation and spacing, within the tolerances of the first slice of each list."""
     lists: list[list[Slice]] = []
     for piece in sorted(slices, key=lambda piece: (piece.orientation, piece.spacing, piece.order)):
         for other in reversed(lists):
             first = other[0]
-            if piece.orientation[0] - first.orientation[0] > _SAME_COSINE:  # sorted: nor are those before it near
+            if piece.orientation[0] - first.orientation[0] > _SAME_COSINE:  # Sorted: earlier lists are no nearer
                 lists.append([piece])
                 break
             turn = max(abs(a - b) for a, b in zip(piece.orientation, first.orientation, strict=True))
@@ -425,7 +426,7 @@ def _stack(group: Group, series: Series, factor, note: str, limits: Limits) -> S
         slope, intercept = float(slope[0]), float(intercept[0])
     height, width = pixels.sides
     channels = 3 if pixels.colour else 1
-    files: dict[int, int] = {}  # by identity, numbered
+    files: dict[int, int] = {}  # Identity of a file's pixels -> its number
     parts = tuple(files.setdefault(id(piece.pixels), len(files)) for piece in slices)
     several = pixels.slices or len(files) > 1
     stacked = group.volume or bool(len(slices) > 1 and first.tomographic and several)
@@ -454,7 +455,7 @@ def _stack(group: Group, series: Series, factor, note: str, limits: Limits) -> S
         named=series.named,
         note=first.note or (note if quantity == "raw" else ""),
         patient=series.patient,
-        series_number=str(first.said[apart.SERIES_NUMBER]) if first.said else "",
+        series_number=str(first.key_values[apart.SERIES_NUMBER]) if first.key_values else "",
     )
 
 
@@ -462,7 +463,7 @@ def _loader(places: list[tuple[Pixels, int]]) -> Callable:
     def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
         numbers = [number for number in range(len(places)) if wanted(number)]
         start = 0
-        while start < len(numbers):  # frames of one file that follow each other are read with the file opened once
+        while start < len(numbers):  # Open each file once for its consecutive frames
             end = start
             pixels = places[numbers[start]][0]
             while end < len(numbers) and places[numbers[end]][0] is pixels:
@@ -489,8 +490,8 @@ def _geometry(slices: list[Slice]) -> Geometry:
     affine[:2] *= -1  # DICOM's patient axes are left, posterior, superior
     directions = affine[:3, :3].copy()
     directions[:, 2] = normal * (-1, -1, 1)
-    found = Geometry.from_affine(directions, (columns, rows, usual), even)
-    return replace(found, affine=tuple(tuple(float(v) for v in row) for row in affine))
+    geometry = Geometry.from_affine(directions, (columns, rows, usual), even)
+    return replace(geometry, affine=tuple(tuple(float(v) for v in row) for row in affine))
 
 
 def _group(groups: tuple, name: str):
@@ -515,7 +516,7 @@ def _spacing(measures, head) -> tuple[float, float]:
         (head, "PixelAspectRatio"),
     ):
         values = _vector(source.get(name), 2)
-        if values is not None and (values > 0).all():  # 0 is written where the pixels' size is not known
+        if values is not None and (values > 0).all():  # 0 means an unknown pixel size
             return float(values[0]), float(values[1])
     return 1.0, 1.0
 
@@ -545,7 +546,7 @@ def _normal(orientation: tuple[float, ...]) -> np.ndarray:
 
 
 def _upwards(orientation: tuple[float, ...]) -> np.ndarray:
-    """The normal of the two that points rather to the right, to the front or upwards."""
+    """Of the two normals, the one that points mainly right, forward or up."""
     normal = _normal(orientation)
     towards = int(np.abs(normal).argmax())
     return normal if (normal[towards] > 0) == (towards == 2) else -normal  # DICOM's axes: left, posterior, superior

@@ -1,7 +1,7 @@
-"""The factor that turns a PET series' activity into standardised uptake values by body weight.
+"""The factor that converts the activity of a PET series into standardised uptake values by body weight.
 
-The steps are those of the QIBA profile's vendor-neutral pseudo-code (Units, CorrectedImage, DecayCorrection, the time
-the images are decay-corrected to), times across midnight included.
+The steps follow the vendor-neutral pseudo-code of the QIBA profile (Units, CorrectedImage, DecayCorrection, the time to
+which the images are decay-corrected), including times across midnight.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from ..stack import Refused
 from .file import GE_PET, PHILIPS_PET, listed, number, private, text
 
 DAY = 86400.0
-DOSE = (1e5, 1e11)  # becquerel: a dose in MBq or mCi written without conversion lies far outside
-WEIGHT = (0.2, 500.0)  # kilograms
+DOSE = (1e5, 1e11)  # Becquerel: a dose written in MBq or mCi by mistake is far outside
+WEIGHT = (0.2, 500.0)  # Kilograms
 _CORRECTED = {"ATTN": "AttenuationCorrected", "DECY": "DecayCorrected"}
-
-
 UNITS = {"{suvbw}g/ml": "GML", "g/ml{suvbw}": "GML", "bq/ml": "BQML"}
-"""Units as enhanced files write them, in any case, the best first."""
+"""Units as written in enhanced files, in any letter case, the preferred ones first."""
 
 
 class Uptake(NamedTuple):
-    """What one PET file says. Dates and times as in the header, "" where absent; numbers None where absent.
-    `corrected_to`: the time that an enhanced file is decay-corrected to; others say START or ADMIN."""
+    """The header of one PET file. Dates and times are as in the header, "" if absent; absent numbers are None.
+    ``corrected_to``: the time to which an enhanced file is decay-corrected; other files say START or ADMIN."""
 
     units: str
     suv_type: str
@@ -47,7 +45,7 @@ class Uptake(NamedTuple):
 
 
 def uptake(head: Any, units: str = "") -> Uptake:
-    """From the header elements of one file. units: as its frames' own mapping says, "" where none does."""
+    """From the header of one file. units: from the frames' own mapping, "" if there is none."""
     items = head.get("RadiopharmaceuticalInformationSequence") or []
     drug = items[0] if len(items) == 1 else {}
     date, time = text(head, "AcquisitionDate") or text(head, "SeriesDate"), text(head, "AcquisitionTime")
@@ -73,7 +71,7 @@ def uptake(head: Any, units: str = "") -> Uptake:
 
 
 def factor(files: Sequence[Uptake]) -> float:
-    """SUV = factor * rescaled value, for all files of one series; Refused where the headers do not suffice."""
+    """SUV = factor * rescaled value, for all files of one series. Raises Refused if the headers do not suffice."""
     first = files[0]
     same = ("units", "decay_correction", "corrected_to", "weight", "dose", "half_life", "injection", "injection_time")
     for name in (*same, "suv_type"):
@@ -116,7 +114,7 @@ def _by_weight(files: Sequence[Uptake]) -> float:
 
 
 def _decay_seconds(files: Sequence[Uptake]) -> float:
-    """From the injection to the time the images are corrected to."""
+    """Seconds from the injection to the time to which the images are corrected."""
     first = files[0]
     acquired = [moment for moment in (_moment(file.acquisition) for file in files) if moment]
     series = _moment(first.series)
@@ -124,7 +122,7 @@ def _decay_seconds(files: Sequence[Uptake]) -> float:
         scan = _moment(first.corrected_to)
     elif series and (not acquired or series <= min(acquired)):
         scan = series
-    else:  # the series was rewritten later: its time is not the scan's
+    else:  # The series was rewritten later: its time is not that of the scan
         scan = _moment(first.ge_scan) or (min(acquired) if acquired else None)
     if scan is None:
         raise Refused("inconsistent", "SUV: no time of the scan")
@@ -140,9 +138,9 @@ def _decay_seconds(files: Sequence[Uptake]) -> float:
     return seconds
 
 
-def _moment(digits_of: str) -> datetime | None:
-    """DICOM date and time digits, YYYYMMDD[HHMM[SS[.ffffff]]]; a UTC offset is cut off, since the others have none."""
-    digits, _, fraction = digits_of.strip().split("+")[0].split("-")[0].partition(".")
+def _moment(value: str) -> datetime | None:
+    """A DICOM date and time, YYYYMMDD[HHMM[SS[.ffffff]]]. A UTC offset is ignored, since other times have none."""
+    digits, _, fraction = value.strip().split("+")[0].split("-")[0].partition(".")
     try:
         moment = datetime.strptime(digits, {14: "%Y%m%d%H%M%S", 12: "%Y%m%d%H%M", 10: "%Y%m%d%H"}[len(digits)])
         return moment + timedelta(seconds=float(f"0.{fraction}")) if fraction else moment
@@ -157,13 +155,13 @@ def _text_of(value) -> str:
 
 
 def mapping(groups: Sequence[Any]) -> tuple[str, float, float] | None:
-    """Units, slope and intercept that the functional groups of a frame give its stored values; None where they give
-    none of UNITS."""
-    items = next((found for group in groups if (found := group.get("RealWorldValueMappingSequence"))), [])
-    found = {}
+    """Units, slope and intercept of a frame's stored values, from its functional groups; None if they give none of
+    UNITS."""
+    items = next((items for group in groups if (items := group.get("RealWorldValueMappingSequence"))), [])
+    scales = {}
     for item in items:
         code = (item.get("MeasurementUnitsCodeSequence") or [{}])[0]
         slope, intercept = (number(item.get(f"RealWorldValue{name}")) for name in ("Slope", "Intercept"))
         if slope and intercept is not None:
-            found.setdefault(text(code, "CodeValue").lower(), (slope, intercept))
-    return next(((units, *found[code]) for code, units in UNITS.items() if code in found), None)
+            scales.setdefault(text(code, "CodeValue").lower(), (slope, intercept))
+    return next(((units, *scales[code]) for code, units in UNITS.items() if code in scales), None)

@@ -64,7 +64,7 @@ def test_the_size_of_a_jpeg_2000(bare):
 def test_the_segments_of_an_rle_frame():
     assert [rle_segments(struct.pack("<16L", count, *[64] * 15)) for count in (1, 3, 15)] == [1, 3, 15]
     for frame in (struct.pack("<16L", 0, *[64] * 15), struct.pack("<16L", 16, *[64] * 15), b"\1\0\0\0"):
-        with pytest.raises(Refused, match="without header"):
+        with pytest.raises(Refused, match="without a header"):
             rle_segments(frame)
 
 

@@ -127,21 +127,21 @@ def test_real_mosaics():
 @pytest.mark.parametrize(
     "more, reason",
     [
-        ({"told": None}, "unsupported: a mosaic whose header does not say of how many slices; convert it"),
-        ({"count": 0}, "unsupported: a mosaic whose header does not say of how many slices; convert it"),
+        ({"told": None}, "unsupported: a mosaic without the number of slices in its header; convert it"),
+        ({"count": 0}, "unsupported: a mosaic without the number of slices in its header; convert it"),
         ({"count": 2000}, "too large: a mosaic of more than"),
         ({"count": 17}, "inconsistent: a mosaic of"),  # a square of five into twelve pixels
         (
             {"told": None, "header": b"SV10" + bytes(4) + b"\xff" * 400},
-            "unsupported: a mosaic whose header does not say of how many slices; convert it",
+            "unsupported: a mosaic without the number of slices in its header; convert it",
         ),
         (
             {"told": None, "header": csa(NumberOfImagesInMosaic=["nine"])},
-            "unsupported: a mosaic whose header does not say of how many slices; convert it",
+            "unsupported: a mosaic without the number of slices in its header; convert it",
         ),
         (
             {"told": None, "header": csa(NumberOfImagesInMosaic=[9])[:120]},
-            "unsupported: a mosaic whose header does not say of how many slices; convert it",
+            "unsupported: a mosaic without the number of slices in its header; convert it",
         ),
     ],
 )
