@@ -214,14 +214,14 @@ def opened_whole(
 
 
 class Series(NamedTuple):
-    """One of several series or volumes that a DICOM folder or file holds."""
+    """One of the series or volumes in a DICOM folder or file."""
 
     key: str
-    """Tells it from the others; holds identities of the header, and is never printed."""
+    """Distinguishes it from the others; contains identities from the header, and is never printed."""
     number: str
-    """Series Number, "" unknown."""
+    """Series Number, "" if unknown."""
     uid: str
-    """Series Instance UID, "" unknown; never printed."""
+    """Series Instance UID, "" if unknown; never printed."""
 
     def answers(self, name: str) -> bool:
         """Whether ``name`` is its key, Series Number or Series Instance UID."""
@@ -231,7 +231,7 @@ class Series(NamedTuple):
 def series_in(
     file: str | os.PathLike[str], modality: str | None = None, planes: Sequence[str] = ("auto",)
 ) -> tuple[Series, ...]:
-    """Everything that `opened_whole` can open of a DICOM folder or file, by the headers; () for other formats.
+    """The series that ``opened_whole`` can open in a DICOM folder or file, from the headers; () for other formats.
 
     Raises: FileNotFoundError; ValueError naming a file that cannot be read.
     """
@@ -253,7 +253,7 @@ def _series_of(stack: readers.Stack) -> Series:
 def _chosen(stacks: Sequence[readers.Stack], series: str) -> readers.Stack:
     matching = [stack for stack in stacks if _series_of(stack).answers(series)]
     if len(matching) != 1:
-        raise readers.Refused("inconsistent", f"{_listed(stacks)}; {len(matching)} of them match the series asked for")
+        raise readers.Refused("inconsistent", f"{_listed(stacks)}; {len(matching)} of them match the requested series")
     return matching[0]
 
 
@@ -263,7 +263,7 @@ def _listed(stacks: Sequence[readers.Stack]) -> str:
 
 
 def _reading(file: str | os.PathLike[str], modality: str | None, planes: Sequence[str]) -> tuple[Unit, Reading]:
-    """The files, and how they are normalised and cut."""
+    """The files of ``file``, and the settings of their normalisation and slicing."""
     unit = unit_of(file)
     overrides: dict[str, Any] = {}
     if modality is None and picture_kind(unit) is not None:
