@@ -79,6 +79,8 @@ def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> Lo
     place = Path(folder)
     if not place.exists():
         raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    if not place.is_dir():
+        raise ValueError(f"{_EXPECTED}, or one of its checkpoint folders; got the file {place}")
     if checkpoint.is_checkpoint(place):
         described = read_description(place.resolve().parent.parent)
         saved = checkpoint.load(place)

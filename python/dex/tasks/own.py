@@ -114,7 +114,9 @@ def of_table(path: Path, root: Path, columns: dict[str, str] | None = None, loos
         first = text.partition("\n")[0]
         delimiter = max(",;\t", key=first.count)
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{expected}, in UTF-8; {path} is in another encoding: save it as CSV UTF-8") from error
+    except csv.Error as error:
         raise ValueError(f"{expected}; {path}: {error}") from None
     named = {name: name for name in ("file", "label", "patient", "split", "mask")} | (columns or {})
     head = [str(name) for name in (rows[0] if rows else ())]

@@ -33,7 +33,7 @@ def test_it_needs_neither_the_pretrained_run_nor_where_it_was(finetuned, tmp_pat
 def test_a_damaged_best_checkpoint_is_passed_over_with_a_warning(finetuned, tmp_path):
     folder = shutil.copytree(finetuned, tmp_path / "out")
     root = folder / "checkpoints"
-    steps = [step for step, _ in checkpoint.found(root)]
+    steps = [step for step, _ in checkpoint.list_checkpoints(root)]
     state = json.loads((root / f"step-{steps[-1]:08d}" / "state.json").read_text())
     damaged = root / f"step-{steps[-1]:08d}"
     (file,) = damaged.glob("*.safetensors")
@@ -59,6 +59,9 @@ def test_other_folders_are_refused(pretrained, tmp_path):
         load_task_model(pretrained)
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load_task_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="got the file .*file"):
+        (tmp_path / "file").touch()
+        load_task_model(tmp_path / "file")
     with pytest.raises(ValueError, match="got 3"):
         load_task_model(3)
 

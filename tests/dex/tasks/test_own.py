@@ -155,6 +155,12 @@ def table(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_in_another_encoding_says_how_to_save_it(table, encoding):
+    with pytest.raises(ValueError, match=r"labels: expected .*in UTF-8; .*labels\.csv is in another encoding"):
+        table("file,label,patient\na.png,x,Müller\n", encoding=encoding)
+
+
 def test_a_table_of_labels(table):
     items = table("file,label,patient,split\na.png,x,p1,train\nü b.png,y,p2,Validation\n", encoding="utf-8-sig")
     assert items == [
