@@ -1,8 +1,9 @@
-"""The ranks of one run: how they start, what they agree on, how a model is spread over them.
+"""The ranks of one run: how they start, exchange values, and share a model.
 
-Nothing here needs more than what torchrun puts into the environment. Objects that ranks exchange travel as JSON.
+Needs only the environment variables of torchrun. Objects are exchanged as JSON.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -19,20 +20,22 @@ from dexkernels import shard
 Strategy = Literal["ddp", "fsdp"]
 _NCCL_GRACE = datetime.timedelta(seconds=60)
 _NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Of torchrun: its ranks meet at a new store each time they are started. Without it a node that was the first, and no
-longer is when others have joined, sends its ranks to its old store, where nobody comes."""
+"""Variable of torchrun that makes its ranks use a new store at each start. Without it, a node that is no longer the
+first after others have joined sends its ranks to its old store, where they wait alone."""
 
 
 class Ranks(NamedTuple):
-    """``control``: a gloo group for what the host says, beside the devices' own; None with one rank."""
+    """This process among the ranks of a run."""
 
     rank: int
     world_size: int
     local_rank: int
     control: Any = None
+    """A gloo group for messages of the host, separate from the devices' group; None with one rank."""
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
@@ -40,9 +43,9 @@ ALONE = Ranks(0, 1, 0)
 
 
 def announced() -> Ranks:
-    """What torchrun or a scheduler says in RANK, WORLD_SIZE and LOCAL_RANK; one rank without them.
+    """The ranks from RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun or a scheduler; a single rank without them.
 
-    ValueError names the variable that makes no sense.
+    ValueError names an invalid variable.
     """
     world_size = _environment("WORLD_SIZE", 1)
     if world_size < 1:
@@ -51,7 +54,7 @@ def announced() -> Ranks:
         return ALONE
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(f"{name}: expected it beside WORLD_SIZE={world_size}; start with torchrun -m dex ...")
+            raise ValueError(f"{name}: expected a value with WORLD_SIZE={world_size}; start with torchrun -m dex ...")
     rank = _environment("RANK", 0)
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK: expected 0 <= RANK < WORLD_SIZE = {world_size}, got {rank}")
@@ -59,20 +62,20 @@ def announced() -> Ranks:
 
 
 def ranks_here() -> int:
-    """Ranks of this machine, as torchrun says in LOCAL_WORLD_SIZE; one without it."""
+    """Number of ranks on this machine, from LOCAL_WORLD_SIZE of torchrun; 1 without it."""
     return max(_environment("LOCAL_WORLD_SIZE", 1), 1)
 
 
 def default_workers(device: str) -> int:
-    """Processes that read ahead of a model on ``device``: none on a CPU, whose forwards they would slow down, else half
-    of the cores that each rank of this machine has, at most 8."""
+    """Number of reading processes for a model on ``device``: 0 on a CPU, where they would slow down the model, else
+    half of the cores per rank on this machine, at most 8."""
     return 0 if device == "cpu" else min(8, len(os.sched_getaffinity(0)) // (2 * ranks_here()))
 
 
 def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
-    """Join the others; ``timeout`` in seconds for every collective. One rank stays alone.
+    """Start the process group; ``timeout`` is that of every collective, in seconds. Does nothing with one rank.
 
-    RuntimeError: the others did not come.
+    RuntimeError: the other ranks did not start in time.
     """
     if ranks.world_size == 1:
         return ranks
@@ -80,25 +83,25 @@ def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout)
     try:
-        place: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if (store := _store_of_this_start(limit)) is not None:
-            place = {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
+            options = {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
         if device.type == "cuda":
-            # gloo for tensors on the host, NCCL for those on a GPU, whose watchdog aborts the process when its time is
-            # up: the watch comes first, since it knows whom to name.
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE, **place)
+            # gloo for tensors on the host, NCCL for tensors on a GPU. NCCL's watchdog aborts the process after its
+            # timeout; ours must act first, since it knows which rank is to blame.
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit + _NCCL_GRACE, **options)
         else:
-            dist.init_process_group("gloo", timeout=limit, **place)
+            dist.init_process_group("gloo", timeout=limit, **options)
         return ranks._replace(control=dist.new_group(backend="gloo", timeout=limit))
     except RuntimeError as error:
         raise RuntimeError(_did_not_meet(ranks, timeout, error)) from error
 
 
 def _store_of_this_start(limit: datetime.timedelta) -> dist.Store | None:
-    """Where the ranks of this start meet; None where torch's own way is right.
+    """The store in which the ranks of this start meet; None if torch's default is right.
 
-    torchrun keeps one store over its restarts: a rank that came before rank 0 found the address of the rank 0 before,
-    where nobody is. So each start has names of its own, where one torchrun counts the starts of all ranks.
+    torchrun keeps one store over restarts, so a rank that is faster than rank 0 would read the address of the previous
+    rank 0. Each start therefore uses its own prefix, if a single torchrun counts the starts of all ranks.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not shared or _environment("GROUP_WORLD_SIZE", 1) > 1:
@@ -108,23 +111,24 @@ def _store_of_this_start(limit: datetime.timedelta) -> dist.Store | None:
 
 
 def _did_not_meet(ranks: Ranks, timeout: float, error: RuntimeError) -> str:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = (
-        f"rank {ranks.rank}: expected all {ranks.world_size} ranks to meet at {place} within {timeout:g} s; got: "
+        f"rank {ranks.rank}: expected all {ranks.world_size} ranks to meet at {address} within {timeout:g} s; got: "
         f"{str(error).splitlines()[0]}"
     )
     if _environment("GROUP_WORLD_SIZE", 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        text += f". Where nodes come and go, torchrun needs {_NEW_STORE}=1 in its environment"
+        text += f". If nodes join and leave, torchrun needs {_NEW_STORE}=1 in its environment"
     return text
 
 
 def stop(ranks: Ranks) -> None:
+    """Destroy the process group, if there is one."""
     if ranks.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gather(ranks: Ranks, value: Any, group: Any = None) -> list[Any]:
-    """``value`` (JSON) of every rank, in their order, on every rank."""
+    """``value`` (JSON) of every rank, in order of ranks, on every rank."""
     if ranks.world_size == 1:
         return [value]
     group = group or ranks.control
@@ -142,19 +146,14 @@ def from_first(ranks: Ranks, value: Any = None) -> Any:
     return gather(ranks, value if ranks.first else None)[0]
 
 
-def barrier(ranks: Ranks, group: Any = None) -> None:
-    if ranks.world_size > 1:
-        dist.barrier(group=group or ranks.control)
-
-
 class Failed(RuntimeError):
-    """Another rank could not do what all must do; the message is that rank's."""
+    """Another rank failed in a common action; the message is that of its error."""
 
 
 def together(ranks: Ranks, error: BaseException | None, group: Any = None) -> None:
-    """Raise on every rank when any has an ``error``: its own there, `Failed` with the first one's words elsewhere."""
-    words = None if error is None else f"{type(error).__name__}: {error}"
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(gather(ranks, words, group)) if text is not None]
+    """Raise on every rank if any has an ``error``: its own error there, ``Failed`` with the first message elsewhere."""
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(gather(ranks, message, group)) if text is not None]
     if error is not None:
         raise error
     if failed:
@@ -162,7 +161,8 @@ def together(ranks: Ranks, error: BaseException | None, group: Any = None) -> No
 
 
 def everywhere(ranks: Ranks, action: Callable[[], Any], group: Any = None) -> Any:
-    """What ``action()`` gives on this rank. All ranks call it; an error of any is raised on all, as by `together`."""
+    """Result of ``action()`` on this rank. All ranks call it; an error on any rank is raised on all, see
+    ``together``."""
     result, error = None, None
     try:
         result = action()
@@ -173,21 +173,22 @@ def everywhere(ranks: Ranks, action: Callable[[], Any], group: Any = None) -> An
 
 
 def decided(ranks: Ranks, decide: Callable[[], Any], group: Any = None) -> Any:
-    """What ``decide()`` (JSON) gives on rank 0, on every rank; its error is raised on all, as by `together`."""
+    """Result (JSON) of ``decide()`` on rank 0, on every rank; its error is raised on all, see ``together``."""
     return from_first(ranks, everywhere(ranks, decide if ranks.first else lambda: None, group))
 
 
 def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, device: torch.device) -> nn.Module:
-    """``model`` as what is to be called in training, after its parameters were spread over the ranks.
+    """Wrap ``model`` in DDP or FSDP; returns the module to call in training.
 
-    ddp: every rank holds everything; gradients are averaged. fsdp: every parameter is cut over the ranks, stacked
-    experts along their hidden or output dimension and directors likewise, so that GEMA stays local to a rank.
+    ddp: every rank has the whole model, and gradients are averaged. fsdp: every parameter is sharded, stacked experts
+    along their hidden or output dimension and directors likewise, so that GEMA is local to a rank.
 
-    Raises: ValueError when a stacked tensor cannot be cut evenly.
+    Raises: ValueError if a stacked tensor cannot be sharded evenly.
     """
     if strategy == "ddp":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is newer
+            # Older torch does not have the successor of this argument.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             return nn.parallel.DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -196,7 +197,7 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
             )
     from torch.distributed.device_mesh import init_device_mesh
 
-    # A block's output is never changed in place, which is what the warning, at every block and step, is about.
+    # The warning, at every block and step, is about changing a block's output in place, which never happens here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     stacked = {id(p): name for name, p in model.named_parameters() if ".experts." in name}
@@ -206,11 +207,24 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], strategy: Strategy, de
     return shard(model, mesh, blocks=blocks)
 
 
-def same_bits(tensors: Iterable[Tensor]) -> bool:
-    """Whether all ranks hold the same ``tensors``: 4-byte numbers, whole on every rank. All ranks ask.
+def exchange(net: nn.Module, ranks: Ranks, strategy: Strategy, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Context of the forward and backward of a micro-batch: ranks exchange gradients only in the ``last`` one.
 
-    Every tensor's bits are summed as integers, so what differs in one number is found; differences that add up to
-    nothing are not.
+    net: the result of ``spread``.
+    """
+    if ranks.world_size == 1:
+        return contextlib.nullcontext()
+    if strategy == "fsdp":
+        net.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if last else net.no_sync()
+
+
+def same_bits(tensors: Iterable[Tensor]) -> bool:
+    """Whether replicated ``tensors`` of 4-byte numbers are the same on all ranks. All ranks call it.
+
+    Compares the sum of each tensor's bits as integers: a difference in one number is always found, differences that
+    cancel in the sum are not.
     """
     sums = torch.stack([t.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
     low, high = sums, sums.clone()
@@ -220,16 +234,16 @@ def same_bits(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_cut(name: str, shape: Sequence[int], ranks: int) -> None:
-    """ValueError when fsdp cannot cut the stacked tensor ``name`` evenly over the ranks."""
+    """ValueError if fsdp cannot shard the stacked tensor ``name`` evenly."""
     if shape[1] % ranks:
         raise ValueError(
-            f"parallel.strategy: fsdp cuts {name} {list(shape)} along dimension 1; expected it to be a multiple "
-            f"of the {ranks} ranks"
+            f"parallel.strategy: expected dimension 1 of {name}, which fsdp shards, to be a multiple of the {ranks} "
+            f"ranks; got {list(shape)}"
         )
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor cut over the ranks, whole on every rank; any other as it is."""
+    """The whole of a sharded tensor; other tensors unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,7 @@ def prepare(
     recipe.check(settings)
     if resume and overwrite:
         raise ValueError("overwrite: expected a new fine-tuning, without --resume auto; got both")
+    _check_apart(out, data)
     planned, model = plan(run, data, settings)
     ranks = start(planned.ranks, planned.device, settings.timeout)
     planned = planned._replace(ranks=ranks)
@@ -135,6 +137,16 @@ def prepare(
         raise
 
 
+def _check_apart(out: Path, data: TaskData) -> None:
+    """ValueError for a new folder among the images, where its files would be taken for data by the next start."""
+    files = [path for case in data.cases for path in (case.image, case.target) if isinstance(path, Path)]
+    if not files or (out / CONFIG).is_file():
+        return
+    folder = Path(os.path.commonpath([path.resolve().parent for path in files]))
+    if out.resolve().is_relative_to(folder):
+        raise ValueError(f"out: expected a folder apart from the data; {out} is in {folder}")
+
+
 def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan, TaskModel]:
     """What would be trained, without its data, and the model at step 0; nothing is written or read but the run.
 
@@ -144,6 +156,9 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
     ranks = announced()
     if settings.batch_size % ranks.world_size:
         raise ValueError(f"batch_size: expected a multiple of the {ranks.world_size} ranks; got {settings.batch_size}")
+    part = settings.batch_size // ranks.world_size
+    if settings.micro_batch is not None and part % settings.micro_batch:
+        raise ValueError(f"micro_batch: expected a divisor of the {part} images per rank; got {settings.micro_batch}")
     if not data.task.classes:
         raise ValueError(f"task: expected classes; {data.task.name} names none, give them with --classes")
     if data.task.metric not in METRICS or METRICS[data.task.metric].kind != data.task.kind:
@@ -165,7 +180,7 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
         config = replace(config, model=replace(config.model, img_size=settings.img_size))
     model = TaskModel(autoencoder.encoder, data.task, settings)
     config = replace(config, run=replace(config.run, device=settings.device, precision=settings.precision))
-    device = resolve_device(config, ranks)
+    device = resolve_device(config.run.device, ranks)
     pretrained = {
         "run": Path(run).resolve().name,
         "step": loaded.step,

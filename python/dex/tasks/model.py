@@ -3,9 +3,10 @@
 Shape letters: B images, S image side, C outputs (classes; of segmentation with the background first).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dex.inference.load import choose_path_
@@ -16,6 +17,7 @@ from dex.model.unetr import UNETR
 from dex.tasks.recipe import Settings
 from dex.tasks.task import Task
 from dexkernels import Aux
+from dexkernels.layer import update_directors
 
 
 class TaskOutput(NamedTuple):
@@ -65,6 +67,17 @@ class TaskModel(nn.Module):
             tokens, aux, hidden = self.encoder.forward_hidden(images, after, return_aux=return_aux)
         logits = self.head(images, tokens, hidden) if isinstance(self.head, UNETR) else self.head(tokens)
         return TaskOutput(logits, aux) if return_aux else logits
+
+    def update_directors(
+        self,
+        gate_mass: list[Tensor],
+        momentum: Tensor | float,
+        *,
+        skip: Tensor | None = None,
+        process_group: dist.ProcessGroup | Literal[False] | None = None,
+    ) -> None:
+        """`dexkernels.layer.update_directors` of the encoder."""
+        update_directors(self.encoder.dex_layers, gate_mass, momentum, skip=skip, process_group=process_group)
 
     def merge_(self) -> "TaskModel":
         """Put plain weights in the place of LoRA's."""

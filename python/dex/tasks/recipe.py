@@ -78,6 +78,13 @@ class Settings:
         "processes that read the cases, each with limits on memory and time; none: one for each processor, at most 8. "
         "0 reads here, without limits",
     )
+    micro_batch: int | None = _setting(
+        None, "images a rank computes at once, a divisor of its part of the batch, for less memory; none: all"
+    )
+    strategy: Literal["ddp", "fsdp"] = _setting(
+        "ddp", "between several ranks: ddp replicates the model, fsdp cuts weights, gradients and moments"
+    )
+    fused: bool = _setting(False, "AdamW and --gema in one pass over the experts; results differ in rounding")
     timeout: float = _setting(600.0, "seconds that a rank waits for the others")
 
     @property
@@ -98,8 +105,20 @@ PRESETS: dict[str, Settings] = {
     "cpu": Settings(epochs=20, warmup_epochs=2.0, batch_size=8, feature_size=8, checkpoint_every=2, evaluate_cases=32),
 }
 """cpu: minutes on two cores for a small run; everything that the supplement states but the warm-up stays."""
-RUNTIME = frozenset({"device", "checkpoint_every", "keep_checkpoints", "workers", "timeout"})
-"""Settings that a resumed run may change: they decide no number, but that another device rounds otherwise."""
+RUNTIME = frozenset(
+    {
+        "device",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "workers",
+        "timeout",
+        "micro_batch",
+        "strategy",
+        "fused",
+    }
+)
+"""Settings that a resumed run may change: they decide no number beyond rounding, except that dropout is drawn for each
+micro-batch."""
 
 
 def fields() -> list[dataclasses.Field[Any]]:
@@ -155,6 +174,7 @@ def check(settings: Settings) -> None:
         require(getattr(s, name) >= 1, name, "at least 1")
     require(s.keep_checkpoints >= 1, "keep_checkpoints", "at least 1")
     require(s.img_size is None or s.img_size >= 1, "img_size", "at least 1")
+    require(s.micro_batch is None or s.micro_batch >= 1, "micro_batch", "at least 1")
     require(s.patience is None or s.patience >= 1, "patience", "at least 1")
     require(0 <= s.warmup_epochs < s.epochs, "warmup_epochs", f"at least 0 and less than the {s.epochs} epochs")
     require(0 < s.lr <= 1, "lr", "a number above 0, at most 1")

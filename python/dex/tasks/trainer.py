@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dex.analysis.evaluation import autocast
 from dex.common.random import sample_keys, step_seed
-from dex.common.ranks import Ranks, full, spread
-from dex.config import Config, OptimConfig
+from dex.common.ranks import Ranks, exchange, full, spread
+from dex.config import Config, OptimConfig, ParallelConfig
 from dex.tasks.augmentation import augment
 from dex.tasks.losses import balanced, classification_loss, segmentation_loss
 from dex.tasks.model import TaskModel, TaskOutput
@@ -23,11 +23,11 @@ from dex.tasks.task import Task
 from dex.tasks.task_dataset import TaskDataset
 from dex.train import checkpoint
 from dex.train.engine import Engine
-from dex.train.optimizer import adamw, set_learning_rate
+from dex.train.optimizer import adamw, fused_adamw, move, set_learning_rate
 from dex.train.schedules import learning_rate
 from dex.train.verdict import Agreement, Losses, NonFinite
 from dex.train.window import Window
-from dexkernels.layer import update_directors
+from dexkernels import hold_weights
 
 
 class TaskPlan(NamedTuple):
@@ -56,12 +56,14 @@ class TaskPlan(NamedTuple):
         return self.settings.epochs * self.steps_per_epoch
 
 
-class _Routed(NamedTuple):
-    """What a verdict asks of a step's forward."""
+class _Computed(NamedTuple):
+    """Of a batch or a micro-batch, what the verdict takes."""
 
     gate_mass: list[Tensor]
     expert_indices: list[Tensor]
     image_loss: Tensor
+    losses: tuple[Tensor, ...]
+    """Means: loss, total, align and balance loss."""
 
 
 class TaskTrainer(Engine):
@@ -81,18 +83,26 @@ class TaskTrainer(Engine):
         self.model: TaskModel = model.to(plan.device)
         self.net: torch.nn.Module = self.model
         if plan.ranks.world_size > 1:
-            self.net = spread(self.model, (), "ddp", plan.device)
+            self.net = spread(self.model, self.model.encoder.blocks, settings.strategy, plan.device)
         self.named_parameters: list[tuple[str, nn.Parameter]] = [
             (n, p) for n, p in self.model.named_parameters() if p.requires_grad
         ]
         self.parameters: list[nn.Parameter] = [p for _, p in self.named_parameters]
         self._lr = torch.zeros((), device=plan.device)
-        self.optimizer: torch.optim.AdamW = adamw(_as_config(plan), self.named_parameters, self._lr)
+        self._momentum = torch.tensor(settings.momentum, dtype=torch.float64, device=plan.device)
+        self.optimizer: torch.optim.AdamW = self._new_optimizer()
         experts = [layer.num_experts for layer in model.encoder.dex_layers] if settings.wants_aux else []
         self._agreement = Agreement(plan.ranks, experts, 1)
         self.window: Window = Window((plan.task.name,), experts, plan.device)
         weights = balanced(plan.train.counts) if settings.class_weights == "balanced" else None
         self._weights = None if weights is None else weights.to(plan.device)
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        config = _as_config(self.plan)
+        if not self.settings.fused:
+            return adamw(config, self.named_parameters, self._lr)
+        copies = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.precision)
+        return fused_adamw(config, self.model, self.named_parameters, self._lr, copies)
 
     @property
     def epoch(self) -> float:
@@ -125,7 +135,38 @@ class TaskTrainer(Engine):
         settings = self.settings
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
-        with self._local, autocast(self.device, self.plan.precision):
+        size = settings.micro_batch or len(images)
+        parts = [slice(i, i + size) for i in range(0, len(images), size)]
+        # FSDP frees weights and their copies between forward and backward.
+        hold = len(parts) > 1 and settings.strategy == "ddp"
+        with hold_weights(self.model) if hold else contextlib.nullcontext():
+            outs = []
+            for part in parts:
+                with exchange(self.net, self.ranks, settings.strategy, last=part is parts[-1]):
+                    outs.append(self._backward(images[part], targets[part], 1 / len(parts)))
+        out = _merge(outs)
+
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        losses = Losses(*out.losses, full(norm))
+        stop = torch.tensor(self.stop_requested, device=self.device)
+        kinds = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        verdict = self._agreement.reach(losses, out, kinds, stop, torch.zeros_like(stop))
+        skip = ~verdict.good
+        masses = verdict.gate_mass if settings.gema else []
+        move(self.optimizer, self.model, masses, self._momentum, norm, settings.clip_norm, skip)
+        if self.loss_scale is not None:
+            self.loss_scale.update(verdict.good, skip)
+        self.window.count(verdict)
+        return verdict, out.image_loss
+
+    def _backward(self, images: Tensor, targets: Tensor, share: float) -> "_Computed":
+        """Forward and backward of a micro-batch, whose loss counts by ``share``."""
+        settings = self.settings
+        forward = contextlib.nullcontext() if settings.strategy == "fsdp" else self._local
+        with forward, autocast(self.device, self.plan.precision):
             out = self.net(images, return_aux=settings.wants_aux)
         logits, aux = out if isinstance(out, TaskOutput) else (out, [])
         image_loss = self.image_loss(logits, targets)
@@ -134,28 +175,10 @@ class TaskTrainer(Engine):
         align = sum((a.align_loss / (depth - i) for i, a in enumerate(aux)), start=zero) / depth
         balance = sum((a.balance_loss for a in aux), start=zero) / depth
         total = loss + settings.align_weight * align + settings.balance_weight * balance
-        (total if self.loss_scale is None else total * self.loss_scale.value).backward()
-
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.loss_scale is not None:
-            self.loss_scale.unscale_(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        routed = _Routed([a.gate_mass for a in aux], [a.expert_indices for a in aux], image_loss.detach())
-        losses = Losses(*(v.detach() for v in (loss, total, align, balance)), full(norm))
-        stop = torch.tensor(self.stop_requested, device=self.device)
-        kinds = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-        verdict = self._agreement.reach(losses, routed, kinds, stop, torch.zeros_like(stop))
-        skip = ~verdict.good
-        if settings.gema:
-            layers = self.model.encoder.dex_layers
-            update_directors(layers, verdict.gate_mass, settings.momentum, skip=skip, process_group=False)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip_norm, norm)
-        self.optimizer.found_inf = skip.float()
-        self.optimizer.step()
-        if self.loss_scale is not None:
-            self.loss_scale.update(verdict.good, skip)
-        self.window.count(verdict)
-        return verdict, image_loss.detach()
+        (total * share if self.loss_scale is None else total * (share * self.loss_scale.value)).backward()
+        losses = tuple(value.detach() for value in (loss, total, align, balance))
+        masses, indices = [a.gate_mass for a in aux], [a.expert_indices for a in aux]
+        return _Computed(masses, indices, image_loss.detach(), losses)
 
     def image_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``[B]``, before pretraining's losses."""
@@ -213,8 +236,21 @@ class TaskTrainer(Engine):
 _ROW = ("loss", "grad_norm")
 
 
+def _merge(parts: list[_Computed]) -> _Computed:
+    """Of a batch from its micro-batches, of equal size."""
+    if len(parts) == 1:
+        return parts[0]
+    return _Computed(
+        [torch.stack(masses).sum(0) for masses in zip(*(p.gate_mass for p in parts), strict=True)],
+        [torch.cat(indices) for indices in zip(*(p.expert_indices for p in parts), strict=True)],
+        torch.cat([p.image_loss for p in parts]),
+        tuple(torch.stack(values).mean() for values in zip(*(p.losses for p in parts), strict=True)),
+    )
+
+
 def _as_config(plan: TaskPlan) -> Config:
     """The run's configuration with this optimizer; `Config.peak_lr` is ``lr``."""
     s = plan.settings
     optim = OptimConfig(base_lr=s.lr, weight_decay=s.weight_decay, clip_norm=s.clip_norm)
-    return replace(plan.config, optim=optim, data=replace(plan.config.data, batch_size=512))
+    parallel = ParallelConfig(strategy=s.strategy)
+    return replace(plan.config, optim=optim, parallel=parallel, data=replace(plan.config.data, batch_size=512))

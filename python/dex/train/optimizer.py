@@ -1,4 +1,4 @@
-"""AdamW as a configuration asks for it: which parameters decay, and how fast each depth learns."""
+"""AdamW for a configuration: which parameters decay, and the learning rate of each depth."""
 
 import re
 from collections.abc import Iterable
@@ -15,23 +15,23 @@ _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
 def is_vector(name: str) -> bool:
-    """Whether the parameter is a bias, one expert's or all experts', of a norm, or a token."""
+    """Whether the parameter is a bias (also of experts), part of a norm, or a token."""
     owner, _, last = name.rpartition(".")
     return last.endswith(("bias", "_token")) or "norm" in owner.rpartition(".")[2]
 
 
 def depth_of(name: str, depth: int) -> int:
-    """0 for what comes before the encoder's blocks, 1 + i for block i, ``depth + 1`` for all that comes after."""
+    """0 before the encoder's blocks, 1 + i for block i, ``depth + 1`` for everything after."""
     if match := _BLOCK.match(name):
         return 1 + int(match[1])
     return 0 if name.startswith(("encoder.cls_token", "encoder.patch_embed")) else depth + 1
 
 
 def parameter_groups(config: Config, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Groups for AdamW: parameters of one weight decay and one ``lr_scale``, the factor of their learning rate.
+    """Groups for AdamW with equal weight decay and ``lr_scale``, the factor of the learning rate.
 
-    ``optim.layer_decay`` to the power of how many depths lie above a parameter, as MAE and BEiT scale it (Bao et al.
-    2021). By default one group holds all.
+    ``lr_scale`` is ``optim.layer_decay`` to the power of the number of depths above, as in MAE and BEiT (Bao et al.
+    2021). By default there is one group.
     """
     optim, depth = config.optim, config.model.depth
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -43,7 +43,7 @@ def parameter_groups(config: Config, named: Iterable[tuple[str, nn.Parameter]]) 
 
 
 def adamw(config: Config, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor) -> torch.optim.AdamW:
-    """lr: 0-dim, on the device; on a GPU it is the learning rate of the groups whose scale is 1."""
+    """AdamW of the configuration. lr: 0-dim, on the device; on a GPU the groups with scale 1 read it."""
     optim, on_gpu = config.optim, lr.is_cuda
     optimizer = torch.optim.AdamW(
         parameter_groups(config, named),
@@ -53,10 +53,10 @@ def adamw(config: Config, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor)
         fused=True,
         capturable=on_gpu,
     )
-    if on_gpu:  # the CPU's fused step would read a tensor anew for every parameter
+    if on_gpu:  # On a CPU the fused step would read a tensor again for every parameter
         for group in optimizer.param_groups:
             group["lr"] = lr if group["lr_scale"] == 1.0 else torch.zeros_like(lr)
-    # Read by the fused step: where found_inf is 1 it leaves weights, moments and step counters alone.
+    # Read by the fused step: if found_inf is 1, it leaves weights, moments and step counters unchanged.
     optimizer.grad_scale = None
     return optimizer
 
@@ -64,10 +64,10 @@ def adamw(config: Config, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor)
 def fused_adamw(
     config: Config, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]], lr: Tensor, copies: torch.dtype | None
 ) -> DEXAdamW:
-    """`adamw` that moves the directors too. copies: the dtype of the experts' copies that it writes; None: none.
+    """``adamw`` that also updates the directors. copies: dtype of the experts' copies that it writes; None writes none.
 
-    They stay unused, and so are not written, where something else holds on to the weights, as their average does, or
-    where forwards make their own.
+    No copies are written where nothing would read them: with an average of the weights, which swaps them, and where
+    every forward makes its own copies (fsdp, compile, CUDA graphs).
     """
     optim, parallel = config.optim, config.parallel
     if optim.ema is not None or parallel.strategy == "fsdp" or parallel.compile or parallel.cuda_graph:
@@ -89,14 +89,16 @@ def move(
     clip_norm: float,
     skip: Tensor,
 ) -> None:
-    """GEMA, clip, AdamW. gate_mass and skip are those of all ranks; norm is the gradients'. skip: nothing changes."""
+    """GEMA, clipping, AdamW. gate_mass, skip: summed over all ranks; if skip, nothing changes. norm: of the
+    gradients."""
     if isinstance(optimizer, DEXAdamW):
-        # As torch.nn.utils.clip_grads_with_norm_ scales.
+        # The same factor as in torch.nn.utils.clip_grads_with_norm_.
         scale = (clip_norm / (full(norm) + 1e-6)).clamp(max=1.0)
         masses = {"gate_mass": gate_mass, "momentum": momentum} if gate_mass else {}
         optimizer.step(**masses, clip_scale=scale, skip=skip, process_group=False)
         return
-    model.update_directors(gate_mass, momentum, skip=skip, process_group=False)
+    if gate_mass:
+        model.update_directors(gate_mass, momentum, skip=skip, process_group=False)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     optimizer.found_inf = skip.float()
@@ -104,7 +106,7 @@ def move(
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor, value: float) -> None:
-    """``value`` for every group, times its scale; ``lr``, the tensor that `adamw` was given, holds it already."""
+    """Set every group to ``value`` times its scale. ``lr``, the tensor given to ``adamw``, already holds ``value``."""
     for group in optimizer.param_groups:
         rate = value * group["lr_scale"]
         if not isinstance(group["lr"], Tensor):

@@ -1,4 +1,4 @@
-"""The pretraining step, with everything that a run's next step depends on; no file is touched here.
+"""The pretraining step and all state that the next step depends on; this module touches no file.
 
 Shape letters: B images, K chosen, E experts, M modalities, R held-out images shown, S image side.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dex.analysis.evaluation import Evaluation, Evaluator, autocast
 from dex.common import random as numbers
-from dex.common.ranks import full, gather, spread
+from dex.common.ranks import exchange, full, gather, spread
 from dex.config import Config, images_per_rank, per_layer, to_dict
 from dex.data import Batch, CorruptDataError, Loader, augment
 from dex.data.augmentation import with_channels
@@ -32,13 +32,13 @@ from dex.train.window import Window
 from dexkernels import hold_weights
 
 _SCHEDULE = {"momentum": torch.float64}
-"""What is not float32: of a float32 momentum, 1 - m would have four digits."""
+"""Fields that are not float32: with a float32 momentum, 1 - m would have only four digits."""
 _MASK_STREAM, _ROUTER_STREAM = 1, 16
-"""What an image's random numbers are for; layer l's router has stream 16 + l."""
+"""Streams of an image's random numbers; the router of layer l has stream 16 + l."""
 
 
 class _Flags(NamedTuple):
-    """What this rank says of itself, each a 0-dim bool on the device."""
+    """State of this rank, each a 0-dim bool on the device."""
 
     stop: Tensor
     """It was asked to stop."""
@@ -47,16 +47,16 @@ class _Flags(NamedTuple):
 
 
 class Trainer(Engine):
-    """Model, optimizer, loader and counters of one run; nothing here knows of a folder.
+    """Model, optimizer, loader and counters of one run, independent of any folder.
 
-    A step: forward, backward, verdict, GEMA, clip, AdamW. The verdict (loss, gate mass and gradient norm finite) is a
-    0-dim tensor on the device, and with a bad one the same launches change nothing, so no step waits for its own
-    verdict: the host reads it one step late on a GPU, at once on a CPU. Nothing else waits for the device either
-    (tests/step), but for plain-torch experts, which read the sizes of their groups on the host, in every layer.
+    A step is forward, backward, verdict, GEMA, clipping, AdamW. The verdict (loss, gate mass and gradient norm are
+    finite) is a 0-dim tensor on the device, and if it is bad the same launches change nothing. So no step waits for its
+    own verdict: the host reads it one step later on a GPU, at once on a CPU. Nothing else waits for the device either
+    (tests/step), except plain-torch experts, which read group sizes on the host in every layer.
     """
 
     def __init__(self, plan: Plan):
-        """At step 0, wherever the plan goes on: `restore` takes it there. The loader is there already."""
+        """At step 0; ``restore`` loads the checkpoint of the plan. Only the loader already starts there."""
         config, ranks = plan.config, plan.ranks
         super().__init__(ranks, plan.device, plan.precision)
         self.plan: Plan = plan
@@ -66,10 +66,10 @@ class Trainer(Engine):
         self.loader: Loader = self._new_loader(plan.saved.state["data_position"] if plan.saved else 0)
         model = first_model(config)
         self.initial: LoadReport | None = load_initial(model, config) if config.model.init and not plan.saved else None
-        """What became of the weights of ``model.init``; None without them, or where a checkpoint brings others."""
+        """How the weights of ``model.init`` were loaded; None without them or when a checkpoint is resumed."""
         self.model: MaskedAutoencoder = model.to(self.device)
         self.net = self._prepare_model()
-        """The model as training calls it: spread over the ranks."""
+        """The model as called in training: wrapped in DDP or FSDP."""
         self.named_parameters: list[tuple[str, nn.Parameter]] = [
             (n, p) for n, p in self.model.named_parameters() if p.requires_grad
         ]
@@ -77,7 +77,7 @@ class Trainer(Engine):
         self._schedule = Schedule(
             *(torch.zeros((), dtype=_SCHEDULE.get(name), device=self.device) for name in Schedule._fields)
         )
-        """Of this step, where the device reads it: a CUDA graph would keep the numbers it was captured with."""
+        """Values of this step as tensors on the device, since a CUDA graph would keep captured numbers."""
         self._flags = _Flags(*(torch.zeros((), dtype=torch.bool, device=self.device) for _ in _Flags._fields))
         self.optimizer: torch.optim.AdamW = self._new_optimizer()
         self.average: WeightAverage | None = (
@@ -105,10 +105,10 @@ class Trainer(Engine):
         return self.step / self.plan.batches_per_epoch
 
     def train_step(self) -> list[NonFinite]:
-        """One step; returns the non-finite ones among the steps whose verdict has arrived.
+        """Take one step, and return the non-finite ones among the steps whose verdict has arrived.
 
-        CorruptDataError: too many images cannot be read, on any rank; every rank raises it, naming those ranks and
-        their samples, with ``step`` back at the step that wanted them. Nothing changed since.
+        CorruptDataError: a rank could not read too many images. Every rank raises it with the names of those ranks and
+        samples; ``step`` is the step that needed them, and nothing has changed since.
         """
         config = self.config
         values = schedule_at(config, self.step, self.steps)
@@ -126,7 +126,7 @@ class Trainer(Engine):
         self._flags.stop.fill_(self.stop_requested)
         self._flags.unreadable.fill_(unreadable is not None)
         set_learning_rate(self.optimizer, self._schedule.lr, values.lr)
-        # Here, so that a graph is captured without the gradients of the step before in memory.
+        # Here, so that a graph is captured without the gradients of the previous step in memory.
         self.optimizer.zero_grad(set_to_none=True)
         inputs = (images, modality, mask_noise, *router_noise)
         verdict, image_loss = self._graph(self._compute, *inputs) if self._graph else self._compute(*inputs)
@@ -136,18 +136,19 @@ class Trainer(Engine):
     def _compute(
         self, images: Tensor, modality: Tensor, mask_noise: Tensor, *router_noise: Tensor
     ) -> tuple[Verdict, Tensor]:
-        """Forward, backward, verdict, GEMA, clip, AdamW and counts; returns the verdict and every image's loss.
+        """Forward, backward, verdict, GEMA, clipping, AdamW and counts; returns the verdict and the loss of every
+        image.
 
-        Launches alone, the same at every step: what differs is read on the device, from the arguments, `_schedule` and
-        `_flags`; what lasts (weights, moments, `window`) is changed in place. So a CUDA graph of it replays rightly
-        with another batch and other values.
+        It only launches work, the same in every step: the device reads what changes from the arguments, ``_schedule``
+        and ``_flags``, and state (weights, moments, ``window``) is updated in place. So a CUDA graph of it can be
+        replayed with another batch and other values.
         """
         config, values = self.config, self._schedule
         self.model.train()
         forward = contextlib.nullcontext() if config.parallel.strategy == "fsdp" else self._local
         parts = [slice(i, i + self.plan.micro_batch) for i in range(0, len(images), self.plan.micro_batch)]
         outs, totals = [], []
-        # Checkpointing and fsdp let go of weights and copies between forward and backward.
+        # Checkpointing and fsdp release weights and copies between forward and backward.
         hold = len(parts) > 1 and config.parallel.strategy == "ddp" and not config.parallel.checkpointing
         over_batch = config.model.balance_over == "batch" and bool(self.experts)
         means = None
@@ -155,7 +156,7 @@ class Trainer(Engine):
             if over_batch and len(parts) > 1:
                 means = self._probabilities_before(images, parts, mask_noise, router_noise)
             for part in parts:
-                with self._gradients(last=part is parts[-1]):
+                with exchange(self.net, self.ranks, config.parallel.strategy, last=part is parts[-1]):
                     with forward, autocast(self.device, self.plan.precision):
                         out = self.net(
                             images[part],
@@ -195,8 +196,8 @@ class Trainer(Engine):
     def _probabilities_before(
         self, images: Tensor, parts: list[slice], mask_noise: Tensor, router_noise: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The batch's mean probabilities before any part has its backward: one more forward of each."""
-        seen = []
+        """Mean probabilities of the batch, from an additional forward of every part, before the first backward."""
+        probabilities = []
         for part in parts:
             with autocast(self.device, self.plan.precision):
                 out = self.model(
@@ -206,12 +207,12 @@ class Trainer(Engine):
                     mask_noise=mask_noise[part],
                     router_noise=[noise[part] for noise in router_noise],
                 )
-            seen.append(out.probabilities)
-        return self._agreed_means(seen, len(images))
+            probabilities.append(out.probabilities)
+        return self._agreed_means(probabilities, len(images))
 
     @torch.no_grad()
     def _agreed_means(self, of_parts: Sequence[Sequence[Tensor]], images: int) -> list[Tensor]:
-        """`mean_probabilities` of the whole batch, the same on all ranks, after one sum."""
+        """``mean_probabilities`` of the whole batch, the same on all ranks, by one all-reduce."""
         means = mean_probabilities(of_parts, images)
         if self.ranks.world_size == 1:
             return means
@@ -220,16 +221,16 @@ class Trainer(Engine):
         return list((joined / self.ranks.world_size).split([mean.numel() for mean in means]))
 
     def close(self) -> None:
-        """Stop the loader and release DDP or FSDP, before the process group is destroyed."""
+        """Stop the loader and release DDP or FSDP before the process group is destroyed."""
         self.loader.close()
         self.net: nn.Module = self.model
         self._graph = None
-        # DistributedDataParallel is part of reference cycles. What is left of it when Python ends, after its process
-        # group, aborts the process now and then.
+        # DistributedDataParallel is part of reference cycles. If it outlives its process group until Python ends, it
+        # sometimes aborts the process.
         gc.collect()
 
     def row(self) -> dict[str, Any]:
-        """Means over the steps since the last row, this step's schedule, the experts' load; waits for the device."""
+        """A row of metrics: means since the last row, schedule of this step, load of experts; waits for the device."""
         means = self.window.read()
         values = schedule_at(self.config, self.step - 1, self.steps)
         return {
@@ -248,20 +249,20 @@ class Trainer(Engine):
         }
 
     def evaluate(self, pictures: int = 16) -> Evaluation | None:
-        """See `dex.analysis.evaluation.Evaluator`; all ranks ask."""
+        """Evaluate held-out images, see ``dex.analysis.evaluation.Evaluator``; all ranks call it."""
         return self._evaluator.evaluate(pictures)
 
     def evaluate_average(self) -> Evaluation | None:
-        """The same of the averaged weights, without pictures and probe; None where there are none."""
+        """``evaluate`` with the averaged weights, without pictures and probe; None if no average is kept."""
         if self.average is None:
             return None
         with self.average.in_place():
             return self._evaluator.evaluate(pictures=0, probe=False)
 
     def state(self) -> dict[str, Any]:
-        """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first.
+        """All state except tensors that the next step depends on, as JSON values; call ``flush`` first.
 
-        Random numbers are functions of the seed, the step and an image's place: there is no state of theirs to keep.
+        Random numbers are functions of the seed and an image's place, so they have no state.
         """
         return {
             "step": self.step,
@@ -277,19 +278,19 @@ class Trainer(Engine):
         }
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from ``saved``, a checkpoint of this run; `dex.train.plan` refuses another run's."""
+        """Continue from ``saved``, a checkpoint of this run, which ``dex.train.plan`` has checked."""
         averages = {} if self.average is None else self.average.tensors()
         complete = checkpoint.restore(saved, self.model, self.optimizer, self.named_parameters, averages)
-        if self.average is not None and not complete:  # asked for by an override
+        if self.average is not None and not complete:  # An override has turned optim.ema on
             self.average.start()
-        self._graph = self._new_graph()  # moments lie elsewhere now
+        self._graph = self._new_graph()  # The addresses of the moments have changed
         if self.loader.position != saved.state["data_position"]:
             self.loader.close()
             self.loader = self._new_loader(saved.state["data_position"])
         self._go_on_from(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `checkpoint.Saver` writes: weights, buffers, moments and averages, not copied."""
+        """The tensors of a checkpoint: weights, buffers, moments and averages, not copied."""
         averages = {} if self.average is None else self.average.tensors()
         return checkpoint.collect(self.model, self.optimizer, self.named_parameters) | averages
 
@@ -329,10 +330,11 @@ class Trainer(Engine):
         return spread(model, blocks, parallel.strategy, self.device) if self.ranks.world_size > 1 else model
 
     def _next_batch(self) -> tuple[Batch, CorruptDataError | None]:
-        """This rank's part of the next batch; alone, CorruptDataError is raised.
+        """This rank's part of the next batch. A single rank raises CorruptDataError.
 
-        Among several ranks it is handed back with black images, so that this rank takes part in the step, which then
-        changes nothing anywhere, nor does any later one, and all learn of it.
+        With several ranks the error is returned with black images, so that this rank still takes part in the
+        collectives of the step. That step and all later ones change nothing on any rank, and all ranks learn of the
+        error.
         """
         try:
             if self._unreadable is None:
@@ -347,28 +349,19 @@ class Trainer(Engine):
         return Batch(black, nothing, ("",) * count, nothing), self._unreadable
 
     def _raise_unreadable(self) -> NoReturn:
-        reasons = gather(self.ranks, self._unreadable and str(self._unreadable))
-        named = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-        raise CorruptDataError(f"step {self.step + 1}: {named}", self.loader.corrupt)
+        errors = gather(self.ranks, self._unreadable and str(self._unreadable))
+        by_rank = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+        raise CorruptDataError(f"step {self.step + 1}: {by_rank}", self.loader.corrupt)
 
     def _noise(self, keys: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Each image's noise for the mask [b, patches] and for every router [b, 1, E_l]."""
+        """Noise of each image for the mask ``[b, patches]`` and for every router ``[b, 1, E_l]``."""
         mask = numbers.uniform(keys, self.model.encoder.patches, _MASK_STREAM)
         router = [numbers.normal(keys, e, _ROUTER_STREAM + layer)[:, None] for layer, e in enumerate(self.experts)]
         return mask, router
 
-    def _gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are exchanged between ranks with the last micro-batch only."""
-        if self.ranks.world_size == 1:
-            return contextlib.nullcontext()
-        if self.config.parallel.strategy == "fsdp":
-            self.net.set_requires_gradient_sync(last)
-            return contextlib.nullcontext()
-        return contextlib.nullcontext() if last else self.net.no_sync()
-
 
 def _merge(outs: list[MAEOutput]) -> MAEOutput:
-    """One batch's output from those of its micro-batches, of equal size, without what only backward needs."""
+    """Output of a batch from those of its equally large micro-batches, without what only backward needs."""
     if len(outs) == 1:
         return outs[0]
     return outs[0]._replace(

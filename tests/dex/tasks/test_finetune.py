@@ -233,6 +233,13 @@ def test_bad_settings_make_no_folder(pretrained, disc_data, quick, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_among_the_data_is_refused(pretrained, disc_data, shade_data, discs, shades, quick):
+    for data, out in ((disc_data, discs / "out"), (disc_data, discs / "images/out"), (shade_data, shades / "out")):
+        with pytest.raises(ValueError, match="out: expected a folder apart from the data"):
+            finetune(pretrained, data, quick, out)
+        assert not out.exists()
+
+
 def test_bad_data_makes_no_folder(pretrained, disc_data, discs, quick, tmp_path):
     cases = tuple(case._replace(target=case.image) for case in disc_data.cases)  # pictures in the place of masks
     with pytest.raises(ValueError, match="p00.png|p0|p1|p2"):

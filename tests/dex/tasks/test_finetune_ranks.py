@@ -1,10 +1,11 @@
 """Two gloo ranks fine-tune as one does alone, up to the order of sums.
 
-Run as a program, this file is one rank: ``test_finetune_ranks.py RANK RUN DATA PRIVATE OUT``.
+Run as a program, this file is one rank: ``test_finetune_ranks.py RANK RUN DATA PRIVATE OUT [SETTINGS]``.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from dex.tasks.cases import open_task
 from dex.tasks.finetune import prepare
+from dex.tasks.load import load_task_model
 from dex.tasks.recipe import Settings
 from dex.train.runlog import read_rows
 
@@ -29,12 +31,12 @@ SETTINGS = Settings(
 )
 
 
-def trained(run, folder, private, out):
-    """Exit code, sum of the weights and the rows of one fine-tuning."""
+def trained(run, folder, private, out, settings="{}"):
+    """Exit code, sum of the weights and the rows of one fine-tuning. settings: JSON of what differs from `SETTINGS`."""
     data = open_task(folder, folder, classes=["disc=255"], private=private)
-    training = prepare(run, data, SETTINGS, Path(out))
+    training = prepare(run, data, replace(SETTINGS, **json.loads(settings)), Path(out))
     code = training.run()
-    weights = sum(float(p.detach().double().abs().sum()) for p in training.trainer.model.parameters())
+    weights = sum(float(p.double().abs().sum()) for p in load_task_model(out, "last").model.state_dict().values())
     return {"code": code, "weights": weights, "rows": read_rows(Path(out) / "metrics.jsonl")}
 
 
@@ -47,6 +49,20 @@ def test_two_ranks_are_one(pretrained, discs, tmp_path, on_two_ranks):
         found, expected = ([row[name] for row in of["rows"] if name in row] for of in (both[0], alone))
         assert len(found) == 2 and found == pytest.approx(expected, rel=2e-2, abs=1e-6)
     assert both[0]["rows"][0]["slowest_rank"] in (0, 1) and (tmp_path / "both/cases.csv").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"mode": "frozen", "fused": True}, {"mode": "lora"}, {"path": "director"}])
+def test_two_ranks_that_share_the_weights_are_one(pretrained, discs, tmp_path, on_two_ranks, settings):
+    settings = {"epochs": 1, "warmup_epochs": 0, "micro_batch": 2} | settings
+    alone = trained(pretrained, discs, tmp_path / "salt", tmp_path / "alone", json.dumps(settings))
+    spread = json.dumps(settings | {"strategy": "fsdp"})
+    both = on_two_ranks(__file__, pretrained, discs, tmp_path / "salt", tmp_path / "both", spread)
+    assert both[0]["code"] == both[1]["code"] == alone["code"] == 0
+    assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+    for name in ("loss", "grad_norm", "val_loss"):
+        values, expected = ([row[name] for row in of["rows"] if name in row] for of in (both[0], alone))
+        assert values and values == pytest.approx(expected, rel=2e-2)
 
 
 def test_a_batch_that_ranks_cannot_share_is_named(pretrained, discs, tmp_path, monkeypatch):

@@ -115,3 +115,50 @@ def test_balanced_weights_reach_the_loss(trainer_of, quick):
     logits = torch.zeros(1, 2, 32, 32)
     masks = torch.ones(1, 32, 32, dtype=torch.uint8)  # the rarer class
     assert balanced.image_loss(logits, masks) > 2 * plain.image_loss(logits, masks)
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification"])
+@pytest.mark.parametrize("aux", [{}, {"gema": True, "momentum": 0.9, "align_weight": 0.5, "class_weights": "balanced"}])
+def test_micro_batches_are_the_batch_within_rounding(trainer_of, quick, kind, aux):
+    settings = replace(quick, lr=3e-4, **aux)
+    whole, parted = trainer_of(settings, kind), trainer_of(replace(settings, micro_batch=2), kind)
+    seen = []
+    real = parted.image_loss
+    parted.image_loss = lambda logits, targets: seen.append(len(logits)) or real(logits, targets)
+    for _ in range(3):
+        assert whole.train_step() == parted.train_step() == []
+    assert seen == [2, 2, 2, 2] * 3
+    first, second = whole.row(), parted.row()
+    for row in (first, second):
+        row.pop("balance_loss", None)  # of each micro-batch, as in pretraining; its weight is 0 here
+    assert second == pytest.approx(first, rel=1e-4)
+    before = weights(whole)
+    for name, p in parted.model.named_parameters():
+        assert torch.allclose(p, before[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_non_finite_image_of_any_micro_batch_is_named(trainer_of, quick):
+    trainer = trainer_of(replace(quick, micro_batch=2))
+    before = weights(trainer)
+    real, calls = trainer.image_loss, []
+
+    def third_is_nan(logits, targets):
+        calls.append(len(logits))
+        return real(logits, targets) * (float("nan") if len(calls) == 2 else 1.0)
+
+    trainer.image_loss = third_is_nan
+    (bad,) = trainer.train_step()
+    assert bad.samples == list(trainer.plan.train.batch(0, quick.batch_size, quick.seed).ids[2:4])
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"mode": "lora"}, {"path": "director"}, {"gema": True, "momentum": 0.9}])
+def test_the_fused_step_is_adamw_within_rounding(trainer_of, quick, settings):
+    settings = replace(quick, lr=3e-4, **settings)
+    plain, fused = trainer_of(settings), trainer_of(replace(settings, fused=True))
+    for _ in range(3):
+        assert plain.train_step() == fused.train_step() == []
+    assert type(fused.optimizer) is not type(plain.optimizer)
+    before = weights(plain)
+    for name, p in fused.model.named_parameters():
+        assert torch.allclose(p, before[name], rtol=1e-4, atol=1e-5), name
