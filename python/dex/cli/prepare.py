@@ -167,7 +167,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a zip or a URL of either, a "
-        "description (YAML), a shipped source's name, or 'packages': all sources that come with public packages",
+        "description (YAML), a shipped source's name, or 'packages': all sources that come with public packages; "
+        "'embedded': the images that come with dex",
     )
     parser.add_argument(
         "--modality",
@@ -212,6 +213,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="of volumes; auto, of a folder without it: axial, but as stored of thick slices that are not",
     )
     parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
+    parser.add_argument("--slice-stride", type=int, metavar="N", help="one slice in N of each plane of a volume")
     parser.add_argument(
         "--val-share", type=float, metavar="S", help="part of the images to be held out, by whole patients (0.05)"
     )
@@ -256,6 +258,7 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "files": tuple(options.files) if options.files else None,
         "planes": tuple(options.planes) if options.planes else None,
         "frame_stride": options.frame_stride,
+        "slice_stride": options.slice_stride,
         "val_share": options.val_share,
         "patient": options.patient,
         "split_file": options.split,

@@ -25,8 +25,8 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     if not root.exists():
         if path is None:
             raise FileNotFoundError(
-                "the embedded data set is not in this installation; rebuild it with "
-                "scripts/build_embedded_data.py, or pass a folder"
+                "the embedded data set is not in this installation; pass a folder, such as DIR after "
+                "`dex prepare embedded --out DIR`"
             )
         raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(root)!r}")
     if not root.is_dir():

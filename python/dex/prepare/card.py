@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dex.data import images
 
@@ -24,10 +25,9 @@ from .splits import PATIENT, hints, sides, unnamed_kinds
 from .thumbnails import Thumbnail
 
 LEFT_OUT = "left_out.json"
-"""File of the set, beside the card: the thumbnails of public sources; absent if there are none."""
-_MIME = {"jpg": "image/jpeg", "png": "image/png"}
-_BINS = 64  # Bars of a histogram
-_PLOT = (256, 72)  # Its width and height in SVG units
+"""Of the set, beside the card: what its thumbnails of public sources are made from; absent where it has none."""
+_BINS = 64  # bars of a histogram
+_PLOT = (256, 72)  # its width and height in the picture's own units
 
 
 class Example(NamedTuple):
@@ -344,7 +344,7 @@ def _examples(facts: dict, examples: list[Example]) -> str:
             label = f"{example.modality}, source {example.source}"
             figures.append(
                 f'<figure><img src="{_data_url(example)}" alt="{escape(label)}" title="{escape(example.id)}" '
-                f'width="{facts["image_size"]}" height="{facts["image_size"]}">'
+                f'width="{thumbnails.SIDE}" height="{thumbnails.SIDE}">'
                 f"<figcaption>{mark}<b>{escape(example.source)}</b> <span>{escape(_short(example))}</span>"
                 "</figcaption></figure>"
             )
@@ -537,12 +537,8 @@ def _list(counts: list[tuple[str, int]]) -> str:
 
 
 def _data_url(example: Example) -> str:
-    data, kind = example.image, example.kind
-    if kind not in _MIME:
-        stream = io.BytesIO()
-        images.decode(data, kind).save(stream, "PNG")
-        data, kind = stream.getvalue(), "png"
-    return f"data:{_MIME[kind]};base64,{base64.b64encode(data).decode()}"
+    data = thumbnails.of_slice(np.asarray(images.decode(example.image, example.kind)))
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
 
 def _short(example: Example) -> str:

@@ -85,12 +85,14 @@ def join(
     settings: Settings,
     say: Callable[[str], None] = lambda text: None,
     refused: LeftOut = LeftOut(Counter(), ()),  # noqa: B008
+    documents: Mapping[str, bytes] = {},
 ) -> tuple[Path, dict[str, Any], LeftOut]:
-    """Write the shard set of all chunks to ``private/set``. Returns that folder, the card's facts and what was left
-    out: ``refused``, and the dropped slices.
+    """Write the shard set of all chunks to `private/set`; returns that folder, the card's facts and what was left out:
+    `refused`, and the slices that were dropped.
 
-    Of equal or similar images, the first is kept; ``splits`` decides what is held out. Raises NothingKept, ChunkFault
-    and splits.BothSides.
+    documents: files of the set by name, such as `licences.texts`.
+    The first of several equal or alike images is kept; `splits` says what is held out. NothingKept; ChunkFault;
+    splits.BothSides.
     """
     table = _read(parts, private)
     say(f"looking for duplicates among {len(table.stack):,} images")
@@ -140,6 +142,8 @@ def join(
         page, numbers = card.build(facts, second.examples(), public.shown)
         writer.add_document("card.html", page)
         writer.add_document("card.json", numbers)
+        for name, data in documents.items():
+            writer.add_document(name, data)
         if public.shown:
             writer.add_document(card.LEFT_OUT, public.to_json())
     return out, facts, left
@@ -430,6 +434,8 @@ def _facts(
         )
     # The package-borne sources stand for the corpus, so its modalities are listed even if they have no image.
     corpus = len(parts) > 1 and all(part.source.package for part in parts)
+    collections = {part.source.collection for part in parts}
+    named = collections.pop() if len(collections) == 1 else ""
     own = sorted({source["modality"] for source in sources} - set(modalities.NAMES))
     listed = []
     for name in (*modalities.NAMES, *own):
@@ -438,7 +444,7 @@ def _facts(
             train, val = sum(source["train"] for source in here), sum(source["val"] for source in here)
             listed.append({"name": name, "train": train, "val": val, "sources": len(here), "empty": train + val == 0})
     return {
-        "name": PACKAGES if corpus else _name([part.source.name for part in parts]),
+        "name": named or (PACKAGES if corpus else _name([part.source.name for part in parts])),
         "image_size": settings.size,
         "bits": settings.bits,
         "encoding": settings.encoding,

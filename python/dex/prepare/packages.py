@@ -51,7 +51,8 @@ BAD_ARCHIVE = (
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry. fetch: more words for `pip download`, where the file is not the one pip would take."""
+    """One file of a registry. fetch: more words for `pip download`, where the file is not the one pip would take.
+    licence_file: the member with the text of its licence, or what states it; "" where nobody has said."""
 
     name: str
     version: str
@@ -59,6 +60,7 @@ class Package:
     file: str
     sha256: str
     fetch: tuple[str, ...] = ()
+    licence_file: str = ""
 
     def __post_init__(self) -> None:
         if self.registry not in REGISTRIES:

@@ -31,7 +31,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from dex.common import atomic, exits
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
-from . import chunk_files, chunks, join, left_out, packages, readers, scan, splits, trace, workers
+from . import chunk_files, chunks, join, left_out, licences, packages, readers, scan, splits, trace, workers
 from .chunks import Counts, Job, Settings
 from .discover import UNKNOWN, Chunk, Listing, check_modalities, discover, parted, passed_over_counts
 from .folders import Level
@@ -216,14 +216,21 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
         say(f"{source.source.name}: {_amount([source])}")
     if len(planned) > 1:
         say(f"{len(planned)} sources: {_amount(planned)}")
-    return Run(options, planned, salt, say)
+    return Run(options, planned, salt, licences.texts(sources, options.cache), say)
 
 
 class Run:
     """A prepared run, started by ``run``. It holds the lock on its part until ``run`` returns."""
 
-    def __init__(self, options: Options, planned: Sequence[_Planned], salt: bytes, say: Callable[[str], None]):
-        self._options, self._planned, self._say = options, planned, say
+    def __init__(
+        self,
+        options: Options,
+        planned: Sequence[_Planned],
+        salt: bytes,
+        documents: Mapping[str, bytes],
+        say: Callable[[str], None],
+    ):
+        self._options, self._planned, self._documents, self._say = options, planned, documents, say
         self._private = private_folder(options.out)
         self._salt = salt
         self._withdrawn = trace.withdrawn(self._private)
@@ -333,7 +340,9 @@ class Run:
         ]
         listed = [left_out.Listed(planned.source, planned.root) for planned in self._planned]
         refused = left_out.look_at(self._private, listed, self._options.limits, self._options.workers)
-        folder, facts, left = join.join(parts, self._private, self._options.settings, self._say, refused)
+        folder, facts, left = join.join(
+            parts, self._private, self._options.settings, self._say, refused, self._documents
+        )
         left_out.write(self._private, left)
         os.rename(folder, self._options.out)
         atomic.sync_path(self._options.out.parent)

@@ -59,7 +59,7 @@ def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
     rules = _Rules(stack, source.normalisation)
-    for frame in stack.frames(source.planes, 1 if stack.volume else source.frame_stride):
+    for frame in stack.frames(source.planes, source.slice_stride if stack.volume else source.frame_stride):
         rule = rules.of(frame.part)
         if rule is None:
             continue

@@ -1,30 +1,31 @@
-"""Source descriptions: one small YAML file says what a data set is, how its files are read and what becomes of them.
+"""Source descriptions: a small YAML file says what a data set is, how its files are read and how they are processed.
 
     resolve("packages")                        # every shipped source whose files come with a public package
-    resolve("scans.yaml", planes=("axial",))   # a description of one's own, with something changed
-    resolve("scans/")                          # a folder, its files as their headers say: see `routing`
-    resolve("scans/", modality="CT")           # another; it has no name of its own and is private
-    resolve("scans.csv")                       # a table that says of each file what it is: see `table`
+    resolve("embedded")                        # a shipped set: some of these, changed; see `read_sources`
+    resolve("scans.yaml", planes=("axial",))   # your own description, with one field changed
+    resolve("scans/")                          # a folder; the headers name the modality: see `routing`
+    resolve("scans/", modality="CT")           # a folder of one modality; like every folder, nameless and private
+    resolve("scans.csv")                       # a table that describes each file: see `table`
 
-A description is data: nothing in it is run. A new source is a new file, no code.
+A description is data: nothing in it is executed. A new source is a new file, without code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from . import modalities, readers
+from . import modalities, readers, yaml_records
 from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder, surely_of_folder
 from .packages import Package, compile_globs
 from .readers import PLANES, VOLUMES
@@ -32,6 +33,7 @@ from .remote import is_url, place_of
 from .table import is_table
 
 CATALOGUE = Path(__file__).parent / "catalogue"
+SETS = CATALOGUE / "sets"
 PACKAGES = "packages"
 """The name of the group of all sources that come with a package."""
 FOLDER = "folder"
@@ -40,7 +42,6 @@ TABLE = "table"
 """The name of a source given as a table."""
 BY_FOLDER = "folder"
 """The value of `patient` for a folder that names the patient, whatever the headers say."""
-MAX_YAML_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,43 +81,46 @@ class Route:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set. ValueError, naming the field, for a value that cannot work.
+    """One data set. Raises ValueError, naming the field, for an invalid value.
 
-    modality: a name of the catalogue's, in any case, an alias, or a name of the user's own. "auto": as the header of
-        each file says. "from-folders": for files without such a header, as a folder above them is called.
-    normalisation: "auto" where the modality is not one.
-    routes: the modality of files that `modality` does not give.
-    trusted: the description is right whatever a header says, and no file is a label map. Otherwise files whose header
-        says that they are no image, or of another modality, are left out by name, and so are label maps.
-    name: letters, digits, ".", "_", "-"; it stands in shards and cards, so let it name nobody.
-    format: "auto": of each file by its suffix, or DICOM by its magic number.
+    modality: a name of the catalogue in any letter case, an alias, or your own name. "auto": the modality in each
+        file's header. "from-folders": for files without such a header, the one that a folder above them is named after.
+    normalisation: "auto" if the modality is "auto" or "from-folders".
+    routes: the modality of files for which `modality` gives none.
+    trusted: the description is right whatever a header says, and no file is a label map. Otherwise label maps, and
+        files whose header declares no image or another modality, are left out and named.
+    name: letters, digits, ".", "_", "-"; it appears in shards and cards, so it must not identify a person.
+    format: "auto": by each file's suffix, or DICOM by its magic number.
     files, exclude: patterns of paths below `root` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
-        within one name, "**" for any folders; letter case does not matter, and hidden names must be named with their
-        dot. No `files`: nobody has said yet.
-    root: a folder, or a URL (`remote`). In YAML, relative to the file it stands in; here absolute.
-    planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, but as stored
-        where the slices are not axial and lie more than twice as far apart as their pixels; the plane of acquisition
-        where they were turned since.
-    frame_stride: N takes every N-th frame of stacks that are no volume (videos, multi-frame files). 0: as the corpus,
-        one in 30 of a video file and all of anything else (`readers`); `for_format` puts the number in its place.
-    volumes: of files that hold several (time series, echoes): "first", "all" of them, each as a stack of its own, their
-        "mean", or a number N as text: every N-th.
-    slope, intercept: number = slope * stored + intercept, of formats other than DICOM, whose headers say it. With them
-        pictures hold numbers, HU for instance, and no window was applied.
-    min_foreground: the least share of foreground that a slice is kept with.
-    fit: "pad" (the whole picture, its surroundings in its own background level), "crop" (the centre square), "":
-        "crop" for fundus, pathology, endoscopy and clinical photography, else "pad".
+        within one name, "**" for any folders. Letter case does not matter; hidden names only match patterns with their
+        dot. Without `files`, the user has yet to name them.
+    root: a folder, or a URL (`remote`). In YAML relative to that file; here absolute.
+    planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, unless the slices
+        are not axial and lie more than twice as far apart as their pixels; then as stored, or the acquired plane if the
+        volume was rotated later.
+    frame_stride: N takes every N-th frame of stacks that are not volumes (videos, multi-frame files). 0: as for the
+        corpus, one in 30 of a video file and every frame of other formats (`readers`); `for_format` resolves it.
+    slice_stride: N takes every N-th slice of each plane of a volume, from the first.
+    volumes: for files with several volumes (time series, echoes): "first", "all" (one stack each), their "mean", or a
+        number N as text: every N-th.
+    slope, intercept: value = slope * stored + intercept, for formats other than DICOM, whose headers have their own.
+        With them, pictures hold measured values, for instance HU, without a window.
+    min_foreground: the least foreground share of a kept slice.
+    fit: "pad" (the whole picture, surrounded by its own background level), "crop" (the centre square), "": "crop" for
+        fundus, pathology, endoscopy and clinical photography, else "pad".
     tiles: square cut-outs of large pictures.
-    whole: False where only the tiles are images and the whole picture is not (text around an ultrasound sector).
-    patient: a regular expression searched in the relative path, whose group 1 names the patient; "folder": the first
+    whole: False if only the tiles are images and the whole picture is not (text around an ultrasound sector).
+    patient: a regular expression searched in the relative path, whose group 1 is the patient; "folder": the first
         folder that the paths do not share. "": the header's patient, else a folder (`folders`), else the file.
-        In a table also the name of the column that names the patient.
-    split: "train" or "val" for all of it. "": `val_share` of the images are "val", by whole patients (`splits`).
-    images: the number that a catalogue counts, None where unknown.
-    public: ids are readable. Others get salted hashes.
-    table: a file that lists the files below `root`, with modality, patient and side of each (`table`). split_file: one
-        that gives the sides of files or patients. Both are absolute here; in YAML, relative to it.
-    package: the public package that the files come with; `files` are then its members.
+        With a table, also the name of its patient column.
+    split: "train" or "val" for the whole source. "": `val_share` of the images are "val", by whole patients (`splits`).
+    images: the number of images according to the catalogue, None if unknown.
+    public: ids are readable; those of private sources are salted hashes.
+    table: a file that lists the files below `root`, with modality, patient and side of each (`table`). split_file: a
+        file with the sides of files or patients. Both are absolute here; in YAML, relative to that file.
+    notice: text that must accompany the images, in addition to the package's licence.
+    collection: the name of the set that contains this source; `read_sources` fills it in.
+    package: the public package that contains the files; `files` are then its members.
     """
 
     name: str
@@ -129,6 +133,7 @@ class Source:
     anatomy: str = ""
     planes: tuple[str, ...] = ("axial",)
     frame_stride: int = 1
+    slice_stride: int = 1
     volumes: str = "first"
     slope: float = 1.0
     intercept: float = 0.0
@@ -148,15 +153,14 @@ class Source:
     trusted: bool = False
     table: str | None = field(default=None, repr=False)
     split_file: str | None = field(default=None, repr=False)
+    notice: str = ""
+    collection: str = ""
     package: Package | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is not None,
-            "name",
-            'up to 64 letters, digits, ".", "_", "-"',
-            self.name,
-        )
+        for name, value in (("name", self.name), ("collection", self.collection or "none")):
+            good = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value) is not None
+            _require(good, name, 'up to 64 letters, digits, ".", "_", "-"', value)
         self._check_modality()
         for name, allowed in (
             ("format", (AUTO, *readers.formats())),
@@ -172,6 +176,7 @@ class Source:
             self.planes,
         )
         _require(self.frame_stride >= 0, "frame_stride", "at least 0", self.frame_stride)
+        _require(self.slice_stride >= 1, "slice_stride", "at least 1", self.slice_stride)
         _require(
             self.volumes in VOLUMES or (self.volumes.isdecimal() and int(self.volumes) > 0),
             "volumes",
@@ -294,19 +299,59 @@ def read_source(path: str | Path) -> Source:
     """The source that a YAML file describes. Raises ValueError, naming the file and the key, for an unknown key, a
     value of the wrong type or an invalid one."""
     path = Path(path)
+    with _named_errors(path):
+        return _from_file(yaml_records.read(path), path)
+
+
+def read_sources(path: str | Path) -> list[Source]:
+    """The sources of a YAML file: one description, or a set with its `name` and a list of `sources`. Each of these is a
+    complete description, or has a `base`, the name of a shipped source, and the fields that differ from it. Raises
+    ValueError as `read_source` does."""
+    path = Path(path)
+    with _named_errors(path):
+        values = yaml_records.read(path)
+        if not isinstance(values, Mapping) or "sources" not in values:
+            return [_from_file(values, path)]
+        listed = values["sources"]
+        _require(set(values) == {"name", "sources"}, "set", "name and sources alone", ", ".join(values))
+        _require(isinstance(values["name"], str), "name", "a name", values["name"])
+        _require(isinstance(listed, list) and len(listed) > 0, "sources", "a list of descriptions", listed)
+        return [_of_set(entry, f"sources[{number}]", values["name"], path) for number, entry in enumerate(listed)]
+
+
+def _of_set(entry: Any, place: str, name: str, path: Path) -> Source:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{place}: expected keys and values, got {type(entry).__name__}")
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{path.name}: expected a source description; {error.strerror}") from None
+        values = {key: value for key, value in entry.items() if key != "base"}
+        if "base" in entry:
+            known = shipped()
+            base = entry["base"]
+            _require(isinstance(base, str) and base in known, "base", "the name of a shipped source", base)
+            values = _fields(read_source(known[base])) | values
+            if "root" in entry:  # The user's own files
+                values |= {"package": None, "public": False}
+        return _from_file(values | {"collection": name}, path)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     try:
-        if len(data) > MAX_YAML_BYTES:
-            raise ValueError(f"expected at most {MAX_YAML_BYTES} bytes")
-        source = _build(Source, _named(_load(data)), "")
+        yield
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def _from_file(values: Any, path: Path) -> Source:
+    source = yaml_records.build(Source, _named(values), "")
     given = {name: value for name in ("root", "table", "split_file") if (value := getattr(source, name)) is not None}
     return dataclasses.replace(source, **{name: _absolute(value, path.parent) for name, value in given.items()})
+
+
+def _fields(source: Source) -> dict[str, Any]:
+    return {entry.name: getattr(source, entry.name) for entry in dataclasses.fields(source)}
 
 
 def shipped() -> dict[str, Path]:
@@ -314,39 +359,44 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CATALOGUE.glob("*.yaml"))}
 
 
+def shipped_sets() -> dict[str, Path]:
+    """The sets of sources that come with this package: name -> YAML file, sorted by name."""
+    return {path.stem: path for path in sorted(SETS.glob("*.yaml"))}
+
+
 def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
-    """The sources that one word of a command line means, ready to be prepared.
+    """The sources that a command-line argument names, ready to be prepared.
 
     argument: a YAML file, the name of a shipped source (in any letter case), "packages" (all sources that come with a
-        package), or a folder, whose files' headers say what they are where no modality= does.
-    overrides: fields of `Source` to change; None leaves a field as it is. root: relative to the current folder. What a
-        root holds is the user's own, so a source with one given here is private.
+        package), the name of a shipped set, a table, a URL, or a folder. Without modality=, the headers of a folder's
+        files name their modality.
+    overrides: fields of `Source` to change; None leaves a field unchanged. root: relative to the current folder. The
+        files below a given root are the user's own, so the source becomes private.
 
-    ValueError: nothing of that name, a field that cannot be changed, a source whose files nobody has named. No
-    message shows a path, since folders are called after patients.
+    Raises ValueError for an unknown name, a field that cannot be changed, and a source without files or root. No
+    message shows a path, because folders may be named after patients.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     for name in overrides:
         _require(
-            name in _types(Source) and name not in ("package", "public"), "override", "a field that may change", name
+            name in yaml_records.annotations(Source) and name not in ("package", "public"),
+            "override",
+            "a field that may change",
+            name,
         )
     argument = os.fspath(argument)
     names = {name.lower(): path for name, path in shipped().items()}
     if argument == PACKAGES:
-        _require(
-            set(overrides) <= {"planes", "frame_stride"},
-            PACKAGES,
-            "no more than planes and frame_stride to be changed in a group of sources",
-            ", ".join(overrides),
-        )
         sources = [read_source(path) for path in shipped().values()]
-        return [_changed(source, overrides) for source in sources if source.package is not None]
+        return _all_changed(argument, [source for source in sources if source.package is not None], overrides)
     argument = place_of(argument)
     path = Path(argument).expanduser()
     if overrides.get("split_file"):
         overrides["split_file"] = _absolute(overrides["split_file"], Path.cwd())
     if argument and path.is_dir():
         return [_folder(path, overrides)]
+    if argument.lower() in shipped_sets():
+        return _all_changed(argument, read_sources(shipped_sets()[argument.lower()]), overrides)
     if is_table(argument):
         _require("files" not in overrides, "files", "none beside a table, which names them", overrides.get("files"))
         if is_url(argument):
@@ -357,12 +407,16 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
     if is_url(argument):
         return [_folder(path, {"root": argument} | overrides)]
     if path.suffix.lower() in (".yaml", ".yml"):
-        source = read_source(path)
+        source, *more = sources = read_sources(path)
+        if more or source.collection:
+            for source in sources:
+                _check_ready(source)
+            return _all_changed("a set", sources, overrides)
     elif argument.lower() in names:
         source = read_source(names[argument.lower()])
     else:
         raise ValueError(
-            "SOURCE: expected a folder, a table, a YAML file, a shipped source or 'packages'; "
+            f"SOURCE: expected a folder, a table, a YAML file, a shipped source or {' or '.join(map(repr, groups()))}; "
             + (f"got {argument!r}" if re.fullmatch(r"[\w.-]*", argument) else "got a path to nothing")
         )
     given = _named(overrides).get("modality", source.modality)
@@ -383,7 +437,7 @@ def to_yaml(source: Source) -> str:
     for entry in dataclasses.fields(source):
         value = getattr(source, entry.name)
         if entry.default is dataclasses.MISSING or entry.name == "files" or value != entry.default:
-            values[entry.name] = _plain(value)
+            values[entry.name] = yaml_records.plain(value)
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
 
 
@@ -403,7 +457,7 @@ def _folder(path: Path, overrides: dict[str, Any]) -> Source:
         "frame_stride": 0,
         "min_foreground": modality.min_foreground,
     } | given
-    return _build(Source, {**values, "root": _absolute(values["root"], Path.cwd())}, "")
+    return yaml_records.build(Source, {**values, "root": _absolute(values["root"], Path.cwd())}, "")
 
 
 def _named(values: Any) -> Any:
@@ -416,11 +470,27 @@ def _named(values: Any) -> Any:
     return {**values, "modality": word or (modality.name if modality else " ".join(name.split()))}
 
 
+def groups() -> list[str]:
+    """The names of groups of shipped sources."""
+    return [PACKAGES, *shipped_sets()]
+
+
+def _all_changed(name: str, sources: Sequence[Source], overrides: dict[str, Any]) -> list[Source]:
+    """Change all sources of a group. Raises ValueError for a field that cannot be changed in several at once."""
+    _require(
+        set(overrides) <= {"planes", "frame_stride", "slice_stride"},
+        name,
+        "changes of planes, frame_stride or slice_stride only, as for every group of sources",
+        ", ".join(overrides),
+    )
+    return [_changed(source, overrides) for source in sources]
+
+
 def _changed(source: Source, overrides: dict[str, Any]) -> Source:
-    values = {entry.name: getattr(source, entry.name) for entry in dataclasses.fields(source)} | overrides
+    values = _fields(source) | overrides
     if "root" in overrides:
         values |= {"root": _absolute(overrides["root"], Path.cwd()), "package": None, "public": False}
-    return _build(Source, values, "")
+    return yaml_records.build(Source, values, "")
 
 
 def _check_ready(source: Source) -> None:
@@ -448,79 +518,6 @@ def _absolute(root: str | os.PathLike[str], base: Path) -> str:
         return os.fspath(root)
     # Links stay: the code that opens files decides whether to follow them.
     return os.path.abspath(base / Path(root).expanduser())
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that also rejects repeated keys."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
-            if not isinstance(key, str):
-                raise ValueError(f"expected keys that are words; got {key!r}")
-            if key in seen:
-                raise ValueError(f"{key}: expected once, got several times")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _load(data: bytes) -> Any:
-    try:
-        return yaml.load(data.decode("utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"expected YAML; {' '.join(str(error).split())}") from None
-
-
-@functools.cache
-def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _build(kind: type, values: Any, prefix: str) -> Any:
-    """A dataclass from plain values, checked against its annotations. A ValueError names the field."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix or 'description'}: expected keys and values, got {type(values).__name__}")
-    dot = f"{prefix}." if prefix else ""
-    types = _types(kind)
-    for name in values:
-        if name not in types:
-            raise ValueError(f"{dot}{name}: expected one of {', '.join(types)}")
-    for entry in dataclasses.fields(kind):
-        if entry.name not in values and entry.default is dataclasses.MISSING:
-            raise ValueError(f"{dot}{entry.name}: missing")
-    return kind(**{name: _convert(types[name], value, dot + name) for name, value in values.items()})
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if get_origin(kind) is UnionType:
-        (kind,) = (other for other in get_args(kind) if other is not NoneType)
-        return None if value is None else _convert(kind, value, name)
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
-        if kinds[-1] is not Ellipsis:
-            if len(value) != len(kinds):
-                raise ValueError(f"{name}: expected {len(kinds)} values, got {len(value)}")
-            return tuple(_convert(k, v, name) for k, v in zip(kinds, value, strict=True))
-        return tuple(_convert(kinds[0], v, name) for v in value)
-    if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else _build(kind, value, name)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {
-            e.name: _plain(getattr(value, e.name))
-            for e in dataclasses.fields(value)
-            if e.default is dataclasses.MISSING or getattr(value, e.name) != e.default
-        }
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _check_patterns(name: str, patterns: Sequence[str]) -> None:

@@ -226,7 +226,7 @@ class _Look(UnitWork):
             self._may_be_labels(source) and label_maps.suspicious(self._path),
         )
         counted = False
-        for planned in stack.planned(source.planes, 1 if stack.volume else source.frame_stride):
+        for planned in stack.planned(source.planes, source.slice_stride if stack.volume else source.frame_stride):
             height, width = planned.shape
             tiles = sum(sum(1 for _ in places(tile, height, width)) for tile in source.tiles)
             small = planned.count if source.whole and min(planned.shape) < MIN_SIDE else 0

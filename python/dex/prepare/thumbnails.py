@@ -20,8 +20,8 @@ from PIL import Image
 
 SHOWN = 6
 """Thumbnails per reason."""
-SIDE = 128  # pixels of a thumbnail
-_QUALITY = 85
+SIDE = 160  # Pixels of a thumbnail
+_QUALITY = 75
 _SEED = b"dex left out\0"
 
 

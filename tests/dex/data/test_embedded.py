@@ -1,19 +1,28 @@
-"""The embedded set: what its manifest and card say is what is there."""
+"""The embedded set: its manifest, card, licences and split."""
 
 import json
-import re
+import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from dex.cli import main
 from dex.data import Loader, open_dataset, verify
 from dex.data.dataset import EMBEDDED
 
+pytest.importorskip("yaml")
+
+from dex.prepare.sources import resolve  # noqa: E402
+
 REAL = ("CT", "MR", "X-ray", "ultrasound", "fundus", "pathology", "clinical photography")
 EMPTY = ("PET", "OCT", "endoscopy")
+ALONE = ("fundus", "clinical photography")
+"""Modalities with one picture, cut into an upper part for training and a lower one."""
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +31,16 @@ def dataset():
 
 
 @pytest.fixture(scope="module")
+def rows():
+    """The index, with the origin of each image: a source of the set."""
+    (path,) = EMBEDDED.glob("*.index.jsonl")
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry | {"origin": entry["id"].partition("/")[0]} for entry in entries]
+
+
+@pytest.fixture(scope="module")
 def card():
-    return [json.loads(line) for line in (EMBEDDED / "card.jsonl").read_text().splitlines()]
+    return json.loads((EMBEDDED / "card.json").read_text())
 
 
 def test_counts_are_those_of_the_manifest(dataset):
@@ -54,29 +71,65 @@ def test_hashes_and_size():
     assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 12 * 10**6
 
 
-def test_no_source_is_on_both_sides_unless_it_is_alone(dataset, card):
-    sides, sources = defaultdict(set), defaultdict(set)
-    for row in card:
-        sides[row["group"]].add(row["split"])
-        sources[row["modality"]].add(row["group"])
-    alone = {modality for modality, groups in sources.items() if len(groups) == 1}
-    torn = {row["modality"] for row in card if len(sides[row["group"]]) == 2}
-    assert torn == alone == {"fundus", "clinical photography"}
-    text = (EMBEDDED / "DATA_CARD.md").read_text()
-    assert "one source only, a single picture: fundus, clinical photography" in text
+def test_no_file_is_on_both_sides_unless_it_is_alone(rows):
+    sides, files = defaultdict(set), defaultdict(set)
+    for row in rows:
+        file = row["group"].partition("/")[2] or row["group"]  # a patient, or what stands for one below its origin
+        sides[row["modality"], file].add(row["split"])
+        files[row["modality"]].add(file)
+    alone = {modality for modality, names in files.items() if len(names) == 1}
+    assert {modality for (modality, _), both in sides.items() if len(both) == 2} == alone == set(ALONE)
+    assert {row["origin"] for row in rows if row["modality"] in ALONE and row["split"] == "val"} == {
+        "retina-lower",
+        "skin-lower",
+    }
 
 
-def test_card_names_every_image(dataset, card):
-    assert [row["id"] for row in card] == [dataset.sample_id(index) for index in range(len(dataset))]
-    assert len({row["id"] for row in card}) == len(card)
-    for row in card:
-        assert all(row[key] for key in ("package", "version", "member", "licence", "modality", "split", "view"))
-        assert (EMBEDDED / "licences" / f"{row['package']}-{row['version']}.txt").stat().st_size > 500
-    text = (EMBEDDED / "DATA_CARD.md").read_text()
-    for name, count in Counter(row["modality"] for row in card).items():
-        assert re.search(rf"^\| {name} \| {count} \|", text, re.M)
-    for name in EMPTY:
-        assert f"| {name} | **empty** | 0 | 0 | 0 |" in text
+def test_cut_outs_of_one_picture_do_not_overlap_across_the_split():
+    by_name = {source.name: source for source in resolve("embedded")}
+    for upper, lower in (("retina", "retina-lower"), ("skin", "skin-lower")):
+        train, val = by_name[upper], by_name[lower]
+        assert train.files == val.files and (train.split, val.split) == ("train", "val") and not val.whole
+        assert max(tile.box[3] for tile in train.tiles) <= min(tile.box[1] for tile in val.tiles)
+
+
+@pytest.mark.slow
+def test_held_out_images_are_not_trained_on(dataset, tmp_path):
+    folders = []
+    for split in ("train", "val"):
+        side = dataset.split(split)
+        folders.append(tmp_path / split)
+        for number in range(len(side)):
+            picture = Image.fromarray(side[number].image.permute(1, 2, 0).numpy())
+            folder = folders[-1] / side.modalities[side[number].modality]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{number:03d}.png", compress_level=1)
+    assert main(["data", "leak", *map(str, folders)]) == 0
+    shutil.copyfile(next((folders[0] / "CT").iterdir()), folders[1] / "CT" / "copy.png")
+    assert main(["data", "leak", *map(str, folders)]) == 1
+
+
+def test_every_origin_has_its_licence(rows, card):
+    sources = {source["name"]: source for source in card["sources"]}
+    described = {source.name: source for source in resolve("embedded")}
+    assert set(sources) == set(described) == {row["origin"] for row in rows}
+    for name, source in described.items():
+        facts = sources[name]
+        assert (facts["modality"], facts["licence"]) == (source.modality, source.licence) and source.licence
+        package = source.package
+        text = (EMBEDDED / "licences" / f"{package.name}-{package.version}.txt").read_text()
+        assert len(text) > 500 and facts["package"] == f"{package.name} {package.version}"
+        assert any(word in text for word in ("Permission", "Redistribution", "Apache")), name
+    assert (EMBEDDED / "licences" / "mni-t1.txt").read_text() == described["mni-t1"].notice
+
+
+def test_counts_are_those_of_the_page(rows):
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    for name in REAL:
+        here = [row for row in rows if row["modality"] == name]
+        train = sum(row["split"] == "train" for row in here)
+        origins = len({row["origin"] for row in here})
+        assert f"| {name} | {train} | {len(here) - train} | {origins} |" in page
 
 
 def test_order_of_the_first_batch_is_pinned(dataset):

@@ -17,9 +17,11 @@ from browser import CHROMIUM
 from PIL import Image
 
 from dex.data import open_dataset
+from dex.data.images import decode
 from dex.prepare import card, filters
 from dex.prepare.card import _DROPPED, _MEANING, Example, build
 from dex.prepare.readers import REASONS
+from dex.prepare.thumbnails import SIDE
 
 SECTIONS = ["modalities", "sources", "left-out", "examples", "duplicates", "text", "licences", "rules"]
 HOSTILE = "<script>alert(1)</script>\"'&amp; <img src=http://x/>"
@@ -294,15 +296,17 @@ def test_licences_and_rules(facts, examples):
     assert "foreground | 0.02 of full scale" in rules and "bits | 10" in rules and "others | 1,500, yes" in rules
 
 
-def test_examples_are_the_files_themselves(facts, examples):
+def test_examples_are_the_files_made_small(facts, examples):
     page = Page(build(facts, examples)[0])
     images = [a["src"] for tag, a in page.tags if tag == "img"]
     assert len(images) == len(examples)
-    for url, example in zip(images[:8], examples[:8], strict=True):
-        mime, data = re.fullmatch(r"data:image/(jpeg|png);base64,(.+)", url).groups()
-        assert base64.b64decode(data) == example.image and mime == {"jpg": "jpeg", "png": "png"}[example.kind]
-    array = np.load(io.BytesIO(examples[8].image))
-    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(images[8].partition(",")[2])))) == array).all()
+    for url, example in zip(images, examples, strict=True):
+        (data,) = re.fullmatch(r"data:image/jpeg;base64,(.+)", url).groups()
+        shown = Image.open(io.BytesIO(base64.b64decode(data)))
+        whole = decode(example.image, example.kind)
+        assert shown.size == (SIDE, SIDE) and shown.mode == whole.mode
+        small = np.asarray(whole.resize(shown.size, Image.Resampling.BICUBIC), np.float32)
+        assert np.abs(np.asarray(shown, np.float32) - small).mean() < 4  # of 255: JPEG
     assert "heart-ct axial-003" in page.text["examples"]
     titles = [a["title"] for tag, a in page.tags if tag == "img"]
     assert titles == [example.id for example in examples]

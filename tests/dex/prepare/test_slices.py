@@ -139,7 +139,7 @@ def test_grey_stored_as_colour_becomes_grey():
     assert one.image.dtype == np.uint8 and np.array_equal(one.image, colour[0])
 
 
-def test_the_stride_is_for_what_is_no_volume():
+def test_the_frame_stride_is_for_what_is_no_volume_and_the_slice_stride_for_volumes():
     array = DRAW.integers(0, 256, (5, 16, 16), dtype=np.uint8)
     assert [s.label for s in images(stack_of(array, "display8"), frame_stride=2)] == [
         "frame-0000",
@@ -147,6 +147,11 @@ def test_the_stride_is_for_what_is_no_volume():
         "frame-0004",
     ]
     assert len(images(stack_of(array, "display8", volume=True), frame_stride=2)) == 5
+    volume = images(stack_of(array, "display8", volume=True))
+    third = images(stack_of(array, "display8", volume=True), slice_stride=3)
+    assert [s.label for s in third] == [volume[0].label, volume[3].label]
+    assert np.array_equal(third[1].image, volume[3].image)
+    assert len(images(stack_of(array, "display8"), slice_stride=3)) == 5
 
 
 def test_what_a_rule_refuses():

@@ -1,7 +1,6 @@
 """Source descriptions: strict in, equal out; the shipped ones; what a word of the command line means."""
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from dex.data.dataset import EMBEDDED  # noqa: E402
 from dex.prepare.modalities import NAMES, NORMALISATIONS  # noqa: E402
 from dex.prepare.packages import Package  # noqa: E402
 from dex.prepare.sources import (  # noqa: E402
@@ -17,6 +15,7 @@ from dex.prepare.sources import (  # noqa: E402
     Source,
     Tile,
     read_source,
+    read_sources,
     resolve,
     shipped,
     to_yaml,
@@ -96,7 +95,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
     again = dataclasses.replace(
         source, anatomy="thorax", frame_stride=3, min_foreground=0.2, fit="crop", whole=False, split="val",
         licence="CC0", citation="Müller: a, b", public=True, simulated=True, trusted=True,
-        slope=2.0, intercept=-1.0, volumes="10", table="/lists/a.csv",
+        slope=2.0, intercept=-1.0, volumes="10", table="/lists/a.csv", slice_stride=2, notice="ü\nb", collection="c",
     )  # fmt: skip
     elsewhere = ("format", "routes", "split_file")
     assert all(getattr(again, f.name) != f.default for f in dataclasses.fields(again) if f.name not in elsewhere)
@@ -141,7 +140,7 @@ package: {name: n, version: "1.0", registry: pypi, file: n-1.0.tar.gz, sha256: "
         (SMALL + "whole: false\n", "whole: expected tiles"),
         (SMALL + "files: [/etc/*]\n", "files: expected patterns relative to the root"),
         (SMALL + "files: [a/../../b]\n", "files: expected patterns relative to the root"),
-        (SMALL + "files: ['[z-a]']\n", "patterns: expected such as"),
+        (SMALL + "files: ['[z-a]']\n", "patterns: expected patterns like"),
         (SMALL + "patient: '('\n", "patient: expected a regular expression"),
         (SMALL + "patient: 'p[0-9]+'\n", "patient: expected .folder., or a regular expression with a group"),
         (SMALL + "tiles: [{size: 0, stride: 1}]\n", "tiles.size: expected at least 1; got 0"),
@@ -241,27 +240,77 @@ def test_package_sources_are_complete(sources):
         assert pins.setdefault(source.package.name, source.package) == source.package
         assert source.modality not in ("PET", "OCT", "endoscopy")
     assert len(pins) == 12
-    card = (EMBEDDED / "DATA_CARD.md").read_text()
-    assert [name for name, package in sorted(pins.items()) if package.sha256 not in card] == ["deid-data", "itk-pocus"]
+    for package in pins.values():
+        assert package.licence_file
+    embedded = {source.package.name for source in resolve("embedded")}
+    assert sorted(set(pins) - embedded) == ["deid-data", "itk-pocus"]
     for modality in {source.modality for source in packages.values()}:
         assert {s.split for s in packages.values() if s.modality == modality} == {"train", "val"}
     assert {"nifti", "dicom", "picture", "video", "metaimage"} == {source.format for source in packages.values()}
 
 
-def test_package_sources_hold_every_file_of_the_embedded_set_on_its_side(sources):
-    sides = {}
-    for row in map(json.loads, (EMBEDDED / "card.jsonl").read_text().splitlines()):
-        found = {
-            source.split
-            for source in sources.values()
-            if source.package is not None
-            and (source.package.name, source.modality) == (row["package"], row["modality"])
-            and source.matches(row["member"])
-        }
-        assert row["split"] in found, row
-        sides[row["member"]] = found
-    both = {member.rsplit("/", 1)[1] for member, found in sides.items() if len(found) > 1}
-    assert both == {"retina.jpg", "example_image.jpg"}
+def test_the_embedded_set_is_made_of_package_sources(sources):
+    embedded = resolve("embedded")
+    assert len({source.name for source in embedded}) == len(embedded) > 30
+    for source in embedded:
+        assert source.collection == "embedded" and source.public
+        base = [one for one in resolve("packages") if (one.package, one.modality) == (source.package, source.modality)]
+        assert source.split in {one.split for one in base if one.matches(source.files[0])}
+    assert resolve("embedded", slice_stride=9)[0].slice_stride == 9
+    with pytest.raises(ValueError, match="embedded: expected .*planes, frame_stride.*got 'val_share'"):
+        resolve("embedded", val_share=0.5)
+
+
+SET = """
+name: my-set
+sources:
+- base: totalsegmentator-ct-abdomen
+  name: abdomen
+  slice_stride: 4
+- {base: TopBrain-CT, name: mine, root: scans, files: ['*.nii'], split: val}
+- {name: other, modality: MR, normalisation: mr, root: scans, files: ['*.mgz']}
+"""
+
+
+def test_a_set_names_shipped_sources_and_what_differs(tmp_path):
+    path = tmp_path / "my set ü.yaml"
+    path.write_text(SET, "utf-8")
+    abdomen, mine, other = resolve(path)
+    (base,) = resolve("totalsegmentator-ct-abdomen")
+    assert abdomen == dataclasses.replace(base, name="abdomen", slice_stride=4, collection="my-set")
+    assert (mine.root, mine.split, mine.public, mine.collection) == (str(tmp_path / "scans"), "val", False, "my-set")
+    assert (other.modality, other.slice_stride, other.collection) == ("MR", 1, "my-set")
+    assert read_sources(path) == [abdomen, mine, other]
+    assert resolve(path, slice_stride=2)[0].slice_stride == 2
+    with pytest.raises(ValueError, match="a set: expected .*planes, frame_stride.*got 'modality'"):
+        resolve(path, modality="MR")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{name: s, sources: []}", "set.yaml: sources: expected a list of descriptions"),
+        ("{name: s, sources: {}}", "set.yaml: sources: expected a list of descriptions"),
+        ("{sources: [{base: TopBrain-CT}]}", "set.yaml: set: expected name and sources alone"),
+        ("{name: s, modality: CT, sources: [{base: TopBrain-CT}]}", "set.yaml: set: expected name and sources alone"),
+        ("{name: 3, sources: [{base: TopBrain-CT}]}", "set.yaml: name: expected"),
+        ("{name: a/b, sources: [{base: TopBrain-CT}]}", "collection: expected up to 64 letters"),
+        ("{name: s, sources: [7]}", r"set.yaml: sources\[0\]: expected keys and values, got int"),
+        ("{name: s, sources: [{base: nothing}]}", r"sources\[0\]: base: expected the name of a shipped source"),
+        ("{name: s, sources: [{base: [a]}]}", r"sources\[0\]: base: expected the name of a shipped source"),
+        (
+            "{name: s, sources: [{base: TopBrain-CT, slice_stride: 0}]}",
+            r"sources\[0\]: slice_stride: expected at least 1",
+        ),
+        ("{name: s, sources: [{base: TopBrain-CT, planes: axial}]}", r"sources\[0\]: planes: expected a list"),
+        ("{name: s, sources: [{base: TopBrain-CT, stride: 2}]}", r"sources\[0\]: stride: expected one of"),
+        ("{name: s, sources: [{base: TopBrain-CT}]}", "TopBrain-CT: the description has no root"),
+    ],
+)
+def test_a_wrong_set_is_refused(tmp_path, text, message):
+    (tmp_path / "set.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        resolve(tmp_path / "set.yaml")
 
 
 def test_text_on_ultrasound_is_cut_off(sources):
@@ -377,7 +426,7 @@ def test_a_description_may_be_changed(tmp_path, monkeypatch):
 
 def test_groups_and_unknown_words():
     assert {source.frame_stride for source in resolve("packages", frame_stride=5)} == {5}
-    with pytest.raises(ValueError, match="packages: expected no more than planes and frame_stride"):
+    with pytest.raises(ValueError, match="packages: expected .*planes, frame_stride"):
         resolve("packages", modality="CT")
     with pytest.raises(ValueError, match="SOURCE: expected a folder, a table.*got 'imagenet'"):
         resolve("imagenet")

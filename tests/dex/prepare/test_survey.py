@@ -43,11 +43,16 @@ def write(root):
 
 
 @pytest.mark.parametrize(
-    "planes, volumes",
-    [(("axial",), "first"), (("axial", "coronal", "sagittal"), "all"), (("stored",), "mean"), (("auto",), "2")],
+    "planes, volumes, stride",
+    [
+        (("axial",), "first", 1),
+        (("axial", "coronal", "sagittal"), "all", 3),
+        (("stored",), "mean", 2),
+        (("auto",), "2", 1),
+    ],
 )
-def test_slices_are_those_of_a_run(planes, volumes, inline_workers, tmp_path):
-    sources = resolve(write(tmp_path / "scans"), modality="MR", planes=planes, volumes=volumes)
+def test_slices_are_those_of_a_run(planes, volumes, stride, inline_workers, tmp_path):
+    sources = resolve(write(tmp_path / "scans"), modality="MR", planes=planes, volumes=volumes, slice_stride=stride)
     (taken,) = inventory.take(sources, SETTINGS, processes=1)
     run = prepare(sources, Options(tmp_path / "out", SETTINGS), lambda text: None)
     (source,) = run.run(Progress())["sources"]
