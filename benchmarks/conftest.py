@@ -1,6 +1,6 @@
-"""Timing for the benchmarks: candidates take turns within one run, medians are compared, a table is printed.
+"""Timing for the benchmarks: candidates take turns within one run, medians are compared, and a table is printed.
 
-These machines are shared: only ratios within one run mean anything, and every row names its baseline.
+Machines may be shared, so only ratios within one run are meaningful, and every row names its baseline.
 On a GPU (``--device cuda``) the rows can be written as a results file, see record.py and README.md.
 """
 
@@ -22,7 +22,7 @@ from .timing import Timer, in_turns, seconds_of
 
 
 class WithoutPytestBenchmark:
-    """As on a GPU machine without network, where the results file is what counts."""
+    """Stands in for pytest-benchmark if it is not installed; only the results file matters then."""
 
     @pytest.fixture
     def benchmark(self) -> None:
@@ -39,23 +39,23 @@ NOTES = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--tiny", action="store_true", help="smallest sizes, no speed asserted: every benchmark is executed"
+        "--tiny", action="store_true", help="smallest sizes: execute every benchmark without asserting speed"
     )
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.addoption("--results", type=Path, help="folder to write <gpu>-<date>.json into; needs --device cuda")
     parser.addoption(
-        "--baseline", action="append", metavar="NAME", help="measure against these peers alone (default: all present)"
+        "--baseline", action="append", metavar="NAME", help="measure only against these peers (default: all present)"
     )
-    parser.addoption("--commit", help="hash of what is measured, for the results file (default: git's)")
+    parser.addoption("--commit", help="commit hash for the results file (default: git's)")
 
 
 def pytest_configure(config):
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(WithoutPytestBenchmark())
-    if config.getoption("benchmark_columns", None) is None:  # all of them are too wide for a terminal
+    if config.getoption("benchmark_columns", None) is None:  # All columns are too wide for a terminal.
         config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
     if config.getoption("--tiny") and not config.getoption("benchmark_json", None):
-        config.option.benchmark_disable = True  # no table of figures that say nothing
+        config.option.benchmark_disable = True  # Tiny sizes give no meaningful table.
     config.stash[COMMIT] = config.getoption("--commit") or record.commit()
     config.stash[REJECTED] = ""
     config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS], config.stash[NOTES] = [], [], {}, []
@@ -63,7 +63,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--baseline: expected some of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
     torch.set_num_threads(config.getoption("--threads"))
     if config.getoption("--results") and (config.getoption("--tiny") or config.getoption("--device") != "cuda"):
-        raise pytest.UsageError("--results: expected with --device cuda and without --tiny; nothing else is a result")
+        raise pytest.UsageError("--results: expected with --device cuda and without --tiny")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -88,28 +88,28 @@ def timer(request, tiny) -> Timer:
 
 @pytest.fixture(scope="session")
 def ceilings(request, timer) -> dict:
-    """Measured once a results file: a run that adds to one has the limits of its first."""
-    found = request.config.stash[CEILINGS]
+    """The machine's limits, measured once per results file: a run that adds to a file uses the limits in it."""
+    limits = request.config.stash[CEILINGS]
     if request.config.getoption("--results"):
         earlier = record.earlier(request.config.getoption("--results"), _head(request.config))
-        found.update(earlier["ceilings"] if earlier else {})
-    if not found:
-        found.update(timer.ceilings())
-    return found
+        limits.update(earlier["ceilings"] if earlier else {})
+    if not limits:
+        limits.update(timer.ceilings())
+    return limits
 
 
 @pytest.fixture
 def measured(request, tiny):
-    """``measured(row)``: a row of the results file, see record.ROW; returns what is wrong with it, and then omits it.
+    """``measured(row)`` adds a row to the results file, see record.ROW, or returns its faults.
 
-    The file is written after every benchmark: one that hangs, or that is killed, takes no other's figures with it.
+    The file is written after every benchmark, so one that hangs or is killed loses only its own rows.
     """
 
     def add(row: dict) -> list[str]:
-        wrong = [w for w in record.row_problems(row) if not (tiny and w.startswith("share_of_limit"))]
-        if not wrong:
+        faults = [fault for fault in record.row_problems(row) if not (tiny and fault.startswith("share_of_limit"))]
+        if not faults:
             request.config.stash[MEASURED].append(row)
-        return wrong
+        return faults
 
     yield add
     _write(request.config)
@@ -138,7 +138,7 @@ def measure(request, timer, ceilings, measured, samples) -> Measure:
 
 @pytest.fixture
 def compare(tiny, samples):
-    """``compare({name: callable}, ...) -> {name: median seconds}``, run in turns after warm-up."""
+    """``compare({name: callable}, ...) -> {name: median seconds}``; candidates run in turns after a warm-up."""
 
     def run(candidates: dict, rounds: int = 15, warmup: int = 3, case: str = "") -> dict:
         if tiny:
@@ -152,7 +152,7 @@ def compare(tiny, samples):
 
 @pytest.fixture
 def report(request, tiny, samples):
-    """``report(case, baseline, ratio, at_least, detail)``: a row at the end; unless tiny the ratio is asserted."""
+    """``report(case, baseline, ratio, at_least, detail)`` adds a row to the summary; unless tiny, asserts the ratio."""
 
     def add(case: str, baseline: str, ratio: float, at_least: float, detail: str) -> None:
         request.config.stash[ROWS].append((case, baseline, f"{ratio:.2f}", f"{at_least:.2f}", detail))
@@ -189,9 +189,9 @@ def _versions() -> dict:
     except ImportError:
         triton_version = "absent"
     major, minor = torch.cuda.get_device_capability()
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
     try:
-        driver = subprocess.run(asked, capture_output=True, text=True, env=os.environ).stdout.strip() or "unknown"
+        driver = subprocess.run(query, capture_output=True, text=True, env=os.environ).stdout.strip() or "unknown"
     except OSError:
         driver = "unknown"
     return {
@@ -208,9 +208,9 @@ def _versions() -> dict:
 
 def pytest_terminal_summary(terminalreporter, config):
     rows, measured = config.stash[ROWS], config.stash[MEASURED]
-    size = "tiny sizes: these figures say nothing about speed" if config.getoption("--tiny") else "medians of one run"
+    size = "tiny sizes: not a measure of speed" if config.getoption("--tiny") else "medians of one run"
     if rows:
-        terminalreporter.section(f"speed as a multiple of the baseline's ({size})")
+        terminalreporter.section(f"speed relative to the baseline ({size})")
         _table(terminalreporter, ("case", "baseline", "ratio", "at least", "figures"), rows)
         terminalreporter.write_line(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, CPU")
     if measured:
@@ -225,7 +225,7 @@ def pytest_terminal_summary(terminalreporter, config):
         absent = "; ".join(f"{module}: {reason}" for module, reason in peers.absent().items())
         terminalreporter.write_line(f"not timed: {absent}")
     if config.stash[REJECTED]:
-        terminalreporter.write_line(f"no results file, all is in rejected.json: {config.stash[REJECTED]}", red=True)
+        terminalreporter.write_line(f"rejected, results are in rejected.json: {config.stash[REJECTED]}", red=True)
 
 
 def _cell(value) -> str:

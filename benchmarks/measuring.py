@@ -1,4 +1,4 @@
-"""Checks results against the exact ones, times what is right, and makes the rows of a results file (record.ROW)."""
+"""Checks results against exact ones, times the correct candidates, and makes rows of a results file (record.ROW)."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -14,17 +14,17 @@ from .samples import Samples
 from .timing import Timer
 
 IN_CACHE = 100e6
-"""Bytes below which the cache may hold what rotated inputs need: the copy bandwidth is no limit then."""
+"""Bytes below which rotated inputs may fit into the cache, so that the copy bandwidth is no limit."""
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Error that is granted whatever plain torch's is."""
+"""Error that is always allowed, even if plain torch's is smaller."""
 
 Candidate = Callable[[int], list[Tensor]]
-"""``f(i)`` returns tensors; i chooses its inputs."""
+"""``f(i)`` returns tensors; i selects its inputs."""
 
 
 class Case(NamedTuple):
-    """What is computed. flush: the inputs must come from memory and not from the cache."""
+    """A computation. flush: the inputs must come from memory, not from the cache."""
 
     name: str
     shape: dict
@@ -41,16 +41,16 @@ class Case(NamedTuple):
         return f"{self.name} {self.shape} {self.precision}"
 
     def limit_ms(self, ceilings: dict[str, float]) -> float | None:
-        """The least time by the limits of this machine; None where they say nothing."""
+        """The shortest time by the limits of this machine; None if no limit applies."""
         if self.dtype != torch.bfloat16 and self.flops:
-            return None  # the ceiling of products is that of bf16: products in float32 have none here
+            return None  # The ceiling of products was measured in bf16 and does not apply to other dtypes.
         products = self.flops / ceilings["bf16_tflops"] / 1e9
         limit = max(products, self.num_bytes / ceilings["copy_gbps"] / 1e6)
         return None if limit > products and self.num_bytes < IN_CACHE and not self.flush else limit
 
 
 class Checked(NamedTuple):
-    """The candidates of one case after the check. red: backend -> why it is not timed."""
+    """The candidates of one case after the check. red: backend -> reason why it is not timed."""
 
     right: dict[str, Candidate]
     errors: dict[str, float]
@@ -58,10 +58,10 @@ class Checked(NamedTuple):
 
 
 class Measure:
-    """``measure(case, candidates, exact, others, ...)``: checks every result, then times and records what is right.
+    """``measure(case, candidates, exact, others, ...)`` checks every result, then times and records the correct ones.
 
-    add_row: takes a row and returns what is wrong with it. backend: the only one to measure beside "reference", or
-    None. notes: collects what is said of baselines that are left out.
+    add_row: takes a row and returns its faults. backend: the only one to measure beside "reference", or None for all.
+    notes: collects the reasons for omitted baselines.
     """
 
     def __init__(
@@ -86,10 +86,14 @@ class Measure:
         check: dict[str, Candidate] | None = None,
         theirs: dict[str, Callable[[], Candidate]] | None = None,
     ) -> None:
-        """candidates: by backend. exact: what ``f(0)`` is to return. others: baselines without a result.
+        """Check and time the candidates of a case.
 
-        check: backend -> another function to be checked in the place of its candidate. theirs: peer -> what makes a
-        function like those of the candidates; one that fails or is wrong is named, not timed.
+        Args:
+            candidates: backend -> function.
+            exact: the exact result of ``f(0)``.
+            others: baselines without a result.
+            check: backend -> function to check instead of its candidate.
+            theirs: peer -> factory of a function like the candidates; one that fails or is wrong is named, not timed.
         """
         if self.backend:
             candidates = {name: f for name, f in candidates.items() if name in (self.backend, "reference")}
@@ -106,9 +110,9 @@ class Measure:
             for row in self._rows(case, backend, baselines, ms):
                 against = f"{backend} against {row['baseline']}"
                 self.samples.say(**{against: row["ratio"], f"{backend}, share of the limit": row["share_of_limit"]})
-                if wrong := self.add_row(row | result):
-                    red[against] = wrong
-        assert not red, f"{case}, no speed of a wrong result: {red}"
+                if faults := self.add_row(row | result):
+                    red[against] = faults
+        assert not red, f"{case}: expected correct results, got {red}"
         assert not (self.timer.tiny and notes), notes
 
     def _check(
@@ -119,7 +123,7 @@ class Measure:
         for backend, f in candidates.items():
             try:
                 errors = errors_of(check[backend], exact)
-            except Exception as error:  # a kernel that does not compile or launch leaves the others their rows
+            except Exception as error:  # A kernel that does not compile or launch must not affect other rows.
                 checked.red[backend] = f"{type(error).__name__}: {error}"[:300]
                 continue
             checked.errors[backend] = max(errors)
@@ -135,7 +139,7 @@ class Measure:
     def _peers(
         self, case: Case, theirs: dict[str, Callable[[], Candidate]], exact: list[Tensor]
     ) -> tuple[dict[str, Candidate], list[str]]:
-        """The peers that run and are right, and notes on the others."""
+        """The peers that run and are correct, and notes on the others."""
         right, notes = {}, []
         for peer, make in theirs.items():
             try:
@@ -144,7 +148,7 @@ class Measure:
             except Exception as error:
                 notes.append(f"{case}: {peer} did not run: {type(error).__name__}: {error}"[:300])
                 continue
-            # What others round along the way is their affair, within what any result of this dtype may be off.
+            # Peers may round intermediate results, within the error bound of this dtype.
             if max(errors) > record.BOUND[case.precision]:
                 notes.append(f"{case}: {peer} is wrong: {errors}")
             else:
@@ -152,7 +156,7 @@ class Measure:
         return right, notes
 
     def _rows(self, case: Case, backend: str, baselines: dict, ms: dict[str, float]) -> Iterator[dict]:
-        """A row for each baseline, of all but the error and the memory."""
+        """A row for each baseline, without error and memory."""
         limit = case.limit_ms(self.ceilings)
         for baseline in ("reference", *baselines):
             if baseline in ms:
@@ -172,4 +176,4 @@ class Measure:
 
 
 def errors_of(f: Candidate, exact: list[Tensor]) -> list[float]:
-    return [relative_error(got, want) for got, want in zip(f(0), exact, strict=True)]
+    return [relative_error(result, expected) for result, expected in zip(f(0), exact, strict=True)]

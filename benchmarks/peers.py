@@ -1,7 +1,7 @@
-"""What the kernels are measured against: ways to do the same work that others have made, and what is absent.
+"""Other implementations that the kernels are measured against, and why some are not timed.
 
-A peer of the MLP is ``f(x, gates, slot_order, group_offsets, *weights) -> out``, differentiable by autograd, arguments
-as of `dexkernels.ops.grouped_mlp.records`. Its result is checked like every other before it is timed.
+A peer of the MLP is ``f(x, gates, slot_order, group_offsets, *weights) -> out``, differentiable by autograd, with the
+arguments of `dexkernels.ops.grouped_mlp.records`. Like every result, its result is checked before it is timed.
 """
 
 import functools
@@ -23,14 +23,14 @@ NO_ADAPTER = {
     "liger_kernel": "gated activations, no bias",
     "transformer_engine": "tanh GELU, a separate permutation",
 }
-"""Module -> why it is named and not timed: it computes something else."""
+"""Module -> why it is named but not timed: it computes something else."""
 
 
 class Peer(NamedTuple):
     run: Callable
     module: str = "torch"
     compiled: bool = False
-    """Compiling takes long, so it is measured on few shapes."""
+    """Whether it is compiled, which takes long, so it is measured on few shapes."""
 
 
 def rows_of(x: Tensor, gates: Tensor, slot_order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,13 +40,13 @@ def rows_of(x: Tensor, gates: Tensor, slot_order: Tensor) -> tuple[Tensor, Tenso
 
 
 def combined(y: Tensor, images: Tensor, gates: Tensor, like: Tensor) -> Tensor:
-    """``out [B, N, D]``: the slots' rows, times their gates, added to their images."""
+    """``out [B, N, D]``: the slots' rows, weighted by their gates and summed by image."""
     y = y.view(len(images), like.shape[1], -1) * gates
     return torch.zeros_like(like, dtype=y.dtype).index_add(0, images, y).to(like.dtype)
 
 
 def expert_loop(x, gates, slot_order, group_offsets, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> Tensor:
-    """One MLP after the other on the rows of its images, whose number the host reads."""
+    """One MLP after the other on the rows of its images; the host reads the group sizes."""
     images, rows, g = rows_of(x, gates, slot_order)
     parts = rows.split((group_offsets.diff() * x.shape[1]).tolist())
     done = [
@@ -77,7 +77,7 @@ def torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_gemm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     from grouped_gemm import ops
 
-    sizes = ends.diff(prepend=ends.new_zeros(1)).to("cpu", torch.int64)  # it takes them from the host
+    sizes = ends.diff(prepend=ends.new_zeros(1)).to("cpu", torch.int64)  # It needs them on the host.
     return ops.gmm(rows, weight, sizes, trans_b=True)
 
 
@@ -88,15 +88,15 @@ PEERS = {
     "grouped_mm + torch, compiled": Peer(functools.partial(by_grouped_mm, torch_grouped_mm), compiled=True),
     "grouped_gemm + torch": Peer(functools.partial(by_grouped_mm, grouped_gemm), "grouped_gemm"),
 }
-"""Name of the baseline -> what runs. ``--baseline NAME`` chooses among them."""
+"""Name of the baseline -> its implementation. ``--baseline NAME`` chooses among them."""
 
 
 def present(dtype: torch.dtype) -> dict[str, Peer]:
     """The peers that can run here in this dtype."""
-    found = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.module)}
-    if dtype != torch.bfloat16:  # grouped products are of bf16 alone
-        found = {name: peer for name, peer in found.items() if "grouped" not in name}
-    return found
+    installed = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.module)}
+    if dtype != torch.bfloat16:  # Grouped products support only bf16.
+        return {name: peer for name, peer in installed.items() if "grouped" not in name}
+    return installed
 
 
 def compiled(peer: Peer, tiny: bool) -> Callable:
@@ -106,7 +106,7 @@ def compiled(peer: Peer, tiny: bool) -> Callable:
 
 
 def cupy_group_ema(directors: list[Tensor], experts: list[Tensor], weights: list[Tensor], momentum: float) -> Callable:
-    """GEMA as a CuPy elementwise kernel, a launch per tensor."""
+    """GEMA as a CuPy elementwise kernel, with one launch per tensor."""
     import cupy
 
     kernel = cupy.ElementwiseKernel(
@@ -132,13 +132,13 @@ def cupy_group_ema(directors: list[Tensor], experts: list[Tensor], weights: list
 def absent() -> dict[str, str]:
     """Module of every peer that is not timed -> why."""
     modules = {peer.module for peer in PEERS.values()} | {"cupy"}
-    found = {m: "not installed" for m in sorted(modules | NO_ADAPTER.keys()) if not importlib.util.find_spec(m)}
-    return found | {m: f"computes something else: {NO_ADAPTER[m]}" for m in NO_ADAPTER if m not in found}
+    missing = {m: "not installed" for m in sorted(modules | NO_ADAPTER.keys()) if not importlib.util.find_spec(m)}
+    return missing | {m: f"computes something else: {NO_ADAPTER[m]}" for m in NO_ADAPTER if m not in missing}
 
 
 def versions() -> dict[str, str]:
-    """What a results file says of the peers: the version of each that is timed, and why it is without the others."""
+    """The entries of a results file about peers: the version of each timed one, and why the others are not timed."""
     missing, names = absent(), importlib.metadata.packages_distributions()
     timed = {"cupy", *(peer.module for peer in PEERS.values())} - {"torch", *missing}
-    found = {module: importlib.metadata.version(names[module][0]) for module in sorted(timed) if names.get(module)}
-    return found | {f"without {module}": reason for module, reason in missing.items()}
+    version = {module: importlib.metadata.version(names[module][0]) for module in sorted(timed) if names.get(module)}
+    return version | {f"without {module}": reason for module, reason in missing.items()}

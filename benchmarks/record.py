@@ -1,4 +1,4 @@
-"""What a benchmark measured on a GPU: one JSON file a run, checked when it is written and when it is read.
+"""Results of the GPU benchmarks: one JSON file per run, checked when written and when read.
 
 Defaults of `dexkernels.ops.backends` and the tables of the pages are made from these files by scripts/pages.py.
 """
@@ -17,27 +17,27 @@ from dex.common import atomic
 RESULTS = Path(__file__).parent / "results"
 
 BOUND = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}
-"""dtype -> largest ||got - exact|| / ||exact|| of a right result. 2e-5 catches tf32, which is near 3e-4."""
+"""dtype -> largest ||result - exact|| / ||exact|| of a correct result. 2e-5 catches tf32, which is near 3e-4."""
 
 OPS = ("route", "grouped_mlp", "align_loss", "group_ema_")
 BACKENDS = ("reference", "triton", "cuda")
 PRESENT = "reference"
-"""What runs where nothing is proven, and the baseline that a candidate must beat."""
+"""The backend that runs without proven kernels, and the baseline that a candidate must beat."""
 
 NUMBER = (int, float)
 FILE = {"device": str, "date": str, "commit": str, "versions": dict, "ceilings": dict, "rows": list}
 ROW = {
-    "case": str,  # begins with the operator's name where it is of one: "grouped_mlp forward"
-    "shape": dict,  # letters to sizes, such as {"B": 224, "N": 65}; words only under "routing"
+    "case": str,  # Begins with the operator's name, if any: "grouped_mlp forward".
+    "shape": dict,  # Letters to sizes, such as {"B": 224, "N": 65}; only "routing" has text.
     "backend": str,
     "dtype": str,
     "baseline": str,
-    "ms": NUMBER,  # median
+    "ms": NUMBER,  # Median.
     "baseline_ms": NUMBER,
-    "ratio": NUMBER,  # baseline_ms / ms: above 1 is faster
+    "ratio": NUMBER,  # baseline_ms / ms: above 1 is faster.
     "tflops": (*NUMBER, type(None)),
     "gbps": (*NUMBER, type(None)),
-    "share_of_limit": (*NUMBER, type(None)),  # shortest possible time by the ceilings / ms; None: no ceiling applies
+    "share_of_limit": (*NUMBER, type(None)),  # Shortest possible time by the ceilings / ms; None: no ceiling applies.
     "max_rel_err": NUMBER,
     "peak_mb": NUMBER,
 }
@@ -46,66 +46,66 @@ VERSIONS = ("architecture", "python", "torch", "triton", "cuda", "driver", "dexk
 
 
 def problems(result: Any) -> list[str]:
-    """What is wrong with the content of a results file, by place; empty when nothing is."""
+    """The faults of a results file's content, by place; empty if there are none."""
     if not isinstance(result, dict) or set(result) != set(FILE):
         return [f"expected an object of {', '.join(FILE)}, got {_keys(result)}"]
-    found = [f"{k}: expected {t.__name__}, got {result[k]!r:.40}" for k, t in FILE.items() if type(result[k]) is not t]
-    if found:
-        return found
+    faults = [f"{k}: expected {t.__name__}, got {result[k]!r:.40}" for k, t in FILE.items() if type(result[k]) is not t]
+    if faults:
+        return faults
     if not result["device"]:
-        found.append("device: expected a name")
+        faults.append("device: expected a name")
     if not re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", result["date"]):
-        found.append(f"date: expected YYYY-MM-DD, got {result['date']!r}")
+        faults.append(f"date: expected YYYY-MM-DD, got {result['date']!r}")
     if not re.fullmatch(r"[0-9a-f]{7,40}(\+changes)?", result["commit"]):
-        found.append(f"commit: expected a hash, '+changes' behind it if the tree was changed, got {result['commit']!r}")
+        faults.append(f"commit: expected a hash, with '+changes' if the tree was changed, got {result['commit']!r}")
     versions, ceilings = result["versions"], result["ceilings"]
-    found += [f"versions.{k}: expected a string" for k in VERSIONS if not isinstance(versions.get(k), str)]
+    faults += [f"versions.{k}: expected a string" for k in VERSIONS if not isinstance(versions.get(k), str)]
     if not re.fullmatch(r"sm_\d+", str(versions.get("architecture"))):
-        found.append("versions.architecture: expected such as 'sm_90'")
+        faults.append("versions.architecture: expected a name such as 'sm_90'")
     if set(ceilings) != set(CEILINGS) or not all(_positive(v) for v in ceilings.values()):
-        found.append(f"ceilings: expected {', '.join(CEILINGS)}, each above 0, got {ceilings!r}")
+        faults.append(f"ceilings: expected {', '.join(CEILINGS)}, each above 0, got {ceilings!r}")
     if not result["rows"]:
-        found.append("rows: expected at least one")
-    seen = set()
+        faults.append("rows: expected at least one")
+    keys = set()
     for i, row in enumerate(result["rows"]):
-        wrong = row_problems(row)
-        found += [f"rows[{i}].{w}" for w in wrong]
-        if not wrong:
-            if _key(row) in seen:
-                found.append(f"rows[{i}]: measured twice: {_key(row)}")
-            seen.add(_key(row))
-    return found
+        row_faults = row_problems(row)
+        faults += [f"rows[{i}].{fault}" for fault in row_faults]
+        if not row_faults:
+            if _key(row) in keys:
+                faults.append(f"rows[{i}]: measured twice: {_key(row)}")
+            keys.add(_key(row))
+    return faults
 
 
 def row_problems(row: Any) -> list[str]:
-    """What is wrong with one row."""
+    """The faults of one row."""
     if not isinstance(row, dict) or set(row) != set(ROW):
         return [f"expected {', '.join(ROW)}, got {_keys(row)}"]
-    found = [f"{k}: unexpected {row[k]!r:.40}" for k, t in ROW.items() if not isinstance(row[k], t) or row[k] is True]
-    if found:
-        return found
-    found = [f"{k}: expected a finite number" for k, v in row.items() if type(v) is float and not math.isfinite(v)]
-    found += [f"{k}: expected above 0, got {row[k]}" for k in ("ms", "baseline_ms", "ratio") if not row[k] > 0]
+    faults = [f"{k}: unexpected {row[k]!r:.40}" for k, t in ROW.items() if not isinstance(row[k], t) or row[k] is True]
+    if faults:
+        return faults
+    faults = [f"{k}: expected a finite number" for k, v in row.items() if type(v) is float and not math.isfinite(v)]
+    faults += [f"{k}: expected above 0, got {row[k]}" for k in ("ms", "baseline_ms", "ratio") if not row[k] > 0]
     if row["backend"] not in BACKENDS:
-        found.append(f"backend: expected one of {', '.join(BACKENDS)}, got {row['backend']!r}")
+        faults.append(f"backend: expected one of {', '.join(BACKENDS)}, got {row['backend']!r}")
     if row["dtype"] not in BOUND:
-        found.append(f"dtype: expected one of {', '.join(BOUND)}, got {row['dtype']!r}")
+        faults.append(f"dtype: expected one of {', '.join(BOUND)}, got {row['dtype']!r}")
     for letter, size in row["shape"].items():
         if type(size) is not (str if letter == "routing" else int):
-            found.append(f"shape.{letter}: unexpected {size!r}")
-    if found:
-        return found
+            faults.append(f"shape.{letter}: unexpected {size!r}")
+    if faults:
+        return faults
     if abs(row["ratio"] * row["ms"] / row["baseline_ms"] - 1) > 0.01:
-        found.append(f"ratio: expected baseline_ms / ms, got {row['ratio']}")
+        faults.append(f"ratio: expected baseline_ms / ms, got {row['ratio']}")
     if row["tflops"] is None and row["gbps"] is None:
-        found.append("tflops: expected it or gbps")
+        faults.append("tflops: expected it or gbps")
     if row["share_of_limit"] is not None and not 0 < row["share_of_limit"] < 1.2:
-        found.append(f"share_of_limit: expected a share, got {row['share_of_limit']}")
+        faults.append(f"share_of_limit: expected a share, got {row['share_of_limit']}")
     if not 0 <= row["max_rel_err"] <= BOUND[row["dtype"]]:
-        found.append(f"max_rel_err: expected at most {BOUND[row['dtype']]}, got {row['max_rel_err']}")
+        faults.append(f"max_rel_err: expected at most {BOUND[row['dtype']]}, got {row['max_rel_err']}")
     if row["peak_mb"] < 0:
-        found.append(f"peak_mb: expected at least 0, got {row['peak_mb']}")
-    return found
+        faults.append(f"peak_mb: expected at least 0, got {row['peak_mb']}")
+    return faults
 
 
 def _keys(value: Any) -> str:
@@ -117,17 +117,17 @@ def _positive(value: Any) -> bool:
 
 
 def _what(row: dict) -> tuple:
-    """What was computed, whatever computed it."""
+    """Key of the computation, without the backend."""
     return row["case"], row["dtype"], tuple(sorted(row["shape"].items()))
 
 
 def _key(row: dict) -> tuple:
-    """What was measured: no row of a file is of the same."""
+    """Key of the measurement, unique in a file."""
     return (*_what(row), row["backend"], row["baseline"])
 
 
 def gpu_of(result: dict) -> str:
-    """The device's name as part of a file's: ``h100-80gb-hbm3``."""
+    """The device's name as part of a file name: ``h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", result["device"].lower().removeprefix("nvidia ")).strip("-")
 
 
@@ -137,9 +137,9 @@ def name_of(result: dict) -> str:
 
 
 def write(result: dict, path: Path) -> None:
-    """Raises ValueError, and writes nothing, when the content is not a right result."""
-    if found := problems(result):
-        raise ValueError(f"{path}: " + "; ".join(found))
+    """Write a results file; ValueError, and nothing written, if the content has faults."""
+    if faults := problems(result):
+        raise ValueError(f"{path}: " + "; ".join(faults))
     rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
     atomic.write(path, head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
@@ -149,7 +149,7 @@ REJECTED = "rejected.json"
 
 
 def earlier(folder: Path, head: dict) -> dict | None:
-    """What ``folder`` already holds of the same device, date, commit and versions: a run may add to another."""
+    """The result in ``folder`` with the same device, date, commit and versions, to which a run can add; or None."""
     for path in (folder / name_of(head), folder / REJECTED):
         if path.exists():
             result = json.loads(path.read_text())
@@ -159,9 +159,9 @@ def earlier(folder: Path, head: dict) -> dict | None:
 
 
 def add(result: dict, folder: Path) -> str:
-    """Write ``result``, with the rows of an earlier run that it does not measure anew; returns what is wrong with it.
+    """Write ``result`` together with the rows of an earlier run that it does not measure again; returns its faults.
 
-    Then it goes to rejected.json: what was measured is not lost for a fault in what stands around it.
+    A result with faults goes to rejected.json, so that no measurement is lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = earlier(folder, result)
@@ -177,10 +177,10 @@ def add(result: dict, folder: Path) -> str:
 
 
 def read(path: Path) -> dict:
-    """Raises ValueError when the file holds no right result."""
+    """Read a results file; ValueError if the content has faults."""
     result = json.loads(path.read_text())
-    if found := problems(result):
-        raise ValueError(f"{path}: " + "; ".join(found))
+    if faults := problems(result):
+        raise ValueError(f"{path}: " + "; ".join(faults))
     return result
 
 
@@ -193,29 +193,28 @@ def newest(folder: Path = RESULTS) -> list[dict]:
 
 
 class Verdict(NamedTuple):
-    """What the results of one architecture say about a backend of an operator."""
+    """The results of one architecture for a backend of an operator."""
 
     architecture: str
     op: str
     backend: str
     fastest: bool
-    """Right and faster than plain torch in every case, shape and dtype that was measured; of two, the faster one."""
+    """Whether it is correct and faster than plain torch in every measured case, and the fastest such backend."""
     text: str
 
 
 def verdicts(results: Iterable[dict]) -> list[Verdict]:
-    """Of every architecture, operator and backend that was measured against plain torch.
+    """A verdict for every architecture, operator and backend that was measured against plain torch.
 
-    A backend is the fastest where it was right and faster than the present one in every case, shape and dtype that was
-    measured: one loss, or one case without a row (a wrong result gets none), keeps it out. Of two that win, the one
-    with the shorter sum of times.
+    The fastest backend must be correct and faster than plain torch in every measured case, shape and dtype: one loss,
+    or one case without a row (a wrong result gets none), excludes it. If two qualify, the shorter sum of times wins.
     """
-    results, found = list(results), []
+    results, all_verdicts = list(results), []
     for architecture in sorted({r["versions"]["architecture"] for r in results}):
-        mine = [r for r in results if r["versions"]["architecture"] == architecture]
+        of_architecture = [r for r in results if r["versions"]["architecture"] == architecture]
         for op in OPS:
-            found += _verdicts_of(architecture, op, mine)
-    return found
+            all_verdicts += _verdicts_of(architecture, op, of_architecture)
+    return all_verdicts
 
 
 def _verdicts_of(architecture: str, op: str, results: list[dict]) -> list[Verdict]:
@@ -224,25 +223,25 @@ def _verdicts_of(architecture: str, op: str, results: list[dict]) -> list[Verdic
         b: {(device, *_what(row)): row for device, row in rows if row["backend"] == b and row["baseline"] == PRESENT}
         for b in BACKENDS
     }
-    wanted = by_backend.pop(PRESENT).keys()
+    cases = by_backend.pop(PRESENT).keys()
     by_backend = {backend: measured for backend, measured in by_backend.items() if measured}
     texts, times = {}, {}
     for backend, measured in by_backend.items():
         ratios = [row["ratio"] for row in measured.values()]
         devices = ", ".join(sorted({device for device, *_ in measured}))
-        missing = len(wanted - measured.keys())
+        missing = len(cases - measured.keys())
         texts[backend] = (
             f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as plain torch in {len(ratios)} cases on {devices}, "
             f"error at most {max(row['max_rel_err'] for row in measured.values()):.1e}"
         ) + (f"; wrong or not measured in {missing} others" if missing else "")
-        if min(ratios) > 1 and wanted and not missing:
-            times[backend] = sum(measured[key]["ms"] for key in wanted)
+        if min(ratios) > 1 and cases and not missing:
+            times[backend] = sum(measured[key]["ms"] for key in cases)
     best = min(times, key=times.get, default=None)
     return [Verdict(architecture, op, backend, backend == best, text) for backend, text in texts.items()]
 
 
 def commit() -> str:
-    """Of the clone that this is; "unknown" where it is none: then the results say so and are refused, but not lost."""
+    """The commit of this clone; "unknown" outside a clone, with which results are rejected, but not lost."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
     with contextlib.suppress(OSError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""Hands what candidates took in turns to pytest-benchmark, for its table, JSON, comparison and histogram.
+"""Passes the samples of candidates that took turns to pytest-benchmark, for its table, JSON, comparison and histogram.
 
 pytest-benchmark runs one function per test, one after the other, but on a shared machine only candidates that take
-turns can be compared. So the samples are taken here, and its fixture gets a clock that repeats them.
+turns can be compared. So the samples are taken here, and its fixture gets a clock that replays them.
 """
 
 import copy
@@ -10,19 +10,19 @@ from typing import Any
 
 
 class Samples:
-    """``add(samples)`` for every set of candidates that took turns, then ``say(**facts)`` for what follows from it.
+    """``add(samples)`` for every set of candidates that took turns, then ``say(**facts)`` for derived facts.
 
-    benchmark: the fixture of pytest-benchmark, or None where it is not installed: nothing is handed on then.
+    benchmark: the fixture of pytest-benchmark, or None if it is not installed, and then nothing is passed on.
     """
 
     def __init__(self, benchmark: Any | None):
         self._unused = benchmark
-        # A fixture serves once. Copies of an unused one serve the other candidates.
+        # A fixture can be used once, so the other candidates use copies of the unused one.
         self._template = copy.copy(benchmark)
         self._added: list[Any] = []
 
     def add(self, samples: Mapping[str, Sequence[float]], case: str = "") -> None:
-        """One entry a candidate, in one group. Samples are seconds."""
+        """Add one entry per candidate, in one group. Samples are seconds."""
         if self._template is None:
             return
         self._added = []
@@ -42,7 +42,7 @@ class Samples:
 
 
 def _repeating(seconds: Sequence[float]) -> Callable[[], float]:
-    """A clock whose every second reading is later than the one before by the next sample."""
+    """A clock whose pairs of readings differ by the samples, in order."""
     readings = iter([reading for s in seconds for reading in (0.0, s)])
 
     def repeated() -> float:

@@ -1,4 +1,4 @@
-"""Sizes that are measured, inputs of them, and which backends can take part.
+"""Measured sizes, their inputs, and the backends that can run.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
@@ -34,13 +34,13 @@ SHAPES = {
     "ViT-L, N 257": sizes(VIT_L, 32, 257),
     "ViT-H": sizes(VIT_H, 64),
 }
-"""Around ViT-B with 224 images, 8 experts and 2 chosen, every size moves alone: so cost can be drawn against it."""
+"""Around ViT-B with 224 images, 8 experts and 2 chosen, one size varies at a time, so cost can be plotted over it."""
 
 FLOAT32 = ("ViT-B", "ViT-B, B 8", "ViT-B, E 64", "ViT-B, skewed")
-"""What is measured in float32 too: its products are an order slower, and no training uses them."""
+"""Shapes that are measured in float32 too; few, since it is ten times slower and not used in training."""
 
 SETS = 3
-"""Inputs that calls rotate through."""
+"""Number of inputs that calls rotate through."""
 
 TINY = {"B": 4, "N": 5, "D": 16, "H": 32, "E": 4, "K": 2}
 
@@ -56,7 +56,7 @@ def draw(timer, *sizes: int, scale: float = 1.0, dtype=torch.float32, seed: int 
 
 
 def cls_rows(timer, shape: dict, router: Tensor, seed: int) -> Tensor:
-    """``[B, D]`` whose logits are permutations of evenly spaced ones: no decision is near a tie."""
+    """``[B, D]`` whose logits are permutations of evenly spaced values, so no decision is near a tie."""
     B, E = shape["B"], shape["E"]
     order = draw(timer, B, E, seed=seed).argsort(1).double()
     if shape.get("routing"):
@@ -88,6 +88,6 @@ def weights_of(timer, shape: dict, dtype: torch.dtype) -> MLPWeights:
 
 def able(op: str, timer, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends of ``op`` that can run here; Triton's interpreter, on a CPU, multiplies bf16 wrongly."""
-    found = [b for b in backends.BACKENDS if backends.why_not(op, b) is None]
+    available = [b for b in backends.BACKENDS if backends.why_not(op, b) is None]
     interpreted = timer.device.type == "cpu" and dtype == torch.bfloat16 and op == "grouped_mlp"
-    return [b for b in found if b == "reference" or not interpreted]
+    return [b for b in available if b == "reference" or not interpreted]

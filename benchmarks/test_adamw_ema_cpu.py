@@ -1,8 +1,8 @@
-"""`adamw_ema_` on the CPU against torch's fused AdamW, then `group_ema_`, and beside the bytes of both.
+"""`adamw_ema_` on the CPU against torch's fused AdamW after `group_ema_`, and against the bound by bytes.
 
-In float32, of E experts and their director: AdamW reads a weight, its gradient and two moments and writes three of
-them, 7 E. GEMA alone reads the experts, and reads and writes the director, E + 2. In one pass the experts are not read
-again: (8 E + 2) / (7 E + 2) is 1.14 for E = 8.
+In float32, for E experts and their director, AdamW reads a weight, its gradient and two moments and writes three of
+these: 7 E. GEMA alone reads the experts, and reads and writes the director: E + 2. In one pass the experts are read
+only once: (8 E + 2) / (7 E + 2) is 1.14 for E = 8.
 """
 
 import torch
@@ -18,21 +18,21 @@ def test_adamw_ema(tiny, compare, report):
     weights = torch.rand(E)
     weights /= weights.sum()
 
-    def updates(copies):
-        made = []
+    def updates_of(copies):
+        updates = []
         for shape in shapes:
             p, g, m, v = (1e-3 * torch.randn(E, *shape) for _ in range(4))
             copy = torch.empty(E + 1, *shape, dtype=torch.bfloat16) if copies else None
-            made.append(Update(p, g, m, v.square(), torch.tensor(3.0), torch.randn(shape), weights, copy))
-        return made
+            updates.append(Update(p, g, m, v.square(), torch.tensor(3.0), torch.randn(shape), weights, copy))
+        return updates
 
-    ours, torchs, with_copies = updates(False), updates(False), updates(True)
+    fused, separate, with_copies = updates_of(False), updates_of(False), updates_of(True)
     rule = Rule(1e-4)
 
     def apart():
-        group_ema_([u.director for u in torchs], [u.parameter for u in torchs], [weights] * 4, 0.99)
-        tensors = ([getattr(u, name) for u in torchs] for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq"))
-        steps = [u.step for u in torchs]
+        group_ema_([u.director for u in separate], [u.parameter for u in separate], [weights] * 4, 0.99)
+        tensors = ([getattr(u, name) for u in separate] for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq"))
+        steps = [u.step for u in separate]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             *tensors, [], steps, lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=1e-2, eps=1e-8, amsgrad=False,
@@ -41,7 +41,7 @@ def test_adamw_ema(tiny, compare, report):
 
     t = compare(
         {
-            "one pass": lambda: adamw_ema_(ours, rule, momentum=0.99),
+            "one pass": lambda: adamw_ema_(fused, rule, momentum=0.99),
             "apart": apart,
             "with copies": lambda: adamw_ema_(with_copies, rule, momentum=0.99),
         },

@@ -1,9 +1,9 @@
-"""Loading against bare decoding of the same files, memory over an epoch, what 5 million samples cost to order and open.
+"""Loading against bare decoding of the same files, memory over an epoch, and ordering and opening 5 million samples.
 
 Bare decoding: Pillow decodes the same bytes from memory to an array [256, 256, 3], in as many processes as the loader
-has workers, nothing else. Its `load()` alone is quicker, for it leaves the pixels where only Pillow reaches them; it is
-shown too. The loader also reads the bytes from the shards, checks their sha256, cuts out the square, lays it out as
-uint8 [3, 256, 256] and hands batches to the training process.
+has workers. Pillow's ``load()`` alone, which leaves the pixels inside Pillow, is faster and is shown too. The loader
+also reads the bytes from the shards, checks their sha256, cuts out the square, converts it to uint8 [3, 256, 256] and
+passes batches to the training process.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ READ_AHEAD = 2 * WORKERS
 
 @pytest.fixture(params=["jpg", "png"])
 def files(request, tiny):
-    """The embedded images, encoded as JPEG (as they come) or PNG."""
+    """The embedded images, encoded as JPEG (as stored) or PNG."""
     dataset = open_dataset(None)
     encoded = [dataset.image_bytes(index) for index in range(0, len(dataset), 6 if tiny else 1)]
     if request.param == "png":
@@ -68,16 +68,16 @@ def load(data):
 
 
 class Bare:
-    """WORKERS processes, each with its part of the files in memory; `seconds()` is what all need to `work` on them."""
+    """WORKERS processes, each with its part of the files in memory; ``seconds()`` times ``work`` on all files."""
 
     def __init__(self, encoded, times, work):
         context = multiprocessing.get_context("fork")
         self.ends, self.processes = [], []
         for worker in range(WORKERS):
-            here, there = context.Pipe()
-            arguments = (encoded[worker::WORKERS], times, work, there)
+            parent, child = context.Pipe()
+            arguments = (encoded[worker::WORKERS], times, work, child)
             self.processes.append(context.Process(target=self._work, args=arguments, daemon=True))
-            self.ends.append(here)
+            self.ends.append(parent)
             self.processes[-1].start()
 
     @staticmethod
@@ -102,14 +102,14 @@ class Bare:
 
 
 def loading_seconds(loader, batches, use=lambda batch: None):
-    """Of `batches` batches while the workers are busy throughout: what they had read ahead is taken before."""
+    """Seconds for ``batches`` batches while the workers are busy throughout; batches read ahead are taken first."""
     for _ in range(READ_AHEAD):
         next(loader)
     began = time.perf_counter()
     for _ in range(batches):
         use(next(loader))
     seconds = time.perf_counter() - began
-    time.sleep(0.05 + 2 * READ_AHEAD * seconds / batches)  # they read ahead once more; not while others are timed
+    time.sleep(0.05 + 2 * READ_AHEAD * seconds / batches)  # Let them read ahead before others are timed.
     return seconds
 
 
@@ -152,7 +152,7 @@ def test_loading_against_bare_decoding(files, shards, tiny, report):
 
 
 def resident(pids):
-    """Bytes of these processes in memory, what they share counted once."""
+    """Resident bytes of these processes, with shared memory counted once."""
     total = 0
     for pid in pids:
         rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -194,7 +194,7 @@ def test_order_of_five_million(tiny, compare, report):
 
 
 def test_opening_an_index(tiny, tmp_path, compare, report):
-    """Every line of every index is checked; the tars are empty but for their size."""
+    """Every line of every index is checked; the images are one byte each."""
     shards, per_shard = (2, 100) if tiny else (10, 10_000)
     with ShardWriter(tmp_path, name="index", modalities=("CT",), image_size=256, samples_per_shard=per_shard) as writer:
         for number in range(shards * per_shard):

@@ -1,7 +1,7 @@
-"""Finding duplicates among millions of hashes: seconds, memory, and against comparing every pair.
+"""Finding duplicates among millions of hashes: seconds, memory, and comparison with checking every pair.
 
-The images: 10 % nearly empty hashes (few ones, in the middle), 10 % of one anatomy (four views, 10 to 50 bits around
-each), 10 % near copies and 5 % exact copies of any earlier or later image, the rest at random.
+The images: 10 % nearly empty hashes (few ones, in the first half), 10 % of one anatomy (four views, 10 to 50 bits
+around each), 10 % near copies and 5 % exact copies of any earlier or later image, the rest at random.
 """
 
 import resource
@@ -15,11 +15,12 @@ from dex.prepare.duplicates import KEEP, NEAR, find
 
 from .timing import apart
 
-SECONDS_PER_MILLION = 120  # what `dex prepare` can spend on it: 10 minutes for the whole corpus
+SECONDS_PER_MILLION = 120
+"""Limit for `dex prepare`: 10 minutes for the whole corpus."""
 
 
 def images(count: int, seed: int = 0):
-    """pixels, hashes, unit, volume as `find` takes them."""
+    """The arguments of `find`: pixels, hashes, unit, volume."""
     rng = np.random.default_rng(seed)
     pixels, hashes = (rng.integers(0, 256, (count, 32), np.uint8) for _ in range(2))
     kind = rng.random(count)
@@ -29,8 +30,8 @@ def images(count: int, seed: int = 0):
             part = rows[start : start + 100_000]
             bits, times = np.unpackbits(hashes[part], axis=1), rng.integers(low, high + 1, len(part))
             for turn in range(high):
-                here = np.flatnonzero(turn < times)
-                bits[here, rng.integers(places, size=len(here))] ^= 1
+                flipped = np.flatnonzero(turn < times)
+                bits[flipped, rng.integers(places, size=len(flipped))] ^= 1
             hashes[part] = np.packbits(bits, axis=1)
 
     empty, alike, near, exact = (
@@ -49,7 +50,7 @@ def images(count: int, seed: int = 0):
 
 
 def every_pair(pixels, hashes, unit, volume) -> np.ndarray:
-    """int8 [n], as the first result of `find`: each image with all that are kept before it."""
+    """int8 [n], the first result of `find`, by comparing each image with all images kept before it."""
     words = hashes.view(np.uint64)
     kept, kind = np.empty(len(words), np.int64), np.zeros(len(words), np.int8)
     count = 0
@@ -58,7 +59,7 @@ def every_pair(pixels, hashes, unit, volume) -> np.ndarray:
         distance = np.bitwise_count(words[others] ^ words[i]).sum(axis=1, dtype=np.int64)
         ones = np.bitwise_count(words[others] | words[i]).sum(axis=1, dtype=np.int64)
         near = (distance <= 10) & (10 * distance <= ones) & ~((unit[others] == unit[i]) & volume[others] & volume[i])
-        same = (pixels[others[distance == 0]] == pixels[i]).all(axis=1).any()  # equal pixels have equal hashes here
+        same = (pixels[others[distance == 0]] == pixels[i]).all(axis=1).any()  # Equal pixels have equal hashes here.
         kind[i] = 1 if same else NEAR if near.any() else KEEP
         if kind[i] == KEEP:
             kept[count] = i
@@ -67,7 +68,7 @@ def every_pair(pixels, hashes, unit, volume) -> np.ndarray:
 
 
 class Search(NamedTuple):
-    """What `find` took: megabytes beyond its arguments; images of each kind."""
+    """Costs and results of `find`: megabytes beyond its arguments, number of images of each kind."""
 
     seconds: float
     megabytes: float
@@ -77,7 +78,7 @@ class Search(NamedTuple):
 
 
 def search(pixels, hashes, unit, volume) -> Search:
-    """To be run in a process of its own, whose peak of memory is then that of the search."""
+    """Run `find`; call it in a separate process, whose peak memory is then that of the search."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     kind, _ = find(pixels, hashes, unit, volume)
@@ -90,12 +91,13 @@ def search(pixels, hashes, unit, volume) -> Search:
 def test_millions(millions, tiny, report):
     count = 3_000 * millions if tiny else 1_000_000 * millions
     arguments = images(count)
-    found = apart(search, *arguments)
-    assert found.exact > 0.04 * count and found.near > 0.06 * count and found.keep + found.exact + found.near == count
+    result = apart(search, *arguments)
+    assert result.exact > 0.04 * count and result.near > 0.06 * count
+    assert result.keep + result.exact + result.near == count
     limit = SECONDS_PER_MILLION * count / 1e6
-    cost = f"{found.seconds:.1f} s, {found.megabytes:,.0f} MB beyond the hashes"
-    detail = f"{cost}; {found.exact:,} exact, {found.near:,} near"
-    report(f"duplicates among {count:,}", f"{limit:.0f} s", limit / found.seconds, 1, detail)
+    cost = f"{result.seconds:.1f} s, {result.megabytes:,.0f} MB beyond the hashes"
+    detail = f"{cost}; {result.exact:,} exact, {result.near:,} near"
+    report(f"duplicates among {count:,}", f"{limit:.0f} s", limit / result.seconds, 1, detail)
 
 
 def test_against_every_pair(tiny, report):

@@ -1,7 +1,7 @@
-"""Every operator, each backend against its baselines and the limits; a speed only of a right result.
+"""Every operator: each backend against its baselines and the limits; only correct results are timed.
 
-Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen. 2 operations are one multiply-add.
-On a GPU: `--device cuda`. `--tiny` executes everything, on a CPU too; with TRITON_INTERPRET=1 Triton's kernels as well.
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen. A multiply-add is 2 operations.
+On a GPU: `--device cuda`. `--tiny` executes everything, also on a CPU; with TRITON_INTERPRET=1 the Triton kernels too.
 """
 
 import functools
@@ -26,10 +26,10 @@ from .shapes import FLOAT32, SETS, able, cls_rows, draw, routing_of, weights_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16, weights cast": torch.float32}
-"""In which dtype the MLP computes, and that of its weights: a copy in bf16, or masters that are cast in every call."""
+"""Dtype of the MLP -> dtype of its weights: a copy in bf16, or masters that are cast in every call."""
 
 CAST = ("ViT-B", "ViT-B, E 64", "ViT-L")
-"""Shapes on which the cast is measured: what it costs is bytes of weights alone."""
+"""Shapes on which the cast is measured: its cost depends only on the bytes of the weights."""
 
 COMPILED = ("ViT-B", "ViT-B, N 257")
 """Shapes on which compiled peers are measured: each takes a minute to compile."""
@@ -41,7 +41,7 @@ def dtype(request):
 
 
 def test_route(timer, shape, measure):
-    """Decisions and their gradient, in float32: so they are made whatever the dtype of x."""
+    """Decisions and their gradient, in float32, which the router uses for every dtype of x."""
     B, D, E, K = (shape[k] for k in "BDEK")
     router = draw(timer, E, D, scale=D**-0.5)
     rows = [cls_rows(timer, shape, router, seed) for seed in range(SETS)]
@@ -68,19 +68,19 @@ def test_route(timer, shape, measure):
 
 
 class GroupedMLP(NamedTuple):
-    """What the benchmarks of `grouped_mlp` share."""
+    """The shared parts of the benchmarks of `grouped_mlp`."""
 
     run: Callable
     """``run(launcher, i, dtype=None) -> [out, *gradients]``"""
     theirs: dict[str, Callable]
-    """Peer -> what makes such a function of i."""
+    """Peer -> factory of such a function of i."""
     dense: Callable[[int], None]
     flops: float
     num_bytes: float
 
 
 def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters: torch.dtype) -> GroupedMLP:
-    """Inputs for the loop of plain torch ("reference") and the kernels, and the bare products of as many rows."""
+    """Inputs for plain torch ("reference") and the kernels, and the bare products of equally many rows."""
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     weights = weights_of(timer, shape, masters)
     routing = routing_of(timer, shape, 5)
@@ -121,11 +121,11 @@ def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters:
         num_bytes += size * (2 * B * K * N * H + 3 * B * N * D + 2 * matrices)
     if masters != dtype:
         num_bytes += (masters.itemsize + size) * matrices
-    found = {
+    theirs = {
         name: lambda p=p: functools.partial(peer, peers.compiled(p, timer.tiny))
         for name, p in peers.present(dtype).items()
     }
-    return GroupedMLP(run, found, dense, (12 if train else 4) * B * K * N * D * H, num_bytes)
+    return GroupedMLP(run, theirs, dense, (12 if train else 4) * B * K * N * D * H, num_bytes)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -134,14 +134,14 @@ def grouped_mlp_of(timer, shape: dict, dtype: torch.dtype, train: bool, masters:
 def test_grouped_mlp(request, timer, shape_name, shape, measure, direction, weights):
     dtype, masters = DTYPES[weights.split(",")[0]], WEIGHTS[weights]
     if shape_name not in {"float32": FLOAT32, "bfloat16": (shape_name,)}.get(weights, CAST):
-        pytest.skip("other shapes stand for this one")
+        pytest.skip("measured on other shapes")
     case = grouped_mlp_of(timer, shape, dtype, direction != "forward", masters)
     able_here = able("grouped_mlp", timer, dtype)
-    asked = request.config.getoption("--baseline") or peers.PEERS
+    requested = request.config.getoption("--baseline") or peers.PEERS
     theirs = {
         name: make
         for name, make in case.theirs.items()
-        if name in asked and (shape_name in COMPILED or not peers.PEERS[name].compiled)
+        if name in requested and (shape_name in COMPILED or not peers.PEERS[name].compiled)
     }
     measure(
         Case(
@@ -169,9 +169,10 @@ def on_path(path: str) -> SimpleNamespace:
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @torch.no_grad()
 def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
-    """Triton's aligned path, also against its gather path, under a name that is no operator's: it decides no default.
+    """Triton's aligned path, also against its gather path.
 
-    In bf16; in fp16 in the interpreter, which multiplies bf16 wrongly.
+    In bf16, or in fp16 in the interpreter, which multiplies bf16 wrongly. The case has no operator's name, so it does
+    not count for the operator's verdict.
     """
     dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
     if "triton" not in able("grouped_mlp", timer, dtype):
@@ -195,9 +196,9 @@ def test_grouped_mlp_aligned(timer, shape, tiny, measure, direction):
 @pytest.mark.parametrize("path", ["gather", "aligned"])
 @torch.no_grad()
 def test_director_in_the_same_launches(timer, shape, tiny, measure, path):
-    """The forward of training with the director as one more expert, against the same and the director by itself.
+    """The training forward with the director as one more expert, against the director computed separately.
 
-    In bf16; in fp16 in the interpreter. Under a name that is no operator's: it decides no default.
+    In bf16, or in fp16 in the interpreter. The case has no operator's name, so it does not count for its verdict.
     """
     dtype = torch.float16 if timer.device.type == "cpu" else torch.bfloat16
     if "triton" not in able("grouped_mlp", timer, dtype):
@@ -268,12 +269,12 @@ def test_align_loss(timer, shape, dtype, measure, kind):
 
 @pytest.mark.parametrize("layers", [1, 12])
 def test_group_ema(timer, tiny, measure, layers):
-    """All tensors of all layers of ViT-B, from memory and not from the cache; by layer it would be 12 launches."""
+    """All tensors of all layers of ViT-B, read from memory, not from the cache; by layer it would take 12 launches."""
     D, H, E = (16, 24, 4) if tiny else (768, 3072, 8)
     sizes = [(H, D), (H,), (D, H), (D,)] * layers
     directors = [draw(timer, *s, seed=i) for i, s in enumerate(sizes)]
     experts = [draw(timer, E, *s, seed=100 + i) for i, s in enumerate(sizes)]
-    # Each call moves the directors further; a momentum near 1 keeps them what they are.
+    # Each call moves the directors; a momentum near 1 keeps them nearly constant.
     weights = [draw(timer, E, seed=7).softmax(0)] * len(sizes)
     momentum = torch.tensor(0.999, device=timer.device)
 
@@ -287,11 +288,11 @@ def test_group_ema(timer, tiny, measure, layers):
     candidates = {}
     for b in able("group_ema_", timer):
         update = backends.load("group_ema_", b).group_ema_
-        got = iter([checked(update), checked(update)])
+        results = iter([checked(update), checked(update)])
 
-        def run(i: int, update=update, got=got) -> list[Tensor]:
-            first = next(got, None)  # the check looks at a copy; the clock at the update alone
-            return first or update(directors, experts, weights, momentum, None)
+        def run(i: int, update=update, results=results) -> list[Tensor]:
+            result = next(results, None)  # The first calls return results to check; later ones are timed.
+            return result or update(directors, experts, weights, momentum, None)
 
         candidates[b] = run
 

@@ -25,7 +25,7 @@ LAYERS = 12
 def test_layer_step(timer, shape_name, shape, measure, masters):
     """Forward, losses, backward and GEMA of one layer with float32 masters, in float32 or bf16 by autocast."""
     if masters == "float32" and shape_name not in FLOAT32:
-        pytest.skip("other shapes stand for this one")
+        pytest.skip("measured on other shapes")
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     base = randomize_(DEXLayer(D, H, E, K)).to(timer.device)
     xs = [draw(timer, B, N, D, seed=i) for i in range(SETS)]
@@ -33,7 +33,7 @@ def test_layer_step(timer, shape_name, shape, measure, masters):
         x[:, 0] = cls_rows(timer, shape, base.router_weight.detach(), i)
     grad_out = draw(timer, B, N, D, seed=9)
     dtype = torch.bfloat16 if masters == "autocast" else torch.float32
-    # With momentum 1 every step, and so the check, sees the same director; the work is the same.
+    # With momentum 1 the director stays the same for every step and the check; the work is the same.
     momentum = torch.ones((), device=timer.device)
 
     def step(layer, i: int, real: torch.dtype = torch.float32) -> list[Tensor]:
@@ -88,7 +88,7 @@ def test_layer_step(timer, shape_name, shape, measure, masters):
 
 
 class Stack(nn.Module):
-    """What a transformer's MLPs keep for backward, one after the other: norm, layer, residual; losses added up."""
+    """The MLP parts of a transformer: norm, layer and residual, repeated; losses are summed."""
 
     def __init__(self, layers: list[nn.Module], dim: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("shape_name", ["ViT-B", "ViT-B, N 257"], indirect=True)
 def test_stack_of_layers(timer, shape, measure):
-    """12 layers forward and backward in bf16 by autocast: time, and the memory that grows with depth."""
+    """12 layers forward and backward in bf16 by autocast: time, and memory, which grows with depth."""
     B, N, D, H, E, K = (shape[k] for k in "BNDHEK")
     dtype = torch.bfloat16
     stack = Stack([randomize_(DEXLayer(D, H, E, K), seed=i) for i in range(LAYERS)], D).to(timer.device)
@@ -138,7 +138,7 @@ def test_stack_of_layers(timer, shape, measure):
         {},
         theirs={"expert loop": lambda: functools.partial(step, loop_stack, backend=None)},
     )
-    # A row has the memory of its backend alone: the loops' is in one of their own.
+    # A row holds only the memory of its backend, so the loops have their own row.
     measure(
         Case(f"{LAYERS} expert loops forward + backward", shape, dtype, flops=LAYERS * (12 * K + 4) * B * N * D * H),
         {"reference": functools.partial(step, loop_stack, backend=None)},
@@ -157,9 +157,9 @@ TINY_MODEL |= {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 
 
 @pytest.mark.parametrize("size", STEPS)
 def test_training_step(timer, tiny, measure, size):
-    """Forward, backward, GEMA, clip and AdamW of the masked autoencoder in bf16 by autocast, without its data.
+    """Forward, backward, GEMA, clip and AdamW of the masked autoencoder in bf16 by autocast, without data loading.
 
-    The dense control does the same products with one MLP of K times the hidden size, and has no director.
+    The dense control does the same products with one MLP of K times the hidden size, without a director.
     """
     pytest.importorskip("yaml", reason="a model is configured in YAML")
     from dex.config import Config, from_dict
@@ -178,7 +178,7 @@ def test_training_step(timer, tiny, measure, size):
     mask_noise = draw(timer, images_a_step, patches, seed=20)
     router_noise = [draw(timer, images_a_step, 1, m.num_experts, seed=30 + i) for i in range(m.depth)]
     noise_std = torch.full((), 0.1, device=timer.device)
-    # With momentum 1, rate 0 and no decay every step, and so the check, sees the same weights; the work is the same.
+    # With momentum 1, rate 0 and no decay the weights stay the same for every step and the check; the work is the same.
     momentum, rate = torch.ones((), device=timer.device), torch.zeros((), device=timer.device)
 
     def forward(model: nn.Module, image: Tensor, count: int, real: torch.dtype = torch.float32):
@@ -214,18 +214,18 @@ def test_training_step(timer, tiny, measure, size):
 
     model, dense = (build_model(c).to(timer.device).train() for c in (config, dense_config))
     exact = losses(copy.deepcopy(model).double(), 0, "reference", torch.float64)
-    mine, theirs = with_optimizer(model), with_optimizer(dense)
+    dex_optimizer, dense_optimizer = with_optimizer(model), with_optimizer(dense)
     able_here = able("grouped_mlp", timer, dtype)
-    others = {"dense control": lambda i: step(dense, theirs, images[i % SETS])}
+    others = {"dense control": lambda i: step(dense, dense_optimizer, images[i % SETS])}
     if timer.on_gpu and "triton" in able_here:
         from dex.train.cuda_graph import StepGraph
 
-        # Of a model of its own: what a graph holds belongs to its weights.
+        # A separate model, since a captured graph is bound to its weights.
         captured = copy.deepcopy(model)
-        its, graph = with_optimizer(captured), StepGraph(timer.device, list(captured.parameters()))
+        optimizer, graph = with_optimizer(captured), StepGraph(timer.device, list(captured.parameters()))
 
         def compute(image: Tensor) -> None:
-            step(captured, its, image, "triton")
+            step(captured, optimizer, image, "triton")
 
         others["the step as a CUDA graph"] = lambda i: graph(compute, images[i % SETS])
     measure(
@@ -235,7 +235,7 @@ def test_training_step(timer, tiny, measure, size):
             dtype,
             flops=images_a_step * sum(training_flops(config).values()),
         ),
-        {b: lambda i, b=b: step(model, mine, images[i % SETS], b) for b in able_here},
+        {b: lambda i, b=b: step(model, dex_optimizer, images[i % SETS], b) for b in able_here},
         exact,
         others,
         check={b: functools.partial(losses, model, backend=b) for b in able_here},

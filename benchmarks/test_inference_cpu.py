@@ -1,7 +1,8 @@
-"""A DEX encoder in evaluation on a CPU: latency by batch size against a loop over experts and a dense ViT of the same
-active size; experts of 8 bits; `dex embed` of a folder and of a shard set against the bare forward.
+"""A DEX encoder in evaluation on a CPU.
 
-Operations of the MLPs are the same in all of them: K experts of hidden size H, or one MLP of K H.
+Latency by batch size against a loop over experts, a dense ViT of the same active size, and 8-bit experts; `dex embed`
+of a folder and of a shard set against the bare forward. All MLPs take the same operations: K experts of hidden size H,
+or one MLP of K H.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ PICTURES = 192
 
 
 class LoopedExperts(nn.Module):
-    """`nn.Linear`-wise: for each expert, the images that chose it."""
+    """A loop over experts, each applied to the images that chose it."""
 
     def __init__(self, layer):
         super().__init__()
@@ -65,10 +66,10 @@ def encoder(sizes):
 
 
 def looped(encoder):
-    made = copy.deepcopy(encoder)
-    for block in made.blocks:
+    copied = copy.deepcopy(encoder)
+    for block in copied.blocks:
         block.mlp, block.dex = LoopedExperts(block.dex), None
-    return made
+    return copied
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -78,9 +79,9 @@ def test_latency(batch, sizes, encoder, compare, report, tiny):
     quantize_(eight)
     images = torch.randn(min(batch, 2) if tiny else batch, 3, sizes["img_size"], sizes["img_size"])
     with torch.inference_mode():
-        want = encoder(images)  # no speed of a wrong result
-        torch.testing.assert_close(loop(images), want, rtol=1e-3, atol=1e-3)
-        error = float((eight(images) - want).norm() / want.norm())
+        expected = encoder(images)
+        torch.testing.assert_close(loop(images), expected, rtol=1e-3, atol=1e-3)
+        error = float((eight(images) - expected).norm() / expected.norm())
         assert error < 0.02
         t = compare(
             {name: lambda model=model: model(images) for name, model in
@@ -114,17 +115,17 @@ def inputs(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["pictures", "shards"])
 def test_embedding(kind, inputs, sizes, compare, report, tiny, tmp_path):
-    """Reading in other processes, batches, forward and table beside a ViT-S of 65 tokens: within 20 % of the encoder
-    alone. In steady state: the processes run, and are as far ahead as they may be, before the first turn. The
-    processor time of all but the forward is told beside it: on a CPU whose cores are busy nothing hides it."""
+    """Reading in other processes, batching, forward and table, with a ViT-S of 65 tokens: within 20 % of the encoder
+    alone. It is measured in steady state: the processes have read as far ahead as they can before the first turn. The
+    processor time of everything but the forward is also reported, since on a CPU with busy cores nothing hides it."""
     encoder = VisionTransformer(**sizes | ({} if tiny else {"depth": 12})).eval()
     model = nn.Module()
     model.encoder = encoder
     loaded = Loaded(model, None, (), 0, tmp_path)
     images = collection(inputs / kind, tmp_path / "private")
     options = Options(tmp_path / "out", workers=min(8, len(os.sched_getaffinity(0))))
-    read = [torch.from_numpy(array) for item in range(images.items) for array in images.read(item).images]
-    batches = center(torch.cat([array.expand(-1, 3, -1, -1) for array in read]), sizes["img_size"])
+    arrays = [torch.from_numpy(array) for item in range(images.items) for array in images.read(item).images]
+    batches = center(torch.cat([array.expand(-1, 3, -1, -1) for array in arrays]), sizes["img_size"])
     batches = batches.split(options.batch_size)
     parts = embedded(loaded, images, [0] * 100, options, None)
 
@@ -142,7 +143,7 @@ def test_embedding(kind, inputs, sizes, compare, report, tiny, tmp_path):
     began = time.process_time()
     bare()
     forward = time.process_time() - began
-    alone = Loaded(nothing_computed(sizes), None, (), 0, tmp_path)
+    alone = Loaded(model_without_blocks(sizes), None, (), 0, tmp_path)
     began = time.process_time()
     (part,) = embedded(alone, images, [0], options._replace(workers=0), None)
     write_npz(tmp_path / "part.npz", part.rows, part.embedding)
@@ -153,8 +154,8 @@ def test_embedding(kind, inputs, sizes, compare, report, tiny, tmp_path):
     report(f"dex embed of {kind}", "bare forward", t["bare"] / t["whole"], 1 / 1.2, detail)
 
 
-def nothing_computed(sizes):
-    """A model as `test_embedding` has it, without a block."""
+def model_without_blocks(sizes):
+    """The model of `test_embedding`, without blocks."""
     model = nn.Module()
     model.encoder = VisionTransformer(**sizes).eval()
     model.encoder.blocks = nn.ModuleList()

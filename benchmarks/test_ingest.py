@@ -1,7 +1,7 @@
-"""What `dex prepare` costs per slice, and from that what the whole corpus would: core-hours, terabytes, hours; and what
-an inventory costs.
+"""The cost of `dex prepare` per slice, extrapolated to the whole corpus (core-hours, terabytes, hours), and the cost of
+an inventory.
 
-Costs are CPU seconds of the worker processes (they do not depend on who else uses the machine) over whole runs of the
+Costs are CPU seconds of the worker processes, which other load on the machine hardly changes, over whole runs of the
 command: reading, normalising, filters, hashes, encoding, and the joining pass. The full form fetches the volumes of
 two public packages into the cache of `dex prepare`.
 """
@@ -34,13 +34,14 @@ VOLUMES = (
     "totalsegmentator-mr-abdomen",
     "nilearn-mr-template",
 )
-CORES = 32  # of a node in the plan
+CORES = 32
+"""Cores of a node in the plan."""
 VOLUMETRIC = ("CT", "MR", "PET")
 
 
 @pytest.fixture
 def volumes(tiny, tmp_path):
-    """Arguments that prepare NIfTI volumes; tiny: one made here."""
+    """Arguments that prepare NIfTI volumes; tiny: a synthetic one."""
     if not tiny:
         return VOLUMES
     rng = np.random.default_rng(0)
@@ -62,12 +63,12 @@ def pictures(tiny, tmp_path):
 
 
 def cost(out, *sources) -> dict[str, float]:
-    """One run: CPU seconds a slice and a core gives, bytes a kept image takes, in worker and parent together."""
+    """One run: CPU seconds per slice, of worker and parent together, and bytes per kept image."""
     before = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = main(["prepare", *sources, "--out", str(out), "--workers", "1"])
-    assert code == 0, said.getvalue()
+    assert code == 0, output.getvalue()
     after = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
     seconds = sum(a.ru_utime + a.ru_stime - b.ru_utime - b.ru_stime for a, b in zip(after, before, strict=True))
     facts = json.loads((out / "card.json").read_text())
@@ -77,9 +78,9 @@ def cost(out, *sources) -> dict[str, float]:
 
 
 def test_ingestion_and_the_plan_for_the_corpus(volumes, pictures, report, tmp_path, capsys):
-    found = {"volume": cost(tmp_path / "v", *volumes), "picture": cost(tmp_path / "p", *pictures)}
+    costs = {"volume": cost(tmp_path / "v", *volumes), "picture": cost(tmp_path / "p", *pictures)}
     for kind, at_least in (("volume", 25.0), ("picture", 25.0)):
-        c = found[kind]
+        c = costs[kind]
         report(
             f"ingestion, {kind}s",
             "slices/s a core",
@@ -87,21 +88,21 @@ def test_ingestion_and_the_plan_for_the_corpus(volumes, pictures, report, tmp_pa
             at_least,
             f"{c['seen']} slices, {c['kept']} kept, {c['bytes'] / 1000:.1f} kB each",
         )
-    lines, total = plan(found)
+    lines, total = plan(costs)
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     assert total["images"] == 4_973_080
 
 
-def plan(found: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, float]]:
-    """A table by modality. Entries of volumetric modalities cost what a slice of a volume does, others a picture."""
+def plan(costs: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, float]]:
+    """A table by modality. An image of a volumetric modality costs as much as a slice of a volume, else a picture."""
     rows: dict[str, list[float]] = {}
     for path in shipped().values():
         entry = yaml.safe_load(path.read_text(encoding="utf-8"))
         if entry.get("images") is None:
             continue
-        kind = found["volume" if entry["modality"] in VOLUMETRIC else "picture"]
-        # The catalogue counts images that were kept; what was looked at beside them is taken as in the measured sets.
+        kind = costs["volume" if entry["modality"] in VOLUMETRIC else "picture"]
+        # The catalogue counts kept images; the share of dropped ones is assumed to be that of the measured sets.
         seconds = entry["images"] * kind["seconds"] * kind["seen"] / kind["kept"]
         row = rows.setdefault(entry["modality"], [0, 0.0, 0.0])
         row[0] += entry["images"]
@@ -120,16 +121,17 @@ def plan(found: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, float
     table.writerow(["all", f"{total['images']:,}", f"{total['core_hours']:.1f}", f"{total['bytes'] / 1e9:.1f}"])
     lines = [line.expandtabs(24) for line in out.getvalue().splitlines()]
     hours = ", ".join(f"{total['core_hours'] / (n * CORES):.2f} on {n}" for n in (1, 8, 64))
-    lines.append(f"hours on nodes of {CORES} cores, reading not the limit: {hours}; {total['bytes'] / 1e12:.3f} TB")
+    lines.append(f"hours on nodes of {CORES} cores, not limited by reading: {hours}; {total['bytes'] / 1e12:.3f} TB")
     return lines, total
 
 
-PHOTOGRAPHS = ("dermapred-photo-skin", "scikit-image-fundus-retina")  # JPEG of 1528 x 1360 and 1411 x 1411
+PHOTOGRAPHS = ("dermapred-photo-skin", "scikit-image-fundus-retina")
+"""Sources with JPEG files of 1528 x 1360 and 1411 x 1411."""
 
 
 @pytest.fixture
 def photographs(tiny, tmp_path):
-    """Real photographs in four ways to lie; tiny: embedded ones, enlarged."""
+    """Real photographs in four orientations; tiny: embedded ones, enlarged."""
     if tiny:
         dataset = open_dataset(None)
         place = int(np.flatnonzero(dataset.modality_index() == dataset.modalities.index("fundus"))[0])
@@ -154,9 +156,9 @@ def package_files(name):
 
 
 def test_photographs_against_their_decoding(photographs, tiny, report, monkeypatch):
-    """Processor time of everything between a file and the bytes that are stored, and of decoding alone, in turns."""
+    """Processor time from a file to the stored bytes, and of decoding alone, in turns."""
     source = Source(name="photographs", modality="clinical photography", normalisation="display")
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # as in the workers of `dex prepare`
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # As in the workers of `dex prepare`.
     bare, whole = [], []
     for _ in range(1 if tiny else 9):
         times = [0.0, 0.0]
@@ -167,9 +169,9 @@ def test_photographs_against_their_decoding(photographs, tiny, report, monkeypat
             middle = time.process_time()
             for stack in readers.read([path], "picture", enough=enough(source, 256, 8)):
                 assert chunks.not_an_image(stack, "picture", path.name) is None
-                for one in slices(stack, source, 256, 8):
-                    assert filters.verdict(one.image, one.share, one.small, source) is None
-                    chunks._describe(one, "jpg")
+                for piece in slices(stack, source, 256, 8):
+                    assert filters.verdict(piece.image, piece.share, piece.small, source) is None
+                    chunks._describe(piece, "jpg")
             times[0] += middle - start
             times[1] += time.process_time() - middle
         bare.append(times[0] / len(photographs))
@@ -221,15 +223,15 @@ def hospital(tiny, tmp_path):
 
 
 def test_an_inventory_of_a_folder(hospital, tmp_path, report):
-    """Processor time of `dex data inventory` and its workers, their start and the sample of pixels included."""
+    """Processor time of `dex data inventory` and its workers, including their start and the sample of pixels."""
     files = sum(1 for path in hospital.rglob("*.dcm"))
     before = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = main(["data", "inventory", str(hospital), "--out", str(tmp_path / "page"), "--workers", "2"])
     after = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
-    assert code == 0 and f"{files:,} slices" in said.getvalue(), said.getvalue()
+    assert code == 0 and f"{files:,} slices" in output.getvalue(), output.getvalue()
     seconds = sum(a.ru_utime + a.ru_stime - b.ru_utime - b.ru_stime for a, b in zip(after, before, strict=True))
     ratio = files / seconds / (20_000 / 30)
-    # wide, for a busy machine
+    # The limit is generous, for a busy machine.
     report("inventory of DICOM", "20,000 in 30 s", ratio, 0.6, f"{seconds:.1f} s of processors for {files:,}")

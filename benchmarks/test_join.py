@@ -1,8 +1,7 @@
 """From finished chunks to the shard set: seconds and memory of `dex.prepare.join` for DEX_JOIN_IMAGES images.
 
-The corpus has 5,000,000, which take 15 GB of disk and some minutes. Their lines and hashes are those of
-`test_duplicates`; the images themselves are one small picture, so that what is measured is what each image costs
-beside its bytes.
+The corpus has 5,000,000, which take 15 GB of disk and some minutes. Lines and hashes are those of `test_duplicates`;
+all images are one small picture, so the measured cost is that of an image without its bytes.
 """
 
 import hashlib
@@ -26,13 +25,15 @@ from . import test_duplicates
 from .timing import apart
 
 IMAGES = int(os.environ.get("DEX_JOIN_IMAGES", "100000"))
-SECONDS_PER_MILLION = 600  # beside the hours that reading the corpus takes
-CHUNK = 5000  # images
+SECONDS_PER_MILLION = 600
+"""Limit; reading the corpus takes hours."""
+CHUNK = 5000
+"""Images of a chunk."""
 SETTINGS = Settings(size=32)
 
 
 def write_chunks(private: Path, count: int) -> list[str]:
-    """Chunks as `dex prepare` leaves them; their names."""
+    """Write chunks in the format of `dex prepare`; returns their names."""
     for folder in ("chunks", "ids"):
         (private / folder).mkdir(parents=True)
     pixels, hashes, unit, volume = test_duplicates.images(count)
@@ -73,7 +74,7 @@ def write_chunks(private: Path, count: int) -> list[str]:
 
 
 def joined(private: Path, names: list[str]) -> tuple[int, dict[str, float], float]:
-    """Images written, seconds of each step, MB that this process has grown by at most."""
+    """Number of images written, seconds of each step, peak growth of this process in MB."""
     source = Source(name="corpus", modality="CT", normalisation="ct", files=("**/*",), root="/")
     steps, began = {}, time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,7 +91,7 @@ def test_join(tiny, report, tmp_path):
     count = 3_000 if tiny else IMAGES
     names = apart(write_chunks, tmp_path, count)
     written, steps, megabytes = apart(joined, tmp_path, names)
-    assert 0.7 * count < written < 0.95 * count  # the rest are the duplicates among the hashes
+    assert 0.7 * count < written < 0.95 * count  # The rest are duplicates.
     size = sum(path.stat().st_size for path in (tmp_path / "set").iterdir())
     limit = SECONDS_PER_MILLION * count / 1e6
     after = ", ".join(f"{name} after {seconds:.1f} s" for name, seconds in steps.items())

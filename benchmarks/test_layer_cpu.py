@@ -1,6 +1,6 @@
-"""The CPU backend's layer step against the loop over experts and against dense MLPs of the same work.
+"""The CPU backend's layer step against the loop over experts and against dense MLPs of equal work.
 
-Operations, for B 8, N 65, D 768, H 3072, K 2: 9.8 GFLOP forward and 19.6 backward in the experts, 4.9 in the director.
+For B 8, N 65, D 768, H 3072, K 2: 9.8 GFLOP forward and 19.6 backward in the experts, 4.9 in the director.
 """
 
 import pytest
@@ -33,7 +33,7 @@ def layer(sizes):
 
 
 def gflops(sizes):
-    """Of forward and backward in the experts and forward in the director."""
+    """Operations of forward and backward in the experts and forward in the director."""
     B, N, D, H, _, K = sizes
     return (6 * K + 2) * B * N * 2 * D * H / 1e9
 
@@ -59,7 +59,7 @@ def test_step_against_expert_loop(sizes, inputs, layer, compare, report):
         ((y * inputs[1]).sum() + align + balance).backward()
         loop.update_director(mass, 0.99)
 
-    with torch.no_grad():  # no speed of a wrong result
+    with torch.no_grad():
         torch.testing.assert_close(layer(inputs[0]), loop(inputs[0])[0], rtol=1e-3, atol=1e-4)
     t = compare({"layer": lambda: layer_step(layer, *inputs), "loop": loop_step})
     detail = f"{t['layer'] * 1e3:.1f} ms ({gflops(sizes) / t['layer']:.0f} GFLOP/s), loop {t['loop'] * 1e3:.1f} ms"
@@ -67,7 +67,7 @@ def test_step_against_expert_loop(sizes, inputs, layer, compare, report):
 
 
 def test_step_against_dense(sizes, inputs, layer, compare, report):
-    """One dense MLP over B*K*N rows forward and backward, one over B*N rows forward: the same products, no routing."""
+    """The same products without routing: forward and backward of a dense MLP over B*K*N rows, forward over B*N rows."""
     B, N, D, H, _, K = sizes
     dense, d = MLP(D, H), MLP(D, H)
     rows, grad_rows = torch.randn(B * K * N, D), torch.randn(B * K * N, D)

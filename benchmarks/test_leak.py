@@ -1,12 +1,12 @@
-"""What `dex data leak` finds, what it takes for a copy by mistake, and what it costs.
+"""What `dex data leak` finds, what it mistakes for a copy, and what it costs.
 
 The images are those of the public package-borne sources (`dex prepare packages`); the tiny form takes some of the
-embedded ones. Of each source some are changed in one way and looked for among all. The limits of
-`dex.prepare.alignment` were fixed before, by other changes of images of the same sources: no source is new to them.
-So sources are dealt to two halves, "set" and "other", by the hash of their names: figures that differ between the
-halves say how far they hold. `DEX_LEAK_SET=DIR` measures on the shard set DIR instead, of sources that are new to the
-limits; ids of its slices end in "axial-012" and the like where its sources are public, and only of such are neighbours
-known. Found is found as any image of a. Intervals are Wilson's, 95 %.
+embedded ones. Some images of each source are changed in one way and searched for among all. The limits of
+`dex.prepare.alignment` were set earlier, with other changes of images of the same sources: no source is new to them.
+So sources are split into two halves, "set" and "other", by the hash of their names; a difference between the halves
+shows how far the figures generalise. `DEX_LEAK_SET=DIR` measures on the shard set DIR instead, whose sources are new to
+the limits. Ids of slices of public sources end in, for example, "axial-012", and neighbours are known only for these.
+An image counts as found if any image of a matches it. Intervals are Wilson's, 95 %.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ CHANGES = {
 
 
 class Images(NamedTuple):
-    """A data set, its ids, the half that each one's source is in, and all halves."""
+    """A data set, its ids, the half of each id's source, and all halves."""
 
     path: object
     ids: list[str]
@@ -96,12 +96,13 @@ def images(request, tmp_path_factory):
     new = path is not None
     if not new and not request.config.getoption("--tiny"):
         path = tmp_path_factory.mktemp("leak") / "packages"
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            assert main(["prepare", "packages", "--out", str(path)]) == 0, said.getvalue()
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            assert main(["prepare", "packages", "--out", str(path)]) == 0, output.getvalue()
     dataset = open_dataset(path)
     ids = [dataset.sample_id(index) for index in range(len(dataset))]
-    return Images(path, ids, ["new" if new else half_of(one) for one in ids], ("new",) if new else ("set", "other"))
+    halves = ["new" if new else half_of(sample_id) for sample_id in ids]
+    return Images(path, ids, halves, ("new",) if new else ("set", "other"))
 
 
 def pixels(dataset, index):
@@ -118,7 +119,7 @@ def write(path, named):
 
 
 def chosen(images, tiny):
-    """Places of the images that are changed: some of each source."""
+    """Indices of the images to change: some of each source."""
     by_source = {}
     for place, name in enumerate(images.ids):
         by_source.setdefault(name.split("/")[0], []).append(place)
@@ -138,7 +139,7 @@ def wilson(count, total):
 
 @pytest.mark.slow
 def test_recall_by_change(images, tiny, tmp_path, capsys):
-    """Found as any of the kinds, and as a copy; what is found beyond that is taken for a neighbour."""
+    """The share found as any kind, and as a copy; the difference was classified as a neighbour."""
     dataset, places = open_dataset(images.path), chosen(images, tiny)
 
     def changed():
@@ -152,12 +153,11 @@ def test_recall_by_change(images, tiny, tmp_path, capsys):
     lines, recalls = [], {}
     for number, name in enumerate(CHANGES):
         for half in images.halves:
-            here = [kinds.get(f"{number}/{place}", "") for place in places if images.half[place] == half]
-            any_kind, copies = (sum(kind not in left for kind in here) for left in (("",), ("", "neighbour")))
-            recalls[name, half] = any_kind / max(1, len(here))
-            lines.append(
-                f"{name:30} {half:5}: found {wilson(any_kind, len(here))}, as a copy {wilson(copies, len(here))}"
-            )
+            results = [kinds.get(f"{number}/{place}", "") for place in places if images.half[place] == half]
+            count = len(results)
+            any_kind, copies = (sum(kind not in other for kind in results) for other in (("",), ("", "neighbour")))
+            recalls[name, half] = any_kind / max(1, count)
+            lines.append(f"{name:30} {half:5}: found {wilson(any_kind, count)}, as a copy {wilson(copies, count)}")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     if not tiny and "other" in images.halves:
@@ -165,7 +165,7 @@ def test_recall_by_change(images, tiny, tmp_path, capsys):
 
 
 def neighbours(images):
-    """Places of adjacent slices or frames."""
+    """Pairs of indices of adjacent slices or frames."""
     where = {name: place for place, name in enumerate(images.ids)}
     for name, place in where.items():
         match = NEIGHBOUR.fullmatch(name)
@@ -176,15 +176,15 @@ def neighbours(images):
 
 @pytest.mark.slow
 def test_false_alarms(images, tiny, capsys):
-    """Neighbours in a volume taken for copies; images of other sources taken for anything."""
+    """Neighbours in a volume classified as copies, and images of other sources found as any kind."""
     dataset = open_dataset(images.path)
     levels = torch.stack([grey(dataset, place) for place in range(len(dataset))])
     lines, shares = [], {}
     for half in images.halves:
         pairs = [pair for pair in neighbours(images) if images.half[pair[0]] == half]
         fine = list(aligned(levels, [Way(a, b, 0, (0.0, 0.0, 1.0)) for a, b in pairs]))
-        copies = sum(one.fine >= alignment.RELATED and one.finest >= alignment.COPY for one in fine)
-        related = sum(one.fine >= alignment.RELATED for one in fine) - copies
+        copies = sum(pair.fine >= alignment.RELATED and pair.finest >= alignment.COPY for pair in fine)
+        related = sum(pair.fine >= alignment.RELATED for pair in fine) - copies
         shares[half] = copies / max(1, len(fine))
         lines.append(
             f"next slices, {half}: copies {wilson(copies, len(fine))}, neighbours {wilson(related, len(fine))}"
@@ -199,7 +199,7 @@ def test_false_alarms(images, tiny, capsys):
 
 
 class Way(NamedTuple):
-    """Places of two images, and how the second is laid upon the first before they are aligned."""
+    """Indices of two images, and the turn and start with which the second is aligned to the first."""
 
     a: int
     b: int
@@ -214,7 +214,7 @@ class Fine(NamedTuple):
 
 
 def aligned(levels, ways):
-    """The fine and the finest correlation of each pair, the fine one -1 where the coarse one says enough."""
+    """The fine and the finest correlation of each pair; the fine one is -1 if the coarse one is too low."""
     for first in range(0, len(ways), 64):
         part = ways[first : first + 64]
         a, b = torch.stack([levels[w.a] for w in part]), torch.stack([turned(levels[w.b], w.turn) for w in part])
@@ -229,12 +229,12 @@ def grey(dataset, place):
 
 
 def strangers(images, half, views, levels, tiny):
-    """Some of each source of a half among all others' images. Packages share some, so what is found is named."""
+    """Search some images of each source of a half among all other sources; name matches, as packages share some."""
     places = [place for place in chosen(images, tiny) if images.half[place] == half]
-    source = np.array([name.split("/")[0] for name in images.ids])
-    found: dict[str, int] = {}
-    for one in sorted(set(source[places])):
-        own, others = [place for place in places if source[place] == one], np.flatnonzero(source != one)
+    sources = np.array([name.split("/")[0] for name in images.ids])
+    matches: dict[str, int] = {}
+    for source in sorted(set(sources[places])):
+        own, others = [place for place in places if sources[place] == source], np.flatnonzero(sources != source)
         likely = candidates(views[others], views[own])
         ways = [
             Way(
@@ -245,23 +245,22 @@ def strangers(images, half, views, levels, tiny):
         best = {}
         for way, fine, finest in aligned(levels, ways):
             if fine >= alignment.RELATED and fine > best.get(way.b, (-1.0,))[0]:
-                best[way.b] = fine, f"{one} of {source[way.a]}{' (copy)' if finest >= alignment.COPY else ''}"
+                best[way.b] = fine, f"{source} of {sources[way.a]}{' (copy)' if finest >= alignment.COPY else ''}"
         for _, name in best.values():
-            found[name] = found.get(name, 0) + 1
-    return f"{wilson(sum(found.values()), len(places))} " + "; ".join(
-        f"{name} {count}" for name, count in found.items()
-    )
+            matches[name] = matches.get(name, 0) + 1
+    named = "; ".join(f"{name} {count}" for name, count in matches.items())
+    return f"{wilson(sum(matches.values()), len(places))} {named}"
 
 
 def test_cost_of_the_search(images, tiny, report):
-    """Seconds for the pairs of two sets, their decoding and the alignment of what is alike aside."""
+    """Seconds to compare the pairs of two sets, without decoding and alignment."""
     n, m = (400, 40) if tiny else LARGE
     draw = np.random.default_rng(0)
     dataset = open_dataset(None)
     few = np.stack(
         [np.asarray(Image.fromarray(pixels(dataset, i)[:, :, 0]).resize((32, 32))) for i in range(0, 600, 6)]
     )
-    # mixtures of real views, which are alike as images of one modality are
+    # Mixtures of real views are similar to each other, like images of one modality.
     parts = draw.dirichlet([0.3] * 4, n + m).astype(np.float32)
     views = np.zeros((n + m, 32, 32), np.float32)
     for part in parts.T:

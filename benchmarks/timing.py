@@ -1,4 +1,4 @@
-"""Times, memory and limits, of a GPU by its events and of a CPU by the clock (to execute, not to believe)."""
+"""Times, memory and limits: of a GPU by its events, of a CPU by the clock (only to execute the code)."""
 
 import multiprocessing
 import statistics
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 * 2**20
-"""Written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
+"""Bytes written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
 
 HEAD_START = 2_000_000
-"""Clock cycles that the GPU idles before a call, about 1 ms: the host is then ahead, and launching costs no time."""
+"""Clock cycles that the GPU idles before a call, about 1 ms, so that launch overhead is hidden."""
 
 
 def in_turns(
     candidates: dict[str, Callable], rounds: int, warmup: int, once: Callable[[Callable, int], Any]
 ) -> dict[str, list]:
-    """What ``once(candidate, turn)`` gives in every turn after the warm-up, by the candidate's name."""
-    taken = {name: [] for name in candidates}
+    """Candidate's name -> results of ``once(candidate, turn)`` in every turn after the warm-up."""
+    results = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, candidate in candidates.items():
             result = once(candidate, turn)
             if turn >= warmup:
-                taken[name].append(result)
-    return taken
+                results[name].append(result)
+    return results
 
 
 def seconds_of(candidate: Callable[[], object]) -> float:
@@ -35,9 +35,9 @@ def seconds_of(candidate: Callable[[], object]) -> float:
 
 
 class Timer:
-    """Candidates take turns within one run; medians of milliseconds.
+    """Medians of milliseconds of candidates that take turns within one run.
 
-    What is timed is the device's work: a candidate whose host waits for the device in the middle pays for that.
+    It times the device's work, so a candidate whose host waits for the device in between is slower.
     """
 
     def __init__(self, device: torch.device, tiny: bool):
@@ -47,16 +47,16 @@ class Timer:
         self.flushed = torch.empty(FLUSH_BYTES if self.on_gpu and not tiny else 0, dtype=torch.int8, device=device)
 
     def measure(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
-        """``{name: f}`` -> ``{name: ms}``; ``f(i)`` is called with rising i, by which it rotates its inputs."""
+        """``{name: f}`` -> ``{name: ms}``; ``f(i)`` is called with rising i, which selects its inputs."""
         return {name: statistics.median(times) for name, times in self.take(candidates, flush).items()}
 
     def take(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, list[float]]:
         """The milliseconds of every round, of which `measure` takes the median."""
-        taken = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
+        times = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
         if self.on_gpu:
             torch.cuda.synchronize()
-            taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-        return taken
+            times = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in times.items()}
+        return times
 
     def _once(self, candidate: Callable[[int], object], i: int, flush: bool):
         if not self.on_gpu:
@@ -71,7 +71,7 @@ class Timer:
         return start, end
 
     def peak_mb(self, candidate: Callable[[int], object]) -> float:
-        """Memory that one call needs beyond what is allocated already, in units of 1e6 bytes; 0 on a CPU."""
+        """Memory that one call needs beyond the current allocation, in units of 1e6 bytes; 0 on a CPU."""
         if not self.on_gpu:
             return 0.0
         torch.cuda.synchronize()
@@ -82,7 +82,7 @@ class Timer:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def ceilings(self) -> dict[str, float]:
-        """What this machine can do at most: bytes read and written by a copy, a square bf16 product."""
+        """Limits of this machine: GB/s read and written by a copy, TFLOP/s of a square bf16 product."""
         n = 256 if self.tiny else 8192
         num_bytes = 2**20 if self.tiny else 2**31
         source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=self.device)
@@ -93,12 +93,12 @@ class Timer:
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """What ``function`` returns, from a process of its own: its peak of memory is then its own."""
+    """The result of ``function``, computed in a separate process, so that its peak memory is its own."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=lambda: there.send(function(*arguments)))
+    receiver, sender = context.Pipe()
+    process = context.Process(target=lambda: sender.send(function(*arguments)))
     process.start()
-    there.close()
-    result = here.recv()
+    sender.close()
+    result = receiver.recv()
     process.join()
     return result
