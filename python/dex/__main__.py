@@ -1,4 +1,4 @@
-"""`python -m dex`: the `dex` command where another program has that name."""
+"""``python -m dex``: the ``dex`` command, for when another program has that name."""
 
 import sys
 

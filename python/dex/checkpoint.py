@@ -1,4 +1,4 @@
-"""The same as `dex.train.checkpoint`, under its earlier name."""
+"""Earlier name of ``dex.train.checkpoint``."""
 
 from dex.train.checkpoint import Checkpoint, CheckpointError, load, tensors, verify
 

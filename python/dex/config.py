@@ -1,7 +1,8 @@
-"""Everything that decides a run, as frozen dataclasses; YAML in and out; the presets.
+"""The configuration of a run as frozen dataclasses, its checks, its presets, and YAML in and out.
 
-`Config()` holds the values of the published code and reads images in the training process. A preset or a YAML file
-changes some of them, the command line the rest; `check` refuses what cannot work before anything is built.
+``Config()`` has the values of the published code, but reads images in the training process. Presets, YAML files and the
+command line override fields; ``check`` refuses values that cannot work before anything is built. The docstrings of the
+fields are the help of ``dex pretrain``.
 """
 
 import dataclasses
@@ -19,158 +20,184 @@ from dex.common.shapes import height_width
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The masked autoencoder; `dex.model.MaskedAutoencoder` takes the same names."""
+    """The masked autoencoder; the fields have the names of the arguments of dex.model.MaskedAutoencoder."""
 
     img_size: int | tuple[int, int] = 256
     """Pixels of the training crop: side of a square, or height and width."""
     patch_size: int = 16
+    """Pixels of the side of a patch."""
     embed_dim: int = 768
+    """Width of the encoder."""
     depth: int = 12
+    """Blocks of the encoder."""
     num_heads: int = 12
+    """Attention heads of the encoder."""
     num_experts: int | tuple[int, ...] = 8
-    """Experts of every layer, or one number per layer; 0 is the monolithic control, one MLP of top_k * hidden size."""
+    """Experts per layer, or one number for each layer; 0 is the monolithic control: one MLP of top_k * hidden size."""
     top_k: int | tuple[int, ...] = 2
-    """Experts an image takes in every layer, or one number per layer."""
+    """Experts per image in every layer, or one number for each layer."""
     decoder_embed_dim: int = 512
+    """Width of the decoder."""
     decoder_depth: int = 8
+    """Blocks of the decoder."""
     decoder_num_heads: int = 16
+    """Attention heads of the decoder."""
     mlp_ratio: float = 4.0
+    """Hidden units of an MLP, as a multiple of the width."""
     in_chans: Literal[1, 3] = 3
-    """3, colours, of which grey images have three equal ones; 1, grey: colours become their luminance."""
+    """Channels: 3 repeats grey images in three channels, 1 converts colours to luminance."""
     norm_pix_loss: bool = True
-    """Predict pixels normalised per patch, as the published runs do, instead of the pixels themselves."""
+    """Predict pixels normalised per patch, as in the published runs, instead of the pixels themselves."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder."""
     align: Literal["kd", "cosine", "mse"] = "kd"
-    """Which align loss: kd is the published code's, cosine the paper's Eq. 7; see `dexkernels.align_loss`."""
+    """Align loss: kd is the published code's, cosine is Eq. 7 of the paper; see dexkernels.align_loss."""
     route_from: Literal["cls", "mean"] = "cls"
-    """What the routers read: the CLS token, as published, or the mean of all tokens."""
+    """Input of the routers: the CLS token, as published, or the mean of all tokens."""
     temperature: float = 0.5
-    """Of the routers' softmax."""
+    """Temperature of the routers' softmax."""
     router_init: Literal["xavier", "linear"] = "xavier"
-    """How routers are drawn; linear as torch.nn.Linear draws, like the published runs: 0.4 times as wide at 768."""
+    """Initialisation of the routers; linear is that of torch.nn.Linear, as published: 0.4 times as wide at 768."""
     usage_momentum: float = 0.99
-    """Of the average usage that exploration noise favours rarely used experts by."""
+    """Momentum of the running average of expert usage; exploration noise favours rarely used experts by it."""
     balance_over: Literal["part", "batch"] = "part"
-    """Whose mean probabilities the balance loss is of: the images that a rank computes at once, as published, or the
-    whole batch, which makes any number of ranks and micro-batches one run; see `dex.model.balance`."""
+    """Images over which the balance loss averages probabilities: part is those that a rank computes at once, as
+    published; batch is the whole batch, so that the result does not depend on ranks and micro-batches."""
     init: str | None = None
-    """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run; none draws all weights."""
+    """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run; none is random
+    initialisation."""
     backend: str | None = None
-    """Kernel backend of every op; none takes each op's default. `dex doctor` lists them."""
+    """Kernel backend of every operator; none takes the default of each. dex doctor lists them."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The images."""
+
     path: str | None = None
     """Folder of images (one sub-folder per modality) or shard set; none is the small set in the package."""
     batch_size: int = 896
     """Images per step."""
     temperature: float = 1.0
-    """Shares of the modalities: proportional to their numbers of images to this power. 1 shows every image equally
-    often, 0 every modality."""
+    """Each modality is sampled in proportion to its number of images to this power: 1 samples all images equally often,
+    0 all modalities."""
     num_workers: int | None = 0
-    """Processes that read ahead; 0 reads in the training process, null takes the cores at hand, at most 8. The order of
-    images does not depend on it."""
+    """Processes that read ahead; 0 reads in the training process, null is one per available core, at most 8. The order
+    of images does not depend on it."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW over every parameter that takes a gradient."""
+    """AdamW on every parameter that has a gradient."""
 
     base_lr: float = 1e-4
     """Learning rate per 512 images: the peak is base_lr * batch_size / 512."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Momenta of the first and second moment."""
     weight_decay: float = 1e-6
+    """Decoupled weight decay, multiplied by the learning rate."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+    """Largest norm of the whole gradient; larger gradients are scaled down to it."""
     decay_exclude: Literal["none", "vectors"] = "none"
-    """What weight decay leaves out: nothing, as published, or biases, norms and tokens."""
+    """Parameters without weight decay: none, as published, or vectors, that is biases, norms and tokens."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from one encoder block to the one before it; 1 gives all the same."""
+    """Factor by which the learning rate falls from each encoder block to the block before it; 1 is the same for all."""
     ema: float | None = None
-    """Momentum of an average of the weights that is kept beside them, such as 0.9999; null keeps none."""
+    """Momentum of a running average of the weights, such as 0.9999; null keeps none."""
     fused: bool = False
-    """Whether AdamW and the directors' update read the experts once, together; results differ in rounding."""
+    """Compute AdamW and the update of the directors in one pass over the experts; results differ in rounding."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes with the step; every pair is (first step, last step of the span), joined by half a cosine."""
+    """Values that change with the step; a pair is (value at the first step, value at the last step of the span), joined
+    by half a cosine."""
 
     epochs: float = 200.0
+    """Length of the run in epochs."""
     steps: int | None = None
-    """Length in steps; overrides epochs."""
+    """Length of the run in steps; overrides epochs."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises linearly; 0.05 is 10 of 200 epochs."""
     lr_shape: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: half a cosine to 0; the peak and, at the end, a straight line to 0; or the peak."""
+    """Learning rate after the warm-up: half a cosine to 0; the peak, then a straight line to 0; or the peak."""
     decay: float = 0.1
     """Share of the run over which wsd falls to 0."""
     span: int | None = None
-    """Steps that warm-up and pairs span; null is the whole run. A run that is extended gets the length it had."""
+    """Steps that the warm-up and pairs span; null is the whole run. An extended run keeps the span of the original."""
     noise_std: tuple[float, float] = (1.0, 0.0)
-    """Exploration noise of the router."""
+    """Standard deviation of the router's exploration noise."""
     momentum: tuple[float, float] = (0.99, 0.999)
     """Momentum of the directors (GEMA)."""
     align_weight: float | tuple[float, float] = 0.01
-    """One number for the whole run, or a pair."""
+    """Weight of the align loss: one number for the whole run, or a pair."""
     balance_weight: tuple[float, float] = (0.01, 0.01)
+    """Weight of the balance loss."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. Seed, precision and device change its result; nothing else here does.
+    """How a run is carried out. Of these fields only seed, precision and device change its result.
 
-    Another device draws other random numbers and rounds otherwise.
+    Another device draws other random numbers and rounds differently.
     """
 
     seed: int = 0
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA if available, else the CPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
-    """bf16 and fp16 are autocast, fp16 with a scaled loss; auto takes bf16 where the processor has it, else fp32."""
+    """bf16 and fp16 compute under autocast, fp16 with a scaled loss; auto takes bf16 where the processor multiplies it
+    in hardware, else fp32."""
     stop_at: int | None = None
     """Stop after this step, saved and resumable; the schedules still span the whole run."""
     log_every: int = 50
-    """Steps between two rows of metrics."""
+    """Steps between rows of metrics."""
     evaluate_every: int = 1000
-    """Steps between two evaluations of held-out images: losses, pictures, and whether experts specialise; 0 for none. A
-    run of 100 steps or more is evaluated after its first tenth too."""
+    """Steps between evaluations on held-out images: losses, pictures, and whether experts specialise; 0 for none. A run
+    of 100 steps or more is also evaluated after its first tenth."""
     evaluate_images: int = 256
-    """Held-out images, spread evenly over the modalities."""
+    """Held-out images to evaluate, spread evenly over the modalities."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
-    """The newest ones; older ones are removed."""
+    """Newest checkpoints to keep; older ones are removed."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the numbers of the rows too; null tracks in the run folder alone."""
+    """Weights & Biases project that also receives the metrics; null writes them only to the run folder."""
     milestones: tuple[int, ...] | None = None
-    """Steps whose checkpoints stay for good."""
+    """Steps whose checkpoints are never removed."""
     keep_best: bool = False
-    """The checkpoint of the lowest held-out loss stays; an evaluation that is the best so far is followed by a save."""
+    """Keep the checkpoint with the lowest held-out loss; the model is saved after each evaluation that is the best so
+    far."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is spread over ranks and memory. Nothing here changes what is computed but for the order of sums."""
+    """How a step is spread over ranks and memory. Results change only by the order of sums."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """With several ranks: ddp holds everything on each; fsdp cuts weights, gradients and moments over them."""
+    """Between several ranks, ddp replicates the model; fsdp shards weights, gradients and moments."""
     micro_batch: int | None = None
-    """Images a rank computes at once; gradients and gate mass add up until its part of the batch is done. None: all."""
+    """Images a rank computes at once; gradients and gate mass are accumulated over its part of the batch. None: all."""
     checkpointing: bool = False
-    """Recompute the encoder's blocks in backward instead of keeping what they computed."""
+    """Recompute the encoder's blocks in backward instead of keeping their activations."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     cuda_graph: bool = False
-    """Replay the step as one CUDA graph: on one GPU, with experts that need nothing of the host (backend triton)."""
+    """Replay the step as one CUDA graph, on one GPU, with experts that never wait for the host (backend triton)."""
+    verify_kernels: bool = True
+    """On GPUs whose kernels were not verified yet, do that first, in under three minutes; see ``dex verify``. Off: plain
+    torch computes there."""
     timeout: float = 600.0
-    """Seconds that a rank waits for the others before the run ends, naming the one that hangs."""
+    """Seconds that a rank waits for the others before the run ends with the name of the rank that hangs."""
 
 
 @dataclass(frozen=True)
 class Config:
+    """The whole configuration of a pretraining run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -180,16 +207,18 @@ class Config:
 
     @property
     def peak_lr(self) -> float:
+        """Highest learning rate of the schedule."""
         return self.optim.base_lr * self.data.batch_size / 512
 
 
 MOST_WORKERS = 256
-"""Of one rank; each is a process. No machine has so many cores for a rank that more would be meant."""
+"""Largest number of reading processes per rank; a larger number is a mistake."""
 MOST_WIDE, MOST_DEEP, MOST_EXPERTS = 2**20, 1_000, 2**16
-"""Features, blocks, experts of a layer: above them a number is a slip, whose model no machine could hold."""
+"""Largest width, depth and number of experts per layer; a larger number is a mistake, since no machine could hold the
+model."""
 
-# Fields that a resumed run may change: schedules and data stay what they were. Another device or kernel backend rounds
-# otherwise, and another device draws other random numbers: such a run goes on, but not bit for bit.
+# Fields that a resumed run may change; schedules and data must stay the same. On another device or kernel backend the
+# run does not resume bit-for-bit: both round differently, and a device has its own random numbers.
 FREE_ON_RESUME = frozenset(
     {"data.path", "data.num_workers", "model.backend", "model.init"}
     | {f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)}
@@ -207,10 +236,10 @@ _DEMO = Config(
         decoder_num_heads=2,
         norm_pix_loss=False,
     ),
-    # Many steps of few images: in so short a run the number of steps decides whether attention finds the neighbours.
+    # Many steps of few images: in a run this short, attention finds neighbouring patches only after enough steps.
     data=DataConfig(batch_size=16),
     optim=OptimConfig(base_lr=0.048, betas=(0.9, 0.95)),  # a peak of 1.5e-3
-    # Ten times the published balance weight, chosen for so short a run.
+    # Ten times the published balance weight, for a run this short.
     schedule=ScheduleConfig(steps=1000, warmup=0.1, balance_weight=(0.1, 0.1)),
     run=RunConfig(
         precision="auto", log_every=25, evaluate_every=500, evaluate_images=64, checkpoint_every=500, keep_checkpoints=2
@@ -231,14 +260,14 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The preset called ``name``. ValueError: no such preset."""
+    """The preset ``name``. ValueError: no such preset."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
     return PRESETS[name]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dictionaries and lists, as YAML and JSON hold them."""
+    """Nested plain dictionaries and lists, as in YAML and JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -249,7 +278,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Any, base: Config, source: str = "configuration") -> Config:
-    """``base`` with the fields that ``values`` names replaced.
+    """``base`` with the fields in ``values`` replaced.
 
     ValueError, naming the field and ``source``: an unknown key or a value of the wrong type.
     """
@@ -257,11 +286,11 @@ def from_dict(values: Any, base: Config, source: str = "configuration") -> Confi
 
 
 def read_yaml(path: str | Path, base: Config) -> Config:
-    """``base`` with the fields that the file names replaced. FileNotFoundError; ValueError as in `from_dict`."""
+    """``base`` with the fields in the file replaced. FileNotFoundError: no file. ValueError: as ``from_dict``."""
     path = Path(path).expanduser()
     if not path.is_file():
-        there = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"config: expected a YAML file; {there} at {path}")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"config: expected a YAML file; found {found} at {path}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -270,7 +299,7 @@ def read_yaml(path: str | Path, base: Config) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Every field; `read_yaml` turns it back into the same configuration."""
+    """All fields as YAML; ``read_yaml`` reads the same configuration back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -281,7 +310,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check(config: Config) -> None:
-    """ValueError, naming the field, what was expected and what came, for values that cannot work."""
+    """ValueError, with the field, what was expected and what was given, for values that cannot work."""
     _check_model(config.model)
     _check_data(config.data)
     _check_optim(config.optim, config.peak_lr)
@@ -295,8 +324,8 @@ def check(config: Config) -> None:
     _check_run(config.run)
 
 
-def _require(good: bool, name: str, expected: str, value: Any) -> None:
-    if not good:
+def _require(valid: bool, name: str, expected: str, value: Any) -> None:
+    if not valid:
         raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
 
@@ -309,9 +338,9 @@ def _check_model(model: ModelConfig) -> None:
     for names, most in ((("embed_dim", "decoder_embed_dim"), MOST_WIDE), (("depth", "decoder_depth"), MOST_DEEP)):
         for name in names:
             _require(getattr(model, name) <= most, f"model.{name}", f"at most {most:,}", getattr(model, name))
-    by_patch = f"a multiple of model.patch_size = {model.patch_size}"
-    divides = not any(side % model.patch_size for side in height_width(model.img_size))
-    _require(divides, "model.img_size", by_patch, model.img_size)
+    multiple = f"a multiple of model.patch_size = {model.patch_size}"
+    divisible = not any(side % model.patch_size for side in height_width(model.img_size))
+    _require(divisible, "model.img_size", multiple, model.img_size)
     for whole, part in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
         value, divisor = getattr(model, whole), getattr(model, part)
         _require(value % divisor == 0, f"model.{whole}", f"a multiple of model.{part} = {divisor}", value)
@@ -322,12 +351,12 @@ def _check_model(model: ModelConfig) -> None:
     _require(model.temperature > 0, "model.temperature", "above 0", model.temperature)
     _require(0 <= model.usage_momentum <= 1, "model.usage_momentum", "a number in [0, 1]", model.usage_momentum)
     _require(model.init is None or bool(model.init.strip()), "model.init", "a file or folder, or null", model.init)
-    # Each at its own width: of a small ratio the narrower one comes out as no unit at all.
+    # A ratio may give no hidden unit at the smaller of the two widths.
     for name in ("embed_dim", "decoder_embed_dim"):
         width = getattr(model, name)
-        hidden = f"a ratio that gives at least one hidden unit of model.{name} = {width}"
-        _require(width * model.mlp_ratio >= 1, "model.mlp_ratio", hidden, model.mlp_ratio)
-        widest = f"a ratio that gives at most {MOST_WIDE:,} hidden units of model.{name} = {width}"
+        narrowest = f"a ratio that gives at least one hidden unit for model.{name} = {width}"
+        _require(width * model.mlp_ratio >= 1, "model.mlp_ratio", narrowest, model.mlp_ratio)
+        widest = f"a ratio that gives at most {MOST_WIDE:,} hidden units for model.{name} = {width}"
         _require(width * model.mlp_ratio <= MOST_WIDE, "model.mlp_ratio", widest, model.mlp_ratio)
     patches = math.prod(side // model.patch_size for side in height_width(model.img_size))
     kept = int(patches * (1 - model.mask_ratio))
@@ -349,8 +378,8 @@ def _check_experts(model: ModelConfig) -> None:
             value,
         )
     experts, chosen = per_layer(model.num_experts, model.depth), per_layer(model.top_k, model.depth)
-    few = f"at most {MOST_EXPERTS:,} a layer"
-    _require(max(experts) <= MOST_EXPERTS, "model.num_experts", few, model.num_experts)
+    most = f"at most {MOST_EXPERTS:,} per layer"
+    _require(max(experts) <= MOST_EXPERTS, "model.num_experts", most, model.num_experts)
     _require(all(k >= 1 for k in chosen), "model.top_k", "at least 1", model.top_k)
     _require(
         all(e == 0 for e in experts) or all(e >= k for e, k in zip(experts, chosen, strict=True)),
@@ -370,13 +399,13 @@ def _check_data(data: DataConfig) -> None:
 
 def _check_optim(optim: OptimConfig, peak_lr: float) -> None:
     _require(optim.base_lr > 0, "optim.base_lr", "above 0", optim.base_lr)
-    # AdamW's steps are about as long as the learning rate, so that above 1 no weight outlives one.
+    # A step of AdamW changes a weight by about the learning rate; above 1 that overwrites every weight.
     if peak_lr > 1:
         raise ValueError(
             "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got "
             f"{optim.base_lr:g}, whose peak is {peak_lr:g}"
         )
-    decay = "a share of less than 1 at the peak learning rate"
+    decay = "less than 1 after multiplication by the peak learning rate"
     _require(optim.weight_decay * peak_lr < 1, "optim.weight_decay", decay, optim.weight_decay)
     _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
     _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
@@ -387,20 +416,20 @@ def _check_optim(optim: OptimConfig, peak_lr: float) -> None:
 
 
 def _check_schedule(schedule: ScheduleConfig) -> None:
-    pairs = "two numbers of at least 0"
+    pairs = "two numbers, each at least 0"
     _require(schedule.epochs > 0, "schedule.epochs", "above 0", schedule.epochs)
     _require(schedule.steps is None or schedule.steps >= 1, "schedule.steps", "at least 1", schedule.steps)
     _require(0 <= schedule.warmup < 1, "schedule.warmup", "a share in [0, 1)", schedule.warmup)
     _require(0 < schedule.decay <= 1, "schedule.decay", "a share above 0, at most 1", schedule.decay)
     if schedule.lr_shape == "wsd":
-        rest = f"at most what schedule.warmup = {schedule.warmup:g} leaves"
+        rest = f"at most the share that schedule.warmup = {schedule.warmup:g} leaves"
         _require(schedule.warmup + schedule.decay <= 1, "schedule.decay", rest, schedule.decay)
     _require(schedule.span is None or schedule.span >= 1, "schedule.span", "at least 1, or null", schedule.span)
     _require(min(schedule.noise_std) >= 0, "schedule.noise_std", pairs, schedule.noise_std)
-    momenta = all(0 <= m <= 1 for m in schedule.momentum)
-    _require(momenta, "schedule.momentum", "two numbers in [0, 1]", schedule.momentum)
+    in_range = all(0 <= m <= 1 for m in schedule.momentum)
+    _require(in_range, "schedule.momentum", "two numbers in [0, 1]", schedule.momentum)
     align = pair(schedule.align_weight)
-    _require(min(align) >= 0, "schedule.align_weight", "a number or two of at least 0", schedule.align_weight)
+    _require(min(align) >= 0, "schedule.align_weight", "one or two numbers, each at least 0", schedule.align_weight)
     _require(min(schedule.balance_weight) >= 0, "schedule.balance_weight", pairs, schedule.balance_weight)
 
 
@@ -420,21 +449,21 @@ def _check_run(run: RunConfig) -> None:
     _require(min(run.milestones or (1,)) >= 1, "run.milestones", "steps of at least 1", run.milestones)
     _require(run.wandb is None or bool(run.wandb.strip()), "run.wandb", "the name of a project, or null", run.wandb)
     evaluates = not run.keep_best or run.evaluate_every > 0
-    _require(evaluates, "run.keep_best", "evaluations, run.evaluate_every above 0", run.keep_best)
+    _require(evaluates, "run.keep_best", "false unless run.evaluate_every is above 0", run.keep_best)
 
 
 def per_layer(value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """One number per layer of a field that may be one number for all."""
+    """One number per layer, from a field that may be one number for all layers."""
     return (value,) * depth if isinstance(value, int) else value
 
 
 def pair(value: float | tuple[float, float]) -> tuple[float, float]:
-    """First and last value of a schedule that may be one number."""
+    """First and last value of a schedule, which may be given as one number."""
     return value if isinstance(value, tuple) else (value, value)
 
 
 def images_per_rank(config: Config, world_size: int) -> int:
-    """Images of a batch that each of ``world_size`` ranks takes. ValueError when they cannot share it evenly."""
+    """Images of a batch per rank. ValueError: the ranks cannot share the batch evenly."""
     batch = config.data.batch_size
     if batch % world_size:
         raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks; got {batch}")
@@ -442,17 +471,17 @@ def images_per_rank(config: Config, world_size: int) -> int:
 
 
 def resolve_micro_batch(config: Config, world_size: int) -> int:
-    """Images that a rank computes at once. ValueError when its part cannot be cut into equal micro-batches."""
+    """Images that a rank computes at once. ValueError: its part of the batch is not a multiple of the micro-batch."""
     part, micro = images_per_rank(config, world_size), config.parallel.micro_batch
     if micro is not None and part % micro:
-        raise ValueError(f"parallel.micro_batch: expected a divisor of the {part} images of a rank; got {micro}")
+        raise ValueError(f"parallel.micro_batch: expected a divisor of the images per rank, {part}; got {micro}")
     return micro or part
 
 
 def field_kind(kind: type, name: str) -> Any:
-    """The annotation of the field with this dotted name, in a dataclass of dataclasses; None when there is none.
+    """Annotation of the field with the dotted ``name`` in a dataclass of dataclasses; None if there is no such field.
 
-    Hyphens count as underscores; the fields of `Config` may lie below a field of their own.
+    Hyphens are read as underscores. If ``kind`` has a field of type ``Config``, names of its fields are also accepted.
     """
     first, _, rest = name.replace("-", "_").partition(".")
     hints = typing.get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere into a model: `dex.model.weights`, and whatever `dex.load` takes."""
+"""Load weights from elsewhere into a model: those of ``dex.model.weights``, and everything that ``dex.load`` takes."""
 
 import os
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ __all__ = ["LoadReport", "load_pretrained", "read_state_dict", "resize_patch_emb
 
 
 def load_pretrained(model: MaskedAutoencoder, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> LoadReport:
-    """`dex.model.weights.load_pretrained`, which also takes a run folder, a checkpoint folder, and a folder or
-    file that `dex export` wrote. Position embeddings are resized to the model's.
+    """``dex.model.weights.load_pretrained``, also for a run folder, a checkpoint folder, and a folder or file written
+    by ``dex export``. Position embeddings are resized to the model's.
 
-    Raises: as the two do; nothing was changed then.
+    Raises: the errors of ``dex.model.weights.load_pretrained`` and ``dex.load``; the model is then unchanged.
     """
     if isinstance(weights, str | os.PathLike) and _is_own(Path(weights)):
         from dex.inference.load import load

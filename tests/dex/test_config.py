@@ -70,12 +70,12 @@ def test_monolithic_control_differs_in_the_experts_alone():
         ("model: {align: dot}", r"model\.align: expected one of kd, cosine, mse; got 'dot'"),
         ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false; got 1"),
         ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
-        ("optim: {eps: 1e-8}\nrun: {}\noptim: {clip_norm: 2}", r"optim comes twice, in lines 1 and 3"),
-        ("optim: {\n  eps: 1e-8,\n  eps: 1e-9}", r"eps comes twice, in lines 2 and 3"),
-        ("optim: {eps: 1e-8, eps: 1e-9}", r"eps comes twice, in lines 1 and 1"),
-        ("model: {embed_dims: 32}", r"unknown key in .*; perhaps model\.embed_dim$"),
-        ("model: {img-size: 32}", r"perhaps model\.img_size$"),
-        ("modle: {depth: 32}", r"perhaps model$"),
+        ("optim: {eps: 1e-8}\nrun: {}\noptim: {clip_norm: 2}", r"optim occurs twice, in lines 1 and 3"),
+        ("optim: {\n  eps: 1e-8,\n  eps: 1e-9}", r"eps occurs twice, in lines 2 and 3"),
+        ("optim: {eps: 1e-8, eps: 1e-9}", r"eps occurs twice, in lines 1 and 1"),
+        ("model: {embed_dims: 32}", r"unknown key in .*; did you mean model\.embed_dim\?$"),
+        ("model: {img-size: 32}", r"did you mean model\.img_size\?$"),
+        ("modle: {depth: 32}", r"did you mean model\?$"),
         ("data: {batch_size: 010}", r"010 in line 1 is 8 in YAML; write 8"),
         ("schedule:\n  steps: 1:30", r"1:30 in line 2 is 90 in YAML; write 90"),
         ("run: {device: cuda:0}", r"run\.device: expected one of auto, cpu, cuda; got 'cuda:0'"),
@@ -143,12 +143,12 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("data__batch_size", 0, "data.batch_size: expected at least 1; got 0"),
         ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0; got nan"),
         ("optim__base_lr", 1.0, "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got 1"),
-        ("optim__weight_decay", 1e5, "optim.weight_decay: expected a share of less than 1 at the peak"),
+        ("optim__weight_decay", 1e5, "optim.weight_decay: expected less than 1 after multiplication by the peak"),
         ("model__mlp_ratio", 1e6, "model.mlp_ratio: expected a ratio that gives at most 1,048,576 hidden units"),
         ("model__embed_dim", 4 * 10**8, "model.embed_dim: expected at most 1,048,576; got 400000000"),
         ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 1,000; got 1000000000"),
         ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 a layer; got 1000000000"),
-        ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit of"),
+        ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit for"),
         ("data__num_workers", 257, "data.num_workers: expected 0 to 256; got 257"),
         ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),
         ("optim__betas", (0.9, 1.0), "optim.betas: expected two numbers in"),
@@ -179,7 +179,9 @@ def test_values_that_cannot_work_are_named(field, value, message, change):
 def test_warmup_and_decay_fit_into_a_run(change):
     both = change(config.Config(), schedule__warmup=0.6, schedule__decay=0.5)
     config.check(both)  # a cosine has no decay
-    with pytest.raises(ValueError, match=r"schedule.decay: expected at most what schedule.warmup = 0.6 leaves"):
+    with pytest.raises(
+        ValueError, match=r"schedule.decay: expected at most the share that schedule.warmup = 0.6 leaves"
+    ):
         config.check(change(both, schedule__lr_shape="wsd"))
 
 
@@ -217,5 +219,5 @@ def test_a_batch_is_shared_evenly():
     assert [config.resolve_micro_batch(cut, ranks) for ranks in (1, 4)] == [6, 6]
     with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 5 ranks; got 24"):
         config.images_per_rank(base, 5)
-    with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the 3 images of a rank; got 6"):
+    with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the images per rank, 3; got 6"):
         config.resolve_micro_batch(cut, 8)

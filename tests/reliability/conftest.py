@@ -308,7 +308,7 @@ def base(fleet, tiny, change, state_of, tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
     c = change(tiny, schedule__steps=16, run__checkpoint_every=4)
     fleet.run(change(c, run__keep_checkpoints=4), root / "whole")
-    whole = {step: state_of(folder) for step, folder in checkpoint.found(root / "whole" / "checkpoints")}
+    whole = {step: state_of(folder) for step, folder in checkpoint.list_checkpoints(root / "whole" / "checkpoints")}
     fleet.run(change(c, run__stop_at=8), root / "out")
     shutil.copytree(root / "out", root / "count")
     c = change(c, run__keep_checkpoints=1)

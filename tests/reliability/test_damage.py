@@ -107,7 +107,7 @@ def test_full_disk_for_real(fleet, tiny, change, tmp_path, record, full):
             began = time.monotonic()
             ranks = fleet.start(c, out)
             if filler:
-                while len(checkpoint.found(out / "checkpoints")) < 1 and time.monotonic() - began < 30:
+                while len(checkpoint.list_checkpoints(out / "checkpoints")) < 1 and time.monotonic() - began < 30:
                     time.sleep(0.01)
                 with (mount / "filler").open("wb", buffering=0) as file:
                     try:

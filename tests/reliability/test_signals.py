@@ -43,7 +43,7 @@ def test_a_signal_saves(fleet, tiny, change, tmp_path, traced, record, full):
         ranks[rank].send(signal.SIGTERM)
         codes = fleet.end(ranks, 30)
         done = sum(entry["at"] < when for entry in traced(trace, "done")[rank])
-        step, folder = checkpoint.found(out / "checkpoints")[-1]
+        step, folder = checkpoint.list_checkpoints(out / "checkpoints")[-1]
         checkpoint.load(folder)
         late.append(step - (done + 1))  # beyond the step under way
         sound = codes == [75, 75] and late[-1] <= 1
@@ -87,7 +87,7 @@ def test_a_signal_to_torchrun_saves(tiny, change, tmp_path, traced, record, full
         # How long the launcher takes to pass it on is its own matter.
         when = min(entries[0]["at"] for entries in traced(folder / "trace", "signal"))
         done = max(entry["at"] < when and entry["done"] for entry in traced(folder / "trace", "done")[0])
-        step, saved = checkpoint.found(folder / "out" / "checkpoints")[-1]
+        step, saved = checkpoint.list_checkpoints(folder / "out" / "checkpoints")[-1]
         checkpoint.load(saved)
         events = [e["event"] for e in read_rows(folder / "out" / "events.jsonl")]
         sound = code != 0 and done <= step <= done + 2 and events[-1:] == ["preempted"]

@@ -132,7 +132,7 @@ def test_a_full_disk_under_everything_that_a_run_writes(fleet, tiny, change, tmp
         with file_system(disk, "tmpfs", 12):
             c = change(tiny, schedule__steps=100_000, run__checkpoint_every=5, run__evaluate_every=5)
             ranks = fleet.start(c, disk / "out")
-            wait_for(lambda: checkpoint.found(disk / "out" / "checkpoints"))
+            wait_for(lambda: checkpoint.list_checkpoints(disk / "out" / "checkpoints"))
             with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(4096))
@@ -156,7 +156,7 @@ def test_too_many_open_files(fleet, expected, state_of, tmp_path, record):
         out = tmp_path / f"out{workers}"
         longer = config.from_dict({"data": {"num_workers": workers}}, c)
         ranks = fleet.start(longer, out)
-        wait_for(lambda out=out: checkpoint.found(out / "checkpoints"))
+        wait_for(lambda out=out: checkpoint.list_checkpoints(out / "checkpoints"))
         used = max(int(n) for n in os.listdir(f"/proc/{ranks[1].pid}/fd"))
         resource.prlimit(ranks[1].pid, resource.RLIMIT_NOFILE, (used // 2, used // 2))
         codes = fleet.end(ranks, 240)
@@ -184,7 +184,9 @@ def test_full_shared_memory(alone, expected, state_of, tmp_path, record):
         shell = f'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; {fill}exec "$0" "$@"'
         run = alone(config.from_dict({"data": {"num_workers": 2}}, c), out, "unshare", "-m", "sh", "-c", shell)
         if when == "middle":
-            wait_for(lambda out=out, run=run: checkpoint.found(out / "checkpoints") or run.poll() is not None)
+            wait_for(
+                lambda out=out, run=run: checkpoint.list_checkpoints(out / "checkpoints") or run.poll() is not None
+            )
             with contextlib.suppress(OSError), open(f"/proc/{run.pid}/root/dev/shm/filler", "wb", 0) as file:
                 while True:
                     file.write(bytes(4096))
@@ -317,7 +319,7 @@ def test_a_file_server_that_stalls(fleet, expected, change, state_of, tmp_path, 
 
     out, stall = tmp_path / "long", tmp_path / "stall"
     ranks = fleet.start(change(c, parallel__timeout=8.0), out, stall=str(stall), rank=0)
-    wait_for(lambda: checkpoint.found(out / "checkpoints"))
+    wait_for(lambda: checkpoint.list_checkpoints(out / "checkpoints"))
     os.mkfifo(stall)
     began = time.monotonic()
     codes = fleet.end(ranks, 240)
@@ -337,7 +339,7 @@ def test_a_file_server_that_stalls(fleet, expected, change, state_of, tmp_path, 
         with file_system(disk, "ext4", 24):
             out = disk / f"out{wanted}"
             ranks = fleet.start(change(c, parallel__timeout=timeout), out)
-            wait_for(lambda out=out: checkpoint.found(out / "checkpoints"))
+            wait_for(lambda out=out: checkpoint.list_checkpoints(out / "checkpoints"))
             subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
             time.sleep(seconds)
             subprocess.run(["fsfreeze", "-u", str(disk)], check=True)

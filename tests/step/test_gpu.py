@@ -173,5 +173,5 @@ def test_no_replay_waits():
 
 
 def test_experts_that_read_on_the_host_are_refused():
-    with pytest.raises(ValueError, match="parallel.cuda_graph: expected experts that need nothing of the host"):
+    with pytest.raises(ValueError, match="parallel.cuda_graph: expected experts that never wait for the host"):
         trainer("cuda", "reference", cuda_graph=True)

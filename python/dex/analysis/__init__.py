@@ -1,1 +1,1 @@
-"""What a model does: held-out evaluation, probes, how experts are used, plots."""
+"""Analysis of a model: held-out evaluation, probes, use of experts, plots."""

@@ -1,4 +1,4 @@
-"""What the swap test allows to say of a model's experts, in a sentence; never more than its interval does."""
+"""The conclusion that the swap test allows about a model's experts, in one sentence."""
 
 import math
 from collections.abc import Sequence
@@ -9,62 +9,65 @@ from dex.analysis.sample import FEW_SOURCES
 from dex.analysis.swap import Gap
 
 MARGIN = 0.05
-"""Experts are called interchangeable when a rise of the loss by more than this share of it is ruled out."""
+"""Experts are interchangeable if a rise of the loss by more than this share of it is ruled out."""
 KINDS = ("specialised", "routing matters", "interchangeable", "undecided", "worse than others'", "no experts")
 
 
 class Conclusion(NamedTuple):
+    """A conclusion."""
+
     kind: str
-    """Of `KINDS`."""
+    """One of ``KINDS``."""
     text: str
 
 
 def conclude(
     gaps: Sequence[Gap] | None, modality_gap: Gap | None, groups: int, kind_of_groups: str = "sources"
 ) -> Conclusion:
-    """From the gaps in all layers at once: that of another modality's experts, or of random ones where the images are
-    of one modality.
+    """Conclude from the gaps in all layers at once: with another modality's experts, or with random ones if the images
+    have one modality.
 
-    gaps, modality_gap: of `dex.analysis.swap`; gaps None for a model without experts. groups: how many the intervals
-    are over; with fewer than `FEW_SOURCES` they say nothing, and nothing is concluded.
+    gaps, modality_gap: from ``dex.analysis.swap``; gaps None for a model without experts. groups: number of groups that
+    the intervals are over; with fewer than ``FEW_SOURCES`` the intervals mean nothing, and nothing is concluded.
 
-    ``specialised`` takes a gap whose interval lies above 0 and, paired, above that of another image of the same
-    modality; without the latter routing matters, but is not shown to follow modality.
+    ``specialised`` needs a gap whose interval is above 0 and, paired, above the gap with another image of the same
+    modality. Without the second condition routing matters, but is not shown to follow modality.
     """
     if gaps is None:
-        return Conclusion("no experts", "This model routes nothing: it has no experts that could specialise.")
+        return Conclusion("no experts", "This model has no experts that could specialise.")
     at_once = {gap.kind: gap for gap in gaps if gap.layer is None}
     gap = at_once.get("other modality") or at_once["random"]
     by_modality = gap.kind == "other modality"
     whose = "another modality's experts" if by_modality else "random experts"
-    cost = f"with {whose} in all layers, the masked loss changes by {told(gap.gap, signed=True)} of {gap.own:.3f}"
+    difference = format_interval(gap.gap, signed=True)
+    cost = f"with {whose} in all layers, the masked loss changes by {difference} of {gap.own:.3f}"
     if groups < FEW_SOURCES:
-        what = f"an interval over fewer than {FEW_SOURCES} {kind_of_groups} says nothing, and there are {groups}"
-        return Conclusion("undecided", f"Nothing can be said: {cost}, but {what}.")
-    share = math.ceil(1000 * gap.gap.high / gap.own - 1e-9) / 1000  # a bound is rounded up
+        reason = f"an interval over fewer than {FEW_SOURCES} {kind_of_groups} means nothing, and there are {groups}"
+        return Conclusion("undecided", f"Nothing can be concluded: {cost}, but {reason}.")
+    share = math.ceil(1000 * gap.gap.high / gap.own - 1e-9) / 1000  # A bound is rounded up
     if gap.gap.high < 0 and gap.gap.value < -MARGIN * gap.own:
         return Conclusion("worse than others'", f"The router's own choice is worse than others': {cost}.")
     if gap.gap.low <= 0 and share < MARGIN:
-        ruled_out = f"a rise of more than {share:.1%} of the loss is ruled out" if share >= 0 else "it does not rise"
-        return Conclusion("interchangeable", f"The experts are interchangeable: {cost}; {ruled_out}.")
+        bound = f"a rise of more than {share:.1%} of the loss is ruled out" if share >= 0 else "it does not rise"
+        return Conclusion("interchangeable", f"The experts are interchangeable: {cost}; {bound}.")
     if gap.gap.low <= 0:
-        open_ = f"the interval holds 0 and a rise of {share:.0%} of the loss"
-        return Conclusion("undecided", f"No specialisation is shown, and none is ruled out: {cost}; {open_}.")
+        bound = f"the interval contains both 0 and a rise of {share:.0%} of the loss"
+        return Conclusion("undecided", f"Specialisation is neither shown nor ruled out: {cost}; {bound}.")
     if not by_modality:
-        more = "the images are of one modality, so that this says nothing of modalities"
-        return Conclusion("routing matters", f"Which experts an image takes matters: {cost}; {more}.")
+        note = "the images have one modality, so this shows nothing about modalities"
+        return Conclusion("routing matters", f"The choice of experts matters: {cost}; {note}.")
     if modality_gap is None:
-        apart = "no image has another one of its modality to be compared with"
-        return Conclusion("routing matters", f"Which experts an image takes matters: {cost}; but {apart}.")
-    beyond = told(modality_gap.gap, signed=True)
-    beyond = f"beyond what experts of another image of its own modality cost it is {beyond}"
+        note = "no image can be compared with another one of its modality"
+        return Conclusion("routing matters", f"The choice of experts matters: {cost}; but {note}.")
+    beyond = format_interval(modality_gap.gap, signed=True)
+    beyond = f"compared with the experts of another image of its own modality, the change is {beyond}"
     if modality_gap.gap.low <= 0:
-        return Conclusion("routing matters", f"Which experts an image takes matters: {cost}; but {beyond}.")
+        return Conclusion("routing matters", f"The choice of experts matters: {cost}; but {beyond}.")
     return Conclusion("specialised", f"The experts are specialised by modality: {cost}; {beyond}.")
 
 
-def told(interval: Interval, *, signed: bool = False, digits: int = 3) -> str:
-    """``0.436 [0.402, 0.471]``; with as many digits more as an interval near 0 needs."""
+def format_interval(interval: Interval, *, signed: bool = False, digits: int = 3) -> str:
+    """``0.436 [0.402, 0.471]``, with more digits for an interval near 0."""
     size = max(map(abs, interval))
     while digits < 6 and 0 < size < 5 * 10.0**-digits:
         digits += 1

@@ -1,4 +1,4 @@
-"""What a model makes of held-out images: losses, use of experts, a probe, pictures; nothing of training is changed.
+"""Evaluation on held-out images during training: losses, use of experts, a probe, pictures.
 
 Shape letters: B images, D width, E experts, K chosen, L patches, M modalities, R held-out images shown, S image side.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dex.analysis import source_probe
-from dex.analysis.instruments import Instruments, Probed, Seen, Sizes, Whole, linear_probe, measure, routes_of, sizes
+from dex.analysis.instruments import Instruments, Probed, Seen, Sizes, Whole, linear_probe, measure, sizes
 from dex.analysis.intervals import Interval
 from dex.analysis.probe import director_distance, knn_accuracy
 from dex.analysis.routes import Masked, Override, Routes, masked_forward, watched
@@ -30,33 +30,37 @@ _SEED = 0xE7A1
 
 
 class Evaluation(NamedTuple):
-    """What `Trainer.evaluate` found on the held-out images."""
+    """Results on the held-out images."""
 
     images: int
-    """Held-out images that the other fields are of."""
+    """Number of held-out images."""
     loss: float
+    """Mean masked loss."""
     modality_loss: dict[str, float]
     mass: list[Tensor]
     """Per layer float64 ``[M, E_l]``: gate mass that each modality gives to each expert. Empty when monolithic."""
     probe: float | None
-    """Share of the held-out images whose modality a kNN probe tells; None with a single modality."""
+    """Share of the held-out images whose modality a kNN probe predicts; None with a single modality."""
     gate_entropy: list[float]
-    """Per layer, without exploration noise; see `dex.analysis.usage.gate_entropy`."""
+    """Per layer, without exploration noise; see ``dex.analysis.usage.gate_entropy``."""
     director_distance: list[float]
-    """Per layer; see `dex.analysis.probe.director_distance`."""
+    """Per layer; see ``dex.analysis.probe.director_distance``."""
     original: Tensor
-    """float ``[R, 3, S, S]`` in [0, 1], one image after the other of different modalities; so are the next two."""
+    """float ``[R, 3, S, S]`` in [0, 1], images of alternating modalities."""
     masked: Tensor
+    """As ``original``, with removed patches in grey."""
     reconstruction: Tensor
+    """As ``original``."""
     labels: list[str]
+    """Modalities of the images shown."""
     groups: int
-    """Sources (patients, images) that the instruments' intervals are over."""
+    """Number of sources (patients, images) that the instruments' intervals are over."""
     instruments: Instruments | None
-    """What tells whether experts specialise; None where it was not asked for."""
+    """Measures of specialisation; None unless requested."""
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    """torch.autocast for ``precision``: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
@@ -64,9 +68,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Evaluator:
     """Evaluates ``model`` on up to ``run.evaluate_images`` images of ``held_out``, always the same ones.
 
-    dataset: the whole of which ``train`` and ``held_out`` are splits; it knows of sources. steps: of the run; with the
-    configuration they say how many images the instruments may take, see `dex.analysis.instruments.sizes`. Each of
-    several ranks computes its part, all get the whole: what one rank alone finds, but for the order of sums.
+    dataset: the whole set with the splits ``train`` and ``held_out``; gives the sources. steps: length of the run, from
+    which ``dex.analysis.instruments.sizes`` computes how many images the instruments use. Each rank computes its part,
+    and all get the complete result, which equals that of one rank except for the order of sums.
     """
 
     def __init__(
@@ -109,13 +113,13 @@ class Evaluator:
 
     @functools.cached_property
     def _groups(self) -> tuple[Groups, Tensor]:
-        """Those of the held-out images, and of all that are probed: held out, then known."""
+        """Groups of the held-out images, and of all probed images: first held-out, then known."""
         held_out = groups(self.dataset, self._images.ids)
         return held_out, groups(self.dataset, self._images.ids + self._known.ids).of
 
     @functools.cached_property
     def _pixels_probe(self) -> Interval | None:
-        """The same at every step."""
+        """The probe of pixels, which is the same at every step."""
         pixels = source_probe.pixels(torch.cat([self._images.images, self._known.images]))
         return linear_probe(Probed(pixels, self._probed_modality, self._groups[1]))
 
@@ -125,14 +129,14 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, pictures: int = 16, probe: bool = True) -> Evaluation | None:
-        """Masked loss and expert use on the held-out images, always the same images and masks; None without any.
+        """Masked loss and use of experts on the held-out images, with always the same masks; None without images.
 
-        pictures: how many images are shown. probe: False leaves out probes and instruments. All ranks ask. Changes
-        neither the model nor what training will draw: every step seeds its own random numbers.
+        pictures: number of images shown. probe: False leaves out probes and instruments. All ranks call it. It changes
+        neither the model nor the random numbers of training, since every step seeds its own.
         """
-        # Low-precision copies of the experts are made once. With fsdp they would undo what it saves.
-        held = hold_weights(self.model) if self.config.parallel.strategy == "ddp" else contextlib.nullcontext()
-        with held:
+        # Make low-precision copies of the experts only once; with fsdp the copies would use the memory that it saves.
+        hold = hold_weights(self.model) if self.config.parallel.strategy == "ddp" else contextlib.nullcontext()
+        with hold:
             return self._evaluate(pictures, probe)
 
     def _evaluate(self, pictures: int, probe: bool) -> Evaluation | None:
@@ -148,27 +152,28 @@ class Evaluator:
         reconstruction = torch.zeros_like(shown)
         hidden = torch.zeros(len(shown), patches, device=self.device)
         noise = torch.zeros(count, patches, device=self.device)
-        seen = self._nothing_seen(count)
+        seen = self._zeros(count)
         self.model.eval()
         for turn in self._turns(count):
             torch.manual_seed(step_seed(_SEED, turn.number))
             images = self._centred(held_out.images[turn.part])
-            kinds = held_out.modality[turn.part].to(self.device)
+            modality = held_out.modality[turn.part].to(self.device)
             mask_noise = torch.rand(len(images), patches, device=self.device)
             with autocast(self.device, self.precision), self._probabilities() as probabilities:
                 out = self.model(images, mask_ratio=self.config.model.mask_ratio, mask_noise=mask_noise)
             if not turn.counts:
                 continue
             noise[turn.part] = mask_noise
-            loss += one_hot(kinds, len(names)).T @ out.image_loss.double()
+            loss += one_hot(modality, len(names)).T @ out.image_loss.double()
             for layer, (gates, indices) in enumerate(zip(out.gates, out.expert_indices, strict=True)):
-                mass[layer] += expert_by_modality(gates, indices, kinds, self.experts[layer], len(names))
+                mass[layer] += expert_by_modality(gates, indices, modality, self.experts[layer], len(names))
                 entropy[layer] += len(gates) * gate_entropy(gates)
             _fill(seen.loss, turn.part, out.image_loss)
             _fill(seen.cls, turn.part, out.cls)
-            for whole, part in zip(seen.routes, (out.gates, out.expert_indices, probabilities), strict=True):
-                for of_all, of_part in zip(whole, part, strict=True):
-                    _fill(of_all, turn.part, of_part)
+            routes = (out.gates, out.expert_indices, probabilities)
+            for field, field_of_part in zip(seen.routes, routes, strict=True):
+                for layer, layer_of_part in zip(field, field_of_part, strict=True):
+                    _fill(layer, turn.part, layer_of_part)
             if (n := len(shown) - turn.part.start) > 0:
                 reconstruction[turn.part] = self.model.reconstruct(images, out)[:n]
                 hidden[turn.part] = out.mask[:n].float()
@@ -194,88 +199,92 @@ class Evaluator:
             instruments=instruments,
         )
 
-    def _nothing_seen(self, count: int) -> Masked:
-        """Zeros, which each rank fills where it computes."""
+    def _zeros(self, count: int) -> Masked:
+        """Results of ``count`` images as zeros; each rank fills its part."""
 
         def zeros(width: int | None = None) -> Tensor:
             return torch.zeros(count if width is None else (count, width), device=self.device)
 
-        chosen = [k for k, _ in zip(self.chosen, self.experts, strict=True)]
-        routes = Routes([zeros(k) for k in chosen], [zeros(k).int() for k in chosen], [zeros(e) for e in self.experts])
-        return Masked(zeros(), routes, zeros(self.config.model.embed_dim))
+        gates, experts = [zeros(k) for k in self.chosen], [zeros(k).int() for k in self.chosen]
+        return Masked(zeros(), Routes(gates, experts, [zeros(e) for e in self.experts]), zeros(self._width))
+
+    @property
+    def _width(self) -> int:
+        return self.config.model.embed_dim
 
     def _probabilities(self) -> contextlib.AbstractContextManager[list[Tensor]]:
-        """Inside, forwards append each layer's probabilities."""
+        """Context in which forwards append each layer's probabilities to a list."""
         layers = self.model.encoder.dex_layers
         return watched(layers, [None] * len(layers))
 
     def _probe(self, seen: Masked, noise: Tensor) -> tuple[float | None, Instruments]:
-        """A kNN probe of the modality, by CLS tokens of whole images, held-out ones among training ones; instruments.
+        """Accuracy of a kNN probe of the modality, from CLS tokens of whole images, with training images as neighbours;
+        and the instruments.
 
-        noise: of the masks ``[B, L]``, of this rank's parts.
+        noise: of the masks ``[B, L]``, filled for this rank's parts.
         """
         held_out, known = self._images, self._known
         count = len(held_out.images)
         whole = self._whole(torch.cat([held_out.images, known.images]))
-        own = whole.first(count)
+        whole_held_out = whole.first(count)
         probed = Probed(whole.features, self._probed_modality, self._groups[1])
-        routes = routes_of(*seen.routes)
+        routes = Routes(*([tensor.cpu() for tensor in field] for field in seen.routes))
         masked = Masked(seen.loss.cpu(), routes, seen.cls.cpu())
         swaps = min(self.sizes.swapped, count)
         instruments = measure(
-            Seen(masked, own, held_out.modality, self._groups[0]),
+            Seen(masked, whole_held_out, held_out.modality, self._groups[0]),
             probed,
             self._pixels_probe,
             swaps,
             lambda overrides: self._loss_under(overrides, noise, swaps),
             chosen=self.chosen,
         )
-        kinds = len(known.modality.unique())
-        if kinds < 2:
+        modalities = len(known.modality.unique())
+        if modalities < 2:
             return None, instruments
-        # A modality needs enough known images to win a vote of k.
-        k = min(20, max(1, len(known.images) // kinds // 2))
-        found = knn_accuracy(whole.cls[count:], known.modality, own.cls, held_out.modality, k=k)
-        return found.accuracy, instruments
+        # A modality needs enough known images to win a vote of k neighbours.
+        k = min(20, max(1, len(known.images) // modalities // 2))
+        knn = knn_accuracy(whole.cls[count:], known.modality, whole_held_out.cls, held_out.modality, k=k)
+        return knn.accuracy, instruments
 
     def _loss_under(self, overrides: Sequence[Override | None], noise: Tensor, count: int) -> Tensor:
-        """Masked losses ``[count]`` of the first held-out images with others' routes, on the host."""
+        """Masked losses ``[count]`` of the first held-out images with other routes, on the host."""
         loss = torch.zeros(count, device=self.device)
         for turn in self._turns(count):
             images = self._centred(self._images.images[turn.part])
-            given = [o and Override(o.gates[turn.part], o.experts[turn.part]) for o in overrides]
+            routes = [o and Override(o.gates[turn.part], o.experts[turn.part]) for o in overrides]
             ratio = self.config.model.mask_ratio
             with autocast(self.device, self.precision):
-                under = masked_forward(
-                    self.model, images, noise[turn.part], mask_ratio=ratio, overrides=given, batch_size=len(images)
+                masked = masked_forward(
+                    self.model, images, noise[turn.part], mask_ratio=ratio, overrides=routes, batch_size=len(images)
                 )
             if turn.counts:
-                loss[turn.part] = under.loss
+                loss[turn.part] = masked.loss
         self._add_up(loss)
         return loss.cpu()
 
     def _whole(self, images: Tensor) -> Whole:
-        """What the encoder makes of whole images, uint8 on the host."""
-        width, count = self.config.model.embed_dim, len(images)
-        cls = torch.zeros(count, width, device=self.device)
+        """Tokens and probabilities of whole images, which are uint8 on the host."""
+        count = len(images)
+        cls = torch.zeros(count, self._width, device=self.device)
         patches = torch.zeros_like(cls)
         probabilities = [torch.zeros(count, e, device=self.device) for e in self.experts]
         self.model.eval()
         for turn in self._turns(count):
             part = self._centred(images[turn.part])
-            with autocast(self.device, self.precision), self._probabilities() as found:
+            with autocast(self.device, self.precision), self._probabilities() as probabilities_of_part:
                 tokens = self._encode(part).float()
             if turn.counts:
                 cls[turn.part], patches[turn.part] = tokens[:, 0], tokens[:, 1:].mean(1)
-                for of_all, of_part in zip(probabilities, found, strict=True):
-                    of_all[turn.part] = of_part
+                for layer, layer_of_part in zip(probabilities, probabilities_of_part, strict=True):
+                    layer[turn.part] = layer_of_part
         self.model.train()
         for tensor in (cls, patches, *probabilities):
             self._add_up(tensor)
         return Whole(cls.cpu(), patches.cpu(), [p.cpu() for p in probabilities])
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Tokens ``[B, 1 + L, D]``; with fsdp the whole model has to be called, or weights stay cut."""
+        """Tokens ``[B, 1 + L, D]``; with fsdp the whole model must be called, or the weights stay sharded."""
         if self.config.parallel.strategy != "fsdp":
             return self.model.encoder(images)
         tokens: list[Tensor] = []
@@ -294,23 +303,23 @@ class Evaluator:
         ) == 1
 
     def _centred(self, images: Tensor) -> Tensor:
-        """As the model takes them, of uint8 images on the host."""
+        """Input of the model from uint8 images on the host."""
         model = self.config.model
         return center(images.to(self.device), model.img_size, model.in_chans)
 
     def _sample(self, dataset: Dataset, wanted: int) -> Sample:
-        """`spread_out`. RuntimeError when the ranks could not read the same images."""
+        """``spread_out``. RuntimeError: the ranks could not read the same images."""
         sample = spread_out(dataset, wanted)
         counts = gather(self.ranks, len(sample.images))
         if len(set(counts)) > 1:
             listed = ", ".join(map(str, counts))
-            raise RuntimeError(f"evaluation: expected the same images on every rank; of {wanted} they read {listed}")
+            raise RuntimeError(f"evaluation: expected {wanted} images on every rank; the ranks read {listed}")
         return sample
 
     def _turns(self, count: int) -> Iterator["_Turn"]:
         """The parts of ``count`` images that this rank computes.
 
-        With fsdp all ranks take part in every forward: where images are left for some, the others repeat the first.
+        With fsdp all ranks take part in every forward; ranks without images left repeat the first part.
         """
         chunk, ranks = min(self.config.data.batch_size, 64), self.ranks
         chunks = -(-count // chunk)
@@ -326,19 +335,20 @@ class Evaluator:
             torch.distributed.all_reduce(tensor)
 
 
-def _fill(whole: Tensor, part: slice, values: Tensor) -> None:
-    whole[part] = values.to(whole.dtype)
+def _fill(target: Tensor, part: slice, values: Tensor) -> None:
+    target[part] = values.to(target.dtype)
 
 
 class _Turn(NamedTuple):
     """Images of one forward."""
 
     number: int
-    """Of the part; it seeds the masks."""
+    """Number of the part, which seeds the masks."""
     part: slice
     counts: bool
+    """False for a repeated part, whose result is ignored."""
 
 
 def _coloured(images: Tensor) -> Tensor:
-    """``[R, 3, H, W]`` within about [0, 1] on the host, for pictures; grey ones as three equal channels."""
+    """``[R, 3, H, W]`` within about [0, 1] on the host, for pictures; grey becomes three equal channels."""
     return denormalize(images).cpu().expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Splits by patient, and what a few labelled images per class are worth.
+"""Probes cross-validated by patient, and few-shot curves.
 
 Shape letters: n images, D width, C classes.
 """
@@ -14,7 +14,7 @@ from dex.analysis.linear_probe import choose_penalty, fit
 from dex.analysis.probe import knn_vote
 
 FEW_SHOT_PENALTY = 1.0
-"""With a handful of images there is nothing to choose a penalty by."""
+"""A few images are not enough to choose a penalty."""
 
 
 class Labelled(NamedTuple):
@@ -29,9 +29,11 @@ class Labelled(NamedTuple):
 
     @property
     def classes(self) -> int:
+        """C."""
         return int(self.labels.max()) + 1
 
     def take(self, chosen: Tensor) -> "Labelled":
+        """Some of the images; ``chosen`` is an index or a mask."""
         return Labelled(self.features[chosen], self.labels[chosen], self.patients[chosen])
 
 
@@ -46,10 +48,10 @@ class Point(NamedTuple):
 
 
 def folds_of(data: Labelled, folds: int, seed: int) -> Tensor:
-    """int64 ``[n]``: 0 to folds - 1. A patient's images share a fold; each class's patients are dealt out evenly.
+    """int64 ``[n]``: fold of each image, 0 to folds - 1, the same for all images of a patient.
 
-    A patient counts for the class of most of its images. With fewer patients of a class than folds there are as many
-    folds as these. ValueError for a class of a single patient.
+    The patients of each class are spread evenly over the folds; a patient belongs to the class of most of its images.
+    If a class has fewer patients than folds, there are only that many folds. ValueError: a class with one patient.
     """
     patients, classes = int(data.patients.max()) + 1, data.classes
     table = torch.zeros(patients, classes, dtype=torch.int64)
@@ -62,17 +64,16 @@ def folds_of(data: Labelled, folds: int, seed: int) -> Tensor:
     main = table.argmax(1)
     order = torch.randperm(patients, generator=torch.Generator().manual_seed(seed))
     fold_of = torch.empty(patients, dtype=torch.int64)
-    place = 0
-    for label in range(classes):
-        for patient in order[main[order] == label].tolist():
-            fold_of[patient] = place % folds
-            place += 1
+    by_class = torch.cat([order[main[order] == label] for label in range(classes)])
+    fold_of[by_class] = torch.arange(patients) % folds
     return fold_of[data.patients]
 
 
 def linear(data: Labelled, folds: int = 5, seed: int = 0) -> Interval:
-    """Accuracy, mean over classes, of linear probes: each fold judged by a probe of the others, whose penalty is chosen
-    within them. The interval is over patients."""
+    """Cross-validated accuracy, mean over classes, of linear probes, with its interval over patients.
+
+    The penalty of each probe is chosen by cross-validation within its training folds.
+    """
     predicted, fold = torch.empty_like(data.labels), folds_of(data, folds, seed)
     for number in fold.unique().tolist():
         test = fold == number
@@ -86,7 +87,7 @@ def linear(data: Labelled, folds: int = 5, seed: int = 0) -> Interval:
 
 
 def knn(data: Labelled, k: int = 20, folds: int = 5, seed: int = 0) -> Interval:
-    """As `linear`, of the vote of `dex.analysis.probe.knn_vote`."""
+    """As ``linear``, for ``dex.analysis.probe.knn_vote``."""
     predicted, fold = torch.empty_like(data.labels), folds_of(data, folds, seed)
     for number in fold.unique().tolist():
         test = fold == number
@@ -99,7 +100,7 @@ def knn(data: Labelled, k: int = 20, folds: int = 5, seed: int = 0) -> Interval:
 def few_shot(data: Labelled, shots: Sequence[int], draws: int, seeds: int, folds: int = 5) -> list[Point]:
     """Linear probes for each number of images per class, drawn from the training patients of one split per seed.
 
-    A class with fewer images than shots there ends the curve: no point is made of fewer.
+    The curve ends where a class has fewer training images than shots.
     """
     points = []
     for seed in range(seeds):
@@ -121,11 +122,11 @@ def few_shot(data: Labelled, shots: Sequence[int], draws: int, seeds: int, folds
 
 
 def interval(predicted: Tensor, data: Labelled) -> Interval:
-    """Of the accuracy, mean over classes, over patients."""
+    """Accuracy, mean over classes, with its interval over patients."""
     return bca(*balanced_accuracy(predicted == data.labels, data.labels, data.patients))
 
 
 def _draw(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
-    """Places of ``shots`` images of each class."""
+    """Indices of ``shots`` random images of each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == label][:shots] for label in range(classes)])

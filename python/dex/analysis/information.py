@@ -1,4 +1,4 @@
-"""How much the choice of experts says of the modality, beside what chance would say.
+"""Mutual information of the choice of experts and the modality, corrected for chance.
 
 Shape letters: B images, K chosen, E experts, M modalities, L layers.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dex.analysis.routes import sets_of
+from dex.analysis.usage import one_hot
 
 PERMUTATIONS = 999
 
@@ -18,20 +19,21 @@ class Information(NamedTuple):
     """Mutual information of a choice and the modality."""
 
     value: float
-    """``(I - mean I') / (H(modality) - mean I')``: 0 is chance, 1 tells the modality. I' are the permutations'."""
+    """``(I - mean I') / (H(modality) - mean I')`` with I' of permutations: 0 is chance, 1 determines the modality."""
     raw: float
-    """I in nats, as counted: above 0 for independent choices too, the more sets and the fewer images there are."""
+    """I in nats, uncorrected. Independent choices also give more than 0, the more sets and the fewer images there
+    are."""
     null_high: float
-    """The 95th percentile of ``value`` when modalities are permuted: chance stays below it 19 times in 20."""
+    """95th percentile of ``value`` with permuted modalities: chance stays below it 19 times in 20."""
     p: float
-    """Share of the permutations, itself included, whose I is at least as large."""
+    """Share of the permutations, including the identity, whose I is at least as large."""
 
 
 def information(choice: Tensor, modality: Tensor, *, permutations: int = PERMUTATIONS, seed: int = 0) -> Information:
     """Corrected and normalised mutual information of ``choice`` and ``modality``, integers ``[B]``.
 
-    The correction is the mean over permutations of the modality (as in adjusted mutual information, Vinh et al. 2010,
-    whose expectation it estimates). With a single modality, or where permuting changes nothing, value is 0 and p 1.
+    The correction is the mean over permutations of the modality, an estimate of the expectation in adjusted mutual
+    information (Vinh et al. 2010). With a single modality, or if permutations change nothing, value is 0 and p is 1.
     ValueError: no image.
     """
     if len(choice) == 0 or len(choice) != len(modality):
@@ -52,13 +54,13 @@ def information(choice: Tensor, modality: Tensor, *, permutations: int = PERMUTA
 
 
 def distinct_sets(experts: list[Tensor]) -> list[int]:
-    """In how many sets of experts the images of a layer go, per layer; ``experts``: per layer ``[B, K_l]``."""
+    """Number of different expert sets in each layer; ``experts``: per layer ``[B, K_l]``."""
     return [int(sets_of(e).max()) + 1 for e in experts]
 
 
 def probability_entropy(probabilities: Tensor) -> float:
-    """How undecided a router is among all experts: ``mean_b H(p_b) / log E`` of ``probabilities [B, E]``; 1: not at all
-    decided, 0: certain. Unlike the entropy of the chosen gates it sees dead experts."""
+    """Entropy of a router over all experts, ``mean_b H(p_b) / log E`` of ``probabilities [B, E]``: 1 is undecided, 0 is
+    certain. Unlike the entropy of the chosen gates it takes unused experts into account."""
     if probabilities.shape[1] < 2:
         return 0.0
     p = probabilities.double()
@@ -66,28 +68,29 @@ def probability_entropy(probabilities: Tensor) -> float:
 
 
 def first_agreement(one: Tensor, other: Tensor) -> float:
-    """Share of images whose most probable expert is the same in two views, ``[B, K]`` each: masked and whole."""
+    """Share of images whose most probable expert is the same in two views, such as masked and whole; ``[B, K]``
+    each."""
     return float((one[:, 0] == other[:, 0]).double().mean())
 
 
 def overlap(experts: Tensor, modality: Tensor, modalities: int) -> Tensor:
-    """How alike the expert sets of two modalities are: mean Jaccard index over pairs of different images, ``[M, M]``.
+    """Similarity of the expert sets of two modalities: mean Jaccard index over pairs of different images, ``[M, M]``.
 
-    experts ``[B, K]``; modality int64 ``[B]``. NaN where there is no pair. `random_overlap` is the reference.
+    experts ``[B, K]``; modality int64 ``[B]``. NaN if there is no pair. ``random_overlap`` is the reference.
     """
     size = int(experts.max()) + 1
-    held = torch.zeros(len(experts), size, dtype=torch.float64).scatter_(1, experts.cpu().long(), 1.0)
-    common = held @ held.T
+    uses = torch.zeros(len(experts), size, dtype=torch.float64).scatter_(1, experts.cpu().long(), 1.0)
+    common = uses @ uses.T
     jaccard = common / (2 * experts.shape[1] - common)
-    member = (modality.cpu()[:, None] == torch.arange(modalities)).double()
-    total = member.T @ (jaccard - torch.diag(jaccard.diagonal())) @ member
-    counts = member.sum(0)
+    by_modality = one_hot(modality.cpu(), modalities)
+    total = by_modality.T @ (jaccard - torch.diag(jaccard.diagonal())) @ by_modality
+    counts = by_modality.sum(0)
     pairs = counts[:, None] * counts - torch.diag(counts)
     return torch.where(pairs > 0, total / pairs.clamp(min=1), torch.nan)
 
 
 def random_overlap(num_experts: int, top_k: int) -> float:
-    """The mean Jaccard index of two sets of K of E experts that are drawn at random."""
+    """Mean Jaccard index of two random sets of K of E experts."""
     ways = math.comb(num_experts, top_k)
     return sum(
         math.comb(top_k, c) * math.comb(num_experts - top_k, top_k - c) / ways * c / (2 * top_k - c)

@@ -1,7 +1,6 @@
-"""What tells during training whether experts specialise: the measures of `dex.analysis` on as many images as leave an
-evaluation its share of a run's time.
+"""Measures of specialisation during training, on as many images as the share of a run's time for evaluations allows.
 
-Shape letters: B held-out images, S of them that are swapped, n probed, E experts, K chosen, L layers, D width.
+Shape letters: B held-out images, S of them swapped, n probed, E experts, K chosen, L layers, D width.
 """
 
 from __future__ import annotations
@@ -15,37 +14,37 @@ from torch import Tensor
 
 from dex.analysis import information, source_probe, spectra
 from dex.analysis.intervals import Interval
-from dex.analysis.routes import Masked, Override, Routes, sets_of
+from dex.analysis.routes import Masked, Override, sets_of
 from dex.analysis.sample import Groups
 from dex.analysis.swap import KINDS, Gap, gaps, modality_gap, swapped
 from dex.config import Config, per_layer
 from dex.sizing.estimate import training_flops
 
 SHARE = 0.05
-"""The most of a run's time that evaluations take."""
+"""Largest share of a run's time for evaluations."""
 _COMPUTED = 0.035
-"""Of the run's matrix products: pictures, probes and intervals, which have next to none, take the rest of the time."""
+"""Share of the run's matrix products. Pictures, probes and intervals have almost none and take the rest of the time."""
 FEWEST = 16
-"""Images that are swapped, and known to a probe, however little time there is."""
+"""Fewest images that are swapped, and that a probe is trained on, however little time there is."""
 KNOWN = 4
-"""Training images that a probe knows, at most, for every held-out one."""
+"""Largest number of training images of a probe per held-out image."""
 TENTH = 100
-"""A run of this number of steps or more is evaluated after the first tenth of them too."""
+"""A run of at least this many steps is also evaluated after its first tenth."""
 PERMUTATIONS, PROBE_STEPS = 199, 60
 
 
 class Sizes(NamedTuple):
-    """How many images an evaluation looks at, beside the held-out ones whose loss it gives."""
+    """Number of images that an evaluation uses in addition to the masked loss of the held-out images."""
 
     swapped: int
-    """Held-out images that are given others' experts."""
+    """Held-out images that are given other experts."""
     known: int
-    """Training images that the probes know."""
+    """Training images of the probes."""
 
 
 def is_due(config: Config, step: int, steps: int) -> bool:
-    """Whether held-out images are looked at once ``step`` of ``steps`` steps are done: every ``run.evaluate_every``, at
-    the last step, and in a run of `TENTH` steps or more after the first tenth."""
+    """Whether to evaluate after ``step`` of ``steps`` steps: every ``run.evaluate_every``, at the last step, and in a
+    run of at least ``TENTH`` steps after the first tenth."""
     every = config.run.evaluate_every
     if not every:
         return False
@@ -53,11 +52,11 @@ def is_due(config: Config, step: int, steps: int) -> bool:
 
 
 def sizes(config: Config, steps: int, images: int) -> Sizes:
-    """What all evaluations of a run of ``steps`` steps can afford within `SHARE` of its time, with ``images`` held-out
-    ones whose loss is wanted in any case.
+    """Sizes with which all evaluations of a run of ``steps`` steps take at most ``SHARE`` of its time, given that the
+    loss of ``images`` held-out images is always computed.
 
-    From the matrix products of `dex.sizing.estimate.training_flops`, so that a resumed run, and one on other ranks,
-    look at the same images. Never fewer than `FEWEST`.
+    Computed from the matrix products of ``dex.sizing.estimate.training_flops``, so that a resumed run, also on other
+    ranks, uses the same images. At least ``FEWEST``.
     """
     every = max(config.run.evaluate_every, 1)
     count = 1 + steps // every + (steps % every > 0) + (steps >= TENTH and -(-steps // 10) % every > 0)
@@ -69,18 +68,18 @@ def sizes(config: Config, steps: int, images: int) -> Sizes:
     routed = any(per_layer(config.model.num_experts, config.model.depth))
     swap = 2 * (masked + parts["experts"] / 3) if routed else 0.0
     affordable = max(int(budget / (swap + whole)), FEWEST)
-    number = min(affordable, images)
-    known = max(int((budget - number * swap) / whole), FEWEST)
-    return Sizes(number, min(known, KNOWN * images))
+    swapped = min(affordable, images)
+    known = max(int((budget - swapped * swap) / whole), FEWEST)
+    return Sizes(swapped, min(known, KNOWN * images))
 
 
 def _encoder(parts: dict[str, int]) -> float:
-    """Operations of an encoder's forward, from those of a step."""
+    """Operations of a forward of the encoder, from those of a step."""
     return (parts["experts"] + parts["attention"] + parts["router"]) / 3 + parts["patch embedding"] / 2
 
 
 class Whole(NamedTuple):
-    """What the encoder makes of n whole images, without a mask; on the host."""
+    """Results of the encoder for n whole images, without a mask; on the host."""
 
     cls: Tensor
     """float ``[n, D]``"""
@@ -91,15 +90,16 @@ class Whole(NamedTuple):
 
     @property
     def features(self) -> Tensor:
-        """``[n, 2 D]``: what the linear probe reads."""
+        """``[n, 2 D]``: input of the linear probe."""
         return torch.cat([self.patches, self.cls], 1)
 
     def first(self, count: int) -> Whole:
+        """The first ``count`` images."""
         return Whole(self.cls[:count], self.patches[:count], [p[:count] for p in self.probabilities])
 
 
 class LayerRoutes(NamedTuple):
-    """How one layer routes the held-out images; see `dex.analysis.information`."""
+    """How one layer routes the held-out images; see ``dex.analysis.information``."""
 
     entropy: float
     sets_masked: int
@@ -110,27 +110,28 @@ class LayerRoutes(NamedTuple):
 
 
 class Instruments(NamedTuple):
-    """Everything here is of held-out images but the probes, which learn from training images too."""
+    """Measures on held-out images; the probes also use training images."""
 
     gaps: list[Gap]
     """In all layers at once, by kind; empty when monolithic."""
     modality_gap: Gap | None
     layers: list[LayerRoutes]
     cls_rank: float | None
-    """RankMe of the CLS tokens; None of fewer than two images."""
+    """RankMe of the CLS tokens; None with fewer than two images."""
     patch_rank: float | None
+    """RankMe of the means of patches."""
     probe: Interval | None
-    """`dex.analysis.source_probe.leave_sources_out` of mean of patches and CLS token."""
+    """``dex.analysis.source_probe.leave_sources_out`` of mean of patches and CLS token."""
     pixels: Interval | None
-    """The same probe of 16 x 16 grey pixels."""
+    """The same probe on 16 x 16 grey pixels."""
     swapped: int = 0
-    """Held-out images of the gaps."""
+    """Number of held-out images of the gaps."""
     probed: int = 0
-    """Images of the probe and of the pixels'."""
+    """Number of images of both probes."""
 
 
 class Seen(NamedTuple):
-    """What an evaluation has gathered of its held-out images, from all ranks."""
+    """Results for the held-out images, gathered from all ranks."""
 
     masked: Masked
     whole: Whole
@@ -141,7 +142,7 @@ class Seen(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """The images of the linear probe: the held-out ones, then those of training."""
+    """The images of the linear probe: first held-out, then training images."""
 
     features: Tensor
     """``[n, 2 D]``"""
@@ -158,27 +159,27 @@ def measure(
     *,
     chosen: Sequence[int],
 ) -> Instruments:
-    """The instruments of what was ``seen``.
+    """Compute the instruments.
 
-    swaps: S; loss_under: as of `dex.analysis.swap.swapped`, for the first S images. chosen: K of each layer.
-    pixels: of the same images as ``probed``, see `pixel_probe`.
+    swaps: S. loss_under: as in ``dex.analysis.swap.swapped``, for the first S images. chosen: K of each layer.
+    pixels: probe of the pixels of the same images as ``probed``.
     """
     routed = bool(seen.masked.routes.gates)
-    found, beyond = [], None
+    swap_gaps, beyond = [], None
     if routed:
         own = Masked(seen.masked.loss[:swaps], seen.masked.routes.of(torch.arange(swaps)), seen.masked.cls[:swaps])
         modality, groups = seen.modality[:swaps], seen.groups.of[:swaps]
-        # Random experts cost a forward more, and are missed only where no image is of another modality.
+        # Random experts cost another forward, and are needed only if no image has another modality.
         kinds = KINDS[:2] if len(modality.unique()) > 1 else KINDS[2:]
         swap = swapped(loss_under, own, modality, kinds=kinds, layers_apart=False)
         if swap.own.isfinite().all():
-            found, beyond = gaps(swap, groups), modality_gap(swap, groups)
+            swap_gaps, beyond = gaps(swap, groups), modality_gap(swap, groups)
     finite = bool(seen.whole.features.isfinite().all())
     ranked = finite and len(seen.whole.cls) >= 2
     return Instruments(
-        gaps=found,
+        gaps=swap_gaps,
         modality_gap=beyond,
-        layers=[_layer(seen, place, k) for place, k in enumerate(chosen)],
+        layers=[_layer(seen, layer, k) for layer, k in enumerate(chosen)],
         cls_rank=spectra.spectrum(seen.whole.cls).rankme if ranked else None,
         patch_rank=spectra.spectrum(seen.whole.patches).rankme if ranked else None,
         probe=linear_probe(probed) if probed.features.isfinite().all() else None,
@@ -189,15 +190,15 @@ def measure(
 
 
 def linear_probe(probed: Probed) -> Interval | None:
-    """With fewer steps of its optimizer than `dex analyse` takes; pixels have the same."""
+    """Linear probe with fewer steps of the optimizer than in ``dex analyse``; the same for features and pixels."""
     return source_probe.leave_sources_out(probed.features, probed.modality, probed.sources, steps=PROBE_STEPS)
 
 
-def _layer(seen: Seen, place: int, chosen: int) -> LayerRoutes:
-    experts = seen.masked.routes.experts[place]
-    whole = _chosen(seen.whole.probabilities[place], chosen)
+def _layer(seen: Seen, layer: int, chosen: int) -> LayerRoutes:
+    experts = seen.masked.routes.experts[layer]
+    whole = _chosen(seen.whole.probabilities[layer], chosen)
     return LayerRoutes(
-        entropy=information.probability_entropy(seen.masked.routes.probabilities[place]),
+        entropy=information.probability_entropy(seen.masked.routes.probabilities[layer]),
         sets_masked=information.distinct_sets([experts])[0],
         sets_whole=information.distinct_sets([whole])[0],
         first_agreement=information.first_agreement(experts, whole),
@@ -207,21 +208,20 @@ def _layer(seen: Seen, place: int, chosen: int) -> LayerRoutes:
 
 
 def _chosen(probabilities: Tensor, count: int) -> Tensor:
-    """The ``count`` most probable experts, as `dexkernels.route` chooses: ties to the lower index."""
+    """The ``count`` most probable experts, as in ``dexkernels.route``: ties go to the lower index."""
     return probabilities.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def columns(found: Instruments) -> dict[str, object]:
-    """The instruments as entries of a row of metrics: numbers, by layer a list, by kind a mapping."""
+def columns(instruments: Instruments) -> dict[str, object]:
+    """The instruments as entries of a row of metrics: numbers, lists by layer, mappings by kind."""
     row: dict[str, object] = {}
-    every = [*found.gaps, *([found.modality_gap] if found.modality_gap else [])]
-    if every:
+    swap_gaps = [*instruments.gaps, *([instruments.modality_gap] if instruments.modality_gap else [])]
+    if swap_gaps:
         for end in ("value", "low", "high"):
             name = "swap_gap" if end == "value" else f"swap_gap_{end}"
-            row[name] = {gap.kind: getattr(gap.gap, end) for gap in every}
-        row |= {"swap_gap_of": every[0].own, "swap_gap_images": found.swapped}
-    if found.layers:
-        layers = found.layers
+            row[name] = {gap.kind: getattr(gap.gap, end) for gap in swap_gaps}
+        row |= {"swap_gap_of": swap_gaps[0].own, "swap_gap_images": instruments.swapped}
+    if layers := instruments.layers:
         row |= {
             "probability_entropy": [layer.entropy for layer in layers],
             "expert_sets": [layer.sets_masked for layer in layers],
@@ -231,16 +231,11 @@ def columns(found: Instruments) -> dict[str, object]:
             "information_null": [layer.masked.null_high for layer in layers],
             "information_whole": [layer.whole.value for layer in layers],
         }
-    if found.cls_rank is not None:
-        row["rankme"] = {"CLS token": found.cls_rank, "mean of patches": found.patch_rank}
-    for name, interval in (("probe_linear", found.probe), ("probe_pixels", found.pixels)):
+    if instruments.cls_rank is not None:
+        row["rankme"] = {"CLS token": instruments.cls_rank, "mean of patches": instruments.patch_rank}
+    for name, interval in (("probe_linear", instruments.probe), ("probe_pixels", instruments.pixels)):
         if interval is not None:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    if found.probe is not None:
-        row["probe_images"] = found.probed
+    if instruments.probe is not None:
+        row["probe_images"] = instruments.probed
     return row
-
-
-def routes_of(gates: list[Tensor], experts: list[Tensor], probabilities: list[Tensor]) -> Routes:
-    """`Routes` on the host."""
-    return Routes([t.cpu() for t in gates], [t.cpu() for t in experts], [t.cpu() for t in probabilities])

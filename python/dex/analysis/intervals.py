@@ -1,6 +1,7 @@
 """Confidence intervals by the bootstrap over patients (Efron 1987: bias-corrected and accelerated, BCa).
 
-Images of one patient resemble each other, so patients are drawn, not images. Shape letters: P patients, R resamples.
+Patients are resampled instead of images, since images of one patient resemble each other. Shape letters: P patients, R
+resamples.
 """
 
 import math
@@ -12,52 +13,54 @@ from torch import Tensor
 
 RESAMPLES = 2000
 _LEFT_OUT = 4096
-"""Patients that are left out in turn at once: 20,000 of them would take 3 GB."""
+"""Leave-one-out statistics computed at once: 20,000 patients at once would take 3 GB."""
 
 Statistic = Callable[[Tensor], Tensor]
-"""``weights [R, P]``, how often each resample holds each patient, ``-> [R]``; float64."""
+"""``weights [R, P]``, the count of each patient in each resample, ``-> [R]``; float64."""
 
 
 class Interval(NamedTuple):
+    """An estimate with its confidence interval."""
+
     value: float
-    """Of the patients as they are."""
+    """Of the original patients."""
     low: float
     high: float
 
 
 class Bootstrap(NamedTuple):
-    """What the resamples of a statistic say."""
+    """A statistic with its bootstrap and jackknife distributions."""
 
     value: float
-    """Of the patients as they are."""
+    """Of the original patients."""
     resampled: Tensor
-    """float64, sorted: the resamples whose statistic is finite; without any for one patient."""
+    """float64, sorted: finite values of the resamples; empty for one patient."""
     left_out: Tensor
-    """float64: the finite ones without each patient in turn."""
+    """float64: finite values without each patient in turn."""
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The BCa interval; where no resample differs, both ends are the value."""
+        """The BCa interval; both ends are the value if all resamples agree."""
         boot, value = self.resampled, self.value
         if len(boot) == 0 or boot[0] == boot[-1]:
             return Interval(value, value, value)
-        # Ties count half, or a statistic of few values would be called biased.
+        # Ties count half; otherwise a statistic with few values would appear biased.
         below = ((boot < value).double().mean() + (boot <= value).double().mean()) / 2
         bias = float(torch.special.ndtri(below.clamp(0.5 / len(boot), 1 - 0.5 / len(boot))))
-        apart = self.left_out.mean() - self.left_out
-        spread = float(apart.square().sum())
-        acceleration = float(apart.pow(3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
+        deviation = self.left_out.mean() - self.left_out
+        spread = float(deviation.square().sum())
+        acceleration = float(deviation.pow(3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
         ends = []
         for share in ((1 - level) / 2, (1 + level) / 2):
             z = bias + float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
-            place = bias + z / (1 - acceleration * z)
-            ends.append(float(boot.quantile(0.5 * math.erfc(-place / math.sqrt(2)))))
+            adjusted = bias + z / (1 - acceleration * z)
+            ends.append(float(boot.quantile(0.5 * math.erfc(-adjusted / math.sqrt(2)))))
         return Interval(value, *ends)
 
 
 def bootstrap(statistic: Statistic, patients: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
-    """``statistic`` of the patients, of resamples of them, and without each.
+    """``statistic`` of all patients, of resamples of them, and without each patient.
 
-    Resamples whose statistic is not finite (a class that none of its patients has) are left out.
+    Resamples whose statistic is not finite (none of their patients has some class) are left out.
     ValueError: no patient.
     """
     if patients < 1:
@@ -76,8 +79,8 @@ def bootstrap(statistic: Statistic, patients: int, *, resamples: int = RESAMPLES
 def bca(
     statistic: Statistic, patients: int, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The BCa interval of ``statistic`` over the patients; with fewer than two, or where no resample differs, both
-    ends are the value. Resamples as of `bootstrap`.
+    """The BCa interval of ``statistic`` over the patients, see ``bootstrap``; both ends are the value with one patient
+    or if all resamples agree.
 
     ValueError: no patient, or a level outside (0, 1).
     """
@@ -87,18 +90,27 @@ def bca(
 
 
 def _without(begin: int, patients: int) -> Tensor:
-    """Weights that leave out one patient each, up to `_LEFT_OUT` rows from the patient ``begin``."""
+    """Weights of up to ``_LEFT_OUT`` rows; each leaves out one patient, starting with ``begin``."""
     rows = min(_LEFT_OUT, patients - begin)
     weights = torch.ones(rows, patients, dtype=torch.float64)
     weights[torch.arange(rows), torch.arange(begin, begin + rows)] = 0
     return weights
 
 
+def mean_over_groups(values: Tensor, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of ``values [n]`` with its BCa interval over ``groups``, int64 ``[n]``, any numbers."""
+    numbers = groups.unique(return_inverse=True)[1]
+    count = int(numbers.max()) + 1
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, values.double())
+    images = torch.bincount(numbers, minlength=count).double()
+    return bca(lambda weights: (weights @ total) / (weights @ images), count, level=level, seed=seed)
+
+
 def balanced_accuracy(right: Tensor, labels: Tensor, patients: Tensor) -> tuple[Statistic, int]:
-    """The statistic "mean over classes of the share of images that are right", and the number of patients.
+    """The mean over classes of the accuracy, as a statistic, and the number of patients.
 
     right: bool ``[n]``; labels: int64 ``[n]``, 0 to C - 1; patients: int64 ``[n]``, any numbers. NaN for a resample
-    without an image of some class that there is.
+    without images of some class.
     """
     classes, numbers = int(labels.max()) + 1, patients.unique(return_inverse=True)[1]
     count = int(numbers.max()) + 1

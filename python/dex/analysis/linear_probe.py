@@ -1,4 +1,4 @@
-"""A linear probe: multinomial logistic regression on frozen features, to its optimum.
+"""A linear probe: multinomial logistic regression on frozen features, trained to its optimum.
 
 Shape letters: n images, D width, C classes.
 """
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""What `choose_penalty` tries."""
+"""Candidates of ``choose_penalty``."""
 STEPS = 300
-"""Of the optimizer, at most; it ends earlier at the optimum."""
+"""Largest number of optimizer steps; it stops earlier at the optimum."""
 
 
 class LinearProbe(NamedTuple):
@@ -22,7 +22,7 @@ class LinearProbe(NamedTuple):
     mean: Tensor
     """``[D]``"""
     std: Tensor
-    """``[D]``; 1 where a feature does not vary."""
+    """``[D]``; 1 for a constant feature."""
     weight: Tensor
     """``[C, D]``"""
     bias: Tensor
@@ -43,12 +43,12 @@ def fit(
     *,
     steps: int = STEPS,
 ) -> LinearProbe:
-    """The minimum of mean cross-entropy, classes weighted alike, ``+ penalty / 2 * mean(weight**2) * C``.
+    """Minimise the mean cross-entropy with equal weight of classes, ``+ penalty / 2 * mean(weight**2) * C``.
 
     Args:
         features: ``[n, D]``, at least one row. labels: int64 ``[n]``, 0 to classes - 1.
-        penalty: positive; on the standardised features.
-        start: a probe of the same features, to begin from. steps: of the optimizer (L-BFGS), at most.
+        penalty: positive; for standardised features.
+        start: a probe of the same features to start from. steps: largest number of L-BFGS steps.
     """
     if not penalty > 0:
         raise ValueError(f"penalty: expected a positive number, got {penalty!r}")
@@ -83,18 +83,18 @@ def fit(
 def choose_penalty(
     features: Tensor, labels: Tensor, folds: Tensor, classes: int, penalties: Sequence[float] = PENALTIES
 ) -> float:
-    """The penalty of the best mean accuracy over classes when each fold is judged by the others; the largest of equals.
+    """The penalty with the best cross-validated mean accuracy over classes; the largest of equally good ones.
 
-    folds: int64 ``[n]``: which fold each image is in; patients must not be torn apart.
+    folds: int64 ``[n]``: fold of each image; all images of a patient must be in one fold.
     """
-    tried = sorted(penalties, reverse=True)
-    hits = torch.zeros(len(tried), classes, dtype=torch.float64)
+    candidates = sorted(penalties, reverse=True)
+    hits = torch.zeros(len(candidates), classes, dtype=torch.float64)
     for fold in folds.unique().tolist():
         test = folds == fold
         probe = None
-        for place, penalty in enumerate(tried):  # from simple to less simple: each begins where the last one ended
+        for number, penalty in enumerate(candidates):  # From strong to weak, each starting from the previous probe
             probe = fit(features[~test], labels[~test], classes, penalty, probe)
             right = probe.predict(features[test]) == labels[test]
-            hits[place].index_add_(0, labels[test], right.double())
+            hits[number].index_add_(0, labels[test], right.double())
     share = (hits / torch.bincount(labels, minlength=classes).clamp(min=1)).mean(1)
-    return tried[int(share.argmax())]  # the first of equals
+    return candidates[int(share.argmax())]  # The first of equal maxima

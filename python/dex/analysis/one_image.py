@@ -1,4 +1,4 @@
-"""Why these experts for one image: what its masked loss is with others, under several masks.
+"""The masked loss of one image with other experts, under several masks.
 
 Shape letters: V masks, P patches, L layers, E experts, K chosen, B images, M modalities.
 """
@@ -21,72 +21,73 @@ class Alternatives(NamedTuple):
     routes: Routes
     """Under each mask."""
     swapped: list[Tensor]
-    """Per layer float ``[E, V]``: with an expert in the place of the first choice, in this layer alone."""
+    """Per layer float ``[E, V]``: with each expert in place of the first choice, only in this layer."""
 
 
 class UsualSet(NamedTuple):
-    """What a modality's images most often take in one layer."""
+    """The most frequent expert set of a modality's images in one layer."""
 
     experts: Tensor
     """int64 ``[K]``, by descending gate."""
     gates: Tensor
-    """float ``[K]``, the mean of the images that take it; sums to 1."""
+    """float ``[K]``, mean over the images that use the set; sums to 1."""
     share: float
-    """Of the modality's images that take it."""
+    """Share of the modality's images that use the set."""
 
 
 def alternatives(
     model: MaskedAutoencoder, image: Tensor, mask_noise: Tensor, *, mask_ratio: float = 0.75, batch_size: int = 64
 ) -> Alternatives:
-    """Losses of ``image [C, S, S]`` under the masks of ``mask_noise [V, P]``, with its own experts and, in each layer
-    in turn, with each expert in the place, and with the gate, of its most probable one; an expert that was among the
-    chosen trades places with it. Takes ``V (1 + L E)`` forwards of an image."""
+    """Losses of ``image [C, S, S]`` under the masks of ``mask_noise [V, P]``, with its own experts, and with each
+    expert in place of the most probable one in one layer, with the same gate.
+
+    If that expert was also chosen, the two trade places. Takes ``V (1 + L E)`` forwards of an image.
+    """
     options = {"mask_ratio": mask_ratio, "batch_size": batch_size}
     count = len(mask_noise)
     own = masked_forward(model, image.expand(count, *image.shape), mask_noise, **options)
     swapped = []
     layers = model.encoder.dex_layers
-    for place, layer in enumerate(layers):
+    for number, layer in enumerate(layers):
         experts = layer.num_experts
-        chosen = own.routes.experts[place].repeat(experts, 1)
-        wanted = torch.arange(experts, device=chosen.device).repeat_interleave(count)
-        route = Override(own.routes.gates[place].repeat(experts, 1), with_first(chosen, wanted))
-        overrides = [route if i == place else None for i in range(len(layers))]
+        chosen = own.routes.experts[number].repeat(experts, 1)
+        first = torch.arange(experts, device=chosen.device).repeat_interleave(count)
+        route = Override(own.routes.gates[number].repeat(experts, 1), with_first(chosen, first))
+        overrides = [route if i == number else None for i in range(len(layers))]
         images = image.expand(experts * count, *image.shape)
         loss = masked_forward(model, images, mask_noise.repeat(experts, 1), overrides=overrides, **options).loss
         swapped.append(loss.view(experts, count).cpu())
     return Alternatives(own.loss.cpu(), own.routes, swapped)
 
 
-def with_first(chosen: Tensor, wanted: Tensor) -> Tensor:
-    """``chosen [B, K]`` with ``wanted [B]`` in the first place; where it stood elsewhere, the first one goes there."""
-    wanted = wanted.to(chosen.dtype)[:, None]
-    out = torch.where(chosen == wanted, chosen[:, :1], chosen)
-    out[:, :1] = wanted
+def with_first(chosen: Tensor, first: Tensor) -> Tensor:
+    """``chosen [B, K]`` with ``first [B]`` as the first expert; if it was already chosen, the two trade places."""
+    first = first.to(chosen.dtype)[:, None]
+    out = torch.where(chosen == first, chosen[:, :1], chosen)
+    out[:, :1] = first
     return out
 
 
 def usual_sets(routes: Routes, modality: Tensor, modalities: int) -> list[list[UsualSet] | None]:
-    """Per modality the `UsualSet` of each layer; None for one without images. modality: int64 ``[B]``."""
-    found: list[list[UsualSet] | None] = []
+    """Per modality the ``UsualSet`` of each layer, None for a modality without images. modality: int64 ``[B]``."""
+    usual: list[list[UsualSet] | None] = []
     for m in range(modalities):
-        places = (modality.cpu() == m).nonzero().flatten()
-        if not len(places):
-            found.append(None)
+        images = (modality.cpu() == m).nonzero().flatten()
+        if not len(images):
+            usual.append(None)
             continue
-        found.append([_usual(g[places].cpu(), e[places].cpu().long()) for g, e in zip(*routes[:2], strict=True)])
-    return found
+        usual.append([_usual(g[images].cpu(), e[images].cpu().long()) for g, e in zip(*routes[:2], strict=True)])
+    return usual
 
 
 def _usual(gates: Tensor, experts: Tensor) -> UsualSet:
-    kinds = sets_of(experts)
-    most = kinds.bincount().argmax()
-    there = kinds == most
+    sets = sets_of(experts)
+    in_set = sets == sets.bincount().argmax()
     by_expert = torch.zeros(int(experts.max()) + 1, dtype=torch.float64)
-    by_expert.index_add_(0, experts[there].flatten(), gates[there].flatten().double())
-    mean, order = (by_expert / there.sum()).sort(descending=True)
+    by_expert.index_add_(0, experts[in_set].flatten(), gates[in_set].flatten().double())
+    mean, order = (by_expert / in_set.sum()).sort(descending=True)
     count = experts.shape[1]
-    return UsualSet(order[:count], mean[:count], float(there.double().mean()))
+    return UsualSet(order[:count], mean[:count], float(in_set.double().mean()))
 
 
 def loss_with_sets(
@@ -98,7 +99,7 @@ def loss_with_sets(
     mask_ratio: float = 0.75,
     batch_size: int = 64,
 ) -> Tensor:
-    """Losses ``[V]`` of ``image [C, S, S]`` with these experts and gates, one set for each layer, in all layers."""
+    """Losses ``[V]`` of ``image [C, S, S]`` with given experts and gates in all layers; one set per layer."""
     count = len(mask_noise)
     device = mask_noise.device
     overrides = [Override(s.gates.to(device).expand(count, -1), s.experts.to(device).expand(count, -1)) for s in sets]
@@ -108,6 +109,6 @@ def loss_with_sets(
 
 
 def change(losses: Tensor, own: Tensor) -> Interval:
-    """Mean of ``losses - own`` over the masks, ``[V]`` each, and its interval over them: of this image, no other."""
+    """Mean of ``losses - own``, ``[V]`` each, with its interval over the masks of this image."""
     difference = (losses - own).double()
     return bca(lambda weights: (weights @ difference) / weights.sum(1), len(difference))

@@ -1,4 +1,4 @@
-"""Pictures of a run, as matplotlib figures that need no display; `pixels` draws one, `save` writes it.
+"""Pictures of a run as matplotlib figures, without a display; ``pixels`` renders one, ``save`` writes it.
 
 Shape letters: R rows (images), S side in pixels, E experts, M modalities.
 """
@@ -27,7 +27,7 @@ def reconstructions(
     across = 2 if count > 4 else 1
     down = math.ceil(count / across)
     height = 1.95 * down + 0.75
-    # Places are given: a solver of layouts takes longer than all the rest.
+    # Explicit positions: a layout solver would take longer than everything else.
     figure = Figure(figsize=(1.75 * 3 * across + 0.35 * across, height), dpi=110)
     figure.suptitle(title, fontsize=11, color=_INK, y=1 - 0.1 / height, va="top")
     blocks = figure.subfigures(1, across, wspace=0, squeeze=False)[0]
@@ -49,9 +49,9 @@ def reconstructions(
 
 
 def expert_heatmap(mass: Sequence[np.ndarray], modalities: Sequence[str], title: str) -> Figure:
-    """One panel per layer: the share of each modality's gate mass that each expert takes; ``mass``: ``[M, E]`` each.
+    """One panel per layer: share of each modality's gate mass by expert; ``mass``: ``[M, E]`` each.
 
-    Modalities without an image are left out. All panels share one scale, from 0 to the largest share.
+    Modalities without images are left out. All panels have the same scale, from 0 to the largest share.
     """
     present = [m for m in range(len(modalities)) if any(layer[m].sum() > 0 for layer in mass)]
     shares = [layer[present] / np.maximum(layer[present].sum(1, keepdims=True), 1e-12) for layer in mass]
@@ -59,7 +59,7 @@ def expert_heatmap(mass: Sequence[np.ndarray], modalities: Sequence[str], title:
     across = math.ceil(len(mass) / down)
     experts = max(s.shape[1] for s in shares)
     width = across * max(2.2, 0.3 * experts + 0.3) + 2.2
-    height = max(2.6, down * (0.27 * len(present) + 0.75) + 0.8)  # the colour bar's label needs 2.6
+    height = max(2.6, down * (0.27 * len(present) + 0.75) + 0.8)  # The label of the colour bar needs 2.6
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=11, color=_INK)
     axes = figure.subplots(down, across, squeeze=False, sharey=True)
@@ -115,14 +115,14 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """uint8 ``[height, width, 3]``."""
+    """The rendered figure, uint8 ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def few_shot_curve(points: Sequence[Point], all_images: float, classes: int) -> Figure:
-    """Accuracy over images per class: mean and 10 to 90 % of the draws; ``all_images``: of a probe that knows all."""
+    """Accuracy by images per class: mean and 10 to 90 % of the draws. all_images: accuracy with all images."""
     shots = sorted({point.shots for point in points})
     values = [np.array([point.accuracy for point in points if point.shots == count]) for count in shots]
     low, high = (np.array([np.quantile(v, share) for v in values]) for share in (0.1, 0.9))
@@ -140,7 +140,7 @@ def few_shot_curve(points: Sequence[Point], all_images: float, classes: int) -> 
 
 
 def save(picture: np.ndarray, path: Path, *, locked: bool = False) -> None:
-    """Write `pixels` as a PNG, so that a reader never sees half of one; ``locked`` as of `atomic.writing`."""
+    """Write ``pixels`` as a PNG atomically; ``locked`` as in ``atomic.writing``."""
     with atomic.writing(path, locked=locked) as file:
         Image.fromarray(picture).save(file, "PNG")
 
@@ -156,8 +156,8 @@ def _style(axis: Any, name: str, legend: bool) -> None:
 
 
 def feature_maps(images: np.ndarray, labels: Sequence[str], columns: Mapping[str, np.ndarray]) -> Figure:
-    """A row per image: the image ``[n, S, S, 3]`` and, by its title, colours ``[n, G, G, 3]`` in [0, 1] or a map
-    ``[n, G, G]``, which is drawn from its least to its largest value."""
+    """A row per image: the image ``[n, S, S, 3]`` and, by title, colours ``[n, G, G, 3]`` in [0, 1] or a map ``[n, G,
+    G]``, scaled from its smallest to its largest value."""
     across, down = 1 + len(columns), len(images)
     figure = Figure(figsize=(1.7 * across, 1.72 * down + 0.3), dpi=150, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False)

@@ -1,6 +1,6 @@
-"""What an encoder has learned, without training anything on it: a kNN probe, and how far experts are from directors.
+"""Measures of an encoder without training: a kNN probe, and the distance of experts from directors.
 
-Shape letters: T images with known labels, V images to be judged, D width, k neighbours, C classes, E experts.
+Shape letters: T images with known labels, V test images, D width, k neighbours, C classes, E experts.
 """
 
 import math
@@ -15,11 +15,11 @@ from dexkernels import DEXLayer
 from dexkernels.checks import check_number
 
 _SIMILARITIES = 2**25
-"""Similarities held at a time: 128 MB in float32."""
+"""Similarities in memory at a time: 128 MB in float32."""
 
 
 class KNNAccuracy(NamedTuple):
-    """Shares of the judged images whose label was found."""
+    """Share of the test images whose label was predicted."""
 
     accuracy: float
     """Of all images."""
@@ -28,7 +28,7 @@ class KNNAccuracy(NamedTuple):
 
     @property
     def balanced(self) -> float:
-        """Mean over the labels: every class counts alike, however few its images."""
+        """Mean over the labels, which gives all classes the same weight."""
         return sum(self.per_class.values()) / len(self.per_class)
 
 
@@ -41,19 +41,19 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> KNNAccuracy:
-    """Weighted nearest neighbours by cosine similarity, as DINO judges its features (Caron et al. 2021, appendix F.1).
+    """Accuracy of weighted nearest neighbours by cosine similarity, as in DINO (Caron et al. 2021, appendix F.1).
 
-    Each of an image's k most similar training images votes for its label with ``exp(similarity / temperature)``. With
-    fewer than k training images all of them vote. Equal votes go to the lower label.
+    Each of the k most similar training images votes for its label with ``exp(similarity / temperature)``. With fewer
+    than k training images all of them vote. Ties go to the lower label.
 
     Args:
-        train_features, test_features: floating point ``[T, D]`` and ``[V, D]``, on one device; need not be normalised.
+        train_features, test_features: floating point ``[T, D]`` and ``[V, D]`` on one device; need not be normalised.
         train_labels, test_labels: integers ``[T]`` and ``[V]``, any values.
         k: neighbours, at least 1. temperature: positive.
 
-    A feature that is not finite is nobody's neighbour, and an image with one is counted as not found: a probe of a run
-    that goes astray shows it and does not end it. Half precision is compared in float32. Memory: a block of ``[v, T]``
-    similarities at a time. Raises: ValueError naming the argument.
+    Features that are not finite are never neighbours, and a test image with such features counts as wrong, so that the
+    probe of a diverged run shows it without ending the run. Half precision is compared in float32. Memory: a block of
+    ``[v, T]`` similarities at a time. Raises: ValueError naming the argument.
     """
     _check(train_features, train_labels, test_features, test_labels)
     votes = knn_vote(train_features, train_labels, test_features, k, temperature)
@@ -67,62 +67,61 @@ def knn_accuracy(
 
 
 class KNNVotes(NamedTuple):
-    """What the neighbours of the judged images say."""
+    """Predictions of the nearest neighbours."""
 
     labels: Tensor
     """int64 ``[V]``"""
     valid: Tensor
-    """bool ``[V]``: false where the image's feature, or all of its neighbours', are not finite."""
+    """bool ``[V]``: False if the features of the image, or of all its neighbours, are not finite."""
 
 
 @torch.no_grad()
 def knn_vote(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20, temperature: float = 0.07
 ) -> KNNVotes:
-    """The votes that `knn_accuracy` compares with the truth."""
-    expected = "a whole number of at least 1"
+    """Predicted labels, see ``knn_accuracy``."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected {expected}, got {k!r}")
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     check_number("temperature", temperature, "a positive finite number", lambda v: 0 < v < math.inf)
     device, k = train_features.device, min(k, len(train_features))
     train, valid = _directions(train_features)
     classes, train_index = train_labels.to(device).long().unique(return_inverse=True)
     winners = torch.empty(len(test_features), dtype=torch.int64, device=device)
-    found = torch.empty(len(test_features), dtype=torch.bool, device=device)
+    has_winner = torch.empty(len(test_features), dtype=torch.bool, device=device)
     rows = max(1, _SIMILARITIES // len(train))
     for begin in range(0, len(test_features), rows):
         part = slice(begin, begin + rows)
         test, good = _directions(test_features[part].to(train_features.dtype))
         near, index = (test @ train.T).masked_fill_(~valid, -math.inf).topk(k)
-        # Subtracting the best changes no ratio between votes and keeps small temperatures in range.
+        # Subtracting the best similarity keeps ratios between votes, and small temperatures in range.
         votes = ((near - near[:, :1]) / temperature).exp().nan_to_num_(0.0)
-        counted = votes.new_zeros(len(test), len(classes)).scatter_add_(1, train_index[index], votes)
-        winner = (counted == counted.amax(1, keepdim=True)).int().argmax(1)  # the first of equals
-        winners[part], found[part] = classes[winner], good & (counted.amax(1) > 0)
-    return KNNVotes(winners, found)
+        totals = votes.new_zeros(len(test), len(classes)).scatter_add_(1, train_index[index], votes)
+        winner = (totals == totals.amax(1, keepdim=True)).int().argmax(1)  # The first of equal maxima
+        winners[part], has_winner[part] = classes[winner], good & (totals.amax(1) > 0)
+    return KNNVotes(winners, has_winner)
 
 
 @torch.no_grad()
 def director_distance(model: nn.Module) -> list[float]:
-    """How far the experts of each DEX layer of ``model`` are from its director, first layer to last; dimensionless.
+    """Distance of the experts from the director in each DEX layer of ``model``, in order; dimensionless.
 
-    With ``w_e`` all four tensors of expert e as one vector and ``d`` the director's:
+    With ``w_e`` all four tensors of expert e as one vector and ``d`` those of the director:
 
         mean over e of ||w_e - d|| / ||d||
 
-    0: every expert is the director, as where a run starts from a dense checkpoint. About 1.41: experts and director
-    have nothing in common and are of one size, as where they are drawn separately. It shrinks as the director comes to
-    lie in the middle of its experts and grows as they specialise. A director of zeros: 0 if the experts are zeros, else
-    infinite. Empty for a model without DEX layers. Waits for the device once a layer.
+    0 means that every expert equals the director, as at the start from a dense checkpoint. About 1.41 means unrelated
+    weights of the same norm, as after independent initialisation. It falls as the director approaches the mean of its
+    experts and rises as they specialise. For a director of zeros it is 0 if the experts are zeros, else infinite. Empty
+    for a model without DEX layers. Waits for the device once per layer.
     """
     distances = []
     for layer in (m for m in model.modules() if isinstance(m, DEXLayer)):
-        apart = size = 0.0
+        difference = norm = 0.0
         for director, experts in layer.director_pairs():
             director, experts = full(director), full(experts)
-            apart = apart + torch.stack([_square(expert - director) for expert in experts])
-            size = size + _square(director)
-        distances.append(float(torch.where(apart == 0, 0.0, (apart / size).sqrt()).mean()))
+            difference = difference + torch.stack([_square(expert - director) for expert in experts])
+            norm = norm + _square(director)
+        distances.append(float(torch.where(difference == 0, 0.0, (difference / norm).sqrt()).mean()))
     return distances
 
 
@@ -132,7 +131,8 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def _directions(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors ``[n, D]`` in float32 or float64, and which rows were finite ``[n]``; the others become zeros."""
+    """Unit vectors ``[n, D]`` in float32 or float64, and whether each row is finite ``[n]``; other rows become
+    zeros."""
     features = features if features.dtype == torch.float64 else features.float()
     good = features.isfinite().all(1)
     return F.normalize(features.masked_fill(~good[:, None], 0.0), dim=1), good

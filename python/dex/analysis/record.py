@@ -1,4 +1,4 @@
-"""What was found as numbers that JSON and CSV can hold."""
+"""Findings as values for JSON and CSV."""
 
 import math
 from typing import Any
@@ -8,16 +8,16 @@ import torch
 from dex.analysis.examine import Findings
 
 FORMAT, VERSION = "dex-analysis", 1
-_UNTOLD = ("image_loss",)
+_LEFT_OUT = ("image_loss",)
 
 
 def plain(findings: Findings) -> dict[str, Any]:
-    """Every number of ``findings`` but those of single images. A part that was not measured is None."""
-    return {name: to_plain(value) for name, value in findings._asdict().items() if name not in _UNTOLD}
+    """All numbers of ``findings`` except those of single images. A part that was not measured is None."""
+    return {name: to_plain(value) for name, value in findings._asdict().items() if name not in _LEFT_OUT}
 
 
 def to_plain(value: Any) -> Any:
-    """Records as mappings, tensors as lists; NaN and infinity, which JSON does not have, as None."""
+    """Records as mappings, tensors as lists; NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, torch.Tensor):
         return to_plain(value.tolist())
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -1,4 +1,4 @@
-"""Which experts images take, seen from outside of a model, and forwards in which they take others.
+"""Routes of images through a model's experts, and forwards with other routes.
 
 Shape letters: B images, N tokens, K chosen, E experts, L layers, S image side, P patches.
 """
@@ -19,7 +19,7 @@ from dexkernels.routing import sort_slots
 
 
 class Routes(NamedTuple):
-    """Of B images in each of L layers, without exploration noise."""
+    """Routes of B images in each of L layers, without exploration noise."""
 
     gates: list[Tensor]
     """Per layer float ``[B, K_l]``, each row sums to 1."""
@@ -29,12 +29,12 @@ class Routes(NamedTuple):
     """Per layer float32 ``[B, E_l]``: the router's softmax over all experts."""
 
     def of(self, images: Tensor) -> Routes:
-        """Those of some images: ``images [b]``, int64 or a bool mask ``[B]``."""
-        return Routes(*([t[images] for t in column] for column in self))
+        """Routes of some images: int64 indices ``[b]`` or a bool mask ``[B]``."""
+        return Routes(*([t[images] for t in field] for field in self))
 
 
 class Masked(NamedTuple):
-    """What a masked autoencoder makes of images."""
+    """Results of a masked autoencoder for B images."""
 
     loss: Tensor
     """float ``[B]``: mean squared error over the removed patches of each image."""
@@ -44,7 +44,7 @@ class Masked(NamedTuple):
 
 
 class Override(NamedTuple):
-    """A route in one layer that images are given instead of their own."""
+    """A route in one layer that replaces the router's choice."""
 
     gates: Tensor
     """``[B, K]``; any K up to E."""
@@ -62,49 +62,44 @@ def masked_forward(
     overrides: Sequence[Override | None] | None = None,
     batch_size: int = 64,
 ) -> Masked:
-    """Losses, routes and CLS tokens of ``images`` in evaluation, with the same masks whatever the batch.
+    """Losses, routes and CLS tokens of ``images`` in evaluation mode; masks do not depend on the batch.
 
     Args:
-        images: ``[B, C, S, S]`` as `dex.data.center` gives them, where the model is.
-        mask_noise: ``[B, P]``; see `MaskedAutoencoder.forward`.
-        mask_ratio: share of patches that is removed; 0: whole images, whose loss is 0.
-        overrides: per layer a route in the place of the router's; None leaves a layer its own. The routes that are
-            returned are still the routers', of what they are given then.
+        images: ``[B, C, S, S]`` from ``dex.data.center``, on the model's device.
+        mask_noise: ``[B, P]``; see ``MaskedAutoencoder.forward``.
+        mask_ratio: share of patches that is removed; 0 keeps whole images, whose loss is 0.
+        overrides: per layer a route that replaces the router's, or None. The returned routes are always those of the
+            routers, for the inputs that they then get.
 
-    The model's mode is kept. ValueError: as many overrides as layers are expected.
+    The model's mode is restored. ValueError: there is not one override per layer.
     """
     layers = model.encoder.dex_layers
     if overrides is not None and len(overrides) != len(layers):
         raise ValueError(f"overrides: expected one per layer ({len(layers)}), got {len(overrides)}")
     losses, parts, tokens = [], [], []
-    with _evaluating(model):
+    with evaluating(model):
         for begin in range(0, len(images), batch_size):
             part = slice(begin, begin + batch_size)
-            given = [o and Override(o.gates[part], o.experts[part]) for o in overrides or [None] * len(layers)]
-            with watched(layers, given) as seen:
+            routes = [o and Override(o.gates[part], o.experts[part]) for o in overrides or [None] * len(layers)]
+            with watched(layers, routes) as seen:
                 out = model(images[part], mask_ratio=mask_ratio, mask_noise=mask_noise[part])
             losses.append(out.image_loss.float())
             tokens.append(out.cls.float())
             parts.append(Routes(out.gates, out.expert_indices, seen))
-    joined = [[torch.cat(of_layer) for of_layer in zip(*column, strict=True)] for column in zip(*parts, strict=True)]
+    joined = [[torch.cat(layer) for layer in zip(*field, strict=True)] for field in zip(*parts, strict=True)]
     return Masked(torch.cat(losses), Routes(*joined), torch.cat(tokens))
 
 
-def all_probabilities(layer: DEXLayer, x: Tensor) -> Tensor:
-    """``softmax(W r / T)``, float32 ``[B, E]``, of all experts and without noise; ``r`` is token 0 or the mean token of
-    ``x [B, N, D]``, as the layer routes."""
-    return probabilities(layer, x)
-
-
 def sets_of(experts: Tensor) -> Tensor:
-    """int64 ``[B]``: a number for each row's set of experts, ``experts [B, K]``; equal sets, in whatever order, equal
-    numbers."""
+    """int64 ``[B]``: a number for the expert set in each row of ``experts [B, K]``, the same for equal sets in any
+    order."""
     ordered = experts.long().sort(1).values
     return ordered.unique(dim=0, return_inverse=True)[1]
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put ``model`` in evaluation mode for the block, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -115,13 +110,13 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(layers: Sequence[DEXLayer], overrides: Sequence[Override | None]) -> Iterator[list[Tensor]]:
-    """Inside, forwards append each layer's probabilities ``[B, E]`` and follow the overrides."""
+    """In the block, forwards append each layer's probabilities ``[B, E]`` to the list and use the overrides."""
     seen: list[Tensor] = []
 
     def watch(override: Override | None):
         def hook(layer: DEXLayer, arguments: tuple, output):
             x = arguments[0]
-            seen.append(all_probabilities(layer, x))
+            seen.append(probabilities(layer, x))
             if override is None:
                 return output
             y = with_route(layer, x, override)
@@ -138,7 +133,7 @@ def watched(layers: Sequence[DEXLayer], overrides: Sequence[Override | None]) ->
 
 
 def with_route(layer: DEXLayer, x: Tensor, route: Override) -> Tensor:
-    """What the layer's experts make of ``x [B, N, D]`` by ``route``: ``sum_k gates[b, k] * expert_k(x[b])``."""
+    """Output of the layer for ``x [B, N, D]`` with ``route``: ``sum_k gates[b, k] * expert_k(x[b])``."""
     gates = route.gates.to(device=x.device, dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
     experts = route.experts.to(device=x.device, dtype=torch.int32).contiguous()
     mass = gates.new_zeros(layer.num_experts).index_add_(0, experts.flatten().long(), gates.flatten())

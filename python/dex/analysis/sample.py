@@ -1,4 +1,4 @@
-"""Images of a data set that are looked at again and again, always the same ones.
+"""A fixed sample of a data set for repeated measurements.
 
 Shape letters: B images, S image side.
 """
@@ -17,36 +17,38 @@ from dex.data.shard_format import read_index
 from dex.data.shards import ShardDataset
 
 FEW_SOURCES = 5
-"""With fewer sources than this an interval over sources says nothing; patients are taken instead."""
+"""With fewer sources than this, intervals over sources mean nothing, and groups are patients instead."""
 
 
 class Sample(NamedTuple):
+    """Some images of a data set."""
+
     images: Tensor
-    """uint8 ``[B, 3, S, S]`` on the host."""
+    """uint8 ``[B, C, S, S]`` on the host."""
     modality: Tensor
     """int64 ``[B]``."""
     ids: list[str]
 
 
 class Groups(NamedTuple):
-    """Which images are not independent of each other."""
+    """Groups of images that are not independent of each other."""
 
     of: Tensor
-    """int64 ``[B]``."""
+    """int64 ``[B]``: group of each image."""
     kind: str
-    """``"sources"``, ``"patients"`` or ``"images"``, for words beside an interval."""
+    """``"sources"``, ``"patients"`` or ``"images"``, to describe an interval."""
 
 
 def spread_out(dataset: Dataset, wanted: int) -> Sample:
-    """Up to ``wanted`` images whose modalities take turns; images that cannot be read are left out."""
-    kinds = torch.as_tensor(dataset.modality_index())
-    present = kinds.unique().tolist()
+    """Up to ``wanted`` images of alternating modalities; unreadable images are left out."""
+    modalities = torch.as_tensor(dataset.modality_index())
+    present = modalities.unique().tolist()
     order = []
     for m in present:
-        places = torch.nonzero(kinds == m).flatten()
-        # Spread over the modality: neighbours may be slices of one volume.
-        count = min(len(places), -(-wanted // len(present)))
-        order += [(turn, m, int(places[turn * len(places) // count])) for turn in range(count)]
+        indices = torch.nonzero(modalities == m).flatten()
+        # Spread over the modality, since neighbours may be slices of one volume.
+        count = min(len(indices), -(-wanted // len(present)))
+        order += [(turn, m, int(indices[turn * len(indices) // count])) for turn in range(count)]
     images, modality, ids = [], [], []
     for _, m, index in sorted(order)[:wanted]:
         with contextlib.suppress(SampleError):
@@ -59,9 +61,9 @@ def spread_out(dataset: Dataset, wanted: int) -> Sample:
 
 
 def groups(dataset: Dataset, ids: list[str]) -> Groups:
-    """Sources of the images where there are `FEW_SOURCES` or more, else their patients, else each image by itself.
+    """Sources of the images if there are at least ``FEW_SOURCES``, else their patients, else single images.
 
-    A shard set's ids begin with the source; its indices hold the patients. A plain folder knows of neither. dataset:
+    Ids of a shard set begin with the source, and its indices have the patients. A plain folder has neither. dataset:
     the whole set.
     """
     if not isinstance(dataset, ShardDataset):

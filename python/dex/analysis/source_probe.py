@@ -1,7 +1,7 @@
-"""Can a linear map tell the modality of images from sources that it has not seen?
+"""Can a linear probe predict the modality of images from unseen sources?
 
-A probe that is judged by images of the sources it learned from recognises sources. Shape letters: n images, D width,
-C classes, G sources.
+A probe that is tested on its training sources may only recognise sources. Shape letters: n images, D width, C classes,
+G sources.
 """
 
 import torch
@@ -13,7 +13,7 @@ from dex.analysis.linear_probe import STEPS, fit
 
 FOLDS, PENALTY = 5, 0.1
 PIXELS = 16
-"""Side of the small pictures that are the reference, pixels."""
+"""Side of the reference pictures in pixels."""
 
 
 def leave_sources_out(
@@ -26,37 +26,37 @@ def leave_sources_out(
     steps: int = STEPS,
     seed: int = 0,
 ) -> Interval | None:
-    """Balanced accuracy of a standardised linear probe, each fold of sources judged by a probe of the others; the
-    interval is over sources (`dex.analysis.intervals.bca`).
+    """Balanced accuracy of a standardised linear probe, cross-validated by source, with its interval over sources
+    (``dex.analysis.intervals.bca``).
 
-    Only classes with two sources or more are judged: the others cannot be known without their own source. None where
-    fewer than two such classes are left.
+    Only classes with at least two sources are used, since others cannot be learned without their own source. None if
+    there are fewer than two such classes.
 
     Args:
         features: ``[n, D]``. labels, sources: int64 ``[n]``.
-        folds: sources of each class are dealt to them in an order drawn by ``seed``.
-        penalty: of `dex.analysis.linear_probe.fit`; the same for everything that is compared.
-        steps: of its optimizer, at most.
+        folds: the sources of each class are spread over them in an order drawn with ``seed``.
+        penalty: of ``dex.analysis.linear_probe.fit``; must be the same for probes that are compared.
+        steps: largest number of optimizer steps.
     """
     labels, sources = labels.cpu(), sources.cpu()
-    of_class = {c: sources[labels == c].unique() for c in labels.unique().tolist()}
-    judged = [c for c, own in of_class.items() if len(own) >= 2]
-    if len(judged) < 2:
+    by_class = {c: sources[labels == c].unique() for c in labels.unique().tolist()}
+    used = [c for c, sources_of_class in by_class.items() if len(sources_of_class) >= 2]
+    if len(used) < 2:
         return None
-    keep = (labels[:, None] == torch.tensor(judged)).any(1)
+    keep = (labels[:, None] == torch.tensor(used)).any(1)
     x, sources = features.cpu()[keep].double(), sources[keep]
-    classes = torch.searchsorted(torch.tensor(judged), labels[keep])
+    classes = torch.searchsorted(torch.tensor(used), labels[keep])
     generator = torch.Generator().manual_seed(seed)
     fold_of: dict[int, int] = {}
-    for c in judged:
-        own = of_class[c][torch.randperm(len(of_class[c]), generator=generator)]
-        for place, source in enumerate(own.tolist()):
-            fold_of.setdefault(source, place % folds)
+    for c in used:
+        shuffled = by_class[c][torch.randperm(len(by_class[c]), generator=generator)]
+        for number, source in enumerate(shuffled.tolist()):
+            fold_of.setdefault(source, number % folds)
     fold = torch.tensor([fold_of[source] for source in sources.tolist()])
     right = torch.zeros(len(x), dtype=torch.bool)
     for number in fold.unique().tolist():
         test = fold == number
-        probe = fit(x[~test], classes[~test], len(judged), penalty, steps=steps)
+        probe = fit(x[~test], classes[~test], len(used), penalty, steps=steps)
         right[test] = probe.predict(x[test]) == classes[test]
     return bca(*balanced_accuracy(right, classes, sources), seed=seed)
 

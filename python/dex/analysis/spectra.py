@@ -1,4 +1,4 @@
-"""How many directions features use, and whether they point one way.
+"""The spectrum of features: how many directions they use, and whether they point in one direction.
 
 Shape letters: n features, D width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Spectrum(NamedTuple):
-    """Of features ``[n, D]``."""
+    """The spectrum of features ``[n, D]``."""
 
     singular_values: Tensor
     """float64 ``[min(n, D)]``, descending, of the centred features."""
@@ -20,13 +20,13 @@ class Spectrum(NamedTuple):
     effective_rank: float
     """``(sum s^2)^2 / sum s^4``: the participation ratio of the variances; 1 to min(n, D)."""
     cosine: float
-    """Mean cosine of two different features as they are: 1 when all point one way, which a common offset does alone."""
+    """Mean cosine of two different features: 1 if all have the same direction, which a common offset suffices for."""
     centred_cosine: float
-    """The same once their mean is taken away."""
+    """The same after the mean is subtracted."""
 
 
 def spectrum(features: Tensor) -> Spectrum:
-    """The spectrum of ``features [n, D]``, n at least 2. Features that are all equal have rank 0. ValueError."""
+    """The spectrum of ``features [n, D]``. Equal features have rank 0. ValueError: n is less than 2."""
     if features.dim() != 2 or len(features) < 2:
         raise ValueError(f"features: expected at least two rows [n, D], got {list(features.shape)}")
     x = features.detach().cpu().double()
@@ -41,6 +41,6 @@ def spectrum(features: Tensor) -> Spectrum:
 
 
 def _mean_cosine(x: Tensor) -> float:
-    """Over pairs of different rows: ``(||sum u||^2 - n) / (n (n - 1))`` of the unit rows u."""
+    """Mean over pairs of different rows: ``(||sum u||^2 - n) / (n (n - 1))`` of the unit rows u."""
     units, n = F.normalize(x, dim=1), len(x)
     return float((units.sum(0).square().sum() - units.square().sum()) / (n * (n - 1)))

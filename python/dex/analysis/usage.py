@@ -1,4 +1,4 @@
-"""What the experts do: who takes which modality, how even the load is, who gets nothing.
+"""Use of experts: gate mass by modality, balance of the load, unused experts.
 
 Shape letters: B images, K chosen, E experts, M modalities.
 """
@@ -11,33 +11,33 @@ from torch import Tensor
 
 
 class UnusedExperts(NamedTuple):
-    """Experts of one layer that get next to nothing."""
+    """Experts of one layer that are hardly used."""
 
     dead: tuple[int, ...]
-    """No slot at all."""
+    """Without a slot."""
     nearly_dead: tuple[int, ...]
-    """Some, but less than a tenth of an even share, 0.1 / E."""
+    """With less than a tenth of an even share, 0.1 / E."""
 
 
 def expert_by_modality(
     gates: Tensor, expert_indices: Tensor, modality: Tensor, num_experts: int, num_modalities: int
 ) -> Tensor:
-    """Gate mass ``[M, E]`` that each modality's images give to each expert; float64.
+    """Gate mass ``[M, E]`` that the images of each modality give to each expert; float64.
 
     gates, expert_indices: ``[B, K]``; modality: int64 ``[B]``. Deterministic on every device.
     """
     per_image = torch.zeros(gates.shape[0], num_experts, dtype=torch.float64, device=gates.device)
-    per_image.scatter_(1, expert_indices.long(), gates.detach().double())  # an image's experts are distinct
+    per_image.scatter_(1, expert_indices.long(), gates.detach().double())  # The experts of an image are distinct
     return one_hot(modality, num_modalities).T @ per_image
 
 
 def one_hot(index: Tensor, size: int) -> Tensor:
-    """float64 ``[B, size]``."""
+    """One-hot encoding of ``index [B]``, float64 ``[B, size]``."""
     return (index[:, None] == torch.arange(size, device=index.device)).double()
 
 
 def usage_entropy(counts: Tensor) -> float:
-    """Evenness of the load ``counts [E]``: its entropy over log E; 1 is even, 0 is all to one expert."""
+    """Balance of the load ``counts [E]``: its entropy over log E; 1 is even, 0 if one expert gets everything."""
     total = counts.sum().item()
     if total == 0 or counts.numel() < 2:
         return 1.0
@@ -46,9 +46,8 @@ def usage_entropy(counts: Tensor) -> float:
 
 
 def gate_entropy(gates: Tensor) -> Tensor:
-    """How undecided the router is among the experts that it chose: mean entropy of the rows of ``gates [B, K]``.
-
-    Over log K: 1 for equal gates, 0 for one that takes all and for K = 1. 0-dim float64.
+    """Mean entropy of the rows of ``gates [B, K]`` over log K, 0-dim float64: 1 for equal gates, 0 if one expert has
+    all of the gate mass or K = 1.
     """
     if gates.shape[-1] < 2:
         return gates.new_zeros((), dtype=torch.float64)
@@ -57,12 +56,12 @@ def gate_entropy(gates: Tensor) -> Tensor:
 
 
 def min_share(counts: Tensor) -> float:
-    """Share of the least used expert of ``counts [E]``; 0 when nothing was counted."""
+    """Share of the least used expert in ``counts [E]``; 0 if all counts are 0."""
     return float(counts.min() / counts.sum().clamp_min(1))
 
 
 def unused_experts(counts: Tensor) -> UnusedExperts:
-    """Experts of ``counts [E]`` (slots of each) with no slot, or with less than a tenth of an even share."""
+    """Experts with no slot, or with less than a tenth of an even share; ``counts [E]`` has the slots of each."""
     even = counts.sum().item() / counts.numel()
     slots = counts.tolist()
     return UnusedExperts(

@@ -1,16 +1,16 @@
-"""The `dex` command. Each module of this package is the subcommand of its name, unless the name begins with ``_``.
+"""The ``dex`` command. Each module of this package is the subcommand of the same name, except those named ``_...``.
 
-Such a module defines
+A subcommand's module defines
 
-- ``HELP``: its line in `dex --help`;
-- ``POSITION``: its place there, ascending; equal places go by name;
-- ``NEEDS``: the extra of the package that brings what it imports;
+- ``HELP``: its line in ``dex --help``;
+- ``POSITION``: its sort key there; ties are sorted by name;
+- ``NEEDS``: the extra of the package that installs what it imports;
 - ``run(arguments) -> carry_out``: checks the arguments and all input, then returns the function that does the work and
-  returns the exit code (`dex.common.exits`).
+  returns the exit code (``dex.common.exits``).
 
-``run`` reports wrong usage or input by ValueError, FileNotFoundError, NotADirectoryError or PermissionError: `main`
-prints it on one line and exits with 2. Errors in ``carry_out`` propagate. `dex --help` imports every command module, so
-they import whatever is slow or optional inside their functions. It lists a module that cannot be imported at the end,
+``run`` reports wrong usage or input by ValueError, FileNotFoundError, NotADirectoryError or PermissionError; ``main``
+prints the error on one line and exits with 2. Errors in ``carry_out`` propagate. ``dex --help`` imports every command
+module, so slow and optional packages are imported inside functions. A module that cannot be imported is listed last,
 with the error.
 """
 
@@ -39,9 +39,9 @@ options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Wrong usage or input is one line on stderr and exit code 2.
+    """Run one command and return its exit code. Wrong usage or input prints one line on stderr and returns 2.
 
-    Errors after the input has been accepted propagate, so that the process exits with 1.
+    Errors after validation propagate, so that the process exits with 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _open_closed()
@@ -63,33 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return exits.INTERRUPTED
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+    except BrokenPipeError:  # The reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Receives the rest when Python flushes at exit
         return exits.FAILED
 
 
 def _open_closed() -> None:
-    """Give input and outputs that are closed to the null device, before another file gets their number and with it what
-    libraries print."""
+    """Connect closed standard streams to the null device, before another file gets their descriptor and with it
+    whatever libraries print."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # Takes the lowest free descriptor
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def commands() -> dict[str, ModuleType]:
-    """The module of every command that can be imported, by its name, in the order of `dex --help`."""
+    """Module of every command that can be imported, by name, in the order of ``dex --help``."""
     return _imported().modules
 
 
 class _Imported(NamedTuple):
     modules: dict[str, ModuleType]
     errors: dict[str, Exception]
-    """Of the commands that cannot be imported."""
+    """Import error of every other command."""
 
 
 def _imported() -> _Imported:
@@ -98,7 +98,7 @@ def _imported() -> _Imported:
     for name in _names():
         try:
             modules[name] = _module(name)
-        except Exception as error:  # one broken command must not hide the others
+        except Exception as error:  # One broken command must not hide the others
             errors[name] = error
     return _Imported(dict(sorted(modules.items(), key=lambda item: (item[1].POSITION, item[0]))), errors)
 
@@ -115,14 +115,14 @@ def _run(name: str, arguments: list[str]) -> int:
         print_line(f"dex {name}", str(error))
         return exits.USAGE
     except ModuleNotFoundError as error:
-        remedy = f"pip install -e '.[{command.NEEDS}]' in the clone brings what the command needs"
+        remedy = f"pip install -e '.[{command.NEEDS}]' in the clone installs what the command needs"
         print_line(f"dex {name}", f"{error}; {remedy}")
         return exits.USAGE
     except BrokenPipeError:
         raise
     except OSError as error:
         return failed(f"dex {name}", error)
-    except SystemExit as error:  # argparse's --help
+    except SystemExit as error:  # From argparse's --help
         return int(error.code or exits.DONE)
     return carry_out()
 

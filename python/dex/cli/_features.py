@@ -1,4 +1,4 @@
-"""What `dex embed` and `dex probe` share: options of the model and of how files are read."""
+"""Options that several commands share: the model, what it computes on, and how files are read."""
 
 import argparse
 import os
@@ -10,52 +10,101 @@ _READING = ("modality", "planes", "normalisation", "volumes", "slope", "intercep
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """All options of ``dex embed`` and ``dex probe`` except the input and output."""
+    add_scans(parser)
+    group = parser.add_argument_group("reading", "as in dex prepare; give what the training set was prepared with")
+    group.add_argument(
+        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display (default: that of the modality)"
+    )
+    group.add_argument(
+        "--volumes",
+        metavar="WHICH",
+        help="volumes to read from files with several: first, all, mean, or a number N for every N-th (default: first)",
+    )
+    group.add_argument(
+        "--slope",
+        type=float,
+        metavar="SLOPE",
+        help="convert the stored values of files other than DICOM to SLOPE * value + INTERCEPT; needs --intercept",
+    )
+    group.add_argument("--intercept", type=float, metavar="INTERCEPT", help="see --slope")
+    group.add_argument(
+        "--frame-stride",
+        type=int,
+        metavar="FRAMES",
+        help="read one of every FRAMES frames of videos and multi-frame files",
+    )
+    add_weights(parser)
+    add_computing(parser, 64, "images")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or folder written by dex export")
+
+
+def add_scans(parser: argparse.ArgumentParser) -> None:
+    """Modality and planes of the files."""
     parser.add_argument(
         "--modality",
-        metavar="M",
-        help="of scans and pictures: CT, MR, PET, X-ray, ..., or from-folders; without it DICOM says it and pictures "
-        "are taken as a plain folder of images gives them",
+        metavar="MODALITY",
+        help="modality of the files: CT, MR, PET, X-ray, ..., or from-folders for the name of a parent folder "
+        "(default: read from DICOM headers; pictures are read as from a plain folder of images)",
     )
     parser.add_argument(
         "--planes",
         nargs="+",
         default=["auto"],
         choices=("auto", "axial", "coronal", "sagittal", "stored"),
-        help="of volumes; auto: axial, but as stored of thick slices that are not",
+        help="planes cut from volumes; auto is axial, but stored for thick slices in another plane (default: auto)",
     )
-    group = parser.add_argument_group("reading", "as in dex prepare; for a run on a set that was prepared with them")
-    group.add_argument(
-        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
-    )
-    group.add_argument("--volumes", metavar="WHICH", help="of files with several: first (without it), all, mean or N")
-    group.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
-    group.add_argument("--intercept", type=float, metavar="B", help="files other than DICOM")
-    group.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
-    parser.add_argument("--path", choices=("experts", "director"), help="what the model computes with (experts)")
-    add_img_size(parser)
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
-    add_computing(parser, 64, "images")
 
 
-def add_computing(parser: argparse.ArgumentParser, batch_size: int, of: str) -> None:
-    """How files are read and a model computes; `of`: what a batch counts."""
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a model are used, and for which image size."""
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, metavar="N", help=f"{of} per forward ({batch_size})"
+        "--path",
+        choices=("experts", "director"),
+        help="compute with the routed experts or with the director alone (default: experts)",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    parser.add_argument(
+        "--img-size",
+        type=_size,
+        metavar="PIXELS",
+        help="side of the model's images, or HEIGHTxWIDTH (default: as trained)",
+    )
+    add_ema(parser)
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="use the running average of the weights (optim.ema)")
+
+
+def add_computing(parser: argparse.ArgumentParser, batch_size: int, unit: str) -> None:
+    """How files are read and the model computes; a batch has ``batch_size`` of ``unit``."""
+    add_forward(parser, batch_size, unit)
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 computes under autocast (default: fp32)"
+    )
     parser.add_argument(
         "--workers",
         type=int,
-        metavar="N",
-        help="processes that read, each with limits on memory and time, so that a file that crashes or hangs costs "
-        "only itself (one for each processor, at most 8). 0 reads in the command's own process, without these limits",
+        metavar="PROCESSES",
+        help="processes that read files, each with limits on memory and time, so that a file that crashes or hangs "
+        "does not stop the others (default: one per processor, at most 8). 0 reads in the main process, without these "
+        "limits",
     )
 
 
-def add_img_size(parser: argparse.ArgumentParser) -> None:
+def add_forward(parser: argparse.ArgumentParser, batch_size: int, unit: str) -> None:
     parser.add_argument(
-        "--img-size", type=_size, metavar="S", help="side of the model's images, or HEIGHTxWIDTH (as trained)"
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        metavar=unit.upper(),
+        help=f"{unit} per forward pass (default: {batch_size})",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto uses CUDA if available (default: auto)"
     )
 
 
@@ -69,13 +118,13 @@ def _size(text: str) -> Size:
 
 
 def reading(options: argparse.Namespace) -> dict[str, Any]:
-    """What `dex.inference.collection.collection` takes of the options that were given."""
+    """The given options as arguments of ``dex.inference.collection.collection``."""
     given = {name: getattr(options, name) for name in _READING}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def workers(options: argparse.Namespace) -> int:
-    """Processes that read."""
+    """Number of reading processes."""
     if options.workers is not None:
         return options.workers
     from dex.common.ranks import ranks_here

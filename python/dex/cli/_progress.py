@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal, else a line now and then."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise a line every 10 seconds."""
 
 import contextlib
 import sys
@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 
 _EVERY = 10.0
-"""Seconds between two lines."""
+"""Seconds between lines."""
 
 Say = Callable[[int, int, str], None]
-"""``(done, total, what comes now)``"""
+"""``(done, total, current step)``"""
 
 
 @contextlib.contextmanager
 def shown(name: str) -> Iterator[Say]:
-    """Gives the function that shows how far ``name`` is."""
+    """Yield the function that shows the progress of ``name``."""
     if not sys.stderr.isatty():
         yield _Lines(name)
         return
@@ -35,9 +35,9 @@ def shown(name: str) -> Iterator[Say]:
 
 class _Lines:
     def __init__(self, name: str):
-        self._name, self._said = name, time.monotonic()
+        self._name, self._printed_at = name, time.monotonic()
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        if done < total and time.monotonic() - self._said >= _EVERY:
+        if done < total and time.monotonic() - self._printed_at >= _EVERY:
             print(f"{self._name} {done}/{total}  {text}", file=sys.stderr, flush=True)
-            self._said = time.monotonic()
+            self._printed_at = time.monotonic()

@@ -1,14 +1,13 @@
-"""What the commands about tasks share: options that say where the labelled data are, and what an evaluation leaves."""
+"""Options for labelled data and fine-tuned models, and the files of an evaluation, for all commands about tasks."""
 
 import argparse
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dex.cli import _features
-from dex.cli._console import folder_argument
+from dex.cli._console import check_folder, folder_argument
 
 if TYPE_CHECKING:
     from dex.tasks.evaluate import Options
@@ -19,66 +18,87 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 REMEMBERED = ("split", "patient", "split_seed", "shots")
-"""Options that a fine-tuned folder keeps, so that an evaluation splits as the training did."""
+"""Options stored in the folder of a fine-tuned model, so that an evaluation uses the split of the training."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Of a fine-tuned model in use."""
+    """Options for running a fine-tuned model."""
     parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="of FOLDER, by the validation metric (best)"
+        "--checkpoint",
+        choices=("best", "last"),
+        default="best",
+        help="checkpoint to use: best by the validation metric, or last (default: best)",
     )
     parser.add_argument(
         "--window",
         type=float,
-        metavar="X",
-        help="enlarge frames to X times the model's image size and average over overlapping windows (as a whole)",
+        metavar="FACTOR",
+        help="resize frames to FACTOR times the model's image size and average overlapping windows (default: resize "
+        "each frame to the image size and run it once)",
     )
     _features.add_computing(parser, 16, "frames")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labelled data")
-    group.add_argument("--data", metavar="DIR", help="folder of the data; that of the task in $DEX_TASKS without it")
+    group.add_argument("--data", metavar="DIR", help="folder of the labelled data (default: the task's in $DEX_TASKS)")
     group.add_argument(
-        "--labels", metavar="CSV", help="columns file and label (or mask), perhaps patient and split; of one's own data"
+        "--labels",
+        metavar="CSV",
+        help="your own labels: a table with columns file and label (or mask), optionally patient and split",
     )
     group.add_argument(
-        "--classes", nargs="+", default=[], metavar="C", help="of one's own data: NAME, or NAME=VALUE as masks say it"
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="classes of your own data: NAME, or NAME=VALUE with the value of the class in masks",
     )
-    group.add_argument("--modality", metavar="M", help="of one's own data: CT, MR, fundus, ...; decides normalisation")
     group.add_argument(
-        "--patient", metavar="REGEX", help="searched in the path; group 1 is the patient, who is on one side alone"
+        "--modality",
+        metavar="MODALITY",
+        help="modality of your own data, such as CT, MR or fundus; it decides the normalisation",
+    )
+    group.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help="regular expression searched in each path; group 1 is the patient. A patient is never in two splits",
     )
     group.add_argument(
         "--split",
         choices=("draw", "train", "val", "test"),
-        help="draw: by patient, whatever the files say; a side: everything is on it. Without it as the files say, else "
-        "drawn",
+        help="draw: draw a split by patient; train, val or test: put all images into it (default: the split that the "
+        "files define, else a drawn one)",
     )
-    group.add_argument("--split-seed", type=int, metavar="N", help="of a split that is drawn, and of shots (0)")
-    group.add_argument("--shots", type=int, metavar="N", help="training images per class that are used (all)")
-    group.add_argument("--private", metavar="DIR", help="folder of the salt of ids (DATA.private)")
+    group.add_argument(
+        "--split-seed", type=int, metavar="SEED", help="seed of a drawn split and of --shots (default: 0)"
+    )
+    group.add_argument("--shots", type=int, metavar="IMAGES", help="training images used per class (default: all)")
+    group.add_argument("--private", metavar="DIR", help="folder that keeps the salt of the ids (default: DATA.private)")
 
 
 def open_data(
     task: "str | Task", options: argparse.Namespace, remembered: Mapping[str, Any] | None = None
 ) -> "TaskData":
-    """remembered: of `REMEMBERED`, for what the options do not say. ValueError, FileNotFoundError."""
+    """The task's cases. ``remembered`` gives the options in ``REMEMBERED`` that are not on the command line.
+
+    ValueError or FileNotFoundError: bad input.
+    """
     from dex.tasks.cases import open_task
 
-    said = {name: getattr(options, name) for name in REMEMBERED}
-    said |= {name: value for name, value in (remembered or {}).items() if said.get(name) is None and name in said}
+    chosen = {name: getattr(options, name) for name in REMEMBERED}
+    chosen |= {name: value for name, value in (remembered or {}).items() if chosen.get(name) is None and name in chosen}
     return open_task(
         task,
         None if options.data is None else folder_argument("data", options.data),
         labels=options.labels,
-        split=said["split"],
-        patient=said["patient"],
-        seed=said["split_seed"] or 0,
+        split=chosen["split"],
+        patient=chosen["patient"],
+        seed=chosen["split_seed"] or 0,
         classes=options.classes,
         modality=options.modality,
         private=options.private,
-        shots=said["shots"],
+        shots=chosen["shots"],
     )
 
 
@@ -87,21 +107,19 @@ def remembered(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sheet_argument(text: str | None) -> Path | None:
-    """The sheet that is named. ValueError: what is there is none, or none can be written."""
+    """Path of the sheet, None for None. ValueError: the file is not a sheet, or its folder is not writable."""
     if text is None:
         return None
     from dex.tasks.sheet import Sheet
 
     sheet = folder_argument("sheet", text)
     Sheet(sheet).rows()
-    there = next(place for place in sheet.absolute().parents if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"sheet: expected a CSV file in a folder that can be written; {there} cannot")
+    check_folder(sheet.absolute().parent, "sheet")
     return sheet
 
 
 def leak_sentence(data: "TaskData", run: str | None, side: str, say: "Say") -> str:
-    """What the comparison of a side with the data of the pretrained run says; run: None leaves it out."""
+    """Result of comparing the images of split ``side`` with the data of the pretrained ``run``; None skips it."""
     from dex.tasks import leakage
 
     if run is None:
@@ -113,7 +131,7 @@ def leak_sentence(data: "TaskData", run: str | None, side: str, say: "Say") -> s
 
 
 class Where(NamedTuple):
-    """Of what an evaluation leaves."""
+    """Where an evaluation is written."""
 
     out: Path
     sheet: Path | None
@@ -122,7 +140,7 @@ class Where(NamedTuple):
 def write_evaluation(
     loaded: "LoadedTask", data: "TaskData", settings: "Options", where: Where, leak: str, say: "Say"
 ) -> "Evaluation":
-    """Evaluate; write ``evaluation.json`` and ``report.html``, and a row to the sheet if one is named."""
+    """Evaluate, write ``evaluation.json`` and ``report.html``, and add a row to the sheet if there is one."""
     import time
 
     from dex.report import task_page
@@ -149,12 +167,12 @@ def write_evaluation(
         key = job.key_of(loaded.pretrained["sha256"], data, loaded.settings, loaded.data.get("shots"))
         row = row_of(evaluation, key, leak=leak, seconds=time.monotonic() - began, versions=job.versions())
         if not Sheet(sheet).add(row):
-            print(f"{sheet}: has a row of this result already; nothing added")
+            print(f"{sheet}: already has a row for this result; nothing added")
     return evaluation
 
 
 def words(evaluation: "Evaluation") -> str:
-    """The metrics in a line."""
+    """The metrics on one line."""
     texts = []
     for name, estimate in evaluation.summary().items():
         value = "-" if estimate.value is None else f"{estimate.value:.4f}"

@@ -1,15 +1,14 @@
-"""`dex analyse`: did the experts of a run specialise?"""
+"""``dex analyse``: did the experts of a run specialise?"""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from dex.cli import _progress
+from dex.cli import _features, _progress
 from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
 
-HELP = "did the experts specialise? every measure of a run with its references, as a page"
+HELP = "measure whether the experts of a run specialised, as a page"
 POSITION = 41
 NEEDS = "train"
 
@@ -18,7 +17,7 @@ _FOLDER = "analysis"
 
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
-    given = None if options.out is None else folder_argument("out", options.out)
+    out = None if options.out is None else folder_argument("out", options.out)
 
     from dex.inference import analyse_job as job
     from dex.train.plan import resolve_device
@@ -33,36 +32,34 @@ def run(arguments: list[str]) -> Callable[[], int]:
         ema=options.ema,
     )
     prepared = job.prepare(options.run, settings, data=options.data, compare=options.compare)
-    plain = set(settings.parts) == {"heldout"}
-    out = given
-    if given is None and not plain:
+    losses_only = set(settings.parts) == {"heldout"}
+    if out is None and not losses_only:
         if not job.is_run(Path(options.run)):
-            raise ValueError(f"out: expected a folder, since {options.run} is not a run folder; give --out DIR")
+            raise ValueError(f"out: expected --out DIR, since {options.run} is not a run folder; got none")
         out = Path(options.run) / _FOLDER
     if out is not None:
         check_folder(out)
-    config = prepared.loaded.config
-    device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
+    device = resolve_device(options.device)
 
     def carry_out() -> int:
         from dex.report import analysis_page as page
 
         try:
             with exits.stopping(exits.STOP_SIGNALS), _progress.shown("dex analyse") as say:
-                found = job.analyse(prepared, device, say)
-                written = None if out is None else page.write(found, out)
+                analysis = job.analyse(prepared, device, say)
+                written = None if out is None else page.write(analysis, out)
         except exits.Stopped:
             print("dex analyse: stopped; nothing is written", file=sys.stderr)
             return exits.PREEMPTED
         except (ValueError, OSError) as error:
             return failed("dex analyse", error)
-        for note in found.notes:
+        for note in analysis.notes:
             print(f"{note}.")
-        if plain:
-            print(page.loss_table(found))
+        if losses_only:
+            print(page.loss_table(analysis))
         else:
-            print(page.concluded(found, found.found).text)
-        print(page.about(found))
+            print(page.concluded(analysis, analysis.findings).text)
+        print(page.about(analysis))
         if written is not None:
             print(written)
         return exits.DONE
@@ -77,38 +74,45 @@ def _checkpoints(text: str) -> str | int:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex analyse",
-        description="Measures whether the experts of a trained model specialised: swap gap, ablations, routes, "
-        "gradients, likeness, spectra, probe, each beside the model at step 0, chance, or pixels, with intervals over "
-        "sources. Writes a self-contained page, each picture as a file, the numbers behind it as CSV, and all as "
-        "findings.json. Reads only; images and models are not changed.",
+        description="Measure whether the experts of a trained model specialised: swap gap, ablations, routes, "
+        "gradients, similarity, spectra and probe. Each is compared with the model at step 0, with chance or with "
+        "pixels, and has intervals over sources. Writes a self-contained page, each picture as a file, its numbers as "
+        "CSV, and all results as findings.json. Images and models are only read.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal with nothing written.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
-    parser.add_argument("--data", metavar="DIR", help="data set with held-out images; that of the run without it")
+    _features.add_run(parser)
+    parser.add_argument("--data", metavar="DIR", help="data set with held-out images (default: that of the run)")
     parser.add_argument(
-        "--out", metavar="DIR", help="RUN/analysis without it; files of an earlier analysis are replaced"
+        "--out",
+        metavar="DIR",
+        help="output folder; files of an earlier analysis there are replaced (default: RUN/analysis)",
     )
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="PART",
-        help="some of heldout (alone: a table of losses, and no page), routing, swap, ablation, gradients, similarity, "
-        "features",
+        help="parts to compute: heldout, routing, swap, ablation, gradients, similarity, features (default: all). "
+        "heldout alone prints a table of losses and writes no page",
     )
-    parser.add_argument("--images", type=int, default=256, metavar="N", help="held-out images, at most (256)")
     parser.add_argument(
-        "--probed", type=int, default=512, metavar="N", help="images of the linear probe, at most (512)"
+        "--images", type=int, default=256, metavar="COUNT", help="largest number of held-out images (default: 256)"
+    )
+    parser.add_argument(
+        "--probed",
+        type=int,
+        default=512,
+        metavar="COUNT",
+        help="largest number of images in the linear probe (default: 512)",
     )
     parser.add_argument(
         "--checkpoints",
         default="last",
         metavar="WHICH",
-        help="last (without it); all, or N of them, for curves over the steps",
+        help="last, all, or a number of checkpoints over the run; several give curves over steps (default: last)",
     )
+    _features.add_ema(parser)
     parser.add_argument(
-        "--ema", action="store_true", help="measure the averages of the weights that optim.ema keeps, not the weights"
+        "--compare", metavar="RUN2", help="second run to measure on the same images, such as the monolithic control"
     )
-    parser.add_argument("--compare", metavar="RUN2", help="another run on the same images: the monolithic control")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    _features.add_forward(parser, 64, "images")
     return parser

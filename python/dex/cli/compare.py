@@ -1,6 +1,5 @@
-"""`dex compare`: two pretrained runs on tasks, fine-tuned alike and compared by patient and seed."""
+"""``dex compare``: fine-tune two pretrained runs on tasks and compare the results by patient and seed."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from dex.tasks.compare import Compared, Prepared, Side
     from dex.tasks.recipe import Settings
 
-HELP = "two pretrained runs on tasks: fine-tuned alike, paired by patient and seed, with a verdict"
+HELP = "fine-tune two pretrained runs on tasks and say which is better, paired by patient and seed"
 POSITION = 49
 NEEDS = "train,data,adapt"
 
@@ -39,7 +38,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     for name in options.tasks:
         data = cases.open_task(name, _data(options.data, name, len(options.tasks)), private=private)
         prepared.append(compare.prepared(data))
-    names = [one.data.task.name for one in prepared]
+    names = [task.data.task.name for task in prepared]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks: expected each once; got {', '.join(names)}")
     compare.open_sheet(out)
@@ -58,8 +57,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
         except (OSError, ValueError) as error:
             return failed("dex compare", error)
         task_verdict_page.write(out / "report.html", a, b, results)
-        for one in results:
-            print(f"{one.task}: {one.difference.sentence(a.name, b.name)}")
+        for result in results:
+            print(f"{result.task}: {result.difference.sentence(a.name, b.name)}")
         print(compare.verdict(a, b, results))
         print(f"{out / 'report.html'}, {out / compare.SHEET}")
         return exits.DONE
@@ -74,12 +73,12 @@ def _compared(
     from dex.tasks import compare
 
     leaks = compare.leaks(task, sides)
-    both = []
-    for one in sides:
-        made = [compare.settings_of(one, settings, seed) for seed in options.seeds]
-        given = {"leak": leaks[one.name], "discard": options.discard, "say": _say}
-        both.append([compare.outcome(one, task, of_seed, out, **given) for of_seed in made])
-    return compare.compared(task.data.task.name, *both, leaks)
+    outcomes = []
+    for side in sides:
+        by_seed = [compare.settings_of(side, settings, seed) for seed in options.seeds]
+        given = {"leak": leaks[side.name], "discard": options.discard, "say": _say}
+        outcomes.append([compare.outcome(side, task, of_seed, out, **given) for of_seed in by_seed])
+    return compare.compared(task.data.task.name, *outcomes, leaks)
 
 
 def _say(text: str) -> None:
@@ -87,7 +86,7 @@ def _say(text: str) -> None:
 
 
 def _stopped(out: Path) -> int:
-    _say(f"stopped; {out}: what is written stays; the same command goes on")
+    _say(f"stopped; what is written to {out} stays, and the same command resumes")
     return exits.PREEMPTED
 
 
@@ -97,19 +96,19 @@ def _settings(path: Path, base: "Settings") -> "Settings":
     from dex.tasks import recipe
 
     if not path.is_file():
-        raise FileNotFoundError(f"settings: expected a YAML file; nothing at {path}")
+        raise FileNotFoundError(f"settings: expected a YAML file; there is none at {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"settings: expected YAML in {path}; {' '.join(str(error).split())}") from None
+        raise ValueError(f"settings: expected YAML in {path}; got: {' '.join(str(error).split())}") from None
     for name in ("seed", "start"):
         if isinstance(values, dict) and name in values:
-            raise ValueError(f"settings: expected none of seed and start, which dex compare sets; {path} has {name}")
+            raise ValueError(f"settings: expected neither seed nor start, which dex compare sets; got {name} in {path}")
     return recipe.from_dict({} if values is None else values, base, str(path))
 
 
 def _data(given: str | None, task: str, count: int) -> Path | None:
-    """The folder of a task's data: one folder for one task, or the folder that holds one for each, by its name."""
+    """Data folder of a task: the sub-folder of the task's name if there is one, else ``given`` itself."""
     if given is None:
         return None
     root = folder_argument("data", given)
@@ -117,40 +116,42 @@ def _data(given: str | None, task: str, count: int) -> Path | None:
     if inside.is_dir():
         return inside
     if count > 1:
-        raise ValueError(f"data: expected a folder {inside.name} for each of several tasks; nothing at {inside}")
+        raise ValueError(f"data: expected a sub-folder for each task; there is no folder {inside}")
     return root
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="dex compare",
-        description="Fine-tunes two pretrained runs on every task with the same seeds, splits and settings, and says "
-        "on how many tasks one is better: a difference paired by patient and seed, with its interval, and a verdict in "
-        "a sentence. Says when the runs are not of equal compute, and when the sample is too small for a verdict. "
-        "Killed or stopped, the same command goes on with what is missing.",
+        description="Fine-tune two pretrained runs on every task with the same seeds, splits and settings, and say on "
+        "how many tasks one is better: differences paired by patient and seed, with intervals, and a verdict in one "
+        "sentence. Warns if the runs differ in compute or the sample is too small for a verdict. After a kill or a "
+        "stop, the same command resumes.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and resumable.",
     )
-    parser.add_argument("a", metavar="A", help="run folder, checkpoint, or what dex export wrote: a DEX, say")
-    parser.add_argument("b", metavar="B", help="the other one: a monolithic control of equal compute, say")
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        required=True,
-        metavar="TASK",
-        help="names of dex tasks, YAML files, or folders of one's own",
+        "a", metavar="A", help="first run folder, checkpoint, or folder written by dex export; for example a DEX"
     )
-    parser.add_argument("--out", required=True, metavar="OUT", help="folder of sheet, fine-tuned models and report")
+    parser.add_argument("b", metavar="B", help="second run; for example a monolithic control of equal compute")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="names from dex tasks, YAML files or your own folders"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="OUT", help="folder for the sheet, the fine-tuned models and the report"
+    )
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help=f"data of the task, or a folder that holds one folder per task ({os.sep.join(('$DEX_TASKS', 'TASK'))})",
+        help="data of the task, or a folder with one sub-folder per task (default: $DEX_TASKS/TASK)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of fine-tuning (0 1 2)")
     parser.add_argument(
-        "--preset", default="paper", metavar="NAME", help="settings to begin with: paper or cpu (paper)"
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of fine-tuning (default: 0 1 2)"
     )
-    parser.add_argument("--settings", metavar="FILE", help="YAML file with settings of dex finetune that differ")
     parser.add_argument(
-        "--discard", action="store_true", help="remove the checkpoints of each fine-tuning once it is evaluated"
+        "--preset", default="paper", metavar="NAME", help="base settings: paper or cpu (default: paper)"
+    )
+    parser.add_argument("--settings", metavar="FILE", help="YAML file with settings of dex finetune that replace them")
+    parser.add_argument(
+        "--discard", action="store_true", help="remove the checkpoints of each fine-tuned model after its evaluation"
     )
     return parser

@@ -1,4 +1,4 @@
-"""`dex doctor`: what works on this machine, what does not, and why. Needs torch and numpy only; tries the rest."""
+"""``dex doctor``: what works on this machine, what does not, and why. Needs only torch and numpy; tries the rest."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ from dex.cli._console import Parser
 from dex.common import exits
 from dex.common import formats as table
 
-HELP = "what works on this machine, what does not, and why"
+HELP = "check what works on this machine, what does not, and why"
 POSITION = 50
 NEEDS = "train"
 
@@ -33,18 +33,20 @@ class Check(NamedTuple):
     section: str
     name: str
     status: Literal["ok", "note", "failed"]
-    """``failed``: pretraining cannot run. ``note``: it can, something else cannot."""
+    """``failed``: pretraining cannot run. ``note``: pretraining can run, but something else cannot."""
     detail: str
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
     parser = Parser(
         prog="dex doctor",
-        description="Versions, devices, kernel backends, codecs, file formats, disk, data. Exit code 1 when "
+        description="Check versions, devices, kernel backends, codecs, file formats, disk and data. Exit code 1 if "
         "pretraining cannot run.",
     )
-    parser.add_argument("--data", help="also check and read this data set instead of the one in the package")
-    parser.add_argument("--out", default="runs", help="where runs are to be written; the disk under it is measured")
+    parser.add_argument("--data", metavar="DIR", help="data set to check and read (default: the one in the package)")
+    parser.add_argument(
+        "--out", default="runs", metavar="DIR", help="folder for runs, whose disk is measured (default: runs)"
+    )
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.strip():
         raise ValueError(f"data: expected a folder; got {options.data!r}")
@@ -52,9 +54,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
 
 def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
-    """Print every check; the number of failed ones.
+    """Print every check and return the number of failed ones.
 
-    data: a data set to check and read instead of the one in the package. out: where runs are to be written.
+    data: data set to check and read; None takes the one in the package. out: folder for runs.
     """
     checks: list[Check] = []
     for section in (
@@ -70,12 +72,9 @@ def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
     ):
         checks += section()
     _show(checks)
-    failed = [c for c in checks if c.status == "failed"]
-    if failed:
-        print(f"pretraining cannot run: {len(failed)} of {len(checks)} checks failed")
-    else:
-        print("pretraining can run")
-    return len(failed)
+    failures = sum(check.status == "failed" for check in checks)
+    print(f"pretraining cannot run: {failures} of {len(checks)} checks failed" if failures else "pretraining can run")
+    return failures
 
 
 def versions() -> Iterator[Check]:
@@ -85,7 +84,7 @@ def versions() -> Iterator[Check]:
             yield Check("versions", name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             if name == "dexkernels":
-                yield Check("versions", name, "note", "run from its source tree, not installed")
+                yield Check("versions", name, "note", "not installed; run from the source tree")
             elif name in _NEEDED:
                 yield Check("versions", name, "failed", "not installed; pip install -e '.[train]' in the clone")
             else:
@@ -97,20 +96,21 @@ def devices() -> Iterator[Check]:
 
     from dex.train import cuda_graph
 
-    able = torch.cpu.get_capabilities()
-    name = able.get("cpu_name") or platform.processor() or platform.machine()
-    bf16 = "bf16 in hardware" if able.get("avx512_bf16") else "bf16 only emulated, slower than fp32"
+    capabilities = torch.cpu.get_capabilities()
+    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    bf16 = "bf16 in hardware" if capabilities.get("avx512_bf16") else "bf16 only emulated, slower than fp32"
     yield Check("devices", "CPU", "ok", f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores used, {bf16}")
     if not torch.cuda.is_available():
-        why = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no device"
-        yield Check("devices", "GPU", "note", f"none: {why}")
+        reason = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no device"
+        yield Check("devices", "GPU", "note", f"none: {reason}")
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        p = torch.cuda.get_device_properties(i)
-        detail = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}"
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        detail = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}"
         yield Check("devices", f"GPU {i}", "ok", detail)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = cuda_graph.why_not(device, world_size=1, backend=None, experts=True)
-    detail = f"parallel.cuda_graph, {cuda_graph.STATUS}: {reason or 'off unless asked for'}"
+    detail = f"parallel.cuda_graph, {cuda_graph.STATUS}: {reason or 'off by default'}"
     yield Check("devices", "CUDA graph", "note", detail)
 
 
@@ -123,7 +123,7 @@ def backends() -> Iterator[Check]:
 
 
 def kernels() -> Iterator[Check]:
-    """Of every operator and backend that has kernels: on an emulator, on a GPU, or never."""
+    """Where the kernels of each operator and backend have been executed: on an emulator, on a GPU, or never."""
     from dexkernels.ops import backends as table
 
     for row in table.report():
@@ -132,13 +132,13 @@ def kernels() -> Iterator[Check]:
 
 
 def codecs() -> Iterator[Check]:
-    """Each is used: a small picture goes through it and must come back."""
+    """Encode and decode a small picture with each codec."""
     for name, needed in (("JPEG", True), ("PNG", True), ("WEBP", False), ("JPEG2000", False)):
         yield _try("codecs", name, lambda name=name: _round_trip(name), needed)
 
 
 def formats() -> Iterator[Check]:
-    """The files that `dex prepare` reads, and which of them a plain folder may hold; each by its suffixes."""
+    """The file formats that ``dex prepare`` reads, by suffix, and those that a plain folder of images may hold."""
     for format in table.FORMATS:
         suffixes, missing = " ".join(format.suffixes), format.missing()
         plain = "" if not format.plain else "; each is an image of a plain folder"
@@ -154,7 +154,7 @@ def formats() -> Iterator[Check]:
 
 
 def disk(out: Path) -> Iterator[Check]:
-    """Free space and speed of the disk where ``out`` is or would be; the file written is removed."""
+    """Free space and write speed of the disk of ``out``, measured with a temporary file."""
     root = out.absolute()
     while not root.is_dir():
         root = root.parent
@@ -175,7 +175,7 @@ def disk(out: Path) -> Iterator[Check]:
 
 
 def data_set(path: str | None) -> Iterator[Check]:
-    """Hashes of a shard set (any other folder: that it opens), and images per second from the loader."""
+    """Verify the hashes of a shard set (only open any other folder), and measure images per second from the loader."""
     label = "embedded set" if path is None else path
 
     def check() -> str:
@@ -190,7 +190,7 @@ def data_set(path: str | None) -> Iterator[Check]:
         problems = verify(path)
         if problems:
             raise ValueError("; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if len(problems) > 3 else ""))
-        return f"{len(dataset)} images, every hash agrees: {counts}"
+        return f"{len(dataset)} images, every hash matches: {counts}"
 
     def read() -> str:
         from dex.data import Loader, augment, open_dataset, sample_keys
@@ -216,11 +216,11 @@ def data_set(path: str | None) -> Iterator[Check]:
 
 
 def command() -> Iterator[Check]:
-    """Whether the shell's `dex` is this one; it is read, not run."""
+    """Whether the ``dex`` on PATH is this package. The file is read, not run."""
     path = shutil.which("dex")
-    other = f"use {Path(sys.executable).name} -m dex"
+    remedy = f"use {Path(sys.executable).name} -m dex"
     if path is None:
-        yield Check("command", "dex", "note", f"not on PATH; {other}")
+        yield Check("command", "dex", "note", f"not on PATH; {remedy}")
         return
     try:
         with open(path, "rb") as file:
@@ -228,9 +228,9 @@ def command() -> Iterator[Check]:
     except OSError:
         ours = False
     if not ours:
-        yield Check("command", "dex", "note", f"{path} is another program; {other}")
+        yield Check("command", "dex", "note", f"{path} is another program; {remedy}")
     elif Path(path).resolve().parent != Path(sys.executable).absolute().parent:
-        yield Check("command", "dex", "note", f"{path} belongs to another Python than {sys.executable}; {other}")
+        yield Check("command", "dex", "note", f"{path} belongs to a Python other than {sys.executable}; {remedy}")
     else:
         yield Check("command", "dex", "ok", path)
 
@@ -238,7 +238,7 @@ def command() -> Iterator[Check]:
 def _try(section: str, name: str, action: Callable[[], str], needed: bool) -> Check:
     try:
         return Check(section, name, "ok", action())
-    except Exception as error:  # whatever a library throws is the finding
+    except Exception as error:  # Any exception from a library is the result of the check
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Check(section, name, "failed" if needed else "note", text)
 
@@ -255,28 +255,29 @@ def _round_trip(name: str) -> str:
     error = int(np.abs(back.astype(int) - picture).max())
     allowed = 0 if name == "PNG" else 64
     if back.shape != picture.shape or error > allowed:
-        raise ValueError(f"expected the picture back within {allowed} of 255; got {back.shape}, off by {error}")
-    return "written and read back"
+        raise ValueError(f"expected the picture within {allowed} of 255; got shape {back.shape}, off by {error}")
+    return "encoded and decoded a picture"
 
 
 def _show(checks: list[Check]) -> None:
     if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
-        for c in checks:
-            print(f"{c.section:9} {c.status:7} {c.name}: {c.detail}")
+        for check in checks:
+            print(f"{check.section:9} {check.status:7} {check.name}: {check.detail}")
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for title in ("", "check", "", "found"):
+    for title in ("", "check", "", "result"):
         table.add_column(title, overflow="fold")
     colour = {"ok": "green", "note": "yellow", "failed": "bold red"}
-    before = None
-    for c in checks:
-        section = c.section if c.section != before else ""
-        if section and before:
+    previous = None
+    for check in checks:
+        section = check.section if check.section != previous else ""
+        if section and previous:
             table.add_row()
-        before = c.section
-        table.add_row(Text(section, "bold"), Text(c.name), Text(c.status, colour[c.status]), Text(c.detail))
+        previous = check.section
+        status = Text(check.status, colour[check.status])
+        table.add_row(Text(section, "bold"), Text(check.name), status, Text(check.detail))
     Console().print(table)

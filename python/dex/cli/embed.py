@@ -1,15 +1,14 @@
-"""`dex embed`: features of images by a trained model."""
+"""``dex embed``: compute features of images with a trained model."""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 
-HELP = "features of images, scans or a shard set, as Parquet or NPZ"
+HELP = "compute features of images, scans or a shard set, as Parquet or NPZ"
 POSITION = 42
 NEEDS = "train,data,adapt"
 
@@ -19,7 +18,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     out = folder_argument("out", options.out)
     single = out.suffix == ".npz"
     if not single:
-        import pyarrow  # noqa: F401  before anything is computed
+        import pyarrow  # noqa: F401  Fails before anything is computed
 
     from dex.common.ranks import announced
     from dex.inference import embed_job
@@ -30,8 +29,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
     ranks = announced()
     loaded = load(options.run, img_size=options.img_size, path=options.path, ema=options.ema)
-    config = loaded.config
-    device = resolve_device(replace(config, run=replace(config.run, device=options.device)), ranks)
+    device = resolve_device(options.device, ranks)
     job = embed_job.Options(
         out,
         tuple(options.layers),
@@ -55,21 +53,19 @@ def run(arguments: list[str]) -> Callable[[], int]:
         try:
             summary = embed_job.run(loaded, images, job, embed_job.say_to_stderr)
         except embed_job.Stopped:
-            rest = "nothing is written" if single else f"{out}: what is written stays; the same command goes on"
-            print(f"dex embed: stopped; {rest}", file=sys.stderr)
+            written = "nothing is written" if single else f"finished parts stay in {out}, and the same command resumes"
+            print(f"dex embed: stopped; {written}", file=sys.stderr)
             return exits.PREEMPTED
         except (OSError, WorkerFault) as error:
             return failed("dex embed", error)
         if summary.refused:
             notes = embed_job.private_folder(out) / embed_job.NOTES
-            why = ", ".join(f"{reason} {count:,}" for reason, count in summary.refused.items())
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.refused.items())
             count = sum(summary.refused.values())
-            print(f"refused: {count:,} files or parts of files ({why}); which and why is in {notes}")
+            print(f"refused: {count:,} files or parts of files ({reasons}); {notes} lists them")
             if summary.complete and not summary.images:
-                return failed(
-                    "dex embed", f"input: expected at least one image that can be read; {options.input} has none"
-                )
-        print(f"{out}: {summary.images:,} images" + ("" if summary.complete else "; other ranks are still at work"))
+                return failed("dex embed", f"input: expected at least one readable image; {options.input} has none")
+        print(f"{out}: {summary.images:,} images" + ("" if summary.complete else "; other ranks are still working"))
         return exits.DONE
 
     return carry_out
@@ -78,22 +74,29 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex embed",
-        description="Features of images by a trained model: CLS token, mean of patches, chosen layers, experts and "
-        "gates. Killed or stopped, the same command goes on with the parts that are missing. Several ranks "
+        description="Compute features of images with a trained model: CLS token, mean of patches, chosen layers, "
+        "experts and gates. After a kill or a stop, the same command computes the missing parts. Several ranks "
         "(torchrun -m dex embed ...) share the parts.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and resumable.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
-    parser.add_argument("input", metavar="INPUT", help="shard set, folder of pictures or scans, or one file")
+    _features.add_run(parser)
+    parser.add_argument("input", metavar="INPUT", help="shard set, folder of pictures or scans, or a single file")
     parser.add_argument(
         "--out",
         required=True,
         metavar="OUT",
-        help="folder of Parquet parts, or FILE.npz for small sets; OUT.private beside it says which file is which",
+        help="folder for Parquet parts, or FILE.npz for small sets; OUT.private beside it maps ids to files",
     )
     parser.add_argument(
-        "--layers", nargs="+", type=int, default=[], metavar="L", help="blocks, from 0, whose CLS token is wanted too"
+        "--layers",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="BLOCK",
+        help="also write the CLS token after these blocks, counted from 0",
     )
-    parser.add_argument("--public", action="store_true", help="readable ids from the files' paths, not salted hashes")
+    parser.add_argument(
+        "--public", action="store_true", help="make readable ids from the paths of the files instead of salted hashes"
+    )
     _features.add_options(parser)
     return parser

@@ -1,15 +1,14 @@
-"""`dex evaluate`: fine-tuned models on a split of their task."""
+"""``dex evaluate``: evaluate fine-tuned models on a split of their task."""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from dex.cli import _progress, _task_data
 from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
 from dex.common import exits
 
-HELP = "metrics of fine-tuned models on a split, with intervals over patients, and a report"
+HELP = "evaluate fine-tuned models on a split, with intervals over patients and a report"
 POSITION = 47
 NEEDS = "train,data,adapt"
 
@@ -18,7 +17,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     require_one_process("dex evaluate")
     if options.out is not None and len(options.folder) > 1:
-        raise ValueError(f"out: expected none with {len(options.folder)} folders, each of which gets its own; got one")
+        raise ValueError(
+            f"out: expected none with {len(options.folder)} folders, since each gets its own report; got {options.out}"
+        )
 
     from dex.cli._features import workers
     from dex.tasks import evaluate as job
@@ -36,8 +37,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         job.check(loaded, data, settings)
         out = Path(folder) if options.out is None else folder_argument("out", options.out)
         check_folder(out)
-        config = replace(loaded.config, run=replace(loaded.config.run, device=options.device))
-        jobs.append((loaded, data, out, resolve_device(config)))
+        jobs.append((loaded, data, out, resolve_device(options.device)))
 
     def carry_out() -> int:
         try:
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
                 print(f"{out}: {_task_data.words(evaluation)}")
                 print(out / _task_data.REPORT)
         except exits.Stopped:
-            print("dex evaluate: stopped; what is written stays, the same command evaluates anew", file=sys.stderr)
+            print("dex evaluate: stopped; finished reports stay, and the same command starts over", file=sys.stderr)
             return exits.PREEMPTED
         except (ValueError, OSError) as error:
             return failed("dex evaluate", error)
@@ -63,22 +63,30 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex evaluate",
-        description="What fine-tuned models score on a split of their task, at the images' own size: Dice, HD95 and "
-        "NSD, or accuracy, AUC, F1 and calibration, by class, with BCa intervals over patients. Writes evaluation.json "
-        "and report.html into each folder. Nothing is flipped or averaged over views.",
+        description="Evaluate fine-tuned models on a split of their task, at the images' own size: Dice, HD95 and NSD, "
+        "or accuracy, AUC, F1 and calibration, by class, with BCa intervals over patients. Writes evaluation.json and "
+        "report.html into each folder. Test-time augmentation is not used.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal.",
     )
     parser.add_argument(
-        "folder", nargs="+", metavar="FOLDER", help="what dex finetune wrote, or one of its checkpoints"
+        "folder", nargs="+", metavar="FOLDER", help="folders written by dex finetune, or their checkpoints"
     )
-    parser.add_argument("--task", metavar="TASK", help="task, YAML file or folder of the labels (as it was trained)")
-    parser.add_argument("--evaluate", default="test", choices=("train", "val", "test"), help="which side (test)")
-    parser.add_argument("--out", metavar="DIR", help="where evaluation.json and report.html go (into FOLDER)")
-    parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row for each folder")
-    parser.add_argument("--run", metavar="RUN", help="leak check against the data of this pretrained run")
+    parser.add_argument(
+        "--task", metavar="TASK", help="task name, YAML file or folder of labels (default: that of the training)"
+    )
+    parser.add_argument(
+        "--evaluate", default="test", choices=("train", "val", "test"), help="split to evaluate (default: test)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for evaluation.json and report.html (default: FOLDER)")
+    parser.add_argument("--sheet", metavar="CSV", help="table of results to which each folder adds a row")
+    parser.add_argument("--run", metavar="RUN", help="check for leaks from the data of this pretrained run")
     _task_data.add_model_options(parser)
     parser.add_argument(
-        "--tolerance", type=float, default=2.0, metavar="MM", help="of NSD (2, not stated by the paper)"
+        "--tolerance",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="tolerance of NSD in millimetres (default: 2; the paper states none)",
     )
     _task_data.add_options(parser)
     return parser

@@ -1,15 +1,14 @@
-"""`dex explain`: why these experts for this scan?"""
+"""``dex explain``: why does a model choose these experts for this scan?"""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from dex.cli import _progress
+from dex.cli import _features, _progress
 from dex.cli._console import Parser, check_folder, failed, require_one_process
 from dex.common import exits
 
-HELP = "why a trained model takes these experts for one scan, and what others would cost"
+HELP = "show why a trained model chooses these experts for one scan, and what others would cost"
 POSITION = 41
 NEEDS = "train,data"
 
@@ -22,7 +21,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         raise ValueError(f"out: expected a file; got {options.out!r}")
     out = Path(_PAGE if options.out is None else options.out).expanduser()
     if out.is_dir():
-        raise ValueError(f"out: expected a file to write; got the folder {out}")
+        raise ValueError(f"out: expected a file; got the folder {out}")
 
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device
@@ -33,25 +32,24 @@ def run(arguments: list[str]) -> Callable[[], int]:
         options.run, options.file, settings, modality=options.modality, planes=options.planes, data=options.data
     )
     check_folder(out.absolute().parent)
-    config = prepared.loaded.config
-    device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
+    device = resolve_device(options.device)
 
     def carry_out() -> int:
         from dex.report import explain_page as page
 
         try:
             with exits.stopping(exits.STOP_SIGNALS), _progress.shown("dex explain") as say:
-                found = job.explain(prepared, device, say)
-                page.write(found, out)
+                explanation = job.explain(prepared, device, say)
+                page.write(explanation, out)
         except exits.Stopped:
             print("dex explain: stopped; nothing is written", file=sys.stderr)
             return exits.PREEMPTED
         except (ValueError, OSError) as error:
             return failed("dex explain", error)
-        for note in found.notes:
+        for note in explanation.notes:
             print(f"{note}.")
-        print(page.sentence(found))
-        print(f"{out}, which holds the scan and training images")
+        print(page.sentence(explanation))
+        print(f"{out} (contains the scan and training images)")
         return exits.DONE
 
     return carry_out
@@ -60,27 +58,35 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex explain",
-        description="Why a model takes these experts for one scan: its route by layer, the masked loss with other "
-        "experts and with those of each modality, and the training images that are most alike, as one page. Reads "
-        "only; the page holds the scan, and only its owner can read it (mode 0600).",
+        description="Explain the choice of experts for one scan: its route by layer, the masked loss with other "
+        "experts and with those of each modality, and the most similar training images, as one page. The page contains "
+        "the scan, so only its owner can read it (mode 0600). The scan and the model are only read.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal with nothing written.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
+    _features.add_run(parser)
     parser.add_argument("file", metavar="FILE", help="picture, volume, or folder of a DICOM series")
-    parser.add_argument("--modality", metavar="M", help="CT, MR, PET, X-ray, ...; DICOM says it itself")
+    _features.add_scans(parser)
     parser.add_argument(
-        "--planes",
-        nargs="+",
-        default=["auto"],
-        choices=("auto", "axial", "coronal", "sagittal", "stored"),
-        help="of volumes; auto: axial, but as stored of thick slices that are not",
+        "--image", metavar="LABEL", help="image of a volume, such as axial-012 (default: one from the middle)"
     )
-    parser.add_argument("--image", metavar="LABEL", help="which image of a volume (axial-012); without it a middle one")
-    parser.add_argument("--data", metavar="DIR", help="data set with the training images; that of the run without it")
-    parser.add_argument("--out", metavar="FILE.html", help=f"{_PAGE} here without it")
-    parser.add_argument("--masks", type=int, default=16, metavar="N", help="masks that losses are the mean of (16)")
-    parser.add_argument("--train", type=int, default=512, metavar="N", help="training images compared, at most (512)")
-    parser.add_argument("--neighbours", type=int, default=8, metavar="N", help="training images shown (8)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
+    parser.add_argument("--data", metavar="DIR", help="data set with the training images (default: that of the run)")
+    parser.add_argument("--out", metavar="FILE.html", help=f"page to write (default: {_PAGE})")
+    parser.add_argument(
+        "--masks",
+        type=int,
+        default=16,
+        metavar="COUNT",
+        help="random masks over which losses are averaged (default: 16)",
+    )
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=512,
+        metavar="COUNT",
+        help="largest number of training images to compare with (default: 512)",
+    )
+    parser.add_argument(
+        "--neighbours", type=int, default=8, metavar="COUNT", help="similar training images to show (default: 8)"
+    )
+    _features.add_forward(parser, 64, "images")
     return parser

@@ -1,4 +1,4 @@
-"""`dex export`: a trained model for other programs."""
+"""``dex export``: write a trained model for other programs."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
 from dex.common.units import format_bytes
 
-HELP = "a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
+HELP = "write a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
 POSITION = 44
 NEEDS = "train,data,export"
 
@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
     if options.format == "onnx":
-        import onnx  # noqa: F401  before anything is computed
+        import onnx  # noqa: F401  Fails before anything is computed
         import onnxscript  # noqa: F401
 
     from dex.inference.export import check, export
@@ -48,17 +48,13 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex export",
-        description="Write a trained model for other programs, as a folder that appears whole or not at all. "
-        "safetensors: what dex.load takes back. hf: the same with a model card, for the Hugging Face Hub. timm: a "
-        "dense ViT from the directors under timm's names. onnx, torch-export: the encoder as a graph of plain "
-        "operators for any batch size; images in, tokens out.",
+        description="Write a trained model for other programs, as a folder that appears complete or not at all. "
+        "safetensors: for dex.load. hf: the same with a model card, for the Hugging Face Hub. timm: a dense ViT made "
+        "of the directors, under timm's names. onnx, torch-export: the encoder as a graph of plain operators for any "
+        "batch size, from images to tokens.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
-    parser.add_argument("--format", required=True, choices=_FORMATS)
-    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument(
-        "--path", choices=("experts", "director"), help="what the model computes with (experts; director for timm)"
-    )
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the weights")
-    _features.add_img_size(parser)
+    _features.add_run(parser)
+    parser.add_argument("--format", required=True, choices=_FORMATS, help="format to write, see above")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
+    _features.add_weights(parser)
     return parser

@@ -1,4 +1,4 @@
-"""`dex finetune`: a pretrained model fine-tuned on a task."""
+"""``dex finetune``: fine-tune a pretrained model on a task."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dex.cli import _progress, _task_data
+from dex.cli import _features, _progress, _task_data
 from dex.cli._console import Parser, check_folder, failed, folder_argument
 from dex.common import exits
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dex.tasks.recipe import Settings
     from dex.tasks.task import TaskData
 
-HELP = "fine-tune a pretrained model on a task, or on labelled images of one's own"
+HELP = "fine-tune a pretrained model on a task, or on your own labelled images"
 POSITION = 46
 NEEDS = "train,data,adapt"
 
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         except (OSError, ValueError) as error:
             return failed("dex finetune", error)
         except exits.Stopped:
-            print("dex finetune: stopped while it evaluated; dex evaluate does that alone", file=sys.stderr)
+            print("dex finetune: stopped during the evaluation; dex evaluate repeats it", file=sys.stderr)
             return exits.PREEMPTED
         return code
 
@@ -72,12 +72,13 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
 
 def _evaluate(where: _task_data.Where, data: "TaskData", settings: "Settings", run: str | None) -> None:
-    """The test split, by the best checkpoint. run: with whose data it is compared for leaks."""
+    """Evaluate the best checkpoint on the test split, which is checked for leaks from the data of ``run`` if given."""
     from dex.tasks.evaluate import Options
     from dex.tasks.load import load_task_model
+    from dex.train.plan import resolve_device
 
     loaded = load_task_model(where.out)
-    loaded.model.to(_device(loaded.config, settings.device))
+    loaded.model.to(resolve_device(settings.device))
     with exits.stopping(), _progress.shown("dex finetune") as say:
         options = Options("test", settings.batch_size, workers=settings.processes)
         leak = _task_data.leak_sentence(data, run, "test", say)
@@ -85,12 +86,6 @@ def _evaluate(where: _task_data.Where, data: "TaskData", settings: "Settings", r
     print(_task_data.words(evaluation))
     print(f"leak check against pretraining: {leak}")
     print(where.out / _task_data.REPORT)
-
-
-def _device(config: Any, device: str) -> Any:
-    from dex.train.plan import resolve_device
-
-    return resolve_device(replace(config, run=replace(config.run, device=device)))
 
 
 def _resume(text: str | None) -> bool:
@@ -107,7 +102,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
 
 
 def _described(run: str, data: "TaskData", settings: "Settings") -> str:
-    """What would be trained, with every setting; every target is read."""
+    """Text of ``--dry-run``: the data, the model and every setting. Reads every target."""
     from dex.common.units import format_bytes
     from dex.tasks import recipe
     from dex.tasks.cases import check_targets
@@ -124,11 +119,10 @@ def _described(run: str, data: "TaskData", settings: "Settings") -> str:
         )
         if side == "train":
             steps = -(-count.frames // settings.batch_size)
-            lines.append(f"  {steps:,} steps an epoch, {steps * settings.epochs:,} steps")
-    trained, whole = model.trained_parameters(), sum(p.numel() for p in model.parameters())
-    # Weights, and of what trains a gradient and two moments; activations come on top.
-    size = 4 * (whole + 3 * trained)
-    lines.append(f"{trained:,} of {whole:,} parameters trained ({settings.mode}, {settings.path})")
+            lines.append(f"  {steps:,} steps per epoch, {steps * settings.epochs:,} steps")
+    trained, total = model.trained_parameters(), sum(p.numel() for p in model.parameters())
+    size = 4 * (total + 3 * trained)  # float32 weights; a gradient and two moments of each trained one
+    lines.append(f"{trained:,} of {total:,} parameters trained ({settings.mode}, {settings.path})")
     lines.append(f"{format_bytes(size)} for weights, gradients and moments; activations and time are not estimated")
     lines.append(f"{planned.device.type}, {planned.precision}, images of {planned.config.model.img_size} pixels")
     lines += planned.notes
@@ -141,28 +135,32 @@ def _parser() -> Parser:
 
     parser = Parser(
         prog="dex finetune",
-        description="Fine-tune a pretrained model on a task: segmentation by a UNETR decoder, classification by a "
-        "head. The best checkpoint by the validation metric is evaluated on the test split at the end. Several ranks "
+        description="Fine-tune a pretrained model on a task: segmentation with a UNETR decoder, classification with a "
+        "head. At the end, the best checkpoint by the validation metric is evaluated on the test split. Several ranks "
         "(torchrun -m dex finetune ...) share every batch.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 stopped by three non-finite steps in a row, 75 "
         "stopped by a signal, saved and resumable, 130 interrupted at once.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
-    parser.add_argument("task", metavar="TASK", help="a name of dex tasks, a YAML file, or a folder of one's own")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the fine-tuned model; new or empty")
-    parser.add_argument("--resume", metavar="auto", help="auto: go on from the newest good checkpoint in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out after the first step")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run; write nothing")
-    parser.add_argument("--no-evaluation", action="store_true", help="leave the test split alone")
+    _features.add_run(parser)
+    parser.add_argument("task", metavar="TASK", help="name from dex tasks, YAML file, or your own folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the fine-tuned model; new or empty")
+    parser.add_argument("--resume", metavar="auto", help="auto resumes from the newest good checkpoint in --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier training in --out after the first step"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print what would run, but write nothing"
+    )
+    parser.add_argument("--no-evaluation", action="store_true", help="do not evaluate the test split at the end")
     parser.add_argument(
         "--no-leak-check", action="store_true", help="do not compare the test split with the data of RUN"
     )
-    parser.add_argument("--sheet", metavar="CSV", help="table of results that gets a row of the test split")
+    parser.add_argument("--sheet", metavar="CSV", help="table of results to which the test split adds a row")
     parser.add_argument(
         "--preset",
         choices=tuple(recipe.PRESETS),
         default="paper",
-        help="defaults of the settings below: paper, whose values are shown, or cpu for minutes on a processor (paper)",
+        help="defaults of the settings below: paper (the values shown), or cpu for minutes on a CPU (default: paper)",
     )
     _task_data.add_options(parser)
     group = parser.add_argument_group("settings")
@@ -172,11 +170,11 @@ def _parser() -> Parser:
 
 
 def _add_setting(group: Any, field: Any, kind: Any, text: str) -> None:
-    option, words = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
+    option, help_text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
     if typing.get_origin(kind) is typing.Literal:
-        group.add_argument(option, choices=typing.get_args(kind), help=words)
+        group.add_argument(option, choices=typing.get_args(kind), help=help_text)
     elif kind is bool:
-        group.add_argument(option, action="store_true", default=None, help=words)
+        group.add_argument(option, action="store_true", default=None, help=help_text)
     else:
-        numbers = [k for k in (*typing.get_args(kind), kind) if k in (int, float)]
-        group.add_argument(option, type=numbers[0], metavar="N" if numbers[0] is int else "X", help=words)
+        number = next(k for k in (*typing.get_args(kind), kind) if k in (int, float))
+        group.add_argument(option, type=number, metavar="NUMBER", help=help_text)

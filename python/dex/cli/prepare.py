@@ -1,4 +1,4 @@
-"""`dex prepare`: raw scans, pictures and videos to shards."""
+"""``dex prepare``: turn raw scans, pictures and videos into shards."""
 
 import argparse
 import dataclasses
@@ -12,9 +12,14 @@ from typing import Any
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import atomic, exits
 
-HELP = "raw scans, pictures and videos to shards and a data card"
+HELP = "turn raw scans, pictures and videos into shards with a data card"
 POSITION = 10
 NEEDS = "data"
+
+_OF_FOLDERS = frozenset(
+    ("modality", "normalisation", "routes", "trusted", "slope", "intercept", "val_share", "patient", "split_file")
+)
+"""Options that apply to folders, but not to catalogue sources given beside them."""
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
@@ -26,24 +31,24 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
     if options.dry_run:
         return dry_run("dex prepare", arguments, options)
-    wanted = dataclasses.replace(
-        _looked_at(options),
+    settings = dataclasses.replace(
+        _reading_options(options),
         out=folder_argument("out", options.out),
         shard=_shard(options.shard),
         max_unreadable=options.max_unreadable,
     )
     sources = _sources(options)
-    prepare.check(sources, wanted)
-    again = f"{wanted.out}: what is done is kept; the same command goes on"
+    prepare.check(sources, settings)
+    resumable = f"finished work stays in {settings.out}, and the same command resumes"
     try:
         with prepare.stop_signals():
-            preparation = prepare.prepare(sources, wanted)
+            preparation = prepare.prepare(sources, settings)
     except Undetermined as error:
         lines = [f"dex prepare: {error}", *_commands(["dex", "prepare"], arguments, options, error)]
         return lambda: _wrong(lines)
     except prepare.Stopped as error:
         stopped = f"dex prepare: stopped by {error}"
-        return lambda: _stopped(stopped, again)
+        return lambda: _stopped(stopped, resumable)
     except prepare.Failed as error:
         message = str(error)
         return lambda: failed("dex prepare", message)
@@ -53,7 +58,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
             with prepare.stop_signals():
                 facts = preparation.run(summary.Progress())
         except prepare.Stopped as error:
-            return _stopped(f"dex prepare: stopped by {error}", again)
+            return _stopped(f"dex prepare: stopped by {error}", resumable)
         except prepare.Failed as error:
             return failed("dex prepare", error)
         if facts is not None:
@@ -62,11 +67,11 @@ def run(arguments: list[str]) -> Callable[[], int]:
             for note in summary.notes(facts):
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
-                print(f"refused: `dex data refused {shlex.quote(str(wanted.out))}` says which files, and why")
-                page = prepare.private_folder(wanted.out) / left_out.PAGE
-                if page.exists():  # a withdrawal removes it
+                print(f"refused: `dex data refused {shlex.quote(str(settings.out))}` lists the files with reasons")
+                page = prepare.private_folder(settings.out) / left_out.PAGE
+                if page.exists():  # A withdrawal removes it
                     print(f"         {shlex.quote(str(page))} shows some of them")
-            out = shlex.quote(str(wanted.out))
+            out = shlex.quote(str(settings.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE
 
@@ -74,22 +79,22 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
 
 def dry_run(command: str, arguments: list[str], options: argparse.Namespace, page: Path | None = None) -> Callable:
-    """What a run with these options would find and keep: printed, and written to ``page``, a folder."""
+    """Print what a run with these options would find and keep, and write it to the folder ``page`` if given."""
     from dex.prepare import inventory, inventory_page
     from dex.prepare import run as prepare
 
-    wanted, sources = _looked_at(options), _sources(options)
+    settings, sources = _reading_options(options), _sources(options)
     if page is None and options.out is not None:
-        prepare.check(sources, dataclasses.replace(wanted, out=folder_argument("out", options.out)))
-    prepare.check_settings(sources, wanted)
+        prepare.check(sources, dataclasses.replace(settings, out=folder_argument("out", options.out)))
+    prepare.check_settings(sources, settings)
     try:
         with prepare.stop_signals():
             taken = inventory.take(
                 sources,
-                wanted.settings,
-                processes=wanted.workers,
-                cache=wanted.cache,
-                limits=wanted.limits,
+                settings.settings,
+                processes=settings.workers,
+                cache=settings.cache,
+                limits=settings.limits,
                 say=lambda text: print(text, file=sys.stderr),
             )
     except prepare.Stopped as error:
@@ -107,17 +112,16 @@ def dry_run(command: str, arguments: list[str], options: argparse.Namespace, pag
             for name, content in (("inventory.html", html), ("inventory.json", data)):
                 atomic.write(page / name, content)
             print(f"page: {page}/inventory.html\njson: {page}/inventory.json")
-        undetermined = [one.undetermined for one in taken if one.undetermined is not None]
-        if undetermined:
-            words = ["dex", *command.split()[1:]]
-            return _wrong([f"{command}: {undetermined[0]}", *_commands(words, arguments, options, undetermined[0])])
+        undetermined = next((source.undetermined for source in taken if source.undetermined is not None), None)
+        if undetermined is not None:
+            return _wrong([f"{command}: {undetermined}", *_commands(command.split(), arguments, options, undetermined)])
         return exits.DONE
 
     return carry_out
 
 
-def _looked_at(options: argparse.Namespace) -> Any:
-    """The options of a run that say how files are looked at; without a folder for the set."""
+def _reading_options(options: argparse.Namespace) -> Any:
+    """The ``Options`` of a run as far as they concern reading; ``out`` is not set."""
     from dex.prepare import readers
     from dex.prepare import run as prepare
     from dex.prepare.chunks import Settings
@@ -139,106 +143,143 @@ def _looked_at(options: argparse.Namespace) -> Any:
 def _parser(needs_out: bool) -> Parser:
     parser = Parser(
         prog="dex prepare",
-        description="Raw scans, pictures and videos to normalised images in shards, with a data card. Killed or "
-        "stopped, the same command goes on where it was and ends in the same bytes.",
+        description="Turn raw scans, pictures and videos into normalised images in shards, with a data card. After a "
+        "kill or a stop, the same command resumes and produces the same bytes.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",
     )
     add_source_options(parser)
     parser.add_argument(
-        "--out", required=needs_out, metavar="DIR", help="the set; DIR.private beside it holds what is not"
+        "--out",
+        required=needs_out,
+        metavar="DIR",
+        help="folder for the set; DIR.private beside it holds paths and other private tables",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="look at headers and a few pixels, and say what would be kept and left out, how long it would take and "
-        "how large the set would be; nothing is written (packages and files elsewhere go into the cache)",
+        help="read headers and a few pixels, and print what would be kept and left out, how long it would take and how "
+        "large the set would be; write nothing (downloads still go into the cache)",
     )
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part I of N, 0 <= I < N, for N machines")
     parser.add_argument(
-        "--max-unreadable", type=int, metavar="N", help="stop above N broken files; 10 or 0.1 %% of all without it"
+        "--shard", default="0/1", metavar="I/N", help="prepare part I of N, 0 <= I < N, on one of N machines"
+    )
+    parser.add_argument(
+        "--max-unreadable",
+        type=int,
+        metavar="FILES",
+        help="stop after more broken files than this (default: 10, or 0.1 %% of all files if that is more)",
     )
     return parser
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """What is looked at, and how."""
+    """Options that select the files and say how they are read."""
     parser.add_argument(
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder, a table of files (CSV, JSON lines, Parquet, or a list of paths), a zip or a URL of either, a "
-        "description (YAML), a shipped source's name, or 'packages': all sources that come with public packages; "
-        "'embedded': the images that come with dex",
+        help="folder, table of files (CSV, JSON lines, Parquet or a list of paths), zip or URL of either, description "
+        "(YAML), name of a shipped source, or 'packages' for all sources in public packages, 'embedded' for the "
+        "images that come with dex",
     )
     parser.add_argument(
         "--modality",
-        metavar="M",
-        help="of a folder's files: auto (without it), as the header of each says; from-folders, of those without one, "
-        "as a folder above them is called; CT, MR, PET, X-ray, ultrasound, fundus, ... for all; or a name of your own",
+        metavar="MODALITY",
+        help="modality of the files of a folder: auto reads it from each header; from-folders also takes it from the "
+        "name of a parent folder if there is no header; CT, MR, PET, X-ray, ultrasound, fundus, ... or your own name "
+        "sets it for all files (default: auto)",
     )
     parser.add_argument(
         "--pattern",
         action="append",
-        metavar="M=GLOB",
-        help="the modality of files without such a header, by their paths, such as 'X-ray=chest/**'; may be repeated",
+        metavar="MODALITY=GLOB",
+        help="modality of files without a header, by their paths, such as 'X-ray=chest/**'; may be repeated",
     )
     parser.add_argument(
-        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display; of the modality without it"
+        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display (default: that of the modality)"
     )
     parser.add_argument(
         "--volumes",
         metavar="WHICH",
-        help="of files with several volumes: first (without it), all, mean, or N: every N-th",
+        help="volumes to read from files with several: first, all, mean, or a number N for every N-th (default: first)",
     )
-    parser.add_argument("--slope", type=float, metavar="A", help="with --intercept B: numbers are A * stored + B, of")
     parser.add_argument(
-        "--intercept", type=float, metavar="B", help="files other than DICOM, such as PNG of HU + 32768"
+        "--slope",
+        type=float,
+        metavar="SLOPE",
+        help="convert the stored values of files other than DICOM, such as PNG files of HU + 32768, to SLOPE * value + "
+        "INTERCEPT; needs --intercept",
     )
+    parser.add_argument("--intercept", type=float, metavar="INTERCEPT", help="see --slope")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="with --modality: take all files as that, whatever their headers say, label maps included",
+        help="treat all files as --modality, whatever their headers say, even label maps",
     )
     parser.add_argument(
-        "--root", metavar="DIR", help="where the files of a table, a shipped source or a description lie"
+        "--root", metavar="DIR", help="folder with the files of a table, a shipped source or a description"
     )
-    parser.add_argument("--files", nargs="+", metavar="GLOB", help="which files below it, such as '**/*.nii.gz'")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
-    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of grey images (8)")
-    parser.add_argument("--encoding", choices=("jpg", "png"), help="jpg for 8 bits, png for 16 without it")
+    parser.add_argument(
+        "--files", nargs="+", metavar="GLOB", help="take only these files of the folder, such as '**/*.nii.gz'"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="PIXELS", help="side of the prepared images (default: 256)"
+    )
+    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bit depth of grey images (default: 8)")
+    parser.add_argument(
+        "--encoding", choices=("jpg", "png"), help="encoding of the images (default: jpg for 8 bits, png for 16)"
+    )
     parser.add_argument(
         "--planes",
         nargs="+",
         choices=("axial", "coronal", "sagittal", "stored", "auto"),
-        help="of volumes; auto, of a folder without it: axial, but as stored of thick slices that are not",
+        help="planes cut from volumes; auto is axial, but stored for thick slices in another plane (default for a "
+        "folder: auto)",
     )
-    parser.add_argument("--frame-stride", type=int, metavar="N", help="one frame in N of videos and multi-frame files")
-    parser.add_argument("--slice-stride", type=int, metavar="N", help="one slice in N of each plane of a volume")
     parser.add_argument(
-        "--val-share", type=float, metavar="S", help="part of the images to be held out, by whole patients (0.05)"
+        "--frame-stride",
+        type=int,
+        metavar="FRAMES",
+        help="take one of every FRAMES frames of videos and multi-frame files",
+    )
+    parser.add_argument(
+        "--slice-stride", type=int, metavar="SLICES", help="take one of every SLICES slices of each plane of a volume"
+    )
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help="share of images to hold out, by whole patients (default: 0.05)",
     )
     parser.add_argument(
         "--patient",
-        metavar="WHO",
-        help="who a file's patient is: a regular expression over paths, whose group names it; 'folder', the first that "
-        "the paths do not share; or a column of the table. Without it the header's patient, else the folder",
+        metavar="RULE",
+        help="how to find the patient of a file: a regular expression for paths, whose group is the patient; 'folder' "
+        "for the first folder in which the paths differ; or a column of the table (default: the patient in the "
+        "header, else the folder)",
     )
     parser.add_argument(
         "--split",
         metavar="FILE",
-        help="a table of paths or patients, each train or val; what it does not name is train",
+        help="table that assigns paths or patients to train or val; all others are train",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor without it")
+    parser.add_argument(
+        "--workers", type=int, metavar="PROCESSES", help="processes that read files (default: one per processor)"
+    )
     parser.add_argument(
         "--memory",
         type=int,
         default=512,
         metavar="MB",
-        help="of each process, for one file (512); files up to 4 times as large are read piece by piece, and pictures "
-        "may have 40 million pixels for each 512",
+        help="memory of each process for one file (default: 512). Files up to 4 times as large are read in pieces; a "
+        "picture may have 40 million pixels per 512 MB",
     )
-    parser.add_argument("--cache", metavar="DIR", help="where packages are kept (~/.cache/dex)")
-    parser.add_argument("--allow-burned-in", action="store_true", help="take images that declare burned-in annotation")
+    parser.add_argument(
+        "--cache", metavar="DIR", help="folder for downloaded packages and files (default: ~/.cache/dex)"
+    )
+    parser.add_argument(
+        "--allow-burned-in", action="store_true", help="keep images whose header declares burned-in annotation"
+    )
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
@@ -264,9 +305,9 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "split_file": options.split,
     }
     if options.pattern and modalities.key(options.modality or AUTO) not in map(modalities.key, (AUTO, FROM_FOLDERS)):
-        raise ValueError(f"pattern: expected --modality {AUTO} or {FROM_FOLDERS} beside it; got {options.modality!r}")
+        raise ValueError(f"pattern: expected --modality {AUTO} or {FROM_FOLDERS} with it; got {options.modality!r}")
     if len(options.source) > 1 and (options.root or options.files):
-        raise ValueError(f"root, files: expected one SOURCE beside them; got {len(options.source)}")
+        raise ValueError(f"root, files: expected a single SOURCE with them; got {len(options.source)}")
     sources: list[Any] = []
     folders = 0
     for argument in options.source:
@@ -274,19 +315,8 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         if is_place(argument):
             folders += 1
             given |= {"name": f"folder-{folders}"} if folders > 1 else {}
-        elif folders or len(options.source) > 1:
-            for name in (
-                "modality",
-                "normalisation",
-                "routes",
-                "trusted",
-                "slope",
-                "intercept",
-                "val_share",
-                "patient",
-                "split_file",
-            ):  # of the folders beside it
-                given.pop(name, None)
+        elif len(options.source) > 1:  # A catalogue source beside a folder: these options describe the folder
+            given = {name: value for name, value in given.items() if name not in _OF_FOLDERS}
         sources += resolve(argument, **given)
     return sources
 
@@ -301,7 +331,7 @@ def _route(text: str) -> Any:
 
 
 def _commands(command: list[str], arguments: list[str], options: argparse.Namespace, error: Any) -> list[str]:
-    """The commands that say what some files' modality is, to be copied."""
+    """Instructions and commands to copy that state the modality of the undetermined files."""
     from dex.prepare.modalities import AUTO, FROM_FOLDERS
 
     kept = [word for word in arguments if not word.startswith("--modality=")]
@@ -310,22 +340,23 @@ def _commands(command: list[str], arguments: list[str], options: argparse.Namesp
         del kept[place : place + 2]
     command = shlex.join([*command, *kept])
     if error.by_folders:
-        return ["their folders are called after modalities, so give:", f"{command} --modality {FROM_FOLDERS}"]
+        return ["their folders are named after modalities, so run:", f"{command} --modality {FROM_FOLDERS}"]
     lines = []
     if error.patterns:
         patterns = " ".join(f"--pattern {shlex.quote(f'MODALITY={pattern}')}" for pattern in error.patterns)
         lines += [
-            "say what they are, with CT, MR, PET, X-ray, ... in the place of MODALITY:",
+            "state what they are, with CT, MR, PET, X-ray, ... in place of MODALITY:",
             f"{command} --modality {options.modality or AUTO} {patterns}",
         ]
     if error.unnamed:
-        lines.append(f"no pattern tells those with {', '.join(error.unnamed)} from files whose folders say a modality")
-    moved = "move each into a folder that is called after its modality, and give the same command"
+        names = ", ".join(error.unnamed)
+        lines.append(f"no pattern separates those with {names} from files whose folders are named after a modality")
+    remedy = "move each into a folder named after its modality, and run the same command"
     if options.modality == FROM_FOLDERS:
-        return [*lines, f"or {moved}" if lines else moved]
+        return [*lines, f"or {remedy}" if lines else remedy]
     return [
         *lines,
-        "or, where each lies below a folder that is called after its modality:",
+        "or, if each is below a folder named after its modality:",
         f"{command} --modality {FROM_FOLDERS}",
     ]
 

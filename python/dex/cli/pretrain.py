@@ -1,4 +1,4 @@
-"""`dex pretrain`: the configuration from preset, YAML file and command line, then the run."""
+"""``dex pretrain``: build the configuration from preset, YAML file and command line, then run it."""
 
 import argparse
 import contextlib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from dex.train.continuation import Override
     from dex.train.plan import Plan
 
-HELP = "masked-autoencoder pretraining of a DEX vision transformer"
+HELP = "pretrain a DEX vision transformer as a masked autoencoder"
 POSITION = 30
-_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE)
-"""What a disk or a file server does to a run: one line says it, and a traceback would add nothing."""
 NEEDS = "train"
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Errors of disks and file servers: reported on one line, since a traceback adds nothing."""
 _SHORT = {"data": "data.path", "init": "model.init", "steps": "schedule.steps"}
-"""Options that are short names of fields."""
+"""Short options and the fields they set."""
 
 
 class _Request(NamedTuple):
@@ -71,12 +71,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
     def carry_out() -> int:
         try:
             return training.run()
-        except CorruptDataError as error:
-            return failed("dex pretrain", error)
-        except FolderGone as error:
+        except (CorruptDataError, FolderGone) as error:
             return failed("dex pretrain", error)
         except OSError as error:
-            if error.errno not in _OF_THE_SYSTEM:
+            if error.errno not in _SYSTEM_ERRORS:
                 raise
             return failed("dex pretrain", error)
 
@@ -84,42 +82,45 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
 
 def _parse(arguments: list[str], base: "Config") -> _Request | None:
-    """``base`` with the command line's values; None after --help."""
+    """``base`` with the values of the command line; None after --help."""
     import tyro
 
     from dex.config import Config
 
+    def named(metavar: str) -> Any:
+        return tyro.conf.arg(metavar=metavar)
+
     @dataclass(frozen=True)
     class Pretrain:
-        """Masked-autoencoder pretraining of a DEX vision transformer.
+        """Pretrain a DEX vision transformer as a masked autoencoder.
 
-        The command line overrides the YAML file, and that the preset. Exit codes: 0 done, 1 failed, 2 wrong usage or
-        input, 3 stopped by three non-finite steps in a row, 75 stopped by a signal, saved and resumable, 130
+        The command line overrides the YAML file, which overrides the preset. Exit codes: 0 done, 1 failed, 2 wrong
+        usage or input, 3 stopped by three non-finite steps in a row, 75 stopped by a signal, saved and resumable, 130
         interrupted at once.
         """
 
-        preset: str | None = None
-        """demo, demo-monolithic, published-code or paper."""
-        config: str | None = None
+        preset: Annotated[str | None, named("NAME")] = None
+        """Base configuration: demo, demo-monolithic, published-code or paper."""
+        config: Annotated[str | None, named("FILE")] = None
         """YAML file with some or all of the fields below."""
-        data: str | None = None
-        """Folder of images or shard set; the small set in the package without it. Same as --data.path."""
-        out: str | None = None
-        """Run folder; runs/NAME-DATE without it."""
-        init: str | None = None
+        data: Annotated[str | None, named("DIR")] = None
+        """Folder of images or shard set; by default the small set in the package. Same as --data.path."""
+        out: Annotated[str | None, named("DIR")] = None
+        """Run folder; by default runs/NAME-DATE."""
+        init: Annotated[str | None, named("PATH")] = None
         """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run. Same as --model.init."""
-        steps: int | None = None
-        """Length of the run. Same as --schedule.steps."""
-        resume: str | None = None
-        """auto: from the newest good checkpoint in --out. Or a run folder, or one of its checkpoint folders."""
+        steps: Annotated[int | None, named("NUMBER")] = None
+        """Length of the run in steps. Same as --schedule.steps."""
+        resume: Annotated[str | None, named("auto|DIR")] = None
+        """auto resumes from the newest good checkpoint in --out; or give a run folder or one of its checkpoints."""
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Start anew in a folder that holds a run; its files are removed after the new run's first step."""
-        override: tuple[str, ...] = ()
-        """Fields in which the run that is resumed may differ from here on; needs --reason."""
-        reason: str | None = None
-        """Why, for the record of the run."""
+        """Start over in a folder that has a run; the old files are removed after the first step of the new run."""
+        override: Annotated[tuple[str, ...], named("FIELD ...")] = ()
+        """Fields whose values may change when the run is resumed; needs --reason."""
+        reason: Annotated[str | None, named("TEXT")] = None
+        """Why the fields of --override change; stored with the run."""
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Check everything and print the configuration and what would run; write nothing."""
+        """Check everything, print the configuration and what would run, and write nothing."""
         fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
 
     complaint = io.StringIO()
@@ -143,12 +144,12 @@ def _override(fields: tuple[str, ...], reason: str | None) -> "Override | None":
     from dex.train.continuation import Override
 
     if reason is not None and not fields:
-        raise ValueError("override: expected the fields that the reason is for; got none")
+        raise ValueError("override: expected the fields to which --reason applies; got none")
     return Override(tuple(name.strip("-").replace("-", "_") for name in fields), reason or "") if fields else None
 
 
 def _first_options(arguments: list[str]) -> argparse.Namespace:
-    """The options that decide which configuration the others override."""
+    """The options that select the configuration which all other options override."""
     parser = Parser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out", "resume"):
         parser.add_argument(f"--{name}")
@@ -158,12 +159,12 @@ def _first_options(arguments: list[str]) -> argparse.Namespace:
 class _Given(NamedTuple):
     option: str
     value: str
-    words: str
-    """As they stand on the command line."""
+    text: str
+    """As written on the command line."""
 
 
 def _check_contradictions(arguments: list[str]) -> None:
-    """ValueError: one option, or two that are the same, with two values. Nothing says which of them is meant."""
+    """ValueError: an option, or an option and its short name, has two different values."""
     seen: dict[str, _Given] = {}
     for place, word in enumerate(arguments):
         if not word.startswith("--"):
@@ -172,40 +173,40 @@ def _check_contradictions(arguments: list[str]) -> None:
         values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
         given = _Given(name.replace("-", "_"), value if equals else " ".join(values), word)
         if not equals:
-            given = given._replace(words=f"{word} {given.value}".strip())
+            given = given._replace(text=f"{word} {given.value}".strip())
         section, dot, last = given.option.rpartition(".")
-        if last.startswith("no_"):  # a switch that is turned off
+        if last.startswith("no_"):  # A switch that is turned off
             given = given._replace(option=f"{section}{dot}{last[3:]}", value="no")
         before = seen.setdefault(_SHORT.get(given.option, given.option), given)
         if given.value == before.value:
             continue
         if given.option == before.option:
-            raise ValueError(f"{given.option}: expected one value; got {before.words} and {given.words}")
+            raise ValueError(f"{given.option}: expected one value; got {before.text} and {given.text}")
         short, full = sorted((given, before), key=lambda g: len(g.option))
         raise ValueError(
-            f"{short.option}: expected --{short.option} or --{full.option}, which are the same; got {short.value} and "
-            f"{full.value}"
+            f"{short.option}: expected one value for --{short.option} and --{full.option}, which are the same; "
+            f"got {short.value} and {full.value}"
         )
 
 
 def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | None, Path | None]:
-    """What `dex.train.run.pretrain` takes as ``resume`` and ``out``."""
+    """Arguments ``resume`` and ``out`` of ``dex.train.run.pretrain``."""
     folder = folder_argument("out", out) if out is not None else None
     if resume is None:
         return None, folder
     if resume == "auto":
         if folder is None:
-            raise ValueError("resume: expected --out with the run folder beside --resume auto")
+            raise ValueError("resume: expected the run folder as --out with --resume auto; got none")
         return "auto", folder
     path = folder_argument("resume", resume)
     if not path.is_dir():
-        raise FileNotFoundError(f"resume: expected auto, a run folder or a checkpoint folder; nothing at {path}")
+        raise FileNotFoundError(f"resume: expected auto, a run folder or a checkpoint folder; there is none at {path}")
     is_run = (path / "config.yaml").is_file()
     run = path if is_run else path.resolve().parent.parent
     if not is_run and not (run / "config.yaml").is_file():
         raise ValueError(f"resume: expected auto, a run folder or a checkpoint folder in one; got {path}")
     if folder is not None and folder.resolve() != run.resolve():
-        raise ValueError(f"out: expected the run that is resumed, {run}; got {folder}")
+        raise ValueError(f"out: expected the resumed run, {run}; got {folder}")
     return ("auto" if is_run else path), run
 
 
@@ -222,12 +223,12 @@ def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> 
     log = RunLog(resumed)
     if log.holds_run():
         base = log.config()
-        return replace(base, run=replace(base.run, stop_at=None))  # where an earlier start was to stop
+        return replace(base, run=replace(base.run, stop_at=None))  # It applied to an earlier start
     return base
 
 
 def _describe(plan: "Plan") -> str:
-    """The configuration as YAML, and what would run as comments below it."""
+    """The configuration as YAML, followed by what would run as comments."""
     from dex.common.ranks import announced
     from dex.config import to_yaml
     from dex.sizing import scaling
@@ -248,15 +249,15 @@ def _describe(plan: "Plan") -> str:
     for ranks in sorted({1, 8, announced().world_size}):
         lines += scaling.describe(work, ranks)
     if config.parallel.cuda_graph:
-        lines.append(f"parallel.cuda_graph: each step is the replay of one graph; {cuda_graph.STATUS}")
+        lines.append(f"parallel.cuda_graph: each step replays one graph; {cuda_graph.STATUS}")
     lines += plan.notes
     if plan.saved:
-        lines.append(f"resumes from {plan.saved.folder.name}, {plan.saved.state['step']:,} steps done")
+        lines.append(f"resumes from {plan.saved.folder.name} after {plan.saved.state['step']:,} steps")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
 
 
 def _complaint(text: str, arguments: list[str], kind: type) -> str:
-    """tyro's ``text`` in the words of `dex.config.check`, where it is about the value of one field of ``kind``."""
+    """tyro's error ``text``, reworded like the errors of ``dex.config.check`` if it concerns a field of ``kind``."""
     from dex.common.fields import words
     from dex.config import field_kind
 
@@ -277,18 +278,18 @@ def _complaint(text: str, arguments: list[str], kind: type) -> str:
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box of several lines: its first paragraph, and the options that it thinks were meant."""
+    """First paragraph of the error box that tyro prints, and the options it suggests."""
 
     def is_rule(line: str) -> bool:
         return set(line) <= set("\u2500\u2570\u256f-+")
 
     lines = [line.strip("\u2502| ") for line in box.splitlines()]
-    # The title is the box's upper edge; without Unicode it stands alone, above a rule.
+    # The title is in the upper edge of the box; without Unicode it is a line above a rule.
     title = next((i for i, line in enumerate(lines) if line and not is_rule(line)), 0)
     first = title + 1 if lines[title].startswith("\u256d") else title + 2
     end = next((i for i, line in enumerate(lines) if i >= first and is_rule(line)), len(lines))
     text = " ".join(lines[first:end])
     if "Perhaps you meant" in box:
-        meant = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
-        text += f"; perhaps {' or '.join(meant)}"
+        options = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
+        text += f"; did you mean {' or '.join(options)}?"
     return text

@@ -1,16 +1,15 @@
-"""`dex probe`: linear, kNN and few-shot probes of a trained model on labelled images."""
+"""``dex probe``: linear, kNN and few-shot probes of a trained model on labelled images."""
 
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from dex.cli import _features
-from dex.cli._console import Parser, failed, folder_argument
+from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
 
-HELP = "linear, kNN and few-shot probes on labelled images, with intervals over patients"
+HELP = "run linear, kNN and few-shot probes on labelled images, with intervals over patients"
 POSITION = 43
 NEEDS = "train,data"
 
@@ -19,7 +18,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
 
-    from dex.common.ranks import announced
     from dex.inference import probe_job
     from dex.inference.collection import collection
     from dex.inference.embed_job import Options, Stopped
@@ -31,24 +29,22 @@ def run(arguments: list[str]) -> Callable[[], int]:
         options.features, options.folds, options.k, tuple(options.shots), options.draws, options.seeds
     )
     probe_job.check(settings)
-    if announced().world_size > 1:
-        raise ValueError(f"WORLD_SIZE: expected one process, which dex probe runs in; got {announced().world_size}")
+    require_one_process("dex probe")
     labels = probe_job.read_labels(Path(options.labels) if options.labels else None, options.patient)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder; got the file {out}")
     if (out / probe_job.SHEET).exists():
         raise ValueError(
-            f"out: expected a folder without results; {out / probe_job.SHEET} is there. Give another --out"
+            f"out: expected a folder without results; {out / probe_job.SHEET} exists. Choose another --out"
         )
-    private = tempfile.TemporaryDirectory()  # the ids' salt: no id leaves; it goes with its last reference
+    # Holds the salt of the ids until the last reference is gone; no id is written anywhere else
+    private = tempfile.TemporaryDirectory()
     workers = _features.workers(options)
-    where = Path(private.name) / "private"
-    images = collection(Path(options.input), where, processes=workers, **_features.reading(options))
+    folder = Path(private.name) / "private"
+    images = collection(Path(options.input), folder, processes=workers, **_features.reading(options))
     probe_job.check_labels(images, labels)
     loaded = load(options.run, img_size=options.img_size, path=options.path, ema=options.ema)
-    config = loaded.config
-    device = resolve_device(replace(config, run=replace(config.run, device=options.device)))
-    loaded.model.to(device)
+    loaded.model.to(resolve_device(options.device))
     job = Options(out, (), options.batch_size, options.precision, workers)
 
     def carry_out() -> int:
@@ -76,33 +72,46 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex probe",
-        description="What frozen features are worth: a linear probe and kNN, cross-validated by patient, with BCa "
-        "intervals over patients, and a few-shot curve. Accuracy is the mean over classes.",
+        description="Evaluate frozen features with a linear probe and kNN, cross-validated by patient, with BCa "
+        "intervals over patients, and with a few-shot curve. Accuracy is the mean over classes.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint, or what dex export wrote")
+    _features.add_run(parser)
     parser.add_argument(
-        "input", metavar="INPUT", help="folder with a sub-folder per class, or with --labels; shard set"
+        "input",
+        metavar="INPUT",
+        help="folder with a sub-folder per class; with --labels, any folder; or a shard set",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="for probe.csv and curve.png")
-    parser.add_argument("--labels", metavar="CSV", help="columns path (below INPUT; or id), label and perhaps patient")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for probe.csv and curve.png")
+    parser.add_argument(
+        "--labels", metavar="CSV", help="table with columns path (below INPUT) or id, label and optionally patient"
+    )
     parser.add_argument(
         "--patient",
         metavar="REGEX",
-        help="searched in the path; group 1 is the patient. Without it: a DICOM header's patient, else the folder "
-        "below the class, else each file is a patient",
+        help="regular expression searched in each path; group 1 is the patient (default: the patient in the DICOM "
+        "header, else the folder below the class, else each file is a patient)",
     )
-    parser.add_argument("--features", choices=("cls", "patches"), default="cls", help="CLS token or mean of patches")
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (5)")
-    parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours (20)")
+    parser.add_argument(
+        "--features",
+        choices=("cls", "patches"),
+        default="cls",
+        help="features to probe: the CLS token or the mean of the patches (default: cls)",
+    )
+    parser.add_argument(
+        "--folds", type=int, default=5, metavar="COUNT", help="folds of the cross-validation (default: 5)"
+    )
+    parser.add_argument("--k", type=int, default=20, metavar="NEIGHBOURS", help="neighbours of kNN (default: 20)")
     parser.add_argument(
         "--shots",
         type=int,
         nargs="*",
         default=[1, 2, 4, 8, 16, 32],
-        metavar="N",
-        help="images per class (1 2 4 ... 32)",
+        metavar="IMAGES",
+        help="images per class of the few-shot curve (default: 1 2 4 8 16 32)",
     )
-    parser.add_argument("--draws", type=int, default=10, metavar="N", help="of images, per number of shots (10)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the split by patient (3)")
+    parser.add_argument(
+        "--draws", type=int, default=10, metavar="COUNT", help="random draws per number of shots (default: 10)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="COUNT", help="random splits by patient (default: 3)")
     _features.add_options(parser)
     return parser

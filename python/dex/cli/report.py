@@ -1,4 +1,4 @@
-"""`dex report`: one page about run folders."""
+"""``dex report``: one HTML page about run folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from dex.cli._console import Parser
 from dex.common import exits
 from dex.common.units import format_bytes
 
-HELP = "one HTML page about a run, or about several compared"
+HELP = "write one HTML page about a run, or one that compares several"
 POSITION = 40
 NEEDS = "train"
 
@@ -15,10 +15,13 @@ NEEDS = "train"
 def run(arguments: list[str]) -> Callable[[], int]:
     parser = Parser(
         prog="dex report",
-        description="One self-contained HTML page about run folders: curves, pictures, events, configuration, machine.",
+        description="Write one self-contained HTML page about run folders: curves, pictures, events, configuration and "
+        "machine.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared")
-    parser.add_argument("--out", metavar="FILE", help="RUN/report.html without it; report.html here for several runs")
+    parser.add_argument(
+        "--out", metavar="FILE", help="page to write (default: RUN/report.html, or report.html for several runs)"
+    )
     options = parser.parse_args(arguments)
     if not all(text.strip() for text in [*options.runs, *([] if options.out is None else [options.out])]):
         raise ValueError("runs, --out: expected paths; got an empty one")
@@ -26,7 +29,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
     from dex.report.page import report
 
-    written = report(runs, out)  # here, not later: everything that can be wrong is the input
+    written = report(runs, out)  # Here, not in carry_out: any error is an error in the input
 
     def carry_out() -> int:
         print(f"{written}, {format_bytes(written.stat().st_size)}")

@@ -1,4 +1,4 @@
-"""`dex tasks`: the downstream tasks by name, and what a folder holds of one."""
+"""``dex tasks``: list the downstream tasks, describe one, and check its data."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from dex.common import exits
 if TYPE_CHECKING:
     from dex.tasks.task import Task, TaskData
 
-HELP = "downstream tasks: list them, describe one, check its data before training"
+HELP = "list downstream tasks, describe one, or check its data before training"
 POSITION = 45
 NEEDS = "train,data"
 _STATES = {
     "verified": "verified on files",
-    "loader": "as a public loader or description has it; not verified on files",
+    "loader": "taken from a public loader or description; not verified on files",
     "unknown": "unknown",
     "own": "your own",
 }
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if not task.root and options.data is None and options.labels is None and not _is_there(task, root):
         _require_none(options, "classes", "patient", "split", "modality", "shots", "pretraining", "run", "private")
         if options.check:
-            raise ValueError("data: expected the folder of the data, which --check reads; got none")
+            raise ValueError("data: expected the folder of the data for --check; got none")
         return lambda: _show(task, None, options)
     data = _task_data.open_data(task, options)
     return lambda: _show(data.task, data, options)
@@ -54,7 +54,7 @@ def _require_none(options: Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value not in (None, []):
-            raise ValueError(f"{name}: expected a task and the folder of its data with it; got {value!r} alone")
+            raise ValueError(f"{name}: expected a task and its data folder with it; got {value!r} alone")
 
 
 def _is_there(task: "Task", root: str | None) -> bool:
@@ -84,15 +84,17 @@ def _list(root: Path | None, as_json: bool) -> int:
         return exits.DONE
     print(_table(rows))
     where = (
-        f"below {root}" if root else "nowhere: --data DIR, or $DEX_TASKS, names a folder with a folder for each task"
+        f"data below {root}"
+        if root
+        else "no data folder: give --data DIR or $DEX_TASKS, with a sub-folder for each task"
     )
-    print(f"\n{len(rows)} tasks; data looked for {where}. `dex tasks NAME` shows one.")
-    print("A folder of your own is a task too: dex tasks FOLDER.")
+    print(f"\n{len(rows)} tasks; {where}. `dex tasks NAME` describes one.")
+    print("Your own folder can be a task too: dex tasks FOLDER.")
     return exits.DONE
 
 
 def _present(task: "Task", root: Path | None) -> str:
-    """Whether the data of a task are below the folder."""
+    """Whether the data of a task are below ``root``, in words."""
     from dex.tasks import patterns
 
     if root is None or not _is_there(task, str(root)):
@@ -101,10 +103,10 @@ def _present(task: "Task", root: Path | None) -> str:
     if not task.layout.rules:
         return f"{len(files.files):,} files of unknown layout" if files.files else "no"
     try:
-        found = patterns.matches(task.layout, files, task.classes)
+        images = patterns.matches(task.layout, files, task.classes)
     except ValueError:
         return "several copies"
-    return f"{len(found):,} images" if found else "other files"
+    return f"{len(images):,} images" if images else "other files"
 
 
 def _table(rows: list[dict]) -> str:
@@ -127,8 +129,8 @@ def _show(task: "Task", data: "TaskData | None", options: Namespace) -> int:
         if data is not None and options.check:
             facts["targets"] = {side: count._asdict() for side, count in check_targets(data).items()}
         if data is not None and options.pretraining is not None:
-            chosen = None if options.pretraining == "embedded" else Path(options.pretraining)
-            facts["leak"] = leakage.check(data, chosen).sentence
+            pretraining = None if options.pretraining == "embedded" else Path(options.pretraining)
+            facts["leak"] = leakage.check(data, pretraining).sentence
         elif data is not None and options.run is not None:
             facts["leak"] = leakage.of_run(data, Path(options.run)).sentence
     except (ValueError, OSError) as error:
@@ -138,7 +140,7 @@ def _show(task: "Task", data: "TaskData | None", options: Namespace) -> int:
         return exits.DONE
     print("\n".join(_description(task)))
     if data is not None:
-        print("\n".join(_found(task, facts)))
+        print("\n".join(_contents(task, facts)))
     print("\n".join(_commands(task, data, options)))
     return exits.DONE
 
@@ -147,8 +149,8 @@ def _description(task: "Task") -> list[str]:
     lines = [f"{task.name}: {task.title or 'a task of your own'}"]
     facts = {
         "kind": f"{task.kind}, {task.metric}",
-        "modality": f"{task.modality or 'as the files say'}{f', {task.anatomy}' if task.anatomy else ''}",
-        "classes": ", ".join(task.classes) or "as the data say",
+        "modality": f"{task.modality or 'read from the files'}{f', {task.anatomy}' if task.anatomy else ''}",
+        "classes": ", ".join(task.classes) or "read from the data",
     }
     if task.published.row:
         counts = task.published
@@ -191,14 +193,14 @@ def _counts(data: "TaskData") -> dict[str, dict[str, int]]:
     }
 
 
-def _found(task: "Task", facts: dict) -> list[str]:
+def _contents(task: "Task", facts: dict) -> list[str]:
     lines = [""]
     for side, counts in facts["data"].items():
         named = ", ".join(f"{value:,} {name}" for name, value in counts.items())
         lines.append(f"  {side:<6}{named}")
     for side, counts in facts.get("targets", {}).items():
-        held = ", ".join(f"{name} {n:,}" for name, n in zip(task.classes, counts["present"], strict=True))
-        lines.append(f"  {side:<6}targets read; cases that hold a class: {held}")
+        of_class = ", ".join(f"{name} {n:,}" for name, n in zip(task.classes, counts["present"], strict=True))
+        lines.append(f"  {side:<6}targets read; cases with each class: {of_class}")
     lines += [line for note in facts["notes"] for line in textwrap.wrap(f"- {note}", _WIDTH, subsequent_indent="  ")]
     if "leak" in facts:
         lines.append(f"leak check against pretraining: {facts['leak']}")
@@ -235,21 +237,21 @@ def _quoted(text: str) -> str:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex tasks",
-        description="Without TASK: the 26 tasks of the paper, and whether their data are there. With it: what is known "
-        "of the task, what its data hold, and the commands to use it. TASK may be a folder of your own: a folder for "
-        "each class, images with masks beside them, or with --labels. Without TASK --data is a folder with a folder "
-        "for each task.",
+        description="Without TASK, list the 26 tasks of the paper and whether their data are present; --data is then a "
+        "folder with a sub-folder for each task. With TASK, describe the task, its data and the commands to use it. "
+        "TASK may be your own folder: a sub-folder for each class, images with masks beside them, or any folder with "
+        "--labels.",
     )
-    parser.add_argument("task", nargs="?", metavar="TASK", help="a name, a YAML file, or a folder of your own")
+    parser.add_argument("task", nargs="?", metavar="TASK", help="name, YAML file, or your own folder")
     _task_data.add_options(parser)
     parser.add_argument(
-        "--check", action="store_true", help="read every mask: sizes, values, and classes that a side lacks"
+        "--check", action="store_true", help="read every mask and check sizes, values and the classes of each split"
     )
     parser.add_argument(
         "--pretraining",
         metavar="PATH",
-        help="leak check against this shard set or folder; embedded: the one that ships",
+        help="check for leaks from this shard set or folder, or 'embedded' for the one in the package",
     )
-    parser.add_argument("--run", metavar="RUN", help="leak check against the data of this run, if they are at hand")
-    parser.add_argument("--json", action="store_true", help="print facts as JSON")
+    parser.add_argument("--run", metavar="RUN", help="check for leaks from the data of this run, if they are available")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser

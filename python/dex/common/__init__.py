@@ -1,5 +1,6 @@
-"""What every other package may use; nothing here imports another part of `dex`.
+"""Modules for all other packages; nothing here imports another part of ``dex``.
 
-``atomic`` files, ``random`` numbers, ``ranks``, ``exits`` (exit codes and signals), ``units`` (durations and bytes);
-``formats`` of image files, ``faults`` (what is wrong with one), ``bombs`` (pictures that would take a decoder long).
+``atomic`` files, ``random`` numbers, ``ranks``, ``exits`` (exit codes and signals), ``units`` (durations and bytes),
+``fields`` (dataclasses from YAML), ``shapes`` (image sizes), ``formats`` of image files, ``faults`` (errors of image
+files), ``bombs`` (pictures that are too slow to decode).
 """

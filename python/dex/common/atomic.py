@@ -1,7 +1,7 @@
-"""Files that are either the old ones or the new ones, whatever stops the process that writes them.
+"""Atomic writes: whatever stops the process, a file is either the old or the new one.
 
 A file is written in the same folder under a name that ends in ``.partial``, and renamed over the old one. With ``sync``
-it is also on the disk when the call returns: the file before its name, the name by flushing the folder.
+it is also on disk when the call returns: first the file, then its name by flushing the folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def work_name(path: Path) -> Path:
-    """``NAME.partial`` beside ``path``: what a file is called while it is written."""
+    """``NAME.partial`` beside ``path``: the name of a file while it is written."""
     return path.with_name(path.name + PARTIAL)
 
 
@@ -26,13 +26,13 @@ def work_name(path: Path) -> Path:
 def writing(
     path: str | os.PathLike[str], *, sync: bool = False, mode: int = 0o666, locked: bool = False
 ) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of ``path`` when the block ends; an error in the block leaves ``path`` alone.
+    """A binary file that replaces ``path`` at the end of the block; an error in the block leaves ``path`` unchanged.
 
-    sync: return only when the file is on the disk. mode: permissions of the file, less the umask. locked: the caller
-    holds a lock that keeps other writers away; what a writer that was killed left under the `work_name` is replaced.
+    sync: return only when the file is on disk. mode: permissions of the file, before the umask. locked: the caller
+    holds a lock that excludes other writers, so a file that a killed writer left under ``work_name`` is replaced.
 
-    Without a lock, processes that write one path at the same time, on one machine or several, each leave a whole file;
-    the last one stays.
+    Without a lock, processes that write the same path at the same time, also on several machines, each write a complete
+    file; the last one stays.
     """
     path = Path(path)
     work = work_name(path if locked else path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}"))
@@ -56,13 +56,13 @@ def writing(
 def write(
     path: str | os.PathLike[str], data: bytes | str, *, sync: bool = False, mode: int = 0o666, locked: bool = False
 ) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8) as a whole; arguments as of `writing`."""
+    """Replace ``path`` atomically by ``data`` (text as UTF-8); arguments as in ``writing``."""
     with writing(path, sync=sync, mode=mode, locked=locked) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -72,8 +72,8 @@ def sync_path(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that takes the place of ``path``, absent or an empty folder, when the block ends, with every file in it
-    on the disk; an error in the block leaves nothing."""
+    """A folder that becomes ``path``, which is absent or empty, at the end of the block, with all its files on disk; an
+    error in the block leaves nothing behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")

@@ -1,4 +1,4 @@
-"""Exit codes of every command, and the signals that lead to them."""
+"""Exit codes of all commands, and the signals that lead to them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 DONE = 0
 FAILED = 1
-"""It failed after its input was accepted; ``dex doctor``: pretraining cannot run here."""
+"""Failed after validation; ``dex doctor``: pretraining cannot run here."""
 USAGE = 2
 """Wrong usage or input: one line on stderr, and nothing was changed."""
 NONFINITE = 3
-"""Pretraining stopped after several non-finite steps in a row."""
+"""Training stopped after several consecutive non-finite steps."""
 PREEMPTED = 75
-"""Stopped by a signal with all that is done saved. The same command goes on; for ``dex pretrain`` only with
-``--resume auto``."""
+"""Stopped by a signal with all finished work saved. The same command resumes; ``dex pretrain`` needs ``--resume auto``.
+"""
 INTERRUPTED = 130
 """Interrupted at once by a second SIGINT."""
 
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers stop a run with."""
+"""Signals with which schedulers stop a run."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What schedulers and people stop a run with."""
+"""Signals with which schedulers and users stop a run."""
 
 
 class Stopped(BaseException):
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int], None], signals: tuple[int, ...] = STOP_SIGNALS) -> Iterator[None]:
-    """Call ``handler`` with the number of each of ``signals`` that comes in the block, and no longer.
+    """Call ``handler`` with the number of each of ``signals`` that arrives in the block.
 
     ``handler`` runs between two instructions of the main thread and may raise.
     """
@@ -40,17 +40,17 @@ def handled(handler: Callable[[int], None], signals: tuple[int, ...] = STOP_SIGN
     def note(number: int, frame: Any) -> None:
         handler(number)
 
-    before = {number: signal.signal(number, note) for number in signals}
+    previous = {number: signal.signal(number, note) for number in signals}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """The stop signals that have come in the block so far; SIGINT after an earlier one raises KeyboardInterrupt."""
+    """List of the stop signals received in the block; a SIGINT after an earlier signal raises KeyboardInterrupt."""
     received: list[int] = []
 
     def note(number: int) -> None:
@@ -64,9 +64,9 @@ def collected() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def stopping(signals: tuple[int, ...] = SCHEDULER_SIGNALS) -> Iterator[None]:
-    """Raise `Stopped` when the first of ``signals`` comes in the block; later ones change nothing.
+    """Raise ``Stopped`` at the first of ``signals`` in the block; later signals are ignored.
 
-    It is raised once more at the end of the block if code in the block has swallowed it.
+    It is raised again at the end of the block if code in the block has swallowed it.
     """
     received: list[str] = []
 
@@ -82,11 +82,11 @@ def stopping(signals: tuple[int, ...] = SCHEDULER_SIGNALS) -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """For worker processes: a scheduler signals the whole group, and the parent still needs them to finish."""
+    """For worker processes: a scheduler signals the whole group, but the parent still needs its workers to finish."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def heed_interrupts() -> None:
-    """For child processes: SIGINT ends them, also when a shell has started their parent in the background."""
+    """For child processes: let SIGINT end them, even if a shell started their parent in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Nested dataclasses of plain values: filled from mappings with every mistake named, and what their types expect."""
+"""Fill nested dataclasses from mappings such as YAML, with an error for every mistake."""
 
 import dataclasses
 import difflib
@@ -11,8 +11,8 @@ import yaml
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML without two traps: a key that comes twice in one mapping, of which plain YAML takes the last one, and a
-    number that is not what it looks like, 010 (8) or 1:30 (90), are errors."""
+    """YAML that refuses two traps: duplicate keys, of which plain YAML takes the last, and numbers with another value
+    than it seems, such as 010 (8) or 1:30 (90)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -21,18 +21,18 @@ class OnceLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in lines:
-                raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}")
+                raise yaml.YAMLError(f"{key.value} occurs twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
         return super().construct_mapping(node, deep)
 
     def construct_plain_number(self, node: yaml.ScalarNode) -> int | float:
-        """A number. YAMLError for one in base 8 or 60."""
+        """Parse a number. YAMLError: it is in base 8 or 60."""
         is_whole = node.tag.endswith(":int")
         number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
         digits = node.value.lstrip("+-")
         if ":" in digits or (is_whole and len(digits) > 1 and digits[0] == "0" and digits[1] not in "xXbB"):
             raise yaml.YAMLError(
-                f"{node.value} in line {node.start_mark.line + 1} is {number} in YAML; write {number}, or quote a text"
+                f"{node.value} in line {node.start_mark.line + 1} is {number} in YAML; write {number}, or quote text"
             )
         return number
 
@@ -42,7 +42,7 @@ for _tag in ("int", "float"):
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name of every field -> value."""
+    """Values of all fields by dotted name."""
     fields: dict[str, Any] = {}
     for key, value in values.items():
         fields |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -50,9 +50,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
-    """The dataclass ``base`` with the fields that ``values`` names replaced.
+    """The dataclass ``base`` with the fields in ``values`` replaced.
 
-    ``prefix`` comes before a field's name in errors. ValueError, naming the field and ``source``: an unknown key or a
+    ``prefix`` is put before field names in errors. ValueError, naming the field and ``source``: an unknown key or a
     value of the wrong type.
     """
     if not isinstance(values, dict):
@@ -63,62 +63,60 @@ def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
     for key, value in values.items():
         if key not in kinds:
             close = difflib.get_close_matches(str(key).lower().replace("-", "_"), kinds, 1)
-            meant = f"; perhaps {prefix}{close[0]}" if close else ""
-            raise ValueError(
-                f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}{meant}"
-            )
-        old = getattr(base, key)
-        if dataclasses.is_dataclass(old):
-            changes[key] = merge(old, value, source, f"{prefix}{key}.")
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}{hint}")
+        field = getattr(base, key)
+        if dataclasses.is_dataclass(field):
+            changes[key] = merge(field, value, source, f"{prefix}{key}.")
         else:
             changes[key] = _convert(value, kinds[key], f"{prefix}{key}", source)
     return replace(base, **changes)
 
 
 def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
-    found = _match(value, kind)
-    if found is _NO:
+    converted = _match(value, kind)
+    if converted is _NO_MATCH:
         raise ValueError(f"{name}: expected {words(kind)}; got {_shown(value)} in {source}")
-    return found
+    return converted
 
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 
-_NO = object()
+_NO_MATCH = object()
 
 
 def _match(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``, or `_NO`."""
+    """``value`` converted to the annotation ``kind``, or ``_NO_MATCH``."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return next((found for k in arguments if (found := _match(value, k)) is not _NO), _NO)
+        return next((match for k in arguments if (match := _match(value, k)) is not _NO_MATCH), _NO_MATCH)
     if origin is Literal:
-        return value if value in arguments else _NO
+        return value if value in arguments else _NO_MATCH
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            return _NO
+            return _NO_MATCH
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         if not value or len(kinds) != len(value):
-            return _NO
-        found = tuple(_match(v, k) for v, k in zip(value, kinds, strict=True))
-        return _NO if _NO in found else found
+            return _NO_MATCH
+        matches = tuple(_match(v, k) for v, k in zip(value, kinds, strict=True))
+        return _NO_MATCH if _NO_MATCH in matches else matches
     if kind is types.NoneType:
-        return value if value is None else _NO
+        return value if value is None else _NO_MATCH
     if kind is float:
         # YAML 1.1 reads 1e-4 as text.
         if isinstance(value, str):
             try:
                 value = float(value)
             except ValueError:
-                return _NO
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO
-    return value if type(value) is kind else _NO
+                return _NO_MATCH
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO_MATCH
+    return value if type(value) is kind else _NO_MATCH
 
 
 def words(kind: Any) -> str:
-    """What is expected of a value of this annotation."""
+    """The values that an annotation allows, in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(words(k) for k in arguments)

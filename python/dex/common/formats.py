@@ -1,7 +1,7 @@
-"""The file formats of images: their suffixes, the libraries that read them, and which of them a plain folder may hold.
+"""The file formats of images: suffixes, the libraries that read them, and which ones a plain folder may hold.
 
-One table, for `dex prepare` (whose readers take their suffixes and libraries from it), for plain folders
-(`dex.data.folder`), `dex doctor` and the documentation. A file is known by its suffix, in any case.
+One table for the readers of ``dex prepare``, for plain folders (``dex.data.folder``), for ``dex doctor`` and for the
+documentation. The format of a file is determined by its suffix, ignoring case.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 EXTRA = "pip install -e '.[data]'"
-"""What brings every library of the table, in the clone."""
+"""Installs all libraries of the table, in the clone."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """name: of its reader in `dex.prepare.readers`. title: as people call it. suffixes: in lower case. needs: modules
-    -> the distributions that they come with. plain: the suffixes of files that a plain folder may hold, each one
-    image. note: how files are known that have none of the suffixes, and what else there is to say."""
+    """A file format."""
 
     name: str
+    """Name of its reader in ``dex.prepare.readers``."""
     title: str
+    """Name for display."""
     suffixes: tuple[str, ...]
+    """In lower case."""
     needs: Mapping[str, str] = field(default_factory=dict)
+    """Modules, and the distributions that contain them."""
     plain: tuple[str, ...] = ()
+    """Suffixes of files with one image that a plain folder may hold."""
     note: str = ""
+    """How files without any of the suffixes are recognised, and other remarks."""
 
     def missing(self) -> list[str]:
         """The distributions that are not installed."""
@@ -69,23 +73,23 @@ FORMATS = (
 
 
 def of(name: str) -> Format:
-    """The format of that name. KeyError where there is none."""
+    """The format called ``name``. KeyError: there is none."""
     return _BY_NAME[name]
 
 
 def suffix_of(path: bytes | str | os.PathLike[str]) -> str:
-    """The table's longest suffix that a file's name ends with; "" where none does."""
+    """The longest suffix in the table with which a file name ends; "" if there is none."""
     name = os.path.basename(os.fsdecode(path)).lower()
     return next((suffix for suffix in _longest_first() if name.endswith(suffix)), "")
 
 
 def format_of(path: bytes | str | os.PathLike[str]) -> Format | None:
-    """The format that a file's suffix names."""
+    """The format of a file by its suffix; None if it is unknown."""
     return _BY_SUFFIX.get(suffix_of(path))
 
 
 def is_plain(path: bytes | str | os.PathLike[str]) -> bool:
-    """Whether a plain folder may hold a file of this name, as one image."""
+    """Whether a plain folder may hold a file with this name as one image."""
     suffix = suffix_of(path)
     return bool(suffix) and suffix in _BY_SUFFIX[suffix].plain
 
@@ -102,5 +106,5 @@ def _longest_first() -> tuple[str, ...]:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # Of the parent package
         return False

@@ -1,4 +1,4 @@
-"""Sizes of images, one number for a square or height and width, and what their values are normalised by."""
+"""Sizes of images (one number for a square, or height and width), and the statistics for normalisation."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ Size = int | tuple[int, int]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = 0.449, 0.226
-"""The means of the three, for images of one channel."""
+"""Means of the three values, for images of one channel."""
 CHANNELS = (1, 3)
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of an image of that size."""
+    """Height and width of a size."""
     if isinstance(size, int):
         return size, size
     height, width = size
@@ -34,5 +34,5 @@ def plain_size(size: int | Sequence[int]) -> Size:
 
 
 def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that images of one or three channels are normalised by."""
+    """Mean and standard deviation with which images of one or three channels are normalised."""
     return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((GREY_MEAN,), (GREY_STD,))

@@ -1,4 +1,4 @@
-"""Durations and bytes as people read them."""
+"""Human-readable durations and bytes."""
 
 from __future__ import annotations
 

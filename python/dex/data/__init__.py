@@ -1,9 +1,9 @@
-"""Data: a folder or a shard set in, batches of uint8 images out, augmentation as batched torch operations.
+"""Data sets (a folder or a shard set), batches of uint8 images, and augmentation as batched torch operations.
 
 dataset = open_dataset(None).split("train")          # the embedded set
 loader = Loader(dataset, 64, seed=0, num_workers=2)
 batch = next(loader)                                  # uint8 [B, 3, S, S], modality, ids, places
-keys = sample_keys(0, batch.places.to(device))        # what is drawn depends on seed and place alone
+keys = sample_keys(0, batch.places.to(device))        # random numbers depend only on seed and place
 images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normalised
 """
 

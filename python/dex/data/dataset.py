@@ -1,4 +1,4 @@
-"""What a data set is to the rest of `dex`: numbered samples, a modality each, a fingerprint, two splits.
+"""The interface of data sets: numbered samples with a modality each, a fingerprint and two splits.
 
 Shape letters: S side of a stored image in pixels.
 """
@@ -20,12 +20,13 @@ logger: logging.Logger = logging.getLogger("dex.data")
 SPLITS = ("train", "val")
 IMAGE_SIZE = 256
 EMBEDDED = Path(__file__).parent / "embedded"
-"""The small real data set that comes with the package."""
-DIM = 2**14  # 16-bit images whose maximum is below this use a quarter of their range at most
+"""The small set of real images in the package."""
+DIM = 2**14
+"""16-bit images whose maximum is below this use at most a quarter of their range."""
 
 
 class SampleError(ValueError):
-    """One sample cannot be used. `sample_id` names it, `reason` says why; `Loader` puts another in its place."""
+    """The sample ``sample_id`` cannot be used because of ``reason``; ``Loader`` replaces it by another."""
 
     def __init__(self, sample_id: str, reason: str = ""):
         super().__init__(f"sample {sample_id!r}: {reason}" if reason else sample_id)
@@ -37,110 +38,115 @@ class SampleError(ValueError):
 
 
 class Sample(NamedTuple):
-    """`image` uint8 [3, S, S], RGB; `modality` indexes `Dataset.modalities`; `id` is unique in the data set."""
+    """A sample of a data set."""
 
     image: torch.Tensor
+    """uint8 ``[C, S, S]``, RGB or luminance."""
     modality: int
+    """Index into ``Dataset.modalities``."""
     id: str
+    """Unique in the data set."""
 
 
 class Withdrawal(NamedTuple):
-    """Images that were taken out of a data set. date: UTC; before: its fingerprint until then."""
+    """Images that were removed from a data set."""
 
     date: str
+    """UTC."""
     images: int
     before: str
+    """Fingerprint of the set before the withdrawal."""
 
 
 class Dataset:
-    """Base of all data sets: samples 0 .. len - 1 in an order that is a property of the content alone.
+    """Base of all data sets: samples 0 .. len - 1 in an order that depends only on the content.
 
-    name: for people; modalities: the names that occur, `Sample.modality` indexes them; empty_modalities: names the
-    data set knows of and holds no image of; image_size: S; channels: C,
-    3, or 1 for luminance; dim: id and maximum of the first 16-bit sample read that
-    uses little of its range (None: none so far).
-    fingerprint: sha256 (hex) of the content's identity. It may take a while, so ask for it on one rank only;
-    `take_fingerprint` can be interrupted.
-    earlier_fingerprint: what an earlier version of dex would have called the same content, None if nothing else.
-    withdrawals: what was taken out of it, in order.
-
-    A subclass gives `__len__`, `read`, `sample_id`, `modality_index` and `_in_split`.
+    A subclass implements ``__len__``, ``read``, ``sample_id``, ``modality_index`` and ``_in_split``.
     """
 
     name: str
+    """Name for display."""
     modalities: tuple[str, ...]
+    """Names of the modalities that occur."""
     empty_modalities: tuple[str, ...] = ()
+    """Names of modalities without an image."""
     fingerprint: str
+    """SHA-256 (hex) of the content. May take long, so only one rank should compute it; see ``take_fingerprint``."""
     earlier_fingerprint: str | None = None
+    """Fingerprint of the same content in an earlier version of dex; None if it is the same."""
     withdrawals: tuple[Withdrawal, ...] = ()
+    """Withdrawals from this set, in order."""
     image_size: int = IMAGE_SIZE
+    """S."""
     channels: int = 3
+    """C: 3, or 1 for luminance."""
     dim: tuple[str, int] | None = None
+    """Id and maximum of the first 16-bit sample that was nearly black; see ``note_maximum``."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, its image in memory of its own; errors as of `read`."""
+        """Sample ``index`` with a new image; errors as in ``read``."""
         image = np.empty((self.channels, self.image_size, self.image_size), np.uint8)
         modality, sample_id = self.read(index, image)
         return Sample(torch.from_numpy(image), modality, sample_id)
 
     def read(self, index: int, out: np.ndarray) -> tuple[int, str]:
-        """Put the image of sample `index` into `out` uint8 [C, S, S], contiguous; returns its modality and id.
+        """Write the image of sample ``index`` to ``out``, uint8 ``[C, S, S]``, contiguous; returns its modality and id.
 
-        SampleError when the sample cannot be given, `out` is then of no use; IndexError outside 0 .. len - 1: negative
-        numbers are not indices.
+        SampleError: the sample cannot be read, and ``out`` is undefined. IndexError: not in 0 .. len - 1; negative
+        indices are not supported.
         """
         raise NotImplementedError
 
     def sample_id(self, index: int) -> str:
-        """The id of sample `index`, without reading its image."""
+        """The id of sample ``index``, without reading its image."""
         raise NotImplementedError
 
     def modality_index(self) -> np.ndarray:
-        """int64 [len]: every sample's index into `modalities`, without reading an image."""
+        """int64 ``[len]``: the index of every sample into ``modalities``, without reading images."""
         raise NotImplementedError
 
     def modality_counts(self) -> dict[str, int]:
-        """Samples of each name in `modalities`; a view may hold 0 of a name that its whole set has."""
+        """Number of samples of each modality; may be 0 in a view."""
         counts = np.bincount(self.modality_index(), minlength=len(self.modalities))
         return {name: int(count) for name, count in zip(self.modalities, counts, strict=True)}
 
     def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
-        """`fingerprint`. While it takes long, ``meanwhile(bytes read, bytes in all)`` is called every half second.
+        """``fingerprint``, calling ``meanwhile(bytes read, bytes in total)`` every half second if it takes long.
 
-        What ``meanwhile`` raises ends it.
+        An exception from ``meanwhile`` aborts it.
         """
         return self.fingerprint
 
     def withdrawn_since(self, fingerprint: str) -> list[Withdrawal]:
-        """The withdrawals that it has seen since it had this fingerprint; none where it never had."""
+        """The withdrawals since the set had this fingerprint; none if it never had it."""
         before = [withdrawal.before for withdrawal in self.withdrawals]
         return list(self.withdrawals[before.index(fingerprint) :]) if fingerprint in before else []
 
     def split(self, name: str) -> Dataset:
-        """The samples of split `name` ("train" or "val") as a data set of their own; may be empty."""
+        """The samples of split ``name`` ("train" or "val") as a data set, which may be empty."""
         if name not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
         return View(self, np.flatnonzero(self._in_split(name)), name)
 
     def _in_split(self, name: str) -> np.ndarray:
-        """bool [len]: the samples of split `name`."""
+        """bool ``[len]``: the samples of split ``name``."""
         raise NotImplementedError
 
     def note_maximum(self, sample_id: str, maximum: int | None) -> None:
-        """Warn, once per data set, when a 16-bit sample's maximum is far below 65535; `maximum` None: not 16-bit.
+        """Warn once per data set if the maximum of a 16-bit sample is far below 65535; ``maximum`` None: not 16-bit.
 
-        A worker of a `Loader` keeps it in `dim`, which the loader hands to the data set of its own process.
+        In a worker of a ``Loader`` it only sets ``dim``, which the loader passes to the data set of the main process.
         """
         if maximum is None or not 0 < maximum < DIM or self.dim is not None:
             return
         self.dim = (sample_id, maximum)
         if torch.utils.data.get_worker_info() is None:
             logger.warning(
-                "%s: the 16-bit image %r has no value above %d, 65535 is white: it comes out nearly black, and so may "
-                "others. Rescale 16-bit images to the full range, or store NPY floats within [0, 1]",
+                "%s: the 16-bit image %r has no value above %d, where 65535 is white: it becomes nearly black, and so "
+                "may others. Rescale 16-bit images to the full range, or store NPY floats within [0, 1]",
                 self.name,
                 sample_id,
                 maximum,
@@ -154,7 +160,7 @@ class Dataset:
 
 
 class View(Dataset):
-    """Some samples of another data set, in its order; numbering of the modalities stays that of the whole."""
+    """Some samples of another data set, in its order and with its modalities."""
 
     def __init__(self, base: Dataset, indices: Sequence[int] | np.ndarray, label: str):
         self._base = base
@@ -197,12 +203,5 @@ class View(Dataset):
     def note_maximum(self, sample_id: str, maximum: int | None) -> None:
         self._base.note_maximum(sample_id, maximum)
 
-    def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
-        """`fingerprint`. While it takes long, ``meanwhile(bytes read, bytes in all)`` is called every half second.
-
-        What ``meanwhile`` raises ends it.
-        """
-        return self.fingerprint
-
     def split(self, name: str) -> Dataset:
-        raise ValueError(f"split: {self.name!r} is already a split; ask the whole data set for {name!r}")
+        raise ValueError(f"split: expected a whole data set to take {name!r} from; got the split {self.name!r}")

@@ -1,4 +1,4 @@
-"""A plain folder of pictures and NPY files as a data set: one sub-folder per modality."""
+"""A data set from a plain folder of pictures and NPY files, with one sub-folder per modality."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ UNKNOWN = "unknown"
 _KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".npy": "npy"}
 VAL_SHARE = 0.05
 
-_THREADS = 8  # that hash: enough to keep a disk or a network busy
-_PART = 256  # files that a thread hashes at a time
-_CHUNK = 2**18  # bytes that a thread reads between two looks at whether it is still wanted
-_RETRY_AFTER = (0.1, 0.5, 2.0)  # seconds before each further try to read a file
+_THREADS = 8  # Hashing threads, enough to keep a disk or a network busy
+_PART = 256  # Files per task of a thread
+_CHUNK = 2**18  # Bytes that a thread reads before it checks whether to stop
+_RETRY_AFTER = (0.1, 0.5, 2.0)  # Seconds before each retry to read a file
 _UNREADABLE = b"unreadable"
 
 CALL_EVERY = 0.5
-"""Seconds between two calls of `FolderDataset.take_fingerprint`'s ``meanwhile``."""
+"""Seconds between calls of ``meanwhile`` in ``FolderDataset.take_fingerprint``."""
 
 
-class _Unwanted(Exception):
-    """Nobody waits for this hash any more."""
+class _Cancelled(Exception):
+    """The hash is no longer needed."""
 
 
 class _Progress:
-    """What threads that hash have in common: ``bytes`` read so far, and ``stop``, after which they end."""
+    """Shared state of the hashing threads: ``bytes`` read so far, and ``stop``, which ends them."""
 
     def __init__(self) -> None:
         self.bytes, self.stop, self._lock = 0, threading.Event(), threading.Lock()
@@ -56,20 +56,20 @@ class _Progress:
 
 
 class FolderDataset(Dataset):
-    """`root/<modality>/**/<image>`; images that lie in `root` itself are of modality "unknown".
+    """Images in ``root/<modality>/**/<image>``; images directly in ``root`` have modality "unknown".
 
-    The id of a sample is its path below `root`; order is that of the ids' bytes, whatever the locale. Each image is
-    resized (antialiased) so that its shorter side is `image_size` and cut to the centre square. About 5 % of the
-    ids, chosen by their hash alone, are the split "val": adding files moves no other file across. Slices of one
-    patient may so stand on both sides; in a shard set whoever writes it says on which side each sample is.
+    The id of a sample is its path below ``root``; samples are sorted by the bytes of their ids, independent of the
+    locale. Each image is resized (antialiased) so that its shorter side is ``image_size``, and cropped to the centre
+    square. About 5 % of the ids, chosen by their hash, are the split "val", so that adding files moves no other file to
+    another split. Slices of one patient may be in both splits; a shard set stores the split of each sample.
 
-    Symbolic links are never followed. `ignored` counts what was passed over, by suffix or reason. Scans, films and
-    whatever else `dex prepare` reads and a plain folder does not are a ValueError with the command to give: none of
-    `dex.common.formats` is passed over.
+    Symbolic links are never followed. ``ignored`` counts skipped entries by suffix or reason. Scans, films and other
+    formats of ``dex.common.formats`` that a plain folder cannot hold raise ValueError with the ``dex prepare`` command
+    to run; they are never skipped.
 
-    `fingerprint` covers the paths and every byte of the files. All of them are read when it is first asked for: no
-    size or date proves that the pixels are the same. One core hashes 300 to 700 MB, or 10,000 small files, a second.
-    A set that is too large for that belongs into shards (`dex prepare`), whose manifest holds the hashes.
+    ``fingerprint`` covers the paths and every byte of the files, which are all read at its first use, since neither
+    size nor date proves that pixels are the same. One core hashes 300 to 700 MB, or 10,000 small files, per second.
+    Larger sets should be converted to shards (``dex prepare``), whose manifest has the hashes.
     """
 
     def __init__(self, root: str | Path, image_size: int = IMAGE_SIZE):
@@ -91,7 +91,7 @@ class FolderDataset(Dataset):
         if not files:
             raise ValueError(
                 f"path: expected PNG, JPEG or NPY files, or other pictures, below {str(root)!r}, found none "
-                f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'}); scans become images by `dex prepare`"
+                f"(ignored: {dict(sorted(self.ignored.items())) or 'nothing'}); `dex prepare` converts scans to images"
             )
         self._paths = [path for path, _ in files]
         self._sizes = np.array([size for _, size in files], np.int64)
@@ -105,10 +105,10 @@ class FolderDataset(Dataset):
         return self.take_fingerprint()
 
     def take_fingerprint(self, meanwhile: Callable[[int, int], None] | None = None) -> str:
-        """`fingerprint`, read by threads at the first call; ``meanwhile`` is called as in `Dataset`.
+        """``fingerprint``, computed by threads at the first call; ``meanwhile`` is called as in ``Dataset``.
 
-        A link or device that has replaced a file since the folder was listed, or a file that has grown too large,
-        counts with its name alone. ValueError names a file that the system fails to read several times.
+        A file that has been replaced by a link or device since the folder was listed, or has grown too large, counts
+        only by its name. ValueError names a file that the system repeatedly failed to read.
         """
         if self._fingerprint is None:
             self._fingerprint = self._read_fingerprint(meanwhile)
@@ -140,33 +140,31 @@ class FolderDataset(Dataset):
             progress.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if unread:
-            logger.warning("%s: %d files cannot be read; the fingerprint covers their names alone", self.name, unread)
+            logger.warning("%s: %d files cannot be read; the fingerprint covers only their names", self.name, unread)
         return digest.hexdigest()
 
     @property
     def earlier_fingerprint(self) -> str:
-        """The fingerprint up to format 1, which covered paths and sizes but no pixels."""
+        """The fingerprint of format 1, which covered paths and sizes but not pixels."""
         digest = hashlib.sha256(b"dex folder 1\n")
         for path, size in zip(self._paths, self._sizes.tolist(), strict=True):
             digest.update(b"%d %d " % (len(path), size) + path + b"\n")
         return digest.hexdigest()
 
     def _content_hashes(self, paths: Sequence[bytes], progress: _Progress) -> list[bytes | None]:
-        """sha256 of each file; None for one that is refused, which training replaces by another sample."""
+        """SHA-256 of each file; None for a refused file, which training replaces by another sample."""
         hashes: list[bytes | None] = []
         for path in paths:
             for pause in (*_RETRY_AFTER, None):
                 try:
                     hashes.append(self._content_hash(path, progress))
                     break
-                except OSError as error:  # it may pass: an overloaded network disk, too many open files
+                except OSError as error:  # May be temporary: an overloaded network disk, too many open files
                     if pause is None:
                         reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
-                        raise ValueError(
-                            f"{_printable(path)}: expected a file that can be read, got {reason}"
-                        ) from error
+                        raise ValueError(f"{_printable(path)}: expected a readable file, got {reason}") from error
                     if progress.stop.wait(pause):
-                        raise _Unwanted from None
+                        raise _Cancelled from None
         return hashes
 
     def _content_hash(self, path: bytes, progress: _Progress) -> bytes | None:
@@ -175,20 +173,20 @@ class FolderDataset(Dataset):
                 digest = hashlib.sha256()
                 while chunk := file.read(_CHUNK):
                     if progress.stop.is_set():
-                        raise _Unwanted
+                        raise _Cancelled
                     digest.update(chunk)
                     progress.add(len(chunk))
                 return digest.digest()
         except ValueError:
             return None
         except OSError:
-            # A link or a socket is refused when it is opened.
+            # Opening a link or a socket fails.
             if stat.S_ISREG(os.lstat(os.path.join(os.fsencode(self.root), path)).st_mode):
                 raise
             return None
 
     def _walk(self, scans: Counter[str]) -> list[tuple[bytes, int]]:
-        """Paths and sizes of the images. scans: takes the count of what `dex prepare` reads, by suffix."""
+        """Paths and sizes of the images. Counts files for ``dex prepare`` by suffix in ``scans``."""
         listed = []
         root = os.fsencode(self.root)
         pending = [b""]
@@ -207,7 +205,7 @@ class FolderDataset(Dataset):
                 elif formats.format_of(entry.name) is not None:
                     scans[formats.suffix_of(entry.name)] += 1
                 elif self._is_dicom(below):
-                    scans["DICOM without a suffix of its own"] += 1
+                    scans["DICOM without a suffix"] += 1
                 else:
                     self.ignored[_suffix(entry.name)] += 1
         return listed
@@ -227,7 +225,7 @@ class FolderDataset(Dataset):
         try:
             image, maximum = images.decode_with_maximum(self._bytes(path), kind_of(path), images.PICTURES)
         except (ValueError, OSError) as error:
-            # no path in the reason: an OSError's own text would name the whole of it
+            # Without the text of an OSError, which contains the full path
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error
         self.note_maximum(_printable(path), maximum)
@@ -235,7 +233,7 @@ class FolderDataset(Dataset):
         return int(self._modality[index]), _printable(path)
 
     def _is_dicom(self, path: bytes) -> bool:
-        """By the magic of DICOM, of a file whose suffix says nothing."""
+        """Whether a file with an unknown suffix has the magic number of DICOM."""
         try:
             with self._open(path) as file:
                 return file.read(132)[128:] == b"DICM"
@@ -247,7 +245,7 @@ class FolderDataset(Dataset):
             return file.read(images.MAX_FILE_BYTES)
 
     def _open(self, path: bytes) -> IO[bytes]:
-        """A listed file. It may have become a link or a device since; ValueError unless it may be read as a whole."""
+        """Open a listed file. ValueError if it has become a link or device, or is too large to be read at once."""
         descriptor = os.open(os.path.join(os.fsencode(self.root), path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, descriptor)
@@ -266,18 +264,18 @@ class FolderDataset(Dataset):
 
 
 def kind_of(path: bytes | str | os.PathLike[str]) -> str | None:
-    """What `images.decode` calls a file of a plain folder, by its name; None for a file that none may hold."""
+    """Argument ``kind`` of ``images.decode`` for a file of a plain folder; None if a plain folder cannot hold it."""
     return _KINDS.get(formats.suffix_of(path), "picture") if formats.is_plain(path) else None
 
 
 def _for_prepare(root: Path, scans: Counter[str], images: int) -> str:
-    """What to do with a folder that holds scans."""
+    """Error for a folder with scans, with the commands to run."""
     counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(scans.items()))
     beside = f", beside {images:,} pictures" if images else ""
     folder, out = shlex.quote(str(root)), shlex.quote(str(root.with_name(f"{root.name}-set")))
     return (
-        f"path: expected PNG, JPEG or NPY files, or other pictures; got {counts}{beside}, which `dex prepare` makes "
-        f"images of: dex prepare {folder} --out {out}; dex pretrain --data {out}"
+        f"path: expected PNG, JPEG or NPY files, or other pictures; got {counts}{beside}. `dex prepare` converts them: "
+        f"dex prepare {folder} --out {out}; dex pretrain --data {out}"
     )
 
 

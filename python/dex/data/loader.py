@@ -1,4 +1,4 @@
-"""Batches in an order of (seed, epoch, temperature) alone, from any position, with any number of workers and ranks."""
+"""Batches in an order that depends only on seed, epoch and temperature, whatever the position, workers and ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMED = 20
 
 
 class CorruptDataError(ValueError):
-    """More samples of a data set cannot be read than a run may pass over; `samples` maps their ids to reasons."""
+    """More samples cannot be read than a run may replace; ``samples`` maps their ids to reasons."""
 
     def __init__(self, message: str, samples: dict[str, str] | None = None):
         super().__init__(message)
@@ -36,40 +36,45 @@ class CorruptDataError(ValueError):
 
 
 class Batch(NamedTuple):
-    """`images` uint8 [B, C, S, S]; `modality` int64 [B], indices into the data set's `modalities`; `ids` of B;
-    `places` int64 [B]: number of the global batch * its size + place in it, so no two images of a run share one."""
+    """This rank's part of a batch."""
 
     images: torch.Tensor
+    """uint8 ``[B, C, S, S]``."""
     modality: torch.Tensor
+    """int64 ``[B]``, indices into ``Dataset.modalities``."""
     ids: tuple[str, ...]
     places: torch.Tensor
+    """int64 ``[B]``: number of the global batch times its size, plus the position in it; unique in a run."""
 
 
 class Loader:
-    """An endless iterator over full batches of `dataset`.
+    """An endless iterator over full batches of ``dataset``; also a context manager.
 
-    dataset: at least `batch_size` samples; batch_size: images of one *global* batch; seed: of the order, 0 <= seed <
-    2^63; temperature: of the shares of modalities, 0 to 1; num_workers: processes that read ahead, 0 reads in the
-    caller; start_batch: the first batch to give, counted over all epochs; rank, world_size: this process gets every
-    global batch's rank-th of world_size equal parts, so the global order does not depend on the number of ranks.
+    Args:
+        dataset: at least ``batch_size`` samples.
+        batch_size: images per *global* batch.
+        seed: of the order, 0 <= seed < 2^63.
+        temperature: of the shares of modalities, 0 to 1.
+        num_workers: processes that read ahead; 0 reads in the caller.
+        start_batch: number of the first batch, counted over all epochs.
+        rank, world_size: this process gets part ``rank`` of ``world_size`` equal parts of every global batch, so the
+            global order does not depend on the number of ranks.
 
-    Each epoch is as long as the data set, its incomplete last batch is dropped. At temperature 1 it is a fresh
-    permutation of the data set; below, a modality of n samples gets a share of the epoch that is proportional to
-    n ** temperature, at 0 the same share as any other. Of each modality every sample comes once before one comes
-    again, from one epoch to the next too (but for the dropped ends). `position` is the number of the next batch that
-    `next` will give: a loader built with `start_batch=position` goes on exactly there, on any number of ranks,
-    whatever the workers have read ahead. The global random number generators are neither used nor advanced.
+    An epoch is as long as the data set; its incomplete last batch is dropped. At temperature 1 it is a new permutation
+    of the data set. Below, a modality of n samples gets a share of the epoch proportional to n ** temperature, so at 0
+    all shares are equal. Within a modality, every sample comes once before any comes again, also across epochs (except
+    for the dropped ends). ``position`` is the number of the next batch: a loader with ``start_batch=position``
+    continues exactly there on any number of ranks, whatever the workers have read ahead. Global random number
+    generators are neither used nor advanced.
 
-    A sample that raises `SampleError` is replaced by one drawn from (seed, epoch, place in the epoch), so all ranks
-    agree on the order, and named once in a warning of the logger "dex.data". More than max(10, 0.1 % of the data set)
-    such samples, or none readable in 32 draws, raise `CorruptDataError` with their names. `corrupt` holds the ids and
-    reasons met so far, by this rank.
+    A sample that raises ``SampleError`` is replaced by one drawn from (seed, epoch, place in the epoch), so that all
+    ranks agree on the order, and is named once in a warning of the logger "dex.data". More than max(10, 0.1 % of the
+    data set) such samples, or none readable in 32 draws, raise ``CorruptDataError`` with their names. ``corrupt`` has
+    the ids and reasons so far on this rank.
 
-    Memory: workers read two batches each ahead, and keep one epoch's order, 8 bytes a sample. They write into memory
-    that is shared with the caller, for the batches ahead and two more; a batch's part is used again once nothing
-    refers to its images. A caller that keeps more batches is given memory of their own.
-
-    `close()` ends the workers; it is called when the loader is deleted, and it is a context manager.
+    Each worker reads two batches ahead and keeps the order of one epoch, 8 bytes per sample. Workers write to memory
+    shared with the caller, enough for the batches ahead and two more; the memory of a batch is reused when nothing
+    refers to its images any more. A caller that keeps more batches gets newly allocated ones.
     """
 
     def __init__(
@@ -141,14 +146,14 @@ class Loader:
     def _start_workers(self) -> tuple[Iterator, Slots]:
         try:
             slots = Slots(_AHEAD * self.num_workers + 2, self._reader.shape)
-            multiprocessing.Lock()  # of what the processes share, too; DataLoader would fail half-way
+            multiprocessing.Lock()  # Also needs shared memory; fails here rather than half-way through DataLoader
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(
                 errno.ENOSPC,
-                f"{error.strerror}: no room in shared memory (/dev/shm) for {self.num_workers} reading processes; make "
-                "it larger, free it, or take data.num_workers 0",
+                f"{error.strerror}: no space in shared memory (/dev/shm) for {self.num_workers} reading processes; "
+                "enlarge it, free some of it, or set data.num_workers to 0",
             ) from None
         loader = torch.utils.data.DataLoader(
             _Worker(self._reader, slots),
@@ -156,9 +161,9 @@ class Loader:
             sampler=_Tasks(self._position, slots),
             num_workers=self.num_workers,
             prefetch_factor=_AHEAD,
-            collate_fn=_same,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator().manual_seed(0),  # otherwise it advances the global generator
+            collate_fn=_identity,
+            worker_init_fn=_ignore_stop_signals,
+            generator=torch.Generator().manual_seed(0),  # Otherwise it advances the global generator
         )
         return iter(loader), slots
 
@@ -176,7 +181,7 @@ class Loader:
             )
 
     def close(self) -> None:
-        """End the workers. `next` would start new ones at `position`."""
+        """End the workers. ``next`` starts new ones at ``position``."""
         workers, self._workers = self._workers, None
         if workers is not None:
             workers[0]._shutdown_workers()
@@ -189,7 +194,7 @@ class Loader:
 
 
 def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
-    """Full batches of one epoch. ValueError when `dataset` is smaller than one."""
+    """Number of full batches per epoch. ValueError: ``dataset`` is smaller than a batch."""
     _check_int("batch_size", batch_size, 1)
     if len(dataset) < batch_size:
         raise ValueError(
@@ -199,7 +204,7 @@ def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 
 class _Read(NamedTuple):
-    """What is known of a batch besides its images. `ids` is empty when it could not be filled."""
+    """A batch without its images; ``ids`` is empty if it could not be filled."""
 
     modality: list[int]
     ids: tuple[str, ...]
@@ -208,7 +213,7 @@ class _Read(NamedTuple):
 
 
 class _BatchReader:
-    """This rank's part of a global batch, images of `shape [B, C, S, S]`; `first` is its first place in the batch."""
+    """Reads this rank's part of global batches: images of ``shape [B, C, S, S]``, from place ``first`` of a batch."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, temperature: float, rank: int, world_size: int):
         self.dataset, self.batch_size, self.seed, self.temperature = dataset, batch_size, seed, temperature
@@ -218,7 +223,7 @@ class _BatchReader:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def read(self, number: int, images: np.ndarray) -> _Read:
-        """Put the images of global batch `number` into `images`, uint8 of `shape`."""
+        """Write the images of global batch ``number`` to ``images``, uint8 of ``shape``."""
         epoch, batch = divmod(number, len(self.dataset) // self.batch_size)
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, self.dataset.modality_index(), self.temperature))
@@ -241,7 +246,8 @@ class _BatchReader:
 
 
 class _Worker(torch.utils.data.Dataset):
-    """(global batch number, slot or None) -> (what was read, the slot or None, the images when they are in no slot)."""
+    """(number of a global batch, slot or None) -> (batch without images, the slot, or the images if there is no
+    slot)."""
 
     def __init__(self, reader: _BatchReader, slots: Slots):
         self.reader, self.slots = reader, slots
@@ -254,12 +260,14 @@ class _Worker(torch.utils.data.Dataset):
         return self.reader.read(number, images.numpy()), None, images
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """The parent still needs batches to finish its step and save."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Leave signals to the parent, which still needs batches to finish its step and save."""
     exits.ignore_stop_signals()
 
 
 class _Tasks(torch.utils.data.Sampler):
+    """Numbers of the batches to read, with a free slot for each."""
+
     def __init__(self, start: int, slots: Slots):
         self.start, self.slots = start, slots
 
@@ -268,7 +276,7 @@ class _Tasks(torch.utils.data.Sampler):
             yield number, self.slots.take()
 
 
-def _same(item: object) -> object:
+def _identity(item: object) -> object:
     return item
 
 
@@ -278,7 +286,7 @@ def _name(samples: dict[str, str]) -> str:
 
 
 def _check_int(name: str, value: object, low: int, end: int | None = None) -> None:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < low or (end is not None and value >= end):
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < low or (end is not None and value >= end):
         expected = f"a whole number >= {low}" + (f" and < {end}" if end is not None else "")
         raise ValueError(f"{name}: expected {expected}, got {value!r}")

@@ -1,6 +1,6 @@
-"""The order of samples: which sample takes which place of an epoch, by arithmetic on seed, epoch and place alone.
+"""The order of samples in an epoch, computed from seed, epoch and place.
 
-No generator and no library's shuffle: the order is the same with any number of ranks and workers, and in every version.
+It uses no generator or shuffle of a library, so the order is the same with any ranks and workers, and in any version.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ _PRECISE = Context(prec=50)
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """int64 [count]: the order of epoch `epoch`. Defined by arithmetic alone, so no library's version changes it."""
+    """int64 ``[count]``: a permutation for epoch ``epoch``."""
     keys = mix(np.arange(count, dtype=np.uint64) + _stream(seed, epoch))
     return np.argsort(keys, kind="stable")
 
 
 def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float) -> np.ndarray:
-    """int64 [count]: the samples of epoch `epoch` in order; `modality` int64 [count] holds every sample's.
+    """int64 ``[count]``: the samples of epoch ``epoch`` in order; ``modality``, int64 ``[count]``, is that of each
+    sample.
 
-    `permutation` says which places of the epoch a modality gets, after the data set's modalities were repeated or
-    cut to their shares. There its samples come in the order of their keys in pass 0, then in pass 1, ...: epoch 1
-    goes on where epoch 0 ended. At temperature 1 a pass is an epoch, and the order is `permutation` itself.
+    ``permutation`` assigns the places of the epoch to modalities, each repeated or cut to its share. A modality's
+    samples fill its places in the order of their keys in pass 0, then in pass 1, ...; epoch 1 continues where epoch 0
+    ended. At temperature 1 a pass is an epoch, and the order is ``permutation``.
     """
     modality_counts = np.bincount(modality)
     shares = quotas(modality_counts, temperature)
@@ -50,10 +51,11 @@ def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float)
 
 
 def quotas(counts: np.ndarray, temperature: float) -> np.ndarray:
-    """int64 [M]: how often each of M modalities of `counts` samples comes in an epoch of sum(counts).
+    """int64 ``[M]``: samples of each of M modalities in an epoch of sum(counts) samples.
 
-    Proportional to counts ** temperature, 0 where there is none; what rounding down leaves goes to the largest
-    remainders, the first of equal ones. In decimal arithmetic: a float's power may differ between machines.
+    Proportional to counts ** temperature, and 0 for a count of 0. Shares are rounded down, and the rest goes to the
+    largest remainders, the first of equal ones. Computed in decimal arithmetic, since powers of floats may differ
+    between machines.
     """
     total = int(counts.sum())
     exponent = Decimal(temperature)
@@ -68,7 +70,7 @@ def quotas(counts: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def replacement(seed: int, epoch: int, place: int, attempt: int, count: int) -> int:
-    """The sample that takes place `place` of epoch `epoch` in attempt 0, 1, ... when its own cannot be read."""
+    """Replacement for an unreadable sample at ``place`` of epoch ``epoch``, for attempt 0, 1, ..."""
     key = mix(_stream(seed, epoch) ^ mix(np.uint64(place)) ^ mix(np.uint64(attempt) + np.uint64(1 << 40)))
     return int(key % np.uint64(count))
 

@@ -1,17 +1,17 @@
-"""The format of shard sets: WebDataset tars with an own index, hashed throughout, without pickle.
+"""The format of shard sets: WebDataset tars with an index, hashed throughout, without pickle.
 
 A set is a folder:
 
-    manifest.json             what the set is; names and hashes every other file, and itself; which withdrawals it has
-                              seen (`shard_rewrite`): date, number of images, the fingerprint before
-    shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR: any WebDataset reader takes them
-    shard-00000.index.jsonl   one line a sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
-                              image's bytes, which lie at `offset` in the tar); more keys may stand there
+    manifest.json             describes the set; names and hashes of all other files and of itself; past withdrawals
+                              (``shard_rewrite``): date, number of images, fingerprint before
+    shard-00000.tar           members <key>.jpg (or png, npy) and <key>.json, USTAR, for any WebDataset reader
+    shard-00000.index.jsonl   one line per sample: id, key, kind, modality, split, group, offset, size, sha256 (of the
+                              image's bytes, which start at ``offset`` in the tar); more keys are allowed
 
-`group` names what must not be torn apart by a split: a patient, a series, a slide.
+``group`` is what a split must not separate: a patient, a series, a slide.
 
-Here are the names, the bounds and the checks that reading (`shards`), writing (`shard_writer`) and verifying
-(`shard_verify`) share. Every file is untrusted: no link is followed and nothing is read beyond its bound.
+This module has the names, limits and checks shared by reading (``shards``), writing (``shard_writer``) and verifying
+(``shard_verify``). Files are untrusted: no link is followed, and nothing is read beyond a limit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _SHARD_FIELDS = {
 
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
-    """The manifest and its bytes; ValueError when it is not exactly what a writer wrote, or names files elsewhere."""
+    """The manifest and its bytes. ValueError: it is not exactly as written, or names files outside the folder."""
     try:
         raw = read_bytes(root, MANIFEST, 0, None)
         manifest = json.loads(raw)
@@ -74,7 +74,7 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
                 f"expected {FORMAT} version {VERSION}, got {manifest['format']!r} version {manifest['version']!r}"
             )
         if manifest_bytes(body) != raw:
-            raise ValueError("its own sha256 does not fit: it was edited or damaged")
+            raise ValueError("its sha256 does not match: it was edited or damaged")
         check_manifest(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{MANIFEST}: {reason_of(error)}") from error
@@ -82,7 +82,7 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError unless it has all fields, names files within the folder and adds up."""
+    """ValueError, KeyError or TypeError unless all fields are present, files are in the folder and counts add up."""
     _check_fields(
         manifest,
         {"name": str, "image_size": int, "samples": int, "modalities": list, "shards": list, "documents": list},
@@ -106,9 +106,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines of one shard's index, one after the other, fields and bounds checked, once its hash has been.
+    """Iterate over the lines of a shard's index; first its hash, then the fields and limits of each line are checked.
 
-    ValueError, on the way too, names the file and the fault. Memory: the file and one line.
+    ValueError, also during the iteration, names the file and the fault. Needs memory for the file and one line.
     """
     try:
         raw = read_bytes(root, entry["index"], 0, None)
@@ -122,10 +122,10 @@ def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"expected lines of at most {MAX_LINE_BYTES} bytes, got {len(text)}")
             line = json.loads(text)
             _check_fields(line, _INDEX_FIELDS)
-            line["id"].encode()  # a lone surrogate is no text
+            line["id"].encode()  # Fails for a lone surrogate
             if line["kind"] not in KINDS or line["split"] not in SPLITS or not _HEX.fullmatch(line["sha256"]):
                 raise ValueError(f"sample {line['id']!r}: unknown kind, split or malformed sha256")
-            if not _FILE_NAME.fullmatch(line["key"]):  # the name of a member
+            if not _FILE_NAME.fullmatch(line["key"]):  # The name of a member
                 raise ValueError(f"sample {line['id']!r}: expected a plain name as key, got {line['key']!r}")
             if (
                 line["offset"] < 0
@@ -133,8 +133,8 @@ def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 or (line["offset"] + line["size"] > entry["bytes"])
             ):
                 raise ValueError(
-                    f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} do not lie within "
-                    f"the {entry['bytes']} bytes of {entry['file']}"
+                    f"sample {line['id']!r}: {line['size']} bytes at {line['offset']} are not within the "
+                    f"{entry['bytes']} bytes of {entry['file']}"
                 )
             yield line
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -156,6 +156,7 @@ def _check_names(pattern: re.Pattern, *names: str) -> None:
 
 
 def check_file_size(root: Path, file: str, size: int) -> None:
+    """ValueError unless ``file`` is a regular file of ``size`` bytes."""
     try:
         status = os.lstat(root / file)
     except OSError as error:
@@ -165,15 +166,15 @@ def check_file_size(root: Path, file: str, size: int) -> None:
 
 
 def read_bytes(root: Path, file: str, offset: int, size: int | None) -> bytes:
-    """`size` bytes at `offset`, or the whole of a table; never through a symbolic link."""
-    descriptor, here = _open(root, file)
+    """``size`` bytes at ``offset``, or a whole table; never through a symbolic link."""
+    descriptor, file_size = _open(root, file)
     try:
         if size is None:
-            size = here
+            size = file_size
             if size > MAX_TABLE_BYTES:
                 raise ValueError(f"expected at most {MAX_TABLE_BYTES} bytes, got {size}")
-        elif offset + size > here:
-            raise ValueError(f"{size} bytes at {offset} do not lie within its {here} bytes")
+        elif offset + size > file_size:
+            raise ValueError(f"{size} bytes at {offset} are not within its {file_size} bytes")
         parts, end = [], offset + size
         while offset < end:
             part = os.pread(descriptor, end - offset, offset)
@@ -187,13 +188,13 @@ def read_bytes(root: Path, file: str, offset: int, size: int | None) -> bytes:
 
 
 def open_file(root: Path, file: str) -> IO[bytes]:
-    """The regular file ``name`` or ``folder/name`` below ``root``, opened for reading; neither may be a link."""
+    """Open the regular file ``name`` or ``folder/name`` below ``root`` for reading; neither may be a link."""
     descriptor, _ = _open(root, file)
     return os.fdopen(descriptor, "rb")
 
 
 def _open(root: Path, file: str) -> tuple[int, int]:
-    """`open_file` as a descriptor, and the size of the file."""
+    """Descriptor and size of the file, see ``open_file``."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     folder, _, name = file.rpartition("/")
     parent = os.open(root / folder, flags | os.O_DIRECTORY) if folder else None
@@ -210,14 +211,14 @@ def _open(root: Path, file: str) -> tuple[int, int]:
 
 
 def manifest_bytes(body: dict[str, Any]) -> bytes:
-    """The manifest's file. Its hash covers every other field; `read_manifest` compares the layout too, so that no byte
-    of the file can change unseen."""
+    """Contents of the manifest file. Its hash covers all other fields, and ``read_manifest`` also compares the layout,
+    so that any changed byte is noticed."""
     digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1).encode() + b"\n"
 
 
 def reason_of(error: BaseException) -> str:
-    """An error's own words, without the path that an OSError would name."""
+    """The message of an error, without the path in an OSError."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"field {error}" if isinstance(error, KeyError) else str(error)

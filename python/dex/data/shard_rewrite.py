@@ -1,13 +1,12 @@
-"""Take samples out of a shard set: whatever stops it, the folder holds a set that fits its hashes.
+"""Remove samples from a shard set. Whatever interrupts it, the folder has a set that matches its hashes.
 
-1. Shards that lose samples are written anew beside the old ones (`shard-00003.next.tar`), changed documents as
-   `card.html.next`. The set is the old one.
-2. One rename of the manifest: it names the new shards and, under "next", the files that they are to become. The samples
-   are out of the set.
-3. `settle` gives the new files the names of the old ones, whose bytes are gone with that, and the manifest its last
-   form.
+1. Shards that lose samples are rewritten beside the old ones (``shard-00003.next.tar``), changed documents as
+   ``card.html.next``. The set is still the old one.
+2. One rename replaces the manifest: it names the new shards and, under "next", their final names. The samples are now
+   removed from the set.
+3. ``settle`` renames the new files over the old ones, which deletes their bytes, and writes the final manifest.
 
-A call that was cut short is finished by `settle`, or by the next one.
+An interrupted call is finished by ``settle`` or by the next call.
 """
 
 from __future__ import annotations
@@ -33,22 +32,25 @@ _NEXT = ".next"
 
 
 class Change(NamedTuple):
-    """What `plan` has written beside the set. before, after: the set's fingerprints."""
+    """A planned change, whose files are written beside the set."""
 
     switch: bytes
+    """The manifest that makes it effective."""
     before: str
+    """Fingerprint of the set before."""
     after: str
+    """Fingerprint of the set afterwards."""
 
 
 def lines(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The shard's entry and the index line of every sample, in order."""
+    """Shard entry and index line of every sample, in order."""
     for entry in manifest["shards"]:
         for line in read_index(root, entry):
             yield entry, line
 
 
 def image(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> bytes:
-    """A sample's encoded image. ValueError when it is not what was written."""
+    """A sample's encoded image. ValueError: it differs from its hash."""
     data = read_bytes(root, entry["file"], line["offset"], line["size"])
     if hashlib.sha256(data).hexdigest() != line["sha256"]:
         raise ValueError(f"{entry['file']}: sample {line['id']!r}: sha256 of its bytes differs from the index")
@@ -56,23 +58,22 @@ def image(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> bytes:
 
 
 def described(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> bytes:
-    """A sample's .json member, which follows its image. ValueError where it does not."""
-    place = line["offset"] + line["size"] + -line["size"] % tarfile.BLOCKSIZE
+    """A sample's .json member, which follows its image. ValueError: there is none."""
+    offset = line["offset"] + line["size"] + -line["size"] % tarfile.BLOCKSIZE
     try:
-        head = tarfile.TarInfo.frombuf(read_bytes(root, entry["file"], place, tarfile.BLOCKSIZE), "ascii", "strict")
-        if head.name != f"{line['key']}.json" or not head.isreg():
+        header = tarfile.TarInfo.frombuf(read_bytes(root, entry["file"], offset, tarfile.BLOCKSIZE), "ascii", "strict")
+        if header.name != f"{line['key']}.json" or not header.isreg():
             raise ValueError
-        return read_bytes(root, entry["file"], place + tarfile.BLOCKSIZE, head.size)
+        return read_bytes(root, entry["file"], offset + tarfile.BLOCKSIZE, header.size)
     except (tarfile.TarError, ValueError):
-        raise ValueError(f"{entry['file']}: expected {line['key']}.json behind its image, as dex writes it") from None
+        raise ValueError(f"{entry['file']}: expected {line['key']}.json after its image, as written by dex") from None
 
 
 def plan(root: Path, ids: frozenset[str], documents: Mapping[str, bytes], date: str) -> Change:
-    """Write the shards of the set without the samples `ids`, and new documents, beside the set, which stays as it is.
+    """Write shards without the samples ``ids``, and new documents, beside the set, which does not change yet.
 
-    documents: of those that the set has, by name. date: of the withdrawal, which the manifest will hold with the number
-    of samples. ValueError when a shard is not what was written, or when no sample would be left; an error leaves
-    nothing.
+    documents: new contents of some of the set's documents, by name. date: of the withdrawal, for the manifest.
+    ValueError: a shard is damaged, or no sample would be left; an error leaves no files behind.
     """
     manifest, raw = read_manifest(root)
     with contextlib.ExitStack() as undo:
@@ -80,53 +81,53 @@ def plan(root: Path, ids: frozenset[str], documents: Mapping[str, bytes], date: 
         shards = [_without(root, entry, ids) for entry in manifest["shards"]]
         samples = sum(entry["samples"] for entry in shards)
         if not samples:
-            raise ValueError("all images of the set would go, and a set has at least one: remove its folder")
+            raise ValueError("ids: expected to keep at least one image; got all images of the set: delete its folder")
         before = hashlib.sha256(raw).hexdigest()
         withdrawal = {"date": date, "images": manifest["samples"] - samples, "before": before}
-        last = {key: value for key, value in manifest.items() if key != "sha256"} | {
+        final = {key: value for key, value in manifest.items() if key != "sha256"} | {
             "samples": samples,
             "modalities": _counts(root, manifest, ids),
             "shards": [_renamed(entry, old) for entry, old in zip(shards, manifest["shards"], strict=True)],
             "documents": [_document(root, entry, documents) for entry in manifest["documents"]],
             "withdrawals": [*manifest.get("withdrawals", ()), withdrawal],
         }
-        passing = last | {
+        intermediate = final | {
             "shards": shards,
             "documents": [entry for entry in manifest["documents"] if entry["file"] not in documents],
-            "next": {"shards": last["shards"], "documents": last["documents"]},
+            "next": {"shards": final["shards"], "documents": final["documents"]},
         }
         atomic.sync_path(root)
         undo.pop_all()
-    return Change(manifest_bytes(passing), before, hashlib.sha256(manifest_bytes(last)).hexdigest())
+    return Change(manifest_bytes(intermediate), before, hashlib.sha256(manifest_bytes(final)).hexdigest())
 
 
 def carry_out(root: Path, change: Change) -> None:
-    """Put the planned set in the place of the one that is there."""
+    """Replace the set by the planned one."""
     _write_manifest(root, change.switch)
     settle(root)
 
 
 def fingerprint(root: Path) -> str:
-    """Of the set, as `ShardDataset` gives it."""
+    """Fingerprint of the set, as in ``ShardDataset``."""
     return hashlib.sha256(read_manifest(root)[1]).hexdigest()
 
 
 def settle(root: Path) -> bool:
-    """Finish a change that was cut short after the manifest named its files, and remove the files of one that was cut
-    short before. Whether there was one to finish."""
+    """Finish a change that was interrupted after the manifest was replaced, or remove the files of one that was
+    interrupted before. Returns whether there was a change to finish."""
     manifest, _ = read_manifest(root)
-    following = manifest.get("next")
-    if following is None:
+    final = manifest.get("next")
+    if final is None:
         _sweep(root, manifest)
         return False
-    body = {key: value for key, value in manifest.items() if key not in ("sha256", "next")} | following
+    body = {key: value for key, value in manifest.items() if key not in ("sha256", "next")} | final
     check_manifest(body)
     for new, last in zip(manifest["shards"], body["shards"], strict=True):
         for name in ("file", "index"):
             if new[name] != last[name]:
                 _place(root / new[name], root / last[name])
     for entry in body["documents"]:
-        with contextlib.suppress(FileNotFoundError):  # it has its name already
+        with contextlib.suppress(FileNotFoundError):  # Already renamed
             os.replace(_next_document(root, entry["file"]), root / entry["file"])
     atomic.sync_path(root)
     _write_manifest(root, manifest_bytes(body))
@@ -135,11 +136,10 @@ def settle(root: Path) -> bool:
 
 
 def _without(root: Path, entry: dict[str, Any], ids: frozenset[str]) -> dict[str, Any]:
-    """The entry of the shard without these samples; a file of its own where it has one of them."""
-    kept = list(read_index(root, entry))
-    before = len(kept)
-    kept = [line for line in kept if line["id"] not in ids]
-    if len(kept) == before:
+    """The entry of the shard without these samples; the shard is rewritten if it contains one of them."""
+    samples = list(read_index(root, entry))
+    kept = [line for line in samples if line["id"] not in ids]
+    if len(kept) == len(samples):
         return entry
     tar, index = _next(entry["file"]), _next(entry["index"])
     digest, table = hashlib.sha256(), bytearray()
@@ -150,10 +150,10 @@ def _without(root: Path, entry: dict[str, Any], ids: frozenset[str]) -> dict[str
             file.write(data)
 
         for line in kept:
-            data, about = image(root, entry, line), described(root, entry, line)
+            data, description = image(root, entry, line), described(root, entry, line)
             table += json_line({**line, "offset": file.tell() + tarfile.BLOCKSIZE})
             write(tar_member(f"{line['key']}.{line['kind']}", data))
-            write(tar_member(f"{line['key']}.json", about))
+            write(tar_member(f"{line['key']}.json", description))
         write(b"\0" * (2 * tarfile.BLOCKSIZE))
         size = file.tell()
         file.flush()
@@ -204,28 +204,28 @@ def _renamed(entry: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Let `target` be the file `source`, which keeps its name until the manifest no longer has it."""
+    """Make ``target`` the same file as ``source``, which keeps its name as long as the manifest uses it."""
     work = atomic.work_name(target)
     work.unlink(missing_ok=True)
-    if target.exists() and target.samefile(source):  # a rename between two names of one file does nothing
+    if target.exists() and target.samefile(source):  # A rename between two names of one file does nothing
         return
     try:
         os.link(source, work)
-    except OSError:  # a file system without links
+    except OSError:  # A file system without hard links
         shutil.copyfile(source, work)
         atomic.sync_path(work)
     os.replace(work, target)
 
 
 def _sweep(root: Path, manifest: dict[str, Any]) -> None:
-    """Remove what a change leaves or left beside the files of `manifest`."""
+    """Remove the files of a change beside those of ``manifest``."""
     names = {entry[name] for entry in manifest["shards"] for name in ("file", "index")}
-    left: Iterable[Path] = [
+    leftovers: Iterable[Path] = [
         *(root / _next(name) for name in names),
         *(atomic.work_name(root / name) for name in names),
         *(_next_document(root, entry["file"]) for entry in manifest["documents"]),
     ]
-    for path in left:
+    for path in leftovers:
         path.unlink(missing_ok=True)
     atomic.sync_path(root)
 
@@ -242,5 +242,5 @@ def _write_manifest(root: Path, data: bytes) -> None:
 
 
 def meta(root: Path, entry: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a sample beside its image."""
+    """The description of a sample in its .json member."""
     return json.loads(described(root, entry, line))

@@ -1,4 +1,4 @@
-"""Whether every byte of a shard set is what was written."""
+"""Verify every byte of a shard set."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .shards import ShardDataset
 
 
 def verify(path: str | Path | None = None) -> list[str]:
-    """Read every byte of a shard set (None: the embedded one) and say, one line each, what is not as it was written.
+    """Read every byte of a shard set (None: the embedded one) and return the problems found, one line each.
 
-    An empty list: manifest, indices, shards and documents have their sizes and hashes, every index line points at the
-    image it describes, and the tars hold nothing but those samples. FileNotFoundError when there is no manifest.
+    An empty list means that manifest, indices, shards and documents have the right sizes and hashes, every index line
+    points to its image, and the tars have no other members. FileNotFoundError: there is no manifest.
     """
     root = Path(EMBEDDED if path is None else path)
     if not (root / MANIFEST).exists():
@@ -27,7 +27,7 @@ def verify(path: str | Path | None = None) -> list[str]:
         return [str(error)]
     problems = []
     if "next" in manifest:
-        problems.append(f"{MANIFEST}: a withdrawal was cut short; `dex data withdraw DIR` finishes it")
+        problems.append(f"{MANIFEST}: a withdrawal was interrupted; `dex data withdraw DIR` finishes it")
     seen: set[str] = set()
     for document in manifest["documents"]:
         problems += _verify_file(root, document["file"], document["bytes"], document["sha256"])
@@ -63,12 +63,12 @@ def _hash_file(root: Path, file: str) -> tuple[int, str]:
 
 def _verify_file(root: Path, file: str, size: int, digest: str) -> list[str]:
     try:
-        here_size, here_digest = _hash_file(root, file)
+        actual_size, actual_digest = _hash_file(root, file)
     except (OSError, ValueError) as error:
         return [f"{file}: {reason_of(error)}"]
-    if here_size != size:
-        return [f"{file}: expected {size} bytes, got {here_size}"]
-    return [] if here_digest == digest else [f"{file}: sha256 differs from the manifest"]
+    if actual_size != size:
+        return [f"{file}: expected {size} bytes, got {actual_size}"]
+    return [] if actual_digest == digest else [f"{file}: sha256 differs from the manifest"]
 
 
 def _verify_members(root: Path, entry: dict, lines: list[dict]) -> list[str]:
@@ -78,9 +78,9 @@ def _verify_members(root: Path, entry: dict, lines: list[dict]) -> list[str]:
     try:
         with open_file(root, entry["file"]) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                # whoever unpacks the tar would take every one of them
+                # Any of these would be extracted by a program that unpacks the tar
                 if member.name in members or not member.isreg():
-                    problems.append(f"{entry['file']}: member {member.name!r} occurs twice or is no regular file")
+                    problems.append(f"{entry['file']}: member {member.name!r} occurs twice or is not a regular file")
                 members[member.name] = member
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         return [f"{entry['file']}: {reason_of(error)}"]

@@ -1,4 +1,4 @@
-"""Write a shard set: into files that take their names at the end, all of them or none."""
+"""Write a shard set atomically: its files get their final names at the end, all or none."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .shard_format import (
 
 
 class ShardWriter:
-    """Write a shard set to the folder `root`; the set exists only once `close()` has renamed its manifest into place.
+    """Write a shard set to the folder ``root``; the set exists once ``close()`` has renamed its manifest into place.
 
-    name: of the set; modalities: all names it knows of, in order; those that stay without a sample are written down as
-    empty. samples_per_shard: a shard that has this many is full. withdrawals: what the manifest says was taken out of
-    an earlier set of the same images (`shard_rewrite`).
+    name: of the set. modalities: all names in order; those without a sample are recorded as empty. samples_per_shard:
+    largest number of samples in a shard. withdrawals: from an earlier set of the same images, for the manifest
+    (``shard_rewrite``).
 
-    Until `close()` every file has the suffix ".partial"; an error inside the `with` block, or in `close()`, removes
-    what was written. The same calls give the same bytes: nothing of the time, the user or the machine is stored.
-    ValueError when the folder already holds a manifest.
+    Until ``close()`` every file has the suffix ".partial"; an error in the ``with`` block or in ``close()`` removes
+    them. The same calls give the same bytes: no time, user or machine is stored.
+    ValueError: the folder already has a manifest.
 
         with ShardWriter(folder, name="mine", modalities=("CT", "MR")) as writer:
             writer.add("patient-3/slice-12", jpeg, kind="jpg", modality="CT", split="train", group="patient-3")
@@ -62,13 +62,13 @@ class ShardWriter:
         self.root.mkdir(parents=True, exist_ok=True)
         if (self.root / MANIFEST).exists():
             raise ValueError(f"root: expected a folder without {MANIFEST}, got {str(root)!r}")
-        for leftover in self.root.glob(f"*{atomic.PARTIAL}"):  # of a writer that was killed
+        for leftover in self.root.glob(f"*{atomic.PARTIAL}"):  # Left by a killed writer
             leftover.unlink()
         self._counts = {modality: dict.fromkeys(SPLITS, 0) for modality in self.modalities}
         self._ids: set[str] = set()
         self._shards: list[dict] = []
         self._documents: list[dict] = []
-        self._begun: list[str] = [MANIFEST]  # every name that discard() may have to remove, the manifest first
+        self._begun: list[str] = [MANIFEST]  # All names that discard() may have to remove, the manifest first
         self._tar = None
         self._tar_digest = hashlib.sha256()
         self._lines: list[bytes] = []
@@ -87,9 +87,9 @@ class ShardWriter:
         meta: dict[str, Any] | None = None,
         checked: bool = False,
     ) -> None:
-        """Append one encoded image of image_size x image_size; `meta` (JSON) goes into the sample's .json member.
+        """Append an encoded image of image_size x image_size; ``meta`` (JSON) goes into the sample's .json member.
 
-        checked: the caller has just encoded `data` as such an image itself, so it is not decoded again.
+        checked: the caller has just encoded ``data`` itself, so it is not decoded to check it.
         """
         if sample_id in self._ids or not sample_id:
             raise ValueError(f"sample_id: expected a new, non-empty id, got {sample_id!r}")
@@ -138,7 +138,7 @@ class ShardWriter:
         self._counts[modality][split] += 1
 
     def add_document(self, file: str, data: bytes) -> None:
-        """Put a card, a table or a licence (`folder/name` or `name`) beside the shards, hashed like them."""
+        """Add a card, a table or a licence (``folder/name`` or ``name``) beside the shards, hashed like them."""
         if not DOCUMENT_NAME.fullmatch(file):
             raise ValueError(f"file: expected a plain name, or one in one folder, got {file!r}")
         (self.root / file).parent.mkdir(exist_ok=True)
@@ -147,12 +147,12 @@ class ShardWriter:
         self._documents.append({"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
 
     def close(self) -> None:
-        """Finish the last shard, move all files into place, the manifest last."""
+        """Finish the last shard and rename all files into place, the manifest last."""
         if self._closed:
             return
         try:
             if not self._ids:
-                raise ValueError("a shard set needs at least one sample, none was added")
+                raise ValueError("shard set: expected at least one sample, got none")
             self._finish_shard()
             body = {
                 "format": FORMAT,
@@ -176,7 +176,7 @@ class ShardWriter:
             raise
 
     def discard(self) -> None:
-        """Remove everything written so far; the writer is of no use afterwards."""
+        """Remove everything written so far; the writer cannot be used afterwards."""
         if self._closed:
             return
         self._closed = True
@@ -184,7 +184,7 @@ class ShardWriter:
             self._tar.close()
         for file in self._begun:
             self._partial(file).unlink(missing_ok=True)
-            (self.root / file).unlink(missing_ok=True)  # there was no manifest: files of this name are ours
+            (self.root / file).unlink(missing_ok=True)  # Ours, since the folder had no manifest
             if "/" in file and not any((self.root / file).parent.iterdir()):
                 (self.root / file).parent.rmdir()
 
@@ -237,11 +237,12 @@ class ShardWriter:
 
 
 def tar_member(name: str, data: bytes) -> bytes:
-    """A file of a tar: header, bytes, padding."""
-    info = tarfile.TarInfo(name)  # its defaults: mode 0644, uid, gid and mtime 0, no user name
+    """A member of a tar: header, bytes, padding."""
+    info = tarfile.TarInfo(name)  # Defaults: mode 0644, uid, gid and mtime 0, no user name
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
 
 
 def json_line(record: dict[str, Any]) -> bytes:
+    """``record`` as a line of canonical JSON."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

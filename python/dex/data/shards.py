@@ -1,8 +1,8 @@
-"""A shard set as a data set (its files: `shard_format`).
+"""A data set from a shard set; ``shard_format`` describes its files.
 
-Reading goes by the index alone: tar headers are for others. Opening a set checks the manifest against itself, every
-index against its hash and every offset against the shard's size; each image is checked against its hash when it is
-read; `verify` reads everything.
+Images are read by the index, without the tar headers. Opening a set checks the manifest against its hash, every index
+against its hash and every offset against the size of the shard. Each image is checked against its hash when it is read;
+``verify`` checks everything.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _ROW = np.dtype(
 
 
 class ShardDataset(Dataset):
-    """A shard set, opened for reading; see `open_dataset`.
+    """A shard set, opened for reading; see ``open_dataset``.
 
-    ValueError names the file and what is wrong with it when manifest, indices and shards do not fit each other.
-    Kept per sample: 62 bytes and its id, in two buffers that the workers of a loader share. Indices are parsed line by
-    line, so that opening needs little more.
+    ValueError names the file and the fault if manifest, indices and shards do not match each other.
+    Memory per sample: 62 bytes and its id, in two buffers that the workers of a loader share. Indices are parsed line
+    by line, so opening needs little more.
     """
 
     def __init__(self, root: str | Path):
@@ -82,10 +82,11 @@ class ShardDataset(Dataset):
         for row in rows:
             for split in SPLITS:
                 of_modality = self._rows["modality"] == number.get(row["name"], -1)
-                here = int((of_modality & (self._rows["val"] == (split == "val"))).sum())
-                if here != row[split]:
+                count = int((of_modality & (self._rows["val"] == (split == "val"))).sum())
+                if count != row[split]:
                     raise ValueError(
-                        f"{MANIFEST}: {row[split]} {split} samples of {row['name']!r} declared, the indices hold {here}"
+                        f"{MANIFEST}: expected {row[split]} {split} samples of {row['name']!r}, "
+                        f"got {count} in the indices"
                     )
 
     def __len__(self) -> int:
@@ -103,7 +104,7 @@ class ShardDataset(Dataset):
         return self._rows["val"] == (name == "val")
 
     def image_bytes(self, index: int) -> bytes:
-        """The encoded image of sample `index`, checked against its hash; SampleError when it is not what it was."""
+        """The encoded image of sample ``index``. SampleError: it cannot be read or differs from its hash."""
         row = self._rows[self._check_index(index)]
         entry = self.manifest["shards"][int(row["shard"])]
         try:

@@ -1,6 +1,6 @@
-"""Memory for batches that a process shares with those it starts.
+"""Memory for batches, shared between a process and its workers.
 
-New memory for every batch would cost more than decoding it: the kernel clears each page, in both processes.
+New memory for every batch would cost more than decoding, since the kernel clears each page in both processes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 
 class Slots:
-    """`count` arrays uint8 of `shape`. The process that made them gives them out, others write into them.
+    """``count`` uint8 arrays of ``shape``. The process that creates them assigns them, and its workers write to them.
 
-    It lies in files without a name in the folder for shared memory or, where that has no room, for temporary files.
+    The memory is in unnamed files in the folder for shared memory or, if it is full, for temporary files.
     """
 
     def __init__(self, count: int, shape: tuple[int, ...]):
@@ -27,14 +27,15 @@ class Slots:
         self._free = deque(range(count))
 
     def take(self) -> int | None:
-        """A slot that nobody uses; None when there is none."""
+        """A free slot; None if there is none."""
         return self._free.popleft() if self._free else None
 
     def array(self, slot: int) -> np.ndarray:
+        """The memory of a slot as an array."""
         return np.frombuffer(self._memory, np.uint8, self._size, slot * self._size).reshape(self._shape)
 
     def lend(self, slot: int) -> torch.Tensor:
-        """A slot that was taken, as a tensor; it is free again when that tensor and all its views are gone."""
+        """A taken slot as a tensor; it becomes free when the tensor and all its views are gone."""
         array = self.array(slot)
         weakref.finalize(array, self._free.append, slot).atexit = False
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""The DEX vision transformer, the masked autoencoder around it, and weights in and out."""
+"""The DEX vision transformer, the masked autoencoder around it, and the loading of weights."""
 
 from .mae import (
     Block,

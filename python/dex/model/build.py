@@ -1,4 +1,4 @@
-"""The model that a configuration describes."""
+"""Build the model of a configuration."""
 
 import math
 
@@ -10,6 +10,7 @@ from dex.model.mae import MaskedAutoencoder
 
 
 def build_model(config: Config) -> MaskedAutoencoder:
+    """A randomly initialised model of ``config``."""
     m = config.model
     model = MaskedAutoencoder(
         m.img_size,
@@ -37,7 +38,7 @@ def build_model(config: Config) -> MaskedAutoencoder:
 
 @torch.no_grad()
 def init_routers_(model: MaskedAutoencoder, config: Config) -> None:
-    """Draw the routers anew as ``model.router_init`` says, unless that is how they are drawn anyway."""
+    """Initialise the routers again for ``model.router_init`` linear; ``reset_parameters`` already does xavier."""
     if config.model.router_init == "linear":
         for layer in model.encoder.dex_layers:
-            nn.init.kaiming_uniform_(layer.router_weight, a=math.sqrt(5))  # as torch.nn.Linear: 1 / sqrt(D) at most
+            nn.init.kaiming_uniform_(layer.router_weight, a=math.sqrt(5))  # As in torch.nn.Linear: at most 1 / sqrt(D)

@@ -1,8 +1,8 @@
 """Vision transformers of other programs under timm's names: Hugging Face's ViT and DINOv2, DINO-style ViTs, ONNX files.
 
-LayerScale is folded into the map before it, ``gamma * (W x + b) = (gamma W) x + gamma b``, so that the network computes
-the same without it. Hugging Face's ViT divides by ``sqrt(var + 1e-12)`` in its norms, DINO-style ViTs by
-``sqrt(var + 1e-6)`` as `dex.model` does.
+LayerScale is folded into the preceding linear map, ``gamma * (W x + b) = (gamma W) x + gamma b``, which leaves the
+network's output unchanged. The norms of Hugging Face's ViT divide by ``sqrt(var + 1e-12)``, those of DINO-style ViTs by
+``sqrt(var + 1e-6)`` like ``dex.model``.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _MARK = "embeddings.patch_embeddings.projection.weight"
-"""A tensor that every vision transformer of Hugging Face has, behind the name of its host."""
+"""Tensor of every Hugging Face vision transformer; the name of the module that contains it comes before."""
 
 _OUTSIDE = {
     "embeddings.cls_token": "cls_token",
@@ -50,19 +50,19 @@ _SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under timm's names and without LayerScale; as it is where it is neither.
+    """The state dict under timm's names, with LayerScale folded in.
 
-    Names that are not known stay, for whoever loads them to refuse. ValueError for a network that this one cannot be.
+    Unknown names are kept, so that loading them fails. ValueError: an architecture that this model cannot represent.
     """
     if any("register_tokens" in name for name in state):
-        raise ValueError("weights: expected a vision transformer without register tokens, which this model has not")
+        raise ValueError("weights: expected a vision transformer without register tokens; got one with them")
     if any(".mlp.weights_in." in name or ".mlp.w12." in name for name in state):
         raise ValueError("weights: expected MLPs of two linear maps with GELU; got gated ones (SwiGLU)")
     return _without_layer_scale(_renamed(state))
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """From the names of transformers' ViT and DINOv2, of version 4 or 5; what belongs to their host is left out."""
+    """Rename from the ViT and DINOv2 of transformers 4 or 5; tensors outside the encoder are left out."""
     prefixes = [name.removesuffix(_MARK) for name in state if name.endswith(_MARK)]
     if len(prefixes) != 1:
         return dict(state)
@@ -71,7 +71,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     heads: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
-            continue  # a decoder or a classifier beside the encoder
+            continue  # A decoder or a classifier beside the encoder
         name = name.removeprefix(prefix)
         match = _BLOCK.fullmatch(name)
         if name in _OUTSIDE:
@@ -99,21 +99,21 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
         block, scale, _ = name.rsplit(".", 2)
         weight, bias = (f"{block}.{_SCALED[scale]}.{kind}" for kind in ("weight", "bias"))
         if weight not in state or bias not in state:
-            continue  # to be refused as unknown
+            continue  # Refused later as unknown
         gamma, width = state.pop(name), len(state[weight])
         if list(gamma.shape) != [width]:
             raise ValueError(f"{name}: expected [{width}], got {list(gamma.shape)}")
         state[weight], state[bias] = gamma[:, None] * state[weight], gamma * state[bias]
-    state.pop("mask_token", None)  # DINO's own, of the encoder's width
+    state.pop("mask_token", None)  # DINO's mask token has the encoder's width, ours the decoder's
     return state
 
 
 def read_onnx(path: str | Path) -> dict[str, Tensor]:
-    """The weights in an ONNX file of a vision transformer, under the names of the module that was exported.
+    """The weights in an ONNX file of a vision transformer, under the names of the exported module.
 
-    Exporters fold a transposed weight into a nameless initialiser ``onnx::MatMul_12``; the node that multiplies with it
-    has the module's name. A position embedding that is resized in the graph comes as two, CLS and patches. Needs onnx.
-    Raises: FileNotFoundError; ValueError for a file that is no ONNX model.
+    Exporters fold a transposed weight into an anonymous initialiser such as ``onnx::MatMul_12``; the node that
+    multiplies with it has the name of the module. A position embedding that the graph resizes comes in two tensors, CLS
+    and patches. Needs onnx. Raises: FileNotFoundError; ValueError for a file that is not an ONNX model.
     """
     import onnx
     from onnx import numpy_helper
@@ -123,7 +123,7 @@ def read_onnx(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"path: no such file: {path}")
     try:
         graph = onnx.load(path).graph
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # Errors of protobuf
         raise ValueError(f"path: expected an ONNX model; {path}: {type(error).__name__}") from error
     arrays = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

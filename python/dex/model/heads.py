@@ -1,6 +1,6 @@
-"""Heads on the encoder's tokens: classification, and the linear probes of either kind.
+"""Heads on the encoder's tokens: classification, and linear probes for classification and segmentation.
 
-Letters: B images, L patches, G patches a side, D width, C classes, S image side.
+Letters: B images, L patches, G patches per side, D width, C classes, S image side.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def pooled(tokens: Tensor) -> Tensor:
-    """``tokens [B, 1 + L, D]``, CLS first, ``-> [B, 2 D]``: the CLS token beside the mean of the patches."""
+    """``tokens [B, 1 + L, D]``, CLS first, ``-> [B, 2 D]``: the CLS token and the mean of the patches, concatenated."""
     return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
 
 class ClassificationHead(nn.Module):
     """``tokens [B, 1 + L, D] -> logits [B, C]``: CLS token and mean of patches, LayerNorm, dropout, a linear map.
 
-    linear: the linear probe, whose LayerNorm has no weights of its own and which drops nothing.
+    linear: a linear probe, without dropout and without weights in LayerNorm.
     """
 
     def __init__(self, dim: int, classes: int, dropout: float = 0.0, linear: bool = False):
@@ -32,7 +32,7 @@ class ClassificationHead(nn.Module):
 
 
 class LinearSegmentation(nn.Module):
-    """``tokens [B, 1 + L, D] -> logits [B, C, S, S]``: one linear map of every patch, enlarged bilinearly."""
+    """``tokens [B, 1 + L, D] -> logits [B, C, S, S]``: one linear map on every patch, resized bilinearly."""
 
     def __init__(self, dim: int, classes: int, img_size: int):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Low-rank adaptation (Hu et al. 2021) of linear maps and of stacked experts, merged into plain weights when done.
+"""Low-rank adaptation (Hu et al. 2021) of linear maps and stacked experts, merged into plain weights after training.
 
-Each adapted weight W becomes ``W + alpha / rank * up @ down``; W stays frozen, ``down`` and ``up`` are trained. A stack
-of experts ``[E, out, in]`` gets one pair per expert. Built on `torch.nn.utils.parametrize`: modules, checkpoints and
-DDP see the adapted weight under its own name.
+Each adapted weight W becomes ``W + alpha / rank * up @ down``; W is frozen, ``down`` and ``up`` are trained. A stack of
+experts ``[E, out, in]`` has one pair per expert. Built on ``torch.nn.utils.parametrize``, so modules, checkpoints and
+DDP see the adapted weight under its original name.
 
 Letters: E experts, R rank.
 """
@@ -18,7 +18,7 @@ from dex.model.mae import VisionTransformer
 
 
 class LowRank(nn.Module):
-    """``weight [..., out, in] -> weight + scale * up [..., out, R] @ down [..., R, in]``; at first ``up`` is 0."""
+    """``weight [..., out, in] -> weight + scale * up [..., out, R] @ down [..., R, in]``; ``up`` starts at 0."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float):
         super().__init__()
@@ -26,7 +26,7 @@ class LowRank(nn.Module):
         self.scale: float = alpha / rank
         self.down: nn.Parameter = nn.Parameter(weight.new_empty(*stack, rank, columns))
         self.up: nn.Parameter = nn.Parameter(weight.new_zeros(*stack, rows, rank))
-        bound = 1 / math.sqrt(columns)  # as torch.nn.Linear draws
+        bound = 1 / math.sqrt(columns)  # As in torch.nn.Linear
         nn.init.uniform_(self.down, -bound, bound)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ class LowRank(nn.Module):
 
 
 def add_lora_(encoder: VisionTransformer, rank: int, alpha: float) -> None:
-    """Adapt attention (``qkv``, ``proj``) and the MLPs of the path that ``encoder`` computes with; freeze all else.
+    """Adapt attention (``qkv``, ``proj``) and the MLPs of the encoder's path; freeze everything else.
 
     The MLPs are the stacked experts, the directors with ``path="director"``, or the dense MLPs of a monolithic model.
-    Routers stay as they are. ValueError naming the argument; nothing has changed then.
+    Routers are not adapted. ValueError naming the argument; the encoder is then unchanged.
     """
     weights = list(_adapted(encoder))
     smallest = min(min(getattr(module, name).shape[-2:]) for module, name in weights)
@@ -46,7 +46,7 @@ def add_lora_(encoder: VisionTransformer, rank: int, alpha: float) -> None:
     if not alpha > 0:
         raise ValueError(f"lora_alpha: expected a number above 0; got {alpha!r}")
     if any(parametrize.is_parametrized(module) for module, _ in weights):
-        raise ValueError("encoder: expected plain weights; got a model that has LoRA already: merge_lora_ it first")
+        raise ValueError("encoder: expected plain weights; got a model with LoRA: merge it first with merge_lora_")
     encoder.requires_grad_(False)
     for module, name in weights:
         low_rank = LowRank(getattr(module, name), rank, alpha)
@@ -55,7 +55,7 @@ def add_lora_(encoder: VisionTransformer, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merge_lora_(encoder: VisionTransformer) -> None:
-    """Put plain weights in the place of all adapted ones; what the encoder computes stays the same up to rounding."""
+    """Replace adapted weights by plain ones; the encoder's output stays the same up to rounding."""
     for module, name in _adapted(encoder):
         if parametrize.is_parametrized(module, name):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -69,19 +69,21 @@ def lora_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:
 
 
 def load_lora_(encoder: VisionTransformer, tensors: dict[str, Tensor]) -> None:
-    """Copy what `lora_state_dict` gave into an encoder that has LoRA. ValueError names what does not fit."""
-    own = lora_state_dict(encoder)
-    if wrong := own.keys() ^ tensors.keys():
-        raise ValueError(f"tensors: expected the {len(own)} LoRA tensors of this encoder; differing: {min(wrong)}")
+    """Copy the result of ``lora_state_dict`` into an encoder with LoRA. ValueError names what does not fit."""
+    targets = lora_state_dict(encoder)
+    if different := targets.keys() ^ tensors.keys():
+        raise ValueError(
+            f"tensors: expected the {len(targets)} LoRA tensors of this encoder; {min(different)} is missing or unknown"
+        )
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"{name}: expected {list(own[name].shape)}, got {list(tensor.shape)}")
+        if tensor.shape != targets[name].shape:
+            raise ValueError(f"{name}: expected {list(targets[name].shape)}, got {list(tensor.shape)}")
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        targets[name].copy_(tensor)
 
 
 def _adapted(encoder: VisionTransformer) -> Iterator[tuple[nn.Module, str]]:
-    """The weights that LoRA reaches: the module that holds each, and its name there."""
+    """The module and the name of each weight that LoRA adapts."""
     for block in encoder.blocks:
         yield block.attn.qkv, "weight"
         yield block.attn.proj, "weight"

@@ -1,4 +1,4 @@
-"""The DEX vision transformer and the masked autoencoder around it; weights in and out are in `dex.model.weights`.
+"""The DEX vision transformer and the masked autoencoder around it. ``dex.model.weights`` loads weights.
 
 Letters: B images, C channels, H x W their pixels, P patch side, L patches, N tokens (CLS first), D width,
 E experts, K chosen.
@@ -25,13 +25,12 @@ from dexkernels.published import PublishedNames
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
 
-
 DEX_OPTIONS = ("align", "backend", "route_from", "temperature", "usage_momentum")
-"""What all `DEXLayer` of a model share, beside their sizes."""
+"""Options that all ``DEXLayer`` of a model share, apart from sizes."""
 
 
 class MAEOutput(NamedTuple):
-    """What one forward of `MaskedAutoencoder` gives. Losses are 0-dim and not yet weighted."""
+    """Output of ``MaskedAutoencoder``. Losses are 0-dim and unweighted."""
 
     loss: Tensor
     """Mean squared error over the pixels of removed patches (of normalised patches with ``norm_pix_loss``)."""
@@ -40,36 +39,36 @@ class MAEOutput(NamedTuple):
     balance_loss: Tensor
     """Mean over layers; local to this rank."""
     pred: Tensor
-    """``[B, C, H, W]``: the decoder's output as an image; see `MaskedAutoencoder.reconstruct`."""
+    """``[B, C, H, W]``: the decoder's output as an image; see ``MaskedAutoencoder.reconstruct``."""
     mask: Tensor
     """``[B, L]``; 1 = removed."""
     gate_mass: list[Tensor]
-    """Per layer ``[E_l]``, detached; for `MaskedAutoencoder.update_directors`. Empty for the monolithic control."""
+    """Per layer ``[E_l]``, detached; for ``MaskedAutoencoder.update_directors``. Empty for the monolithic control."""
     gates: list[Tensor]
     """Per layer ``[B, K_l]``."""
     expert_indices: list[Tensor]
     """Per layer int32 ``[B, K_l]``."""
     image_loss: Tensor
-    """``[B]``, detached: ``loss`` of every image by itself."""
+    """``[B]``, detached: ``loss`` of each image."""
     cls: Tensor
-    """``[B, D]``, detached: the encoder's CLS token, what a probe sees of an image."""
+    """``[B, D]``, detached: the encoder's CLS token, the input of a probe."""
     probabilities: Sequence[Tensor] = ()
     """Per layer ``[B, E_l]`` with a gradient, of blocks that keep them; otherwise none."""
 
 
 class Encoded(NamedTuple):
-    """What one forward of `VisionTransformer` gives."""
+    """Output of ``VisionTransformer.forward_hidden``."""
 
     tokens: Tensor
     """``[B, 1 + L, D]``, CLS first, after the final norm."""
     aux: list[Aux]
-    """Of the DEX layers; empty unless it was asked for."""
+    """Of the DEX layers; empty unless requested."""
     hidden: dict[int, Tensor]
-    """Number of blocks -> tokens ``[B, 1 + L, D]`` after so many, before the final norm."""
+    """Number of blocks -> tokens ``[B, 1 + L, D]`` after that many blocks, before the final norm."""
 
 
 class FullAux(NamedTuple):
-    """`dexkernels.Aux` and the probabilities of all experts."""
+    """``dexkernels.Aux`` and the probabilities of all experts."""
 
     align_loss: Tensor
     balance_loss: Tensor
@@ -77,7 +76,7 @@ class FullAux(NamedTuple):
     gates: Tensor
     expert_indices: Tensor
     probabilities: Tensor
-    """``[B, E]``; see `dex.model.balance.probabilities`."""
+    """``[B, E]``; see ``dex.model.balance.probabilities``."""
 
 
 class Attention(nn.Module):
@@ -96,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention + residual, pre-norm MLP + residual; the MLP is a `DEXLayer`, or dense if num_experts = 0."""
+    """Pre-norm attention and MLP with residuals; the MLP is a ``DEXLayer``, or dense if ``num_experts`` is 0."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class Block(nn.Module):
         self.attn: Attention = Attention(dim, num_heads)
         self.norm2: nn.LayerNorm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.keeps_probabilities = False
-        """Whether aux has the probabilities of all experts too: a `FullAux`."""
+        """Whether aux is a ``FullAux``, with the probabilities of all experts."""
         self.dex: DEXLayer | None = None
         self.mlp: MLP | None = None
         if num_experts:
@@ -140,9 +139,9 @@ class VisionTransformer(nn.Module):
 
     Args:
         img_size: side of a square, or (height, width), multiples of ``patch_size``.
-        num_experts, top_k: an int, or one int per layer; ``num_experts=0`` is the monolithic control, whose dense MLPs
-            have hidden size ``top_k * mlp_ratio * embed_dim``.
-        dex_options: of every `dexkernels.DEXLayer`: align, backend, route_from, temperature, usage_momentum.
+        num_experts, top_k: an int, or one int per layer; ``num_experts=0`` is the monolithic control, with dense MLPs
+            of hidden size ``top_k * mlp_ratio * embed_dim``.
+        dex_options: of every ``dexkernels.DEXLayer``: align, backend, route_from, temperature, usage_momentum.
 
     Raises: ValueError naming the argument.
     """
@@ -162,7 +161,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         if unknown := dex_options.keys() - DEX_OPTIONS:
-            raise TypeError(f"expected {', '.join(DEX_OPTIONS)} beside the sizes, got {', '.join(sorted(unknown))}")
+            raise TypeError(f"dex_options: expected {', '.join(DEX_OPTIONS)}; got {', '.join(sorted(unknown))}")
         _check_sizes(patch_size=patch_size, in_chans=in_chans)
         check_size("img_size", img_size)
         if any(side % patch_size for side in height_width(img_size)):
@@ -177,7 +176,7 @@ class VisionTransformer(nn.Module):
         self.img_size: Size = plain_size(img_size)
         self.patch_size: int = patch_size
         self.in_chans: int = in_chans
-        # A linear map of flattened patches, not a convolution: removed patches are then never embedded.
+        # A linear map of flattened patches instead of a convolution, so that removed patches are never embedded.
         self.patch_embed: nn.Linear = nn.Linear(in_chans * patch_size**2, embed_dim)
         self.cls_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
@@ -187,7 +186,7 @@ class VisionTransformer(nn.Module):
         )
         self.norm: nn.LayerNorm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.checkpointing = False
-        """Keep only every block's input for backward and compute the block anew there."""
+        """Keep only the input of each block, and recompute the block in backward."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -197,18 +196,18 @@ class VisionTransformer(nn.Module):
 
     @property
     def grid_size(self) -> Size:
-        """Patches a side, or (rows, columns) of images that are no squares."""
+        """Patches per side, or (rows, columns) if images are not square."""
         return plain_size(self.grid)
 
     @property
     def patches(self) -> int:
-        """L."""
+        """L, the number of patches."""
         rows, columns = self.grid
         return rows * columns
 
     @property
     def dex_layers(self) -> list[DEXLayer]:
-        """The DEX layers, first to last; empty for the monolithic control."""
+        """The DEX layers in order; empty for the monolithic control."""
         return [block.dex for block in self.blocks if block.dex is not None]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class VisionTransformer(nn.Module):
         router_noise: Sequence[Tensor] | None = None,
         return_aux: bool = False,
     ) -> tuple[Tensor, list[Aux]]:
-        """Tokens ``[B, 1 + kept, D]`` of the patches ``ids_keep [B, kept]`` (None: all), and the layers' aux if wanted.
+        """Tokens ``[B, 1 + kept, D]`` of the patches ``ids_keep [B, kept]`` (None: all), and aux if requested.
 
         ``router_noise``: one ``[B, 1, E_l]`` per layer.
         """
@@ -242,9 +241,9 @@ class VisionTransformer(nn.Module):
         router_noise: Sequence[Tensor] | None = None,
         return_aux: bool = False,
     ) -> Encoded:
-        """`forward_aux`, and the hidden states ``[B, 1 + kept, D]`` after so many blocks, before the final norm.
+        """``forward_aux``, and hidden states ``[B, 1 + kept, D]`` before the final norm.
 
-        after: numbers of blocks, 1 to the depth.
+        after: numbers of blocks, 1 to the depth, after which hidden states are taken.
         """
         self.check_images(images)
         if router_noise is not None and len(router_noise) != len(self.blocks):
@@ -259,7 +258,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1).to(x.dtype), x], 1)
         auxes, hidden = [], {}
         checkpointing = self.checkpointing and torch.is_grad_enabled()
-        # A block draws nothing else; a generator's state is then not touched, which is safe in a CUDA graph's capture.
+        # With given noise a block draws no random numbers; not touching the generator is safe in a graph capture.
         options = {"use_reentrant": False, "preserve_rng_state": router_noise is None and bool(self.dex_layers)}
         for i, block in enumerate(self.blocks):
             arguments = (x, noise_std, None if router_noise is None else router_noise[i], return_aux)
@@ -271,11 +270,11 @@ class VisionTransformer(nn.Module):
         return Encoded(self.norm(x), auxes, hidden)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless ``images`` are what the encoder was built for."""
-        want = (self.in_chans, *height_width(self.img_size))
-        if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != want:
+        """ValueError unless ``images`` have the shape and dtype that the encoder expects."""
+        expected = (self.in_chans, *height_width(self.img_size))
+        if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != expected:
             got = list(images.shape) if isinstance(images, Tensor) else repr(images)
-            raise ValueError(f"images: expected [B, {', '.join(map(str, want))}], got {got}")
+            raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], got {got}")
         if not images.is_floating_point():
             raise ValueError(f"images: expected floating-point pixels (see dex.data.center), got {images.dtype}")
 
@@ -286,11 +285,11 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
     Args:
         img_size: H = W, or (H, W), in pixels.
         patch_size: P, which divides both.
-        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, dex_options: see `VisionTransformer`.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder, which sees all L patches.
+        embed_dim, depth, num_heads, num_experts, top_k, mlp_ratio, in_chans, dex_options: see ``VisionTransformer``.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder, which processes all L patches.
         norm_pix_loss: targets are patches normalised by their own mean and standard deviation.
 
-    From scratch every linear map is Xavier-uniform with zero bias, experts and director drawn separately.
+    Linear maps are initialised Xavier-uniform with zero bias, experts and director independently.
     Raises: ValueError naming the argument.
     """
 
@@ -317,7 +316,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         )
         _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         if norm_pix_loss and patch_size**2 * in_chans < 2:
-            raise ValueError("norm_pix_loss: expected False for patches of a single value, which have no deviation")
+            raise ValueError("norm_pix_loss: expected False for patches of a single value, which have no variance")
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed: nn.Linear = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -332,7 +331,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as in MAE: Xavier-uniform linear maps, zero biases, tokens from N(0, 0.02)."""
+        """Initialise all weights as in MAE: Xavier-uniform linear maps, zero biases, tokens from N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -355,14 +354,14 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         mask_noise: Tensor | None = None,
         router_noise: Sequence[Tensor] | None = None,
     ) -> MAEOutput:
-        """Encode the kept patches, decode all of them, compare the removed ones.
+        """Encode the kept patches, decode all patches, and compute the loss of the removed ones.
 
         Args:
             images: float ``[B, C, H, W]``, ImageNet-normalised.
-            mask_ratio: share of patches that is removed, in [0, 1), at least one patch kept.
-            noise_std: exploration noise of all routers in training, a float or 0-dim tensor.
-            mask_noise: ``[B, L]``; its ascending argsort keeps the first; uniform noise when None.
-            router_noise: one ``[B, 1, E_l]`` per layer; standard normal when None.
+            mask_ratio: share of patches that is removed, in [0, 1); at least one patch is kept.
+            noise_std: standard deviation of the routers' exploration noise in training, a float or 0-dim tensor.
+            mask_noise: ``[B, L]``; the patches with the smallest values are kept; None draws uniform noise.
+            router_noise: one ``[B, 1, E_l]`` per layer; None draws standard normal noise.
 
         Raises: ValueError naming the argument.
         """
@@ -384,7 +383,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         latent, auxes = self.encoder.forward_aux(images, ids_keep, noise_std, router_noise, return_aux=True)
         pred = self.decode(latent, ids_keep)
         patch_loss = self.patch_loss(pred, images)
-        # Not in half precision, which cannot count patches.
+        # Not in half precision, which cannot represent the number of patches.
         removed = mask.to(patch_loss.dtype)
         image_loss = (patch_loss.detach() * removed).sum(1) / removed.sum(1).clamp(min=1)
         loss = (patch_loss * removed).sum() / removed.sum().clamp(min=1)
@@ -411,7 +410,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         ``latent [B, 1 + kept, D]`` of the CLS token and the patches ``ids_keep [B, kept]``.
         """
         x = self.decoder_embed(latent)
-        # Scattered, not gathered: the gradient of a gather would be a scatter-add, which is slow on a CPU.
+        # A scatter instead of a gather, whose gradient would be a scatter-add, which is slow on a CPU.
         patches = self.mask_token.to(x.dtype).repeat(x.shape[0], self.encoder.patches, 1)
         patches = patches.scatter(1, ids_keep[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
         x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
@@ -430,17 +429,17 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, out: MAEOutput) -> Tensor:
-        """``[B, C, S, S]`` in the pixel space of ``images``: kept patches as they are, removed ones as predicted.
+        """``[B, C, H, W]`` in the pixel space of ``images``: kept patches unchanged, removed patches as predicted.
 
-        With ``norm_pix_loss`` the predictions are given the true patches' mean and standard deviation back.
+        With ``norm_pix_loss`` the mean and standard deviation of the true patches are restored.
         """
         P = self.encoder.patch_size
         true, pred = (patchify(t, P, channels_last=True) for t in (images, out.pred.to(images.dtype)))
         if self.norm_pix_loss:
             mean, std = patch_statistics(true)
             pred = pred * std + mean
-        whole = torch.where(out.mask[..., None] == 1, pred, true)
-        return unpatchify(whole, P, self.encoder.in_chans, self.encoder.grid)
+        patches = torch.where(out.mask[..., None] == 1, pred, true)
+        return unpatchify(patches, P, self.encoder.in_chans, self.encoder.grid)
 
     def update_directors(
         self,
@@ -450,14 +449,14 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         skip: Tensor | None = None,
         process_group: "dist.ProcessGroup | Literal[False] | None" = None,
     ) -> None:
-        """GEMA of every layer, after backward and before the optimizer; see `dexkernels.DEXLayer.update_director`.
+        """GEMA of every layer, after backward and before the optimizer; see ``dexkernels.DEXLayer.update_director``.
 
-        ``gate_mass``: ``out.gate_mass``, one ``[E_l]`` per layer. One all-reduce for all layers.
+        ``gate_mass``: ``out.gate_mass``, one ``[E_l]`` per layer. Uses one all-reduce for all layers.
         """
         update_directors(self.encoder.dex_layers, gate_mass, momentum, skip=skip, process_group=process_group)
 
     def reference_tensors(self) -> dict[str, Tensor]:
-        """Published name -> the tensor of this model that holds it (not a copy)."""
+        """The tensors of this model by their published names, not copied."""
         tensors = {}
         for name, t in [*self.named_parameters(), *self.named_buffers()]:
             name = name.removeprefix("encoder.")
@@ -473,24 +472,27 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
 
 
 def vit_base(**overrides: Any) -> MaskedAutoencoder:
-    """DEX ViT-B: 768/12/12, decoder 512/8/16, patch 16, 256 pixels, 8 experts, 2 chosen; any argument can be given."""
+    """DEX ViT-B: 768/12/12, decoder 512/8/16, patch 16, 256 pixels, top 2 of 8 experts; any argument can be overridden.
+
+    Sizes are width/depth/heads.
+    """
     return MaskedAutoencoder(**{"embed_dim": 768, "depth": 12, "num_heads": 12} | overrides)
 
 
 def vit_large(**overrides: Any) -> MaskedAutoencoder:
-    """DEX ViT-L: 1024/24/16, otherwise as `vit_base`."""
+    """DEX ViT-L: 1024/24/16, otherwise as ``vit_base``."""
     return MaskedAutoencoder(**{"embed_dim": 1024, "depth": 24, "num_heads": 16} | overrides)
 
 
 def vit_huge(**overrides: Any) -> MaskedAutoencoder:
-    """DEX ViT-H: 1280/32/16, otherwise as `vit_base` (patch 16; the original MAE's 14 does not divide 256)."""
+    """DEX ViT-H: 1280/32/16, otherwise as ``vit_base`` (patch 16; the original MAE's 14 does not divide 256)."""
     return MaskedAutoencoder(**{"embed_dim": 1280, "depth": 32, "num_heads": 16} | overrides)
 
 
 def patchify(images: Tensor, patch_size: int, channels_last: bool = False) -> Tensor:
     """``[B, C, H, W] -> [B, L, C*P*P]``, patches row-major.
 
-    Within a patch channels come first, as in a convolution's weight, or last, as in the original MAE's targets.
+    Within a patch, channels come first as in a convolution's weight, or last as in the original MAE's targets.
     """
     (B, C, H, W), P = images.shape, patch_size
     x = images.reshape(B, C, H // P, P, W // P, P)
@@ -507,7 +509,7 @@ def unpatchify(patches: Tensor, patch_size: int, in_chans: int, grid: tuple[int,
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every patch, ``[B, L, 1]``: what ``norm_pix_loss`` normalises by."""
+    """Mean and standard deviation of every patch, ``[B, L, 1]``, as used by ``norm_pix_loss``."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt()
 
 
@@ -519,8 +521,8 @@ def take_patches(x: Tensor, ids: Tensor) -> Tensor:
 def sincos_pos_embed(dim: int, grid_size: Size) -> Tensor:
     """The fixed 2-D sine-cosine position embedding of MAE, ``[1, 1 + L, dim]``; zero for the CLS token.
 
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines. grid_size:
-    patches a side, or (rows, columns).
+    The first half of the width encodes the column, the second the row; each half has sines, then cosines. grid_size:
+    patches per side, or (rows, columns).
     """
     rows, columns = height_width(grid_size)
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -1,10 +1,10 @@
 """UNETR in 2-D (Hatamizadeh et al. 2022): MONAI's blocks decode hidden states of the encoder to a map of classes.
 
-With a patch of 2^u pixels u transposed convolutions double the patch grid until it is as large as the image. Hidden
-states after a quarter, a half and three quarters of the blocks, and the image itself, are joined on the way, each at
-its own scale. A patch that is no power of two is decoded as the next one, and image and result are resized.
+With a patch side of 2^u pixels, u transposed convolutions double the patch grid until it has the size of the image.
+Hidden states after a quarter, a half and three quarters of the blocks, and the image itself, are skip connections at
+different scales. If the patch side is not a power of two, the next one is used, and image and result are resized.
 
-Letters: B images, D width, G patches a side, S image side, C classes, u doublings.
+Letters: B images, D width, G patches per side, S image side, C classes, u doublings.
 """
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from dex.model.heads import as_map
 
 _WIDEST = 8
-"""Channels of the coarsest level, in feature sizes, as in MONAI's UNETR."""
+"""Channels of the coarsest level as a multiple of the feature size, as in MONAI's UNETR."""
 
 
 def skip_blocks(depth: int) -> tuple[int, ...]:
-    """After how many blocks hidden states are taken: 3, 6 and 9 of 12; quarters of other depths, each once."""
+    """Numbers of blocks after which hidden states are taken: 3, 6 and 9 of 12, the quarters of other depths."""
     return tuple(sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3)} - {depth}))
 
 
@@ -46,7 +46,7 @@ class UNETR(nn.Module):
     ):
         super().__init__()
         if patch_size < 2:
-            raise ValueError(f"patch_size: expected at least 2 for UNETR, which enlarges patches; got {patch_size}")
+            raise ValueError(f"patch_size: expected at least 2 for UNETR, which upsamples patches; got {patch_size}")
         if img_size % patch_size or img_size < 2 * patch_size:
             expected = f"a multiple of the patch size, {patch_size}, and at least two patches"
             raise ValueError(f"img_size: expected {expected}; got {img_size}")
@@ -56,11 +56,11 @@ class UNETR(nn.Module):
         self.img_size = img_size
         self.doublings: int = (patch_size - 1).bit_length()
         self.inner_size: int = img_size // patch_size * 2**self.doublings
-        """Side of the decoder's result: S, or more where the patch is no power of two."""
+        """Side of the decoder's result: S, or more if the patch side is not a power of two."""
         self.after: tuple[int, ...] = skip_blocks(depth)
         u = self.doublings
         self._levels = [max(0, u - 1 - i) for i in range(len(self.after))]
-        """How often each hidden state's grid is doubled before it is joined."""
+        """Number of doublings of each hidden state before its skip connection."""
 
         def width(level: int) -> int:
             return dim if level == 0 else feature_size * min(2 ** (u - level), _WIDEST)

@@ -1,9 +1,9 @@
-"""Weights from elsewhere into a `MaskedAutoencoder`: the published DEX, the original MAE, and vision transformers of
-timm, of Hugging Face and in the style of DINO (`dex.model.foreign`).
+"""Load weights into a ``MaskedAutoencoder``: the published DEX, the original MAE, and vision transformers of timm, of
+Hugging Face and in the style of DINO (``dex.model.foreign``).
 
-A dense checkpoint is upcycled: the director and every expert of a layer start as copies of that layer's MLP.
-Position embeddings and patch embeddings of another size are resized. Of three colours a model of one channel takes the
-sum: a grey image gives what its three equal channels gave.
+A dense checkpoint is upcycled: the director and every expert of a layer start as copies of the layer's MLP. Position
+and patch embeddings of another size are resized. For a model of one channel the weights of three colours are summed, so
+that a grey image gives the same result as three equal channels did.
 """
 
 import math
@@ -22,13 +22,13 @@ from .foreign import read_onnx, timm_names
 from .mae import MaskedAutoencoder
 
 HEAD_PREFIXES = ("head.", "fc_norm.", "head_drop.")
-"""Classification heads of fine-tuned checkpoints; not part of an encoder, left out by name."""
+"""Classification heads of fine-tuned checkpoints, which are ignored."""
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
 
 
 class LoadReport(NamedTuple):
-    """What `load_pretrained` did."""
+    """Result of ``load_pretrained``."""
 
     naming: str
     """``"published DEX"``, or ``"dense ViT"`` (of any program)."""
@@ -39,14 +39,14 @@ class LoadReport(NamedTuple):
     kept: tuple[str, ...]
     """Tensors of the model that the checkpoint lacks and that keep their values (routers; an absent decoder)."""
     ignored: tuple[str, ...]
-    """Tensors of the checkpoint that the model has no place for (classification heads)."""
+    """Tensors of the checkpoint that the model does not use (classification heads)."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin`` or ``.onnx`` file; pickled code is never executed.
 
-    A checkpoint that holds its weights under ``model`` or ``state_dict`` is unwrapped. ONNX needs the package onnx.
-    Raises: FileNotFoundError; ValueError when the file is unreadable, unsafe or holds no state dict.
+    A checkpoint with its weights under ``model`` or ``state_dict`` is unwrapped. ONNX needs the package onnx.
+    Raises: FileNotFoundError; ValueError if the file is unreadable, unsafe or has no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,11 +77,11 @@ def load_pretrained(
     """Load published DEX weights, original MAE weights or a ViT of another program into ``model``, strictly.
 
     Args:
-        model: any `MaskedAutoencoder`; sizes other than the image grid and the patch side must match the weights.
-        weights: a state dict, or a file for `read_state_dict`.
-        grid: rows and columns of patches that the weights were trained on; None: a square, or the model's own.
+        model: any ``MaskedAutoencoder``; sizes other than the image grid and the patch side must match the weights.
+        weights: a state dict, or a file for ``read_state_dict``.
+        grid: rows and columns of patches that the weights were trained on; None: a square, or the model's grid.
 
-    Raises: ValueError naming every missing, unknown or mis-shaped tensor; then nothing was changed.
+    Raises: ValueError naming every missing, unknown or mis-shaped tensor; the model is then unchanged.
     """
     state = timm_names(weights if isinstance(weights, Mapping) else read_state_dict(weights))
     targets = model.reference_tensors()
@@ -93,7 +93,7 @@ def load_pretrained(
             f"(Hugging Face) or blocks.<l>.DEX.router.linear.weight (published DEX), got {got}, ..."
         )
     grey, resized = _to_grey(model, state), _resize(model, state, grid)
-    # With another patch side the decoder predicts another number of pixels: it cannot be the same map and starts anew.
+    # With another patch side the decoder predicts another number of pixels, so it keeps its random initialisation.
     unusable = HEAD_PREFIXES + (DECODER_PREFIXES if "patch_embed.proj.weight" in resized else ())
     ignored = [k for k in state if k.startswith(unusable)]
     for k in ignored:
@@ -120,7 +120,8 @@ def load_pretrained(
 
 
 def _to_grey(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
-    """Weights of three colours for a model of one channel; the names that changed. ValueError: other channels."""
+    """Convert weights of three colours to a model of one channel; returns the changed names. ValueError: other
+    channels."""
     name, channels = "patch_embed.proj.weight", model.encoder.in_chans
     weight = state.get(name)
     if weight is None:
@@ -129,16 +130,16 @@ def _to_grey(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
     if weight.dim() == 4 and weight.shape[:2] == (width, channels):
         return []
     if weight.dim() != 4 or len(weight) != width or (channels, weight.shape[1]) != (1, 3):
-        also = ", or of 3 channels to be added up" if channels == 1 else ""
+        also = ", or 3 channels, which are then summed" if channels == 1 else ""
         raise ValueError(f"{name}: expected [{width}, {channels}, P, P]{also}, got {list(weight.shape)}")
-    # W (x - m_c) / s_c, summed over colours c that are all x, as one map of (x - m) / s.
+    # W (x - m_c) / s_c, summed over colours c that all equal x, as one map of (x - m) / s.
     by_channel = weight.double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     state[name] = (by_channel * GREY_STD / std).sum(1, keepdim=True).to(weight.dtype)
     changed = [name]
     if (bias := state.get("patch_embed.proj.bias")) is not None:
-        moved = (by_channel * (GREY_MEAN - mean) / std).sum((1, 2, 3))
-        state["patch_embed.proj.bias"] = (bias.double() + moved).to(bias.dtype)
+        shift = (by_channel * (GREY_MEAN - mean) / std).sum((1, 2, 3))
+        state["patch_embed.proj.bias"] = (bias.double() + shift).to(bias.dtype)
         changed.append("patch_embed.proj.bias")
     for name in ("decoder_pred.weight", "decoder_pred.bias"):  # [P*P*3, ...], colours last
         if name in state and len(state[name]) % 3 == 0:
@@ -148,8 +149,8 @@ def _to_grey(model: MaskedAutoencoder, state: dict[str, Tensor]) -> list[str]:
 
 
 def _resize(model: MaskedAutoencoder, state: dict[str, Tensor], grid: tuple[int, int] | None) -> list[str]:
-    """Fit position and patch embeddings in ``state`` to the model; returns the names that were resized."""
-    own = model.encoder.grid
+    """Resize position and patch embeddings in ``state`` for the model; returns the resized names."""
+    model_grid = model.encoder.grid
     resized = []
     for name in ("pos_embed", "decoder_pos_embed", "patch_embed.proj.weight"):
         if name not in state:
@@ -158,8 +159,8 @@ def _resize(model: MaskedAutoencoder, state: dict[str, Tensor], grid: tuple[int,
             new = resize_patch_embed(state[name], model.encoder.patch_size)
         else:
             rows = state[name].shape[1] if state[name].dim() == 3 else 0
-            is_own = grid is None and rows == 1 + math.prod(own) and math.isqrt(rows - 1) ** 2 != rows - 1
-            new = resize_pos_embed(state[name], model.encoder.grid_size, own if is_own else grid)
+            same_grid = grid is None and rows == 1 + math.prod(model_grid) and math.isqrt(rows - 1) ** 2 != rows - 1
+            new = resize_pos_embed(state[name], model.encoder.grid_size, model_grid if same_grid else grid)
         if new.shape != state[name].shape:
             resized.append(name)
             state[name] = new
@@ -167,9 +168,9 @@ def _resize(model: MaskedAutoencoder, state: dict[str, Tensor], grid: tuple[int,
 
 
 def resize_pos_embed(pos_embed: Tensor, grid_size: Size, from_grid: tuple[int, int] | None = None) -> Tensor:
-    """``[1, 1 + L, D]`` or ``[1, L, D]`` (no CLS row: it becomes zero) for another grid of patches, bicubic.
+    """Resize ``[1, 1 + L, D]``, or ``[1, L, D]`` with a zero CLS row added, to another grid of patches, bicubic.
 
-    grid_size: patches a side, or (rows, columns). from_grid: rows and columns of ``pos_embed``; None: a square.
+    grid_size: patches per side, or (rows, columns). from_grid: rows and columns of ``pos_embed``; None: a square.
     """
     if pos_embed.dim() != 3 or pos_embed.shape[0] != 1:
         raise ValueError(f"pos_embed: expected [1, 1 + G*G, D], got {list(pos_embed.shape)}")
@@ -193,7 +194,7 @@ def resize_pos_embed(pos_embed: Tensor, grid_size: Size, from_grid: tuple[int, i
 def resize_patch_embed(weight: Tensor, patch_size: int) -> Tensor:
     """``[D, C, P, P] -> [D, C, patch_size, patch_size]`` by the pseudo-inverse of bilinear resizing (FlexiViT, Eq. 4).
 
-    A patch that is enlarged together with the weight gives the same embedding; one that is reduced, the nearest.
+    If patch and weight are enlarged together, the embedding stays the same; if reduced, it is the least-squares fit.
     """
     old = weight.shape[-1]
     if weight.dim() != 4 or weight.shape[-2] != old:
@@ -202,7 +203,7 @@ def resize_patch_embed(weight: Tensor, patch_size: int) -> Tensor:
         return weight
     basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
     resized = F.interpolate(basis, (patch_size, patch_size), mode="bilinear", antialias=True, align_corners=False)
-    resize = resized.view(old * old, patch_size * patch_size)  # a row patch times this is the resized row patch
+    resize = resized.view(old * old, patch_size * patch_size)  # Maps a flattened patch (row vector) to the resized one
     return (
         (weight.double().flatten(2) @ torch.linalg.pinv(resize).T)
         .view(*weight.shape[:2], patch_size, patch_size)

@@ -1,1 +1,1 @@
-"""Memory, time and communication of a run before it begins."""
+"""Estimates of memory, time and communication of a run before it starts."""

@@ -1,6 +1,6 @@
-"""What a configured run will need, before it starts: parameters, operations, memory, checkpoint size, days.
+"""Estimates for a configuration before the run starts: parameters, operations, memory, checkpoint size, days.
 
-Operations count a multiplication and an addition as two. Letters: D width, H hidden, N tokens, K chosen, L layers.
+A multiplication and an addition count as two operations. Letters: D width, H hidden, N tokens, K chosen, L layers.
 """
 
 from __future__ import annotations
@@ -19,49 +19,54 @@ from dex.model.build import build_model
 
 
 class Gpu(NamedTuple):
-    """Makers' figures: dense bf16 operations per second, bytes of memory."""
+    """A GPU with its manufacturer's figures."""
 
     name: str
     bf16_flops: float
+    """Dense bf16 operations per second."""
     memory: float
+    """Bytes."""
 
 
 GPUS = (Gpu("A100 80 GB", 312e12, 80e9), Gpu("H100 SXM", 989e12, 80e9), Gpu("H200 SXM", 989e12, 141e9))
 PEAKS = (("H100 PCIe", 756e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
-"""Words in a device's name, and its makers' figure for dense bf16; the first that fits."""
+"""Parts of device names and the manufacturer's figure for dense bf16; the first match counts."""
 ASSUMED_MFU = 0.4
-"""Share of the peak that days are computed with: an assumption, not a measurement."""
+"""Share of the peak for computing days; an assumption, not a measurement."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters: numbers by kind (experts, directors, router, rest); trained: those that take a gradient.
-
-    flops: per image and training step by part, backward included. memory: bytes on one device that holds everything, by
-    kind; activations: bytes that backward keeps for one image, the autograd graph's own count with plain-torch
-    operators; with ``parallel.checkpointing`` those that are kept, and one block's as it is recomputed. checkpoint:
-    bytes of one. images: of the whole run.
-    """
+    """Estimates for a run."""
 
     parameters: dict[str, int]
+    """Number of parameters by kind: experts, directors, router, rest."""
     trained: int
+    """Number of parameters with a gradient."""
     flops: dict[str, int]
+    """Operations per image and training step by part, including backward."""
     memory: dict[str, int]
+    """Bytes by kind on a device with the whole model."""
     activations: int
+    """Bytes per image kept for backward, as counted by autograd with plain-torch operators; with
+    ``parallel.checkpointing`` those that are kept, plus those of one recomputed block."""
     checkpoint: int
+    """Bytes of a checkpoint."""
     images: int
+    """Images of the whole run."""
 
     @property
     def flops_per_image(self) -> int:
+        """Operations per image and training step."""
         return sum(self.flops.values())
 
     def days(self, gpu: Gpu, count: int, mfu: float = ASSUMED_MFU) -> float:
-        """Days of computation on ``count`` devices at share ``mfu`` of their peak, communication not counted."""
+        """Days of computation on ``count`` devices at share ``mfu`` of their peak, without communication."""
         return self.images * self.flops_per_image / (gpu.bf16_flops * mfu * count) / 86400
 
 
 def estimate(config: Config, steps: int) -> Estimate:
-    """Estimate ``config``'s run of ``steps`` steps; nothing of the size of the model is allocated."""
+    """Estimate a run of ``steps`` steps with ``config``, without allocating memory for the model."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -76,54 +81,55 @@ def estimate(config: Config, steps: int) -> Estimate:
     for name, p in model.named_parameters():
         parameters[_kind(name)] += p.numel()
         trained += p.numel() if p.requires_grad else 0
-    everything = sum(parameters.values())
+    total = sum(parameters.values())
     buffers = sum(b.numel() for b in model.buffers())
     half = config.run.precision != "fp32"
-    averages = 0 if config.optim.ema is None else 4 * everything
+    averages = 0 if config.optim.ema is None else 4 * total
     return Estimate(
         parameters=parameters,
         trained=trained,
         flops=training_flops(config),
         memory={
-            "weights": 4 * (everything + buffers),
+            "weights": 4 * (total + buffers),
             "gradients": 4 * trained,
             "moments": 8 * trained,
             **({"averages": averages} if averages else {}),
-            "bf16 copies": 2 * everything if half else 0,
+            "bf16 copies": 2 * total if half else 0,
         },
         activations=activations,
-        checkpoint=4 * (everything + buffers) + 8 * trained + averages,
+        checkpoint=4 * (total + buffers) + 8 * trained + averages,
         images=steps * config.data.batch_size,
     )
 
 
 def saved_bytes(model: MaskedAutoencoder, config: Config) -> int:
-    """Bytes per image that the forward pass leaves for backward, weights and their casts not counted."""
+    """Bytes per image that the forward pass saves for backward, without weights and their casts."""
     m, half = config.model, config.run.precision != "fp32"
 
     def total(batch: int) -> int:
-        kept: dict[int, tuple[torch.UntypedStorage, int]] = {}  # the storage is held, or its address could be reused
+        # Storages are kept alive, or their addresses could be reused.
+        saved: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
         def pack(t: torch.Tensor) -> torch.Tensor:
             storage = t.untyped_storage()
-            kept[storage._cdata] = (storage, storage.nbytes())
+            saved[storage._cdata] = (storage, storage.nbytes())
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 images = torch.randn(batch, m.in_chans, *height_width(m.img_size))
                 model(images, mask_ratio=m.mask_ratio, noise_std=0.1)
-        return sum(size for _, size in kept.values())
+        return sum(size for _, size in saved.values())
 
-    # Weights are kept too, but once whatever the batch, so the difference of two batches is free of them.
+    # Weights are saved too, but only once per batch, so they cancel in the difference of two batches.
     return (total(6) - total(2)) // 4
 
 
 def training_flops(config: Config) -> dict[str, int]:
-    """Operations of one image in one training step by part: matrix products only; backward costs twice the forward.
+    """Matrix-product operations of one image in one training step by part; backward costs twice the forward.
 
-    The director has no backward. Monolithic layers count as experts. recomputation: the encoder's blocks once more,
-    with ``parallel.checkpointing``; torch leaves out the products after the last one that backward needs.
+    The director has no backward. Monolithic layers count as experts. recomputation: another forward of the encoder's
+    blocks with ``parallel.checkpointing``; torch skips the products after the last one that backward needs.
     """
     m = config.model
     patches = math.prod(side // m.patch_size for side in height_width(m.img_size))
@@ -149,7 +155,7 @@ def training_flops(config: Config) -> dict[str, int]:
         "directors": directors,
         "attention": 3 * forward["attention"],
         "router": 3 * forward["router"],
-        # The images themselves take no gradient.
+        # The images have no gradient.
         "patch embedding": 2 * 2 * kept * pixels * m.embed_dim,
         "decoder": 3 * decoder,
         "recomputation": sum(forward.values()) + directors if config.parallel.checkpointing else 0,
@@ -157,9 +163,8 @@ def training_flops(config: Config) -> dict[str, int]:
 
 
 def mfu(config: Config, images_per_s: float, device: str, devices: int) -> float | None:
-    """Share of the devices' peak that the step's matrix products reach; None for a device whose peak is not known.
-
-    Recomputation does not count: it gets a step no further.
+    """Share of the devices' peak that the step's matrix products reach, without recomputation; None if the peak is not
+    known.
     """
     peak = next((flops for word, flops in PEAKS if word in device), None)
     parts = training_flops(config)
@@ -167,7 +172,7 @@ def mfu(config: Config, images_per_s: float, device: str, devices: int) -> float
 
 
 def describe(result: Estimate) -> list[str]:
-    """A few lines for people; `dex.sizing.scaling.describe` has those about memory on several ranks."""
+    """The estimate in a few lines; ``dex.sizing.scaling.describe`` adds memory on several ranks."""
     total = sum(result.parameters.values())
     lines = [
         f"parameters: {total:,}; " + ", ".join(f"{k} {n:,}" for k, n in result.parameters.items() if n),
@@ -175,8 +180,8 @@ def describe(result: Estimate) -> list[str]:
         + ", ".join(f"{k} {n / result.flops_per_image:.0%}" for k, n in result.flops.items() if n),
         "memory of one device: "
         + ", ".join(f"{k} {format_bytes(n)}" for k, n in result.memory.items() if n)
-        + f"; activations {format_bytes(result.activations)} an image",
-        f"a checkpoint: {format_bytes(result.checkpoint)}",
+        + f"; activations {format_bytes(result.activations)} per image",
+        f"checkpoint: {format_bytes(result.checkpoint)}",
     ]
     for gpu in GPUS:
         times = ", ".join(f"{duration(86400 * result.days(gpu, n))} on {n}" for n in (1, 8, 64))

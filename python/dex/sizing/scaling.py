@@ -1,8 +1,8 @@
-"""What one rank of many does in a step: operations, bytes held, moved and sent; and how long that takes.
+"""The cost of a step on one of several ranks: operations, bytes in memory, moved and sent, and time.
 
-Counts follow what `dex.train.trainer` and `dex.common.ranks` do, tensor by tensor; times come from unit costs (`Costs`)
-that are measured or assumed elsewhere. Bytes are bytes, times seconds, rates per second. The loader and evaluation are
-not part of it. Letters: n ranks, l ranks of one node, m nodes, S bytes, T numbers that take a gradient.
+Counts follow ``dex.train.trainer`` and ``dex.common.ranks`` tensor by tensor; times use unit costs (``Costs``) that are
+measured or assumed elsewhere. Sizes are in bytes, times in seconds, rates per second. The loader and evaluations are
+not included. Letters: n ranks, l ranks per node, m nodes, S bytes, T numbers with a gradient.
 """
 
 from __future__ import annotations
@@ -20,104 +20,117 @@ from dex.model.build import build_model
 from dex.sizing.estimate import Estimate, estimate
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes of DistributedDataParallel's first bucket of gradients and of the others: torch's own defaults."""
+"""Bytes of DistributedDataParallel's first gradient bucket and of the others: the defaults of torch."""
 AUTOCAST_BYTES = 6
 """To cast one fp32 number to bf16: 4 read, 2 written."""
 UPDATE_BYTES = 40
-"""Per number that takes a gradient: norm (read g), clip (read and write g), AdamW (read p, g, m, v; write p, m, v)."""
+"""Per number with a gradient: norm (read g), clip (read and write g), AdamW (read p, g, m, v; write p, m, v)."""
 
 
 class Link(NamedTuple):
-    """What joins two ranks. bandwidth: bytes per second that one rank sends; latency: seconds of one hop."""
+    """A connection between two ranks."""
 
     bandwidth: float
+    """Bytes per second that one rank sends."""
     latency: float
+    """Seconds per hop."""
 
 
 class Costs(NamedTuple):
-    """Unit costs of one rank while the ranks beside it work too. Every number measured or assumed, none fitted."""
+    """Unit costs of one rank while its neighbours work too. All are measured or assumed, none is fitted."""
 
     flops: float
     """Operations per second of forward and backward."""
     memory: float
     """Bytes per second that updates, casts and copies read and write."""
     fixed: float
-    """Seconds of a step that depend on nothing: launches, the verdict, Python."""
+    """Constant seconds per step: launches, the verdict, Python."""
     inner: Link
     """Between ranks of one node."""
     outer: Link
     """Between nodes; bandwidth per rank."""
     per_node: int
-    """Ranks of one node."""
+    """Ranks per node."""
     overlap: float
-    """Share of the time of backward (fsdp: of forward too) in which communication can run unseen. 0: none, as where
-    the processors that compute also carry the messages; 1: all of it."""
+    """Share of backward (fsdp: also of forward) that can hide communication: 0 if the computing processors also carry
+    the messages, 1 if all of it can."""
     store: float
-    """Bytes per second that a checkpoint is written and hashed with, all ranks together."""
+    """Bytes per second with which all ranks together write and hash a checkpoint."""
     scatter: float = 1.0
-    """Times the bytes that a reduce-scatter should send. gloo carries it out as an all-reduce: 2."""
+    """Bytes sent by a reduce-scatter as a multiple of the ideal. gloo implements it as an all-reduce: 2."""
     gather_rate: float = 1.0
-    """Share of the links' bandwidth, which is that of an all-reduce, that an all-gather reaches."""
+    """Bandwidth of an all-gather as a share of that of an all-reduce, which is the bandwidth of the links."""
     scatter_rate: float = 1.0
-    """The same of a reduce-scatter."""
+    """The same for a reduce-scatter."""
 
 
 class Tensor(NamedTuple):
-    """A parameter. cut: the dimension that fsdp cuts."""
+    """A parameter."""
 
     name: str
     shape: tuple[int, ...]
     trained: bool
     cut: int
+    """The dimension that fsdp shards."""
 
     def numbers(self, ranks: int = 1) -> int:
-        """Numbers that ``ranks`` hold together: the cut dimension is padded to a multiple of theirs."""
+        """Numbers on all ``ranks`` together; the sharded dimension is padded to a multiple of ``ranks``."""
         size = self.shape[self.cut]
         return math.prod(self.shape) // size * (-(-size // ranks) * ranks)
 
 
 class Workload(NamedTuple):
-    """A configuration, counted. groups: the parameters that fsdp gathers together; the last are the root's."""
+    """The counts of a configuration."""
 
     config: Config
     estimate: Estimate
     groups: tuple[tuple[Tensor, ...], ...]
+    """Parameters that fsdp gathers together; the last group is the root."""
     modalities: int
 
 
 class Exchange(NamedTuple):
-    """Collectives of one kind in a step. payload: bytes of the whole tensors, over all calls; passes over the ring."""
+    """Collectives of one kind in a step."""
 
     kind: str
     calls: int
     payload: int
+    """Bytes of the unsharded tensors, over all calls."""
 
 
 class Step(NamedTuple):
-    """Seconds of one step by what they go to. communication: all of it; exposed: what nothing hides."""
+    """Seconds of one step by cause."""
 
     compute: float
     weights: float
     update: float
     fixed: float
     communication: float
+    """All of it."""
     exposed: float
+    """Communication that nothing hides."""
 
     @property
     def total(self) -> float:
+        """Seconds of the step."""
         return self.compute + self.weights + self.update + self.fixed + self.exposed
 
     @property
     def bound(self) -> str:
-        """What takes the most of it."""
-        parts = {"operations": self.compute, "memory": self.weights + self.update, "network": self.exposed}
-        return max(parts | {"fixed costs": self.fixed}, key=lambda k: (parts | {"fixed costs": self.fixed})[k])
+        """The largest part."""
+        parts = {
+            "operations": self.compute,
+            "memory": self.weights + self.update,
+            "network": self.exposed,
+            "fixed costs": self.fixed,
+        }
+        return max(parts, key=parts.__getitem__)
 
 
 def workload(config: Config, modalities: int = 1, estimated: Estimate | None = None) -> Workload:
-    """Count ``config``; nothing of its size is allocated. ``modalities`` of the data; ``estimated``: its `estimate`.
+    """Count ``config`` without allocating its model. modalities: of the data; estimated: result of ``estimate``.
 
-    ValueError as in `check`.
+    ValueError as in ``check``.
     """
     check(config)
     with torch.device("meta"):
@@ -135,25 +148,25 @@ def workload(config: Config, modalities: int = 1, estimated: Estimate | None = N
 
 
 def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Exchange]:
-    """What the ranks say to each other in a step, by what it is for.
+    """The collectives of a step by purpose.
 
-    gradients: ddp all-reduces 4 T bytes in buckets; fsdp reduce-scatters them, padded, once per group. weights: fsdp
-    gathers every block's fp32 weights, directors included, before its forward and before its backward, the root's once,
-    and that for every micro-batch. norm: fsdp sums one number per trained tensor. verdict: one vector of doubles with
-    the gate masses and slots of all experts, 5 losses, 3 flags and 2 numbers per modality. Directors need nothing else:
-    their update is computed by every rank from the same masses (ddp), or piece by piece (fsdp).
+    gradients: ddp all-reduces 4 T bytes in buckets; fsdp reduce-scatters them, padded, once per group. weights: for
+    every micro-batch, fsdp gathers the fp32 weights of each block, including directors, before its forward and again
+    before its backward, and those of the root once. norm: fsdp sums one number per trained tensor. verdict: one vector
+    of doubles with the gate masses and slots of all experts, 5 losses, 3 flags and 2 numbers per modality. Directors
+    need nothing else: every rank updates them from the same masses (ddp), or only its shard (fsdp).
     """
     micro = _micro_batches(work, ranks, strategy)
     if ranks == 1:
         return {}
     m = work.config.model
     experts = sum(per_layer(m.num_experts, m.depth))
-    talk = {"verdict": Exchange("all_reduce", 1, 8 * (3 + 5 + 2 * work.modalities + 2 * experts))}
+    verdict = {"verdict": Exchange("all_reduce", 1, 8 * (3 + 5 + 2 * work.modalities + 2 * experts))}
     if strategy == "ddp":
-        return talk | {"gradients": Exchange("all_reduce", _buckets(work), 4 * work.estimate.trained)}
+        return verdict | {"gradients": Exchange("all_reduce", _buckets(work), 4 * work.estimate.trained)}
     gathered = [4 * sum(t.numbers(ranks) for t in group) for group in work.groups]
     trained = [[t for t in group if t.trained] for group in work.groups]
-    return talk | {
+    return verdict | {
         "weights": Exchange("all_gather", micro * (2 * len(gathered) - 1), micro * (2 * sum(gathered) - gathered[-1])),
         "gradients": Exchange(
             "reduce_scatter", len(trained), 4 * sum(t.numbers(ranks) for group in trained for t in group)
@@ -163,10 +176,11 @@ def exchanges(work: Workload, ranks: int, strategy: Strategy) -> dict[str, Excha
 
 
 def sent(exchange: Exchange, ranks: int, per_node: int, scatter: float = 1.0) -> tuple[float, float]:
-    """Bytes that one rank sends to ranks of its node and to other nodes; a ring in each.
+    """Bytes that one rank sends within its node and to other nodes, with a ring on both levels.
 
     On one node an all-reduce of S bytes sends 2 (n - 1) / n S, a gather or reduce-scatter half of it. On m nodes of l
-    ranks: (l - 1) / l S inside, twice for an all-reduce, and between nodes the same of m with the l-th part of S.
+    ranks, it is (l - 1) / l S within a node, twice for an all-reduce, and between nodes the same with m for S / l
+    bytes.
     """
     inside = min(ranks, per_node)
     nodes = _nodes(ranks, per_node)
@@ -177,7 +191,8 @@ def sent(exchange: Exchange, ranks: int, per_node: int, scatter: float = 1.0) ->
 
 
 def exchange_seconds(exchange: Exchange, ranks: int, costs: Costs) -> float:
-    """Bytes over bandwidth, level after level, plus per call one hop for every rank of a node and doubling of nodes."""
+    """Bytes over bandwidth, one level after the other, plus per call a hop for each rank of a node and doubling of
+    nodes."""
     rate = {"all_reduce": 1.0, "all_gather": costs.gather_rate, "reduce_scatter": costs.scatter_rate}[exchange.kind]
     inner, outer = sent(exchange, ranks, costs.per_node, costs.scatter)
     inside, nodes = min(ranks, costs.per_node), _nodes(ranks, costs.per_node)
@@ -187,70 +202,70 @@ def exchange_seconds(exchange: Exchange, ranks: int, costs: Costs) -> float:
 
 
 def memory(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
-    """Bytes that one rank holds, by kind: between steps, then within a step.
+    """Bytes on one rank by kind: first those between steps, then those within a step.
 
-    Not all of them at once: the sum lies above the true peak as far as they go, but the images themselves, their
-    targets and what an operator needs for a moment are not in it.
+    They do not all peak at once, so the sum exceeds their true peak; but it does not contain the images, their targets
+    and temporary memory of operators.
 
-    ddp: gradients are views of the buckets that travel, so buckets cost nothing. fsdp: weights, gradients and moments
-    are 1 / n, padded. What fsdp does not shrink: the bf16 copies that autocast makes of gathered weights, which
-    backward keeps whole; two gathered blocks (in use and fetched ahead) and one block's gradients twice. With several
-    micro-batches both hold the whole gradients of the earlier ones until they are exchanged.
+    ddp: gradients are views of the buckets, so buckets cost nothing. fsdp: weights, gradients and moments are 1 / n,
+    padded. fsdp does not reduce the bf16 copies that autocast makes of gathered weights, which are kept for backward,
+    nor two gathered blocks (in use and prefetched) and twice the gradients of a block. With several micro-batches, both
+    keep the whole gradients of earlier ones until they are exchanged.
     """
-    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
-    held = dict(counted.memory)
+    estimated, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    sizes = dict(estimated.memory)
     sharded = strategy == "fsdp" and ranks > 1
     if sharded:
-        whole = sum(t.numbers(ranks) for group in work.groups for t in group)
+        total = sum(t.numbers(ranks) for group in work.groups for t in group)
         trained = sum(t.numbers(ranks) for group in work.groups for t in group if t.trained)
-        buffers = held["weights"] - 4 * sum(counted.parameters.values())
-        held |= {
-            "weights": 4 * whole // ranks + buffers,
+        buffers = sizes["weights"] - 4 * sum(estimated.parameters.values())
+        sizes |= {
+            "weights": 4 * total // ranks + buffers,
             "gradients": 4 * trained // ranks,
             "moments": 8 * trained // ranks,
         }
-        if "averages" in held:
-            held["averages"] = 4 * whole // ranks
-    held["activations"] = work.config.data.batch_size // ranks // micro * counted.activations
+        if "averages" in sizes:
+            sizes["averages"] = 4 * total // ranks
+    sizes["activations"] = work.config.data.batch_size // ranks // micro * estimated.activations
     if micro > 1 and ranks > 1:
-        held["earlier micro-batches"] = 4 * counted.trained
+        sizes["earlier micro-batches"] = 4 * estimated.trained
     if sharded:
         block = max(sum(t.numbers(ranks) for t in group) for group in work.groups)
         block_trained = max(sum(t.numbers(ranks) for t in group if t.trained) for group in work.groups)
-        held["gathered blocks"] = 2 * 4 * (block + block_trained)
-    return held
+        sizes["gathered blocks"] = 2 * 4 * (block + block_trained)
+    return sizes
 
 
 def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
-    """Bytes that one rank reads and writes in a step beside its matrix products; they grow with E, operations do not.
+    """Bytes that one rank reads and writes in a step besides matrix products; unlike operations they grow with E.
 
-    casts: bf16 copies of all weights in every micro-batch; with ddp those of experts and directors once, unless the
-    step is compiled or a CUDA graph. gradients: written by backward, zeros of unused experts included, and added up
-    over micro-batches. adamw: `UPDATE_BYTES` per trained number. gema: every expert read, every director read and
-    written. copies: fsdp copies what it gathered, and gradients, into place.
+    casts: bf16 copies of all weights in every micro-batch; with ddp those of experts and directors only once, unless
+    the step is compiled or a CUDA graph. gradients: written by backward, including zeros of unused experts, and
+    accumulated over micro-batches. adamw: ``UPDATE_BYTES`` per trained number. gema: every expert read, every director
+    read and written. copies: fsdp copies gathered weights and gradients into place.
 
     ValueError with ``parallel.checkpointing``: the casts of recomputation are not counted.
     """
     if work.config.parallel.checkpointing:
         raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
-    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
-    everything = sum(counted.parameters.values())
+    estimated, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    total = sum(estimated.parameters.values())
     parallel = work.config.parallel
-    held = strategy == "ddp" and not (parallel.compile or parallel.cuda_graph)
-    once = counted.parameters["experts"] + counted.parameters["directors"] if held else 0
+    cast_once = strategy == "ddp" and not (parallel.compile or parallel.cuda_graph)
+    once = estimated.parameters["experts"] + estimated.parameters["directors"] if cast_once else 0
     shards = ranks if strategy == "fsdp" else 1
     traffic = {
-        "casts": AUTOCAST_BYTES * (once + micro * (everything - once)) if counted.memory["bf16 copies"] else 0,
-        "gradients": 4 * counted.trained * (1 + 3 * (micro - 1)),
-        "adamw": UPDATE_BYTES * counted.trained // shards,
-        "gema": 4 * (counted.parameters["experts"] + 2 * counted.parameters["directors"]) // shards,
+        "casts": AUTOCAST_BYTES * (once + micro * (total - once)) if estimated.memory["bf16 copies"] else 0,
+        "gradients": 4 * estimated.trained * (1 + 3 * (micro - 1)),
+        "adamw": UPDATE_BYTES * estimated.trained // shards,
+        "gema": 4 * (estimated.parameters["experts"] + 2 * estimated.parameters["directors"]) // shards,
         "copies": 0,
     }
-    if not counted.parameters["directors"]:
+    if not estimated.parameters["directors"]:
         traffic["gema"] = 0
     if shards > 1:
-        talk = exchanges(work, ranks, strategy)
-        traffic["copies"] = 2 * (talk["weights"].payload + talk["gradients"].payload)
+        collectives = exchanges(work, ranks, strategy)
+        traffic["copies"] = 2 * (collectives["weights"].payload + collectives["gradients"].payload)
     return traffic
 
 
@@ -258,20 +273,19 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     """Seconds of one step.
 
     total = compute + weights + update + fixed + exposed. compute: operations of this rank's images, but at least the
-    time to read the weights of the experts that they take, three times in all. weights: casts, gradients and copies;
-    update: AdamW and GEMA, after the last gradient has come; neither overlaps with anything. exposed = communication
-    minus ``overlap`` times the compute that it may run beside: of ddp the last micro-batch's backward (2/3 of it), of
-    fsdp all; at least one bucket or block of it, which nothing can hide.
+    time to read the weights of the experts they use, three times in total. weights: casts, gradients and copies;
+    update: AdamW and GEMA, after the last gradient has arrived; neither overlaps with anything. exposed = communication
+    minus ``overlap`` times the compute that may hide it: for ddp the backward of the last micro-batch (2/3 of it), for
+    fsdp all; at least one bucket or block, which nothing can hide.
 
-    Raises: ValueError when the batch cannot be cut into equal parts, and as in `moved`.
+    Raises: ValueError if the batch cannot be divided evenly, and as in ``moved``.
     """
     _check_costs(costs)
-    counted, micro = work.estimate, _micro_batches(work, ranks, strategy)
+    flops, micro = work.estimate.flops_per_image, _micro_batches(work, ranks, strategy)
     images = work.config.data.batch_size // ranks
     traffic = moved(work, ranks, strategy)
-    compute = max(images * counted.flops_per_image / costs.flops, micro * _read(work, images // micro) / costs.memory)
-    talk = exchanges(work, ranks, strategy)
-    communication = sum(exchange_seconds(e, ranks, costs) for e in talk.values())
+    compute = max(images * flops / costs.flops, micro * _read(work, images // micro) / costs.memory)
+    communication = sum(exchange_seconds(e, ranks, costs) for e in exchanges(work, ranks, strategy).values())
     if strategy == "ddp":
         window, pieces = 2 / 3 * compute / micro, _buckets(work)
     else:
@@ -287,19 +301,19 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
 
 
 def checkpoint_seconds(work: Workload, costs: Costs) -> float:
-    """Until a checkpoint is on the disk, while training goes on."""
+    """Seconds until a checkpoint is on disk, while training continues."""
     return work.estimate.checkpoint / costs.store
 
 
 def days(work: Workload, step_seconds: float, images: float) -> float:
-    """Of a run over ``images`` images in all, at one batch every ``step_seconds``."""
+    """Days of a run over ``images`` images in total, with one batch every ``step_seconds``."""
     return images / work.config.data.batch_size * step_seconds / 86400
 
 
 def split(config: Config, ranks: int, most: int) -> Config:
     """``config`` with the largest micro-batch of at most ``most`` images that divides a rank's part of the batch.
 
-    Raises: ValueError when a rank gets no whole number of images.
+    Raises: ValueError if the ranks cannot share the batch evenly.
     """
     part = images_per_rank(config, ranks)
     micro = max(m for m in range(1, most + 1) if part % m == 0)
@@ -307,33 +321,33 @@ def split(config: Config, ranks: int, most: int) -> Config:
 
 
 def describe(work: Workload, ranks: int) -> list[str]:
-    """Lines for people: what each of the ranks of one machine holds, copies to the host at a save, and sends."""
+    """Memory of each rank on one machine, its copy on the host during a save, and bytes sent per step, as text."""
     try:
-        at_once = resolve_micro_batch(work.config, ranks)
+        micro_batch = resolve_micro_batch(work.config, ranks)
     except ValueError as error:
-        return [f"{ranks} ranks cannot: {error}"]
-    held, saved, talk = [], [], []
+        return [f"not possible on {ranks} ranks: {error}"]
+    device, host, network = [], [], []
     for strategy in get_args(Strategy) if ranks > 1 else ("ddp",):
-        under = f" with {strategy}" if ranks > 1 else ""
+        suffix = f" with {strategy}" if ranks > 1 else ""
         try:
-            total = memory(work, ranks, strategy)
+            sizes = memory(work, ranks, strategy)
         except ValueError as error:
-            held.append(f"{strategy} cannot: {error}")
+            device.append(f"{strategy} is not possible: {error}")
             continue
-        held.append(format_bytes(sum(total.values())) + under)
-        saved.append(format_bytes(total["weights"] + total["moments"]) + under)
+        device.append(format_bytes(sum(sizes.values())) + suffix)
+        host.append(format_bytes(sizes["weights"] + sizes["moments"]) + suffix)
         inner = sum(sent(e, ranks, ranks)[0] for e in exchanges(work, ranks, strategy).values())
-        talk.append(format_bytes(inner) + under)
+        network.append(format_bytes(inner) + suffix)
     who = f"each of {ranks} ranks" if ranks > 1 else "one rank"
     lines = [
-        f"memory of {who}, {at_once} images at once: {', '.join(held)}",
-        f"  and of its host, while a checkpoint is written: {', '.join(saved)}",
+        f"memory of {who}, {micro_batch} images at once: {', '.join(device)}",
+        f"  on its host while a checkpoint is written: {', '.join(host)}",
     ]
-    return lines + ([f"  it sends in a step: {', '.join(talk)}"] if ranks > 1 else [])
+    return lines + ([f"  sent per step: {', '.join(network)}"] if ranks > 1 else [])
 
 
 def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
-    """The number of micro-batches of a step. ValueError where the network cannot run on this number of ranks."""
+    """Number of micro-batches in a step. ValueError: the model cannot run on this number of ranks."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
     if strategy not in get_args(Strategy):
@@ -345,9 +359,9 @@ def _micro_batches(work: Workload, ranks: int, strategy: Strategy) -> int:
 
 
 def _buckets(work: Workload) -> int:
-    """The approximate number of gradient buckets: a tensor is never cut, so a large one is a bucket of its own."""
+    """Approximate number of gradient buckets; tensors are never split, so a large one has its own bucket."""
     filled, count, limit = 0, 0, FIRST_BUCKET
-    # As ddp fills them: from the last tensor to the first, closed by the one that passes the limit.
+    # In the order of ddp: from the last tensor to the first; a bucket ends with the tensor that exceeds the limit.
     order = [t for group in (work.groups[-1], *work.groups[:-1]) for t in group if t.trained]
     for tensor in reversed(order):
         filled += 4 * tensor.numbers()
@@ -357,20 +371,20 @@ def _buckets(work: Workload) -> int:
 
 
 def _read(work: Workload, images: int) -> float:
-    """Bytes of weights that one micro-batch's matrix products read: forward, and two products of backward.
+    """Bytes of weights that the matrix products of a micro-batch read: forward, and twice in backward.
 
-    Of the experts those that ``images`` images can take, min(E, K images) a layer; directors in forward only.
+    Of the experts only those that ``images`` images can use, min(E, K images) per layer; directors only in forward.
     """
     m, numbers = work.config.model, work.estimate.parameters
     size = 2 if work.estimate.memory["bf16 copies"] else 4
     experts, chosen = per_layer(m.num_experts, m.depth), per_layer(m.top_k, m.depth)
-    taken = sum(min(e, k * images) for e, k in zip(experts, chosen, strict=True)) / (sum(experts) or 1)
-    return size * (3 * (numbers["experts"] * taken + numbers["rest"]) + numbers["directors"])
+    used = sum(min(e, k * images) for e, k in zip(experts, chosen, strict=True)) / (sum(experts) or 1)
+    return size * (3 * (numbers["experts"] * used + numbers["rest"]) + numbers["directors"])
 
 
 def _nodes(ranks: int, per_node: int) -> int:
     if ranks > per_node and ranks % per_node:
-        raise ValueError(f"ranks: expected a multiple of the {per_node} ranks of a node, got {ranks}")
+        raise ValueError(f"ranks: expected a multiple of the {per_node} ranks per node, got {ranks}")
     return max(1, ranks // per_node)
 
 

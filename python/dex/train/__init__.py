@@ -1,1 +1,1 @@
-"""Pretraining: what a run is planned to be, its steps, its folder, its checkpoints."""
+"""Pretraining: the plan of a run, its steps, its folder and its checkpoints."""

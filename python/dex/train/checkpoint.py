@@ -1,11 +1,11 @@
-"""Checkpoints: a folder per saved step, hashed, written atomically, without pickle, for any number of ranks.
+"""Checkpoints: one folder per saved step, hashed, written atomically, without pickle, for any number of ranks.
 
-``step-00000100/`` holds what each rank wrote (``shard-00001-model-00001-of-00001.safetensors``, ...: torch's own
-distributed checkpoint in safetensors, which it cuts anew for another number of ranks), ``state.json``, and
-``MANIFEST.json`` with the size and SHA-256 of all of them. It is written under a temporary name, flushed to the disk
-and renamed, so a folder of that name is complete; reading checks every hash before anything is handed out.
+``step-00000100/`` has a file from each rank (``shard-00001-model-00001-of-00001.safetensors``, ...: torch's distributed
+checkpoint in safetensors, which can be loaded on another number of ranks), ``state.json``, and ``MANIFEST.json`` with
+the size and SHA-256 of every file. It is written under a temporary name, flushed to disk and renamed, so a folder with
+the final name is complete. Every hash is checked before anything is loaded.
 
-All ranks see one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``,
+All ranks share one file system. Names of tensors: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``,
 and with ``optim.ema`` ``ema.NAME``.
 """
 
@@ -37,7 +37,7 @@ from dex.common.atomic import sync_path
 from dex.common.ranks import ALONE, Ranks, everywhere, gather
 from dex.train.average import PREFIX
 
-# torch says so at every save and load of a single process, which is no news.
+# torch warns at every save and load of a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _STATE, _MANIFEST = "state.json", "MANIFEST.json"
@@ -46,44 +46,43 @@ _SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _TEMPORARY = ".writing-"
 FORMAT = 2
 MILESTONE = "milestone"
-"""True in the state of a checkpoint that stays for good."""
+"""Key of the state that is True in a checkpoint that is never removed."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete or does not fit; the message names the file or the tensor."""
+    """A checkpoint is damaged, incomplete or does not fit; the message names the file or the tensor."""
 
 
 class Checkpoint(NamedTuple):
-    """A folder whose hashes agree, and its state.json."""
+    """A verified checkpoint folder and its ``state.json``."""
 
     folder: Path
     state: dict[str, Any]
 
 
 class Saver:
-    """Writes checkpoints of one run in a thread of its own while training goes on; all ranks call the same methods.
+    """Writes the checkpoints of one run in a thread while training continues. All ranks call the same methods.
 
-    keep: the number of the newest that stay, counted up to the step that is saved; so do those whose state says
-    `MILESTONE`. What stops a save half-way (a kill,
-    a full disk, another rank) leaves the earlier checkpoints as they were.
+    keep: how many of the newest checkpoints are kept, counted back from the saved step; milestones are kept as well.
+    An interrupted save (a kill, a full disk, another rank) leaves the earlier checkpoints unchanged.
     """
 
     def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE):
         self.root: Path = root
         self.keep: int = keep
         self.ranks: Ranks = ranks
-        # A group of its own: the thread's messages must not mix with those of the training loop.
+        # A separate group, so that messages of the thread cannot mix with those of the training loop.
         # Long timeout: the watchdog already covers a rank that hangs or dies.
-        alone = ranks.world_size == 1
-        self._group = None if alone else dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        one_rank = ranks.world_size == 1
+        self._group = None if one_rank else dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         self._mesh: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], stay: Collection[int] = ()) -> None:
-        """Copy everything and return while ``root/step-XXXXXXXX`` is being written; raises what the save before met.
+        """Copy all tensors, then write ``root/step-XXXXXXXX`` in the background. Raises the error of the previous save.
 
-        stay: steps whose checkpoints are not removed when this one is complete, however old.
+        stay: steps whose checkpoints are kept, however old, when this one is complete.
         """
         self.wait()
         staged = {name: self._copy(tensor) for name, tensor in tensors.items()}
@@ -92,11 +91,11 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """A save is being written."""
+        """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until the last save is complete; raises OSError or `dex.common.ranks.Failed` when it is not."""
+        """Wait until the last save is complete. OSError or ``dex.common.ranks.Failed``: it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -107,7 +106,7 @@ class Saver:
     def _run(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], stay: Collection[int]) -> None:
         try:
             self._write(step, tensors, state, stay)
-        except BaseException as error:  # CheckpointException of torch is no Exception
+        except BaseException as error:  # torch's CheckpointException is not an Exception
             self._error = _plain_error(error)
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], stay: Collection[int]) -> None:
@@ -122,8 +121,8 @@ class Saver:
             )
             sealed = self._all(lambda: self._seal(work))
             files: dict[str, Any] = {}
-            for of_rank in gather(self.ranks, sealed, self._group):
-                files |= of_rank
+            for rank_files in gather(self.ranks, sealed, self._group):
+                files |= rank_files
             self._first(lambda: self._finish(step, state, files, work, final))
             self._first(lambda: self._remove_old(step, stay))
         finally:
@@ -131,12 +130,12 @@ class Saver:
                 _remove_unfinished(self.root)
 
     def _begin(self, work: Path) -> None:
-        self.root.mkdir(exist_ok=True)  # not its parents: a run folder that was removed stays removed
+        self.root.mkdir(exist_ok=True)  # Without parents: a run folder that was removed is not made again
         _remove_unfinished(self.root)
         work.mkdir()
 
     def _seal(self, work: Path) -> dict[str, Any]:
-        """Flush what this rank wrote to the disk and hash it."""
+        """Flush the files of this rank to disk and hash them."""
         written = sorted(work.glob(f"shard-{self.ranks.rank + 1:05d}-*.safetensors"))
         for path in written:
             sync_path(path)
@@ -152,24 +151,24 @@ class Saver:
         for name in (_STATE, _MANIFEST):
             sync_path(work / name)
         sync_path(work)
-        if final.exists():  # the same step of a run that was taken back to an earlier one
+        if final.exists():  # From before the run was resumed at an earlier step
             _set_aside(final)
         work.rename(final)
         sync_path(self.root)
 
     def _remove_old(self, step: int, stay: Collection[int]) -> None:
-        for at, old in [c for c in found(self.root) if c[0] <= step][: -self.keep]:
-            if at in stay or _is_milestone(old):
+        for saved_step, folder in [saved for saved in list_checkpoints(self.root) if saved[0] <= step][: -self.keep]:
+            if saved_step in stay or _is_milestone(folder):
                 continue
             try:
-                shutil.rmtree(old)
+                shutil.rmtree(folder)
             except OSError as error:
-                # A network file system keeps what somebody still reads; a later save tries again.
+                # A network file system cannot remove a file that is open elsewhere; a later save tries again.
                 if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
                     raise
 
     def _first(self, action: Callable[[], Any]) -> None:
-        """``action`` on rank 0; its error on all."""
+        """Run ``action`` on rank 0; every rank raises its error."""
         self._all(action if self.ranks.first else lambda: None)
 
     def _all(self, action: Callable[[], Any]) -> Any:
@@ -188,9 +187,9 @@ class Saver:
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """torch's own, but for how a file gets written: from the tensors' memory and with Python free to train on.
+    """torch's writer, but a file is written straight from the tensors' memory, without holding Python's lock.
 
-    torch's makes two copies of the whole file first, with Python's lock held: seconds per GB in which nothing moves.
+    torch's writer first makes two copies of the whole file with the lock held, which stops training for seconds per GB.
     """
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
@@ -198,38 +197,41 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
         if tensors:
             path = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            # Where each piece lies in its tensor, as torch's reader wants it told.
+            # Position of each piece in its tensor, in the format of torch's reader.
             offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
             try:
                 save_file(tensors, path, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
-            except SafetensorError as error:  # of the system: what is saved here always fits the format
+            except SafetensorError as error:  # A system error: the tensors always fit the format
                 raise OSError(f"{path}: {error}") from error
         done.set_result([WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in plan.items])
         return done
 
 
 def load(folder: Path) -> Checkpoint:
-    """Check every hash and read the state. CheckpointError names what is wrong; FileNotFoundError."""
+    """Verify ``folder`` and read its state. CheckpointError names what is wrong. FileNotFoundError: no such folder."""
     step = verify(folder)
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _STATE}: unreadable although its hash agrees; {error}") from error
+        raise CheckpointError(f"{folder / _STATE}: unreadable although its hash matches; {error}") from error
     if state.get("step") != step:
         raise CheckpointError(f"{folder / _STATE}: expected step {step}; got {state.get('step')!r}")
     return Checkpoint(folder, state)
 
 
 def verify(folder: Path) -> int:
-    """Check the manifest and every hash; the step. CheckpointError names the first bad file; FileNotFoundError."""
+    """Check the manifest and every hash, and return the step.
+
+    CheckpointError names the first bad file. FileNotFoundError: no such folder.
+    """
     if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint: expected a folder; nothing at {folder}")
+        raise FileNotFoundError(f"checkpoint: expected a folder; there is none at {folder}")
     path = folder / _MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         step, files = manifest["step"], manifest["files"]
-        # The text is compared too, so that no flipped bit in it goes unseen.
+        # The text is compared too, so that every flipped bit is noticed.
         names = set(files) - {_STATE}
         good = manifest["format"] == FORMAT and text == _manifest_text(step, files)
         good = good and len(names) + 1 == len(files) and names and all(_SHARD.fullmatch(name) for name in names)
@@ -238,18 +240,18 @@ def verify(folder: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: unreadable ({type(error).__name__})") from error
     if not good:
-        raise CheckpointError(f"{path}: damaged, or of another format than {FORMAT}")
+        raise CheckpointError(f"{path}: damaged, or not of format {FORMAT}")
     others = {p.name for p in folder.glob("*.safetensors")} - names
     if others:
         raise CheckpointError(f"{folder / min(others)}: not in {_MANIFEST}")
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+    with ThreadPoolExecutor() as pool:  # Hashing releases Python's lock
         for _ in pool.map(lambda name: _check(folder / name, files[name]), files):
             pass
     return step
 
 
 def _check(file: Path, entry: Mapping[str, Any]) -> None:
-    """CheckpointError unless ``file`` is what ``entry`` of the manifest says."""
+    """CheckpointError unless ``file`` has the size and hash in ``entry`` of the manifest."""
     try:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
@@ -257,18 +259,18 @@ def _check(file: Path, entry: Mapping[str, Any]) -> None:
         if size != entry["bytes"]:
             raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
         if _digest(file) != entry:
-            raise CheckpointError(f"{file}: damaged, its SHA-256 is not the one in {_MANIFEST}")
+            raise CheckpointError(f"{file}: damaged, its SHA-256 differs from {_MANIFEST}")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` is a checkpoint's by its name or its manifest, good or damaged."""
+    """Whether ``folder`` is a checkpoint by its name or its manifest; it may be damaged."""
     return bool(_NAME.match(folder.name)) or (folder / _MANIFEST).is_file()
 
 
-def found(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint under ``root``, oldest first; damaged ones too."""
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint in ``root``, oldest first, including damaged ones."""
     if not root.is_dir():
         return []
     matches = [(m, p) for p in root.iterdir() if p.is_dir() and (m := _NAME.match(p.name))]
@@ -276,30 +278,30 @@ def found(root: Path) -> list[tuple[int, Path]]:
 
 
 def newest_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose hashes agree, and why each newer one was passed over.
+    """The newest intact checkpoint, and the errors of the newer ones.
 
-    None when there is no checkpoint at all. CheckpointError: there are some, and every one is damaged.
+    None if there is no checkpoint at all. CheckpointError: all checkpoints are damaged.
     """
-    passed_over = []
-    for _, folder in reversed(found(root)):
+    errors = []
+    for _, folder in reversed(list_checkpoints(root)):
         try:
-            return load(folder), passed_over
+            return load(folder), errors
         except CheckpointError as error:
-            passed_over.append(str(error))
-    if passed_over:
-        raise CheckpointError(f"resume: no checkpoint in {root} can be read; " + "; ".join(passed_over))
+            errors.append(str(error))
+    if errors:
+        raise CheckpointError(f"resume: no checkpoint in {root} can be read; " + "; ".join(errors))
     return None, []
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
-    """Rename checkpoints later than ``step``: the run goes on from there, and they are no longer part of it."""
-    return [_set_aside(folder) for later, folder in found(root) if later > step]
+    """Rename the checkpoints after ``step``: the run continues from there, so they are no longer part of it."""
+    return [_set_aside(folder) for later, folder in list_checkpoints(root) if later > step]
 
 
 def collect(
     model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, Tensor]:
-    """Everything that a checkpoint holds of both, flat, not copied."""
+    """All tensors of model and optimizer by their names in a checkpoint, not copied."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for name, parameter in parameters:
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
@@ -313,16 +315,15 @@ def restore(
     parameters: Iterable[tuple[str, nn.Parameter]],
     averages: Mapping[str, Tensor] | None = None,
 ) -> bool:
-    """Copy the checkpoint into both and into ``averages``, on all ranks.
+    """Copy the checkpoint into ``model``, ``optimizer`` and ``averages``, on all ranks.
 
-    Returns whether it held averages. Those that nobody wants are passed over; without any, ``averages`` stay as they
-    are. CheckpointError names what does not fit; nothing changed then.
+    Returns whether the checkpoint has averages. Without ``averages`` they are ignored; if it has none, ``averages`` are
+    unchanged. CheckpointError names what does not fit; nothing is then changed.
     """
     targets = {f"model.{name}": t for name, t in model.state_dict().items()}
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, p in parameters:
-        on_host = not p.is_cuda
-        steps = torch.zeros(1, device="cpu" if on_host else p.device)
+        steps = torch.zeros(1, device=p.device if p.is_cuda else "cpu")
         moments[p] = {"step": steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         targets |= {f"{key}.{name}": t.detach() for key, t in moments[p].items()}
     reader, metadata = _open(checkpoint.folder)
@@ -330,8 +331,8 @@ def restore(
     if has_averages:
         targets |= averages or {}
     wanted = has_averages and bool(averages)
-    have = {k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if wanted or not k.startswith(PREFIX)}
-    _require_same(checkpoint.folder, {name: (t.dtype, list(t.shape or (1,))) for name, t in targets.items()}, have)
+    saved = {k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if wanted or not k.startswith(PREFIX)}
+    _require_same(checkpoint.folder, {name: (t.dtype, list(t.shape or (1,))) for name, t in targets.items()}, saved)
     try:
         dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
     except BaseException as error:
@@ -344,9 +345,9 @@ def restore(
 
 
 def restore_model(checkpoint: Checkpoint, model: nn.Module, *, averages: bool = False) -> None:
-    """Copy the weights alone into ``model``, or their averages, in this process alone.
+    """Copy only the weights, or their averages, into ``model`` in a single process.
 
-    CheckpointError names what does not fit; ValueError: there are no averages.
+    CheckpointError names what does not fit. ValueError: there are no averages.
     """
     averaged = {name for name, _ in model.named_parameters()} if averages else set()
     names = {name: f"{PREFIX}{name}" if name in averaged else f"model.{name}" for name in model.state_dict()}
@@ -354,50 +355,51 @@ def restore_model(checkpoint: Checkpoint, model: nn.Module, *, averages: bool = 
     reader, metadata = _open(checkpoint.folder)
     if averages and not any(name.startswith(PREFIX) for name in metadata):
         raise ValueError(
-            f"ema: expected a run that keeps an average of its weights, optim.ema; {checkpoint.folder} has none"
+            f"ema: expected a run with an average of the weights (optim.ema); {checkpoint.folder} has none"
         )
     unused = {f"model.{name}" for name in averaged}
     prefixes = ("model.", PREFIX) if averages else ("model.",)
-    have = {
+    saved = {
         k: (t.properties.dtype, list(t.size)) for k, t in metadata.items() if k.startswith(prefixes) and k not in unused
     }
-    _require_same(checkpoint.folder, {k: (t.dtype, list(t.shape or (1,))) for k, t in targets.items()}, have)
+    _require_same(checkpoint.folder, {k: (t.dtype, list(t.shape or (1,))) for k, t in targets.items()}, saved)
     dcp.load(targets, storage_reader=reader, no_dist=True)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, on the host. CheckpointError and FileNotFoundError as in `verify`."""
+    """All tensors of a checkpoint, unsharded, on the host. CheckpointError and FileNotFoundError as in ``verify``."""
     verify(folder)
     reader, metadata = _open(folder)
-    whole = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in metadata.items()}
-    dcp.load(whole, storage_reader=reader, no_dist=True)
-    return whole
+    unsharded = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in metadata.items()}
+    dcp.load(unsharded, storage_reader=reader, no_dist=True)
+    return unsharded
 
 
 def _open(folder: Path) -> tuple[dcp.HuggingFaceStorageReader, dict[str, Any]]:
-    """A reader of the folder's safetensors files, and what they hold by name."""
+    """A reader for the folder's safetensors files, and the metadata of their tensors by name."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         return reader, reader.read_metadata().state_dict_metadata
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: unreadable although its hashes agree; {error}") from error
+        raise CheckpointError(f"{folder}: unreadable although its hashes match; {error}") from error
 
 
-def _require_same(folder: Path, want: Mapping[str, tuple], have: Mapping[str, tuple]) -> None:
-    wrong = [f"{name} is missing" for name in want if name not in have]
-    wrong += [f"{name} is not expected" for name in have if name not in want]
-    wrong += [
-        f"{name}: expected {t[0]} {t[1]}; got {have[name][0]} {have[name][1]}"
-        for name, t in want.items()
-        if name in have and t != have[name]
+def _require_same(folder: Path, expected: Mapping[str, tuple], saved: Mapping[str, tuple]) -> None:
+    """CheckpointError unless both have the same names with the same (dtype, shape)."""
+    problems = [f"{name} is missing" for name in expected if name not in saved]
+    problems += [f"{name} is not expected" for name in saved if name not in expected]
+    problems += [
+        f"{name}: expected {t[0]} {t[1]}; got {saved[name][0]} {saved[name][1]}"
+        for name, t in expected.items()
+        if name in saved and t != saved[name]
     ]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{folder}: " + "; ".join(wrong[:5]) + more)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{folder}: " + "; ".join(problems[:5]) + more)
 
 
 def _plain_error(error: BaseException) -> BaseException:
-    """torch wraps what one rank met in a CheckpointException, which is no Exception: give what lies inside."""
+    """The error inside torch's CheckpointException, which is not an Exception; other errors as they are."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     if not isinstance(error, CheckpointException):
@@ -425,7 +427,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _is_milestone(folder: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # one that cannot be read is of no use to anybody
+    with contextlib.suppress(OSError, ValueError):  # An unreadable checkpoint need not be kept
         return json.loads((folder / _STATE).read_text(encoding="utf-8")).get(MILESTONE, False)
     return False
 

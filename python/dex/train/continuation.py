@@ -1,7 +1,7 @@
-"""What a resumed run may change: nothing that makes it another run, but for its length and what is overridden by name.
+"""What a resumed run may change: its length, fields without effect on the result, and fields overridden by name.
 
-A longer run is the same run as long as no step that was taken depended on the length: with a constant learning rate, or
-before the decay of warm-up-stable-decay. What else moves with the step keeps the span that it had.
+A run can be extended if no step so far depended on its length: with a constant learning rate, or before the decay of
+warm-up-stable-decay. All other schedules keep the span they had.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ _NOT_OVERRIDDEN = {
     "schedule.span": "follows from the length; override schedule.steps",
 }
 _RESOLVED = {"steps": "schedule.steps", "precision": "run.precision"}
-"""What a run came to, and the field that decides it."""
+"""Resolved values of a run, and the field that decides each."""
 
 
 class Override(NamedTuple):
-    """Fields in which a resumed run may be another than it was."""
+    """Fields whose values may change when a run is resumed."""
 
     fields: tuple[str, ...]
     """Dotted names."""
     reason: str
 
     def check(self, resume: str | Path | None) -> None:
-        """ValueError: nothing is resumed, there is no reason, or a field does not exist or cannot be overridden."""
+        """ValueError: no run is resumed, there is no reason, or a field does not exist or cannot be overridden."""
         if resume is None:
-            raise ValueError("override: expected a run that is resumed, --resume auto; got a new run")
+            raise ValueError("override: expected a resumed run, --resume auto; got a new run")
         if not self.reason.strip():
-            raise ValueError("reason: expected why --override changes the run, for its record; got nothing")
+            raise ValueError("reason: expected why --override changes the run, to be stored with it; got nothing")
         known = flat(to_dict(Config()))
         for name in self.fields:
             if name not in known:
@@ -44,38 +44,40 @@ class Override(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A field that is another from this start of a run on."""
+    """A field whose value changes at this start of a run."""
 
     field: str
     was: Any
     now: Any
     reason: str | None
-    """None where the run was made longer."""
+    """None if the run was extended."""
 
 
 class Continuation(NamedTuple):
+    """How a run continues with a new configuration."""
+
     config: Config
-    """The one that was asked for, with the span of a run that was extended."""
+    """The new configuration, with the span of an extended run."""
     changes: list[Change]
     refused: list[str]
-    """Fields in which the configuration is another run's, in words."""
+    """Differences that are not allowed, in words."""
 
 
-def go_on(
+def continue_run(
     earlier: Config, state: Mapping[str, Any], config: Config, resolved: Mapping[str, Any], override: Override | None
 ) -> Continuation:
-    """Whether the run of ``earlier`` and ``state`` goes on with ``config``.
+    """How the run with configuration ``earlier`` and ``state`` continues with ``config``.
 
-    state: of its checkpoint, or what is known from its start. resolved: what ``config`` comes to, by the names in
-    `_RESOLVED`.
+    state: of its checkpoint, or what its start recorded. resolved: the values of ``config`` for the names in
+    ``_RESOLVED``.
     """
     fields = set(override.fields) if override else set()
-    steps, before = resolved["steps"], state.get("steps", resolved["steps"])
+    steps, earlier_steps = resolved["steps"], state.get("steps", resolved["steps"])
     is_stretched = bool(fields & _LENGTH)
-    is_longer = not is_stretched and steps > before
+    is_longer = not is_stretched and steps > earlier_steps
     expected_span = earlier.schedule.span
     if is_longer:
-        expected_span = expected_span or before
+        expected_span = expected_span or earlier_steps
     if config.schedule.span is None and not is_stretched:
         config = replace(config, schedule=replace(config.schedule, span=expected_span))
 
@@ -90,9 +92,9 @@ def go_on(
             changed.pop(name, None)
         if config.schedule.span == expected_span:
             changed.pop("schedule.span", None)
-        if reason := _why_not_longer(earlier, before, state.get("step", 0)):
-            refused.append(f"schedule.steps: expected {before!r}, got {steps!r}: {reason}")
-        changes.append(Change("schedule.steps", before, steps, None))
+        if reason := _why_not_longer(earlier, earlier_steps, state.get("step", 0)):
+            refused.append(f"schedule.steps: expected {earlier_steps!r}, got {steps!r}: {reason}")
+        changes.append(Change("schedule.steps", earlier_steps, steps, None))
     for name, (was, now) in changed.items():
         field = _RESOLVED.get(name, name)
         if field in fields or (is_stretched and field in {*_LENGTH, "schedule.span"}):
@@ -103,14 +105,14 @@ def go_on(
 
 
 def _why_not_longer(earlier: Config, steps: int, done: int) -> str | None:
-    """Why a run of ``steps``, of which so many are done, cannot be extended, and what can be done instead."""
+    """Why a run of ``steps`` steps cannot be extended after ``done``, and what to do instead; None if it can."""
     stable = stable_steps(earlier, steps)
-    otherwise = "--override schedule.steps --reason TEXT stretches every schedule; --init RUN starts a new run from it"
+    remedy = "--override schedule.steps --reason TEXT stretches every schedule; --init RUN starts a new run from it"
     if stable is None:
-        return f"a run whose learning rate is a cosine ends with it (constant and wsd can be extended). {otherwise}"
+        return f"a run with a cosine learning rate cannot be extended (constant and wsd can). {remedy}"
     if done > stable:
         return (
-            f"its learning rate has fallen since step {stable}: resume from a checkpoint of at most that step, "
-            f"--resume RUN/checkpoints/step-{stable:08d}. {otherwise}"
+            f"its learning rate has been falling since step {stable}: resume from a checkpoint up to that step, "
+            f"--resume RUN/checkpoints/step-{stable:08d}. {remedy}"
         )
     return None

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share of a step: verdicts under way, non-finite steps, time and memory of ranks."""
+"""The parts of a step that pretraining and fine-tuning share: pending verdicts, non-finite steps, time and memory."""
 
 import contextlib
 import math
@@ -24,9 +24,10 @@ from dex.train.window import Window
 
 
 class Engine:
-    """A model in training, without its step: `dex.train.trainer.Trainer` and `dex.tasks.trainer.TaskTrainer` add it.
+    """A model in training, without the step itself, which ``dex.train.trainer.Trainer`` and
+    ``dex.tasks.trainer.TaskTrainer`` add.
 
-    A step ends with `_send`; its verdict is read later, without a wait.
+    A step ends with ``_send``; its verdict is read later, so that no step waits for its own.
     """
 
     model: torch.nn.Module
@@ -40,15 +41,15 @@ class Engine:
         self.loss_scale: LossScale | None = LossScale(device) if precision == "fp16" else None
         self.nonfinite_in_a_row: int = 0
         self.data_wait: float = 0.0
-        """Seconds spent waiting for the loader since it was last set to 0."""
+        """Seconds spent waiting for the loader since ``pace`` was last called."""
         self._local = Stopwatch(device)
-        """Runs while the device needs no other rank: augmentation and, but for fsdp and replays, forward."""
+        """Runs while the device needs no other rank: augmentation and, except with fsdp and CUDA graphs, forward."""
         self.stop_requested: bool = False
-        """Set before a step: this rank was asked to stop."""
+        """Set before a step if this rank was asked to stop."""
         self.stopping: bool = False
-        """Some rank was asked to stop, and all know of it."""
+        """Some rank was asked to stop, and all ranks know."""
         self.at: Callable[[str], None] = lambda phase: None
-        """Called with what a step does next: "loader", then "step"."""
+        """Called with the next phase of a step: "loader", then "step"."""
         self.loss_spikes: LossSpikes = LossSpikes()
         self._pending: deque[Sent] = deque()
 
@@ -61,12 +62,12 @@ class Engine:
         self.at("step")
 
     def _send(self, verdict: Verdict, image_loss: Tensor, ids: Sequence[str]) -> None:
-        """The step is done; its verdict, on its way to the host, is read later."""
+        """End a step: start copying its verdict to the host, to be read later."""
         self._pending.append(send(verdict, image_loss, self.step, ids))
         self.step += 1
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
-        """What `restore` of every trainer takes from a checkpoint's state, beside tensors and data."""
+        """Restore the counters that every trainer keeps in the state of a checkpoint."""
         self.step = state["step"]
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         self.loss_spikes.restore(state)
@@ -75,15 +76,15 @@ class Engine:
             self.loss_scale.restore(state["loss_scale"])
 
     def flush(self) -> list[NonFinite]:
-        """Wait for the verdicts still under way and return the non-finite steps among them."""
+        """Wait for the pending verdicts and return the non-finite steps among them."""
         return self._read_verdicts(keep=0)
 
     def pace(self, steps: int) -> dict[str, Any]:
-        """What the ranks say of their time and memory in the ``steps`` since they were last asked, all of them.
+        """Time and memory of the ranks in the ``steps`` since the last call, for a row of metrics. All ranks call it.
 
-        data_wait_s, memory_mb (the most so far) and memory_now_mb: the largest. Of several ranks, slowest_rank: the one
-        that took longest in a step for what needs no other rank (loader, augmentation, and but for fsdp forward),
-        slowest_rank_s, and median_rank_s.
+        data_wait_s, memory_mb (peak) and memory_now_mb are the largest of all ranks. With several ranks, slowest_rank
+        spent most time per step on work that needs no other rank (loader, augmentation, and except with fsdp forward):
+        slowest_rank_s, where the median is median_rank_s.
         """
         reports = [_Pace(*report) for report in gather(self.ranks, self._pace())]
         self.data_wait = 0.0
@@ -93,28 +94,28 @@ class Engine:
             "memory_now_mb": max(report.now_mb for report in reports),
         }
         if self.ranks.world_size > 1:
-            alone = [(report.data_wait + report.local) / steps for report in reports]
-            slowest = max(alone)
-            pace |= {"slowest_rank": alone.index(slowest), "slowest_rank_s": slowest}
-            pace |= {"median_rank_s": statistics.median_low(alone)}
+            local = [(report.data_wait + report.local) / steps for report in reports]
+            slowest = max(local)
+            pace |= {"slowest_rank": local.index(slowest), "slowest_rank_s": slowest}
+            pace |= {"median_rank_s": statistics.median_low(local)}
         return pace
 
     def ranks_agree(self) -> bool | None:
-        """Whether everything that each rank holds whole is the same to the bit on all; None with one rank.
+        """Whether all replicated tensors are bit-identical on all ranks; None with one rank. All ranks call it.
 
-        ddp: weights, directors and usage; fsdp, which cuts weights and directors: usage. All ranks ask.
+        With ddp these are weights, directors and usage; with fsdp, which shards weights and directors, only usage.
         """
         if self.ranks.world_size == 1:
             return None
-        held = [*self.model.parameters(), *self.model.buffers()]
-        return same_bits(t for t in held if not isinstance(t, DTensor) and t.dtype == torch.float32)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return same_bits(t for t in tensors if not isinstance(t, DTensor) and t.dtype == torch.float32)
 
     def _raise_unreadable(self) -> NoReturn:
-        """Some rank cannot read its images; ``step`` is back at the step that wanted them."""
+        """Raise the error of ranks that cannot read their images; ``step`` is the step that needed them."""
         raise NotImplementedError
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """By way of pinned memory: a copy from other memory may wait for all that was launched before it."""
+        """Copy through pinned memory: a copy from pageable memory may wait for all earlier launches."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _pace(self) -> "_Pace":
@@ -122,13 +123,13 @@ class Engine:
         return _Pace(self.data_wait, self._local.seconds(), most, now)
 
     def _memory_mb(self) -> tuple[float, float]:
-        """The most this rank has held so far, and what it holds: on the device, or the whole process on a CPU."""
+        """Peak and current memory of this rank, in MB: of the device, or of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6, torch.cuda.memory_allocated(self.device) / 1e6
         unit = 1 if sys.platform == "darwin" else 1024
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
         statm = Path("/proc/self/statm")
-        return most, int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.exists() else most
+        return peak, int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.exists() else peak
 
     def _read_verdicts(self, keep: int) -> list[NonFinite]:
         bad = []
@@ -144,25 +145,27 @@ class Engine:
                 overflows = not verdict.good and math.isfinite(verdict.loss)
                 self.loss_scale.overflows = self.loss_scale.overflows + 1 if overflows else 0
                 if 0 < self.loss_scale.overflows <= MOST_HALVINGS:
-                    continue  # part of float16: the loss is fine, and the next step has half the scale
+                    continue  # Normal in float16: the loss is finite, and the next step has half the scale
             if verdict.good:
                 self.nonfinite_in_a_row = 0
                 self.loss_spikes.watch(sent.step, sent.ids, verdict)
                 continue
             self.nonfinite_in_a_row += 1
             finite = torch.isfinite(verdict.image_loss).tolist()
-            guilty = [i for i, is_finite in zip(sent.ids, finite, strict=True) if not is_finite]
+            nonfinite = [i for i, is_finite in zip(sent.ids, finite, strict=True) if not is_finite]
             # Every rank reads the same verdict at the same step, so all of them gather here.
-            of_ranks = gather(self.ranks, {"guilty": guilty, "all": list(sent.ids)})
-            samples = [i for ids in of_ranks for i in ids["guilty"]] or [i for ids in of_ranks for i in ids["all"]]
+            reports = gather(self.ranks, {"nonfinite": nonfinite, "all": list(sent.ids)})
+            samples = [i for ids in reports for i in ids["nonfinite"]] or [i for ids in reports for i in ids["all"]]
             bad.append(NonFinite(sent.step, verdict.loss, verdict.grad_norm, samples))
         return bad
 
 
 class _Pace(NamedTuple):
-    """A rank's seconds, for the loader and for what needs no other rank, and its memory in MB."""
+    """Time and memory of a rank."""
 
     data_wait: float
+    """Seconds waiting for the loader."""
     local: float
+    """Seconds of work that needs no other rank."""
     most_mb: float
     now_mb: float

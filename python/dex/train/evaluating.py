@@ -1,10 +1,10 @@
-"""What a run writes about its held-out images: a row of metrics, pictures, warnings, and how long that took."""
+"""Evaluations on held-out images during a run: a row of metrics, pictures, warnings, and the time they took."""
 
 import time
 from typing import Any
 
 from dex.analysis import plots
-from dex.analysis.conclusion import told
+from dex.analysis.conclusion import format_interval
 from dex.analysis.evaluation import Evaluation
 from dex.analysis.instruments import columns
 from dex.common.units import duration
@@ -15,7 +15,7 @@ from dex.train.trainer import Trainer
 
 
 class Evaluations:
-    """Looks at the held-out images of one run, whenever it is asked to; all ranks ask."""
+    """Evaluates the held-out images of one run. All ranks call the same methods."""
 
     def __init__(self, trainer: Trainer, log: RunLog, progress: Progress):
         self._trainer, self._log, self._progress = trainer, log, progress
@@ -24,7 +24,7 @@ class Evaluations:
         self._began, self._seconds = time.perf_counter(), 0.0
 
     def look(self) -> Evaluation | None:
-        """Evaluate, and write what was found; None without held-out images."""
+        """Evaluate and write the results; None without held-out images."""
         began = time.perf_counter()
         trainer, step, log = self._trainer, self._trainer.step, self._log
         evaluation = trainer.evaluate()
@@ -37,8 +37,8 @@ class Evaluations:
         elif step == 0:
             self._progress.say("no held-out images: no held-out loss and no pictures of reconstructions and experts")
         if log.active:
-            rows = [*log.rows(), *([] if row is None else [row])]
-            if any("loss" in r for r in rows):
+            rows = log.rows() if row is None else [*log.rows(), row]
+            if any("loss" in row for row in rows):
                 log.picture("losses.png", "losses", plots.loss_curves(rows, f"step {step} of {trainer.steps}"), step)
         seconds = time.perf_counter() - began
         self._seconds += seconds
@@ -47,14 +47,14 @@ class Evaluations:
         return evaluation
 
     def share(self) -> str:
-        """How much of the time since the start evaluations took; empty when there was none."""
+        """Time of all evaluations and their share of the run, in words; empty if there were none."""
         if not self._seconds:
             return ""
-        whole = time.perf_counter() - self._began
-        return f"evaluations took {duration(self._seconds)}, {self._seconds / whole:.1%} of the run"
+        total = time.perf_counter() - self._began
+        return f"evaluations took {duration(self._seconds)}, {self._seconds / total:.1%} of the run"
 
     def _row(self, evaluation: Evaluation, averaged: Evaluation | None) -> dict[str, Any]:
-        """averaged: the same of the averaged weights, where the run keeps them."""
+        """averaged: the evaluation of the averaged weights, if the run keeps them."""
         row = {"step": self._trainer.step, "val_loss": evaluation.loss, "val_modality_loss": evaluation.modality_loss}
         row |= {"val_images": evaluation.images}
         if averaged is not None:
@@ -73,13 +73,13 @@ class Evaluations:
         parts = [f"held-out loss {evaluation.loss:.4f}"]
         if "ema_val_loss" in row:
             parts.append(f"of averaged weights {row['ema_val_loss']:.4f}")
-        found = evaluation.instruments
-        if found is not None:
-            gaps = [gap for gap in found.gaps if gap.kind != "same modality"]
-            parts += [f"swap gap {told(gap.gap, signed=True)}" for gap in gaps[:1]]
-            if found.probe is not None:
-                pixels = "" if found.pixels is None else f" (pixels {found.pixels.value:.1%})"
-                parts.append(f"modality by linear probe {found.probe.value:.1%}{pixels}")
+        instruments = evaluation.instruments
+        if instruments is not None:
+            gaps = [gap for gap in instruments.gaps if gap.kind != "same modality"]
+            parts += [f"swap gap {format_interval(gap.gap, signed=True)}" for gap in gaps[:1]]
+            if instruments.probe is not None:
+                pixels = "" if instruments.pixels is None else f" (pixels {instruments.pixels.value:.1%})"
+                parts.append(f"modality by linear probe {instruments.probe.value:.1%}{pixels}")
         if evaluation.probe is not None:
             parts.append(f"by kNN {evaluation.probe:.1%}")
         self._progress.say(f"step {row['step']}/{self._trainer.steps}  {'  '.join(parts)}")
@@ -102,7 +102,7 @@ class Evaluations:
         trainer, step = self._trainer, self._trainer.step
         if evaluation.instruments is None:
             return
-        now = schedule_at(trainer.config, max(step - 1, 0), trainer.steps)
-        for warning in self._adviser.look(evaluation.instruments, evaluation.groups, step, now):
+        schedule = schedule_at(trainer.config, max(step - 1, 0), trainer.steps)
+        for warning in self._adviser.look(evaluation.instruments, evaluation.groups, step, schedule):
             self._log.event(step, warning.kind, text=warning.text)
             self._progress.say(f"warning: step {step}: {warning.text}")

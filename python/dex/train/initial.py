@@ -1,4 +1,4 @@
-"""The weights that a new run starts from, `model.init`: a dense ViT or a DEX of elsewhere, or a run of one's own."""
+"""The weights that a new run starts from, ``model.init``: a dense ViT, a DEX from elsewhere, or an earlier run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,61 +14,61 @@ from dex.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
 _INIT = -1
-"""The 'step' whose seed draws the initial weights."""
+"""Step number whose seed draws the initial weights."""
 _EXPECTED = (
     "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
 )
 
 
 def first_model(config: Config) -> MaskedAutoencoder:
-    """The model at step 0 of a run with this configuration, on the host; draws from torch's global generator.
+    """The model at step 0 of a run with this configuration, on the host. Reseeds torch's global generator.
 
-    Weights of ``model.init`` are not in it yet: `load_initial` brings them.
+    ``load_initial`` loads the weights of ``model.init``.
     """
     torch.manual_seed(step_seed(config.run.seed, _INIT))
     return build_model(config)
 
 
 def check_initial(config: Config) -> None:
-    """FileNotFoundError or ValueError when ``model.init`` names nothing that weights could come from."""
+    """FileNotFoundError or ValueError if ``model.init`` is neither a file, a run folder nor a checkpoint folder."""
     if config.model.init is None:
         return
-    place = Path(config.model.init).expanduser()
-    if not place.exists():
-        raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
-    if place.is_dir() and not checkpoint.is_checkpoint(place) and not (place / CHECKPOINTS).is_dir():
-        raise ValueError(f"{_EXPECTED}; {place} is another folder")
+    path = Path(config.model.init).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{_EXPECTED}; there is nothing at {path}")
+    if path.is_dir() and not checkpoint.is_checkpoint(path) and not (path / CHECKPOINTS).is_dir():
+        raise ValueError(f"{_EXPECTED}; got the folder {path}, which is neither")
 
 
 def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:
-    """Load what ``model.init`` names into ``model``, strictly; see `dex.model.weights.load_pretrained`.
+    """Load the weights of ``model.init`` into ``model``, strictly; see ``dex.model.weights.load_pretrained``.
 
-    A dense ViT is upcycled: director and experts of a layer start as its MLP; routers, and a decoder that the file
-    lacks, keep what they were drawn as. Raises: ValueError naming the field and what does not fit; nothing has changed
-    then.
+    A dense ViT is upcycled: the director and experts of a layer start as its MLP. Routers, and a decoder that the file
+    lacks, keep their random initialisation. Raises: ValueError naming the field and what does not fit; the model is
+    then unchanged.
     """
-    place = Path(config.model.init).expanduser()
+    path = Path(config.model.init).expanduser()
     try:
-        earlier = _run_model(place) if place.is_dir() else None
+        earlier = _run_model(path) if path.is_dir() else None
         if earlier is None:
-            report = load_pretrained(model, place)
+            report = load_pretrained(model, path)
         else:
             report = load_pretrained(model, earlier.reference_state_dict(), earlier.encoder.grid)
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"model.init: {place}: {error}") from error
+        raise type(error)(f"model.init: {path}: {error}") from error
     if report.upcycled:
         init_routers_(model, config)
     return report
 
 
-def _run_model(place: Path) -> MaskedAutoencoder:
-    """The model of a run's newest good checkpoint, or of one checkpoint."""
-    if checkpoint.is_checkpoint(place):
-        saved = checkpoint.load(place)
+def _run_model(path: Path) -> MaskedAutoencoder:
+    """The model of a checkpoint folder, or of the newest good checkpoint in a run folder."""
+    if checkpoint.is_checkpoint(path):
+        saved = checkpoint.load(path)
     else:
-        saved, _ = checkpoint.newest_good(place / CHECKPOINTS)
+        saved, _ = checkpoint.newest_good(path / CHECKPOINTS)
         if saved is None:
-            raise ValueError("expected a run with a checkpoint, got none that is whole")
+            raise ValueError("expected a run with a checkpoint; got none")
     config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
     with torch.device("meta"):
         model = build_model(replace(config, model=replace(config.model, backend=None)))

@@ -1,4 +1,4 @@
-"""Who may use a run folder: one process at a time, from before it looks into the folder until it ends."""
+"""A lock on a run folder: one process at a time, from before it inspects the folder until it ends."""
 
 import contextlib
 import errno
@@ -10,28 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOCK = ".lock"
-"""The file in a run folder that is locked; it names who locked it last."""
+"""The locked file in a run folder; it names the last process that locked it."""
 POLL = 0.2
 _RACE = 5.0
-"""Seconds for which a lock file that others make and remove at the same time is tried again."""
+"""Seconds of retries while other processes create and remove the lock file."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _held_here: set[tuple[int, int]] = set()
-"""Device and inode of every lock file that this process has locked: closing a second descriptor of one unlocks it."""
-os.register_at_fork(after_in_child=_held_here.clear)  # a child inherits no locks
+"""Device and inode of every lock file locked by this process, since closing a second descriptor would unlock it."""
+os.register_at_fork(after_in_child=_held_here.clear)  # A child inherits no locks
 
 
 class FolderLock:
-    """A lock on ``folder``, which is made with its parents when it is missing.
+    """A lock on ``folder``, which is created with its parents if missing.
 
-    The system releases it when the process ends, however it does. A file system without locks keeps nobody out.
+    The system releases it when the process ends, however it ends. On a file system without locks it excludes nobody.
 
-    say: called with a line when `take` waits.
+    say: called with a line when ``take`` waits.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None):
         self.folder = folder
         self.made_file: bool = False
-        """This process made the lock file, and nobody else can have made it."""
+        """Whether this process, and no other, created the lock file."""
         self._say = say
         self._descriptor: int | None = None
         self._key: tuple[int, int] | None = None
@@ -43,14 +43,14 @@ class FolderLock:
 
     @property
     def real(self) -> bool:
-        """Held, on a file system that has locks: no other process holds the folder."""
+        """Whether the lock is held on a file system with locks, so that no other process can hold it."""
         return self._key is not None
 
     def take(self, wait: float = 0.0) -> None:
-        """Lock the folder, waiting up to ``wait`` seconds for another process to end; nothing if it is held already.
+        """Lock the folder, waiting up to ``wait`` seconds for another process; does nothing if it is already held.
 
-        ValueError, naming the process that holds it: the folder is still locked then. ValueError, naming the lock
-        file, when that is a link.
+        ValueError, naming the process that holds it: still locked after ``wait`` seconds. ValueError, naming the lock
+        file: it is a link.
         """
         began, announced = time.monotonic(), False
         while not self.held:
@@ -62,9 +62,11 @@ class FolderLock:
             if self.held:
                 break
             waited = time.monotonic() - began
-            if holder is None:  # another process makes and removes the file or the folder at this moment
+            if holder is None:  # Another process is creating or removing the file or the folder
                 if waited > max(wait, _RACE):
-                    raise ValueError(f"out: expected a folder that stays; others keep removing {self.folder / LOCK}")
+                    raise ValueError(
+                        f"out: expected a folder that stays; other processes keep removing {self.folder / LOCK}"
+                    )
                 time.sleep(POLL / 20)
                 continue
             if waited > wait:
@@ -76,9 +78,9 @@ class FolderLock:
             time.sleep(POLL)
 
     def release(self, undo: bool = False) -> None:
-        """Unlock the folder. undo: first remove the lock file and the folders that `take` made, if they are empty."""
+        """Unlock the folder. undo: first remove the lock file and the folders that ``take`` made, if they are empty."""
         if undo and self.held and self.made_file:
-            # Unlink while still locked: a process waiting for this file sees that it is gone and retries.
+            # Unlink while still locked, so that a process waiting for the file sees that it is gone and retries.
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / LOCK).unlink()
         if self._descriptor is not None:
@@ -91,16 +93,16 @@ class FolderLock:
             self._remove_folders()
 
     def _try(self) -> str | None:
-        """Take the lock if it is free: `held` says whether. Otherwise who holds it, or None to try again."""
+        """Take the lock if it is free, and set ``held``; else return who holds it, or None to try again."""
         self._make_folders()
         self._check_own()
         try:
             descriptor, made = self._open()
-        except FileNotFoundError:  # another process has just removed the folder that it had made
+        except FileNotFoundError:  # Another process has just removed the folder
             return None
         try:
             try:
-                # Not flock, which the loader's forked workers would share and keep.
+                # Not flock, which the loader's forked workers would inherit and keep.
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -122,7 +124,7 @@ class FolderLock:
                 os.close(descriptor)
 
     def _check_own(self) -> None:
-        """ValueError when this process holds the folder already. Before the file is opened: see `_held_here`."""
+        """ValueError if this process already holds the folder. Runs before the file is opened; see ``_held_here``."""
         with contextlib.suppress(FileNotFoundError):
             if _key(os.lstat(self.folder / LOCK)) in _held_here:
                 self._refuse(f"this process, {_this_process()},")
@@ -131,7 +133,7 @@ class FolderLock:
         raise ValueError(f"out: expected a folder that no other run uses; {holder} writes to {self.folder}")
 
     def _open(self) -> tuple[int, bool]:
-        """The lock file, and whether it was made. ValueError when there is something that is no file."""
+        """The lock file, and whether it was created. ValueError: the path is a link or a folder."""
         path, flags = self.folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -144,7 +146,7 @@ class FolderLock:
             raise ValueError(f"out: expected a file to lock; {path} is a {kind}") from None
 
     def _in_place(self, descriptor: int) -> bool:
-        """Whether the locked file is still the folder's: its last holder may have removed it."""
+        """Whether the locked file is still in the folder; its last holder may have removed it."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.lstat(self.folder / LOCK))
         except FileNotFoundError:
@@ -156,7 +158,7 @@ class FolderLock:
                 continue
             try:
                 folder.mkdir()
-            except (FileExistsError, FileNotFoundError):  # another process makes or removes it at this moment
+            except (FileExistsError, FileNotFoundError):  # Another process is creating or removing it
                 if folder.is_symlink() and not folder.exists():
                     raise
             else:

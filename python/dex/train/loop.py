@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share of a run between its steps: signals, warnings, failures, the end."""
+"""The parts of a run that pretraining and fine-tuning share between steps: signals, warnings, failures, the end."""
 
 import contextlib
 import sys
@@ -23,9 +23,9 @@ SLOW_RANK = 0.1
 
 
 class RunLoop:
-    """A run once everything is ready. `dex.train.run.PretrainRun` and `dex.tasks.finetune.FinetuneRun` add the steps.
+    """A run that is ready to start. ``dex.train.run.PretrainRun`` and ``dex.tasks.finetune.FinetuneRun`` add the steps.
 
-    keep: checkpoints that stay, see `dex.train.checkpoint.Saver`.
+    keep: number of checkpoints to keep, see ``dex.train.checkpoint.Saver``.
     """
 
     command = "dex pretrain"
@@ -37,16 +37,16 @@ class RunLoop:
         self.progress: Progress = progress
         self.ranks: Ranks = trainer.ranks
         self.saved: checkpoint.Checkpoint | None = None
-        """Where it goes on."""
+        """The checkpoint from which the run resumes."""
         self.signals: list[int] = []
         self.saver: checkpoint.Saver = checkpoint.Saver(log.checkpoints, keep, self.ranks)
         self._output_lost = False
         self._slow_rank: int | None = None
         self._slow_rows = 0
-        """In how many rows in succession it was that rank."""
+        """Number of consecutive rows in which ``_slow_rank`` was slow."""
 
     def run(self) -> int:
-        """Take the steps, once; the exit code. Closes the folder.
+        """Run all steps, close the folder and return the exit code. May be called once.
 
         A new run that fails before its first step leaves the folder as it was.
         """
@@ -59,11 +59,11 @@ class RunLoop:
                     self.saver.wait()
                     return code
             except BaseException as error:
-                own = (Failed, torch.OutOfMemoryError)  # no RuntimeErrors of a collective
+                own = (Failed, torch.OutOfMemoryError)  # RuntimeErrors that do not come from a collective
                 if self.ranks.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, own):
-                    self.watch.explain(error)  # does not come back when another rank is gone
+                    self.watch.explain(error)  # Does not return if another rank is gone
                 if self.ranks.world_size == 1:
-                    with contextlib.suppress(Exception):  # what is being written may still be the newest good state
+                    with contextlib.suppress(Exception):  # The pending save may be the newest good state
                         self.saver.wait()
                 if self.saved is None and self.trainer.step == 0:
                     self.log.discard()
@@ -71,25 +71,25 @@ class RunLoop:
                 raise
             finally:
                 self.watch.close()
-                # After an error on several ranks a save may still be on its way: nobody else may write there meanwhile.
+                # After an error on several ranks a save may still be running: keep other processes out until it ends.
                 self.log.close(release=not self.saver.busy)
                 self.trainer.close()
                 stop(self.ranks)
 
     def _greet(self) -> None:
-        """Say what begins or goes on."""
+        """Print what starts or resumes."""
         raise NotImplementedError
 
     def _steps(self) -> int:
-        """Take the steps; the exit code."""
+        """Run the steps and return the exit code."""
         raise NotImplementedError
 
     def _save(self, wait: bool = False) -> None:
-        """Save this step unless it is saved; wait: until it is on the disk."""
+        """Save this step unless it is saved. wait: until it is on disk."""
         raise NotImplementedError
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics and say it; an event when nobody reads what is said any more."""
+        """Write and print a row of metrics. Records an event once if printing is no longer possible."""
         self.log.row(row)
         self.progress.row(row)
         if self.progress.lost and not self._output_lost:
@@ -97,7 +97,7 @@ class RunLoop:
             self.log.event(row["step"], "output lost", reason=self.progress.lost)
 
     def _name_slow_rank(self, row: Mapping[str, Any], step_seconds: float) -> None:
-        """Say which rank the others wait for, once it was the same in two rows in succession."""
+        """Warn about the rank that the others wait for if it is the same in two consecutive rows."""
         late = row["slowest_rank_s"] - row["median_rank_s"] if "slowest_rank" in row else 0.0
         slow = row["slowest_rank"] if late > SLOW_RANK * step_seconds else None
         self._slow_rows = self._slow_rows + 1 if slow == self._slow_rank else 1
@@ -105,17 +105,17 @@ class RunLoop:
         if slow is not None and self._slow_rows == 2:
             self.log.event(row["step"], "slow rank", rank=slow, late_s=late, step_s=step_seconds)
             self.progress.say(
-                f"warning: step {row['step']}: {self.watch.who(slow)} is slow: of a step's {step_seconds:.3g} s the "
-                f"others wait {late:.3g} s for it"
+                f"warning: step {row['step']}: {self.watch.who(slow)} is slow: the others wait {late:.3g} s of each "
+                f"{step_seconds:.3g} s step for it"
             )
 
     def _spikes(self) -> None:
-        """Loss spikes with the worst images of all ranks; every rank found the same steps."""
+        """Report loss spikes with the worst images of all ranks; the spikes are the same on every rank."""
         spikes = self.trainer.loss_spikes.take()
         if not spikes:
             return
-        of_ranks = gather(self.ranks, [spike.samples for spike in spikes])
-        for spike, samples in zip(spikes, zip(*of_ranks, strict=True), strict=True):
+        by_rank = gather(self.ranks, [spike.samples for spike in spikes])
+        for spike, samples in zip(spikes, zip(*by_rank, strict=True), strict=True):
             worst = sorted((sample for of_rank in samples for sample in of_rank), key=lambda sample: -sample[1])[:5]
             self.progress.say(
                 f"warning: step {spike.step + 1}: loss {spike.loss:.4g}, usually {spike.usual:.4g}; samples "
@@ -125,9 +125,9 @@ class RunLoop:
 
     def _report(self, bad: Sequence[NonFinite]) -> None:
         for step in bad:
-            what = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
+            reason = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
             self.progress.say(
-                f"warning: step {step.step + 1} changed nothing: {what}; samples {_list(step.samples, 5)}"
+                f"warning: step {step.step + 1} changed nothing: {reason}; samples {_list(step.samples, 5)}"
             )
             self.log.event(
                 step.step + 1,
@@ -138,7 +138,7 @@ class RunLoop:
             )
 
     def _stop_nonfinite(self, bad: Sequence[NonFinite]) -> int:
-        # Saved with the count at 0, so that resuming goes on behind these batches instead of into them again.
+        # Saved with the count at 0, so that a resumed run continues after these batches instead of stopping again.
         trainer = self.trainer
         self._report(trainer.flush())
         trainer.nonfinite_in_a_row = 0

@@ -1,4 +1,4 @@
-"""Loss spikes: good steps whose loss is far above those before them, and the images that made it so."""
+"""Loss spikes: good steps with a loss far above those before, and the images that caused it."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from dex.train.verdict import HostVerdict
 STEPS, DEVIATIONS, SHARE = 100, 12.0, 0.05
 """A loss is a spike if it exceeds the median of the last 100 steps by 12 median absolute deviations and by 5 %."""
 SAMPLES = 5
-"""How many images are named."""
+"""Number of images that are named."""
 
 
 class Spike(NamedTuple):
-    """A good step whose loss was far above those before it."""
+    """A good step with a loss far above those before it."""
 
     step: int
     """Steps done when it began."""
@@ -27,14 +27,14 @@ class Spike(NamedTuple):
 
 
 class LossSpikes:
-    """Remembers the losses of the last steps and the spikes among them, on the host."""
+    """Keeps the losses of the last steps and the spikes among them, on the host."""
 
     def __init__(self):
         self._losses: deque[float] = deque(maxlen=STEPS)
         self._spikes: list[Spike] = []
 
     def watch(self, step: int, ids: Sequence[str], verdict: HostVerdict) -> None:
-        """Take the loss and the images of a good step; note it if it is a spike."""
+        """Add the loss and the images of a good step, and record it if it is a spike."""
         before = torch.tensor(self._losses, dtype=torch.float64)
         self._losses.append(verdict.loss)
         if len(before) < STEPS // 2:
@@ -48,14 +48,14 @@ class LossSpikes:
             self._spikes.append(Spike(step, verdict.loss, float(usual), samples))
 
     def take(self) -> list[Spike]:
-        """The spikes found since they were last taken."""
+        """The spikes since the last call."""
         spikes, self._spikes = self._spikes, []
         return spikes
 
     def state(self) -> dict[str, Any]:
-        """The losses, as JSON; spikes that were not taken are not part of it."""
+        """The losses as JSON values, without the spikes."""
         return {"losses": list(self._losses)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; other entries of it are left alone."""
+        """Restore the losses from a state that may have other entries."""
         self._losses = deque(state["losses"], STEPS)

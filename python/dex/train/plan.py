@@ -1,6 +1,6 @@
-"""What a run will be, resolved once: configuration, ranks and data become one record, `Plan`, before a model is built.
+"""The plan of a run: configuration, ranks and data, resolved once into one record before a model is built.
 
-Here, too, is what a start makes of the run folder: which run is in it, and whether it may go on or be replaced.
+It also inspects the run folder: which run is in it, and whether that run may be continued or replaced.
 """
 
 import importlib.util
@@ -22,25 +22,25 @@ from dex.data.dataset import Dataset
 from dex.data.folder import FolderDataset
 from dex.data.loader import batches_per_epoch
 from dex.train import checkpoint, cuda_graph
-from dex.train.continuation import Change, Override, go_on
+from dex.train.continuation import Change, Override, continue_run
 from dex.train.initial import check_initial
 from dex.train.runlog import RunLog
 from dex.train.schedules import total_steps
 from dexkernels.ops import backends
 
 EARLIER_FINGERPRINT = (
-    "This run was started by a version whose fingerprint did not cover pixels; paths and sizes agree, pixels were not "
+    "This run was started by a version whose fingerprint did not cover pixels; paths and sizes match, pixels were not "
     "compared."
 )
 LONG_READ = 5.0
-"""Seconds: a read for a fingerprint is announced if it is likely to take longer."""
+"""Reading for a fingerprint is announced if it is likely to take more seconds than this."""
 SAY_EVERY = 30.0
-"""Seconds between two lines that say how far it is."""
+"""Seconds between progress lines of that reading."""
 _BYTES_PER_S, _FILES_PER_S = 300e6, 10_000
 
 
 class Placement(NamedTuple):
-    """A configuration that has been checked, and what it comes to on these ranks; no data is needed for it."""
+    """A checked configuration and everything about a run that can be resolved without data."""
 
     config: Config
     ranks: Ranks
@@ -49,11 +49,11 @@ class Placement(NamedTuple):
     micro_batch: int
     """Images that a rank computes at once."""
     num_workers: int
-    """Processes of a rank that read ahead."""
+    """Reading processes per rank."""
 
 
 class Plan(NamedTuple):
-    """A `Placement` with its data: everything that a run is made of; `dex.train.trainer.Trainer` takes it."""
+    """A ``Placement`` with its data: everything that ``dex.train.trainer.Trainer`` needs."""
 
     config: Config
     ranks: Ranks
@@ -69,42 +69,44 @@ class Plan(NamedTuple):
     batches_per_epoch: int
     steps: int
     saved: checkpoint.Checkpoint | None = None
-    """Where it goes on; None at step 0."""
+    """The checkpoint to resume from; None starts at step 0."""
     notes: tuple[str, ...] = ()
-    """What is to be said before the run."""
+    """Lines to print before the run."""
     changes: tuple[Change, ...] = ()
-    """In which fields the run is another from here on."""
+    """Fields of the run that change from here on."""
 
 
 class FolderState(NamedTuple):
-    """What rank 0 found in the run folder. Plain values, for all ranks to read; the defaults are a new run's."""
+    """Contents of the run folder as seen by rank 0, as plain values for all ranks; the defaults are a new run."""
 
     checkpoint: str | None = None
-    """Folder of the checkpoint to go on from."""
+    """Folder of the checkpoint to resume from."""
     run: str | None = None
-    """The checkpoint or folder that says which run is to go on."""
+    """Path of the checkpoint or run folder to resume, for messages."""
     state: dict[str, Any] | None = None
-    """That run's: of its checkpoint, or without one what is known from its start, config, data, steps and precision."""
+    """State of its checkpoint; without one, config, data, steps and precision as recorded at its start."""
     notes: Sequence[str] = ()
 
 
-def resolve_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
-    """ValueError when CUDA is asked for and absent, or has fewer devices than there are ranks on this machine."""
-    wanted = config.run.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: expected a device that is there; got 'cuda', and torch finds no CUDA device")
-    if wanted == "cpu" or not torch.cuda.is_available():
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of this rank for ``name``: auto, cpu or cuda.
+
+    ValueError: ``name`` is cuda and there is no CUDA device, or there are more ranks than devices on this machine.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: expected an available device; got 'cuda', but torch finds no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK: expected one rank per CUDA device, of which there are {torch.cuda.device_count()}; "
+            f"LOCAL_RANK: expected at most one rank for each of {torch.cuda.device_count()} CUDA devices; "
             f"got {ranks.local_rank}"
         )
     return torch.device("cuda", ranks.local_rank) if ranks.world_size > 1 else torch.device("cuda")
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
-    """``auto`` becomes bf16 where the device multiplies bf16 in hardware: elsewhere it is slower than fp32."""
+    """``auto`` becomes bf16 if the device multiplies bf16 in hardware; otherwise bf16 is slower than fp32."""
     if config.run.precision != "auto":
         return config.run.precision
     if device.type == "cuda":
@@ -113,16 +115,17 @@ def resolve_precision(config: Config, device: torch.device) -> str:
 
 
 def check_cuda_graph(config: Config, device: torch.device, world_size: int) -> None:
-    """ValueError when ``parallel.cuda_graph`` is asked for and a step cannot be captured here."""
+    """ValueError if ``parallel.cuda_graph`` is set and a step cannot be captured here."""
+    if not config.parallel.cuda_graph:
+        return
     m = config.model
-    if config.parallel.cuda_graph and (
-        reason := cuda_graph.why_not(device, world_size, m.backend, any(per_layer(m.num_experts, m.depth)))
-    ):
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(config.run.precision, torch.bfloat16)
+    if reason := cuda_graph.why_not(device, world_size, m.backend, any(per_layer(m.num_experts, m.depth)), dtype):
         raise ValueError(f"parallel.cuda_graph: {reason}")
 
 
 def place(config: Config, ranks: Ranks = ALONE) -> Placement:
-    """Check ``config`` and resolve what needs no data. The ranks need not have started. ValueError names the field."""
+    """Check ``config`` and resolve what needs no data. Ranks need not have started. ValueError names the field."""
     check(config)
     try:
         backends.check_backend(config.model.backend)
@@ -130,29 +133,30 @@ def place(config: Config, ranks: Ranks = ALONE) -> Placement:
         raise ValueError(f"model.{error}") from None
     if config.run.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"run.wandb: expected the package wandb (pip install wandb), or null; got {config.run.wandb!r} without it"
+            f"run.wandb: expected null, since the package wandb is not installed (pip install wandb); "
+            f"got {config.run.wandb!r}"
         )
     micro_batch = resolve_micro_batch(config, ranks.world_size)
-    device = resolve_device(config, ranks)
+    device = resolve_device(config.run.device, ranks)
     check_cuda_graph(config, device, ranks.world_size)
     workers = default_workers(device.type) if config.data.num_workers is None else config.data.num_workers
     return Placement(config, ranks, device, resolve_precision(config, device), micro_batch, workers)
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Plan:
-    """The plan of a run from its first step that writes no folder: training takes the split "train" of ``dataset``.
+    """The plan of a new run without a run folder, trained on the split "train" of ``dataset``.
 
-    The ranks have started, and all of them ask. ValueError names what cannot work.
+    All ranks call it after they have started. ValueError names what cannot work.
     """
     placement = place(config, ranks)
     return _with_data(placement, dataset, fingerprint_of(dataset, ranks))
 
 
 def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[], None] = lambda: None) -> str:
-    """Rank 0's fingerprint, on every rank. For a folder rank 0 alone reads every image, which may take long.
+    """Rank 0's fingerprint of the data, on every rank. For a folder, rank 0 reads every image, which may take long.
 
-    Meanwhile the ranks meet twice a second, so that none waits for longer than it may; each time they call
-    ``waiting``. ValueError when a rank has other data, as far as paths and sizes tell, or a file cannot be read.
+    Meanwhile the ranks synchronise twice a second, so that no collective times out, and call ``waiting`` each time.
+    ValueError: paths or sizes differ between ranks, or a file cannot be read.
     """
     if ranks.world_size == 1:
         return dataset.take_fingerprint(_Reading(dataset))
@@ -160,7 +164,7 @@ def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[],
     others = [str(rank) for rank, listing in enumerate(listings) if listing != listings[0]]
     if others:
         raise ValueError(
-            f"data.path: expected the same files on every rank; those of rank {', '.join(others)} are not rank 0's"
+            f"data.path: expected the same files on every rank; those of rank {', '.join(others)} differ from rank 0's"
         )
     if not ranks.first:
         while not from_first(ranks):
@@ -168,15 +172,15 @@ def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[],
         return decided(ranks, lambda: None)
     reading = _Reading(dataset)
 
-    def meet(done: int, total: int) -> None:
+    def synchronise(done: int, total: int) -> None:
         reading(done, total)
         from_first(ranks, False)
         waiting()
 
     fingerprint, error = "", None
     try:
-        fingerprint = dataset.take_fingerprint(meet)
-    except RuntimeError:  # in a meeting: another rank is gone
+        fingerprint = dataset.take_fingerprint(synchronise)
+    except RuntimeError:  # Raised by a collective: another rank is gone
         raise
     except Exception as e:
         error = e
@@ -191,25 +195,25 @@ def fingerprint_of(dataset: Dataset, ranks: Ranks = ALONE, waiting: Callable[[],
 
 
 class _Reading:
-    """Called while a data set is read for its fingerprint; says on stderr that this takes long, and how far it is."""
+    """Called while a data set is read for its fingerprint; prints progress on stderr if it takes long."""
 
     def __init__(self, dataset: Dataset):
         self._dataset, self._began = dataset, time.monotonic()
-        self._said: float | None = None
+        self._printed_at: float | None = None
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        taken = now - self._began
-        if self._said is None:
-            likely = max(taken, total / _BYTES_PER_S + len(self._dataset) / _FILES_PER_S)
-            if likely > LONG_READ:
-                self._say(f"reading {len(self._dataset):,} images, {format_bytes(total)}, for their fingerprint", now)
-        elif now - self._said >= SAY_EVERY:
-            left = taken * (total - done) / max(done, 1)
-            self._say(f"read {format_bytes(done)} of {format_bytes(total)}  left {duration(left)}", now)
+        elapsed = now - self._began
+        if self._printed_at is None:
+            expected = max(elapsed, total / _BYTES_PER_S + len(self._dataset) / _FILES_PER_S)
+            if expected > LONG_READ:
+                self._print(f"reading {len(self._dataset):,} images, {format_bytes(total)}, for their fingerprint", now)
+        elif now - self._printed_at >= SAY_EVERY:
+            left = elapsed * (total - done) / max(done, 1)
+            self._print(f"read {format_bytes(done)} of {format_bytes(total)}  left {duration(left)}", now)
 
-    def _say(self, text: str, now: float) -> None:
-        self._said = now
+    def _print(self, text: str, now: float) -> None:
+        self._printed_at = now
         print(text, file=sys.stderr, flush=True)
 
 
@@ -217,7 +221,7 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
     config = placement.config
     train = dataset.split("train")
     if len(train) == 0:
-        raise ValueError(f"data: expected images to train on; the training split of {dataset.name!r} is empty")
+        raise ValueError(f"data: expected training images; the training split of {dataset.name!r} is empty")
     if config.data.batch_size > len(train):
         raise ValueError(
             f"data.batch_size: expected at most the {len(train):,} training images of {dataset.name!r}; got "
@@ -225,15 +229,15 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
         )
     if max(height_width(config.model.img_size)) > dataset.image_size:
         raise ValueError(
-            f"model.img_size: expected at most {dataset.image_size}, the pixels a side of the images of "
+            f"model.img_size: expected at most {dataset.image_size} pixels, the side of the images of "
             f"{dataset.name!r}; got {config.model.img_size}"
         )
     batches = batches_per_epoch(train, config.data.batch_size)
     steps = total_steps(config, batches)
     if config.run.stop_at is not None and config.run.stop_at > steps:
         raise ValueError(
-            f"run.stop_at: expected at most the run's {steps:,} steps; got {config.run.stop_at:,}. Without it the run "
-            "goes to its end"
+            f"run.stop_at: expected at most the run's {steps:,} steps; got {config.run.stop_at:,}. Leave it out to run "
+            "to the end"
         )
     if max(config.run.milestones or (0,)) > steps:
         raise ValueError(f"run.milestones: expected at most the run's {steps:,} steps; got {config.run.milestones}")
@@ -241,13 +245,13 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
         raise ValueError(f"run.keep_best: expected held-out images; {dataset.name!r} has none")
     if config.schedule.span is not None and config.schedule.span > steps:
         raise ValueError(
-            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,} (a run "
-            "that was extended keeps the span of its first steps)"
+            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,} (an "
+            "extended run keeps its original span)"
         )
     cores = len(os.sched_getaffinity(0))
     notes = ()
     if placement.num_workers * ranks_here() > cores:
-        notes = (f"data.num_workers: {placement.num_workers} for each rank, but only {cores} cores here",)
+        notes = (f"data.num_workers: {placement.num_workers} per rank, but there are only {cores} cores",)
     return Plan(
         **placement._asdict(),
         dataset=dataset,
@@ -268,20 +272,20 @@ def plan(
     overwrite: bool = False,
     override: Override | None = None,
 ) -> Plan:
-    """What `dex.train.run.pretrain` would run, with its arguments and errors; nothing is written or locked."""
+    """The plan of ``dex.train.run.pretrain``, with the same arguments and errors; nothing is written or locked."""
     placement = place(config)
     if override is not None:
         override.check(resume)
-    state = look(RunLog(out), resume, overwrite)
+    state = inspect_folder(RunLog(out), resume, overwrite)
     dataset = open_data(config, out)
-    fingerprint = fingerprint_of(dataset) if state.run else ""  # without a run there is nothing to compare it with
+    fingerprint = fingerprint_of(dataset) if state.run else ""  # A new run has nothing to compare it with
     return with_folder(placement, dataset, fingerprint, state, override)
 
 
-def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool = False) -> FolderState:
-    """What is to go on in the run folder, as rank 0 sees it. ValueError when a run may not start there.
+def inspect_folder(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool = False) -> FolderState:
+    """What the run folder holds, called on rank 0. ValueError if a run may not start there.
 
-    hold: first keep other processes' runs out of it, for whoever will write there.
+    hold: first lock the folder against runs of other processes, for a caller that will write there.
     """
     out = log.folder
     if resume is not None and overwrite:
@@ -293,15 +297,15 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
         if log.holds_run():
             if not overwrite:
                 raise ValueError(
-                    f"out: expected a new or empty folder; {out} holds a run, --resume auto continues it, --overwrite "
+                    f"out: expected a new or empty folder; {out} holds a run: --resume auto continues it, --overwrite "
                     "replaces it"
                 )
         elif not log.is_empty():
             raise ValueError(f"out: expected a new or empty folder; {out} holds other files")
         return FolderState()
     if resume == "auto":
-        saved, passed_over = checkpoint.newest_good(log.checkpoints)
-        notes = [f"passed over {reason}" for reason in passed_over]
+        saved, errors = checkpoint.newest_good(log.checkpoints)
+        notes = [f"passed over {error}" for error in errors]
         if saved is None:
             notes = ["no checkpoint yet in this run folder: starting at step 0"]
     else:
@@ -309,30 +313,30 @@ def look(log: RunLog, resume: str | Path | None, overwrite: bool, *, hold: bool 
     if saved:
         return FolderState(str(saved.folder), str(saved.folder), saved.state, notes)
     state: dict[str, Any] = {"config": to_dict(log.config())}
-    if start := log.last_start():  # none: it was killed before it wrote one
+    if start := log.last_start():  # None if the run was killed before it wrote one
         state["data_fingerprint"] = start["data"]["fingerprint"]
         state |= {name: start[name] for name in ("steps", "precision")}
     return FolderState(run=str(out), state=state, notes=notes)
 
 
 def _check_folder(out: Path) -> None:
-    """ValueError unless ``out`` is, or can become, a folder that can be written."""
+    """ValueError unless ``out`` is a writable folder or can become one."""
     try:
         os.lstat(out)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+    except (OSError, ValueError) as error:  # A name that is too long or contains forbidden characters
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"out: expected the path of a folder; got {str(out)!r}: {reason}") from error
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"out: expected a folder; {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"out: expected a folder that can be written; {there} cannot")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"out: expected a folder; {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"out: expected a writable folder; got {existing}")
 
 
 def open_data(config: Config, out: Path | None = None) -> Dataset:
-    """The data set of a run in the folder ``out``. ValueError and FileNotFoundError name the field."""
+    """The data set of a run in folder ``out``. ValueError and FileNotFoundError name the field."""
     try:
         dataset = open_dataset(config.data.path)
     except (ValueError, FileNotFoundError) as error:
@@ -342,8 +346,8 @@ def open_data(config: Config, out: Path | None = None) -> Dataset:
         raise kind(f"data.{error}") from error
     if out is not None and isinstance(dataset, FolderDataset) and out.resolve().is_relative_to(dataset.root):
         raise ValueError(
-            f"out: expected a folder outside the data in {dataset.root}, whose images the run's pictures would join; "
-            f"got {out}"
+            f"out: expected a folder outside the data in {dataset.root}, since the run's pictures would become images "
+            f"of the data; got {out}"
         )
     dataset.channels = config.model.in_chans
     return dataset
@@ -352,9 +356,9 @@ def open_data(config: Config, out: Path | None = None) -> Dataset:
 def with_folder(
     placement: Placement, dataset: Dataset, fingerprint: str, state: FolderState, override: Override | None = None
 ) -> Plan:
-    """The plan of a run in a folder whose state is known.
+    """The plan of a run in a folder with this state.
 
-    ValueError names what cannot work, or every field in which the run in the folder is not the configuration's.
+    ValueError names what cannot work, or every field in which the run in the folder differs from the configuration.
     """
     planned = _with_data(placement, dataset, fingerprint)
     if state.checkpoint is None:
@@ -366,30 +370,31 @@ def with_folder(
 
 
 def _continued(folder: FolderState, planned: Plan, override: Override | None) -> Plan:
-    """``planned`` as what goes on in the folder. ValueError names every field in which the run there is another."""
+    """``planned`` as the continuation of the run in the folder. ValueError names every field that differs."""
     state = folder.state
     earlier = from_dict(state["config"], Config(), f"{folder.run}/state.json" if folder.checkpoint else folder.run)
     resolved = {"steps": planned.steps, "precision": planned.precision}
-    config, changes, refused = go_on(earlier, state, planned.config, resolved, override)
+    config, changes, refused = continue_run(earlier, state, planned.config, resolved, override)
     if refused:
-        refused.append("--override FIELD --reason TEXT goes on with another value")
+        refused.append("--override FIELD --reason TEXT accepts another value")
     notes = [*planned.notes, *folder.notes]
     fingerprint = state.get("data_fingerprint", planned.fingerprint)
     if fingerprint != planned.fingerprint:
         if fingerprint == planned.dataset.earlier_fingerprint:
             notes.append(EARLIER_FINGERPRINT)
         elif withdrawn := planned.dataset.withdrawn_since(fingerprint):
-            count, dates = sum(one.images for one in withdrawn), ", ".join(one.date[:10] for one in withdrawn)
+            count = sum(withdrawal.images for withdrawal in withdrawn)
+            dates = ", ".join(withdrawal.date[:10] for withdrawal in withdrawn)
             refused.append(
-                f"data: images were withdrawn from {planned.config.data.path} since the run began: {count:,} "
-                f"({dates}). Its checkpoints have seen them, so it cannot go on without: start anew with a new --out, "
-                "and delete the old run if the withdrawal asks for that"
+                f"data: {count:,} images were withdrawn from {planned.config.data.path} since the run began ({dates}). "
+                "Its checkpoints have seen them, so it cannot continue without them: start a new run with a new --out, "
+                "and delete the old run if the withdrawal requires it"
             )
         else:
-            place = planned.config.data.path or planned.dataset.name
+            path = planned.config.data.path or planned.dataset.name
             refused.append(
-                f"data: expected the images that the run was started with; those in {place} are others (paths, sizes "
-                "or pixels changed): give --data with the earlier images, or a new --out"
+                f"data: expected the images with which the run was started; those in {path} differ (paths, sizes or "
+                "pixels): give --data with the earlier images, or a new --out"
             )
     if refused:
         raise ValueError(f"resume: {folder.run} belongs to another run: {'; '.join(refused)}")

@@ -1,7 +1,7 @@
-"""The run folder: what a run was, every row of metrics, events, pictures; and progress on the screen.
+"""The run folder, with the record of a run, its metrics, events and pictures; and progress on the screen.
 
-``config.yaml``, ``run.json`` (one entry per start), ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/``, ``wandb/``
-where it is asked for, ``pictures/``, ``checkpoints/``.
+``config.yaml``, ``run.json`` (one entry per start), ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/``,
+``pictures/``, ``checkpoints/``, and ``wandb/`` with ``run.wandb``.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ from dex.train.lock import LOCK, FolderLock
 
 CONFIG, STARTS, METRICS, EVENTS = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 FILES, FOLDERS = (CONFIG, STARTS, METRICS, EVENTS), ("checkpoints", "pictures", "tensorboard")
-"""Everything that a run writes into its folder, but for the lock and, where it is asked for, wandb's folder."""
+"""Everything that a run writes into its folder, except the lock and wandb's folder."""
 REPORT = "report.html"
-"""What `dex report` writes there."""
+"""Page written by ``dex report``."""
 REPLACED, REMOVED = ".replaced-run", ".removed-run"
-"""Where the run that a new one replaces is until the new one has taken its first step, and while it is removed."""
+"""Folder of a replaced run until the new run has taken its first step, and while the replaced run is removed."""
 LOCK_WAIT = 30.0
-"""Seconds that a resume waits for the process that still writes to the folder."""
+"""Seconds that a resumed run waits for a process that still writes to the folder."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Versions, processors and the commit of the code; no names of hosts or users."""
+    """Versions, processors and the commit of the code, without names of hosts or users."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", "dexkernels", "triton", "safetensors")},
@@ -54,7 +54,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line that a kill cut short is left out."""
+    """Rows of a JSONL file, without a last line that was cut short by a kill."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -64,10 +64,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class ReplacedRun:
-    """The run that a new one replaces. It stays in the run folder until the new one has taken its first step.
+    """A run that is being replaced. It stays in the run folder until the new run has taken its first step.
 
-    It is under the `dex.common.atomic.work_name` of `REPLACED` while its files move, then under `REPLACED`, and under
-    `REMOVED` while they are removed. So a process that was killed leaves either the old run, whole, or the new one.
+    Its files are under the ``dex.common.atomic.work_name`` of ``REPLACED`` while they are moved, then under
+    ``REPLACED``, and under ``REMOVED`` while they are removed. So after a kill either the old run or the new one is
+    complete.
     """
 
     def __init__(self, folder: Path):
@@ -76,18 +77,18 @@ class ReplacedRun:
         self._moving = atomic.work_name(self._kept)
 
     @property
-    def there(self) -> bool:
-        """The new run has not taken its first step, or will never take it."""
+    def exists(self) -> bool:
+        """Whether a run is set aside: the new run has not taken its first step."""
         return self._kept.exists() or self._moving.exists()
 
     def path(self, name: str) -> Path:
-        """Where the file or folder ``name`` of the old run is."""
+        """Current path of the file or folder ``name`` of the old run."""
         if self._kept.exists():
             return self._kept / name
         return self._moving / name if (self._moving / name).exists() else self.folder / name
 
     def set_aside(self, names: Iterable[str]) -> None:
-        """Move what is there of ``names``. ValueError names a link among them: its target would be left behind."""
+        """Move the existing ones of ``names``. ValueError names a link among them, whose target would not move."""
         present = [name for name in names if os.path.lexists(self.folder / name)]
         for name in present:
             if (self.folder / name).is_symlink():
@@ -98,7 +99,7 @@ class ReplacedRun:
         self._moving.rename(self._kept)
 
     def put_back(self, names: Iterable[str]) -> bool:
-        """Undo `set_aside`, also when either was cut short; first remove what is there of ``names``, the new run's.
+        """Remove ``names``, the files of the new run, and undo ``set_aside``; either may have been interrupted before.
 
         Returns whether there was a run to put back.
         """
@@ -115,23 +116,23 @@ class ReplacedRun:
         return True
 
     def remove(self) -> None:
-        """For good."""
+        """Remove the old run for good."""
         if self._kept.exists():
             self._kept.rename(self._removed)
         shutil.rmtree(self._removed, ignore_errors=True)
 
 
 class FolderGone(OSError):
-    """The run folder was removed, renamed or replaced by another one while a run wrote to it."""
+    """The run folder was removed, renamed or replaced while a run wrote to it."""
 
 
 class RunLog:
-    """Writes one run folder. It changes nothing there before it holds it.
+    """Writes one run folder, and changes nothing there before it holds the lock.
 
-    Call `hold`, then look (`holds_run`, `is_empty`), then `open`, and `settle` after the first step; `close` in the
-    end, or `discard`, which takes back what this process made. Readers that write nothing need no `hold`.
+    Call ``hold``, inspect (``holds_run``, ``is_empty``), ``open``, and ``settle`` after the first step; at the end
+    ``close``, or ``discard`` to undo what this process made. Readers need no ``hold``.
 
-    active: False on all ranks but one, where nothing is written.
+    active: True on one rank; the others write nothing.
     """
 
     config_name: str = CONFIG
@@ -143,11 +144,11 @@ class RunLog:
         self._lock = FolderLock(folder, self._say)
         self._replaced = ReplacedRun(folder)
         self._owned = False
-        """The folder was empty when this process took hold of it, or it has replaced the run there."""
+        """The folder was empty when this process locked it, or this process has set aside the run there."""
         self._start_file: tuple[int, int] | None = None
         """Inode and time of the ``run.json`` that this process wrote."""
-        self._place: tuple[int, int] | None = None
-        """Device and inode of the folder since `open`."""
+        self._folder_id: tuple[int, int] | None = None
+        """Device and inode of the folder since ``open``."""
         self._files: dict[str, Any] = {}
         self._board: Any = None
         self._tracker: tracker.Tracker | None = None
@@ -161,12 +162,12 @@ class RunLog:
         return self.folder / "pictures"
 
     def hold(self, wait: bool = False) -> None:
-        """Make the folder and keep other processes' runs out of it until `close`, or until this process ends.
+        """Create the folder and lock it until ``close`` or the end of this process.
 
-        A run that an unfinished start has set aside is put back.
+        Puts back a run that an unfinished start has set aside.
 
-        wait: for a process that may be about to end, `LOCK_WAIT` seconds. Raises: ValueError when another process holds
-        the folder; nothing in it is touched then.
+        wait: wait up to ``LOCK_WAIT`` seconds for another process to end. Raises: ValueError if another process holds
+        the folder; nothing in it is then touched.
         """
         if not self.active or self._lock.held:
             return
@@ -175,11 +176,11 @@ class RunLog:
             if self._replaced.put_back(self._new_names()):
                 self._say(f"put back the run that an unfinished --overwrite had set aside in {self.folder}")
         else:
-            self._say(f"{self.folder} is on a file system without locks: nothing keeps a second process out")
-            if self._replaced.there:
+            self._say(f"{self.folder} is on a file system without locks: a second process could write there too")
+            if self._replaced.exists:
                 raise ValueError(
-                    f"out: expected no run that --overwrite has set aside; {self.folder / REPLACED} holds one, and "
-                    "without locks a process may still be about to replace it: move its files back when none is"
+                    f"out: expected no run set aside by --overwrite; got one in {self.folder / REPLACED}. Without "
+                    "locks another process may still be replacing it: if none is running, move its files back"
                 )
         self._owned = self.is_empty() and (self._lock.real or self._lock.made_file)
 
@@ -187,29 +188,29 @@ class RunLog:
         return self._path(self.config_name).exists()
 
     def is_empty(self) -> bool:
-        """Nothing is there but what a start that was killed at once leaves."""
+        """Whether the folder is empty except for the files that a start leaves if it is killed at once."""
         if not self.folder.exists():
             return True
         return {self.folder / LOCK, *self._partial()}.issuperset(self.folder.iterdir())
 
     def config(self) -> Config:
-        """What the run in the folder was last started with. FileNotFoundError; ValueError naming the field."""
+        """Configuration of the last start. FileNotFoundError: no run. ValueError names a wrong field."""
         return read_yaml(self._path(self.config_name), Config())
 
     def config_text(self, config: Any) -> str:
-        """What `open` writes of its ``config``."""
+        """Contents of the configuration file that ``open`` writes."""
         return to_yaml(config)
 
     def wandb_project(self, config: Any) -> str | None:
         return config.run.wandb
 
     def last_start(self) -> dict[str, Any] | None:
-        """The newest entry of ``run.json``; None when the run was killed before it wrote one."""
+        """The newest entry of ``run.json``; None if the run was killed before it wrote one."""
         starts = self._starts()
         return starts[-1] if starts else None
 
     def _path(self, name: str) -> Path:
-        """Where ``name`` of the run is that the next start would find in the folder."""
+        """Path of ``name`` in the run that the next start would find in the folder."""
         return self.folder / name if self._lock.held or not self.active else self._replaced.path(name)
 
     def _starts(self) -> list[dict[str, Any]]:
@@ -220,15 +221,15 @@ class RunLog:
             return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"out: expected the starts of a run in {path}; got {type(error).__name__}: {error}. Nothing else needs "
-                "the file: move it away, and the run goes on without the record of its starts"
+                f"out: expected the starts of a run in {path}; got {type(error).__name__}: {error}. Move the file away "
+                "to continue the run without the record of its starts; nothing else needs it"
             ) from None
 
     def open(self, config: Any, start: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Begin or continue the run; ``start`` is this start's entry in ``run.json``, ``start["step"]`` its step.
+        """Open the run for writing at step ``start["step"]``; ``start`` is the entry of this start in ``run.json``.
 
-        Rows and events after that step are removed: the run will write them again. overwrite: first set aside the run
-        that is in the folder, until `settle`; ValueError when a link is part of it.
+        Rows and events after that step are removed, since the run will write them again. overwrite: first set aside the
+        run in the folder, until ``settle``; ValueError if it contains a link.
         """
         if not self.active:
             return
@@ -240,8 +241,8 @@ class RunLog:
             reports = [REPORT, *(path.name for path in self.folder.glob(f"{REPORT}.*{atomic.PARTIAL}"))]
             self._replaced.set_aside([*self._new_names(), *reports])
             self._owned = True
-        self._place = _identity(self.folder)
-        # First, since it makes the folder a run's, whatever comes next.
+        self._folder_id = _identity(self.folder)
+        # First, since this file makes the folder a run folder even after a kill.
         atomic.write(self.folder / self.config_name, self.config_text(config), sync=True, locked=True)
         self.pictures.mkdir(exist_ok=True)
         for path in (*self._partial(), *self.pictures.glob(f"*{atomic.PARTIAL}"), *self.pictures.glob(".*.tmp")):
@@ -259,20 +260,20 @@ class RunLog:
             self._tracker = tracker.Tracker(config, self.folder, starts["starts"], self._say)
 
     def check_there(self) -> None:
-        """`FolderGone` when what is written now would go nowhere, or into another folder. Once the log is open."""
-        if self.active and _identity(self.folder) != self._place:
+        """``FolderGone`` if the folder was removed, renamed or replaced since ``open``."""
+        if self.active and _identity(self.folder) != self._folder_id:
             raise FolderGone(
-                f"out: expected the run folder to stay while the run writes there; {self.folder} was removed, renamed "
-                "or replaced, and what was saved is where it went"
+                f"out: expected the run folder to stay while the run writes to it; {self.folder} was removed, renamed "
+                "or replaced. Saved checkpoints went with it"
             )
 
     def settle(self) -> None:
-        """The run has taken its first step: the run that it replaced is removed for good."""
+        """After the first step: remove the replaced run for good."""
         if self.active:
             self._replaced.remove()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Append to ``metrics.jsonl`` and draw every number in tensorboard and, where it is asked for, wandb."""
+        """Append to ``metrics.jsonl`` and send every number to tensorboard and, with ``run.wandb``, to wandb."""
         if not self.active:
             return
         self._write_line(METRICS, row)
@@ -300,25 +301,25 @@ class RunLog:
         return read_rows(self.folder / METRICS)
 
     def close(self, release: bool = True) -> None:
-        """End writing. release: let other processes have the folder; otherwise this one keeps it until it ends."""
+        """Close the files. release: unlock the folder; otherwise this process keeps the lock until it ends."""
         self._close_files()
         if release:
             self._lock.release()
 
     def discard(self) -> None:
-        """`close`, and remove what this process made: a run that it began, folders. A run that it continued stays, and
-        one that it replaced is put back.
+        """``close``, and remove the run and folders that this process made. A continued run stays, and a replaced run
+        is put back.
 
-        Without locks another process may have begun a run meanwhile: then nothing is removed.
+        Without locks, nothing is removed if another process may have started a run meanwhile.
         """
         self._close_files()
-        ours = self._lock.real or (self._start_file is not None and self._start_file == self._newest_start_file())
-        if self._lock.held and ours:
+        undo = self._lock.real or (self._start_file is not None and self._start_file == self._newest_start_file())
+        if self._lock.held and undo:
             if self._owned:
                 for name in self._new_names():
                     _remove(self.folder / name)
             self._replaced.put_back(self._new_names())
-        self._lock.release(undo=ours or not self._lock.held)
+        self._lock.release(undo=undo or not self._lock.held)
 
     def _close_files(self) -> None:
         for file in self._files.values():
@@ -343,15 +344,12 @@ class RunLog:
         return [*FOLDERS, tracker.FOLDER, *self._files_of_run, *(path.name for path in self._partial())]
 
     def _partial(self) -> list[Path]:
-        """Where a process that was killed may have left what it had not finished writing.
-
-        ``.NAME.tmp`` is what an earlier version called it.
-        """
+        """Unfinished files that a killed process may have left; an earlier version named them ``.NAME.tmp``."""
         paths = [self.folder / name for name in self._files_of_run]
         return [work for path in paths for work in (atomic.work_name(path), path.with_name(f".{path.name}.tmp"))]
 
     def _newest_start_file(self) -> tuple[int, int] | None:
-        """Which ``run.json`` is in the folder: every start writes a new one."""
+        """Identity of the ``run.json`` in the folder; every start writes a new file."""
         with contextlib.suppress(FileNotFoundError):
             stat = (self.folder / STARTS).stat()
             return stat.st_ino, stat.st_mtime_ns
@@ -366,7 +364,7 @@ class RunLog:
 
 
 class Progress:
-    """A bar with time left and every loss on a terminal; elsewhere one plain line per row; nothing when not active."""
+    """A progress bar with losses on a terminal, otherwise one line per row; prints nothing unless active."""
 
     def __init__(
         self,
@@ -375,13 +373,13 @@ class Progress:
         active: bool = True,
         summary: Callable[[Mapping[str, Any]], str] | None = None,
     ):
-        """summary: what a line says of a row; None: of pretraining's."""
+        """summary: turns a row into the text of a line; None is that of pretraining."""
         self._steps, self._start, self._active = steps, start, active
         self._summary = summary or _summary
         self._began = time.monotonic()
         self._bar: Any = None
         self.lost: str | None = None
-        """Why lines can no longer be written, if so."""
+        """Error since which lines can no longer be printed."""
         if active and sys.stdout is not None and sys.stdout.isatty():
             self._make_bar(steps, start)
 
@@ -429,19 +427,19 @@ class Progress:
         self._print(f"step {row['step']}/{self._steps}  {text}  left {duration(left)}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line; a bar continues below it."""
         if self._bar is not None:
             self._console.print(text, markup=False, highlight=False)
         elif self._active:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        """The run goes on without whoever read its lines: every row is in `METRICS`, every warning in `EVENTS`."""
+        """Print; an error does not end the run, since every row is in ``METRICS`` and every warning in ``EVENTS``."""
         try:
             print(text, flush=True)
-        except OSError as error:  # a closed pipe, a full disk
+        except OSError as error:  # A closed pipe, a full disk
             self.lost = error.strerror or type(error).__name__
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Receives the rest at exit
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -459,6 +457,7 @@ def _remove(path: Path) -> None:
 
 
 def now() -> str:
+    """The current time in UTC, as ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -475,7 +474,7 @@ def _summary(row: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become null."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -491,20 +490,20 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the source tree and whether it was changed; None when the package is not run from its repository."""
-    here = Path(__file__)
+    """Commit of the source tree and whether it has changes; None if the package does not run from its repository."""
+    source = Path(__file__)
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=20, check=False
+            result = subprocess.run(
+                ["git", "-C", str(source.parent), *arguments], capture_output=True, text=True, timeout=20, check=False
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
-    # An installed copy may lie inside somebody else's repository.
-    if git("ls-files", "--error-unmatch", here.name) is None:
+    # An installed copy may be inside another repository, which does not track this file.
+    if git("ls-files", "--error-unmatch", source.name) is None:
         return {"commit": None, "dirty": None}
     status = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

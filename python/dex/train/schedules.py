@@ -1,7 +1,7 @@
-"""What each step uses, as pure functions of the step; steps count from 0.
+"""Schedules as pure functions of the step, which counts from 0.
 
-Every schedule has its first value at step 0 and its last value at the last step, exactly. In a run that was extended
-all but the learning rate keep the span that they had, and then their last value.
+Every schedule has exactly its first value at step 0 and its last value at the last step. In an extended run, all but
+the learning rate keep their original span and then their last value.
 """
 
 import math
@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:
-    """Half a cosine from ``first`` at step 0 to ``last`` at step ``steps - 1``; ``first`` when there is one step."""
+    """Half a cosine from ``first`` at step 0 to ``last`` at step ``steps - 1``; ``first`` if there is only one step."""
     if step <= 0 or steps <= 1:
         return first
     if step >= steps - 1:
@@ -32,8 +32,8 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
 def learning_rate(peak: float, step: int, steps: int, warmup_steps: int, stable_steps: int | None = None) -> float:
     """Linear to ``peak``, reached at step ``warmup_steps - 1``, then half a cosine to 0 at the last step.
 
-    stable_steps: ``peak`` is held until so many steps are done instead, then comes a straight line to 0 at the last
-    step. The first step is never 0, so that no step is idle; without a warm-up step 0 has ``peak``.
+    stable_steps: hold ``peak`` instead until this many steps are done, then fall in a straight line to 0 at the last
+    step. The first step is never 0; without a warm-up it has ``peak``.
     """
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
@@ -46,7 +46,7 @@ def learning_rate(peak: float, step: int, steps: int, warmup_steps: int, stable_
 
 
 def stable_steps(config: Config, steps: int) -> int | None:
-    """Steps of a run of ``steps`` that do not depend on its length; None for a cosine, where all do."""
+    """Number of steps of a run of ``steps`` that do not depend on its length; None for a cosine, where all do."""
     s = config.schedule
     if s.lr_shape == "cosine":
         return None

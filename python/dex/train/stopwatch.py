@@ -1,4 +1,4 @@
-"""How long the device took for some of what it was given, without making it wait."""
+"""Device time of some launches, measured without waiting for the device."""
 
 import time
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 
 
 class Stopwatch:
-    """Seconds that the device took for what was launched inside ``with``; nothing waits for it until they are read.
+    """Seconds that the device spends on what is launched inside ``with``; only ``seconds`` waits for the device.
 
-    While a CUDA graph is captured nothing runs, and nothing is measured.
+    Nothing is measured while a CUDA graph is captured, since nothing runs.
     """
 
     def __init__(self, device: torch.device):
@@ -34,7 +34,7 @@ class Stopwatch:
             self._spans.append((self._began, self._now()))
 
     def seconds(self) -> float:
-        """Since they were last read; waits for the device."""
+        """Seconds since the last call; waits for the device."""
         spans, self._spans = self._spans, []
         if not self._on_gpu:
             return sum(end - began for began, end in spans)

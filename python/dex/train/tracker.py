@@ -1,4 +1,4 @@
-"""A run's numbers in Weights & Biases, beside tensorboard: `run.wandb`. No image, path, host or user goes there."""
+"""Metrics of a run in Weights & Biases, beside tensorboard: ``run.wandb``. Sends no image, path, host or user."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from dex.common.fields import flat
 from dex.config import Config, to_dict
 
 FOLDER = "wandb"
-"""What wandb writes in the run folder."""
+"""Folder of wandb in the run folder."""
 _PRIVATE = ("data.path", "model.init")
 _SETTINGS = {
     "disable_git": True,
@@ -24,14 +24,14 @@ _SETTINGS = {
     "x_disable_machine_info": True,
     "x_disable_stats": True,
 }
-"""What wandb collects by itself is the machine's and its user's, and is left out."""
+"""Turns off what wandb collects by itself about the machine and the user."""
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics, each under a name of its own."""
+    """The numbers of a row of metrics by unique names."""
     numbers: dict[str, float] = {}
     for key, value in row.items():
-        if isinstance(value, Mapping):  # tables within are for `dex report` alone
+        if isinstance(value, Mapping):  # Nested tables are only for `dex report`
             numbers |= {f"{key}/{name}": number for name, number in value.items() if isinstance(number, int | float)}
         elif isinstance(value, list):
             numbers |= {f"{key}/layer {layer}": number for layer, number in enumerate(value)}
@@ -41,10 +41,10 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Tracker:
-    """One run there, continued by every later start. What fails is said once and ends the tracking, never the run."""
+    """A Weights & Biases run, continued by later starts. An error is printed once and ends tracking, never the run."""
 
     def __init__(self, config: Config, folder: Path, starts: Iterable[Mapping[str, Any]], say: Callable[[str], None]):
-        """folder: the run folder. starts: of the run; the first one names it."""
+        """folder: the run folder. starts: of the run; the hash of the first is the id."""
         self._say, self._run = say, None
         first = json.dumps(next(iter(starts)), sort_keys=True)
         fields = {name: value for name, value in flat(to_dict(config)).items() if name not in _PRIVATE}
@@ -82,6 +82,6 @@ class Tracker:
         except Exception as error:
             self._run = None
             self._say(
-                f"run.wandb: tracking ends, the run goes on: {' '.join(str(error).split()) or type(error).__name__}"
+                f"run.wandb: tracking ends, the run continues: {' '.join(str(error).split()) or type(error).__name__}"
             )
             return None

@@ -1,4 +1,4 @@
-"""What all ranks agree on about a step, and what the host learns of it; every number goes by the name of its field.
+"""The verdict of a step, on which all ranks agree, and its copy on the host; numbers are addressed by field name.
 
 Shape letters: B images of this rank, E experts of all layers, E_l experts of layer l, M modalities.
 """
@@ -25,14 +25,14 @@ class Losses(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What all ranks know of a step, on the device: ``losses`` are means over the ranks, the other numbers sums."""
+    """Result of a step over all ranks, on the device: ``losses`` are means over the ranks, the other numbers sums."""
 
     good: Tensor
-    """0-dim bool: every rank could read its images, and everything is finite everywhere."""
+    """0-dim bool: every rank could read its images, and everything is finite on all ranks."""
     stop: Tensor
-    """0-dim: how many ranks were asked to stop."""
+    """0-dim: number of ranks that were asked to stop."""
     unreadable: Tensor
-    """0-dim: how many ranks cannot read their images."""
+    """0-dim: number of ranks that cannot read their images."""
     losses: Losses
     """float64."""
     modality_loss: Tensor
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
 
 class HostVerdict(NamedTuple):
-    """What the host knows of a step."""
+    """The part of a verdict that the host reads."""
 
     good: bool
     stop: bool
@@ -65,28 +65,28 @@ class NonFinite(NamedTuple):
     loss: float
     grad_norm: float
     samples: list[str]
-    """Ids of the images with a non-finite loss; the whole batch when only the gradient was non-finite."""
+    """Ids of the images with a non-finite loss; the whole batch if only the gradient was non-finite."""
 
 
 class Fields:
-    """Named tensors in one vector, one after the other. ``shapes``: the shape of each, by name."""
+    """Named tensors concatenated into one vector. ``shapes``: the shape of each, by name."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes: list[int] = [math.prod(shape) for shape in self.shapes.values()]
 
     def pack(self, dtype: torch.dtype, **values: Tensor) -> Tensor:
-        """One vector of ``values``, one for every field."""
+        """The vector of ``values``, which has a tensor for every field."""
         return torch.cat([values[name].to(dtype).reshape(-1) for name in self.shapes])
 
     def unpack(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of ``vector`` by the names of the fields."""
+        """Views of ``vector`` by field name."""
         parts = zip(self.shapes.items(), vector.split(self.sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in parts}
 
 
 class Routed(Protocol):
-    """What a step's forward says for its verdict; fields as of `dex.model.MAEOutput`."""
+    """Output of a forward as far as the verdict needs it; fields as in ``dex.model.MAEOutput``."""
 
     @property
     def gate_mass(self) -> list[Tensor]: ...
@@ -99,38 +99,39 @@ class Routed(Protocol):
 
 
 class Agreement:
-    """How the ranks come to a `Verdict`: one sum of one vector over all of them, with nothing to wait for on the host.
+    """Computes a ``Verdict`` by one all-reduce of one vector, without waiting on the host.
 
-    experts: of each layer that has any. modalities: how many.
+    experts: number of experts of each layer that has any. modalities: their number.
     """
 
     def __init__(self, ranks: Ranks, experts: Sequence[int], modalities: int):
         self.ranks: Ranks = ranks
         self.experts: list[int] = list(experts)
         self.modalities: int = modalities
-        kinds, numbers = (modalities,), (sum(experts),)
+        by_modality, by_expert = (modalities,), (sum(experts),)
         self.fields: Fields = Fields(
             {"bad": (), "stop": (), "unreadable": ()}
             | dict.fromkeys(Losses._fields, ())
-            | {"modality_loss": kinds, "modality_images": kinds}
-            | {"slots": numbers, "gate_mass": numbers}
+            | {"modality_loss": by_modality, "modality_images": by_modality}
+            | {"slots": by_expert, "gate_mass": by_expert}
         )
 
     @torch.no_grad()
     def reach(self, losses: Losses, out: Routed, modality: Tensor, stop: Tensor, unreadable: Tensor) -> Verdict:
-        """stop, unreadable: 0-dim bool, of this rank; modality: int64 ``[B]``. All ranks ask."""
-        kinds = usage.one_hot(modality, self.modalities)
+        """The verdict of a step; all ranks call it. stop, unreadable: 0-dim bool, of this rank; modality: int64
+        ``[B]``."""
+        one_hot = usage.one_hot(modality, self.modalities)
         means = torch.stack(losses) / self.ranks.world_size
-        judged = torch.stack([losses.total, losses.grad_norm])
-        finite = torch.isfinite(torch.cat([judged, *out.gate_mass])).all()
+        loss_and_norm = torch.stack([losses.total, losses.grad_norm])
+        finite = torch.isfinite(torch.cat([loss_and_norm, *out.gate_mass])).all()
         vector = self.fields.pack(
             torch.float64,
             bad=~finite | unreadable,
             stop=stop,
             unreadable=unreadable,
             **Losses(*means.double())._asdict(),
-            modality_loss=kinds.T @ out.image_loss.double(),
-            modality_images=kinds.sum(0),
+            modality_loss=one_hot.T @ out.image_loss.double(),
+            modality_images=one_hot.sum(0),
             slots=self._slots(out),
             gate_mass=torch.cat(out.gate_mass) if out.gate_mass else means.new_empty(0),
         )
@@ -139,7 +140,7 @@ class Agreement:
         fields = self.fields.unpack(vector)
         bad, gate_mass = fields.pop("bad"), fields.pop("gate_mass")
         agreed = Losses(**{name: fields.pop(name) for name in Losses._fields})
-        # The counts of ranks are finite anyway; what is finite on every rank may add up to what is not.
+        # Checked again, since sums of finite values may overflow.
         good = (bad == 0) & torch.isfinite(vector).all()
         masses = list(gate_mass.float().split(self.experts))
         return Verdict(good=good, losses=agreed, gate_mass=masses, **fields)
@@ -149,8 +150,8 @@ class Agreement:
         slots = torch.zeros(sum(self.experts), dtype=torch.float64, device=out.image_loss.device)
         first = 0
         for indices, experts in zip(out.expert_indices, self.experts, strict=True):
-            taken = indices.flatten().long() + first
-            slots.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float64))
+            chosen = indices.flatten().long() + first
+            slots.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float64))
             first += experts
         return slots
 
@@ -161,12 +162,12 @@ class Sent(NamedTuple):
     step: int
     ids: Sequence[str]
     values: Tensor
-    """`_host_fields`, float32."""
+    """``_host_fields``, float32."""
     ready: Any
-    """The event after which ``values`` are there; None when they are."""
+    """The event after which ``values`` are complete; None if they already are."""
 
     def read(self) -> HostVerdict:
-        """Waits until it is there."""
+        """Wait for the copy and return it."""
         if self.ready is not None:
             self.ready.synchronize()
         fields = _host_fields(len(self.ids)).unpack(self.values)
@@ -176,7 +177,7 @@ class Sent(NamedTuple):
 
 
 def send(verdict: Verdict, image_loss: Tensor, step: int, ids: Sequence[str]) -> Sent:
-    """Start to copy to the host what it needs of a step; no wait on a GPU."""
+    """Start copying to the host what it needs of a step, without waiting for a GPU."""
     values = _host_fields(len(ids)).pack(
         torch.float32,
         good=verdict.good,

@@ -1,7 +1,7 @@
-"""Who is alive: every rank tells the others, through the store that they started with, how far it has come.
+"""A watchdog over ranks: every rank reports its progress to the others through the store of the process group.
 
-A rank that gives no sign of life, or does not come on while the others wait, is named with all that is known of it;
-every rank that still runs then writes the stacks of its threads and ends, so that no job hangs for hours.
+If a rank stops reporting, or makes no progress while the others wait, the others name it and its last known state,
+print the stacks of their threads and end, so that no job hangs for hours.
 """
 
 import faulthandler
@@ -21,24 +21,24 @@ from dex.common.ranks import Ranks, gather
 
 INTERVAL = 1.0
 DEAD_AFTER = 15.0
-"""Seconds without a sign of life from a process after which it is called dead or stopped."""
+"""Seconds without a report after which a process is considered dead or stopped."""
 _GRACE = 5.0
-"""Seconds after another rank's failure in which this one may still find out by itself what failed."""
+"""Seconds after another rank's failure in which this rank may still raise its own error."""
 _AT_FULL_RATE = 256
-"""Above this number of ranks each reports less often: every rank reads all reports, so the store sends their square."""
+"""With more ranks than this, each reports less often: traffic is the square of the ranks, as each reads all reports."""
 
 
 class Watch:
-    """A thread beside training. ``at(step, phase)`` says how far this rank is; timeout: longest stay at one place.
+    """Threads beside training. ``at(step, phase)`` records the progress of this rank.
 
-    command: its name before what is said.
+    timeout: seconds without progress after which the process ends. command: prefix of messages.
     """
 
     def __init__(self, ranks: Ranks, timeout: float, command: str = "dex pretrain"):
         self.ranks: Ranks = ranks
         self.timeout: float = timeout
         self.command: str = command
-        self._place: dict[str, Any] = {"step": 0, "phase": "start"}
+        self._progress: dict[str, Any] = {"step": 0, "phase": "start"}
         self._since = time.monotonic()
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._error: BaseException | None = None
@@ -51,22 +51,25 @@ class Watch:
             self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             self._main = threading.get_ident()
             self._answered = self._since
-            self._tell()
+            self._report()
             processes = enumerate(gather(ranks, self._self))
-            self._seen = {r: ({**self._place, **who}, self._since) for r, who in processes if r != ranks.rank}
-            # The store of a process that was stopped answers nothing, not even an error: who judges must not ask it.
+            self._seen = {
+                r: ({**self._progress, **process}, self._since) for r, process in processes if r != ranks.rank
+            }
+            # The store of a stopped process never answers, not even with an error, so `_judge` must not ask it.
             self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in (self._talk, self._judge)]
             for thread in self._threads:
                 thread.start()
 
     def at(self, step: int, phase: str) -> None:
-        self._place = {"step": step, "phase": phase}
+        """Record that this rank is in ``phase`` of ``step``."""
+        self._progress = {"step": step, "phase": phase}
         self._since = time.monotonic()
 
     def close(self, failed: BaseException | None = None) -> None:
-        """This rank is done: it is no longer waited for, and waits for nobody. failed: it did not end as it should.
+        """End watching: this rank is done. failed: the error that ended it.
 
-        The others then end too, naming this one; what they wait in may not tell them (NCCL).
+        After an error the others end too and name this rank; the collective in which they wait (NCCL) may not fail.
         """
         self._stop.set()
         threads, self._threads = self._threads, []
@@ -74,29 +77,29 @@ class Watch:
             thread.join(5 * self._interval)
         if threads and not any(thread.is_alive() for thread in threads):
             try:
-                self._tell(done=True, failed=failed and f"{type(failed).__name__}: {failed}")
+                self._report(done=True, failed=failed and f"{type(failed).__name__}: {failed}")
                 if failed is not None:
                     self._wait_until_heard()
             except RuntimeError:
-                pass  # whoever held the store has ended already
+                pass  # The process that holds the store has already ended
         if failed is not None and threads:
-            # Whoever fails in the middle of a step may wait for the others when it leaves them (NCCL).
+            # After an error in the middle of a step, leaving the process group may hang (NCCL).
             self._error = failed
             last = threading.Timer(DEAD_AFTER, self._end, [f"its own failure {DEAD_AFTER:.0f} s ago"])
             last.daemon = True
             last.start()
 
     def _wait_until_heard(self) -> None:
-        """The store may end with this process: until every other rank has heard of its failure, or is done too."""
+        """Wait until every other rank knows of the failure or is done, since the store may end with this process."""
         deadline = time.monotonic() + DEAD_AFTER
         while time.monotonic() < deadline:
-            self._hear()
+            self._read_reports()
             if all(entry.get("done") or entry.get("heard") for entry, _ in self._seen.values()):
                 return
             time.sleep(self._interval / 4)
 
     def explain(self, error: BaseException) -> None:
-        """End this process when ``error`` comes from a rank that is gone, naming it; return when all are alive."""
+        """End this process with the name of the lost rank that caused ``error``; return if all ranks are alive."""
         self._error = error
         deadline = time.monotonic() + DEAD_AFTER + 5 * INTERVAL
         while time.monotonic() < deadline and self._threads:
@@ -107,72 +110,73 @@ class Watch:
         while not self._stop.wait(self._interval):
             beat += 1
             try:
-                self._tell(beat=beat)
-                self._hear()
+                self._report(beat=beat)
+                self._read_reports()
             except RuntimeError as error:
                 if not self._stop.is_set():
-                    gone = f"{self._holder()}: ended, and with it the store of the ranks ({type(error).__name__})"
-                    self._end(self._failure() or gone)
+                    reason = f"{self._holder()}: ended, and with it the store of the ranks ({type(error).__name__})"
+                    self._end(self._failure() or reason)
             self._answered = time.monotonic()
 
     def _judge(self) -> None:
         while not self._stop.wait(INTERVAL):
             now = time.monotonic()
             for rank, (entry, heard) in list(self._seen.items()):
-                # Counted up to the last answer of the store, whose own silence says nothing of a rank.
+                # Up to the last answer of the store, since a silent store says nothing about a rank.
                 if not entry.get("done") and self._answered - heard > DEAD_AFTER:
-                    self._end(f"{self._words(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
+                    self._end(f"{self._describe(rank)}: no sign of life for {DEAD_AFTER:.0f} s, killed or stopped")
                 if entry.get("failed") and (self._error is not None or now - heard > _GRACE):
                     self._end(self._failure())
                 if entry.get("done") and self._error is not None:
-                    self._end(f"{self._words(rank)}: ended while this rank was not done")
+                    self._end(f"{self._describe(rank)}: ended while this rank was not done")
             if now - self._answered > DEAD_AFTER:
                 self._end(f"{self._holder()}: no sign of life of the ranks' store for {DEAD_AFTER:.0f} s, stopped")
             if now - self._since > self.timeout:
                 self._end(f"no step for {self.timeout:.0f} s; {self._furthest_behind()}")
 
     def _holder(self) -> str:
-        """Whose process holds the store."""
-        return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._words(0)
+        """The process that holds the store."""
+        return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._describe(0)
 
     def _failure(self) -> str:
-        """Which rank has failed, and by what; empty when none has."""
+        """The ranks that failed and their errors; empty if there are none."""
         failed = [rank for rank, (entry, _) in sorted(self._seen.items()) if entry.get("failed")]
-        return "; ".join(f"{self._words(rank)}: failed, {self._seen[rank][0]['failed']}" for rank in failed)
+        return "; ".join(f"{self._describe(rank)}: failed, {self._seen[rank][0]['failed']}" for rank in failed)
 
-    def _tell(self, **more: Any) -> None:
+    def _report(self, **more: Any) -> None:
+        """Write the state of this rank to the store."""
         frame = sys._current_frames().get(self._main)
         where = frame.f_code.co_qualname if frame else ""
-        entry = {**self._place, **self._self, "where": where, "heard": bool(self._failure()), **more}
+        entry = {**self._progress, **self._self, "where": where, "heard": bool(self._failure()), **more}
         self._store.set(f"dex/alive/{self.ranks.rank}", json.dumps(entry))
 
-    def _hear(self) -> None:
+    def _read_reports(self) -> None:
         now = time.monotonic()
-        # One question for all: every rank has told something before any of them came here.
-        said = self._store.multi_get([f"dex/alive/{rank}" for rank in self._seen])
-        for (rank, (before, _)), words in zip(list(self._seen.items()), said, strict=True):
-            entry = json.loads(words)
-            # Launchers that start the ranks again keep the store, with what the processes before them said.
-            same = all(entry[key] == before[key] for key in ("host", "pid"))
-            if same and before != entry:
+        # In one request, which does not block: every rank has reported before any rank gets here.
+        reports = self._store.multi_get([f"dex/alive/{rank}" for rank in self._seen])
+        for (rank, (previous, _)), report in zip(list(self._seen.items()), reports, strict=True):
+            entry = json.loads(report)
+            # A launcher that restarts the ranks keeps the store with the reports of the earlier processes.
+            same_process = all(entry[key] == previous[key] for key in ("host", "pid"))
+            if same_process and previous != entry:
                 self._seen[rank] = (entry, now)
 
     def _furthest_behind(self) -> str:
-        places = {rank: entry for rank, (entry, _) in self._seen.items() if not entry.get("done")}
-        places[self.ranks.rank] = self._place
-        first = min(places.values(), key=lambda entry: entry["step"])["step"]
-        behind = [rank for rank, entry in places.items() if entry["step"] == first]
-        # Those that wait in a collective are not what is waited for, if anybody else is not there yet.
-        slow = [rank for rank in behind if places[rank]["phase"] != "step"] or behind
-        return "furthest behind: " + "; ".join(self._words(rank) for rank in sorted(slow))
+        running = {rank: entry for rank, (entry, _) in self._seen.items() if not entry.get("done")}
+        running[self.ranks.rank] = self._progress
+        first = min(running.values(), key=lambda entry: entry["step"])["step"]
+        behind = [rank for rank, entry in running.items() if entry["step"] == first]
+        # Ranks in phase "step" wait in a collective; they are to blame only if no rank is in another phase.
+        slow = [rank for rank in behind if running[rank]["phase"] != "step"] or behind
+        return "furthest behind: " + "; ".join(self._describe(rank) for rank in sorted(slow))
 
     def who(self, rank: int) -> str:
-        """A rank, its process and its machine."""
+        """A rank, its process and its machine, in words."""
         entry = self._seen[rank][0] if rank in self._seen else self._self
         return f"rank {rank} (process {entry['pid']} on {entry['host']})"
 
-    def _words(self, rank: int) -> str:
-        entry = self._seen[rank][0] if rank in self._seen else self._place
+    def _describe(self, rank: int) -> str:
+        entry = self._seen[rank][0] if rank in self._seen else self._progress
         who = self.who(rank) if rank in self._seen else f"rank {rank}"
         where = f" in {entry['where']}" if entry.get("where") else ""
         return f"{who}, step {entry['step'] + 1}, {entry['phase']}{where}"
@@ -185,5 +189,5 @@ class Watch:
                     traceback.print_exception(self._error)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
-            finally:  # whoever read it may be gone
+            finally:  # Also if stderr is closed
                 os._exit(exits.FAILED)

@@ -24,7 +24,7 @@ def test_independent_features_have_nothing_in_common_even_when_they_are_wider_th
 
 def test_what_does_not_vary_is_no_number_and_few_inputs_are_refused():
     assert cka(torch.ones(5, 2), drawn(5, 2)) != cka(torch.ones(5, 2), drawn(5, 2))
-    with pytest.raises(ValueError, match="one, other: expected as many rows in both, at least 4, got 3 and 3"):
+    with pytest.raises(ValueError, match="one, other: expected the same number of rows, at least 4, got 3 and 3"):
         cka(drawn(3, 2), drawn(3, 2))
 
 

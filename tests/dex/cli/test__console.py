@@ -36,5 +36,5 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monke
         with pytest.raises(ValueError, match="out: expected a folder; got the file .*/file"):
             check_folder(place)
     monkeypatch.setattr("dex.cli._console.os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="out: expected a folder that can be written; "):
+    with pytest.raises(ValueError, match="out: expected a writable folder; got "):
         check_folder(tmp_path / "new")

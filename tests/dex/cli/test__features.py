@@ -28,7 +28,7 @@ def test_a_process_for_each_core_of_a_rank_reads(monkeypatch):
 
 def test_a_size_is_a_side_or_height_and_width():
     parser = Parser()
-    _features.add_img_size(parser)
+    _features.add_weights(parser)
     for text, size in (("64", 64), ("64x64", 64), ("64X32", (64, 32))):
         assert parser.parse_args(["--img-size", text]).img_size == size
     for text in ("", "64x", "x", "a", "6.5", "1x2x3"):

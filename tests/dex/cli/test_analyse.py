@@ -17,7 +17,7 @@ def test_a_page_and_its_files(run, tmp_path):
     assert (code, err) == (0, "")
     record = json.loads((tmp_path / "x" / "findings.json").read_text())
     assert out.splitlines()[0] == record["verdict"]["text"] and out.endswith("x/index.html\n")
-    assert "14 held-out images of the data set embedded; intervals are 95 %, over their " in out
+    assert "14 held-out images of the data set embedded; 95 % intervals over their " in out
     names = {p.name for p in (tmp_path / "x").iterdir()}
     assert names == {"index.html", "findings.json", *record["files"]}
     assert {"swap.svg", "swap.csv", "experts.svg", "routing.csv", "overlap.svg", "heldout.csv"} <= names
@@ -58,7 +58,7 @@ def test_files_of_others_are_left_alone(run, tmp_path):
         ((MODEL, "--out", ""), "out: expected a folder; got ''"),
         ((MODEL, "--out", MODEL / "run.json"), "out: expected a folder; got the file "),
         ((MODEL, "--data", "none"), "data: expected a folder of images or shards, found nothing at 'none'"),
-        ((MODEL / "checkpoints" / "step-00000003",), "out: expected a folder, since "),
+        ((MODEL / "checkpoints" / "step-00000003",), "out: expected --out DIR, since "),
         (("nothing",), "run: expected a run folder, "),
     ],
 )
@@ -102,4 +102,4 @@ def test_several_ranks_are_refused(run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("analyse", MODEL)
-    assert (code, err) == (2, "dex analyse: WORLD_SIZE: expected one process, which dex analyse runs in; got 2\n")
+    assert (code, err) == (2, "dex analyse: WORLD_SIZE: expected 1, since dex analyse runs in one process; got 2\n")

@@ -72,7 +72,7 @@ def test_wrong_usage_trains_nothing(run, made, tmp_path, words, says):
 
 
 def test_settings_that_are_not_the_users(run, made, tmp_path):
-    for text, says in (("seed: 3", "expected none of seed and start"), ("epochs: x", "epochs"), ("{", "expected YAML")):
+    for text, says in (("seed: 3", "expected neither seed nor start"), ("epochs: x", "epochs"), ("{", "expected YAML")):
         (tmp_path / "s.yaml").write_text(text)
         code, _, err = run(
             "compare", made / "dex", made / "mono", "--tasks", made / "shades", "--out", "o", "--settings", "s.yaml"

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.usefixtures("inline_workers")
 def test_check_names_a_missing_shard(run, tmp_path, pictures):
     pictures(tmp_path / "scans", 4)
     assert run("prepare", "scans", "--modality", "X-ray", "--size", 64, "--out", "set")[0] == 0
-    assert run("data", "check", "set") == (0, "4 images in 1 shard: every hash fits\n", "")
+    assert run("data", "check", "set") == (0, "4 images in 1 shard: every hash matches\n", "")
     (tmp_path / "set" / "shard-00000.tar").unlink()
     code, out, err = run("data", "check", "set")
-    assert (code, err) == (1, "") and "shard-00000.tar" in out and "every hash fits" not in out
+    assert (code, err) == (1, "") and "shard-00000.tar" in out and "every hash matches" not in out
 
 
 def test_leak(run, tmp_path, pictures, monkeypatch):
@@ -48,13 +48,19 @@ def test_leak(run, tmp_path, pictures, monkeypatch):
     [
         (["data"], "the following arguments are required: COMMAND"),
         (["data", "purge"], "invalid choice: 'purge'"),
-        (["data", "check", "scans"], "DIR: expected a shard set; scans holds no manifest.json"),
-        (["data", "where", "scans", "x"], "DIR: expected a shard set; scans holds no manifest.json"),
+        (["data", "check", "scans"], "DIR: expected a shard set; scans has no manifest.json"),
+        (["data", "where", "scans", "x"], "DIR: expected a shard set; scans has no manifest.json"),
         (["data", "where", "scans"], "the following arguments are required: ID"),
-        (["data", "refused", "nowhere"], "DIR: expected a shard set; nowhere holds no manifest.json"),
-        (["data", "withdraw", "scans", "x"], "DIR: expected a shard set; scans holds no manifest.json"),
-        (["data", "leak", "scans", "scans", "--out", "pairs.txt"], "--out: expected NAME.csv or NAME.json in a folder"),
-        (["data", "leak", "scans", "nowhere"], "B: expected a shard set or a folder of images; nowhere is no folder"),
+        (["data", "refused", "nowhere"], "DIR: expected a shard set; nowhere has no manifest.json"),
+        (["data", "withdraw", "scans", "x"], "DIR: expected a shard set; scans has no manifest.json"),
+        (
+            ["data", "leak", "scans", "scans", "--out", "pairs.txt"],
+            "out: expected NAME.csv or NAME.json in an existing folder",
+        ),
+        (
+            ["data", "leak", "scans", "nowhere"],
+            "B: expected a shard set or a folder of images; nowhere is not a folder",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, tmp_path, pictures):
@@ -121,11 +127,11 @@ def test_withdraw(prepared, run, tmp_path):
     assert before[:2] == (2, "") and "got nobody" in before[2]
     code, out, err = run("data", "withdraw", "set", "p1")
     assert (code, err) == (0, "") and "withdrawn: 2 images of 1 patient\n" in out and "fingerprint before: " in out
-    assert run("data", "check", "set")[:2] == (0, "6 images in 1 shard: every hash fits\n")
+    assert run("data", "check", "set")[:2] == (0, "6 images in 1 shard: every hash matches\n")
     code, out, _ = run("data", "where", "set", "p1")
     assert code == 0 and "0 images in the set" in out and "withdrawn on " in out
     code, out, _ = run("data", "withdraw", "set", "p1")
-    assert code == 0 and "nothing of it is in the set: withdrawn on " in out
+    assert code == 0 and "no such image is in the set: withdrawn on " in out
     code, out, err = run("data", "withdraw", "set")
     assert code == 2 and "there is no interrupted withdrawal" in err
     code, out, _ = run(*prepared)  # the set is there, without the patient
@@ -152,7 +158,7 @@ def test_a_set_without_its_private_folder(prepared, run, tmp_path):
     code, out, err = run("data", "withdraw", "set", "p1")
     assert code == 2 and "only the private folder knows" in err
     code, out, _ = run("data", "withdraw", "set", row["group"])
-    assert code == 0 and "without the private folder no copies" in out
+    assert code == 0 and "copies of the images were not searched for" in out
     assert index(tmp_path / "set") and all(left["group"] != row["group"] for left in index(tmp_path / "set"))
 
 
@@ -167,7 +173,7 @@ def test_a_set_that_cannot_be_written(prepared, run, tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*")}
     monkeypatch.setattr(shard_rewrite, "_write", fail)
     code, out, err = run("data", "withdraw", "set", "p1")
-    assert (code, out) == (1, "") and "No space left on device; there must be room for the shards" in err
+    assert (code, out) == (1, "") and "No space left on device; a withdrawal needs space for" in err
     assert len(err.splitlines()) == 1
     assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*")} == before
     assert run("data", "check", "set")[0] == 0

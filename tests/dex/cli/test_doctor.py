@@ -116,7 +116,7 @@ def test_another_program_called_dex_is_told(tmp_path, monkeypatch):
     assert other.status == "note" and "is another program" in other.detail and "-m dex" in other.detail
     script.write_text("#!/usr/bin/python3\nfrom dex.cli import main\n")
     (foreign,) = doctor.command()
-    assert foreign.status == "note" and "another Python" in foreign.detail
+    assert foreign.status == "note" and "a Python other than" in foreign.detail
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (ours,) = doctor.command()
     assert ours.status == "ok" and ours.detail == str(script)

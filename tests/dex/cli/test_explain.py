@@ -11,7 +11,7 @@ FEW = ("--masks", 2, "--train", 14, "--neighbours", 2)
 def test_a_picture(run, images, tmp_path):
     code, out, err = run("explain", MODEL, images / "ct" / "001.png", *FEW)
     assert (code, err) == (0, "") and out.startswith("The masked loss is ")
-    assert out.endswith("explain.html, which holds the scan and training images\n")
+    assert out.endswith("explain.html (contains the scan and training images)\n")
     page = (tmp_path / "explain.html").read_text()
     assert "<h1>001.png</h1>" in page and page.count("<img ") == 3
     assert [p.name for p in tmp_path.iterdir()] == ["explain.html"]
@@ -37,7 +37,7 @@ def test_a_dicom_file_says_its_modality_and_no_more(run, tmp_path):
         (("none", "none.png"), "run: expected a run folder, "),
         ((MODEL, "none.png", "--masks", "1"), "masks: expected at least 2; got 1"),
         ((MODEL, "none.png", "--out", " "), "out: expected a file; got ' '"),
-        ((MODEL, "none.png", "--out", "."), "out: expected a file to write; got the folder ."),
+        ((MODEL, "none.png", "--out", "."), "out: expected a file; got the folder ."),
         ((MODEL,), "the following arguments are required: FILE"),
     ],
 )
@@ -51,4 +51,4 @@ def test_several_ranks_are_refused(run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("explain", MODEL, "none.png")
-    assert (code, err) == (2, "dex explain: WORLD_SIZE: expected one process, which dex explain runs in; got 2\n")
+    assert (code, err) == (2, "dex explain: WORLD_SIZE: expected 1, since dex explain runs in one process; got 2\n")

@@ -34,7 +34,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(command, tmp_path, cap
     assert main([*command, "--out", str(tmp_path / "out"), "--dry-run", "--mode", "frozen"]) == 0
     out = capsys.readouterr().out
     assert "segmentation of disc; metric dice" in out and "mode: frozen" in out and "parameters trained" in out
-    assert "train: 17 cases of 17 patients, 17 images; with disc 17" in out and "3 steps an epoch, 6 steps" in out
+    assert "train: 17 cases of 17 patients, 17 images; with disc 17" in out and "3 steps per epoch, 6 steps" in out
     assert not (tmp_path / "out").exists()
 
 

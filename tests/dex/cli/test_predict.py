@@ -43,7 +43,7 @@ def test_masks_of_a_folder(run, finetuned):
     words = ("predict", finetuned / "tuned", finetuned / "data/images", "--out", "out", "--overlays", "--workers", "0")
     code, out, _ = run(*words)
     assert code == 0 and "out: 8 of 9 files" in out
-    assert "refused: 1 files (unreadable 1); which and why is in out.private/files.csv" in out
+    assert "refused: 1 files (unreadable 1); out.private/files.csv lists them" in out
     code, again, _ = run(*words)
     assert code == 0 and again == out
     (finetuned / "data/images/broken.png").unlink()
@@ -52,7 +52,7 @@ def test_masks_of_a_folder(run, finetuned):
 def test_nothing_that_can_be_used_is_a_failure(run, finetuned, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     code, _, err = run("predict", finetuned / "tuned", "a.png", "--out", "out", "--workers", "0")
-    assert code == 1 and "expected at least one that can be read" in err
+    assert code == 1 and "expected at least one readable file" in err
 
 
 def test_a_signal_leaves_what_is_written(run, finetuned, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_signal_leaves_what_is_written(run, finetuned, monkeypatch):
     monkeypatch.setattr(predict, "_write_case", and_stop)
     words = ("predict", finetuned / "tuned", finetuned / "data/images", "--out", "out", "--workers", "0")
     code, _, err = run(*words)
-    assert code == exits.PREEMPTED and "the same command goes on" in err
+    assert code == exits.PREEMPTED and "the same command resumes" in err
     monkeypatch.setattr(predict, "_write_case", write)
     code, out, _ = run(*words)
     assert code == 0 and "8 of 8 files" in out

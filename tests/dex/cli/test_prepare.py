@@ -59,7 +59,7 @@ def test_from_a_folder_to_shards_that_check_and_train(run, tmp_path, pictures):
     code, out, _ = run(*arguments)  # done already
     assert code == 0 and "dex data refused" in out and "left_out.html" not in out
     code, out, err = run("data", "check", "my set")
-    assert (code, out, err) == (0, "12 images in 1 shard: every hash fits\n", "")
+    assert (code, out, err) == (0, "12 images in 1 shard: every hash matches\n", "")
     code, out, _ = run(
         *("pretrain", "--preset", "demo", "--data", "my set", "--data.batch-size", 4, "--dry-run"),
         *("--model.img-size", 64),
@@ -144,7 +144,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--shard", "x"], "shard: expected I/N, such as 0/4"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--workers", "0"], "workers: expected at least 1"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--frame-stride", "-1"], "frame_stride"),
-        (["prepare", "scans", "scans", "--root", "x", "--out", "o"], "root, files: expected one SOURCE beside them"),
+        (["prepare", "scans", "scans", "--root", "x", "--out", "o"], "root, files: expected a single SOURCE with them"),
         (["prepare", "bad.yaml", "--out", "o"], "bad.yaml: "),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_pr
     assert process.returncode == 75 and time.monotonic() - began < 10
     assert complaint.splitlines() == [
         f"dex prepare: stopped by {number.name}",
-        f"{out}: what is done is kept; the same command goes on",
+        f"finished work stays in {out}, and the same command resumes",
     ]
     assert not out.exists()
     if number == signal.SIGINT:

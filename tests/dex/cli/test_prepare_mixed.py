@@ -308,7 +308,7 @@ def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, 
     assert code == 2 and "--modality from-folders --pattern 'MODALITY=**/*.png'" in err
     assert "the same command" in err and err.count("dex prepare scans") == 1
     code, _, err = run("prepare", "scans", "--out", "b", "--modality", "MR", "--pattern", "CT=*.png")
-    assert code == 2 and "pattern: expected --modality auto or from-folders beside it; got 'MR'" in err
+    assert code == 2 and "pattern: expected --modality auto or from-folders with it; got 'MR'" in err
 
 
 def test_a_command_that_is_suggested_changes_no_modality_that_a_folder_says(run, pictures, tmp_path):
@@ -322,7 +322,9 @@ def test_a_command_that_is_suggested_changes_no_modality_that_a_folder_says(run,
     assert (code, err) == (0, "") and ShardDataset(tmp_path / "set").modality_counts() == {"X-ray": 2, "fundus": 3}
     pictures(tmp_path / "scans" / "other", 2, first=20)
     code, _, err = run(*asked, "b")
-    assert code == 2 and "MODALITY=" not in err and "no pattern tells those with .png from files whose folders" in err
+    assert (
+        code == 2 and "MODALITY=" not in err and "no pattern separates those with .png from files whose folders" in err
+    )
 
 
 def test_a_modality_of_ones_own_and_one_that_is_trusted(mixed, run, tmp_path):

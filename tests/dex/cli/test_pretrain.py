@@ -98,23 +98,23 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             "preset: expected one of published-code, paper, demo, demo-monolithic; got 'x'",
         ),
         (["pretrain", "--preset"], "--preset: expected one argument"),
-        (["pretrain", "--config", "absent.yaml"], "config: expected a YAML file; nothing at absent.yaml"),
+        (["pretrain", "--config", "absent.yaml"], "config: expected a YAML file; found nothing at absent.yaml"),
         (
             ["pretrain", "--preset", "demo", "--optim.lr", "3"],
-            "Unrecognized options: --optim.lr, 3; perhaps --optim.base-lr",
+            "Unrecognized options: --optim.lr, 3; did you mean --optim.base-lr?",
         ),
         (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null; got many"),
         (
             ["pretrain", "--preset", "demo", "--steps", "4", "--schedule.steps=5"],
-            "steps: expected --steps or --schedule.steps, which are the same; got 4 and 5",
+            "steps: expected one value for --steps and --schedule.steps, which are the same; got 4 and 5",
         ),
         (
             ["pretrain", "--preset", "demo", "--data", "a", "--data.path", "b"],
-            "data: expected --data or --data.path, which are the same; got a and b",
+            "data: expected one value for --data and --data.path, which are the same; got a and b",
         ),
         (
             ["pretrain", "--preset", "demo", "--model.init=b", "--init", "a"],
-            "init: expected --init or --model.init, which are the same; got a and b",
+            "init: expected one value for --init and --model.init, which are the same; got a and b",
         ),
         (
             ["pretrain", "--preset", "demo", "--preset", "paper"],
@@ -185,7 +185,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             "data.path: expected PNG, JPEG or NPY files, or other pictures, below",
         ),
         (["pretrain", "--preset", "demo", "--data", "file"], "expected a folder of images or shards, got the file"),
-        (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected --out"),
+        (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected the run folder as --out"),
         (["pretrain", "--preset", "demo", "--resume", "absent"], "resume: expected auto, a run folder or a checkpoint"),
         (["pretrain", "--preset", "demo", "--resume", "empty"], "resume: expected auto, a run folder or a checkpoint"),
         (["doctor", "--nonsense"], "unrecognized arguments: --nonsense"),
@@ -233,9 +233,9 @@ def test_resume_finds_run_and_configuration(run, tiny, tmp_path):
     (tmp_path / "c.yaml").write_text(config.to_yaml(tiny))
     assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
     code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
-    assert code == 2 and "holds a run, --resume auto continues it" in err
+    assert code == 2 and "holds a run: --resume auto continues it" in err
     code, _, err = run("pretrain", "--resume", "run", "--out", "elsewhere")
-    assert code == 2 and "out: expected the run that is resumed" in err
+    assert code == 2 and "out: expected the resumed run" in err
     code, _, err = run("pretrain", "--resume", "run", "--run.seed", 3)
     assert code == 2 and "run.seed: expected 0, got 3" in err
     code, out, _ = run("pretrain", "--resume", "run/checkpoints/step-00000003", "--run.stop-at", 5)
@@ -254,9 +254,9 @@ def test_dry_run_checks_out_and_resume_and_writes_nothing(run, tiny, tmp_path):
     assert run("pretrain", "--config", "c.yaml", "--out", "run", "--run.stop-at", 3)[0] == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for arguments, message in (
-        (("--config", "c.yaml", "--out", "run"), "holds a run, --resume auto continues it"),
+        (("--config", "c.yaml", "--out", "run"), "holds a run: --resume auto continues it"),
         (("--resume", "run", "--run.seed", 3), "run.seed: expected 0, got 3"),
-        (("--resume", "run/checkpoints/step-00000009"), "nothing at run/checkpoints/step-00000009"),
+        (("--resume", "run/checkpoints/step-00000009"), "there is none at run/checkpoints/step-00000009"),
     ):
         code, out, err = run("pretrain", *arguments, "--dry-run")
         assert (code, out) == (2, "") and message in err
@@ -300,7 +300,7 @@ def test_unreadable_images_and_a_failing_disk_are_one_line_and_1(error, run, tin
     before_step(2, fail)
     code, _, err = run("pretrain", "--config", "c.yaml", "--out", "run")
     assert (code, err) == (1, f"dex pretrain: {error}\n")
-    saved = [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")]
+    saved = [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert saved == ([2] if isinstance(error, CorruptDataError) else [])
 
 
@@ -324,7 +324,7 @@ def test_a_run_folder_that_goes_while_a_run_writes_is_one_line_and_1(
     before_step(2, go)
     code, _, err = run("pretrain", "--config", "c.yaml", "--out", folder)
     assert code == 1 and err.count("\n") == 1, err
-    assert f"out: expected the run folder to stay while the run writes there; {folder} was removed, renamed" in err
+    assert f"out: expected the run folder to stay while the run writes to it; {folder} was removed, renamed" in err
     assert list(folder.iterdir()) == [] if becomes == "another" else not folder.exists()
 
 
@@ -345,7 +345,7 @@ def test_a_second_interrupt_ends_at_once(run, tiny, tmp_path, before_step):
 
     before_step(6, interrupt)
     assert run("pretrain", "--config", "c.yaml", "--out", "run")[0] == 130
-    assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [5]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == [5]
 
 
 def test_overwrite_begins_anew(run, tiny, tmp_path):
@@ -360,4 +360,4 @@ def test_overwrite_begins_anew(run, tiny, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     code, out, _ = run(*again)
     assert code == 0 and "done: 2 of 2" in out
-    assert [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")] == [2]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]

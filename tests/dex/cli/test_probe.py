@@ -44,7 +44,7 @@ def test_classes_of_dicom_files_and_one_that_is_broken(run, tmp_path):
     options = ("--workers", 1, "--shots")
     code, out, err = run("probe", MODEL, "scans", "--out", "a", *options)
     assert (code, err) == (0, "") and out.startswith("8 images of 8 patients: high 4, low 4\n")
-    assert "refused: 1 files or parts of files (unreadable 1); which and why is in a.private/refused.jsonl\n" in out
+    assert "refused: 1 files or parts of files (unreadable 1); a.private/refused.jsonl lists them\n" in out
     (tmp_path / "labels.csv").write_text("\n".join([*lines, "gone.dcm,odd"]) + "\n")
     code, out, _ = run("probe", MODEL, "scans", "--out", "b", "--labels", "labels.csv", *options)
     assert code == 0 and out.startswith("8 images of 8 patients: even 4, odd 4\n")
@@ -55,7 +55,7 @@ def test_several_ranks_are_refused(images, run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("probe", MODEL, images, "--out", "x")
-    assert (code, err) == (2, "dex probe: WORLD_SIZE: expected one process, which dex probe runs in; got 2\n")
+    assert (code, err) == (2, "dex probe: WORLD_SIZE: expected 1, since dex probe runs in one process; got 2\n")
 
 
 def test_results_are_not_overwritten(images, run, tmp_path):
@@ -64,7 +64,7 @@ def test_results_are_not_overwritten(images, run, tmp_path):
     code, _, err = run("probe", MODEL, images, "--out", "x")
     assert (code, err) == (
         2,
-        "dex probe: out: expected a folder without results; x/probe.csv is there. Give another --out\n",
+        "dex probe: out: expected a folder without results; x/probe.csv exists. Choose another --out\n",
     )
 
 
@@ -78,7 +78,7 @@ def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
     [
         (("--labels", "empty.csv"), "labels: expected a CSV file with columns path"),
         (("--labels", "other.csv"), "labels: expected some of the 120 files or images to have one"),
-        (("--labels", "one.csv"), "labels: expected at least 2 classes; got 'a' alone"),
+        (("--labels", "one.csv"), "labels: expected at least 2 classes; got 'a' only"),
         (("--slope", "2"), "modality: expected one, since files of the formats picture do not say"),
         (("--modality", "XRY"), "modality: expected one of"),
         (("--folds", "1"), "folds: expected at least 2; got 1"),

@@ -26,7 +26,7 @@ def test_the_list(run, monkeypatch, tmp_path):
     code, out, err = run("tasks")
     lines = out.splitlines()
     assert code == 0 and err == "" and lines[0].split() == "task kind modality classes layout overlap data".split()
-    assert "26 tasks; data looked for nowhere" in out and sum(line.endswith("no") for line in lines) == 26
+    assert "26 tasks; no data folder: " in out and sum(line.endswith("no") for line in lines) == 26
     (tmp_path / "root/dca1").mkdir(parents=True)
     for name in ("1.pgm", "1_gt.pgm", "2.pgm"):
         (tmp_path / "root/dca1" / name).touch()
@@ -62,7 +62,7 @@ def test_a_folder_of_ones_own(run, own, tmp_path):
     options = ("--classes", "one=1", "two=2", "--patient", r"(p\d+)_", "--check")
     code, out, err = run("tasks", own, *options)
     assert code == 0 and err == ""
-    assert "cases that hold a class: one" in out
+    assert "cases with each class: one" in out
     assert r"dex finetune RUN '" in out and r"--patient '(p\d+)_' --classes one=1 two=2 --out DIR" in out
     facts = json.loads(run("tasks", own, *options, "--json")[1])
     assert sum(side["cases"] for side in facts["data"].values()) == 24
@@ -113,9 +113,9 @@ def test_a_description_of_ones_own(run, own, tmp_path):
         (("nothing",), "task: expected a name of `dex tasks`, a YAML file, or a folder of one's own; got 'nothing'"),
         (("some/folder",), "nothing at some/folder"),
         (("--data", "nowhere"), "data: expected a folder with a folder for each task; got nowhere"),
-        (("--classes", "a"), "classes: expected a task and the folder of its data with it; got ['a'] alone"),
-        (("fives", "--check"), "data: expected the folder of the data, which --check reads; got none"),
-        (("fives", "--run", "x"), "run: expected a task and the folder of its data with it; got 'x' alone"),
+        (("--classes", "a"), "classes: expected a task and its data folder with it; got ['a'] alone"),
+        (("fives", "--check"), "data: expected the folder of the data for --check; got none"),
+        (("fives", "--run", "x"), "run: expected a task and its data folder with it; got 'x' alone"),
         (("fives", "--data", "nowhere"), "data: expected a folder; nothing at nowhere"),
         (("fives", "--split", "half"), "invalid choice: 'half'"),
     ],

@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_fingerprint(tmp_path, capl
     (tmp_path / "b" / "Z.png").unlink()
     (tmp_path / "b" / "Z.png").symlink_to(tmp_path / "b" / "a.png")
     assert dataset.fingerprint != open_dataset(files(tmp_path / "sound")).fingerprint
-    assert "1 files cannot be read; the fingerprint covers their names alone" in caplog.text
+    assert "1 files cannot be read; the fingerprint covers only their names" in caplog.text
 
 
 def failing(monkeypatch, name, times, number=errno.EIO):
@@ -134,7 +134,7 @@ def test_a_read_that_fails_once_leaves_the_fingerprint_as_it_is(tmp_path, monkey
 def test_a_file_that_fails_again_and_again_is_named(tmp_path, monkeypatch):
     opened = failing(monkeypatch, b"b/Z.png", 3)
     dataset = open_dataset(files(tmp_path))
-    with pytest.raises(ValueError, match=r"b/Z.png: expected a file that can be read, got Input/output error \(EIO\)"):
+    with pytest.raises(ValueError, match=r"b/Z.png: expected a readable file, got Input/output error \(EIO\)"):
         _ = dataset.fingerprint
     assert len(opened) == 3
     (tmp_path / "b" / "a.png").unlink()
@@ -214,7 +214,7 @@ def test_scans_are_answered_with_the_command_to_give(tmp_path):
     out = f"'{tmp_path}/my scans-set'"
     with pytest.raises(ValueError) as caught:
         open_dataset(root)
-    assert "got 1 .dcm, 1 .nii.gz, 1 DICOM without a suffix of its own, beside 1 pictures" in str(caught.value)
+    assert "got 1 .dcm, 1 .nii.gz, 1 DICOM without a suffix, beside 1 pictures" in str(caught.value)
     assert f"dex prepare '{root}' --out {out}; dex pretrain --data {out}" in str(caught.value)
     for path in ("p/1.dcm", "p/2.NII.gz", "IM0001"):
         (root / path).unlink()

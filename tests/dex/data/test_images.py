@@ -134,7 +134,7 @@ def _object_npy(path):
 
 REFUSED = {
     "npy_149_gib": (_npy_claiming((200_000, 200_000)), "npy", "size: expected"),
-    "npy_short": (_npy_claiming((64, 64)), "npy", "needs 16384 bytes, the file holds 16"),
+    "npy_short": (_npy_claiming((64, 64)), "npy", "expected 16384 bytes, got 16"),
     "npy_negative": (_npy_claiming((-4, 64)), "npy", "size: expected"),
     "npy_rank": (npy(np.zeros((4, 64, 64, 3), np.uint8)), "npy", "shape: expected"),
     "npy_channels": (npy(np.zeros((64, 64, 4), np.uint8)), "npy", "shape: expected"),
@@ -253,8 +253,8 @@ def test_every_format_of_pictures_is_read_in_a_plain_folder(suffix, data, expect
         (saved(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "several pages"),
         (saved(WIDE.astype(np.int32), "TIFF"), "signed numbers of 32 bits; `dex prepare`"),
         (saved(FLOATS * 900, "TIFF"), r"within \[0, 1\], got minimum .* scale them"),
-        (saved(Image.fromarray(COLOUR).convert("LAB"), "TIFF"), "colours of the kind LAB are not read; save it as RGB"),
-        (b"%PDF-1.4 and so on", "first bytes are those of no picture"),
+        (saved(Image.fromarray(COLOUR).convert("LAB"), "TIFF"), "colour mode LAB is not supported; save it as RGB"),
+        (b"%PDF-1.4 and so on", "first bytes are not those of a picture"),
         (saved(COLOUR, "TIFF", compression="tiff_lzw")[:4000], "not a readable picture: it"),
         (b"", "the file is empty"),
     ],

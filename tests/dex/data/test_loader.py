@@ -252,6 +252,6 @@ def test_shared_memory_without_room_is_named(monkeypatch):
         with monkeypatch.context() as patch, Loader(Numbers(10), 4, seed=0, num_workers=2) as loader:
             patch.setattr(multiprocessing, name, full)
             with pytest.raises(
-                OSError, match=r"no room in shared memory \(/dev/shm\) for 2 reading processes; .* data.num_w"
+                OSError, match=r"no space in shared memory \(/dev/shm\) for 2 reading processes; .* data.num_w"
             ):
                 next(loader)

@@ -38,10 +38,10 @@ def test_links_are_not_followed(root, tmp_path):
 @pytest.mark.parametrize(
     "update, reason",
     [
-        ({"offset": 10**9}, "do not lie within"),
+        ({"offset": 10**9}, "are not within"),
         ({"offset": -512}, "offset: expected int"),
-        ({"size": 10**9}, "do not lie within"),
-        ({"size": 0}, "do not lie within"),
+        ({"size": 10**9}, "are not within"),
+        ({"size": 0}, "are not within"),
         ({"offset": 1.5}, "offset: expected int"),
         ({"offset": True}, "offset: expected int"),
         ({"split": "test"}, "unknown kind, split"),

@@ -59,7 +59,7 @@ def test_damage_after_opening_costs_one_sample(root):
         dataset[0]
     assert dataset[1].id == "s1"
     path.write_bytes(data[:600])
-    with pytest.raises(SampleError, match="'s2': shard-00000.tar: .* do not lie within"):
+    with pytest.raises(SampleError, match="'s2': shard-00000.tar: .* are not within"):
         dataset[2]
     path.unlink()
     with pytest.raises(SampleError, match="'s1': shard-00000.tar: No such file"):

@@ -34,7 +34,7 @@ def test_an_error_of_a_library_is_a_sentence(images, private, monkeypatch):
     monkeypatch.setattr(collections.preprocess, "read_stacks", fail)
     found = collection(images / "us", private, modality="CT")
     reasons = {note.refused for item in decoded(found) for note in item.notes}
-    assert reasons == {"unreadable: it is damaged, cut off or of another format; copy the file anew, or leave it out"}
+    assert reasons == {"unreadable: it is damaged, cut off or of another format; copy the file again, or leave it out"}
 
 
 def test_pictures_are_taken_as_they_are(images, private):

@@ -75,7 +75,7 @@ def test_a_bad_unit_costs_only_itself(collection, tmp_path):
         ("crash", "crash"),
         ("hang", "timeout"),
     ]
-    assert all("copy the file anew, or leave it out" in note.refused for note in first.notes)
+    assert all("copy the file again, or leave it out" in note.refused for note in first.notes)
     eaten, fault = second.notes
     assert eaten.refused == f"too large: needs more than {512 + OUTPUT_MB} MB of memory"
     assert fault.refused.startswith("unreadable: its header is cut off") and "Jane" not in fault.refused

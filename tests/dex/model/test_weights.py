@@ -330,7 +330,9 @@ def test_an_unfit_checkpoint_is_refused_by_name_and_changes_nothing(state, named
 
 def test_in_chans_mismatch_of_a_grey_model():
     _, state = timm_like(in_chans=2)
-    message = r"patch_embed.proj.weight: expected \[16, 1, P, P\], or of 3 channels to be added up, got \[16, 2, 4, 4\]"
+    message = (
+        r"patch_embed.proj.weight: expected \[16, 1, P, P\], or 3 channels, which are then summed, got \[16, 2, 4, 4\]"
+    )
     with pytest.raises(ValueError, match=message):
         load_pretrained(build(in_chans=1), state)
 

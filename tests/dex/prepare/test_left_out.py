@@ -61,7 +61,7 @@ def test_the_page_is_private_and_shows_a_few_of_each_reason(made):
     assert (
         "p1/\\udcff&lt;b&gt;.jpg" in html
         and html.count(">no image<") == 2
-        and "first bytes are those of no picture" in html
+        and "first bytes are not those of a picture" in html
     )
     assert "<script" not in html and "default-src 'none'" in html
 

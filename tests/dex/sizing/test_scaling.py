@@ -231,9 +231,11 @@ def test_what_makes_no_sense_is_named(work):
         scaling.memory(work, 4, "ddp")
     with pytest.raises(ValueError, match="strategy: expected one of ddp, fsdp, got 'tp'"):
         scaling.memory(work, 2, "tp")
-    with pytest.raises(ValueError, match="ranks: expected a multiple of the 8 ranks of a node, got 12"):
+    with pytest.raises(ValueError, match="ranks: expected a multiple of the 8 ranks per node, got 12"):
         scaling.step(vary(work, batch=12), 12, "ddp", COSTS)
-    with pytest.raises(ValueError, match=r"fsdp cuts dex.experts.fc2_weight \[4, 48, 192\] .* of the 64 ranks"):
+    with pytest.raises(
+        ValueError, match=r"of dex.experts.fc2_weight, which fsdp shards, .* of the 64 ranks; got \[4, 48, 192\]"
+    ):
         scaling.exchanges(vary(work, batch=64), 64, "fsdp")
     again = replace(work.config, parallel=replace(work.config.parallel, checkpointing=True))
     with pytest.raises(ValueError, match="parallel.checkpointing: expected False"):
@@ -252,14 +254,17 @@ def test_lines_for_a_dry_run(work):
     text = f"{format_bytes(sum(ddp.values()))} with ddp, {format_bytes(sum(fsdp.values()))} with fsdp"
     assert held == f"memory of each of 4 ranks, 2 images at once: {text}"
     assert format_bytes(work.estimate.checkpoint) + " with ddp" in saved
-    assert "sends in a step: " in talk and " with ddp, " in talk
+    assert "sent per step: " in talk and " with ddp, " in talk
     held, _, talk = scaling.describe(vary(work, batch=64), 64)
-    assert "64 ranks, 1 images at once: " in held and "fsdp cannot: parallel.strategy: fsdp cuts" in held
+    assert (
+        "64 ranks, 1 images at once: " in held
+        and "fsdp is not possible: parallel.strategy: expected dimension 1" in held
+    )
     assert talk.endswith(" with ddp")
     (alone,) = [line for line in scaling.describe(work, 1) if line.startswith("memory")]
     assert "ddp" not in alone and format_bytes(sum(scaling.memory(work, 1, "ddp").values())) in alone
     (refused,) = scaling.describe(work, 4)
-    assert refused == "4 ranks cannot: data.batch_size: expected a multiple of the 4 ranks; got 6"
+    assert refused == "not possible on 4 ranks: data.batch_size: expected a multiple of the 4 ranks; got 6"
 
 
 def test_the_page_is_what_the_results_say():

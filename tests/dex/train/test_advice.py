@@ -32,7 +32,7 @@ def test_a_missing_gap_is_said_once_the_noise_is_gone(adviser):
     assert adviser.look(found(), 12, 5, now(noise=0.5)) == []
     (warning,) = adviser.look(found(), 12, 8, now())
     assert warning.kind == "no swap gap" and "+0.010 [-0.100, 0.100] of 0.400" in warning.text
-    assert "schedule.balance_weight (now 0.01; 0.1 for short runs), or model.route_from mean" in warning.text
+    assert "schedule.balance_weight (now 0.01; 0.1 for short runs), or set model.route_from to mean" in warning.text
     assert adviser.look(found(), 12, 9, now()) == []  # said
     assert adviser.look(found(low=0.001), 12, 10, now()) == []
     assert kinds(adviser.look(found(), 12, 11, now())) == ["no swap gap"]  # it came and went

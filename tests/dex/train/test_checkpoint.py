@@ -149,9 +149,9 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (10, 9, 20, 30, 40):
         save(tmp_path, step, keep=2)
     # 9 was saved while 10 was there: a later step never falls to an earlier one
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [30, 40]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [30, 40]
     save(tmp_path, 35, keep=1)
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [35, 40]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [35, 40]
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOTEMPTY])
@@ -168,7 +168,7 @@ def test_an_old_one_that_is_being_read_does_not_fail_the_save(number, tmp_path, 
         save(tmp_path, 2, keep=1)
     assert checkpoint.newest_good(tmp_path)[0].state["step"] == 2
     save(tmp_path, 3, keep=1)
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [3]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("fails", ["sync_path", "_digest", "_manifest_text"])
@@ -187,7 +187,7 @@ def test_a_save_that_fails_leaves_what_was_there(fails, tmp_path, monkeypatch):
     assert checkpoint.newest_good(tmp_path)[0].state["step"] == 1
     assert getattr(checkpoint, fails) is real
     save(tmp_path, 2, keep=1)
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [2]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [2]
 
 
 def test_a_full_disk_under_the_tensors_is_an_os_error(tmp_path):
@@ -205,7 +205,7 @@ def test_a_full_disk_under_the_tensors_is_an_os_error(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     saver.save(2, tensors(), {"step": 2})
     saver.wait()
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [2]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [2]
 
 
 HOST = """
@@ -251,7 +251,7 @@ def test_an_unreplaced_checkpoint_of_the_same_step_is_set_aside(tmp_path):
     assert (tmp_path / "set-aside-step-00000001").is_dir()
     save(tmp_path, 4)
     assert [p.name for p in checkpoint.set_aside_after(tmp_path, 1)] == ["set-aside-step-00000004"]
-    assert [step for step, _ in checkpoint.found(tmp_path)] == [1]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [1]
 
 
 def test_loading_never_unpickles(tmp_path):

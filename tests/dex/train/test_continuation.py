@@ -4,7 +4,7 @@ import pytest
 
 from dex import config
 from dex.cli import main
-from dex.train.continuation import Override, go_on
+from dex.train.continuation import Override, continue_run
 from dex.train.run import pretrain
 from dex.train.runlog import read_rows
 
@@ -17,7 +17,7 @@ def metrics(folder):
 def continued(earlier, wanted, done, override=None):
     """As when the run of ``earlier`` has taken ``done`` steps."""
     state = {"steps": earlier.schedule.steps, "precision": "fp32", "step": done}
-    return go_on(earlier, state, wanted, {"steps": wanted.schedule.steps, "precision": "fp32"}, override)
+    return continue_run(earlier, state, wanted, {"steps": wanted.schedule.steps, "precision": "fp32"}, override)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,12 @@ def continued(earlier, wanted, done, override=None):
     [
         ("constant", 12, None),
         ("wsd", 9, None),
-        ("wsd", 10, "has fallen since step 9: resume from a checkpoint of at most that step, --resume RUN/checkpoints"),
-        ("cosine", 3, "schedule.steps: expected 12, got 20: a run whose learning rate is a cosine ends with it"),
+        (
+            "wsd",
+            10,
+            "has been falling since step 9: resume from a checkpoint up to that step, --resume RUN/checkpoints",
+        ),
+        ("cosine", 3, "schedule.steps: expected 12, got 20: a run with a cosine learning rate cannot be extended"),
     ],
 )
 def test_a_run_is_extended_where_no_step_was_made_for_its_length(shape, done, refused, tiny, change):
@@ -62,7 +66,7 @@ def test_what_is_overridden_goes_on_and_nothing_else(tiny, change):
 @pytest.mark.parametrize(
     ("override", "resume", "message"),
     [
-        (Override(("optim.eps",), "why"), None, "override: expected a run that is resumed"),
+        (Override(("optim.eps",), "why"), None, "override: expected a resumed run"),
         (Override(("optim.eps",), " "), "auto", "reason: expected why --override changes the run"),
         (Override(("optim.lr",), "why"), "auto", "override: expected fields of the configuration.*; got 'optim.lr'"),
         (Override(("data.batch_size",), "why"), "auto", "override: data.batch_size counts the images"),

@@ -18,9 +18,9 @@ def any_backend_runs(monkeypatch):
     ("device", "ranks", "backend", "experts", "want"),
     [
         (CPU, 1, "triton", True, "expected a CUDA device; got cpu"),
-        (GPU, 2, "triton", True, "expected one rank, since what ranks exchange is not captured; got 2"),
-        (GPU, 1, "reference", True, "expected experts that need nothing of the host"),
-        (GPU, 1, None, True, "expected experts that need nothing of the host"),  # no results of this GPU
+        (GPU, 2, "triton", True, "expected one rank, since communication between ranks is not captured; got 2"),
+        (GPU, 1, "reference", True, "expected experts that never wait for the host"),
+        (GPU, 1, None, True, "expected experts that never wait for the host"),  # no results of this GPU
         (GPU, 1, "triton", True, None),
         (GPU, 1, "reference", False, None),
     ],

@@ -113,6 +113,6 @@ def test_a_size_that_cannot_be_is_named(size, message, wide, change):
 
 
 def test_a_side_above_the_datas_is_named(wide, change, tmp_path):
-    with pytest.raises(ValueError, match=r"model.img_size: expected at most 256, the pixels a side"):
+    with pytest.raises(ValueError, match=r"model.img_size: expected at most 256 pixels, the side"):
         pretrain(change(wide, model__img_size=(256, 512)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

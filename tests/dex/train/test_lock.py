@@ -224,7 +224,9 @@ def test_a_lock_file_that_is_a_folder_is_refused(tmp_path):
 def test_a_lock_file_that_never_stays_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_RACE", 0.3)
     monkeypatch.setattr(FolderLock, "_in_place", lambda *_: False)
-    with pytest.raises(ValueError, match=f"out: expected a folder that stays; others keep removing {tmp_path / LOCK}"):
+    with pytest.raises(
+        ValueError, match=f"out: expected a folder that stays; other processes keep removing {tmp_path / LOCK}"
+    ):
         FolderLock(tmp_path).take()
 
 

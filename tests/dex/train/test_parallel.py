@@ -177,7 +177,7 @@ def test_a_signal_to_one_rank_saves_all(number, ranks, tiny, change, tmp_path):
     last_row = read_rows(out / "metrics.jsonl")[-1]["step"]
     ended = finish(processes, 60)
     assert [code for code, *_ in ended] == [75, 75], ended
-    ((step, folder),) = checkpoint.found(out / "checkpoints")
+    ((step, folder),) = checkpoint.list_checkpoints(out / "checkpoints")
     state = checkpoint.load(folder).state
     assert state["step"] == step >= last_row and read_rows(out / "metrics.jsonl")[-1]["step"] == step
     event = read_rows(out / "events.jsonl")[-1]
@@ -216,7 +216,7 @@ def main(path: Path, out: Path, what: str) -> None:
     torch.set_num_threads(1)
     configuration = config.read_yaml(path, config.Config())
     ranks = announced()
-    ranks = start(ranks, resolve_device(configuration, ranks), 60)
+    ranks = start(ranks, resolve_device(configuration.run.device, ranks), 60)
     trainer = Trainer(resolve(configuration, open_dataset(configuration.data.path), ranks))
     if not what.isdigit():
         trainer.restore(checkpoint.load(Path(what)))

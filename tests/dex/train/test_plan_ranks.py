@@ -51,14 +51,14 @@ def test_other_files_on_another_rank_are_refused(images, on_two_ranks, tmp_path)
     (tmp_path / "ct").mkdir()
     (tmp_path / "ct" / "000.png").write_bytes((images / "ct" / "000.png").read_bytes())
     for answer, _ in on_two_ranks(__file__, images, tmp_path):
-        assert answer == "data.path: expected the same files on every rank; those of rank 1 are not rank 0's"
+        assert answer == "data.path: expected the same files on every rank; those of rank 1 differ from rank 0's"
 
 
 def test_a_file_that_rank_0_cannot_read_is_named_on_all(images, on_two_ranks, tmp_path):
     copy = shutil.copytree(images, tmp_path / "copy")
     (copy / "ct" / "broken.png").write_bytes(b"broken")  # see main
     first, second = on_two_ranks(__file__, copy)
-    assert first[0] == "ct/broken.png: expected a file that can be read, got Input/output error (EIO)"
+    assert first[0] == "ct/broken.png: expected a readable file, got Input/output error (EIO)"
     assert second[0] == f"rank 0: ValueError: {first[0]}"
 
 

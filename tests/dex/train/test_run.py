@@ -208,7 +208,7 @@ def killed_early(tiny, tmp_path, monkeypatch):
         patch.setattr(engine.Trainer, "train_step", crash)
         with pytest.raises(RuntimeError, match="the power went"):
             pretrain(tiny, tmp_path / "killed")
-    assert not checkpoint.found(tmp_path / "killed" / "checkpoints")
+    assert not checkpoint.list_checkpoints(tmp_path / "killed" / "checkpoints")
     return tmp_path / "killed"
 
 
@@ -274,7 +274,7 @@ def test_a_signal_saves_at_the_end_of_the_step(number, whole, tiny, change, tmp_
         patch.setattr(engine.Trainer, "train_step", interrupted)
         assert pretrain(tiny, out) == 75
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert [step for step, _ in checkpoint.found(out / "checkpoints")] == [5, 7]
+    assert [step for step, _ in checkpoint.list_checkpoints(out / "checkpoints")] == [5, 7]
     assert read_rows(out / "events.jsonl")[-1] == {"step": 7, "event": "preempted", "signal": number.name}
     assert pretrain(tiny, out, resume="auto") == 0
     assert metrics(out) == metrics(whole) and same_run(digest(last(whole)), digest(last(out)))
@@ -408,7 +408,7 @@ def test_a_folder_that_is_in_use_is_refused(tiny, change, tmp_path):
 def test_auto_starts_where_there_is_nothing_yet(tiny, change, tmp_path, capsys):
     out = tmp_path / "out"
     assert pretrain(change(tiny, run__stop_at=1), out, resume="auto") == 0
-    for _, folder in checkpoint.found(out / "checkpoints"):
+    for _, folder in checkpoint.list_checkpoints(out / "checkpoints"):
         (folder / "state.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in .* can be read"):
         pretrain(tiny, out, resume="auto")
@@ -419,7 +419,7 @@ def test_auto_starts_where_there_is_nothing_yet(tiny, change, tmp_path, capsys):
     [
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE: expected a whole number, got 'many'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected at least 1, got 0"),
-        ({"WORLD_SIZE": "2"}, "RANK: expected it beside WORLD_SIZE=2; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK: expected a value with WORLD_SIZE=2; start with torchrun"),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
             "RANK: expected 0 <= RANK < WORLD_SIZE = 2, got 2",
@@ -462,7 +462,7 @@ def test_unreadable_images_save_the_run_and_are_named(whole, tiny, tmp_path, mon
         unreadable_from(patch, tiny, 7)
         with pytest.raises(CorruptDataError, match="cannot be read.*torn") as error:
             pretrain(tiny, out)
-    assert [step for step, _ in checkpoint.found(out / "checkpoints")] == [5, 7]
+    assert [step for step, _ in checkpoint.list_checkpoints(out / "checkpoints")] == [5, 7]
     *named, stopped = read_rows(out / "events.jsonl")
     assert {e["sample"]: e["reason"] for e in named} == error.value.samples and len(named) > 10
     assert {(e["event"], e["step"]) for e in named} == {("unreadable sample", 7)}

@@ -178,7 +178,7 @@ def test_without_locks_a_failed_start_leaves_the_run_that_another_began(no_locks
     second.hold()
     first.hold()
     assert capsys.readouterr().err == 2 * (
-        f"dex pretrain: {tmp_path / 'run'} is on a file system without locks: nothing keeps a second process out\n"
+        f"dex pretrain: {tmp_path / 'run'} is on a file system without locks: a second process could write there too\n"
     )
     first.open(config.Config(), {"step": 0})
     first.row({"step": 1, "loss": 1.0})
@@ -203,9 +203,7 @@ def test_without_locks_a_run_that_is_set_aside_is_left_alone(no_locks, earlier_r
     new = RunLog(earlier_run)
     new.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
     late = RunLog(earlier_run)
-    with pytest.raises(
-        ValueError, match="out: expected no run that --overwrite has set aside; .*/.replaced-run holds one"
-    ):
+    with pytest.raises(ValueError, match="out: expected no run set aside by --overwrite; got one in .*/.replaced-run"):
         late.hold()
     late.discard()
     assert new.last_start() == {"step": 0, "new": True}

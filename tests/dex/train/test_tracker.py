@@ -76,14 +76,16 @@ def test_what_fails_there_never_ends_the_run(method, service, tiny, change, monk
     else:
         monkeypatch.setattr(Run, method, fail)
     assert pretrain(change(tiny, run__wandb="lab"), tmp_path / "out") == 0
-    said = "run.wandb: tracking ends, the run goes on: no service"
+    said = "run.wandb: tracking ends, the run continues: no service"
     assert capsys.readouterr().err.count(said) == 1
     assert [row["step"] for row in read_rows(tmp_path / "out" / "metrics.jsonl")] == [4, 8, 12]
 
 
 def test_without_the_package_the_start_is_refused(tiny, change, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="run.wandb: expected the package wandb .pip install wandb., or null"):
+    with pytest.raises(
+        ValueError, match="run.wandb: expected null, since the package wandb is not installed .pip install wandb."
+    ):
         pretrain(change(tiny, run__wandb="lab"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
