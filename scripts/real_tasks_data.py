@@ -1,10 +1,10 @@
 """The labelled images of `scripts/real_tasks.py`, cut from packages that the catalogue of `dex prepare` pins by hash.
 
-    DATA/NAME.yaml                    a fold, as `dex finetune` takes it
-    DATA/NAME/{train,val,test}/...    its images and masks; a name before "~" is the patient
+    DATA/NAME.yaml                    a fold, a task of `dex finetune`
+    DATA/NAME/{train,val,test}/...    its images and masks; the name before "~" is the patient
 
-A fold tests on what it was not trained on. ``val`` has every fifth slice of the training series: it chooses a
-checkpoint, its neighbours are in ``train``, and its numbers are no result.
+A fold is tested on series that it was not trained on. ``val`` has every fifth slice of the training series. It only
+chooses a checkpoint: since its neighbours are in ``train``, its scores are not a result.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from dex.prepare import packages, readers, sources
 ROOT = "totalsegmentator-2.18.0"
 FILES = f"{ROOT}/tests/reference_files"
 LEAST_ML = 20.0
-"""A structure is a class of `ct-organs` where both series hold at least so much of it."""
+"""Volume that a structure must have in both series to be a class of `ct-organs`."""
 LEAST_VOXELS = 150
-"""A structure is a class of `mr-slab` where both slabs hold at least so much of it."""
+"""Voxels that a structure must have in both slabs to be a class of `mr-slab`."""
 VAL_EVERY = 5
-"""One slice in so many of a training volume is for validation: each class must be there."""
+"""One of this many slices of a training volume is for validation, so that it contains each class."""
 SHOWN = 160
-"""Training images of an epoch at least: fewer are listed several times, so that epochs are alike in length."""
+"""Minimum number of training images of an epoch: fewer are repeated, so that epochs have similar lengths."""
 GAP = 2
-"""Slices, or 2 mm and more, between the two slabs of the MR."""
+"""Slices (2 mm or more) between the two slabs of the MR."""
 LEFT_OUT = ("ts-aorta", "ts-abdomen", "ts-dicom", "ts-mr", "nuclei-he")
-"""Origins in the embedded set that tasks use: the pretraining of these runs is without them."""
+"""Origins in the embedded set that tasks use, and that are left out of the pretraining of these runs."""
 BASE = {"public": True, "url": "https://pypi.org/project/totalsegmentator/2.18.0/", "licence": "Apache-2.0"}
 MODEL_LABELS = "The labels are the output of a model (TotalSegmentator), not of experts."
 
@@ -61,22 +61,22 @@ class Series(NamedTuple):
 
 class Fold(NamedTuple):
     name: str
-    """Of its YAML file and folder."""
+    """Name of its YAML file and folder."""
     task: str
-    """What it is a fold of."""
+    """The task that it is a fold of."""
     images: int
-    """That are trained on."""
+    """Number of training images."""
 
 
 def build(out: Path, cache: Path) -> list[Fold]:
-    """All folds, made anew unless they are there."""
-    listed = out / "folds.json"
-    if not listed.is_file():
+    """All folds, created unless they exist."""
+    index = out / "folds.json"
+    if not index.is_file():
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         folds = [*_ct(out, cache), *_mr(out, cache), *_nuclei(out, cache), *_modality(out), *_planes(out)]
-        atomic.write(listed, json.dumps([fold._asdict() for fold in folds], indent=1) + "\n")
-    return [Fold(**fold) for fold in json.loads(listed.read_text(encoding="utf-8"))]
+        atomic.write(index, json.dumps([fold._asdict() for fold in folds], indent=1) + "\n")
+    return [Fold(**fold) for fold in json.loads(index.read_text(encoding="utf-8"))]
 
 
 def without_sources(out: Path) -> Path:
@@ -84,10 +84,10 @@ def without_sources(out: Path) -> Path:
     from dex.data import shard_rewrite
 
     if not (out / "manifest.json").is_file():
-        gone = frozenset(entry["id"] for entry in _embedded() if entry["origin"] in LEFT_OUT)
+        removed = frozenset(entry["id"] for entry in _embedded() if entry["origin"] in LEFT_OUT)
         with atomic.writing_folder(out) as folder:
             shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
-            shard_rewrite.carry_out(folder, shard_rewrite.plan(folder, gone, {}, "2026-11-30"))
+            shard_rewrite.carry_out(folder, shard_rewrite.plan(folder, removed, {}, "2026-11-30"))
     return out
 
 
@@ -102,7 +102,7 @@ def _unpacked(cache: Path) -> Path:
 
 
 def _class_maps(root: Path) -> dict[str, dict[int, str]]:
-    """The package's own table of what a number means; it is parsed, not run."""
+    """The package's own table of label numbers; it is parsed, not executed."""
     text = (root / ROOT / "totalsegmentator/map_to_binary.py").read_text(encoding="utf-8")
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "class_map":
@@ -116,7 +116,7 @@ def _nifti(path: Path, labels: np.ndarray | Path, name: str) -> Series:
     if isinstance(labels, Path):
         labels = np.asarray(nibabel.load(labels).dataobj)
     if image.affine[2, 2] <= 0 or labels.shape != image.shape:
-        raise ValueError(f"{path}: expected slices that go up, and labels of {image.shape}; got {labels.shape}")
+        raise ValueError(f"{path}: expected ascending slices, and labels of {image.shape}; got {labels.shape}")
     return Series(name, labels.astype(np.uint8), image.affine, np.asarray(image.dataobj))
 
 
@@ -125,7 +125,7 @@ def _dicom(folder: Path, labels: Path, name: str) -> Series:
     image = nibabel.load(labels)
     files = tuple(folder / file for file, _ in stack.origins)
     if image.affine[2, 2] <= 0 or image.shape != (stack.shape[1], stack.shape[0], len(files)):
-        raise ValueError(f"{labels}: expected the grid of the series, slices that go up; got {image.shape}")
+        raise ValueError(f"{labels}: expected the grid of the series with ascending slices; got {image.shape}")
     return Series(name, np.asarray(image.dataobj).astype(np.uint8), image.affine, None, files)
 
 
@@ -165,7 +165,7 @@ def _mr(out: Path, cache: Path) -> Iterator[Fold]:
 
 
 def _slices(series: Series, numbers: Sequence[int], name: str) -> Series:
-    """Some of the slices; their affine spaces them evenly, from the first to the last."""
+    """Some of the slices, with an affine that spaces them evenly from the first to the last."""
     numbers, affine = list(numbers), series.affine.copy()
     affine[:3, 3] += affine[:3, 2] * numbers[0]
     affine[:3, 2] *= (numbers[-1] - numbers[0]) / max(1, len(numbers) - 1) or 1
@@ -177,20 +177,20 @@ def _slices(series: Series, numbers: Sequence[int], name: str) -> Series:
 def _leave_one_out(
     out: Path, task: str, modality: str, series: Sequence[Series], classes: Mapping[str, Sequence[int]], note: str
 ) -> Iterator[Fold]:
-    """A fold for each series that is tested on."""
+    """A fold for each series, which is its test set."""
     for tested in series:
         folder = out / f"{task}-{tested.name}"
         count = 0
-        for one in series:
-            if one is tested:
-                _write(folder / "test", one, f"{one.name}~0", classes)
+        for part in series:
+            if part is tested:
+                _write(folder / "test", part, f"{part.name}~0", classes)
                 continue
-            numbers = range(one.labels.shape[2])
+            numbers = range(part.labels.shape[2])
             val = numbers[VAL_EVERY // 2 :: VAL_EVERY]
             train = [number for number in numbers if number not in val]
-            _write(folder / "val", _slices(one, val, one.name), f"{one.name}-val~0", classes)
+            _write(folder / "val", _slices(part, val, part.name), f"{part.name}-val~0", classes)
             for copy in range(-(-SHOWN // (len(train) * (len(series) - 1)))):
-                _write(folder / "train", _slices(one, train, one.name), f"{one.name}~{copy}", classes)
+                _write(folder / "train", _slices(part, train, part.name), f"{part.name}~{copy}", classes)
             count += len(train)
         values = {"kind": "segmentation", "modality": modality, "metric": "dice", "plane": "axial"}
         values |= {"classes": list(classes), "title": f"{task}, tested on {tested.name}", "note": note, **BASE}
@@ -214,7 +214,7 @@ def _write(side: Path, series: Series, name: str, classes: Mapping[str, Sequence
         return
     values = series.values.astype(np.int16)
     if not np.array_equal(values, series.values):
-        raise ValueError(f"{series.name}: expected numbers of 16 bits")
+        raise ValueError(f"{series.name}: expected 16-bit integers, got values outside their range or fractions")
     nibabel.save(nibabel.Nifti1Image(values, series.affine), side / f"images/{name}.nii.gz")
 
 
@@ -224,7 +224,7 @@ def _nuclei(out: Path, cache: Path) -> Iterator[Fold]:
     root = packages.unpack(_package("stardist-pathology-nuclei-fluorescence"), patterns, cache)
     image, mask = (_tiff(root / name) for name in patterns)
     if int(image.max()) > 255:
-        raise ValueError("img2d: expected numbers of 8 bits in 16")
+        raise ValueError(f"img2d: expected 8-bit values, got a maximum of {image.max()}")
     image, mask = image.astype(np.uint8), (mask > 0).astype(np.uint8)
     side = 120
     halves = {"left": (0, 120), "right": (272, 392)}
@@ -256,7 +256,7 @@ def _tiff(path: Path) -> np.ndarray:
 
 
 def _modality(out: Path) -> Iterator[Fold]:
-    """The embedded images: origins that it trains on, and other origins that it tests on."""
+    """The embedded images, trained and tested on different origins."""
     note = "Images by origin: none of the origins that are tested on is trained on. The training images are in the "
     note += "pretraining set too, without labels."
     test = [entry for entry in _embedded() if entry["split"] == "val" and entry["modality"] in _SHARED]
@@ -269,11 +269,11 @@ def _modality(out: Path) -> Iterator[Fold]:
 
 
 _SHARED = ("CT", "MR", "X-ray", "ultrasound")
-"""Modalities of which the embedded set has origins on both sides of its split."""
+"""Modalities with origins on both sides of the split of the embedded set."""
 
 
 def _planes(out: Path) -> Iterator[Fold]:
-    """Axial, coronal or sagittal, of volumes; each body CT is tested on once."""
+    """Axial, coronal or sagittal slices of volumes; each body CT is the test set once."""
     note = (
         "Slices of volumes: the volume that is tested on is not trained on. Those of the head are in the pretraining "
     )
@@ -290,7 +290,7 @@ def _planes(out: Path) -> Iterator[Fold]:
 
 
 def _embedded() -> list[dict[str, str]]:
-    """The index of the embedded images, with the origin of each, a source of the set, and its view."""
+    """The index of the embedded images, with the origin (a source of the set) and the view of each."""
     lines = [line for path in sorted(EMBEDDED.glob("*.index.jsonl")) for line in path.read_text("utf-8").splitlines()]
     entries = [json.loads(line) for line in lines]
     return [
