@@ -149,5 +149,5 @@ def test_several_series_in_a_folder_are_refused(tmp_path, save_series):
     for path in (tmp_path / "s").iterdir():
         path.rename(path.with_name(f"a{path.name}"))
     save_series(tmp_path / "s", values)
-    with pytest.raises(ValueError, match="2 series, of 3, 3 frames"):
+    with pytest.raises(ValueError, match="2 series or volumes, by Series Number . .3 images., . .3 images."):
         read(case(tmp_path / "s", None), task())
