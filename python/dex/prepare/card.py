@@ -138,9 +138,9 @@ def _page(facts: dict, examples: list[Example], left_out: Sequence[Thumbnail]) -
 def _header(facts: dict) -> str:
     sources = facts["sources"]
     filled = [row for row in facts["modalities"] if row["train"] + row["val"]]
-    seen, dropped = sum(s["seen"] for s in sources), sum(_total(s["dropped"]) for s in sources)
+    seen, dropped = sum(s["seen"] for s in sources), sum(sum(s["dropped"].values()) for s in sources)
     read = [*sources, *facts.get("left_out", ())]
-    units, refused = sum(s["units"] for s in read), sum(_total(s["refused"]) for s in read)
+    units, refused = sum(s["units"] for s in read), sum(sum(s["refused"].values()) for s in read)
     suspected = sum(s["text_suspected"] for s in sources)
     private, simulated = sum(not s["public"] for s in sources), sum(s["simulated"] for s in sources)
     kinds = [f"{_n(count)} {kind}" for count, kind in ((private, "private"), (simulated, "simulated")) if count]
@@ -544,7 +544,3 @@ def _data_url(example: Example) -> str:
 def _short(example: Example) -> str:
     """The last part of the id; the picture's title shows all of it."""
     return example.id.rpartition("/")[2]
-
-
-def _total(counts: dict[str, int]) -> int:
-    return sum(counts.values())

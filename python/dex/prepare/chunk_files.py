@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dex.common import atomic
 
+from .trace import json_line
 from .unfinished import Unfinished
 
 
@@ -82,15 +82,15 @@ class ChunkFiles:
     def add(self, line: dict[str, Any], data: bytes) -> None:
         offset = self._files[0].tell()
         self._write(0, data)
-        self._write(1, _json({**line, "offset": offset}))
+        self._write(1, json_line({**line, "offset": offset}))
 
     def show(self, row: dict[str, Any]) -> None:
         """Keep a thumbnail of a dropped slice for the page of left-out images."""
-        self._write(1, _json(row))
+        self._write(1, json_line(row))
 
     def note(self, row: dict[str, Any]) -> None:
         """Keep the origin of an image or of a refusal."""
-        self._write(2, _json(row))
+        self._write(2, json_line(row))
 
     def sizes(self) -> tuple[int, int, int]:
         return tuple(file.tell() for file in self._files)
@@ -131,7 +131,7 @@ class ChunkFiles:
         with open(self._partial[1], "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         end = {"bytes": self._files[0].tell(), "sha256": digest, "counts": counts}
-        self._write(1, _json({"end": end}))
+        self._write(1, json_line({"end": end}))
         try:
             for file in self._files:
                 file.flush()
@@ -157,7 +157,3 @@ class ChunkFiles:
             except OSError:  # A full disk: buffered data is lost, but was never recorded as saved
                 pass
         self._files = []
-
-
-def _json(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"

@@ -29,7 +29,8 @@ from .label_maps import suspicious
 from .modalities import Modality, known
 from .packages import compile_globs
 from .sources import AUTO, BY_FOLDER, FROM_FOLDERS, Source
-from .stated import Rest, Said, Stated
+from .stated import Rest, Stated, Statements
+from .trace import json_line
 
 CHUNK_UNITS = 64
 CHUNK_BYTES = 256 * 2**20
@@ -54,6 +55,11 @@ class Unit(NamedTuple):
     format: str
     files: tuple[File, ...]
     stated: Stated = Stated()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.files)
 
 
 class Chunk(NamedTuple):
@@ -120,11 +126,11 @@ def discover(source: Source, root: Path) -> Listing:
     """
     passed_over: dict[str, str] = {}  # Path -> reason
     folders: dict[tuple[str, str], dict[Stated, list[File]]] = {}  # (path, format)
-    said = Said(source, root)
+    statements = Statements(source, root)
     single: list[Unit] = []
     data: set[str] = set()
     common: list[str] | None = None
-    for file in _walk(source, root, passed_over) if source.table is None else _listed(source, said):
+    for file in _walk(source, root, passed_over) if source.table is None else _listed(source, statements):
         parts = file.path.split("/")[:-1]
         if common is None:
             common = parts
@@ -135,16 +141,16 @@ def discover(source: Source, root: Path) -> Listing:
             archive = file.path.lower().endswith(_ARCHIVES)
             passed_over[file.path] = "archives, to be unpacked first" if archive else UNKNOWN
         elif readers.reader_of(format).whole_folders:
-            folders.setdefault(("/".join(parts), format), {}).setdefault(said.of(file.path), []).append(file)
+            folders.setdefault(("/".join(parts), format), {}).setdefault(statements.of(file.path), []).append(file)
         else:
             others = _beside(source, root, file.path, format)
-            single.append(Unit(file.path, format, (file, *others), said.of(file.path)))
+            single.append(Unit(file.path, format, (file, *others), statements.of(file.path)))
             data.update(other.path for other in others)
     for path in data:
         passed_over.pop(path, None)
     ignored = Counter(passed_over.values())
-    if said.columns:
-        ignored[f"columns ({', '.join(said.columns)})"] = len(said.columns)
+    if statements.columns:
+        ignored[f"columns ({', '.join(statements.columns)})"] = len(statements.columns)
     # If the description gives one format for all files, a data file was also listed as a unit of its own.
     single = [unit for unit in single if unit.key not in data or readers.format_of(unit.key) is not None]
     units = single
@@ -157,12 +163,12 @@ def discover(source: Source, root: Path) -> Listing:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line)
-    rest = said.rest(any(readers.reader_of(unit.format).decides for unit in units))
+    rest = statements.rest(any(readers.reader_of(unit.format).decides for unit in units))
     if rest.sides:
         digest.update(json.dumps(rest).encode())
     return Listing(
         lines,
-        [_size(unit) for unit in units],
+        [unit.size for unit in units],
         digest.hexdigest(),
         [number for number, unit in enumerate(units) if _is_large(unit)],
         sum(len(unit.files) for unit in units),
@@ -252,7 +258,7 @@ def parted(listing: Listing, series: Sequence[Sequence[str]]) -> Listing:
         for files in by_series.values():  # In the order of their first files
             unit = Unit(files[0].path, whole.format, tuple(files), whole.stated)
             lines.append(_line(unit))
-            sizes.append(_size(unit))
+            sizes.append(unit.size)
         start = number + 1
     return listing._replace(lines=lines + listing.lines[start:], sizes=sizes + listing.sizes[start:], large=[])
 
@@ -290,9 +296,9 @@ def is_unchanged(root: Path, file: File) -> bool:
     return status.st_size == file.size and file.mtime_ns in (0, status.st_mtime_ns)
 
 
-def _listed(source: Source, said: Said) -> Iterator[File]:
+def _listed(source: Source, statements: Statements) -> Iterator[File]:
     """The files that a table names."""
-    for file in said.listed.values():
+    for file in statements.listed.values():
         yield _file(source, file.path, file.status)
 
 
@@ -376,15 +382,11 @@ def _path(file: File) -> bytes:
     return os.fsencode(file.path)
 
 
-def _size(unit: Unit) -> int:
-    return sum(file.size for file in unit.files)
-
-
 def _line(unit: Unit) -> bytes:
     row = unit._asdict()
     if unit.stated == Stated():
         del row["stated"]
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+    return json_line(row)
 
 
 def _unit(line: bytes) -> Unit:

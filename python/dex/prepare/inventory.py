@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from . import chunks, label_maps, readers, run, workers
 from .chunks import Job, Settings
-from .discover import Chunk, Listing, Undetermined, Unit, check_modalities, cut, discover, passed_over_counts
+from .discover import Chunk, Listing, Undetermined, check_modalities, cut, discover, passed_over_counts
 from .ids import SALT_BYTES
 from .sources import Source
 from .survey import Kind, Measured, Survey, look, measure
@@ -158,7 +158,7 @@ class _Worked:
         jobs = []
         for number, kind in enumerate(kinds):
             drawn = [unit for _, unit in survey.candidates[kind]]
-            drawn = [unit for unit in drawn if _bytes(unit) <= SAMPLE_BYTES] or [min(drawn, key=_bytes)]
+            drawn = [unit for unit in drawn if unit.size <= SAMPLE_BYTES] or [min(drawn, key=lambda unit: unit.size)]
             path = self.scratch / f"sample-{number}.jsonl"
             lines = [json.dumps(unit._asdict()).encode() + b"\n" for unit in drawn]
             path.write_bytes(b"".join(lines))
@@ -231,7 +231,3 @@ def _nearest(kind: Kind, sample: dict[Kind, Measured]) -> Measured | None:
         if other.format == kind.format and other.named == kind.named:
             total.add(part)
     return total if total.expected else None
-
-
-def _bytes(unit: Unit) -> int:
-    return sum(file.size for file in unit.files)

@@ -496,7 +496,7 @@ def _rules(listed: Sequence[_Row], settings: Settings) -> dict[str, Any]:
         "least foreground": ", ".join(f"{modality} {share:g}" for modality, share in shares),
         "near duplicates": (
             f"{duplicates.HASH_BITS}-bit difference hashes that differ in at most {normalise.NEAR_DUPLICATE_BITS} bits "
-            f"and in at most one bit per {duplicates.ONES_PER_BIT} bits set in both together; not within one volume; "
+            f"and in at most one bit per {duplicates.ONES_PER_BIT} bits that are set in either; not within one volume; "
             "the first image is kept"
         ),
         "exact duplicates": "equal normalised pixels",

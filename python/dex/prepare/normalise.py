@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from .modalities import NORMALISATIONS
 from .readers.stack import Refused, Stack
 
 CT_WINDOW = (-200.0, 400.0)
 SUV_WINDOW = (0.0, 20.0)
-RULES = ("ct", "mr", "pet", "suv", "display")
 MR_PERCENTILES = (1.0, 99.0)
 MIN_FOREGROUND = 0.05
 FOREGROUND_STEP = 0.02
@@ -52,8 +52,8 @@ def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray],
     header or, for formats that cannot declare them, by the description. Raises Refused("constant") if the two
     percentiles coincide. MONOCHROME1 is not inverted here.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    if rule not in NORMALISATIONS:
+        raise ValueError(f"rule: expected one of {NORMALISATIONS}, got {rule!r}")
     if rule in ("ct", "suv") and stack.windowed:
         rule = "display"
     if rule in ("ct", "suv"):

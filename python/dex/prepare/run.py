@@ -446,11 +446,11 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
             readers.load(format)
         except readers.Refused as refused:
             say(f"{source.name}: {format} files will be refused: {refused.detail}")
-    shown = passed_over_counts(listing)
-    suffixes = ", ".join(f"{count:,} {what}" for what, count in shown.items() if what not in listing.ignored)
+    counts = passed_over_counts(listing)
+    suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.items() if suffix not in listing.ignored)
     for reason, count in listing.ignored.items():
-        what, which = (f"files {reason}", f" ({suffixes})") if reason == UNKNOWN else (reason, "")
-        say(f"{source.name}: passed over {what}: {count:,}{which}")
+        files, details = (f"files {reason}", f" ({suffixes})") if reason == UNKNOWN else (reason, "")
+        say(f"{source.name}: passed over {files}: {count:,}{details}")
     return root, listing
 
 

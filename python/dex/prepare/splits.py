@@ -7,8 +7,8 @@ half and three times ``val_share`` of the images; if there is none, the level th
     study     DICOM studies, and files of other formats
     series    DICOM series, and files of other formats
 
-A named patient stays whole at every level, unless no other patient is named in the source. The hash of its name decides
-whether an atom is held out. If that misses the share, atoms are held out in the order of their hashes, each one that
+A named patient stays whole at every level, unless no other patient is named in the source. The hash of an atom's name
+decides whether it is held out. If that misses the share, atoms are held out in the order of their hashes, each one that
 brings the share nearer. The split is therefore a function of names, numbers of images and ``val_share`` alone.
 """
 

@@ -120,7 +120,7 @@ class Sides:
         return {" ".join((row.patient or row.name).split()): row.split for row in left}
 
 
-class Said:
+class Statements:
     """What is stated about the files of one source before any is read. listed: files of the table, in the order of its
     rows; columns: the table's unused columns."""
 

@@ -77,7 +77,7 @@ def refusal(unit: str, reason: str, detail: str, key: str, files: tuple[str, ...
 
 def duplicate(sample: str, group: str, of: int, near: bool) -> bytes:
     """The line of an image left out as a duplicate. of: the number of its original among all kept images."""
-    return _json({"id": sample, "group": group, "key": f"{of:08d}", "near": near})
+    return json_line({"id": sample, "group": group, "key": f"{of:08d}", "near": near})
 
 
 class Withdrawn(NamedTuple):
@@ -92,7 +92,7 @@ class Withdrawn(NamedTuple):
     after: str
 
     def to_line(self) -> bytes:
-        return _json(self._asdict())
+        return json_line(self._asdict())
 
     def public(self) -> dict[str, Any]:
         """The manifest's entry for it."""
@@ -149,8 +149,9 @@ def write_passed_over(path: Path, passed_over: Mapping[str, str]) -> None:
         rows.setdefault((reason, folder), []).append(name)
     if rows:
         listed = ({"reason": key[0], "folder": key[1], "names": sorted(names)} for key, names in sorted(rows.items()))
-        atomic.write(path, b"".join(map(_json, listed)), mode=0o600, locked=True)
+        atomic.write(path, b"".join(map(json_line, listed)), mode=0o600, locked=True)
 
 
-def _json(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row of a table: compact JSON and a line feed."""
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"

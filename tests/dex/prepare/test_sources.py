@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from dex.prepare.modalities import NAMES, NORMALISATIONS  # noqa: E402
+from dex.prepare.modalities import NAMES  # noqa: E402
 from dex.prepare.packages import Package  # noqa: E402
 from dex.prepare.sources import (  # noqa: E402
     Route,
@@ -454,11 +454,9 @@ def test_which_files():
     assert not Source("a", "CT", "ct").matches("a.nii.gz")
 
 
-def test_words_are_those_of_readers_and_rules():
-    normalise = pytest.importorskip("dex.prepare.normalise")
+def test_words_are_those_of_readers():
     readers = pytest.importorskip("dex.prepare.readers")
     for name in ("auto", *readers.formats()):
         assert Source("a", "CT", "ct", format=name).format == name
     with pytest.raises(ValueError, match="format: expected one of 'auto', .*'nifti'.*; got 'docx'"):
         Source("a", "CT", "ct", format="docx")
-    assert set(NORMALISATIONS) == set(normalise.RULES)

@@ -53,17 +53,15 @@ def read(files: Sequence[Path], limits: Limits, beat: Beat, headers: bool = Fals
             dtype=layout.dtype,
             limits=limits,
             kept=layout.kept,
-            what="array",
+            title="array",
             seen=functools.partial(_eight, channels=layout.channels),
+            fields={"series": name},
         )
-        make = functools.partial(_stack, layout, name)
         if layout.fortran and not headers:
             with open_() as stream:
-                whole = image.seen(_transposed(stream, layout))
-            channels = whole.shape[3] if whole.ndim > 3 else 1
-            stack = make(dtype=whole.dtype, channels=channels, whole=whole, load=_nothing, holds=_nothing)
+                stack = image.stack(image.seen(_transposed(stream, layout)), 0)
         else:
-            (stack,) = image.stacks(make, "first", beat, headers)
+            (stack,) = image.stacks("first", beat, headers)
         stack.refused, refused = refused, []
         yield stack
         del stack
@@ -161,22 +159,6 @@ def _transposed(stream: io.BufferedIOBase, layout: _Layout) -> np.ndarray:
     stream.seek(layout.start)
     fill(stream, array)
     return native(array).reshape(layout.shape, order="F").reshape(layout.frames, *layout.frame)
-
-
-def _stack(layout: _Layout, series: str, **fields: Any) -> Stack:
-    return Stack(
-        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
-        length=layout.frames,
-        shape=layout.frame[:2],
-        volume=layout.frames > 1,
-        described=True,
-        series=series,
-        **fields,
-    )
-
-
-def _nothing(*_: Any) -> Any:
-    """Never called: the stack holds all its frames."""
 
 
 def _eight(array: np.ndarray, channels: int) -> np.ndarray:

@@ -207,7 +207,7 @@ def native(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def quiet(what: str) -> Iterator[None]:
+def quiet(subject: str) -> Iterator[None]:
     """Let no text of a library out: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
     our own words. A MemoryError becomes Refused("too large"). Interrupts pass."""
     disabled = logging.root.manager.disable
@@ -220,15 +220,15 @@ def quiet(what: str) -> Iterator[None]:
     except (Refused, GeneratorExit, KeyboardInterrupt, SystemExit):
         raise
     except MemoryError:
-        raise Refused("too large", f"{what}: not enough memory") from None
+        raise Refused("too large", f"{subject}: not enough memory") from None
     except BaseException as error:  # A panic of a decoder written in Rust is not an Exception
-        raise Refused("unreadable", f"{what}: {faults.described(error)}") from None
+        raise Refused("unreadable", f"{subject}: {faults.described(error)}") from None
     finally:
         if disabled < logging.CRITICAL:
             logging.disable(disabled)
 
 
-def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:
+def quietly(subject: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:
     """A decorator that makes every step of a generator function ``quiet``, but not the code that uses its items."""
 
     def wrap(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
@@ -236,7 +236,7 @@ def quietly(what: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iter
         def steps(*arguments, **keywords) -> Iterator:
             items = function(*arguments, **keywords)
             while True:
-                with quiet(what):
+                with quiet(subject):
                     try:
                         item = next(items)
                     except StopIteration:

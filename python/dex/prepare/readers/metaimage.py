@@ -45,12 +45,11 @@ def read(
 ) -> Iterator[Stack]:
     """files: the header's, followed by the separate file with the data if there is one."""
     with quiet("MHA or NRRD"):
-        image, others = _image(files, limits, volumes)
-    return quietly("MHA or NRRD")(image.stacks)(functools.partial(_stack, image, **others), volumes, beat, headers)
+        image = _image(files, limits, volumes)
+    return quietly("MHA or NRRD")(image.stacks)(volumes, beat, headers)
 
 
-def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes, dict[str, Any]]:
-    """The volumes, and the other fields of their stacks."""
+def _image(files: Sequence[Path], limits: Limits, volumes: str) -> Volumes:
     import SimpleITK
 
     path, types = files[0], _numbers()
@@ -83,7 +82,7 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
         size = height * width * frames * channels * stored.itemsize
         start = _start(raw.size, place, size * count, size * (chosen(volumes, count)[-1] + 1))
     spacing = reader.GetSpacing()
-    image = Volumes(
+    return Volumes(
         open=functools.partial(_opened, source, place),
         start=start,
         frame=frame,
@@ -91,25 +90,14 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> tuple[Volumes
         dtype=stored.newbyteorder(place.order),
         limits=limits,
         kept=kept,
-        what="MHA or NRRD",
+        title="MHA or NRRD",
         count=count,
         packed=bool(place.packing),
         seen=lambda stack: stack[..., :3] if channels > 1 else stack,
-    )
-    return image, {
-        "spacing": (float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0),
-        "geometry": _geometry(reader) if len(sizes) > 2 else None,
-    }
-
-
-def _stack(image: Volumes, **fields: Any) -> Stack:
-    return Stack(
-        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
-        length=image.frames,
-        shape=image.frame[:2],
-        volume=image.frames > 1,
-        described=True,
-        **fields,
+        fields={
+            "spacing": (float(spacing[1]), float(spacing[0])) if min(spacing[:2]) > 0 else (1.0, 1.0),
+            "geometry": _geometry(reader) if len(sizes) > 2 else None,
+        },
     )
 
 

@@ -61,26 +61,14 @@ def read(
             dtype=header.dtype,
             limits=limits,
             kept=kept,
-            what="MGH",
+            title="MGH",
             count=count,
+            fields={"geometry": Geometry.from_affine(header.affine, header.spacing)},
         )
         if not packed and DATA_AT + image.size > raw.size:
             declared = DATA_AT + image.size
             raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: truncated; copy it again")
-        geometry = Geometry.from_affine(header.affine, header.spacing)
-    return quietly("MGH")(image.stacks)(functools.partial(_stack, image, geometry), volumes, beat, headers)
-
-
-def _stack(image: Volumes, geometry: Geometry, **fields: Any) -> Stack:
-    return Stack(
-        quantity="display8" if fields["dtype"] == np.uint8 else "raw",
-        length=image.frames,
-        shape=image.frame,
-        geometry=geometry,
-        volume=image.frames > 1,
-        described=True,
-        **fields,
-    )
+    return quietly("MGH")(image.stacks)(volumes, beat, headers)
 
 
 @contextmanager

@@ -34,12 +34,11 @@ def read(
 ) -> Iterator[Stack]:
     """files: the header's, followed by the separate file with the image if there is one."""
     with quiet("NIfTI"):
-        image, others = _image(files, limits)
-    return quietly("NIfTI")(image.stacks)(functools.partial(_stack, **others), volumes, beat, headers)
+        image = _image(files, limits)
+    return quietly("NIfTI")(image.stacks)(volumes, beat, headers)
 
 
-def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, Any]]:
-    """The volumes, and the other fields of their stacks."""
+def _image(files: Sequence[Path], limits: Limits) -> Volumes:
     with opened(files[0]) as raw:
         header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
     path = files[0]
@@ -77,7 +76,7 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
             stack = np.ascontiguousarray(np.moveaxis(stack.reshape(planes, -1, height, width), 0, -1))
         return stack[..., :3]
 
-    image = Volumes(
+    return Volumes(
         open=functools.partial(_opened, path, packed),
         start=offset,
         frame=frame if planes == 1 else (height, width),
@@ -85,32 +84,19 @@ def _image(files: Sequence[Path], limits: Limits) -> tuple[Volumes, dict[str, An
         dtype=stored,
         limits=limits,
         kept=kept,
-        what="NIfTI",
+        title="NIfTI",
         count=count,
         packed=bool(packed),
         planes=planes,
         seen=colours if channels > 1 else lambda stack: stack,
-    )
-    return image, {
-        "length": frames,
-        "shape": (height, width),
-        "slope": 1.0 if slope is None else float(slope),
-        "intercept": 0.0 if intercept is None else float(intercept),
-        "geometry": Geometry.from_affine(header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None),
-        "declared": intent(int(header["intent_code"])),
-    }
-
-
-def _stack(*, dtype: np.dtype, length: int, slope: float, intercept: float, **fields: Any) -> Stack:
-    return Stack(
-        quantity="display8" if dtype == np.uint8 and (slope, intercept) == (1.0, 0.0) else "raw",
-        dtype=dtype,
-        length=length,
-        slope=slope,
-        intercept=intercept,
-        volume=length > 1,
-        described=True,
-        **fields,
+        fields={
+            "slope": 1.0 if slope is None else float(slope),
+            "intercept": 0.0 if intercept is None else float(intercept),
+            "geometry": Geometry.from_affine(
+                header.get_best_affine(), header.get_zooms()[:3] if len(shape) > 2 else None
+            ),
+            "declared": intent(int(header["intent_code"])),
+        },
     )
 
 

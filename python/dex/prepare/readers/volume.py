@@ -3,7 +3,7 @@ pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,8 @@ class Volumes:
 
     open: opens the unpacked data, whose first value is at byte ``start``. packed: the data end with a checksum. kept:
     whether one volume may be kept in memory (``is_kept``). planes: number of stored frames per frame of a stack. seen:
-    converts stored frames [F, H, W, ...] to those of a stack. what: the format, for messages.
+    converts stored frames [F, H, W, ...] to those of a stack. title: of the format, for messages. fields: further
+    fields of the stacks.
     """
 
     open: Callable[[], AbstractContextManager[Any]] = field(repr=False)
@@ -31,11 +32,12 @@ class Volumes:
     dtype: np.dtype
     limits: Limits
     kept: bool
-    what: str
+    title: str
     count: int = 1
     packed: bool = False
     planes: int = 1
     seen: Callable[[np.ndarray], np.ndarray] = field(default=lambda frames: frames, repr=False)
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
@@ -46,44 +48,49 @@ class Volumes:
     def _length(self) -> int:
         return int(np.prod(self.frame)) * self.dtype.itemsize
 
-    def stacks(self, make: Callable[..., Stack], volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
-        """A stack for each volume to take, or one of their mean. headers: read no values before they are needed.
-
-        make(dtype, channels, whole, load, holds): creates the stack; it adds all other fields.
-        """
+    def stacks(self, volumes: str, beat: Beat, headers: bool) -> Iterator[Stack]:
+        """A stack for each volume to take, or one of their mean. headers: read no values before they are needed."""
         numbers, refused = chosen(volumes, self.count), left_out(volumes, self.count)
         mean = volumes == "mean" and self.count > 1
         if mean and not self.kept:
             raise Refused("too large", f"a mean of volumes of {self.size:,} bytes each; {self.limits.remedy}")
         if headers or not self.kept:
             for number in [0] if mean else numbers:
-                stack = self._made(make, None, number)
+                stack = self.stack(None, number)
                 stack.refused, refused = refused, []
                 yield stack
             return
         with self.open() as file:
             wholes = (self._whole(file, number, beat) for number in numbers)
             if mean:
-                yield self._made(make, mean_of(wholes), 0)
+                yield self.stack(mean_of(wholes), 0)
                 return
             for number, whole in zip(numbers, wholes, strict=True):
-                stack = self._made(make, whole, number)
+                stack = self.stack(whole, number)
                 stack.refused, refused = refused, []
                 yield stack
                 del stack, whole
 
-    def _made(self, make: Callable[..., Stack], whole: np.ndarray | None, volume: int) -> Stack:
+    def stack(self, whole: np.ndarray | None, volume: int) -> Stack:
+        """The stack of one volume. whole: all its frames, None to read them when they are needed."""
         sample = (
             self.seen(np.zeros((self.planes, *self.frame), self.dtype.newbyteorder("="))) if whole is None else whole
         )
         height, width = self.frame[:2]
-        bytes_a_pixel = self._length // (height * width)
-        return make(
+        bytes_per_pixel = self._length // (height * width)
+        unscaled = (self.fields.get("slope", 1.0), self.fields.get("intercept", 0.0)) == (1.0, 0.0)
+        return Stack(
+            quantity="display8" if sample.dtype == np.uint8 and unscaled else "raw",
+            length=self.frames // self.planes,
+            shape=(height, width),
             dtype=sample.dtype,
             channels=sample.shape[3] if sample.ndim > 3 else 1,
             whole=whole,
             load=self._loader(volume),
-            holds=lambda stored: whole is None and self.limits.holds(stored, height, width, bytes_a_pixel),
+            holds=lambda stored: whole is None and self.limits.holds(stored, height, width, bytes_per_pixel),
+            volume=self.frames > self.planes,
+            described=True,
+            **self.fields,
         )
 
     def _whole(self, file: Any, number: int, beat: Beat) -> np.ndarray:
@@ -95,7 +102,7 @@ class Volumes:
         return self.seen(native(whole))
 
     def _loader(self, volume: int) -> Callable[[Callable[[int], bool]], Iterator[tuple[int, np.ndarray]]]:
-        @quietly(self.what)
+        @quietly(self.title)
         def load(wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray]]:
             with self.open() as file:
                 for number in range(self.frames):
@@ -121,12 +128,12 @@ def is_kept(
     """
     height, width, *channels = frame
     limits.check_frame(height, width)
-    bytes_a_pixel = itemsize * int(np.prod(channels or 1))
-    size = height * width * frames * bytes_a_pixel
-    if limits.holds(size * copies, height, width, bytes_a_pixel):
+    bytes_per_pixel = itemsize * int(np.prod(channels or 1))
+    size = height * width * frames * bytes_per_pixel
+    if limits.holds(size * copies, height, width, bytes_per_pixel):
         return True
     empty = packing and size > RATIO * file  # Nearly constant, and slow to unpack in every pass
     unstreamable = empty or packing == "bzip2" or copies > 1
-    if unstreamable or size > limits.streamed or not limits.holds(0, height, width, bytes_a_pixel):
+    if unstreamable or size > limits.streamed or not limits.holds(0, height, width, bytes_per_pixel):
         raise Refused("too large", f"{size:,} bytes declared; {limits.remedy}")
     return False
