@@ -5,7 +5,7 @@ levels. Then it correlates the images where they overlap: ``coarse`` uses the le
 detail, without structures wider than a few pixels. For a copy, however transformed, all three are near 1. Neighbouring
 slices of a volume agree in ``coarse``, but have their own edges and noise in the others.
 
-Shape letters: P pairs; S `SIDE`.
+Shape letters: P pairs; S ``SIDE``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 SIDE = 128
 COPY = 0.988
-"""Least ``finest`` correlation of a copy. Measured by `benchmarks/test_leak.py`, like the next two."""
+"""Least ``finest`` correlation of a copy. Measured by ``benchmarks/test_leak.py``, like the next two."""
 RELATED, COARSE = 0.85, 0.9
 """Least ``fine`` and ``coarse`` correlation of two images of the same anatomy, copies or neighbours."""
 _MOST_SHIFT, _MOST_SCALE = 0.3, 0.25  # Relative to half a side; natural logarithm

@@ -25,9 +25,9 @@ from .splits import PATIENT, hints, sides, unnamed_kinds
 from .thumbnails import Thumbnail
 
 LEFT_OUT = "left_out.json"
-"""Of the set, beside the card: what its thumbnails of public sources are made from; absent where it has none."""
-_BINS = 64  # bars of a histogram
-_PLOT = (256, 72)  # its width and height in the picture's own units
+"""File of the set, beside the card: the thumbnails of public sources; absent if there are none."""
+_BINS = 64  # Bars of a histogram
+_PLOT = (256, 72)  # Its width and height in SVG units
 
 
 class Example(NamedTuple):

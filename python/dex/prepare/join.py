@@ -87,12 +87,11 @@ def join(
     refused: LeftOut = LeftOut(Counter(), ()),  # noqa: B008
     documents: Mapping[str, bytes] = {},
 ) -> tuple[Path, dict[str, Any], LeftOut]:
-    """Write the shard set of all chunks to `private/set`; returns that folder, the card's facts and what was left out:
-    `refused`, and the slices that were dropped.
+    """Write the shard set of all chunks to ``private/set``. Returns that folder, the card's facts and what was left
+    out: ``refused``, and the dropped slices.
 
-    documents: files of the set by name, such as `licences.texts`.
-    The first of several equal or alike images is kept; `splits` says what is held out. NothingKept; ChunkFault;
-    splits.BothSides.
+    documents: further files of the set by name, for example from ``licences.texts``. Of equal or similar images, the
+    first is kept; ``splits`` decides what is held out. Raises NothingKept, ChunkFault and splits.BothSides.
     """
     table = _read(parts, private)
     say(f"looking for duplicates among {len(table.stack):,} images")

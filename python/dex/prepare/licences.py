@@ -1,4 +1,4 @@
-"""The texts of licences that go with a set: of the packages that its images come with, and notices of its sources."""
+"""The licence texts of a set: those of the packages that contain its images, and the notices of its sources."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FOLDER = "licences"
 
 
 def texts(sources: Sequence[Source], cache: Path) -> dict[str, bytes]:
-    """Documents of the set by name: `licences/PACKAGE-VERSION.txt` of each package whose description says which of its
-    files the licence is, and `licences/SOURCE.txt` of each source with a notice. cache: where packages are kept, or
-    fetched to. ValueError, ConnectionError: as of `packages.unpack`."""
+    """Documents of the set by name: ``licences/PACKAGE-VERSION.txt`` for each package whose description names its
+    licence file, and ``licences/SOURCE.txt`` for each source with a notice. cache: folder of downloaded packages.
+    Raises the errors of ``packages.unpack``."""
     documents = {}
     for source in sources:
         package = source.package

@@ -36,7 +36,7 @@ class NoPrivateFolder(ValueError):
 
 
 class Place(NamedTuple):
-    """A row of the private table. id: of an image, or of a unit if `refused` holds a reason; source: its name; unit:
+    """A row of the private table. id: of an image, or of a unit if ``refused`` holds a reason; source: its name; unit:
     the unit's key; file: path below the source's root; files: all of them, for an image cut across several."""
 
     id: str
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
 
 class _Listed(NamedTuple):
-    """A source of the plan. prefix: the leading folders that all its paths share, `common` of them."""
+    """A source of the plan. prefix: the leading folders that all its paths share, ``common`` of them."""
 
     name: str
     root: str
@@ -74,7 +74,7 @@ class _Listed(NamedTuple):
         return f"the folder in {self.name}"
 
     def folders_called(self, text: str) -> set[str]:
-        """Folders that stand for the patient `text`, which is a folder's name or its path."""
+        """Folders that stand for the patient ``text``, which is a folder's name or its path."""
         above = [*self.prefix.split("/")[: self.common], *["-"] * (self.level - self.common)] if self.prefix else []
         above += ["-"] * (self.level - len(above))
         paths = {"/".join([*above, text])} if "/" not in text else set()
@@ -82,7 +82,7 @@ class _Listed(NamedTuple):
         return paths if self.level >= 0 else set()
 
     def is_of(self, text: str, file: str) -> bool:
-        """Whether a file is in the folder of the patient `text`."""
+        """Whether a file is in the folder of the patient ``text``."""
         folders = file.split("/")[:-1]
         return 0 <= self.level < len(folders) and folders[self.level] == text
 
@@ -162,7 +162,7 @@ class Private:
                 )
 
     def passed_over(self) -> Iterator[Place]:
-        """Files outside all units, with the reason in `refused`."""
+        """Files outside all units, with the reason in ``refused``."""
         for number, listed in enumerate(self.sources):
             for row in _rows(self.folder / trace.UNITS / f"{number:03d}{trace.PASSED_OVER}"):
                 for name in row["names"]:
@@ -178,7 +178,7 @@ class Private:
         return (self.folder / trace.DUPLICATES).exists()
 
     def groups_called(self, text: str) -> dict[str, str]:
-        """Possible groups of a patient named `text` -> what kind of name that is."""
+        """Possible groups of a patient named ``text`` -> what kind of name that is."""
         called: dict[str, str] = {}
         for listed in self.sources:
             if (names := listed.naming("")) is None:
@@ -329,7 +329,7 @@ def _way(match: Found, place: Place, unit: str, below: set[str], listed: _Listed
 
 
 def _below(text: str, root: str) -> set[str]:
-    """The possible paths of the path `text` below `root`."""
+    """The possible paths of the path ``text`` below ``root``."""
     paths = {os.path.normpath(text)} if not os.path.isabs(text) else set()
     if root:
         for whole in {os.path.abspath(text), os.path.realpath(text)}:

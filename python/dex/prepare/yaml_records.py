@@ -15,7 +15,7 @@ MAX_YAML_BYTES = 2**20
 
 
 def read(path: Path) -> Any:
-    """The plain values of a YAML file. Raises ValueError for one that cannot be read, is too large or is no YAML."""
+    """The plain values of a YAML file. Raises ValueError if it cannot be read, is too large or is not YAML."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_YAML_BYTES + 1)
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(data: bytes) -> Any:
-    """The plain values of YAML text in UTF-8. Raises ValueError for anything else, or a key that comes twice."""
+    """The plain values of YAML text in UTF-8. Raises ValueError for anything else, and for repeated keys."""
     try:
         return yaml.load(data.decode("utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -92,7 +92,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A field's value as plain values, without the fields of a dataclass that have their default."""
+    """A field's value as plain values; fields of a dataclass with their default value are omitted."""
     if dataclasses.is_dataclass(value):
         return {
             e.name: plain(getattr(value, e.name))

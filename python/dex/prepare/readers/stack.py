@@ -156,7 +156,7 @@ class Stack:
 
     quantity: "HU", "SUV", "raw" (arbitrary values) or "display8" (0..255, MONOCHROME1 already inverted, RGB).
     length: number of stored frames, None if a video does not say. shape: H, W of a stored frame.
-    load(wanted): (number, stored frame) for each frame number that `wanted` accepts, in ascending order.
+    load(wanted): (number, stored frame) for each frame number that ``wanted`` accepts, in ascending order.
     whole: [F, H, W, ...] if the reader holds all frames anyway.
     slope, intercept: numbers, or float64 [F]; value = slope * stored + intercept.
     holds(bytes): whether that many bytes may be kept in memory in addition to the work on one frame.
@@ -172,14 +172,14 @@ class Stack:
     labels: of the stored frames; () to use their numbers. peek: frames for judging the stack, if its own are not as
         they were stored.
     volume: neighbouring frames are neighbours in space. note: why the quantity is only "raw".
-    decision: what its header says it is, if the reader was given `decide`. declared: another reason in the header to
+    decision: what its header says it is, if the reader was given ``decide``. declared: another reason in the header to
         leave it out, or "". named: its header names it like a label map.
     series_number: the header's, "" if unknown.
     patient, study, series: raw identities, only for hashing; "" if unknown. Never printed.
     refused: refused parts of the unit. beat: called for every decoded frame.
 
-    NaN is background that was masked out. It is replaced by the lowest value of the stack, and `masked` tells whether
-    there was any. `frames` and `percentiles` may raise Refused: then use nothing of the stack.
+    NaN is background that was masked out. It is replaced by the lowest value of the stack, and ``masked`` tells whether
+    there was any. ``frames`` and ``percentiles`` may raise Refused: then use nothing of the stack.
     """
 
     quantity: str
