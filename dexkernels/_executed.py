@@ -18,6 +18,9 @@ EXECUTED: dict[tuple[str, str], str] = {
     ("group_ema_", "triton"): (
         "1 kernel, executed on the emulator for sm_80, sm_90 in fp32, 2026-11-30; on a GPU: not yet"
     ),
+    ("grouped_mlp", "cuda"): (
+        "10 kernels, executed on the emulator for sm_80, sm_90 in bf16, fp16, 2026-11-30; on a GPU: not yet"
+    ),
     ("grouped_mlp", "triton"): (
         "19 kernels, executed on the emulator for sm_80, sm_90 in bf16, fp16, fp32, 2026-11-30; on a GPU: "
         "not yet"

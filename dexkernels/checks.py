@@ -1,4 +1,4 @@
-"""Argument checks: a ValueError that names the argument, what was expected and what came."""
+"""Argument checks: each raises a ValueError with the argument, what was expected and what was given."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def check_skip(skip: Tensor | None) -> None:
 
 def check_scalar(name: str, value: float | Tensor, expected: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, Tensor):
-        # Its value stays where it is: reading it would make the host wait for a GPU.
+        # The value is not read: that would make the host wait for a GPU.
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a float or a 0-dim tensor, got shape {shape_of(value)}")
     else:
@@ -47,7 +47,7 @@ def check_number(name: str, value: float, expected: str, holds: Callable[[float]
 
 
 def check_transforms(*tensors: Tensor | None) -> None:
-    """ValueError for what torch.func differentiates: its `jvp` would take an operator for a constant."""
+    """Raise ValueError for tensors that torch.func differentiates: its `jvp` would treat an operator as constant."""
     if torch.compiler.is_compiling():
         return
     functorch = torch._C._functorch
@@ -56,25 +56,25 @@ def check_transforms(*tensors: Tensor | None) -> None:
             if functorch.is_gradtrackingtensor(t):
                 raise ValueError(
                     "torch.func: expected torch.autograd around the operators of dexkernels, got grad, jvp, jacrev or "
-                    "another derivative of torch.func, which cannot see into them; for gradients per sample call "
+                    "another derivative of torch.func, which they do not support; for gradients per sample call "
                     "torch.autograd.grad once for each image"
                 )
             t = functorch.get_unwrapped(t)
 
 
 def check_x(x: Tensor, width: int | None = None) -> None:
-    """``width``: D, where it is known."""
+    """Check a floating-point x ``[B, N, D]``; ``width`` is D, if known."""
     if width is not None and not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width):
-        got = shape_of(x) if isinstance(x, Tensor) else repr(x)
+        value = shape_of(x) if isinstance(x, Tensor) else repr(x)
         maps = isinstance(x, Tensor) and x.dim() == 4
         remedy = ": maps need layout='channels_last' ([B, H, W, D]) or 'channels_first' ([B, D, H, W])" if maps else ""
-        raise ValueError(f"x: expected [B, N, {width}], got {got}{remedy}")
+        raise ValueError(f"x: expected [B, N, {width}], got {value}{remedy}")
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
         raise ValueError(f"x: expected a floating-point tensor [B, N, D], got {describe(x)}")
 
 
 def check_weights(x: Tensor, weights: MLPWeights) -> None:
-    """Stacked weights of one another's shapes, that fit x; of its dtype, but under autocast, which makes copies."""
+    """Check that stacked weights match each other and x in shape and, except under autocast, in dtype."""
     check_transforms(x, *weights)
     same_dtype = not torch.is_autocast_enabled(x.device.type)
     check_tensor("fc1_weight", weights.fc1_weight, (None, None, x.shape[2]), like=x, same_dtype=same_dtype)
@@ -85,11 +85,11 @@ def check_weights(x: Tensor, weights: MLPWeights) -> None:
 
 
 def check_tensor(name: str, t: Tensor, shape: tuple[int | None, ...], *, like: Tensor, same_dtype: bool = True) -> None:
-    """``shape`` may hold None for a free size."""
+    """Check shape, device and dtype; None in ``shape`` allows any size."""
     fits = isinstance(t, Tensor) and t.dim() == len(shape)
-    if not fits or any(want is not None and got != want for got, want in zip(t.shape, shape, strict=True)):
-        wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
-        raise ValueError(f"{name}: expected shape {wanted}, got {describe(t)}")
+    if not fits or any(expected not in (None, size) for size, expected in zip(t.shape, shape, strict=True)):
+        sizes = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name}: expected shape {sizes}, got {describe(t)}")
     if t.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
     if same_dtype and t.dtype != like.dtype:
@@ -104,7 +104,7 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], like: Tensor) ->
 
 
 def check_token_mask(mask: Tensor, x: Tensor, *, cls: bool) -> None:
-    """``cls``: token 0 is routed from. That it is real is checked on a CPU alone: a GPU would have to be waited for."""
+    """Check a token mask. With ``cls``, token 0 must be real; only checked on a CPU, since a GPU would cause a wait."""
     check_mask("token_mask", mask, tuple(x.shape[:2]), x)
     if not cls or mask.device.type != "cpu" or torch.compiler.is_compiling() or mask.numel() == 0:
         return
@@ -112,8 +112,8 @@ def check_token_mask(mask: Tensor, x: Tensor, *, cls: bool) -> None:
         return
     if not bool((mask[:, 0] | ~mask.any(1)).all()):
         raise ValueError(
-            "token_mask: expected token 0, from which route_from='cls' routes, to be real, got an image whose token 0 "
-            "is padding: put padding last, or route from the mean token (route_from='mean')"
+            "token_mask: expected a real token 0, which route_from='cls' routes from, got an image whose token 0 is "
+            "padding: put padding last, or route from the mean token (route_from='mean')"
         )
 
 

@@ -1,4 +1,4 @@
-"""The names that arguments choose among, as types; the checks take their values from here."""
+"""The allowed values of arguments that are names, as types; the checks take their values from here."""
 
 from typing import Literal, get_args
 

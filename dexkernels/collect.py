@@ -1,4 +1,4 @@
-"""`collect_aux`: losses and gate masses of the DEX layers inside a model whose blocks only see ``y = mlp(x)``."""
+"""`collect_aux`: losses and gate masses of the DEX layers in a model whose blocks only see ``y = mlp(x)``."""
 
 from types import TracebackType
 from typing import Literal
@@ -12,7 +12,7 @@ from .layer import Aux, DEXLayer, Recording, update_directors
 
 
 def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollector":
-    """Record what every DEX layer of ``model`` computes in the forwards of a ``with`` block.
+    """Record the `Aux` of every DEX layer of ``model`` in the forwards of a ``with`` block.
 
     ::
 
@@ -24,11 +24,11 @@ def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollec
         optimizer.step()
 
     Args:
-        model: any module that holds DEX layers with ``path="experts"``; wrapped by DDP or `torch.compile` too.
-        noise_std: exploration noise of the routers in training, a float or a 0-dim tensor. A tensor that is filled with
-            each step's value keeps a compiled model from compiling again. It must not change before backward.
+        model: any module that contains DEX layers with ``path="experts"``, also wrapped by DDP or `torch.compile`.
+        noise_std: exploration noise of the routers in training, a float or a 0-dim tensor. With a tensor that is
+            filled with each step's value, a compiled model is not recompiled. It must not change before backward.
 
-    Raises: ValueError naming the argument; the errors of nested or concurrent use are raised on entering the block.
+    Raises: ValueError naming the argument; errors of nested or concurrent use are raised on entering the block.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -40,19 +40,19 @@ def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollec
 
 
 class AuxCollector:
-    """What `collect_aux` returns; a context manager that may be entered again, once for every micro-batch.
+    """The result of `collect_aux`: a context manager that may be entered again, once for every micro-batch.
 
-    Losses are those of the latest block. Gate masses add up over blocks until `update_directors` uses them, which is
-    all that gradient accumulation needs. A layer that runs several times in one block (it is shared, or the model is
-    called several times) has the mean of its losses and the sum of its masses; one that does not run has losses and
-    mass 0. Recomputation under activation checkpointing is no run; a training forward between a block and its
-    `update_directors` is refused in backward when there is recomputation, for it cannot be told which forward it is of.
+    Losses are those of the latest block. Gate masses add up over blocks until `update_directors` uses them, as
+    gradient accumulation needs. A layer that runs several times in one block (it is shared, or the model is called
+    several times) has the mean of its losses and the sum of its masses; one that does not run has losses and mass 0.
+    Recomputation under activation checkpointing is not counted. With recomputation, a training forward between a
+    block and its `update_directors` is refused in backward, since it is unknown which forward is recomputed.
     """
 
     layers: dict[str, DEXLayer]
     """Module path -> layer, in the order of the model's modules; the position is l in the weighting of `align_loss`."""
     calls: dict[str, list[Aux]]
-    """Module path -> what the layer computed in the latest block, one `Aux` per run."""
+    """Module path -> one `Aux` for each run of the layer in the latest block."""
 
     def __init__(self, layers: dict[str, DEXLayer], noise_std: float | Tensor):
         self.layers, self.calls = layers, {}
@@ -75,7 +75,7 @@ class AuxCollector:
     ) -> None:
         calls = [recording.calls for recording in self._recordings]
         for recording in self._recordings:
-            # Layers keep it, for recomputation, without what was recorded, which holds the graph.
+            # Layers keep the recording for recomputation, but not its calls, which hold the graph.
             recording.open, recording.calls = False, []
         if error is None:
             self.calls = dict(zip(self.layers, calls, strict=True))
@@ -84,7 +84,7 @@ class AuxCollector:
 
     @property
     def align_loss(self) -> Tensor:
-        """0-dim: mean over the L layers of each one's align loss divided by ``L - l``."""
+        """0-dim: mean over the L layers of the layer's align loss divided by ``L - l``."""
         L = len(self.layers)
         return sum(_mean([a.align_loss for a in calls]) / (L - l) for l, calls in self._ran()) / L  # noqa: E741
 
@@ -99,10 +99,10 @@ class AuxCollector:
         return self._masses()
 
     def losses(self, align: float | Tensor = 0.01, balance: float | Tensor = 0.01) -> Tensor:
-        """``align * align_loss + balance * balance_loss`` of the latest block, 0-dim, to be added to the task's loss.
+        """``align * align_loss + balance * balance_loss`` of the latest block, 0-dim; add it to the task's loss.
 
-        Raises: ValueError when no DEX layer ran in the block, or when they ran without gradient although gradient is
-        enabled here: under no_grad, or by reentrant activation checkpointing, with which these losses train nothing.
+        Raises: ValueError if no DEX layer ran in the block, or if they ran without gradient although gradient is
+        enabled here: under no_grad or reentrant activation checkpointing, where these losses train nothing.
         """
         return align * self.align_loss + balance * self.balance_loss
 
@@ -113,21 +113,21 @@ class AuxCollector:
         skip: Tensor | None = None,
         process_group: dist.ProcessGroup | Literal[False] | None = None,
     ) -> None:
-        """GEMA of every layer with the collected masses, after backward and before the optimizer; masses restart at 0.
+        """GEMA of every layer with the collected masses, after backward and before the optimizer; resets the masses.
 
         See `DEXLayer.update_director`. All ranks must call it together; one all-reduce serves all layers.
 
-        Raises: ValueError when nothing was collected since the last call, or inside the block.
+        Raises: ValueError if nothing was collected since the last call, or inside the block.
         """
         if self._open:
-            raise ValueError("update_directors: expected a call after collect_aux's block and backward, got one in it")
+            raise ValueError("update_directors: expected a call after collect_aux's block and backward, got one inside")
         if self._mass is None:
             raise ValueError("update_directors: expected a forward inside collect_aux since the last update, got none")
         update_directors(self.layers.values(), self._mass, momentum, skip=skip, process_group=process_group)
         self._mass = None
         for layer, recording in zip(self.layers.values(), self._recordings, strict=True):
             if layer.recording is recording:
-                layer.recording = None  # a later forward that is not collected is not to be recomputed as if it were
+                layer.recording = None  # So that later, uncollected forwards are recomputed as such.
 
     @property
     def _open(self) -> bool:
@@ -148,7 +148,7 @@ class AuxCollector:
             if trained and not all(aux.align_loss.requires_grad for aux in self.calls[name]):
                 raise ValueError(
                     f"aux: expected {name!r} to run with gradient, got a forward under no_grad or reentrant activation "
-                    "checkpointing: set use_reentrant=False (losses that train nothing are read under no_grad)"
+                    "checkpointing: set use_reentrant=False (to read losses without training, use no_grad)"
                 )
         return ran
 

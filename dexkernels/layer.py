@@ -1,4 +1,4 @@
-"""`DEXLayer`: an image-wise mixture of experts that follows, and is followed by, a director.
+"""`DEXLayer`: an image-wise mixture of experts with a director that follows the experts.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
@@ -43,14 +43,14 @@ from .shadows import Shadows
 
 
 class Aux(NamedTuple):
-    """What a training step needs of one layer's forward, beside its output."""
+    """Results of one layer's forward that a training step needs beside the output."""
 
     align_loss: Tensor
     """0-dim, not yet weighted; see `dexkernels.align_loss`."""
     balance_loss: Tensor
     """0-dim, not yet weighted, local to this rank."""
     gate_mass: Tensor
-    """``[E]``, detached: summed gates of this call; what `DEXLayer.update_director` takes."""
+    """``[E]``, detached: summed gates of this call; the argument of `DEXLayer.update_director`."""
     gates: Tensor
     """``[B, K]`` (image-wise) or ``[B, N, K]`` (token-wise)."""
     expert_indices: Tensor
@@ -58,9 +58,10 @@ class Aux(NamedTuple):
 
 
 class Recording:
-    """What `collect_aux` hangs on a layer whose caller sees ``y = layer(x)`` alone: while open, forwards add `Aux`.
+    """The record that `collect_aux` attaches to a layer whose caller only sees ``y = layer(x)``.
 
-    Once closed it still says how the recorded forward ran, for its recomputation in backward.
+    While it is open, forwards add their `Aux`. Once closed, it tells a recomputation in backward how the recorded
+    forward ran.
     """
 
     def __init__(self, noise_std: float | Tensor):
@@ -69,7 +70,7 @@ class Recording:
         self.passed = False
         """Whether the layer ran in training after the recording was closed."""
         self.thread: int = threading.get_ident()
-        # A list, which torch.compile follows; a ContextVar would break its graph.
+        # torch.compile can trace a list; a ContextVar would break its graph.
         self.calls: list[Aux] = []
 
     def add(self, aux: Aux) -> None:
@@ -79,7 +80,7 @@ class Recording:
 
 
 class Replaced:
-    """Weak references to parameters that a call replaced by others in a host. A copy of the layer has none."""
+    """Weak references to parameters that a call replaced in a host. A copy of the layer has none."""
 
     def __init__(self) -> None:
         self._parameters: list[tuple[weakref.ref[nn.Parameter], str]] = []
@@ -88,11 +89,11 @@ class Replaced:
         return Replaced, ()
 
     def add(self, parameters: Iterable[nn.Parameter], by: str) -> None:
-        """``by``: the name of the call."""
+        """Add parameters that the call named ``by`` replaced."""
         self._parameters += [(weakref.ref(p), by) for p in parameters]
 
     def check_optimizers(self) -> None:
-        """ValueError when an optimizer still holds one of them. Asks once, and looks only if one is alive."""
+        """Raise ValueError if an optimizer still holds one of them. Checks once, and only if one is alive."""
         if torch.compiler.is_compiling() or not self._parameters:
             return
         alive = {id(p): by for reference, by in self._parameters if (p := reference()) is not None}
@@ -103,8 +104,8 @@ class Replaced:
             if held:
                 raise ValueError(
                     f"optimizer: expected one that was built after {held[0]}, got {type(o).__name__} with {len(held)} "
-                    "parameters that it put others in the place of: the experts would never be trained. Build it again "
-                    "from model.parameters()"
+                    f"parameters that {held[0]} has replaced: the experts would never be trained. Build it again from "
+                    "model.parameters()"
                 )
 
 
@@ -120,7 +121,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
             return mlp(x, *self.weights, self.activation)
-        # Quantised maps and adapters compute something of their own.
+        # Quantised maps and adapters have their own forward.
         return self.fc2(F.gelu(self.fc1(x), approximate=ACTIVATIONS[self.activation]))
 
     @property
@@ -131,7 +132,7 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """E MLPs stacked: ``fc1_weight [E, H, D]``, ``fc1_bias [E, H]``, ``fc2_weight [E, D, H]``, ``fc2_bias [E, D]``.
 
-    A holder of parameters: `dexkernels.grouped_mlp` computes with them.
+    It only holds the parameters: `dexkernels.grouped_mlp` computes with them.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int):
@@ -153,27 +154,27 @@ class Experts(nn.Module):
 class DEXLayer(PublishedNames, nn.Module):
     """Replaces the MLP of a transformer block: ``y = layer(x)``, ``[B, N, D] -> [B, N, D]``.
 
-    Every image is sent whole to K of E experts, chosen from its CLS token; the director, an MLP of the same shape,
-    is no expert: it follows them through a group EMA and pulls them together through the align loss.
+    Every image is sent whole to K of E experts, chosen from its CLS token. The director, an MLP of the same shape, is
+    not an expert: it follows the experts through a group EMA and pulls them together through the align loss.
 
     Args:
         dim, hidden_dim: D and H.
         num_experts, top_k: E and K, ``1 <= K <= E``.
         routing: ``"image"``, or ``"token"``: the ablation with one decision per token.
-        temperature: of the router's softmax.
+        temperature: temperature of the router's softmax.
         align: ``"kd"``, ``"cosine"`` (the paper's Eq. 7) or ``"mse"``; see `dexkernels.align_loss`.
-        usage_momentum: of ``usage_ema``, which favours rarely used experts in the exploration noise.
+        usage_momentum: momentum of ``usage_ema``, which favours rarely used experts in the exploration noise.
         route_from: ``"cls"``: token 0; ``"mean"``: the mean token, for hosts without a CLS token.
         path: ``"experts"``, or ``"director"`` to fine-tune the director alone as a dense MLP. May be set later.
         activation: ``"gelu"``, the exact GELU, or ``"gelu_tanh"``, its approximation by tanh.
         layout: ``"tokens"``: x is ``[B, N, D]``; ``"channels_last"``: ``[B, H, W, D]``; ``"channels_first"``:
             ``[B, D, H, W]``. Maps have no CLS token: they need ``route_from="mean"`` or ``routing="token"``.
-        windows: P, for hosts that pass an image as P consecutive windows, ``[B * P, ...]``. The image is routed as one,
-            from its mean token. May be set later.
-        backend: None takes the default of `dexkernels.ops.backends`; a name that cannot run raises with the reason.
+        windows: P, for hosts that pass an image as P consecutive windows, ``[B * P, ...]``. The windows are routed
+            together, from the image's mean token. May be set later.
+        backend: None uses the default of `dexkernels.ops.backends`; a name that cannot run raises with the reason.
 
     Experts and director start as copies of one MLP. Parameters must be float32 (or float64) for training: in half
-    precision the director could not move. Forward changes no state; `update_director` is the only thing that does.
+    precision the director could not move. Forward changes no state; only `update_director` does.
     Under autocast every forward computes with new copies of the parameters; inside `hold_weights` forwards share them.
 
     Raises: ValueError naming the argument.
@@ -210,7 +211,7 @@ class DEXLayer(PublishedNames, nn.Module):
         checks.check_choice("layout", layout, tuple(LAYOUTS))
         if routing == "image" and route_from == "cls" and (layout != "tokens" or windows > 1):
             host = f"layout={layout!r}" if layout != "tokens" else f"windows={windows}"
-            raise ValueError(f"route_from: expected 'mean' with {host}, where no token is the CLS token, got 'cls'")
+            raise ValueError(f"route_from: expected 'mean' with {host}, which has no CLS token, got 'cls'")
         checks.check_temperature(temperature)
         checks.check_number("usage_momentum", usage_momentum, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         backends.check_backend(backend)
@@ -243,7 +244,7 @@ class DEXLayer(PublishedNames, nn.Module):
 
     @property
     def path(self) -> PathName:
-        """``"experts"`` or ``"director"``; setting it makes exactly that path trainable."""
+        """``"experts"`` or ``"director"``; setting it makes only that path trainable."""
         return self._path
 
     @path.setter
@@ -255,18 +256,18 @@ class DEXLayer(PublishedNames, nn.Module):
         self.router_weight.requires_grad_(path == "experts")
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Those of `torch.nn.Module`; what the path does not use takes no gradient from here on.
+        """As in `torch.nn.Module`; also turns off the gradient of parameters that the path does not use.
 
-        ``model.requires_grad_(True)`` reaches the directors too. Optimizers, DDP and FSDP ask for modules or parameters
-        before they look at ``requires_grad``, and so pass here.
+        ``model.requires_grad_(True)`` would enable the directors too. Optimizers, DDP and FSDP list modules or
+        parameters, and so call this, before they read ``requires_grad``.
         """
         routed = (self.router_weight, *self.experts.parameters())
         for p in self.director.parameters() if self._path == "experts" else routed:
-            if isinstance(p, nn.Parameter) and p.requires_grad:  # functional_call puts other tensors there
+            if isinstance(p, nn.Parameter) and p.requires_grad:  # functional_call replaces parameters by plain tensors.
                 p.requires_grad_(False)
         return super().named_modules(*args, **kwargs)
 
-    if TYPE_CHECKING:  # nn.Module's own call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any.
 
         @overload
         def __call__(
@@ -306,14 +307,13 @@ class DEXLayer(PublishedNames, nn.Module):
         Args:
             x: the block's normalised input, any strides.
             noise_std: exploration noise of the router in training, a float or 0-dim tensor; ignored in evaluation.
-                Inside `collect_aux`, 0.0 means the noise that was given to `collect_aux`.
+                Inside `collect_aux`, 0.0 means the noise of `collect_aux`.
             router_noise: ``[B, 1, E]`` (``[B, N, E]`` token-wise) standard normal; None: drawn by torch.
-            token_mask: bool, the shape of x without D, true for real tokens; None: that of `mask_tokens`, or all are
-                real. Padding may hold anything, NaN included: its outputs and gradients are 0, the mean token is that
-                of the real ones, and losses and gate masses leave padding out, and images that are nothing else. With
-                ``route_from="cls"`` token 0 must be real (which a CPU checks, and a GPU does not). A loss over no
-                real token is 0.
-            return_aux: without it neither the director nor a loss is computed.
+            token_mask: bool, the shape of x without D, true for real tokens; None: the mask of `mask_tokens`, or all
+                tokens are real. Padding may hold anything, even NaN: its outputs and gradients are 0. The mean token,
+                losses and gate masses ignore padding, and images of padding alone. With ``route_from="cls"`` token 0
+                must be real (checked on a CPU, not on a GPU). A loss over no real token is 0.
+            return_aux: also compute the director and the losses.
 
         Raises: ValueError naming the argument.
         """
@@ -321,7 +321,7 @@ class DEXLayer(PublishedNames, nn.Module):
         layout, mask = Layout(self.layout, self.windows), self.token_mask if token_mask is None else token_mask
         layout.check(x, self.dim)
         self._check_dtypes(x, return_aux)
-        if not hasattr(self.experts, "weights"):  # before their first use
+        if not hasattr(self.experts, "weights"):  # Before their first use.
             raise ValueError(
                 f"experts: expected the layer's own module, got {type(self.experts).__name__}: stacked experts take no "
                 "adapters. Let the adapters reach attention, or the director of layers with path='director'"
@@ -354,20 +354,20 @@ class DEXLayer(PublishedNames, nn.Module):
         token_mask: Tensor | None,
         return_aux: bool,
     ) -> tuple[Tensor, Aux | None]:
-        """The experts' output ``[B, N, D]``; `Aux` when it is returned. `collect_aux` gets its own."""
+        """The experts' output ``[B, N, D]``, and with ``return_aux`` its `Aux`; an open recording gets its own."""
         recording = None if return_aux else self.recording
         if recording is None:
             return self._routed(x, noise_std, router_noise, token_mask, return_aux)
         # Inside backward this is a recomputation (activation checkpointing), usually after collect_aux's block has
-        # ended: it repeats what the recorded forward did, but is no other forward.
+        # ended: it repeats the recorded forward and is not recorded itself.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not (recording.open or again):
             recording.passed = recording.passed or self.training
             return self._routed(x, noise_std, router_noise, token_mask, False)
         if again and recording.passed:
             raise ValueError(
-                "collect_aux: expected every checkpointed forward of a step inside the block, got one after it, "
-                "before update_directors: which of them is recomputed here cannot be told"
+                "collect_aux: expected every checkpointed forward of a step inside the block, got one after it and "
+                "before update_directors, so it is unknown which of them is recomputed"
             )
         if not isinstance(noise_std, Tensor) and noise_std == 0:
             noise_std = recording.noise_std
@@ -377,9 +377,9 @@ class DEXLayer(PublishedNames, nn.Module):
         return y, None
 
     def _check_dtypes(self, x: Tensor, return_aux: bool) -> None:
-        """ValueError that blames what is of another dtype than the rest: a parameter, x, or the whole layer."""
+        """Raise ValueError naming the parameter, x, or the whole layer if its dtype differs from the rest."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        director = next((p.dtype for p in self.director.parameters()), None)  # none: quantised, or of a user's own
+        director = next((p.dtype for p in self.director.parameters()), None)  # None: quantised, or a user's own module.
         own = director if self._path == "director" else self.router_weight.dtype
         if self._path == "experts" and not autocast:
             for name, p in self.experts.named_parameters():
@@ -400,7 +400,7 @@ class DEXLayer(PublishedNames, nn.Module):
             )
 
     def _check_director(self) -> None:
-        """ValueError for adapters of a director that follows its experts; a user's own module may be any."""
+        """Raise ValueError for adapters on a director that follows its experts; any module of the user is allowed."""
         for name, module in self.director.named_children():
             adapted = not isinstance(module, nn.Linear) and next(module.parameters(), None) is not None
             if adapted and isinstance(self.director, MLP):
@@ -418,7 +418,7 @@ class DEXLayer(PublishedNames, nn.Module):
         return_aux: bool,
     ) -> tuple[Tensor, Aux | None]:
         d = self.director
-        # Hooks want to be called, FSDP's among them; another module in its place computes something of its own.
+        # Hooks, such as FSDP's, must be called, and another module in the director's place has its own forward.
         plain = type(d) is MLP and not (d._forward_hooks or d._forward_pre_hooks)
         y, routing, director_out = routed_mlp(
             x,
@@ -451,20 +451,20 @@ class DEXLayer(PublishedNames, nn.Module):
     ) -> None:
         """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * expert_e``, ``a = s / (sum(s) + 1e-6)``, in place.
 
-        To be called once a step, after backward and before the optimizer. Also moves ``usage_ema``.
+        Call it once a step, after backward and before the optimizer. It also moves ``usage_ema``.
 
         Args:
-            gate_mass: s, ``aux.gate_mass [E]`` of this rank (summed over micro-batches). A mass that is not finite
-                changes nothing; zero total mass leaves the director as it is.
+            gate_mass: s, ``aux.gate_mass [E]`` of this rank (summed over micro-batches). A non-finite mass changes
+                nothing; zero total mass does not change the director.
             momentum: m, a float in [0, 1] or a 0-dim tensor.
-            skip: 0-dim bool tensor; where it is true on any rank nothing changes on any.
-            process_group: over whose ranks the mass is summed: None is the default group when torch.distributed is
-                initialised; False says that it is summed already.
+            skip: 0-dim bool tensor; if it is true on any rank, nothing changes on any rank.
+            process_group: the ranks over which the mass is summed. None: the default group if torch.distributed is
+                initialised. False: the mass is already summed.
         """
         update_directors([self], [gate_mass], momentum, skip=skip, process_group=process_group)
 
     def reference_tensors(self) -> dict[str, Tensor]:
-        """Published name -> the part of this layer's parameters or buffers that holds it (not a copy)."""
+        """Published name -> the matching view of this layer's parameters or buffers (not a copy)."""
         tensors = {"router.linear.weight": self.router_weight, "expert_activation_count": self.usage_ema}
         for name, t in self.director.named_parameters():
             tensors[f"director.{name}"] = t
@@ -475,7 +475,7 @@ class DEXLayer(PublishedNames, nn.Module):
 
     @torch.no_grad()
     def copy_director_to_experts_(self) -> None:
-        """Make every expert a copy of the director: a bare layer's start, and a start from a dense checkpoint."""
+        """Make every expert a copy of the director: the start of a new layer, or from a dense checkpoint."""
         for director, experts in self.director_pairs():
             experts.copy_(director.expand_as(experts))
 
@@ -517,12 +517,12 @@ def update_directors(
 
 
 class Followed(NamedTuple):
-    """What the directors of some layers follow in a step."""
+    """The agreed inputs of a directors' update."""
 
     group_weights: list[Tensor]
-    """Of each layer ``[E]``, the normalised gate mass of all ranks."""
+    """``[E]`` per layer, the normalised gate mass of all ranks."""
     still: Tensor
-    """0-dim bool, the same on every rank: nothing changes."""
+    """0-dim bool, the same on every rank: whether nothing changes."""
 
 
 def agree(
@@ -531,7 +531,7 @@ def agree(
     skip: Tensor | None,
     process_group: dist.ProcessGroup | Literal[False] | None,
 ) -> Followed | None:
-    """Sums the masses over the ranks, once they and the layers are checked; None without layers."""
+    """Check layers and masses, and sum the masses over the ranks; None without layers."""
     gate_mass = list(gate_mass)
     checks.check_skip(skip)
     if len(gate_mass) != len(layers):
@@ -540,8 +540,8 @@ def agree(
         if layer.path == "director":
             raise ValueError("update_director: expected path='experts'; with path='director' the optimizer trains it")
         if not isinstance(mass, Tensor) or tuple(mass.shape) != (layer.num_experts,):
-            got = list(mass.shape) if isinstance(mass, Tensor) else repr(mass)
-            raise ValueError(f"gate_mass[{i}]: expected [{layer.num_experts}], got {got}")
+            shape = list(mass.shape) if isinstance(mass, Tensor) else repr(mass)
+            raise ValueError(f"gate_mass[{i}]: expected [{layer.num_experts}], got {shape}")
         if mass.device != layer.usage_ema.device:
             raise ValueError(f"gate_mass[{i}]: expected device {layer.usage_ema.device}, got {mass.device}")
     if not layers:
@@ -552,7 +552,7 @@ def agree(
         raise ValueError(f"layers: expected one backend, got {', '.join(str(layer.backend) for layer in layers)}")
     if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
         raise ValueError(f"process_group: expected a process group, None or False, got {process_group!r}")
-    # skip travels with the masses: a step that one rank leaves out, all leave out, or their directors drift apart.
+    # skip is reduced with the masses: if one rank skips a step, all must, or their directors drift apart.
     flag = gate_mass[0].new_zeros(1) if skip is None else skip.to(gate_mass[0]).view(1)
     masses = torch.cat([*(m.detach() for m in gate_mass), flag])
     if process_group is not False and dist.is_available() and dist.is_initialized():
@@ -563,30 +563,30 @@ def agree(
 
 
 def move_usage(layers: list[DEXLayer], followed: Followed) -> None:
-    """``usage_ema`` of each layer, by the same weights."""
+    """Move ``usage_ema`` of each layer towards the same weights."""
     for layer, a in zip(layers, followed.group_weights, strict=True):
         u, m = layer.usage_ema, layer.usage_momentum
         u.copy_(torch.where(followed.still, u, m * u + (1 - m) * a.to(u.dtype)))
 
 
 def local_pair(director: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's pieces ``(director, stacked experts [E, ...])``: the same features of both, in every placement.
+    """This rank's pieces ``(director, stacked experts [E, ...])``, with the same features of both in every placement.
 
-    A director that is cut along dimension d goes with experts that are cut along d + 1. Experts that are cut otherwise,
-    as `fully_shard` does by default, are sent to where they are needed; every rank must call this then.
+    A director cut along dimension d matches experts cut along d + 1. Experts that are cut differently, as by default
+    in `fully_shard`, are redistributed; every rank must then call this.
 
-    Raises: ValueError when the director is cut and the experts are not, or over another mesh.
+    Raises: ValueError if the director is cut but the experts are not, or are cut over another mesh.
     """
     if not (hasattr(director, "placements") or hasattr(stacked, "placements")):
         return director, stacked
     from torch.distributed.tensor import DTensor, Shard
 
-    if not isinstance(director, DTensor):  # whole on every rank
+    if not isinstance(director, DTensor):  # Whole on every rank.
         return director, stacked.full_tensor()
     if not isinstance(stacked, DTensor):
         raise ValueError(
-            "experts: expected them to be cut over ranks as their director is, got whole tensors: wrap the module that "
-            "holds the DEXLayer, not its director alone, or call dexkernels.shard(model)"
+            "experts: expected them to be cut over ranks like their director, got whole tensors: wrap the module that "
+            "contains the DEXLayer, not only its director, or call dexkernels.shard(model)"
         )
     if director.device_mesh != stacked.device_mesh:
         raise ValueError("experts: expected the mesh of the director, got another one; call dexkernels.shard(model)")

@@ -1,4 +1,4 @@
-"""Where a host keeps the tokens of an image: tokens, maps, or windows. A `DEXLayer` computes with ``[B, N, D]``.
+"""The shapes in which hosts pass images: tokens, maps, or windows. A `DEXLayer` computes with ``[B, N, D]``.
 
 Letters: B images, N tokens, D width, H and W height and width of a map, P windows of an image.
 """
@@ -15,7 +15,7 @@ LAYOUTS: dict[LayoutName, str] = {
     "channels_last": "[B, H, W, D]",
     "channels_first": "[B, D, H, W]",
 }
-"""Layout -> the shape of what a host passes."""
+"""Layout -> the shape that a host passes."""
 
 
 class Layout(NamedTuple):
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     """P: an image is P consecutive entries of the first dimension, ``[B * P, ...]``."""
 
     def check(self, x: Tensor, dim: int) -> None:
-        """ValueError unless ``x`` is of this layout and of width ``dim``."""
+        """Raise ValueError unless ``x`` has this layout and width ``dim``."""
         if self.name == "tokens":
             checks.check_x(x, dim)
         else:
@@ -37,12 +37,12 @@ class Layout(NamedTuple):
                 raise ValueError(f"x: expected {expected} with layout={self.name!r}, got {checks.describe(x)}")
         if self.windows > 1 and x.shape[0] % self.windows:
             raise ValueError(
-                f"x: expected a multiple of windows={self.windows} in its first dimension, as each image is as many "
-                f"consecutive windows, got {checks.shape_of(x)}"
+                f"x: expected a first dimension that is a multiple of windows={self.windows}, the consecutive windows "
+                f"of an image, got {checks.shape_of(x)}"
             )
 
     def images(self, x: Tensor) -> Tensor:
-        """``[B, N, D]``, for a host's x; N counts the tokens of all windows of an image."""
+        """The host's x as ``[B, N, D]``; N counts the tokens of all windows of an image."""
         if self.name == "channels_first":
             x = x.flatten(2).transpose(1, 2)
         elif self.name == "channels_last":
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
         return x if self.windows == 1 else x.reshape(x.shape[0] // self.windows, self.windows * x.shape[1], x.shape[2])
 
     def restore(self, y: Tensor, like: Tensor) -> Tensor:
-        """``y [B, N, D]`` as the host passed ``like``."""
+        """``y [B, N, D]`` in the shape of the host's ``like``."""
         if self.name == "tokens" and self.windows == 1:
             return y
         if self.name != "channels_first":
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         return y.reshape(like.shape[0], H, W, D).permute(0, 3, 1, 2)
 
     def token_mask(self, mask: Tensor, x: Tensor) -> Tensor:
-        """``[B, N]``, for the mask of a host's x, which has the shape of x without D. ValueError for another one."""
+        """The mask of a host's x, in the shape of x without D, as ``[B, N]``. ValueError for another shape."""
         shape = x.shape[:-1] if self.name != "channels_first" else (x.shape[0], *x.shape[2:])
         checks.check_mask("token_mask", mask, tuple(shape), x)
         mask = mask.flatten(1)

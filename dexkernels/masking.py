@@ -1,4 +1,4 @@
-"""`mask_tokens`: which tokens are padding, for DEX layers inside a model whose blocks only see ``y = mlp(x)``."""
+"""`mask_tokens`: marks padding for the DEX layers in a model whose blocks only see ``y = mlp(x)``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,19 +12,18 @@ from .layer import DEXLayer
 
 @contextlib.contextmanager
 def mask_tokens(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
-    """In the ``with`` block every DEX layer of ``model`` takes ``token_mask``, see `DEXLayer.forward`.
+    """In the ``with`` block every DEX layer of ``model`` uses ``token_mask``, see `DEXLayer.forward`.
 
     ::
 
         with dexkernels.mask_tokens(model, mask), dexkernels.collect_aux(model) as aux:
             y = model(x)
 
-    Backward belongs into the block where activations are checkpointed, as their recomputation needs the mask.
+    With activation checkpointing, run backward inside the block too, as recomputation needs the mask.
 
     Args:
-        model: any module that holds DEX layers; a part of a model whose layers see the same tokens where others, such
-            as those of another stage, see others.
-        token_mask: bool ``[B, N]``, true for real tokens, the CLS token among them; ``[B, H, W]`` for maps.
+        model: any module that contains DEX layers. If stages see different tokens, pass one stage.
+        token_mask: bool ``[B, N]``, true for real tokens, including the CLS token; ``[B, H, W]`` for maps.
 
     Raises: ValueError naming the argument; the shape is checked by the layers.
     """

@@ -1,7 +1,7 @@
-"""The native library, `dexkernels._C`: loads it, or says why it is absent.
+"""Loads the native library, `dexkernels._C`, or says why it is absent.
 
-It links nothing of torch: it takes addresses, sizes and a stream. `csrc/` holds its sources, `setup.py` builds it. Each
-operator calls it from its ``cuda.py``.
+The library links nothing of torch: its functions take addresses, sizes and a stream. `csrc/` holds its sources,
+`setup.py` builds it, and each operator calls it from its ``cuda.py``.
 """
 
 import importlib
@@ -31,18 +31,18 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if module.__version__ != __version__:
         return (
             None,
-            f"the native library is of version {module.__version__}, dexkernels of {__version__}; install again",
+            f"the native library has version {module.__version__}, dexkernels {__version__}; install again",
         )
     return module, None
 
 
 _loaded = _load()
 library: ModuleType | None = _loaded[0]
-"""The extension module, or None and why there is none."""
+"""The extension module, or None."""
 
 
 def why_not() -> str | None:
-    """Why the native library cannot run here; None when it can. Asks for the GPU only when the library is there."""
+    """Why the native library cannot run here; None if it can. Queries the GPU only if the library is present."""
     absent = _loaded[1]
     if absent is not None:
         return absent

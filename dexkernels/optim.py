@@ -1,4 +1,4 @@
-"""`DEXAdamW`: AdamW that reads the experts once for itself, their directors and their copies."""
+"""`DEXAdamW`: AdamW that reads the experts once for the step, the directors' update and low-precision copies."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from .shadows import Watched, capturing
 
 
 class _Pair(NamedTuple):
-    """This rank's piece of a director tensor, and the weights by which it follows its experts."""
+    """This rank's piece of a director tensor, its experts, and the weights by which it follows them."""
 
     director: Tensor
     experts: Tensor
@@ -26,7 +26,7 @@ class _Pair(NamedTuple):
 
 
 class DEXAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` whose step also moves the directors of DEX layers, and writes the experts' copies.
+    """`torch.optim.AdamW` whose step also moves the directors of DEX layers and writes copies of the experts.
 
     ::
 
@@ -35,22 +35,22 @@ class DEXAdamW(torch.optim.AdamW):
         loss.backward()
         optimizer.step(gate_mass=out.gate_mass, momentum=0.99)
 
-    That is ``model.update_directors(gate_mass, momentum)``, then a step of AdamW, within rounding. Experts and their
-    moments are read once, in `adamw_ema_`. Where experts and directors are cut over ranks in different ways, as
-    `fully_shard` does by default, directors are updated first, by themselves; after `dexkernels.shard` they are not.
+    This equals ``model.update_directors(gate_mass, momentum)`` followed by a step of AdamW, up to rounding. Experts
+    and their moments are read once, in `adamw_ema_`. If experts and directors are cut over ranks in different ways,
+    as by default in `fully_shard`, directors are updated first, separately; after `dexkernels.shard` they are not.
 
     Args:
-        model: holds the DEX layers, or none.
-        params: parameters or parameter groups, as of torch; None: all of the model that train.
-        lr, betas, eps, weight_decay: as of torch.
+        model: contains the DEX layers, if any.
+        params: parameters or parameter groups, as in torch; None: all trainable parameters of the model.
+        lr, betas, eps, weight_decay: as in torch.
         copies: torch.bfloat16 or torch.float16, the dtype of autocast: each step also writes copies of experts and
-            directors in it, ``[E + 1, ...]``, which the next forward computes with in place of its own. They take 2
-            bytes a parameter for good. Forwards in a CUDA graph or under torch.compile make their own. Anything
-            that may have changed the weights in between makes a forward cast again: a state dict, another optimizer,
+            directors in it, ``[E + 1, ...]``, which the next forward uses instead of its own. They permanently take 2
+            bytes a parameter. Forwards in a CUDA graph or under torch.compile make their own. A forward also makes
+            its own copies after anything that may have changed the weights: a state dict, another optimizer,
             ``.data``, a tensor that shares their memory (such as ``p.detach()``, while it lives), another stream.
-        backend: of `adamw_ema_`; None takes the default.
+        backend: backend of `adamw_ema_`; None uses the default.
 
-    State dicts are those of `torch.optim.AdamW`, and each loads the other's.
+    State dicts have the format of `torch.optim.AdamW`, and each loads the other's.
 
     Raises: ValueError naming the argument.
     """
@@ -90,18 +90,19 @@ class DEXAdamW(torch.optim.AdamW):
         skip: Tensor | None = None,
         process_group: dist.ProcessGroup | Literal[False] | None = None,
     ) -> Any:
-        """One step, without a wait for the device; returns what the closure does.
+        """One step, without waiting for the device.
 
         Args:
-            closure: as of torch: computes the loss and its gradients anew.
+            closure: as in torch: recomputes the loss and its gradients.
             gate_mass: one ``[E]`` per DEX layer with path="experts", in the order of the model's modules; None: the
-                directors stay as they are.
-            momentum: of GEMA, a float in [0, 1] or a 0-dim tensor; goes with ``gate_mass``.
-            clip_scale: a float or a 0-dim tensor by which gradients are multiplied; they themselves stay as they are.
-            skip: 0-dim bool tensor. Where it is true (with ``gate_mass``, on any rank), or a gate mass is not finite,
+                directors do not change.
+            momentum: momentum of GEMA, a float in [0, 1] or a 0-dim tensor; required with ``gate_mass``.
+            clip_scale: a float or a 0-dim tensor by which gradients are multiplied; the gradients do not change.
+            skip: 0-dim bool tensor. If it is true (with ``gate_mass``, on any rank), or a gate mass is not finite,
                 nothing changes: no weight, moment, counter, director, or usage.
             process_group: see `DEXLayer.update_director`.
 
+        Returns: the result of the closure.
         Raises: ValueError naming the argument, before anything is changed.
         """
         if (gate_mass is None) != (momentum is None):
@@ -148,7 +149,7 @@ class DEXAdamW(torch.optim.AdamW):
     def _pairs(
         self, layers: list[DEXLayer], group_weights: list[Tensor], momentum: float | Tensor, skip: Tensor
     ) -> dict[int, _Pair]:
-        """By the id of the experts' parameter, the directors that its update moves; others are moved here."""
+        """Id of the experts' parameter -> the director that its update moves. Moves the other directors here."""
         trained = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         alone, pairs = [], {}
         for layer, a in zip(layers, group_weights, strict=True):
@@ -165,17 +166,17 @@ class DEXAdamW(torch.optim.AdamW):
         return pairs
 
     def _kept(self, layers: list[DEXLayer], pairs: dict[int, _Pair]) -> list[tuple[DEXLayer, MLPWeights]]:
-        """The layers whose copies this step writes, and where; those of all others are dropped."""
-        found = []
+        """The layers whose copies this step writes, and the copies; drops the copies of all other layers."""
+        kept = []
         for layer in layers:
             experts, director = layer.experts.weights, layer.director.weights
             whole = all(type(t) in (nn.Parameter, Watched) for t in (*experts, *director))
             written = self._copies is not None and all(id(p) in pairs for p in experts)
             if written and whole and experts[0].dtype == torch.float32 and not capturing(experts[0].device):
-                found.append((layer, layer.shadows.kept(experts, director, self._copies)))
+                kept.append((layer, layer.shadows.kept(experts, director, self._copies)))
             else:
                 layer.shadows.drop()
-        return found
+        return kept
 
     def _update(self, p: Tensor, pair: _Pair | None, copy: Tensor | None) -> Update:
         if p.grad.is_sparse:
@@ -185,7 +186,7 @@ class DEXAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif state["step"].device != p.device:  # of a step that torch counts on the host
+        elif state["step"].device != p.device:  # torch counts steps on the host.
             state["step"] = state["step"].to(p.device)
         tensors = [_local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
         if pair is None:
@@ -194,5 +195,5 @@ class DEXAdamW(torch.optim.AdamW):
 
 
 def _local(t: Tensor) -> Tensor:
-    """This rank's piece, detached: written in place, it is the parameter."""
+    """This rank's piece, detached; it shares the parameter's memory."""
     return (t.to_local() if hasattr(t, "to_local") else t).detach()

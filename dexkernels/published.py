@@ -1,4 +1,4 @@
-"""The published parameter names, in and out: one pair of methods, for a layer and for models of layers."""
+"""Loading and saving under the published parameter names, for a layer and for models of layers."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 class PublishedNames:
-    """A mixin for modules that know which of their tensors hold the published weights."""
+    """A mixin for modules that map the published names to their tensors."""
 
     def reference_tensors(self) -> dict[str, Tensor]:
-        """Published name -> the tensor, or the part of one, of this module that holds it (not a copy)."""
+        """Published name -> the matching tensor, or view of one, in this module (not a copy)."""
         raise NotImplementedError
 
     def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load weights under the published names (``experts.<e>.fc1.weight``, ``router.linear.weight``, ...), strictly.
 
-        A model's names begin with their layer's: ``blocks.<l>.DEX.experts.<e>.fc1.weight``.
-        Raises: ValueError naming every missing, unknown or mis-shaped key; then nothing was changed.
+        In a model, names begin with the layer's: ``blocks.<l>.DEX.experts.<e>.fc1.weight``.
+        Raises: ValueError naming every missing, unknown or mis-shaped key; nothing is then changed.
         """
         copy_strictly(state, self.reference_tensors())
 
@@ -28,7 +28,7 @@ class PublishedNames:
 
 @torch.no_grad()
 def copy_strictly(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Copy each tensor of ``state`` into the target of its name; unless all names and shapes match, nothing changes."""
+    """Copy each tensor of ``state`` to the target of the same name; ValueError, and no change, unless all match."""
     if not isinstance(state, Mapping):
         raise ValueError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
     wrong = [f"missing {k}" for k in targets if k not in state] + [f"unknown {k}" for k in state if k not in targets]

@@ -1,4 +1,4 @@
-"""Records that layers and operators pass to each other. Letters: D width, H hidden, E experts."""
+"""Records shared by layers and operators. Letters: D width, H hidden, E experts."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class MLPWeights(NamedTuple):
-    """The four tensors of ``fc2(gelu(fc1(x)))``: of E stacked experts, or, without the leading E, of one MLP."""
+    """The four tensors of ``fc2(gelu(fc1(x)))``, for E stacked experts or, without the leading E, for one MLP."""
 
     fc1_weight: Tensor
     """``[E, H, D]``"""

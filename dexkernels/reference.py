@@ -1,7 +1,6 @@
-"""THE SPECIFICATION: every operator in plain torch as one reads it, with gradients by autograd. It only judges.
+"""THE SPECIFICATION: every operator in readable plain torch, with gradients by autograd.
 
-Tests compare with it what the product computes; nothing of the product imports it. Arguments are those of the public
-operators; none are checked.
+Only tests use it, to check the product's results. It takes the arguments of the public operators, without checks.
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 Source of the equations: the DEX paper (arXiv 2605.21861) and the recorded runs of its published code.
 """
@@ -14,7 +13,7 @@ from .routing import Routing
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision: what sums, softmaxes and losses are computed in."""
+    """The dtype of sums, softmaxes and losses: float32 for half precision."""
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
@@ -34,8 +33,8 @@ def route(
     """``p = softmax((r @ router_weight.T + noise) / temperature)``; gates are the K largest p over their sum.
 
     r is the CLS token or the mean token of an image ``[B, 1, D]``, or every token ``[B, N, D]``.
-    ``balance_loss = E * sum_e mean(p_e) * stop_grad(mean(p_e))``. ``token_mask [B, N]`` is true for real tokens: the
-    mean token is theirs; the loss and ``gate_mass`` count decisions about real tokens and about images that have some.
+    ``balance_loss = E * sum_e mean(p_e) * stop_grad(mean(p_e))``. ``token_mask [B, N]`` is true for real tokens: only
+    these enter the mean token, and only decisions about them, or about images with any, enter loss and ``gate_mass``.
     """
     dtype, E = real(x.dtype), router_weight.shape[0]
     m = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
@@ -63,12 +62,12 @@ def route(
 
 
 def usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_ema: Tensor) -> Tensor:
-    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain."""
+    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``, which favours unused experts."""
     return noise_std * (router_noise + 1 - usage_ema / (usage_ema.sum() + 1e-6))
 
 
 def gelu(z: Tensor, activation: str) -> Tensor:
-    """``z * Phi(z)`` with the normal distribution's Phi, or, ``gelu_tanh``, with an approximation of it by tanh."""
+    """``z * Phi(z)`` with the normal distribution's Phi, or for ``gelu_tanh`` its tanh approximation."""
     if activation == "gelu_tanh":
         return 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
     return F.gelu(z)
@@ -97,7 +96,7 @@ def grouped_mlp(
 ) -> Tensor:
     """``out[b] = sum_k gates[b, k] * mlp_e(x[b])``, ``e = expert_indices[b, k]``.
 
-    Every expert on every token, weighted by its gate or by 0.
+    Computes every expert on every token, weighted by its gate or by 0.
     """
     out = torch.zeros_like(x)
     for e in range(fc1_weight.shape[0]):
@@ -108,9 +107,9 @@ def grouped_mlp(
 
 
 def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", token_mask: Tensor | None = None) -> Tensor:
-    """How far the experts' output ``[..., D]`` is from the director's; a 0-dim mean over all leading dimensions.
+    """Distance of the experts' output ``[..., D]`` from the director's; a 0-dim mean over all leading dimensions.
 
-    With a mask ``[...]`` the mean is that over the rows where it is true.
+    With a mask ``[...]`` the mean is over the rows where it is true.
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
       Where q is below 1e-6 the gradient is zero.
@@ -122,7 +121,7 @@ def align_loss(experts_out: Tensor, director_out: Tensor, kind: str = "kd", toke
     if kind == "kd":
         loss = -((d / 0.5).softmax(-1) * y.softmax(-1).clamp(min=1e-6).log()).sum(-1)
     elif kind == "cosine":
-        # Not F.cosine_similarity, whose gradient is not that of its value where a norm is below its floor.
+        # Not F.cosine_similarity: below the floor of a norm, its gradient does not match its value.
         y, d = (t / t.norm(dim=-1, keepdim=True).clamp(min=1e-8) for t in (y, d))
         loss = 1 - (y * d).sum(-1)
     else:
@@ -142,8 +141,8 @@ def group_ema_(
 ) -> None:
     """``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, for each ``(director, experts, a)``.
 
-    An expert of weight exactly 0 contributes nothing, whatever it holds; when all weights are 0, or ``skip`` is true,
-    the director keeps its bits.
+    An expert of weight exactly 0 contributes nothing, whatever it holds. If all weights are 0, or ``skip`` is true,
+    the director does not change.
     """
     m = float(momentum)
     for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
@@ -164,7 +163,7 @@ def adamw_ema_(
     clip_scale: float = 1.0,
     skip: bool = False,
 ) -> None:
-    """GEMA with the experts as they are, then AdamW of them (Loshchilov and Hutter 2019), in place.
+    """GEMA with the current experts, then AdamW of the experts (Loshchilov and Hutter 2019), in place.
 
     state: ``exp_avg``, ``exp_avg_sq`` and ``step``. rule: ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``.
     """

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """What `route` decided. Only ``gates`` and ``balance_loss`` carry gradient."""
+    """The decisions of `route`. Only ``gates`` and ``balance_loss`` have a gradient."""
 
     gates: Tensor
-    """``[B, K]`` or, token-wise, ``[B, N, K]``; renormalised weights of the chosen experts, each row sums to 1."""
+    """``[B, K]`` or, token-wise, ``[B, N, K]``; renormalised weights of the chosen experts; each row sums to 1."""
     expert_indices: Tensor
     """int32, shape of ``gates``; by descending probability, ties to the lower index; distinct within a row."""
     balance_loss: Tensor
@@ -24,13 +24,13 @@ class Routing(NamedTuple):
     slot_order: Tensor
     """int64 ``[S]``; slots stably sorted by expert."""
     group_sizes: Tensor
-    """int64 ``[E]``; slots of each expert."""
+    """int64 ``[E]``; number of slots of each expert."""
     group_offsets: Tensor
     """int64 ``[E + 1]``; expert ``e`` owns ``slot_order[group_offsets[e] : group_offsets[e + 1]]``."""
 
 
 class SlotOrder(NamedTuple):
-    """The fields of these names of `Routing`."""
+    """The fields of `Routing` with these names."""
 
     slot_order: Tensor
     group_sizes: Tensor
@@ -41,7 +41,7 @@ def sort_slots(expert_indices: Tensor, num_experts: int) -> SlotOrder:
     """The slots of ``expert_indices`` (any integer dtype and shape), stably sorted by expert."""
     flat = expert_indices.reshape(-1).long()
     slot_order = flat.argsort(stable=True)
-    # A comparison instead of bincount, which makes the host wait for a GPU.
+    # A comparison, since bincount makes the host wait for a GPU.
     experts = torch.arange(num_experts, device=flat.device)
     group_sizes = (flat[:, None] == experts).sum(0)
     group_offsets = flat.new_zeros(num_experts + 1)

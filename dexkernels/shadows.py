@@ -1,4 +1,4 @@
-"""Shadows: what a layer computes with under autocast, low-precision copies of its float32 weights (the masters)."""
+"""Shadows: low-precision copies of a layer's float32 weights (the masters), used under autocast."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,27 +13,27 @@ from .records import MLPWeights
 
 
 class Held(NamedTuple):
-    """Shadows, and what they were made of."""
+    """Shadows, and the state of their masters."""
 
     masters: list[tuple[int, StorageWeakRef, int]]
-    """Of each tensor: its id, its storage, its version. Weak: they keep no memory, and no address is given again.
+    """Id, storage and version of each tensor. A weak reference keeps no memory, but its address is not reused.
 
-    No weak reference to the tensor itself: torch could not swap it for another one then.
+    There is no weak reference to the tensor itself, because torch could not swap it then.
     """
     dtype: torch.dtype
     stream: int
-    """On which they were made: another one would read them before they are written."""
+    """The stream that made them: another one could read them before they are written."""
     copies: MLPWeights
 
 
 class Shadows:
-    """The shadows of one layer: made in every forward, and kept from one to the next inside `hold_weights` alone.
+    """The shadows of one layer: made in every forward, and kept between forwards only inside `hold_weights`.
 
-    There they are made again when a master is another tensor, or has another storage or version. A write through
-    ``.data`` and a fused optimizer of torch change none of these: they break the promise of `hold_weights`. A forward
-    in a CUDA graph makes its own, in the graph.
+    There they are made again if a master is another tensor, or has another storage or version. A write through
+    ``.data`` or by a fused optimizer of torch changes none of these and must not occur inside `hold_weights`. A
+    forward in a CUDA graph makes its own shadows in the graph.
 
-    Copies that `DEXAdamW` has written stay until something may have changed the weights, see `Watched`.
+    Copies that `DEXAdamW` has written stay valid until something may have changed the weights, see `Watched`.
     """
 
     def __init__(self):
@@ -42,14 +42,14 @@ class Shadows:
         self._holders = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A copy of a layer, or one that is loaded, makes its own.
+        # A copied or loaded layer makes its own.
         return Shadows, ()
 
     def of(self, masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype) -> MLPWeights | None:
-        """A copy in ``dtype`` of each master ``[E, ...]``; with a director's tensors ``[E + 1, ...]``, those last.
+        """A copy in ``dtype`` of each master ``[E, ...]``; with a director ``[E + 1, ...]``, the director last.
 
-        None when the masters are of ``dtype`` themselves. Outside of autograd: the operators give the masters their
-        gradients, in the masters' own dtype.
+        None if the masters have this dtype already. Autograd does not see the copies: the operators return the
+        masters' gradients, in the masters' dtype.
         """
         if all(w.dtype == dtype for w in masters):
             return None
@@ -65,13 +65,13 @@ class Shadows:
                 return written.copies if director is not None else MLPWeights(*(c[:-1] for c in written.copies))
         if not self._holders:
             return _copies(masters, director, dtype)
-        held = self._held  # read once: another thread may replace it meanwhile
+        held = self._held  # Read once, since another thread may replace it.
         if held is None or (held.dtype, held.stream) != (dtype, stream) or not _is_same(held.masters, tensors):
-            held = self._held = Held(_seen(tensors), dtype, stream, _copies(masters, director, dtype))
+            held = self._held = Held(_states(tensors), dtype, stream, _copies(masters, director, dtype))
         return held.copies
 
     def kept(self, masters: MLPWeights, director: MLPWeights, dtype: torch.dtype) -> MLPWeights:
-        """The copies ``[E + 1, ...]`` to write the next weights into: of the weights as they are, whole, until then."""
+        """The copies ``[E + 1, ...]`` of the current weights, to be overwritten with the next weights."""
         written = self._written
         if written is not None and written.dtype == dtype and _is_current(written, [*masters, *director]):
             return written.copies
@@ -79,29 +79,29 @@ class Shadows:
         return _copies(masters, director, dtype)
 
     def keep(self, masters: MLPWeights, director: MLPWeights, copies: MLPWeights) -> None:
-        """``copies`` are those of the weights as they are now: forwards take them while that can be told to last."""
+        """Keep ``copies`` of the current weights: forwards use them while the weights are known to be unchanged."""
         tensors, dtype = [*masters, *director], copies.fc1_weight.dtype
         for t in tensors:
             watch(t)
-        self._written = Held(_seen(tensors), dtype, stream_of(tensors[0].device), copies)
+        self._written = Held(_states(tensors), dtype, stream_of(tensors[0].device), copies)
 
     def drop(self) -> None:
-        """What was kept is not the copies of the weights any more."""
+        """Forget the kept copies, which no longer match the weights."""
         self._written = None
 
     def hold(self, more: int) -> None:
-        """Begin (1) or end (-1) a time in which the masters stay as they are."""
+        """Begin (1) or end (-1) a period in which the masters do not change."""
         self._holders += more
         self._held = None
 
 
 @contextlib.contextmanager
 def hold_weights(model: nn.Module) -> Iterator[None]:
-    """A promise that no weight changes inside: forwards of `DEXLayer` under autocast share one copy of the experts.
+    """Let the forwards of each `DEXLayer` under autocast share one copy of the experts. No weight may change inside.
 
-    For steps of several forwards, such as those that accumulate gradients over micro-batches; without it each of
-    them makes its own copy. The copies of all layers live until the end of the block. Forwards in a CUDA graph or
-    under torch.compile make their own copies.
+    Use it for steps with several forwards, such as gradient accumulation over micro-batches; without it each forward
+    makes its own copy. The copies of all layers live until the end of the block. Forwards in a CUDA graph or under
+    torch.compile make their own copies.
     """
     shadows = [module.shadows for module in model.modules() if isinstance(getattr(module, "shadows", None), Shadows)]
     for s in shadows:
@@ -114,7 +114,7 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 
 
 def shadowed(weights: MLPWeights, shadows: MLPWeights) -> MLPWeights:
-    """What is computed with: ``shadows``, or ``weights`` when there are none and each of them is None."""
+    """The weights to compute with: ``shadows``, or ``weights`` if each shadow is None."""
     return weights if shadows.fc1_weight is None else shadows
 
 
@@ -128,12 +128,13 @@ def stream_of(device: torch.device) -> int:
 
 
 class Watched(nn.Parameter):
-    """A parameter whose ``data`` says that it was asked for: who has that may write where no version tells of it.
+    """A parameter that records every access to ``data``, through which a write changes no version.
 
-    A parameter becomes one in its place (`watch`), with everything that refers to it.
+    `watch` changes the class of a parameter in place, so all references to it stay valid.
     """
 
     touched: bool
+    """Whether ``data``, or an optimizer without version counts, was used since the last `watch`."""
 
     @property
     def data(self) -> Tensor:
@@ -155,14 +156,17 @@ class Watched(nn.Parameter):
 
 
 def watch(t: Tensor) -> None:
-    """From now on `Watched.touched` tells of ``.data`` and of optimizers that write behind torch's back."""
+    """Start recording in `Watched.touched` accesses to ``.data`` and writes of optimizers that bump no version."""
     if type(t) is nn.Parameter:
         t.__class__ = Watched
     t.touched = False
 
 
 def _after_an_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    """torch's fused optimizers bump no version. One that keeps copies tells of its own writes."""
+    """Mark the parameters of an optimizer step, since torch's fused optimizers bump no version.
+
+    An optimizer with ``keeps_copies`` accounts for its own writes.
+    """
     if getattr(optimizer, "keeps_copies", False):
         return
     for group in optimizer.param_groups:
@@ -177,14 +181,14 @@ _ALONE = torch.empty(0)
 
 
 def _references(t: Tensor) -> int:
-    """To its memory, beyond those of a tensor that shares it with no other."""
-    of = torch._C._storage_Use_Count
-    return of(t.untyped_storage()._cdata) - of(_ALONE.untyped_storage()._cdata)
+    """The number of references to a tensor's storage beyond those of an unshared tensor."""
+    count = torch._C._storage_Use_Count
+    return count(t.untyped_storage()._cdata) - count(_ALONE.untyped_storage()._cdata)
 
 
 def _is_current(held: Held, tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing can have written to the tensors since: nothing that has a version, ``.data``, or a tensor that
-    shares their memory. Of the masters alone, where ``tensors`` has no director."""
+    """Whether nothing can have written to the tensors since: by a versioned write, ``.data``, or a tensor that shares
+    their memory. ``tensors`` may be the masters alone, without the director."""
     if not all(type(t) is Watched and not t.touched for t in tensors):
         return False
     if any(_references(t) for t in tensors):
@@ -192,26 +196,26 @@ def _is_current(held: Held, tensors: Sequence[Tensor]) -> bool:
     return _is_same(held.masters[: len(tensors)], tensors)
 
 
-def _seen(tensors: Sequence[Tensor]) -> list[tuple[int, StorageWeakRef, int]]:
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, StorageWeakRef, int]]:
     return [(id(t), StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
 
 
-def _is_same(seen: list[tuple[int, StorageWeakRef, int]], tensors: Sequence[Tensor]) -> bool:
-    return len(seen) == len(tensors) and all(
+def _is_same(states: list[tuple[int, StorageWeakRef, int]], tensors: Sequence[Tensor]) -> bool:
+    return len(states) == len(tensors) and all(
         address == id(t) and storage.cdata == t.untyped_storage()._cdata and version == t._version
-        for (address, storage, version), t in zip(seen, tensors, strict=True)
+        for (address, storage, version), t in zip(states, tensors, strict=True)
     )
 
 
 def _is_wrapped(t: Tensor) -> bool:
-    """Whether it is one of torch.func's, such as vmap's, which have no storage and no operators of lists."""
+    """Whether it is a tensor of torch.func, such as vmap's, which has no storage and no ``_foreach`` operators."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _copies(masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype) -> MLPWeights:
     if torch.compiler.is_compiling():
         return _copy(masters, director, dtype, one_by_one=False)
-    # Made in inference mode they could not be saved for a backward later.
+    # Copies made in inference mode could not be saved for a later backward.
     with torch.inference_mode(False):
         return _copy(masters, director, dtype, one_by_one=any(map(_is_wrapped, (*masters, *(director or ())))))
 
@@ -220,11 +224,11 @@ def _copies(masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype
 def _copy(masters: MLPWeights, director: MLPWeights | None, dtype: torch.dtype, *, one_by_one: bool) -> MLPWeights:
     more = director is not None
     copies = [m.new_empty((m.shape[0] + more, *m.shape[1:]), dtype=dtype) for m in masters]
-    to = [c[: m.shape[0]] for c, m in zip(copies, masters, strict=True)]
-    to, of = to + [c[-1] for c in copies] * more, [*masters, *(director or ())]
+    targets = [c[: m.shape[0]] for c, m in zip(copies, masters, strict=True)] + [c[-1] for c in copies] * more
+    sources = [*masters, *(director or ())]
     if one_by_one:
-        for c, m in zip(to, of, strict=True):
-            c.copy_(m)
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
     else:
-        torch._foreach_copy_(to, of)
+        torch._foreach_copy_(targets, sources)
     return MLPWeights(*copies)

@@ -1,4 +1,4 @@
-"""FSDP2 for models with DEX layers: `shard` cuts them so that the directors' update needs nothing of other ranks."""
+"""FSDP2 for models with DEX layers: `shard` cuts them so that the directors' update needs nothing from other ranks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,19 +20,19 @@ def shard(
     """``torch.distributed.fsdp.fully_shard`` of each block, then of ``model``, in place.
 
     Stacked experts are cut along dimension 1, their hidden or output features, and directors along dimension 0: each
-    rank holds the same features of a director and of all of its experts, and `update_directors` sends nothing but gate
-    masses. With torch's default, which cuts experts along dimension 0, every update sends all experts once.
+    rank holds the same features of a director and of all its experts, and `update_directors` sends only gate masses.
+    With torch's default, which cuts experts along dimension 0, every update sends all experts once. Call it after
+    `upcycle_` and before building the optimizer; `update_directors` refuses an optimizer that was built earlier.
 
     Args:
-        mesh: one dimension for FSDP; two, (replicate, shard), for HSDP. None: one over all ranks.
-        blocks: what is gathered at once. None: for each `DEXLayer` the innermost element of a `torch.nn.ModuleList` or
-            `Sequential` that holds it, or the layer.
-        options: of ``fully_shard``, such as ``mp_policy``, ``offload_policy`` and ``reshard_after_forward``.
+        mesh: one dimension for FSDP; two, (replicate, shard), for HSDP. None: one dimension over all ranks.
+        blocks: modules that are gathered as a unit. None: for each `DEXLayer` the innermost element of a
+            `torch.nn.ModuleList` or `Sequential` that contains it, or the layer.
+        options: options of ``fully_shard``, such as ``mp_policy``, ``offload_policy`` and ``reshard_after_forward``.
 
-    Returns: ``model``. To be called after `upcycle_` and before the optimizer is built; one that was built before is
-    refused at the first `update_directors`.
-    Raises: ValueError when torch.distributed is not initialised, when ``model`` holds no DEX layer, when it is in DDP
-        or is cut already, or when the ranks cannot cut a stacked tensor evenly.
+    Returns: ``model``.
+    Raises: ValueError if torch.distributed is not initialised, ``model`` contains no DEX layer, is in DDP or already
+    cut, or the ranks cannot cut a stacked tensor evenly.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -43,7 +43,7 @@ def shard(
         raise ValueError("model: expected at least one DEXLayer in it, got none; call upcycle_ first")
     _check_whole(model, layers)
     if not dist.is_initialized():
-        raise ValueError("mesh: expected ranks that have started (torch.distributed.init_process_group), got none")
+        raise ValueError("mesh: expected initialised ranks (torch.distributed.init_process_group), got none")
     if mesh is None:
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     if mesh.ndim not in (1, 2):
@@ -71,24 +71,22 @@ def shard(
 
 
 def _check_whole(model: nn.Module, layers: dict[str, DEXLayer]) -> None:
-    """ValueError for what is spread over ranks already."""
+    """Raise ValueError for a model in DDP or already cut."""
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                f"{name or 'model'}: expected a model outside DDP, in whose place shard comes, got one in it"
-            )
+            raise ValueError(f"{name or 'model'}: expected a model outside DDP, which shard replaces, got one inside")
     for name, layer in layers.items():
         if any(isinstance(p, DTensor) for p in layer.parameters()):
             raise ValueError(
-                f"{name or 'model'}: expected a DEX layer that is not cut yet, got one that is: shard once"
+                f"{name or 'model'}: expected a DEX layer that is not cut yet, got a cut one: call shard only once"
             )
 
 
 def check_cut(name: str, shape: "torch.Size | tuple[int, ...]", ranks: int) -> None:
-    """ValueError when ``ranks`` cannot cut the stacked tensor ``name`` evenly along dimension 1."""
+    """Raise ValueError if ``ranks`` cannot cut the stacked tensor ``name`` evenly along dimension 1."""
     if shape[1] % ranks:
         raise ValueError(
             f"{name}: expected dimension 1 of {list(shape)} to be a multiple of the {ranks} ranks that share it"
@@ -96,7 +94,7 @@ def check_cut(name: str, shape: "torch.Size | tuple[int, ...]", ranks: int) -> N
 
 
 def _block(model: nn.Module, name: str) -> nn.Module:
-    """What is gathered at once for the layer at ``name``: the innermost element of a list that holds it."""
+    """The unit that is gathered for the layer at ``name``: the innermost element of a list that contains it."""
     parts = name.split(".") if name else []
     for end in range(len(parts) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(parts[: end - 1])), (nn.ModuleList, nn.Sequential)):

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the plain-torch loop over experts, inputs, error measures, a guard against waits.
+"""Helpers of tests and benchmarks: the plain-torch loop over experts, inputs, error measures, a guard against waits.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
@@ -15,10 +15,10 @@ from .layer import DEXLayer
 
 
 class ExpertLoop(nn.Module):
-    """A DEX layer as one writes it without this library: E separate MLPs, `torch.where`, indexing and index-add.
+    """A DEX layer without this library: E separate MLPs, `torch.where`, indexing and index-add.
 
-    The yardstick of accuracy (in the same dtype) and of speed. Its parameters have the published names, so that
-    ``loop.load_state_dict(layer.reference_state_dict())`` gives it a layer's weights. Image-wise, from the CLS token.
+    It is the baseline for accuracy (in the same dtype) and speed. Its parameters have the published names, so
+    ``loop.load_state_dict(layer.reference_state_dict())`` copies a layer's weights. Image-wise, from the CLS token.
     """
 
     def __init__(self, dim: int, hidden_dim: int, num_experts: int, top_k: int, temperature: float = 0.5):
@@ -72,18 +72,18 @@ def _run(mlp: nn.ModuleDict, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def randomize_(layer: DEXLayer, seed: int = 0) -> DEXLayer:
-    """Give every parameter its own values at the scale of a trained layer; a bare layer's experts are all equal."""
+    """Give every parameter random values at the scale of a trained layer; the experts of a new layer are all equal."""
     generator = torch.Generator().manual_seed(seed)
     for p in layer.parameters():
         scale = 0.1 if p.dim() < 2 else p.shape[-1] ** -0.5
         p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    # Wide logits: routing decisions are then not near ties, which rounding would flip.
+    # Wide logits avoid near-ties, which rounding would flip.
     layer.router_weight.mul_(4)
     return layer
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """``||got - want|| / ||want||`` in float64 (absolute when want is 0); infinite when got is not finite."""
+    """``||got - want|| / ||want||`` in float64 (absolute if want is 0); infinite if got is not finite."""
     if got.shape != want.shape:
         raise ValueError(f"got: expected shape {list(want.shape)}, got {list(got.shape)}")
     got, want = got.detach().double(), want.detach().double()
@@ -94,16 +94,16 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 class HostWaits(RuntimeError):
-    """What `NoHostWaits` raises."""
+    """Raised by `NoHostWaits`."""
 
 
 class NoHostWaits(TorchDispatchMode):
-    """``with NoHostWaits():`` raises `HostWaits` at what would make the host wait for the device of a tensor.
+    """``with NoHostWaits():`` raises `HostWaits` at an operation that makes the host wait for a tensor's device.
 
-    That is: a value read (``item``, ``tolist``, ``bool``), an operator whose result's size depends on values
-    (``nonzero``, ``x[mask]``, ``unique``), a copy to the host that waits or goes to memory that is not pinned, and a
-    copy from memory that is not pinned (``torch.tensor(..., device=...)``). It judges what the host asks of torch, so
-    tensors may be fake, or on meta; what a native library or torch itself does inside an operator it does not see.
+    Such operations are: reading a value (``item``, ``tolist``, ``bool``), an operator whose result size depends on
+    values (``nonzero``, ``x[mask]``, ``unique``), a copy to the host that waits or targets unpinned memory, and a copy
+    from unpinned memory (``torch.tensor(..., device=...)``). It inspects the calls to torch, so tensors may be fake, or
+    on meta; it cannot see inside operators of torch or of a native library.
     ``seen``: every operator with its numbers and shapes, in order.
     """
 
@@ -120,7 +120,7 @@ class NoHostWaits(TorchDispatchMode):
         if reason := self._waits(name, args, kwargs, tensors):
             raise HostWaits(f"{reason}: {op}")
         self.see(op, args, kwargs)
-        if name == "_pin_memory":  # which no fake tensor can, nor a CPU without a GPU
+        if name == "_pin_memory":  # Fails on fake tensors and without a GPU.
             out = args[0].clone()
             out.pinned = True
             return out
@@ -136,7 +136,7 @@ class NoHostWaits(TorchDispatchMode):
     def _waits(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> str | None:
         if name == "_to_copy":
             target, waits = kwargs.get("device") or args[0].device, not kwargs.get("non_blocking")
-            pinned = target.type == "cpu" or getattr(args[0], "pinned", False)  # torch pins what it makes for a copy
+            pinned = target.type == "cpu" or getattr(args[0], "pinned", False)  # torch pins the targets of its copies.
             return self._copies(args[0].device, target, waits, pinned)
         if name == "copy_":
             waits = not (kwargs.get("non_blocking") or len(args) > 2 and args[2])
@@ -159,7 +159,7 @@ class NoHostWaits(TorchDispatchMode):
         if "cpu" not in (source.type, target.type) or source.type == target.type:
             return None
         where = "to the host" if target.type == "cpu" else "from the host"
-        return f"a copy {where} that waits" if waits else None if pinned else f"a copy {where} by memory not pinned"
+        return f"a copy {where} that waits" if waits else None if pinned else f"a copy {where} with unpinned memory"
 
 
 _READS = frozenset(

@@ -1,8 +1,8 @@
-"""`upcycle_`: the MLPs of a finished model become DEX layers that start as copies; `to_dense_` is the way back.
+"""`upcycle_` turns the MLPs of an existing model into DEX layers that start as copies; `to_dense_` undoes it.
 
-A host's own modules stay. The DEX layer takes the place of an MLP's first linear map, and what it computes besides, the
-activation and the second map, is left as `Absorbed`, an identity. So residuals, outer dropout, hooks and names of the
-host survive wherever they are, inside the MLP's module or around it, and the director can go back to the same places.
+A host's own modules stay. The DEX layer replaces the first linear map of an MLP; the activation and the second map,
+which the layer computes too, become `Absorbed`, an identity. So residuals, outer dropout, hooks and names of the host
+survive, inside the MLP's module or around it, and the director can return to the same places.
 """
 
 import inspect
@@ -26,12 +26,12 @@ PLACES = (
     ("fc1", "activation", "fc2"),  # transformers: DINOv2
     ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),  # transformers 4: residual in output
 )
-"""Where the first map, the activation and the second map of an MLP are, seen from its module."""
+"""Paths of the first map, the activation and the second map of an MLP, relative to its module."""
 
 ENCODER_LAYER_PLACES = ("linear1", "activation", "linear2")
 
 GATED = ("gate_proj", "fc1_g", "w12", "weights_in")
-"""Names by which gated MLPs, which have another function, are recognised in order to refuse them."""
+"""Names of parts by which gated MLPs are recognised, which compute another function and are refused."""
 
 GATED_PLACES = ("", "", "")
 
@@ -44,19 +44,19 @@ CLS_FIRST = {
     "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel": "embeddings.cls_token",
     "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "embeddings.cls_token",
 }
-"""Hosts whose blocks have the CLS token in place 0, unless this attribute is None. Others can own a ``cls_token`` and
-add it last, or after the blocks: their users say ``route_from``."""
+"""Hosts whose blocks have the CLS token at position 0, unless this attribute is None. Other hosts may add their
+``cls_token`` last, or after the blocks: their users pass ``route_from``."""
 
 
 NO_CLS = ("transformers.models.swin.modeling_swin.SwinLayer", "transformers.models.swinv2.modeling_swinv2.Swinv2Layer")
-"""Hosts whose attention sees windows, but whose MLP sees all tokens of an image, none of which is a CLS token."""
+"""Hosts without a CLS token whose attention sees windows, but whose MLP sees all tokens of an image."""
 
 WHOLE_IMAGES = (*NO_CLS, "timm.models.beit.Beit", "timm.models.swin_transformer.SwinTransformerBlock")
-"""Hosts that bear `WINDOW_MARKS`, but whose MLPs see all tokens of an image at once."""
+"""Hosts that have `WINDOW_MARKS`, but whose MLPs see all tokens of an image at once."""
 
 WINDOW_MARKS = ("window_size", "shift_size", "patch_area", "partition_op", "unfolding")
-"""Attributes, other than 0 and None, by which a block around an MLP, or attention beside it, shows that it may cut
-images into windows."""
+"""Attributes that, unless 0 or None, suggest that a block around an MLP, or attention beside it, cuts images into
+windows."""
 
 WRAPPERS = (
     "torch.nn.parallel.distributed.DistributedDataParallel",
@@ -66,16 +66,16 @@ DTENSOR = "torch.distributed.tensor.DTensor"
 
 
 class Absorbed(nn.Identity):
-    """Stands where an activation or linear map was that is now inside the `DEXLayer` before it."""
+    """Replaces an activation or linear map that is now part of the preceding `DEXLayer`."""
 
 
 class _Mlp(NamedTuple):
     name: str
-    """Path of ``module`` in the model; "" is the model."""
+    """Path of ``module`` in the model; "" for the model itself."""
     module: nn.Module
     places: tuple[str, str, str]
     inside: dict[str, nn.Module]
-    """Modules that run, or might run, between the two maps: they must do nothing."""
+    """Modules that may run between the two maps: they must do nothing."""
 
     def get(self, place: int):
         value = self.module
@@ -95,7 +95,7 @@ class _Mlp(NamedTuple):
             self.set(place, value)
         if isinstance(self.module, nn.TransformerEncoderLayer):
             # In eval without gradient a fused kernel reads the weights of linear1 and linear2 instead of calling
-            # them; it is not taken for an activation it does not know.
+            # them; torch does not use it for an unknown activation.
             exact = activation is F.gelu or (isinstance(activation, nn.GELU) and activation.approximate == "none")
             self.module.activation_relu_or_gelu = 2 if exact else 0
 
@@ -132,31 +132,31 @@ def upcycle_(
 
     MLPs are found in timm's and transformers' vision transformers, in `torch.nn.TransformerEncoderLayer`, in modules
     with ``fc1``, ``act`` and ``fc2``, and in `torch.nn.Sequential` with ``Linear(D, H), GELU, Linear(H, D)``. The GELU
-    may be exact or that of tanh; a layer takes its MLP's. To be called before the optimizer is built and before DDP,
-    FSDP or `torch.compile` wrap the model.
+    may be exact or the tanh approximation; a layer keeps its MLP's. Call it before building the optimizer and before
+    DDP, FSDP or `torch.compile` wrap the model.
 
-    At the start the model's function is the same, in training, in evaluation and without gradient: gates add up to 1
-    and all experts are equal, so outputs differ by rounding only. What could not stay the same is refused.
+    At the start the model computes the same function, in training, in evaluation and without gradient: gates add up
+    to 1 and all experts are equal, so outputs differ only by rounding. Models for which this fails are refused.
 
     Args:
-        model: a module whose blocks pass images in ``layout``; give a part of a model (an encoder) to leave the rest
+        model: a module whose blocks pass images in ``layout``; pass a part of a model (an encoder) to leave the rest
             dense.
         num_experts, top_k: E and K.
-        route_from: ``"cls"`` or ``"mean"``, see `DEXLayer`. None: ``"cls"`` in hosts known to have the CLS token in
-            place 0 (`CLS_FIRST`), ``"mean"`` for maps and windows, otherwise refused, unless ``routing="token"``,
-            which needs none.
-        select: of a module's path, whether to take its MLP; None takes all.
+        route_from: ``"cls"`` or ``"mean"``, see `DEXLayer`. None: ``"cls"`` in hosts known to have the CLS token at
+            position 0 (`CLS_FIRST`), ``"mean"`` for maps and windows, otherwise refused, unless ``routing="token"``,
+            which does not need it.
+        select: takes a module's path and returns whether to convert its MLP; None converts all.
         layout: ``"tokens"``, ``"channels_last"`` or ``"channels_first"``, see `DEXLayer`. The maps of an MLP are
             `torch.nn.Linear`, with ``"channels_first"`` `torch.nn.Conv2d` of kernel size 1.
-        windows: how many windows an MLP gets of each image, as consecutive entries of the first dimension; 1: whole
-            images. None: 1, but a host that looks as if it cut images into windows (`WINDOW_MARKS`) is refused.
+        windows: number of windows of each image that an MLP sees, as consecutive entries of the first dimension; 1:
+            whole images. None: 1, but a host that seems to cut images into windows (`WINDOW_MARKS`) is refused.
         options: further arguments of `DEXLayer`.
 
     Returns: path of each MLP's module -> its DEX layer, in the order of the model's modules.
-    Raises: ValueError naming the module, the reason and what to do: an activation other than the GELU, a gated MLP,
+    Raises: ValueError naming the module, the reason and the remedy: an activation other than the GELU, a gated MLP,
         dropout between the maps, no bias, half precision, hooks or shared weights on the maps, tokens before images
-        (``[N, B, D]``), nested tensors, windows, no known CLS token, DDP or FSDP around the model or in it. Then the
-        model is as it was.
+        (``[N, B, D]``), nested tensors, windows, no known CLS token, DDP or FSDP around the model or in it. The model
+        is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -167,7 +167,7 @@ def upcycle_(
         raise ValueError(f"select: expected a function of a module's path, got {select!r}")
     checks.check_choice("layout", layout, tuple(LAYOUTS))
     if "activation" in options:
-        raise ValueError("activation: expected none, as each layer takes that of its MLP, got a value")
+        raise ValueError("activation: expected none, as each layer keeps the activation of its MLP, got a value")
     host = Layout(layout, 1 if windows is None else windows)
     kind = nn.Conv2d if layout == "channels_first" else nn.Linear
     mlps = [mlp for mlp in _find(model, kind) if select is None or select(mlp.name)]
@@ -175,7 +175,7 @@ def upcycle_(
         raise ValueError(
             "model: expected an MLP with fc1/act/fc2, a torch.nn.TransformerEncoderLayer, "
             f"or Sequential({kind.__name__}, GELU, {kind.__name__}){' that is selected' if select else ''}, got none: "
-            "give your MLP's maps the names fc1 and fc2 and a module act between them, or put the three in a Sequential"
+            "name your MLP's maps fc1 and fc2 and the module between them act, or put the three in a Sequential"
         )
     uses = Counter(id(held) for m in model.modules() for held in (*m._modules.values(), *m._parameters.values()))
     layers = {}
@@ -194,7 +194,7 @@ def upcycle_(
 
 
 def _replace(mlps: list[_Mlp], layers: dict[str, DEXLayer], layout: Layout) -> list[tuple[_Mlp, list]]:
-    """Put the layers in their places; what was there before. When an MLP's function changes, all is as it was."""
+    """Put the layers in place and return the replaced modules. If the function of an MLP changes, all is restored."""
     replaced = []
     try:
         for mlp in mlps:
@@ -208,7 +208,7 @@ def _replace(mlps: list[_Mlp], layers: dict[str, DEXLayer], layout: Layout) -> l
                     mlp,
                     "a module that computes fc2(gelu(fc1(x)))",
                     f"one whose output changes by {change:.1e}",
-                    "move what it does besides around the maps, before fc1 or after fc2",
+                    "move its other computations before fc1 or after fc2",
                 )
     except Exception:
         for mlp, originals in reversed(replaced):
@@ -220,10 +220,10 @@ def _replace(mlps: list[_Mlp], layers: dict[str, DEXLayer], layout: Layout) -> l
 def to_dense_(model: nn.Module) -> list[str]:
     """Undo `upcycle_`, in place: the director of every DEX layer becomes the host's MLP, under the host's own names.
 
-    The state dict then has the keys of the original model. The function is that of ``layer.path = "director"``.
+    The state dict then has the keys of the original model. The function equals that with ``layer.path = "director"``.
 
-    Returns: the paths of the MLPs' modules. Raises: ValueError for a DEX layer that `upcycle_` did not place; then the
-    model is as it was.
+    Returns: the paths of the MLPs' modules. Raises: ValueError for a DEX layer that `upcycle_` did not place; the
+    model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -249,19 +249,19 @@ def to_dense_(model: nn.Module) -> list[str]:
 
 
 def _check_unwrapped(model: nn.Module, call: str) -> None:
-    """ValueError where others hold the parameters that ``call`` replaces, and would go on to sum their gradients."""
+    """Raise ValueError if DDP or FSDP hold the parameters that ``call`` replaces: they would sum stale gradients."""
     for name, module in model.named_modules():
         if _path(module) in WRAPPERS:
             raise ValueError(
-                f"{name or 'model'}: expected a model that is not spread over ranks yet, got {_type(module)}: call "
-                f"{call} first, and then wrap what it leaves"
+                f"{name or 'model'}: expected a model that is not yet distributed over ranks, got {_type(module)}: "
+                f"call {call} first, then wrap the model"
             )
 
 
 def _find(model: nn.Module, first: type[nn.Module]) -> Iterator[_Mlp]:
-    """MLPs whose maps are ``first``, Linear or Conv2d (yet to be upcycled), or whose first is a `DEXLayer` (upcycled).
+    """MLPs whose maps have type ``first``, Linear or Conv2d (not upcycled), or whose first is a `DEXLayer` (upcycled).
 
-    Maps of another type that stand where those of an MLP do are found too, in order to be refused.
+    Maps of other types in these places are found too, so that they can be refused.
     """
     inside_dex = {id(m) for layer in model.modules() if isinstance(layer, DEXLayer) for m in layer.modules()}
     for name, module in model.named_modules():
@@ -282,11 +282,11 @@ def _as_mlp(name: str, module: nn.Module, kind: type[nn.Module]) -> _Mlp | None:
         return _sequential(name, module, kind)
     if any(hasattr(module, name) for name in GATED):
         return _Mlp(name, module, GATED_PLACES, {})
-    found = [_Mlp(name, module, places, {}) for places in PLACES]
-    found = [mlp for mlp in found if isinstance(mlp.get(0), nn.Module) and isinstance(mlp.get(2), nn.Module)]
-    if not found:
+    candidates = [_Mlp(name, module, places, {}) for places in PLACES]
+    mlps = [mlp for mlp in candidates if isinstance(mlp.get(0), nn.Module) and isinstance(mlp.get(2), nn.Module)]
+    if not mlps:
         return None
-    mlp = next((mlp for mlp in found if mlp.get(1) is not None), found[0])
+    mlp = next((mlp for mlp in mlps if mlp.get(1) is not None), mlps[0])
     owner = module.get_submodule(mlp.places[0].rpartition(".")[0])
     maps = [id(mlp.get(place)) for place in range(3)]
     mlp.inside.update({n: m for n, m in owner.named_children() if id(m) not in maps})
@@ -294,7 +294,7 @@ def _as_mlp(name: str, module: nn.Module, kind: type[nn.Module]) -> _Mlp | None:
 
 
 def _sequential(name: str, module: nn.Sequential, kind: type[nn.Module]) -> _Mlp | None:
-    """Exactly two maps ``D -> H -> D``; between them one module besides dropouts and identities is the activation."""
+    """Exactly two maps ``D -> H -> D``; the first other module between them, except dropouts, is the activation."""
     children = dict(module.named_children())
     names = list(children)
     dex = [n for n, m in children.items() if isinstance(m, DEXLayer)]
@@ -313,15 +313,15 @@ def _sequential(name: str, module: nn.Sequential, kind: type[nn.Module]) -> _Mlp
 
 
 def _check(mlp: _Mlp, model: nn.Module, uses: Counter, kind: type[nn.Module]) -> None:
-    """Raise ValueError naming what would not stay the same."""
+    """Raise ValueError naming the part that would not compute the same."""
     if mlp.places is GATED_PLACES:
         raise _refused(mlp, "an MLP fc2(gelu(fc1(x)))", f"the gated {_type(mlp.module)}", "experts are not gated")
     fc1, act, fc2 = (mlp.get(place) for place in range(3))
     for place, linear in ((mlp.places[0], fc1), (mlp.places[2], fc2)):
         _check_map(mlp, place, linear, kind)
         if any(uses[id(held)] > 1 for held in (linear, *linear.parameters())):
-            what = f"weights of its own in {place}"
-            raise _refused(mlp, what, "weights shared with another module", "give it a copy.deepcopy of them")
+            expected = f"unshared weights in {place}"
+            raise _refused(mlp, expected, "weights shared with another module", "give it a copy.deepcopy of them")
     for place, module in zip(mlp.places, (fc1, act, fc2), strict=True):
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if isinstance(module, nn.Module) and any(getattr(module, h) for h in hooks):
@@ -331,39 +331,40 @@ def _check(mlp: _Mlp, model: nn.Module, uses: Counter, kind: type[nn.Module]) ->
         raise _refused(mlp, f"maps D -> H -> D, {mlp.places[2]} [{D}, {H}]", f"{list(back)} (a gated MLP?)")
     activation = _activation(act, fc1.weight)
     if activation is None:
-        what = repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
-        remedy = "where forward calls a function, make it a module, torch.nn.GELU()" if act is None else ""
-        raise _refused(mlp, f"the exact (erf) or the tanh GELU as {mlp.places[1]}", what, remedy)
+        name = repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
+        remedy = "if forward calls a function, make it a module, torch.nn.GELU()" if act is None else ""
+        raise _refused(mlp, f"the exact (erf) or the tanh GELU as {mlp.places[1]}", name, remedy)
     if activation != "gelu" and getattr(mlp.module, "activation_relu_or_gelu", 0):
         raise _refused(
             mlp,
             "activation_relu_or_gelu = 0 with the tanh GELU",
-            f"{mlp.module.activation_relu_or_gelu}, with which torch computes another one in evaluation",
+            f"{mlp.module.activation_relu_or_gelu}, with which torch computes another activation in evaluation",
             "set it",
         )
     for name, module in mlp.inside.items():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            what = f"no dropout in the MLP (set {name}.p = 0)"
+            expected = f"no dropout in the MLP (set {name}.p = 0)"
             remedy = "an expert's hidden features are never dropped, so that the director can follow"
-            raise _refused(mlp, what, f"{name} with p={module.p}", remedy)
+            raise _refused(mlp, expected, f"{name} with p={module.p}", remedy)
         if not isinstance(module, (nn.Dropout, nn.Identity)):
-            what = "nothing but an activation between the maps"
-            raise _refused(mlp, what, f"{name}: {_type(module)}", "move it before fc1 or after fc2, and train again")
+            expected = "only an activation between the maps"
+            remedy = "move it before fc1 or after fc2, and train again"
+            raise _refused(mlp, expected, f"{name}: {_type(module)}", remedy)
     _check_attention(mlp, model)
 
 
 def _check_map(mlp: _Mlp, place: str, linear: nn.Module, kind: type[nn.Module]) -> None:
-    """ValueError unless a map is a plain one, and loaded."""
+    """Raise ValueError unless a map is plain and loaded."""
     if type(linear) is not kind:
         remedy = "merge adapters and parametrizations into it first, or add them after upcycle_"
         if type(linear) in (nn.Linear, nn.Conv2d):
-            remedy = "its tokens are in another layout: layout='channels_first' is for Conv2d, the others for Linear"
+            remedy = "its layout differs: layout='channels_first' is for Conv2d, the others for Linear"
         raise _refused(mlp, f"torch.nn.{kind.__name__} as {place}", _type(linear), remedy)
     if kind is nn.Conv2d:
         plain = nn.Conv2d(linear.in_channels, linear.out_channels, 1, device="meta")
         names = ("kernel_size", "stride", "padding", "groups")
         if any(getattr(linear, name) != getattr(plain, name) for name in names):
-            raise _refused(mlp, f"kernel size 1 and nothing else in {place}", repr(linear))
+            raise _refused(mlp, f"kernel size 1 and no stride, padding or groups in {place}", repr(linear))
     if _path(linear.weight) == DTENSOR:
         remedy = "call upcycle_ before dexkernels.shard or fully_shard"
         raise _refused(mlp, f"whole weights in {place}", "weights that are cut over ranks", remedy)
@@ -371,14 +372,14 @@ def _check_map(mlp: _Mlp, place: str, linear: nn.Module, kind: type[nn.Module]) 
         remedy = f"bias = torch.nn.Parameter(torch.zeros({linear.weight.shape[0]})) changes nothing"
         raise _refused(mlp, f"a bias in {place}", "bias=False", remedy)
     if linear.weight.dtype not in (torch.float32, torch.float64):
-        what = f"float32 or float64 weights in {place}"
-        raise _refused(mlp, what, f"{linear.weight.dtype}", "model.float(), and autocast for half precision")
+        remedy = "model.float(), and autocast for half precision"
+        raise _refused(mlp, f"float32 or float64 weights in {place}", f"{linear.weight.dtype}", remedy)
     if linear.weight.is_meta:
         raise _refused(mlp, f"loaded weights in {place}", "the meta device", "load the weights, then call upcycle_")
 
 
 def _check_windows(mlp: _Mlp, model: nn.Module) -> None:
-    """ValueError where a window may be taken for an image."""
+    """Raise ValueError if a window may be mistaken for an image."""
     parts = mlp.name.split(".") if mlp.name else []
     around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
     if any(_path(module) in WHOLE_IMAGES for module in around):
@@ -389,8 +390,8 @@ def _check_windows(mlp: _Mlp, model: nn.Module) -> None:
         if mark is not None:
             raise _refused(
                 mlp,
-                "windows=1 (the MLP gets all tokens of an image at once) or the number of windows that it gets of one",
-                f"None, and {_type(module)}.{mark}: images may be cut into windows, and each would be routed by itself",
+                "windows=1 (the MLP sees all tokens of an image at once) or its number of windows per image",
+                f"None, and {_type(module)}.{mark}: images may be cut into windows, each routed separately",
             )
 
 
@@ -410,12 +411,12 @@ def _check_attention(mlp: _Mlp, model: nn.Module) -> None:
             raise _refused(
                 mlp,
                 f"no nested tensors in {name or 'model'} (set use_nested_tensor = False)",
-                "a path that sets padded tokens to 0 in evaluation and bypasses the MLP",
+                "a fast path that sets padded tokens to 0 in evaluation and bypasses the MLP",
             )
 
 
 def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None, layout: Layout) -> str:
-    """Where routing reads, once it is certain that it reads no patch."""
+    """The source of routing decisions; refused unless it is certain that it is not a patch."""
     if layout != Layout():
         return route_from or "mean"
     parts = mlp.name.split(".") if mlp.name else []
@@ -434,13 +435,13 @@ def _route_from(mlp: _Mlp, model: nn.Module, route_from: str | None, layout: Lay
         raise _refused(
             mlp,
             "route_from='cls' (the CLS token is token 0 of every block) or 'mean' (there is none)",
-            "None, and a host that is not known to have a CLS token: say which, or leave this part out",
+            "None, and a host that is not known to have a CLS token: pass one of them, or leave this part out",
         )
     return route_from
 
 
 def _activation(act, like: Tensor) -> str | None:
-    """One of `ACTIVATIONS`, by its values: hosts have their own classes. The two are 5e-4 apart."""
+    """The name in `ACTIVATIONS` whose values match, since hosts have their own classes. The two are 5e-4 apart."""
     if not callable(act) or (isinstance(act, nn.Module) and list(act.parameters())):
         return None
     t = torch.linspace(-6, 6, 257, dtype=like.dtype, device=like.device)
@@ -449,7 +450,7 @@ def _activation(act, like: Tensor) -> str | None:
             values = act(t.clone())
             close = {n: (values - F.gelu(t, approximate=a)).abs().max() < 1e-5 for n, a in ACTIVATIONS.items()}
             return next((name for name, is_close in close.items() if is_close), None)
-        except Exception:  # such as a gated activation, which halves the width
+        except Exception:  # Such as a gated activation, which halves the width.
             return None
 
 
@@ -461,15 +462,15 @@ def _dex_layer(mlp: _Mlp, num_experts: int, top_k: int, layout: Layout, **option
     with torch.device(fc1.weight.device):
         layer = DEXLayer(D, H, num_experts, top_k, **options)
     layer.to(fc1.weight.dtype).train(mlp.module.training)
-    for ours, theirs in ((layer.director.fc1, fc1), (layer.director.fc2, fc2)):
-        ours.weight.copy_(theirs.weight.flatten(1))
-        ours.bias.copy_(theirs.bias)
+    for target, source in ((layer.director.fc1, fc1), (layer.director.fc2, fc2)):
+        target.weight.copy_(source.weight.flatten(1))
+        target.bias.copy_(source.bias)
     layer.copy_director_to_experts_()
     return layer
 
 
 def _convolution(linear: nn.Linear) -> nn.Conv2d:
-    """The same map over ``[B, D, H, W]``, with the same storage."""
+    """The same map as a 1x1 convolution over ``[B, D, H, W]``, sharing the storage."""
     convolution = nn.Conv2d(linear.in_features, linear.out_features, 1, device="meta").train(linear.training)
     convolution.weight = nn.Parameter(linear.weight.detach()[:, :, None, None])
     convolution.bias = linear.bias
@@ -478,10 +479,10 @@ def _convolution(linear: nn.Linear) -> nn.Conv2d:
 
 @torch.no_grad()
 def _probe(mlp: _Mlp, layout: Layout) -> Tensor:
-    """The host's own answers to two random images of three tokens, or of three to a window: names alone prove nothing.
+    """The host's outputs for two random images of three tokens (per window), since names alone prove nothing.
 
-    In evaluation, which may take a fused path, and in training, where a dropout that is no module would show. Modules
-    with buffers, such as running means, are not run in training: that would change them.
+    It runs in evaluation, which may use a fused path, and in training, which reveals a functional dropout. Modules
+    with buffers, such as running means, are not run in training, which would change the buffers.
     """
     first = mlp.get(0).director.fc1 if isinstance(mlp.get(0), DEXLayer) else mlp.get(0)
     device, width = first.weight.device, first.weight.shape[1]
@@ -492,14 +493,14 @@ def _probe(mlp: _Mlp, layout: Layout) -> Tensor:
     stateful = any(module._buffers for module in modes if not isinstance(module, DEXLayer))
     answers = []
     try:
-        # Leaves the caller's random numbers as they are, so that dropout draws the same ones before and after.
+        # Keeps the caller's random state, and dropout draws the same numbers before and after the replacement.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for training in (False,) if stateful else (False, True):
                 mlp.module.train(training)
                 answers.append(_run(mlp, x))
     except Exception as error:
-        taken = LAYOUTS[layout.name].replace("D", str(width))
-        raise _refused(mlp, f"a module that takes {taken}", f"{_type(error)}: {error}") from error
+        expected = LAYOUTS[layout.name].replace("D", str(width))
+        raise _refused(mlp, f"a module that takes {expected}", f"{_type(error)}: {error}") from error
     finally:
         for module, training in modes.items():
             module.training = training

@@ -1,10 +1,10 @@
-"""The operators, a folder each; a new operator is a new folder here, and nothing else is edited.
+"""The operators, a folder each. To add an operator, add a folder; nothing else is edited.
 
 ``<op>/__init__.py`` holds the public function and its checks, the `torch.library` operators of the namespace
-``dexkernels`` with their fake kernels and autograd, and the operator's table of backends. Beside it lie the backends:
-``cpu.py`` is plain torch, which serves every CPU and, as "reference", a GPU without kernels; ``triton.py`` or
-``triton/`` holds Triton's kernels and launchers; ``cuda.py`` calls the native library. A backend's module is imported
-when it is first used. Backwards are operators too, so that `torch.compile` never looks into either.
+``dexkernels`` with their fake kernels and autograd, and the operator's table of backends. Beside it are the backends:
+``cpu.py`` is plain torch, for every CPU and, as "reference", for a GPU without kernels; ``triton.py`` or ``triton/``
+holds Triton's kernels and launchers; ``cuda.py`` calls the native library. A backend's module is imported on first
+use. Backwards are operators too, so `torch.compile` does not trace into them.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Which backend runs an operator: the tables of all operators, what is available, and why the rest is not."""
+"""Chooses the backend of an operator: the tables of all operators, what is available here, and why the rest is not."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ TABLES: dict[str, dict[str, str]] = {}
 """Operator -> backend -> the module that runs it; filled by `register`."""
 
 LIMITS: dict[str, Mapping[str, Mapping[str, str]]] = {}
-"""Operator -> backend -> a feature of the operator -> why the backend cannot compute it; filled by `register`."""
+"""Operator -> backend -> feature of the operator -> why the backend cannot compute it; filled by `register`."""
 
 
 def register(
@@ -29,17 +29,17 @@ def register(
     """Add the backends of an operator; its folder calls this once, when it is imported.
 
     Args:
-        op: the operator's name, as `choose` and `report` know it.
+        op: the operator's name in `choose` and `report`.
         package: its folder's ``__name__``.
         table: backend -> the module of that folder that runs it.
-        limits: backend -> a feature, as `choose` is asked for it -> why the backend cannot compute it.
+        limits: backend -> feature, the argument of `choose` -> why the backend cannot compute it.
     """
     LIMITS[op] = limits or {}
     TABLES[op] = {backend: f"{package}.{module}" for backend, module in table.items()}
 
 
 def load(op: str, backend: str) -> ModuleType:
-    """The module that runs ``op``, imported when it is first used: CPU users need no Triton."""
+    """The module that runs ``op``, imported on first use, since CPU users need no Triton."""
     return importlib.import_module(TABLES[op][backend])
 
 
@@ -50,13 +50,13 @@ class BackendStatus(NamedTuple):
     backend: str
     available: bool
     default: bool
-    """Whether it is what this machine uses in training, in bf16 on a GPU, when no backend is asked for."""
+    """Whether this machine uses it in training, in bf16 on a GPU, if no backend is requested."""
     reason: str
     """Why it is not available, or what it is."""
     executed: str
-    """Its kernels and where they have been executed; empty where it has none."""
+    """Its kernels and where they have been executed; empty without kernels."""
     limits: str
-    """What of the operator it cannot compute, and why; plain torch does it then. Empty where there is nothing."""
+    """Features that it lacks, and why; plain torch is used for these. Empty if there are none."""
 
 
 def architecture(device: torch.device) -> str:
@@ -68,7 +68,7 @@ def architecture(device: torch.device) -> str:
 
 
 def why_not(op: str, backend: str, feature: str | None = None) -> str | None:
-    """Why ``backend`` cannot run ``op``, with the ``feature`` if one is asked for, here; None when it can."""
+    """Why ``backend`` cannot run ``op`` here, with ``feature`` if one is given; None if it can."""
     if backend not in TABLES[op]:
         return f"this version ships no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel for {op}"
     if reason := LIMITS[op].get(backend, {}).get(feature):
@@ -87,7 +87,7 @@ def _why_no_triton() -> str | None:
 
 
 def check_backend(backend: str | None) -> None:
-    """Raise `ValueError` when ``backend`` is unknown, ships no kernel, or cannot run one of its kernels here."""
+    """Raise `ValueError` if ``backend`` is unknown, has no kernel, or cannot run one of its kernels here."""
     if backend is None:
         return
     if backend not in BACKENDS:
@@ -98,9 +98,10 @@ def check_backend(backend: str | None) -> None:
 
 
 def covering(op: str, backend: str | None, feature: str | None = None) -> str | None:
-    """What a layer of ``backend`` asks for in ``op``: the backend where its kernel can do that, else the default.
+    """The backend that a layer with ``backend`` requests for ``op``: its own if that has a kernel with the feature,
+    else None for the default.
 
-    The CUDA library has no kernel for some operators by design, and some kernels lack a feature; `report` shows which.
+    The CUDA library has no kernel for some operators by design, and some kernels lack a feature; `report` lists them.
     """
     return backend if backend in TABLES[op] and feature not in LIMITS[op].get(backend, ()) else None
 
@@ -112,11 +113,11 @@ def choose(
     feature: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The backend of ``op`` for tensors of ``dtype`` on ``device``: the one asked for, or the fastest that
+    """The backend of ``op`` for tensors of ``dtype`` on ``device``: the requested one, or the fastest that
     `dexkernels.verify` has proven on this GPU.
 
-    What it chose and cannot run here (no Triton, say), or not with the ``feature``, gives way to plain torch, which
-    also computes where nothing was verified.
+    Plain torch is used if nothing was verified, or the default cannot run here (such as without Triton) or lacks the
+    ``feature``. A requested backend that cannot run raises ValueError.
     """
     if backend is None:
         default = choice.default(op, device, dtype)
@@ -128,7 +129,7 @@ def choose(
     return backend
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, and Triton with it.
+# Like torch.compiler.assume_constant_result, which would import torch._dynamo, and Triton with it.
 choose._dynamo_marked_constant = True
 
 
@@ -149,7 +150,7 @@ def report() -> list[BackendStatus]:
 
 
 def training_dtype(op: str) -> torch.dtype:
-    """What ``op`` computes in when a GPU trains: directors and moments are float32, the rest is bf16 by autocast."""
+    """The dtype of ``op`` in training on a GPU: float32 for directors and moments, else bf16 by autocast."""
     return torch.float32 if op in ("group_ema_", "adamw_ema_") else torch.bfloat16
 
 

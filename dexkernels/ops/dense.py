@@ -1,4 +1,4 @@
-"""Products with one set of weights, in plain torch on any device: one expert, the director, the dense MLP of a ViT."""
+"""The MLP with one set of weights in plain torch on any device: one expert, the director, the dense MLP of a ViT."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 from ..choices import ActivationName
 
 ACTIVATIONS: dict[ActivationName, str] = {"gelu": "none", "gelu_tanh": "tanh"}
-"""Activation of an MLP -> torch's word for how its GELU is computed: by erf, or by the approximation with tanh."""
+"""Activation of an MLP -> the ``approximate`` argument of torch's GELU: erf, or the tanh approximation."""
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -28,13 +28,13 @@ def mlp(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, ``[..., K]``, ``[M, K]``, ``[M]``.
 
-    Without gradient, float32 on a CPU goes through oneDNN where torch has it: torch's own float32 products call MKL,
-    which does not use the full width of some CPUs. oneDNN computes in full float32.
+    Without gradient, float32 on a CPU uses oneDNN if torch has it: torch's own float32 products call MKL, which does
+    not use the full vector width of some CPUs. oneDNN computes in full float32.
     """
     on_cpu = x.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and x.numel() > 0
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     if on_cpu and plain and HAS_ONEDNN and torch.backends.mkldnn.enabled:
-        # oneDNN takes a matrix or its transpose, and reads a bias as if it were dense.
+        # oneDNN takes a matrix or its transpose, and assumes a contiguous bias.
         x, weight = (
             t if t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous()) else t.contiguous() for t in (x, weight)
         )

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused():
         for x in (tokens(), torch.zeros(2, 4, 4, 4, dtype=torch.float64), 7):
             with pytest.raises(ValueError, match=f"x: expected {shape} with layout='{layout}', got"):
                 layer(x)
-    with pytest.raises(ValueError, match="route_from: expected 'mean' with windows=4, where no token is the CLS"):
+    with pytest.raises(ValueError, match="route_from: expected 'mean' with windows=4, which has no CLS"):
         DEXLayer(D, H, windows=4)
     with pytest.raises(ValueError, match="layout: expected one of tokens, channels_last, channels_first, got 'NHWC'"):
         DEXLayer(D, H, layout="NHWC")
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="windows: expected a positive integer"):
             DEXLayer(D, H, windows=windows)
     with pytest.raises(
-        ValueError, match=r"x: expected a multiple of windows=3 in its first dimension.*got \[4, 12, 9\]"
+        ValueError, match=r"x: expected a first dimension that is a multiple of windows=3.*got \[4, 12, 9\]"
     ):
         layer_of(windows=3, route_from="mean")(tokens())
     with pytest.raises(ValueError, match=r"expected \[B, N, 9\], got \[4, 4, 3, 9\]: maps need layout='channels_last'"):

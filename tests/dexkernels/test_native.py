@@ -47,7 +47,7 @@ def test_of_another_version(package, monkeypatch):
     (package / f"_C{SUFFIX}").touch()
     monkeypatch.setattr(native.importlib, "import_module", lambda name: types.SimpleNamespace(__version__="0.0.9"))
     module, why = native._load()
-    assert module is None and "of version 0.0.9" in why and "install again" in why
+    assert module is None and "has version 0.0.9" in why and "install again" in why
 
 
 @pytest.mark.parametrize(

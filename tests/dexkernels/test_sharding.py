@@ -200,21 +200,21 @@ def test_parameters_gathered_in_bfloat16_are_no_half_precision_layer(seen, alone
 def test_what_cannot_work_is_refused_by_name(seen):
     ranks, found = seen
     assert len(found["errors"]) == 8
-    assert found["errors"][0].startswith("experts: expected them to be cut over ranks as their director is, got whole")
+    assert found["errors"][0].startswith("experts: expected them to be cut over ranks like their director, got whole")
     assert found["errors"][2].startswith("mesh: expected names of its two dimensions")
     assert f"to be a multiple of the {ranks} ranks that share it" in found["errors"][1]
-    assert found["errors"][3] == "blocks.0.mlp: expected a DEX layer that is not cut yet, got one that is: shard once"
+    assert found["errors"][3] == "blocks.0.mlp: expected a DEX layer that is not cut yet, got a cut one: call shard only once"
     assert found["errors"][4].startswith("model: expected a model outside DDP")
     built = "optimizer: expected one that was built after shard, got SGD with 4 parameters"
     assert found["errors"][5].startswith(built)
     assert found["errors"][6].startswith("model: expected whole weights in 0, got weights that are cut over ranks")
-    assert found["errors"][7].startswith("model: expected a model that is not spread over ranks yet, got Distributed")
+    assert found["errors"][7].startswith("model: expected a model that is not yet distributed over ranks, got Distributed")
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="model: expected at least one DEXLayer in it, got none; call upcycle_ first"):
         shard(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="mesh: expected ranks that have started"):
+    with pytest.raises(ValueError, match="mesh: expected initialised ranks"):
         shard(copy.deepcopy(fresh()))
 
 

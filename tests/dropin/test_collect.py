@@ -314,7 +314,7 @@ def test_misuse_says_what_to_do():
         model(tokens(1))
         with pytest.raises(ValueError, match="read after the collect_aux block, got a read inside it"):
             aux.losses()
-        with pytest.raises(ValueError, match="after collect_aux's block and backward, got one in it"):
+        with pytest.raises(ValueError, match="after collect_aux's block and backward, got one inside"):
             aux.update_directors(0.9)
     with pytest.raises(ValueError, match="noise_std: expected a number >= 0"):
         dexkernels.collect_aux(model, -1.0)

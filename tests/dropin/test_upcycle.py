@@ -273,7 +273,7 @@ REFUSED = {
     "hooks": (
         lambda: changed(in_block(TimmMlp()), lambda m: m[0].mlp.fc1.register_forward_hook(print)), r"no hooks on fc1"
     ),
-    "shared weights": (shared, r"0\.mlp: expected weights of its own in fc1"),
+    "shared weights": (shared, r"0\.mlp: expected unshared weights in fc1"),
     "[N, B, D]": (lambda: encoder(batch_first=False), r"layers\.0: expected \[B, N, D\] .* got \[N, B, D\]"),
     "[N, B, D] beside attention": (sequence_first, r"0\.mlp: expected \[B, N, D\]"),
     "nested tensors": (

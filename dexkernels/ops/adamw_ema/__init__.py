@@ -1,4 +1,4 @@
-"""`adamw_ema_`: AdamW, GEMA with the experts before it, and low-precision copies of both, in one pass over memory."""
+"""`adamw_ema_`: GEMA with the current experts, AdamW, and low-precision copies of both, in one pass over memory."""
 
 import torch
 from torch import Tensor
@@ -24,23 +24,24 @@ def adamw_ema_(
     skip: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """AdamW of every parameter, and GEMA of the directors that follow some, in place.
+    """AdamW of every parameter, and GEMA of the directors of stacked experts, in place.
 
     With ``g = clip_scale * gradient`` and ``t = step + 1``, in this order:
     ``director <- m * director + (1 - m) * sum_e a_e * parameter[e]``, see `group_ema_`;
     ``parameter <- (1 - lr * weight_decay) * parameter``; ``exp_avg <- beta1 * exp_avg + (1 - beta1) * g``;
     ``exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g^2``;
     ``parameter <- parameter - lr / (1 - beta1^t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)``;
-    ``copy <- parameter, director``, rounded; ``step <- t``. As `torch.optim.AdamW` within rounding.
+    ``copy <- parameter, director``, rounded; ``step <- t``. Equals `torch.optim.AdamW` up to rounding.
 
     Args:
         updates: see `Update`; on one device.
         rule: learning rate, betas, eps and weight decay.
         momentum: m, a float in [0, 1] or a 0-dim tensor.
-        clip_scale: a float or a 0-dim tensor; gradients themselves stay as they are.
-        skip: 0-dim bool tensor; where true nothing changes, decided on the device.
-        backend: as everywhere. A parameter that it cannot take (of float64, strides, an address that is no multiple of
-            4 bytes, 2^31 elements an expert) is updated by plain torch, unless it was asked for by name.
+        clip_scale: a float or a 0-dim tensor that multiplies gradients; the gradients do not change.
+        skip: 0-dim bool tensor, read on the device; if true, nothing changes.
+        backend: name or None. A parameter that the backend cannot take (float64, strides, an address that is not a
+            multiple of 4 bytes, 2^31 elements an expert) is updated by plain torch, unless the backend was requested
+            by name.
 
     Raises: ValueError naming the argument, before anything is changed.
     """
@@ -70,12 +71,12 @@ def adamw_ema_(
         for name, part in parts.items():
             if part:
                 backends.load("adamw_ema_", name).adamw_ema_(part, rule, scalars)
-    # Kernels, torch's fused one too, write behind torch's back: a backward that needs the old values must raise.
+    # Kernels, even torch's fused one, bump no version: do it here, so that a backward that needs old values raises.
     torch.autograd.graph.increment_version([t for u in updates for t in u.moved])
 
 
 def _on(device: torch.device, value: float | Tensor) -> Tensor:
-    """float64, so that 1 - m is exact to the last bit. By a kernel that fills, not a copy: nobody waits."""
+    """``value`` on the device, in float64 so that 1 - m is exact. A fill kernel, unlike a copy, causes no wait."""
     if isinstance(value, Tensor):
         return value.to(device)
     return torch.full((), value, dtype=torch.float64, device=device)
@@ -102,12 +103,12 @@ def _check(name: str, u: Update, device: torch.device) -> None:
     if u.step.device != device:
         raise ValueError(f"{name}.step: expected device {device}, got {u.step.device}")
     if (u.director is None) != (u.group_weights is None) or (u.copy is not None and u.director is None):
-        raise ValueError(f"{name}: expected a director with its group_weights, and a copy only where there is one")
+        raise ValueError(f"{name}: expected a director with its group_weights, and a copy only with a director")
     if u.director is None:
         return
     if p.dim() == 0 or p.shape[0] == 0:
         raise ValueError(
-            f"{name}.parameter: expected [E, ...] of at least one expert beside a director, got {describe(p)}"
+            f"{name}.parameter: expected [E, ...] with at least one expert for a director, got {describe(p)}"
         )
     check_tensor(f"{name}.director", u.director, tuple(p.shape[1:]), like=p)
     check_tensor(f"{name}.group_weights", u.group_weights, (p.shape[0],), like=p, same_dtype=False)

@@ -1,4 +1,4 @@
-"""`adamw_ema_` in plain torch: on the host a block at a time, on a device without reading a value there."""
+"""`adamw_ema_` in plain torch: block by block on the host, and on a device without reading values on the host."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from ..group_ema.cpu import on_device_
 from .records import Rule, Scalars, Update
 
 BLOCK = 1 << 20
-"""Elements of an expert updated at a time: GEMA reads their 4 MB from memory, then AdamW from the cache. Of smaller
-blocks the calls cost more than they save."""
+"""Elements of an expert updated at a time: GEMA reads their 4 MB from memory, then AdamW from the cache. With smaller
+blocks the calls cost more than the cache saves."""
 
 
 def why_not(update: Update) -> str | None:
-    """What of an update this backend cannot take: nothing."""
+    """Why this backend cannot take an update: it takes all."""
     return None
 
 
 def adamw_ema_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
-    """See `dexkernels.ops.adamw_ema.adamw_ema_`. torch's own fused kernel does AdamW, and so gives its bits."""
+    """See `dexkernels.ops.adamw_ema.adamw_ema_`. AdamW runs in torch's fused kernel, and so has its bits."""
     if updates[0].parameter.device.type == "cpu":
         _on_host_(updates, rule, scalars)
     else:
@@ -36,7 +36,7 @@ def _on_host_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
             _whole_(u, rule, m, clip)
             continue
         E = u.num_experts
-        # Views of E rows, also where E or the rest is 0.
+        # Views of E rows, even if E or the rest is 0.
         size = u.parameter.numel() // E if E else 0
         flat = [t.view(E, size) for t in pieces]
         weights = [0.0] * E if u.group_weights is None else u.group_weights.tolist()
@@ -60,7 +60,7 @@ def _block_(
     director: Tensor | None,
     copy: Tensor | None,
 ) -> None:
-    """The same elements of every expert ``[E, BLOCK]``, of the director and of the copies ``[E + 1, BLOCK]``."""
+    """Update the same elements of every expert ``[E, BLOCK]``, the director and the copies ``[E + 1, BLOCK]``."""
     if any(weights):
         director.mul_(m)
     for a, p, g, exp_avg, exp_avg_sq in zip(weights, *(t.unbind() for t in block), strict=True):
@@ -73,7 +73,7 @@ def _block_(
 
 
 def _whole_(u: Update, rule: Rule, m: float, clip: float) -> None:
-    """Of tensors that have no flat view."""
+    """Update tensors that have no flat view."""
     if u.director is not None and bool(u.group_weights.any()):
         u.director.mul_(m)
         for e, a in enumerate(u.group_weights.tolist()):
@@ -81,14 +81,14 @@ def _whole_(u: Update, rule: Rule, m: float, clip: float) -> None:
                 u.director.add_(u.parameter[e], alpha=(1 - m) * a)
     states = [t.contiguous() for t in (u.parameter, u.gradient * clip, u.exp_avg, u.exp_avg_sq)]
     _fused_(*states, u.step, rule)
-    for to, of in zip((u.parameter, u.exp_avg, u.exp_avg_sq), (states[0], *states[2:]), strict=True):
-        if to.data_ptr() != of.data_ptr():
-            to.copy_(of)
+    for target, state in zip((u.parameter, u.exp_avg, u.exp_avg_sq), (states[0], *states[2:]), strict=True):
+        if target.data_ptr() != state.data_ptr():
+            target.copy_(state)
     _fill_copy(u)
 
 
 def _on_device_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
-    found = None if scalars.skip is None else scalars.skip.float()
+    found_inf = None if scalars.skip is None else scalars.skip.float()
     for u in updates:
         if u.director is not None:
             on_device_(u.director, u.parameter, u.group_weights, scalars.momentum, scalars.skip)
@@ -99,10 +99,10 @@ def _on_device_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         [u.parameter for u in updates], grads, [u.exp_avg for u in updates], [u.exp_avg_sq for u in updates], [], steps,
-        found_inf=found, **_options(rule),
+        found_inf=found_inf, **_options(rule),
     )  # fmt: skip
-    if found is not None:
-        torch._foreach_sub_(steps, [found] * len(steps))
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
     for u in updates:
         _fill_copy(u)
 
@@ -120,7 +120,7 @@ def _options(rule: Rule) -> dict:
 
 
 def _fill_copy(u: Update) -> None:
-    """After a step that was skipped it is what it was: the copy of the same weights."""
+    """Write the copy. After a skipped step it does not change, as the weights do not."""
     if u.copy is not None:
         u.copy[:-1].copy_(u.parameter)
         u.copy[-1].copy_(u.director)

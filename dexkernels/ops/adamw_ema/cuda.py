@@ -1,6 +1,6 @@
-"""`adamw_ema_` by the native library: one launch for up to 300 updates, and no tensor but the rates of a step.
+"""`adamw_ema_` by the native library: one launch for up to 300 updates; only the rates of a step take a new tensor.
 
-It takes addresses and sizes; what it reads and writes is checked here.
+The library takes addresses and sizes; the tensors are checked here.
 """
 
 import torch
@@ -12,7 +12,7 @@ DEVICE_TYPE = "cuda"
 
 
 def why_not(update: Update) -> str | None:
-    """What of an update the library cannot take, beginning with the field; None where there is nothing."""
+    """Why the library cannot take an update, beginning with the field; None if it can."""
     for name, t in update._asdict().items():
         if t is None or name == "step":
             continue
@@ -20,9 +20,9 @@ def why_not(update: Update) -> str | None:
             return f"{name}: the cuda backend expects a tensor on a GPU, got {t.device}"
         if name == "group_weights":
             continue
-        wanted = torch.bfloat16 if name == "copy" else torch.float32
-        if t.dtype != wanted:
-            return f"{name}: the cuda backend takes {wanted}, got {t.dtype}"
+        dtype = torch.bfloat16 if name == "copy" else torch.float32
+        if t.dtype != dtype:
+            return f"{name}: the cuda backend takes {dtype}, got {t.dtype}"
         if not t.is_contiguous():
             return f"{name}: the cuda backend takes contiguous tensors, got strides {t.stride()}"
         if t.data_ptr() % t.element_size():
@@ -31,9 +31,9 @@ def why_not(update: Update) -> str | None:
 
 
 def adamw_ema_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
-    """See `dexkernels.ops.adamw_ema.adamw_ema_`; what it cannot take is in `why_not`.
+    """See `dexkernels.ops.adamw_ema.adamw_ema_`; `why_not` lists the limits.
 
-    Raises: RuntimeError when the launch fails.
+    Raises: RuntimeError if the launch fails.
     """
     assert native.library is not None, native.why_not()
     steps = [u.step for u in updates]
@@ -47,7 +47,7 @@ def adamw_ema_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
     device = updates[0].parameter.device
     with torch.cuda.device(device):
         # Tensors made here may be freed after the launch: their memory is reused in stream order.
-        of_each, momentum = rates(updates, rule), scalars.momentum.double()
+        step_rates, momentum = rates(updates, rule), scalars.momentum.double()
         clip = None if scalars.clip_scale is None else scalars.clip_scale.float()
         weights = {id(u): u.group_weights.to(torch.float32).contiguous() for u in updates if u.director is not None}
         first, second = rule.betas
@@ -55,7 +55,7 @@ def adamw_ema_(updates: list[Update], rule: Rule, scalars: Scalars) -> None:
             rows=[
                 (
                     *(0 if t is None else t.data_ptr() for t in (*u[:4], u.director, u.copy, weights.get(id(u)))),
-                    of_each.data_ptr() + i * of_each.stride(0) * of_each.element_size(),
+                    step_rates.data_ptr() + i * step_rates.stride(0) * step_rates.element_size(),
                     u.parameter.numel() // u.num_experts,
                     u.num_experts,
                 )

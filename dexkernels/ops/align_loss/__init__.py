@@ -1,4 +1,4 @@
-"""`align_loss`: how far the experts' output is from the director's."""
+"""`align_loss`: the distance of the experts' output from the director's."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ SAVED = {"reference": {"kd": 0, "cosine": 0, "mse": 0}, "triton": {"kd": 3, "cos
 """Backend -> kind -> numbers that its forward saves per row for its backward."""
 
 LIMITS = {"triton": {"token_mask": "its kernel takes the mean over all rows"}}
-"""Backend -> a feature -> why the backend lacks it: plain torch has it, unless the backend is asked for by name."""
+"""Backend -> feature -> why the backend lacks it; plain torch is used, unless the backend is requested by name."""
 
 backends.register("align_loss", __name__, BACKENDS, LIMITS)
 
@@ -30,7 +30,7 @@ def align_loss(
     token_mask: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
-    """How far the experts' output is from the director's, a 0-dim mean over all leading dimensions.
+    """Distance of the experts' output from the director's, a 0-dim mean over all leading dimensions.
 
     - ``kd``: ``q = softmax(experts_out)``, ``p = softmax(director_out / 0.5)``; ``-sum_D p * log(max(q, 1e-6))``.
     - ``cosine``: ``1 - cos`` along D, the paper's Eq. 7.
@@ -38,7 +38,7 @@ def align_loss(
 
     Args:
         experts_out, director_out: ``[..., D]``, same shape; no gradient flows into director_out.
-        token_mask: bool ``[...]``, true for the rows that the mean is taken over; 0 when there are none. None: all.
+        token_mask: bool ``[...]``, true for the rows that enter the mean, which is 0 without any. None: all rows.
 
     Returns: 0-dim, float32 for half-precision inputs. Raises: ValueError naming the argument.
     """
@@ -74,7 +74,7 @@ def _align_loss(
 
 
 def _given(token_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Only backends that have a token mask are given one, see `LIMITS`."""
+    """The optional argument, which only backends with a token mask accept, see `LIMITS`."""
     return () if token_mask is None else (token_mask,)
 
 

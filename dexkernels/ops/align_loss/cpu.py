@@ -1,4 +1,4 @@
-"""`align_loss` in plain torch: the forward, and the backward written by hand."""
+"""`align_loss` in plain torch: the forward, and a hand-written backward."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ COSINE_EPS = 1e-8
 def forward(
     experts_out: Tensor, director_out: Tensor, kind: str, token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what its backward wants saved for each of the R rows, ``[*, R]``: here nothing, ``[0, R]``.
+    """The loss, and the numbers saved for its backward, ``[*, R]`` for R rows: here none, ``[0, R]``.
 
     In the cosine loss norms below 1e-8 count as 1e-8.
     """
@@ -45,7 +45,7 @@ def _rows(y: Tensor, d: Tensor, kind: str) -> Tensor:
 
 
 def _count(y: Tensor, token_mask: Tensor | None) -> int | Tensor:
-    """Of the rows that are real, at least 1."""
+    """The number of real rows, at least 1."""
     return max(y[..., 0].numel(), 1) if token_mask is None else token_mask.sum().clamp(min=1)
 
 
@@ -57,7 +57,7 @@ def backward(
     kind: str,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of experts_out; none flows into director_out.
+    """The gradient of experts_out; director_out has none.
 
     - ``kd``: with ``w = p`` where ``q >= 1e-6`` and 0 elsewhere: ``q * sum_D(w) - w``.
     - ``cosine``: ``-(d / |d| - cos * y / |y|) / |y|``; norms below 1e-8 count as 1e-8.
@@ -75,7 +75,7 @@ def backward(
         y_norm, d_norm = norm.clamp(min=COSINE_EPS), d.norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS)
         unit = d / d_norm
         cos = (y / y_norm * unit).sum(-1, keepdim=True)
-        # Below the floor the norm is a constant, and nothing flows through it.
+        # Below the floor the norm is a constant, without a gradient.
         grad = -(unit - torch.where(norm < COSINE_EPS, 0, cos) * y / y_norm) / y_norm
     else:
         grad = 2 * (y - d) / y.shape[-1]

@@ -1,4 +1,4 @@
-"""`group_ema_`: GEMA, by which the directors follow their experts, in place."""
+"""`group_ema_`: GEMA, the in-place update by which directors follow their experts."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
 
 STRIDED = "strided tensors"
 LIMITS = {"cuda": {STRIDED: "its kernel takes directors, and experts one by one, that are contiguous"}}
-"""Backend -> a feature -> why the backend lacks it: plain torch has it, unless the backend is asked for by name."""
+"""Backend -> feature -> why the backend lacks it; plain torch is used, unless the backend is requested by name."""
 
 backends.register("group_ema_", __name__, BACKENDS, LIMITS)
 
@@ -26,15 +26,15 @@ def group_ema_(
     skip: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> None:
-    """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, of any number of tensors.
+    """GEMA: ``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, for any number of tensors.
 
     Args:
         directors: tensors of any shape, float32 or float64: in half precision a director would not move at m = 0.999.
         experts: one ``[E, *director.shape]`` per director.
-        group_weights: one ``[E]`` per director, normalised gate mass. Weight 0 contributes nothing whatever the expert
-            holds; all 0 leaves the director as it is.
+        group_weights: one ``[E]`` per director, normalised gate mass. Weight 0 contributes nothing, whatever the expert
+            holds; if all are 0, the director does not change.
         momentum: m, a float in [0, 1] or a 0-dim tensor.
-        skip: 0-dim bool tensor; where true nothing changes.
+        skip: 0-dim bool tensor; if true, nothing changes.
 
     Raises: ValueError naming the argument, before anything is changed.
     """
@@ -59,18 +59,18 @@ def group_ema_(
         return
     device = directors[0].device
     if not isinstance(momentum, Tensor):
-        # A kernel that fills, not a copy from the host: nobody waits. float64: 1 - m is exact to the last bit.
+        # A fill kernel, unlike a copy from the host, causes no wait. In float64, 1 - m is exact.
         momentum = torch.full((), momentum, dtype=torch.float64, device=device)
     if backend is None:
         dtypes, strided = {d.dtype for d in directors}, not all(map(_is_plain, directors, experts))
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         backend = backends.choose("group_ema_", None, device, STRIDED if strided else None, dtype)
-    else:  # the backend itself says what it cannot take
+    else:  # The backend itself raises for tensors that it cannot take.
         backend = backends.choose("group_ema_", backend, device)
     if torch.compiler.is_compiling():
         torch.ops.dexkernels.group_ema_(directors, experts, group_weights, momentum, skip, backend)
     else:
-        # There is no gradient to record; the dispatcher would only add its time to each step.
+        # There is no gradient to record; the dispatcher would only add overhead to each step.
         with torch.no_grad():
             backends.load("group_ema_", backend).group_ema_(directors, experts, group_weights, momentum, skip)
 

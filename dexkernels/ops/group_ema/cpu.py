@@ -1,4 +1,4 @@
-"""`group_ema_` in plain torch: on the host a chunk at a time, on a device without reading a value there."""
+"""`group_ema_` in plain torch: chunk by chunk on the host, and on a device without reading values on the host."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Elements of a director updated at a time, so that they stay in cache while every expert is added to them.
 
-16 MB of float32: fastest of 2**17 to 2**23 with a last-level cache of 32 MB; a CPU with less may want less."""
+16 MB of float32: the fastest of 2**17 to 2**23 with a last-level cache of 32 MB; a smaller cache may need less."""
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def group_ema_(
 ) -> None:
     """``director <- m * director + (1 - m) * sum_e a_e * experts[e]``, in place, for each ``(director, experts, a)``.
 
-    An expert of weight exactly 0 contributes nothing, whatever it holds; when all weights are 0, or ``skip`` is true,
-    the director keeps its bits.
+    An expert of weight exactly 0 contributes nothing, whatever it holds. If all weights are 0, or ``skip`` is true,
+    the director does not change.
     """
     for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
         if director.device.type == "cpu":
@@ -51,7 +51,7 @@ def _on_host_(director: Tensor, stacked: Tensor, weights: list[float], m: float)
 def on_device_(
     director: Tensor, stacked: Tensor, weights: Tensor, momentum: float | Tensor, skip: Tensor | None
 ) -> None:
-    """The same without reading a value on the host, so that a GPU is never waited for."""
+    """The same without reading a value on the host, so the host never waits for a GPU."""
     still = (weights == 0).all()
     if skip is not None:
         still = still | skip

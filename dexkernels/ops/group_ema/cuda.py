@@ -1,6 +1,6 @@
-"""`group_ema_` by the native library: one launch, and no tensor of its own.
+"""`group_ema_` by the native library: one launch without new tensors.
 
-It takes addresses and sizes; what it reads and writes is checked here.
+The library takes addresses and sizes; the tensors are checked here.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ DEVICE_TYPE = "cuda"
 
 
 class _Group(NamedTuple):
-    """One director and what it follows."""
+    """One director, its experts and their weights."""
 
     director: Tensor
     experts: Tensor
@@ -22,7 +22,7 @@ class _Group(NamedTuple):
     shadow: Tensor | None
 
     def row(self) -> tuple[int, ...]:
-        """As the library reads it: see ``group_ema_tensor`` in ``csrc/group_ema/group_ema.h``."""
+        """The arguments of ``group_ema_tensor`` in ``csrc/group_ema/group_ema.h``."""
         addresses = (t.data_ptr() for t in (self.director, self.experts, self.weights))
         shadow = 0 if self.shadow is None else self.shadow.data_ptr()
         return *addresses, shadow, self.director.numel(), self.experts.stride(0), self.experts.shape[0]
@@ -36,30 +36,30 @@ def group_ema_(
     skip: Tensor | None = None,
     shadows: list[Tensor | None] | None = None,
 ) -> None:
-    """`dexkernels.group_ema_` in one launch per device (up to 500 tensors), never waiting for it.
+    """`dexkernels.group_ema_` in one launch per device (up to 500 tensors), without waiting for it.
 
     Directors must be float32 and contiguous, and so must each ``experts[i][e]``; others are refused by name. Any E,
-    any size, any alignment of 4 bytes; addresses and expert strides that are multiples of 16 bytes go faster, to the
-    same bits. Weights that are not float32 are converted first. Scalars on the device are read there; a float momentum
-    is frozen into a CUDA graph.
+    any size and any alignment of 4 bytes is supported; addresses and expert strides that are multiples of 16 bytes
+    are faster, with the same bits. Weights that are not float32 are converted first. Scalars on the device are read
+    there; a float momentum is frozen into a CUDA graph.
 
     Args:
-        shadows: of each director a contiguous bfloat16 tensor of its shape, or None. Gets a copy of the new director
-            in the same pass. Where the director keeps its bits (all weights 0, or skip) the shadow does too.
+        shadows: per director a contiguous bfloat16 tensor of its shape, or None. Receives a copy of the new director
+            in the same pass. If the director does not change (all weights 0, or skip), the shadow does not either.
 
-    Raises: ValueError, before anything is changed; RuntimeError when the launch fails.
+    Raises: ValueError, before anything is changed; RuntimeError if the launch fails.
     """
     assert native.library is not None, native.why_not()
     shadows = [None] * len(directors) if shadows is None else shadows
     _check_layout(directors, experts, shadows)
-    # Scalars on the host can be read at once: no GPU is waited for.
+    # Scalars on the host can be read without waiting for a GPU.
     if on_host(skip):
         if skip:
             return
         skip = None
     if on_host(momentum):
         momentum = float(momentum)
-    groups = [_Group(*of) for of in zip(directors, experts, group_weights, shadows, strict=True)]
+    groups = [_Group(*group) for group in zip(directors, experts, group_weights, shadows, strict=True)]
     for device in dict.fromkeys(d.device for d in directors):
         with torch.cuda.device(device):
             _launch(
@@ -68,7 +68,7 @@ def group_ema_(
                 None if skip is None else skip.to(device),
                 torch.cuda.current_stream(device).cuda_stream,
             )
-    # The library writes behind torch's back; a director that was saved for backward must still be known as changed.
+    # The library bumps no version, so do it here: a backward that saved a director must see that it changed.
     torch.autograd.graph.increment_version([t for t in (*directors, *shadows) if t is not None])
 
 
@@ -77,7 +77,7 @@ def on_host(scalar: float | Tensor | None) -> bool:
 
 
 def _launch(groups: list[_Group], momentum: float | Tensor, skip: Tensor | None, stream: int) -> None:
-    """One device's part. Converted copies may be freed after the launch: their memory is reused in stream order."""
+    """Launch for one device. Converted copies may be freed after the launch: memory is reused in stream order."""
     groups = [group._replace(weights=group.weights.to(torch.float32).contiguous()) for group in groups]
     value, address, is_double = momentum, 0, False
     if isinstance(momentum, Tensor):
@@ -95,8 +95,8 @@ def _launch(groups: list[_Group], momentum: float | Tensor, skip: Tensor | None,
 
 
 def _check_layout(directors: list[Tensor], experts: list[Tensor], shadows: list[Tensor | None]) -> None:
-    """What this backend asks for beyond the checks of the operator, which come before."""
-    seen = {}
+    """Check the requirements of this backend; the operator has checked its own before."""
+    index_of = {}
     for i, (d, e, shadow) in enumerate(zip(directors, experts, shadows, strict=True)):
         if d.device.type != DEVICE_TYPE:
             raise ValueError(f"directors[{i}]: the cuda backend expects a tensor on a GPU, got {d.device}")
@@ -113,7 +113,7 @@ def _check_layout(directors: list[Tensor], experts: list[Tensor], shadows: list[
                     f"shadows[{i}]: expected contiguous torch.bfloat16 {list(d.shape)} on {d.device}, "
                     f"got {shadow.dtype} {list(shadow.shape)} on {shadow.device} with strides {shadow.stride()}"
                 )
-        if d.numel() and seen.setdefault(d.data_ptr(), i) != i:
+        if d.numel() and index_of.setdefault(d.data_ptr(), i) != i:
             raise ValueError(
-                f"directors[{i}]: the same tensor as directors[{seen[d.data_ptr()]}]; one launch cannot do both"
+                f"directors[{i}]: expected distinct tensors in one launch, got directors[{index_of[d.data_ptr()]}]"
             )

@@ -1,4 +1,4 @@
-"""`grouped_mlp` in plain torch, expert by expert: the forward, and the backward written by hand.
+"""`grouped_mlp` in plain torch, expert by expert: the forward, and a hand-written backward.
 
 Letters: see `records`.
 """
@@ -16,8 +16,8 @@ from .records import Gradients, Needs, Result, Saved, Slots, has_director
 def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu") -> Result:
     """``out[b] = sum_k gates[b, k] * fc2_e(gelu(fc1_e(x[b])))``, ``e = expert_indices[b, k]``.
 
-    The weights may be of E experts, ``[E, ...]``, or of E experts and the director, ``[E + 1, ...]``.
-    z is in slot order. An expert without slots is not computed.
+    The weights hold E experts, ``[E, ...]``, or E experts and the director, ``[E + 1, ...]``.
+    z is in slot order. An expert without slots is skipped.
     """
     (B, N, D), H = x.shape, weights.fc1_bias.shape[1]
     images, gates = _images_and_gates(slots)
@@ -38,9 +38,9 @@ def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation
 def backward(
     grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype, activation: str = "gelu"
 ) -> Gradients:
-    """Those of the weights are of ``grad_dtype``: under autocast, of the masters' dtype.
+    """The gradients; those of the weights have ``grad_dtype``, which under autocast is the masters' dtype.
 
-    With ``a = gelu(z)`` and ``da = grad_out[b] @ fc2_weight_e``, of one slot with gate g:
+    With ``a = gelu(z)`` and ``da = grad_out[b] @ fc2_weight_e``, for one slot with gate g:
     ``dg = sum(da * a) + sum_n(grad_out[b]) . fc2_bias_e``, ``dz = g * da * gelu'(z)``,
     ``dfc2 = (g * grad_out[b]).T @ a``, ``dfc1 = dz.T @ x[b]``, ``dx[b] += dz @ fc1_weight_e``.
     Nothing is divided by g, which may be 0.
@@ -86,7 +86,7 @@ def backward(
 
 
 def _weight_grads(saved: Saved, dtype: torch.dtype) -> MLPWeights:
-    """Zeros of the biases and of the experts without slots; the weights of the others are yet to be written."""
+    """Zeros for the biases and for experts without slots; the weights of the others are uninitialised."""
     (E, H, D), weight = saved.fc1_weight.shape, saved.fc1_weight
     d_fc1, d_fc2 = (torch.empty_like(w, dtype=dtype) for w in (saved.fc1_weight, saved.fc2_weight))
     d_b1, d_b2 = (weight.new_zeros((E, n), dtype=dtype) for n in (H, D))
@@ -97,7 +97,7 @@ def _weight_grads(saved: Saved, dtype: torch.dtype) -> MLPWeights:
 
 
 def _images_and_gates(slots: Slots) -> tuple[Tensor, Tensor]:
-    """Of every slot in slot order: its image ``[S]`` and its gate ``[S, 1, 1]``."""
+    """The image ``[S]`` and the gate ``[S, 1, 1]`` of every slot, in slot order."""
     return slots.slot_order // slots.top_k, slots.gates.reshape(-1)[slots.slot_order].view(-1, 1, 1)
 
 

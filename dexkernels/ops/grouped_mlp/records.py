@@ -1,7 +1,7 @@
-"""What `grouped_mlp` and its backends pass to each other.
+"""Records shared by `grouped_mlp` and its backends.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, S = B*K slots. Token-wise routing is
-image-wise routing of ``B * N`` images of one token: the operator does that reshaping.
+image-wise routing of ``B * N`` images of one token: the operator does this reshaping.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from torch import Tensor
 from ...records import MLPWeights
 
 MAX_WIDTH = 2**24 - 2**10
-"""D and H up to which kernels that count in 32 bits can compute: offsets within a tile of 128 rows are such."""
+"""Largest D and H for kernels that compute offsets within a tile of 128 rows in 32 bits."""
 
 MAX_COUNT = 2**31 - 2**16
-"""The same of rows B*N*K, of an image's N*D elements and of a matrix's D*H. A tile may reach past the last one."""
+"""Largest B*N*K rows, N*D elements of an image and D*H elements of a matrix. A tile may extend past the last one."""
 
 
 class Slots(NamedTuple):
-    """Which experts the images are sent to, by how much, and in which order the slots are computed."""
+    """The experts and gates of the images, and the order in which the slots are computed."""
 
     gates: Tensor
     """``[B, K]``"""
@@ -41,19 +41,19 @@ class Slots(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward returns."""
+    """The result of a forward."""
 
     out: Tensor
     """``[B, N, D]``"""
     z: Tensor
-    """``[S, N, H]``; fc1's outputs, for the backward of the same backend, which alone knows what lies where in it.
-    ``[0, N, H]`` when nothing is to be saved."""
+    """``[S, N, H]``; fc1's outputs for the backward, in an order that only the backend knows. ``[0, N, H]`` if nothing
+    is saved."""
     director_out: Tensor
-    """``[B, N, D]``, the director's output of every image; ``[0, N, D]`` when the weights hold none."""
+    """``[B, N, D]``, the director's output for every image; ``[0, N, D]`` if the weights hold no director."""
 
 
 class Saved(NamedTuple):
-    """What a forward saves for its backward. The weights are those it computed with, of the E experts alone."""
+    """Tensors that a forward saves for its backward. The weights are the ones it used, without the director's."""
 
     x: Tensor
     """``[B, N, D]``"""
@@ -74,7 +74,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward is asked for."""
+    """The gradients that a backward must compute."""
 
     x: bool = True
     gates: bool = True
@@ -82,7 +82,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward returns; None for what is not needed. Of the experts without slots exact zeros."""
+    """The result of a backward; None for gradients that are not needed, exact zeros for experts without slots."""
 
     x: Tensor | None
     gates: Tensor | None
@@ -93,5 +93,5 @@ class Gradients(NamedTuple):
 
 
 def has_director(weights: MLPWeights, slots: Slots) -> bool:
-    """Whether stacked weights hold the director's too, ``[E + 1, ...]``, behind those of the experts."""
+    """Whether stacked weights ``[E + 1, ...]`` hold the director's after those of the experts."""
     return weights.fc1_weight.shape[0] == slots.num_experts + 1

@@ -1,5 +1,6 @@
-"""`route`: which experts an image, or a token, is sent to. Letters: B images, N tokens (CLS first), D width, E experts,
-K chosen, R decisions (B, or B*N token-wise).
+"""`route`: chooses the experts of an image or a token.
+
+Letters: B images, N tokens (CLS first), D width, E experts, K chosen, R decisions (B, or B*N token-wise).
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ BACKENDS = {"reference": "cpu", "triton": "triton"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
 
 LIMITS = {"triton": {"token_mask": "its kernel counts every decision in the balance loss and the gate mass"}}
-"""Backend -> a feature -> why the backend lacks it: plain torch has it then."""
+"""Backend -> feature -> why the backend lacks it; plain torch is used instead."""
 
 backends.register("route", __name__, BACKENDS, LIMITS)
 
@@ -37,9 +38,9 @@ class Noise(NamedTuple):
 
     std: float | Tensor = 0.0
     drawn: Tensor | None = None
-    """Standard normal; torch draws it when None."""
+    """Standard normal; None: torch draws it."""
     usage_ema: Tensor | None = None
-    """``[E]``; needed when there is noise."""
+    """``[E]``; required with noise."""
 
 
 def route(
@@ -66,8 +67,8 @@ def route(
         top_k: K, ``1 <= K <= E``.
         route_from: image-wise only: ``"cls"`` decides from ``x[:, 0]``, ``"mean"`` from the mean token.
         noise_std: exploration noise, a float or 0-dim tensor, ``>= 0``; a float 0 means none.
-        router_noise: standard normal noise ``[B, 1, E]`` (image) or ``[B, N, E]`` (token); drawn when None.
-        usage_ema: ``[E]`` running usage, needed with noise.
+        router_noise: standard normal noise ``[B, 1, E]`` (image) or ``[B, N, E]`` (token); None: torch draws it.
+        usage_ema: ``[E]`` running usage, required with noise.
 
     Returns: a `Routing`. Its ``gates`` and ``balance_loss`` are differentiable in x and router_weight.
     Raises: ValueError naming the argument.
@@ -94,12 +95,12 @@ def check_tokens(x: Tensor) -> None:
 
 
 def scaled_noise(x: Tensor, num_experts: int, routing: str, noise: Noise) -> Tensor | None:
-    """What is added to the logits, ``[R, E]``, or None; ``noise.std`` was checked before."""
+    """The noise added to the logits, ``[R, E]``, or None; the caller has checked ``noise.std``."""
     if not isinstance(noise.std, Tensor) and noise.std == 0:
         return None
     shape = (x.shape[0], 1 if routing == "image" else x.shape[1], num_experts)
     if noise.usage_ema is None:
-        raise ValueError("usage_ema: expected a tensor [E] when noise_std is not 0, got None")
+        raise ValueError("usage_ema: expected a tensor [E] if noise_std is not 0, got None")
     check_tensor("usage_ema", noise.usage_ema, (num_experts,), like=x, same_dtype=False)
     drawn = torch.randn(shape, device=x.device) if noise.drawn is None else noise.drawn
     check_tensor("router_noise", drawn, shape, like=x, same_dtype=False)
@@ -108,15 +109,15 @@ def scaled_noise(x: Tensor, num_experts: int, routing: str, noise: Noise) -> Ten
 
 
 def expert_usage_noise(noise_std: float | Tensor, router_noise: Tensor, usage_ema: Tensor) -> Tensor:
-    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``: rarely used experts gain."""
+    """``noise_std * (router_noise + f)``, ``f_e = 1 - usage_e / (sum(usage) + 1e-6)``, which favours unused experts."""
     usage = usage_ema.to(router_noise.dtype)
     return noise_std * (router_noise + (1 - usage / (usage.sum() + EPS)))
 
 
 def router_rows(x: Tensor, routing: str, route_from: str, token_mask: Tensor | None = None) -> Tensor:
-    """What the router reads: ``[B, D]`` per image, ``[B*N, D]`` per token; contiguous: strides change no bit.
+    """The router's input, ``[B, D]`` per image or ``[B*N, D]`` per token; contiguous, so that strides change no bit.
 
-    With a mask, bool ``[B, N]`` and true for real tokens, padding must be 0 in x: the mean is that of real tokens.
+    With a mask, bool ``[B, N]`` and true for real tokens, the mean is over real tokens; padding must be 0 in x.
     """
     if routing == "token":
         return x.reshape(-1, x.shape[2]).contiguous()
@@ -128,19 +129,19 @@ def router_rows(x: Tensor, routing: str, route_from: str, token_mask: Tensor | N
 
 
 def num_real(token_mask: Tensor) -> Tensor:
-    """``[B, 1]``: the real tokens of each image, at least 1."""
+    """``[B, 1]``: number of real tokens of each image, at least 1."""
     return token_mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def counted_rows(token_mask: Tensor | None, routing: str) -> Tensor | None:
-    """bool ``[R]``: the decisions about real tokens, or about images that have some; None: all."""
+    """bool ``[R]``: decisions about real tokens, or about images with real tokens; None: all decisions."""
     if token_mask is None:
         return None
     return token_mask.flatten() if routing == "token" else token_mask.any(1)
 
 
 def as_routing(routed: Routed, x: Tensor, routing: str) -> Routing:
-    """``routed`` without the probabilities; token-wise, gates and indices are ``[B, N, K]``."""
+    """``routed`` as a `Routing`, without the probabilities; token-wise, gates and indices are ``[B, N, K]``."""
     gates, indices = routed.gates, routed.expert_indices
     if routing == "token":
         shape = (*x.shape[:2], gates.shape[1])
@@ -150,7 +151,7 @@ def as_routing(routed: Routed, x: Tensor, routing: str) -> Routing:
 
 
 def remember_usage(ctx: Any, noise: Tensor | None, usage_ema: Tensor | None) -> None:
-    """The noise was made from usage_ema: a forward recomputed after an early update would route otherwise."""
+    """Guard usage_ema, which the noise depends on: recomputed after an early update, a forward would differ."""
     remember_versions(ctx, () if noise is None else (usage_ema,))
 
 
@@ -176,7 +177,7 @@ def _route(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Routed`. usage_ema is not read: a backward asks whether it changed."""
+    """The fields of `Routed`. usage_ema is not read; the backward checks that it has not changed."""
     with without_autocast(r.device):
         return tuple(run_forward(backend, r, router_weight, top_k, temperature, noise))
 
@@ -190,7 +191,7 @@ def run_forward(
     noise: Tensor | None,
     counted: Tensor | None = None,
 ) -> Routed:
-    """With autocast off. Only backends that have a token mask are given ``counted``, see `LIMITS`."""
+    """Run the forward of ``backend`` with autocast off. Only backends with a token mask accept ``counted``."""
     more = {} if counted is None else {"counted": counted}
     return backends.load("route", backend).forward(r, router_weight, top_k, temperature, noise, **more)
 
@@ -201,7 +202,7 @@ def _(r, router_weight, noise, usage_ema, top_k, temperature, backend):
 
 
 def empty_routed(like: Tensor, R: int, E: int, K: int) -> Routed:
-    """`Routed` of R decisions, without values: for fake kernels."""
+    """An uninitialised `Routed` of R decisions, for fake kernels."""
     real, ints = {"dtype": accumulation_dtype(like.dtype)}, {"dtype": torch.int64}
     return Routed(
         p=like.new_empty((R, E), **real),

@@ -1,4 +1,4 @@
-"""`route` in plain torch: the forward, and the backward written by hand. Letters: see `records`."""
+"""`route` in plain torch: the forward, and a hand-written backward. Letters: see `records`."""
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,21 @@ def forward(
 ) -> Routed:
     """``p = softmax((r @ router_weight.T + noise) / temperature)``; the K most probable experts, renormalised.
 
-    ``r [R, D]`` holds one row per decision, ``noise [R, E]`` what is added to the logits. Decisions that ``counted``,
-    bool ``[R]``, leaves out are made like the others, but not counted in the balance loss and the gate mass.
+    ``r [R, D]`` holds one row per decision; ``noise [R, E]`` is added to the logits. All decisions are made alike, but
+    only those where ``counted``, bool ``[R]``, is true enter the balance loss and the gate mass.
     """
     dtype, num_experts = accumulation_dtype(r.dtype), router_weight.shape[0]
     logits = F.linear(r.to(dtype), router_weight.to(dtype))
     if noise is not None:
         logits = logits + noise.to(dtype)
     p = (logits / temperature).softmax(-1)
-    # A stable sort, not topk: topk promises no order among ties, and NaN rows must still give distinct indices.
+    # A stable sort, not topk: topk guarantees no order of ties, and NaN rows must still give distinct indices.
     indices = p.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen = p.gather(-1, indices)
     gates = chosen / chosen.sum(-1, keepdim=True)
     mean_p = _mean_counted(p, counted)
     balance_loss = num_experts * mean_p.square().sum()
-    # Scatter into rows and sum them: an index_add_ would add in no fixed order on a GPU.
+    # Scatter into rows and sum them, since an index_add_ has no fixed order on a GPU.
     mass = torch.zeros_like(p).scatter_(1, indices, gates)
     if counted is not None:
         mass = mass.masked_fill(~counted[:, None], 0)
@@ -41,7 +41,7 @@ def forward(
 
 
 def _mean_counted(p: Tensor, counted: Tensor | None) -> Tensor:
-    """``[R, E] -> [E]``: the mean over the decisions that count; 0 when none does."""
+    """``[R, E] -> [E]``: the mean over the counted decisions; 0 without any."""
     if counted is None:
         return p.sum(0) / max(p.shape[0], 1)
     return p.masked_fill(~counted[:, None], 0).sum(0) / counted.sum().clamp(min=1)

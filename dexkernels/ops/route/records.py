@@ -1,4 +1,4 @@
-"""What `route` and its backends pass to each other.
+"""Records shared by `route` and its backends.
 
 Letters: R decisions, D width, E experts, K chosen, S = R*K slots.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Routed(NamedTuple):
-    """What a forward returns."""
+    """The result of a forward."""
 
     p: Tensor
     """``[R, E]``; the router's probabilities."""
@@ -30,21 +30,21 @@ class Routed(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward saves for its backward."""
+    """Tensors that a forward saves for its backward."""
 
     p: Tensor
     gates: Tensor
     expert_indices: Tensor
     r: Tensor
-    """``[R, D]``; what the router read."""
+    """``[R, D]``; the router's input."""
     router_weight: Tensor
     """``[E, D]``"""
     counted: Tensor | None = None
-    """bool ``[R]``; the decisions that the balance loss counts; None: all. No kernel of Triton reads it."""
+    """bool ``[R]``; the decisions that the balance loss counts; None: all. The Triton kernels do not support it."""
 
 
 class RouterGrads(NamedTuple):
-    """What a backward returns."""
+    """The result of a backward."""
 
     r: Tensor
     router_weight: Tensor

@@ -112,6 +112,7 @@ def test_sizes_past_32_bits_give_way_in_a_layer_and_are_refused_by_the_operator(
     with pytest.raises(ValueError, match="'triton' cannot run grouped_mlp: no sizes past 32 bits: its kernels count"):
         grouped_mlp(x, route(x.detach(), router.detach(), K, routing=routing), *weights, backend="triton")
     monkeypatch.undo()
-    assert operator.need_of(1, 1, torch.empty(1, 2**25, 1, device="meta")) == operator.LARGE
-    assert operator.need_of(1, 1, torch.empty(1, 2**15, 2**16, device="meta")) == operator.LARGE
-    assert operator.need_of(65, 2**20, torch.empty(8, 3072, 768, device="meta")) is None
+    half = torch.bfloat16, "gelu"
+    assert operator.need_of(1, 1, torch.empty(1, 2**25, 1, device="meta"), *half) == operator.LARGE
+    assert operator.need_of(1, 1, torch.empty(1, 2**15, 2**16, device="meta"), *half) == operator.LARGE
+    assert operator.need_of(65, 2**20, torch.empty(8, 3072, 768, device="meta"), *half) is None
