@@ -12,6 +12,7 @@ Of other sources a case is compiled first: launches of the same instructions wit
 
 import argparse
 import datetime
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_adamw  # noqa: E402
+import cuda_grouped_mlp  # noqa: E402
 import cuda_library  # noqa: E402
+import cuda_mlp_cases  # noqa: E402
 import torch  # noqa: E402
 from ptx_emulator.counters import Counters, parts  # noqa: E402
 from ptx_emulator.program import Program  # noqa: E402
@@ -182,8 +185,17 @@ SMALLEST = {
 """Of each family, in bf16. Every kernel is in one of them."""
 
 
-def cuda_cases() -> dict[str, tuple[int, dict]]:
-    """Name -> architecture, and options of `run_cuda` or `run_cuda_adamw`."""
+class Native(NamedTuple):
+    """A case of the CUDA library. options: of what `CUDA` says runs its operator."""
+
+    arch: int
+    operator: str
+    options: dict
+    orders: int = MANY_ORDERS
+
+
+def cuda_cases() -> dict[str, Native]:
+    """Name -> case."""
     forms = {
         "group_ema": {},
         "group_ema, the large table": {"capacity": cuda_library.LARGE},
@@ -198,9 +210,17 @@ def cuda_cases() -> dict[str, tuple[int, dict]]:
         "adamw_ema, addresses that are not aligned, no copies": {"offset": 1, "copies": None},
         "adamw_ema, captured: clip and skip on the device": half | {"clip": 0.5, "skip": torch.tensor(False)},
     }
-    return {
-        f"sm_{arch} fp32 {form}": (arch, options) for arch in cuda_library.TARGETS for form, options in forms.items()
-    }
+    cases = {}
+    for arch in cuda_library.TARGETS:
+        for form, options in forms.items():
+            cases[f"sm_{arch} fp32 {form}"] = Native(arch, form.split(",")[0], options)
+        for dtype in ("bf16", "fp16"):
+            for name, form in cuda_mlp_cases.FORMS.items():
+                orders = MANY_ORDERS if form.many_orders else ORDERS
+                what = f"grouped_mlp, {name}" if name else "grouped_mlp"
+                options = {"form": form, "dtype": DTYPES[dtype], "orders": orders}
+                cases[f"sm_{arch} {dtype} {what}"] = Native(arch, "grouped_mlp", options, orders)
+    return cases
 
 
 # --- running them -----------------------------------------------------------------------------------------------------
@@ -318,6 +338,17 @@ def run_cuda_adamw(
     return run(compute, Case(torch.float32, None, want), MANY_ORDERS)
 
 
+def run_cuda_mlp(kernels: cuda_grouped_mlp.Kernels, form: cuda_mlp_cases.Form, dtype: torch.dtype, orders: int) -> dict:
+    """The like of `grouped_mlp`."""
+    case = cuda_mlp_cases.case(form, dtype)
+
+    def compute(seed, count):
+        with cuda_grouped_mlp.emulated(kernels, seed, count) as library:
+            return case.compute(library), [Launched(*ran) for ran in library.ran]
+
+    return run(compute, case, orders)
+
+
 def _named(tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"director {i}": t for i, t in enumerate(tensors)}
 
@@ -370,7 +401,7 @@ def load() -> dict:
 def expected(compiler: str) -> dict[str, int]:
     """The cases of a compiler, and in how many orders of the warps each is run."""
     if compiler.startswith("nvcc"):
-        return dict.fromkeys(cuda_cases(), MANY_ORDERS)
+        return {name: case.orders for name, case in cuda_cases().items()}
     planned = triton_cases()
     if compiler == f"triton {TRITON}":
         return {name: one.orders for name, one in planned.items()}
@@ -422,8 +453,16 @@ def _text(results: dict) -> str:
     return "{\n" + ",\n".join(compilers) + "\n}\n"
 
 
-CUDA = {"group_ema": run_cuda, "adamw_ema": run_cuda_adamw}
-"""Operator of the CUDA library -> what runs a case of it."""
+CUDA = {"group_ema": run_cuda, "adamw_ema": run_cuda_adamw, "grouped_mlp": run_cuda_mlp}
+"""Operator of the CUDA library -> what runs a case of it, given what `compile_cuda` made."""
+
+
+@functools.cache
+def compile_cuda(compiler: str, operator: str, arch: int, folder: Path) -> str | cuda_grouped_mlp.Kernels:
+    target = cuda_library.TARGETS[arch]
+    if operator == "grouped_mlp":
+        return cuda_grouped_mlp.Kernels(compiler, target, folder)
+    return cuda_library.compiled(compiler, target, folder, operator=operator)
 
 
 def main() -> int:
@@ -445,17 +484,13 @@ def main() -> int:
     if compiler := cuda_library.nvcc():
         keeper, forms = Keeper(f"nvcc {cuda_library.version(compiler)}"), cuda_cases()
         with tempfile.TemporaryDirectory() as folder:
-            ptx = {
-                (operator, arch): cuda_library.compiled(compiler, target, Path(folder), operator=operator)
-                for arch, target in cuda_library.TARGETS.items()
-                for operator in CUDA
-            }
 
-        def run_case(name):
-            operator, (arch, options) = name.replace(",", "").split()[2], forms[name]
-            return CUDA[operator](ptx[operator, arch], **options)
+            def run_case(name):
+                case = forms[name]
+                compiled = compile_cuda(compiler, case.operator, case.arch, Path(folder))
+                return CUDA[case.operator](compiled, **case.options)
 
-        keeper.run(only, run_case)
+            keeper.run(only, run_case)
         failed += keeper.failed
     return 1 if failed else 0
 

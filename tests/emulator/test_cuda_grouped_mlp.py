@@ -1,0 +1,112 @@
+"""csrc/grouped_mlp, as nvcc compiles it for sm_80 and sm_90a, on the emulator: against the specification in float64.
+
+`every_kernel.py` keeps results of all forms in both dtypes and many orders of the warps; here some of them run anew.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import cuda_library
+import cuda_mlp_cases
+import pytest
+import torch
+from cuda_grouped_mlp import Kernels, emulated
+from cuda_mlp_cases import FORMS, Form
+from cuda_mlp_sabotages import GROUPED_MLP
+from ptx_emulator.counters import parts
+from ptx_emulator.ptx import PTXError
+from shipped_cases import errors_of, mlp_inputs
+
+from dexkernels.ops.grouped_mlp import cuda
+from dexkernels.records import MLPWeights
+
+TARGETS = [80, pytest.param(90, marks=pytest.mark.slow)]
+
+
+def compile_for(target: int, folder: Path, csrc: Path = cuda_library.CSRC) -> Kernels:
+    if cuda_library.nvcc() is None:
+        pytest.skip("there is no nvcc")
+    return Kernels(cuda_library.nvcc(), cuda_library.TARGETS[target], folder, csrc)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def kernels(request, tmp_path_factory) -> Kernels:
+    return compile_for(request.param, tmp_path_factory.mktemp("ptx"))
+
+
+def check(kernels: Kernels, form: Form, dtype: torch.dtype = torch.bfloat16, seed: int = 1):
+    """Returns the launches."""
+    case = cuda_mlp_cases.case(form, dtype)
+    with emulated(kernels, seed, count=True) as library:
+        results = case.compute(library)
+    for name, (error, _, bound) in errors_of(case, results).items():
+        assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
+    return library.ran
+
+
+def test_a_forward_and_what_it_launches(kernels):
+    inputs = mlp_inputs(2, 5, 40, 72, 3, 2, torch.float16)
+    slots = cuda_mlp_cases._slots(cuda_mlp_cases.SPECIFICATION, inputs)
+    with emulated(kernels, seed=2, count=True) as library:
+        out, z, director_out = cuda.forward(inputs.x, slots, MLPWeights(*inputs.weights), save=False)
+    exact = cuda_mlp_cases._want_mlp(cuda_mlp_cases.SPECIFICATION, inputs, torch.float64, None)["out"]
+    assert (out - exact).norm() < 1e-3 * exact.norm() and z.numel() == director_out.numel() == 0
+    assert [ran.kernel for ran in library.ran] == ["fc1_kernel", "to_slots_kernel", "combine_kernel"]
+    for ran in library.ran[:2]:
+        rounds, least = (parts(ran.program, of) for of in (ran.counters.rounds, ran.counters.least_rounds))
+        assert rounds == least and rounds.main_loop > 0, "no bank conflict, in the main loop or the epilogue"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["N 5", "N 130, K = E", "chunks, with a director", "all to one of 40 experts"])
+def test_outputs_and_gradients(kernels, name, dtype):
+    check(kernels, FORMS[name], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(0, 5, 16, 8, 2, 1), (3, 0, 16, 8, 2, 1)], ids=["no images", "no tokens"])
+def test_nothing_to_do(kernels, sizes):
+    ran = check(kernels, Form(sizes))
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, options, message",
+    [
+        (
+            (2, 3, 12, 8, 2, 1),
+            torch.bfloat16,
+            {},
+            "fc1_weight: the cuda backend takes D and H in multiples of 8, got D",
+        ),
+        ((2, 3, 8, 20, 2, 1), torch.float16, {}, "D = 8, H = 20"),
+        ((2, 3, 8, 8, 2, 1), torch.float32, {}, "x: the cuda backend takes bfloat16 or float16, got torch.float32"),
+        ((2, 3, 8, 8, 2, 1), torch.float16, {"activation": "gelu_tanh"}, "activation: .* 'gelu', got 'gelu_tanh'"),
+    ],
+)
+def test_what_it_cannot_compute_is_named(tmp_path, sizes, dtype, options, message):
+    inputs = mlp_inputs(*sizes, dtype)
+    slots = cuda_mlp_cases._slots(cuda_mlp_cases.SPECIFICATION, inputs)
+    with emulated(Kernels("none", "sm_80", tmp_path)), pytest.raises(ValueError, match=message):
+        cuda.forward(inputs.x, slots, MLPWeights(*inputs.weights), True, **options)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+SEEN_BY = ("N 5", "chunks, with a director", "all to one of 40 experts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [pytest.param(c, id=c.name) for c in GROUPED_MLP])
+def test_spoilt_sources_are_seen(change, tmp_path):
+    csrc = shutil.copytree(cuda_library.CSRC, tmp_path / "csrc")
+    file = csrc / change.file
+    text, count = re.subn(change.before, change.after, file.read_text())
+    assert count and text != file.read_text()
+    file.write_text(text)
+    kernels = compile_for(80, tmp_path, csrc)
+    with pytest.raises((PTXError, AssertionError), match=change.caught):
+        for name in SEEN_BY:
+            check(kernels, FORMS[name])
