@@ -16,7 +16,7 @@ from ..ops.adamw_ema import adamw_ema_
 from ..ops.adamw_ema.records import Rule, Update
 from ..ops.align_loss import align_loss
 from ..ops.group_ema import group_ema_
-from ..ops.grouped_mlp import grouped_mlp
+from ..ops.grouped_mlp import grouped_mlp, need_of
 from ..ops.route import route
 from ..testing import randomize_, relative_error
 from .inputs import Draw, cls_rows, routing_of, weights_of
@@ -57,6 +57,8 @@ class Case(NamedTuple):
     limit: Callable[[], object]
     """Takes the least time that this device could need."""
     limit_name: str
+    feature: str | None = None
+    """What it needs that a backend may lack, see `dexkernels.ops.backends.LIMITS`."""
 
 
 def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -121,7 +123,8 @@ def _grouped_mlp(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]
         run = _by(compute, grouped_mlp, dtype)
         # The specification runs every expert on every token: at sizes of training plain torch in float64 must do.
         spec = functools.partial(grouped_mlp, backend="reference") if large else reference.grouped_mlp
-        yield Case(_exactly(compute, spec), run, run, _dense(sizes, dtype, draw), "dense products")
+        need = need_of(N, B * N * (K + 1), weights[0], dtype, activation)
+        yield Case(_exactly(compute, spec), run, run, _dense(sizes, dtype, draw), "dense products", need)
     if dtype in HALVES and not large:
         yield _layer(sizes, dtype, draw)
 
@@ -169,7 +172,8 @@ def _layer(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Case:
         director = reference.mlp(its_x, *(w.double() for w in layer.director.weights))
         return losses(y, reference.align_loss(y, director), routing.balance_loss, leaves, torch.float64)
 
-    return Case(exact, run, run, _dense(sizes, dtype, draw), "dense products")
+    need = need_of(N, B * N * (K + 1), layer.experts.fc1_weight, dtype, "gelu")
+    return Case(exact, run, run, _dense(sizes, dtype, draw), "dense products", need)
 
 
 def _align_loss(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:

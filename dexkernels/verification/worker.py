@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from ..ops import backends
 from .cases import BOUND, FLOOR, bytes_needed, cases, compare, errors_of
 from .record import Sizes
 from .timing import Stopwatch
@@ -124,12 +125,19 @@ def _pass_on(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
 
 
 def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.device) -> dict[str, Any]:
-    """All cases of these shapes; the first that is wrong ends it. What is not written stays NaN, and is seen."""
-    real, error, plain = getattr(torch, dtype), None, None
+    """All cases of these shapes that the backend can compute; the first that is wrong ends it.
+
+    What is not written stays NaN, and is seen. A backend that can compute none of them is absent.
+    """
+    real, error, plain, lacking = getattr(torch, dtype), None, None, ""
+    lacks = backends.LIMITS[op].get(backend, {})
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for sizes in shapes:
             for case in cases(op, sizes, real, device):
+                if case.feature in lacks:
+                    lacking = f"no {case.feature}: {lacks[case.feature]}"
+                    continue
                 found = compare(case, backend, real)
                 if found.problem:
                     problem = f"{sizes}: {found.problem}"
@@ -138,6 +146,8 @@ def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.
                     error, plain = found.error, found.plain_error
     finally:
         torch.use_deterministic_algorithms(False)
+    if error is None and lacking:
+        return {"state": "absent", "error": None, "plain_error": None, "detail": lacking}
     return {"state": "right", "error": error, "plain_error": plain, "detail": ""}
 
 

@@ -1,4 +1,4 @@
-"""`grouped_mlp`: every image through its experts. Letters: see `records`."""
+"""`grouped_mlp`: the MLPs of each image's experts. Letters: see `records`."""
 
 from typing import NamedTuple
 
@@ -15,11 +15,23 @@ from ..common import autocast_dtype, gradients, or_empty, without_autocast
 from ..dense import ACTIVATIONS
 from .records import MAX_COUNT, MAX_WIDTH, Gradients, Needs, Result, Saved, Slots
 
-BACKENDS = {"reference": "cpu", "triton": "triton"}
+BACKENDS = {"reference": "cpu", "triton": "triton", "cuda": "cuda"}
 """Backend -> the module of this folder that has its ``forward`` and ``backward``."""
 
 LARGE = "sizes past 32 bits"
-LIMITS = {"triton": {LARGE: "its kernels count rows, and the elements of an image or of a matrix, in 32 bits"}}
+UNEVEN = "widths that are not multiples of 8"
+WIDE = "elements of more than 16 bits"
+TANH = "tanh GELU"
+_COUNTS = "its kernels count rows, and the elements of an image or of a matrix, in 32 bits"
+LIMITS = {
+    "triton": {LARGE: _COUNTS},
+    "cuda": {
+        LARGE: _COUNTS,
+        WIDE: "its products are of bfloat16 or float16, on tensor cores",
+        UNEVEN: "its kernels copy 16 bytes at a time",
+        TANH: "its kernels have the exact GELU",
+    },
+}
 """Backend -> what it cannot compute -> why: plain torch does, unless the backend is asked for by name."""
 
 backends.register("grouped_mlp", __name__, BACKENDS, LIMITS)
@@ -40,13 +52,14 @@ def grouped_mlp(
 
     Args:
         x: ``[B, N, D]``.
-        routing: what `route` returned for this x; gates ``[B, K]`` (per image) or ``[B, N, K]`` (per token).
+        routing: the result of `route` for this x; gates ``[B, K]`` (per image) or ``[B, N, K]`` (per token).
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: ``[E, H, D]``, ``[E, H]``, ``[E, D, H]``, ``[E, D]``, dtype of x
-            (any of the four float dtypes; under autocast copies of its dtype are computed with, and gradients of the
-            weights come in the weights' own).
+            (any of the four float dtypes). Under autocast, copies in autocast's dtype are used, and gradients of the
+            weights have the weights' own dtype.
         activation: ``"gelu"``, the exact one, or ``"gelu_tanh"``, its approximation by tanh.
 
-    Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; an expert without images gets exact zeros.
+    Returns: ``[B, N, D]``. Differentiable once, in x, gates and weights; the gradients of an expert without images are
+        exact zeros.
     Raises: ValueError naming the argument.
     """
     weights = MLPWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -59,8 +72,8 @@ def grouped_mlp(
     check_tensor("routing.slot_order", routing.slot_order, (gates.numel(),), like=x, same_dtype=False)
     check_tensor("routing.group_offsets", routing.group_offsets, (E + 1,), like=x, same_dtype=False)
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    need = need_of(N if gates.dim() == 2 else 1, B * N * gates.shape[-1], fc1_weight)
     x = x.to(autocast_dtype(x))
+    need = need_of(N if gates.dim() == 2 else 1, B * N * gates.shape[-1], fc1_weight, x.dtype, activation)
     backend = backends.choose("grouped_mlp", backend, x.device, need, x.dtype)
     lowered = Shadows().of(weights, None, x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -73,15 +86,21 @@ def grouped_mlp(
     return out.view(B, N, D)
 
 
-def need_of(tokens: int, rows: int, fc1_weight: Tensor) -> str | None:
-    """What a call needs that a backend may lack, as `LIMITS` names it.
+def need_of(tokens: int, rows: int, fc1_weight: Tensor, dtype: torch.dtype, activation: str) -> str | None:
+    """What a call needs that a backend may lack, as `LIMITS` names it; of several the one that most backends lack.
 
-    tokens: of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1).
+    tokens: of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1). dtype: of the products.
     """
     H, D = fc1_weight.shape[1:]
     # Each by itself: torch.export would hold every batch to which of several numbers is the largest in its example.
     large = max(D, H) > MAX_WIDTH or rows > MAX_COUNT or tokens * D > MAX_COUNT or D * H > MAX_COUNT
-    return LARGE if large else None
+    if large:
+        return LARGE
+    if dtype.itemsize > 2:
+        return WIDE
+    if D % 8 or H % 8 or not D * H:
+        return UNEVEN
+    return TANH if activation == "gelu_tanh" else None
 
 
 class _Inputs(NamedTuple):
@@ -105,7 +124,7 @@ class _Inputs(NamedTuple):
 
     @property
     def computed(self) -> MLPWeights:
-        """The weights that are computed with."""
+        """The weights to compute with."""
         return shadowed(
             MLPWeights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias),
             MLPWeights(self.fc1_weight_shadow, self.fc1_bias_shadow, self.fc2_weight_shadow, self.fc2_bias_shadow),
@@ -130,7 +149,7 @@ def _grouped_mlp(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """out and z of `Result`. Where there are shadows (see `dexkernels.shadows`) they are computed with."""
+    """out and z of `Result`, computed with the shadows (see `dexkernels.shadows`) if there are any."""
     weights = shadowed(
         MLPWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
         MLPWeights(fc1_weight_shadow, fc1_bias_shadow, fc2_weight_shadow, fc2_bias_shadow),
@@ -149,19 +168,19 @@ def _(*args, **kwargs):
 def run_forward(
     backend: str, x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu"
 ) -> Result:
-    """With autocast off; ``x`` and ``weights`` are of one dtype."""
+    """Run the forward of ``backend`` with autocast off; ``x`` and ``weights`` have one dtype."""
     return backends.load("grouped_mlp", backend).forward(x, slots, weights, save, activation)
 
 
 def run_backward(
     backend: str, grad_out: Tensor, saved: Saved, needs: Needs, grad_dtype: torch.dtype, activation: str = "gelu"
 ) -> Gradients:
-    """With autocast off; the gradients of the weights are of ``grad_dtype``."""
+    """Run the backward of ``backend`` with autocast off; gradients of the weights have ``grad_dtype``."""
     return backends.load("grouped_mlp", backend).backward(grad_out, saved, needs, grad_dtype, activation)
 
 
 def empty_z(x: Tensor, num_slots: int, fc1_bias: Tensor, save: bool) -> Tensor:
-    """z of `Result` without values, for fake kernels."""
+    """An uninitialised z of `Result`, for fake kernels."""
     return x.new_empty((num_slots if save else 0, x.shape[1], fc1_bias.shape[1]))
 
 
@@ -183,7 +202,7 @@ def _grouped_mlp_backward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Gradients`; an empty tensor stands for one that is not needed: operators do not return None."""
+    """`Gradients`, with an empty tensor for each that is not needed, since operators cannot return None."""
     saved = Saved(x, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
     with without_autocast(x.device):
         grads = run_backward(backend, grad_out, saved, Needs(need_x, need_gates, need_weights), grad_dtype, activation)
@@ -200,7 +219,7 @@ def _(
 
 
 def empty_weight_grads(x: Tensor, fc2_weight: Tensor, need: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Those of `MLPWeights` without values, for fake kernels."""
+    """Uninitialised gradients of `MLPWeights`, for fake kernels."""
     E, D, H = fc2_weight.shape
     if not need:
         return tuple(x.new_empty(0) for _ in range(4))

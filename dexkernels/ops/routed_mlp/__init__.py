@@ -1,4 +1,4 @@
-"""`routed_mlp`: `route`, then `grouped_mlp`, as one autograd node; it runs their backends.
+"""`routed_mlp`: `route`, then `grouped_mlp`, as one autograd node that runs their backends.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen, R decisions (B, or B*N token-wise).
 """
@@ -32,7 +32,7 @@ from ..route import run_forward as run_router
 
 
 class Settings(NamedTuple):
-    """How a layer routes, see `route`, and the activation of its experts, see `grouped_mlp`."""
+    """Routing settings of a layer, see `route`, and the activation of its experts, see `grouped_mlp`."""
 
     top_k: int
     routing: str = "image"
@@ -55,16 +55,16 @@ def routed_mlp(
 ) -> tuple[Tensor, Routing, Tensor | None]:
     """`route`, then `grouped_mlp`, as one autograd node: the router's gradient of x is added to the rows it read.
 
-    Two nodes would fill an ``[B, N, D]`` tensor with zeros but for the CLS rows and add it. Arguments and results are
-    those of the two. The caller, a layer, has checked x, the settings and ``noise.std``; here the tensors are checked
+    Two nodes would add an ``[B, N, D]`` tensor that is zero except for the CLS rows. Arguments and results are those
+    of the two operators. The calling layer has checked x, the settings and ``noise.std``; here the tensors are checked
     against each other.
 
     Args:
-        token_mask: bool ``[B, N]``, see `DEXLayer.forward`. Padding must be 0 in x; its outputs mean nothing.
-        director: its weights, without the leading E, when its output is wanted. Where the weights have shadows it is
-            one more expert of the same launches, and its output ``[B, N, D]`` comes third, without a gradient; else
-            that is None: to stand beside the experts it would have to be copied.
-        shadows: those of the layer; None: made for this call.
+        token_mask: bool ``[B, N]``, see `DEXLayer.forward`. Padding must be 0 in x; its outputs are undefined.
+        director: its weights, without the leading E, to also return its output. If the weights have shadows, the
+            director is one more expert of the same launches, and the third result is its output ``[B, N, D]``,
+            without a gradient. Otherwise the third result is None, since the director would have to be copied.
+        shadows: the layer's shadows; None: made for this call.
 
     Raises: ValueError naming the argument.
     """
@@ -82,15 +82,16 @@ def routed_mlp(
     if token_mask is not None:
         check_token_mask(token_mask, x, cls=settings.routing == "image" and settings.route_from == "cls")
         feature = "token_mask"
+    computed = autocast_dtype(x)
     route_backend, mlp_backend = (
         backends.choose(op, backends.covering(op, backend, need), x.device, need, dtype)
         for op, need, dtype in (
             ("route", feature, x.dtype),
-            ("grouped_mlp", need_of(tokens, rows, weights.fc1_weight), autocast_dtype(x)),
+            ("grouped_mlp", need_of(tokens, rows, weights.fc1_weight, computed, settings.activation), computed),
         )
     )
-    # The router reads x as it came; only the experts compute in autocast's dtype.
-    lowered = (shadows or Shadows()).of(weights, director, autocast_dtype(x))
+    # The router reads x in its own dtype; only the experts compute in autocast's dtype.
+    lowered = (shadows or Shadows()).of(weights, director, computed)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_weight, *weights))
     result = _Outputs(
         *torch.ops.dexkernels.routed_mlp(
@@ -130,7 +131,7 @@ class _Inputs(NamedTuple):
 
     @property
     def computed(self) -> MLPWeights:
-        """The weights that are computed with, the director's behind the experts' where it is among the shadows."""
+        """The weights to compute with; shadows may hold the director's after the experts'."""
         return shadowed(
             MLPWeights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias),
             MLPWeights(self.fc1_weight_shadow, self.fc1_bias_shadow, self.fc2_weight_shadow, self.fc2_bias_shadow),
@@ -138,13 +139,13 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """What the operator returns."""
+    """The results of the operator."""
 
     out: Tensor
     """``[B, N, D]``"""
     z: Tensor
     director_out: Tensor
-    """``[B, N, D]``; ``[0]`` unless the director is in the shadows."""
+    """``[B, N, D]``; ``[0]`` unless the shadows hold the director."""
     p: Tensor
     gates: Tensor
     expert_indices: Tensor
@@ -169,7 +170,7 @@ class _Outputs(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the forward saves for its backward. The weights are those it computed with, of the E experts alone."""
+    """Tensors that the forward saves for its backward. The weights are the ones it used, without the director's."""
 
     x: Tensor
     router_weight: Tensor
@@ -186,7 +187,7 @@ class _Saved(NamedTuple):
 
 
 def _images(x: Tensor, routing: str) -> Tensor:
-    """``[B, N, D]``, or token-wise ``[B*N, 1, D]``: to the experts a token is then an image of its own."""
+    """``[B, N, D]``, or token-wise ``[B*N, 1, D]``, which makes each token an image for the experts."""
     return x.reshape(-1, 1, x.shape[2]) if routing == "token" else x
 
 
@@ -225,7 +226,7 @@ def _routed_mlp(
         slots = mlp.Slots(routed.gates, routed.slot_order, routed.group_offsets)
         images = _images(x, routing).to(weights.fc1_weight.dtype)
         result = run_forward(mlp_backend, images, slots, weights, save, activation)
-    # By its shape, which a batch of no images has too.
+    # By its shape, which also works for an empty batch.
     director_out = result.director_out.view(x.shape if mlp.has_director(weights, slots) else 0)
     return result.out.view(x.shape), result.z, director_out, *routed
 
@@ -270,7 +271,7 @@ def _routed_mlp_backward(
     route_backend: str,
     mlp_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, router_weight and the experts' weights; an empty tensor stands for one that is not needed."""
+    """Gradients of x, router_weight and the experts' weights; an empty tensor for each that is not needed."""
     with without_autocast(x.device):
         images = _images(x, routing).to(fc1_weight.dtype)
         saved = mlp.Saved(images, gates, slot_order, group_offsets, fc1_weight, fc2_weight, fc2_bias, z)
@@ -342,8 +343,8 @@ def _backward(ctx, *grad_outputs):
         grads.out, grads.gates, grads.balance_loss, *ctx.saved_tensors, *ctx.settings, need.x, need.router_weight,
         need_weights, *ctx.rest,
     )  # fmt: skip
-    of = {"x": dx, "router_weight": drouter} | MLPWeights(*dweights)._asdict()
-    return gradients(_Inputs, **{name: grad for name, grad in of.items() if getattr(need, name)})
+    grads_of = {"x": dx, "router_weight": drouter} | MLPWeights(*dweights)._asdict()
+    return gradients(_Inputs, **{name: grad for name, grad in grads_of.items() if getattr(need, name)})
 
 
 _routed_mlp.register_autograd(_backward, setup_context=_save)

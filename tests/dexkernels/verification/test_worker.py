@@ -87,6 +87,23 @@ def test_the_checks_of_some_shapes():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_what_a_backend_cannot_compute_is_not_asked_of_it(monkeypatch):
+    """Of the CUDA library's experts: widths that are not multiples of 8, and float32 altogether."""
+    compared = []
+
+    def compare(case, backend, dtype):
+        compared.append(case.feature)
+        return module_finding("")
+
+    monkeypatch.setattr(module, "compare", compare)
+    shapes = [TINY, TINY._replace(dim=16, hidden_dim=24, top_k=1)]
+    assert check("grouped_mlp", "cuda", "bfloat16", shapes, CPU)["state"] == "right"
+    assert compared == [None, None]  # with the exact GELU, and a layer
+    found = check("grouped_mlp", "cuda", "float32", shapes, CPU)
+    assert found["state"] == "absent" and found["detail"].startswith("no elements of more than 16 bits: its products")
+    assert compared == [None, None]
+
+
 def test_a_wrong_backend_is_named_with_its_sizes(monkeypatch):
     monkeypatch.setattr(module, "compare", lambda case, backend, dtype: module_finding("result 0: error 1"))
     found = check("route", "triton", "float32", [TINY], CPU)
