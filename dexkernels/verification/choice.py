@@ -61,3 +61,8 @@ def _recorded(device: torch.device) -> Choices:
             stacklevel=4,
         )
     return {}
+
+
+def in_use(device: torch.device) -> Choices:
+    """What `default` gives on ``device``, without asking for its record: empty before the first question."""
+    return _tables.get(torch.cuda.current_device() if device.index is None else device.index, {})

@@ -94,23 +94,15 @@ class Record(NamedTuple):
     identity: Identity
     date: str
     seconds: float
+    sizes: tuple[Sizes, ...]
+    """What was timed, the newest last."""
     checks: tuple[Check, ...]
     times: tuple[Timing, ...]
-    """Of the newest sizes last."""
-
-    @property
-    def sizes(self) -> Sizes | None:
-        """The newest that were timed."""
-        return self.times[-1].sizes if self.times else None
-
-    def timed(self, sizes: Sizes) -> bool:
-        """Whether these sizes were timed."""
-        return any(t.sizes == sizes for t in self.times)
 
     def choices(self, sizes: Sizes | None = None) -> Choices:
         """Of every operator and dtype the fastest backend that is proven: right in every check, with the same bits when
         repeated, and at least `FASTER` times as fast as plain torch at ``sizes`` (None: the newest)."""
-        sizes = sizes or self.sizes
+        sizes = sizes or self.sizes[-1]
         states: dict[tuple[str, str, str], set[State]] = {}
         for check in self.checks:
             states.setdefault(check[:3], set()).add(check.state)
@@ -125,7 +117,7 @@ class Record(NamedTuple):
 
     def states(self, op: str, backend: str) -> str:
         """``bfloat16 right, 1.80 times as fast as plain torch; float16 wrong`` at the newest sizes."""
-        ratios = {t[:3]: t.ratio for t in self.times if t.sizes == self.sizes}
+        ratios = {t[:3]: t.ratio for t in self.times if t.sizes == self.sizes[-1]}
         texts = []
         for check in (c for c in self.checks if (c.op, c.backend) == (op, backend)):
             ratio = ratios.get(check[:3]) if check.state == "right" else None
@@ -141,10 +133,9 @@ class Record(NamedTuple):
         """This record with the times of other sizes of an earlier one of the same identity."""
         if earlier is None or earlier.identity != self.identity:
             return self
-        new = {t.sizes for t in self.times}
-        old = [t for t in earlier.times if t.sizes not in new]
-        kept = list(dict.fromkeys(t.sizes for t in old))[-(KEPT_SHAPES - 1) :]
-        return self._replace(times=(*(t for t in old if t.sizes in kept), *self.times))
+        kept = [sizes for sizes in earlier.sizes if sizes not in self.sizes][1 - KEPT_SHAPES :]
+        times = [t for t in earlier.times if t.sizes in kept]
+        return self._replace(sizes=(*kept, *self.sizes), times=(*times, *self.times))
 
 
 def common(tables: Iterable[Choices]) -> Choices:
@@ -163,6 +154,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "identity": record.identity._asdict(),
         "date": record.date,
         "seconds": record.seconds,
+        "sizes": [sizes._asdict() for sizes in record.sizes],
         "checks": [check._asdict() for check in record.checks],
         "times": [timing._asdict() | {"sizes": timing.sizes._asdict()} for timing in record.times],
     }
@@ -170,13 +162,14 @@ def to_json(record: Record) -> dict[str, Any]:
 
 def from_json(value: Any) -> Record:
     """Raises ValueError where ``value`` is no record of this version."""
-    value = _fields("record", value, ("format", "version", "identity", "date", "seconds", "checks", "times"))
+    value = _fields("record", value, ("format", "version", "identity", "date", "seconds", "sizes", "checks", "times"))
     if (value["format"], value["version"]) != (FORMAT, VERSION):
         given = f"{value['format']!r}, version {value['version']!r}"
         raise ValueError(f"format: expected {FORMAT!r}, version {VERSION}; got {given:.80}")
     identity = Identity(**_typed("identity", value["identity"], Identity))
-    if not isinstance(value["checks"], list) or not isinstance(value["times"], list):
-        raise ValueError("checks, times: expected lists")
+    if not all(isinstance(value[name], list) for name in ("sizes", "checks", "times")) or not value["sizes"]:
+        raise ValueError("sizes, checks, times: expected lists, and some sizes")
+    shapes = [Sizes(**_typed(f"sizes[{i}]", sizes, Sizes)) for i, sizes in enumerate(value["sizes"])]
     checks = [Check(**_typed(f"checks[{i}]", check, Check)) for i, check in enumerate(value["checks"])]
     times = []
     for i, timing in enumerate(value["times"]):
@@ -185,7 +178,7 @@ def from_json(value: Any) -> Record:
         times.append(Timing(**_typed(f"times[{i}]", fields | {"sizes": None}, Timing) | {"sizes": sizes}))
     _check("date", value["date"], str)
     _check("seconds", value["seconds"], float)
-    return Record(identity, value["date"], value["seconds"], tuple(checks), tuple(times))
+    return Record(identity, value["date"], value["seconds"], tuple(shapes), tuple(checks), tuple(times))
 
 
 def _fields(name: str, value: Any, fields: Iterable[str]) -> dict[str, Any]:
@@ -227,6 +220,11 @@ def shared(record: Record) -> dict[str, Any]:
         for c in record.checks
     ]
     return to_json(record._replace(checks=tuple(checks)))
+
+
+def share(record: Record, path: Path) -> None:
+    """Write what is `shared` to ``path``."""
+    write_json(path, shared(record))
 
 
 # --- as a file --------------------------------------------------------------------------------------------------------

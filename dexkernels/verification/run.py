@@ -61,7 +61,7 @@ def verify(
         seconds: after which what is left is not tried.
         say: called with a line of text for each step.
         keep: whether to write the record into the cache; this process uses it in any case.
-        stop: once it is set, what is left is not tried.
+        stop: once it is set, what is left is not tried, and nothing is kept.
 
     Returns: the record; `Record.wrong` has what must not be. Raises: ValueError naming the argument.
     """
@@ -71,10 +71,11 @@ def verify(
         raise ValueError(f"seconds: expected a number above 0, got {seconds!r}")
     who = identity(where)
     with record.alone(who) if keep else contextlib.nullcontext():
-        found = _found(who, sizes, _Bounds(where, time.monotonic() + seconds, seconds, stop or threading.Event()), say)
+        bounds = _Bounds(where, time.monotonic() + seconds, seconds, stop or threading.Event())
+        found = _found(who, sizes, bounds, say)
         earlier, _ = record.load(who)
         found = found.with_times_of(earlier)
-        if keep:
+        if keep and not bounds.stop.is_set():
             try:
                 say(f"record: {record.write(found)}")
             except OSError as error:
@@ -130,7 +131,7 @@ def _found(who: Identity, sizes: Sizes, bounds: _Bounds, say: Say) -> Record:
     checks = _checks(bounds._replace(deadline=began + CHECKING * bounds.seconds), say)
     times, wrong = _times(checks, sizes, bounds, say)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Record(who, today, round(time.monotonic() - began, 1), (*checks, *wrong), times)
+    return Record(who, today, round(time.monotonic() - began, 1), (sizes,), (*checks, *wrong), times)
 
 
 class _Part(NamedTuple):

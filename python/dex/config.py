@@ -188,7 +188,7 @@ class ParallelConfig:
     cuda_graph: bool = False
     """Replay the step as one CUDA graph, on one GPU, with experts that never wait for the host (backend triton)."""
     verify_kernels: bool = True
-    """On GPUs whose kernels were not verified yet, do that first, in under three minutes; see ``dex verify``. Off: plain
+    """First run ``dex verify`` on GPUs whose kernels were not verified yet, for at most three minutes. Without it plain
     torch computes there."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others before the run ends with the name of the rank that hangs."""

@@ -1,4 +1,4 @@
-"""One pretraining run from its first step to its end: run folder, pictures, checkpoints, signals, exit code."""
+"""One pretraining run from start to end: run folder, pictures, checkpoints, signals, exit code."""
 
 import math
 import signal
@@ -17,11 +17,11 @@ from dex.config import Config, RunConfig
 from dex.data import CorruptDataError
 from dex.model.weights import DECODER_PREFIXES, LoadReport
 from dex.sizing.estimate import mfu
-from dex.train import advice, checkpoint
+from dex.train import advice, checkpoint, kernels
 from dex.train.continuation import Override
 from dex.train.evaluating import Evaluations
 from dex.train.loop import NONFINITE_IN_A_ROW, RunLoop
-from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, look, open_data, place, with_folder
+from dex.train.plan import FolderState, Placement, Plan, fingerprint_of, inspect_folder, open_data, place, with_folder
 from dex.train.runlog import Progress, RunLog, describe_machine, now
 from dex.train.schedules import stable_steps, warmup_steps
 from dex.train.trainer import Trainer
@@ -38,14 +38,14 @@ def pretrain(
     command: Sequence[str] = (),
     override: Override | None = None,
 ) -> int:
-    """Run to the end, to ``run.stop_at`` or to a signal; returns the process's exit code.
+    """Run to the end, to ``run.stop_at`` or to a signal, and return the exit code of the process.
 
-    out: the run folder. resume: None starts a run and wants a new or empty folder; "auto" continues from the newest
-    good checkpoint in ``out``, or starts a run where there is none; a path is one checkpoint folder of ``out``.
-    overwrite: start a run in a folder that holds one, whose files are removed after the new run's first step.
-    override: fields in which a resumed run may be another, and why; both are recorded.
-    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed, and
-    when another process writes to the folder; CorruptDataError when too many images cannot be read, after saving.
+    out: the run folder. resume: None starts a new run in a new or empty folder; "auto" continues from the newest good
+    checkpoint in ``out``, or starts a new run if there is none; a path is a checkpoint folder in ``out``.
+    overwrite: start a new run in a folder with a run, whose files are removed after the first step of the new run.
+    override: fields that may change in a resumed run, and the reason; both are recorded.
+    Raises: ValueError or FileNotFoundError if an argument is wrong or another process writes to the folder; nothing is
+    then created or removed. CorruptDataError, after saving, if too many images cannot be read.
     """
     try:
         run = prepare(config, out, resume=resume, overwrite=overwrite, command=command, override=override)
@@ -63,9 +63,9 @@ def prepare(
     command: Sequence[str] = (),
     override: Override | None = None,
 ) -> "PretrainRun":
-    """`pretrain` up to its first step, with the run folder open. Later failures are not caused by the arguments.
+    """``pretrain`` up to its first step, with the run folder open. Later failures are not caused by the arguments.
 
-    Raises also: `dex.common.exits.Stopped` after SIGTERM or SIGUSR1, with nothing made or removed.
+    Also raises ``dex.common.exits.Stopped`` after SIGTERM or SIGUSR1; nothing is then created or removed.
     """
     if override is not None:
         override.check(resume)
@@ -78,9 +78,10 @@ def prepare(
         with exits.stopping():
             log = RunLog(Path(from_first(ranks, str(out))), active=ranks.first)
             planned = _plan(placement, log, watch, resume, overwrite, override)
+            planned = _with_kernels(planned, log, watch)
             return _open(planned, log, overwrite, command, watch)
     except BaseException as error:
-        # A scheduler may signal twice; the first one is on its way out already.
+        # A scheduler may signal twice; the first signal already ends the process.
         with exits.handled(lambda number: None, exits.SCHEDULER_SIGNALS):
             if isinstance(error, exits.Stopped) and ranks.first:
                 print(f"dex pretrain: {error} before the first step: start the same command again", file=sys.stderr)
@@ -101,17 +102,28 @@ def _plan(
     overwrite: bool,
     override: Override | None,
 ) -> Plan:
-    """Rank 0 takes hold of the folder and looks into it; every rank checks the rest."""
+    """Rank 0 locks and inspects the folder; every rank checks the rest."""
     watch.at(0, "reading checkpoint and data")
     ranks = placement.ranks
-    state = FolderState(*decided(ranks, lambda: look(log, resume, overwrite, hold=True)))
+    state = FolderState(*decided(ranks, lambda: inspect_folder(log, resume, overwrite, hold=True)))
     dataset = everywhere(ranks, lambda: open_data(placement.config, log.folder))
     fingerprint = fingerprint_of(dataset, ranks, lambda: watch.at(0, "reading the data for its fingerprint"))
     return everywhere(ranks, lambda: with_folder(placement, dataset, fingerprint, state, override))
 
 
+def _with_kernels(planned: Plan, log: RunLog, watch: Watch) -> Plan:
+    """``planned`` with notes on the kernels, which are verified first where they were not."""
+    ranks, device = planned.ranks, planned.device
+    notes = kernels.prove(
+        planned.config, ranks, device, planned.micro_batch, lambda: watch.at(0, "verifying the kernels")
+    )
+    if ranks.first and planned.saved:
+        notes += kernels.changed(log.last_start(), device)
+    return planned._replace(notes=(*planned.notes, *notes))
+
+
 def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], watch: Watch) -> "PretrainRun":
-    """Build the model, load the checkpoint, and begin to write."""
+    """Build the model, load the checkpoint, and open the run folder for writing."""
     saved = planned.saved
     watch.at(saved.state["step"] if saved else 0, "building the model")
     trainer = Trainer(planned)
@@ -129,14 +141,14 @@ def _open(planned: Plan, log: RunLog, overwrite: bool, command: Sequence[str], w
 
 
 class _Best(NamedTuple):
-    """The lowest held-out loss of a step that is saved."""
+    """The lowest held-out loss among saved steps."""
 
     step: int
     loss: float
 
 
 class PretrainRun(RunLoop):
-    """`pretrain` once everything is ready: steps, and what happens between them."""
+    """A pretraining run that is ready to start: its steps, and everything between them."""
 
     def __init__(self, trainer: Trainer, log: RunLog, notes: list[str], watch: Watch):
         progress = Progress(trainer.steps, trainer.step, active=trainer.ranks.first)
@@ -147,7 +159,7 @@ class PretrainRun(RunLoop):
         self.saved: checkpoint.Checkpoint | None = trainer.plan.saved
         stable = stable_steps(trainer.config, trainer.steps) if trainer.config.schedule.lr_shape == "wsd" else None
         self._milestones = {*(self.run_config.milestones or ()), *([stable] if stable else [])}
-        """Of warm-up-stable-decay also the last step before the decay, from which a longer run can go on."""
+        """With warm-up-stable-decay, includes the last step before the decay, from which the run can be extended."""
         self._evaluations = Evaluations(trainer, log, progress)
         self._best = self._best_so_far()
         self._saved_step = self.saved.state["step"] if self.saved else None
@@ -183,8 +195,8 @@ class PretrainRun(RunLoop):
             done = trainer.step
             if done == 1:
                 self.log.settle()
-            # Alone, a signal counts at once; read once, since one may come at any moment below. Among several ranks
-            # all stop after the step in which one of them said so.
+            # Read only once, since a signal may arrive at any moment below. A single rank reacts at once; several ranks
+            # all stop after the step in which one of them announced its signal.
             stopping = trainer.stopping or (self.ranks.world_size == 1 and bool(self.signals))
             saving = stopping or done == last or done % run.checkpoint_every == 0 or done in self._milestones
             evaluating = self._is_evaluated(done, last, stopping)
@@ -197,7 +209,7 @@ class PretrainRun(RunLoop):
                 return self._stop_nonfinite(bad)
             if done % run.log_every == 0 or done == trainer.steps:
                 self._row()
-            if stopping:  # at once: whoever stops a run kills it soon
+            if stopping:  # Save first, since a kill may follow soon
                 self._save(wait=True)
             if evaluating:
                 self._paused(self._evaluate)
@@ -209,22 +221,23 @@ class PretrainRun(RunLoop):
                 self.progress.say(f"{name}: saved at step {done}; --resume auto continues")
                 return exits.PREEMPTED
         if self._best:
-            where = f"checkpoints/step-{self._best.step:08d}"
-            self.progress.say(f"lowest held-out loss {self._best.loss:.4f} at step {self._best.step}: {where}")
+            folder = f"checkpoints/step-{self._best.step:08d}"
+            self.progress.say(f"lowest held-out loss {self._best.loss:.4f} at step {self._best.step}: {folder}")
         if share := self._evaluations.share():
             self.progress.say(share)
-        word = "done" if trainer.step == trainer.steps else "stopped as asked"
-        self.progress.say(f"{word}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
+        outcome = "done" if trainer.step == trainer.steps else "stopped at run.stop_at"
+        self.progress.say(f"{outcome}: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
         return exits.DONE
 
     def _is_evaluated(self, done: int, last: int, stopping: bool) -> bool:
-        """Whether held-out images are looked at after step ``done``: when it is time, and where the run ends or stops.
+        """Whether the held-out images are evaluated after step ``done``: if it is due, and where the run ends or stops.
 
-        Not after SIGTERM, which a scheduler sends moments before it kills: what is due comes first after the resume.
+        Not after SIGTERM, which a scheduler sends just before it kills; the resumed run then begins with the
+        evaluation.
         """
         every = self.run_config.evaluate_every
         if every and stopping and done < last:
-            return signal.SIGTERM not in {number for of_rank in gather(self.ranks, self.signals) for number in of_rank}
+            return signal.SIGTERM not in {number for signals in gather(self.ranks, self.signals) for number in signals}
         return is_due(self.trainer.config, done, self.trainer.steps) or (bool(every) and done == last)
 
     def _row(self) -> None:
@@ -260,24 +273,24 @@ class PretrainRun(RunLoop):
                 self._best = _Best(step, evaluation.loss)
 
     def _best_so_far(self) -> "_Best | None":
-        """The lowest held-out loss among the steps whose checkpoints are there; None unless ``run.keep_best``."""
+        """The lowest held-out loss among the steps with a checkpoint; None unless ``run.keep_best``."""
         if not self.run_config.keep_best:
             return None
         best = None
         if self.ranks.first:
-            there = {step for step, _ in checkpoint.found(self.log.checkpoints)}
-            rows = [row for row in self.log.rows() if row.get("val_loss") is not None and row["step"] in there]
+            saved = {step for step, _ in checkpoint.list_checkpoints(self.log.checkpoints)}
+            rows = [row for row in self.log.rows() if row.get("val_loss") is not None and row["step"] in saved]
             best = min(((row["val_loss"], row["step"]) for row in rows), default=None)
         best = from_first(self.ranks, best)
         return best and _Best(best[1], best[0])
 
     def _evaluated(self) -> bool:
-        """Whether this step's held-out images were looked at before the run was stopped."""
+        """Whether this step was evaluated before the run was stopped."""
         step, rows = self.trainer.step, self.log.rows() if self.ranks.first else []
         return from_first(self.ranks, any(row["step"] == step and "val_loss" in row for row in rows))
 
     def _save(self, wait: bool = False) -> None:
-        """Save this step unless it is saved; wait: until it is on the disk."""
+        """Save this step unless it is saved. wait: until it is on disk."""
         trainer = self.trainer
         self.watch.at(trainer.step, "checkpoint")
         self.log.check_there()
@@ -297,7 +310,7 @@ class PretrainRun(RunLoop):
         super()._report(bad)
 
     def _save_unreadable(self) -> None:
-        # The batch was not given, so nothing of this step is done: a resume reads it again, from mended files.
+        # This step was not computed, so a resumed run reads the batch again, from repaired files.
         trainer = self.trainer
         self._report(trainer.flush())
         self.log.event(trainer.step, "stopped", reason="too many samples cannot be read")
@@ -319,12 +332,13 @@ def _start_entry(planned: Plan, command: Sequence[str]) -> dict[str, Any]:
         "precision": planned.precision,
         "data": {"name": dataset.name, "fingerprint": planned.fingerprint, "images": dataset.modality_counts()},
         **describe_machine(planned.device),
+        **({"kernels": kernels.described(planned.device)} if planned.device.type == "cuda" else {}),
         **({"changes": changes} if changes else {}),
     }
 
 
-def _initial_note(place: str, report: LoadReport) -> str:
-    what = f"{report.naming}{', upcycled' if report.upcycled else ''}"
-    drawn = ["the routers"] * report.upcycled
-    drawn += ["the decoder"] * any(name.startswith(DECODER_PREFIXES) for name in report.kept)
-    return f"weights of {place}: {what}" + (f"; drawn anew: {' and '.join(drawn)}" if drawn else "")
+def _initial_note(path: str, report: LoadReport) -> str:
+    kind = f"{report.naming}{', upcycled' if report.upcycled else ''}"
+    random = ["the routers"] * report.upcycled
+    random += ["the decoder"] * any(name.startswith(DECODER_PREFIXES) for name in report.kept)
+    return f"weights of {path}: {kind}" + (f"; randomly initialised: {' and '.join(random)}" if random else "")

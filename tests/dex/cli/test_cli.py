@@ -43,6 +43,7 @@ def test_help_lists_only_what_works(run):
         "evaluate",
         "predict",
         "compare",
+        "verify",
         "doctor",
     ]
     for command in commands:
@@ -102,6 +103,7 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
             "evaluate",
             "predict",
             "compare",
+            "verify",
             "doctor",
         ]
         assert "  echo       says what it was given\n" in run("--help")[1]
@@ -111,7 +113,7 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
         assert code == 2 and "pip install -e '.[data]'" in err
         names = (
             "prepare, data, echo, pretrain, report, analyse, explain, embed, probe, export, tasks, finetune, evaluate, "
-            "predict, compare, doctor"
+            "predict, compare, verify, doctor"
         )
         assert f"expected one of {names}; got '_helper'" in run("_helper")[2]
     finally:

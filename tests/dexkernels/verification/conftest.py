@@ -48,7 +48,7 @@ def right(somewhere) -> Record:
         timing("group_ema_", "triton", 0.7, "float32"),
         timing("group_ema_", "cuda", 0.6, "float32"),
     )
-    return Record(somewhere, "2026-11-30", 100.0, checks, times)
+    return Record(somewhere, "2026-11-30", 100.0, (SIZES,), checks, times)
 
 
 @pytest.fixture

@@ -51,16 +51,15 @@ def test_what_was_not_checked_is_not_chosen(right):
 
 def test_each_sizes_have_their_own_choice_and_the_newest_decide(right):
     larger = Sizes()
-    newer = right._replace(times=tuple(t._replace(sizes=larger, ms=2.0) for t in right.times))
+    newer = right._replace(sizes=(larger,), times=tuple(t._replace(sizes=larger, ms=2.0) for t in right.times))
     both = newer.with_times_of(right)
-    assert both.sizes == larger and both.choices() == {} and both.choices(right.sizes) == BEST
-    assert both.timed(larger) and both.timed(right.sizes) and not both.timed(Sizes(images=1))
+    assert both.sizes == (*right.sizes, larger) and both.choices() == {} and both.choices(right.sizes[0]) == BEST
 
 
 def test_times_of_the_same_sizes_are_replaced_and_those_of_other_machines_left_out(right, somewhere):
     again = right._replace(times=tuple(t._replace(ms=3.0) for t in right.times))
     assert again.with_times_of(right) == again
-    elsewhere = right._replace(identity=somewhere._replace(driver="1"), times=(right.times[0]._replace(sizes=Sizes()),))
+    elsewhere = right._replace(identity=somewhere._replace(driver="1"), sizes=(Sizes(),))
     assert again.with_times_of(elsewhere) == again
 
 
@@ -68,8 +67,8 @@ def test_only_the_newest_sizes_are_kept(right):
     found = right
     for images in range(1, 12):
         times = tuple(t._replace(sizes=Sizes(images=images)) for t in right.times)
-        found = right._replace(times=times).with_times_of(found)
-    assert [s.images for s in dict.fromkeys(t.sizes for t in found.times)] == list(range(4, 12))
+        found = right._replace(sizes=(Sizes(images=images),), times=times).with_times_of(found)
+    assert [s.images for s in found.sizes] == list(range(4, 12)) and {t.sizes for t in found.times} == {*found.sizes}
 
 
 def test_gpus_that_differ_use_what_all_agree_on():
@@ -132,7 +131,9 @@ def test_a_file_that_is_cut_anywhere_is_no_record(right, somewhere):
         (lambda v: v["times"][1].update(ms=-1.0), r"times\[1\].ms: unexpected -1.0"),
         (lambda v: v["times"][1]["sizes"].update(dim=0), r"times\[1\].sizes.dim: unexpected 0"),
         (lambda v: v["times"][1]["sizes"].update(dim=True), r"times\[1\].sizes.dim: unexpected True"),
-        (lambda v: v.update(times=7), "checks, times: expected lists"),
+        (lambda v: v.update(times=7), "sizes, checks, times: expected lists"),
+        (lambda v: v.update(sizes=[]), "sizes, checks, times: expected lists, and some sizes"),
+        (lambda v: v["sizes"][0].update(top_k="2"), r"sizes\[0\].top_k: unexpected '2'"),
         (lambda v: v.update(date=None), "date: unexpected None"),
     ],
 )

@@ -153,16 +153,16 @@ def test_what_the_memory_does_not_hold_is_timed_with_fewer_images_and_says_so(gp
 
     gpu(answers)
     found, lines = verify()
-    assert found.timed(SIZES) and found.wrong() == [] and found.choices() == {}
+    assert found.sizes == (SIZES,) and found.times and found.wrong() == [] and found.choices() == {}
     assert "  route bfloat16: timed with 4 images, for the memory" in lines
     assert list(run.summary(found)) == ["plain torch everywhere: no kernel was right and faster"]
 
 
-def test_a_verification_that_is_stopped_tries_nothing_more(gpu):
+def test_a_verification_that_is_stopped_tries_nothing_more_and_keeps_nothing(gpu, cache):
     stop = threading.Event()
     played = gpu(lambda step: stop.set())
     found, _ = verify(stop=stop)
-    assert 1 <= len(played.steps) <= run.JOBS and found.wrong() == []
+    assert 1 <= len(played.steps) <= run.JOBS and found.wrong() == [] and not list(cache.glob("*.json"))
 
 
 def test_when_plain_torch_itself_is_wrong_nothing_is_chosen(gpu):
@@ -202,7 +202,7 @@ def test_times_of_other_sizes_are_kept(gpu, somewhere):
     verify()
     dexkernels.verify(SIZES._replace(images=9), say=lambda line: None)
     record, _ = load(somewhere)
-    assert record.timed(SIZES) and record.sizes == SIZES._replace(images=9)
+    assert record.sizes == (SIZES, SIZES._replace(images=9)) and {t.sizes for t in record.times} == {*record.sizes}
 
 
 def test_a_home_that_is_read_only_costs_the_record_but_not_the_choice(gpu, h200, monkeypatch):
@@ -237,7 +237,7 @@ def test_two_processes_at_once_leave_the_times_of_both(gpu, somewhere):
         process.join(60)
         assert process.exitcode == 0
     found, _ = load(somewhere)
-    assert found.timed(SIZES._replace(images=1)) and found.timed(SIZES._replace(images=2))
+    assert {sizes.images for sizes in found.sizes} == {1, 2}
 
 
 @pytest.mark.parametrize(
