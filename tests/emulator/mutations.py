@@ -486,7 +486,7 @@ def page(results: dict) -> str:
         counts = count([one for key, one in every.items() if key.split()[0] == module])
         lines.append(f"| `{module}` | " + " | ".join(map(str, counts)) + " |")
     lines.append("| all | " + " | ".join(map(str, total)) + " |")
-    lines.append("\nWhat was seen:\n\n| | interpreter | emulator |\n| --- | --- | --- |")
+    lines.append("\nDetected as:\n\n| | interpreter | emulator |\n| --- | --- | --- |")
     by_tool = {tool: reasons(results, tool) for tool in TOOLS}
     for name in by_tool[EMULATOR]:
         if any(by_tool[tool][name] for tool in TOOLS):
@@ -501,29 +501,31 @@ def page(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = """# Changes of kernel lines: which of them are seen
+HEAD = """# Mutations of kernel lines, and which are detected
+
+This page shows how many random faults in kernels the interpreter and the emulator detect, and explains every miss.
 
 `python tests/emulator/mutations.py` draws {total.changes} changes of single lines of the Triton kernels from the seed
-{seed}: operators, comparisons, constants, masks, indices, casts, arguments, and statements that are left out, of all
+{seed}: operators, comparisons, constants, masks, indices, casts, arguments, and omitted statements, in all
 device functions in turn. {alive} of them compile. Each is run in the interpreter and on the [emulator](emulator.md),
-in small cases that reach every kernel, until something is wrong. `tests/emulator/mutations.json` holds what that was,
-and `--page` writes this page.
+in small cases that reach every kernel, until a fault shows. `tests/emulator/mutations.json` records the faults, and
+`--page` writes this page.
 
-| module | changes | do not compile | seen by both | by the emulator alone | by the interpreter alone | by neither |
+| module | changes | do not compile | detected by both | by the emulator alone | by the interpreter alone | by neither |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 SURVIVORS = """
-## What neither saw
+## Undetected and equivalent
 
-Each of these changes nothing that a result could show, and this is why.
+None of these changes can affect a result, for the given reason.
 
 | where | line | changed to | proof |
 | --- | --- | --- | --- |"""
 
 MISSED = """
-## What should have been seen
+## Undetected faults
 
-These are wrong, and no case shows it.
+These are wrong, but no case shows it.
 
 | where | line | changed to | why |
 | --- | --- | --- | --- |"""

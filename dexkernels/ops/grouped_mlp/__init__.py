@@ -87,12 +87,12 @@ def grouped_mlp(
 
 
 def need_of(tokens: int, rows: int, fc1_weight: Tensor, dtype: torch.dtype, activation: str) -> str | None:
-    """What a call needs that a backend may lack, as `LIMITS` names it; of several the one that most backends lack.
+    """The key of `LIMITS` for a needed feature that a backend may lack; of several, the one most backends lack.
 
-    tokens: of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1). dtype: of the products.
+    tokens: tokens of an image, 1 token-wise. rows: B*N*K, with a director B*N*(K + 1). dtype: dtype of the products.
     """
     H, D = fc1_weight.shape[1:]
-    # Each by itself: torch.export would hold every batch to which of several numbers is the largest in its example.
+    # No max() over batch sizes: torch.export would require every batch to have the same largest one as its example.
     large = max(D, H) > MAX_WIDTH or rows > MAX_COUNT or tokens * D > MAX_COUNT or D * H > MAX_COUNT
     if large:
         return LARGE
