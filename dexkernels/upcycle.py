@@ -229,9 +229,9 @@ def to_dense_(model: nn.Module) -> list[str]:
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _check_unwrapped(model, "to_dense_")
     mlps = list(_find(model, DEXLayer))
-    ours = {id(mlp.get(0)) for mlp in mlps}
+    placed = {id(mlp.get(0)) for mlp in mlps}
     for name, module in model.named_modules():
-        if isinstance(module, DEXLayer) and id(module) not in ours:
+        if isinstance(module, DEXLayer) and id(module) not in placed:
             raise ValueError(
                 f"model: expected DEX layers placed by upcycle_, got {name!r}; set its path to 'director' instead"
             )

@@ -213,7 +213,7 @@ def test_what_is_no_mask_is_refused():
         mask_tokens(nn.Linear(2, 2), mask).__enter__()
     with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got list"):
         mask_tokens([], mask).__enter__()
-    with pytest.raises(ValueError, match="token_mask: expected a real token 0, .* got an image whose token 0 is padding"):
+    with pytest.raises(ValueError, match="token_mask: expected a real token 0, .* whose token 0 is padding"):
         layer_of()(x, token_mask=mask.flip(1))
     with pytest.raises(ValueError, match="backend: 'triton' cannot run align_loss: no token_mask: its kernel"):
         align_loss(x, x, token_mask=mask, backend="triton")

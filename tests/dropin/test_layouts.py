@@ -96,7 +96,7 @@ def test_maps_in_the_wrong_layout_are_refused():
         dexkernels.upcycle_(last, E, K, layout="channels_last", route_from="cls")
     wide = MAPS["channels_first"]()
     wide[1].mlp.fc2 = nn.Conv2d(H, D, 3, padding=1)
-    with pytest.raises(ValueError, match="1.mlp: expected kernel size 1 and no stride, padding or groups in fc2, got Conv2d"):
+    with pytest.raises(ValueError, match="1.mlp: expected kernel size 1 and no stride, padding or groups in fc2, got"):
         dexkernels.upcycle_(wide, E, K, layout="channels_first")
     assert not any(isinstance(m, DEXLayer) for model in (first, last, wide) for m in model.modules())
 
