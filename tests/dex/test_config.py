@@ -120,7 +120,7 @@ def test_numbers_that_are_what_they_look_like_are_read(tmp_path):
 
 
 def test_missing_file_and_unknown_preset_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config: expected a YAML file; nothing at .*absent.yaml"):
+    with pytest.raises(FileNotFoundError, match="config: expected a YAML file; found nothing at .*absent.yaml"):
         config.read_yaml(tmp_path / "absent.yaml", config.Config())
     with pytest.raises(ValueError, match="preset: expected one of published-code, paper, demo.*; got 'demos'"):
         config.preset("demos")
@@ -147,7 +147,7 @@ def test_missing_file_and_unknown_preset_are_named(tmp_path):
         ("model__mlp_ratio", 1e6, "model.mlp_ratio: expected a ratio that gives at most 1,048,576 hidden units"),
         ("model__embed_dim", 4 * 10**8, "model.embed_dim: expected at most 1,048,576; got 400000000"),
         ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 1,000; got 1000000000"),
-        ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 a layer; got 1000000000"),
+        ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 per layer; got 1000000000"),
         ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit for"),
         ("data__num_workers", 257, "data.num_workers: expected 0 to 256; got 257"),
         ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),

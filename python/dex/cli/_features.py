@@ -12,30 +12,35 @@ _READING = ("modality", "planes", "normalisation", "volumes", "slope", "intercep
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All options of ``dex embed`` and ``dex probe`` except the input and output."""
     add_scans(parser)
-    group = parser.add_argument_group("reading", "as in dex prepare; give what the training set was prepared with")
-    group.add_argument(
+    add_reading(parser.add_argument_group("reading", "as in dex prepare; give what the training set was prepared with"))
+    add_weights(parser)
+    add_computing(parser, 64, "images")
+
+
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    """How the values and frames of files are read."""
+    parser.add_argument(
         "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display (default: that of the modality)"
     )
-    group.add_argument(
+    parser.add_argument(
         "--volumes",
         metavar="WHICH",
         help="volumes to read from files with several: first, all, mean, or a number N for every N-th (default: first)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--slope",
         type=float,
         metavar="SLOPE",
-        help="convert the stored values of files other than DICOM to SLOPE * value + INTERCEPT; needs --intercept",
+        help="convert the stored values of files other than DICOM, such as PNG files of HU + 32768, to SLOPE * value + "
+        "INTERCEPT; needs --intercept",
     )
-    group.add_argument("--intercept", type=float, metavar="INTERCEPT", help="see --slope")
-    group.add_argument(
+    parser.add_argument("--intercept", type=float, metavar="INTERCEPT", help="see --slope")
+    parser.add_argument(
         "--frame-stride",
         type=int,
         metavar="FRAMES",
         help="read one of every FRAMES frames of videos and multi-frame files",
     )
-    add_weights(parser)
-    add_computing(parser, 64, "images")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import atomic, exits
 
@@ -31,18 +32,18 @@ def run(arguments: list[str]) -> Callable[[], int]:
 
     if options.dry_run:
         return dry_run("dex prepare", arguments, options)
-    settings = dataclasses.replace(
+    job = dataclasses.replace(
         _reading_options(options),
         out=folder_argument("out", options.out),
         shard=_shard(options.shard),
         max_unreadable=options.max_unreadable,
     )
     sources = _sources(options)
-    prepare.check(sources, settings)
-    resumable = f"finished work stays in {settings.out}, and the same command resumes"
+    prepare.check(sources, job)
+    resumable = f"finished work stays in {job.out}, and the same command resumes"
     try:
         with prepare.stop_signals():
-            preparation = prepare.prepare(sources, settings)
+            preparation = prepare.prepare(sources, job)
     except Undetermined as error:
         lines = [f"dex prepare: {error}", *_commands(["dex", "prepare"], arguments, options, error)]
         return lambda: _wrong(lines)
@@ -67,11 +68,11 @@ def run(arguments: list[str]) -> Callable[[], int]:
             for note in summary.notes(facts):
                 print(f"note: {note}")
             if any(source["refused"] for source in facts["sources"]):
-                print(f"refused: `dex data refused {shlex.quote(str(settings.out))}` lists the files with reasons")
-                page = prepare.private_folder(settings.out) / left_out.PAGE
+                print(f"refused: `dex data refused {shlex.quote(str(job.out))}` lists the files with reasons")
+                page = prepare.private_folder(job.out) / left_out.PAGE
                 if page.exists():  # A withdrawal removes it
                     print(f"         {shlex.quote(str(page))} shows some of them")
-            out = shlex.quote(str(settings.out))
+            out = shlex.quote(str(job.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE
 
@@ -83,18 +84,18 @@ def dry_run(command: str, arguments: list[str], options: argparse.Namespace, pag
     from dex.prepare import inventory, inventory_page
     from dex.prepare import run as prepare
 
-    settings, sources = _reading_options(options), _sources(options)
+    job, sources = _reading_options(options), _sources(options)
     if page is None and options.out is not None:
-        prepare.check(sources, dataclasses.replace(settings, out=folder_argument("out", options.out)))
-    prepare.check_settings(sources, settings)
+        prepare.check(sources, dataclasses.replace(job, out=folder_argument("out", options.out)))
+    prepare.check_settings(sources, job)
     try:
         with prepare.stop_signals():
             taken = inventory.take(
                 sources,
-                settings.settings,
-                processes=settings.workers,
-                cache=settings.cache,
-                limits=settings.limits,
+                job.settings,
+                processes=job.workers,
+                cache=job.cache,
+                limits=job.limits,
                 say=lambda text: print(text, file=sys.stderr),
             )
     except prepare.Stopped as error:
@@ -195,22 +196,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODALITY=GLOB",
         help="modality of files without a header, by their paths, such as 'X-ray=chest/**'; may be repeated",
     )
-    parser.add_argument(
-        "--normalisation", metavar="RULE", help="ct, mr, pet, suv or display (default: that of the modality)"
-    )
-    parser.add_argument(
-        "--volumes",
-        metavar="WHICH",
-        help="volumes to read from files with several: first, all, mean, or a number N for every N-th (default: first)",
-    )
-    parser.add_argument(
-        "--slope",
-        type=float,
-        metavar="SLOPE",
-        help="convert the stored values of files other than DICOM, such as PNG files of HU + 32768, to SLOPE * value + "
-        "INTERCEPT; needs --intercept",
-    )
-    parser.add_argument("--intercept", type=float, metavar="INTERCEPT", help="see --slope")
+    _features.add_reading(parser)
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -236,12 +222,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="planes cut from volumes; auto is axial, but stored for thick slices in another plane (default for a "
         "folder: auto)",
     )
-    parser.add_argument(
-        "--frame-stride",
-        type=int,
-        metavar="FRAMES",
-        help="take one of every FRAMES frames of videos and multi-frame files",
-    )
+
     parser.add_argument(
         "--slice-stride", type=int, metavar="SLICES", help="take one of every SLICES slices of each plane of a volume"
     )

@@ -89,5 +89,7 @@ def test_the_material_is_of_the_held_out_split_and_of_all(tmp_path, images):
     )
     (tmp_path / "lonely" / "ct").mkdir(parents=True)
     (tmp_path / "lonely" / "ct" / "a.png").write_bytes(next((images / "ct").iterdir()).read_bytes())
-    with pytest.raises(ValueError, match="data: expected held-out images; the split 'val' of lonely gives none"):
+    with pytest.raises(
+        ValueError, match="data: expected held-out images; the split 'val' of lonely has none that are readable"
+    ):
         material_of(open_dataset(tmp_path / "lonely"))

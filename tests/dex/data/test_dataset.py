@@ -80,5 +80,5 @@ def test_views():
         val[4]
     with pytest.raises(ValueError, match="^split: expected one of train, val, got 'test'"):
         whole.split("test")
-    with pytest.raises(ValueError, match="already a split"):
+    with pytest.raises(ValueError, match="expected a whole data set"):
         val.split("train")

@@ -64,7 +64,7 @@ def test_hostile_index(root, update, reason):
         (lambda m: m.update(version=99), "expected dex-shards version 1, got 'dex-shards' version 99"),
         (lambda m: m.update(shards={}), "shards: expected list"),
         (lambda m: m.update(samples=8), "'samples' is not the sum"),
-        (lambda m: m["modalities"][0].update(train=9), "9 train samples of 'CT' declared"),
+        (lambda m: m["modalities"][0].update(train=9), "expected 9 train samples of 'CT', got 3 in the indices"),
         (lambda m: m["modalities"][2].update(empty=False), "'empty' contradicts"),
         (lambda m: m["shards"].append("x"), "expected an object"),
         (lambda m: m.pop("name"), "name: expected str"),
