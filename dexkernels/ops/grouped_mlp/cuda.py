@@ -1,8 +1,8 @@
 """`grouped_mlp` by the native library: products of bfloat16 or float16 with float32 sums, on sm_80 and newer.
 
 Letters: see `records`. Rows are gathered: an image's tokens need not fill a tile, and token-wise routing is the same.
-It takes addresses and sizes; every grid is an upper bound known from shapes, so the host never waits for the routing.
-What it cannot compute is in `why_not`.
+The library takes addresses and sizes. Every grid is an upper bound known from shapes, so the host never waits for the
+routing. The limits of this backend are in the operator's table.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,23 @@ from .records import Gradients, Needs, Result, Saved, Slots, has_director
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH = 8
-"""D and H are multiples of it: copies are of 16 bytes."""
+"""D and H must be multiples of this, since copies have 16 bytes."""
 
 TILE = 128
 """Rows and columns of a tile: ``MLP_TILE`` in ``csrc/grouped_mlp/tiles.h``."""
 
 PROGRAMS = 132
-"""Blocks that run at a time, about: a constant, so that bits do not depend on the device."""
+"""Approximate number of blocks that run at a time: a constant, so that bits do not depend on the device."""
 
 WAVES = 3
-"""A piece of an expert's rows takes at most 1 / WAVES of the time of all rows, where that is worth a cut."""
+"""A piece of an expert's rows takes at most about 1 / WAVES of the time of all rows."""
 
 SLACK = 1.5
-"""An expert's weight gradient is cut from this multiple of the average expert's slots on: uniform routing is not."""
+"""Multiple of the average expert's slots above which a weight gradient is cut, so that uniform routing is not cut."""
 
 
 class _Launches(NamedTuple):
-    """What the launches of one call share."""
+    """The shared arguments of the launches of one call."""
 
     slots: Slots
     """Contiguous, the gates in float32."""
@@ -50,7 +50,7 @@ class _Launches(NamedTuple):
         run(**arguments, bfloat16=self.bfloat16, stream=self.stream)
 
     def record(self) -> tuple[int, ...]:
-        """The slots, as the library takes them."""
+        """The slots in the format of the library."""
         s, images = self.slots, self.director_images
         order, offsets = s.slot_order.data_ptr(), s.group_offsets.data_ptr()
         return order, offsets, s.num_experts, s.num_slots, images, self.tokens, s.top_k
@@ -59,8 +59,8 @@ class _Launches(NamedTuple):
 def forward(x: Tensor, slots: Slots, weights: MLPWeights, save: bool, activation: str = "gelu") -> Result:
     """`Result` on a GPU. z is in slot order.
 
-    A director whose weights stand behind the experts' is one more expert of the same launches, which every image takes.
-    Besides the results it holds ``a [S, N, H]``, the director's ``[B, N, H]`` behind it, and the outputs of all slots.
+    A director, whose weights come after the experts', is one more expert of the same launches, chosen by every image.
+    Temporary memory: ``a [S, N, H]``, followed by the director's ``[B, N, H]``, and the outputs of all slots.
     """
     _check(x, weights.fc1_weight, activation)
     (B, N, D), H = x.shape, weights.fc1_weight.shape[1]
@@ -106,7 +106,7 @@ def backward(
 ) -> Gradients:
     """`Gradients` on a GPU, those of the weights in ``grad_dtype``.
 
-    While it runs it holds at most ``dz`` and ``g gelu(z)``, each ``[S, N, H]``, the results by slot, and parts of sums.
+    Temporary memory: ``dz`` and ``g gelu(z)``, each ``[S, N, H]``, the results by slot, and partial sums.
     """
     _check(saved.x, saved.fc1_weight, activation)
     (B, N, D), (E, H, _) = saved.x.shape, saved.fc1_weight.shape
@@ -143,7 +143,7 @@ def backward(
 
 
 def most_slots(num_slots: int, num_experts: int, tiles: int) -> int:
-    """Slots of a piece of a weight gradient of ``tiles`` tiles an expert. From shapes alone: the same bits each run.
+    """Slots of a piece of a weight gradient of ``tiles`` tiles per expert; from shapes alone, for reproducible bits.
 
     Shorter pieces fill the last wave better, but each is written and read in float32.
     """
@@ -151,19 +151,19 @@ def most_slots(num_slots: int, num_experts: int, tiles: int) -> int:
 
 
 def ready(t: Tensor) -> Tensor:
-    """``t``, or a copy of it, whose rows are contiguous and begin at multiples of 16 bytes."""
+    """``t``, or a copy, whose rows are contiguous and begin at multiples of 16 bytes."""
     outer = zip(t.shape[:-1], t.stride()[:-1], strict=True)
     aligned = t.data_ptr() % 16 == 0 and all(n == 1 or stride % WIDTH == 0 for n, stride in outer)
     return t if aligned and t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _whole(t: Tensor) -> Tensor:
-    """``t``, or a copy of it: contiguous, at a multiple of 16 bytes."""
+    """``t``, or a copy, contiguous and at a multiple of 16 bytes."""
     return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, fc1_weight: Tensor, activation: str) -> None:
-    """What this backend asks for beyond the checks of the operator; the table of backends keeps the rest away."""
+    """Check the requirements of this backend; the operator has checked its own, and its table keeps the rest away."""
     assert native.library is not None, native.why_not()
     if x.dtype not in DTYPES:
         raise ValueError(f"x: the cuda backend takes bfloat16 or float16, got {x.dtype}")
@@ -191,7 +191,7 @@ def _strided(t: Tensor) -> tuple[int, int, int]:
 
 
 def _combine(launches: _Launches, by_slot: Tensor, gates: Tensor | None, out: Tensor) -> None:
-    """``out [B, N, D] = sum_k by_slot [B*K, N, D]``, by gates if given, k rising."""
+    """``out [B, N, D] = sum_k by_slot [B*K, N, D]``, weighted by gates if given, for ascending k."""
     launches.launch(
         "combine",
         by_slot=by_slot.data_ptr(),
@@ -204,7 +204,7 @@ def _combine(launches: _Launches, by_slot: Tensor, gates: Tensor | None, out: Te
 
 
 class _HiddenGrads(NamedTuple):
-    """What goes back through fc2 and the GELU; None for what is not needed."""
+    """Gradients through fc2 and the GELU; None for those that are not needed."""
 
     dz: Tensor | None
     """``[S, N, H]``"""
