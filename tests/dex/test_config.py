@@ -1,4 +1,7 @@
+import ast
 import dataclasses
+import inspect
+import itertools
 from pathlib import Path
 
 import pytest
@@ -221,3 +224,14 @@ def test_a_batch_is_shared_evenly():
         config.images_per_rank(base, 5)
     with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the images per rank, 3; got 6"):
         config.resolve_micro_batch(cut, 8)
+
+
+def test_every_field_has_a_help_text():
+    """The docstrings of the fields are the help of ``dex pretrain``."""
+    tree = ast.parse(inspect.getsource(config))
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"):
+        body = section.body
+        for field, text in itertools.pairwise([*body, None]):
+            if isinstance(field, ast.AnnAssign):
+                is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                assert is_text and text.value.value.rstrip().endswith("."), f"{section.name}.{field.target.id}"

@@ -4,13 +4,27 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dex.common import exits
 
 
+class _Help(argparse.HelpFormatter):
+    """Appends the default to the help of an option unless it says it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        is_plain = not action.option_strings or action.nargs == 0 or default in (None, [], argparse.SUPPRESS)
+        if is_plain or not action.help or "(default" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError on wrong usage instead of exiting."""
+    """Shows defaults in the help, and raises ValueError on wrong usage instead of exiting."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

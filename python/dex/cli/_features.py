@@ -60,7 +60,7 @@ def add_scans(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["auto"],
         choices=("auto", "axial", "coronal", "sagittal", "stored"),
-        help="planes cut from volumes; auto is axial, but stored for thick slices in another plane (default: auto)",
+        help="planes cut from volumes; auto is axial, but stored for thick slices in another plane",
     )
 
 
@@ -87,9 +87,7 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
 def add_computing(parser: argparse.ArgumentParser, batch_size: int, unit: str) -> None:
     """How files are read and the model computes; a batch has ``batch_size`` of ``unit``."""
     add_forward(parser, batch_size, unit)
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 computes under autocast (default: fp32)"
-    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 computes under autocast")
     parser.add_argument(
         "--workers",
         type=int,
@@ -102,15 +100,9 @@ def add_computing(parser: argparse.ArgumentParser, batch_size: int, unit: str) -
 
 def add_forward(parser: argparse.ArgumentParser, batch_size: int, unit: str) -> None:
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=batch_size,
-        metavar=unit.upper(),
-        help=f"{unit} per forward pass (default: {batch_size})",
+        "--batch-size", type=int, default=batch_size, metavar=unit.upper(), help=f"{unit} per forward pass"
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto uses CUDA if available (default: auto)"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto uses CUDA if available")
 
 
 def _size(text: str) -> Size:

@@ -27,7 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         choices=("best", "last"),
         default="best",
-        help="checkpoint to use: best by the validation metric, or last (default: best)",
+        help="checkpoint to use: best by the validation metric, or last",
     )
     parser.add_argument(
         "--window",

@@ -94,21 +94,15 @@ def _parser() -> Parser:
         help="parts to compute: heldout, routing, swap, ablation, gradients, similarity, features (default: all). "
         "heldout alone prints a table of losses and writes no page",
     )
+    parser.add_argument("--images", type=int, default=256, metavar="COUNT", help="largest number of held-out images")
     parser.add_argument(
-        "--images", type=int, default=256, metavar="COUNT", help="largest number of held-out images (default: 256)"
-    )
-    parser.add_argument(
-        "--probed",
-        type=int,
-        default=512,
-        metavar="COUNT",
-        help="largest number of images in the linear probe (default: 512)",
+        "--probed", type=int, default=512, metavar="COUNT", help="largest number of images in the linear probe"
     )
     parser.add_argument(
         "--checkpoints",
         default="last",
         metavar="WHICH",
-        help="last, all, or a number of checkpoints over the run; several give curves over steps (default: last)",
+        help="last, all, or a number of checkpoints over the run; several give curves over steps",
     )
     _features.add_ema(parser)
     parser.add_argument(

@@ -144,12 +144,8 @@ def _parser() -> Parser:
         metavar="DIR",
         help="data of the task, or a folder with one sub-folder per task (default: $DEX_TASKS/TASK)",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of fine-tuning (default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--preset", default="paper", metavar="NAME", help="base settings: paper or cpu (default: paper)"
-    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of fine-tuning")
+    parser.add_argument("--preset", default="paper", metavar="NAME", help="base settings: paper or cpu")
     parser.add_argument("--settings", metavar="FILE", help="YAML file with settings of dex finetune that replace them")
     parser.add_argument(
         "--discard", action="store_true", help="remove the checkpoints of each fine-tuned model after its evaluation"

@@ -60,10 +60,7 @@ def _parser() -> Parser:
         "with code 2 and print the command that states it.",
     )
     inventory.add_argument(
-        "--out",
-        default="inventory",
-        metavar="DIR",
-        help="folder for inventory.html and inventory.json (default: inventory)",
+        "--out", default="inventory", metavar="DIR", help="folder for inventory.html and inventory.json"
     )
     prepare.add_source_options(inventory)
     where = commands.add_parser(

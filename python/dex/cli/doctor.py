@@ -44,9 +44,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         "pretraining cannot run.",
     )
     parser.add_argument("--data", metavar="DIR", help="data set to check and read (default: the one in the package)")
-    parser.add_argument(
-        "--out", default="runs", metavar="DIR", help="folder for runs, whose disk is measured (default: runs)"
-    )
+    parser.add_argument("--out", default="runs", metavar="DIR", help="folder for runs, whose disk is measured")
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.strip():
         raise ValueError(f"data: expected a folder; got {options.data!r}")

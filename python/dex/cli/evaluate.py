@@ -74,9 +74,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--task", metavar="TASK", help="task name, YAML file or folder of labels (default: that of the training)"
     )
-    parser.add_argument(
-        "--evaluate", default="test", choices=("train", "val", "test"), help="split to evaluate (default: test)"
-    )
+    parser.add_argument("--evaluate", default="test", choices=("train", "val", "test"), help="split to evaluate")
     parser.add_argument("--out", metavar="DIR", help="folder for evaluation.json and report.html (default: FOLDER)")
     parser.add_argument("--sheet", metavar="CSV", help="table of results to which each folder adds a row")
     parser.add_argument("--run", metavar="RUN", help="check for leaks from the data of this pretrained run")
@@ -86,7 +84,7 @@ def _parser() -> Parser:
         type=float,
         default=2.0,
         metavar="MM",
-        help="tolerance of NSD in millimetres (default: 2; the paper states none)",
+        help="tolerance of NSD in millimetres; the paper states none",
     )
     _task_data.add_options(parser)
     return parser

@@ -72,21 +72,11 @@ def _parser() -> Parser:
     parser.add_argument("--data", metavar="DIR", help="data set with the training images (default: that of the run)")
     parser.add_argument("--out", metavar="FILE.html", help=f"page to write (default: {_PAGE})")
     parser.add_argument(
-        "--masks",
-        type=int,
-        default=16,
-        metavar="COUNT",
-        help="random masks over which losses are averaged (default: 16)",
+        "--masks", type=int, default=16, metavar="COUNT", help="random masks over which losses are averaged"
     )
     parser.add_argument(
-        "--train",
-        type=int,
-        default=512,
-        metavar="COUNT",
-        help="largest number of training images to compare with (default: 512)",
+        "--train", type=int, default=512, metavar="COUNT", help="largest number of training images to compare with"
     )
-    parser.add_argument(
-        "--neighbours", type=int, default=8, metavar="COUNT", help="similar training images to show (default: 8)"
-    )
+    parser.add_argument("--neighbours", type=int, default=8, metavar="COUNT", help="similar training images to show")
     _features.add_forward(parser, 64, "images")
     return parser

@@ -160,7 +160,7 @@ def _parser() -> Parser:
         "--preset",
         choices=tuple(recipe.PRESETS),
         default="paper",
-        help="defaults of the settings below: paper (the values shown), or cpu for minutes on a CPU (default: paper)",
+        help="defaults of the settings below: paper (the values shown), or cpu for minutes on a CPU",
     )
     _task_data.add_options(parser)
     group = parser.add_argument_group("settings")

@@ -208,10 +208,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--files", nargs="+", metavar="GLOB", help="take only these files of the folder, such as '**/*.nii.gz'"
     )
-    parser.add_argument(
-        "--size", type=int, default=256, metavar="PIXELS", help="side of the prepared images (default: 256)"
-    )
-    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bit depth of grey images (default: 8)")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="side of the prepared images")
+    parser.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bit depth of grey images")
     parser.add_argument(
         "--encoding", choices=("jpg", "png"), help="encoding of the images (default: jpg for 8 bits, png for 16)"
     )
@@ -240,9 +238,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "header, else the folder)",
     )
     parser.add_argument(
-        "--split",
-        metavar="FILE",
-        help="table that assigns paths or patients to train or val; all others are train",
+        "--split", metavar="FILE", help="table that assigns paths or patients to train or val; all others are train"
     )
     parser.add_argument(
         "--workers", type=int, metavar="PROCESSES", help="processes that read files (default: one per processor)"

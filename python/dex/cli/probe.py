@@ -77,9 +77,7 @@ def _parser() -> Parser:
     )
     _features.add_run(parser)
     parser.add_argument(
-        "input",
-        metavar="INPUT",
-        help="folder with a sub-folder per class; with --labels, any folder; or a shard set",
+        "input", metavar="INPUT", help="folder with a sub-folder per class; with --labels, any folder; or a shard set"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for probe.csv and curve.png")
     parser.add_argument(
@@ -95,23 +93,19 @@ def _parser() -> Parser:
         "--features",
         choices=("cls", "patches"),
         default="cls",
-        help="features to probe: the CLS token or the mean of the patches (default: cls)",
+        help="features to probe: the CLS token or the mean of the patches",
     )
-    parser.add_argument(
-        "--folds", type=int, default=5, metavar="COUNT", help="folds of the cross-validation (default: 5)"
-    )
-    parser.add_argument("--k", type=int, default=20, metavar="NEIGHBOURS", help="neighbours of kNN (default: 20)")
+    parser.add_argument("--folds", type=int, default=5, metavar="COUNT", help="folds of the cross-validation")
+    parser.add_argument("--k", type=int, default=20, metavar="NEIGHBOURS", help="neighbours of kNN")
     parser.add_argument(
         "--shots",
         type=int,
         nargs="*",
         default=[1, 2, 4, 8, 16, 32],
         metavar="IMAGES",
-        help="images per class of the few-shot curve (default: 1 2 4 8 16 32)",
+        help="images per class of the few-shot curve",
     )
-    parser.add_argument(
-        "--draws", type=int, default=10, metavar="COUNT", help="random draws per number of shots (default: 10)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="COUNT", help="random splits by patient (default: 3)")
+    parser.add_argument("--draws", type=int, default=10, metavar="COUNT", help="random draws per number of shots")
+    parser.add_argument("--seeds", type=int, default=3, metavar="COUNT", help="random splits by patient")
     _features.add_options(parser)
     return parser

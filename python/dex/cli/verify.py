@@ -18,12 +18,12 @@ POSITION = 49
 NEEDS = "train"
 
 _SIZES = {
-    "images": ("B", "images that a GPU computes at once (224)"),
-    "tokens": ("N", "tokens of an image, CLS token included; 1 if tokens are routed one by one (65)"),
-    "dim": ("D", "width of the network (768)"),
-    "hidden_dim": ("H", "hidden width of an expert (3072)"),
-    "num_experts": ("E", "experts of a layer (8)"),
-    "top_k": ("K", "experts that an image takes (2)"),
+    "images": "images that a GPU computes at once (default: 224)",
+    "tokens": "tokens per image including the CLS token; 1 if tokens are routed individually (default: 65)",
+    "dim": "width of the network (default: 768)",
+    "hidden_dim": "hidden width of an expert (default: 3072)",
+    "num_experts": "experts per layer (default: 8)",
+    "top_k": "experts per image (default: 2)",
 }
 
 
@@ -66,10 +66,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of a pretraining run, whose sizes are timed")
     parser.add_argument("--preset", metavar="NAME", help="preset of dex pretrain, whose sizes are timed")
-    for name, (letter, text) in _SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=letter, help=text)
-    parser.add_argument("--device", default="cuda", help="a CUDA device, such as cuda:1 (the current one)")
-    parser.add_argument("--minutes", type=float, default=2.75, metavar="M", help="limit; the rest is not tried (2.75)")
+    for name, text in _SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="NUMBER", help=text)
+    parser.add_argument("--device", default="cuda", metavar="DEVICE", help="CUDA device, such as cuda:1")
+    parser.add_argument("--minutes", type=float, default=2.75, metavar="MINUTES", help="stop after this time")
     parser.add_argument("--share", metavar="FILE", help="also write the record without paths and names")
     return parser
 
