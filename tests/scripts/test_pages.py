@@ -62,7 +62,13 @@ def test_committed_results_are_right():
 def test_committed_pages_and_modules_follow_from_the_results():
     """`make pages` mends it."""
     first, second = pages.made(record.newest()), pages.made(record.newest())
-    assert first == second and {p.name for p in first} == {"_measured.py", "_executed.py", "README.md", "kernels.md"}
+    assert first == second and {p.name for p in first} == {
+        "_measured.py",
+        "_executed.py",
+        "README.md",
+        "kernels.md",
+        "verify.md",
+    }
     for path, text in first.items():
         assert path.read_text() == text, path
 
@@ -328,7 +334,7 @@ def test_what_was_not_measured_is_not_drawn():
 def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     """In a copy of the tree with a results file: what is made, then nothing to do, then what is left without it."""
     code = ("benchmarks/record.py", "scripts/pages.py", "scripts/charts.py", "scripts/generated.py")
-    code += ("scripts/kernel_page.py", "tests/emulator/results.json")
+    code += ("scripts/kernel_page.py", "scripts/verified_page.py", "tests/emulator/results.json")
     generated = ("dexkernels/_measured.py", "dexkernels/_executed.py")
     for name in (*pages.PAGES, *generated, *code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
