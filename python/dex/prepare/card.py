@@ -301,8 +301,8 @@ def _withdrawn(facts: dict) -> str:
     if not rows:
         return ""
     return (
-        "<p>Images removed from the set after it was written. Weights trained on the set before that date have seen "
-        'them.</p><table class="cards"><thead><tr><th scope="col">Date</th><th scope="col" class="number">Images'
+        "<p>Images removed from the set after it was written. Weights trained on the set before then have seen them."
+        '</p><table class="cards"><thead><tr><th scope="col">Date</th><th scope="col" class="number">Images'
         f"</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 

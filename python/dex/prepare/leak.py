@@ -147,8 +147,7 @@ def leak(a: str | Path | None, b: str | Path | None, workers: int = 1) -> Leak:
     """Compare two data sets, each a shard set, a folder of images or None (the embedded set); see ``open_dataset``.
 
     workers: number of decoding processes; it does not change the report. Unreadable images are counted, named and left
-    out. Memory: about 1,500 bytes per image. ``dex data leak A B`` exits with 0 without an overlap, and with 1 with
-    one.
+    out. Memory: about 1,500 bytes per image. ``dex data leak A B`` exits with 0 if nothing overlaps, else with 1.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")

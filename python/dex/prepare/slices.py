@@ -44,11 +44,11 @@ class Slice(NamedTuple):
 
 
 def slices(stack: Stack, source: Source, size: int, bits: int) -> Iterator[Slice]:
-    """Every image that ``source`` (normalisation, planes, frame_stride, fit, whole, tiles) makes of ``stack``.
+    """Every image that ``source`` (normalisation, planes, strides, fit, whole, tiles) makes of ``stack``.
 
     Pixels are float32 in 0..1 until they are rounded once to 8 or 16 bits. Colour always has 8 bits, and becomes grey
-    where all channels agree. An 8-bit display frame that becomes an 8-bit image stays uint8 (``resize_eight``). The
-    stride applies to stacks that are not volumes.
+    where all channels agree. An 8-bit display frame that becomes an 8-bit image stays uint8 (``resize_eight``).
+    ``slice_stride`` applies to volumes, ``frame_stride`` to other stacks.
 
     Padded images have square pixels by the spacing, a longer side of ``size``, and the content's own background level
     around it. Cropped images are the centre square. Tiles are cut at their size in pixels, in addition to the whole
