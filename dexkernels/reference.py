@@ -1,6 +1,7 @@
 """THE SPECIFICATION: every operator in readable plain torch, with gradients by autograd.
 
-Only tests and `dexkernels.verify` use it, to check the product's results. It takes the arguments of the public operators, without checks.
+Only tests and `dexkernels.verify` use it, to check the product's results. It takes the arguments of the public
+operators, without checks.
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 Source of the equations: the DEX paper (arXiv 2605.21861) and the recorded runs of its published code.
 """
