@@ -238,7 +238,7 @@ _DEMO = Config(
     ),
     # Many steps of few images: in a run this short, attention finds neighbouring patches only after enough steps.
     data=DataConfig(batch_size=16),
-    optim=OptimConfig(base_lr=0.048, betas=(0.9, 0.95)),  # a peak of 1.5e-3
+    optim=OptimConfig(base_lr=0.048, betas=(0.9, 0.95)),  # A peak of 1.5e-3
     # Ten times the published balance weight, for a run this short.
     schedule=ScheduleConfig(steps=1000, warmup=0.1, balance_weight=(0.1, 0.1)),
     run=RunConfig(

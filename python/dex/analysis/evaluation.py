@@ -129,7 +129,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, pictures: int = 16, probe: bool = True) -> Evaluation | None:
-        """Masked loss and use of experts on the held-out images, with always the same masks; None without images.
+        """Masked loss and use of experts on the held-out images, always with the same masks; None without images.
 
         pictures: number of images shown. probe: False leaves out probes and instruments. All ranks call it. It changes
         neither the model nor the random numbers of training, since every step seeds its own.
