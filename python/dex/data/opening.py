@@ -1,4 +1,4 @@
-"""From a path to the data set that lies there."""
+"""Open the data set at a path."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .shards import ShardDataset
 def open_dataset(path: str | Path | None = None) -> Dataset:
     """Open a data set for reading.
 
-    `None` is the small real set that comes with the package; a folder with `manifest.json` is a shard set
-    (`dex.data.shards`); any other folder is a plain one of PNG, JPEG and NPY (`dex.data.folder`).
-    FileNotFoundError when there is nothing at `path`; ValueError when it is empty or not a folder, holds no image, or
-    when its manifest does not fit its files.
+    ``None`` is the small set of real images in the package; a folder with ``manifest.json`` is a shard set
+    (``dex.data.shards``); any other folder is a plain one of PNG, JPEG and NPY (``dex.data.folder``).
+    FileNotFoundError: nothing is at ``path``. ValueError: ``path`` is empty or not a folder, contains no image, or its
+    manifest does not match its files.
     """
     if path is not None and not os.fspath(path):  # Path("") would be the current folder
         raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
