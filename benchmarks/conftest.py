@@ -46,6 +46,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--baseline", action="append", metavar="NAME", help="measure only against these peers (default: all present)"
     )
+    parser.addoption("--shape", action="append", metavar="NAME", help="only these shapes, such as ViT-B (default: all)")
+    parser.addoption(
+        "--once", action="store_true", help="check and call every candidate once: kernels are compiled, no speed counts"
+    )
     parser.addoption("--commit", help="commit hash for the results file (default: git's)")
 
 
@@ -61,19 +65,33 @@ def pytest_configure(config):
     config.stash[ROWS], config.stash[MEASURED], config.stash[CEILINGS], config.stash[NOTES] = [], [], {}, []
     if unknown := set(config.getoption("--baseline") or ()) - set(peers.PEERS):
         raise pytest.UsageError(f"--baseline: expected some of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
+    if unknown := set(config.getoption("--shape") or ()) - set(SHAPES):
+        raise pytest.UsageError(f"--shape: expected some of {', '.join(SHAPES)}, got {', '.join(unknown)}")
     torch.set_num_threads(config.getoption("--threads"))
-    if config.getoption("--results") and (config.getoption("--tiny") or config.getoption("--device") != "cuda"):
-        raise pytest.UsageError("--results: expected with --device cuda and without --tiny")
+    if config.getoption("--results") and (
+        config.getoption("--tiny") or config.getoption("--once") or config.getoption("--device") != "cuda"
+    ):
+        raise pytest.UsageError("--results: expected with --device cuda and without --tiny or --once")
 
 
 def pytest_collection_modifyitems(config, items):
     gpu, tiny = config.getoption("--device") == "cuda", config.getoption("--tiny")
+    if shapes := config.getoption("--shape"):
+        left_out = [item for item in items if _shape_of(item) not in (None, *shapes)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if item.path.name.startswith("test_gpu_"):
             if not gpu and not tiny:
                 item.add_marker(pytest.mark.skip(reason="measured on a GPU (--device cuda); --tiny executes it here"))
         elif gpu and item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.skip(reason="a benchmark of the CPU"))
+
+
+def _shape_of(item) -> str | None:
+    """The name of the shape, or size of model, that a benchmark measures."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("shape_name", parameters.get("size"))
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +101,10 @@ def tiny(request) -> bool:
 
 @pytest.fixture(scope="session")
 def timer(request, tiny) -> Timer:
-    return Timer(torch.device(request.config.getoption("--device")), tiny)
+    timer = Timer(torch.device(request.config.getoption("--device")), tiny)
+    if request.config.getoption("--once"):
+        timer.rounds, timer.warmup = 1, 0
+    return timer
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU, in one command: build, tests, recorded cases, sanitizer, benchmark. Without a network.
+"""What needs a GPU, in one command and without a network: in 15 minutes what matters most, or everything (--full).
 
-usage: python scripts/gpu.py [OUT] [--stages build,test,...] [--minutes M] [--jobs N] [--commit HASH] [--cpu]
-OUT: folder for a log per stage, summary.json and the results file (default: the variable OUT, else build/gpu).
-A part that fails, or runs out of its time, is named and the rest goes on; the exit status is 1 then. Tests run several
-at a time, for most of their time goes into compiling; what is timed runs alone. Every stage leaves time for the next.
+usage: python scripts/gpu.py [OUT] [--minutes M] [--full] [--stages A,B] [--jobs N] [--commit HASH] [--cpu]
+In this order: build the native library; dex verify, which compares every operator with float64; check and compile what
+will be timed, the aligned path too; time layer step, grouped MLP, GEMA and the others on ViT-B; compute-sanitizer on
+one case for each path; the training step, eager and as a CUDA graph; six chosen tiles; compiled peers. --full adds the
+recorded cases, all tests and all benchmarks.
+OUT (default: the variable OUT, else build/gpu) gets log.txt, summary.json, verified.json and a results file, written
+after every part. A second run into the same OUT with other --stages adds to them.
+A part that fails, or runs out of its time, is named and the rest goes on; the exit status is 1 then. What is timed runs
+alone, everything else several at a time. Every stage leaves the later ones their share of the time.
 --cpu: what needs no GPU, in small, to see that this script works.
 It runs in the repository with the Python that runs it, and installs nothing. benchmarks/README.md says more.
 """
@@ -35,10 +40,13 @@ import record  # noqa: E402
 
 from dex.common import atomic, exits  # noqa: E402
 
-STAGES = {"build": 1, "recorded": 2, "test": 4, "bench": 5, "sanitize": 2}
-"""Stage -> its share of the time when there is too little: it may take so much of what is left for it and the later."""
+STAGES = {"build": 3, "correct": 4, "compile": 2, "speed": 3, "sanitize": 2, "step": 2, "tiles": 1, "peers": 1}
+"""Stage -> its share of the time, by value: what is left for it and the later ones is divided so. Nothing is compiled
+while something is timed: `compile` runs before what is timed, several at a time."""
 
-ALONE = ("build", "bench")
+FULL = STAGES | {"recorded": 2, "test": 8, "bench": 10}
+
+ALONE = ("build", "correct", "speed", "step", "tiles", "peers", "bench")
 """Stages whose parts run one at a time: one is built once, and what is timed must have the machine to itself."""
 
 PYTEST = (
@@ -53,6 +61,12 @@ BENCHMARKS = {
     ),
     "benchmarks/test_gpu_step.py": ("layer_step", "stack_of_layers", "training_step"),
 }
+CHOSEN = ("grouped_mlp_aligned", "grouped_mlp", "layer_step", "group_ema", "route", "align_loss")
+"""Benchmarks of the stage `speed`, by value."""
+
+PLAIN = ("--baseline", "expert loop by autograd", "--baseline", "grouped_mm + torch")
+COMPILED = ("--baseline", "expert loop, compiled", "--baseline", "grouped_mm + torch, compiled")
+LOG = "log.txt"
 SANITIZER = "compute-sanitizer"
 TAIL = 15
 """Lines of a failed part's output that are printed beside its log."""
@@ -100,6 +114,53 @@ def build_parts(arguments) -> Iterator[Part]:
     nvcc = os.environ.get("CUDACXX") or _tool("nvcc")
     absent = None if nvcc else "no nvcc on PATH or in $CUDA_HOME/bin"
     yield Part("build", "native library", (*setup, *where), 5, {"DEX_CUDA": "1", "CUDACXX": nvcc or ""}, absent)
+
+
+def correct_parts(arguments) -> Iterator[Part]:
+    """Every operator against float64, and its times on ViT-B. The record is not the user's: the tree may change."""
+    absent = "there is no GPU to verify" if arguments.cpu else None
+    share = arguments.minutes * FULL["correct"] / sum(FULL[stage] for stage in arguments.stages)
+    minutes = min(max(share - 2 * GRACE / 60, 0.5), 2.75)
+    command = (sys.executable, "-m", "dex", "verify", "--share", arguments.out / "verified.json")
+    record_folder = {"DEXKERNELS_CACHE": tempfile.mkdtemp(prefix="dexkernels-record-")}
+    yield Part("correct", "dex verify", (*command, "--minutes", f"{minutes:.2f}"), 3.5, record_folder, absent)
+
+
+def compile_parts(arguments) -> Iterator[Part]:
+    """What `speed`, `step` and `peers` will time is checked and called once: Triton and Inductor keep what they
+    compile."""
+    for name in (*CHOSEN, "training_step"):
+        yield Part("compile", name, _benchmark(name, arguments, once=True), 4)
+    yield Part("compile", "compiled peers", _benchmark("grouped_mlp", arguments, COMPILED, once=True), 4)
+
+
+def speed_parts(arguments) -> Iterator[Part]:
+    for name in CHOSEN:
+        yield Part("speed", name, _benchmark(name, arguments), 2)
+
+
+def step_parts(arguments) -> Iterator[Part]:
+    """Eager and as a CUDA graph; what the graph needs is refused by name where it is not there."""
+    yield Part("step", "training step, eager and as a graph", _benchmark("training_step", arguments), 3)
+
+
+def tiles_parts(arguments) -> Iterator[Part]:
+    absent = "there is no GPU to time tiles on" if arguments.cpu else None
+    yield Part("tiles", "six chosen tiles", (sys.executable, "scripts/tune.py", "--chosen"), 3, absent=absent)
+
+
+def peers_parts(arguments) -> Iterator[Part]:
+    yield Part("peers", "compiled peers", _benchmark("grouped_mlp", arguments, COMPILED), 3)
+
+
+def _benchmark(name: str, arguments, baselines: tuple = PLAIN, once: bool = False) -> tuple:
+    """One benchmark on ViT-B, in a Python of its own: after a fault in a kernel a process can use its GPU no more."""
+    file = next(file for file, names in BENCHMARKS.items() if name in names)
+    command = (*PYTEST, f"{file}::test_{name}", "--shape", "ViT-B", "--threads", "1", *baselines)
+    if arguments.cpu:
+        return (*command, "--tiny")
+    results = ("--once",) if once else ("--results", arguments.out, "--commit", arguments.commit)
+    return (*command, "--device", "cuda", *results)
 
 
 def test_parts(arguments) -> Iterator[Part]:
@@ -150,18 +211,27 @@ def recorded_parts(arguments) -> Iterator[Part]:
 
 
 def sanitize_parts(arguments) -> Iterator[Part]:
-    """Every operator forward and backward, on the small shapes of the benchmark."""
+    """One case for each path, forward and backward, on small shapes."""
     sanitizer = _tool(SANITIZER)
     absent = None if sanitizer else f"no {SANITIZER} on PATH or in $CUDA_HOME/bin"
     if arguments.cpu:
         absent = absent or "there is no GPU to watch"
+    # Each tensor in an allocation of its own: a cache hides what is read past its end.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    paths = {"gather path": "grouped_mlp", "aligned path": "grouped_mlp_aligned", "GEMA": "group_ema", "route": "route"}
     for tool in ("memcheck", "racecheck"):
         watch = (sanitizer, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all")
-        # torch.mm and its like are not ours; dense products are among the baselines, but are right anyway.
-        run = (*PYTEST, *BENCHMARKS, "--device", "cuda", "--tiny")
-        # Each tensor in an allocation of its own: a cache hides what is read past its end.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield Part("sanitize", tool, (*watch, *run), 5, alone, absent)
+        for path, name in paths.items():
+            case = (
+                f"benchmarks/test_gpu_operators.py::test_{name}",
+                "--shape",
+                "ViT-B",
+                "--device",
+                "cuda",
+                "--tiny",
+                *PLAIN,
+            )
+            yield Part("sanitize", f"{tool}, {path}", (*watch, *PYTEST, *case), 3, alone, absent)
 
 
 def bench_parts(arguments) -> Iterator[Part]:
@@ -232,8 +302,8 @@ def run(part: Part, out: Path, deadline: float) -> Outcome:
             _stop(process)
         file.seek(0)
         output = file.read()
-    with WRITING, (out / f"{part.stage}.log").open("a") as log:
-        log.write(f"\n# {part.name}\n$ {' '.join(command)}\n{output}")
+    with WRITING, (out / LOG).open("a") as log:
+        log.write(f"\n# {part.stage}: {part.name}\n$ {' '.join(command)}\n{output}")
     lines = [line for line in output.splitlines() if line.strip()]
     state = "timeout" if code is None else "ok" if code == 0 else "failed"
     detail = lines[-1].strip()[:200] if lines else "no output"
@@ -266,9 +336,9 @@ def _stop(process: subprocess.Popen) -> None:
 
 def run_stage(stage: str, arguments, deadline: float) -> Iterator[Outcome]:
     """Outcomes as they come. A stage that runs out of its time leaves the later ones theirs."""
-    later = sum(STAGES[s] for s in arguments.stages[arguments.stages.index(stage) :])
+    later = sum(FULL[s] for s in arguments.stages[arguments.stages.index(stage) :])
     now = time.monotonic()
-    deadline = now + (deadline - now) * STAGES[stage] / later
+    deadline = now + (deadline - now) * FULL[stage] / later
     jobs = 1 if stage in ALONE else arguments.jobs
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run, part, arguments.out, deadline) for part in parts(stage, arguments)]
@@ -304,10 +374,19 @@ def _end(number: int) -> None:
     sys.exit(128 + number)
 
 
+def earlier_parts(arguments) -> list[dict]:
+    """What the summary in OUT says of stages that are not run again."""
+    try:
+        parts = json.loads((arguments.out / "summary.json").read_text())["parts"]
+        return [part for part in parts if part["stage"] not in arguments.stages]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def run_all(arguments, machine: dict) -> list[Outcome]:
     """Every stage, each outcome printed as it comes."""
     deadline = time.monotonic() + 60 * arguments.minutes
-    outcomes = []
+    outcomes, earlier = [], earlier_parts(arguments)
     for stage in arguments.stages:
         for outcome in run_stage(stage, arguments, deadline):
             outcomes.append(outcome)
@@ -319,7 +398,7 @@ def run_all(arguments, machine: dict) -> list[Outcome]:
                 "python": platform.python_version(),
                 "commit": arguments.commit,
                 **machine,
-                "parts": [outcome._asdict() for outcome in outcomes],
+                "parts": earlier + [outcome._asdict() for outcome in outcomes],
             }
             atomic.write(arguments.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return outcomes
@@ -328,17 +407,22 @@ def run_all(arguments, machine: dict) -> list[Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build/gpu"))
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)} (default all)")
-    parser.add_argument("--minutes", type=float, default=30, help="bound of the whole (default 30)")
+    parser.add_argument("--full", action="store_true", help="also the recorded cases, all tests and all benchmarks")
+    parser.add_argument("--stages", help=f"of {', '.join(FULL)} (default: up to peers)")
+    parser.add_argument("--minutes", type=float, help="bound of the whole (default 14, with --full 60)")
     jobs = max(1, min(8, (os.cpu_count() or 2) // 2))
     parser.add_argument("--jobs", type=int, default=jobs, help=f"parts of a stage at a time (default {jobs})")
     parser.add_argument("--commit", help="hash of what is measured, where the tree is no clone")
     parser.add_argument("--cpu", "--dry", action="store_true", help="what can run without a GPU, in small")
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
-    arguments.stages = arguments.stages.split(",")
-    if unknown := set(arguments.stages) - set(STAGES):
-        parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    arguments.stages = arguments.stages.split(",") if arguments.stages else list(FULL if arguments.full else STAGES)
+    if unknown := set(arguments.stages) - set(FULL):
+        parser.error(f"--stages: expected some of {', '.join(FULL)}, got {', '.join(sorted(unknown))}")
+    if arguments.minutes is None:
+        arguments.minutes = 60 if arguments.full else 14
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes: expected a number above 0, got {arguments.minutes}")
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     arguments.commit = arguments.commit or record.commit()
@@ -349,10 +433,12 @@ def main() -> int:
         return 2
     if machine["missing"]:
         print(f"gpu: not installed: {', '.join(machine['missing'])}; what needs them fails", file=sys.stderr)
-    if "bench" in arguments.stages and not arguments.cpu and arguments.commit == "unknown":
+    if (
+        {"speed", "step", "peers", "bench"} & {*arguments.stages}
+        and not arguments.cpu
+        and arguments.commit == "unknown"
+    ):
         print("gpu: this is no clone: without --commit the results go to rejected.json", file=sys.stderr)
-    for stage in arguments.stages:
-        (arguments.out / f"{stage}.log").unlink(missing_ok=True)
     with exits.handled(_end, (signal.SIGTERM,)):
         outcomes = run_all(arguments, machine)
     bad = [f"{o.stage} ({o.name})" for o in outcomes if o.state in ("failed", "timeout")]

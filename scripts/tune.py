@@ -3,6 +3,7 @@
 
 usage: python scripts/tune.py --list [--shipped] [--kernel NAME ...] [--dtype bfloat16] [--arch 90]    without a GPU
        python scripts/tune.py [--kernel NAME ...] [--dtype bfloat16] [--write]    on the GPU that is to be served
+       python scripts/tune.py --chosen    on a Hopper GPU: six promising tiles against the shipped ones, in a minute
 --list: every candidate with facts from the compiler: registers, spills, shared memory, tensor-core instructions.
 The search starts from a shipped tile and changes one number at a time; a faster tile becomes the next start. A tile is
 timed only if the compiler spills little, it fits into shared memory, its error is at most twice plain torch's (against
@@ -68,6 +69,16 @@ PROBES = [SHAPES[name] for names in MEASURED_ON.values() for name in names]
 
 SHARED = {80: 99 * 1024, 90: 232_448}
 """Architecture -> bytes of shared memory per block; 80 has the limit of 8.6 and 8.9."""
+
+CHOSEN = {
+    ("fc1_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("hidden_grad_blocks", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("to_images_pairs", "half", 90): Tile(128, 128, 64, 8, 4),
+    ("weight_grad_blocks", "half", 90): Tile(128, 128, 32, 8, 5),
+    ("to_slots", "half", 90): Tile(128, 256, 64, 8, 3),
+    ("weight_grad", "half", 90): Tile(128, 256, 64, 8, 4),
+}
+"""Tiles of other widths than the shipped ones, for --chosen; their compile-time facts are within the rules."""
 
 GAIN = 1.02
 """Speedup that a candidate needs; smaller ones are within the timing noise."""
@@ -278,6 +289,18 @@ def tune(bench: Bench, wanted: list[Key], arch: int) -> tuple[dict[Key, Tile], s
     return tuned, min(ms, key=ms.get)
 
 
+def try_chosen(bench: Bench) -> None:
+    """Print, as it comes, whether each tile of `CHOSEN` is right and how long a forward and backward takes with it."""
+    for key, tile in CHOSEN.items():
+        path, shipped = path_of(key), configurations.TILES
+        if not bench.right(shipped | {key: tile}, path):
+            print(f"{key[0]} {tuple(tile)}: wrong, or it does not run", flush=True)
+            continue
+        before, after = bench.times([(shipped, path), (shipped | {key: tile}, path)])
+        print(f"{key[0]} {tuple(tile)}: {after:.3f} ms, shipped {tuple(shipped[key])} {before:.3f} ms, "
+              f"{before / after:.3f} times as fast, {path} path", flush=True)  # fmt: skip
+
+
 def table(tiles: dict, paths: dict, measured: str) -> str:
     """The text of _tuned.py."""
     lines = [f"    {key!r}: {tuple(tile)!r},\n" for key, tile in sorted(tiles.items())]
@@ -298,6 +321,7 @@ def main() -> int:
     parser.add_argument("--kernel", action="append", help="kernel of the table (default: all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="architecture for --list (default 90)")
+    parser.add_argument("--chosen", action="store_true", help="six tiles against the shipped ones on ViT-B in bf16")
     parser.add_argument("--write", action="store_true", help="write dexkernels/ops/grouped_mlp/triton/_tuned.py")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
@@ -314,6 +338,12 @@ def main() -> int:
         for key in chosen:
             for line in listed(key, dtype, arch, arguments.shipped):
                 print(line, flush=True)
+        return 0
+    if arguments.chosen:
+        if architecture(torch.device("cuda")) != 90:
+            print("tune: --chosen is for compute capability 9 to 11", file=sys.stderr)
+            return 2
+        try_chosen(Bench(Timer(torch.device("cuda"), tiny=False), torch.bfloat16, SHAPES["ViT-B"]))
         return 0
     tiles, paths = dict(_tuned.TILES), dict(_tuned.PATHS)
     timer = Timer(torch.device("cuda"), tiny=False)

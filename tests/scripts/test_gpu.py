@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def run(part, out, seconds=60.0):
 def test_a_part_that_ends_well(tmp_path):
     outcome = run(python("import dexkernels, dex, os; print(os.environ['A'])", environment={"A": "b c"}), tmp_path)
     assert (outcome.state, outcome.detail) == ("ok", "b c")
-    assert (tmp_path / "test.log").read_text().startswith("\n# a part\n$ ")
+    assert (tmp_path / gpu.LOG).read_text().startswith("\n# test: a part\n$ ")
 
 
 def test_a_part_that_fails_says_how(tmp_path, capsys):
@@ -43,7 +44,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path):
     child = f"import pathlib, time\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
     code = f"import subprocess, sys; print('started', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     outcome = run(python(code, minutes=0.05), tmp_path)
-    assert outcome.state == "timeout" and "\nstarted\n" in (tmp_path / "test.log").read_text()
+    assert outcome.state == "timeout" and "\nstarted\n" in (tmp_path / gpu.LOG).read_text()
     last = beat.stat().st_mtime_ns
     time.sleep(0.5)
     assert beat.stat().st_mtime_ns == last
@@ -62,12 +63,12 @@ def test_tests_that_run_out_of_time_still_say_which_failed(tmp_path):
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(120)\n")
     outcome = run(gpu.Part("test", "slow", (*gpu.PYTEST, "-c", "/dev/null", file), minutes=0.15), tmp_path)
-    log = (tmp_path / "test.log").read_text()
+    log = (tmp_path / gpu.LOG).read_text()
     assert outcome.state == "timeout" and "FAILED" in log and "test_bad" in log and "1 failed" in outcome.detail
 
 
 def arguments(out, stages, jobs=1, **options):
-    options = {"cpu": False, "commit": "0123abc"} | options
+    options = {"cpu": False, "commit": "0123abc", "minutes": 14} | options
     return argparse.Namespace(out=out, stages=stages, jobs=jobs, **options)
 
 
@@ -81,7 +82,7 @@ def test_parts_of_a_stage_run_together_and_their_output_stays_apart(tmp_path, mo
     monkeypatch.setattr(gpu, "parts", lambda stage, arguments: both)
     outcomes = list(gpu.run_stage("test", arguments(tmp_path, ["test"], jobs=2), time.monotonic() + 60))
     assert {(o.name, o.state, o.detail) for o in outcomes} == {("a", "ok", "end a"), ("b", "ok", "end b")}
-    log = (tmp_path / "test.log").read_text()
+    log = (tmp_path / gpu.LOG).read_text()
     assert "begin a\nend a\n" in log and "begin b\nend b\n" in log
 
 
@@ -99,7 +100,7 @@ def test_what_is_timed_runs_alone(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_stage_that_hangs_leaves_the_later_ones_their_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.1)
-    monkeypatch.setattr(gpu, "STAGES", {"test": 1, "bench": 1})
+    monkeypatch.setattr(gpu, "FULL", {"test": 1, "bench": 1})
     hangs, measures = python("import time; time.sleep(60)"), python("print('measured')")
     monkeypatch.setattr(gpu, "parts", lambda stage, arguments: [hangs if stage == "test" else measures])
     given, deadline = arguments(tmp_path, ["test", "bench"]), time.monotonic() + 11
@@ -127,15 +128,15 @@ def test_ended_from_outside_it_takes_its_parts_along_and_keeps_their_output(tmp_
         time.sleep(0.1)
     process.terminate()
     assert process.wait(60) == 143
-    assert "so far" in (tmp_path / "test.log").read_text()
+    assert "so far" in (tmp_path / gpu.LOG).read_text()
     last = beat.stat().st_mtime_ns
     time.sleep(0.5)
     assert beat.stat().st_mtime_ns == last
 
 
 def test_on_a_gpu_every_file_of_tests_and_every_benchmark_is_run(tmp_path):
-    given = arguments(tmp_path, list(gpu.STAGES))
-    run = {stage: [part for part in gpu.parts(stage, given)] for stage in gpu.STAGES}
+    given = arguments(tmp_path, list(gpu.FULL))
+    run = {stage: [part for part in gpu.parts(stage, given)] for stage in gpu.FULL}
     assert all(part.absent is None for part in run["test"] + run["recorded"] + run["bench"])
     for folder, option, values in (
         ("tests/kernels", "--tiles", {"small", "shipped"}),
@@ -179,13 +180,87 @@ def script(*arguments):
 
 @pytest.mark.slow
 def test_stages_run_on_a_cpu_in_small(tmp_path):
-    done = script(tmp_path, "--cpu", "--stages", "recorded,sanitize,bench")
+    done = script(tmp_path, "--cpu", "--stages", "correct,speed,sanitize,step,tiles,recorded")
     summary = json.loads((tmp_path / "summary.json").read_text())
     states = {(p["stage"], p["name"]): p["state"] for p in summary["parts"]}
     assert done.returncode == 0, done.stdout + done.stderr
-    assert states["recorded", "reference, float64"] == states["bench", "tiny"] == "ok"
-    assert states["sanitize", "memcheck"] == states["recorded", "cuda, float32"] == "skipped"
-    assert not list(tmp_path.glob("*-*-*-*.json")), "what a CPU measures is no result"
+    assert {states["speed", name] for name in gpu.CHOSEN} == {"ok"}
+    assert states["recorded", "reference, float64"] == states["step", "training step, eager and as a graph"] == "ok"
+    assert states["correct", "dex verify"] == states["tiles", "six chosen tiles"] == "skipped"
+    assert states["sanitize", "memcheck, aligned path"] == states["recorded", "cuda, float32"] == "skipped"
+    assert {p.name for p in tmp_path.iterdir()} == {"log.txt", "summary.json"}, "what a CPU measures is no result"
+
+
+def test_a_rehearsal_every_stage_hangs_and_each_still_begins_in_order_with_its_share(tmp_path, monkeypatch):
+    """18 shares of 0.4 s; what is left of a stage's time goes to the later ones."""
+    monkeypatch.setattr(gpu, "GRACE", 0.01)
+    monkeypatch.setattr(gpu, "run", hangs := Hangs())
+    monkeypatch.setattr(gpu, "parts", lambda stage, arguments: [gpu.Part(stage, "hangs")])
+    total = sum(gpu.STAGES.values())
+    given = arguments(tmp_path, list(gpu.STAGES), minutes=0.4 * total / 60)
+    outcomes = gpu.run_all(given, {})
+    assert [o.stage for o in outcomes] == ["build", "correct", "compile", "speed", "sanitize", "step", "tiles", "peers"]
+    for stage, share in gpu.STAGES.items():
+        assert hangs.seconds[stage] == pytest.approx(0.4 * share, abs=0.2), stage
+    assert sum(hangs.seconds.values()) <= 0.4 * total + 0.2
+    assert [p["stage"] for p in json.loads((tmp_path / "summary.json").read_text())["parts"]] == list(gpu.STAGES)
+
+
+class Hangs:
+    """Takes all the time that a part may have, and remembers how long that was."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def __call__(self, part, out, deadline):
+        began = time.monotonic()
+        time.sleep(max(deadline - began, 0))
+        self.seconds[part.stage] = time.monotonic() - began
+        return gpu.Outcome(part.stage, part.name, "timeout", 0, "")
+
+
+def test_within_15_minutes_no_part_can_take_the_share_of_a_later_stage_and_nothing_compiles_while_it_is_timed(tmp_path):
+    given = arguments(tmp_path, list(gpu.STAGES))
+    parts = {stage: gpu.parts(stage, given) for stage in gpu.STAGES}
+    compiled, timed = (
+        {w for stage in stages for p in parts[stage] for w in map(str, p.command) if w.startswith("benchmarks/")}
+        for stages in (["compile"], ["speed", "step", "peers"])
+    )
+    assert compiled == timed and all("--once" in p.command for p in parts["compile"])
+    assert {"speed", "step", "tiles", "peers", "correct"} <= set(gpu.ALONE) and "compile" not in gpu.ALONE
+    assert list(gpu.STAGES)[-1] == "peers", "compiled peers come last"
+    assert all(any("compiled" in str(word) for word in p.command) for p in parts["peers"])
+    assert not any("compiled" in str(w) for s in ("speed", "step", "sanitize") for p in parts[s] for w in p.command)
+    (verify,) = parts["correct"]
+    minutes = float(verify.command[verify.command.index("--minutes") + 1])
+    assert 2 <= minutes <= 14 * gpu.STAGES["correct"] / sum(gpu.STAGES.values())
+    tools = {(p.name.split(", ")[0], p.name.split(", ")[1]) for p in parts["sanitize"]}
+    assert len(tools) == 8 and {tool for tool, _ in tools} == {"memcheck", "racecheck"}
+
+
+def test_a_second_run_into_the_same_folder_adds_its_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "parts", lambda stage, arguments: [python("print('x')", minutes=1)._replace(stage=stage)])
+    for stages in (["build", "tiles"], ["tiles", "peers"]):
+        gpu.run_all(arguments(tmp_path, stages), {})
+    parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert [p["stage"] for p in parts] == ["build", "tiles", "peers"]
+    assert (tmp_path / gpu.LOG).read_text().count("# tiles: a part") == 2
+
+
+@pytest.mark.slow
+def test_the_benchmarks_need_neither_tyro_nor_plugins(tmp_path):
+    """A GPU machine without a network has neither."""
+    chosen = [p for stage in ("speed", "step") for p in gpu.parts(stage, arguments(tmp_path, ["speed"], cpu=True))]
+    words = [w for p in chosen for w in p.command if str(w).startswith("benchmarks/")]
+    code = f"""import sys
+for name in ("tyro", "pytest_benchmark", "rich", "matplotlib", "tensorboard", "PIL"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "--shape", "ViT-B", "--tiny", *{words!r}]))"""
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "test_layer_step[" in done.stdout and "ViT-L" not in done.stdout
 
 
 def test_wrong_usage(tmp_path):
