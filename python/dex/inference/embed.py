@@ -86,18 +86,10 @@ def embed(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive whole number; got {batch_size!r}")
     device = encoder.pos_embed.device
-    parts = []
-    for batch in _batches(images, batch_size, encoder, device):
-        parts.append(features(encoder, batch, layers, precision))
+    parts = [features(encoder, batch, layers, precision) for batch in _batches(images, batch_size, encoder, device)]
     if not parts:
-        parts = [
-            features(
-                encoder,
-                encoder.pos_embed.new_zeros(0, encoder.in_chans, *height_width(encoder.img_size)),
-                layers,
-                precision,
-            )
-        ]
+        empty = encoder.pos_embed.new_zeros(0, encoder.in_chans, *height_width(encoder.img_size))
+        parts = [features(encoder, empty, layers, precision)]
     return joined(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable
 
@@ -28,7 +27,7 @@ from dex.report.analysis_parts import (
     reading,
     rows_table,
 )
-from dex.report.charts import Line, curves
+from dex.report.charts import Line, curves, image_uri
 from dex.report.parts import grid
 from dex.report.pictures import Bars, along, bars
 
@@ -133,7 +132,7 @@ def maps(analysis: Analysis) -> Block | None:
     picture = pixels(feature_maps(*_drawn(analysis)))
     data = io.BytesIO()
     Image.fromarray(picture).save(data, "PNG", optimize=True)
-    encoded = base64.b64encode(data.getvalue()).decode()
+
     read = (
         "Colours are the first three principal components over the patches of all these images: patches of equal "
         "colour have similar features, also across images. Look for anatomy in one colour. Attention is from the CLS "
@@ -143,7 +142,7 @@ def maps(analysis: Analysis) -> Block | None:
     )
     html = (
         f'<figure class="picture"><div class="scroll"><img width="{picture.shape[1]}" height="{picture.shape[0]}" '
-        f'alt="images, principal components of patches and attention" src="data:image/png;base64,{encoded}"></div>'
+        f'alt="images, principal components of patches and attention" src="{image_uri(data.getvalue(), "png")}"></div>'
         '</figure><p class="files">Files beside this page: maps.png</p>'
     )
     return Block("maps", "Where features differ within images", reading(read) + html, {"maps.png": data.getvalue()})

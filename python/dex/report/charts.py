@@ -4,6 +4,7 @@ A drawing is 360 units wide, the width of a phone and of a third of a desktop pa
 both. Every line carries its values as ``data-p="step,value step,value"``, to six digits.
 """
 
+import base64
 import html
 import math
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,16 @@ MARKS = {
 def esc(value: object) -> str:
     """Escape text for HTML, attribute values included."""
     return html.escape(str(value), quote=True)
+
+
+def cut(text: str, most: int) -> str:
+    """``text``, shortened to at most ``most`` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def image_uri(data: bytes, kind: str) -> str:
+    """The file of an image as a data URI; kind: ``jpeg`` or ``png``."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -146,8 +157,7 @@ def heatmap(title: str, names: Sequence[str], shares: Sequence[Sequence[float]],
     parts = []
     for m, (name, row) in enumerate(zip(names, shares, strict=True)):
         y = 2 + m * height
-        shown = name if len(name) <= 22 else name[:21] + "…"
-        parts.append(f'<text x="{left - 6:.0f}" y="{y + 12}" text-anchor="end">{esc(shown)}</text>')
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + 12}" text-anchor="end">{esc(cut(name, 22))}</text>')
         for e, share in enumerate(row):
             parts.append(
                 f'<rect class="cell" x="{left + e * cell:.2f}" y="{y}" width="{max(cell - 1, cell * 0.9):.2f}" '

@@ -5,7 +5,6 @@ It contains the scan and training images: share it only with people who may see 
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dex.analysis.one_image import change
 from dex.inference.explain_job import Explanation, Neighbour
 from dex.report import document
 from dex.report.analysis_parts import reading, rows_table
-from dex.report.charts import esc
+from dex.report.charts import esc, image_uri
 from dex.report.document import Section
 from dex.report.parts import grid
 from dex.report.pictures import matrix
@@ -204,14 +203,13 @@ def _neighbour(neighbour: Neighbour, shared: float) -> str:
     )
 
 
-def _thumbnail(image: Tensor, words: str, side: int) -> str:
+def _thumbnail(image: Tensor, alt: str, side: int) -> str:
     data = io.BytesIO()
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture.thumbnail((side, side))
     picture.save(data, "JPEG", quality=88)
-    encoded = base64.b64encode(data.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img {size} alt="{esc(words)}" src="data:image/jpeg;base64,{encoded}">'
+    return f'<img {size} alt="{esc(alt)}" src="{image_uri(data.getvalue(), "jpeg")}">'
 
 
 def _padded(values: list[float], width: int) -> list[float | None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from dex.report.charts import esc, number, sample, scale
+from dex.report.charts import cut, esc, number, sample, scale
 from dex.report.style import STYLE
 
 NAME = 22
@@ -86,7 +86,7 @@ def _bars(
         )
     place = (right - left) / len(groups)
     thick = place * 0.78 / len(series)
-    names = [_cut(group, max(8, int(place / 6.2) - 1)) for group in groups]
+    names = [cut(group, max(8, int(place / 6.2) - 1)) for group in groups]
     every = max(1, math.ceil((max(map(len, names)) * 6.2 + 6) / place))
     for g, group in enumerate(groups):
         begin = left + place * (g + 0.11)
@@ -136,7 +136,7 @@ def matrix(
     frames, parts = set(marked), []
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = 2 + r * height
-        shown = esc(_cut(name, NAME))
+        shown = esc(cut(name, NAME))
         parts.append(f'<text x="{left - 6:.0f}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{shown}</text>')
         for c, value in enumerate(row):
             if value is None:
@@ -166,10 +166,6 @@ def matrix(
         f'<figure class="chart heat"><figcaption><b>{esc(title)}</b>{small}</figcaption>'
         f'<svg viewBox="0 0 360 {bottom + 16}" role="img" aria-label="{esc(title)}">{"".join(parts)}</svg></figure>'
     )
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _short(value: float, digits: int, cell: float) -> str:

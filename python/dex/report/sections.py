@@ -1,6 +1,5 @@
 """The sections of a page about runs. Each function returns HTML, or "" if no run logged what the section shows."""
 
-import base64
 import io
 import re
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from dex.report.charts import Line, curves, esc, glyph, heatmap, is_dense, mark_key, number, sample
+from dex.report.charts import Line, curves, esc, glyph, heatmap, image_uri, is_dense, mark_key, number, sample
 from dex.report.parts import Drawer, chip, details, grid, kind_of, of_experts, run_heads, table
 from dex.report.runs import RunRecord, plain, real, whole, within
 
@@ -190,7 +189,7 @@ def _picture(i: int, run: RunRecord, kind: str, named: bool) -> str:
         return (
             f'<figure class="picture"><figcaption>{name}{kind}, step {step:,}</figcaption><div class="scroll">'
             f'<img width="{drawn.width}" height="{drawn.height}" alt="{kind} of {esc(run.name)} at step {step}" '
-            f'src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"></div></figure>'
+            f'src="{image_uri(data.getvalue(), "jpeg")}"></div></figure>'
         )
     return ""
 

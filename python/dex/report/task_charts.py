@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dex.report.charts import esc, number, sample, scale
+from dex.report.charts import cut, esc, number, sample, scale
 from dex.tasks.metrics.calibration import Reliability
 
 _NAME = 20
@@ -71,8 +71,7 @@ def _strips(title: str, rows: Sequence[Strip], ends: tuple[float, float], width:
             parts.append(f'<text x="{x(value):.1f}" y="{bottom + 14}" text-anchor="middle">{text}</text>')
     for i, row in enumerate(rows):
         y = 4 + _ROW * (i + 0.5)
-        shown = row.label if len(row.label) <= _NAME else row.label[: _NAME - 1] + "…"
-        parts.append(f'<text x="{left - 6:.0f}" y="{y + 4:.1f}" text-anchor="end">{esc(shown)}</text>')
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + 4:.1f}" text-anchor="end">{esc(cut(row.label, _NAME))}</text>')
         # Dots take turns on three lines, so that fewer of them overlap.
         dots = "".join(f"M{x(v):.1f} {y + 5 - 5 * (k % 3):.1f}h0" for k, v in enumerate(sorted(row.values)))
         data = " ".join(f"{v:.6g}" for v in row.values)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dex.report.analysis_parts import reading, rows_table
 from dex.report.charts import esc
 from dex.report.document import Section
-from dex.report.task_words import signed
+from dex.report.task_words import signed, verdict
 from dex.tasks.metrics.difference import Difference, paired_difference
 from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
@@ -31,7 +31,7 @@ class Other(NamedTuple):
 
 def section(first: str, second: str, differences: Sequence[Difference], classes: Sequence[str]) -> Section:
     """The verdict of the first difference, and a row per difference; ``classes``: names of the task's classes."""
-    verdict = f'<p class="verdict">{esc(differences[0].sentence(first, second))}</p>'
+    sentence = f'<p class="verdict">{esc(differences[0].sentence(first, second))}</p>'
     rows = [
         [
             f"{METRICS[d.metric].title}{'' if d.of is None else f', {classes[d.of]}'}",
@@ -44,7 +44,7 @@ def section(first: str, second: str, differences: Sequence[Difference], classes:
     ]
     table = rows_table(["", f"{first} minus {second}", "better", "patients", "by seed"], rows)
     named = f'<p class="soft">First: {esc(first)}. Second: {esc(second)}.</p>'
-    return Section("comparison", "Against another model", verdict + named + reading(_READ) + table)
+    return Section("comparison", "Against another model", sentence + named + reading(_READ) + table)
 
 
 def compared(first: str, evaluations: Sequence[Evaluation], other: Other) -> Section:
@@ -61,6 +61,6 @@ def compared(first: str, evaluations: Sequence[Evaluation], other: Other) -> Sec
 
 def _better(difference: Difference) -> str:
     if difference.verdict not in ("higher", "lower"):
-        return difference.verdict
+        return verdict(difference)
     first = (difference.verdict == "higher") == METRICS[difference.metric].higher_is_better
     return "the first" if first else "the second"

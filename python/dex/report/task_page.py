@@ -5,7 +5,6 @@ It may contain images of patients: share it only with people who may see them.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from dex.report import document
 from dex.report.analysis_parts import cell, pair, reading, rows_table
-from dex.report.charts import esc
+from dex.report.charts import cut, esc, image_uri
 from dex.report.document import Section
 from dex.report.parts import table
 from dex.report.pictures import NAME, matrix
@@ -241,16 +240,14 @@ def _pictures(evaluation: Evaluation, pictures: Sequence[Picture]) -> str:
 def _picture(image: np.ndarray, alt: str) -> str:
     """The image at its own size, shrunk to the page's width but not below ``_MIN_WIDTH``."""
     height, width = image.shape[:2]
-    encoded = base64.b64encode(png(image)).decode()
     style = f"max-width:{width}px;min-width:{min(width, _MIN_WIDTH)}px"
     size = f'width="{width}" height="{height}" style="{style}"'
-    return f'<img {size} alt="{esc(alt)}" src="data:image/png;base64,{encoded}">'
+    return f'<img {size} alt="{esc(alt)}" src="{image_uri(png(image), "png")}">'
 
 
 def _numbered(name: str, number: int) -> str:
     """A row's name with its number, cut to the characters shown."""
-    most = NAME - len(str(number)) - 1
-    return f"{name if len(name) <= most else name[: most - 1] + '…'} {number}"
+    return f"{cut(name, NAME - len(str(number)) - 1)} {number}"
 
 
 def _confusion(evaluation: Evaluation) -> str:

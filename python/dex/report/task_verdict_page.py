@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dex.report import document
+from dex.report import document, task_words
 from dex.report.analysis_parts import reading, rows_table
 from dex.report.charts import esc
 from dex.report.document import Section
@@ -39,7 +39,7 @@ def _tasks(a: Side, b: Side, tasks: Sequence[Compared]) -> str:
     for task in tasks:
         title = METRICS[task.metric].title
         values = ["–" if value is None else f"{value:.3f}" for value in task.values]
-        text = f"no verdict: {'; '.join(task.reasons)}" if task.reasons else task.difference.verdict
+        text = f"no verdict: {'; '.join(task.reasons)}" if task.reasons else task_words.verdict(task.difference)
         seeds = " ".join(f"{seed.value:+.3f}" for seed in task.difference.by_seed if seed.value is not None)
         rows.append([task.task, title, *values, signed(task.difference.estimate), seeds or "–", text])
     return rows_table(["task", "metric", a.name, b.name, "difference", "by seed", ""], rows)

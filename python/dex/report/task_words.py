@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dex.report.charts import esc
 from dex.report.parts import table
+from dex.tasks.metrics.difference import Difference
 from dex.tasks.metrics.estimate import FEW_PATIENTS, Estimate
 from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
@@ -25,6 +26,11 @@ def signed(estimate: Estimate) -> str:
         return "–"
     ends = "" if estimate.low is None else f" [{estimate.low:+.{_DIGITS}f}, {estimate.high:+.{_DIGITS}f}]"
     return f"{estimate.value:+.{_DIGITS}f}{ends}"
+
+
+def verdict(difference: Difference) -> str:
+    """``higher``, ``lower``, ``no clear difference`` or ``not measured``."""
+    return "no clear difference" if difference.verdict == "not told apart" else difference.verdict
 
 
 def interval(estimate: Estimate) -> str:

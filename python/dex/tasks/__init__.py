@@ -1,1 +1,1 @@
-"""Downstream tasks: what is to be learned from labelled images, and how well it was."""
+"""Downstream tasks: fine-tuning on labelled images, evaluation, prediction and comparison."""

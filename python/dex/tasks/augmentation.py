@@ -1,7 +1,7 @@
-"""The same random change of images and their masks: flip, scale, shift, rotation, and the images' intensity.
+"""Random flips, scaling, shifts and rotations of images together with their masks, and changes of intensity.
 
-Numbers are hashes of a key per image (`dex.common.random`): what happens to an image does not depend on ranks, on the
-rest of its batch, or on what was drawn before.
+Random numbers are hashes of a key per image (``dex.common.random``), so the result does not depend on ranks, on the
+rest of the batch, or on earlier draws.
 
 Shape letters: B images, S their side.
 """
@@ -25,8 +25,8 @@ def augment(
 ) -> tuple[Tensor, Tensor | None]:
     """uint8 ``[B, 3, S, S]`` and uint8 ``[B, S, S]`` -> normalised float32 ``[B, C, S, S]`` and uint8 ``[B, S, S]``.
 
-    keys: int64 ``[B]``. channels: C, 3 or 1, as the model takes. What comes in from beyond an image is black, and
-    `IGNORED` in its mask.
+    keys: int64 ``[B]``. channels: C, 3 or 1, of the model. Areas from outside an image are black and, in the mask,
+    ``IGNORED``.
     """
     size = images.shape[-1]
     numbers = 2 * uniform(keys, _NUMBERS) - 1
@@ -40,20 +40,20 @@ def augment(
     out = center(out.clamp_(0, 1), size, channels)
     if masks is None:
         return out, None
-    # One more, so that what is beyond the mask is 0, and one less in uint8 is IGNORED.
+    # Masks are shifted by 1, so that 0 marks the outside and becomes IGNORED.
     moved = F.grid_sample(masks[:, None].float() + 1, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     values = moved[:, 0].round_() - 1
     return out, values.masked_fill_(values < 0, IGNORED).to(torch.uint8)
 
 
 def _transforms(numbers: Tensor, settings: Settings) -> Tensor:
-    """``[B, 2, 3]``: a place in the result -> its place in the image. ``numbers [B, 8]`` in [-1, 1)."""
-    grows = (1 - settings.scale) ** -1
-    zoom = torch.exp(numbers[:, 0] * math.log(grows))
+    """Affine maps ``[B, 2, 3]`` from positions in the result to those in the image. ``numbers [B, 8]`` in [-1, 1)."""
+    largest_zoom = (1 - settings.scale) ** -1
+    zoom = torch.exp(numbers[:, 0] * math.log(largest_zoom))
     angle = torch.deg2rad(numbers[:, 1] * settings.rotation)
-    mirror = torch.where((numbers[:, 4] < 0) & (settings.flips in ("horizontal", "both")), -1.0, 1.0)
-    upset = torch.where((numbers[:, 5] < 0) & (settings.flips == "both"), -1.0, 1.0)
+    flip_x = torch.where((numbers[:, 4] < 0) & (settings.flips in ("horizontal", "both")), -1.0, 1.0)
+    flip_y = torch.where((numbers[:, 5] < 0) & (settings.flips == "both"), -1.0, 1.0)
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    x = torch.stack([cos * mirror, -sin * upset, numbers[:, 2] * settings.shift], 1)
-    y = torch.stack([sin * mirror, cos * upset, numbers[:, 3] * settings.shift], 1)
+    x = torch.stack([cos * flip_x, -sin * flip_y, numbers[:, 2] * settings.shift], 1)
+    y = torch.stack([sin * flip_x, cos * flip_y, numbers[:, 3] * settings.shift], 1)
     return torch.stack([x, y], 1)

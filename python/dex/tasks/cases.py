@@ -1,6 +1,6 @@
-"""The cases of a task: which image belongs to which target, patient and split.
+"""The cases of a task: the target, patient and split of each image.
 
-`open_task` finds them, `read` gives what a case holds, `check_targets` reads every target once before anything trains.
+``open_task`` lists them, ``read`` reads a case, and ``check_targets`` reads every target once before training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dex.prepare.splits import PATIENT
 from dex.tasks import own, patterns, splits
 from dex.tasks.frames import Frames, Grid, read, read_target
 from dex.tasks.own import Item, Own
-from dex.tasks.patterns import Files
+from dex.tasks.patterns import Files, is_dicom
 from dex.tasks.salt import salt_of
 from dex.tasks.splits import Sample
 from dex.tasks.task import SPLITS, Case, Parts, Split, Task, TaskData, find
@@ -34,14 +34,14 @@ _NAMED = 5
 
 
 class Count(NamedTuple):
-    """What the targets of a side hold."""
+    """Counts over the targets of a split."""
 
     cases: int
     frames: int
     pixels: tuple[int, ...]
-    """Of each class; () in classification."""
+    """Pixels of each class; () in classification."""
     present: tuple[int, ...]
-    """Cases that hold each class."""
+    """Cases with each class."""
 
 
 def open_task(
@@ -57,21 +57,21 @@ def open_task(
     private: str | os.PathLike[str] | None = None,
     shots: int | None = None,
 ) -> TaskData:
-    """The cases of a task, split by patient. Files are listed, no image is read.
+    """The cases of a task, split by patient. Files are listed, but no image is read.
 
     Args:
-        task: a name of the catalogue, a YAML file, or a folder of one's own.
-        data: the folder of the data. None: the task's folder, or the one of its name in $DEX_TASKS.
-        labels: a CSV file with columns file and label (or mask), perhaps patient and split.
-        split: None: as the files say, else drawn. "draw": drawn whatever they say. "train", "val", "test": all of it is
-            on that side.
-        patient: a regular expression, searched in the path; group 1 names the patient.
-        seed: of what is drawn.
-        classes: of one's own task: NAME, or NAME=VALUE with what a mask, or the label in the files, says.
-        modality: of one's own task, as `dex.prepare.modalities` knows it.
-        private: the folder with the salt of ids and patients. None: beside the data, under its name and ``.private``.
-            A public task has none.
-        shots: training images per class that are kept, drawn with the seed.
+        task: a name of the catalogue, a YAML file, or a folder of the user's own.
+        data: the data folder. None: the task's folder, or the folder of its name in $DEX_TASKS.
+        labels: a CSV file with columns file and label (or mask), optionally patient and split.
+        split: None: as in the files, otherwise drawn. "draw": drawn in any case. "train", "val", "test": the split of
+            all cases.
+        patient: a regular expression, searched in the path; group 1 is the patient.
+        seed: of random draws.
+        classes: of the user's own task: NAME, or NAME=VALUE with the value in masks, or the label in the files.
+        modality: of the user's own task, a name of ``dex.prepare.modalities``.
+        private: the folder of the salt for ids and patients. None: beside the data, with the suffix ``.private``.
+            A public task needs none.
+        shots: number of training images kept per class, drawn with the seed.
 
     Raises: FileNotFoundError, NotADirectoryError; ValueError naming the argument, the file or the patients.
     """
@@ -86,14 +86,14 @@ def open_task(
     if classes:
         task = _classed(task, classes)
     files = patterns.listed(root)
-    held = _held(task, files, Path(labels) if labels is not None else None)
-    task = held.task
-    _check_modality(task, held.items)
-    task, indices = _resolved(task, held.items, files)
-    whose = _patients(held.items, files, patient, by_folder=labels is None and not task.layout.rules)
+    listed = _listed(task, files, Path(labels) if labels is not None else None)
+    task = listed.task
+    _check_modality(task, listed.items)
+    task, targets = _resolved(task, listed.items, files)
+    patients = _patients(listed.items, files, patient, by_folder=labels is None and not task.layout.rules)
     samples = [
         Sample(name, item.label if task.kind == "classification" else "", item.split, item.image)
-        for item, name in zip(held.items, whose.names, strict=True)
+        for item, name in zip(listed.items, patients.names, strict=True)
     ]
     sides, notes = _sides(task, samples, split, seed)
     places: Iterable[int] = range(len(samples))
@@ -103,13 +103,11 @@ def open_task(
     salt = b"" if task.public else salt_of(root, Path(private) if private is not None else None)
     ids = Names(sources.Source(task.name, "CT", "ct", public=task.public), salt)
     cases = tuple(
-        Case(
-            ids.unit(held.items[i].image), ids.patient(samples[i].patient), sides[i], root / held.items[i].image, target
-        )
+        Case(ids.unit(path), ids.patient(samples[i].patient), sides[i], root / path, targets[i])
         for i in places
-        for target in [indices[i]]
+        for path in [listed.items[i].image]
     )
-    return TaskData(task, cases, (*_overlap(task), *held.notes, *whose.notes, *notes))
+    return TaskData(task, cases, (*_overlap(task), *listed.notes, *patients.notes, *notes))
 
 
 def _check_types(seed: int, shots: int | None, classes: Sequence[str], modality: str | None) -> None:
@@ -124,7 +122,7 @@ def _check_types(seed: int, shots: int | None, classes: Sequence[str], modality:
 
 
 def _check_modality(task: Task, items: Sequence[Item]) -> None:
-    """ValueError for files that do not say what they hold, where nobody has said it either."""
+    """ValueError for files that do not state their modality, if none is given."""
     if task.modality:
         return
     for item in items:
@@ -132,7 +130,7 @@ def _check_modality(task: Task, items: Sequence[Item]) -> None:
         if format is not None and not readers.reader_of(format).decides and kind_of(item.image) is None:
             raise ValueError(
                 f"modality: expected --modality, one of {', '.join(modalities.NAMES)}, since a {format} file does not "
-                f"say what it holds; got none for {item.image}"
+                f"state it; got none for {item.image}"
             )
 
 
@@ -159,7 +157,8 @@ def _classed(task: Task, entries: Sequence[str]) -> Task:
     return replace(task, classes=task.classes or classes, layout=layout)
 
 
-def _held(task: Task, files: Files, labels: Path | None) -> Own:
+def _listed(task: Task, files: Files, labels: Path | None) -> Own:
+    """The task and its images, from the table, the form of the folder or the rules."""
     if labels is not None:
         items = own.of_table(labels, files.root)
         kind = "segmentation" if any(item.mask for item in items) else "classification"
@@ -169,34 +168,36 @@ def _held(task: Task, files: Files, labels: Path | None) -> Own:
         _require_kind(task, kind)
         return Own(replace(task, kind=kind, metric=task.metric if task.kind == kind else ""), items)
     if not task.layout.rules:
-        held = own.of_folder(files, task)
+        listed = own.of_folder(files, task)
         if task.layout.state == "unknown":
-            _require_kind(task, held.task.kind)
-        return held
-    found = patterns.matches(task.layout, files, task.classes)
-    if not found:
+            _require_kind(task, listed.task.kind)
+        return listed
+    matches = patterns.matches(task.layout, files, task.classes)
+    if not matches:
         raise ValueError(
             f"data: expected files of {task.name} below {files.root}, by {task.layout.source or 'its layout'}: "
             f"{patterns.expected(task.layout, files)}; got {_some(files)}"
         )
-    items = list(own.of_rules(found, files, task))
+    items = list(own.of_rules(matches, files, task))
     return Own(task, _joined(task, items, files) if task.layout.table else items)
 
 
 def _require_kind(task: Task, kind: str) -> None:
     if task.layout.state != "own" and task.kind != kind:
-        what = {"segmentation": "masks", "classification": "labels"}
-        raise ValueError(f"data: expected {what[task.kind]} for {task.name}, a {task.kind} task; got {what[kind]}")
+        targets = {"segmentation": "masks", "classification": "labels"}
+        raise ValueError(
+            f"data: expected {targets[task.kind]} for {task.name}, a {task.kind} task; got {targets[kind]}"
+        )
 
 
 def _joined(task: Task, items: list[Item], files: Files) -> list[Item]:
-    """With label, patient and side of the layout's table, which names a file with or without folders and suffix."""
+    """The items with label, patient and split of the layout's table, which may omit folders and suffixes of files."""
     name = task.layout.table
     paths = [path for path in files.files if path.rpartition("/")[2] == name]
     if not paths:
         raise ValueError(
             f"data: expected the table {task.layout.table} of {task.name} below {files.root}, by "
-            f"{task.layout.source or 'its layout'}; it is not there"
+            f"{task.layout.source or 'its layout'}; no such file"
         )
     table = files.root / min(paths, key=len)
     lines = {_stem(line.image): line for line in own.of_table(table, files.root, dict(task.layout.columns), loose=True)}
@@ -228,30 +229,29 @@ def _some(files: Files) -> str:
 
 
 def _resolved(task: Task, items: list[Item], files: Files) -> tuple[Task, list[Path | Parts | int | None]]:
-    """The task with its classes, and the target of each image."""
+    """The task with its classes, and the target of each image. Labels of ``items`` become names of classes."""
     if task.kind == "classification":
-        texts = dict(task.layout.labels)
-        found = sorted({texts.get(item.label, item.label) for item in items})
+        names = dict(task.layout.labels)
+        items[:] = [item._replace(label=names.get(item.label, item.label)) for item in items]
+        labels = Counter(item.label for item in items)
         if not task.classes:
-            task = replace(task, classes=tuple(found))
-        strange = [label for label in found if label not in task.classes]
-        if strange:
-            count = sum(texts.get(item.label, item.label) == strange[0] for item in items)
-            example = next(item.image for item in items if texts.get(item.label, item.label) == strange[0])
+            task = replace(task, classes=tuple(sorted(labels)))
+        unknown = sorted(label for label in labels if label not in task.classes)
+        if unknown:
+            example = next(item.image for item in items if item.label == unknown[0])
             raise ValueError(
-                f"labels: expected {', '.join(task.classes)}; got {strange[0]!r} for {count:,} images, as {example}"
+                f"labels: expected {', '.join(task.classes)}; got {unknown[0]!r} for {labels[unknown[0]]:,} images, "
+                f"such as {example}"
             )
-        if len(found) < 2:
-            raise ValueError(f"labels: expected images of at least 2 classes; got {found[0]!r} alone")
-        lacking = [name for name in task.classes if name not in found]
+        if len(labels) < 2:
+            raise ValueError(f"labels: expected images of at least 2 classes; got {min(labels)!r} only")
+        lacking = [name for name in task.classes if name not in labels]
         if lacking:
             raise ValueError(f"labels: expected images of each class; got none of {', '.join(lacking)}")
-        for place, item in enumerate(items):
-            items[place] = item._replace(label=texts.get(item.label, item.label))
         return task, [task.classes.index(item.label) for item in items]
     if not task.classes:
-        seen = _values_seen(items, files)
-        raise ValueError(f"classes: expected --classes NAME=VALUE ..., what the values in the masks mean; {seen}")
+        values = _first_values(items, files)
+        raise ValueError(f"classes: expected --classes NAME=VALUE ..., the meaning of values in masks; {values}")
     return task, [_target(task, item, files) for item in items]
 
 
@@ -263,24 +263,26 @@ def _target(task: Task, item: Item, files: Files) -> Path | Parts:
     return Parts(tuple(files.root / by_class[name] if by_class.get(name) else None for name in task.classes))
 
 
-def _values_seen(items: list[Item], files: Files) -> str:
-    """What the first masks hold, for a message."""
+def _first_values(items: list[Item], files: Files) -> str:
+    """The values in the first masks, for a message."""
     from dex.tasks.masks import values_in
 
-    seen: set[str] = set()
+    values: set[str] = set()
     for item in items[:_NAMED]:
-        seen |= set(values_in(files.root / item.mask))
-    return f"the first {min(len(items), _NAMED)} masks hold {', '.join(sorted(seen, key=lambda v: (len(v), v))[:20])}"
+        values |= set(values_in(files.root / item.mask))
+    shown = ", ".join(sorted(values, key=lambda v: (len(v), v))[:20])
+    return f"the first {min(len(items), _NAMED)} masks contain {shown}"
 
 
-class _Whose(NamedTuple):
+class _Patients(NamedTuple):
     names: list[str]
+    """The patient of each image."""
     notes: list[str]
 
 
-def _patients(items: list[Item], files: Files, pattern: str | None, by_folder: bool) -> _Whose:
-    """Whose each image is: by the pattern; else as rules or a table say, or the header of DICOM; else the file itself.
-    by_folder: only a folder stands for the patient, so that a header knows better."""
+def _patients(items: list[Item], files: Files, pattern: str | None, by_folder: bool) -> _Patients:
+    """The patient of each image, by the pattern, else by rules or a table, else by the DICOM header, else the file.
+    by_folder: items have only folders for patients, so a header takes precedence."""
     expression = _pattern(pattern)
     names, unknown = [], 0
     for item in items:
@@ -292,9 +294,9 @@ def _patients(items: list[Item], files: Files, pattern: str | None, by_folder: b
         unknown += not name
         names.append(name or f"file {item.image}")
     if not unknown:
-        return _Whose(names, [])
-    which = "each image" if unknown == len(items) else f"{unknown:,} of {len(items):,} images"
-    return _Whose(names, [f"nothing names the patient of {which}: each counts as one of its own; {splits.HOW}"])
+        return _Patients(names, [])
+    which = "the images" if unknown == len(items) else f"{unknown:,} of {len(items):,} images"
+    return _Patients(names, [f"the patients of {which} are unknown: each image counts as a patient; {splits.HOW}"])
 
 
 def _pattern(pattern: str | None) -> re.Pattern[str] | None:
@@ -312,10 +314,10 @@ def _pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def _header_patient(image: Path) -> str:
-    """As a DICOM header has it; "" for other files, and where it names nobody."""
+    """The patient in a DICOM header; "" for other files, and if the header names none."""
     if image.is_dir():
-        image = next((path for path in sorted(image.iterdir()) if _is_dicom(path)), image)
-    if not _is_dicom(image):
+        image = next((path for path in sorted(image.iterdir()) if is_dicom(path)), image)
+    if not is_dicom(image):
         return ""
     from dex.prepare.readers.dicom.file import read_header, text
 
@@ -327,10 +329,6 @@ def _header_patient(image: Path) -> str:
     patient = text(head, "PatientID") or text(head, "PatientName")
     names = Names(sources.Source("own", "CT", "ct"), b"")
     return patient if names.identity("file", patient).by == PATIENT else ""
-
-
-def _is_dicom(path: Path) -> bool:
-    return path.is_file() and (readers.format_of(path) or readers.recognised(path)) == "dicom"
 
 
 def _sides(task: Task, samples: list[Sample], split: str | None, seed: int) -> tuple[list[Split], list[str]]:
@@ -350,8 +348,8 @@ def _overlap(task: Task) -> list[str]:
 def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> dict[Split, Count]:
     """Read every target once. beat: called for each case.
 
-    Raises: ValueError naming the file, for a mask of another size than its image and for values that mean nothing; and
-    naming the classes that no mask of a side holds.
+    Raises: ValueError naming the file if a mask differs in size from its image or has values without a meaning, or
+    naming the classes that no mask of a split contains.
     """
     task = data.task
     counts: dict[Split, Count] = {}
@@ -371,14 +369,14 @@ def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> di
             for number in range(len(task.classes)):
                 pixels[number] += int(levels[number + 1])
                 present[number] += bool(levels[number + 1])
-        each = range(len(task.classes))
-        held = tuple(pixels[n] for n in each) if task.kind == "segmentation" else ()
-        counts[side] = Count(len(cases), frames or len(cases), held, tuple(present[n] for n in each))
-        lacking = [task.classes[n] for n in each if not present[n]]
+        numbers = range(len(task.classes))
+        by_class = tuple(pixels[n] for n in numbers) if task.kind == "segmentation" else ()
+        counts[side] = Count(len(cases), frames or len(cases), by_class, tuple(present[n] for n in numbers))
+        lacking = [task.classes[n] for n in numbers if not present[n]]
         if lacking:
             raise ValueError(
-                f"masks: expected each class in {side}; none of its {len(cases):,} cases holds {', '.join(lacking)}; "
-                "leave such classes out by --classes, or draw the split again with another seed"
+                f"masks: expected each class in {side}; none of its {len(cases):,} cases contains "
+                f"{', '.join(lacking)}; leave these classes out of --classes, or draw the split with another seed"
             )
     return counts
 

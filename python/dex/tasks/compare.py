@@ -1,13 +1,13 @@
-"""`dex compare`: two pretrained runs fine-tuned alike on tasks, and what one scores above the other.
+"""``dex compare``: fine-tunes two pretrained runs in the same way on tasks, and compares their scores.
 
-    OUT/sheet.csv                      a row per task, run and seed; rows that are there are not made again
-    OUT/TASK/data.sha256               of every file of the task: others are refused by a later start
-    OUT/TASK/RUN-seed-0/               a fine-tuned folder, as `dex finetune` and `dex evaluate` leave it
-    OUT/comparison.json                what follows from the rows
+    OUT/sheet.csv                      a row per task, run and seed; existing rows are not computed again
+    OUT/TASK/data.sha256               hash of every file of the task; a later start with other files is refused
+    OUT/TASK/RUN-seed-0/               a folder as written by ``dex finetune`` and ``dex evaluate``
+    OUT/comparison.json                the conclusions
     OUT/report.html                    the page
     OUT.private/                       the salt of ids
 
-Both sides take the same seeds, splits and settings. Killed at any moment, the same command goes on where it was.
+Both sides use the same seeds, splits and settings. After a kill at any moment, the same command resumes.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from dex.tasks.sheet import Sheet, row_of
 
 SHEET, RESULT, DATA = "sheet.csv", "comparison.json", "data.sha256"
 LEAST_PATIENTS = 10
-"""With fewer test patients no verdict is given."""
+"""Test patients needed for a verdict."""
 LEAST_SEEDS = 3
-"""Nor with fewer seeds."""
+"""Seeds needed for a verdict."""
 _FILE_BLOCK = 2**22
 
 
@@ -51,21 +51,21 @@ class Side(NamedTuple):
     name: str
     run: Path
     checkpoint: str
-    """Hash of its weights' manifest, or of its weights."""
+    """Hash of the checkpoint's manifest, or of the weights."""
     compute: Compute
     start: str = "pretrained"
-    """Or "random": its architecture, drawn anew."""
+    """Or "random": the same architecture with random initialisation."""
 
 
 class Prepared(NamedTuple):
-    """A task with its cases, checked."""
+    """A task with checked cases."""
 
     data: TaskData
     fingerprint: str
 
 
 class Failed(RuntimeError):
-    """A fine-tuning ended before its time; ``code`` is its exit code."""
+    """A fine-tuning ended early; ``code`` is its exit code."""
 
     def __init__(self, code: int, folder: Path):
         super().__init__(f"fine-tuning in {folder} ended with exit code {code}")
@@ -73,14 +73,14 @@ class Failed(RuntimeError):
 
 
 def side(name: str, run: str | Path, start: str = "pretrained") -> Side:
-    """What ``run`` is. Raises as `dex.inference.load.load`."""
+    """The record of ``run``. Raises as ``dex.inference.load.load``."""
     loaded = load(run)
     checkpoint = manifest_hash(loaded.folder) or _digest(loaded.folder)
     return Side(name, Path(run), checkpoint, compute.of_run(name, loaded, start == "random"), start)
 
 
 def open_sheet(out: Path) -> None:
-    """ValueError where the sheet in ``out`` is none of these columns: before the work."""
+    """ValueError if the sheet in ``out`` is invalid; called before the work."""
     Sheet(out / SHEET).rows()
 
 
@@ -92,7 +92,7 @@ def _digest(folder: Path) -> str:
 
 
 def sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
-    """Of two different runs, under different names. ValueError naming the argument."""
+    """The records of two different runs, under different names. ValueError naming the argument."""
     names = [Path(run).resolve().name for run in (a, b)]
     if names[0] == names[1]:
         names = [f"{Path(run).resolve().parent.name}/{name}" for run, name in zip((a, b), names, strict=True)]
@@ -105,7 +105,7 @@ def sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
 
 
 def prepared(data: TaskData) -> Prepared:
-    """The task with every target read once. ValueError naming what is wrong, before anything trains."""
+    """The task, after every target was read once. ValueError naming what is wrong, before training."""
     if not data.of("test"):
         raise ValueError(f"data: expected test cases of {data.task.name}; it has none")
     check_targets(data)
@@ -113,8 +113,9 @@ def prepared(data: TaskData) -> Prepared:
 
 
 def _fingerprint(data: TaskData) -> str:
-    """Of the task, the split and every byte of the cases' files."""
-    digest = hashlib.sha256(json.dumps(task_records.to_dict(data.task), sort_keys=True).encode())
+    """Hash of the task, the split and every byte of the cases' files."""
+    task = task_records.to_dict(task_records.without_texts(data.task))
+    digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode())
     for case in data.cases:
         label = case.target if isinstance(case.target, int) else ""
         digest.update(f"\0{case.id}\0{case.patient}\0{case.split}\0{label}\0".encode())
@@ -128,24 +129,24 @@ def _fingerprint(data: TaskData) -> str:
 
 
 def leaks(task: Prepared, sides: Sequence[Side]) -> dict[str, str]:
-    """By the sides' names, what the check of the test cases against their pretraining sets says; once for a set."""
-    of_set: dict[str, str] = {}
-    said = {}
-    for one in sides:
-        known = one.compute.data or one.name
-        if known not in of_set:
-            of_set[known] = leakage.of_run(task.data, one.run, sides=("test",)).sentence
-        said[one.name] = of_set[known]
-    return said
+    """By the sides' names, the leak check of the test cases against their pretraining sets; one check per set."""
+    by_set: dict[str, str] = {}
+    result = {}
+    for side in sides:
+        pretraining_set = side.compute.data or side.name
+        if pretraining_set not in by_set:
+            by_set[pretraining_set] = leakage.of_run(task.data, side.run, sides=("test",)).sentence
+        result[side.name] = by_set[pretraining_set]
+    return result
 
 
-def settings_of(one: Side, settings: Settings, seed: int) -> Settings:
-    """Those of one fine-tuning: the same for both sides but for the start."""
-    return dataclasses.replace(settings, seed=seed, start=one.start)
+def settings_of(side: Side, settings: Settings, seed: int) -> Settings:
+    """The settings of one fine-tuning, the same for both sides except for the start."""
+    return dataclasses.replace(settings, seed=seed, start=side.start)
 
 
 def outcome(
-    one: Side,
+    side: Side,
     task: Prepared,
     settings: Settings,
     out: Path,
@@ -154,28 +155,28 @@ def outcome(
     discard: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """The evaluation of one fine-tuning, made unless it is there. settings: of `settings_of`. leak: what the
-    check against the pretraining set said, for the sheet. discard: remove the checkpoints once it is evaluated.
+    """The evaluation of one fine-tuning, which runs unless it exists. settings: from ``settings_of``. leak: the result
+    of the leak check, for the sheet. discard: remove the checkpoints after the evaluation.
 
-    Raises: `Failed`; `dex.common.exits.Stopped` before training; ValueError naming what cannot be trained on, or data
-    that are not those of an earlier start.
+    Raises: ``Failed``; ``dex.common.exits.Stopped`` before training; ValueError naming what cannot be trained on, or if
+    the data differ from those of an earlier start.
     """
-    key, sheet = key_of(one.checkpoint, task.data, settings), Sheet(out / SHEET)
+    key, sheet = key_of(side.checkpoint, task.data, settings), Sheet(out / SHEET)
     name = task.data.task.name
     _same_data(out / name / DATA, task)
-    folder = out / name / f"{one.name.replace('/', '-')}-seed-{settings.seed}"
-    known = folder / FILE
-    if known.is_file() and sheet.done(key):
-        return evaluation_file.read(known)
-    say(f"{name}, {one.name}, seed {settings.seed}")
+    folder = out / name / f"{side.name.replace('/', '-')}-seed-{settings.seed}"
+    file = folder / FILE
+    if file.is_file() and sheet.done(key):
+        return evaluation_file.read(file)
+    say(f"{name}, {side.name}, seed {settings.seed}")
     began = time.perf_counter()
-    if not known.is_file():
-        code = finetune(one.run, task.data, settings, folder, resume=True)
+    if not file.is_file():
+        code = finetune(side.run, task.data, settings, folder, resume=True)
         if code != exits.DONE:
             raise Failed(code, folder)
         evaluation = evaluate(load_task_model(folder), task.data, EvaluateOptions())
-        evaluation_file.write(evaluation, known)
-    evaluation = evaluation_file.read(known)
+        evaluation_file.write(evaluation, file)
+    evaluation = evaluation_file.read(file)
     sheet.add(row_of(evaluation, key, leak=leak, seconds=time.perf_counter() - began, versions=versions()))
     if discard:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -183,12 +184,12 @@ def outcome(
 
 
 def _same_data(path: Path, task: Prepared) -> None:
-    """Keep the fingerprint of the data beside what is made of them, or compare it."""
+    """Store the fingerprint of the data beside their results, or compare it with the stored one."""
     if path.is_file():
         if path.read_text(encoding="utf-8").strip() != task.fingerprint:
             raise ValueError(
                 f"data: expected the images, masks and splits of {task.data.task.name} that {path.parent.parent} was "
-                "begun with; these are others. Give another --out"
+                "begun with; got different ones. Choose another --out"
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def _same_data(path: Path, task: Prepared) -> None:
 
 
 class Compared(NamedTuple):
-    """One task."""
+    """The comparison on one task."""
 
     task: str
     metric: str
@@ -205,13 +206,13 @@ class Compared(NamedTuple):
     """One per seed."""
     second: tuple[Evaluation, ...]
     reasons: tuple[str, ...]
-    """Why no verdict is given; () where one is."""
+    """Why there is no verdict; () if there is one."""
     leaks: Mapping[str, str]
-    """By the side's name, what the check of the test cases against its pretraining set said."""
+    """By the side's name, the leak check of the test cases against its pretraining set."""
 
     @property
     def values(self) -> tuple[float | None, float | None]:
-        """Of the metric: the mean over seeds of the two sides."""
+        """The metric of both sides, mean over seeds."""
         return _mean(self.first, self.metric), _mean(self.second, self.metric)
 
 
@@ -223,7 +224,7 @@ def _mean(evaluations: Sequence[Evaluation], metric: str) -> float | None:
 def compared(
     task: str, first: Sequence[Evaluation], second: Sequence[Evaluation], leaks: Mapping[str, str] | None = None
 ) -> Compared:
-    """Paired by patient and seed. ValueError where the two sides were not evaluated on the same cases and seeds."""
+    """Compare two sides on a task, paired by patient and seed. ValueError if their cases or seeds differ."""
     metric = first[0].metric
     difference = paired_difference(first, second, metric)
     patients = len(first[0].patients)
@@ -236,45 +237,45 @@ def compared(
 
 
 def verdict(a: Side, b: Side, tasks: Sequence[Compared]) -> str:
-    """In a sentence: on how many tasks which side is better, and whether that may be said at all."""
-    judged = [one for one in tasks if not one.reasons]
+    """A sentence: on how many tasks each side is better, and whether the comparison allows a verdict."""
+    judged = [task for task in tasks if not task.reasons]
     if not judged:
-        why = sorted({reason for one in tasks for reason in one.reasons})
-        return f"No verdict: the sample is too small ({'; '.join(why)})."
-    better, worse = (sum(_side_of(one) == which for one in judged) for which in ("first", "second"))
-    said = f"{a.name} is better than {b.name} on {better} of {len(judged)} tasks, worse on {worse}"
-    said += f", not told apart on {len(judged) - better - worse}"
-    left = len(tasks) - len(judged)
-    said += f"; {left} more {'has' if left == 1 else 'have'} too small a sample for any verdict" if left else ""
+        reasons = sorted({reason for task in tasks for reason in task.reasons})
+        return f"No verdict: the sample is too small ({'; '.join(reasons)})."
+    better, worse = (sum(_better_side(task) == side for task in judged) for side in ("first", "second"))
+    text = f"{a.name} is better than {b.name} on {better} of {len(judged)} tasks, worse on {worse}"
+    text += f", without a clear difference on {len(judged) - better - worse}"
+    rest = len(tasks) - len(judged)
+    text += f"; {rest} more {'has' if rest == 1 else 'have'} too small a sample for a verdict" if rest else ""
     if unequal := compute.differences(a.compute, b.compute):
-        said += f". The two are not of equal compute ({'; '.join(unequal)}), so this is no statement about the models"
-    return said + "."
+        text += f". Compute is not equal ({'; '.join(unequal)}), so this says nothing about the models themselves"
+    return text + "."
 
 
-def _side_of(one: Compared) -> str:
-    if one.difference.verdict not in ("higher", "lower"):
+def _better_side(task: Compared) -> str:
+    if task.difference.verdict not in ("higher", "lower"):
         return ""
-    return "first" if (one.difference.verdict == "higher") == METRICS[one.metric].higher_is_better else "second"
+    return "first" if (task.difference.verdict == "higher") == METRICS[task.metric].higher_is_better else "second"
 
 
 def write_result(path: Path, a: Side, b: Side, tasks: Sequence[Compared]) -> None:
-    """Plain values of everything that was concluded."""
+    """Write the conclusions as JSON."""
     result = {
         "verdict": verdict(a, b, tasks),
-        "compute": [one.compute._asdict() for one in (a, b)],
+        "compute": [side.compute._asdict() for side in (a, b)],
         "compute_says": compute.sentences(a.compute, b.compute),
         "tasks": [
             {
-                "task": one.task,
-                "metric": one.metric,
-                "values": one.values,
-                "difference": one.difference.estimate._asdict(),
-                "by_seed": [seed._asdict() for seed in one.difference.by_seed],
-                "sentence": one.difference.sentence(a.name, b.name),
-                "no_verdict": list(one.reasons),
-                "leaks": dict(one.leaks),
+                "task": task.task,
+                "metric": task.metric,
+                "values": task.values,
+                "difference": task.difference.estimate._asdict(),
+                "by_seed": [seed._asdict() for seed in task.difference.by_seed],
+                "sentence": task.difference.sentence(a.name, b.name),
+                "no_verdict": list(task.reasons),
+                "leaks": dict(task.leaks),
             }
-            for one in tasks
+            for task in tasks
         ],
     }
     atomic.write(path, json.dumps(result, indent=1) + "\n", sync=True)

@@ -1,9 +1,8 @@
-"""What a pretraining cost, as far as its run says it, and whether two cost the same."""
+"""The compute of a pretraining, as recorded by its run, and whether two are equal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,28 +12,28 @@ from dex.sizing.estimate import training_flops
 from dex.train.runlog import STARTS
 
 TOLERANCE = 0.05
-"""Share by which active parameters and operations of runs of equal compute may differ."""
+"""Tolerated relative difference in active parameters and operations of runs of equal compute."""
 
 
 class Compute(NamedTuple):
     name: str
     steps: int
     images: int
-    """Shown in all steps together; 0 for a random start."""
+    """Images seen in all steps; 0 for a random start."""
     parameters: int
     """Of the encoder."""
     active: int
-    """Of them, those that an image's way through the encoder takes."""
+    """Parameters of the encoder that one image uses."""
     operations: int
-    """Of all steps, by `dex.sizing.estimate.training_flops`: matrix products but the director's."""
+    """Operations of all steps by ``dex.sizing.estimate.training_flops``: matrix products without the directors'."""
     director: int
-    """The director's operations, which a control without one does not have."""
+    """Operations of the directors, which a control does not have."""
     data: str
-    """Fingerprint of the pretraining set; "" where the run does not say it."""
+    """Fingerprint of the pretraining set; "" if the run does not record it."""
 
 
 def of_run(name: str, loaded: Loaded, random_start: bool = False) -> Compute:
-    """Of a pretrained run; with a random start nothing of its training counts."""
+    """The compute of a pretrained run; with ``random_start`` its training does not count."""
     config, encoder = loaded.config, loaded.encoder
     sizes = {name: parameter.numel() for name, parameter in encoder.named_parameters()}
     unused = 0.0
@@ -72,41 +71,38 @@ def _fingerprint(folder: Path) -> str:
 
 
 def differences(a: Compute, b: Compute) -> tuple[str, ...]:
-    """In what two pretrainings differ that a comparison at equal compute keeps equal; () where they cost the same."""
-    return tuple(_differences(a, b))
-
-
-def sentences(a: Compute, b: Compute) -> list[str]:
-    """What a reader of a comparison must know of what the two sides cost."""
-    unequal = differences(a, b)
-    said = []
-    if unequal:
-        said.append(f"The two are not of equal compute ({'; '.join(unequal)}): what differs may be that.")
-    else:
-        said.append(
-            f"Equal compute: {a.images:,} images in {a.steps:,} steps each, {a.active:,} and {b.active:,} active "
-            "parameters."
-        )
-    for one in (a, b):
-        if one.director:
-            share = one.director / (one.operations + one.director)
-            said.append(
-                f"Of the operations of {one.name}'s pretraining {share:.0%} are its directors', on top of these."
-            )
-    if not a.data or not b.data:
-        silent = " and ".join(one.name for one in (a, b) if not one.data)
-        said.append(f"Which images {silent} was pretrained on is not known.")
-    return said
-
-
-def _differences(a: Compute, b: Compute) -> Iterator[str]:
+    """The differences between two pretrainings that rule out equal compute; () if there are none."""
+    result = []
     for field, title in (("images", "images seen"), ("steps", "steps")):
         first, second = getattr(a, field), getattr(b, field)
         if first != second:
-            yield f"{title}: {first:,} and {second:,}"
+            result.append(f"{title}: {first:,} and {second:,}")
     for field, title in (("active", "active parameters"), ("operations", "operations of pretraining")):
         first, second = getattr(a, field), getattr(b, field)
         if max(first, second) > (1 + TOLERANCE) * min(first, second):
-            yield f"{title}: {first:.4g} and {second:.4g}"
+            result.append(f"{title}: {first:.4g} and {second:.4g}")
     if a.data != b.data and a.data and b.data:
-        yield "pretraining set: not the same images"
+        result.append("pretraining set: different images")
+    return tuple(result)
+
+
+def sentences(a: Compute, b: Compute) -> list[str]:
+    """Sentences on the compute of the two sides, for readers of a comparison."""
+    unequal = differences(a, b)
+    result = []
+    if unequal:
+        result.append(f"Compute is not equal ({'; '.join(unequal)}), which may explain a difference.")
+    else:
+        result.append(
+            f"Equal compute: {a.images:,} images in {a.steps:,} steps each, {a.active:,} and {b.active:,} active "
+            "parameters."
+        )
+    for side in (a, b):
+        if side.director:
+            share = side.director / (side.operations + side.director)
+            total = f"the operations of {side.name}'s pretraining"
+            result.append(f"Directors take {share:.0%} of {total}; the comparison leaves these out.")
+    if not a.data or not b.data:
+        unknown = " and ".join(side.name for side in (a, b) if not side.data)
+        result.append(f"The pretraining images of {unknown} are unknown.")
+    return result

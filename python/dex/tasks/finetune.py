@@ -1,4 +1,4 @@
-"""One fine-tuning from its first step to its end: folder, epochs, the best checkpoint, signals, exit code."""
+"""One fine-tuning from start to end: folder, epochs, best checkpoint, signals, exit code."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from dex.train.runlog import Progress, RunLog, describe_machine, now
 from dex.train.watch import Watch
 
 LOG_EVERY = 50
-"""Steps between two rows of metrics within an epoch; the end of an epoch has one anyway."""
+"""Steps between two rows of metrics within an epoch; the end of an epoch always has one."""
 _DRAWN = -1
-"""The 'step' whose seed draws what the pretrained run does not bring."""
+"""The 'step' whose seed initialises parameters that are not pretrained."""
 
 
 class TaskLog(RunLog):
@@ -61,7 +61,7 @@ class TaskLog(RunLog):
 
 
 class _Earlier(NamedTuple):
-    """What is in the folder that goes on; the defaults are of a new run."""
+    """The contents of the folder to resume; the defaults are those of a new run."""
 
     checkpoint: str | None = None
     state: dict[str, Any] | None = None
@@ -82,15 +82,15 @@ def finetune(
     split: Mapping[str, Any] | None = None,
     say: Say = lambda done, total, text: None,
 ) -> int:
-    """Fine-tune to the end, or to a signal; returns the process's exit code (`dex.common.exits`).
+    """Fine-tune until the end or a signal; return the exit code of the process (``dex.common.exits``).
 
-    run: what `dex.inference.load.load` takes. resume: go on from the newest good checkpoint in ``out``, or start where
-    there is none. overwrite: replace the fine-tuning in ``out``, whose files are removed after the first step.
-    Raises: ValueError or FileNotFoundError for anything wrong with the arguments, with nothing made or removed.
+    run: as for ``dex.inference.load.load``. resume: continue from the newest good checkpoint in ``out``, or start a new
+    run if there is none. overwrite: replace the fine-tuning in ``out``; its files are removed after the first step.
+    Raises: ValueError or FileNotFoundError for invalid arguments, before anything is written or removed.
     """
     try:
-        how = {"resume": resume, "overwrite": overwrite, "command": command, "split": split, "say": say}
-        return prepare(run, data, settings, out, **how).run()
+        options = {"resume": resume, "overwrite": overwrite, "command": command, "split": split, "say": say}
+        return prepare(run, data, settings, out, **options).run()
     except exits.Stopped:
         return exits.PREEMPTED
 
@@ -107,7 +107,7 @@ def prepare(
     split: Mapping[str, Any] | None = None,
     say: Say = lambda done, total, text: None,
 ) -> FinetuneRun:
-    """`finetune` up to its first step. Raises also `dex.common.exits.Stopped`, with nothing made or removed."""
+    """``finetune`` up to its first step. Also raises ``dex.common.exits.Stopped``, with nothing written or removed."""
     recipe.check(settings)
     if resume and overwrite:
         raise ValueError("overwrite: expected a new fine-tuning, without --resume auto; got both")
@@ -121,8 +121,8 @@ def prepare(
         with exits.stopping():
             log = TaskLog(Path(from_first(ranks, str(out))), active=ranks.first)
             watch.at(0, "reading checkpoint and data")
-            found = _Earlier(*decided(ranks, lambda: _look(log, resume, overwrite)))
-            planned = everywhere(ranks, lambda: _with_data(planned, data, found, say))
+            earlier = _Earlier(*decided(ranks, lambda: _look(log, resume, overwrite)))
+            planned = everywhere(ranks, lambda: _with_data(planned, data, earlier, say))
             record = _description(planned) | {"data": dict(split or {})}
             entry = _start_entry(planned, command)
             return _open(planned, model, log, _Record(record, entry, data, overwrite), watch)
@@ -138,7 +138,7 @@ def prepare(
 
 
 def _check_apart(out: Path, data: TaskData) -> None:
-    """ValueError for a new folder among the images, where its files would be taken for data by the next start."""
+    """ValueError for a new folder inside the data folder, where the next start would take its files for data."""
     files = [path for case in data.cases for path in (case.image, case.target) if isinstance(path, Path)]
     if not files or (out / CONFIG).is_file():
         return
@@ -148,9 +148,9 @@ def _check_apart(out: Path, data: TaskData) -> None:
 
 
 def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan, TaskModel]:
-    """What would be trained, without its data, and the model at step 0; nothing is written or read but the run.
+    """The plan without data, and the model at step 0. Only the run is read, and nothing is written.
 
-    ValueError: what does not fit together.
+    ValueError for arguments that do not fit together.
     """
     recipe.check(settings)
     ranks = announced()
@@ -160,7 +160,7 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
     if settings.micro_batch is not None and part % settings.micro_batch:
         raise ValueError(f"micro_batch: expected a divisor of the {part} images per rank; got {settings.micro_batch}")
     if not data.task.classes:
-        raise ValueError(f"task: expected classes; {data.task.name} names none, give them with --classes")
+        raise ValueError(f"task: expected classes; {data.task.name} has none, give them with --classes")
     if data.task.metric not in METRICS or METRICS[data.task.metric].kind != data.task.kind:
         names = ", ".join(name for name, metric in METRICS.items() if metric.kind == data.task.kind)
         raise ValueError(f"task.metric: expected one of {names} for a {data.task.kind}; got {data.task.metric!r}")
@@ -168,8 +168,8 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
     notes = list(data.notes)
     if data.task.modality and loaded.modalities and data.task.modality not in loaded.modalities:
         notes.append(
-            f"the run has seen {', '.join(loaded.modalities)}, but no {data.task.modality}, which this task is of: "
-            "what its experts know may not help here"
+            f"the run was pretrained on {', '.join(loaded.modalities)}, not on {data.task.modality}, the modality of "
+            "this task: pretraining may help little"
         )
     torch.manual_seed(step_seed(settings.seed, _DRAWN))
     config, autoencoder = loaded.config, loaded.model
@@ -195,7 +195,7 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
     return planned, model
 
 
-def _with_data(planned: TaskPlan, data: TaskData, found: _Earlier, say: Say) -> TaskPlan:
+def _with_data(planned: TaskPlan, data: TaskData, earlier: _Earlier, say: Say) -> TaskPlan:
     settings = planned.settings
     splits = read_splits(data, planned.config.model.img_size, settings, say)
     planned = planned._replace(
@@ -203,17 +203,17 @@ def _with_data(planned: TaskPlan, data: TaskData, found: _Earlier, say: Say) -> 
         val=splits.val,
         fingerprint=splits.fingerprint,
         steps_per_epoch=-(-len(splits.train) // settings.batch_size),
-        notes=(*planned.notes, *splits.notes, *found.notes),
+        notes=(*planned.notes, *splits.notes, *earlier.notes),
     )
-    if found.description is not None:
-        _check_same(planned, found)
-    if found.checkpoint is None:
+    if earlier.description is not None:
+        _check_same(planned, earlier)
+    if earlier.checkpoint is None:
         return planned
-    return planned._replace(saved=checkpoint.Checkpoint(Path(found.checkpoint), found.state))
+    return planned._replace(saved=checkpoint.Checkpoint(Path(earlier.checkpoint), earlier.state))
 
 
 def _look(log: TaskLog, resume: bool, overwrite: bool) -> _Earlier:
-    """What is to go on in the folder, as rank 0 sees it; the folder is held. ValueError when none may start there."""
+    """Lock the folder and read what is to be resumed, on rank 0. ValueError if no run may start in the folder."""
     out = log.folder
     log.hold(wait=resume)
     if not resume or not log.holds_run():
@@ -230,33 +230,31 @@ def _look(log: TaskLog, resume: bool, overwrite: bool) -> _Earlier:
     saved, passed_over = checkpoint.newest_good(log.checkpoints)
     notes = [f"passed over {reason}" for reason in passed_over]
     if saved is None:
-        return _Earlier(description=description, notes=["no checkpoint yet in this folder: starting at step 0"])
+        return _Earlier(description=description, notes=["this folder has no checkpoint yet: starting at step 0"])
     return _Earlier(str(saved.folder), saved.state, description, notes)
 
 
-def _check_same(planned: TaskPlan, found: _Earlier) -> None:
-    """ValueError naming every way in which the fine-tuning in the folder is another."""
-    there = found.description
-    source = CONFIG
+def _check_same(planned: TaskPlan, earlier: _Earlier) -> None:
+    """ValueError naming every difference from the fine-tuning in the folder."""
+    begun, state = earlier.description, earlier.state
     wrong = []
-    if there["task"] != task.to_dict(planned.task):
-        wrong.append(f"task: expected {there['task'].get('name')!r} as it was described; got {planned.task.name!r}")
-    earlier = recipe.from_dict(there["settings"], Settings(), source)
-    changed = recipe.differences(earlier, planned.settings)
-    wrong += [f"{name}: expected {was!r}, got {becomes!r}" for name, (was, becomes) in changed.items()]
-    if there["pretrained"]["sha256"] != planned.pretrained["sha256"]:
-        wrong.append(f"run: expected the checkpoint it began from, of {there['pretrained']['run']}; got other weights")
-    if found.state is not None:
-        if found.state["precision"] != planned.precision:
-            wrong.append(f"precision: expected {found.state['precision']}, got {planned.precision}")
-        if found.state["data_fingerprint"] != planned.fingerprint:
-            wrong.append("data: expected the images, masks and splits that it began with; these are others")
+    if task.without_texts(task.from_dict(begun["task"], CONFIG)) != task.without_texts(planned.task):
+        wrong.append(f"task: expected {begun['task'].get('name')!r} as described there; got {planned.task.name!r}")
+    changed = recipe.differences(recipe.from_dict(begun["settings"], Settings(), CONFIG), planned.settings)
+    wrong += [f"{name}: expected {old!r}, got {new!r}" for name, (old, new) in changed.items()]
+    if begun["pretrained"]["sha256"] != planned.pretrained["sha256"]:
+        wrong.append(f"run: expected the checkpoint it began from, of {begun['pretrained']['run']}; got other weights")
+    if state is not None:
+        if state["precision"] != planned.precision:
+            wrong.append(f"precision: expected {state['precision']}, got {planned.precision}")
+        if state["data_fingerprint"] != planned.fingerprint:
+            wrong.append("data: expected the images, masks and splits that it began with; got different ones")
     if wrong:
         raise ValueError(f"resume: the folder belongs to another fine-tuning: {'; '.join(wrong)}")
 
 
 class _Record(NamedTuple):
-    """What is written when a start begins."""
+    """What a start writes to the folder."""
 
     description: dict[str, Any]
     start: dict[str, Any]
@@ -274,8 +272,8 @@ def _open(planned: TaskPlan, model: TaskModel, log: TaskLog, record: _Record, wa
         log.open(record.description, record.start, overwrite=record.overwrite)
         if log.active:
             atomic.write(log.folder / CASES, _cases_text(record.data), locked=True)
-        gone = planned.saved and planned.ranks.first
-        return checkpoint.set_aside_after(log.checkpoints, trainer.step) if gone else []
+        resumes = planned.saved and planned.ranks.first
+        return checkpoint.set_aside_after(log.checkpoints, trainer.step) if resumes else []
 
     set_aside = everywhere(planned.ranks, begin)
     notes = [*planned.notes, *(f"set aside {path.name}" for path in set_aside)]
@@ -291,7 +289,7 @@ def _cases_text(data: TaskData) -> str:
 
 
 def _description(planned: TaskPlan) -> dict[str, Any]:
-    """``finetune.yaml``."""
+    """The contents of ``finetune.yaml``."""
     config = replace(planned.config, data=replace(planned.config.data, path=None))
     config = replace(config, model=replace(config.model, init=None))
     return {
@@ -321,14 +319,14 @@ def _start_entry(planned: TaskPlan, command: Sequence[str]) -> dict[str, Any]:
 
 
 class _Best(NamedTuple):
-    """The best validation metric so far and the step whose checkpoint has it."""
+    """The best validation metric so far, and its step."""
 
     step: int
     value: float
 
 
 class FinetuneRun(RunLoop):
-    """`finetune` once everything is ready: epochs, and what happens between them."""
+    """A fine-tuning that is ready to run: epochs, and what happens between them."""
 
     command: str = TaskLog.command
 
@@ -342,7 +340,7 @@ class FinetuneRun(RunLoop):
         state = self.saved.state if self.saved else {}
         self._saved_step = state.get("step")
         self._judged = state.get("judged", 0)
-        """The step after which the validation cases were last looked at."""
+        """The step after which the validation cases were last evaluated."""
         self.best = _Best(**state["best"]) if state.get("best") else None
         self._higher = METRICS[trainer.plan.task.metric].higher_is_better
 
@@ -365,7 +363,7 @@ class FinetuneRun(RunLoop):
         trainer, per_epoch = self.trainer, self.trainer.plan.steps_per_epoch
         trainer.at = lambda phase: self.watch.at(trainer.step, phase)
         if trainer.step and trainer.step % per_epoch == 0 and self._judged != trainer.step:
-            self._judge()  # it was stopped before it could
+            self._judge()  # The earlier start stopped before its validation
         self._restart_clock()
         while trainer.step < trainer.steps and not self._is_exhausted():
             trainer.stop_requested = bool(self.signals)
@@ -382,9 +380,9 @@ class FinetuneRun(RunLoop):
             self._report(bad)
             if trainer.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
                 return self._stop_nonfinite(bad)
-            if done % per_epoch % LOG_EVERY == 0:  # the end of an epoch among them
+            if done % per_epoch % LOG_EVERY == 0:  # Includes the end of an epoch
                 self._row()
-            if stopping:  # at once: whoever stops a run kills it soon
+            if stopping:  # At once, since a kill often follows soon
                 self._save(wait=True)
                 name = signal.Signals(self.signals[0]).name if self.signals else "a signal to another rank"
                 self.log.event(done, "preempted", signal=name)
@@ -407,8 +405,8 @@ class FinetuneRun(RunLoop):
         trainer, metric = self.trainer, self.trainer.plan.task.metric
         self._save(wait=True)
         if self.best is not None:
-            where = f"checkpoints/step-{self.best.step:08d}"
-            self.progress.say(f"best {metric} of validation {self.best.value:.4f} at step {self.best.step}: {where}")
+            folder = f"checkpoints/step-{self.best.step:08d}"
+            self.progress.say(f"best validation {metric} {self.best.value:.4f} at step {self.best.step}: {folder}")
         if trainer.step < trainer.steps:
             if self.saved is None or trainer.step > self.saved.state["step"]:
                 self.log.event(trainer.step, "ended early", patience=self.settings.patience)
@@ -416,13 +414,13 @@ class FinetuneRun(RunLoop):
         self.progress.say(f"done: {trainer.step} of {trainer.steps} steps, {self.log.folder}")
 
     def _is_exhausted(self) -> bool:
-        """Whether the metric has not become better for so long that the run ends."""
+        """Whether the metric has not improved for ``patience`` epochs."""
         if self.settings.patience is None or self.best is None:
             return False
         return self._judged - self.best.step >= self.settings.patience * self.trainer.plan.steps_per_epoch
 
     def _judge(self) -> bool:
-        """Look at the validation cases; whether they are the best so far."""
+        """Evaluate the validation cases; return whether the metric is the best so far."""
         trainer = self.trainer
         self.watch.at(trainer.step, "validation")
         self._judged = trainer.step
@@ -430,7 +428,7 @@ class FinetuneRun(RunLoop):
             return False
         began = time.perf_counter()
         judged = value_of(trainer)
-        value, loss = from_first(self.ranks, [judged.value, judged.loss])  # may round otherwise on other ranks
+        value, loss = from_first(self.ranks, [judged.value, judged.loss])  # Other ranks may round differently
         metric = trainer.plan.task.metric
         row = {"step": trainer.step, "epoch": trainer.epoch, "val_loss": loss, f"val_{metric}": value}
         self.log.row(row | {"val_seconds": time.perf_counter() - began})

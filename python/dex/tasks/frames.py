@@ -1,7 +1,7 @@
-"""What a case holds: its frames at their own size, and its mask cut in the same way.
+"""Reads a case: its frames at their own size, and its mask cut in the same way.
 
-A mask is first brought into the order in which the image's file stores its voxels, by the affines of both; then the
-same code cuts both, so that they cannot be turned against each other.
+A mask is first brought into the voxel order of the image's file, by the affines of both. Then the same code cuts both,
+so they cannot be rotated against each other.
 Shape letters: n frames of a case, H rows and W columns of a frame; F, R, C frames, rows and columns as stored.
 """
 
@@ -24,50 +24,49 @@ _NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 
 class Grid(NamedTuple):
-    """How frames lie in the volume that they were cut from."""
+    """The position of frames in the volume from which they were cut."""
 
     affine: np.ndarray
-    """float64 ``[4, 4]``: (i, j, k) of the volume as stored to mm, right-anterior-superior; i along the columns of a
+    """float64 ``[4, 4]``: (i, j, k) of the stored volume to mm, right-anterior-superior; i along the columns of a
     stored frame, j along its rows, k along frames in the order of the file (NIfTI) or of positions (DICOM)."""
     shape: tuple[int, int, int]
     """Along i, j, k."""
     plane: str
-    """Of the frames: axial, coronal, sagittal or stored."""
+    """Plane of the frames: axial, coronal, sagittal or stored."""
     axes: tuple[int, int, int]
     signs: tuple[int, int, int]
-    """As in `dex.prepare.readers.Geometry`."""
+    """As in ``dex.prepare.readers.Geometry``."""
     files: tuple[str, ...]
-    """Of a DICOM series: the name of the file of each k; () for a file that holds all of them."""
+    """For a DICOM series, the file name of each k; () for a single file."""
     even: bool = True
     """Whether frames are evenly spaced; if not, ``affine`` has their mean distance."""
 
 
 class Frames(NamedTuple):
-    """What a case holds. Volumes are cut in the plane that `dex prepare` cuts them in, as a radiologist sees it; masks
-    are cut in the same way."""
+    """The contents of a case. Volumes and masks are cut in the plane of ``dex prepare``, oriented for a radiologist."""
 
     images: np.ndarray
-    """uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, normalised as `dex prepare` does, at their own size."""
+    """uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, normalised as by ``dex prepare``, at their own size."""
     masks: np.ndarray | None
     """uint8 ``[n, H, W]``: 0 background, i + 1 class i, 255 ignored."""
     label: int | None
     spacing_mm: tuple[float, float, float] | None
-    """Between frames, rows and columns of these arrays; None where the file does not say."""
+    """Between frames, rows and columns of these arrays; None if the file does not state it."""
     grid: Grid | None
-    """Of a volume: how its frames lie in the file; None for pictures."""
+    """The position of frames in a volume; None for pictures."""
 
     @property
     def affine(self) -> np.ndarray | None:
-        """float64 ``[4, 4]`` of the volume as stored; see `Grid`."""
+        """float64 ``[4, 4]`` of the volume as stored; see ``Grid``."""
         return None if self.grid is None else self.grid.affine
 
 
 def read(case: Case, task: Task, beat: Callable[[], None] = lambda: None, series: str | None = None) -> Frames:
-    """The frames of a case. beat: called for every frame that is read, a sign of life. series: as of
-    `dex.inference.preprocess.opened_whole`.
+    """The frames of a case. beat: called for every frame read, as a sign of life. series: as for
+    ``dex.inference.preprocess.opened_whole``.
 
-    Raises: FileNotFoundError; ValueError naming the file: one that cannot be read, a mask of another size or grid, or
-    a value that means nothing.
+    Raises: FileNotFoundError; ValueError naming a file that cannot be read, or a mask of another size or grid or with
+    values without a meaning.
     """
     opened = _opened(case.image, task, beat, series=series)
     try:
@@ -86,7 +85,7 @@ def read(case: Case, task: Task, beat: Callable[[], None] = lambda: None, series
 
 
 def read_target(case: Case, task: Task) -> np.ndarray:
-    """The masks alone, as of `Frames`; of the image no more than its header is read. ValueError as of `read`."""
+    """The masks only, as in ``Frames``; of the image, only the header is read. ValueError as in ``read``."""
     if not isinstance(case.target, Path | Parts):
         raise ValueError(f"target: expected the file of a mask; got {case.target!r}")
     opened = _opened(case.image, task, lambda: None, headers=True)
@@ -101,7 +100,7 @@ def _opened(
 
 
 def _cut(stored: np.ndarray, opened: Opened) -> np.ndarray:
-    """uint8 ``[n, H, W]`` of a mask uint8 ``[F, R, C]`` as the image is stored: the way of the image itself."""
+    """Cut a stored mask, uint8 ``[F, R, C]``, to uint8 ``[n, H, W]``, in the same way as its image."""
     stack = opened.stack
     of_mask = readers.Stack(
         quantity="display8",
@@ -119,7 +118,7 @@ def _cut(stored: np.ndarray, opened: Opened) -> np.ndarray:
 
 
 def _never(*_: Any) -> Any:
-    """The stack holds all its frames."""
+    """Never called, since the stack holds all its frames."""
 
 
 def _plane(opened: Opened) -> str:

@@ -1,7 +1,7 @@
-"""Predicted masks back into the space of the file that they belong to.
+"""Writes predicted masks in the space of their source files.
 
-A mask of a NIfTI, MHA or NRRD file has its shape, orientation and place; that of a DICOM series becomes a NIfTI file in
-the patient's space, right-anterior-superior; that of a picture is a PNG of its size.
+The mask of a NIfTI, MHA or NRRD file has the file's shape, orientation and position; that of a DICOM series is a NIfTI
+file in the patient's space, right-anterior-superior; that of a picture is a PNG of its size.
 Shape letters: n frames, H rows and W columns of a frame, S side of the model's images, C classes and the background.
 """
 
@@ -22,32 +22,33 @@ from dex.prepare.readers.files import Unpacked, opened
 from dex.tasks.cases import Grid
 
 LEVELS = 255
-"""Steps of a probability in a file."""
+"""Quantisation steps of a probability in a file."""
 _HEADER_BYTES = 540
 _GZIP_LEVEL = 4
 
 
 class Placement(NamedTuple):
-    """Where a frame lies in the model's square image: the box of the frame that is shown, and the box that shows it."""
+    """The position of a frame in the model's square image."""
 
     frame: tuple[int, int, int, int]
-    """Top, left, height and width, in pixels of the frame."""
+    """Top, left, height and width of the part shown, in pixels of the frame."""
     square: tuple[int, int, int, int]
-    """The same, in pixels of the square image; the rest of it is padding."""
+    """The same box in pixels of the square image; the rest is padding."""
 
 
 def placement(height: int, width: int, size: int, spacing: tuple[float, float] = (1.0, 1.0)) -> Placement:
-    """Of a whole frame in a square of side ``size``: pixels become square by ``spacing`` (rows, columns), the longer
-    side fills the image, the rest is padding on both sides."""
+    """The placement of a whole frame in a square of side ``size``: pixels become square by ``spacing`` (rows, columns),
+    the longer side fills the image, and the shorter one is padded on both sides."""
     extent = np.array((height, width)) * np.array(spacing)
     tall, wide = (max(1, round(float(v))) for v in extent * (size / extent.max()))
     return Placement((0, 0, height, width), ((size - tall) // 2, (size - wide) // 2, tall, wide))
 
 
 def back_probabilities(probabilities: Tensor, place: Placement, height: int, width: int) -> Tensor:
-    """``[n, C, S, S] -> [n, C, height, width]``, linear between pixels; background where the image showed nothing."""
+    """``[n, C, S, S] -> [n, C, height, width]``, bilinear; background outside the part shown."""
+    top, left, tall, wide = place.square
+    content = probabilities[..., top : top + tall, left : left + wide]
     top, left, tall, wide = place.frame
-    content = _content(probabilities, place)
     resized = F.interpolate(content, (tall, wide), mode="bilinear", align_corners=False)
     if (tall, wide) == (height, width):
         return resized
@@ -57,35 +58,20 @@ def back_probabilities(probabilities: Tensor, place: Placement, height: int, wid
     return out
 
 
-def back_masks(masks: Tensor, place: Placement, height: int, width: int) -> Tensor:
-    """uint8 ``[n, S, S] -> [n, height, width]``, the nearest pixel; 0 where the image showed nothing."""
-    top, left, tall, wide = place.frame
-    content = _content(masks, place)[:, None].float()
-    out = masks.new_zeros(len(masks), height, width)
-    resized = F.interpolate(content, (tall, wide), mode="nearest-exact")[:, 0]
-    out[:, top : top + tall, left : left + wide] = resized.to(masks.dtype)
-    return out
-
-
-def _content(images: Tensor, place: Placement) -> Tensor:
-    top, left, tall, wide = place.square
-    return images[..., top : top + tall, left : left + wide]
-
-
 def to_volume(frames: np.ndarray, grid: Grid) -> np.ndarray:
-    """A view ``[I, J, K, ...]``, as the file stores it, of frames ``[n, H, W, ...]`` in the order in which
-    `dex.prepare.readers.Stack.frames` gives them. ValueError: not all frames."""
+    """A view ``[I, J, K, ...]``, as stored in the file, of frames ``[n, H, W, ...]`` in the order of
+    ``dex.prepare.readers.Stack.frames``. ValueError if frames are missing."""
     rest = tuple(range(3, frames.ndim))
     if grid.plane == "stored":
         volume = frames.transpose(2, 1, 0, *rest)
     else:
-        order, flips = {  # of `dex.prepare.readers.stack.cut`, backwards
+        order, flips = {  # The inverse of `dex.prepare.readers.stack.cut`
             "axial": ((2, 1, 0), (-1, -1, 1)),
             "coronal": ((2, 0, 1), (-1, 1, -1)),
             "sagittal": ((0, 2, 1), (1, -1, -1)),
         }[grid.plane]
         normal = {"sagittal": 0, "coronal": 1, "axial": 2}[grid.plane]
-        if grid.axes[normal] == 2 and grid.signs[normal] < 0:  # stored frames are not turned round
+        if grid.axes[normal] == 2 and grid.signs[normal] < 0:  # Stored frames are not reversed
             frames = frames[::-1]
         canonical = frames.transpose(*order, *rest)[tuple(slice(None, None, step) for step in flips)]
         canonical = canonical[tuple(slice(None, None, sign) for sign in grid.signs)]
@@ -96,18 +82,17 @@ def to_volume(frames: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def suffix(source: Path, grid: Grid | None) -> str:
-    """Of the file that holds a mask of ``source``: ``.nii.gz``, ``.mha``, ``.nrrd`` or ``.png``."""
+    """The suffix of the file for a mask of ``source``: ``.nii.gz``, ``.mha``, ``.nrrd`` or ``.png``."""
     if grid is None:
         return ".png"
     if source.is_dir():
         return ".nii.gz"
-    own = formats.suffix_of(source)
-    return {".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}.get(own, ".nii.gz")
+    suffixes = {".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}
+    return suffixes.get(formats.suffix_of(source), ".nii.gz")
 
 
 def write_mask(path: Path, frames: np.ndarray, source: Path, grid: Grid | None) -> None:
-    """Write uint8 ``[n, H, W]``; n is 1 where there is no grid. ``path`` ends with `suffix`; it is there whole or not
-    at all."""
+    """Write uint8 ``[n, H, W]`` to ``path``, which ends with ``suffix``, whole or not at all; n is 1 without a grid."""
     if grid is None:
         _write_png(path, frames)
     elif path.name.endswith((".mha", ".nrrd")):
@@ -117,8 +102,8 @@ def write_mask(path: Path, frames: np.ndarray, source: Path, grid: Grid | None) 
 
 
 def write_probabilities(path: Path, steps: np.ndarray, source: Path, grid: Grid | None) -> None:
-    """Write ``steps``, uint8 ``[n, C, H, W]`` of `in_steps` with the background first: NIfTI ``[I, J, K, C]`` with the
-    slope 1 / 255, MHA and NRRD of C float components, or float32 NPY ``[n, C, H, W]`` where there is no grid."""
+    """Write ``steps``, uint8 ``[n, C, H, W]`` from ``in_steps`` with the background first, as NIfTI ``[I, J, K, C]``
+    with slope 1 / 255, as MHA or NRRD with C float components, or, without a grid, as float32 NPY ``[n, C, H, W]``."""
     if grid is None:
         stream = io.BytesIO()
         np.save(stream, steps.astype(np.float32) / LEVELS)
@@ -132,7 +117,7 @@ def write_probabilities(path: Path, steps: np.ndarray, source: Path, grid: Grid 
 
 
 def in_steps(probabilities: np.ndarray) -> np.ndarray:
-    """uint8 of probabilities in [0, 1]: a volume of them as floats would take four times its memory."""
+    """Probabilities in [0, 1] as uint8 steps, a quarter of the memory of float32."""
     return np.rint(probabilities * np.float32(LEVELS)).astype(np.uint8)
 
 
@@ -140,16 +125,16 @@ def _write_png(path: Path, frames: np.ndarray) -> None:
     from PIL import Image
 
     if len(frames) != 1:
-        raise ValueError(f"frames: expected one where a file has no geometry; got {len(frames)}")
+        raise ValueError(f"frames: expected one, since the file has no geometry; got {len(frames)}")
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(frames[0])).save(stream, "PNG")
     atomic.write(path, stream.getvalue(), sync=True)
 
 
 def _header(source: Path) -> Any:
-    """The header of a NIfTI file, which says more about its space than an affine; None of other files."""
-    own = formats.format_of(source)
-    if source.is_dir() or own is None or own.name != "nifti":
+    """The header of a NIfTI file, which states more about its space than an affine does; None for other files."""
+    format = formats.format_of(source)
+    if source.is_dir() or format is None or format.name != "nifti":
         return None
     import nibabel
 
@@ -164,20 +149,18 @@ def _header(source: Path) -> Any:
             data = bz2.BZ2File(raw).read(_HEADER_BYTES)
         else:
             data = raw.read(_HEADER_BYTES)
-    two = data[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
-    kind, size = (nibabel.Nifti2Header, 540) if two else (nibabel.Nifti1Header, 348)
-    return kind(data[:size], check=False)
+    is_nifti2 = data[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+    header, size = (nibabel.Nifti2Header, 540) if is_nifti2 else (nibabel.Nifti1Header, 348)
+    return header(data[:size], check=False)
 
 
 def _write_nifti(path: Path, volume: np.ndarray, source: Any, grid: Grid, slope: float = 1.0) -> None:
-    """``source``: the header whose qform, sform, spacing and units stay as they are, or None."""
+    """source: the header from which qform, sform, spacing and units are copied, or None."""
     import nibabel
 
-    if source is not None and source.sizeof_hdr == 540:
-        kind = nibabel.Nifti2Image
-    else:
-        kind = nibabel.Nifti1Image
-    image = kind(np.asfortranarray(volume, np.uint8), grid.affine, dtype=np.uint8)
+    is_nifti2 = source is not None and source.sizeof_hdr == 540
+    image_class = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
+    image = image_class(np.asfortranarray(volume, np.uint8), grid.affine, dtype=np.uint8)
     header = image.header
     if source is None:
         header.set_xyzt_units("mm")
@@ -202,7 +185,7 @@ def _gzipped(data: bytes) -> bytes:
 
 
 def _orthogonal(affine: np.ndarray) -> bool:
-    """Whether a quaternion can say it: a tilted gantry shears the volume."""
+    """Whether a quaternion can represent the affine; a tilted gantry shears the volume."""
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return bool(np.abs(cosines.T @ cosines - np.eye(3)).max() < 1e-4)
 
@@ -218,7 +201,7 @@ def _write_metaimage(path: Path, volume: np.ndarray, grid: Grid) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetOrigin((to_lps @ grid.affine[:3, 3]).tolist())
     image.SetDirection((linear / spacing).ravel().tolist())
-    with tempfile.TemporaryDirectory(prefix="dex-mask-") as folder:  # SimpleITK writes to names alone
+    with tempfile.TemporaryDirectory(prefix="dex-mask-") as folder:  # SimpleITK writes only to file names
         work = Path(folder) / ("mask.mha" if path.name.endswith(".mha") else "mask.nrrd")
         SimpleITK.WriteImage(image, os.fspath(work), True)
         atomic.write(path, work.read_bytes(), sync=True)

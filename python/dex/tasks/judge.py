@@ -1,4 +1,4 @@
-"""How good a model in training is on the validation cases, at the model's own size: what an epoch is judged by."""
+"""Validation metric and loss of a model in training, at the model's image size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SURFACES = ("hd95", "nsd")
 
 class Judged(NamedTuple):
     value: float | None
-    """Of the task's metric, over the cases; None where it is not defined."""
+    """The task's metric over the cases; None if undefined."""
     loss: float
     """Mean over the frames, without augmentation."""
 
 
 def value_of(trainer: TaskTrainer) -> Judged:
-    """Of ``trainer.plan.val``. All ranks ask, and compute the same; the model is in training mode after it."""
+    """Evaluate ``trainer.plan.val`` on all ranks, which compute the same; then the model is in training mode again."""
     plan, dataset = trainer.plan, trainer.plan.val
     task, scores, probabilities, losses = plan.task, [], [], []
     with trainer.evaluating() as model:
@@ -53,16 +53,16 @@ def value_of(trainer: TaskTrainer) -> Judged:
     elif not np.isfinite(probabilities).all():
         return Judged(None, loss)
     else:
-        whose = [(case.id, case.patient) for case in dataset.cases]
+        ids = [(case.id, case.patient) for case in dataset.cases]
         labels = np.array(dataset.labels)
         evaluation = of_classification(
-            task.name, task.classes, whose, _normalised(probabilities), labels, metric=task.metric
+            task.name, task.classes, ids, _normalised(probabilities), labels, metric=task.metric
         )
     return Judged(plain_value(evaluation), loss)
 
 
 def plain_value(evaluation: Evaluation) -> float | None:
-    """The task's metric of all cases, without an interval; None where it is not defined."""
+    """The task's metric over all cases, without an interval; None if undefined."""
     measure = evaluation.measure(evaluation.metric)
     value = float(measure.statistic(torch.ones(1, len(evaluation.patients), dtype=torch.float64))[0])
     return value if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Images of a task that the pretraining set holds already: `dex data leak` between the two, as a record for sheets."""
+"""Images of a task that are also in the pretraining set: ``dex data leak`` between the two, as a record for sheets."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from dex.train.runlog import CONFIG, STARTS
 
 
 class LeakCheck(NamedTuple):
-    """What was found, or why nothing was looked for. Plain values, for JSON."""
+    """The shared images, or why no check ran. Plain values, for JSON."""
 
     against: str
-    """Name of the pretraining set; "" where it was not checked."""
+    """Name of the pretraining set; "" if no check ran."""
     images: dict[str, int]
-    """Of each side that was compared."""
+    """Number of images in each split compared."""
     found: dict[str, dict[str, int]]
-    """Of each side, how many of its images the set holds, for each of `dex.prepare.leak.KINDS`."""
+    """For each split, the number of its images in the set, by kind of ``dex.prepare.leak.KINDS``."""
     cases: tuple[str, ...]
-    """Ids of the cases with such images, sorted."""
+    """Ids of the cases with shared images, sorted."""
     unreadable: int
     reason: str = ""
-    """Why it was not checked."""
+    """Why no check ran."""
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ class LeakCheck(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """For a sheet: ``none found``, what was found, or ``not checked because ...``."""
+        """The result for a sheet: ``none found ...``, the numbers found, or ``not checked because ...``."""
         if self.reason:
             return f"not checked because {self.reason}"
         compared = sum(self.images.values())
@@ -56,7 +56,7 @@ class LeakCheck(NamedTuple):
 
 
 def not_checked(reason: str) -> LeakCheck:
-    """reason: a clause, as of "not checked because the data are not at hand"."""
+    """A record without a check; reason: the clause after "not checked because"."""
     return LeakCheck("", {}, {}, (), 0, reason)
 
 
@@ -68,67 +68,64 @@ def check(
     workers: int = 1,
     beat: Callable[[], None] = lambda: None,
 ) -> LeakCheck:
-    """Compare the images of a task, as `dex prepare` would make them, with a pretraining set.
+    """Compare the images of a task, as ``dex prepare`` would produce them, with a pretraining set.
 
-    pretraining: a shard set or a folder of images; None: the embedded set. sides: that are compared. workers: processes
-    that decode. beat: called for every case. A case that cannot be read is counted.
-    Raises: FileNotFoundError, ValueError as of `dex.data.open_dataset`.
+    pretraining: a shard set or a folder of images; None: the embedded set. sides: splits to compare. workers: number of
+    processes that decode. beat: called for every case. Unreadable cases are counted.
+    Raises: FileNotFoundError, ValueError as from ``dex.data.open_dataset``.
     """
     name = open_dataset(pretraining).name
     cases = [case for side in sides for case in data.of(side)]
-    lost = 0
+    unreadable = 0
     with tempfile.TemporaryDirectory(prefix="dex-leak-") as folder:
         for number, case in enumerate(cases):
             beat()
-            lost += not _write(Path(folder) / f"{number:07d}", case, data)
-        if lost == len(cases):
+            unreadable += not _write(Path(folder) / f"{number:07d}", case, data)
+        if unreadable == len(cases):
             return not_checked("no image of the task could be read")
         report = leak(pretraining, folder, workers)
         written = Counter(cases[int(path.parent.name)].split for path in Path(folder).glob("*/*.png"))
     images = {side: written[side] for side in SPLITS if written[side]}
     found = {side: dict.fromkeys(KINDS, 0) for side in images}
-    touched = set()
+    ids = set()
     for pair in report.pairs:
         case = cases[int(pair.b.split("/")[-2])]
         found[case.split][pair.kind] += 1
-        touched.add(case.id)
-    return LeakCheck(name, images, found, tuple(sorted(touched)), lost + report.b.unreadable)
+        ids.add(case.id)
+    return LeakCheck(name, images, found, tuple(sorted(ids)), unreadable + report.b.unreadable)
 
 
 def of_run(data: TaskData, run: Path, **options: Any) -> LeakCheck:
-    """`check` against the set that a run was pretrained on, if it is at hand and still the same; else the reason why
-    not. run: its folder."""
+    """``check`` against the pretraining set of the run in folder ``run``, if it is available and unchanged."""
     try:
         config = read_yaml(run / CONFIG, Config())
         starts = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"]
         trained_on = starts[-1]["data"]
         name, fingerprint, counts = trained_on["name"], trained_on["fingerprint"], trained_on["images"]
     except (OSError, ValueError, LookupError, TypeError):
-        return not_checked("the run's folder does not say what it was trained on")
+        return not_checked("the run's folder does not state its pretraining set")
     path = None if config.data.path is None else Path(config.data.path).expanduser()
     try:
         dataset = open_dataset(path)
     except (OSError, ValueError):
-        return not_checked(f"the run's data, {name}, are not at hand; --pretraining PATH names them")
-    if dataset.modality_counts() != counts:
-        return not_checked(f"the run's data, {name}, are no longer those that it was trained on")
-    of_shards = path is None or (path / MANIFEST).exists()  # to take that of a folder is to read all of it
-    if of_shards and dataset.fingerprint != fingerprint:
-        return not_checked(f"the run's data, {name}, are no longer those that it was trained on")
+        return not_checked(f"the run's data, {name}, are not available; --pretraining PATH gives their location")
+    of_shards = path is None or (path / MANIFEST).exists()  # The fingerprint of a folder takes reading all of it
+    if dataset.modality_counts() != counts or (of_shards and dataset.fingerprint != fingerprint):
+        return not_checked(f"the run's data, {name}, have changed since it was trained")
     return check(data, path, **options)
 
 
 def _write(folder: Path, case: Case, data: TaskData) -> bool:
-    """The images of a case as PNG files; whether there are any."""
+    """Write the images of a case as PNG files; return whether there are any."""
     from PIL import Image
 
     task = data.task
     try:
-        made = preprocess(case.image, task.modality or None, (task.plane,))
+        preprocessed = preprocess(case.image, task.modality or None, (task.plane,))
     except (ValueError, OSError):
         return False
     folder.mkdir()
-    for number, image in enumerate(made.images):
+    for number, image in enumerate(preprocessed.images):
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(pixels).save(folder / f"{number:06d}.png", compress_level=1)
-    return len(made.images) > 0
+    return len(preprocessed.images) > 0

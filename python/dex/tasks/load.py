@@ -1,7 +1,7 @@
-"""A fine-tuned model from its folder, with everything that is needed to use it; the pretrained run is not needed.
+"""Loads a fine-tuned model from its folder, which holds everything needed; the pretrained run is not needed.
 
-finetune.yaml    the task, the settings, and what the pretrained run was
-checkpoints/     as of pretraining: hashed, whole or not there
+finetune.yaml    the task, the settings, and facts about the pretrained run
+checkpoints/     as in pretraining: hashed, whole or absent
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _EXPECTED = "folder: expected a folder that dex finetune wrote"
 
 
 class Description(NamedTuple):
-    """What ``finetune.yaml`` says."""
+    """The contents of ``finetune.yaml``."""
 
     task: Task
     settings: Settings
     config: Config
-    """Of the pretrained run, with the image size of the fine-tuned model."""
+    """The pretrained run's, with the image size of the fine-tuned model."""
     pretrained: dict[str, Any]
     """``run``: name of its folder; ``step``; ``sha256`` of its checkpoint's manifest; ``modalities``."""
     data: dict[str, Any]
-    """How the data were split, by the names of the options of `dex finetune`; empty where nobody said."""
+    """How the data were split, by option of ``dex finetune``; empty if unknown."""
 
 
 class LoadedTask(NamedTuple):
@@ -50,15 +50,15 @@ class LoadedTask(NamedTuple):
     task: Task
     settings: Settings
     config: Config
-    """Of the pretrained run, with the image size of this model."""
+    """The pretrained run's, with the image size of this model."""
     pretrained: dict[str, Any]
     data: dict[str, Any]
-    """Both as of `Description`."""
+    """As ``pretrained``, from ``Description``."""
     step: int
     folder: Path
-    """Of the checkpoint."""
+    """The checkpoint's folder."""
     sha256: str
-    """Of the checkpoint's manifest, which holds the hashes of its files."""
+    """Hash of the checkpoint's manifest, which holds the hashes of its files."""
 
     @property
     def img_size(self) -> int:
@@ -66,11 +66,11 @@ class LoadedTask(NamedTuple):
 
 
 def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> LoadedTask:
-    """The model of a folder that `dex finetune` wrote, or of one of its checkpoint folders.
+    """The model in a folder of ``dex finetune``, or in one of its checkpoint folders.
 
-    which: "best", by the validation metric, or "last". Every hash is checked; where the best checkpoint is damaged the
-    newest good one is taken, with a warning.
-    Raises: FileNotFoundError, ValueError, `dex.train.checkpoint.CheckpointError`.
+    which: "best", by the validation metric, or "last". Every hash is checked; if the best checkpoint is damaged, the
+    newest good one is loaded with a warning.
+    Raises: FileNotFoundError, ValueError, ``dex.train.checkpoint.CheckpointError``.
     """
     if which not in ("best", "last"):
         raise ValueError(f"checkpoint: expected best or last; got {which!r}")
@@ -104,7 +104,7 @@ def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> Lo
 
 
 def build(described: Description) -> TaskModel:
-    """The model of a description, its weights undefined."""
+    """The model of a description, with uninitialised weights."""
     config = described.config
     with torch.device("meta"):
         model = build_model(replace(config, model=replace(config.model, backend=None)))
@@ -114,7 +114,7 @@ def build(described: Description) -> TaskModel:
 
 
 def read_description(folder: Path) -> Description:
-    """ValueError, FileNotFoundError naming what is wrong with ``finetune.yaml``."""
+    """Read ``finetune.yaml``. ValueError naming what is wrong with it."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{_EXPECTED}; {folder} holds no {CONFIG}")
@@ -137,7 +137,7 @@ def read_description(folder: Path) -> Description:
 
 
 def trained_patients(folder: Path) -> frozenset[str]:
-    """The patients of the training split, salted as they were then; none where the folder does not say."""
+    """The hashed patients of the training split; empty if the folder does not record them."""
     path = folder / CASES
     if not path.is_file():
         return frozenset()
@@ -146,7 +146,7 @@ def trained_patients(folder: Path) -> frozenset[str]:
 
 
 def manifest_hash(folder: Path) -> str:
-    """SHA-256 of a checkpoint's manifest, "" of a model that has none."""
+    """SHA-256 of a checkpoint's manifest; "" for a model without one."""
     manifest = folder / "MANIFEST.json"
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
 

@@ -1,4 +1,4 @@
-"""The losses of tasks, one number an image: Dice and cross-entropy, or cross-entropy alone.
+"""The losses of tasks, one value per image: Dice plus cross-entropy, or cross-entropy only.
 
 Shape letters: B images, C classes (of segmentation with the background first), S image side.
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 from dex.tasks.task import IGNORED
 
 _SMOOTH = 1e-5
-"""As of MONAI's DiceLoss; a class that neither side has costs nothing."""
+"""As in MONAI's DiceLoss; a class that is in neither truth nor prediction has loss 0."""
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """``logits [B, C, S, S], masks uint8 [B, S, S] -> [B]``: 1 - mean Dice over all classes, plus mean cross-entropy.
 
-    weights: ``[C]``, of the cross-entropy. Pixels that are `IGNORED` count in neither; without any other the loss is 0.
-    Equal to MONAI's DiceCELoss where nothing is ignored.
+    weights: ``[C]``, for the cross-entropy. ``IGNORED`` pixels count in neither term; the loss is 0 if all are ignored.
+    Equal to MONAI's DiceCELoss if no pixel is ignored.
     """
     logits = logits.float()
     counted = masks != IGNORED
@@ -38,7 +38,7 @@ def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor | None =
 
 
 def balanced(counts: Tensor) -> Tensor:
-    """float32 ``[C]``: inverse to ``counts [C]``, of mean 1 over all examples; 0 where there is none."""
+    """float32 ``[C]``: weights inverse to ``counts [C]``, with mean 1 over all examples; 0 for a count of 0."""
     present = counts > 0
     inverse = torch.where(present, 1 / counts.double().clamp(min=1), 0.0)
     return (inverse * counts.sum() / present.sum().clamp(min=1)).float()

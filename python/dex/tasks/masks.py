@@ -1,4 +1,4 @@
-"""Masks as they are stored: what their values mean, and how they lie on their image.
+"""Reads stored masks: the meaning of their values, and their position on the image.
 
 Shape letters: F frames, R rows and C columns as the image's file stores them; H, W of a picture.
 """
@@ -16,33 +16,32 @@ import numpy as np
 from dex.common import bombs, faults
 from dex.prepare import readers
 from dex.prepare.readers.files import opened
+from dex.tasks.patterns import is_dicom
 from dex.tasks.task import BACKGROUND, IGNORE, IGNORED, NONZERO, Parts, Task
 
 MAX_XML_BYTES = 2**28
 JPEG_LEVEL = 128
-"""From this value on a pixel of a JPEG mask is not 0: around edges the packing leaves small numbers."""
+"""JPEG masks count as not 0 from this value on, since compression leaves small values around edges."""
 SHIFT = 0.1
-"""Voxels by which a mask may lie beside its image: what rounding in headers leaves."""
+"""Tolerated shift of a mask against its image, in voxels, for rounding in headers."""
 _ORIENTATION = 0x0112
 _SHOWN = 6
 
 
 class Stored(NamedTuple):
-    """A mask as its file has it."""
+    """A mask as stored in its file."""
 
     values: np.ndarray
-    """Whole numbers ``[F, R, C]``, or colours uint8 ``[F, R, C, 3]``."""
+    """Integers ``[F, R, C]``, or colours uint8 ``[F, R, C, 3]``."""
     geometry: readers.Geometry | None = None
     lossy: bool = False
 
 
 def stored(target: Path | Parts, task: Task, stack: readers.Stack, image: Path) -> np.ndarray:
-    """uint8 ``[F, R, C]`` in the order of the image's file: 0 background, i + 1 class i, 255 ignored. Of parts the
-    later class counts where they overlap. ValueError naming the file."""
+    """uint8 ``[F, R, C]`` in the order of the image's file: 0 background, i + 1 class i, 255 ignored. Where parts
+    overlap, the later class counts. ValueError naming the file."""
     if stack.length is None:
-        raise ValueError(
-            f"mask: expected an image or a volume under it; {image} is a video that does not say its length"
-        )
+        raise ValueError(f"mask: expected an image or a volume; {image} is a video that does not state its length")
     shape = (stack.length, *stack.shape)
     if isinstance(target, Parts):
         out = np.zeros(shape, np.uint8)
@@ -63,7 +62,7 @@ def stored(target: Path | Parts, task: Task, stack: readers.Stack, image: Path) 
 
 
 def _filled(classes: np.ndarray) -> np.ndarray:
-    """With what lies within the outlines of each class, frame by frame."""
+    """The mask with the outlines of each class filled, frame by frame."""
     from scipy.ndimage import binary_fill_holes
 
     out = classes.copy()
@@ -74,7 +73,7 @@ def _filled(classes: np.ndarray) -> np.ndarray:
 
 
 def values_in(target: Path) -> list[str]:
-    """The values of a mask, as text, for a message; nothing where it cannot be read."""
+    """The values of a mask as text, for a message; empty if it cannot be read."""
     try:
         if target.suffix.lower() == ".xml" or _is_dicom(target):
             return []
@@ -87,14 +86,15 @@ def values_in(target: Path) -> list[str]:
 
 
 class Meaning(NamedTuple):
-    """What the values of a task's masks stand for."""
+    """The meaning of the values in a task's masks."""
 
     table: dict[int, int]
-    """Value, or packed colour -> number in masks."""
+    """Value, or packed colour -> class number."""
     nonzero: int | None
-    """What every other value but 0 stands for."""
+    """The class number of every other value but 0."""
     colours: bool
-    words: str
+    description: str
+    """For messages."""
 
     @classmethod
     def of(cls, task: Task) -> Meaning:
@@ -110,11 +110,11 @@ class Meaning(NamedTuple):
             elif re.fullmatch(r"-?\d+", value):
                 table[int(value)] = numbers[name]
         shown = [(str(0), BACKGROUND)] if not any(value in ("0", "#000000") for value, _ in values) else []
-        words = ", ".join(f"{value} {name}" for value, name in [*shown, *values])
-        return cls(table, nonzero, colours, words)
+        description = ", ".join(f"{value} {name}" for value, name in [*shown, *values])
+        return cls(table, nonzero, colours, description)
 
     def classes(self, mask: Stored, file: Path) -> np.ndarray:
-        """uint8 ``[F, R, C]``. ValueError naming the file, for a value that means nothing, with count and example."""
+        """uint8 ``[F, R, C]``. ValueError naming the file and the place of a value without a meaning."""
         values = mask.values
         if self.colours:
             values = _packed(values) if values.ndim == 4 else values.astype(np.int64) * 0x010101
@@ -122,29 +122,29 @@ class Meaning(NamedTuple):
             values = _grey(values, file)
         if mask.lossy and self.nonzero is not None and set(self.table) <= {0}:
             return np.where(values >= JPEG_LEVEL, np.uint8(self.nonzero), np.uint8(0))
-        seen, place = np.unique(values, return_inverse=True)
-        numbers = np.array([self.table.get(int(value), self.nonzero if value else 0) for value in seen], object)
-        strange = [i for i, number in enumerate(numbers) if number is None]
-        if strange:
-            self._refuse(mask, file, values, seen[strange])
+        distinct, place = np.unique(values, return_inverse=True)
+        numbers = np.array([self.table.get(int(value), self.nonzero if value else 0) for value in distinct], object)
+        unknown = [i for i, number in enumerate(numbers) if number is None]
+        if unknown:
+            self._refuse(mask, file, values, distinct[unknown])
         return numbers.astype(np.uint8)[place].reshape(values.shape)
 
-    def _refuse(self, mask: Stored, file: Path, values: np.ndarray, strange: np.ndarray) -> None:
-        shown = [_colour(int(v)) if self.colours else f"{v:g}" for v in strange[:_SHOWN]]
-        count = int(np.isin(values, strange).sum())
-        frame, row, column = (int(places[0]) for places in np.nonzero(values == strange[0]))
-        help = "--classes NAME=VALUE ..., or values in the task's YAML, say what a value means"
+    def _refuse(self, mask: Stored, file: Path, values: np.ndarray, unknown: np.ndarray) -> None:
+        shown = [_colour(int(v)) if self.colours else f"{v:g}" for v in unknown[:_SHOWN]]
+        count = int(np.isin(values, unknown).sum())
+        frame, row, column = (int(places[0]) for places in np.nonzero(values == unknown[0]))
+        hint = "--classes NAME=VALUE ..., or values in the task's YAML, give the meaning of values"
         if mask.lossy:
-            help = "a JPEG does not keep values: save masks as PNG"
-        got = ", ".join(shown) + (", ..." if len(strange) > _SHOWN else "")
+            hint = "JPEG changes values: save masks as PNG"
+        got = ", ".join(shown) + (", ..." if len(unknown) > _SHOWN else "")
         raise ValueError(
-            f"masks: expected the values {self.words}; got {got} in {count:,} pixels of {file}, {shown[0]} first in "
-            f"frame {frame}, row {row}, column {column}; {help}"
+            f"masks: expected the values {self.description}; got {got} in {count:,} pixels of {file}, {shown[0]} first "
+            f"in frame {frame}, row {row}, column {column}; {hint}"
         )
 
 
 def affine_of(geometry: readers.Geometry) -> np.ndarray:
-    """float64 ``[4, 4]``; where the file does not place its first voxel, by its axes alone."""
+    """float64 ``[4, 4]``; from the axes only if the file does not state the position of its first voxel."""
     if geometry.affine is not None:
         return np.array(geometry.affine, np.float64)
     affine = np.eye(4)
@@ -155,15 +155,15 @@ def affine_of(geometry: readers.Geometry) -> np.ndarray:
 
 
 def _on_image(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> Stored:
-    """The mask in the order of the image's file. ValueError where it is not on the image's grid."""
+    """The mask in the order of the image's file. ValueError if it is not on the image's grid."""
     shape = (stack.length, *stack.shape)
     if mask.geometry is not None and stack.geometry is not None:
-        mask = mask._replace(values=_turned(mask, file, stack, image))
+        mask = mask._replace(values=_reoriented(mask, file, stack, image))
     elif mask.geometry is not None or not (stack.geometry is None or (_is_dicom(image) and stack.length == 1)):
-        silent, other = (image, file) if mask.geometry is not None else (file, image)
+        without, other = (image, file) if mask.geometry is not None else (file, image)
         raise ValueError(
-            f"mask: expected formats that say how their voxels lie for both, or for none; {silent} does not say and "
-            f"{other} does: nobody knows whether they are turned; save both as NIfTI"
+            f"mask: expected formats with an orientation for both image and mask, or for neither; {without} has none "
+            f"and {other} has one, so they may be rotated against each other; save both as NIfTI"
         )
     else:
         _check_upright(file, image)
@@ -175,42 +175,41 @@ def _on_image(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> St
     return mask
 
 
-def _turned(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> np.ndarray:
-    """The mask's voxels in the order of the image's, where both lie on the same places of the patient."""
-    ours, theirs = affine_of(stack.geometry), affine_of(mask.geometry)
-    to_image = np.linalg.inv(ours) @ theirs
-    axes = [int(np.abs(to_image[:3, axis]).argmax()) for axis in range(3)]  # of the image, along each of the mask
+def _reoriented(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> np.ndarray:
+    """The mask's voxels in the order of the image's. ValueError if their positions in the patient differ."""
+    to_image = np.linalg.inv(affine_of(stack.geometry)) @ affine_of(mask.geometry)
+    axes = [int(np.abs(to_image[:3, axis]).argmax()) for axis in range(3)]  # Image axis along each mask axis
     signs = [1 if to_image[axes[axis], axis] > 0 else -1 for axis in range(3)]
     values = mask.values.transpose(2, 1, 0, *range(3, mask.values.ndim))  # i, j, k
     expected = (*stack.shape[::-1], stack.length)
-    there = tuple(values.shape[:3])
-    if sorted(axes) == [0, 1, 2] and all(there[axis] == expected[axes[axis]] for axis in range(3)):
-        corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in there))]).T
-        wanted = np.ones_like(corners, dtype=np.float64)
+    shape = tuple(values.shape[:3])
+    if sorted(axes) == [0, 1, 2] and all(shape[axis] == expected[axes[axis]] for axis in range(3)):
+        corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))]).T
+        in_image = np.ones_like(corners, dtype=np.float64)
         for axis in range(3):
             along = corners[axis]
-            wanted[axes[axis]] = along if signs[axis] > 0 else there[axis] - 1 - along
-        placed = stack.geometry.affine is not None and mask.geometry.affine is not None
-        off = (to_image @ corners - wanted)[:3]
-        if not placed:  # where a file lies is unknown: what remains is how it is turned, and its spacing
+            in_image[axes[axis]] = along if signs[axis] > 0 else shape[axis] - 1 - along
+        positions_known = stack.geometry.affine is not None and mask.geometry.affine is not None
+        off = (to_image @ corners - in_image)[:3]
+        if not positions_known:  # Only orientation and spacing can be compared
             off -= off[:, :1]
         if np.abs(off).max() <= SHIFT:
             flipped = values[tuple(slice(None, None, sign) for sign in signs)]
             order = [axes.index(axis) for axis in range(3)]
             return flipped.transpose(*order, *range(3, values.ndim)).transpose(2, 1, 0, *range(3, values.ndim))
     raise ValueError(
-        f"mask: expected the grid of its image, {_grid_words(stack.geometry, expected)}; got "
-        f"{_grid_words(mask.geometry, there)} in {file}, whose image is {image}; resample the mask onto the image, "
-        "nearest neighbour"
+        f"mask: expected the grid of its image, {_grid_text(stack.geometry, expected)}; got "
+        f"{_grid_text(mask.geometry, shape)} in {file}, whose image is {image}; resample the mask onto the image with "
+        "nearest neighbours"
     )
 
 
-def _grid_words(geometry: readers.Geometry, shape: Sequence[int]) -> str:
+def _grid_text(geometry: readers.Geometry, shape: Sequence[int]) -> str:
     spacing = " x ".join(f"{value:.4g}" for value in geometry.spacing)
-    words = f"{' x '.join(map(str, shape))} voxels of {spacing} mm"
+    text = f"{' x '.join(map(str, shape))} voxels of {spacing} mm"
     if geometry.affine is None:
-        return words
-    return f"{words} from ({', '.join(f'{row[3]:.4g}' for row in geometry.affine[:3])}) mm"
+        return text
+    return f"{text} from ({', '.join(f'{row[3]:.4g}' for row in geometry.affine[:3])}) mm"
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -218,7 +217,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _read(file: Path, colours: bool) -> Stored:
-    """ValueError naming the file."""
+    """The mask in a file of any format but XML and DICOM. ValueError naming the file."""
     format = readers.format_of(file) or (readers.recognised(file) if file.is_file() else None)
     if format is None or file.is_dir():
         raise ValueError(f"mask: expected a file of the formats {', '.join(readers.formats())}; got {file}")
@@ -238,15 +237,15 @@ def _numbers(stack: readers.Stack, file: Path) -> Stored:
     if (np.asarray(stack.slope) != 1).any() or (np.asarray(stack.intercept) != 0).any():
         values = values * np.reshape(stack.slope, (-1, 1, 1)) + np.reshape(stack.intercept, (-1, 1, 1))
     if values.dtype.kind == "f":
-        whole = np.rint(values)
-        if not np.isfinite(values).all() or np.abs(values - whole).max(initial=0) > 1e-3:
-            raise ValueError(f"mask: expected whole numbers; got others in {file}: a map of probabilities is no mask")
-        values = whole.astype(np.int64)
+        rounded = np.rint(values)
+        if not np.isfinite(values).all() or np.abs(values - rounded).max(initial=0) > 1e-3:
+            raise ValueError(f"mask: expected whole numbers; got others in {file}: a probability map is not a mask")
+        values = rounded.astype(np.int64)
     return Stored(values, stack.geometry)
 
 
 def _picture(file: Path, colours: bool) -> Stored:
-    """The pages of a picture: numbers of a palette unless colours are wanted."""
+    """The pages of a picture; palette indices unless ``colours``."""
     from PIL import Image
 
     from dex.data.images import PICTURES, TRANSPOSE
@@ -270,11 +269,11 @@ def _picture(file: Path, colours: bool) -> Stored:
                 limits.check_all((page + 1) * image.height * image.width, stream.size)
                 turn = TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
                 upright = image.transpose(turn) if turn is not None else image
-                if upright.mode == "P" and image.format == "GIF":  # whose writer numbers the colours as it likes
+                if upright.mode == "P" and image.format == "GIF":  # GIF writers number colours arbitrarily
                     upright = upright.convert("RGB")
                 pages.append(_page(upright, colours, file))
                 if image.format in ("GIF", "WEBP", "JPEG", "PNG"):
-                    break  # frames of an animation are no slices
+                    break  # Frames of an animation are not slices
             lossy = image.format in ("JPEG", "MPO")
         except (readers.Refused, MemoryError):
             raise
@@ -282,7 +281,7 @@ def _picture(file: Path, colours: bool) -> Stored:
             if str(error).startswith("mask:"):
                 raise
             raise readers.Refused("unreadable", faults.sentence(error)) from None
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
+        except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error and more
             raise readers.Refused("unreadable", faults.sentence(error)) from None
     if len({page.shape for page in pages}) > 1:
         raise ValueError(f"mask: expected pages of one size; got others in {file}")
@@ -290,7 +289,7 @@ def _picture(file: Path, colours: bool) -> Stored:
 
 
 def _page(image: Any, colours: bool, file: Path) -> np.ndarray:
-    """``[H, W]`` or ``[H, W, 3]``."""
+    """A page as ``[H, W]`` or ``[H, W, 3]``."""
     mode = image.mode
     if mode == "P" and colours:
         image = image.convert("RGB")
@@ -315,16 +314,16 @@ def _page(image: Any, colours: bool, file: Path) -> np.ndarray:
 
 def _grey(values: np.ndarray, file: Path) -> np.ndarray:
     if values.ndim == 4:
-        seen = [_colour(int(code)) for code in np.unique(_packed(values))[:_SHOWN]]
+        colours = [_colour(int(code)) for code in np.unique(_packed(values))[:_SHOWN]]
         raise ValueError(
-            f"masks: expected numbers; got colours in {file}, such as {', '.join(seen)}; --classes NAME=#rrggbb ..., "
-            "or values in the task's YAML, say what a colour means"
+            f"masks: expected numbers; got colours in {file}, such as {', '.join(colours)}; --classes NAME=#rrggbb "
+            "..., or values in the task's YAML, give the meaning of colours"
         )
     return values
 
 
 def _packed(values: np.ndarray) -> np.ndarray:
-    """int64 ``[F, R, C]`` of colours ``[F, R, C, 3]``: 0xrrggbb."""
+    """Colours ``[F, R, C, 3]`` as int64 ``[F, R, C]``: 0xrrggbb."""
     wide = values.astype(np.int64)
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
 
@@ -334,17 +333,16 @@ def _colour(code: int) -> str:
 
 
 def _check_upright(file: Path, image: Path) -> None:
-    """ValueError where the image says that it is to be turned and the mask does not: nobody knows which of the two
-    was drawn on."""
-    turns = [_turn(path) for path in (image, file)]
-    if turns[0] != turns[1]:
+    """ValueError if image and mask have different EXIF orientations, since it is unclear how the mask was drawn."""
+    of_image, of_mask = (_exif_orientation(path) for path in (image, file))
+    if of_image != of_mask:
         raise ValueError(
-            f"mask: expected the EXIF orientation of its image, {turns[0]}; got {turns[1]} in {file}, whose image is "
-            f"{image}; save both upright, without that tag"
+            f"mask: expected the EXIF orientation of its image, {of_image}; got {of_mask} in {file}, whose image is "
+            f"{image}; save both upright, without this tag"
         )
 
 
-def _turn(path: Path) -> int:
+def _exif_orientation(path: Path) -> int:
     from PIL import Image
 
     from dex.data.images import PICTURES
@@ -354,18 +352,18 @@ def _turn(path: Path) -> int:
     try:
         with opened(path) as stream, Image.open(stream, formats=PICTURES) as picture:
             return int(picture.getexif().get(_ORIENTATION, 1) or 1)
-    except Exception:  # whoever reads it says what is wrong with it
+    except Exception:  # Reading the file will report what is wrong with it
         return 1
 
 
 def _is_dicom(file: Path) -> bool:
-    if file.is_dir():
-        return True
-    return (readers.format_of(file) or (readers.recognised(file) if file.is_file() else None)) == "dicom"
+    """Whether it is a DICOM file, or the folder of a series."""
+    return file.is_dir() or is_dicom(file)
 
 
 def _polygons(file: Path, task: Task, shape: tuple[int, int, int]) -> np.ndarray:
-    """Polygons as ImageScope writes them: annotations of a class each, named by an attribute; pixels of the image."""
+    """uint8 ``[1, R, C]`` of ImageScope's polygons: each annotation has one class, named by an attribute; coordinates
+    are pixels of the image."""
     from xml.etree import ElementTree
 
     from PIL import Image, ImageDraw
@@ -377,30 +375,28 @@ def _polygons(file: Path, task: Task, shape: tuple[int, int, int]) -> np.ndarray
     except readers.Refused as error:
         raise ValueError(f"{expected}; {file}: {error}") from None
     if len(data) > MAX_XML_BYTES or b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise ValueError(f"{expected}, without entities and of at most {MAX_XML_BYTES:,} bytes; got others in {file}")
+        raise ValueError(f"{expected}, without entities and at most {MAX_XML_BYTES:,} bytes large; got {file}")
     try:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
         raise ValueError(f"{expected}; {file}: {error}") from None
     numbers = {name.lower(): i for i, name in enumerate(task.classes, 1)} | {BACKGROUND: 0, IGNORE: IGNORED}
-    meaning = {text.lower(): name.lower() for text, name in task.layout.values}
+    meanings = {text.lower(): name.lower() for text, name in task.layout.values}
     canvas = Image.new("L", (shape[2], shape[1]))
     draw = ImageDraw.Draw(canvas)
     if root.tag != "Annotations":
-        raise ValueError(f"{expected}, of the root Annotations; got {root.tag[:40]!r} in {file}")
+        raise ValueError(f"{expected}, with the root Annotations; got {root.tag[:40]!r} in {file}")
     for annotation in root.iter("Annotation"):
-        named = annotation.find("Attributes/Attribute")
-        name = (named.get("Name", "") if named is not None else "") or annotation.get("Name", "")
-        number = numbers.get(meaning.get(name.lower(), name.lower()))
+        attribute = annotation.find("Attributes/Attribute")
+        name = (attribute.get("Name", "") if attribute is not None else "") or annotation.get("Name", "")
+        number = numbers.get(meanings.get(name.lower(), name.lower()))
         for region in annotation.iter("Region"):
             if number is None:
-                raise ValueError(
-                    f"masks: expected polygons of {', '.join(task.classes)}; got some of {name!r} in {file}"
-                )
+                raise ValueError(f"masks: expected polygons of {', '.join(task.classes)}; got {name!r} in {file}")
             try:
                 points = [(float(v.get("X", "")), float(v.get("Y", ""))) for v in region.iter("Vertex")]
             except ValueError:
-                raise ValueError(f"{expected}, with numbers X and Y of each vertex; got others in {file}") from None
+                raise ValueError(f"{expected}, with numbers X and Y for each vertex; got others in {file}") from None
             if len(points) > 2:
                 draw.polygon(points, fill=number)
     return np.asarray(canvas)[None]

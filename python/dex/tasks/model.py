@@ -24,14 +24,14 @@ class TaskOutput(NamedTuple):
     logits: Tensor
     """``[B, C, S, S]`` or ``[B, C]``."""
     aux: list[Aux]
-    """Of the DEX layers; empty unless it was asked for."""
+    """Of the DEX layers; empty unless requested."""
 
 
 class TaskModel(nn.Module):
-    """``images [B, in_chans, S, S] -> logits [B, C, S, S]`` or ``[B, C]``; images as `dex.data.center` gives them.
+    """``images [B, in_chans, S, S] -> logits [B, C, S, S]`` or ``[B, C]``; images as ``dex.data.center`` gives them.
 
-    encoder: of the pretrained run; it becomes part of this model. What does not train, by ``settings.mode``, takes no
-    gradient. Needs MONAI for segmentation, but for mode linear. Raises: ValueError naming the setting.
+    encoder: of the pretrained run; it becomes part of this model. Parameters that ``settings.mode`` does not train take
+    no gradient. Segmentation needs MONAI, except in mode linear. Raises: ValueError naming the setting.
     """
 
     def __init__(self, encoder: VisionTransformer, task: Task, settings: Settings):
@@ -39,7 +39,7 @@ class TaskModel(nn.Module):
         if not isinstance(encoder.img_size, int):
             sides = " x ".join(map(str, encoder.img_size))
             raise ValueError(
-                f"img_size: expected a square, which tasks take; the run's images are {sides}: give its side"
+                f"img_size: expected a square image size, which tasks need; the run's images are {sides}: set img_size"
             )
         choose_path_(encoder, settings.path)
         self.mode, self.kind = settings.mode, task.kind
@@ -61,7 +61,7 @@ class TaskModel(nn.Module):
             encoder.requires_grad_(False)
 
     def forward(self, images: Tensor, return_aux: bool = False) -> TaskOutput | Tensor:
-        """The logits; with ``return_aux`` a `TaskOutput`."""
+        """The logits, or with ``return_aux`` a ``TaskOutput``."""
         after = self.head.after if isinstance(self.head, UNETR) else ()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode in ("full", "lora")):
             tokens, aux, hidden = self.encoder.forward_hidden(images, after, return_aux=return_aux)
@@ -76,11 +76,11 @@ class TaskModel(nn.Module):
         skip: Tensor | None = None,
         process_group: dist.ProcessGroup | Literal[False] | None = None,
     ) -> None:
-        """`dexkernels.layer.update_directors` of the encoder."""
+        """``dexkernels.layer.update_directors`` for the encoder."""
         update_directors(self.encoder.dex_layers, gate_mass, momentum, skip=skip, process_group=process_group)
 
     def merge_(self) -> "TaskModel":
-        """Put plain weights in the place of LoRA's."""
+        """Merge LoRA's updates into plain weights."""
         if self.mode == "lora":
             merge_lora_(self.encoder)
         return self
@@ -90,5 +90,5 @@ class TaskModel(nn.Module):
 
 
 def outputs_of(task: Task) -> int:
-    """Channels of the logits."""
+    """Number of channels of the logits."""
     return len(task.classes) + (task.kind == "segmentation")

@@ -1,7 +1,7 @@
-"""One picture of an image, its true mask and the predicted one.
+"""A picture of an image, its true mask and its predicted mask.
 
-Colours tell eight classes apart also for eyes that lack red or green; each region carries its class's number as well,
-and truth and prediction differ by panel, not by colour. Shape letters: H, W of a frame; n frames.
+Colours distinguish eight classes, also for colour-blind readers, and each region shows the number of its class. Truth
+and prediction differ by panel, not by colour. Shape letters: H, W of a frame; n frames.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ COLOURS = (
     (61, 125, 58),
     (138, 109, 0),
 )
-"""Light and dark tones of the pages' palette: those eight whose nearest two are furthest apart, also without red, green
+"""Light and dark tones of the pages' palette: the eight with the largest minimum difference, also without red, green
 or blue."""
 _PAGE, _INK, _QUIET = (250, 249, 246), (28, 36, 41), (90, 101, 108)
 _FILL = 0.38
 _PANEL, _LARGEST = 320, 640
-"""Pixels of a panel's longer side: at least, at most."""
+"""Minimum and maximum of a panel's longer side, in pixels."""
 _MARGIN, _LINE = 10, 18
 _NUMBERED = 0.004
-"""Share of a panel's pixels from which on a region carries its number."""
+"""Share of a panel's pixels from which a region shows its number."""
 
 
 def overlay(
@@ -45,11 +45,11 @@ def overlay(
     title: str = "",
     spacing: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
-    """uint8 ``[h, w, 3]``: panels "image", "truth" and "prediction", as many as there are, above a legend.
+    """uint8 ``[h, w, 3]``: panels "image" and, if given, "truth" and "prediction", above a legend.
 
     image: uint8 ``[H, W]`` or ``[H, W, 3]``. prediction, truth: uint8 ``[H, W]``, 0 background, i + 1 ``classes[i]``,
-    255 ignored. spacing: of rows and columns; pixels are shown square. The panel of the prediction has the truth's
-    outlines in white. ValueError: sides that differ, or a number beyond the classes.
+    255 ignored. spacing: of rows and columns; pixels are shown square. The prediction's panel shows the truth's
+    outlines in white. ValueError: sizes differ, or a value is beyond the classes.
     """
     masks = {"truth": truth, "prediction": prediction}
     for name, mask in masks.items():
@@ -68,15 +68,15 @@ def overlay(
 
 
 def png(picture: np.ndarray) -> bytes:
-    """A picture of `overlay` as a PNG file."""
+    """A picture from ``overlay`` as a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
 def telling_frame(prediction: np.ndarray, truth: np.ndarray | None = None) -> int:
-    """Of masks ``[n, H, W]`` the frame that shows most: the one with most labelled pixels, of the truth where there is
-    one that is not empty; the middle one where nothing is labelled."""
+    """The number of the frame of masks ``[n, H, W]`` with most labelled pixels in the truth, or in the prediction if
+    the truth is empty or None; the middle frame if nothing is labelled."""
     for masks in (truth, prediction):
         if masks is not None:
             labelled = ((masks != 0) & (masks != IGNORED)).sum((1, 2))
@@ -86,16 +86,16 @@ def telling_frame(prediction: np.ndarray, truth: np.ndarray | None = None) -> in
 
 
 def painted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image ``[H, W, 3]`` with the mask's classes filled and outlined; what is ignored is hatched."""
+    """The image ``[H, W, 3]`` with the mask's classes filled and outlined; ignored pixels are hatched."""
     out = image.astype(np.float32)
     rows, columns = np.indices(mask.shape)
     for value in np.unique(mask[mask != 0]):
-        here = mask == value
+        region = mask == value
         if value == IGNORED:
-            out[here & ((rows + columns) % 8 < 2)] = _QUIET
+            out[region & ((rows + columns) % 8 < 2)] = _QUIET
             continue
         colour = np.array(colour_of(int(value) - 1), np.float32)
-        out[here] = (1 - _FILL) * out[here] + _FILL * colour
+        out[region] = (1 - _FILL) * out[region] + _FILL * colour
     edge = _outline(mask)
     for value in np.unique(mask[edge]):
         if value not in (0, IGNORED):
@@ -104,7 +104,7 @@ def painted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """Of a class, from 0; beyond the eighth they recur, and only the numbers tell classes apart."""
+    """The colour of a class, from 0; beyond the eighth class colours repeat, and only numbers distinguish classes."""
     return COLOURS[number % len(COLOURS)]
 
 
@@ -131,7 +131,7 @@ def _resized(array: np.ndarray, height: int, width: int, how: Image.Resampling) 
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """Whether a pixel is of a class, and one beside it is not."""
+    """bool ``[H, W]``: pixels of a class with a neighbour that is not of it."""
     padded = np.pad(mask, 1, mode="edge")
     edge = np.zeros(mask.shape, bool)
     for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
@@ -143,10 +143,10 @@ def _numbered(panel: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
     picture = Image.fromarray(panel)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for value in range(1, classes + 1):
-        here = np.argwhere(mask == value)
-        if len(here) < _NUMBERED * mask.size:
+        pixels = np.argwhere(mask == value)
+        if len(pixels) < _NUMBERED * mask.size:
             continue
-        middle = here[((here - here.mean(0)) ** 2).sum(1).argmin()]  # a pixel of the class, also of a ring
+        middle = pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()]  # A pixel of the class, also in a ring
         place = (int(middle[1]), int(middle[0]))
         draw.text(place, str(value), (255, 255, 255), font, "mm", stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(picture)
@@ -180,7 +180,7 @@ def _laid_out(
             draw.rectangle((x, y + 2, x + 13, y + 13), colour, _INK)
         draw.text((x + 19 if shown else x, y), _cut(name, font, each - 22 if shown else each), _INK, font)
     if both:
-        text = "White outlines on the prediction: the truth."
+        text = "White outlines in the prediction: truth."
         draw.text((_MARGIN, legend + (lines - 1) * _LINE), text, _QUIET, font)
     return np.asarray(page)
 

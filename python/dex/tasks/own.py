@@ -1,6 +1,6 @@
-"""A task of the user's own: a table of labels, a folder of classes, or images with masks beside them.
+"""Tasks of the user's own: a table of labels, a folder of classes, or images with masks.
 
-The folder's form is found by trying: its rules are those of a layout (`dex.tasks.task.Layout`), with state "own".
+The form of a folder is found by trying rules of layouts (``dex.tasks.task.Layout``) with state "own".
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SIDES = tuple(
     for name, side in [*((name, name) for name in SPLITS), *_ALIASES.items()]
     for text in (name, name.capitalize())
 )
-"""How the folders of a split may be called."""
+"""Accepted folder names of splits: (name, split)."""
 _MASK_FOLDERS = ("masks", "labels", "segmentations")
 _MASK_ENDINGS = ("_mask", "_seg", "_label", "_labels", "_gt", "_segmentation")
 FORMS = (
     "expected one of\n"
-    "  --labels labels.csv with columns file and label (or mask), perhaps patient and split\n"
+    "  --labels labels.csv with columns file and label (or mask), optionally patient and split\n"
     "  [train|val|test/]CLASS/FILE, a folder for each class\n"
     "  [train|val|test/]images/NAME.* with masks/NAME.*, or NAME.* with NAME_mask.* beside it\n"
     "  nnU-Net's imagesTr, labelsTr and dataset.json"
@@ -38,23 +38,22 @@ FORMS = (
 
 
 class Item(NamedTuple):
-    """An image, and what is known of it, before names become numbers. Paths are below the folder of the data, or
-    absolute."""
+    """An image and what belongs to it, as text. Paths are below the data folder, or absolute."""
 
     image: str
     label: str = ""
     mask: str = ""
     parts: tuple[str, ...] = ()
-    """Masks of one class each; "" where there is none."""
+    """Masks of one class each; "" for a missing one."""
     split: str = ""
     patient: str = ""
 
 
 class Own(NamedTuple):
-    """What a folder of the user's own holds."""
+    """The contents of a data folder."""
 
     task: Task
-    """With kind, classes and values, as far as the files say them."""
+    """With kind, classes and values, as far as the files state them."""
     items: list[Item]
     notes: tuple[str, ...] = ()
 
@@ -68,10 +67,10 @@ def split_of(text: str) -> str:
 
 
 def parse_classes(entries: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Classes, and what values in masks (or texts of labels) mean, of ``liver tumour`` or ``lesion=255 ignore=3``.
+    """Classes, and the meaning of values in masks or of label texts, from ``liver tumour`` or ``lesion=255 ignore=3``.
 
-    A value is a number, ``#rrggbb`` or ``nonzero``; ``background`` and ``ignore`` are no classes. Values are given for
-    all or for none: without them class i has the value i + 1. ValueError naming the entry.
+    A value is a number, ``#rrggbb`` or ``nonzero``; ``background`` and ``ignore`` are not classes. Values are given for
+    all classes or for none; without them class i has the value i + 1. ValueError naming the entry.
     """
     expected = "classes: expected NAME, or NAME=VALUE with a number, #rrggbb or nonzero"
     classes: list[str] = []
@@ -88,68 +87,68 @@ def parse_classes(entries: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[
             raise ValueError(f"{expected}: {name} needs a value; got {entry!r}")
     valued = {name for _, name in values}
     if valued and set(classes) - valued and (set(classes) & valued):
-        raise ValueError(f"{expected}, of all classes or of none; got none for {', '.join(set(classes) - valued)}")
-    if values and not set(classes) & valued:  # only background or ignore
+        raise ValueError(f"{expected}, for all classes or for none; got none for {', '.join(set(classes) - valued)}")
+    if values and not set(classes) & valued:  # Only background or ignore
         values = [*((str(i), name) for i, name in enumerate(classes, 1)), *values]
-    twice = {value for value, _ in values if sum(value == other for other, _ in values) > 1}
-    if twice:
-        raise ValueError(f"classes: expected each value once; got {', '.join(sorted(twice))} again")
+    repeated = {value for value, _ in values if sum(value == other for other, _ in values) > 1}
+    if repeated:
+        raise ValueError(f"classes: expected each value once; got {', '.join(sorted(repeated))} again")
     if not classes:
         raise ValueError(f"{expected}; got no class")
     return tuple(classes), tuple(values)
 
 
 def of_table(path: Path, root: Path, columns: dict[str, str] | None = None, loose: bool = False) -> list[Item]:
-    """The lines of a CSV file. columns: of `Layout`. loose: a file is told by its name alone, without its suffix.
+    """The rows of a CSV file. columns: of ``Layout``. loose: keep file names as they are and do not check the files.
 
     Raises: FileNotFoundError; ValueError naming the file and the row.
     """
-    expected = "labels: expected a CSV file with columns file and label (or mask), perhaps patient and split"
+    expected = "labels: expected a CSV file with columns file and label (or mask), optionally patient and split"
     if not path.is_file():
         raise FileNotFoundError(f"{expected}; nothing at {path}")
     if path.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"{expected}, of at most {MAX_TABLE_BYTES:,} bytes; got {path}")
+        raise ValueError(f"{expected}, at most {MAX_TABLE_BYTES:,} bytes large; got {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        delimiter = max(",;\t", key=first.count)
+        header = text.partition("\n")[0]
+        delimiter = max(",;\t", key=header.count)
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{expected}, in UTF-8; {path} is in another encoding: save it as CSV UTF-8") from error
+        raise ValueError(f"{expected}, in UTF-8; {path} has another encoding: save it as CSV UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{expected}; {path}: {error}") from None
-    named = {name: name for name in ("file", "label", "patient", "split", "mask")} | (columns or {})
-    head = [str(name) for name in (rows[0] if rows else ())]
-    if named["file"] not in head and "path" in head:
-        named["file"] = "path"
-    if named["file"] not in head or (named["label"] not in head and named["mask"] not in head):
-        raise ValueError(f"{expected}; {path} has {', '.join(head) if head else 'no line'}")
-    items, seen = [], {}
+    column_of = {name: name for name in ("file", "label", "patient", "split", "mask")} | (columns or {})
+    present = [str(name) for name in (rows[0] if rows else ())]
+    if column_of["file"] not in present and "path" in present:
+        column_of["file"] = "path"
+    if column_of["file"] not in present or (column_of["label"] not in present and column_of["mask"] not in present):
+        raise ValueError(f"{expected}; {path} has {', '.join(present) if present else 'no line'}")
+    items, row_of = [], {}
     for number, row in enumerate(rows, 2):
-        values = {name: (row.get(column) or "").strip() for name, column in named.items()}
+        values = {name: (row.get(column) or "").strip() for name, column in column_of.items()}
         if None in row or not values["file"]:
             raise ValueError(f"{expected}; {path}, row {number}, has {'too many values' if None in row else 'no file'}")
         if not values["label"] and not values["mask"]:
             raise ValueError(f"labels: expected a label for each file; {path}, row {number}, has none")
-        if values["file"] in seen:
+        if values["file"] in row_of:
             raise ValueError(
-                f"labels: expected one line for each file; {path}, rows {seen[values['file']]} and {number}, "
+                f"labels: expected one line per file; {path}, rows {row_of[values['file']]} and {number}, "
                 f"name {values['file']}"
             )
-        seen[values["file"]] = number
+        row_of[values["file"]] = number
         try:
             split = split_of(values["split"])
         except ValueError as error:
             raise ValueError(f"{error}, in {path}, row {number}") from None
-        places = (values["file"], values["mask"])
+        file, mask = values["file"], values["mask"]
         if not loose:
-            places = tuple(_placed(place, root, path, number) if place else "" for place in places)
-        items.append(Item(places[0], values["label"], places[1], (), split, values["patient"]))
+            file, mask = (_found(text, root, path, number) if text else "" for text in (file, mask))
+        items.append(Item(file, values["label"], mask, (), split, values["patient"]))
     return items
 
 
-def _placed(text: str, root: Path, table: Path, number: int) -> str:
-    """A path of a table, below ``root`` or beside the table."""
+def _found(text: str, root: Path, table: Path, number: int) -> str:
+    """The existing path of a file that a table names, below ``root`` or beside the table."""
     for base in (root, table.parent):
         for name in (text, text.replace("\\", "/")):
             place = base / name
@@ -159,9 +158,9 @@ def _placed(text: str, root: Path, table: Path, number: int) -> str:
 
 
 def of_folder(files: Files, task: Task) -> Own:
-    """What the folder holds, by its form. task: what is known already: kind and classes, perhaps.
+    """The contents of a folder, by its form. task: known fields, such as kind and classes.
 
-    ValueError: the forms that there are, where none fits.
+    ValueError listing the accepted forms if none fits.
     """
     for form in (_nnunet, _pairs, _classes):
         own = form(files, task)
@@ -173,7 +172,7 @@ def of_folder(files: Files, task: Task) -> Own:
 def _described(files: Files) -> str:
     top = sorted({path.split("/")[0] for path in files.files | files.folders})
     shown = ", ".join(top[:6]) + (", ..." if len(top) > 6 else "")
-    return f"{len(files.files):,} files: {shown}" if top else "nothing in it"
+    return f"{len(files.files):,} files: {shown}" if top else "no files"
 
 
 def _nnunet(files: Files, task: Task) -> Own | None:
@@ -183,17 +182,17 @@ def _nnunet(files: Files, task: Task) -> Own | None:
         Rule(image="images{side}/{case}_0000.{ext}", mask="labels{side}/{case}.{ext}"),
         Rule(image="images{side}/{case}.{ext}", mask="labels{side}/{case}.{ext}"),
     ]
-    others = sorted(path for path in files.files if path.startswith("images") and "_0001." in path)
-    if others:
+    second_channels = sorted(path for path in files.files if path.startswith("images") and "_0001." in path)
+    if second_channels:
         raise ValueError(
-            f"data: expected one channel for each case; {files.root / others[0]} is another one of a case: a task has "
-            "images of one modality"
+            f"data: expected one channel per case, since a task has images of one modality; got a second channel, "
+            f"{files.root / second_channels[0]}"
         )
-    found = [m for m in matches(Layout("own", rules=tuple(rules)), files) if m.names["side"] in ("Tr", "Ts")]
-    found = [m for m in found if m.names["side"] == "Tr" or _mask(m, files)]
-    tested = any(m.names["side"] == "Ts" for m in found)
-    sides = {"Tr": "train" if tested else "", "Ts": "test"}
-    items = [Item(m.image, mask=_needed(m, files), split=sides[m.names["side"]]) for m in found]
+    images = [m for m in matches(Layout("own", rules=tuple(rules)), files) if m.names["side"] in ("Tr", "Ts")]
+    images = [m for m in images if m.names["side"] == "Tr" or _mask(m, files)]
+    has_test = any(m.names["side"] == "Ts" for m in images)
+    sides = {"Tr": "train" if has_test else "", "Ts": "test"}
+    items = [Item(m.image, mask=_needed(m, files), split=sides[m.names["side"]]) for m in images]
     task = replace(task, kind="segmentation", metric=_metric(task, "segmentation"))
     if not task.classes and DATASET in files.files:
         task = _labels_of(files.root / DATASET, task)
@@ -201,17 +200,17 @@ def _nnunet(files: Files, task: Task) -> Own | None:
 
 
 def _labels_of(path: Path, task: Task) -> Task:
-    """The classes and values of nnU-Net's description, of version 1 (value to name) or 2 (name to value)."""
+    """The task with classes and values from nnU-Net's description, version 1 (value to name) or 2 (name to value)."""
     try:
         labels = json.loads(path.read_bytes()[:MAX_TABLE_BYTES])["labels"]
         pairs = [(str(v), str(k)) if isinstance(v, int) else (str(int(k)), str(v)) for k, v in labels.items()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data: expected labels, of names and whole numbers, in {path}; got {type(error).__name__}: {error}"
+            f"data: expected labels with names and whole numbers in {path}; got {type(error).__name__}: {error}"
         ) from None
-    named = sorted((int(value), name) for value, name in pairs)
-    classes = tuple(name for value, name in named if value and name not in (BACKGROUND, IGNORE))
-    values = tuple((str(v), name if v and name in (*classes, IGNORE) else BACKGROUND) for v, name in named)
+    by_value = sorted((int(value), name) for value, name in pairs)
+    classes = tuple(name for value, name in by_value if value and name not in (BACKGROUND, IGNORE))
+    values = tuple((str(v), name if v and name in (*classes, IGNORE) else BACKGROUND) for v, name in by_value)
     return replace(task, classes=classes, layout=replace(task.layout, values=values))
 
 
@@ -231,43 +230,44 @@ def _pairs(files: Files, task: Task) -> Own | None:
             rules.append(Rule(image=f"{start}/{{case}}.{{ext}}", mask=f"{mask}/{{case}}.*"))
             rules.append(Rule(image=f"{start}/{{case}}.{{ext}}", mask=f"{mask}/{{case}}_mask.*"))
     for rule in rules:
-        folder = rule.mask.split("/")
-        if any(part in _MASK_FOLDERS and not _has_folder(part, files) for part in folder[:-1]):
+        parts = rule.mask.split("/")
+        if any(part in _MASK_FOLDERS and not _has_folder(part, files) for part in parts[:-1]):
             continue
-        found = matches(Layout("own", rules=(rule,), splits=_SIDES), files)
-        masks = [_mask(match, files) for match in found]
+        images = matches(Layout("own", rules=(rule,), splits=_SIDES), files)
+        masks = [_mask(match, files) for match in images]
         if not any(masks):
             continue
-        with_mask = [match for match, mask in zip(found, masks, strict=True) if mask]
-        lacking = [match.image for match, mask in zip(found, masks, strict=True) if not mask]
+        lacking = [match.image for match, mask in zip(images, masks, strict=True) if not mask]
         if "images" in rule.image and lacking:
             raise ValueError(
                 f"data: expected a mask for each image; {files.root / lacking[0]} has none in "
-                f"{rule.mask.split('/')[-2]}/ ({len(lacking):,} of {len(found):,} images have none)"
+                f"{parts[-2]}/ ({len(lacking):,} of {len(images):,} images have none)"
             )
         items = [
             Item(
-                m.image,
-                mask=_mask(m, files),
-                split=split_of(m.names.get("split", "")),
-                patient=m.names.get("folder", ""),
+                match.image,
+                mask=mask,
+                split=split_of(match.names.get("split", "")),
+                patient=match.names.get("folder", ""),
             )
-            for m in with_mask
+            for match, mask in zip(images, masks, strict=True)
+            if mask
         ]
-        return Own(replace(task, kind="segmentation", metric=_metric(task, "segmentation")), items, _left(items, files))
+        task = replace(task, kind="segmentation", metric=_metric(task, "segmentation"))
+        return Own(task, items, _unused_masks(items, files))
     return None
 
 
-def _left(items: Sequence[Item], files: Files) -> tuple[str, ...]:
-    """A sentence about masks that belong to no image."""
+def _unused_masks(items: Sequence[Item], files: Files) -> tuple[str, ...]:
+    """A sentence about masks without an image, if there are any."""
     used = {item.mask for item in items}
-    of_images = {item.image.rpartition("/")[0] for item in items}
-    folders = {mask.rpartition("/")[0] for mask in used} - of_images
-    left = [path for folder in sorted(folders) for path in files.within(folder) if readers.format_of(path) is not None]
-    left = [path for path in left if path not in used]
-    if not left:
+    image_folders = {item.image.rpartition("/")[0] for item in items}
+    folders = {mask.rpartition("/")[0] for mask in used} - image_folders
+    paths = [path for folder in sorted(folders) for path in files.within(folder)]
+    unused = [path for path in paths if readers.format_of(path) is not None and path not in used]
+    if not unused:
         return ()
-    return (f"{len(left):,} masks belong to no image, such as {left[0]}",)
+    return (f"{len(unused):,} masks belong to no image, such as {unused[0]}",)
 
 
 def _has_folder(name: str, files: Files) -> bool:
@@ -282,15 +282,15 @@ def _classes(files: Files, task: Task) -> Own | None:
         for start in ("{split}/", "")
         for inside in ("", "{patient}/", "{patient}/**/")
     )
-    texts = {text for text, _ in _SIDES}
-    found = [match for match in matches(Layout("own", rules=rules, splits=_SIDES), files)]
-    found = [match for match in found if match.names["class"] not in texts]
-    inside_of_another = {match.image for match in found if match.image in files.folders}
-    found = [match for match in found if match.image.rpartition("/")[0] not in inside_of_another]
-    sides = {match.names.get("split", "") for match in found}
+    split_names = {text for text, _ in _SIDES}
+    images = matches(Layout("own", rules=rules, splits=_SIDES), files)
+    images = [match for match in images if match.names["class"] not in split_names]
+    series = {match.image for match in images if match.image in files.folders}
+    images = [match for match in images if match.image.rpartition("/")[0] not in series]
+    sides = {match.names.get("split", "") for match in images}
     if len(sides) > 1 and "" in sides:
-        found = [match for match in found if "split" in match.names]
-    if not found:
+        images = [match for match in images if "split" in match.names]
+    if not images:
         return None
     items = [
         Item(
@@ -299,7 +299,7 @@ def _classes(files: Files, task: Task) -> Own | None:
             split=split_of(match.names.get("split", "")),
             patient=match.names.get("patient", ""),
         )
-        for match in found
+        for match in images
     ]
     return Own(replace(task, kind="classification", metric=_metric(task, "classification")), items)
 
@@ -310,12 +310,12 @@ def _metric(task: Task, kind: str) -> str:
 
 def _mask(match: Match, files: Files) -> str:
     """The path of the mask, "" for none. ValueError for several."""
-    found = [path for path in beside(match, match.rule.mask, files) if _readable(path, files)]
-    if len(found) > 1:
+    paths = [path for path in beside(match, match.rule.mask, files) if _readable(path, files)]
+    if len(paths) > 1:
         raise ValueError(
-            f"data: expected one mask for each image; {files.root / match.image} has {len(found)}: {', '.join(found)}"
+            f"data: expected one mask per image; {files.root / match.image} has {len(paths)}: {', '.join(paths)}"
         )
-    return found[0] if found else ""
+    return paths[0] if paths else ""
 
 
 def _readable(path: str, files: Files) -> bool:
@@ -332,9 +332,10 @@ def _needed(match: Match, files: Files) -> str:
     return mask
 
 
-def _check_parts(found: Sequence[Match], files: Files) -> None:
-    for title, pattern in {part: None for match in found for part in match.rule.masks}:
-        of_rule = [match for match in found if (title, pattern) in match.rule.masks]
+def _check_parts(images: Sequence[Match], files: Files) -> None:
+    """ValueError for a class of which no image has a mask."""
+    for title, pattern in {part: None for match in images for part in match.rule.masks}:
+        of_rule = [match for match in images if (title, pattern) in match.rule.masks]
         if not any(beside(match, pattern, files) for match in of_rule):
             first = of_rule[0]
             raise ValueError(
@@ -343,18 +344,15 @@ def _check_parts(found: Sequence[Match], files: Files) -> None:
             )
 
 
-def of_rules(found: Sequence[Match], files: Files, task: Task) -> Iterator[Item]:
-    """The images that the rules of a task found, with their targets. ValueError: a mask that is not there; a class of
-    which no image has one."""
+def of_rules(images: Sequence[Match], files: Files, task: Task) -> Iterator[Item]:
+    """The images that match a task's rules, with their targets. ValueError if a mask is missing, or if no image has a
+    mask of some class."""
     sides = dict(task.layout.splits)
-    _check_parts(found, files)
-    for match in found:
+    _check_parts(images, files)
+    for match in images:
         rule = match.rule
         side = match.text(rule.split) if rule.split else ""
-        parts = []
-        for _, pattern in rule.masks:
-            here = beside(match, pattern, files)
-            parts.append(here[0] if here else "")
+        parts = [next(iter(beside(match, pattern, files)), "") for _, pattern in rule.masks]
         mask = ""
         if rule.mask or rule.polygons:
             mask = _needed(match._replace(rule=replace(rule, mask=rule.mask or rule.polygons)), files)

@@ -1,16 +1,16 @@
-"""`dex predict`: a fine-tuned model on new files; killed at any moment, it goes on where it was.
+"""``dex predict``: applies a fine-tuned model to new files; it resumes after a kill at any moment.
 
-    OUT/_prediction.json    the model and the options; a start with others is refused
+    OUT/_prediction.json    the model and the options; a start with different ones is refused
     OUT/ID.nii.gz           the mask of a volume or series in its space; ID.png of a picture, ID.0007.png of a frame
     OUT/ID.probabilities.*  with --probabilities
     OUT/ID.overlay.png      with --overlays
-    OUT/predictions.csv     a row per file: what became of it; of a classification the probability of each class
-    OUT.private/            mode 0700, never to be given away with the predictions
-        salt                what ids are hashed with
+    OUT/predictions.csv     a row per file: the outcome, and for a classification the probability of each class
+    OUT.private/            mode 0700; do not share it with the predictions
+        salt                key of the hashed ids
         files.csv           id -> path and Series Number, and why a file was refused
-        done/ID.json        a file's row, written when everything else of it is there
+        done/ID.json        a file's row, written after all its other files
 
-Files are read in processes with limits, so that one that crashes, hangs or eats memory costs itself.
+Files are read in processes with limits, so a file that crashes, hangs or eats memory fails alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 from dex.common import atomic, exits, formats
 from dex.inference import embed_job, preprocess, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
+from dex.inference.embed_job import Stopped, private_folder
 from dex.prepare import chunks, readers
 from dex.prepare.ids import Names
 from dex.prepare.sources import Source
@@ -53,16 +54,12 @@ class Options(NamedTuple):
     probabilities: bool = False
     overlays: bool = False
     public: bool = False
-    """Ids are readable, from the files' names."""
+    """Use readable ids from file names."""
     batch_size: int = 16
     precision: str = "fp32"
     window: float | None = None
     workers: int = 0
-    """Processes that read, within limits; 0 reads in this one."""
-
-
-class Stopped(BaseException):
-    """A signal asked the job to stop; what is written stays."""
+    """Processes that read files, with limits; 0 reads in this process."""
 
 
 class Item(NamedTuple):
@@ -70,28 +67,24 @@ class Item(NamedTuple):
 
     path: Path
     series: str | None = None
-    """As of `dex.inference.preprocess.opened_whole`; None where there is one."""
+    """As for ``dex.inference.preprocess.opened_whole``; None if there is a single series."""
     label: str = ""
-    """Of the series, for tables and readable ids: its Series Number."""
+    """Series Number, for tables and readable ids."""
 
 
 class Summary(NamedTuple):
     done: int
     refused: dict[str, int]
-    """By reason."""
-
-
-def private_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.private")
+    """Numbers of refused files by reason."""
 
 
 def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files and DICOM folders that the arguments name, each once, in order; a folder stands for everything in it.
+    """The files and DICOM folders in the arguments, in order and without duplicates; a folder stands for its contents.
 
-    Links are not followed below a folder. Raises: FileNotFoundError, ValueError.
+    Links below a folder are not followed. Raises: FileNotFoundError, ValueError.
     """
     expected = "file: expected files, DICOM folders, or folders of them"
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     if not arguments:
         raise ValueError(f"{expected}; got none")
     for argument in arguments:
@@ -100,15 +93,15 @@ def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
         path = Path(os.path.abspath(Path(argument).expanduser()))
         if not path.exists():
             raise FileNotFoundError(f"{expected}; nothing at {argument}")
-        inside = list(_below(path)) if path.is_dir() else [path]
-        if not inside:
+        files = list(_below(path)) if path.is_dir() else [path]
+        if not files:
             raise ValueError(f"{expected}; {argument} holds no file of the formats {', '.join(readers.formats())}")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        paths.update(dict.fromkeys(files))
+    return list(paths)
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Files of a known format, and folders that directly hold DICOM files."""
+    """Files of a known format, and folders with DICOM files directly in them."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         has_series = False
@@ -126,23 +119,23 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def parted(files: Sequence[Path], task: Task, series: Sequence[str] = ()) -> list[Item]:
-    """One item per file, and one per series of DICOM folders that hold several; headers alone are read.
+    """One item per file, and one per series of a DICOM folder with several; only headers are read.
 
-    series: Series Numbers or Series Instance UIDs; of DICOM data no other series is taken, and data without any of them
-    are refused when they are read. ValueError: no file has them.
+    series: Series Numbers or Series Instance UIDs; other series of DICOM data are left out, and data without any of
+    them are refused when they are read. ValueError if no file has them.
     """
     items, matched = [], False
     for path in files:
         try:
-            inside = preprocess.series_in(path, task.modality or None, (task.plane,))
+            present = preprocess.series_in(path, task.modality or None, (task.plane,))
         except (ValueError, OSError):
-            items.append(Item(path))  # refused by name when it is read
+            items.append(Item(path))  # Refused when it is read
             continue
-        chosen = [each for each in inside if any(each.answers(name) for name in series)] if series else inside
+        chosen = [each for each in present if any(each.answers(name) for name in series)] if series else present
         matched = matched or bool(chosen)
-        if inside and not chosen:
+        if present and not chosen:
             items.append(Item(path, series[0]))
-        elif len(inside) < 2:
+        elif len(present) < 2:
             items.append(Item(path))
         else:
             items += [Item(path, each.key, each.number) for each in chosen]
@@ -154,7 +147,7 @@ def parted(files: Sequence[Path], task: Task, series: Sequence[str] = ()) -> lis
 
 
 def begin(loaded: LoadedTask, items: Sequence[Item], options: Options) -> list[str]:
-    """Check everything and write the plan, or compare it with that of an earlier start. The items' ids. ValueError."""
+    """Check everything, write the plan or compare it with that of an earlier start, and return the ids. ValueError."""
     if options.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
     if options.workers < 0:
@@ -164,9 +157,9 @@ def begin(loaded: LoadedTask, items: Sequence[Item], options: Options) -> list[s
             if getattr(options, name):
                 raise ValueError(f"{name}: expected a segmentation; {loaded.task.name} is a classification")
     check_window(loaded, options.window)
-    inside = next((item.path for item in items if item.path.is_relative_to(options.out.absolute())), None)
-    if inside is not None:
-        raise ValueError(f"out: expected a folder apart from the files; {inside} is in {options.out}")
+    in_out = next((item.path for item in items if item.path.is_relative_to(options.out.absolute())), None)
+    if in_out is not None:
+        raise ValueError(f"out: expected a folder apart from the files; {in_out} is in {options.out}")
     embed_job.begin_folder(_plan(loaded, options), options.out, PLAN)
     names = _ids(items, options)
     (private_folder(options.out) / DONE).mkdir(mode=0o700, exist_ok=True)
@@ -181,9 +174,9 @@ def _ids(items: Sequence[Item], options: Options) -> list[str]:
         keys = ("\0".join((os.fspath(item.path), *((item.series,) if item.series else ()))) for item in items)
         return [names.unit(key).rpartition("/")[2] for key in keys]
     stems = (_stem(item.path) + (f"-series-{item.label or 'x'}" if item.series else "") for item in items)
-    plain = [names.unit(stem).rpartition("/")[2] for stem in stems]
-    twice = {name for name in plain if plain.count(name) > 1}
-    return [f"{name}-{plain[:place].count(name)}" if name in twice else name for place, name in enumerate(plain)]
+    ids = [names.unit(stem).rpartition("/")[2] for stem in stems]
+    repeated = {name for name in ids if ids.count(name) > 1}
+    return [f"{name}-{ids[:place].count(name)}" if name in repeated else name for place, name in enumerate(ids)]
 
 
 def _stem(path: Path) -> str:
@@ -198,14 +191,15 @@ def run(
     options: Options,
     say: Say = lambda done, total, text: None,
 ) -> Summary:
-    """Predict what is not there yet; `begin` has given the ids, and the model is on its device.
+    """Predict the files that are not done. ``ids`` are those of ``begin``; the model is on its device.
 
-    A file that cannot be used is a row of the table with its reason, and is tried again by the next start.
-    Raises: `Stopped` after a signal; OSError, `dex.prepare.workers.WorkerFault` for what is no file's fault.
+    A file that cannot be used becomes a row with its reason, and the next start tries it again.
+    Raises: ``Stopped`` after a signal; OSError, ``dex.prepare.workers.WorkerFault`` for failures that no file caused.
     """
-    left = [place for place in range(len(items)) if not _done_path(options, ids[place]).exists()]
+    missing = [place for place in range(len(items)) if not _done_path(options, ids[place]).exists()]
     refused: dict[str, str] = {}
-    units = [_Unit(ids[place], items[place].path, items[place].series) for place in left]
+    units = [_Unit(ids[place], items[place].path, items[place].series) for place in missing]
+    done = len(items) - len(units)
     collection = Collection("", [range(len(units))], lambda item: [units[item]], _Reader(loaded.task))
     with exits.collected() as signals:
 
@@ -213,7 +207,7 @@ def run(
             if signals:
                 raise Stopped
 
-        say(len(items) - len(left), len(items), "")
+        say(done, len(items), "")
         with contextlib.closing(reading.decoded(collection, range(len(units)), options.workers, check)) as contents:
             for number, content in enumerate(contents):
                 check()
@@ -222,7 +216,7 @@ def run(
                     reason = _write_case(loaded, units[number], content.images[0], options)
                 if reason:
                     refused[units[number].id] = reason
-                say(len(items) - len(left) + number + 1, len(items), "")
+                say(done + number + 1, len(items), "")
     return _finish(loaded, items, ids, refused, options)
 
 
@@ -234,7 +228,7 @@ class _Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reader:
-    """`dex.inference.collection.Reader` of files at their own size; what it gives are `Frames`."""
+    """A ``dex.inference.collection.Reader`` of files at their own size, whose images are ``Frames``."""
 
     has_paths: ClassVar[bool] = True
     task: Task
@@ -249,8 +243,8 @@ class _Reader:
             if isinstance(error.__context__, MemoryError):
                 raise MemoryError from None
             cause = error.__context__
-            known = isinstance(cause, readers.Refused)
-            return self.refused(unit, str(cause) if known else f"unreadable: {' '.join(str(error).split())}")
+            text = str(cause) if isinstance(cause, readers.Refused) else f"unreadable: {' '.join(str(error).split())}"
+            return self.refused(unit, text)
         return Decoded([frames], [Row(unit.id, "", self.task.modality, "", "")], [])
 
     def refused(self, unit: _Unit, reason: str) -> Decoded:
@@ -265,7 +259,7 @@ class _Reader:
 
 
 def _write_case(loaded: LoadedTask, unit: _Unit, frames: Frames, options: Options) -> str:
-    """Write everything of one file, its row last. Or the reason for which it gives nothing."""
+    """Write the results of one file, its row last. Returns the reason if it cannot be used, else ""."""
     if reason := _unusable(loaded.task, frames, options):
         return reason
     spacing = None if frames.spacing_mm is None else frames.spacing_mm[1:]
@@ -294,8 +288,8 @@ def _unusable(task: Task, frames: Frames, options: Options) -> str:
         return ""
     if frames.grid is not None and not frames.grid.even:
         return (
-            "inconsistent: its slices are unevenly spaced, and a mask's file has one distance for all; add the slices "
-            "that are missing, or leave out those of another spacing"
+            "inconsistent: its slices are unevenly spaced, but the mask's file has a single spacing; add the missing "
+            "slices, or leave out those with another spacing"
         )
     size = int(np.prod(frames.images.shape[:3])) * (len(task.classes) + 1)
     if options.probabilities and size > MAX_PROBABILITY_BYTES:
@@ -306,44 +300,44 @@ def _unusable(task: Task, frames: Frames, options: Options) -> str:
 def _write_masks(
     task: Task, unit: _Unit, frames: Frames, batches: Iterator[torch.Tensor], options: Options
 ) -> dict[str, Any]:
-    """The files of a segmentation; the row's columns: millilitres of each class, or pixels where no file says the
-    size of a voxel."""
+    """Write the files of a segmentation. Returns the row's columns: millilitres of each class, or pixels if the size of
+    a voxel is unknown."""
     n, height, width = frames.images.shape[:3]
     masks = np.empty((n, height, width), np.uint8)
     steps = np.empty((n, len(task.classes) + 1, height, width), np.uint8) if options.probabilities else None
     place = 0
     for batch in batches:
         _check_finite(bool(batch.isfinite().all()))
-        here = slice(place, place := place + len(batch))
-        masks[here] = batch.argmax(1).to(torch.uint8).numpy()
+        part = slice(place, place := place + len(batch))
+        masks[part] = batch.argmax(1).to(torch.uint8).numpy()
         if steps is not None:
-            steps[here] = geometry.in_steps(batch.numpy())
-    ending = geometry.suffix(unit.path, frames.grid)
+            steps[part] = geometry.in_steps(batch.numpy())
+    suffix = geometry.suffix(unit.path, frames.grid)
     if steps is not None:
-        file = f"{unit.id}.probabilities{'.npy' if frames.grid is None else ending}"
+        file = f"{unit.id}.probabilities{'.npy' if frames.grid is None else suffix}"
         geometry.write_probabilities(options.out / file, steps, unit.path, frames.grid)
     if options.overlays:
         number = overlay.telling_frame(masks)
-        pixels = frames.spacing_mm[1:] if frames.spacing_mm else (1.0, 1.0)
+        spacing = frames.spacing_mm[1:] if frames.spacing_mm else (1.0, 1.0)
         title = f"{task.name}: {unit.id}" + (f", frame {number}" if n > 1 else "")
-        picture = overlay.overlay(frames.images[number], masks[number], task.classes, title=title, spacing=pixels)
+        picture = overlay.overlay(frames.images[number], masks[number], task.classes, title=title, spacing=spacing)
         atomic.write(options.out / f"{unit.id}.overlay.png", overlay.png(picture), sync=True)
     if frames.grid is not None or n == 1:
-        geometry.write_mask(options.out / f"{unit.id}{ending}", masks, unit.path, frames.grid)
+        geometry.write_mask(options.out / f"{unit.id}{suffix}", masks, unit.path, frames.grid)
     else:
         for number in range(n):
-            path = options.out / f"{unit.id}.{number:04d}{ending}"
+            path = options.out / f"{unit.id}.{number:04d}{suffix}"
             geometry.write_mask(path, masks[number : number + 1], unit.path, None)
     counts = np.bincount(masks.ravel(), minlength=len(task.classes) + 1)[1:].tolist()
     if frames.grid is None or frames.spacing_mm is None:
         return {f"pixels {name}": count for name, count in zip(task.classes, counts, strict=True)}
-    voxel = float(np.prod(frames.spacing_mm)) / 1000
-    return {f"ml {name}": round(count * voxel, 3) for name, count in zip(task.classes, counts, strict=True)}
+    voxel_ml = float(np.prod(frames.spacing_mm)) / 1000
+    return {f"ml {name}": round(count * voxel_ml, 3) for name, count in zip(task.classes, counts, strict=True)}
 
 
 def _check_finite(finite: bool) -> None:
     if not finite:
-        raise FloatingPointError("model: expected finite probabilities; got NaN: its weights cannot be used")
+        raise FloatingPointError("model: expected finite probabilities; got NaN: the weights are unusable")
 
 
 def _plan(loaded: LoadedTask, options: Options) -> dict[str, Any]:
@@ -369,25 +363,22 @@ def _done_path(options: Options, id: str) -> Path:
 def _finish(
     loaded: LoadedTask, items: Sequence[Item], ids: Sequence[str], refused: dict[str, str], options: Options
 ) -> Summary:
-    """The two tables: of all files that were ever done here, and of those that this start refused."""
+    """Write the two tables: all files ever done in this folder, and those that this start refused."""
     done = {path.stem: json.loads(path.read_text()) for path in sorted(_done_path(options, "*").parent.glob("*.json"))}
     columns = ["id", "outcome", "frames"]
     columns += [name for row in done.values() for name in row if name not in columns]
     columns = list(dict.fromkeys(columns))
     rows = [{"id": id, "outcome": "done", **row} for id, row in done.items()]
-    rows += [{"id": id, "outcome": f"{REFUSED}: {why.partition(':')[0]}"} for id, why in refused.items()]
+    rows += [{"id": id, "outcome": f"{REFUSED}: {reason.partition(':')[0]}"} for id, reason in refused.items()]
     _write_table(options.out / TABLE, columns, rows, 0o666)
     private = private_folder(options.out) / FILES
     known = {row["id"]: row for row in _read_table(private)}
     for id, item in zip(ids, items, strict=True):
         known[id] = {"id": id, "file": os.fspath(item.path), "series": item.label, REFUSED: refused.get(id, "")}
     _write_table(private, ["id", "file", "series", REFUSED], list(known.values()), 0o600)
-    for left in options.out.glob(f"*{atomic.PARTIAL}*"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    reasons: dict[str, int] = {}
-    for why in refused.values():
-        reasons[why.partition(":")[0]] = reasons.get(why.partition(":")[0], 0) + 1
-    return Summary(sum(id in done for id in ids), reasons)
+    for partial in options.out.glob(f"*{atomic.PARTIAL}*"):  # Left by killed processes
+        partial.unlink(missing_ok=True)
+    return Summary(sum(id in done for id in ids), embed_job.reasons(refused.values()))
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], mode: int) -> None:

@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of frames, at their own size.
+"""Probabilities of a fine-tuned model for frames, at their own size.
 
 Shape letters: n frames, b frames of a batch, H rows and W columns of a frame, S side of the model's images, C outputs.
 """
@@ -19,7 +19,7 @@ from dex.tasks.load import LoadedTask
 from dex.tasks.task_dataset import square
 
 OVERLAP = 0.5
-"""Of neighbouring windows."""
+"""Overlap of neighbouring windows, as a share."""
 
 
 @torch.no_grad()
@@ -32,16 +32,16 @@ def of_frames(
     precision: str = "fp32",
     window: float | None = None,
 ) -> Iterator[Tensor]:
-    """Batches, in order, of the frames' probabilities, float32 on the host: ``[b, C, H, W]`` of a segmentation, with
-    the background first, or ``[b, C]`` of a classification.
+    """Batches of the frames' probabilities, in order, float32 on the host: ``[b, C, H, W]`` for segmentation, with the
+    background first, or ``[b, C]`` for classification.
 
     Args:
-        images: uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, as `dex.tasks.cases.read` gives them.
+        images: uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, as from ``dex.tasks.cases.read``.
         spacing: of rows and columns, in mm; None: pixels are square.
-        window: None shows the model each frame as a whole, as in training. A factor above 1 enlarges the frame to
-            ``window * S`` and averages over overlapping windows of side S; segmentation alone.
+        window: None applies the model to whole frames, as in training. A factor above 1 enlarges frames to
+            ``window * S`` and averages over overlapping windows of side S; only for segmentation.
 
-    Computed where the model is. Raises: ValueError naming the argument.
+    Runs on the model's device. Raises: ValueError naming the argument.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise ValueError(f"images: expected uint8 [n, H, W] or [n, H, W, 3]; got {images.dtype} {list(images.shape)}")
@@ -62,7 +62,7 @@ def of_frames(
 
 
 def check_window(loaded: LoadedTask, window: float | None) -> None:
-    """ValueError unless frames can be shown to the model in such windows."""
+    """ValueError unless the model can be applied in such windows."""
     if window is None:
         return
     if loaded.task.kind != "segmentation":
@@ -72,7 +72,7 @@ def check_window(loaded: LoadedTask, window: float | None) -> None:
 
 
 def _windows(loaded: LoadedTask, images: Tensor) -> Tensor:
-    """Logits ``[b, C, s, s]`` of ``images [b, 3, s, s]``, larger than the model's, by overlapping windows."""
+    """Logits ``[b, C, s, s]`` of ``images [b, 3, s, s]``, s above S, averaged over overlapping windows."""
     from monai.inferers import sliding_window_inference
 
     side = (loaded.img_size, loaded.img_size)

@@ -1,7 +1,7 @@
-"""Reads the cases of a task in processes with limits: a file that crashes, hangs or eats memory is named, and costs no
-more than its process.
+"""Reads the cases of a task in processes with limits: a file that crashes, hangs or eats memory is named and ends only
+its process.
 
-The processes and their limits are those of `dex.inference.reading`.
+The processes and their limits are those of ``dex.inference.reading``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dex.tasks.frames import Frames, read
 from dex.tasks.task import Case, Task
 
 _AHEAD = 2
-"""Cases for each process that may be read before the one that is waited for: a volume is large."""
+"""Cases per process that may be read ahead of the next one to return; volumes are large."""
 
 
 class _Job(NamedTuple):
@@ -38,23 +38,23 @@ def frames_of(
     check: Callable[[], None] = lambda: None,
     limits: readers.Limits = LIMITS,
 ) -> Iterator[Frames]:
-    """The frames of each case, in order, read by up to ``processes`` that go on while the caller works.
+    """The frames of each case, in order, read by up to ``processes`` processes while the caller works.
 
-    processes: 0 reads here, without limits. check: called now and then; what it raises ends the processes.
-    Raises: ValueError naming the file of the first case in order that cannot be used; OSError,
-    `dex.prepare.workers.WorkerFault` for what is no file's fault.
+    processes: 0 reads in this process, without limits. check: called now and then; an exception from it ends the
+    processes. Raises: ValueError naming the file of the first case in order that cannot be used; OSError,
+    ``dex.prepare.workers.WorkerFault`` for failures that no file caused.
     """
     if processes == 0 or not cases:
         for case in cases:
             check()
             yield read(case, task)
         return
-    whole: dict[int, Frames | _Failed] = {}
-    given = 0
+    complete: dict[int, Frames | _Failed] = {}
+    returned = 0
 
     def jobs() -> Iterator[_Job | None]:
         for place, case in enumerate(cases):
-            while place >= given + _AHEAD * processes:
+            while place >= returned + _AHEAD * processes:
                 yield None
             yield _Job(place, case)
 
@@ -69,13 +69,13 @@ def frames_of(
     with contextlib.closing(results):
         for job, result in results:
             check()
-            whole[job.place] = result
-            while given in whole:
-                frames = whole.pop(given)
+            complete[job.place] = result
+            while returned in complete:
+                frames = complete.pop(returned)
                 if isinstance(frames, _Failed):
                     raise ValueError(frames.reason)
                 yield frames
-                given += 1
+                returned += 1
 
 
 def _formats(cases: Sequence[Case]) -> set[str]:
@@ -85,9 +85,9 @@ def _formats(cases: Sequence[Case]) -> set[str]:
 
 
 def _preload(formats: Sequence[str]) -> None:
-    """Import what reading takes, before there are limits."""
+    """Import the libraries that reading needs, before limits apply."""
     for format in formats:
-        with contextlib.suppress(readers.Refused):  # a library is not installed: reading will say so
+        with contextlib.suppress(readers.Refused):  # Reading will report a library that is not installed
             readers.load(format)
 
 
@@ -100,16 +100,17 @@ def _work(task: Task, limits: readers.Limits, job: workers.Task, report: workers
         return read(case, task, report.beat)
     except MemoryError:
         if report.begun > 1:
-            raise  # what other cases left behind may be to blame: once more, in a fresh process
+            raise  # Earlier cases may be to blame: try once more in a fresh process
         return _Failed(
-            f"file: expected an image and mask that {limits.memory_mb + OUTPUT_MB} MB of memory hold; got {case.image}"
+            f"file: expected an image and mask that fit into {limits.memory_mb + OUTPUT_MB} MB of memory; got "
+            f"{case.image}"
         )
     except (ValueError, FileNotFoundError) as error:
         if isinstance(error.__context__, MemoryError) and report.begun > 1:
             raise MemoryError from None
         return _Failed(str(error))
     except OSError:
-        raise  # of the connection
+        raise  # From the connection
     except Exception as error:
         return _Failed(
             f"file: expected a readable image and mask; {case.image}: {faults.sentence(error)} ({workers.where(error)})"
@@ -117,6 +118,6 @@ def _work(task: Task, limits: readers.Limits, job: workers.Task, report: workers
 
 
 def _weight(image: Path) -> float:
-    """How much longer than a small file it may take."""
+    """The time limit of an image, as a multiple of a small file's."""
     files = list(image.iterdir()) if image.is_dir() else [image]
     return 1 + len(files) + sum(file.stat().st_size for file in files if file.exists()) / 2**20

@@ -1,7 +1,7 @@
-"""How a run is fine-tuned: every setting with its default, and which defaults are the paper's.
+"""The settings of a fine-tuning, with their defaults and whether these are the paper's.
 
 The supplement states full fine-tuning with AdamW at 1e-4, ten warm-up epochs and a cosine, Dice and cross-entropy for
-segmentation, cross-entropy for classification. Everything else is a choice of ours and says so in its help.
+segmentation, cross-entropy for classification. Everything else is our choice, as its help says.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from dex.common.ranks import ranks_here
 from dex.config import MOST_WORKERS
 
 STATED, OURS = "as the supplement states", "not stated by the paper"
-MODES = ("full", "frozen", "linear", "lora")
 
 
 def _setting(default: Any, text: str, stated: bool = False) -> Any:
@@ -25,71 +24,73 @@ def _setting(default: Any, text: str, stated: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one fine-tuning; what each means is its ``help``, and `describe` adds whose default it is."""
+    """Settings of a fine-tuning; each has a ``help``, and ``describe`` adds the origin of its default."""
 
     mode: Literal["full", "frozen", "linear", "lora"] = _setting(
         "full",
-        "full trains everything on the path, frozen the head alone, linear one linear map on frozen features, lora the "
-        "head and low-rank changes of attention and MLPs",
+        "full trains everything on the path, frozen only the head, linear one linear map on frozen features, lora the "
+        "head and low-rank updates of attention and MLPs",
         stated=True,
     )
     path: Literal["experts", "director"] = _setting(
-        "experts", "what the encoder computes with: routed experts, or the director as a dense MLP"
+        "experts", "whether the encoder uses routed experts, or the director as a dense MLP"
     )
     start: Literal["pretrained", "random"] = _setting(
-        "pretrained", "random draws the encoder anew, as a control of what pretraining is worth", stated=True
+        "pretrained", "random: start from random initialisation, as a control for the value of pretraining", stated=True
     )
     epochs: int = _setting(100, "passes over the training images")
-    warmup_epochs: float = _setting(10.0, "over which the learning rate rises linearly; then half a cosine to 0", True)
+    warmup_epochs: float = _setting(10.0, "epochs of linear warm-up, before half a cosine to 0", True)
     lr: float = _setting(1e-4, "peak learning rate of AdamW", stated=True)
-    weight_decay: float = _setting(0.01, "of AdamW")
+    weight_decay: float = _setting(0.01, "weight decay of AdamW")
     batch_size: int = _setting(16, "images per step, over all ranks")
-    img_size: int | None = _setting(None, "side of the model's images, a multiple of its patch; as pretrained without")
-    feature_size: int = _setting(16, "channels of UNETR at full size")
-    dropout: float = _setting(0.0, "before the last map of the classification head")
+    img_size: int | None = _setting(
+        None, "side of the model's images, a multiple of its patch size; none: as in pretraining"
+    )
+    feature_size: int = _setting(16, "channels of UNETR at full resolution")
+    dropout: float = _setting(0.0, "dropout before the last layer of the classification head")
     class_weights: Literal["none", "balanced"] = _setting(
-        "none", "of the cross-entropy; balanced gives every class the same share of it"
+        "none", "class weights of the cross-entropy; balanced gives every class the same share"
     )
-    lora_rank: int = _setting(8, "of --mode lora")
-    lora_alpha: float = _setting(16.0, "of --mode lora: changes are scaled by alpha / rank")
-    gema: bool = _setting(False, "let directors go on to follow their experts; of --path experts in --mode full")
-    momentum: float = _setting(0.999, "of the directors with --gema")
-    align_weight: float = _setting(0.0, "of pretraining's align loss; 0 leaves it out")
-    balance_weight: float = _setting(0.0, "of pretraining's balance loss; 0 leaves it out")
-    flips: Literal["none", "horizontal", "both"] = _setting(
-        "none", "random flips; for anatomy whose mirror image is anatomy too"
+    lora_rank: int = _setting(8, "rank for --mode lora")
+    lora_alpha: float = _setting(16.0, "for --mode lora: updates are scaled by alpha / rank")
+    gema: bool = _setting(False, "keep updating directors towards their experts; for --path experts in --mode full")
+    momentum: float = _setting(0.999, "momentum of the directors with --gema")
+    align_weight: float = _setting(0.0, "weight of pretraining's align loss")
+    balance_weight: float = _setting(0.0, "weight of pretraining's balance loss")
+    flips: Literal["none", "horizontal", "both"] = _setting("none", "random flips, for anatomy that may be mirrored")
+    scale: float = _setting(0.2, "largest random change of the image scale, as a share")
+    shift: float = _setting(0.1, "largest random shift, as a share of the image's side")
+    rotation: float = _setting(10.0, "largest random rotation, in degrees")
+    intensity: float = _setting(0.1, "largest random change of brightness and contrast, as a share")
+    clip_norm: float = _setting(1.0, "maximum norm of the whole gradient")
+    patience: int | None = _setting(
+        None, "number of epochs without a better validation metric after which to stop; none: never"
     )
-    scale: float = _setting(0.2, "images are enlarged or shrunk at random by up to this share")
-    shift: float = _setting(0.1, "and moved by up to this share of their side")
-    rotation: float = _setting(10.0, "and turned by up to so many degrees")
-    intensity: float = _setting(0.1, "brightness and contrast change by up to this share")
-    clip_norm: float = _setting(1.0, "largest norm of the whole gradient")
-    patience: int | None = _setting(None, "end after so many epochs without a better validation metric; none: never")
-    evaluate_cases: int = _setting(100, "cases of the validation split that every epoch is judged by, always the same")
+    evaluate_cases: int = _setting(100, "maximum number of validation cases per epoch, always the same ones")
     checkpoint_every: int = _setting(5, "epochs between two checkpoints; the best and the last are always saved")
-    keep_checkpoints: int = _setting(2, "newest checkpoints that stay beside the best")
-    seed: int = _setting(0, "of order, augmentation, dropout and of what is drawn anew")
+    keep_checkpoints: int = _setting(2, "number of newest checkpoints to keep besides the best")
+    seed: int = _setting(0, "seed of order, augmentation, dropout and random initialisation")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _setting(
-        "auto", "bf16 and fp16 are autocast; auto takes bf16 where the processor has it, else fp32"
+        "auto", "bf16 and fp16 use autocast; auto: bf16 if the processor supports it, else fp32"
     )
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: CUDA where it is")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: CUDA if available")
     workers: int | None = _setting(
         None,
-        "processes that read the cases, each with limits on memory and time; none: one for each processor, at most 8. "
-        "0 reads here, without limits",
+        "processes that read the cases, each with limits on memory and time; none: one per processor, at most 8; 0: "
+        "read in the main process, without limits",
     )
     micro_batch: int | None = _setting(
-        None, "images a rank computes at once, a divisor of its part of the batch, for less memory; none: all"
+        None, "images that a rank computes at once, a divisor of its part of the batch, to save memory; none: all"
     )
     strategy: Literal["ddp", "fsdp"] = _setting(
-        "ddp", "between several ranks: ddp replicates the model, fsdp cuts weights, gradients and moments"
+        "ddp", "for several ranks: ddp replicates the model, fsdp shards weights, gradients and moments"
     )
-    fused: bool = _setting(False, "AdamW and --gema in one pass over the experts; results differ in rounding")
+    fused: bool = _setting(False, "run AdamW and --gema in one pass over the experts; results differ in rounding")
     timeout: float = _setting(600.0, "seconds that a rank waits for the others")
 
     @property
     def processes(self) -> int:
-        """That read the cases."""
+        """Number of processes that read the cases."""
         if self.workers is not None:
             return self.workers
         return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
@@ -104,7 +105,7 @@ PRESETS: dict[str, Settings] = {
     "paper": Settings(),
     "cpu": Settings(epochs=20, warmup_epochs=2.0, batch_size=8, feature_size=8, checkpoint_every=2, evaluate_cases=32),
 }
-"""cpu: minutes on two cores for a small run; everything that the supplement states but the warm-up stays."""
+"""cpu: takes minutes on two cores for a small run, and keeps everything that the supplement states but the warm-up."""
 RUNTIME = frozenset(
     {
         "device",
@@ -117,7 +118,7 @@ RUNTIME = frozenset(
         "fused",
     }
 )
-"""Settings that a resumed run may change: they decide no number beyond rounding, except that dropout is drawn for each
+"""Settings that a resumed run may change: they affect results only by rounding, except that dropout is drawn per
 micro-batch."""
 
 
@@ -131,10 +132,10 @@ def kind_of(name: str) -> Any:
 
 
 def describe(field: "dataclasses.Field[Any]") -> str:
-    """The sentence of ``--help``: what it is, its default, and whose default that is."""
+    """The sentence of ``--help``: the meaning, the default, and the origin of the default."""
     shown = "no" if field.default is False else "none" if field.default is None else f"{field.default}"
-    whose = "" if field.name in RUNTIME else f", {STATED if field.metadata['stated'] else OURS}"
-    return f"{field.metadata['help']} ({shown}{whose})"
+    origin = "" if field.name in RUNTIME else f", {STATED if field.metadata['stated'] else OURS}"
+    return f"{field.metadata['help']} ({shown}{origin})"
 
 
 def preset(name: str) -> Settings:
@@ -148,22 +149,22 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 
 
 def from_dict(values: Any, base: Settings, source: str) -> Settings:
-    """``base`` with the settings that ``values`` names. ValueError as of `dex.common.fields.merge`."""
+    """``base`` with the settings in ``values``. ValueError as from ``dex.common.fields.merge``."""
     return merge(base, values, source)
 
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (old, new), but for those of `RUNTIME`."""
+    """Changed setting -> (old, new), without those of ``RUNTIME``."""
     a, b = to_dict(old), to_dict(new)
     return {name: (a[name], b[name]) for name in a if a[name] != b[name] and name not in RUNTIME}
 
 
 def check(settings: Settings) -> None:
-    """ValueError naming the setting, what was expected and what came."""
+    """ValueError naming the setting, what was expected and its value."""
     s = settings
 
-    def require(good: bool, name: str, expected: str) -> None:
-        if not good:
+    def require(valid: bool, name: str, expected: str) -> None:
+        if not valid:
             raise ValueError(f"{name}: expected {expected}; got {getattr(s, name)!r}")
 
     for name, value in to_dict(s).items():
@@ -178,7 +179,7 @@ def check(settings: Settings) -> None:
     require(s.patience is None or s.patience >= 1, "patience", "at least 1")
     require(0 <= s.warmup_epochs < s.epochs, "warmup_epochs", f"at least 0 and less than the {s.epochs} epochs")
     require(0 < s.lr <= 1, "lr", "a number above 0, at most 1")
-    require(0 <= s.weight_decay * s.lr < 1, "weight_decay", "at least 0, a share of less than 1 at the peak rate")
+    require(0 <= s.weight_decay * s.lr < 1, "weight_decay", "at least 0, and less than 1 when multiplied by lr")
     require(0 <= s.dropout < 1, "dropout", "a share in [0, 1)")
     require(s.lora_alpha > 0, "lora_alpha", "above 0")
     require(0 <= s.momentum <= 1, "momentum", "a number in [0, 1]")
@@ -199,7 +200,7 @@ def _check_together(s: Settings) -> None:
     if s.wants_aux and (s.path != "experts" or s.mode != "full"):
         name = "gema" if s.gema else "align_weight" if s.align_weight else "balance_weight"
         raise ValueError(
-            f"{name}: expected mode full and path experts, where experts are trained; got mode {s.mode}, path {s.path}"
+            f"{name}: expected mode full and path experts, which train experts; got mode {s.mode}, path {s.path}"
         )
 
 

@@ -1,8 +1,8 @@
-"""The sheet of results: one CSV file, a row for each task, model, mode, path, number of shots and seed.
+"""The sheet of results: a CSV file with a row for each task, model, mode, path, number of shots and seed.
 
-It only grows, so that a series of runs that stopped goes on where it was: `Sheet.done` tells what there is. A row is
-there in whole or not at all, whatever kills the process; processes at the same time, also of several machines, wait for
-each other by a lock on a file beside the sheet.
+It only grows, so an interrupted series of runs can continue: ``Sheet.done`` tells which rows exist. A row is written
+whole or not at all, even if the process is killed. Concurrent processes, also on several machines, wait for a lock on a
+file beside the sheet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
 _WAIT = 60.0
 _POLL = 0.02
-"""Seconds for which a lock is waited for, and between two looks at it."""
+"""Seconds to wait for a lock at most, and between two attempts."""
 
 
 class Score(NamedTuple):
@@ -37,11 +37,11 @@ class Score(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What makes two rows the same result."""
+    """The identity of a result: rows with equal keys are the same result."""
 
     task: str
     checkpoint: str
-    """Hash of the weights that the task began from."""
+    """Hash of the pretrained weights."""
     data: str
     """Fingerprint of the labelled cases and their split."""
     mode: str
@@ -49,7 +49,7 @@ class Key(NamedTuple):
     path: str
     """experts or director."""
     shots: int | None
-    """Labelled cases of each class that were trained on; None for all."""
+    """Labelled training cases per class; None for all."""
     seed: int
     settings: str = ""
     """Hash of the recipe."""
@@ -60,16 +60,16 @@ class Row(NamedTuple):
     run: str
     """Name of the pretrained run."""
     finetuned: str
-    """Hash of the weights that were evaluated."""
+    """Hash of the evaluated weights."""
     metric: str
-    """The primary one."""
+    """The primary metric."""
     cases: int
     leak: str
-    """What the check against the pretraining set said; "not checked" where it did not run."""
+    """Result of the leak check against the pretraining set; "not checked" if it did not run."""
     seconds: float | None
     versions: str
     scores: Mapping[str, Score]
-    """By names of `METRICS`; those of another kind of task are missing."""
+    """By name of ``METRICS``; only metrics of this kind of task."""
 
 
 _ABOUT = ("run", "finetuned", "metric", "cases", "leak", "seconds", "versions")
@@ -84,8 +84,8 @@ COLUMNS = (
 class Sheet:
     """The sheet at ``path``, which need not exist yet.
 
-    wait: seconds for which another process may hold it. Every method raises ValueError, naming the sheet, where it is
-    no sheet of these columns or holds a value that its column cannot.
+    wait: seconds to wait for another process at most. Every method raises ValueError naming the sheet if its columns or
+    values are invalid.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, wait: float = _WAIT):
@@ -93,39 +93,39 @@ class Sheet:
         self._wait = wait
 
     def rows(self) -> list[Row]:
-        """Every row, in the order in which they came; none without a file."""
+        """All rows, in the order they were added; none if there is no file."""
         return [_row(cells, line, self.path) for line, cells in self._cells()]
 
     def done(self, key: Key) -> bool:
-        """Whether there is a row of this key."""
+        """Whether there is a row with this key."""
         return any(row.key == key for row in self.rows())
 
     def add(self, row: Row) -> bool:
-        """Append a row and wait until it is on the disk. False, and nothing changes, if there is one of its key.
+        """Append a row and wait until it is on the disk. Return False, without a change, if its key exists.
 
         ValueError: values that the sheet cannot hold, or a sheet that stays locked.
         """
         cells = _written(row)
-        _row(cells, 0, self.path)  # what could not be read again is not written
+        _row(cells, 0, self.path)  # Check that it can be read again
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            before = list(self._cells())
-            if any(_row(old, line, self.path).key == row.key for line, old in before):
+            existing = list(self._cells())
+            if any(_row(old, line, self.path).key == row.key for line, old in existing):
                 return False
-            mode = self.path.stat().st_mode & 0o777 if before else 0o666
+            mode = self.path.stat().st_mode & 0o777 if existing else 0o666
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows([old[name] for name in COLUMNS] for _, old in before)
+            writer.writerows([old[name] for name in COLUMNS] for _, old in existing)
             writer.writerow([cells[name] for name in COLUMNS])
             data = text.getvalue().encode("utf-8", "surrogateescape")
             atomic.write(self.path, data, sync=True, mode=mode, locked=True)
         return True
 
     def _cells(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Line and cells by column of every row."""
+        """The line number of every row, and its cells by column."""
         try:
-            # "utf-8-sig": a program for tables may have saved it with a mark in front.
+            # "utf-8-sig": spreadsheet programs may save a byte order mark.
             text = self.path.read_bytes().decode("utf-8-sig", "surrogateescape")
         except FileNotFoundError:
             return
@@ -144,7 +144,7 @@ class Sheet:
                 yield reader.line_num, dict(zip(header, cells, strict=True))
         except csv.Error as error:
             raise ValueError(
-                f"sheet: expected a CSV file, got {self.path}, whose line {reader.line_num} is none ({error})"
+                f"sheet: expected a CSV file, got {self.path}, whose line {reader.line_num} is invalid ({error})"
             ) from None
 
     def _check_header(self, header: list[str]) -> None:
@@ -155,14 +155,14 @@ class Sheet:
                 for word, names in (("without", missing), ("with", unknown))
                 if names
             ]
-            said = " and ".join(parts) or "with a column twice"
+            difference = " and ".join(parts) or "with a repeated column"
             raise ValueError(
-                f"sheet: expected the columns of this version, got {self.path} {said}; name another file, and it begins"
+                f"sheet: expected the columns of this version, got {self.path} {difference}; choose another file"
             )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone with the sheet, in this process too; the system unlocks it when the process ends, however it does."""
+        """Exclusive access, also within this process; the system releases the lock whenever the process ends."""
         lock, end = self.path.with_name(f".{self.path.name}.lock"), time.monotonic() + self._wait
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -177,7 +177,9 @@ class Sheet:
                             f"({os.strerror(error.errno)}); keep it on a local disk"
                         ) from None
                 if time.monotonic() > end:
-                    raise ValueError(f"sheet: expected {self.path} to become free; another process still writes to it")
+                    raise ValueError(
+                        f"sheet: expected {self.path} to become free; another process is still writing to it"
+                    )
                 time.sleep(_POLL)
             yield
         finally:
@@ -192,16 +194,14 @@ def row_of(
     seconds: float | None = None,
     versions: str = "",
 ) -> Row:
-    """The row of an evaluation under the key by which `Sheet.done` was asked.
+    """The row of an evaluation under the key given to ``Sheet.done``.
 
-    run and checkpoint are those of `Evaluation.about`. ValueError: a key of another task or seed.
+    run and checkpoint are taken from ``Evaluation.about``. ValueError: the key has another task or seed.
     """
     about = evaluation.about
-    for name, of_evaluation in (("task", evaluation.task), ("seed", about.get("seed", key.seed))):
-        if getattr(key, name) != of_evaluation:
-            raise ValueError(
-                f"key: expected the {name} of the evaluation, {of_evaluation!r}, got {getattr(key, name)!r}"
-            )
+    for name, value in (("task", evaluation.task), ("seed", about.get("seed", key.seed))):
+        if getattr(key, name) != value:
+            raise ValueError(f"key: expected the {name} of the evaluation, {value!r}, got {getattr(key, name)!r}")
     scores = {name: Score(e.value, e.low, e.high, e.patients) for name, e in evaluation.summary().items()}
     run, finetuned = (str(about.get(name) or "") for name in ("run", "checkpoint"))
     return Row(key, run, finetuned, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
@@ -244,7 +244,7 @@ def _is_whole(name: str) -> bool:
 
 
 def _row(cells: Mapping[str, str], line: int, path: Path) -> Row:
-    """The row that the cells of a line say, in their types."""
+    """The row in the cells of a line, converted to types."""
     values = {name: _read(name, text, line, path) for name, text in cells.items()}
     scores = {
         name: Score(values[name], values[f"{name}_low"], values[f"{name}_high"], values[f"{name}_patients"])

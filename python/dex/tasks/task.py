@@ -1,7 +1,7 @@
-"""What a downstream task is: classes, metric, where its images and labels lie, and what is known of its data.
+"""The description of a downstream task: classes, metric, the layout of its files, and facts about its data.
 
-A task is a YAML file: ``catalogue/NAME.yaml`` for the 26 of the paper, or one's own. ``layout`` says in patterns which
-files belong together (`dex.tasks.patterns`), so that a task needs no code.
+A task is a YAML file: ``catalogue/NAME.yaml`` for the 26 of the paper, or the user's own. ``layout`` states in patterns
+which files belong together (``dex.tasks.patterns``), so a task needs no code.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ State = Literal["verified", "loader", "unknown", "own"]
 Split = Literal["train", "val", "test"]
 SPLITS = get_args(Split)
 BACKGROUND, IGNORE, NONZERO = "background", "ignore", "nonzero"
-"""Names that values of a mask may have beside those of the classes; what stands for every value but 0: masks of one
-class, and of numbered instances."""
+"""``background`` and ``ignore``: meanings that mask values may have besides the classes. ``nonzero``: every value but
+0, for masks of one class and of numbered instances."""
 IGNORED = 255
-"""Value of pixels in masks that count neither as a class nor as background."""
+"""Value of mask pixels that count neither as a class nor as background."""
 MAX_CLASSES = IGNORED - 1
 METRICS = {"segmentation": "dice", "classification": "auc"}
-"""The primary metric where a task does not name one."""
+"""The default primary metric."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _COLUMNS = ("file", "label", "patient", "split", "mask")
@@ -41,14 +41,14 @@ _COLUMNS = ("file", "label", "patient", "split", "mask")
 
 @dataclass(frozen=True)
 class Rule:
-    """Which images there are, and what belongs to each. Patterns are paths below the folder of the data, with names in
-    braces: ``{split}/Original/{case}.png``. A name stands for any text without "/", and for the same text wherever it
-    recurs. ``*`` is any text within a name, ``**`` any folders.
+    """Patterns of images and of the files that belong to them: paths below the data folder with placeholders in braces,
+    such as ``{split}/Original/{case}.png``. A placeholder matches any text without "/", and the same text wherever it
+    recurs. ``*`` matches any text within a name, ``**`` any folders.
 
-    image: of the image, or of the folder of a DICOM series. mask: of its mask, with the names of ``image``.
-    masks: (class, pattern) of masks of one class each, all values but 0; a file that is missing holds nothing.
-    polygons: of an XML file with polygons as ImageScope writes them. label: the class by those names: ``{class}``.
-    split, patient: by those names too; "" where the rule does not say.
+    image: the image, or the folder of a DICOM series. mask: its mask, with the placeholders of ``image``.
+    masks: (class, pattern) of masks with one class each, at all values but 0; a missing file means an empty mask.
+    polygons: an XML file of polygons in ImageScope's format. label: the class, from placeholders: ``{class}``.
+    split, patient: also from placeholders; "" if the rule does not state them.
     """
 
     image: str = ""
@@ -62,15 +62,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a task are found, and how that is known.
+    """Where the files of a task are, and how this is known.
 
-    state: "verified" on files; "loader": as a public loader, or a public description, has it; "unknown": nobody here
-    knows; "own": the user's own files. source: where it was read. rules: none where the state is unknown.
-    splits: (text of ``split`` in the rules, one of `SPLITS`); "*" is every other text. table: a CSV file below the
-    data, with the columns ``file``, ``label``, ``patient``, ``split``, ``mask`` under the names of ``columns``.
-    values: (value in a mask, class, "background" or "ignore"); a value is a number, "#rrggbb", "nonzero" or, of
-    polygons and of DICOM segmentations, the name that the file gives. labels: (text of a label in the data, class)
-    where they are called otherwise. outline: masks show the outline of what they are about; it is filled.
+    state: "verified" on files; "loader": taken from a public loader or description; "unknown"; "own": the user's own
+    files. source: the origin of this layout. rules: none if the state is unknown.
+    splits: (text of ``split`` in the rules, one of ``SPLITS``); "*" is every other text. table: a CSV file below the
+    data with the columns ``file``, ``label``, ``patient``, ``split``, ``mask``, which ``columns`` may rename.
+    values: (value in a mask, class, "background" or "ignore"); a value is a number, "#rrggbb", "nonzero" or, in
+    polygons and DICOM segmentations, the name in the file. labels: (text of a label in the data, class), if they
+    differ. outline: masks show outlines, which are filled.
     """
 
     state: State = "unknown"
@@ -87,8 +87,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints of a task: its row, the number of classes (0: not printed), images on each side.
-    difference: why ``classes`` has another number of names."""
+    """What the paper states about a task: its row, the number of classes (0: not stated), the images of each split.
+    difference: why ``classes`` has a different number of names."""
 
     row: str = ""
     targets: str = ""
@@ -103,12 +103,11 @@ class Published:
 class Task:
     """A downstream task.
 
-    name: of its file, or of the user's folder. modality: as `dex.prepare.modalities` knows it; it decides how images
-    are normalised. classes: segmentation: without background, class i has the value i + 1 in masks; classification:
-    class i is label i. Empty: the data says. metric: the primary one. plane: of volumes, as `dex prepare` has them.
-    licence, citation, url: of the data; "unknown" where nobody here knows. overlap: with the pretraining corpus, ""
-    where none is known. public: the data is, so that ids may be readable. root: the user's own folder; "" for all
-    others.
+    name: of its file, or of the user's folder. modality: a name of ``dex.prepare.modalities``, which sets the
+    normalisation of images. classes: in segmentation without background, class i has the value i + 1 in masks; in
+    classification class i is label i; empty: taken from the data. metric: the primary metric. plane: of volumes, as in
+    ``dex prepare``. licence, citation, url: of the data, "unknown" if not known. overlap: with the pretraining corpus,
+    "" if none is known. public: the data are public, so ids may be readable. root: the user's own folder, else "".
     """
 
     name: str
@@ -136,7 +135,7 @@ class Task:
 
 
 class Parts(NamedTuple):
-    """Masks of one class each, in the order of the task's classes; None: the class is not in the image."""
+    """Masks of one class each, in the order of the task's classes; None: the image does not contain the class."""
 
     files: tuple[Path | None, ...]
 
@@ -145,14 +144,14 @@ class Case(NamedTuple):
     """One picture, one volume or one DICOM series."""
 
     id: str
-    """Salted as in `prepare`, or readable where the task is public; sheets may print it."""
+    """Hashed with a salt as by ``dex prepare``, or readable if the task is public; sheets may contain it."""
     patient: str
-    """Salted too."""
+    """Hashed as well."""
     split: Split
     image: Path
-    """Private: printed only in messages on the user's own terminal. A folder where it is a DICOM series."""
+    """Private: appears only in messages on the user's own terminal. A folder for a DICOM series."""
     target: Path | Parts | int | None
-    """The file of the mask, or the files of one class each; the class's number; None: nothing is known."""
+    """The mask's file, or files of one class each; the class's number; None: unknown."""
 
 
 class TaskData(NamedTuple):
@@ -161,10 +160,10 @@ class TaskData(NamedTuple):
     task: Task
     cases: tuple[Case, ...]
     notes: tuple[str, ...]
-    """What the user should know, one sentence each."""
+    """Notes for the user, one sentence each."""
 
     def of(self, split: Split) -> tuple[Case, ...]:
-        """The cases of one side, in order."""
+        """The cases of one split, in order."""
         return tuple(case for case in self.cases if case.split == split)
 
 
@@ -174,11 +173,11 @@ def names() -> list[str]:
 
 
 def find(task: str | os.PathLike[str]) -> Task:
-    """The task of that name, or of that YAML file, or one of one's own in that folder, of which nothing is known yet.
+    """The task with this name or in this YAML file, or a task of the user's own in this folder, still without facts.
 
     Raises: ValueError naming the argument or, in a YAML file, the field; FileNotFoundError.
     """
-    expected = "task: expected a name of `dex tasks`, a YAML file, or a folder of one's own"
+    expected = "task: expected a name of `dex tasks`, a YAML file, or a folder of your own"
     if not isinstance(task, str | os.PathLike) or not os.fspath(task):
         raise ValueError(f"{expected}; got {task!r}")
     text = os.fspath(task)
@@ -190,7 +189,7 @@ def find(task: str | os.PathLike[str]) -> Task:
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
         return load(path)
     close = [name for name in names() if text.lower() in name or name in text.lower()]
-    hint = f"; perhaps {', '.join(close)}" if close else ""
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
     if os.sep in text or path.suffix:
         raise FileNotFoundError(f"{expected}; nothing at {text}")
     raise ValueError(f"{expected}; got {text!r}{hint}")
@@ -215,12 +214,12 @@ def load(path: Path) -> Task:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"task: expected YAML; {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"task: expected fields and their values; got {type(values).__name__} in {path}")
+        raise ValueError(f"task: expected fields and values; got {type(values).__name__} in {path}")
     return from_dict({"name": path.stem, **values}, str(path))
 
 
 def from_dict(values: Mapping[str, Any], source: str = "the description") -> Task:
-    """The task that plain values describe, as `to_dict` gives them. ValueError naming the field and ``source``."""
+    """The task described by plain values, as from ``to_dict``. ValueError naming the field and ``source``."""
     values = dict(values)
     layout, published = values.pop("layout", {}), values.pop("published", {})
     name = values.get("name", "")
@@ -233,8 +232,16 @@ def from_dict(values: Mapping[str, Any], source: str = "the description") -> Tas
     )
 
 
+def without_texts(task: Task) -> Task:
+    """The task without texts and published figures, which do not influence cases, targets or scores."""
+    defaults = Task(task.name)
+    texts = ("title", "anatomy", "licence", "citation", "url", "overlap", "note", "root", "published")
+    layout = dataclasses.replace(task.layout, note="")
+    return dataclasses.replace(task, layout=layout, **{name: getattr(defaults, name) for name in texts})
+
+
 def to_dict(task: Task) -> dict[str, Any]:
-    """Plain values, for JSON and YAML; without ``root``, which names the user's folder."""
+    """The task as plain values for JSON and YAML, without ``root``, the user's folder."""
     return _plain(dataclasses.asdict(dataclasses.replace(task, root="")))
 
 
@@ -253,7 +260,7 @@ def _named(make: Any, source: str) -> Any:
 
 def _layout(values: Any, source: str) -> Layout:
     if not isinstance(values, Mapping):
-        raise ValueError(f"layout: expected fields and their values; got {values!r} in {source}")
+        raise ValueError(f"layout: expected fields and values; got {values!r} in {source}")
     values = dict(values)
     rules = values.pop("rules", ())
     if not isinstance(rules, list | tuple):
@@ -274,14 +281,14 @@ def _rule(values: Any, prefix: str, source: str) -> Rule:
 
 
 def _pairs(value: Any, name: str, source: str) -> tuple[tuple[str, str], ...]:
-    """A mapping, or pairs, of texts; numbers become text."""
+    """Pairs of texts from a mapping or a list of pairs; numbers become text."""
     entries = value.items() if isinstance(value, Mapping) else value
     try:
         pairs = tuple((first, second) for first, second in entries)
     except (TypeError, ValueError):
         pairs = (((), ""),)
     if any(not isinstance(entry, str | int) or isinstance(entry, bool) for pair in pairs for entry in pair):
-        raise ValueError(f"{name}: expected texts or numbers and what each stands for; got {value!r} in {source}")
+        raise ValueError(f"{name}: expected texts or numbers with their meanings; got {value!r} in {source}")
     return tuple((str(first), str(second)) for first, second in pairs)
 
 
@@ -295,14 +302,14 @@ def _check(task: Task) -> None:
     classes = task.classes
     _require(len(classes) <= MAX_CLASSES, "classes", f"at most {MAX_CLASSES}", len(classes))
     reserved = {BACKGROUND, IGNORE} if task.kind == "segmentation" else set()
-    sound = all(name and name == name.strip() for name in classes) and len(set(classes)) == len(classes)
-    _require(sound and not reserved & set(classes), "classes", f"names, each once, other than {reserved}", classes)
+    distinct = all(name and name == name.strip() for name in classes) and len(set(classes)) == len(classes)
+    _require(distinct and not reserved & set(classes), "classes", f"names, each once, other than {reserved}", classes)
     layout = task.layout
     _require(layout.state in get_args(State), "layout.state", f"one of {', '.join(get_args(State))}", layout.state)
     _require(
         layout.state in ("unknown", "own") or (len(layout.rules) > 0 and layout.source != ""),
         "layout",
-        "rules, and a source that says them",
+        "rules, and their source",
         layout.state,
     )
     for text, split in layout.splits:
@@ -323,14 +330,10 @@ def _check_rule(rule: Rule, task: Task, name: str) -> None:
     _require(rule.image != "", f"{name}.image", "a pattern", rule.image)
     known = set(re.findall(r"\{(\w+)\}", rule.image))
     for field in ("mask", "polygons", "label", "split", "patient"):
-        strange = set(re.findall(r"\{(\w+)\}", getattr(rule, field))) - known
-        _require(not strange, f"{name}.{field}", f"names of the image's pattern, {sorted(known)}", sorted(strange))
+        _check_placeholders(getattr(rule, field), known, f"{name}.{field}")
     for title, pattern in rule.masks:
         _require(title in task.classes, f"{name}.masks", f"classes, of {', '.join(task.classes)}", title)
-        strange = set(re.findall(r"\{(\w+)\}", pattern)) - known
-        _require(
-            not strange, f"{name}.masks.{title}", f"names of the image's pattern, {sorted(known)}", sorted(strange)
-        )
+        _check_placeholders(pattern, known, f"{name}.masks.{title}")
     targets = [bool(rule.mask), bool(rule.masks), bool(rule.polygons)]
     if task.kind == "segmentation":
         _require(sum(targets) == 1 or bool(task.layout.table), name, "one of mask, masks and polygons", sum(targets))
@@ -338,6 +341,11 @@ def _check_rule(rule: Rule, task: Task, name: str) -> None:
         _require(bool(rule.label) or bool(task.layout.table), name, "a label, or a table of the layout", "none")
 
 
-def _require(sound: bool, name: str, expected: str, got: Any) -> None:
-    if not sound:
+def _check_placeholders(pattern: str, known: set[str], name: str) -> None:
+    unknown = set(re.findall(r"\{(\w+)\}", pattern)) - known
+    _require(not unknown, name, f"names of the image's pattern, {sorted(known)}", sorted(unknown))
+
+
+def _require(valid: bool, name: str, expected: str, got: Any) -> None:
+    if not valid:
         raise ValueError(f"{name}: expected {expected}; got {got!r}")

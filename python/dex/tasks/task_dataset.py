@@ -1,7 +1,7 @@
-"""The frames of a task as training reads them: each case read once, made square, kept in an unnamed temporary file.
+"""The frames of a task for training: each case is read once, made square, and kept in an unnamed temporary file.
 
-What is wrong with an image, a mask or a split shows here, before anything trains. The file has no name, so that
-nothing of it is left whatever ends the process.
+Faults of images, masks and splits are found here, before training. The file has no name, so nothing is left of it
+however the process ends.
 
 Shape letters: n frames of a case, H rows and W columns of a frame, S side of the model's images, C classes.
 """
@@ -28,25 +28,25 @@ from dex.tasks.recipe import Settings
 from dex.tasks.task import IGNORED, Task
 
 Say = Callable[[int, int, str], None]
-"""``(done, total, what comes now)``"""
+"""Called with (done, total, current activity)."""
 
 
 class Square(NamedTuple):
-    """The frames of a case as the model takes them."""
+    """The frames of a case at the model's image size."""
 
     images: Tensor
-    """uint8 ``[n, 3, S, S]``, or ``[n, 1, S, S]`` of grey frames; the longer side fills it, the rest is black."""
+    """uint8 ``[n, 3, S, S]``, or ``[n, 1, S, S]`` for grey frames; the longer side fills it, padding is black."""
     masks: Tensor | None
-    """uint8 ``[n, S, S]``; the rest is `IGNORED`."""
+    """uint8 ``[n, S, S]``; padding is ``IGNORED``."""
     place: Placement
 
 
 class Stored(NamedTuple):
-    """Where a frame is in the file."""
+    """The location of a frame in the file."""
 
     case: int
     number: int
-    """Of the frame in its case, from 0."""
+    """Number of the frame in its case, from 0."""
     offset: int
     channels: int
 
@@ -58,11 +58,14 @@ class Batch(NamedTuple):
     """Masks uint8 ``[B, S, S]``, or labels int64 ``[B]``."""
     ids: tuple[str, ...]
     places: Tensor
-    """int64 ``[B]``: counted over the whole run, so no two images of it share one."""
+    """int64 ``[B]``: position in the whole run, unique for each image."""
 
 
 def square(images: np.ndarray, masks: np.ndarray | None, size: int, spacing: tuple[float, float] | None) -> Square:
-    """uint8 ``[n, H, W]`` or ``[n, H, W, 3]``, and masks uint8 ``[n, H, W]``; spacing: of rows and columns, in mm."""
+    """Resize uint8 ``[n, H, W]`` or ``[n, H, W, 3]`` and masks uint8 ``[n, H, W]`` to squares of side ``size``.
+
+    spacing: of rows and columns, in mm.
+    """
     height, width = images.shape[1:3]
     place = placement(height, width, size, spacing or (1.0, 1.0))
     pixels = torch.from_numpy(np.ascontiguousarray(images))
@@ -70,7 +73,7 @@ def square(images: np.ndarray, masks: np.ndarray | None, size: int, spacing: tup
     top, left, tall, wide = place.square
     out = torch.zeros(len(pixels), pixels.shape[1], size, size, dtype=torch.uint8)
     target = None if masks is None else torch.full((len(pixels), size, size), IGNORED, dtype=torch.uint8)
-    for i in range(len(pixels)):  # one by one: a volume as float32 would take four times its memory
+    for i in range(len(pixels)):  # One by one: a volume as float32 would take four times its memory
         frame = pixels[i : i + 1].float()
         if (height, width) != (tall, wide):
             frame = F.interpolate(frame, (tall, wide), mode="bilinear", antialias=True, align_corners=False)
@@ -83,7 +86,7 @@ def square(images: np.ndarray, masks: np.ndarray | None, size: int, spacing: tup
 
 
 class TaskDataset:
-    """The frames of one split at one size. `add` fills it, then nothing changes."""
+    """The frames of one split at one size, filled by ``add``."""
 
     def __init__(self, task: Task, size: int):
         self.task: Task = task
@@ -91,9 +94,9 @@ class TaskDataset:
         self.cases: list[Case] = []
         self.frames: list[Stored] = []
         self.labels: list[int] = []
-        """Of every case of a classification."""
+        """Label of each case; -1 in segmentation."""
         self.counts: Tensor = torch.zeros(outputs_of(task), dtype=torch.int64)
-        """``[C]``: pixels of each class, with the background first, or frames of each class."""
+        """``[C]``: pixels of each class with the background first, or frames of each class."""
         self._file = tempfile.TemporaryFile()
         self._end = 0
         self._hash = hashlib.sha256(f"{task.name} {size} {task.classes}".encode())
@@ -103,7 +106,7 @@ class TaskDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of every pixel, target, id and patient, in order."""
+        """Hash of every pixel, target, id and patient, in order."""
         return self._hash.hexdigest()
 
     def add(self, case: Case, frames: Frames) -> None:
@@ -118,7 +121,7 @@ class TaskDataset:
             self._append(image)
             if squares.masks is not None:
                 self._append(squares.masks[i])
-        if frames.masks is not None:  # as stored: a small structure may be gone at the model's size
+        if frames.masks is not None:  # At the stored size, since small structures may vanish at the model's size
             self.counts += torch.from_numpy(np.bincount(frames.masks.ravel(), minlength=256)[: len(self.counts)])
         else:
             self.counts[frames.label] += len(squares.images)
@@ -152,7 +155,7 @@ class TaskDataset:
         return f"{self.cases[frame.case].id}#{frame.number}"
 
     def batch(self, step: int, size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """This rank's part of batch ``step``: epochs follow each other without a gap, each a fresh permutation."""
+        """This rank's part of batch ``step``. Epochs follow each other without a gap, each a new permutation."""
         part = size // world_size
         first = step * size + rank * part
         places = np.arange(first, first + part)
@@ -166,12 +169,12 @@ class TaskDataset:
         )
 
     def of_case(self, case: int) -> list[int]:
-        """Its frames, in order."""
+        """The frames of a case, in order."""
         return [i for i, frame in enumerate(self.frames) if frame.case == case]
 
 
 def spread_cases(cases: Sequence[Case], most: int) -> list[Case]:
-    """At most ``most`` of them, evenly over the list, always the same ones."""
+    """At most ``most`` cases, spread evenly over the list, always the same ones."""
     if len(cases) <= most:
         return list(cases)
     return [cases[i * len(cases) // most] for i in range(most)]
@@ -185,33 +188,34 @@ class Splits(NamedTuple):
 
 
 def read_splits(data: TaskData, size: int, settings: Settings, say: Say = lambda done, total, text: None) -> Splits:
-    """Training and validation cases, read and checked. ValueError naming what cannot be trained on.
+    """Read and check the training and validation cases. ValueError naming what training cannot use.
 
-    Without a validation split there is none to choose the best checkpoint by, which a note says.
+    Without validation cases, a note says that no best checkpoint can be chosen.
     """
     task = data.task
     sides = {side: [case for case in data.cases if case.split == side] for side in ("train", "val", "test")}
     if not sides["train"]:
         raise ValueError(f"data: expected training cases of {task.name}; got {_counted(sides)}")
-    judged = spread_cases(sides["val"], settings.evaluate_cases)
+    val_cases = spread_cases(sides["val"], settings.evaluate_cases)
     train, val = TaskDataset(task, size), TaskDataset(task, size)
-    total = len(sides["train"]) + len(judged)
-    cases = [*((train, case) for case in sides["train"]), *((val, case) for case in judged)]
+    total = len(sides["train"]) + len(val_cases)
+    cases = [*((train, case) for case in sides["train"]), *((val, case) for case in val_cases)]
     contents = frames_of([case for _, case in cases], task, settings.processes)
     for done, ((dataset, case), frames) in enumerate(zip(cases, contents, strict=True)):
         say(done, total, "reading cases")
         dataset.add(case, checked(case, frames, task))
     notes = list(_check_classes(train, val, task))
-    if not judged:
-        notes.append("no validation cases: the last checkpoint counts as the best, and nothing ends the run early")
-    elif len(judged) < len(sides["val"]):
-        notes.append(f"epochs are judged by {len(judged)} of {len(sides['val'])} validation cases (evaluate_cases)")
-    both = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()
-    return Splits(train, val, tuple(notes), both)
+    if not val_cases:
+        notes.append("no validation cases: the last checkpoint counts as the best, and the run does not end early")
+    elif len(val_cases) < len(sides["val"]):
+        count = f"{len(val_cases)} of {len(sides['val'])}"
+        notes.append(f"epochs are evaluated on {count} validation cases (evaluate_cases)")
+    fingerprint = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()
+    return Splits(train, val, tuple(notes), fingerprint)
 
 
 def checked(case: Case, frames: Frames, task: Task) -> Frames:
-    """The same frames. ValueError for what no training can use; the message may name the file."""
+    """The same frames. ValueError for frames that training cannot use; the message may name the file."""
     if len(frames.images) == 0:
         raise ValueError(f"data: expected at least one image; {case.image} holds none")
     if task.kind == "classification":
@@ -225,23 +229,23 @@ def checked(case: Case, frames: Frames, task: Task) -> Frames:
         shapes = f"{list(frames.masks.shape)} for images {list(frames.images.shape[:3])}"
         raise ValueError(f"data: expected masks of the images' size; {case.image} has {shapes}")
     values = np.unique(frames.masks)
-    strange = values[(values > len(task.classes)) & (values != IGNORED)]
-    if len(strange):
+    unknown = values[(values > len(task.classes)) & (values != IGNORED)]
+    if len(unknown):
         expected = f"values 0 to {len(task.classes)} of {task.name}, or {IGNORED} for ignored pixels"
-        raise ValueError(f"data: expected {expected}; the mask of {case.image} holds {strange.tolist()[:8]}")
+        raise ValueError(f"data: expected {expected}; the mask of {case.image} holds {unknown.tolist()[:8]}")
     return frames
 
 
 def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator[str]:
-    """Notes. ValueError where there is nothing to learn."""
+    """Notes on missing classes. ValueError if there is nothing to learn."""
     first = int(task.kind == "segmentation")
     present = (train.counts[first:] > 0).tolist()
-    missing = [name for name, there in zip(task.classes, present, strict=True) if not there]
+    missing = [name for name, is_present in zip(task.classes, present, strict=True) if not is_present]
     if not any(present):
-        raise ValueError(f"data: expected some mask of {task.name} that is not empty; all training masks are")
+        raise ValueError(f"data: expected some mask of {task.name} that is not empty; all training masks are empty")
     if task.kind == "classification" and sum(present) < 2:
         only = task.classes[present.index(True)]
-        raise ValueError(f"data: expected at least two classes in the training split of {task.name}; got {only} alone")
+        raise ValueError(f"data: expected at least two classes in the training split of {task.name}; got {only} only")
     if missing:
         raise ValueError(
             f"data: expected every class of {task.name} in the training split; missing: {', '.join(missing)}. Leave "
@@ -250,7 +254,7 @@ def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator
     if len(val):
         absent = [name for name, n in zip(task.classes, val.counts[first:].tolist(), strict=True) if n == 0]
         if absent:
-            yield f"no validation case holds {', '.join(absent)}: no epoch is judged by them"
+            yield f"no validation case contains {', '.join(absent)}: the validation metric ignores them"
 
 
 def _counted(sides: dict[str, list[Case]]) -> str:

@@ -1,4 +1,4 @@
-"""The fine-tuning step, with everything that the next step depends on; no folder is touched here.
+"""The fine-tuning step and all state that the next step depends on; it does not use the run folder.
 
 Shape letters: B images of this rank.
 """
@@ -31,24 +31,24 @@ from dexkernels import hold_weights
 
 
 class TaskPlan(NamedTuple):
-    """Everything that a fine-tuning is made of, resolved once."""
+    """Everything about a fine-tuning, resolved once."""
 
     settings: Settings
     task: Task
     config: Config
-    """Of the pretrained run, with the image size of this model."""
+    """The pretrained run's, with the image size of this model."""
     pretrained: dict[str, Any]
-    """What the run was: name of its folder, step, and the hash of its checkpoint's manifest."""
+    """The pretrained run: name of its folder, step, hash of its checkpoint's manifest."""
     ranks: Ranks
     device: torch.device
     precision: str
     train: TaskDataset
     val: TaskDataset
     fingerprint: str
-    """Of all training and validation data."""
+    """Hash of all training and validation data."""
     steps_per_epoch: int
     saved: checkpoint.Checkpoint | None = None
-    """Where it goes on; None at step 0."""
+    """The checkpoint to resume from; None at step 0."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,21 +57,21 @@ class TaskPlan(NamedTuple):
 
 
 class _Computed(NamedTuple):
-    """Of a batch or a micro-batch, what the verdict takes."""
+    """The results of a batch or micro-batch that the verdict needs."""
 
     gate_mass: list[Tensor]
     expert_indices: list[Tensor]
     image_loss: Tensor
     losses: tuple[Tensor, ...]
-    """Means: loss, total, align and balance loss."""
+    """Means of loss, total, align loss and balance loss."""
 
 
 class TaskTrainer(Engine):
-    """Model, optimizer and counters of one fine-tuning, at step 0 until `restore`.
+    """Model, optimizer and counters of one fine-tuning, at step 0 until ``restore``.
 
-    A step is that of pretraining: forward, backward, verdict, GEMA where it goes on, clip, AdamW; after a bad verdict
-    the same launches change nothing. Images, augmentation and dropout are functions of seed and step, so a resumed run
-    goes on bit for bit, and the images of a step do not depend on the number of ranks.
+    A step is the same as in pretraining: forward, backward, verdict, GEMA if enabled, clipping, AdamW; after a bad
+    verdict the same launches change nothing. Images, augmentation and dropout are functions of seed and step, so a run
+    resumes bit-for-bit, and the images of a step do not depend on the number of ranks.
     """
 
     def __init__(self, plan: TaskPlan, model: TaskModel):
@@ -113,7 +113,7 @@ class TaskTrainer(Engine):
         return learning_rate(s.lr, step, self.steps, round(s.warmup_epochs * self.plan.steps_per_epoch))
 
     def train_step(self) -> list[NonFinite]:
-        """One step; returns the non-finite ones among the steps whose verdict has arrived."""
+        """Run one step; return the non-finite steps among those whose verdict has arrived."""
         settings, plan = self.settings, self.plan
         with self._waiting_for_data():
             ranks = self.ranks
@@ -126,7 +126,7 @@ class TaskTrainer(Engine):
             targets = self._to_device(batch.targets)
             masks = targets if plan.task.kind == "segmentation" else None
             images, moved = augment(self._to_device(batch.images), masks, keys, settings, self.model.encoder.in_chans)
-        torch.manual_seed(step_seed(settings.seed, self.step) ^ self.ranks.rank)  # of dropout
+        torch.manual_seed(step_seed(settings.seed, self.step) ^ self.ranks.rank)  # For dropout
         verdict, image_loss = self._compute(images, targets if moved is None else moved)
         self._send(verdict, image_loss, batch.ids)
         return self._read_verdicts(keep=1 if self.device.type == "cuda" else 0)
@@ -163,7 +163,7 @@ class TaskTrainer(Engine):
         return verdict, out.image_loss
 
     def _backward(self, images: Tensor, targets: Tensor, share: float) -> "_Computed":
-        """Forward and backward of a micro-batch, whose loss counts by ``share``."""
+        """Forward and backward of a micro-batch, whose loss is weighted by ``share``."""
         settings = self.settings
         forward = contextlib.nullcontext() if settings.strategy == "fsdp" else self._local
         with forward, autocast(self.device, self.plan.precision):
@@ -181,12 +181,12 @@ class TaskTrainer(Engine):
         return _Computed(masses, indices, image_loss.detach(), losses)
 
     def image_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """``[B]``, before pretraining's losses."""
-        of_kind = segmentation_loss if self.plan.task.kind == "segmentation" else classification_loss
-        return of_kind(logits, targets, self._weights)
+        """The task's loss ``[B]``, without pretraining's losses."""
+        loss = segmentation_loss if self.plan.task.kind == "segmentation" else classification_loss
+        return loss(logits, targets, self._weights)
 
     def row(self) -> dict[str, Any]:
-        """Means over the steps since the last row; waits for the device."""
+        """The row of means over the steps since the last row; waits for the device."""
         means = self.window.read()
         losses = {name: value for name, value in means.losses.items() if self.settings.wants_aux or name in _ROW}
         scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.value.item()}
@@ -194,7 +194,7 @@ class TaskTrainer(Engine):
         return {"step": self.step, "epoch": self.epoch, **losses, "lr": lr, "skipped": means.skipped, **scale}
 
     def state(self) -> dict[str, Any]:
-        """Everything but weights and moments that the next step depends on, as JSON; wait for verdicts first."""
+        """Everything except weights and moments that the next step depends on, as JSON values. Call ``flush`` first."""
         return {
             "step": self.step,
             "steps": self.steps,
@@ -213,7 +213,7 @@ class TaskTrainer(Engine):
         self._go_on_from(saved.state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `checkpoint.Saver` writes, not copied."""
+        """The tensors for ``checkpoint.Saver``, without a copy."""
         return checkpoint.collect(self.model, self.optimizer, self.named_parameters)
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class TaskTrainer(Engine):
 
     @contextlib.contextmanager
     def evaluating(self):
-        """In the block the model is in evaluation mode and takes no gradient."""
+        """A context in which the model is in evaluation mode, without gradients."""
         self.model.eval()
         with torch.no_grad():
             yield self.model
@@ -237,7 +237,7 @@ _ROW = ("loss", "grad_norm")
 
 
 def _merge(parts: list[_Computed]) -> _Computed:
-    """Of a batch from its micro-batches, of equal size."""
+    """The results of a batch from those of its micro-batches, which have equal sizes."""
     if len(parts) == 1:
         return parts[0]
     return _Computed(
@@ -249,7 +249,7 @@ def _merge(parts: list[_Computed]) -> _Computed:
 
 
 def _as_config(plan: TaskPlan) -> Config:
-    """The run's configuration with this optimizer; `Config.peak_lr` is ``lr``."""
+    """The run's configuration with the settings' optimizer; with batch size 512, ``Config.peak_lr`` equals lr."""
     s = plan.settings
     optim = OptimConfig(base_lr=s.lr, weight_decay=s.weight_decay, clip_norm=s.clip_norm)
     parallel = ParallelConfig(strategy=s.strategy)

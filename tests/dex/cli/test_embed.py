@@ -94,7 +94,7 @@ def test_scans_that_cannot_be_read_are_counted(model, run, tmp_path):
     code, _, err = run("embed", model, folder, "--modality", "CT", "--out", tmp_path / "none.npz", "--workers", 0)
     assert code == 1 and err.startswith("dex embed: input: expected at least one readable image; ")
     code, _, err = run("embed", model, folder, "--out", out)
-    assert code == 2 and "modality: expected one, since files of the formats nifti do not say what they hold" in err
+    assert code == 2 and "modality: expected one, since files of the formats nifti do not state theirs" in err
 
 
 @pytest.mark.parametrize(

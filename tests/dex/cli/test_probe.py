@@ -79,7 +79,7 @@ def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
         (("--labels", "empty.csv"), "labels: expected a CSV file with columns path"),
         (("--labels", "other.csv"), "labels: expected some of the 120 files or images to have one"),
         (("--labels", "one.csv"), "labels: expected at least 2 classes; got 'a' only"),
-        (("--slope", "2"), "modality: expected one, since files of the formats picture do not say"),
+        (("--slope", "2"), "modality: expected one, since files of the formats picture do not state"),
         (("--modality", "XRY"), "modality: expected one of"),
         (("--folds", "1"), "folds: expected at least 2; got 1"),
         (("--labels", "absent.csv"), "labels: expected a CSV file; nothing at absent.csv"),

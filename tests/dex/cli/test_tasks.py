@@ -51,14 +51,14 @@ def test_one_task(run, monkeypatch):
     assert code == 0 and "CC BY-NC-SA 4.0" in out and "not verified on files" in out
     assert "dex finetune RUN monusac --data DIR --out DIR" in out
     out = run("tasks", "autopet-org")[1]
-    assert "AutoPET is in the pretraining corpus too" in out and "--classes NAME=VALUE" in out
+    assert "AutoPET is also in the pretraining corpus" in out and "--classes NAME=VALUE" in out
     facts = json.loads(run("tasks", "fives", "--json")[1])
     assert facts["task"]["published"]["test"] == 500 and "data" not in facts
 
 
 def test_a_folder_of_ones_own(run, own, tmp_path):
     code, out, err = run("tasks", own, "--classes", "one", "two=2")
-    assert code == 2 and "of all classes or of none" in err
+    assert code == 2 and "for all classes or for none" in err
     options = ("--classes", "one=1", "two=2", "--patient", r"(p\d+)_", "--check")
     code, out, err = run("tasks", own, *options)
     assert code == 0 and err == ""
@@ -83,7 +83,7 @@ def test_the_leak_check(run, own, tmp_path):
     code, out, _ = run("tasks", own, *options, own / "images")
     assert code == 0 and "leak check against pretraining: 24 images of 24 cases in images" in out
     code, out, _ = run("tasks", own, "--classes", "one", "two", "--run", tmp_path)
-    assert code == 0 and "not checked because the run's folder does not say" in out
+    assert code == 0 and "not checked because the run's folder does not state" in out
     assert run("tasks", own, *options, "nowhere")[0] == 1
 
 
@@ -110,7 +110,7 @@ def test_a_description_of_ones_own(run, own, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing",), "task: expected a name of `dex tasks`, a YAML file, or a folder of one's own; got 'nothing'"),
+        (("nothing",), "task: expected a name of `dex tasks`, a YAML file, or a folder of your own; got 'nothing'"),
         (("some/folder",), "nothing at some/folder"),
         (("--data", "nowhere"), "data: expected a folder with a folder for each task; got nowhere"),
         (("--classes", "a"), "classes: expected a task and its data folder with it; got ['a'] alone"),

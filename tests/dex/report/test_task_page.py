@@ -82,7 +82,7 @@ def test_a_classification_in_whole(tmp_path):
 def test_three_patients_have_no_interval_on_the_page(tmp_path):
     write(tmp_path / "r.html", segmented(n=6))
     text = text_of(tmp_path / "r.html")
-    assert "without an interval: an interval over 3 patients says nothing; it takes 4." in text
+    assert "without an interval: an interval over 3 patients says nothing; at least 4 are needed." in text
     assert "BCa" not in text and "pretraining set: not checked" in text
 
 

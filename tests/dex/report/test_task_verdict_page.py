@@ -26,12 +26,12 @@ def test_verdict_tasks_and_costs(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     verdict = compare.verdict(A, B, results)
     assert verdict.startswith("DEX is better than <b>control</b> on 1 of 1 tasks")
-    assert "1 more has too small a sample" in verdict and "not of equal compute (images seen: 80 and 160" in verdict
+    assert "1 more has too small a sample" in verdict and "Compute is not equal (images seen: 80 and 160" in verdict
     assert verdict.replace("<b>", "&lt;b&gt;").replace("</b>", "&lt;/b&gt;") in page
     assert "<b>control</b>" not in page
     assert "no verdict: 4 test patients, fewer than 10" in page
     for value in results[0].values:
         assert f"{value:.3f}" in page
-    assert "1% are its directors" in page and "images seen" in page
+    assert "Directors take 1% of the operations" in page and "images seen" in page
     assert "Test images in the pretraining set of DEX: none found in 48 images." in page
     assert page.count('id="task-') == 2

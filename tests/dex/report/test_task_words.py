@@ -4,7 +4,7 @@ from dex.report.task_words import few, plain, signed, title_of, words_table
 from dex.tasks.metrics.estimate import Estimate
 
 WHOLE, BARE = Estimate(0.8125, 0.75, 0.875, 9, 20), Estimate(-0.25, None, None, 2, 4, "too few")
-NONE = Estimate(None, None, None, 0, 0, "no case enters it")
+NONE = Estimate(None, None, None, 0, 0, "no case counts for it")
 
 
 def test_estimates_in_words():

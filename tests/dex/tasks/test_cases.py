@@ -107,23 +107,23 @@ def test_a_split_that_shares_patients(folders, tmp_path):
     files = sorted(path.relative_to(folders).as_posix() for path in folders.rglob("*.png"))
     lines = [f"{file},{'xy'[i % 2]},q{i // 4},{SPLITS[i % 3]}" for i, file in enumerate(files)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label,patient,split", *lines]))
-    with pytest.raises(ValueError, match=r"each patient on one side; got 10 on several: q0 \(test: a/"):
+    with pytest.raises(ValueError, match=r"each patient in one split; got 10 in several: q0 \(test: a/"):
         open_task(folders, labels=tmp_path / "labels.csv")
 
 
 def test_labels_that_cannot_be_learned(folders, save_png):
-    with pytest.raises(ValueError, match=r"labels: expected a; got 'b' for 20 images, as b/p"):
+    with pytest.raises(ValueError, match=r"labels: expected a; got 'b' for 20 images, such as b/p"):
         open_task(folders, classes=["a"])
     with pytest.raises(ValueError, match="none of c"):
         open_task(folders, classes=["a", "b", "c"])
     for path in (folders / "b").rglob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match="at least 2 classes; got 'a' alone"):
+    with pytest.raises(ValueError, match="at least 2 classes; got 'a' only"):
         open_task(folders)
 
 
 def test_masks_without_a_meaning_say_what_they_hold(pairs):
-    with pytest.raises(ValueError, match="--classes NAME=VALUE .*the first 5 masks hold 0, 1, 2"):
+    with pytest.raises(ValueError, match="--classes NAME=VALUE .*the first 5 masks contain 0, 1, 2"):
         open_task(pairs)
 
 
@@ -135,7 +135,7 @@ def test_targets_are_checked_before_anything_trains(pairs, save_png):
         check_targets(data)
     for case in data.of("test"):
         save_png(case.target, np.where(MASK == 2, 0, MASK).astype(np.uint8))
-    with pytest.raises(ValueError, match="each class in test; none of its .* cases holds two"):
+    with pytest.raises(ValueError, match="each class in test; none of its .* cases contains two"):
         check_targets(data)
     save_png(last, MASK[:-1])
     with pytest.raises(ValueError, match="size of its image, 16 x 20; got 15 x 20"):
@@ -161,7 +161,7 @@ def test_a_header_that_names_nobody(tmp_path, save_series):
         save_series(tmp_path / f"d/{'ab'[i % 2]}/s{i}", labels, patient="Anonymous")
     data = open_task(tmp_path / "d")
     assert len({case.patient for case in data.cases}) == 20
-    assert "nothing names the patient of each image" in data.notes[0]
+    assert "the patients of the images are unknown" in data.notes[0]
 
 
 def test_a_pattern_needs_a_group(folders):

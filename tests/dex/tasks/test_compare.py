@@ -57,7 +57,7 @@ def test_both_sides_are_fine_tuned_once_and_compared(pretrained, shade_data, che
     compare.write_result(tmp_path / compare.RESULT, a, b, [result])
     said = json.loads((tmp_path / compare.RESULT).read_text())
     assert said["verdict"].startswith("No verdict: the sample is too small (2 seeds, fewer than 3; ")
-    assert "not of equal compute (images seen: 48 and 0" in said["compute_says"][0]
+    assert "Compute is not equal (images seen: 48 and 0" in said["compute_says"][0]
 
 
 def evaluation(right, seed, patients=20):
@@ -82,11 +82,11 @@ def test_a_verdict_in_a_sentence():
     same = compare.compared("two", *sides_of(good, good))
     assert better.reasons == () and better.difference.verdict == "higher"
     assert compare.verdict(A, B, [better, same]) == (
-        "DEX is better than control on 1 of 2 tasks, worse on 0, not told apart on 1."
+        "DEX is better than control on 1 of 2 tasks, worse on 0, without a clear difference on 1."
     )
     small = compare.compared("three", *sides_of(good, bad, patients=4))
     assert small.reasons == ("4 test patients, fewer than 10",)
-    assert "1 more has too small a sample for any verdict" in compare.verdict(B, A, [better, small])
+    assert "1 more has too small a sample for a verdict" in compare.verdict(B, A, [better, small])
     few = compare.compared("four", *sides_of(good, bad, seeds=2))
     assert compare.verdict(A, B, [small, few]) == (
         "No verdict: the sample is too small (2 seeds, fewer than 3; 4 test patients, fewer than 10)."
@@ -105,7 +105,7 @@ def test_unequal_compute_is_part_of_the_verdict():
     other = B._replace(compute=COST._replace(images=160, steps=20, operations=2 * 10**9))
     result = compare.compared("one", *sides_of([0.9] * 40, [0.2] * 40))
     said = compare.verdict(A, other, [result])
-    assert "not of equal compute (images seen: 80 and 160; steps: 10 and 20; operations of pretraining" in said
+    assert "Compute is not equal (images seen: 80 and 160; steps: 10 and 20; operations of pretraining" in said
 
 
 def test_runs_that_are_the_same_are_refused(pretrained, tmp_path):
@@ -141,6 +141,8 @@ def test_other_data_are_refused(shade_data, tmp_path, shades):
     task = compare.prepared(shade_data)
     compare._same_data(tmp_path / "shades/data.sha256", task)
     compare._same_data(tmp_path / "shades/data.sha256", compare.prepared(shade_data))
+    reworded = shade_data._replace(task=replace(shade_data.task, title="Another title"))
+    compare._same_data(tmp_path / "shades/data.sha256", compare.prepared(reworded))
     fewer = compare.prepared(shade_data._replace(cases=shade_data.cases[1:]))
     with pytest.raises(ValueError, match="data: expected the images, masks and splits of shades"):
         compare._same_data(tmp_path / "shades/data.sha256", fewer)

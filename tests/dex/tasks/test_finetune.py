@@ -196,7 +196,11 @@ def test_only_the_same_fine_tuning_goes_on(whole, pretrained, disc_data, quick, 
     fewer = disc_data._replace(cases=disc_data.cases[:-3])
     with pytest.raises(ValueError, match="data: expected the images, masks and splits"):
         finetune(pretrained, fewer, quick, whole, resume=True)
-    assert finetune(pretrained, disc_data, replace(quick, keep_checkpoints=1), whole, resume=True) == exits.DONE
+    nsd = disc_data._replace(task=replace(disc_data.task, metric="nsd"))
+    with pytest.raises(ValueError, match="task: expected '.*' as described there"):
+        finetune(pretrained, nsd, quick, whole, resume=True)
+    reworded = disc_data._replace(task=replace(disc_data.task, title="Another title"))
+    assert finetune(pretrained, reworded, replace(quick, keep_checkpoints=1), whole, resume=True) == exits.DONE
 
 
 def test_folders_in_use_are_left_alone(whole, pretrained, disc_data, quick, tmp_path):
@@ -263,9 +267,9 @@ def test_a_modality_that_the_run_has_not_seen_is_a_note(pretrained, disc_data, q
     other = next(name for name in NAMES if name not in planned.pretrained["modalities"])
     task = replace(disc_data.task, modality=other)
     planned, _ = plan(pretrained, disc_data._replace(task=task), quick)
-    assert any(f"no {other}" in note for note in planned.notes)
+    assert any(f"not on {other}" in note for note in planned.notes)
     planned, _ = plan(pretrained, disc_data._replace(task=replace(task, modality=seen)), quick)
-    assert not any("has seen" in note for note in planned.notes)
+    assert not any("was pretrained on" in note for note in planned.notes)
 
 
 def test_defaults_are_the_papers(pretrained, disc_data):

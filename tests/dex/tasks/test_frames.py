@@ -138,7 +138,7 @@ def test_an_image_that_is_to_be_turned_and_a_mask_that_is_not_are_refused(tmp_pa
 def test_a_format_that_does_not_say_how_it_lies_is_no_mask_of_one_that_does(tmp_path, volume, save_nifti):
     image = save_nifti(tmp_path / "i.nii", volume.values, volume.affine)
     np.save(tmp_path / "m.npy", volume.labels.transpose(2, 1, 0))
-    with pytest.raises(ValueError, match="say how their voxels lie"):
+    with pytest.raises(ValueError, match="formats with an orientation for both"):
         read(case(image, tmp_path / "m.npy"), task())
 
 

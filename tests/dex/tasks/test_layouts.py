@@ -265,7 +265,7 @@ def test_a_patient_of_monusac_on_both_sides(tmp_path):
     stem = tmp_path / "MoNuSAC Testing Data and Annotations/TCGA-AA-0003-01Z-00-DX1/TCGA-AA-0003-01Z-00-DX1_2"
     picture(stem.with_suffix(".tif"))
     annotations(stem.with_suffix(".xml"), "Epithelial")
-    with pytest.raises(ValueError, match=r"1 on several: TCGA-AA-0003 \(test: .*, train: .*--split draw"):
+    with pytest.raises(ValueError, match=r"1 in several: TCGA-AA-0003 \(test: .*, train: .*--split draw"):
         open_task("monusac", tmp_path)
     data = open_task("monusac", tmp_path, split="draw")
     assert len({case.split for case in data.cases if "0003" in case.image.name}) == 1

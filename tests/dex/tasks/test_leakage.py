@@ -76,12 +76,12 @@ def test_against_the_data_of_a_run(data, trained, tmp_path):
     assert leakage.of_run(data, run).total == 2
     changed = run_of(tmp_path / "changed", trained, dataset, fingerprint="another")
     assert leakage.of_run(data, changed).sentence == (
-        "not checked because the run's data, trained, are no longer those that it was trained on"
+        "not checked because the run's data, trained, have changed since it was trained"
     )
     counts = run_of(tmp_path / "counts", trained, dataset, images={"CT": 3})
-    assert "no longer" in leakage.of_run(data, counts).sentence
+    assert "have changed" in leakage.of_run(data, counts).sentence
     gone = run_of(tmp_path / "gone", tmp_path / "elsewhere", dataset)
-    assert "trained, are not at hand" in leakage.of_run(data, gone).sentence
+    assert "trained, are not available" in leakage.of_run(data, gone).sentence
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"starts": []}'])
@@ -90,7 +90,7 @@ def test_a_folder_that_is_no_run(data, tmp_path, text):
     (tmp_path / "run/config.yaml").write_text("{}")
     if text is not None:
         (tmp_path / "run/run.json").write_text(text)
-    expected = "not checked because the run's folder does not say what it was trained on"
+    expected = "not checked because the run's folder does not state its pretraining set"
     assert leakage.of_run(data, tmp_path / "run").sentence == expected
 
 

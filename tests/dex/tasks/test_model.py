@@ -88,5 +88,5 @@ def test_a_run_on_one_channel_has_a_decoder_of_one(quick, task):
 
 
 def test_a_run_on_rectangles_needs_a_size(quick):
-    with pytest.raises(ValueError, match="img_size: expected a square, .* the run's images are 32 x 64"):
+    with pytest.raises(ValueError, match="img_size: expected a square image size, .* the run's images are 32 x 64"):
         TaskModel(VisionTransformer((32, 64), 8, 32, 2, 2, 4, 2), SEGMENTATION, quick)

@@ -80,7 +80,7 @@ def test_places_of_masks(held, image, mask, side, patient):
 def test_an_image_without_a_mask_and_one_with_two(held):
     with pytest.raises(ValueError, match=r"images/b.png has none in masks/ \(1 of 2 images have none\)"):
         held("images/a.png", "images/b.png", "masks/a.png")
-    with pytest.raises(ValueError, match=r"one mask for each image; .*images/a.png has 2: masks/a.png, masks/a.tif"):
+    with pytest.raises(ValueError, match=r"one mask per image; .*images/a.png has 2: masks/a.png, masks/a.tif"):
         held("masks/b.png", "masks/a.tif")
 
 
@@ -123,7 +123,7 @@ def test_no_form_names_them_all(held):
 
 
 def test_a_folder_with_nothing_in_it(tmp_path):
-    with pytest.raises(ValueError, match="with nothing in it"):
+    with pytest.raises(ValueError, match="with no files"):
         own.of_folder(patterns.listed(tmp_path), OWN)
 
 
@@ -157,7 +157,7 @@ def table(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_a_table_in_another_encoding_says_how_to_save_it(table, encoding):
-    with pytest.raises(ValueError, match=r"labels: expected .*in UTF-8; .*labels\.csv is in another encoding"):
+    with pytest.raises(ValueError, match=r"labels: expected .*in UTF-8; .*labels\.csv has another encoding"):
         table("file,label,patient\na.png,x,Müller\n", encoding=encoding)
 
 

@@ -30,5 +30,5 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     Path(tmp_path / "data.private").write_text("")
-    with pytest.raises(ValueError, match="private: expected a folder"):
+    with pytest.raises(ValueError, match="private: expected a writable folder"):
         salt_of(tmp_path / "data", None)

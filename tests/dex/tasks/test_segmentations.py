@@ -56,9 +56,9 @@ def test_unknown_segments_are_named(tmp_path, series, save_segmentation):
 
 def test_other_objects_and_other_places_are_refused(tmp_path, series, save_segmentation):
     heads, read = series
-    with pytest.raises(ValueError, match="is no segmentation, but CT"):
+    with pytest.raises(ValueError, match="is not a segmentation, but CT"):
         read(tmp_path / "s" / "000.dcm", task(*NAMES))
-    with pytest.raises(ValueError, match=r"lies on none of 4"):
+    with pytest.raises(ValueError, match=r"lies on none of the 4"):
         read(save_segmentation(tmp_path / "far.dcm", LABELS, heads, NAMES, shift=1.0), task(*NAMES))
     with pytest.raises(ValueError, match="expected the size of its image, 16 x 14; got 15 x 14"):
         read(save_segmentation(tmp_path / "small.dcm", LABELS[:, 1:], heads, NAMES), task(*NAMES))

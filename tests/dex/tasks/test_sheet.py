@@ -130,10 +130,10 @@ def lines(*rows):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lines(COLUMNS[1:]), r"sheet: .* s\.csv without task; name another file"),
+        (lines(COLUMNS[1:]), r"sheet: .* s\.csv without task; choose another file"),
         (lines((*COLUMNS, "colour")), r"s\.csv with colour"),
         (lines((*COLUMNS[:-1], "colour")), f"without {COLUMNS[-1]} and with colour"),
-        (lines((*COLUMNS, "task")), "with a column twice"),
+        (lines((*COLUMNS, "task")), "with a repeated column"),
         ("", "without task, checkpoint, .* and .* more"),
         ("\x89PNG\0\n", "sheet: expected"),
         (lines(COLUMNS, ["fives", "a"]), r"sheet: expected \d+ cells in line 2 of .*s\.csv, got 2"),

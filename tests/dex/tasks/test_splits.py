@@ -39,14 +39,16 @@ def test_shares_and_classes_of_a_draw():
         own = [s.label for s, on in zip(several, sides, strict=True) if on == side]
         assert own.count("a") == pytest.approx(own.count("b"), abs=10)
     assert sides != sides_of(several, 1)[0]
-    assert notes == ["the split is drawn by patient, with seed 0: the files name none"]
+    assert notes == ["the split is drawn by patient, with seed 0: the files state none"]
 
 
 def test_sides_of_the_files_are_kept():
     stated = samples(60, 20, side=lambda i: ("train", "val", "test", "train")[i % 20 // 2 % 4])
     sides, notes = sides_of(stated, 0)
     assert sides == [sample.side for sample in stated]
-    assert notes == [f"{s} has {n} patients: intervals over so few say little" for s, n in (("val", 6), ("test", 4))]
+    assert notes == [
+        f"{s} has only {n} patients: intervals over patients are unreliable" for s, n in (("val", 6), ("test", 4))
+    ]
     assert sides_of(stated, 0, redraw=True)[0] != sides
 
 
@@ -60,7 +62,7 @@ def test_val_is_drawn_from_train_where_the_files_name_train_and_test():
 
 def test_a_patient_on_several_sides_is_named():
     torn = samples(side=lambda i: "train" if i < 50 else "test")
-    with pytest.raises(ValueError, match=r"10 on several: p10 \(test: f50, train: f10\).*--split draw"):
+    with pytest.raises(ValueError, match=r"10 in several: p10 \(test: f50, train: f10\).*--split draw"):
         sides_of(torn, 0)
     assert set(sides_of(torn, 0, redraw=True)[0]) == {"train", "val", "test"}
 

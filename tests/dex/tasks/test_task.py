@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dex.tasks import task as tasks
-from dex.tasks.task import IGNORED, SPLITS, Layout, Task, find, from_dict, names, to_dict
+from dex.tasks.task import IGNORED, SPLITS, Layout, Task, find, from_dict, names, to_dict, without_texts
 
 FIVES = {
     "name": "vessels",
@@ -41,6 +41,14 @@ def test_a_description_there_and_back(tmp_path):
     assert find(tmp_path / "vessels.yaml") == task
 
 
+def test_texts_do_not_make_another_task():
+    task = from_dict(FIVES)
+    reworded = from_dict(changed(title="Retinal vessels", licence="CC0", layout__note="A note", published={"train": 1}))
+    assert reworded != task and without_texts(reworded) == without_texts(task)
+    for change in ({"layout__values": {1: "vessels"}}, {"metric": "nsd"}, {"modality": "OCT"}, {"name": "other"}):
+        assert without_texts(from_dict(changed(**change))) != without_texts(task), change
+
+
 def changed(**changes):
     values = json.loads(json.dumps(FIVES))
     for key, value in changes.items():
@@ -71,7 +79,7 @@ def changed(**changes):
         ({"layout__columns": {"who": "x"}}, "layout.columns: expected some of"),
         ({"layout__state": "guessed"}, "layout.state: expected one of"),
         ({"layout__rules": []}, "layout: expected rules"),
-        ({"layout__source": ""}, "layout: expected rules, and a source"),
+        ({"layout__source": ""}, "layout: expected rules, and their source"),
         ({"layout__rules": "x"}, "layout.rules: expected a list"),
         ({"layout__rules__0__mask": "{who}.png"}, "rules.0.mask: expected names of the image's pattern"),
         ({"layout__rules__0__mask": ""}, "rules.0: expected one of mask, masks and polygons"),
@@ -96,7 +104,7 @@ def test_files_that_are_no_description(tmp_path, text):
 
 
 def test_names_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"got 'five'; perhaps fives"):
+    with pytest.raises(ValueError, match=r"got 'five'; did you mean fives"):
         find("five")
     with pytest.raises(FileNotFoundError, match="nothing at"):
         find("some/where.yaml")

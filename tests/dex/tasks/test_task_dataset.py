@@ -138,7 +138,7 @@ def test_splits_need_something_to_learn(monkeypatch):
     with pytest.raises(ValueError, match="every class of s in the training split; missing: b"):
         splits_of(monkeypatch, [("train", frames(only)), ("val", whole)])
     labelled = [Frames(np.zeros((1, 8, 8), np.uint8), None, label, None, None) for label in (0, 1)]
-    with pytest.raises(ValueError, match="at least two classes in the training split of c; got x alone"):
+    with pytest.raises(ValueError, match="at least two classes in the training split of c; got x only"):
         splits_of(monkeypatch, [("train", labelled[0]), ("val", labelled[1])], CLASSIFICATION)
 
 
@@ -146,10 +146,10 @@ def test_notes_say_what_an_epoch_is_judged_by(monkeypatch):
     whole = frames(masked(1))
     assert "no validation cases" in splits_of(monkeypatch, [("train", whole)]).notes[0]
     many = splits_of(monkeypatch, [("train", whole), *[("val", whole)] * 5])
-    assert many.notes == ("epochs are judged by 2 of 5 validation cases (evaluate_cases)",)
+    assert many.notes == ("epochs are evaluated on 2 of 5 validation cases (evaluate_cases)",)
     assert [c.image for c in many.val.cases] == ["1", "3"]
     absent = splits_of(monkeypatch, [("train", whole), ("val", frames(masked(0)))])
-    assert absent.notes == ("no validation case holds a, b: no epoch is judged by them",)
+    assert absent.notes == ("no validation case contains a, b: the validation metric ignores them",)
     assert absent.fingerprint != many.fingerprint
 
 

@@ -1,1 +1,1 @@
-"""Metrics of tasks, by case and over patients; docs/metrics.md has the equations and their sources."""
+"""Metrics of tasks, per case and over patients; docs/metrics.md has the equations and their sources."""

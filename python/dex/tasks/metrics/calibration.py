@@ -1,4 +1,4 @@
-"""Whether probabilities are what they say: reliability by bin, and the expected calibration error (Guo et al. 2017).
+"""Calibration of probabilities: reliability by bin, and the expected calibration error (Guo et al. 2017).
 
 Shape letters: n cases, B bins, P patients.
 """
@@ -15,9 +15,9 @@ from dex.tasks.metrics.classification import Classified
 from dex.tasks.metrics.estimate import Measure
 
 BINS = 15
-"""Of equal width over (0, 1]; a bin holds its upper end."""
+"""Bins of equal width over (0, 1]; a bin includes its upper end."""
 _DRAWS = 400
-NO_INTERVAL = "chance alone raises ECE, in resamples more than in the cases, so that a bootstrap misleads"
+NO_INTERVAL = "chance raises ECE more in resamples than in the cases, so a bootstrap misleads"
 
 
 class Bin(NamedTuple):
@@ -33,39 +33,39 @@ class Reliability(NamedTuple):
     bins: tuple[Bin, ...]
     ece: float
     by_chance: float
-    """The mean ECE of as many cases of the same probabilities if these were exactly right."""
+    """The mean ECE of the same number of cases with the same probabilities if these were exactly right."""
 
 
 def ece(data: Classified) -> Measure:
     """The mean over cases of |accuracy - confidence| of their bin, 0 to 1."""
     confidence, right = _top(data)
-    place = torch.nn.functional.one_hot(_bin(confidence), BINS).double()
-    apart, shown = data.by_patient(place * (right - confidence)[:, None]), data.by_patient(torch.ones(len(right)))
+    bins = torch.nn.functional.one_hot(_bin(confidence), BINS).double()
+    gaps, counts = data.by_patient(bins * (right - confidence)[:, None]), data.by_patient(torch.ones(len(right)))
 
     def statistic(weights: Tensor) -> Tensor:
-        return (weights @ apart).abs().sum(1) / (weights @ shown)
+        return (weights @ gaps).abs().sum(1) / (weights @ counts)
 
     return Measure(statistic, data.scored(), len(right), NO_INTERVAL)
 
 
 def reliability(data: Classified, seed: int = 0) -> Reliability:
-    """Confidence and accuracy by bin, and what chance alone shows (consistency resampling, Bröcker & Smith 2007)."""
+    """Confidence and accuracy by bin, and the ECE by chance (consistency resampling, Bröcker & Smith 2007)."""
     confidence, right = _top(data)
-    place = _bin(confidence)
+    number = _bin(confidence)
     bins = []
     for b in range(BINS):
-        inside = place == b
+        inside = number == b
         means = [float(v[inside].mean()) if inside.any() else None for v in (confidence, right)]
         bins.append(Bin(b / BINS, (b + 1) / BINS, int(inside.sum()), *means))
     drawn = np.random.default_rng(seed).random((_DRAWS, len(right))) < confidence.numpy()
-    apart = torch.zeros(_DRAWS, BINS, dtype=torch.float64)
-    apart.index_add_(1, place, torch.from_numpy(drawn).double() - confidence)
+    gaps = torch.zeros(_DRAWS, BINS, dtype=torch.float64)
+    gaps.index_add_(1, number, torch.from_numpy(drawn).double() - confidence)
     value = float(ece(data).statistic(torch.ones(1, data.number, dtype=torch.float64))[0])
-    return Reliability(tuple(bins), value, float(apart.abs().sum(1).mean()) / len(right))
+    return Reliability(tuple(bins), value, float(gaps.abs().sum(1).mean()) / len(right))
 
 
 def _top(data: Classified) -> tuple[Tensor, Tensor]:
-    """Probability of the predicted class ``[n]``, and whether it is the true one."""
+    """The probability of the predicted class ``[n]``, and whether it is the true class."""
     return data.probabilities.max(1).values, (data.predicted == data.labels).double()
 
 

@@ -1,4 +1,4 @@
-"""What one model scores above another on the same cases, paired by patient and seed: an interval and a sentence.
+"""The difference of two models on the same cases, paired by patient and seed, with an interval and a sentence.
 
 Shape letters: P patients, R resamples.
 """
@@ -30,28 +30,28 @@ class Difference(NamedTuple):
     of: int | None
     """The class; None for all."""
     estimate: Estimate
-    """Its interval is over patients: how other patients would vary, not how other seeds would."""
+    """Its interval shows how the difference varies with patients, not with seeds."""
     by_seed: tuple[SeedDifference, ...]
     verdict: Verdict
-    """Of the value: "higher" or "lower" where the interval leaves out 0 and no seed says otherwise."""
+    """"higher" or "lower" if the interval excludes 0 and all seeds have the same sign."""
 
     def sentence(self, first: str, second: str) -> str:
-        """The verdict with its numbers, about models of these names."""
-        metric, found = METRICS[self.metric], self.estimate
-        if found.value is None:
-            return f"{metric.title} of {first} and {second} was not compared: {found.why}."
-        number = f"{metric.title} {found.value:+.3f}"
-        basis = counted(found.patients, "patient")
+        """The verdict with its numbers, for models with these names."""
+        metric, estimate = METRICS[self.metric], self.estimate
+        if estimate.value is None:
+            return f"{metric.title} of {first} and {second} was not compared: {estimate.why}."
+        number = f"{metric.title} {estimate.value:+.3f}"
+        basis = counted(estimate.patients, "patient")
         if len(self.by_seed) > 1:
-            alike = sum(1 for s in self.by_seed if s.value is not None and s.value * found.value > 0)
-            basis += f"; {alike} of {len(self.by_seed)} seeds with this sign"
-        if found.low is None:
-            return f"{first} minus {second}: {number} ({basis}), without an interval: {found.why}."
-        if found.patients < FEW_PATIENTS:
-            basis += "; over so few an interval is too narrow"
-        numbers = f"{number} [{found.low:+.3f}, {found.high:+.3f}] ({basis})"
+            agreeing = sum(1 for s in self.by_seed if s.value is not None and s.value * estimate.value > 0)
+            basis += f"; {agreeing} of {len(self.by_seed)} seeds with this sign"
+        if estimate.low is None:
+            return f"{first} minus {second}: {number} ({basis}), without an interval: {estimate.why}."
+        if estimate.patients < FEW_PATIENTS:
+            basis += "; with few patients an interval is too narrow"
+        numbers = f"{number} [{estimate.low:+.3f}, {estimate.high:+.3f}] ({basis})"
         if self.verdict == "not told apart":
-            return f"{first} and {second} are not told apart: {numbers}."
+            return f"No clear difference between {first} and {second}: {numbers}."
         better = (self.verdict == "higher") == metric.higher_is_better
         return f"{first} is {'better' if better else 'worse'} than {second}: {numbers}."
 
@@ -63,11 +63,11 @@ def paired_difference(
     *,
     of: int | None = None,
 ) -> Difference:
-    """``metric`` (of the class ``of``) of ``first`` minus that of ``second``, each one evaluation or one per seed.
+    """``metric`` (of the class ``of``) of ``first`` minus that of ``second``, each a single evaluation or one per seed.
 
-    Seeds are those of `Evaluation.about`; one of each side is a pair whatever its seed. A seed's evaluations are
-    compared with each other, and patients are drawn for all of them at once. ValueError: seeds, tasks, cases, patients
-    or truths that differ between the two sides.
+    Seeds are taken from ``Evaluation.about``; single evaluations form a pair whatever their seeds. Evaluations are
+    compared per seed, and patients are drawn for all seeds at once. ValueError: seeds, tasks, cases, patients or truths
+    differ between the two sides.
     """
     pairs = _pairs(first, second)
     for a, b in pairs:
@@ -81,20 +81,20 @@ def paired_difference(
 
     scored = torch.stack([m.scored for pair in measures for m in pair]).any(0)
     cases = max(m.cases for pair in measures for m in pair)
-    whole = Measure(lambda weights: by_seed(weights).mean(0), scored, cases, measures[0][0].no_interval)
-    found = estimate(whole)
+    mean = Measure(lambda weights: by_seed(weights).mean(0), scored, cases, measures[0][0].no_interval)
+    difference = estimate(mean)
     values = by_seed(scored.double()[None])[:, 0].tolist() if scored.any() else [float("nan")] * len(pairs)
     seeds = tuple(
         SeedDifference(a.about.get("seed"), value if value == value else None)
         for (a, _), value in zip(pairs, values, strict=True)
     )
-    return Difference(metric, of, found, seeds, _verdict(found, seeds))
+    return Difference(metric, of, difference, seeds, _verdict(difference, seeds))
 
 
-def _verdict(found: Estimate, seeds: Sequence[SeedDifference]) -> Verdict:
-    if found.low is None:
+def _verdict(difference: Estimate, seeds: Sequence[SeedDifference]) -> Verdict:
+    if difference.low is None:
         return "not measured"
-    for verdict, sign, outside in (("higher", 1, found.low > 0), ("lower", -1, found.high < 0)):
+    for verdict, sign, outside in (("higher", 1, difference.low > 0), ("lower", -1, difference.high < 0)):
         if outside and all(s.value is not None and s.value * sign > 0 for s in seeds):
             return verdict
     return "not told apart"
@@ -103,12 +103,12 @@ def _verdict(found: Estimate, seeds: Sequence[SeedDifference]) -> Verdict:
 def _pairs(
     first: Evaluation | Sequence[Evaluation], second: Evaluation | Sequence[Evaluation]
 ) -> list[tuple[Evaluation, Evaluation]]:
-    """Of each seed."""
-    both = [[side] if isinstance(side, Evaluation) else list(side) for side in (first, second)]
-    if [len(side) for side in both] == [1, 1]:
-        return [(both[0][0], both[1][0])]
+    """The two evaluations of each seed."""
+    lists = [[side] if isinstance(side, Evaluation) else list(side) for side in (first, second)]
+    if [len(side) for side in lists] == [1, 1]:
+        return [(lists[0][0], lists[1][0])]
     sides = []
-    for name, side in zip(("first", "second"), both, strict=True):
+    for name, side in zip(("first", "second"), lists, strict=True):
         by_seed = {e.about.get("seed"): e for e in side}
         if not side or len(by_seed) < len(side) or (len(side) > 1 and None in by_seed):
             listed = ", ".join(str(e.about.get("seed")) for e in side) or "none"
@@ -125,36 +125,36 @@ def _check_alike(a: Evaluation, b: Evaluation) -> None:
         if getattr(a, name) != getattr(b, name):
             raise ValueError(f"second: expected the {name} of first, {getattr(a, name)}; got {getattr(b, name)}")
     ids = [{case.id: case for case in side.cases} for side in (a, b)]
-    apart = sorted(ids[0].keys() ^ ids[1].keys())
-    if apart:
+    unmatched = sorted(ids[0].keys() ^ ids[1].keys())
+    if unmatched:
         raise ValueError(
-            f"second: expected the cases of first; {counted(len(apart), 'case')} of one side alone, {apart[0]} among "
-            "them. Evaluate both on one split"
+            f"second: expected the cases of first; {counted(len(unmatched), 'case')} on one side only, such as "
+            f"{unmatched[0]}. Evaluate both on the same split"
         )
     for name, case in ids[0].items():
         if case.patient != ids[1][name].patient or _truth(case) != _truth(ids[1][name]):
             raise ValueError(
-                f"second: expected the patients and truths of first; those of {name} differ. Evaluate both on the same "
-                "labels"
+                f"second: expected the patients and truths of first; those of {name} differ. Evaluate both with the "
+                "same labels"
             )
 
 
 def _matched(a: Evaluation, b: Evaluation) -> tuple[Evaluation, Evaluation]:
-    """Distances of surfaces where both sides have them alone: else who misses the hard cases would look nearer."""
+    """Both evaluations with surface distances only where both have them: missing hard cases must not look better."""
     if a.kind == "classification":
         return a, b
     pairs = [
-        [_shared(x, y) for x, y in zip(one.classes, two.classes, strict=True)]
-        for one, two in zip(a.cases, b.cases, strict=True)
+        [_shared(x, y) for x, y in zip(of_a.classes, of_b.classes, strict=True)]
+        for of_a, of_b in zip(a.cases, b.cases, strict=True)
     ]
     return tuple(
         side._replace(
             cases=tuple(
-                case._replace(classes=tuple(pair[which] for pair in row))
+                case._replace(classes=tuple(pair[number] for pair in row))
                 for case, row in zip(side.cases, pairs, strict=True)
             )
         )
-        for which, side in enumerate((a, b))
+        for number, side in enumerate((a, b))
     )
 
 

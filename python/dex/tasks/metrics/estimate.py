@@ -1,6 +1,7 @@
-"""A metric of a set of cases with its interval over patients, or the reason why it has none.
+"""A metric over a set of cases with its interval over patients, or the reason why it has none.
 
-Images of one patient resemble each other, so patients are drawn with all their cases (`dex.analysis.intervals`).
+Images of one patient resemble each other, so the bootstrap draws patients with all their cases
+(``dex.analysis.intervals``).
 Shape letters: P patients, R resamples.
 """
 
@@ -15,52 +16,52 @@ from torch import Tensor
 from dex.analysis.intervals import RESAMPLES, Statistic, bootstrap
 
 MIN_PATIENTS = 4
-"""With fewer there is no interval."""
+"""Patients needed for an interval."""
 FEW_PATIENTS = 10
-"""With fewer an interval covers the truth less often than it says; docs/metrics.md has how often."""
+"""With fewer patients the coverage of intervals is below 95 %; docs/metrics.md has figures."""
 _DEFINED = 0.5
-"""Share of resamples in which the metric has to be defined."""
+"""Share of resamples in which the metric must be defined."""
 
 
 class Measure(NamedTuple):
-    """A metric of a set of cases, as a function of how often each patient counts."""
+    """A metric over a set of cases, as a function of patient weights."""
 
     statistic: Statistic
-    """``weights [R, P] -> [R]``, float64; NaN where it is not defined."""
+    """``weights [R, P] -> [R]``, float64; NaN if undefined."""
     scored: Tensor
-    """bool ``[P]``: patients with a case that enters it."""
+    """bool ``[P]``: patients with a case that counts."""
     cases: int
-    """That enter it."""
+    """Number of cases that count."""
     no_interval: str = ""
-    """Why it can have none whatever the patients; "" where it can."""
+    """Why the metric can have no interval with any patients; "" if it can."""
 
 
 class Estimate(NamedTuple):
-    """A value, its 95 % interval, and what it is of."""
+    """A value with its 95 % interval and its numbers of patients and cases."""
 
     value: float | None
-    """None where no case enters it."""
+    """None if no case counts."""
     low: float | None
     high: float | None
     patients: int
-    """With a case that enters it."""
+    """Patients with a case that counts."""
     cases: int
     why: str = ""
-    """Why there is no interval; "" with one."""
+    """Why there is no interval; "" if there is one."""
 
 
 def estimate(measure: Measure, seed: int = 0) -> Estimate:
     """The value with its BCa interval over the patients that have a score.
 
-    There is none with fewer than `MIN_PATIENTS`, where all resamples agree (no spread says nothing of other patients),
-    and where the metric is undefined in half of the resamples.
+    There is no interval with fewer than ``MIN_PATIENTS``, if all resamples are equal (which says nothing about other
+    patients), or if the metric is undefined in half of the resamples.
     """
     patients = int(measure.scored.sum())
     if patients == 0:
-        return Estimate(None, None, None, 0, measure.cases, measure.no_interval or "no case enters it")
+        return Estimate(None, None, None, 0, measure.cases, measure.no_interval or "no case counts for it")
     value = float(measure.statistic(measure.scored.double()[None])[0])
     if not math.isfinite(value):
-        return Estimate(None, None, None, patients, measure.cases, "it is not defined for these cases")
+        return Estimate(None, None, None, patients, measure.cases, "it is undefined for these cases")
 
     def without(why: str) -> Estimate:
         return Estimate(value, None, None, patients, measure.cases, why)
@@ -71,22 +72,22 @@ def estimate(measure: Measure, seed: int = 0) -> Estimate:
         return without(no_interval(patients))
 
     def of_scored(weights: Tensor) -> Tensor:
-        whole = torch.zeros(len(weights), len(measure.scored), dtype=torch.float64)
-        whole[:, measure.scored] = weights
-        return measure.statistic(whole)
+        all_weights = torch.zeros(len(weights), len(measure.scored), dtype=torch.float64)
+        all_weights[:, measure.scored] = weights
+        return measure.statistic(all_weights)
 
-    found = bootstrap(of_scored, patients, seed=seed)
-    if len(found.resampled) < _DEFINED * RESAMPLES:
-        return without("too few patients have some class: most resamples hold none of it")
-    if found.resampled[0] == found.resampled[-1]:
-        return without("all patients agree, which says nothing of how others would vary")
-    interval = found.interval()
+    result = bootstrap(of_scored, patients, seed=seed)
+    if len(result.resampled) < _DEFINED * RESAMPLES:
+        return without("too few patients have some class: most resamples lack it")
+    if result.resampled[0] == result.resampled[-1]:
+        return without("all patients agree, which says nothing about the spread of others")
+    interval = result.interval()
     return Estimate(value, interval.low, interval.high, patients, measure.cases)
 
 
 def no_interval(patients: int) -> str:
-    """Why so few patients have none."""
-    return f"an interval over {counted(patients, 'patient')} says nothing; it takes {MIN_PATIENTS}"
+    """Why there is no interval with few patients."""
+    return f"an interval over {counted(patients, 'patient')} says nothing; at least {MIN_PATIENTS} are needed"
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""The scores of every case of a task, and what they say: values over all and by class, with intervals over patients.
+"""An evaluation: the scores of every case of a task, and metrics over all classes and by class, with intervals.
 
 Shape letters: n cases, C classes, P patients.
 """
@@ -28,7 +28,7 @@ class Metric(NamedTuple):
     kind: Kind
     higher_is_better: bool
     of_classes: str
-    """What its value of one class is called; "" where it has none."""
+    """The name of its value for one class; "" if there is none."""
 
 
 METRICS = {
@@ -42,7 +42,7 @@ METRICS = {
     "ece": Metric("ECE", "classification", False, ""),
     "brier": Metric("Brier score", "classification", False, ""),
 }
-"""By the name that a task and a sheet give it."""
+"""By name, as used in tasks and sheets."""
 
 
 class SegmentedCase(NamedTuple):
@@ -60,25 +60,25 @@ class ClassifiedCase(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Made by `of_segmentation`, `of_classification` or `evaluation_file.read`, which check it."""
+    """Created and checked by ``of_segmentation``, ``of_classification`` or ``evaluation_file.read``."""
 
     task: str
     kind: Kind
     classes: tuple[str, ...]
     metric: str
-    """The primary one, of `METRICS`."""
+    """The primary metric, of ``METRICS``."""
     cases: tuple[SegmentedCase | ClassifiedCase, ...]
-    """By patient and id: nothing depends on the order in which they came."""
+    """Sorted by patient and id, so nothing depends on their order."""
     confusion: tuple[tuple[int, ...], ...]
-    """By truth (rows) and prediction: pixels with background first, or cases."""
+    """By truth (rows) and prediction: pixels with the background first, or cases."""
     tolerance: float | None
-    """Of NSD, in `unit`."""
+    """Of NSD, in ``unit``."""
     about: Mapping[str, Any]
-    """Whatever belongs to it: run, step, checkpoint, data, mode, path, shots, seed, leak. Plain values."""
+    """Facts such as run, step, checkpoint, data, mode, path, shots, seed, leak. Plain values."""
 
     @property
     def unit(self) -> Unit | None:
-        """Of HD95: mm if any case has a spacing; cases without one then do not enter it. None for a classification."""
+        """The unit of HD95: mm if any case has a spacing, which leaves out cases without. None for a classification."""
         if self.kind == "classification":
             return None
         return "mm" if any(case.unit == "mm" for case in self.cases) else "pixels"
@@ -88,9 +88,9 @@ class Evaluation(NamedTuple):
         return tuple(sorted({case.patient for case in self.cases}))
 
     def measure(self, metric: str, of: int | None = None) -> Measure:
-        """A metric, of the class ``of`` or of all, as a function of weights of `patients`.
+        """A metric, of the class ``of`` or of all, as a function of weights of ``patients``.
 
-        ValueError: a metric that this kind of task does not have, or has not by class.
+        ValueError: this kind of task does not have the metric, or not by class.
         """
         self._check(metric, of)
         if self.kind == "segmentation":
@@ -100,15 +100,15 @@ class Evaluation(NamedTuple):
             return classification.sensitivity(data, of)
         if metric in ("auc", "f1"):
             return getattr(classification, metric)(data, of)
-        of_all = {"accuracy": classification.accuracy, "brier": classification.brier, "ece": calibration.ece}
-        return of_all[metric](data)
+        overall = {"accuracy": classification.accuracy, "brier": classification.brier, "ece": calibration.ece}
+        return overall[metric](data)
 
     def estimate(self, metric: str, of: int | None = None) -> Estimate:
-        """A metric with its interval over patients; arguments and errors as of `measure`."""
+        """A metric with its interval over patients; arguments and errors as for ``measure``."""
         return estimate(self.measure(metric, of))
 
     def summary(self) -> dict[str, Estimate]:
-        """Every metric that this kind of task has, the primary one first."""
+        """Every metric of this kind of task, the primary one first."""
         names = [name for name, metric in METRICS.items() if metric.kind == self.kind]
         return {name: self.estimate(name) for name in sorted(names, key=lambda name: name != self.metric)}
 
@@ -117,20 +117,18 @@ class Evaluation(NamedTuple):
         return tuple(self.estimate(metric, of) for of in range(len(self.classes)))
 
     def states(self, of: int) -> Counter[str]:
-        """How many cases hold a class of a segmentation on both sides, on one or on none (`ClassScores.state`)."""
+        """The numbers of cases of a segmentation by ``ClassScores.state`` of a class."""
         return Counter(case.classes[of].state for case in self.cases)
 
     def case_values(self) -> tuple[float | None, ...]:
-        """Of each case: the mean Dice of the classes that it or its prediction holds, or the true class's probability.
-
-        They order cases: the worst of them are looked at.
-        """
+        """The values by which cases are ranked: the mean Dice over the classes in truth or prediction, or the
+        probability of the true class."""
         if self.kind == "classification":
             return tuple(case.probabilities[case.label] for case in self.cases)
         return tuple(mean_dice(case.classes) for case in self.cases)
 
     def reliability(self) -> calibration.Reliability:
-        """Of a classification."""
+        """The reliability of a classification."""
         return calibration.reliability(_classified(self))
 
     def _check(self, metric: str, of: int | None) -> None:
@@ -144,7 +142,7 @@ class Evaluation(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Places in `Evaluation.cases` of what a page shows; those that are one case are shown once."""
+    """Indices in ``Evaluation.cases`` of the cases shown on a page; they may be equal."""
 
     best: int
     median: int
@@ -152,7 +150,7 @@ class Examples(NamedTuple):
 
 
 def examples(evaluation: Evaluation) -> Examples | None:
-    """The cases of the highest, the middle and the lowest value of `Evaluation.case_values`; None without any."""
+    """The cases with the highest, median and lowest value of ``Evaluation.case_values``; None if no case has one."""
     values = evaluation.case_values()
     order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i])
     return Examples(order[-1], order[(len(order) - 1) // 2], order[0]) if order else None
@@ -168,21 +166,23 @@ def of_segmentation(
 ) -> Evaluation:
     """The evaluation of a segmentation from (id, patient, scores) of every case.
 
-    ValueError: no case, one that comes twice, scores of other classes or tolerances.
+    ValueError: no case, a repeated case, different numbers of classes or tolerances.
     """
     side = len(classes) + 1
-    total, found, tolerances = np.zeros((side, side), np.int64), [], set()
+    total, segmented, tolerances = np.zeros((side, side), np.int64), [], set()
     for name, patient, scores in cases:
         if len(scores.classes) != len(classes):
             raise ValueError(f"cases: expected scores of {len(classes)} classes, got {len(scores.classes)} of {name}")
-        found.append(SegmentedCase(str(name), str(patient), scores.unit, scores.classes))
+        segmented.append(SegmentedCase(str(name), str(patient), scores.unit, scores.classes))
         total += scores.confusion
         tolerances.add(scores.tolerance)
     if len(tolerances) > 1:
         raise ValueError(f"cases: expected one tolerance of NSD, got {', '.join(map(str, sorted(tolerances)))}")
     tolerance = tolerances.pop() if tolerances else None
-    made = Evaluation(task, "segmentation", tuple(classes), metric, tuple(found), _rows(total), tolerance, about or {})
-    return checked(made)
+    confusion = _rows(total)
+    return checked(
+        Evaluation(task, "segmentation", tuple(classes), metric, tuple(segmented), confusion, tolerance, about or {})
+    )
 
 
 def of_classification(
@@ -197,34 +197,33 @@ def of_classification(
 ) -> Evaluation:
     """The evaluation of a classification.
 
-    cases: (id, patient) of each, n. probabilities: ``[n, C]``, rows adding up to 1; labels: ``[n]``, 0 to C - 1.
-    ValueError: arguments that are not as above, or a case that comes twice.
+    cases: (id, patient) of each of the n cases. probabilities: ``[n, C]``, rows sum to 1. labels: ``[n]``, 0 to C - 1.
+    ValueError: invalid arguments, or a repeated case.
     """
     probabilities, labels = np.asarray(probabilities), np.asarray(labels)
     classification.check(probabilities, labels)
     if probabilities.shape[1] != len(classes):
-        raise ValueError(f"probabilities: expected {len(classes)} columns, one a class, got {probabilities.shape[1]}")
+        raise ValueError(f"probabilities: expected {len(classes)} columns, one per class, got {probabilities.shape[1]}")
     if len(cases) != len(labels):
-        raise ValueError(f"cases: expected {len(labels)}, one for each label, got {len(cases)}")
-    found = [
+        raise ValueError(f"cases: expected {len(labels)}, one per label, got {len(cases)}")
+    classified = [
         ClassifiedCase(str(name), str(patient), int(label), tuple(row))
         for (name, patient), label, row in zip(cases, labels, probabilities.astype(np.float64).tolist(), strict=True)
     ]
-    evaluation = Evaluation(task, "classification", tuple(classes), metric, tuple(found), (), None, about or {})
+    evaluation = Evaluation(task, "classification", tuple(classes), metric, tuple(classified), (), None, about or {})
     evaluation = checked(evaluation)
     return evaluation._replace(confusion=_rows(classification.confusion(_classified(evaluation))))
 
 
 def checked(evaluation: Evaluation) -> Evaluation:
-    """With its cases in order. ValueError for what no evaluation is: without a case, with one twice, of another kind's
-    metric."""
+    """The evaluation with sorted cases. ValueError: no case, a repeated case, a metric of another kind of task."""
     if not evaluation.cases:
         raise ValueError("cases: expected at least one, got none")
-    number = Counter(case.id for case in evaluation.cases)
-    twice = sorted(name for name, times in number.items() if times > 1)
-    if twice:
-        more = f" and {len(twice) - 3} others" if len(twice) > 3 else ""
-        raise ValueError(f"cases: expected each id once; {', '.join(twice[:3])}{more} came several times")
+    counts = Counter(case.id for case in evaluation.cases)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        more = f" and {len(repeated) - 3} others" if len(repeated) > 3 else ""
+        raise ValueError(f"cases: expected each id once; got {', '.join(repeated[:3])}{more} several times")
     if len(set(evaluation.classes)) < len(evaluation.classes):
         raise ValueError(f"classes: expected each name once, got {', '.join(evaluation.classes)}")
     evaluation._check(evaluation.metric, None)
@@ -246,37 +245,37 @@ def _rows(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, matrix.tolist()))
 
 
-def _numbers(evaluation: Evaluation) -> Tensor:
-    """int64 ``[n]``: each case's patient."""
-    number = {patient: i for i, patient in enumerate(evaluation.patients)}
-    return torch.tensor([number[case.patient] for case in evaluation.cases])
+def _patient_numbers(evaluation: Evaluation) -> Tensor:
+    """int64 ``[n]``: the patient of each case."""
+    numbers = {patient: i for i, patient in enumerate(evaluation.patients)}
+    return torch.tensor([numbers[case.patient] for case in evaluation.cases])
 
 
 def _classified(evaluation: Evaluation) -> Classified:
     probabilities = torch.tensor([case.probabilities for case in evaluation.cases], dtype=torch.float64)
     labels = torch.tensor([case.label for case in evaluation.cases])
-    return Classified(probabilities, labels, _numbers(evaluation), len(evaluation.patients))
+    return Classified(probabilities, labels, _patient_numbers(evaluation), len(evaluation.patients))
 
 
 def _segmentation_measure(evaluation: Evaluation, metric: str, of: int | None) -> Measure:
     """The mean over the cases that have a value; over classes, the mean of these means."""
-    wanted = range(len(evaluation.classes)) if of is None else [of]
+    classes = range(len(evaluation.classes)) if of is None else [of]
     unit = evaluation.unit
     rows = [
-        [_value(case, c, metric) if metric == "dice" or case.unit == unit else math.nan for c in wanted]
+        [_value(case, c, metric) if metric == "dice" or case.unit == unit else math.nan for c in classes]
         for case in evaluation.cases
     ]
     values = torch.tensor(rows, dtype=torch.float64)
-    numbers, patients = _numbers(evaluation), len(evaluation.patients)
-    has = ~values.isnan()
-    sums, shown = (
-        torch.zeros(patients, len(wanted), dtype=torch.float64).index_add_(0, numbers, of_case)
-        for of_case in (values.nan_to_num(0.0), has.double())
+    numbers, patients = _patient_numbers(evaluation), len(evaluation.patients)
+    defined = ~values.isnan()
+    sums, counts = (
+        torch.zeros(patients, len(classes), dtype=torch.float64).index_add_(0, numbers, of_case)
+        for of_case in (values.nan_to_num(0.0), defined.double())
     )
-    present = shown.sum(0) > 0
-    sums, shown = sums[:, present], shown[:, present]
-    cases = int(has.any(1).sum())
-    return Measure(lambda weights: ((weights @ sums) / (weights @ shown)).mean(1), shown.sum(1) > 0, cases)
+    present = counts.sum(0) > 0
+    sums, counts = sums[:, present], counts[:, present]
+    cases = int(defined.any(1).sum())
+    return Measure(lambda weights: ((weights @ sums) / (weights @ counts)).mean(1), counts.sum(1) > 0, cases)
 
 
 def _value(case: SegmentedCase, of: int, metric: str) -> float:

@@ -1,4 +1,4 @@
-"""An evaluation as a JSON file: every case, and what they say, for whoever reads it without this package."""
+"""An evaluation as a JSON file: every case, and the metrics for readers without this package."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FORMAT, VERSION = "dex-evaluation", 1
 
 
 def write(evaluation: Evaluation, path: Path) -> None:
-    """Write ``path``, whole or not at all. `read` gives the same evaluation; the summary is for other readers."""
+    """Write ``path``, whole or not at all. ``read`` returns the same evaluation; the summary is for other readers."""
     atomic.write(path, json.dumps(_plain(evaluation), ensure_ascii=False, allow_nan=False) + "\n", sync=True)
 
 
 def read(path: Path) -> Evaluation:
-    """ValueError, naming the file: none, or none of this package and version."""
+    """Read an evaluation. ValueError naming the file if it is missing, damaged or of another version."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -31,25 +31,25 @@ def read(path: Path) -> Evaluation:
             f"evaluation: expected the file that an evaluation wrote, got {path}, which does not exist"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"evaluation: expected a file that can be read, got {path} ({type(error).__name__})") from None
+        raise ValueError(f"evaluation: expected a readable file, got {path} ({type(error).__name__})") from None
     try:
         plain = json.loads(text)
-        named = {name: plain[name] for name in ("format", "version")}
+        header = {name: plain[name] for name in ("format", "version")}
     except (ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
-            f"evaluation: expected the file that an evaluation wrote, got {path}, which is another one or cut off"
+            f"evaluation: expected the file that an evaluation wrote, got {path}, which is another file or truncated"
         ) from None
-    if named != {"format": FORMAT, "version": VERSION}:
+    if header != {"format": FORMAT, "version": VERSION}:
         raise ValueError(
-            f"evaluation: expected {FORMAT} of version {VERSION}, got {named['format']} {named['version']} in {path}; "
+            f"evaluation: expected {FORMAT} version {VERSION}, got {header['format']} {header['version']} in {path}; "
             "evaluate again"
         )
     try:
         return checked(_evaluation(plain))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"evaluation: expected a whole evaluation, got one that was changed in {path} ({said}); evaluate again"
+            f"evaluation: expected a complete evaluation, got one that was changed in {path} ({reason}); evaluate again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Scores of one segmented case, by class: counts of pixels, Dice, HD95 and NSD, and whether a side is empty.
+"""Scores of a segmented case by class: pixel counts, Dice, HD95 and NSD, and whether truth or prediction is empty.
 
 Shape letters: n frames, C classes without background.
 """
@@ -13,13 +13,13 @@ import numpy as np
 from dex.tasks.metrics.surface import surface_scores
 
 IGNORE = 255
-"""Value of the truth where pixels do not count."""
+"""Value of ignored pixels in the truth."""
 TOLERANCE = 2.0
-"""Of NSD, in mm, or in pixels without a spacing. Our default: the paper states none."""
+"""Tolerance of NSD, in mm, or in pixels without a spacing. Our default; the paper states none."""
 
 Unit = Literal["mm", "pixels"]
 State = Literal["scored", "empty", "missed", "spurious"]
-"""Both sides hold the class; neither does; only the truth does; only the prediction does."""
+"""Scored: truth and prediction contain the class; empty: neither; missed: only truth; spurious: only prediction."""
 
 
 class ClassScores(NamedTuple):
@@ -30,7 +30,7 @@ class ClassScores(NamedTuple):
     predicted: int
     truth: int
     hd95: float | None = None
-    """In the case's unit; None unless both sides hold the class, or where surfaces were not asked for."""
+    """In the case's unit; None unless truth and prediction contain the class and surfaces were requested."""
     nsd: float | None = None
 
     @property
@@ -41,7 +41,7 @@ class ClassScores(NamedTuple):
 
     @property
     def dice(self) -> float | None:
-        """2 |P ∩ T| / (|P| + |T|), 0 where one side alone is empty; None where both are, which is counted instead."""
+        """2 |P ∩ T| / (|P| + |T|), 0 if only one of them is empty; None if both are."""
         total = self.predicted + self.truth
         return 2 * self.both / total if total else None
 
@@ -51,14 +51,14 @@ class CaseScores(NamedTuple):
 
     classes: tuple[ClassScores, ...]
     confusion: np.ndarray
-    """int64 ``[C + 1, C + 1]``: pixels by truth (rows) and prediction, background first, ignored ones left out."""
+    """int64 ``[C + 1, C + 1]``: pixels by truth (rows) and prediction, background first, without ignored pixels."""
     unit: Unit
     tolerance: float
-    """Of NSD, in `unit`."""
+    """Of NSD, in ``unit``."""
 
 
 def mean_dice(classes: Sequence[ClassScores]) -> float | None:
-    """Of a case, over the classes that prediction or truth holds; None without any."""
+    """The mean Dice of a case over the classes in prediction or truth; None if there are none."""
     values = [c.dice for c in classes if c.dice is not None]
     return sum(values) / len(values) if values else None
 
@@ -74,12 +74,12 @@ def segmentation_scores(
 ) -> CaseScores:
     """The scores of a case.
 
-    predicted, truth: integers ``[n, H, W]`` or ``[H, W]``: 0 background, i + 1 the class i; `IGNORE` in the truth for
-    pixels that count nowhere. Several frames are one volume, one frame is a picture in two dimensions.
+    predicted, truth: integers ``[n, H, W]`` or ``[H, W]``: 0 background, i + 1 class i; ``IGNORE`` in the truth for
+    ignored pixels. Several frames form a volume; a single frame is scored in two dimensions.
     spacing_mm: (between frames, rows, columns); None measures in pixels. tolerance: of NSD, in the same unit.
     surfaces: False leaves out HD95 and NSD.
 
-    ValueError, naming the argument: shapes that differ, values that are no class, a spacing that cannot be.
+    ValueError naming the argument: different shapes, values of no class, an invalid spacing.
     """
     predicted, truth = _checked(predicted, truth, len(classes))
     spacing = _spacing(spacing_mm)
@@ -88,7 +88,7 @@ def segmentation_scores(
     confusion = _confusion(predicted, truth, len(classes))
     ignored = truth == IGNORE
     if ignored.any():
-        # Background on both sides: what reaches into ignored pixels is cut alike, so that the cut is no distance.
+        # Background in both, so that the border of ignored pixels adds no distance.
         predicted, truth = np.where(ignored, 0, predicted), np.where(ignored, 0, truth)
     if len(truth) == 1:
         predicted, truth, spacing = predicted[0], truth[0], spacing[1:]
@@ -97,8 +97,8 @@ def segmentation_scores(
         for c in range(1, len(classes) + 1)
     ]
     if surfaces:
-        both = {c for c, of in enumerate(counts, 1) if of.state == "scored"}
-        for c, box in _boxes(predicted, truth, both):
+        scored = {c for c, of_class in enumerate(counts, 1) if of_class.state == "scored"}
+        for c, box in _boxes(predicted, truth, scored):
             hd95, nsd = surface_scores(predicted[box] == c, truth[box] == c, spacing, float(tolerance))
             counts[c - 1] = counts[c - 1]._replace(hd95=hd95, nsd=nsd)
     unit: Unit = "pixels" if spacing_mm is None else "mm"
@@ -109,7 +109,7 @@ def _checked(predicted: np.ndarray, truth: np.ndarray, classes: int) -> tuple[np
     """Both as uint8 ``[n, H, W]``."""
     if not 1 <= classes < IGNORE:
         raise ValueError(f"classes: expected 1 to {IGNORE - 1} names, got {classes}")
-    found = []
+    masks = []
     for name, mask in (("predicted", predicted), ("truth", truth)):
         mask = np.asarray(mask)
         if mask.dtype.kind not in "biu":
@@ -118,12 +118,12 @@ def _checked(predicted: np.ndarray, truth: np.ndarray, classes: int) -> tuple[np
             mask = mask[None]
         if mask.ndim != 3 or 0 in mask.shape:
             raise ValueError(f"{name}: expected [n, H, W] or [H, W] without an empty side, got {list(mask.shape)}")
-        found.append(mask)
-    predicted, truth = found
+        masks.append(mask)
+    predicted, truth = masks
     if predicted.shape != truth.shape:
         raise ValueError(
-            f"predicted: expected the shape of truth, {list(truth.shape)}, got {list(predicted.shape)}; "
-            "a prediction is brought back to the image's size before it is scored"
+            f"predicted: expected the shape of truth, {list(truth.shape)}, got {list(predicted.shape)}; resize "
+            "predictions to the image's size before scoring"
         )
     for name, mask in (("predicted", predicted), ("truth", truth)):
         _check_values(name, mask, classes)
@@ -137,9 +137,9 @@ def _check_values(name: str, mask: np.ndarray, classes: int) -> None:
     allowed = np.arange(classes + 1) if name == "predicted" else np.append(np.arange(classes + 1), IGNORE)
     wrong = np.setdiff1d(mask, allowed)
     if len(wrong):
-        also = "" if name == "predicted" else f", or {IGNORE} to ignore a pixel"
+        ignore = "" if name == "predicted" else f", or {IGNORE} to ignore a pixel"
         listed = ", ".join(map(str, wrong[:5].tolist())) + (" and others" if len(wrong) > 5 else "")
-        raise ValueError(f"{name}: expected 0 for background to {classes} for the last class{also}; got {listed}")
+        raise ValueError(f"{name}: expected 0 for background to {classes} for the last class{ignore}; got {listed}")
 
 
 def _spacing(spacing_mm: tuple[float, float, float] | None) -> tuple[float, ...]:
@@ -158,7 +158,7 @@ def _spacing(spacing_mm: tuple[float, float, float] | None) -> tuple[float, ...]
 
 
 def _confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """int64 ``[C + 1, C + 1]``; frame by frame, as counting takes eight bytes a pixel."""
+    """int64 ``[C + 1, C + 1]``, frame by frame since counting takes eight bytes per pixel."""
     side = classes + 1
     count = np.zeros(side * side, np.int64)
     for p, t in zip(predicted, truth, strict=True):
@@ -171,13 +171,13 @@ def _confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.nda
     return count.reshape(side, side)
 
 
-def _boxes(predicted: np.ndarray, truth: np.ndarray, wanted: set[int]) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Each wanted class and the smallest box that holds it on both sides."""
+def _boxes(predicted: np.ndarray, truth: np.ndarray, classes: set[int]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """Each class with the smallest box that contains it in prediction and truth."""
     from scipy import ndimage
 
-    if not wanted:
+    if not classes:
         return
-    there = [ndimage.find_objects(mask, max(wanted)) for mask in (predicted, truth)]
-    for c in sorted(wanted):
-        pair = zip(there[0][c - 1], there[1][c - 1], strict=True)
-        yield c, tuple(slice(min(p.start, t.start), max(p.stop, t.stop)) for p, t in pair)
+    of_predicted, of_truth = (ndimage.find_objects(mask, max(classes)) for mask in (predicted, truth))
+    for c in sorted(classes):
+        axes = zip(of_predicted[c - 1], of_truth[c - 1], strict=True)
+        yield c, tuple(slice(min(p.start, t.start), max(p.stop, t.stop)) for p, t in axes)

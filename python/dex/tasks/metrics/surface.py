@@ -1,9 +1,9 @@
-"""Distances between the surfaces of two masks: HD95 and the normalised surface distance, by area as Nikolov et al.
-(2018, arXiv:1809.04430) define them.
+"""Distances between the surfaces of two masks: HD95 and the normalised surface distance, by area as defined by Nikolov
+et al. (2018, arXiv:1809.04430).
 
-A surface element lies at each corner of pixels whose neighbourhood is neither wholly inside nor wholly outside the
-mask; its length or area by spacing comes from the tables of the package ``surface-distance``. Its own functions compute
-the same distances, but fail on an empty side under numpy 2 and take far longer for a large structure.
+A surface element lies at each corner of pixels whose neighbourhood is partly inside the mask; its length or area comes
+from the tables of the package ``surface-distance``. The package's own functions compute the same distances, but fail on
+an empty side under numpy 2 and take far longer for large structures.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 
 PERCENT = 95.0
 _NEAR = 3.0
-"""Up to how many of the smallest spacing elements are looked for neighbour by neighbour."""
+"""Distance up to which elements are searched neighbour by neighbour, in units of the smallest spacing."""
 _SAMPLE = 256
-"""Elements by which the time of a search is foreseen."""
+"""Elements from which the time of a search is estimated."""
 _TREE_COST = 4.0
 """Time of a search per pixel of distance, in that of a pixel of the distance transform: measured 2 (small structures
 seen from afar) to 50 (the middle of a large one)."""
 _BUILD_COST = 4.0
 """Time per element to build the search tree, in the same unit; measured there, 2 to 10."""
 _BINS = 4096
-"""Of the distances, to find the one that holds the percentile."""
+"""Bins of the distances, to find the one with the percentile."""
 
 
 class Surface(NamedTuple):
     """Surface elements of a mask."""
 
     corners: np.ndarray
-    """int64 ``[S]``, rising: indices into the flattened grid of corners, one longer than the mask on each axis; its
-    first corner lies before the first pixel."""
+    """int64 ``[S]``, ascending: indices into the flattened grid of corners, which is one longer than the mask on each
+    axis; its first corner lies before the first pixel."""
     sizes: np.ndarray
     """float64 ``[S]``: lengths in mm, or areas in mm²."""
 
@@ -48,10 +48,10 @@ class SurfaceScores(NamedTuple):
 def surface_scores(
     predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float
 ) -> SurfaceScores:
-    """HD95, the larger one of both directions' 95th percentiles of distance by area, and NSD.
+    """HD95, the larger of both directions' 95th percentiles of distance by area, and NSD.
 
-    predicted, truth: bool ``[H, W]`` or ``[D, H, W]``, each with a pixel that is set, best cropped to both. spacing: in
-    mm by axis. tolerance: in mm; a distance equal to it is within.
+    predicted, truth: bool ``[H, W]`` or ``[D, H, W]``, each with at least one set pixel, preferably cropped to both.
+    spacing: in mm by axis. tolerance: in mm, inclusive.
     """
     a, b = surface(predicted, spacing), surface(truth, spacing)
     to_truth, to_predicted = distances(a, b, predicted.shape, spacing), distances(b, a, predicted.shape, spacing)
@@ -61,14 +61,14 @@ def surface_scores(
 
 
 def surface(mask: np.ndarray, spacing: tuple[float, ...]) -> Surface:
-    """The surface elements of a bool mask ``[H, W]`` or ``[D, H, W]``. Beyond the array there is background."""
+    """The surface elements of a bool mask ``[H, W]`` or ``[D, H, W]``. Outside the array is background."""
     from surface_distance import lookup_tables as tables
 
     flat = mask.ndim == 2
     kernel = tables.ENCODE_NEIGHBOURHOOD_2D_KERNEL if flat else tables.ENCODE_NEIGHBOURHOOD_3D_KERNEL
     grid = tuple(n + 1 for n in mask.shape)
     pixels = np.unravel_index(np.flatnonzero(mask), mask.shape)
-    # Each bit of a corner's code: whether the pixel on that side of it is set. Only corners of set pixels are visited.
+    # Each bit of a corner's code is set if the pixel on that side is. Only corners of set pixels are visited.
     code = np.zeros(np.prod(grid), np.uint8)
     first = np.ravel_multi_index(pixels, grid)
     sides = [(int(weight), _step(1 - np.array(offset), grid)) for offset, weight in np.ndenumerate(np.asarray(kernel))]
@@ -87,29 +87,29 @@ def surface(mask: np.ndarray, spacing: tuple[float, ...]) -> Surface:
 
 
 def distances(a: Surface, b: Surface, shape: tuple[int, ...], spacing: tuple[float, ...]) -> np.ndarray:
-    """float64 ``[S]``: the distance of each element of ``a`` from the nearest one of ``b``.
+    """float64 ``[S]``: the distance of each element of ``a`` to the nearest element of ``b``.
 
-    shape: of the masks. Near elements are found among the neighbours of each, as between a mask and noise all over the
-    volume; the others by a search tree if they are few or not far apart, else by a distance transform.
+    shape: of the masks. Near elements are searched among the neighbours, as between a mask and noise throughout the
+    volume; others with a search tree if they are few or not far apart, else by a distance transform.
     """
     grid, scale = tuple(n + 1 for n in shape), np.asarray(spacing, np.float64)
     reach = np.floor(_NEAR * scale.min() / scale + 1e-9).astype(int)
-    there = np.zeros([n + 2 * r for n, r in zip(grid, reach, strict=True)], bool)
-    asked, targets = ([p + r for p, r in zip(np.unravel_index(s.corners, grid), reach, strict=True)] for s in (a, b))
-    there[tuple(targets)] = True
+    is_target = np.zeros([n + 2 * r for n, r in zip(grid, reach, strict=True)], bool)
+    queries, targets = ([p + r for p, r in zip(np.unravel_index(s.corners, grid), reach, strict=True)] for s in (a, b))
+    is_target[tuple(targets)] = True
     result = np.zeros(len(a.corners))
-    apart = np.flatnonzero(~there[tuple(asked)])
-    sample = apart[:: max(1, len(apart) // _SAMPLE)]
-    if len(sample) and np.isfinite(_among_neighbours(_of(asked, sample), there, scale, reach)).mean() > 0.5:
-        result[apart] = _among_neighbours(_of(asked, apart), there, scale, reach)
-        apart = apart[~np.isfinite(result[apart])]
-    if len(apart):
-        result[apart] = _to_nearest(_of(asked, apart), targets, there, scale)
+    open_ = np.flatnonzero(~is_target[tuple(queries)])
+    sample = open_[:: max(1, len(open_) // _SAMPLE)]
+    if len(sample) and np.isfinite(_among_neighbours(_of(queries, sample), is_target, scale, reach)).mean() > 0.5:
+        result[open_] = _among_neighbours(_of(queries, open_), is_target, scale, reach)
+        open_ = open_[~np.isfinite(result[open_])]
+    if len(open_):
+        result[open_] = _to_nearest(_of(queries, open_), targets, is_target, scale)
     return result
 
 
 def _step(offset: np.ndarray, grid: tuple[int, ...]) -> int:
-    """How far apart corners with this ``offset`` by axis lie in the flattened ``grid``."""
+    """The distance in the flattened ``grid`` between corners that are ``offset`` apart by axis."""
     return int(offset @ [math.prod(grid[axis + 1 :]) for axis in range(len(grid))])
 
 
@@ -118,55 +118,54 @@ def _of(places: Sequence[np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
 
 
 def _among_neighbours(
-    asked: Sequence[np.ndarray], there: np.ndarray, scale: np.ndarray, reach: np.ndarray
+    queries: Sequence[np.ndarray], is_target: np.ndarray, scale: np.ndarray, reach: np.ndarray
 ) -> np.ndarray:
-    """float64 ``[S]``: the distance to the nearest corner of ``there``, infinite beyond `_NEAR` smallest spacings.
+    """float64 ``[S]``: the distance of each query to the nearest target, infinite beyond ``_NEAR`` smallest spacings.
 
-    reach: corners by axis within that distance, the least that ``asked`` is away from the border.
+    reach: corners by axis within this distance; queries are at least this far from the border.
     """
     offsets = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), -1).reshape(-1, len(reach))
     lengths = np.sqrt(((offsets * scale) ** 2).sum(1))
     order = np.argsort(lengths, kind="stable")
-    flat = np.ravel_multi_index(asked, there.shape)
-    result, left, is_there = np.full(len(flat), np.inf), np.arange(len(flat)), there.ravel()
+    flat = np.ravel_multi_index(queries, is_target.shape)
+    result, remaining, flat_targets = np.full(len(flat), np.inf), np.arange(len(flat)), is_target.ravel()
     for offset, length in zip(offsets[order], lengths[order], strict=True):
-        if length > _NEAR * scale.min() or not len(left):
-            break  # not every corner of a longer distance is within reach
-        hit = is_there[flat + _step(offset, there.shape)]
-        result[left[hit]] = length
-        left, flat = left[~hit], flat[~hit]
+        if length > _NEAR * scale.min() or not len(remaining):
+            break  # Beyond this, not every corner is within reach
+        hit = flat_targets[flat + _step(offset, is_target.shape)]
+        result[remaining[hit]] = length
+        remaining, flat = remaining[~hit], flat[~hit]
     return result
 
 
 def _to_nearest(
-    asked: Sequence[np.ndarray], targets: Sequence[np.ndarray], there: np.ndarray, scale: np.ndarray
+    queries: Sequence[np.ndarray], targets: Sequence[np.ndarray], is_target: np.ndarray, scale: np.ndarray
 ) -> np.ndarray:
-    """float64 ``[S]``: the distance of each corner to the nearest of ``targets``, which ``there`` marks; places by
-    axis."""
+    """float64 ``[S]``: the distance of each query to the nearest of ``targets``, which ``is_target`` marks."""
     from scipy import ndimage
     from scipy.spatial import KDTree
 
-    if len(targets[0]) * _BUILD_COST <= there.size:
+    if len(targets[0]) * _BUILD_COST <= is_target.size:
         tree = KDTree(np.stack(targets, -1) * scale)
-        points = np.stack(asked, -1) * scale
-        far = tree.query(points[:: max(1, len(points) // _SAMPLE)])[0].mean() / scale.min()
-        if len(points) * far * _TREE_COST <= there.size:
-            return _length(asked, _of(targets, tree.query(points)[1]), scale)
-    indices = ndimage.distance_transform_edt(~there, scale, return_distances=False, return_indices=True)
-    return _length(asked, (axis[tuple(asked)] for axis in indices), scale)
+        points = np.stack(queries, -1) * scale
+        distance = tree.query(points[:: max(1, len(points) // _SAMPLE)])[0].mean() / scale.min()
+        if len(points) * distance * _TREE_COST <= is_target.size:
+            return _length(queries, _of(targets, tree.query(points)[1]), scale)
+    indices = ndimage.distance_transform_edt(~is_target, scale, return_distances=False, return_indices=True)
+    return _length(queries, (axis[tuple(queries)] for axis in indices), scale)
 
 
 def _length(places: Iterable[np.ndarray], others: Iterable[np.ndarray], scale: np.ndarray) -> np.ndarray:
-    """float64 ``[S]``, from places by axis."""
+    """float64 ``[S]``: distances between positions given by axis."""
     return np.sqrt(sum(((p - o) * s) ** 2 for p, o, s in zip(places, others, scale, strict=True)))
 
 
 def _percentile(values: np.ndarray, sizes: np.ndarray) -> float:
-    """The distance within which `PERCENT` of the area lies."""
+    """The distance within which ``PERCENT`` of the area lies."""
     wanted = PERCENT / 100 * sizes.sum()
-    most = values.max()
-    # Only the bin that holds it is sorted: elements may be tens of millions.
-    bins = np.minimum((values * (_BINS / most)).astype(np.int32), _BINS - 1) if most > 0 else np.zeros(len(values), int)
+    top = values.max()
+    # Sort only the bin with the percentile, since there may be tens of millions of elements.
+    bins = np.minimum((values * (_BINS / top)).astype(np.int32), _BINS - 1) if top > 0 else np.zeros(len(values), int)
     below = np.cumsum(np.bincount(bins, sizes, _BINS))
     chosen = min(int(np.searchsorted(below, wanted)), int(bins.max()))
     inside = np.flatnonzero(bins == chosen)

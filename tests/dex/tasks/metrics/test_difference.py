@@ -10,7 +10,7 @@ def test_pairing_narrows_what_patients_share(classified):
     got = paired_difference(a, b, "accuracy")
     assert got.estimate.value == pytest.approx(a.estimate("accuracy").value - b.estimate("accuracy").value)
     assert got.estimate.low < 0 < got.estimate.high and got.verdict == "not told apart"
-    assert "not told apart" in got.sentence("DEX", "control")
+    assert "No clear difference between DEX and control" in got.sentence("DEX", "control")
 
 
 def test_the_interval_is_scipys_of_paired_patients(classified):
@@ -89,7 +89,7 @@ def test_three_patients_have_no_verdict(segmented):
 
 def test_an_interval_over_few_patients_is_called_too_narrow(segmented, classified):
     few = paired_difference(segmented(0, 0.99), segmented(1, 0.6), "dice")
-    assert few.estimate.patients == 6 and "(6 patients; over so few an interval is too narrow)" in few.sentence(
+    assert few.estimate.patients == 6 and "(6 patients; with few patients an interval is too narrow)" in few.sentence(
         "A", "B"
     )
     assert "narrow" not in paired_difference(classified(0, 3.0), classified(0, 0.5), "auc").sentence("A", "B")
@@ -98,7 +98,7 @@ def test_an_interval_over_few_patients_is_called_too_narrow(segmented, classifie
 def test_sides_that_are_not_of_the_same_cases_are_refused(classified, segmented):
     a = classified()
     for b, message in (
-        (classified(n=46), "second: expected the cases of first; 2 cases of one side alone, case-046"),
+        (classified(n=46), "second: expected the cases of first; 2 cases on one side only, such as case-046"),
         (a._replace(task="other"), "second: expected the task of first, octdl; got other"),
         (segmented(), "second: expected the task"),
         (a._replace(cases=(a.cases[0]._replace(label=(a.cases[0].label + 1) % 3), *a.cases[1:])), "truths of first"),

@@ -56,9 +56,9 @@ def test_what_resamples_seldom_hold_has_no_interval():
 
 def test_nothing_scored_is_no_value():
     got = estimate(of_values([0.0, 1.0], [False, False]))
-    assert got == (None, None, None, 0, 0, "no case enters it")
+    assert got == (None, None, None, 0, 0, "no case counts for it")
     undefined = estimate(of_values([float("nan")] * 5))
-    assert undefined.value is undefined.low is None and "not defined" in undefined.why
+    assert undefined.value is undefined.low is None and "undefined" in undefined.why
 
 
 def test_a_metric_may_forbid_an_interval():

@@ -54,7 +54,7 @@ def test_a_file_that_was_changed_is_refused_by_name(classified, tmp_path, way):
     path = tmp_path / "e.json"
     write(classified(), path)
     path.write_text(json.dumps(changed(json.loads(path.read_text()), *way)))
-    with pytest.raises(ValueError, match=r"evaluation: expected a whole .*, got one that was changed in .*e\.json"):
+    with pytest.raises(ValueError, match=r"evaluation: expected a complete .*, got one that was changed in .*e\.json"):
         read(path)
 
 
@@ -65,7 +65,7 @@ def test_another_file_is_refused_by_name(tmp_path, content):
     with pytest.raises(ValueError, match=r"evaluation: expected .* got .*e\.json"):
         read(path)
     path.write_text('{"format": "dex-evaluation", "version": 99}')
-    with pytest.raises(ValueError, match="of version 1, got dex-evaluation 99"):
+    with pytest.raises(ValueError, match="version 1, got dex-evaluation 99"):
         read(path)
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "none.json")
