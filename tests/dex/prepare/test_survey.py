@@ -8,6 +8,7 @@ from PIL import Image
 
 from dex.prepare import inventory, survey
 from dex.prepare.chunks import Settings
+from dex.prepare.discover import Unit
 from dex.prepare.readers import Limits
 from dex.prepare.run import Options, prepare
 from dex.prepare.sources import resolve
@@ -88,7 +89,7 @@ def test_surveys_add_up_and_draw_the_same_units():
     leaf = Leaf(kind, "axial", 40, 48)
     parts = []
     for number in range(30):
-        unit = inventory.Unit(f"{number}", "nifti", ())
+        unit = Unit(f"{number}", "nifti", ())
         parts.append(
             Survey(leaves={leaf: Alike(1, 10, 2, (1.0, number + 1.0))}, candidates={kind: [(f"{number:02}", unit)]})
         )
