@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dexkernels.verification.timing import in_turns, seconds_of
+
 from . import peers, record
 from .measuring import Measure
 from .samples import Samples
 from .shapes import SHAPES, tiny_of
-from .timing import Timer, in_turns, seconds_of
+from .timing import Timer
 
 
 class WithoutPytestBenchmark:

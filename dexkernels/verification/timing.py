@@ -1,29 +1,32 @@
-"""Times and limits, of a GPU by its events and of a CPU by the clock (to execute, not to believe)."""
+"""Times of candidates that take turns: of a GPU by its events, of a CPU by the clock (only to execute the code)."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 FLUSH_BYTES = 256 * 2**20
-"""Written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
+"""Bytes written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
 
 HEAD_START = 2_000_000
-"""Clock cycles that the GPU idles before a call, about 1 ms: the host is then ahead, and launching costs no time."""
+"""Clock cycles that the GPU idles before a call, about 1 ms, so that launch overhead is hidden."""
+
+Candidate = TypeVar("Candidate")
+Result = TypeVar("Result")
 
 
 def in_turns(
-    candidates: dict[str, Callable], rounds: int, warmup: int, once: Callable[[Callable, int], Any]
-) -> dict[str, list]:
-    """What ``once(candidate, turn)`` gives in every turn after the warm-up, by the candidate's name."""
-    taken = {name: [] for name in candidates}
+    candidates: Mapping[str, Candidate], rounds: int, warmup: int, once: Callable[[Candidate, int], Result]
+) -> dict[str, list[Result]]:
+    """Candidate's name -> results of ``once(candidate, turn)`` in every turn after the warm-up."""
+    results: dict[str, list[Result]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, candidate in candidates.items():
             result = once(candidate, turn)
             if turn >= warmup:
-                taken[name].append(result)
-    return taken
+                results[name].append(result)
+    return results
 
 
 def seconds_of(candidate: Callable[[], object]) -> float:
@@ -33,25 +36,27 @@ def seconds_of(candidate: Callable[[], object]) -> float:
 
 
 class Stopwatch:
-    """Candidates take turns within one run; milliseconds.
+    """Milliseconds of candidates that take turns within one run.
 
-    What is timed is the device's work: a candidate whose host waits for the device in the middle pays for that.
+    It times the device's work, so a candidate whose host waits for the device in between is slower.
     """
 
     def __init__(self, device: torch.device, rounds: int = 30, warmup: int = 5, flush_bytes: int = FLUSH_BYTES):
-        self.device, self.rounds, self.warmup = device, rounds, warmup
+        self.device: torch.device = device
+        self.rounds: int = rounds
+        self.warmup: int = warmup
         self.on_gpu: bool = device.type == "cuda"
-        self.flushed = torch.empty(flush_bytes if self.on_gpu else 0, dtype=torch.int8, device=device)
+        self.flushed: torch.Tensor = torch.empty(flush_bytes if self.on_gpu else 0, dtype=torch.int8, device=device)
 
-    def take(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, list[float]]:
-        """The milliseconds of every round; ``f(i)`` is called with rising i, by which it rotates its inputs."""
-        taken = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
+    def take(self, candidates: Mapping[str, Callable[[int], object]], flush: bool = False) -> dict[str, list[float]]:
+        """``{name: f}`` -> milliseconds of every round; ``f(i)`` is called with rising i, which selects its inputs."""
+        times = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
         if self.on_gpu:
             torch.cuda.synchronize()
-            taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-        return taken
+            times = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in times.items()}
+        return times
 
-    def _once(self, candidate: Callable[[int], object], i: int, flush: bool):
+    def _once(self, candidate: Callable[[int], object], i: int, flush: bool) -> Any:
         if not self.on_gpu:
             return 1e3 * seconds_of(lambda: candidate(i))
         if flush:
