@@ -53,7 +53,8 @@ class Kernels:
             options = ["-O3", "-std=c++17", f"-arch={self.target}", f"-I{self.csrc}"]
             command = [self.compiler, "-ptx", *options, self.csrc / f"grouped_mlp/{source}.cu", "-o", file]
             subprocess.run(command, check=True, capture_output=True)
-            self.texts[source] = file.read_text()
+            # nvcc names what is local to a file by the file's place too, and so the instructions that name parameters.
+            self.texts[source] = re.sub(r"\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8}", "", file.read_text())
         return self.texts[source]
 
     def program(self, kernel: str, form: str, shared: int) -> Program:
@@ -81,8 +82,9 @@ def ceil_div(a: int, b: int) -> int:
 class Library:
     """Stands for `dexkernels._C`: the same calls, on the emulator. tensors: address -> what begins there."""
 
-    def __init__(self, kernels: Kernels, tensors: dict[int, torch.Tensor], seed: int | None, count: bool):
+    def __init__(self, kernels: Kernels, tensors: dict[int, torch.Tensor], seed=None, count=False, compile_only=False):
         self.kernels, self.tensors, self.seed, self.count = kernels, tensors, seed, count
+        self.compile_only = compile_only
         self.ran: list[Ran] = []
 
     def grouped_mlp_fc1(self, *, x, weight, bias, z, a, slots, dim, hidden, bfloat16, stream):
@@ -158,25 +160,33 @@ class Library:
         return ceil_div(images * tokens, TILE) + pieces(count * tokens, TILE, experts)
 
     def _run(self, kernel, bfloat16, record, addresses, blocks, form="", threads=THREADS, shared=SHARED):
-        memory = GlobalMemory()
+        memory, forms = GlobalMemory(), []
         for address in dict.fromkeys(a for a in addresses if a):
             t = self.tensors[address]
+            forms.append((str(t.dtype), list(t.shape), list(t.stride())))
             last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
             if t.numel():
                 memory.add(address, (last + 1) * t.element_size(), t.element_size(), f"{kernel}: {list(t.shape)}")
         program = self.kernels.program(kernel, FORMATS[bfloat16] + form, shared if threads == THREADS else 0)
         if blocks:
-            counters = Launch(program, memory, (blocks,), threads, [record], self.seed, self.count).run()
-            self.ran.append(Ran(kernel, program, blocks, counters, f"{blocks} {len(record)}"))
+            counters = None
+            if not self.compile_only:
+                counters = Launch(program, memory, (blocks,), threads, [record], self.seed, self.count).run()
+            self.ran.append(Ran(kernel, program, blocks, counters, f"{blocks} {forms}"))
 
 
 @contextlib.contextmanager
-def emulated(kernels: Kernels, seed: int | None = None, count: bool = False) -> Iterator[Library]:
-    """Within it, `dexkernels.ops.grouped_mlp.cuda` runs on CPU tensors; new tensors hold poison."""
+def emulated(
+    kernels: Kernels, seed: int | None = None, count: bool = False, compile_only: bool = False
+) -> Iterator[Library]:
+    """Within it, `dexkernels.ops.grouped_mlp.cuda` runs on CPU tensors; new tensors hold poison.
+
+    compile_only: nothing is run, and what launches would write stays as it was.
+    """
     from dexkernels import native
 
     tensors: dict[int, torch.Tensor] = {}
-    library = Library(kernels, tensors, seed, count)
+    library = Library(kernels, tensors, seed, count, compile_only)
     address_of = torch.Tensor.data_ptr
 
     def data_ptr(t):

@@ -10,7 +10,7 @@ GROUPED_MLP = [
         "grouped_mlp/multiply.h",
         r"__syncthreads\(\);",
         "",
-        "race on shared memory|in flight",
+        "race on shared memory|in flight|uninitialised",
     ),
     Change(
         "the last group but one may still be on its way",
@@ -109,10 +109,10 @@ GROUPED_MLP = [
         "outside of every|race on global|" + WRONG,
     ),
     Change(
-        "a quotient is one too small",
+        "a quotient is half of what it should be",
         "grouped_mlp/tiles.h",
-        r"\(power \+ divisor - 1\) / divisor",
-        "power / divisor",
+        r"by\.multiplier >> by\.shift",
+        "by.multiplier >> (by.shift + 1)",
         "outside of every|race on global|" + WRONG,
     ),
 ]

@@ -118,8 +118,14 @@ def test_what_it_cannot_compute_is_named(tmp_path, sizes, dtype, options, messag
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
-SEEN_BY = ("chunks, with a director", "all to one of 40 experts", "N 64, K = 1", "")
-"""The last one has more steps than shared memory holds."""
+SEEN_BY = (
+    Form((8, 5, 16, 24, 8, 2), director=True, skewed=True),
+    FORMS["all to one of 40 experts"],
+    FORMS["N 64, K = 1"],
+    FORMS[""],
+)
+"""The first one cuts the rows of two experts into chunks of unequal length, the last one has more steps than shared
+memory holds."""
 
 
 @pytest.mark.slow
@@ -132,5 +138,5 @@ def test_spoilt_sources_are_seen(change, tmp_path):
     file.write_text(text)
     kernels = compile_for(80, tmp_path, csrc)
     with pytest.raises((PTXError, AssertionError), match=change.caught):
-        for name in SEEN_BY:
-            check(kernels, FORMS[name])
+        for form in SEEN_BY:
+            check(kernels, form)
