@@ -253,9 +253,23 @@ def _pairs(files: Files, task: Task) -> Own | None:
             for match, mask in zip(images, masks, strict=True)
             if mask
         ]
+        _check_no_mask_twice(items, files)
         task = replace(task, kind="segmentation", metric=_metric(task, "segmentation"))
         return Own(task, items, _unused_masks(items, files))
     return None
+
+
+def _check_no_mask_twice(items: Sequence[Item], files: Files) -> None:
+    """ValueError if two images, such as copies in two formats, share a mask: a split could separate them."""
+    images: dict[str, list[str]] = {}
+    for item in items:
+        images.setdefault(item.mask, []).append(item.image)
+    for mask, paths in images.items():
+        if len(paths) > 1:
+            raise ValueError(
+                f"data: expected one image per mask; {files.root / mask} has {len(paths)}: {', '.join(sorted(paths))}; "
+                "move the copies away, or list the images in a table (--labels)"
+            )
 
 
 def _unused_masks(items: Sequence[Item], files: Files) -> tuple[str, ...]:

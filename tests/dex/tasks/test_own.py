@@ -84,6 +84,11 @@ def test_an_image_without_a_mask_and_one_with_two(held):
         held("masks/b.png", "masks/a.tif")
 
 
+def test_two_images_of_one_mask(held):
+    with pytest.raises(ValueError, match=r"one image per mask; .*masks/a.png has 2: images/a.jpg, images/a.png"):
+        held("images/a.png", "images/a.jpg", "masks/a.png")
+
+
 def test_a_mask_without_an_image_is_said(held):
     found = held("images/a.png", "masks/a.png", "masks/b.png", "masks/readme.txt")
     assert found.notes == ("1 masks belong to no image, such as masks/b.png",)
