@@ -98,13 +98,14 @@ def run(out: Path, tasks: Sequence[str], processes: int) -> None:
     """Data, pretraining, fine-tuning; results after each task."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one for each process, before torch is imported in it
     import real_tasks_data
+    from dex.prepare import workers
 
     began = time.monotonic()
     folds = real_tasks_data.build(out / "data", CACHE)
     real_tasks_data.without_sources(out / "pretraining")
     pretrain(out, processes)
     say(f"data and pretraining are ready after {time.monotonic() - began:.0f} s")
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), workers.die_with, (os.getpid(),)) as pool:
         for task in [name for name in ORDER if name in tasks]:
             names = [fold.name for fold in folds if fold.task == task]
             jobs = [Job(fold, "", None) for fold in names]

@@ -242,7 +242,7 @@ class _environment:
 
 def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, preload: Callable | None) -> None:
     exits.ignore_stop_signals()
-    _die_with(parent)
+    die_with(parent)
     _be_silent()
     try:
         if preload is not None:
@@ -263,7 +263,8 @@ def _main(connection: Connection, parent: int, work: Callable, memory_mb: int, p
         connection.send(("fault", where(error)))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Let Linux kill this process when ``parent``, which started it, ends in any way."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # It died before the call
