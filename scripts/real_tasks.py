@@ -98,6 +98,7 @@ def run(out: Path, tasks: Sequence[str], processes: int) -> None:
     """Data, pretraining, fine-tuning; results after each task."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one for each process, before torch is imported in it
     import real_tasks_data
+
     from dex.prepare import workers
 
     began = time.monotonic()
