@@ -114,7 +114,8 @@ def _trained(run: RunRecord, key: str) -> str:
     """The steps and images over which the newest training value of ``key`` is a mean."""
     before, step = _before_last(run, key), run.last_step(key)
     images = f", {(step - before) * run.batch:,} images" if run.batch else ""
-    return f"steps {before + 1:,} to {step:,}{images}"
+    steps = f"step {step:,}" if step == before + 1 else f"steps {before + 1:,} to {step:,}"
+    return f"{steps}{images}"
 
 
 def _held_out(run: RunRecord, key: str, counted: str = "val_images") -> str:
