@@ -82,7 +82,7 @@ def test_what_a_file_lacks_is_said_to_be_drawn(tiny, change, dense, tmp_path, ca
     save_file({name: t for name, t in dense[1].items() if not name.startswith(("decoder", "mask"))}, path)
     assert pretrain(change(tiny, model__init=str(path), run__stop_at=1), tmp_path / "run") == 0
     shown = capsys.readouterr()
-    line = f"weights of {path}: dense ViT, upcycled; drawn anew: the routers and the decoder"
+    line = f"weights of {path}: dense ViT, upcycled; randomly initialised: the routers and the decoder"
     assert line in (shown.out + shown.err).splitlines()
 
 

@@ -232,7 +232,7 @@ def test_another_run_is_refused_without_a_checkpoint_too(fields, message, killed
 def test_other_data_is_refused_without_a_checkpoint_too(killed_early, tiny, change, images, tmp_path):
     fewer = Path(shutil.copytree(images, tmp_path / "fewer"))
     next((fewer / "ct").iterdir()).unlink()
-    with pytest.raises(ValueError, match=f"data: expected the images .*; those in {fewer} are others"):
+    with pytest.raises(ValueError, match=f"data: expected the images .*; those in {fewer} differ"):
         pretrain(change(tiny, data__path=str(fewer)), killed_early, resume="auto")
     (killed_early / "run.json").unlink()  # killed between the two files: config.yaml alone still tells runs apart
     with pytest.raises(ValueError, match="run.seed: expected 0, got 7"):
@@ -254,7 +254,7 @@ def test_other_data_is_refused(tiny, change, images, tmp_path):
     shutil.copytree(images, moved)
     shutil.copytree(images, fewer)
     next((fewer / "ct").iterdir()).unlink()
-    with pytest.raises(ValueError, match=f"data: expected the images .*; those in {fewer} are others"):
+    with pytest.raises(ValueError, match=f"data: expected the images .*; those in {fewer} differ"):
         pretrain(change(tiny, data__path=str(fewer)), tmp_path / "out", resume="auto")
     assert pretrain(change(tiny, data__path=str(moved), run__stop_at=4), tmp_path / "out", resume="auto") == 0
 

@@ -344,7 +344,7 @@ def test_a_link_in_a_run_is_not_replaced(earlier_run, tmp_path):
         new.open(config.Config(), {"step": 0}, overwrite=True)
     new.discard()
     assert tree(earlier_run) == before and (earlier_run / "checkpoints").is_symlink()
-    assert not ReplacedRun(earlier_run).there
+    assert not ReplacedRun(earlier_run).exists
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
@@ -366,6 +366,6 @@ def test_a_run_goes_on_without_whoever_reads_its_lines(number, tmp_path, monkeyp
 def test_starts_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "run.json").write_text("")
     with pytest.raises(
-        ValueError, match=r"out: expected the starts of a run in .*run\.json; got JSONDecodeError.*move it"
+        ValueError, match=r"out: expected the starts of a run in .*run\.json; got JSONDecodeError.*Move the file away"
     ):
         RunLog(tmp_path).last_start()
