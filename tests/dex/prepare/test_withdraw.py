@@ -216,7 +216,7 @@ def test_killed_at_every_step(whole, tmp_path):
         shutil.copytree(whole, out)
         shutil.copytree(private_folder(whole), private_folder(out))
         dead = killed_after(step, out, ["MRN-2", "p4"])
-        assert held(out) in (old, new) and [one for one in verify(out) if "cut short" not in one] == []
+        assert held(out) in (old, new) and [one for one in verify(out) if "interrupted" not in one] == []
         seen.add(len(held(out)))
         take(out, "MRN-2", "p4")
         assert held(out) == new and verify(out) == [] and len(ShardDataset(out).withdrawals) == 1
