@@ -124,7 +124,7 @@ def test_killed_at_every_step(write, tmp_path):
         root = tmp_path / "set"
         shutil.copytree(fresh, root)
         dead = killed_after(step, root, ids)
-        now, problems = held(root), [problem for problem in verify(root) if "cut short" not in problem]
+        now, problems = held(root), [problem for problem in verify(root) if "interrupted" not in problem]
         assert problems == [] and now in (old, {name: data for name, data in old.items() if name not in ids})
         outcomes.add(len(now))
         if shard_rewrite.settle(root) or now != old:
