@@ -134,7 +134,10 @@ def test_micro_batches_are_the_batch_within_rounding(trainer_of, quick, kind, au
     assert second == pytest.approx(first, rel=1e-4)
     before = weights(whole)
     for name, p in parted.model.named_parameters():
-        assert torch.allclose(p, before[name], rtol=1e-4, atol=1e-5), name
+        a, b = p, before[name]
+        if name.endswith("attn.qkv.bias"):  # softmax ignores the keys' bias: its gradient is rounding, made lr by Adam
+            a, b = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (a, b))
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
 
 
 def test_a_non_finite_image_of_any_micro_batch_is_named(trainer_of, quick):
