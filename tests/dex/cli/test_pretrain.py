@@ -161,7 +161,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         ),
         (
             ["pretrain", "--preset", "demo", "--model.img-size", "272"],
-            "model.img_size: expected at most 256, the pixels",
+            "model.img_size: expected at most 256 pixels",
         ),
         (["pretrain", "--preset", "demo", "--config", "~/absent.yaml"], f"nothing at {Path.home()}/absent.yaml"),
         (["pretrain", "--preset", "demo", "--data", "~/absent"], f"found nothing at '{Path.home()}/absent'"),
@@ -216,7 +216,9 @@ def test_a_run_folder_in_its_own_data_is_refused(run, images, tmp_path):
     arguments = ("pretrain", "--preset", "demo", "--data", "data", "--out", "data/ct/../runs/first")
     code, out, err = run(*arguments)
     assert (code, out) == (2, "") and sorted(tmp_path.rglob("*")) == before
-    assert err.startswith(f"dex pretrain: out: expected a folder outside the data in {tmp_path / 'data'}, whose images")
+    assert err.startswith(
+        f"dex pretrain: out: expected a folder outside the data in {tmp_path / 'data'}, since the run's pictures"
+    )
     assert run(*arguments, "--dry-run") == (code, out, err)
 
 
@@ -262,7 +264,7 @@ def test_dry_run_checks_out_and_resume_and_writes_nothing(run, tiny, tmp_path):
         assert (code, out) == (2, "") and message in err
         assert run("pretrain", *arguments) == (code, out, err)
     code, out, _ = run("pretrain", "--resume", "run", "--dry-run")
-    assert code == 0 and resolved(out) == tiny and "# resumes from step-00000003, 3 steps done" in out
+    assert code == 0 and resolved(out) == tiny and "# resumes from step-00000003 after 3 steps" in out
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
