@@ -33,6 +33,7 @@ def made(arm, seed, loss=0.5, gap=0.1, steps=400, half=None, noise=0.0):
     spec = Spec(study_arms.Arm(arm), seed, steps, half)
     row = {"key": spec.key, "arm": arm, "seed": seed, "steps": steps, "half": half, "tiny": False, "finite": True}
     more = {"curve": [[20, 1.0]], "probe": [0.5, 0.4, 0.6], "cpu_s": 60.0, "training_cpu_s": 50.0}
+    more |= {"sources_sha256": "5" * 64, "data": "d" * 64}
     return row | more | {"sources": sources, "information": [0.5, 0.7], "information at step 0": [0.2, 0.4]}
 
 
@@ -127,8 +128,10 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
         ),
     )
     text = study_page.page(rows)
-    assert "Loss of cls minus the monolithic control's at 400 steps: -0.0500 **[-0.0500, -0.0500]**; lower." in text
-    assert "Loss of mean minus the monolithic control's at 400 steps: +0.0500" in text and "; higher." in text
+    control = "the loss at 400 steps minus the monolithic control's is"
+    assert f"the CLS token (cls), {control} -0.0500 **[-0.0500, -0.0500]**; it is lower." in text
+    assert f"the mean of the tokens (mean), {control} +0.0500" in text and "; it is higher." in text
+    assert "one did not stay finite" not in text and "1 did not stay finite" in text and "555555555555..." in text
     assert "With random experts the swap gap is +0.0000 [0.0000, 0.0000], which contains 0, as it must." in text
     assert "one run did not stay finite" in text and "| align 0 (not finite) | 400 | 0 |" in text
     assert text.count("| 60 |") == len(rows)
@@ -154,6 +157,19 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(study, "_start", start)
     return started
+
+
+def test_the_readme_takes_the_main_results(tmp_path):
+    text = "before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n"
+    filled = study_page.with_main_results(text, {})
+    assert filled == text.replace("old", "The main comparisons have no runs yet.")
+    assert study_page.with_main_results(filled, {}) == filled
+    with pytest.raises(ValueError, match="README: expected the line <!-- study -->"):
+        study_page.with_main_results("before", {})
+
+
+def test_the_pages_are_what_the_rows_say():
+    assert study.main(["--check"]) == 0
 
 
 def test_rows_that_are_there_are_not_made_again_and_stale_ones_are(quick, tmp_path):
