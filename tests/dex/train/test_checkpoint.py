@@ -109,7 +109,7 @@ def test_every_cut_missing_and_added_file_is_found_and_named(tmp_path):
     extra.write_bytes((folder / SHARD).read_bytes())
     with pytest.raises(CheckpointError, match=f"{extra.name}: not in MANIFEST.json"):
         checkpoint.load(folder)
-    with pytest.raises(FileNotFoundError, match="nothing at"):
+    with pytest.raises(FileNotFoundError, match="there is none at"):
         checkpoint.load(tmp_path / "step-00000006")
 
 

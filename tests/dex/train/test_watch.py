@@ -17,10 +17,10 @@ def test_what_a_process_of_an_earlier_start_said_does_not_count():
     first = {"step": 0, "phase": "start", "host": "a", "pid": 20}
     watch._seen, watch._store = {1: (first, 0.0)}, dist.HashStore()
     watch._store.set("dex/alive/1", json.dumps(first | {"pid": 10, "done": True, "failed": "OSError: gone"}))
-    watch._hear()
+    watch._read_reports()
     assert watch._failure() == "" and watch._seen[1] == (first, 0.0)
     watch._store.set("dex/alive/1", json.dumps(first | {"step": 3}))
-    watch._hear()
+    watch._read_reports()
     assert watch._seen[1][0]["step"] == 3
 
 
@@ -49,10 +49,10 @@ def test_a_round_of_many_ranks_is_two_requests():
         first = {"step": 0, "phase": "start", **me}
         watch._seen = {other: (first, 0.0) for other in range(count) if other != rank}
         watch.at(rank, "step")
-        watch._tell()
+        watch._report()
     began = time.monotonic()
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(Watch._hear, watches))
+        list(pool.map(Watch._read_reports, watches))
     assert time.monotonic() - began < 10
     assert sorted(requests) == ["multi_get"] * count + ["set"] * count
     for rank, watch in enumerate(watches):
