@@ -131,9 +131,9 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
     control = "the loss at 400 steps minus the monolithic control's is"
     assert f"the CLS token (cls), {control} -0.0500 **[-0.0500, -0.0500]**; it is lower." in text
     assert f"the mean of the tokens (mean), {control} +0.0500" in text and "; it is higher." in text
-    assert "one did not stay finite" not in text and "1 did not stay finite" in text and "555555555555..." in text
+    assert "1 did not stay finite" in text and "555555555555..." in text
     assert "With random experts the swap gap is +0.0000 [0.0000, 0.0000], which contains 0, as it must." in text
-    assert "one run did not stay finite" in text and "| align 0 (not finite) | 400 | 0 |" in text
+    assert "| align 0 (not finite) | 400 | 0 |" in text
     assert text.count("| 60 |") == len(rows)
     assert "Chosen by the rule: **mean token**" in text and "it is better than both." in text
     worse = {key: row for key, row in rows.items() if "mean token, 1100" not in key}
