@@ -51,7 +51,7 @@ check: $(INSTALLED)  ## static checks
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(PYTEST) benchmarks
 
-pages:  ## tables and pictures of README, benchmarks/README.md and docs/kernels.md, and the defaults of the backends, from the results of benchmarks and emulator; the drawing of the packages
+pages:  ## tables and pictures of README, benchmarks/README.md and docs/kernels.md, and what dex doctor says was measured, from the results of benchmarks and emulator; the drawing of the packages
 	$(PYTHON) scripts/pages.py
 	$(PYTHON) scripts/architecture.py
 
