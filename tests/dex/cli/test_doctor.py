@@ -80,6 +80,7 @@ def test_kernels_say_where_they_have_been_executed():
         "group_ema_ triton",
         "group_ema_ cuda",
         "grouped_mlp triton",
+        "grouped_mlp cuda",
         "route triton",
     ]
     for detail in found.values():

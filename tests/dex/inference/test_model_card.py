@@ -15,11 +15,11 @@ def test_the_card_says_what_the_run_was(tmp_path):
         "| experts | 4 per layer, 2 per image |",
         "| steps | 3 |",
         "| on held-out images | step 3 | before training |",
-        "| fundus | 46 |",
+        "| fundus | 45 |",
     ):
         assert line in text.splitlines()
     assert "Jane" not in text and str(tmp_path) not in text
-    assert "| reconstruction loss | 2.1260 | " in text and "| kNN accuracy of the modality | 75.0% | " in text
+    assert "| reconstruction loss | 1.8482 | " in text and "| kNN accuracy of the modality | 62.5% | " in text
     assert "**No downstream study.**" in text and "lists its sources and licences" in text
     sections = [line for line in text.splitlines() if line.startswith("## ")]
     assert sections == [f"## {name}" for name in ("Intended use", "Training", "Measured", "Limits", "Licence", "Use")]
