@@ -176,7 +176,7 @@ class TestParquet:
         for rank in ("1", "0"):
             monkeypatch.setenv("RANK", rank)
             code, printed, _ = run("embed", model, images, "--out", "shared", "--workers", 0, "--public")
-            assert code == 0 and printed.endswith("still at work\n") == (rank == "1")
+            assert code == 0 and printed.endswith("other ranks are still working\n") == (rank == "1")
         for path in (tmp_path / "alone").iterdir():
             assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes()
 
