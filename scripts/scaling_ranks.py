@@ -79,13 +79,17 @@ def _step_seconds(trainer, meet: Meet) -> float:
     return time.perf_counter() - began - trainer.data_wait
 
 
+def _meet(ranks) -> Meet:
+    from torch import distributed
+
+    return lambda: distributed.barrier(group=ranks.control) if ranks.world_size > 1 else None
+
+
 def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
     """Seconds of the parts of the unit costs, on this rank while the others do the same."""
-    from dex.common.ranks import ALONE, barrier
+    from dex.common.ranks import ALONE
 
-    def meet():
-        barrier(ranks)
-
+    meet = _meet(ranks)
     seconds = {"steps": {}}
     small, large = CALIBRATION["batches"]
     for batch in (small, large):
@@ -163,16 +167,10 @@ def _collective_seconds(ranks: int, meet: Meet, rounds: int, sizes: list[int]) -
 
 def measure_point(ranks, point: dict, steps: int) -> dict:
     """Seconds of steps of one configuration, and bytes held and sent, on this rank."""
-    from dex.common.ranks import barrier
-
     gc.collect()
     _reset_peak()
     resident = _status("VmRSS")
-    trainer = _trainer(point, ranks)
-
-    def meet():
-        barrier(ranks)
-
+    trainer, meet = _trainer(point, ranks), _meet(ranks)
     for _ in range(2):
         _step_seconds(trainer, meet)
     seconds = [_step_seconds(trainer, meet) for _ in range(steps)]

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from dex.model import MaskedAutoencoder  # noqa: E402
-from dex.train import initial, plan  # noqa: E402
-from dex.train import trainer as engine  # noqa: E402
+from dex.train import engine, initial, plan  # noqa: E402
+from dex.train import trainer as pretraining  # noqa: E402
 from dex.train.trainer import Trainer  # noqa: E402
 from dex.train.verdict import Agreement  # noqa: E402
 from dex.train.window import Window  # noqa: E402
@@ -89,7 +89,7 @@ def as_number(name):
     real = Trainer._compute
 
     def compute(self, *arguments):
-        tensors, value = self._schedule, getattr(engine.schedule_at(self.config, self.step, self.steps), name)
+        tensors, value = self._schedule, getattr(pretraining.schedule_at(self.config, self.step, self.steps), name)
         self._schedule = tensors._replace(**{name: value})
         if name == "lr":
             self.optimizer.param_groups[0]["lr"] = value
@@ -119,7 +119,7 @@ CASES = {
         MaskedAutoencoder, "patch_loss", lambda out, *_: out.detach().__setitem__(out > 0, out.detach()[0, 0])
     ),
     "model makes a tensor on the host": lambda: after(
-        engine, "augment", lambda out, *_: torch.tensor([0.5, 0.5], device=out.device)
+        pretraining, "augment", lambda out, *_: torch.tensor([0.5, 0.5], device=out.device)
     ),
     "batch is copied from pageable memory": lambda: instead(
         Trainer, "_to_device", lambda self, t: t.to(self.device, non_blocking=True)

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dex.train import cuda_graph
-from dex.train import trainer as engine
+from dex.train import cuda_graph, engine
 from dex.train.trainer import Trainer
 from dexkernels import shadows
 from dexkernels.ops.group_ema import cpu
