@@ -103,7 +103,7 @@ PY
 import sys
 from dexkernels import native
 assert native.__file__.startswith(sys.argv[1]), native.__file__
-assert native._absent is None, native._absent
+assert native._loaded[1] is None, native._loaded[1]
 PY
     )
     say "the wheel's library loads with torch and without"
