@@ -117,7 +117,8 @@ def test_a_folder_that_cannot_be_written(fleet, tiny, change, tmp_path, record):
         for out in (disk / "new", disk / "out"):
             ranks = fleet.start(c, out)
             codes = fleet.end(ranks, 240)
-            sound = codes[0] == 2 and "expected a writable folder" in ranks[0].said() and "Traceback" not in ranks[0].said()
+            said = ranks[0].said()
+            sound = codes[0] == 2 and "expected a writable folder" in said and "Traceback" not in said
             if not sound:
                 print(out, codes, *(r.said()[-3000:] for r in ranks))
             good, wanted = good + sound, wanted + 1
