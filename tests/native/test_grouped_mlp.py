@@ -6,32 +6,15 @@
 import ctypes
 import itertools
 import math
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from host_code import check_memory, compiled
 
-HERE = Path(__file__).resolve().parent
-COMPILE = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 LARGEST = 2**31 - 1
 TILE = 128
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-
-
-def compile_host(folder: Path, *flags: str) -> Path:
-    library = folder / "grouped_mlp.so"
-    command = [compiler(), *COMPILE, *flags, f"-I{HERE.parents[1] / 'csrc'}", HERE / "grouped_mlp.cpp", "-o", library]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
 
 
 class Host:
@@ -86,9 +69,7 @@ def at(array: np.ndarray) -> ctypes.c_void_p:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> Host:
-    if compiler() is None:
-        pytest.skip("no C++ compiler on this machine ($CXX, c++, g++)")
-    return Host(compile_host(tmp_path_factory.mktemp("host"), "-O2"))
+    return Host(compiled("grouped_mlp.cpp", tmp_path_factory.mktemp("host")))
 
 
 def splits(slots: int, experts: int):
@@ -228,17 +209,8 @@ def test_gelu_of_nan_and_infinity(host):
 # ---- sanitizers
 
 
-def test_nothing_is_read_or_written_out_of_bounds(tmp_path, host):
-    runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("this compiler has no AddressSanitizer runtime")
-    library = compile_host(tmp_path, *SANITIZE)
-    environment = os.environ | {"LD_PRELOAD": os.path.realpath(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, __file__, str(library)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "all cases", done.stdout + done.stderr
-    overrun = subprocess.run([*command, "overrun"], env=environment, capture_output=True, text=True)
-    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr, overrun.stderr
+def test_nothing_is_read_or_written_out_of_bounds(tmp_path):
+    check_memory("grouped_mlp.cpp", __file__, tmp_path, "all cases")
 
 
 def main(library: str, mode: str = "cases") -> None:

@@ -18,7 +18,7 @@ from dexkernels.verification.run import summary, verify
 
 SWITCH = "--parallel.no-verify-kernels"
 _MEET_EVERY = 0.5
-"""Seconds between two meetings of ranks while some of them verify: none waits for longer than it may."""
+"""Seconds between two meetings of ranks while some of them verify, well below the collectives' timeout."""
 
 
 def sizes_of(config: Config, images: int) -> Sizes | None:
@@ -39,15 +39,15 @@ def prove(
     images: int,
     waiting: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Have the kernels verified where they were not, and set what this process uses on ``device``.
+    """Verify the kernels that have no record yet, and choose the kernels of this process on ``device``.
 
-    Of every GPU model (with driver and software) the first rank verifies, unless a rank has a record of it with the
-    run's sizes; all others of the model receive the record. Where models differ, kernels are used that all prove:
-    ranks with other kernels would have other directors. ``parallel.verify_kernels`` off: nothing is verified, records
-    that are there are used. On a CPU, and with ``model.backend``, nothing happens. All ranks call it.
+    For each GPU model (with driver and software), the first rank verifies, unless a rank has a record with the run's
+    sizes; the other ranks of the model receive the record. With several models, a kernel is used only if all models
+    prove it: different kernels would give the ranks different directors. With ``parallel.verify_kernels`` off, nothing
+    is verified and existing records are used. On a CPU, and with ``model.backend``, nothing happens. All ranks call it.
 
-    images: that a rank computes at once. waiting: called twice a second while ranks wait. Returns what is to be said
-    before the run.
+    images: number that a rank computes at once. waiting: called twice a second while ranks wait. Returns the lines to
+    print before the run.
     """
     sizes = sizes_of(config, images)
     if device.type != "cuda" or config.model.backend is not None or sizes is None:
@@ -89,16 +89,16 @@ def _meet(ranks: Ranks, busy: bool, waiting: Callable[[], None]) -> bool:
 
 
 def _verified(sizes: Sizes, device: torch.device, meet: Callable[[bool], bool]) -> Record | None:
-    """The record of a verification, beside which this rank meets the others; None when it failed."""
+    """Verify in a thread while this rank keeps meeting the others. Returns the record; None if it failed."""
     stop, results = threading.Event(), []
 
     def work() -> None:
         try:
             results.append(verify(sizes, device=device, say=_say, stop=stop))
-        except Exception as error:  # a run goes on in plain torch, whatever is wrong with the kernels
+        except Exception as error:  # The run continues in plain torch
             _say(f"the kernels could not be verified: {type(error).__name__}: {error}")
 
-    _say(f"these kernels were not verified on this GPU yet; {SWITCH} begins with plain torch at once")
+    _say(f"these kernels were not verified on this GPU yet; {SWITCH} skips this and uses plain torch")
     thread = threading.Thread(target=work, name="verify", daemon=True)
     thread.start()
     try:
@@ -135,10 +135,10 @@ def _notes(tables: dict[Identity, _Table], choices: Choices, reason: str, verifi
     named = ", ".join(f"{op} in {dtype} by {backend}" for (op, dtype), backend in sorted(choices.items()))
     notes = [f"kernels: {named or 'plain torch'}"]
     if len(tables) > 1:
-        notes.append(f"the ranks have {len(tables)} kinds of GPU; kernels are those that all of them prove")
+        notes.append(f"the ranks have {len(tables)} kinds of GPU; a kernel is used only if all of them prove it")
     for who, table in tables.items():
         if table.record is None:
-            remedy = "run `dex verify` once" + ("" if verifies else f", or leave out {SWITCH}")
+            remedy = "run `dex verify` once" + ("" if verifies else f", or omit {SWITCH}")
             notes.append(f"no kernel was verified on {who}: {remedy}{f' ({reason})' if reason else ''}")
         elif table.record.wrong():
             notes.append(list(summary(table.record))[-1])
@@ -146,15 +146,16 @@ def _notes(tables: dict[Identity, _Table], choices: Choices, reason: str, verifi
 
 
 def described(device: torch.device) -> dict[str, str]:
-    """``{"grouped_mlp bfloat16": "triton"}``, for the record of a start; what is not in it is plain torch."""
+    """The kernels in use, as ``{"grouped_mlp bfloat16": "triton"}``, for ``run.json``; the rest is plain torch."""
     if device.type != "cuda":
         return {}
     return {f"{op} {dtype}": backend for (op, dtype), backend in sorted(choice.in_use(device).items())}
 
 
 def changed(start: dict[str, Any] | None, device: torch.device) -> list[str]:
-    """What is to be said when the kernels are others than those of the run's last start."""
+    """Lines to print if the kernels differ from those of the run's last start."""
     before, now = (start or {}).get("kernels"), described(device)
     if before is None or before == now:
         return []
-    return [f"kernels were {before or 'plain torch'} and are {now or 'plain torch'}: the run goes on, not bit for bit"]
+    change = f"kernels were {before or 'plain torch'} and are {now or 'plain torch'}"
+    return [f"{change}: the run continues, but not bit for bit"]

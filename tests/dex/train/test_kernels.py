@@ -139,7 +139,7 @@ def test_a_cpu_needs_no_record(verified):
 def test_switched_off_nothing_is_verified_but_a_record_is_used(verified, change):
     off = change(Config(), parallel__verify_kernels=False)
     plain, remedy = prove(config=off)
-    assert plain == "kernels: plain torch" and "run `dex verify` once, or leave out" in remedy
+    assert plain == "kernels: plain torch" and "run `dex verify` once, or omit" in remedy
     record.write(found(sizes=SIZES._replace(images=9)))
     prove(config=off)
     assert verified == [] and in_use(0) == dict.fromkeys(OPS, "triton")
