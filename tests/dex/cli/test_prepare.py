@@ -193,7 +193,7 @@ def test_a_part_that_another_process_does_is_refused(run, tmp_path, pictures):
 def _workers(process):
     """Ids of the processes that work for it."""
     shown = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
     ).stdout
     return [int(line.split()[0]) for line in shown.splitlines() if "spawn_main" in line]
 
@@ -228,7 +228,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_pr
 @pytest.mark.slow
 def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process, pictures):
     """kill -9 at random moments; another number of workers and of parts at each start."""
-    pictures(tmp_path / "scans", 160, side=256)
+    pictures(tmp_path / "scans", 1280, side=256)
     rng = random.Random(7)
 
     def begin(out, shard="0/1", number=1):
@@ -242,21 +242,26 @@ def test_killed_parents_and_workers_end_in_the_same_bytes(tmp_path, dex_process,
     out = with_salt(tmp_path / "killed")
     chunks = tmp_path / "killed.private" / "chunks"
 
-    def at_work(process):
-        deadline = time.monotonic() + 120
-        while not any(path.stat().st_size for path in chunks.glob("*.bin.partial")):
+    def finished():
+        return len(list(chunks.glob("*.bin")))
+
+    def kill(process, pids_of):
+        """At a random moment after it has finished one more chunk of the ten; the next takes 0.1 s or more."""
+        before, deadline = finished(), time.monotonic() + 120
+        while finished() == before:
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.5))
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        pids = pids_of(process)
+        assert pids and finished() < 10
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     process = begin(out, "1/2")
-    at_work(process)
-    process.kill()
+    kill(process, lambda process: [process.pid])
     process.wait()
     process = begin(out, "1/2", 2)
-    at_work(process)
-    for pid in _workers(process):
-        os.kill(pid, signal.SIGKILL)
+    kill(process, _workers)
     assert process.communicate(timeout=120)[1] == "" and process.returncode == 0 and not out.exists()
     process = begin(out, "0/2", 2)
     assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
