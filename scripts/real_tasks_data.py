@@ -107,7 +107,7 @@ def _class_maps(root: Path) -> dict[str, dict[int, str]]:
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "class_map":
             return ast.literal_eval(node.value)
-    raise ValueError(f"class_map: expected a table in {root / ROOT}; got none")
+    raise ValueError(f"class_map: expected a table in {root / ROOT}, got none")
 
 
 def _nifti(path: Path, labels: np.ndarray | Path, name: str) -> Series:
@@ -116,7 +116,7 @@ def _nifti(path: Path, labels: np.ndarray | Path, name: str) -> Series:
     if isinstance(labels, Path):
         labels = np.asarray(nibabel.load(labels).dataobj)
     if image.affine[2, 2] <= 0 or labels.shape != image.shape:
-        raise ValueError(f"{path}: expected ascending slices, and labels of {image.shape}; got {labels.shape}")
+        raise ValueError(f"{path}: expected ascending slices, and labels of {image.shape}, got {labels.shape}")
     return Series(name, labels.astype(np.uint8), image.affine, np.asarray(image.dataobj))
 
 
@@ -125,7 +125,7 @@ def _dicom(folder: Path, labels: Path, name: str) -> Series:
     image = nibabel.load(labels)
     files = tuple(folder / file for file, _ in stack.origins)
     if image.affine[2, 2] <= 0 or image.shape != (stack.shape[1], stack.shape[0], len(files)):
-        raise ValueError(f"{labels}: expected the grid of the series with ascending slices; got {image.shape}")
+        raise ValueError(f"{labels}: expected the grid of the series with ascending slices, got {image.shape}")
     return Series(name, np.asarray(image.dataobj).astype(np.uint8), image.affine, None, files)
 
 

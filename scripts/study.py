@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return write(read(options.results), options.check)
     if options.workers < 1:
-        parser.error(f"--workers: expected at least 1; got {options.workers}")
+        parser.error(f"--workers: expected at least 1, got {options.workers}")
     try:
         origin = {"sources_sha256": sources_hash(), "data": fingerprint(options.data)}
         results = Results(options.results, origin)

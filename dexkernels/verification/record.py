@@ -165,7 +165,7 @@ def from_json(value: Any) -> Record:
     value = _fields("record", value, ("format", "version", "identity", "date", "seconds", "sizes", "checks", "times"))
     if (value["format"], value["version"]) != (FORMAT, VERSION):
         given = f"{value['format']!r}, version {value['version']!r}"
-        raise ValueError(f"format: expected {FORMAT!r}, version {VERSION}; got {given:.80}")
+        raise ValueError(f"format: expected {FORMAT!r}, version {VERSION}, got {given:.80}")
     identity = Identity(**_typed("identity", value["identity"], Identity))
     if not all(isinstance(value[name], list) for name in ("sizes", "checks", "times")) or not value["sizes"]:
         raise ValueError("sizes, checks, times: expected lists, and some sizes")
@@ -185,7 +185,7 @@ def _fields(name: str, value: Any, fields: Iterable[str]) -> dict[str, Any]:
     fields = tuple(fields)
     if not isinstance(value, dict) or set(value) != set(fields):
         given = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{name}: expected {', '.join(fields)}; got {given:.200}")
+        raise ValueError(f"{name}: expected {', '.join(fields)}, got {given:.200}")
     return value
 
 
@@ -253,7 +253,7 @@ def read(path: Path) -> Record:
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a record; got {type(error).__name__}") from error
+        raise ValueError(f"{path}: expected a record, got {type(error).__name__}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

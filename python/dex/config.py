@@ -262,7 +262,7 @@ PRESETS: dict[str, Config] = {
 def preset(name: str) -> Config:
     """The preset ``name``. ValueError: no such preset."""
     if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
 
 
@@ -294,7 +294,7 @@ def read_yaml(path: str | Path, base: Config) -> Config:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"config: expected YAML in {path}; got: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config: expected YAML in {path}, got: {' '.join(str(error).split())}") from error
     return from_dict({} if values is None else values, base, str(path))
 
 
@@ -326,7 +326,7 @@ def check(config: Config) -> None:
 
 def _require(valid: bool, name: str, expected: str, value: Any) -> None:
     if not valid:
-        raise ValueError(f"{name}: expected {expected}; got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -402,7 +402,7 @@ def _check_optim(optim: OptimConfig, peak_lr: float) -> None:
     # A step of AdamW changes a weight by about the learning rate; above 1 that overwrites every weight.
     if peak_lr > 1:
         raise ValueError(
-            "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got "
+            "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1, got "
             f"{optim.base_lr:g}, whose peak is {peak_lr:g}"
         )
     decay = "less than 1 after multiplication by the peak learning rate"
@@ -466,7 +466,7 @@ def images_per_rank(config: Config, world_size: int) -> int:
     """Images of a batch per rank. ValueError: the ranks cannot share the batch evenly."""
     batch = config.data.batch_size
     if batch % world_size:
-        raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks; got {batch}")
+        raise ValueError(f"data.batch_size: expected a multiple of the {world_size} ranks, got {batch}")
     return batch // world_size
 
 
@@ -474,7 +474,7 @@ def resolve_micro_batch(config: Config, world_size: int) -> int:
     """Images that a rank computes at once. ValueError: its part of the batch is not a multiple of the micro-batch."""
     part, micro = images_per_rank(config, world_size), config.parallel.micro_batch
     if micro is not None and part % micro:
-        raise ValueError(f"parallel.micro_batch: expected a divisor of the images per rank, {part}; got {micro}")
+        raise ValueError(f"parallel.micro_batch: expected a divisor of the images per rank, {part}, got {micro}")
     return micro or part
 
 

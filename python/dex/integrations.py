@@ -41,7 +41,7 @@ class DEXCallback(TrainerCallback):
     ):
         for name, (first, last), top in (("momentum", momentum, 1.0), ("noise_std", noise_std, float("inf"))):
             if not (0 <= first <= top and 0 <= last <= top):
-                raise ValueError(f"{name}: expected (first, last) in [0, {top}]; got {(first, last)}")
+                raise ValueError(f"{name}: expected (first, last) in [0, {top}], got {(first, last)}")
         self.align: float = align
         self.balance: float = balance
         self.momentum: tuple[float, float] = momentum
@@ -58,7 +58,7 @@ class DEXCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if args.torch_compile:
-            raise ValueError("args.torch_compile: expected False with DEXCallback; got True")
+            raise ValueError("args.torch_compile: expected False with DEXCallback, got True")
         self._noise = torch.zeros((), device=next(model.parameters()).device)
         self._aux = collect_aux(model, self._noise)
         self._args = args
@@ -94,7 +94,7 @@ class DEXCallback(TrainerCallback):
         self._aux.__exit__(None, None, None)
         if not isinstance(outputs, dict) or outputs.get("loss") is None:
             raise ValueError(
-                "model: expected outputs with a loss in training (no label smoothing, no compute_loss_func); got none"
+                "model: expected outputs with a loss in training (no label smoothing, no compute_loss_func), got none"
             )
         outputs["loss"] = outputs["loss"] + self._scale(kwargs) * self._aux.losses(self.align, self.balance)
         return outputs

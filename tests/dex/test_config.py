@@ -63,15 +63,15 @@ def test_monolithic_control_differs_in_the_experts_alone():
     [
         ("model: {dept: 3}", r"model\.dept: expected one of img_size, .*unknown key"),
         ("modell: {}", r"modell: expected one of model, data, optim, schedule, parallel, run"),
-        ("model: {depth: 3.5}", r"model\.depth: expected a whole number; got 3\.5"),
-        ("model: {depth: true}", r"model\.depth: expected a whole number; got True"),
-        ("model: 3", r"model: expected fields and their values; got 3"),
+        ("model: {depth: 3.5}", r"model\.depth: expected a whole number, got 3\.5"),
+        ("model: {depth: true}", r"model\.depth: expected a whole number, got True"),
+        ("model: 3", r"model: expected fields and their values, got 3"),
         ("- 1", r"expected fields and their values"),
-        ("run: {device: tpu}", r"run\.device: expected one of auto, cpu, cuda; got 'tpu'"),
-        ("optim: {betas: [0.9]}", r"optim\.betas: expected 2 numbers; got \[0\.9\]"),
-        ("optim: {base_lr: fast}", r"optim\.base_lr: expected a number; got 'fast'"),
-        ("model: {align: dot}", r"model\.align: expected one of kd, cosine, mse; got 'dot'"),
-        ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false; got 1"),
+        ("run: {device: tpu}", r"run\.device: expected one of auto, cpu, cuda, got 'tpu'"),
+        ("optim: {betas: [0.9]}", r"optim\.betas: expected 2 numbers, got \[0\.9\]"),
+        ("optim: {base_lr: fast}", r"optim\.base_lr: expected a number, got 'fast'"),
+        ("model: {align: dot}", r"model\.align: expected one of kd, cosine, mse, got 'dot'"),
+        ("model: {norm_pix_loss: 1}", r"model\.norm_pix_loss: expected true or false, got 1"),
         ("model: {num_experts: [4, x]}", r"model\.num_experts: expected a whole number or a list of a whole number"),
         ("optim: {eps: 1e-8}\nrun: {}\noptim: {clip_norm: 2}", r"optim occurs twice, in lines 1 and 3"),
         ("optim: {\n  eps: 1e-8,\n  eps: 1e-9}", r"eps occurs twice, in lines 2 and 3"),
@@ -81,16 +81,16 @@ def test_monolithic_control_differs_in_the_experts_alone():
         ("modle: {depth: 32}", r"did you mean model\?$"),
         ("data: {batch_size: 010}", r"010 in line 1 is 8 in YAML; write 8"),
         ("schedule:\n  steps: 1:30", r"1:30 in line 2 is 90 in YAML; write 90"),
-        ("run: {device: cuda:0}", r"run\.device: expected one of auto, cpu, cuda; got 'cuda:0'"),
-        ("model: {norm_pix_loss: 'no'}", r"model\.norm_pix_loss: expected true or false; got 'no'"),
-        ("run: {seed: yes}", r"run\.seed: expected a whole number; got True"),
-        ("model:\n\tdepth: 2", r"expected YAML in .*config\.yaml; got: .*line 2"),
+        ("run: {device: cuda:0}", r"run\.device: expected one of auto, cpu, cuda, got 'cuda:0'"),
+        ("model: {norm_pix_loss: 'no'}", r"model\.norm_pix_loss: expected true or false, got 'no'"),
+        ("run: {seed: yes}", r"run\.seed: expected a whole number, got True"),
+        ("model:\n\tdepth: 2", r"expected YAML in .*config\.yaml, got: .*line 2"),
         ("model: *m", r"expected YAML in .*undefined alias"),
         ("model: !!python/object/apply:os.system [ls]", r"expected YAML in .*could not determine a constructor"),
         ("model: {}\n---\nmodel: {}", r"expected YAML in .*single document"),
-        ("run: {wandb: 2020-01-01}", r"run\.wandb: expected text or null; got datetime"),
-        ("model: &m {depth: *m}", r"model\.depth: expected a whole number; got"),
-        ("model:", r"model: expected fields and their values; got nothing"),
+        ("run: {wandb: 2020-01-01}", r"run\.wandb: expected text or null, got datetime"),
+        ("model: &m {depth: *m}", r"model\.depth: expected a whole number, got"),
+        ("model:", r"model: expected fields and their values, got nothing"),
         ("model: {", r"expected YAML in .*config\.yaml"),
     ],
 )
@@ -112,7 +112,7 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
 @pytest.mark.parametrize("data", [b"\x91\x00\xff" * 50, "model: {}".encode("utf-16"), b"model: {}\0", b"a: \xe9"])
 def test_a_file_that_is_no_text_is_named(data, tmp_path):
     (tmp_path / "config.yaml").write_bytes(data)
-    with pytest.raises(ValueError, match=r"^config: expected YAML in .*config\.yaml; got: "):
+    with pytest.raises(ValueError, match=r"^config: expected YAML in .*config\.yaml, got: "):
         config.read_yaml(tmp_path / "config.yaml", config.Config())
 
 
@@ -125,52 +125,52 @@ def test_numbers_that_are_what_they_look_like_are_read(tmp_path):
 def test_missing_file_and_unknown_preset_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config: expected a YAML file; found nothing at .*absent.yaml"):
         config.read_yaml(tmp_path / "absent.yaml", config.Config())
-    with pytest.raises(ValueError, match="preset: expected one of published-code, paper, demo.*; got 'demos'"):
+    with pytest.raises(ValueError, match="preset: expected one of published-code, paper, demo.*, got 'demos'"):
         config.preset("demos")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model__img_size", 100, "model.img_size: expected a multiple of model.patch_size = 16; got 100"),
-        ("model__num_heads", 7, "model.embed_dim: expected a multiple of model.num_heads = 7; got 768"),
+        ("model__img_size", 100, "model.img_size: expected a multiple of model.patch_size = 16, got 100"),
+        ("model__num_heads", 7, "model.embed_dim: expected a multiple of model.num_heads = 7, got 768"),
         ("model__decoder_num_heads", 5, "model.decoder_embed_dim: expected a multiple of"),
         ("model__num_experts", (8, 8), "model.num_experts: expected one number or model.depth = 12 numbers"),
-        ("model__num_experts", 1, "model.num_experts: expected 0 in every layer, or at least model.top_k = 2; got 1"),
+        ("model__num_experts", 1, "model.num_experts: expected 0 in every layer, or at least model.top_k = 2, got 1"),
         ("model__num_experts", (0,) + (8,) * 11, "model.num_experts: expected 0 in every layer"),
-        ("model__top_k", 0, "model.top_k: expected at least 1; got 0"),
-        ("model__depth", 0, "model.depth: expected at least 1; got 0"),
+        ("model__top_k", 0, "model.top_k: expected at least 1, got 0"),
+        ("model__depth", 0, "model.depth: expected at least 1, got 0"),
         ("model__mask_ratio", 1.0, "model.mask_ratio: expected a share"),
-        ("data__path", "", "data.path: expected a folder; got ''"),
-        ("data__path", " ", "data.path: expected a folder; got ' '"),
-        ("data__batch_size", 0, "data.batch_size: expected at least 1; got 0"),
-        ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0; got nan"),
-        ("optim__base_lr", 1.0, "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1; got 1"),
+        ("data__path", "", "data.path: expected a folder, got ''"),
+        ("data__path", " ", "data.path: expected a folder, got ' '"),
+        ("data__batch_size", 0, "data.batch_size: expected at least 1, got 0"),
+        ("optim__base_lr", float("nan"), "optim.base_lr: expected above 0, got nan"),
+        ("optim__base_lr", 1.0, "optim.base_lr: expected a peak, base_lr * data.batch_size / 512, of at most 1, got 1"),
         ("optim__weight_decay", 1e5, "optim.weight_decay: expected less than 1 after multiplication by the peak"),
         ("model__mlp_ratio", 1e6, "model.mlp_ratio: expected a ratio that gives at most 1,048,576 hidden units"),
-        ("model__embed_dim", 4 * 10**8, "model.embed_dim: expected at most 1,048,576; got 400000000"),
-        ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 1,000; got 1000000000"),
-        ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 per layer; got 1000000000"),
+        ("model__embed_dim", 4 * 10**8, "model.embed_dim: expected at most 1,048,576, got 400000000"),
+        ("model__decoder_depth", 10**9, "model.decoder_depth: expected at most 1,000, got 1000000000"),
+        ("model__num_experts", 10**9, "model.num_experts: expected at most 65,536 per layer, got 1000000000"),
         ("model__mlp_ratio", 0.001, "model.mlp_ratio: expected a ratio that gives at least one hidden unit for"),
-        ("data__num_workers", 257, "data.num_workers: expected 0 to 256; got 257"),
-        ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers; got inf"),
+        ("data__num_workers", 257, "data.num_workers: expected 0 to 256, got 257"),
+        ("optim__clip_norm", float("inf"), "optim.clip_norm: expected finite numbers, got inf"),
         ("optim__betas", (0.9, 1.0), "optim.betas: expected two numbers in"),
         ("schedule__warmup", 1.0, "schedule.warmup: expected a share in"),
-        ("schedule__steps", 0, "schedule.steps: expected at least 1; got 0"),
+        ("schedule__steps", 0, "schedule.steps: expected at least 1, got 0"),
         ("schedule__momentum", (0.9, 1.1), "schedule.momentum: expected two numbers in"),
-        ("schedule__decay", 0.0, "schedule.decay: expected a share above 0, at most 1; got 0.0"),
-        ("schedule__span", 0, "schedule.span: expected at least 1, or null; got 0"),
-        ("optim__layer_decay", 0.0, "optim.layer_decay: expected a factor above 0, at most 1; got 0.0"),
-        ("optim__ema", 1.0, "optim.ema: expected a number in [0, 1), or null; got 1.0"),
-        ("run__wandb", " ", "run.wandb: expected the name of a project, or null; got ' '"),
-        ("run__milestones", (5, 0), "run.milestones: expected steps of at least 1; got (5, 0)"),
+        ("schedule__decay", 0.0, "schedule.decay: expected a share above 0, at most 1, got 0.0"),
+        ("schedule__span", 0, "schedule.span: expected at least 1, or null, got 0"),
+        ("optim__layer_decay", 0.0, "optim.layer_decay: expected a factor above 0, at most 1, got 0.0"),
+        ("optim__ema", 1.0, "optim.ema: expected a number in [0, 1), or null, got 1.0"),
+        ("run__wandb", " ", "run.wandb: expected the name of a project, or null, got ' '"),
+        ("run__milestones", (5, 0), "run.milestones: expected steps of at least 1, got (5, 0)"),
         ("run__seed", -1, "run.seed: expected at least 0"),
-        ("run__log_every", 0, "run.log_every: expected at least 1; got 0"),
-        ("parallel__micro_batch", 0, "parallel.micro_batch: expected at least 1, or null; got 0"),
-        ("parallel__timeout", 1e12, "parallel.timeout: expected at most 10,000,000 seconds; got 1000000000000.0"),
-        ("optim__eps", 1e-320, "optim.eps: expected 0 or numbers that float32 holds; got 1e-320"),
+        ("run__log_every", 0, "run.log_every: expected at least 1, got 0"),
+        ("parallel__micro_batch", 0, "parallel.micro_batch: expected at least 1, or null, got 0"),
+        ("parallel__timeout", 1e12, "parallel.timeout: expected at most 10,000,000 seconds, got 1000000000000.0"),
+        ("optim__eps", 1e-320, "optim.eps: expected 0 or numbers that float32 holds, got 1e-320"),
         ("schedule__balance_weight", (1e300, 0.0), "schedule.balance_weight: expected 0 or numbers that float32 holds"),
-        ("parallel__timeout", 0.0, "parallel.timeout: expected above 0; got 0.0"),
+        ("parallel__timeout", 0.0, "parallel.timeout: expected above 0, got 0.0"),
     ],
 )
 def test_values_that_cannot_work_are_named(field, value, message, change):
@@ -220,9 +220,9 @@ def test_a_batch_is_shared_evenly():
     assert [config.resolve_micro_batch(base, ranks) for ranks in (1, 8)] == [24, 3]
     cut = dataclasses.replace(base, parallel=config.ParallelConfig(micro_batch=6))
     assert [config.resolve_micro_batch(cut, ranks) for ranks in (1, 4)] == [6, 6]
-    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 5 ranks; got 24"):
+    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 5 ranks, got 24"):
         config.images_per_rank(base, 5)
-    with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the images per rank, 3; got 6"):
+    with pytest.raises(ValueError, match="parallel.micro_batch: expected a divisor of the images per rank, 3, got 6"):
         config.resolve_micro_batch(cut, 8)
 
 

@@ -184,7 +184,7 @@ def test_what_it_cannot_do_is_refused(transformers, tmp_path, options, message):
 def test_wrong_arguments(transformers):
     from dex.integrations import DEXCallback
 
-    with pytest.raises(ValueError, match=r"momentum: expected \(first, last\) in \[0, 1.0\]; got"):
+    with pytest.raises(ValueError, match=r"momentum: expected \(first, last\) in \[0, 1.0\], got"):
         DEXCallback(momentum=(0.9, 1.1))
     with pytest.raises(ValueError, match="noise_std: expected"):
         DEXCallback(noise_std=(-1.0, 0.0))

@@ -204,7 +204,7 @@ def test_wrong_usage_is_told(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("study: path: expected ")
     with pytest.raises(SystemExit):
         study.main(["embedded", "--workers", "0", "--results", str(tmp_path / "r.jsonl")])
-    assert "--workers: expected at least 1; got 0" in capsys.readouterr().err
+    assert "--workers: expected at least 1, got 0" in capsys.readouterr().err
     assert study.main(["--page", "--results", str(tmp_path / "r.jsonl")]) == 1
     assert "got none; run make study" in capsys.readouterr().out
 

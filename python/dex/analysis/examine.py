@@ -122,7 +122,7 @@ def examine(
     or an unknown part.
     """
     if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"parts: expected some of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+        raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     held_out, names = material.held_out, material.modalities
     if not len(held_out.images):
         raise ValueError("data: expected held-out images, got none")

@@ -153,7 +153,7 @@ def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, 
     if test_features.shape[1] != train_features.shape[1] or test_features.device != train_features.device:
         raise ValueError(
             f"test_features: expected width {train_features.shape[1]} on {train_features.device}, "
-            f"as train_features; got {test_features.shape[1]} on {test_features.device}"
+            f"as train_features, got {test_features.shape[1]} on {test_features.device}"
         )
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exits.DONE
     name, *rest = arguments
     if name not in _names():
-        print_line("dex", f"command: expected one of {', '.join(commands())}; got {name!r}")
+        print_line("dex", f"command: expected one of {', '.join(commands())}, got {name!r}")
         return exits.USAGE
     try:
         code = _run(name, rest)

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def folder_argument(name: str, text: str) -> Path:
     """Path from the value ``text`` of option ``name``, with a leading ``~`` expanded. ValueError: empty text."""
     if not text.strip():
-        raise ValueError(f"{name}: expected a folder; got {text!r}")
+        raise ValueError(f"{name}: expected a folder, got {text!r}")
     return Path(text).expanduser()
 
 
@@ -41,9 +41,9 @@ def check_folder(folder: Path, name: str = "out") -> None:
     """ValueError, naming option ``name``: ``folder`` is a file or is not writable. Checked before hours of work."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"{name}: expected a folder; got the file {existing}")
+        raise ValueError(f"{name}: expected a folder, got the file {existing}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: expected a writable folder; got {existing}")
+        raise ValueError(f"{name}: expected a writable folder, got {existing}")
 
 
 def require_one_process(command: str) -> None:
@@ -52,7 +52,7 @@ def require_one_process(command: str) -> None:
 
     ranks = announced().world_size
     if ranks > 1:
-        raise ValueError(f"WORLD_SIZE: expected 1, since {command} runs in one process; got {ranks}")
+        raise ValueError(f"WORLD_SIZE: expected 1, since {command} runs in one process, got {ranks}")
 
 
 def print_line(command: str, message: str) -> None:

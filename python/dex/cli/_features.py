@@ -110,7 +110,7 @@ def _size(text: str) -> Size:
     try:
         height, width = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected pixels, such as 224 or 224x320; got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected pixels, such as 224 or 224x320, got {text!r}") from None
     return plain_size((height, width))
 
 

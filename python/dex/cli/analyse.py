@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     losses_only = set(settings.parts) == {"heldout"}
     if out is None and not losses_only:
         if not job.is_run(Path(options.run)):
-            raise ValueError(f"out: expected --out DIR, since {options.run} is not a run folder; got none")
+            raise ValueError(f"out: expected --out DIR, since {options.run} is not a run folder, got none")
         out = Path(options.run) / _FOLDER
     if out is not None:
         check_folder(out)

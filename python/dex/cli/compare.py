@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         settings = _settings(folder_argument("settings", options.settings), settings)
     recipe.check(settings)
     if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"seeds: expected each once; got {' '.join(map(str, options.seeds))}")
+        raise ValueError(f"seeds: expected each once, got {' '.join(map(str, options.seeds))}")
     a, b = compare.sides(folder_argument("A", options.a), folder_argument("B", options.b))
     private = out.with_name(f"{out.name}.private")
     prepared = []
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         prepared.append(compare.prepared(data))
     names = [task.data.task.name for task in prepared]
     if len(set(names)) < len(names):
-        raise ValueError(f"tasks: expected each once; got {', '.join(names)}")
+        raise ValueError(f"tasks: expected each once, got {', '.join(names)}")
     compare.open_sheet(out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -100,10 +100,10 @@ def _settings(path: Path, base: "Settings") -> "Settings":
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"settings: expected YAML in {path}; got: {' '.join(str(error).split())}") from None
+        raise ValueError(f"settings: expected YAML in {path}, got: {' '.join(str(error).split())}") from None
     for name in ("seed", "start"):
         if isinstance(values, dict) and name in values:
-            raise ValueError(f"settings: expected neither seed nor start, which dex compare sets; got {name} in {path}")
+            raise ValueError(f"settings: expected neither seed nor start, which dex compare sets, got {name} in {path}")
     return recipe.from_dict({} if values is None else values, base, str(path))
 
 

@@ -229,7 +229,7 @@ def _refused(folder: Path, reason: str | None, as_csv: bool) -> Callable[[], int
     if reason is not None and reason not in counts:
         reasons = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
         expected = f"one of {reasons}" if reasons else "no --reason, since no file was refused"
-        raise ValueError(f"reason: expected {expected}; got {reason!r}")
+        raise ValueError(f"reason: expected {expected}, got {reason!r}")
 
     def carry_out() -> int:
         print(_PRIVATE, file=sys.stderr)
@@ -337,7 +337,7 @@ def _leak(a: str, b: str, out: str | None) -> Callable[[], int]:
 
     path = None if out is None else Path(out)
     if path is not None and (path.suffix.lower() not in (".csv", ".json") or not path.parent.is_dir()):
-        raise ValueError(f"out: expected NAME.csv or NAME.json in an existing folder; got {out}")
+        raise ValueError(f"out: expected NAME.csv or NAME.json in an existing folder, got {out}")
 
     def carry_out() -> int:
         from dex.prepare.leak import leak

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder for runs, whose disk is measured")
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.strip():
-        raise ValueError(f"data: expected a folder; got {options.data!r}")
+        raise ValueError(f"data: expected a folder, got {options.data!r}")
     return lambda: exits.FAILED if doctor(options.data, Path(options.out)) else exits.DONE
 
 
@@ -253,7 +253,7 @@ def _round_trip(name: str) -> str:
     error = int(np.abs(back.astype(int) - picture).max())
     allowed = 0 if name == "PNG" else 64
     if back.shape != picture.shape or error > allowed:
-        raise ValueError(f"expected the picture within {allowed} of 255; got shape {back.shape}, off by {error}")
+        raise ValueError(f"expected the picture within {allowed} of 255, got shape {back.shape}, off by {error}")
     return "encoded and decoded a picture"
 
 

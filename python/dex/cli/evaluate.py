@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     require_one_process("dex evaluate")
     if options.out is not None and len(options.folder) > 1:
         raise ValueError(
-            f"out: expected none with {len(options.folder)} folders, since each gets its own report; got {options.out}"
+            f"out: expected none with {len(options.folder)} folders, since each gets its own report, got {options.out}"
         )
 
     from dex.cli._features import workers

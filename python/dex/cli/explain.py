@@ -18,10 +18,10 @@ _PAGE = "explain.html"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     if options.out is not None and not options.out.strip():
-        raise ValueError(f"out: expected a file; got {options.out!r}")
+        raise ValueError(f"out: expected a file, got {options.out!r}")
     out = Path(_PAGE if options.out is None else options.out).expanduser()
     if out.is_dir():
-        raise ValueError(f"out: expected a file; got the folder {out}")
+        raise ValueError(f"out: expected a file, got the folder {out}")
 
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device

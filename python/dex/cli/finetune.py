@@ -90,7 +90,7 @@ def _evaluate(where: _task_data.Where, data: "TaskData", settings: "Settings", r
 
 def _resume(text: str | None) -> bool:
     if text not in (None, "auto"):
-        raise ValueError(f"resume: expected auto; got {text!r}")
+        raise ValueError(f"resume: expected auto, got {text!r}")
     return text is not None
 
 

@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
             table = predict.private_folder(out) / predict.FILES
             print(f"refused: {sum(summary.refused.values()):,} files ({reasons}); {table} lists them")
         if not summary.done:
-            return failed("dex predict", "file: expected at least one readable file; got none")
+            return failed("dex predict", "file: expected at least one readable file, got none")
         print(f"{out}: {summary.done:,} of {len(items):,} files, {out / predict.TABLE}")
         return exits.DONE
 

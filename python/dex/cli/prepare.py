@@ -282,9 +282,9 @@ def _sources(options: argparse.Namespace) -> list[Any]:
         "split_file": options.split,
     }
     if options.pattern and modalities.key(options.modality or AUTO) not in map(modalities.key, (AUTO, FROM_FOLDERS)):
-        raise ValueError(f"pattern: expected --modality {AUTO} or {FROM_FOLDERS} with it; got {options.modality!r}")
+        raise ValueError(f"pattern: expected --modality {AUTO} or {FROM_FOLDERS} with it, got {options.modality!r}")
     if len(options.source) > 1 and (options.root or options.files):
-        raise ValueError(f"root, files: expected a single SOURCE with them; got {len(options.source)}")
+        raise ValueError(f"root, files: expected a single SOURCE with them, got {len(options.source)}")
     sources: list[Any] = []
     folders = 0
     for argument in options.source:
@@ -303,7 +303,7 @@ def _route(text: str) -> Any:
 
     modality, _, pattern = text.partition("=")
     if not modality or not pattern:
-        raise ValueError(f"pattern: expected MODALITY=GLOB, such as 'X-ray=chest/**'; got {text!r}")
+        raise ValueError(f"pattern: expected MODALITY=GLOB, such as 'X-ray=chest/**', got {text!r}")
     return Route(modality, (pattern,))
 
 
@@ -346,7 +346,7 @@ def _wrong(lines: list[str]) -> int:
 def _shard(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal()):
-        raise ValueError(f"shard: expected I/N, such as 0/4; got {text!r}")
+        raise ValueError(f"shard: expected I/N, such as 0/4, got {text!r}")
     return int(part), int(parts)
 
 

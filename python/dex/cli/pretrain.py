@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     resume, out = _resume_target(first.resume, first.out)
     base = _base_config(first.preset, first.config, out if resume else None)
     if base is None and not {"-h", "--help"} & set(arguments):
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or --config FILE; got neither")
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or --config FILE, got neither")
     request = _parse(arguments, base or Config())
     if request is None:
         return lambda: exits.DONE
@@ -144,7 +144,7 @@ def _override(fields: tuple[str, ...], reason: str | None) -> "Override | None":
     from dex.train.continuation import Override
 
     if reason is not None and not fields:
-        raise ValueError("override: expected the fields to which --reason applies; got none")
+        raise ValueError("override: expected the fields to which --reason applies, got none")
     return Override(tuple(name.strip("-").replace("-", "_") for name in fields), reason or "") if fields else None
 
 
@@ -181,10 +181,10 @@ def _check_contradictions(arguments: list[str]) -> None:
         if given.value == before.value:
             continue
         if given.option == before.option:
-            raise ValueError(f"{given.option}: expected one value; got {before.text} and {given.text}")
+            raise ValueError(f"{given.option}: expected one value, got {before.text} and {given.text}")
         short, full = sorted((given, before), key=lambda g: len(g.option))
         raise ValueError(
-            f"{short.option}: expected one value for --{short.option} and --{full.option}, which are the same; "
+            f"{short.option}: expected one value for --{short.option} and --{full.option}, which are the same, "
             f"got {short.value} and {full.value}"
         )
 
@@ -196,7 +196,7 @@ def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | No
         return None, folder
     if resume == "auto":
         if folder is None:
-            raise ValueError("resume: expected the run folder as --out with --resume auto; got none")
+            raise ValueError("resume: expected the run folder as --out with --resume auto, got none")
         return "auto", folder
     path = folder_argument("resume", resume)
     if not path.is_dir():
@@ -204,9 +204,9 @@ def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | No
     is_run = (path / "config.yaml").is_file()
     run = path if is_run else path.resolve().parent.parent
     if not is_run and not (run / "config.yaml").is_file():
-        raise ValueError(f"resume: expected auto, a run folder or a checkpoint folder in one; got {path}")
+        raise ValueError(f"resume: expected auto, a run folder or a checkpoint folder in one, got {path}")
     if folder is not None and folder.resolve() != run.resolve():
-        raise ValueError(f"out: expected the resumed run, {run}; got {folder}")
+        raise ValueError(f"out: expected the resumed run, {run}, got {folder}")
     return ("auto" if is_run else path), run
 
 
@@ -267,14 +267,14 @@ def _complaint(text: str, arguments: list[str], kind: type) -> str:
         for before, word in itertools.pairwise(arguments):
             is_switch = before in options and field_kind(kind, before.strip("-")) is bool
             if is_switch and word.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
-                return f"{before.strip('-').replace('-', '_')}: expected a switch without a value; got {word}"
+                return f"{before.strip('-').replace('-', '_')}: expected a switch without a value, got {word}"
         return text
     option = next((word for word in options if re.search(rf"{re.escape(word)}(?![\w.-])", text)), None)
     expected = None if option is None else field_kind(kind, option.strip("-"))
     if expected is None:
         return text
     values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[arguments.index(option) + 1 :])
-    return f"{option.strip('-').replace('-', '_')}: expected {words(expected)}; got {' '.join(values) or 'nothing'}"
+    return f"{option.strip('-').replace('-', '_')}: expected {words(expected)}, got {' '.join(values) or 'nothing'}"
 
 
 def _one_line(box: str) -> str:

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     require_one_process("dex probe")
     labels = probe_job.read_labels(Path(options.labels) if options.labels else None, options.patient)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder; got the file {out}")
+        raise ValueError(f"out: expected a folder, got the file {out}")
     if (out / probe_job.SHEET).exists():
         raise ValueError(
             f"out: expected a folder without results; {out / probe_job.SHEET} exists. Choose another --out"

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     )
     options = parser.parse_args(arguments)
     if not all(text.strip() for text in [*options.runs, *([] if options.out is None else [options.out])]):
-        raise ValueError("runs, --out: expected paths; got an empty one")
+        raise ValueError("runs, --out: expected paths, got an empty one")
     runs = [Path(run) for run in options.runs]
     out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
     from dex.report.page import report

@@ -38,13 +38,13 @@ def run(arguments: list[str]) -> Callable[[], int]:
             options, "labels", "classes", "patient", "split", "modality", "shots", "pretraining", "run", "private"
         )
         if options.data is not None and not Path(options.data).is_dir():
-            raise NotADirectoryError(f"data: expected a folder with a folder for each task; got {options.data}")
+            raise NotADirectoryError(f"data: expected a folder with a folder for each task, got {options.data}")
         return lambda: _list(Path(root) if root else None, options.json)
     task = find(options.task)
     if not task.root and options.data is None and options.labels is None and not _is_there(task, root):
         _require_none(options, "classes", "patient", "split", "modality", "shots", "pretraining", "run", "private")
         if options.check:
-            raise ValueError("data: expected the folder of the data for --check; got none")
+            raise ValueError("data: expected the folder of the data for --check, got none")
         return lambda: _show(task, None, options)
     data = _task_data.open_data(task, options)
     return lambda: _show(data.task, data, options)
@@ -54,7 +54,7 @@ def _require_none(options: Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value not in (None, []):
-            raise ValueError(f"{name}: expected a task and its data folder with it; got {value!r} alone")
+            raise ValueError(f"{name}: expected a task and its data folder with it, got {value!r} alone")
 
 
 def _is_there(task: "Task", root: str | None) -> bool:

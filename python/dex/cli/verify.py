@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     require_one_process("dex verify")
     share = None if options.share is None else _file(options.share)
     if options.minutes <= 0:
-        raise ValueError(f"minutes: expected a number above 0; got {options.minutes:g}")
+        raise ValueError(f"minutes: expected a number above 0, got {options.minutes:g}")
 
     from dexkernels.verification import record
     from dexkernels.verification.identity import identity
@@ -76,13 +76,13 @@ def _parser() -> Parser:
 
 def _file(text: str) -> Path:
     if not text.strip():
-        raise ValueError(f"share: expected a file; got {text!r}")
+        raise ValueError(f"share: expected a file, got {text!r}")
     path = Path(text).expanduser()
     if path.is_dir():
         raise ValueError(f"share: expected a file; {path} is a folder")
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"share: expected a file in a folder that exists and can be written; got {path}")
+        raise ValueError(f"share: expected a file in a folder that exists and can be written, got {path}")
     return path
 
 
@@ -103,6 +103,6 @@ def _sizes(options: "Namespace") -> "Sizes":
         images = configuration.resolve_micro_batch(chosen, 1)
         sizes = sizes_of(chosen, images)
         if sizes is None:
-            raise ValueError("config: expected a model with experts; got num_experts 0, which needs no kernels")
+            raise ValueError("config: expected a model with experts, got num_experts 0, which needs no kernels")
     given = {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
     return sizes_checked(sizes._asdict() | given)

@@ -57,14 +57,14 @@ def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
     """
     if not isinstance(values, dict):
         name = prefix.rstrip(".") or "config"
-        raise ValueError(f"{name}: expected fields and their values; got {_shown(values)} in {source}")
+        raise ValueError(f"{name}: expected fields and their values, got {_shown(values)} in {source}")
     kinds = typing.get_type_hints(type(base))
     changes = {}
     for key, value in values.items():
         if key not in kinds:
             close = difflib.get_close_matches(str(key).lower().replace("-", "_"), kinds, 1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}; got an unknown key in {source}{hint}")
+            raise ValueError(f"{prefix}{key}: expected one of {', '.join(kinds)}, got an unknown key in {source}{hint}")
         field = getattr(base, key)
         if dataclasses.is_dataclass(field):
             changes[key] = merge(field, value, source, f"{prefix}{key}.")
@@ -76,7 +76,7 @@ def merge(base: Any, values: Any, source: str, prefix: str = "") -> Any:
 def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
     converted = _match(value, kind)
     if converted is _NO_MATCH:
-        raise ValueError(f"{name}: expected {words(kind)}; got {_shown(value)} in {source}")
+        raise ValueError(f"{name}: expected {words(kind)}, got {_shown(value)} in {source}")
     return converted
 
 

@@ -113,7 +113,7 @@ def _store_of_this_start(limit: datetime.timedelta) -> dist.Store | None:
 def _did_not_meet(ranks: Ranks, timeout: float, error: RuntimeError) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = (
-        f"rank {ranks.rank}: expected all {ranks.world_size} ranks to meet at {address} within {timeout:g} s; got: "
+        f"rank {ranks.rank}: expected all {ranks.world_size} ranks to meet at {address} within {timeout:g} s, got: "
         f"{str(error).splitlines()[0]}"
     )
     if _environment("GROUP_WORLD_SIZE", 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -238,7 +238,7 @@ def check_cut(name: str, shape: Sequence[int], ranks: int) -> None:
     if shape[1] % ranks:
         raise ValueError(
             f"parallel.strategy: expected dimension 1 of {name}, which fsdp shards, to be a multiple of the {ranks} "
-            f"ranks; got {list(shape)}"
+            f"ranks, got {list(shape)}"
         )
 
 

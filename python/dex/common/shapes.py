@@ -24,7 +24,7 @@ def check_size(name: str, size: object) -> None:
     """ValueError unless ``size`` is a positive whole number or two of them."""
     numbers = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-        raise ValueError(f"{name}: expected a positive whole number, or two, height and width; got {size!r}")
+        raise ValueError(f"{name}: expected a positive whole number, or two, height and width, got {size!r}")
 
 
 def plain_size(size: int | Sequence[int]) -> Size:

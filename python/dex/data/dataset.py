@@ -204,4 +204,4 @@ class View(Dataset):
         self._base.note_maximum(sample_id, maximum)
 
     def split(self, name: str) -> Dataset:
-        raise ValueError(f"split: expected a whole data set to take {name!r} from; got the split {self.name!r}")
+        raise ValueError(f"split: expected a whole data set to take {name!r} from, got the split {self.name!r}")

@@ -274,7 +274,7 @@ def _for_prepare(root: Path, scans: Counter[str], images: int) -> str:
     beside = f", beside {images:,} pictures" if images else ""
     folder, out = shlex.quote(str(root)), shlex.quote(str(root.with_name(f"{root.name}-set")))
     return (
-        f"path: expected PNG, JPEG or NPY files, or other pictures; got {counts}{beside}. `dex prepare` converts them: "
+        f"path: expected PNG, JPEG or NPY files, or other pictures, got {counts}{beside}. `dex prepare` converts them: "
         f"dex prepare {folder} --out {out}; dex pretrain --data {out}"
     )
 

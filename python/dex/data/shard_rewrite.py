@@ -81,7 +81,7 @@ def plan(root: Path, ids: frozenset[str], documents: Mapping[str, bytes], date: 
         shards = [_without(root, entry, ids) for entry in manifest["shards"]]
         samples = sum(entry["samples"] for entry in shards)
         if not samples:
-            raise ValueError("ids: expected to keep at least one image; got all images of the set: delete its folder")
+            raise ValueError("ids: expected to keep at least one image, got all images of the set: delete its folder")
         before = hashlib.sha256(raw).hexdigest()
         withdrawal = {"date": date, "images": manifest["samples"] - samples, "before": before}
         final = {key: value for key, value in manifest.items() if key != "sha256"} | {

@@ -150,13 +150,13 @@ def prepare(
 def check(options: Options) -> None:
     """ValueError naming the argument."""
     if unknown := set(options.parts) - set(PARTS):
-        raise ValueError(f"only: expected some of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+        raise ValueError(f"only: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     for name in ("images", "probed", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least 1; got {getattr(options, name)}")
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     wanted = options.checkpoints
     if wanted not in ("all", "last") and not (isinstance(wanted, int) and wanted >= 1):
-        raise ValueError(f"checkpoints: expected all, last, or a number of at least 1; got {wanted!r}")
+        raise ValueError(f"checkpoints: expected all, last, or a number of at least 1, got {wanted!r}")
 
 
 def open_data(loaded: Loaded, data: str | Path | None) -> Dataset:
@@ -303,7 +303,7 @@ def _start(loaded: Loaded, notes: list[str]) -> Subject | None:
 def _earlier(run: Path, loaded: Loaded, options: Options, notes: list[str]) -> list[Subject]:
     wanted = options.checkpoints
     if not is_run(run):
-        raise ValueError(f"checkpoints: expected a run folder, which has several; got the single model {run}")
+        raise ValueError(f"checkpoints: expected a run folder, which has several, got the single model {run}")
     folders = [
         (step, folder) for step, folder in checkpoint.list_checkpoints(run / "checkpoints") if step < loaded.step
     ]

@@ -146,7 +146,7 @@ def collection(
     if (path / MANIFEST).is_file():
         given = {"modality": modality} if modality is not None else overrides
         for name, value in given.items():
-            raise ValueError(f"{name}: expected none for a shard set, whose images are already prepared; got {value!r}")
+            raise ValueError(f"{name}: expected none for a shard set, whose images are already prepared, got {value!r}")
         return _of_shards(ShardDataset(path))
     root = path if path.is_dir() else path.parent
     source = preprocess.source_of(root, modality, planes, **overrides)
@@ -339,7 +339,7 @@ def _grouped(listing: Listing, no_modality: bool, as_it_is: bool) -> list[list[i
         single_before = single
     if undecided and no_modality:
         raise ValueError(
-            f"modality: expected one, since files of the formats {', '.join(sorted(undecided))} do not state theirs; "
+            f"modality: expected one, since files of the formats {', '.join(sorted(undecided))} do not state theirs, "
             "got none"
         )
     return groups

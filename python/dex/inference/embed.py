@@ -55,20 +55,20 @@ def images_of(item: Any, modality: str | None = None) -> list[Tensor]:
         images = torch.from_numpy(np.ascontiguousarray(images))
     expected = "inputs: expected paths, or images [H, W], [C, H, W] or [B, C, H, W] of one or three channels"
     if not isinstance(images, Tensor):
-        raise ValueError(f"{expected}; got {type(item).__name__}")
+        raise ValueError(f"{expected}, got {type(item).__name__}")
     shape = list(images.shape)
     if images.ndim in (2, 3):
         images = images[None, None] if images.ndim == 2 else images[None]
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{expected}; got {shape}")
+        raise ValueError(f"{expected}, got {shape}")
     if images.dtype == torch.uint8:
         return [images]
     if not images.is_floating_point():
-        raise ValueError(f"inputs: expected uint8, or floats within [0, 1]; got {images.dtype}")
+        raise ValueError(f"inputs: expected uint8, or floats within [0, 1], got {images.dtype}")
     if images.numel():
         low, high = (float(value) for value in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # NaN fails both comparisons
-            raise ValueError(f"inputs: expected floats within [0, 1]; got minimum {low}, maximum {high}")
+            raise ValueError(f"inputs: expected floats within [0, 1], got minimum {low}, maximum {high}")
     return [images]
 
 
@@ -84,7 +84,7 @@ def embed(
     """Features of all ``images``: tensors ``[B, C, H, W]`` of any sizes, in order, ``batch_size`` at a time."""
     layers = check_layers(encoder, layers)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a positive whole number; got {batch_size!r}")
+        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     device = encoder.pos_embed.device
     parts = [features(encoder, batch, layers, precision) for batch in _batches(images, batch_size, encoder, device)]
     if not parts:
@@ -99,7 +99,7 @@ def features(
 ) -> Embedding:
     """Features of one batch ``images [B, C, H, W]``, as ``dex.data.center`` gives it, on the encoder's device."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     with _recorded(encoder, layers) as record:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             tokens = encoder(images)
@@ -128,7 +128,7 @@ def check_layers(encoder: VisionTransformer, layers: Sequence[int]) -> tuple[int
     depth = len(encoder.blocks)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
-            raise ValueError(f"layers: expected numbers of blocks, 0 to {depth - 1}; got {layer!r}")
+            raise ValueError(f"layers: expected numbers of blocks, 0 to {depth - 1}, got {layer!r}")
     return tuple(sorted(set(layers)))
 
 

@@ -90,14 +90,14 @@ def begin(loaded: Loaded, collection: Collection, options: Options) -> None:
     """Check everything, and write the plan or compare it with that of an earlier start. ValueError."""
     check_layers(loaded.encoder, options.layers)
     if options.batch_size < 1:
-        raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
+        raise ValueError(f"batch-size: expected at least 1, got {options.batch_size}")
     if options.workers < 0:
-        raise ValueError(f"workers: expected at least 0; got {options.workers}")
+        raise ValueError(f"workers: expected at least 0, got {options.workers}")
     if options.single_file:
         if options.ranks > 1:
-            raise ValueError("out: expected a folder for several ranks, which write parts; got an .npz file")
+            raise ValueError("out: expected a folder for several ranks, which write parts, got an .npz file")
         if options.out.is_dir():
-            raise ValueError(f"out: expected a file; got the folder {options.out}")
+            raise ValueError(f"out: expected a file, got the folder {options.out}")
         if options.out.exists():
             raise ValueError(f"out: expected a new file; {options.out} exists. Choose another --out")
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def begin_folder(plan: dict[str, Any], out: Path, file: str, may_lack: str = "")
         except (OSError, ValueError) as error:
             raise ValueError(f"out: expected the plan of an earlier start in {path}; {error}") from error
         if not isinstance(earlier, dict):
-            raise ValueError(f"out: expected the plan of an earlier start in {path}; got {type(earlier).__name__}")
+            raise ValueError(f"out: expected the plan of an earlier start in {path}, got {type(earlier).__name__}")
         for name, value in plan.items():
             if earlier.get(name, value if name == may_lack else None) != value:
                 raise ValueError(
@@ -257,7 +257,7 @@ def begin_folder(plan: dict[str, Any], out: Path, file: str, may_lack: str = "")
                 )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new or empty folder, or one that this command began; got {out}")
+        raise ValueError(f"out: expected a new or empty folder, or one that this command began, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     atomic.write(path, json.dumps(plan, indent=1) + "\n", sync=True)
 

@@ -112,7 +112,7 @@ def prepare(
     """
     for name, least in (("masks", 2), ("train", 1), ("neighbours", 1), ("batch_size", 1)):
         if getattr(options, name) < least:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least {least}; got {getattr(options, name)}")
+            raise ValueError(f"{name.replace('_', '-')}: expected at least {least}, got {getattr(options, name)}")
     loaded = load(run, path="experts")
     if not loaded.encoder.dex_layers:
         raise ValueError("run: expected a model with experts, got a monolithic one, which routes nothing")
@@ -141,7 +141,7 @@ def _chosen(scan: Preprocessed, label: str | None) -> int:
         return kept[len(kept) // 2]
     if label not in scan.labels:
         some = ", ".join(scan.labels[:_SHOWN]) + (", ..." if len(scan.labels) > _SHOWN else "")
-        raise ValueError(f"image: expected one of the file's images ({some}); got {label!r}")
+        raise ValueError(f"image: expected one of the file's images ({some}), got {label!r}")
     return scan.labels.index(label)
 
 

@@ -46,11 +46,11 @@ def export(loaded: Loaded, format: str, out: Path) -> None:
 def check(loaded: Loaded, format: str, out: Path) -> None:
     """ValueError for everything that can be checked before writing."""
     if format not in _WRITERS:
-        raise ValueError(f"format: expected one of {', '.join(_WRITERS)}; got {format!r}")
+        raise ValueError(f"format: expected one of {', '.join(_WRITERS)}, got {format!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new or empty folder; got {out}")
+        raise ValueError(f"out: expected a new or empty folder, got {out}")
     if format == "timm" and loaded.encoder.dex_layers and loaded.path != "director":
-        raise ValueError("path: expected director for format timm, a dense ViT; got 'experts'")
+        raise ValueError("path: expected director for format timm, a dense ViT, got 'experts'")
 
 
 def timm_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:

@@ -85,9 +85,9 @@ def quantize_(encoder: VisionTransformer) -> Int8Report:
     """
     layers = encoder.dex_layers
     if not layers or layers[0].path != "experts":
-        raise ValueError("encoder: expected DEX layers that compute with their experts; got none")
+        raise ValueError("encoder: expected DEX layers that compute with their experts, got none")
     if encoder.pos_embed.device.type != "cpu":
-        raise ValueError(f"encoder: expected it on the CPU; got {encoder.pos_embed.device}")
+        raise ValueError(f"encoder: expected it on the CPU, got {encoder.pos_embed.device}")
     before = after = 0
     for block in encoder.blocks:
         before += block.dex.experts.fc1_weight.nbytes + block.dex.experts.fc2_weight.nbytes

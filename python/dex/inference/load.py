@@ -141,9 +141,9 @@ def path_of(encoder: VisionTransformer) -> str:
 def choose_path_(encoder: VisionTransformer, path: str) -> None:
     """Make ``encoder`` compute with its experts or its directors. ValueError."""
     if path not in PATHS:
-        raise ValueError(f"path: expected one of {', '.join(PATHS)}; got {path!r}")
+        raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {path!r}")
     if path == "director" and not encoder.dex_layers:
-        raise ValueError("path: expected experts for a monolithic model, which has no director; got 'director'")
+        raise ValueError("path: expected experts for a monolithic model, which has no director, got 'director'")
     if path != path_of(encoder):
         for layer in encoder.dex_layers:
             layer.path = path
@@ -155,7 +155,7 @@ def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
     check_size("img_size", img_size)
     patch, before = encoder.patch_size, encoder.grid
     if any(side % patch for side in height_width(img_size)):
-        raise ValueError(f"img_size: expected a multiple of the patch size, {patch}; got {img_size!r}")
+        raise ValueError(f"img_size: expected a multiple of the patch size, {patch}, got {img_size!r}")
     encoder.img_size = plain_size(img_size)
     encoder.pos_embed = resize_pos_embed(encoder.pos_embed, encoder.grid_size, before)
     model.decoder_pos_embed = resize_pos_embed(model.decoder_pos_embed, encoder.grid_size, before)
@@ -164,12 +164,12 @@ def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
 def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
     """The source of the model that ``run`` names."""
     if not isinstance(run, str | os.PathLike) or not os.fspath(run):
-        raise ValueError(f"{_EXPECTED}; got {run!r}")
+        raise ValueError(f"{_EXPECTED}, got {run!r}")
     place = Path(run)
     if not place.exists():
         raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
     if ema and (not place.is_dir() or model_file.is_model_folder(place)):
-        raise ValueError(f"ema: expected a run or a checkpoint; got the exported model {place}")
+        raise ValueError(f"ema: expected a run or a checkpoint, got the exported model {place}")
     if not place.is_dir():
         return _of_file(place)
     if model_file.is_model_folder(place):
@@ -204,7 +204,7 @@ def _of_checkpoint(saved: checkpoint.Checkpoint, run: Path, ema: bool) -> _Sourc
 
 def _of_file(file: Path) -> _Source:
     if file.suffix != ".safetensors":
-        raise ValueError(f"{_EXPECTED}; got the file {file}")
+        raise ValueError(f"{_EXPECTED}, got the file {file}")
     description = model_file.read_description(file)
     if description is None:
         raise ValueError(f"{_EXPECTED}; {file} does not describe its model")
@@ -229,4 +229,4 @@ def _modalities(run: Path) -> tuple[str, ...]:
     try:
         return tuple(json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["data"]["images"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"run: expected a run's starts in {path}; got {type(error).__name__}: {error}") from error
+        raise ValueError(f"run: expected a run's starts in {path}, got {type(error).__name__}: {error}") from error

@@ -71,7 +71,7 @@ def preprocess(
             return picture(unit.files[0], kind)
         if not readers.reader_of(unit.format).decides:
             expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
-            raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none")
+            raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds, got none")
     known = None if modality is None else modalities.resolve(modality).name
     source = source_of(unit.files[0].parent, known, planes, **overrides)
     try:
@@ -88,7 +88,7 @@ def unit_of(file: str | os.PathLike[str]) -> Unit:
     """The files and the format of ``file``, by its suffix or first bytes. FileNotFoundError, ValueError."""
     expected = f"file: expected a file of the formats {', '.join(readers.formats())}, or a folder of a DICOM series"
     if not isinstance(file, str | os.PathLike) or not os.fspath(file):
-        raise ValueError(f"{expected}; got {file!r}")
+        raise ValueError(f"{expected}, got {file!r}")
     path = Path(file)
     if not path.exists():
         raise FileNotFoundError(f"{expected}; nothing at {path}")
@@ -99,7 +99,7 @@ def unit_of(file: str | os.PathLike[str]) -> Unit:
         return Unit(files, "dicom")
     format = _format(path)
     if format is None:
-        raise ValueError(f"{expected}; got {path}")
+        raise ValueError(f"{expected}, got {path}")
     beside = (path.with_name(name) for name in readers.beside(path, format))
     return Unit((path, *(other for other in beside if other.is_file())), format)
 
@@ -270,7 +270,7 @@ def _reading(file: str | os.PathLike[str], modality: str | None, planes: Sequenc
         modality, overrides = "picture", {"normalisation": "display"}
     elif modality is None and not readers.reader_of(unit.format).decides:
         expected = f"modality: expected one of {', '.join(modalities.NAMES)}"
-        raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds; got none for {file}")
+        raise ValueError(f"{expected}, since a {unit.format} file does not say what it holds, got none for {file}")
     elif modality is not None:
         modality = modalities.resolve(modality).name
     source = source_of(unit.files[0].parent, modality, planes, **overrides).for_format(unit.format)

@@ -85,7 +85,7 @@ def read_labels(path: Path | None, patient: str | None) -> Labels:
         except re.error as error:
             raise ValueError(f"patient: expected a regular expression; {error}") from None
         if not pattern.groups:
-            raise ValueError(f"patient: expected a regular expression with a group; got {patient!r}")
+            raise ValueError(f"patient: expected a regular expression with a group, got {patient!r}")
     if path is None:
         return Labels(None, pattern)
     if not path.is_file():
@@ -157,10 +157,10 @@ def _classes(names: set[str], images: int) -> list[str]:
     if not names:
         raise ValueError(
             f"labels: expected some of the {images:,} files or images to have one, by paths below INPUT (or ids of a "
-            "shard set); got none"
+            "shard set), got none"
         )
     if len(names) < 2:
-        raise ValueError(f"labels: expected at least 2 classes; got {min(names)!r} only")
+        raise ValueError(f"labels: expected at least 2 classes, got {min(names)!r} only")
     return sorted(names)
 
 
@@ -183,12 +183,12 @@ def _folder_of(path: str) -> str:
 def check(settings: Settings) -> None:
     """ValueError naming the argument."""
     if settings.features not in FEATURES:
-        raise ValueError(f"features: expected one of {', '.join(FEATURES)}; got {settings.features!r}")
+        raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {settings.features!r}")
     for name, least in (("folds", 2), ("k", 1), ("draws", 1), ("seeds", 1)):
         if getattr(settings, name) < least:
-            raise ValueError(f"{name}: expected at least {least}; got {getattr(settings, name)}")
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(settings, name)}")
     if list(settings.shots) != sorted(set(settings.shots)) or min(settings.shots, default=1) < 1:
-        raise ValueError(f"shots: expected ascending positive numbers; got {list(settings.shots)}")
+        raise ValueError(f"shots: expected ascending positive numbers, got {list(settings.shots)}")
 
 
 def write(result: Result, out: Path) -> None:

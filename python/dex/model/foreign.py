@@ -55,9 +55,9 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Unknown names are kept, so that loading them fails. ValueError: an architecture that this model cannot represent.
     """
     if any("register_tokens" in name for name in state):
-        raise ValueError("weights: expected a vision transformer without register tokens; got one with them")
+        raise ValueError("weights: expected a vision transformer without register tokens, got one with them")
     if any(".mlp.weights_in." in name or ".mlp.w12." in name for name in state):
-        raise ValueError("weights: expected MLPs of two linear maps with GELU; got gated ones (SwiGLU)")
+        raise ValueError("weights: expected MLPs of two linear maps with GELU, got gated ones (SwiGLU)")
     return _without_layer_scale(_renamed(state))
 
 

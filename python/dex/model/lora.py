@@ -42,11 +42,11 @@ def add_lora_(encoder: VisionTransformer, rank: int, alpha: float) -> None:
     weights = list(_adapted(encoder))
     smallest = min(min(getattr(module, name).shape[-2:]) for module, name in weights)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= smallest:
-        raise ValueError(f"lora_rank: expected 1 to {smallest}, the width of the narrowest map; got {rank!r}")
+        raise ValueError(f"lora_rank: expected 1 to {smallest}, the width of the narrowest map, got {rank!r}")
     if not alpha > 0:
-        raise ValueError(f"lora_alpha: expected a number above 0; got {alpha!r}")
+        raise ValueError(f"lora_alpha: expected a number above 0, got {alpha!r}")
     if any(parametrize.is_parametrized(module) for module, _ in weights):
-        raise ValueError("encoder: expected plain weights; got a model with LoRA: merge it first with merge_lora_")
+        raise ValueError("encoder: expected plain weights, got a model with LoRA: merge it first with merge_lora_")
     encoder.requires_grad_(False)
     for module, name in weights:
         low_rank = LowRank(getattr(module, name), rank, alpha)

@@ -161,7 +161,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         if unknown := dex_options.keys() - DEX_OPTIONS:
-            raise TypeError(f"dex_options: expected {', '.join(DEX_OPTIONS)}; got {', '.join(sorted(unknown))}")
+            raise TypeError(f"dex_options: expected {', '.join(DEX_OPTIONS)}, got {', '.join(sorted(unknown))}")
         _check_sizes(patch_size=patch_size, in_chans=in_chans)
         check_size("img_size", img_size)
         if any(side % patch_size for side in height_width(img_size)):

@@ -46,10 +46,10 @@ class UNETR(nn.Module):
     ):
         super().__init__()
         if patch_size < 2:
-            raise ValueError(f"patch_size: expected at least 2 for UNETR, which upsamples patches; got {patch_size}")
+            raise ValueError(f"patch_size: expected at least 2 for UNETR, which upsamples patches, got {patch_size}")
         if img_size % patch_size or img_size < 2 * patch_size:
             expected = f"a multiple of the patch size, {patch_size}, and at least two patches"
-            raise ValueError(f"img_size: expected {expected}; got {img_size}")
+            raise ValueError(f"img_size: expected {expected}, got {img_size}")
         from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
         common = {"spatial_dims": 2, "kernel_size": 3, "norm_name": "instance", "res_block": True}

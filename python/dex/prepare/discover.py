@@ -111,7 +111,7 @@ class Undetermined(ValueError):
         unnamed: Sequence[str] = (),
     ):
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
-        super().__init__(f"{source}: expected files whose modality a header or the command names; got {listed} of none")
+        super().__init__(f"{source}: expected files whose modality a header or the command names, got {listed} of none")
         self.suffixes: list[str] = sorted(suffixes)
         self.by_folders: bool = by_folders
         self.patterns: list[str] = list(patterns)
@@ -157,7 +157,7 @@ def discover(source: Source, root: Path) -> Listing:
     units += [unit for (key, format), by_stated in folders.items() for unit in _of_folder(key, format, by_stated)]
     if not units:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items())) or "no file at all"
-        raise ValueError(f"{source.name}: expected files that match its patterns below its root; got {seen}")
+        raise ValueError(f"{source.name}: expected files that match its patterns below its root, got {seen}")
     units.sort(key=lambda unit: (os.fsencode(unit.key), unit.format))
     lines = [_line(unit) for unit in units]
     digest = hashlib.sha256()

@@ -106,11 +106,11 @@ class Private:
             self.sources: list[_Listed] = [self._listed(number, entry, salt) for number, entry in enumerate(entries)]
         except FileNotFoundError:
             raise NoPrivateFolder(
-                f"DIR: expected its private folder {folder} beside it, which alone knows files and patients; got none: "
+                f"DIR: expected its private folder {folder} beside it, which alone knows files and patients, got none: "
                 "ask the person who prepared the set, or put the folder there"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / trace.PLAN}: expected a plan of dex prepare; got {error}") from None
+            raise ValueError(f"{folder / trace.PLAN}: expected a plan of dex prepare, got {error}") from None
         self._names = {listed.name: listed.naming(listed.source.patient) for listed in self.sources}
         self.withdrawn: list[trace.Withdrawn] = trace.withdrawn(folder)
 
@@ -244,7 +244,7 @@ def find(root: Path, private: Private | None, texts: Sequence[str]) -> list[Foun
     for match in matches:
         text = match.text
         if not text or set(text) <= set("./"):
-            raise ValueError(f"ID: expected an id, a patient or a path; got {text!r}")
+            raise ValueError(f"ID: expected an id, a patient or a path, got {text!r}")
         match.called = {text: "the id of a patient group"} | (private.groups_called(text) if private else {})
         for group, way in match.called.items():
             groups[group].append((match, way))

@@ -117,19 +117,19 @@ def resolve(text: str, normalisation: str | None = None) -> Modality:
     """
     if normalisation is not None and normalisation not in NORMALISATIONS:
         allowed = ", ".join(NORMALISATIONS)
-        raise ValueError(f"normalisation: expected one of {allowed}; got {normalisation!r}")
+        raise ValueError(f"normalisation: expected one of {allowed}, got {normalisation!r}")
     modality = known(text)
     if modality is not None:
         return modality if normalisation is None else modality._replace(normalisation=normalisation)
     name = " ".join(text.split())
     if not _NAME.fullmatch(name) or key(name) in _RESERVED:
-        raise ValueError(f"modality: expected {', '.join(NAMES)}, or a name of your own; got {text!r}")
+        raise ValueError(f"modality: expected {', '.join(NAMES)}, or a name of your own, got {text!r}")
     misspelt = [word for word in _BY_KEY if len(word) > 1 and _one_off(key(name), word)]
     if normalisation is None or misspelt:
         close = misspelt or difflib.get_close_matches(key(name), _BY_KEY, n=1, cutoff=0.75)
         meant = f" (did you mean {_BY_KEY[close[0]].name!r}?)" if close else ""
         raise ValueError(
-            f"modality: expected one of {', '.join(NAMES)}; got {text!r}{meant}. "
+            f"modality: expected one of {', '.join(NAMES)}, got {text!r}{meant}. "
             f"A modality of your own needs --normalisation, one of {', '.join(NORMALISATIONS)}"
         )
     return Modality(name, normalisation)

@@ -64,7 +64,7 @@ class Package:
 
     def __post_init__(self) -> None:
         if self.registry not in REGISTRIES:
-            raise ValueError(f"package.registry: expected one of {', '.join(REGISTRIES)}; got {self.registry!r}")
+            raise ValueError(f"package.registry: expected one of {', '.join(REGISTRIES)}, got {self.registry!r}")
         for field, expression, expected in (
             ("name", "[A-Za-z0-9][A-Za-z0-9._-]*", "a package's name"),
             ("version", "[A-Za-z0-9][A-Za-z0-9._+-]*", "one version"),
@@ -77,7 +77,7 @@ class Package:
         ):
             value = getattr(self, field)
             if not re.fullmatch(expression, value):
-                raise ValueError(f"package.{field}: expected {expected}; got {value!r}")
+                raise ValueError(f"package.{field}: expected {expected}, got {value!r}")
         options, values = self.fetch[::2], self.fetch[1::2]
         if (
             len(options) != len(values)
@@ -86,7 +86,7 @@ class Package:
             or (self.fetch and self.registry != "pypi")
         ):
             raise ValueError(
-                f"package.fetch: expected pairs of one of {', '.join(FETCH_OPTIONS)} and a value, for pypi; "
+                f"package.fetch: expected pairs of one of {', '.join(FETCH_OPTIONS)} and a value, for pypi, "
                 f"got {self.fetch!r}"
             )
 
@@ -326,7 +326,7 @@ def _extract(path: Path, patterns: Sequence[str], folder: Path) -> None:
         _write(member, folder)
         unused = {pattern: matcher for pattern, matcher in unused.items() if not matcher.match(member.name)}
     if unused:
-        raise ValueError(f"expected members that match {', '.join(map(repr, unused))}; got none")
+        raise ValueError(f"expected members that match {', '.join(map(repr, unused))}, got none")
 
 
 def _write(member: _Member, folder: Path) -> None:

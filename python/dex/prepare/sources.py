@@ -535,4 +535,4 @@ def _check_patterns(name: str, patterns: Sequence[str]) -> None:
 
 def _require(good: bool, name: str, expected: str, value: Any) -> None:
     if not good:
-        raise ValueError(f"{name}: expected {expected}; got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

@@ -254,7 +254,7 @@ def _check_one_side(stacks: Columns, fixed: np.ndarray) -> None:
         rows = stacks.named[fixed] if column == 0 else np.ones(len(atoms), bool)
         both = np.intersect1d(atoms[rows & val], atoms[rows & ~val])
         if len(both):
-            raise BothSides(f"split: expected each patient on one side; got {len(both):,} {kind} on both")
+            raise BothSides(f"split: expected each patient on one side, got {len(both):,} {kind} on both")
 
 
 def _row(

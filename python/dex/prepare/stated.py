@@ -58,11 +58,11 @@ def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
             links.append(row.line)
     if missing:
         raise ValueError(
-            f"{file.name}: {lines(missing)}: path: expected a file or a folder; got nothing there. Paths are relative "
+            f"{file.name}: {lines(missing)}: path: expected a file or a folder, got nothing there. Paths are relative "
             "to the table's folder, or to --root DIR"
         )
     if links:
-        raise ValueError(f"{file.name}: {lines(links)}: path: expected a file; got a symbolic link or a device")
+        raise ValueError(f"{file.name}: {lines(links)}: path: expected a file, got a symbolic link or a device")
     first: dict[str, int] = {}
     twice: set[int] = set()
     for named in listed:
@@ -71,7 +71,7 @@ def files_of(file: Path, root: Path, rows: Sequence[Row]) -> list[Listed]:
         first.setdefault(named.path, named.line)
     if twice:
         again = len(listed) - len(first)
-        raise ValueError(f"{file.name}: {lines(sorted(twice))}: path: expected each file once; got {again:,} again")
+        raise ValueError(f"{file.name}: {lines(sorted(twice))}: path: expected each file once, got {again:,} again")
     return listed
 
 
@@ -94,7 +94,7 @@ class Sides:
                 if named and known.setdefault(name, row).split != row.split:
                     both += [known[name].line, row.line]
         if both:
-            raise ValueError(f"{file.name}: {lines(sorted(set(both)))}: expected each on one side; got both")
+            raise ValueError(f"{file.name}: {lines(sorted(set(both)))}: expected each on one side, got both")
 
     def of(self, path: str, patient: str) -> str:
         """The side of a file, or "". patient: by its path or a table, or ""."""
@@ -105,7 +105,7 @@ class Sides:
         self._seen.update(row.line for row in rows)
         if len({row.split for row in rows}) > 1:
             both = lines(sorted({row.line for row in rows}))
-            raise ValueError(f"{self._file.name}: {both}: expected each file on one side; got both")
+            raise ValueError(f"{self._file.name}: {both}: expected each file on one side, got both")
         return rows[0].split if rows else ""
 
     def left(self, headers: bool) -> dict[str, str]:
@@ -115,7 +115,7 @@ class Sides:
         unknown = [row.line for row in left if row.path or not headers]
         if unknown:
             raise ValueError(
-                f"{self._file.name}: {lines(unknown)}: expected paths or patients of the source; got others"
+                f"{self._file.name}: {lines(unknown)}: expected paths or patients of the source, got others"
             )
         return {" ".join((row.patient or row.name).split()): row.split for row in left}
 
@@ -143,7 +143,7 @@ class Statements:
         if self._sides is not None:
             side = self._sides.of(path, patient)
             if side and stated.split and side != stated.split:
-                raise ValueError("split: expected each file on one side; got one in the table and another in --split")
+                raise ValueError("split: expected each file on one side, got one in the table and another in --split")
             stated = stated._replace(split=side or stated.split)
         if patient and stated.split:
             self._patients[patient].add(stated.split)
@@ -155,7 +155,7 @@ class Statements:
         both = sum(len(sides) > 1 for sides in self._patients.values())
         if both:
             raise ValueError(
-                f"split: expected each patient on one side; got {both:,} of {len(self._patients):,} on both"
+                f"split: expected each patient on one side, got {both:,} of {len(self._patients):,} on both"
             )
         return Rest(self._sides.left(headers) if self._sides else {}, "" if self._drawn else "train")
 
@@ -190,7 +190,7 @@ def _read(source: Source, file: Path) -> table.Table:
     other = [row.line for row in rows if row.modality and not source.routed and row.modality != source.modality]
     if other:
         raise ValueError(
-            f"{file.name}: {lines(other)}: modality: expected {source.modality}, as in --modality; got another"
+            f"{file.name}: {lines(other)}: modality: expected {source.modality}, as in --modality, got another"
         )
     return table.Table(rows, columns)
 

@@ -73,13 +73,13 @@ def read(path: Path, patient: str = "") -> Table:
     meaning = _meanings(path, text.columns, ("path", "modality", "patient", "split"), patient)
     if "path" not in meaning.values():
         aliases = ", ".join(COLUMNS["path"][:4])
-        raise _fault(path, 1, f"expected a column of paths ({aliases}, ...); got {_others(text)}")
+        raise _fault(path, 1, f"expected a column of paths ({aliases}, ...), got {_others(text)}")
     rows = _rows(path, text, meaning)
     missing = [row.line for row in rows if not row.path]
     if missing:
-        raise _fault(path, missing, "expected a path; got none")
+        raise _fault(path, missing, "expected a path, got none")
     if not rows:
-        raise ValueError(f"{path.name}: expected a row for each file; got none")
+        raise ValueError(f"{path.name}: expected a row for each file, got none")
     return Table(rows, [name for number, name in enumerate(text.columns) if number not in meaning])
 
 
@@ -91,14 +91,14 @@ def read_split(path: Path) -> list[Row]:
     if named and not {"path", "patient"} & set(meaning.values()):
         meaning[named[0]] = "name"
     if "split" not in meaning.values() or len(meaning) < 2:
-        raise _fault(path, 1, f"expected a column of paths or patients and one called split; got {_others(text)}")
+        raise _fault(path, 1, f"expected a column of paths or patients and one called split, got {_others(text)}")
     rows = _rows(path, text, meaning)
     if nameless := [row.line for row in rows if not (row.path or row.patient or row.name)]:
-        raise _fault(path, nameless, "expected a path or a patient; got none")
+        raise _fault(path, nameless, "expected a path or a patient, got none")
     if sideless := [row.line for row in rows if not row.split]:
-        raise _fault(path, sideless, "split: expected train or val; got nothing")
+        raise _fault(path, sideless, "split: expected train or val, got nothing")
     if not rows:
-        raise ValueError(f"{path.name}: expected a row for each path or patient; got none")
+        raise ValueError(f"{path.name}: expected a row for each path or patient, got none")
     return rows
 
 
@@ -120,7 +120,7 @@ def _others(text: _Text) -> str:
 def _open(path: Path) -> _Text:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path.name}: expected a table ({', '.join(SUFFIXES)}); got another suffix")
+        raise ValueError(f"{path.name}: expected a table ({', '.join(SUFFIXES)}), got another suffix")
     if suffix == ".parquet":
         return _parquet(path)
     try:
@@ -128,13 +128,13 @@ def _open(path: Path) -> _Text:
     except OSError as error:
         raise ValueError(f"{path.name}: expected a table; {error.strerror}") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _fault(path, 1, "expected UTF-8; got UTF-16: save it as CSV UTF-8")
+        raise _fault(path, 1, "expected UTF-8, got UTF-16: save it as CSV UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _fault(path, data.count(b"\n", 0, error.start) + 1, "expected UTF-8; got bytes that are not") from None
+        raise _fault(path, data.count(b"\n", 0, error.start) + 1, "expected UTF-8, got bytes that are not") from None
     if "\0" in text:
-        raise _fault(path, text.count("\n", 0, text.index("\0")) + 1, "expected text; got a zero byte")
+        raise _fault(path, text.count("\n", 0, text.index("\0")) + 1, "expected text, got a zero byte")
     if suffix == ".txt":
         named = ((number, [line.strip()]) for number, line in enumerate(text.splitlines(), 1) if line.strip())
         return _Text(["path"], named)
@@ -196,7 +196,7 @@ def _meanings(path: Path, columns: Sequence[str], wanted: Sequence[str], patient
         aliases = (key(patient),) if column == "patient" and patient else COLUMNS[column]
         for alias in aliases:
             if keys.count(alias) > 1:
-                raise _fault(path, 1, f"expected one column called {column}; got {keys.count(alias)}")
+                raise _fault(path, 1, f"expected one column called {column}, got {keys.count(alias)}")
             if alias in keys:
                 meaning[keys.index(alias)] = column
                 break
@@ -218,11 +218,11 @@ def _rows(path: Path, text: _Text, meaning: dict[int, str]) -> list[Row]:
         if modality := values.get("modality"):
             known = modalities.known(modality)
             if known is None:
-                raise _fault(path, line, f"modality: expected one of {', '.join(modalities.NAMES)}; got another word")
+                raise _fault(path, line, f"modality: expected one of {', '.join(modalities.NAMES)}, got another word")
             values["modality"] = known.name
         if side := values.get("split"):
             if key(side) not in SIDES:
-                raise _fault(path, line, "split: expected train or val; got another word")
+                raise _fault(path, line, "split: expected train or val, got another word")
             values["split"] = SIDES[key(side)]
         rows.append(Row(line, **values))
     return rows

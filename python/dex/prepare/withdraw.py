@@ -136,7 +136,7 @@ def nothing(match: Found, private: Private | None) -> str:
         if any(listed.naming("") is None for listed in private.sources):
             ways += "; without the salt, patients cannot be looked up by name"
     alike = f". Did you mean {' or '.join(match.alike)}?" if match.alike else ""
-    return f"ID: expected a name in the set; got {match.text}, searched among {ways}{alike}"
+    return f"ID: expected a name in the set, got {match.text}, searched among {ways}{alike}"
 
 
 def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
@@ -145,7 +145,7 @@ def _carry_out(root: Path, private: Private | None, chosen: _Chosen) -> Outcome:
     gone = frozenset(line["id"] for _, line in chosen.kept)
     if len(gone) == manifest["samples"]:
         raise Impossible(
-            f"ID: expected some of the set's images; got all {len(gone):,}: remove {root}, or prepare other sources"
+            f"ID: expected some of the set's images, got all {len(gone):,}: remove {root}, or prepare other sources"
         )
     documents, others = _documents(root, manifest, chosen, date)
     change = shard_rewrite.plan(root, gone, documents, date)

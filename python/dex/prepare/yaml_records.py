@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, str):
-                raise ValueError(f"expected keys that are words; got {key!r}")
+                raise ValueError(f"expected keys that are words, got {key!r}")
             if key in seen:
                 raise ValueError(f"{key}: expected once, got several times")
             seen.add(key)

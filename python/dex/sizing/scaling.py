@@ -247,7 +247,7 @@ def moved(work: Workload, ranks: int, strategy: Strategy) -> dict[str, int]:
     ValueError with ``parallel.checkpointing``: the casts of recomputation are not counted.
     """
     if work.config.parallel.checkpointing:
-        raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted; got True")
+        raise ValueError("parallel.checkpointing: expected False, since recomputation is not counted, got True")
     estimated, micro = work.estimate, _micro_batches(work, ranks, strategy)
     total = sum(estimated.parameters.values())
     parallel = work.config.parallel

@@ -79,7 +79,7 @@ def open_task(
     _check_types(seed, shots, classes, modality)
     for name, value in (("data", data), ("labels", labels), ("private", private)):
         if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
-            raise ValueError(f"{name}: expected a path; got {value!r}")
+            raise ValueError(f"{name}: expected a path, got {value!r}")
     root = _root(task, data, labels)
     if modality is not None:
         task = replace(task, modality=modalities.resolve(modality).name)
@@ -114,11 +114,11 @@ def _check_types(seed: int, shots: int | None, classes: Sequence[str], modality:
     """ValueError naming the argument."""
     for name, value in (("seed", seed), ("shots", 1 if shots is None else shots)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name}: expected a whole number; got {value!r}")
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
-        raise ValueError(f"classes: expected a list of texts; got {classes!r}")
+        raise ValueError(f"classes: expected a list of texts, got {classes!r}")
     if not isinstance(modality, str | None):
-        raise ValueError(f"modality: expected a name; got {modality!r}")
+        raise ValueError(f"modality: expected a name, got {modality!r}")
 
 
 def _check_modality(task: Task, items: Sequence[Item]) -> None:
@@ -130,7 +130,7 @@ def _check_modality(task: Task, items: Sequence[Item]) -> None:
         if format is not None and not readers.reader_of(format).decides and kind_of(item.image) is None:
             raise ValueError(
                 f"modality: expected --modality, one of {', '.join(modalities.NAMES)}, since a {format} file does not "
-                f"state it; got none for {item.image}"
+                f"state it, got none for {item.image}"
             )
 
 
@@ -143,14 +143,14 @@ def _root(task: Task, data: str | os.PathLike[str] | None, labels: str | os.Path
         return Path(labels).parent
     if os.environ.get(ROOT):
         return Path(os.environ[ROOT]) / task.name
-    raise ValueError(f"data: expected the folder of the data of {task.name}; got none, and ${ROOT} is not set")
+    raise ValueError(f"data: expected the folder of the data of {task.name}, got none, and ${ROOT} is not set")
 
 
 def _classed(task: Task, entries: Sequence[str]) -> Task:
     classes, values = own.parse_classes(entries)
     layout = task.layout
     if task.classes and set(classes) != set(task.classes):
-        raise ValueError(f"classes: expected those of {task.name}, {', '.join(task.classes)}; got {', '.join(classes)}")
+        raise ValueError(f"classes: expected those of {task.name}, {', '.join(task.classes)}, got {', '.join(classes)}")
     if values:
         labels = tuple((text, name) for text, name in values if name in classes)
         layout = replace(layout, values=values, labels=labels)
@@ -176,7 +176,7 @@ def _listed(task: Task, files: Files, labels: Path | None) -> Own:
     if not matches:
         raise ValueError(
             f"data: expected files of {task.name} below {files.root}, by {task.layout.source or 'its layout'}: "
-            f"{patterns.expected(task.layout, files)}; got {_some(files)}"
+            f"{patterns.expected(task.layout, files)}, got {_some(files)}"
         )
     items = list(own.of_rules(matches, files, task))
     return Own(task, _joined(task, items, files) if task.layout.table else items)
@@ -186,7 +186,7 @@ def _require_kind(task: Task, kind: str) -> None:
     if task.layout.state != "own" and task.kind != kind:
         targets = {"segmentation": "masks", "classification": "labels"}
         raise ValueError(
-            f"data: expected {targets[task.kind]} for {task.name}, a {task.kind} task; got {targets[kind]}"
+            f"data: expected {targets[task.kind]} for {task.name}, a {task.kind} task, got {targets[kind]}"
         )
 
 
@@ -205,7 +205,7 @@ def _joined(task: Task, items: list[Item], files: Files) -> list[Item]:
     for item in items:
         line = lines.get(_stem(item.image))
         if line is None:
-            raise ValueError(f"labels: expected a line for each image in {table}; got none for {item.image}")
+            raise ValueError(f"labels: expected a line for each image in {table}, got none for {item.image}")
         joined.append(
             item._replace(
                 label=line.label or item.label,
@@ -240,14 +240,14 @@ def _resolved(task: Task, items: list[Item], files: Files) -> tuple[Task, list[P
         if unknown:
             example = next(item.image for item in items if item.label == unknown[0])
             raise ValueError(
-                f"labels: expected {', '.join(task.classes)}; got {unknown[0]!r} for {labels[unknown[0]]:,} images, "
+                f"labels: expected {', '.join(task.classes)}, got {unknown[0]!r} for {labels[unknown[0]]:,} images, "
                 f"such as {example}"
             )
         if len(labels) < 2:
-            raise ValueError(f"labels: expected images of at least 2 classes; got {min(labels)!r} only")
+            raise ValueError(f"labels: expected images of at least 2 classes, got {min(labels)!r} only")
         lacking = [name for name in task.classes if name not in labels]
         if lacking:
-            raise ValueError(f"labels: expected images of each class; got none of {', '.join(lacking)}")
+            raise ValueError(f"labels: expected images of each class, got none of {', '.join(lacking)}")
         return task, [task.classes.index(item.label) for item in items]
     if not task.classes:
         values = _first_values(items, files)
@@ -303,13 +303,13 @@ def _pattern(pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     if not isinstance(pattern, str):
-        raise ValueError(f"patient: expected a regular expression; got {pattern!r}")
+        raise ValueError(f"patient: expected a regular expression, got {pattern!r}")
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"patient: expected a regular expression; {error}") from None
     if not expression.groups:
-        raise ValueError(f"patient: expected a regular expression with a group; got {pattern!r}")
+        raise ValueError(f"patient: expected a regular expression with a group, got {pattern!r}")
     return expression
 
 
@@ -333,7 +333,7 @@ def _header_patient(image: Path) -> str:
 
 def _sides(task: Task, samples: list[Sample], split: str | None, seed: int) -> tuple[list[Split], list[str]]:
     if split not in (None, splits.DRAW, *SPLITS):
-        raise ValueError(f"split: expected draw, train, val or test; got {split!r}")
+        raise ValueError(f"split: expected draw, train, val or test, got {split!r}")
     if split in SPLITS:
         return [split] * len(samples), []
     counts = (task.published.train, task.published.val, task.published.test)

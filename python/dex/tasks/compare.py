@@ -189,7 +189,7 @@ def _same_data(path: Path, task: Prepared) -> None:
         if path.read_text(encoding="utf-8").strip() != task.fingerprint:
             raise ValueError(
                 f"data: expected the images, masks and splits of {task.data.task.name} that {path.parent.parent} was "
-                "begun with; got different ones. Choose another --out"
+                "begun with, got different ones. Choose another --out"
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,12 +56,12 @@ class Predicted(NamedTuple):
 def check(loaded: LoadedTask, data: TaskData, options: Options) -> tuple[Case, ...]:
     """The cases to evaluate. ValueError naming the argument."""
     if options.split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {options.split!r}")
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {options.split!r}")
     trained, task = loaded.task, data.task
     if (trained.kind, trained.classes) != (task.kind, task.classes):
         raise ValueError(
             f"data: expected a {trained.kind} of {', '.join(trained.classes)}, as {loaded.folder.parent.parent.name} "
-            f"was trained on; got a {task.kind} of {', '.join(task.classes) or 'no classes'}"
+            f"was trained on, got a {task.kind} of {', '.join(task.classes) or 'no classes'}"
         )
     cases = data.of(options.split)
     if not cases:
@@ -69,9 +69,9 @@ def check(loaded: LoadedTask, data: TaskData, options: Options) -> tuple[Case, .
         raise ValueError(f"split: expected cases to evaluate; {task.name} has {counts}. Choose another --split")
     check_window(loaded, options.window)
     if isinstance(options.batch_size, bool) or not isinstance(options.batch_size, int) or options.batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1; got {options.batch_size!r}")
+        raise ValueError(f"batch_size: expected at least 1, got {options.batch_size!r}")
     if not 0 <= options.tolerance < math.inf:
-        raise ValueError(f"tolerance: expected a distance of at least 0; got {options.tolerance!r}")
+        raise ValueError(f"tolerance: expected a distance of at least 0, got {options.tolerance!r}")
     if options.split != "train":
         patients = {case.patient for case in cases}
         shared = patients & trained_patients(loaded.folder.parent.parent)
@@ -204,7 +204,7 @@ def _predicted(loaded: LoadedTask, case: Case, frames: Frames, options: Options)
 def _masks(batches: Iterator[torch.Tensor]) -> Iterator[np.ndarray]:
     for probabilities in batches:  # One batch at a time: probabilities at the images' own size are large
         if not probabilities.isfinite().all():
-            raise ValueError("model: expected finite probabilities; got NaN: the checkpoint's weights are not usable")
+            raise ValueError("model: expected finite probabilities, got NaN: the checkpoint's weights are not usable")
         yield probabilities.argmax(1).to(torch.uint8).numpy()
 
 

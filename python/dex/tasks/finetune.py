@@ -110,7 +110,7 @@ def prepare(
     """``finetune`` up to its first step. Also raises ``dex.common.exits.Stopped``, with nothing written or removed."""
     recipe.check(settings)
     if resume and overwrite:
-        raise ValueError("overwrite: expected a new fine-tuning, without --resume auto; got both")
+        raise ValueError("overwrite: expected a new fine-tuning, without --resume auto, got both")
     _check_apart(out, data)
     planned, model = plan(run, data, settings)
     ranks = start(planned.ranks, planned.device, settings.timeout)
@@ -155,15 +155,15 @@ def plan(run: str | Path, data: TaskData, settings: Settings) -> tuple[TaskPlan,
     recipe.check(settings)
     ranks = announced()
     if settings.batch_size % ranks.world_size:
-        raise ValueError(f"batch_size: expected a multiple of the {ranks.world_size} ranks; got {settings.batch_size}")
+        raise ValueError(f"batch_size: expected a multiple of the {ranks.world_size} ranks, got {settings.batch_size}")
     part = settings.batch_size // ranks.world_size
     if settings.micro_batch is not None and part % settings.micro_batch:
-        raise ValueError(f"micro_batch: expected a divisor of the {part} images per rank; got {settings.micro_batch}")
+        raise ValueError(f"micro_batch: expected a divisor of the {part} images per rank, got {settings.micro_batch}")
     if not data.task.classes:
         raise ValueError(f"task: expected classes; {data.task.name} has none, give them with --classes")
     if data.task.metric not in METRICS or METRICS[data.task.metric].kind != data.task.kind:
         names = ", ".join(name for name, metric in METRICS.items() if metric.kind == data.task.kind)
-        raise ValueError(f"task.metric: expected one of {names} for a {data.task.kind}; got {data.task.metric!r}")
+        raise ValueError(f"task.metric: expected one of {names} for a {data.task.kind}, got {data.task.metric!r}")
     loaded = load(run, path="experts")
     notes = list(data.notes)
     if data.task.modality and loaded.modalities and data.task.modality not in loaded.modalities:
@@ -239,16 +239,16 @@ def _check_same(planned: TaskPlan, earlier: _Earlier) -> None:
     begun, state = earlier.description, earlier.state
     wrong = []
     if task.without_texts(task.from_dict(begun["task"], CONFIG)) != task.without_texts(planned.task):
-        wrong.append(f"task: expected {begun['task'].get('name')!r} as described there; got {planned.task.name!r}")
+        wrong.append(f"task: expected {begun['task'].get('name')!r} as described there, got {planned.task.name!r}")
     changed = recipe.differences(recipe.from_dict(begun["settings"], Settings(), CONFIG), planned.settings)
     wrong += [f"{name}: expected {old!r}, got {new!r}" for name, (old, new) in changed.items()]
     if begun["pretrained"]["sha256"] != planned.pretrained["sha256"]:
-        wrong.append(f"run: expected the checkpoint it began from, of {begun['pretrained']['run']}; got other weights")
+        wrong.append(f"run: expected the checkpoint it began from, of {begun['pretrained']['run']}, got other weights")
     if state is not None:
         if state["precision"] != planned.precision:
             wrong.append(f"precision: expected {state['precision']}, got {planned.precision}")
         if state["data_fingerprint"] != planned.fingerprint:
-            wrong.append("data: expected the images, masks and splits that it began with; got different ones")
+            wrong.append("data: expected the images, masks and splits that it began with, got different ones")
     if wrong:
         raise ValueError(f"resume: the folder belongs to another fine-tuning: {'; '.join(wrong)}")
 

@@ -87,7 +87,7 @@ def read(case: Case, task: Task, beat: Callable[[], None] = lambda: None, series
 def read_target(case: Case, task: Task) -> np.ndarray:
     """The masks only, as in ``Frames``; of the image, only the header is read. ValueError as in ``read``."""
     if not isinstance(case.target, Path | Parts):
-        raise ValueError(f"target: expected the file of a mask; got {case.target!r}")
+        raise ValueError(f"target: expected the file of a mask, got {case.target!r}")
     opened = _opened(case.image, task, lambda: None, headers=True)
     return _cut(masks.stored(case.target, task, opened.stack, case.image), opened)
 

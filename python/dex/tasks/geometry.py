@@ -77,7 +77,7 @@ def to_volume(frames: np.ndarray, grid: Grid) -> np.ndarray:
         canonical = canonical[tuple(slice(None, None, sign) for sign in grid.signs)]
         volume = canonical.transpose(*(int(axis) for axis in np.argsort(grid.axes)), *rest)
     if volume.shape[:3] != grid.shape:
-        raise ValueError(f"frames: expected those of a volume {list(grid.shape)}; got {list(volume.shape[:3])}")
+        raise ValueError(f"frames: expected those of a volume {list(grid.shape)}, got {list(volume.shape[:3])}")
     return volume
 
 
@@ -125,7 +125,7 @@ def _write_png(path: Path, frames: np.ndarray) -> None:
     from PIL import Image
 
     if len(frames) != 1:
-        raise ValueError(f"frames: expected one, since the file has no geometry; got {len(frames)}")
+        raise ValueError(f"frames: expected one, since the file has no geometry, got {len(frames)}")
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(frames[0])).save(stream, "PNG")
     atomic.write(path, stream.getvalue(), sync=True)

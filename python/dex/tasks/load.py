@@ -73,14 +73,14 @@ def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> Lo
     Raises: FileNotFoundError, ValueError, ``dex.train.checkpoint.CheckpointError``.
     """
     if which not in ("best", "last"):
-        raise ValueError(f"checkpoint: expected best or last; got {which!r}")
+        raise ValueError(f"checkpoint: expected best or last, got {which!r}")
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ValueError(f"{_EXPECTED}; got {folder!r}")
+        raise ValueError(f"{_EXPECTED}, got {folder!r}")
     place = Path(folder)
     if not place.exists():
         raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
     if not place.is_dir():
-        raise ValueError(f"{_EXPECTED}, or one of its checkpoint folders; got the file {place}")
+        raise ValueError(f"{_EXPECTED}, or one of its checkpoint folders, got the file {place}")
     if checkpoint.is_checkpoint(place):
         described = read_description(place.resolve().parent.parent)
         saved = checkpoint.load(place)

@@ -138,7 +138,7 @@ class Meaning(NamedTuple):
             hint = "JPEG changes values: save masks as PNG"
         got = ", ".join(shown) + (", ..." if len(unknown) > _SHOWN else "")
         raise ValueError(
-            f"masks: expected the values {self.description}; got {got} in {count:,} pixels of {file}, {shown[0]} first "
+            f"masks: expected the values {self.description}, got {got} in {count:,} pixels of {file}, {shown[0]} first "
             f"in frame {frame}, row {row}, column {column}; {hint}"
         )
 
@@ -169,7 +169,7 @@ def _on_image(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> St
         _check_upright(file, image)
     if mask.values.shape[:3] != shape:
         raise ValueError(
-            f"mask: expected the size of its image, {_size(shape)}; got {_size(mask.values.shape[:3])} in {file}, "
+            f"mask: expected the size of its image, {_size(shape)}, got {_size(mask.values.shape[:3])} in {file}, "
             f"whose image is {image}"
         )
     return mask
@@ -198,7 +198,7 @@ def _reoriented(mask: Stored, file: Path, stack: readers.Stack, image: Path) -> 
             order = [axes.index(axis) for axis in range(3)]
             return flipped.transpose(*order, *range(3, values.ndim)).transpose(2, 1, 0, *range(3, values.ndim))
     raise ValueError(
-        f"mask: expected the grid of its image, {_grid_text(stack.geometry, expected)}; got "
+        f"mask: expected the grid of its image, {_grid_text(stack.geometry, expected)}, got "
         f"{_grid_text(mask.geometry, shape)} in {file}, whose image is {image}; resample the mask onto the image with "
         "nearest neighbours"
     )
@@ -220,7 +220,7 @@ def _read(file: Path, colours: bool) -> Stored:
     """The mask in a file of any format but XML and DICOM. ValueError naming the file."""
     format = readers.format_of(file) or (readers.recognised(file) if file.is_file() else None)
     if format is None or file.is_dir():
-        raise ValueError(f"mask: expected a file of the formats {', '.join(readers.formats())}; got {file}")
+        raise ValueError(f"mask: expected a file of the formats {', '.join(readers.formats())}, got {file}")
     try:
         if format == "picture":
             return _picture(file, colours)
@@ -239,7 +239,7 @@ def _numbers(stack: readers.Stack, file: Path) -> Stored:
     if values.dtype.kind == "f":
         rounded = np.rint(values)
         if not np.isfinite(values).all() or np.abs(values - rounded).max(initial=0) > 1e-3:
-            raise ValueError(f"mask: expected whole numbers; got others in {file}: a probability map is not a mask")
+            raise ValueError(f"mask: expected whole numbers, got others in {file}: a probability map is not a mask")
         values = rounded.astype(np.int64)
     return Stored(values, stack.geometry)
 
@@ -284,7 +284,7 @@ def _picture(file: Path, colours: bool) -> Stored:
         except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error and more
             raise readers.Refused("unreadable", faults.sentence(error)) from None
     if len({page.shape for page in pages}) > 1:
-        raise ValueError(f"mask: expected pages of one size; got others in {file}")
+        raise ValueError(f"mask: expected pages of one size, got others in {file}")
     return Stored(np.stack(pages), None, lossy)
 
 
@@ -296,7 +296,7 @@ def _page(image: Any, colours: bool, file: Path) -> np.ndarray:
     elif mode in ("LA", "PA", "RGBA", "La", "RGBa"):
         alpha = np.asarray(image.getchannel("A" if mode.isupper() else "a"))
         if (alpha != 255).any():
-            raise ValueError(f"mask: expected no transparency; got some in {file}: save it as grey, palette or RGB")
+            raise ValueError(f"mask: expected no transparency, got some in {file}: save it as grey, palette or RGB")
         image = image.convert("L" if mode in ("LA", "La") else "RGB")
     elif mode in ("CMYK", "YCbCr", "HSV", "LAB"):
         image = image.convert("RGB")
@@ -305,7 +305,7 @@ def _page(image: Any, colours: bool, file: Path) -> np.ndarray:
         return values.astype(np.uint8)
     if values.dtype.kind == "f":
         if not np.isfinite(values).all() or (values != np.rint(values)).any():
-            raise ValueError(f"mask: expected whole numbers; got others in {file}")
+            raise ValueError(f"mask: expected whole numbers, got others in {file}")
         return values.astype(np.int64)
     if values.ndim == 3 and not colours and (values == values[..., :1]).all():
         return values[..., 0]
@@ -316,7 +316,7 @@ def _grey(values: np.ndarray, file: Path) -> np.ndarray:
     if values.ndim == 4:
         colours = [_colour(int(code)) for code in np.unique(_packed(values))[:_SHOWN]]
         raise ValueError(
-            f"masks: expected numbers; got colours in {file}, such as {', '.join(colours)}; --classes NAME=#rrggbb "
+            f"masks: expected numbers, got colours in {file}, such as {', '.join(colours)}; --classes NAME=#rrggbb "
             "..., or values in the task's YAML, give the meaning of colours"
         )
     return values
@@ -337,7 +337,7 @@ def _check_upright(file: Path, image: Path) -> None:
     of_image, of_mask = (_exif_orientation(path) for path in (image, file))
     if of_image != of_mask:
         raise ValueError(
-            f"mask: expected the EXIF orientation of its image, {of_image}; got {of_mask} in {file}, whose image is "
+            f"mask: expected the EXIF orientation of its image, {of_image}, got {of_mask} in {file}, whose image is "
             f"{image}; save both upright, without this tag"
         )
 
@@ -375,7 +375,7 @@ def _polygons(file: Path, task: Task, shape: tuple[int, int, int]) -> np.ndarray
     except readers.Refused as error:
         raise ValueError(f"{expected}; {file}: {error}") from None
     if len(data) > MAX_XML_BYTES or b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise ValueError(f"{expected}, without entities and at most {MAX_XML_BYTES:,} bytes large; got {file}")
+        raise ValueError(f"{expected}, without entities and at most {MAX_XML_BYTES:,} bytes large, got {file}")
     try:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
@@ -385,18 +385,18 @@ def _polygons(file: Path, task: Task, shape: tuple[int, int, int]) -> np.ndarray
     canvas = Image.new("L", (shape[2], shape[1]))
     draw = ImageDraw.Draw(canvas)
     if root.tag != "Annotations":
-        raise ValueError(f"{expected}, with the root Annotations; got {root.tag[:40]!r} in {file}")
+        raise ValueError(f"{expected}, with the root Annotations, got {root.tag[:40]!r} in {file}")
     for annotation in root.iter("Annotation"):
         attribute = annotation.find("Attributes/Attribute")
         name = (attribute.get("Name", "") if attribute is not None else "") or annotation.get("Name", "")
         number = numbers.get(meanings.get(name.lower(), name.lower()))
         for region in annotation.iter("Region"):
             if number is None:
-                raise ValueError(f"masks: expected polygons of {', '.join(task.classes)}; got {name!r} in {file}")
+                raise ValueError(f"masks: expected polygons of {', '.join(task.classes)}, got {name!r} in {file}")
             try:
                 points = [(float(v.get("X", "")), float(v.get("Y", ""))) for v in region.iter("Vertex")]
             except ValueError:
-                raise ValueError(f"{expected}, with numbers X and Y for each vertex; got others in {file}") from None
+                raise ValueError(f"{expected}, with numbers X and Y for each vertex, got others in {file}") from None
             if len(points) > 2:
                 draw.polygon(points, fill=number)
     return np.asarray(canvas)[None]

@@ -112,10 +112,10 @@ def _check(name: str, mask: np.ndarray | None, image: np.ndarray, classes: int) 
     if mask is None:
         return
     if mask.shape != image.shape[:2]:
-        raise ValueError(f"{name}: expected a mask {list(image.shape[:2])} as its image; got {list(mask.shape)}")
+        raise ValueError(f"{name}: expected a mask {list(image.shape[:2])} as its image, got {list(mask.shape)}")
     most = int(mask.max(initial=0, where=mask != IGNORED))
     if most > classes:
-        raise ValueError(f"{name}: expected values of 0 to {classes}, or {IGNORED}; got {most}")
+        raise ValueError(f"{name}: expected values of 0 to {classes}, or {IGNORED}, got {most}")
 
 
 def _sides(height: int, width: int, spacing: tuple[float, float]) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def split_of(text: str) -> str:
     """``train``, ``val`` or ``test`` for their usual names in any case; "" for no text. ValueError."""
     name = text.strip().lower()
     if name and name not in SPLITS and name not in _ALIASES:
-        raise ValueError(f"split: expected train, val or test; got {text!r}")
+        raise ValueError(f"split: expected train, val or test, got {text!r}")
     return _ALIASES.get(name, name)
 
 
@@ -78,23 +78,23 @@ def parse_classes(entries: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[
     for entry in entries:
         name, sign, value = (part.strip() for part in entry.partition("="))
         if not name or (sign and not value):
-            raise ValueError(f"{expected}; got {entry!r}")
+            raise ValueError(f"{expected}, got {entry!r}")
         if name not in (BACKGROUND, IGNORE, *classes):
             classes.append(name)
         if sign:
             values.append((value.lower() if value.startswith("#") or value == NONZERO else value, name))
         elif name in (BACKGROUND, IGNORE):
-            raise ValueError(f"{expected}: {name} needs a value; got {entry!r}")
+            raise ValueError(f"{expected}: {name} needs a value, got {entry!r}")
     valued = {name for _, name in values}
     if valued and set(classes) - valued and (set(classes) & valued):
-        raise ValueError(f"{expected}, for all classes or for none; got none for {', '.join(set(classes) - valued)}")
+        raise ValueError(f"{expected}, for all classes or for none, got none for {', '.join(set(classes) - valued)}")
     if values and not set(classes) & valued:  # Only background or ignore
         values = [*((str(i), name) for i, name in enumerate(classes, 1)), *values]
     repeated = {value for value, _ in values if sum(value == other for other, _ in values) > 1}
     if repeated:
-        raise ValueError(f"classes: expected each value once; got {', '.join(sorted(repeated))} again")
+        raise ValueError(f"classes: expected each value once, got {', '.join(sorted(repeated))} again")
     if not classes:
-        raise ValueError(f"{expected}; got no class")
+        raise ValueError(f"{expected}, got no class")
     return tuple(classes), tuple(values)
 
 
@@ -107,7 +107,7 @@ def of_table(path: Path, root: Path, columns: dict[str, str] | None = None, loos
     if not path.is_file():
         raise FileNotFoundError(f"{expected}; nothing at {path}")
     if path.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"{expected}, at most {MAX_TABLE_BYTES:,} bytes large; got {path}")
+        raise ValueError(f"{expected}, at most {MAX_TABLE_BYTES:,} bytes large, got {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         header = text.partition("\n")[0]
@@ -185,7 +185,7 @@ def _nnunet(files: Files, task: Task) -> Own | None:
     second_channels = sorted(path for path in files.files if path.startswith("images") and "_0001." in path)
     if second_channels:
         raise ValueError(
-            f"data: expected one channel per case, since a task has images of one modality; got a second channel, "
+            f"data: expected one channel per case, since a task has images of one modality, got a second channel, "
             f"{files.root / second_channels[0]}"
         )
     images = [m for m in matches(Layout("own", rules=tuple(rules)), files) if m.names["side"] in ("Tr", "Ts")]
@@ -206,7 +206,7 @@ def _labels_of(path: Path, task: Task) -> Task:
         pairs = [(str(v), str(k)) if isinstance(v, int) else (str(int(k)), str(v)) for k, v in labels.items()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data: expected labels with names and whole numbers in {path}; got {type(error).__name__}: {error}"
+            f"data: expected labels with names and whole numbers in {path}, got {type(error).__name__}: {error}"
         ) from None
     by_value = sorted((int(value), name) for value, name in pairs)
     classes = tuple(name for value, name in by_value if value and name not in (BACKGROUND, IGNORE))
@@ -354,7 +354,7 @@ def _check_parts(images: Sequence[Match], files: Files) -> None:
             first = of_rule[0]
             raise ValueError(
                 f"data: expected masks of {title}, for {files.root / first.image} at "
-                f"{files.root / (first.prefix + first.text(pattern))}; got none for any of {len(of_rule):,} images"
+                f"{files.root / (first.prefix + first.text(pattern))}, got none for any of {len(of_rule):,} images"
             )
 
 

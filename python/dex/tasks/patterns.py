@@ -59,7 +59,7 @@ def listed(root: Path) -> Files:
     if not root.exists():
         raise FileNotFoundError(f"data: expected a folder; nothing at {root}")
     if not root.is_dir():
-        raise NotADirectoryError(f"data: expected a folder; got the file {root}")
+        raise NotADirectoryError(f"data: expected a folder, got the file {root}")
     files: set[str] = set()
     folders: set[str] = set()
     for folder, subfolders, names in os.walk(root):
@@ -71,7 +71,7 @@ def listed(root: Path) -> Files:
             if not name.startswith(".") and not os.path.islink(os.path.join(folder, name)):
                 files.add(f"{start}{name}")
         if len(files) > MAX_FILES:
-            raise ValueError(f"data: expected at most {MAX_FILES:,} files; got more below {root}")
+            raise ValueError(f"data: expected at most {MAX_FILES:,} files, got more below {root}")
     return Files(root, frozenset(files), frozenset(folders))
 
 
@@ -125,7 +125,7 @@ def matches(layout: Layout, files: Files, classes: Sequence[str] = ()) -> list[M
     prefixes = sorted({match.prefix for match in images})
     if len(prefixes) > 1:
         raise ValueError(
-            f"data: expected one copy of the data; got files of the same layout in {len(prefixes)} places: "
+            f"data: expected one copy of the data, got files of the same layout in {len(prefixes)} places: "
             f"{', '.join(repr(str(files.root / prefix)) for prefix in prefixes[:3])}; name one of them"
         )
     return images

@@ -86,10 +86,10 @@ def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
     expected = "file: expected files, DICOM folders, or folders of them"
     paths: dict[Path, None] = {}
     if not arguments:
-        raise ValueError(f"{expected}; got none")
+        raise ValueError(f"{expected}, got none")
     for argument in arguments:
         if not os.fspath(argument):
-            raise ValueError(f"{expected}; got ''")
+            raise ValueError(f"{expected}, got ''")
         path = Path(os.path.abspath(Path(argument).expanduser()))
         if not path.exists():
             raise FileNotFoundError(f"{expected}; nothing at {argument}")
@@ -141,7 +141,7 @@ def parted(files: Sequence[Path], task: Task, series: Sequence[str] = ()) -> lis
             items += [Item(path, each.key, each.number) for each in chosen]
     if series and not matched:
         raise ValueError(
-            f"series: expected the Series Number or Series Instance UID of a file; got {', '.join(series)}"
+            f"series: expected the Series Number or Series Instance UID of a file, got {', '.join(series)}"
         )
     return items
 
@@ -149,9 +149,9 @@ def parted(files: Sequence[Path], task: Task, series: Sequence[str] = ()) -> lis
 def begin(loaded: LoadedTask, items: Sequence[Item], options: Options) -> list[str]:
     """Check everything, write the plan or compare it with that of an earlier start, and return the ids. ValueError."""
     if options.batch_size < 1:
-        raise ValueError(f"batch-size: expected at least 1; got {options.batch_size}")
+        raise ValueError(f"batch-size: expected at least 1, got {options.batch_size}")
     if options.workers < 0:
-        raise ValueError(f"workers: expected at least 0; got {options.workers}")
+        raise ValueError(f"workers: expected at least 0, got {options.workers}")
     if loaded.task.kind == "classification":
         for name in ("probabilities", "overlays"):
             if getattr(options, name):
@@ -337,7 +337,7 @@ def _write_masks(
 
 def _check_finite(finite: bool) -> None:
     if not finite:
-        raise FloatingPointError("model: expected finite probabilities; got NaN: the weights are unusable")
+        raise FloatingPointError("model: expected finite probabilities, got NaN: the weights are unusable")
 
 
 def _plan(loaded: LoadedTask, options: Options) -> dict[str, Any]:

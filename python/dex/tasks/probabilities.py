@@ -44,9 +44,9 @@ def of_frames(
     Runs on the model's device. Raises: ValueError naming the argument.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-        raise ValueError(f"images: expected uint8 [n, H, W] or [n, H, W, 3]; got {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images: expected uint8 [n, H, W] or [n, H, W, 3], got {images.dtype} {list(images.shape)}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1; got {batch_size!r}")
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
     check_window(loaded, window)
     model, segments = loaded.model, loaded.task.kind == "segmentation"
     device = model.encoder.pos_embed.device
@@ -66,9 +66,9 @@ def check_window(loaded: LoadedTask, window: float | None) -> None:
     if window is None:
         return
     if loaded.task.kind != "segmentation":
-        raise ValueError(f"window: expected none for a {loaded.task.kind}; got {window!r}")
+        raise ValueError(f"window: expected none for a {loaded.task.kind}, got {window!r}")
     if not 1 < window <= 16:
-        raise ValueError(f"window: expected a factor above 1, at most 16; got {window!r}")
+        raise ValueError(f"window: expected a factor above 1, at most 16, got {window!r}")
 
 
 def _windows(loaded: LoadedTask, images: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def _work(task: Task, limits: readers.Limits, job: workers.Task, report: workers
         if report.begun > 1:
             raise  # Earlier cases may be to blame: try once more in a fresh process
         return _Failed(
-            f"file: expected an image and mask that fit into {limits.memory_mb + OUTPUT_MB} MB of memory; got "
+            f"file: expected an image and mask that fit into {limits.memory_mb + OUTPUT_MB} MB of memory, got "
             f"{case.image}"
         )
     except (ValueError, FileNotFoundError) as error:

@@ -140,7 +140,7 @@ def describe(field: "dataclasses.Field[Any]") -> str:
 
 def preset(name: str) -> Settings:
     if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
 
 
@@ -165,7 +165,7 @@ def check(settings: Settings) -> None:
 
     def require(valid: bool, name: str, expected: str) -> None:
         if not valid:
-            raise ValueError(f"{name}: expected {expected}; got {getattr(s, name)!r}")
+            raise ValueError(f"{name}: expected {expected}, got {getattr(s, name)!r}")
 
     for name, value in to_dict(s).items():
         kind = kind_of(name)
@@ -200,7 +200,7 @@ def _check_together(s: Settings) -> None:
     if s.wants_aux and (s.path != "experts" or s.mode != "full"):
         name = "gema" if s.gema else "align_weight" if s.align_weight else "balance_weight"
         raise ValueError(
-            f"{name}: expected mode full and path experts, which train experts; got mode {s.mode}, path {s.path}"
+            f"{name}: expected mode full and path experts, which train experts, got mode {s.mode}, path {s.path}"
         )
 
 

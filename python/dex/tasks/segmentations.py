@@ -43,7 +43,7 @@ def read(target: Path, task: Task, stack: readers.Stack, image: Path) -> np.ndar
     frames = frames[None] if frames.ndim == 2 else frames
     if frames.shape[1:] != stack.shape:
         raise ValueError(
-            f"mask: expected the size of its image, {stack.shape[0]} x {stack.shape[1]}; got {frames.shape[1]} x "
+            f"mask: expected the size of its image, {stack.shape[0]} x {stack.shape[1]}, got {frames.shape[1]} x "
             f"{frames.shape[2]} in {file}, whose image is {image}"
         )
     half = float(data.get("MaximumFractionalValue", 1)) / 2
@@ -84,7 +84,7 @@ def _dataset(file: Path) -> Any:
         raise ValueError(f"{_EXPECTED}; {file} is not a segmentation, but {head.get('Modality', 'of no modality')}")
     size = int(head.get("NumberOfFrames") or 1) * int(head.get("Rows") or 0) * int(head.get("Columns") or 0)
     if size > limits.memory * 2:
-        raise ValueError(f"{_EXPECTED}, with at most {limits.memory * 2:,} pixels in all; got {size:,} in {file}")
+        raise ValueError(f"{_EXPECTED}, with at most {limits.memory * 2:,} pixels in all, got {size:,} in {file}")
     try:
         data = pydicom.dcmread(file)
         for name in ("SegmentSequence", "PerFrameFunctionalGroupsSequence", "SegmentationType"):
@@ -115,7 +115,7 @@ def _segments(data: Any, task: Task, file: Path) -> dict[int, int]:
             segments[number] = meaning
     if unknown:
         raise ValueError(
-            f"masks: expected segments of {', '.join(task.classes)}; got {', '.join(unknown[:6])} "
+            f"masks: expected segments of {', '.join(task.classes)}, got {', '.join(unknown[:6])} "
             f"({len(unknown)} of {len(data.SegmentSequence)} segments) in {file}; --classes NAME=VALUE ..., with the "
             "label or number of a segment as VALUE, gives its meaning"
         )
@@ -149,7 +149,7 @@ def _slice(group: Any, shared: Any, stack: readers.Stack, to_image: np.ndarray, 
     if off_direction > _OFF * 2 or off_position > _OFF or not 0 <= number < stack.length:
         where = ", ".join(f"{value:g}" for value in position)
         raise ValueError(
-            f"mask: expected frames on the slices of its image; got one at ({where}) mm in {file} that lies on none of "
+            f"mask: expected frames on the slices of its image, got one at ({where}) mm in {file} that lies on none of "
             f"the {stack.length}"
         )
     return number

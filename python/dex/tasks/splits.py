@@ -46,7 +46,7 @@ def sides_of(
         stated = [""] * len(samples)
     if any(stated) and not all(stated):
         lacking = next(sample.file for sample in samples if not sample.side)
-        raise ValueError(f"split: expected a split for each image, or for none; got none for {lacking}")
+        raise ValueError(f"split: expected a split for each image, or for none, got none for {lacking}")
     notes = []
     if not any(stated):
         sides = _draw(samples, dict(zip(SPLITS, shares, strict=True)), seed)
@@ -112,7 +112,7 @@ def _check_apart(samples: Sequence[Sample], sides: Sequence[str]) -> None:
             for patient, files in sorted(divided.items())[:_NAMED]
         )
         raise ValueError(
-            f"split: expected each patient in one split; got {len(divided):,} in several: {shown}. "
+            f"split: expected each patient in one split, got {len(divided):,} in several: {shown}. "
             f"--split {DRAW} draws a new split by patient; {HOW}"
         )
 
@@ -124,7 +124,7 @@ def _check_sides(samples: Sequence[Sample], sides: Sequence[str]) -> None:
         if not counts[side]:
             patients = len({sample.patient for sample in samples})
             raise ValueError(
-                f"split: expected images in train and val; got none in {side}: {len(samples):,} images of {patients:,} "
+                f"split: expected images in train and val, got none in {side}: {len(samples):,} images of {patients:,} "
                 f"patients; {HOW}"
             )
     labels = sorted({sample.label for sample in samples})
@@ -133,7 +133,7 @@ def _check_sides(samples: Sequence[Sample], sides: Sequence[str]) -> None:
         if lacking:
             patients = {label: len({s.patient for s in samples if s.label == label}) for label in lacking}
             raise ValueError(
-                f"split: expected images of each class in {side}; got none of "
+                f"split: expected images of each class in {side}, got none of "
                 f"{', '.join(f'{label!r} ({patients[label]:,} patients in all)' for label in lacking)}; "
                 "leave these classes out, or draw with another seed"
             )
@@ -153,7 +153,7 @@ def shots(samples: Sequence[Sample], sides: Sequence[str], count: int, seed: int
     """The places of samples to keep: ``count`` training images per class (in all, for segmentation), drawn with the
     seed, and everything outside train. ValueError if a class has fewer."""
     if count < 1:
-        raise ValueError(f"shots: expected at least 1; got {count}")
+        raise ValueError(f"shots: expected at least 1, got {count}")
     by_label: dict[str, list[int]] = defaultdict(list)
     for place, (sample, side) in enumerate(zip(samples, sides, strict=True)):
         if side == "train":
@@ -162,7 +162,7 @@ def shots(samples: Sequence[Sample], sides: Sequence[str], count: int, seed: int
     for label, places in sorted(by_label.items()):
         if len(places) < count:
             of_class = f" of class {label!r}" if label else ""
-            raise ValueError(f"shots: expected at most {len(places)}, the training images{of_class}; got {count}")
+            raise ValueError(f"shots: expected at most {len(places)}, the training images{of_class}, got {count}")
         order = sorted(places, key=lambda place: _key(seed, f"{samples[place].patient}\0{samples[place].file}"))
         kept += order[:count]
     return sorted(kept)

@@ -179,7 +179,7 @@ def find(task: str | os.PathLike[str]) -> Task:
     """
     expected = "task: expected a name of `dex tasks`, a YAML file, or a folder of your own"
     if not isinstance(task, str | os.PathLike) or not os.fspath(task):
-        raise ValueError(f"{expected}; got {task!r}")
+        raise ValueError(f"{expected}, got {task!r}")
     text = os.fspath(task)
     if text.lower() in names():
         return load(CATALOGUE / f"{text.lower()}.yaml")
@@ -192,7 +192,7 @@ def find(task: str | os.PathLike[str]) -> Task:
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     if os.sep in text or path.suffix:
         raise FileNotFoundError(f"{expected}; nothing at {text}")
-    raise ValueError(f"{expected}; got {text!r}{hint}")
+    raise ValueError(f"{expected}, got {text!r}{hint}")
 
 
 def own_name(folder: Path) -> str:
@@ -208,13 +208,13 @@ def load(path: Path) -> Task:
     except OSError as error:
         raise ValueError(f"task: expected a description; {path}: {error.strerror}") from None
     if len(data) > MAX_YAML_BYTES:
-        raise ValueError(f"task: expected at most {MAX_YAML_BYTES} bytes; got more in {path}")
+        raise ValueError(f"task: expected at most {MAX_YAML_BYTES} bytes, got more in {path}")
     try:
         values = yaml.load(data.decode("utf-8"), fields.OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"task: expected YAML; {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"task: expected fields and values; got {type(values).__name__} in {path}")
+        raise ValueError(f"task: expected fields and values, got {type(values).__name__} in {path}")
     return from_dict({"name": path.stem, **values}, str(path))
 
 
@@ -260,11 +260,11 @@ def _named(make: Any, source: str) -> Any:
 
 def _layout(values: Any, source: str) -> Layout:
     if not isinstance(values, Mapping):
-        raise ValueError(f"layout: expected fields and values; got {values!r} in {source}")
+        raise ValueError(f"layout: expected fields and values, got {values!r} in {source}")
     values = dict(values)
     rules = values.pop("rules", ())
     if not isinstance(rules, list | tuple):
-        raise ValueError(f"layout.rules: expected a list; got {rules!r} in {source}")
+        raise ValueError(f"layout.rules: expected a list, got {rules!r} in {source}")
     for name in ("splits", "columns", "values", "labels"):
         values[name] = _pairs(values.get(name, ()), f"layout.{name}", source)
     given = {name: value for name, value in values.items() if value != ()}
@@ -288,7 +288,7 @@ def _pairs(value: Any, name: str, source: str) -> tuple[tuple[str, str], ...]:
     except (TypeError, ValueError):
         pairs = (((), ""),)
     if any(not isinstance(entry, str | int) or isinstance(entry, bool) for pair in pairs for entry in pair):
-        raise ValueError(f"{name}: expected texts or numbers with their meanings; got {value!r} in {source}")
+        raise ValueError(f"{name}: expected texts or numbers with their meanings, got {value!r} in {source}")
     return tuple((str(first), str(second)) for first, second in pairs)
 
 
@@ -348,4 +348,4 @@ def _check_placeholders(pattern: str, known: set[str], name: str) -> None:
 
 def _require(valid: bool, name: str, expected: str, got: Any) -> None:
     if not valid:
-        raise ValueError(f"{name}: expected {expected}; got {got!r}")
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

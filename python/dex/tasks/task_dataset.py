@@ -195,7 +195,7 @@ def read_splits(data: TaskData, size: int, settings: Settings, say: Say = lambda
     task = data.task
     sides = {side: [case for case in data.cases if case.split == side] for side in ("train", "val", "test")}
     if not sides["train"]:
-        raise ValueError(f"data: expected training cases of {task.name}; got {_counted(sides)}")
+        raise ValueError(f"data: expected training cases of {task.name}, got {_counted(sides)}")
     val_cases = spread_cases(sides["val"], settings.evaluate_cases)
     train, val = TaskDataset(task, size), TaskDataset(task, size)
     total = len(sides["train"]) + len(val_cases)
@@ -245,7 +245,7 @@ def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator
         raise ValueError(f"data: expected some mask of {task.name} that is not empty; all training masks are empty")
     if task.kind == "classification" and sum(present) < 2:
         only = task.classes[present.index(True)]
-        raise ValueError(f"data: expected at least two classes in the training split of {task.name}; got {only} only")
+        raise ValueError(f"data: expected at least two classes in the training split of {task.name}, got {only} only")
     if missing:
         raise ValueError(
             f"data: expected every class of {task.name} in the training split; missing: {', '.join(missing)}. Leave "

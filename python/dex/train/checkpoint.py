@@ -215,7 +215,7 @@ def load(folder: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _STATE}: unreadable although its hash matches; {error}") from error
     if state.get("step") != step:
-        raise CheckpointError(f"{folder / _STATE}: expected step {step}; got {state.get('step')!r}")
+        raise CheckpointError(f"{folder / _STATE}: expected step {step}, got {state.get('step')!r}")
     return Checkpoint(folder, state)
 
 
@@ -257,7 +257,7 @@ def _check(file: Path, entry: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file}: missing")
         size = file.stat().st_size
         if size != entry["bytes"]:
-            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes; got {size}")
+            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes, got {size}")
         if _digest(file) != entry:
             raise CheckpointError(f"{file}: damaged, its SHA-256 differs from {_MANIFEST}")
     except OSError as error:
@@ -389,7 +389,7 @@ def _require_same(folder: Path, expected: Mapping[str, tuple], saved: Mapping[st
     problems = [f"{name} is missing" for name in expected if name not in saved]
     problems += [f"{name} is not expected" for name in saved if name not in expected]
     problems += [
-        f"{name}: expected {t[0]} {t[1]}; got {saved[name][0]} {saved[name][1]}"
+        f"{name}: expected {t[0]} {t[1]}, got {saved[name][0]} {saved[name][1]}"
         for name, t in expected.items()
         if name in saved and t != saved[name]
     ]

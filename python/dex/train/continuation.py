@@ -32,13 +32,13 @@ class Override(NamedTuple):
     def check(self, resume: str | Path | None) -> None:
         """ValueError: no run is resumed, there is no reason, or a field does not exist or cannot be overridden."""
         if resume is None:
-            raise ValueError("override: expected a resumed run, --resume auto; got a new run")
+            raise ValueError("override: expected a resumed run, --resume auto, got a new run")
         if not self.reason.strip():
-            raise ValueError("reason: expected why --override changes the run, to be stored with it; got nothing")
+            raise ValueError("reason: expected why --override changes the run, to be stored with it, got nothing")
         known = flat(to_dict(Config()))
         for name in self.fields:
             if name not in known:
-                raise ValueError(f"override: expected fields of the configuration, such as optim.base_lr; got {name!r}")
+                raise ValueError(f"override: expected fields of the configuration, such as optim.base_lr, got {name!r}")
             if name in _NOT_OVERRIDDEN:
                 raise ValueError(f"override: {name} {_NOT_OVERRIDDEN[name]}")
 

@@ -24,18 +24,18 @@ def why_not(
     experts: bool,
     dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
-    """Why a step cannot be captured, as ``expected ...; got ...``; None if it can.
+    """Why a step cannot be captured, as ``expected ..., got ...``; None if it can.
 
     backend: ``model.backend``. experts: False for the monolithic control. dtype: what experts compute in.
     """
     if device.type != "cuda":
-        return f"expected a CUDA device; got {device.type}"
+        return f"expected a CUDA device, got {device.type}"
     if world_size > 1:
-        return f"expected one rank, since communication between ranks is not captured; got {world_size}"
+        return f"expected one rank, since communication between ranks is not captured, got {world_size}"
     backend = backends.covering("grouped_mlp", backend)
     if experts and backends.choose("grouped_mlp", backend, device, dtype=dtype) == "reference":
         return (
-            "expected experts that never wait for the host (model.backend triton); got plain torch experts, which read "
+            "expected experts that never wait for the host (model.backend triton), got plain torch experts, which read "
             "group sizes on the host"
         )
     return None

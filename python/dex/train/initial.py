@@ -37,7 +37,7 @@ def check_initial(config: Config) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{_EXPECTED}; there is nothing at {path}")
     if path.is_dir() and not checkpoint.is_checkpoint(path) and not (path / CHECKPOINTS).is_dir():
-        raise ValueError(f"{_EXPECTED}; got the folder {path}, which is neither")
+        raise ValueError(f"{_EXPECTED}, got the folder {path}, which is neither")
 
 
 def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:
@@ -68,7 +68,7 @@ def _run_model(path: Path) -> MaskedAutoencoder:
     else:
         saved, _ = checkpoint.newest_good(path / CHECKPOINTS)
         if saved is None:
-            raise ValueError("expected a run with a checkpoint; got none")
+            raise ValueError("expected a run with a checkpoint, got none")
     config = from_dict(saved.state["config"], Config(), f"{saved.folder}/state.json")
     with torch.device("meta"):
         model = build_model(replace(config, model=replace(config.model, backend=None)))

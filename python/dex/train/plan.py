@@ -94,12 +94,12 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     ValueError: ``name`` is cuda and there is no CUDA device, or there are more ranks than devices on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: expected an available device; got 'cuda', but torch finds no CUDA device")
+        raise ValueError("run.device: expected an available device, got 'cuda', but torch finds no CUDA device")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK: expected at most one rank for each of {torch.cuda.device_count()} CUDA devices; "
+            f"LOCAL_RANK: expected at most one rank for each of {torch.cuda.device_count()} CUDA devices, "
             f"got {ranks.local_rank}"
         )
     return torch.device("cuda", ranks.local_rank) if ranks.world_size > 1 else torch.device("cuda")
@@ -133,7 +133,7 @@ def place(config: Config, ranks: Ranks = ALONE) -> Placement:
         raise ValueError(f"model.{error}") from None
     if config.run.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"run.wandb: expected null, since the package wandb is not installed (pip install wandb); "
+            f"run.wandb: expected null, since the package wandb is not installed (pip install wandb), "
             f"got {config.run.wandb!r}"
         )
     micro_batch = resolve_micro_batch(config, ranks.world_size)
@@ -224,28 +224,28 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
         raise ValueError(f"data: expected training images; the training split of {dataset.name!r} is empty")
     if config.data.batch_size > len(train):
         raise ValueError(
-            f"data.batch_size: expected at most the {len(train):,} training images of {dataset.name!r}; got "
+            f"data.batch_size: expected at most the {len(train):,} training images of {dataset.name!r}, got "
             f"{config.data.batch_size:,}"
         )
     if max(height_width(config.model.img_size)) > dataset.image_size:
         raise ValueError(
             f"model.img_size: expected at most {dataset.image_size} pixels, the side of the images of "
-            f"{dataset.name!r}; got {config.model.img_size}"
+            f"{dataset.name!r}, got {config.model.img_size}"
         )
     batches = batches_per_epoch(train, config.data.batch_size)
     steps = total_steps(config, batches)
     if config.run.stop_at is not None and config.run.stop_at > steps:
         raise ValueError(
-            f"run.stop_at: expected at most the run's {steps:,} steps; got {config.run.stop_at:,}. Leave it out to run "
+            f"run.stop_at: expected at most the run's {steps:,} steps, got {config.run.stop_at:,}. Leave it out to run "
             "to the end"
         )
     if max(config.run.milestones or (0,)) > steps:
-        raise ValueError(f"run.milestones: expected at most the run's {steps:,} steps; got {config.run.milestones}")
+        raise ValueError(f"run.milestones: expected at most the run's {steps:,} steps, got {config.run.milestones}")
     if config.run.keep_best and len(dataset.split("val")) == 0:
         raise ValueError(f"run.keep_best: expected held-out images; {dataset.name!r} has none")
     if config.schedule.span is not None and config.schedule.span > steps:
         raise ValueError(
-            f"schedule.span: expected at most the run's {steps:,} steps, or null; got {config.schedule.span:,} (an "
+            f"schedule.span: expected at most the run's {steps:,} steps, or null, got {config.schedule.span:,} (an "
             "extended run keeps its original span)"
         )
     cores = len(os.sched_getaffinity(0))
@@ -289,7 +289,7 @@ def inspect_folder(log: RunLog, resume: str | Path | None, overwrite: bool, *, h
     """
     out = log.folder
     if resume is not None and overwrite:
-        raise ValueError("overwrite: expected a new run, without resume; got both")
+        raise ValueError("overwrite: expected a new run, without resume, got both")
     _check_folder(out)
     if hold:
         log.hold(wait=resume is not None)
@@ -327,12 +327,12 @@ def _check_folder(out: Path) -> None:
         pass
     except (OSError, ValueError) as error:  # A name that is too long or contains forbidden characters
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"out: expected the path of a folder; got {str(out)!r}: {reason}") from error
+        raise ValueError(f"out: expected the path of a folder, got {str(out)!r}: {reason}") from error
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"out: expected a folder; {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"out: expected a writable folder; got {existing}")
+        raise ValueError(f"out: expected a writable folder, got {existing}")
 
 
 def open_data(config: Config, out: Path | None = None) -> Dataset:
@@ -347,7 +347,7 @@ def open_data(config: Config, out: Path | None = None) -> Dataset:
     if out is not None and isinstance(dataset, FolderDataset) and out.resolve().is_relative_to(dataset.root):
         raise ValueError(
             f"out: expected a folder outside the data in {dataset.root}, since the run's pictures would become images "
-            f"of the data; got {out}"
+            f"of the data, got {out}"
         )
     dataset.channels = config.model.in_chans
     return dataset

@@ -179,7 +179,7 @@ class RunLog:
             self._say(f"{self.folder} is on a file system without locks: a second process could write there too")
             if self._replaced.exists:
                 raise ValueError(
-                    f"out: expected no run set aside by --overwrite; got one in {self.folder / REPLACED}. Without "
+                    f"out: expected no run set aside by --overwrite, got one in {self.folder / REPLACED}. Without "
                     "locks another process may still be replacing it: if none is running, move its files back"
                 )
         self._owned = self.is_empty() and (self._lock.real or self._lock.made_file)
@@ -221,7 +221,7 @@ class RunLog:
             return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"out: expected the starts of a run in {path}; got {type(error).__name__}: {error}. Move the file away "
+                f"out: expected the starts of a run in {path}, got {type(error).__name__}: {error}. Move the file away "
                 "to continue the run without the record of its starts; nothing else needs it"
             ) from None
 

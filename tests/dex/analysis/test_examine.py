@@ -52,7 +52,7 @@ def test_parts_are_left_out_and_a_monolithic_model_has_no_experts(tiny, material
     assert found.layers == [] and found.probe is not None and found.cls.rankme > 1
     only = examine(model, 0, tiny, material, ("heldout",))
     assert only.layers is None and only.loss == found.loss
-    with pytest.raises(ValueError, match="parts: expected some of heldout, .*; got heatmap"):
+    with pytest.raises(ValueError, match="parts: expected some of heldout, .*, got heatmap"):
         examine(model, 0, tiny, material, ("heatmap",))
     none = Sample(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [])
     with pytest.raises(ValueError, match="data: expected held-out images, got none"):

@@ -59,7 +59,7 @@ def test_an_empty_folder_is_not_the_current_one():
     assert folder_argument("out", "a b") == Path("a b")
     assert folder_argument("out", "~/set") == Path.home() / "set"
     for text in ("", " \n"):
-        with pytest.raises(ValueError, match="out: expected a folder; got "):
+        with pytest.raises(ValueError, match="out: expected a folder, got "):
             folder_argument("out", text)
 
 
@@ -73,8 +73,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monke
     check_folder(tmp_path / "new" / "deep")
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="out: expected a folder; got the file .*/file"):
+        with pytest.raises(ValueError, match="out: expected a folder, got the file .*/file"):
             check_folder(place)
     monkeypatch.setattr("dex.cli._console.os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="out: expected a writable folder; got "):
+    with pytest.raises(ValueError, match="out: expected a writable folder, got "):
         check_folder(tmp_path / "new")

@@ -53,10 +53,10 @@ def test_files_of_others_are_left_alone(run, tmp_path):
     ("arguments", "message"),
     [
         ((MODEL, "--only", "heatmap"), "only: expected some of heldout, routing, swap, "),
-        ((MODEL, "--images", "0"), "images: expected at least 1; got 0"),
-        ((MODEL, "--checkpoints", "-3"), "checkpoints: expected all, last, or a number of at least 1; got '-3'"),
-        ((MODEL, "--out", ""), "out: expected a folder; got ''"),
-        ((MODEL, "--out", MODEL / "run.json"), "out: expected a folder; got the file "),
+        ((MODEL, "--images", "0"), "images: expected at least 1, got 0"),
+        ((MODEL, "--checkpoints", "-3"), "checkpoints: expected all, last, or a number of at least 1, got '-3'"),
+        ((MODEL, "--out", ""), "out: expected a folder, got ''"),
+        ((MODEL, "--out", MODEL / "run.json"), "out: expected a folder, got the file "),
         ((MODEL, "--data", "none"), "data: expected a folder of images or shards, found nothing at 'none'"),
         ((MODEL / "checkpoints" / "step-00000003",), "out: expected --out DIR, since "),
         (("nothing",), "run: expected a run folder, "),
@@ -102,4 +102,4 @@ def test_several_ranks_are_refused(run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("analyse", MODEL)
-    assert (code, err) == (2, "dex analyse: WORLD_SIZE: expected 1, since dex analyse runs in one process; got 2\n")
+    assert (code, err) == (2, "dex analyse: WORLD_SIZE: expected 1, since dex analyse runs in one process, got 2\n")

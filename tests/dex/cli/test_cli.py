@@ -115,7 +115,7 @@ def test_a_new_command_is_one_module(run, tmp_path, monkeypatch):
             "prepare, data, echo, pretrain, report, analyse, explain, embed, probe, export, tasks, finetune, evaluate, "
             "predict, compare, verify, doctor"
         )
-        assert f"expected one of {names}; got '_helper'" in run("_helper")[2]
+        assert f"expected one of {names}, got '_helper'" in run("_helper")[2]
     finally:
         sys.modules.pop("dex.cli.echo", None)
         vars(cli).pop("echo", None)
@@ -132,7 +132,7 @@ def test_a_command_that_cannot_be_imported_leaves_the_others(text, error, run, t
     monkeypatch.delitem(sys.modules, "dex.cli.broken", raising=False)
     code, out, _ = run("--help")
     assert code == 0 and "  doctor " in out and f"  broken     cannot be imported: {error}" in out
-    assert "doctor; got 'unknown'" in run("unknown")[2]
+    assert "doctor, got 'unknown'" in run("unknown")[2]
     if "import" in text:
         assert run("broken") == (2, "", f"dex broken: expected to import dex.cli.broken; {error}\n")
     else:

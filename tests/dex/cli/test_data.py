@@ -119,7 +119,7 @@ def test_refused(prepared, run, tmp_path):
         f"{tmp_path}/scans/p1/=1+1\\n.weird",
     }
     code, out, err = run("data", "refused", "set", "--reason", "typo")
-    assert (code, out) == (2, "") and "unreadable (1); got 'typo'" in err
+    assert (code, out) == (2, "") and "unreadable (1), got 'typo'" in err
 
 
 def test_withdraw(prepared, run, tmp_path):

@@ -58,7 +58,7 @@ def test_a_graph_of_the_step_says_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (found,) = [c for c in doctor.devices() if c.name == "CUDA graph"]
     assert found.status == "note"
-    assert found.detail == "parallel.cuda_graph, not yet run on a GPU: expected a CUDA device; got cpu"
+    assert found.detail == "parallel.cuda_graph, not yet run on a GPU: expected a CUDA device, got cpu"
 
 
 def test_backends_say_why_not():

@@ -40,8 +40,8 @@ def test_another_side_goes_where_it_is_told(command, folder, tmp_path):
     [
         (["--split-seed", "3"], "split: expected patients that the model was not trained on"),
         (["--window", "0.5"], "window: expected a factor above 1"),
-        (["--tolerance", "-1"], "tolerance: expected a distance of at least 0; got -1.0"),
-        (["--batch-size", "0"], "batch_size: expected at least 1; got 0"),
+        (["--tolerance", "-1"], "tolerance: expected a distance of at least 0, got -1.0"),
+        (["--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["--sheet", f"{__file__}/sheet.csv"], "sheet: expected a CSV file"),
         (["--sheet", __file__], "sheet: expected the columns of this version"),
         (["--evaluate", "rest"], "evaluate"),

@@ -35,9 +35,9 @@ def test_a_dicom_file_says_its_modality_and_no_more(run, tmp_path):
     [
         ((MODEL, "none.png"), "file: expected a file of the formats "),
         (("none", "none.png"), "run: expected a run folder, "),
-        ((MODEL, "none.png", "--masks", "1"), "masks: expected at least 2; got 1"),
-        ((MODEL, "none.png", "--out", " "), "out: expected a file; got ' '"),
-        ((MODEL, "none.png", "--out", "."), "out: expected a file; got the folder ."),
+        ((MODEL, "none.png", "--masks", "1"), "masks: expected at least 2, got 1"),
+        ((MODEL, "none.png", "--out", " "), "out: expected a file, got ' '"),
+        ((MODEL, "none.png", "--out", "."), "out: expected a file, got the folder ."),
         ((MODEL,), "the following arguments are required: FILE"),
     ],
 )
@@ -51,4 +51,4 @@ def test_several_ranks_are_refused(run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("explain", MODEL, "none.png")
-    assert (code, err) == (2, "dex explain: WORLD_SIZE: expected 1, since dex explain runs in one process; got 2\n")
+    assert (code, err) == (2, "dex explain: WORLD_SIZE: expected 1, since dex explain runs in one process, got 2\n")

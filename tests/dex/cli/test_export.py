@@ -24,7 +24,7 @@ def test_safetensors(model, run, tmp_path):
     assert (code, err) == (0, "") and re.fullmatch(r"model: safetensors, \d+ kB, director\n", out)
     assert dex.load(tmp_path / "model").path == "director"
     code, _, err = run("export", model, "--format", "hf", "--out", "model")
-    assert (code, err) == (2, "dex export: out: expected a new or empty folder; got model\n")
+    assert (code, err) == (2, "dex export: out: expected a new or empty folder, got model\n")
 
 
 def test_timm_is_the_director_by_itself(model, run, tmp_path):
@@ -38,7 +38,7 @@ def test_timm_is_the_director_by_itself(model, run, tmp_path):
     ("options", "message"),
     [
         (("--format", "pt", "--out", "x"), "argument --format: invalid choice: 'pt'"),
-        (("--format", "hf", "--out", " "), "out: expected a folder; got ' '"),
+        (("--format", "hf", "--out", " "), "out: expected a folder, got ' '"),
         (("--format", "hf", "--out", "x", "--img-size", "33"), "img_size: expected a multiple of the patch size, 8"),
     ],
 )

@@ -52,11 +52,11 @@ def test_it_ends_with_an_evaluation_and_a_row(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--resume", "yes"], "resume: expected auto; got 'yes'"),
+        (["--resume", "yes"], "resume: expected auto, got 'yes'"),
         (["--epochs", "many"], "epochs"),
         (["--epochs", "1"], "warmup_epochs: expected at least 0 and less than the 1 epochs"),
         (["--mode", "half"], "mode"),
-        (["--img-size", "20"], "img_size: expected a multiple of the patch size, 8; got 20"),
+        (["--img-size", "20"], "img_size: expected a multiple of the patch size, 8, got 20"),
         (["--path", "both"], "path"),
         (["--gema", "--mode", "lora"], "gema: expected mode full and path experts"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),

@@ -132,7 +132,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
             "SOURCE: expected a folder, a table, a YAML file, a shipped source or 'packages'",
         ),
         (["prepare", "EchoNet-Dynamic", "--out", "o"], "--root FOLDER --files 'PATTERN'"),
-        (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder; got ''"),
+        (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder, got ''"),
         (["prepare", "scans", "--modality", "CT", "--out", "full"], "out: expected a new or empty folder"),
         (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder; file is something else"),
         (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that match its patterns"),

@@ -294,7 +294,7 @@ def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, 
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert lines[0].startswith(
-        "dex prepare: folder: expected files whose modality a header or the command names; got 3"
+        "dex prepare: folder: expected files whose modality a header or the command names, got 3"
     )
     assert lines[2] == "dex prepare scans --out 'a set' --modality auto --pattern 'MODALITY=**/*.png'"
     assert lines[4] == "dex prepare scans --out 'a set' --modality from-folders"
@@ -308,7 +308,7 @@ def test_what_neither_header_nor_folder_says_ends_with_the_command_to_give(run, 
     assert code == 2 and "--modality from-folders --pattern 'MODALITY=**/*.png'" in err
     assert "the same command" in err and err.count("dex prepare scans") == 1
     code, _, err = run("prepare", "scans", "--out", "b", "--modality", "MR", "--pattern", "CT=*.png")
-    assert code == 2 and "pattern: expected --modality auto or from-folders with it; got 'MR'" in err
+    assert code == 2 and "pattern: expected --modality auto or from-folders with it, got 'MR'" in err
 
 
 def test_a_command_that_is_suggested_changes_no_modality_that_a_folder_says(run, pictures, tmp_path):

@@ -38,7 +38,7 @@ def test_folders_that_are_no_patients_are_parted_and_it_is_said(run, tmp_path, p
     code, out, _ = run("prepare", "scans", "--val-share", 0, *X_RAY, "none")
     assert code == 0 and held_out(out) == 0 and "note: folder:" not in out
     code, _, err = run("prepare", "scans", "--val-share", 2, *X_RAY, "out")
-    assert code == 2 and "val_share: expected a share, 0 to 1; got 2.0" in err
+    assert code == 2 and "val_share: expected a share, 0 to 1, got 2.0" in err
 
 
 def test_patterns_and_sides(run, tmp_path, pictures):
@@ -73,7 +73,7 @@ def test_a_table_from_the_command_line(run, tmp_path, pictures):
     code, _, _ = run("prepare", "list.csv", *X_RAY, "set")
     assert code == 0 and digest("set") == again
     code, _, err = run("prepare", "list.csv", "--out", "out")
-    assert code == 2 and "expected files whose modality a header or the command names; got 12 .png of none" in err
+    assert code == 2 and "expected files whose modality a header or the command names, got 12 .png of none" in err
     code, _, err = run("prepare", "list.csv", "--patient", "who", *X_RAY, "out")
     assert code == 2 and "patient: expected a column of list.csv (File, Subject, Age)" in err
     code, _, err = run("prepare", "none.csv", *X_RAY, "out")

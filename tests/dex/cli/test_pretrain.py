@@ -91,11 +91,11 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
     ("arguments", "message"),
     [
         ([], "usage: dex COMMAND"),
-        (["train"], f"dex: command: expected one of {', '.join(commands())}; got 'train'"),
+        (["train"], f"dex: command: expected one of {', '.join(commands())}, got 'train'"),
         (["pretrain"], "preset: expected one of published-code, paper, demo, demo-monolithic, or --config FILE"),
         (
             ["pretrain", "--preset", "x"],
-            "preset: expected one of published-code, paper, demo, demo-monolithic; got 'x'",
+            "preset: expected one of published-code, paper, demo, demo-monolithic, got 'x'",
         ),
         (["pretrain", "--preset"], "--preset: expected one argument"),
         (["pretrain", "--config", "absent.yaml"], "config: expected a YAML file; found nothing at absent.yaml"),
@@ -103,33 +103,33 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             ["pretrain", "--preset", "demo", "--optim.lr", "3"],
             "Unrecognized options: --optim.lr, 3; did you mean --optim.base-lr?",
         ),
-        (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null; got many"),
+        (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null, got many"),
         (
             ["pretrain", "--preset", "demo", "--steps", "4", "--schedule.steps=5"],
-            "steps: expected one value for --steps and --schedule.steps, which are the same; got 4 and 5",
+            "steps: expected one value for --steps and --schedule.steps, which are the same, got 4 and 5",
         ),
         (
             ["pretrain", "--preset", "demo", "--data", "a", "--data.path", "b"],
-            "data: expected one value for --data and --data.path, which are the same; got a and b",
+            "data: expected one value for --data and --data.path, which are the same, got a and b",
         ),
         (
             ["pretrain", "--preset", "demo", "--model.init=b", "--init", "a"],
-            "init: expected one value for --init and --model.init, which are the same; got a and b",
+            "init: expected one value for --init and --model.init, which are the same, got a and b",
         ),
         (
             ["pretrain", "--preset", "demo", "--preset", "paper"],
-            "preset: expected one value; got --preset demo and --preset paper",
+            "preset: expected one value, got --preset demo and --preset paper",
         ),
         (
             ["pretrain", "--preset", "demo", "--optim.base-lr", "1e-3", "--optim.base_lr=2e-3"],
-            "optim.base_lr: expected one value; got --optim.base-lr 1e-3 and --optim.base_lr=2e-3",
+            "optim.base_lr: expected one value, got --optim.base-lr 1e-3 and --optim.base_lr=2e-3",
         ),
         (
             ["pretrain", "--preset", "demo", "--parallel.compile", "--parallel.no-compile"],
-            "parallel.compile: expected one value; got --parallel.compile and --parallel.no-compile",
+            "parallel.compile: expected one value, got --parallel.compile and --parallel.no-compile",
         ),
-        (["pretrain", "--preset", "demo", "--steps="], "steps: expected a whole number or null; got nothing"),
-        (["pretrain", "--preset", "demo", "--out", "a\0b"], "out: expected the path of a folder; got 'a\\x00b': "),
+        (["pretrain", "--preset", "demo", "--steps="], "steps: expected a whole number or null, got nothing"),
+        (["pretrain", "--preset", "demo", "--out", "a\0b"], "out: expected the path of a folder, got 'a\\x00b': "),
         (["pretrain", "--preset", "demo", "--out", "a" * 300], "a': File name too long"),
         (
             ["pretrain", "--preset", "demo", "--run.seed", "99999999999999999999"],
@@ -140,20 +140,20 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             ["pretrain", "--preset", "demo", "--model.norm-pix-loss", "maybe"],
             "Unrecognized options: maybe",
         ),
-        (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1; got 0"),
+        (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1, got 0"),
         (
             ["pretrain", "--preset", "demo", "--run.device", "tpu"],
-            "run.device: expected one of auto, cpu, cuda; got tpu",
+            "run.device: expected one of auto, cpu, cuda, got tpu",
         ),
-        (["pretrain", "--preset", "demo", "--model.depth", "4.5"], "model.depth: expected a whole number; got 4.5"),
+        (["pretrain", "--preset", "demo", "--model.depth", "4.5"], "model.depth: expected a whole number, got 4.5"),
         (
             ["pretrain", "--preset", "demo", "--schedule.momentum", "0.9"],
-            "schedule.momentum: expected 2 numbers; got 0.9",
+            "schedule.momentum: expected 2 numbers, got 0.9",
         ),
-        (["pretrain", "--preset", "demo", "--optim.betas"], "optim.betas: expected 2 numbers; got nothing"),
+        (["pretrain", "--preset", "demo", "--optim.betas"], "optim.betas: expected 2 numbers, got nothing"),
         (
             ["pretrain", "--preset", "demo", "--parallel.compile", "true"],
-            "parallel.compile: expected a switch without a value; got true",
+            "parallel.compile: expected a switch without a value, got true",
         ),
         (
             ["pretrain", "--preset", "demo", "--run.stop-at", "1001"],
@@ -167,7 +167,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--data", "~/absent"], f"found nothing at '{Path.home()}/absent'"),
         (
             ["pretrain", "--preset", "demo", "--run.device", "cpu", "--parallel.cuda-graph"],
-            "parallel.cuda_graph: expected a CUDA device; got cpu",
+            "parallel.cuda_graph: expected a CUDA device, got cpu",
         ),
         (["pretrain", "--preset", "demo", "--model.img-size", "100"], "model.img_size: expected a multiple of"),
         (["pretrain", "--preset", "demo", "--model.backend", "x"], "model.backend: expected one of"),
@@ -175,8 +175,8 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             ["pretrain", "--preset", "demo", "--data", "absent"],
             "data.path: expected a folder of images or shards, found",
         ),
-        (["pretrain", "--preset", "demo", "--data", ""], "data.path: expected a folder; got ''"),
-        (["doctor", "--data", ""], "data: expected a folder; got ''"),
+        (["pretrain", "--preset", "demo", "--data", ""], "data.path: expected a folder, got ''"),
+        (["doctor", "--data", ""], "data: expected a folder, got ''"),
         (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
         (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
         (["pretrain", "--preset", "demo", "--data.batch-size", "6000"], "data.batch_size: expected at most the 529"),
@@ -358,7 +358,7 @@ def test_overwrite_begins_anew(run, tiny, tmp_path):
     code, out, err = run(*again, "--dry-run")
     assert (code, err) == (0, "") and resolved(out).run.seed == 7
     code, _, err = run("pretrain", "--resume", "run", "--overwrite")
-    assert code == 2 and err == "dex pretrain: overwrite: expected a new run, without resume; got both\n"
+    assert code == 2 and err == "dex pretrain: overwrite: expected a new run, without resume, got both\n"
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     code, out, _ = run(*again)
     assert code == 0 and "done: 2 of 2" in out

@@ -31,8 +31,8 @@ def test_several_runs_have_theirs_here_or_where_asked(run, runs, tmp_path):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: RUN"),
-        ([""], "runs, --out: expected paths; got an empty one"),
-        (["a", "--out", " "], "runs, --out: expected paths; got an empty one"),
+        ([""], "runs, --out: expected paths, got an empty one"),
+        (["a", "--out", " "], "runs, --out: expected paths, got an empty one"),
         (["nowhere"], "run nowhere: expected a run folder; no such folder"),
         (["a", "--out", "b"], "out: expected a file to write, got the folder b"),
     ],

@@ -110,12 +110,12 @@ def test_a_description_of_ones_own(run, own, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing",), "task: expected a name of `dex tasks`, a YAML file, or a folder of your own; got 'nothing'"),
+        (("nothing",), "task: expected a name of `dex tasks`, a YAML file, or a folder of your own, got 'nothing'"),
         (("some/folder",), "nothing at some/folder"),
-        (("--data", "nowhere"), "data: expected a folder with a folder for each task; got nowhere"),
-        (("--classes", "a"), "classes: expected a task and its data folder with it; got ['a'] alone"),
-        (("fives", "--check"), "data: expected the folder of the data for --check; got none"),
-        (("fives", "--run", "x"), "run: expected a task and its data folder with it; got 'x' alone"),
+        (("--data", "nowhere"), "data: expected a folder with a folder for each task, got nowhere"),
+        (("--classes", "a"), "classes: expected a task and its data folder with it, got ['a'] alone"),
+        (("fives", "--check"), "data: expected the folder of the data for --check, got none"),
+        (("fives", "--run", "x"), "run: expected a task and its data folder with it, got 'x' alone"),
         (("fives", "--data", "nowhere"), "data: expected a folder; nothing at nowhere"),
         (("fives", "--split", "half"), "invalid choice: 'half'"),
     ],

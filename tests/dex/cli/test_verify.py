@@ -82,7 +82,7 @@ def test_a_record_that_was_not_kept_fails(run, asked):
     [
         (["--images", "0"], "images: expected a whole number of at least 1, got 0"),
         (["--top-k", "9"], "top_k: expected at most num_experts = 8, got 9"),
-        (["--minutes", "0"], "minutes: expected a number above 0; got 0"),
+        (["--minutes", "0"], "minutes: expected a number above 0, got 0"),
         (["--share", " "], "share: expected a file"),
         (["--share", "."], "share: expected a file; . is a folder"),
         (["--share", "nowhere/x.json"], "share: expected a file in a folder that exists"),

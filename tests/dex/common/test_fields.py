@@ -27,11 +27,11 @@ def test_what_is_named_is_replaced_and_the_rest_stays():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"inner": {"kind": "c"}}, "inner.kind: expected one of a, b; got 'c' in a test"),
+        ({"inner": {"kind": "c"}}, "inner.kind: expected one of a, b, got 'c' in a test"),
         ({"inner": {"sizes": [1, "2"]}}, "inner.sizes: expected a list of a whole number or null"),
-        ({"inner": None}, "inner: expected fields and their values; got nothing in a test"),
-        ({"rates": 1}, "rates: expected one of rate, inner; got an unknown key in a test"),
-        ({"rate": True}, "rate: expected a number; got True"),
+        ({"inner": None}, "inner: expected fields and their values, got nothing in a test"),
+        ({"rates": 1}, "rates: expected one of rate, inner, got an unknown key in a test"),
+        ({"rate": True}, "rate: expected a number, got True"),
     ],
 )
 def test_a_mistake_is_named(values, message):

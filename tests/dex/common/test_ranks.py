@@ -76,7 +76,7 @@ def test_ranks_that_do_not_meet_are_named_with_what_helps(monkeypatch):
     said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in (said | {"RANK": "0", "WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    words = rf"^rank 0: expected all 2 ranks to meet at 127.0.0.1:{store.port} within 0.2 s; got: .+"
+    words = rf"^rank 0: expected all 2 ranks to meet at 127.0.0.1:{store.port} within 0.2 s, got: .+"
     with pytest.raises(RuntimeError, match=words) as error:
         ranks.start(ranks.announced(), torch.device("cpu"), 0.2)
     assert "torchrun" not in str(error.value) and not dist.is_initialized()
@@ -161,7 +161,7 @@ def test_nccl_gives_up_later_than_the_watch(monkeypatch):
 def test_what_cannot_be_cut_evenly_is_refused():
     ranks.check_cut("experts.fc1", (4, 12, 8), 3)
     with pytest.raises(
-        ValueError, match=r"parallel.strategy: expected dimension 1 of experts.fc1, .*; got \[4, 12, 8\]"
+        ValueError, match=r"parallel.strategy: expected dimension 1 of experts.fc1, .*, got \[4, 12, 8\]"
     ):
         ranks.check_cut("experts.fc1", (4, 12, 8), 5)
 

@@ -97,12 +97,12 @@ def test_a_shard_set_that_has_changed_since_training_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"parts": ("swap", "heatmap")}, "only: expected some of heldout, routing, .*; got heatmap"),
-        ({"images": 0}, "images: expected at least 1; got 0"),
-        ({"probed": -1}, "probed: expected at least 1; got -1"),
-        ({"batch_size": 0}, "batch-size: expected at least 1; got 0"),
-        ({"checkpoints": "some"}, "checkpoints: expected all, last, or a number of at least 1; got 'some'"),
-        ({"checkpoints": 0}, "checkpoints: expected all, last, or a number of at least 1; got 0"),
+        ({"parts": ("swap", "heatmap")}, "only: expected some of heldout, routing, .*, got heatmap"),
+        ({"images": 0}, "images: expected at least 1, got 0"),
+        ({"probed": -1}, "probed: expected at least 1, got -1"),
+        ({"batch_size": 0}, "batch-size: expected at least 1, got 0"),
+        ({"checkpoints": "some"}, "checkpoints: expected all, last, or a number of at least 1, got 'some'"),
+        ({"checkpoints": 0}, "checkpoints: expected all, last, or a number of at least 1, got 0"),
     ],
 )
 def test_wrong_options(more, message, tmp_path):
@@ -129,7 +129,7 @@ def test_wrong_input(trained, images, tmp_path):
     with pytest.raises(ValueError, match="data: expected held-out images; the split 'val' of one is empty"):
         job.prepare(trained, options(), data=tmp_path / "one")
     step = trained / "checkpoints" / "step-00000005"
-    with pytest.raises(ValueError, match="checkpoints: expected a run folder, which has several; got the single model"):
+    with pytest.raises(ValueError, match="checkpoints: expected a run folder, which has several, got the single model"):
         job.prepare(step, options(checkpoints="all"), data=images)
 
 

@@ -130,16 +130,16 @@ def test_bf16_is_near(loaded, batch):
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (torch.zeros(3, 3, 3, 64, 64), {}, r"inputs: expected paths, or images .*; got \[3, 3, 3, 64, 64\]"),
-        (torch.zeros(2, 4, 64, 64), {}, r"inputs: expected .* of one or three channels; got \[2, 4, 64, 64\]"),
-        (np.zeros((64, 64, 3)), {}, r"inputs: expected .*; got \[64, 64, 3\]"),
-        ([7], {}, "inputs: expected .*; got int"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), {}, "inputs: expected uint8, or floats .*; got torch.int64"),
-        (torch.full((1, 3, 8, 8), 2.0), {}, "inputs: expected floats within .*; got minimum 2.0, maximum 2.0"),
-        (torch.full((1, 3, 8, 8), float("nan")), {}, "inputs: expected floats within .*; got minimum nan"),
-        (torch.zeros(1, 3, 8, 8), {"layers": (2,)}, "layers: expected numbers of blocks, 0 to 1; got 2"),
-        (torch.zeros(1, 3, 8, 8), {"batch_size": 0}, "batch_size: expected a positive whole number; got 0"),
-        (torch.zeros(1, 3, 8, 8), {"precision": "fp8"}, "precision: expected one of fp32, bf16; got 'fp8'"),
+        (torch.zeros(3, 3, 3, 64, 64), {}, r"inputs: expected paths, or images .*, got \[3, 3, 3, 64, 64\]"),
+        (torch.zeros(2, 4, 64, 64), {}, r"inputs: expected .* of one or three channels, got \[2, 4, 64, 64\]"),
+        (np.zeros((64, 64, 3)), {}, r"inputs: expected .*, got \[64, 64, 3\]"),
+        ([7], {}, "inputs: expected .*, got int"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), {}, "inputs: expected uint8, or floats .*, got torch.int64"),
+        (torch.full((1, 3, 8, 8), 2.0), {}, "inputs: expected floats within .*, got minimum 2.0, maximum 2.0"),
+        (torch.full((1, 3, 8, 8), float("nan")), {}, "inputs: expected floats within .*, got minimum nan"),
+        (torch.zeros(1, 3, 8, 8), {"layers": (2,)}, "layers: expected numbers of blocks, 0 to 1, got 2"),
+        (torch.zeros(1, 3, 8, 8), {"batch_size": 0}, "batch_size: expected a positive whole number, got 0"),
+        (torch.zeros(1, 3, 8, 8), {"precision": "fp8"}, "precision: expected one of fp32, bf16, got 'fp8'"),
     ],
 )
 def test_wrong_input_is_named(loaded, inputs, options, message):

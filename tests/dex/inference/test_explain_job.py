@@ -56,7 +56,7 @@ def test_a_volume_and_which_of_its_slices(trained, tmp_path):
     label = prepared.scan.labels[2]
     one = job.prepare(trained, path, FEW._replace(label=label), modality="MR", planes=("axial",))
     assert one.place == 2
-    with pytest.raises(ValueError, match="image: expected one of the file's images .axial-.*; got 'axial-999'"):
+    with pytest.raises(ValueError, match="image: expected one of the file's images .axial-.*, got 'axial-999'"):
         job.prepare(trained, path, FEW._replace(label="axial-999"), modality="MR")
 
 
@@ -82,7 +82,7 @@ def test_a_common_offset_does_not_make_images_alike():
 
 @pytest.mark.parametrize("name", ["masks", "train", "neighbours", "batch_size"])
 def test_wrong_numbers(name, trained, images):
-    with pytest.raises(ValueError, match=f"{name.replace('_', '-')}: expected at least [12]; got 0"):
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')}: expected at least [12], got 0"):
         job.prepare(trained, images / "ct" / "000.png", FEW._replace(**{name: 0}))
 
 

@@ -184,14 +184,14 @@ def test_onnx_runs_at_any_batch_size(trained, tmp_path, batches, path):
 
 def test_what_a_format_cannot_hold_is_named(trained, tmp_path):
     loaded = dex.load(trained)
-    with pytest.raises(ValueError, match="format: expected one of safetensors, hf, timm, onnx, torch-export; got 'pt'"):
+    with pytest.raises(ValueError, match="format: expected one of safetensors, hf, timm, onnx, torch-export, got 'pt'"):
         check(loaded, "pt", tmp_path / "out")
-    with pytest.raises(ValueError, match="path: expected director for format timm, a dense ViT; got 'experts'"):
+    with pytest.raises(ValueError, match="path: expected director for format timm, a dense ViT, got 'experts'"):
         export(loaded, "timm", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for taken in (tmp_path / "full", tmp_path / "full" / "file"):
-        with pytest.raises(ValueError, match=f"out: expected a new or empty folder; got {taken}"):
+        with pytest.raises(ValueError, match=f"out: expected a new or empty folder, got {taken}"):
             check(loaded, FORMATS[0], taken)
     assert not (tmp_path / "out").exists()
 

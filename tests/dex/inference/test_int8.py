@@ -52,5 +52,5 @@ def test_features_of_a_trained_model_stay_close(trained, images):
 
 def test_what_has_no_experts_is_refused(trained, control):
     for loaded in (dex.load(control), dex.load(trained, path="director")):
-        with pytest.raises(ValueError, match="encoder: expected DEX layers that compute with their experts; got none"):
+        with pytest.raises(ValueError, match="encoder: expected DEX layers that compute with their experts, got none"):
             quantize_(loaded.encoder)

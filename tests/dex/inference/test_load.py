@@ -112,7 +112,7 @@ def test_weights_of_another_model_are_named(copied):
     with pytest.raises(CheckpointError, match="step-00000012: model.encoder.blocks.2.* is missing"):
         dex.load(copied)
     change_model(checkpoint(copied, 12), depth=2, decoder_embed_dim=32)
-    with pytest.raises(CheckpointError, match=r"model.mask_token: expected torch.float32 \[1, 1, 32\]; got .*16\]"):
+    with pytest.raises(CheckpointError, match=r"model.mask_token: expected torch.float32 \[1, 1, 32\], got .*16\]"):
         dex.load(copied)
 
 
@@ -143,14 +143,14 @@ def test_starts_that_cannot_be_read_are_named(copied):
 
 @pytest.mark.parametrize("path", ["", None, 3])
 def test_what_is_no_path_is_refused(path):
-    with pytest.raises(ValueError, match=f"run: expected a run folder, one of its .*; got {path!r}"):
+    with pytest.raises(ValueError, match=f"run: expected a run folder, one of its .*, got {path!r}"):
         dex.load(path)
 
 
 def test_a_path_to_nothing_to_a_file_or_to_another_folder_is_refused(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"run: expected a run folder, .*; nothing at {tmp_path}/absent"):
         dex.load(tmp_path / "absent")
-    with pytest.raises(ValueError, match=f"run: expected a run folder, .*; got the file {trained}/config.yaml"):
+    with pytest.raises(ValueError, match=f"run: expected a run folder, .*, got the file {trained}/config.yaml"):
         dex.load(trained / "config.yaml")
     with pytest.raises(ValueError, match="holds neither config.yaml nor model.safetensors"):
         dex.load(trained / "checkpoints")
@@ -188,7 +188,7 @@ def test_another_image_size_resizes_the_positions(trained):
         (64.0, "a positive whole number, or two, height and width"),
         (True, "a positive whole number, or two, height and width"),
     ):
-        with pytest.raises(ValueError, match=f"img_size: expected {expected}; got"):
+        with pytest.raises(ValueError, match=f"img_size: expected {expected}, got"):
             dex.load(trained, img_size=size)
 
 
@@ -202,7 +202,7 @@ def test_the_director_is_the_dense_model(trained, control):
             block.mlp, block.dex = block.dex.director, None
         assert torch.equal(loaded.encoder(images), dense(images))
         assert not torch.equal(loaded.encoder(images), experts)
-    with pytest.raises(ValueError, match="path: expected one of experts, director; got 'both'"):
+    with pytest.raises(ValueError, match="path: expected one of experts, director, got 'both'"):
         dex.load(trained, path="both")
     assert dex.load(control).path == "experts"
     with pytest.raises(ValueError, match="path: expected experts for a monolithic model"):

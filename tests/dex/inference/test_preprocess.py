@@ -74,9 +74,9 @@ def test_a_volume_gives_every_slice_of_its_planes(volume):
     assert len(preprocess(volume, "CT", planes=("axial", "coronal")).images) == 5 + 48
     values = np.asarray(nibabel.load(volume).dataobj)
     assert int(got.images[3].min()) >= to_uint8(ct_window(values)).min() == 0 and got.images[3].max() == 255
-    with pytest.raises(ValueError, match="modality: expected one of CT, MR, .* does not say what it holds; got none"):
+    with pytest.raises(ValueError, match="modality: expected one of CT, MR, .* does not say what it holds, got none"):
         preprocess(volume)
-    with pytest.raises(ValueError, match="modality: expected one of .*; got 'MRR'"):
+    with pytest.raises(ValueError, match="modality: expected one of .*, got 'MRR'"):
         preprocess(volume, "MRR")
 
 
@@ -91,10 +91,10 @@ def test_slices_that_prepare_would_drop_are_kept_and_named(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path, dicom):
     with pytest.raises(FileNotFoundError, match="file: expected a file of the formats array, dicom, .*; nothing at"):
         preprocess(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="file: expected a file of the formats .*; got None"):
+    with pytest.raises(ValueError, match="file: expected a file of the formats .*, got None"):
         preprocess(None)
     (tmp_path / "text.txt").write_text("words")
-    with pytest.raises(ValueError, match=f"file: expected .*; got {tmp_path}/text.txt"):
+    with pytest.raises(ValueError, match=f"file: expected .*, got {tmp_path}/text.txt"):
         preprocess(tmp_path / "text.txt")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=f"file: expected a readable picture; {tmp_path}/broken.png: not a readable"):

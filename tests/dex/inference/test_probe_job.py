@@ -96,7 +96,7 @@ def test_too_few_patients_are_named(trained, images, tmp_path):
     labels = Labels(patient=re.compile(r"^(ct)"))
     with pytest.raises(ValueError, match="labels: expected at least 2 patients of each class, got 1 of class 'ct'"):
         probe_job.probe(dex.load(trained), images_of, labels, Settings(), Options(tmp_path / "out"))
-    with pytest.raises(ValueError, match="labels: expected at least 2 classes; got 'one' only"):
+    with pytest.raises(ValueError, match="labels: expected at least 2 classes, got 'one' only"):
         table = {"ct/000.png": Label("one", "")}
         probe_job.probe(dex.load(trained), images_of, Labels(table), Settings(), Options(tmp_path / "out"))
 
@@ -108,7 +108,7 @@ def test_labels_are_judged_before_anything_is_read(images, tmp_path, monkeypatch
     probe_job.check_labels(pictures, Labels({"ct/000.png": Label("a", ""), "us/001.png": Label("b", "")}))
     for labels, message in (
         (Labels({"absent.png": Label("a", "")}), "labels: expected some of the 120 files or images to have one"),
-        (Labels({"ct/000.png": Label("a", ""), "x": Label("b", "")}), "labels: expected at least 2 classes; got 'a'"),
+        (Labels({"ct/000.png": Label("a", ""), "x": Label("b", "")}), "labels: expected at least 2 classes, got 'a'"),
     ):
         with pytest.raises(ValueError, match=message):
             probe_job.check_labels(pictures, labels)
@@ -135,9 +135,9 @@ def test_what_was_left_out_is_said(probed, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"features": "all"}, "features: expected one of cls, patches; got 'all'"),
-        ({"folds": 1}, "folds: expected at least 2; got 1"),
-        ({"shots": (4, 2)}, r"shots: expected ascending positive numbers; got \[4, 2\]"),
+        ({"features": "all"}, "features: expected one of cls, patches, got 'all'"),
+        ({"folds": 1}, "folds: expected at least 2, got 1"),
+        ({"shots": (4, 2)}, r"shots: expected ascending positive numbers, got \[4, 2\]"),
         ({"shots": (0,)}, "shots: expected ascending"),
     ],
 )

@@ -131,7 +131,7 @@ def test_timms_names_pass_through():
     ("name", "message"),
     [
         ("embeddings.register_tokens", "weights: expected a vision transformer without register tokens"),
-        ("encoder.layer.0.mlp.weights_in.weight", "weights: expected MLPs of two linear maps with GELU; got gated"),
+        ("encoder.layer.0.mlp.weights_in.weight", "weights: expected MLPs of two linear maps with GELU, got gated"),
         ("blocks.0.mlp.w12.weight", "weights: expected MLPs of two linear maps"),
     ],
 )

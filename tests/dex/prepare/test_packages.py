@@ -358,7 +358,7 @@ def test_a_full_disk_is_not_called_a_bad_archive(cache, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"registry": "cran"}, "package.registry: expected one of pypi, npm; got 'cran'"),
+        ({"registry": "cran"}, "package.registry: expected one of pypi, npm, got 'cran'"),
         ({"name": "../x"}, "package.name: expected a package's name"),
         ({"name": "--index-url"}, "package.name: expected a package's name"),
         ({"version": "1 --index-url http://x"}, "package.version: expected one version"),

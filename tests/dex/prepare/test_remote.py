@@ -55,7 +55,7 @@ def test_tables_elsewhere_and_of_files_elsewhere(bucket, here, tmp_path):
     with pytest.raises(ValueError, match="root: expected none beside a table at a URL"):
         resolve(f"{bucket}/list.csv", root=str(tmp_path))
     (tmp_path / "list.csv").write_text("path,modality\nnone.png,X-ray\n")
-    with pytest.raises(ValueError, match="list.csv: line 2: path: expected a file or a folder; got nothing there"):
+    with pytest.raises(ValueError, match="list.csv: line 2: path: expected a file or a folder, got nothing there"):
         start(resolve(tmp_path / "list.csv", root=bucket), tmp_path / "three", cache=tmp_path / "cache")
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_opened_is_named_without_its_password(bucket, tmp_path, m
     def get(url):
         return fetch(url, lambda path: True, tmp_path / "cache", lambda text: None)
 
-    with pytest.raises(ValueError, match="^root: expected files below memory://; got none"):
+    with pytest.raises(ValueError, match="^root: expected files below memory://, got none"):
         get("memory://nothing")
     with pytest.raises(ValueError, match="^root: nosuch:// cannot be opened"):
         get("nosuch://user:secret@host/x")

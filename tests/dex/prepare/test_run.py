@@ -167,7 +167,7 @@ def test_a_file_that_changes_while_it_waits_is_refused(here, two, tmp_path):
     [
         ({"settings": dataclasses.replace(SETTINGS, size=32)}, "started with size 64, now it is 32"),
         ({"settings": dataclasses.replace(SETTINGS, bits=16)}, "started with bits 8, now it is 16"),
-        ({"sources": slice(1)}, "started with the sources pictures, volumes; got pictures"),
+        ({"sources": slice(1)}, "started with the sources pictures, volumes, got pictures"),
         ({"description": {"frame_stride": 2}}, "started with another description of pictures"),
     ],
 )
@@ -283,13 +283,13 @@ def test_a_fault_of_our_own_shows_no_value(here, two, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"settings": chunks.Settings(size=8)}, "size: expected 32 to 4096"),
-        ({"settings": chunks.Settings(bits=12)}, "bits: expected 8 or 16; got 12"),
+        ({"settings": chunks.Settings(bits=12)}, "bits: expected 8 or 16, got 12"),
         ({"settings": chunks.Settings(bits=16, encoding="jpg")}, "encoding: expected png for 16 bits"),
-        ({"settings": chunks.Settings(encoding="gif")}, "encoding: expected jpg or png; got 'gif'"),
-        ({"workers": 0}, "workers: expected at least 1; got 0"),
-        ({"shard": (3, 3)}, "shard: expected i/n with 0 <= i < n; got 3/3"),
-        ({"limits": readers.Limits.within(64)}, "memory: expected at least 128 MB; got 64"),
-        ({"max_unreadable": -1}, "max-unreadable: expected at least 0; got -1"),
+        ({"settings": chunks.Settings(encoding="gif")}, "encoding: expected jpg or png, got 'gif'"),
+        ({"workers": 0}, "workers: expected at least 1, got 0"),
+        ({"shard": (3, 3)}, "shard: expected i/n with 0 <= i < n, got 3/3"),
+        ({"limits": readers.Limits.within(64)}, "memory: expected at least 128 MB, got 64"),
+        ({"max_unreadable": -1}, "max-unreadable: expected at least 0, got -1"),
     ],
 )
 def test_wrong_options(options, message, two, tmp_path):
@@ -305,6 +305,6 @@ def test_an_out_that_holds_something_else_is_refused(two, tmp_path):
         start(two, tmp_path / "out", salt=None)
     with pytest.raises(ValueError, match="out: expected a folder outside the root of pictures"):
         start(two, tmp_path / "pictures" / "set", salt=None)
-    with pytest.raises(ValueError, match="sources of different names; got 'pictures' 2 times"):
+    with pytest.raises(ValueError, match="sources of different names, got 'pictures' 2 times"):
         start([two[0], two[0]], tmp_path / "new", salt=None)
     assert not (tmp_path / "out.private").exists() and not (tmp_path / "new.private").exists()

@@ -143,7 +143,7 @@ def test_what_is_given_is_not_drawn():
         stacks.add(0, side_of(row, {"p7": "val"}, "train"))
     split = draw(stacks.columns(), np.full(40, 5), [source("/")])
     assert np.flatnonzero(split.val).tolist() == [7]
-    with pytest.raises(BothSides, match="split: expected each patient on one side; got 1 patients on both"):
+    with pytest.raises(BothSides, match="split: expected each patient on one side, got 1 patients on both"):
         drawn([line("p", split="val"), line("p", split="train"), line("q", split="train")])
     with pytest.raises(BothSides, match="1 files or series on both"):
         drawn([line("f", by="folder", file="x", split="val"), line("f", by="folder", file="x", split="train")])

@@ -78,14 +78,14 @@ def test_paths_outside_the_table_and_another_root(mixed, here, tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("path\na/00.png\nnone.png\n", "list.csv: line 3: path: expected a file or a folder; got nothing there"),
-        ("path\na/00.png\na/03.png\n./a/00.png\n", "lines 2, 4: path: expected each file once; got 1 again"),
+        ("path\na/00.png\nnone.png\n", "list.csv: line 3: path: expected a file or a folder, got nothing there"),
+        ("path\na/00.png\na/03.png\n./a/00.png\n", "lines 2, 4: path: expected each file once, got 1 again"),
         ("path\na\na/00.png\n", "lines 2, 3: path: expected each file once"),
-        ("path\nlink.png\n", "line 2: path: expected a file; got a symbolic link"),
+        ("path\nlink.png\n", "line 2: path: expected a file, got a symbolic link"),
         ("path,modality\na/00.png,CT\n", "line 2: modality: expected X-ray, as in --modality"),
         (
             "path,patient,split\na/00.png,P,train\na/03.png,P,val\n",
-            "expected each patient on one side; got 1 of 1 on both",
+            "expected each patient on one side, got 1 of 1 on both",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_header_that_contradicts_its_row_is_left_out(here, tmp_path):
 
 def test_sides_by_path_folder_and_patient(mixed, here, tmp_path):
     file = table(tmp_path, "name,split\na,val\nb/01.png,val\nb,train\n", "sides.csv")
-    with pytest.raises(ValueError, match="sides.csv: lines 3, 4: expected each file on one side; got both"):
+    with pytest.raises(ValueError, match="sides.csv: lines 3, 4: expected each file on one side, got both"):
         start(resolve(mixed, modality="X-ray", split_file=file), tmp_path / "out")
     file = table(tmp_path, "name,split\na,val\nb/01.png,val\n", "sides.csv")
     facts, _ = start(resolve(mixed, modality="X-ray", files=("[abc]/*",), split_file=file), tmp_path / "out")
@@ -126,7 +126,7 @@ def test_sides_of_patients_that_headers_name(mixed, here, tmp_path):
         len(each) == 1 for each in splits(tmp_path / "out").values()
     )
     file = table(tmp_path, "path,split\nct/00.dcm,val\n", "sides.csv")  # of one series, the rest of which is train
-    with pytest.raises(Failed, match="split: expected each patient on one side; got 1 patients on both"):
+    with pytest.raises(Failed, match="split: expected each patient on one side, got 1 patients on both"):
         start(resolve(mixed, modality="CT", trusted=True, files=("ct/*",), split_file=file), tmp_path / "torn")
     assert not (tmp_path / "torn").exists()
 
@@ -134,9 +134,9 @@ def test_sides_of_patients_that_headers_name(mixed, here, tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("path,split\nnone.png,val\n", "sides.csv: line 2: expected paths or patients of the source; got others"),
+        ("path,split\nnone.png,val\n", "sides.csv: line 2: expected paths or patients of the source, got others"),
         ("patient,split\na,val\nnobody,val\n", "line 3: expected paths or patients"),
-        ("patient,split\na,val\na,train\n", "lines 2, 3: expected each on one side; got both"),
+        ("patient,split\na,val\na,train\n", "lines 2, 3: expected each on one side, got both"),
     ],
 )
 def test_sides_of_what_is_not_there(mixed, text, says, tmp_path):

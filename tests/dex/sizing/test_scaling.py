@@ -211,7 +211,7 @@ def test_the_largest_micro_batch_that_divides():
     assert scaling.split(config, 8, 112).parallel.micro_batch == 112
     assert scaling.split(config, 64, 112).parallel.micro_batch == 14
     assert scaling.split(config, 8, 20).parallel.micro_batch == 16
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 1024 ranks; got 896"):
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 1024 ranks, got 896"):
         scaling.split(config, 1024, 112)
 
 
@@ -227,14 +227,14 @@ def test_what_makes_no_sense_is_named(work):
     for ranks in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="ranks: expected a whole number of at least 1"):
             scaling.step(work, ranks, "ddp", COSTS)
-    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 4 ranks; got 6"):
+    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 4 ranks, got 6"):
         scaling.memory(work, 4, "ddp")
     with pytest.raises(ValueError, match="strategy: expected one of ddp, fsdp, got 'tp'"):
         scaling.memory(work, 2, "tp")
     with pytest.raises(ValueError, match="ranks: expected a multiple of the 8 ranks per node, got 12"):
         scaling.step(vary(work, batch=12), 12, "ddp", COSTS)
     with pytest.raises(
-        ValueError, match=r"of dex.experts.fc2_weight, which fsdp shards, .* of the 64 ranks; got \[4, 48, 192\]"
+        ValueError, match=r"of dex.experts.fc2_weight, which fsdp shards, .* of the 64 ranks, got \[4, 48, 192\]"
     ):
         scaling.exchanges(vary(work, batch=64), 64, "fsdp")
     again = replace(work.config, parallel=replace(work.config.parallel, checkpointing=True))
@@ -264,7 +264,7 @@ def test_lines_for_a_dry_run(work):
     (alone,) = [line for line in scaling.describe(work, 1) if line.startswith("memory")]
     assert "ddp" not in alone and format_bytes(sum(scaling.memory(work, 1, "ddp").values())) in alone
     (refused,) = scaling.describe(work, 4)
-    assert refused == "not possible on 4 ranks: data.batch_size: expected a multiple of the 4 ranks; got 6"
+    assert refused == "not possible on 4 ranks: data.batch_size: expected a multiple of the 4 ranks, got 6"
 
 
 def test_the_page_is_what_the_results_say():

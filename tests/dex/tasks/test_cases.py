@@ -89,7 +89,7 @@ def test_shots(folders, pairs):
 def test_everything_on_one_side(folders):
     data = open_task(folders, split="test")
     assert len(data.of("test")) == 40
-    with pytest.raises(ValueError, match="split: expected draw, train, val or test; got 'all'"):
+    with pytest.raises(ValueError, match="split: expected draw, train, val or test, got 'all'"):
         open_task(folders, split="all")
 
 
@@ -107,18 +107,18 @@ def test_a_split_that_shares_patients(folders, tmp_path):
     files = sorted(path.relative_to(folders).as_posix() for path in folders.rglob("*.png"))
     lines = [f"{file},{'xy'[i % 2]},q{i // 4},{SPLITS[i % 3]}" for i, file in enumerate(files)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label,patient,split", *lines]))
-    with pytest.raises(ValueError, match=r"each patient in one split; got 10 in several: q0 \(test: a/"):
+    with pytest.raises(ValueError, match=r"each patient in one split, got 10 in several: q0 \(test: a/"):
         open_task(folders, labels=tmp_path / "labels.csv")
 
 
 def test_labels_that_cannot_be_learned(folders, save_png):
-    with pytest.raises(ValueError, match=r"labels: expected a; got 'b' for 20 images, such as b/p"):
+    with pytest.raises(ValueError, match=r"labels: expected a, got 'b' for 20 images, such as b/p"):
         open_task(folders, classes=["a"])
     with pytest.raises(ValueError, match="none of c"):
         open_task(folders, classes=["a", "b", "c"])
     for path in (folders / "b").rglob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match="at least 2 classes; got 'a' only"):
+    with pytest.raises(ValueError, match="at least 2 classes, got 'a' only"):
         open_task(folders)
 
 
@@ -138,7 +138,7 @@ def test_targets_are_checked_before_anything_trains(pairs, save_png):
     with pytest.raises(ValueError, match="each class in test; none of its .* cases contains two"):
         check_targets(data)
     save_png(last, MASK[:-1])
-    with pytest.raises(ValueError, match="size of its image, 16 x 20; got 15 x 20"):
+    with pytest.raises(ValueError, match="size of its image, 16 x 20, got 15 x 20"):
         check_targets(data)
 
 

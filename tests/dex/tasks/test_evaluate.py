@@ -64,7 +64,7 @@ def test_a_classification_is_of_cases(pretrained, shade_data, quick, tmp_path):
 @pytest.mark.parametrize(
     "options, word",
     [
-        (Options("holdout"), "split: expected one of train, val, test; got 'holdout'"),
+        (Options("holdout"), "split: expected one of train, val, test, got 'holdout'"),
         (Options(window=0.9), "window: expected a factor above 1"),
         (Options(batch_size=0), "batch_size: expected at least 1"),
     ],
@@ -75,7 +75,7 @@ def test_bad_options_are_named(loaded, data, options, word):
 
 
 def test_other_tasks_and_empty_splits_are_named(loaded, data, shade_data):
-    with pytest.raises(ValueError, match="data: expected a segmentation of disc, .*; got a classification of bright"):
+    with pytest.raises(ValueError, match="data: expected a segmentation of disc, .*, got a classification of bright"):
         evaluate(loaded, shade_data, Options())
     nothing = data._replace(cases=data.of("train"))
     with pytest.raises(ValueError, match="split: expected cases to evaluate; .* 0 val, 0 test"):

@@ -225,8 +225,8 @@ def test_folders_in_use_are_left_alone(whole, pretrained, disc_data, quick, tmp_
 @pytest.mark.parametrize(
     "changes, word",
     [
-        ({"img_size": 30}, "img_size: expected a multiple of the patch size, 8; got 30"),
-        ({"img_size": 8}, "img_size: expected a multiple of the patch size, 8, and at least two patches; got 8"),
+        ({"img_size": 30}, "img_size: expected a multiple of the patch size, 8, got 30"),
+        ({"img_size": 8}, "img_size: expected a multiple of the patch size, 8, and at least two patches, got 8"),
         ({"mode": "lora", "lora_rank": 64}, "lora_rank: expected 1 to 32"),
         ({"epochs": 0}, "epochs"),
     ],
@@ -250,7 +250,7 @@ def test_bad_data_makes_no_folder(pretrained, disc_data, discs, quick, tmp_path)
         finetune(pretrained, disc_data._replace(cases=cases), quick, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     task = replace(disc_data.task, metric="auc")
-    with pytest.raises(ValueError, match="task.metric: expected one of dice, hd95, nsd for a segmentation; got 'auc'"):
+    with pytest.raises(ValueError, match="task.metric: expected one of dice, hd95, nsd for a segmentation, got 'auc'"):
         finetune(pretrained, disc_data._replace(task=task), quick, tmp_path / "out")
 
 

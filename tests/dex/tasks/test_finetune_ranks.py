@@ -68,7 +68,7 @@ def test_two_ranks_that_share_the_weights_are_one(pretrained, discs, tmp_path, o
 def test_a_batch_that_ranks_cannot_share_is_named(pretrained, discs, tmp_path, monkeypatch):
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 ranks; got 8"):
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 ranks, got 8"):
         trained(pretrained, discs, tmp_path / "salt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -216,7 +216,7 @@ def test_every_known_layout_is_tested():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_other_files_say_what_is_expected_where(tmp_path, name):
     picture(tmp_path / "somewhere/picture.png")
-    message = f"expected files of {name} below .*, by .*: .*; got 1 files: somewhere/picture.png"
+    message = f"expected files of {name} below .*, by .*: .*, got 1 files: somewhere/picture.png"
     with pytest.raises(ValueError, match=message):
         open_task(name, tmp_path)
 
@@ -277,7 +277,7 @@ def test_a_table_that_is_not_there_or_lacks_an_image(tmp_path):
     text = table.read_text()
     table.write_text(text.replace("rvo_1,", "rvo_x,"))
     with pytest.raises(
-        ValueError, match=r"line for each image in .*OCTDL_labels.csv; got none for OCTDL/RVO/rvo_1.jpg"
+        ValueError, match=r"line for each image in .*OCTDL_labels.csv, got none for OCTDL/RVO/rvo_1.jpg"
     ):
         open_task("octdl", tmp_path)
     table.unlink()
@@ -291,9 +291,9 @@ def test_a_task_of_unknown_layout_takes_ones_own_forms(tmp_path):
         mask(tmp_path / f"masks/{i}.png", 255)
     data = open_task("dias", tmp_path, classes=["brain artery=nonzero"])
     assert data.task.name == "dias" and len(data.cases) == 12 and data.cases[0].id.startswith("dias/images/")
-    with pytest.raises(ValueError, match="classes: expected those of dias, brain artery; got vessel"):
+    with pytest.raises(ValueError, match="classes: expected those of dias, brain artery, got vessel"):
         open_task("dias", tmp_path, classes=["vessel=nonzero"])
-    with pytest.raises(ValueError, match="expected labels for tn5000, a classification task; got masks"):
+    with pytest.raises(ValueError, match="expected labels for tn5000, a classification task, got masks"):
         open_task("tn5000", tmp_path)
 
 
@@ -307,5 +307,5 @@ def test_the_folder_of_a_task_in_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DEX_TASKS", str(tmp_path))
     assert len(open_task("dca1").cases) == 12
     monkeypatch.delenv("DEX_TASKS")
-    with pytest.raises(ValueError, match=r"data: expected the folder of the data of dca1; got none, and \$DEX_TASKS"):
+    with pytest.raises(ValueError, match=r"data: expected the folder of the data of dca1, got none, and \$DEX_TASKS"):
         open_task("dca1")

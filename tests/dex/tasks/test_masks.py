@@ -62,7 +62,7 @@ def test_colours_of_rgb_with_an_opaque_alpha_channel_or_without(tmp_path, stored
     opaque[0, 0, 3] = 0
     with pytest.raises(ValueError, match="no transparency"):
         stored(save_png(tmp_path / "b.png", opaque), both)
-    with pytest.raises(ValueError, match=r"expected numbers; got colours .* #000000, #0000ff, #ff0000"):
+    with pytest.raises(ValueError, match=r"expected numbers, got colours .* #000000, #0000ff, #ff0000"):
         stored(tmp_path / "m.png", task("one", "two"))
 
 
@@ -86,7 +86,7 @@ def test_a_jpeg_is_a_mask_of_one_class_alone(tmp_path, stored):
 def test_an_unknown_value_is_named_with_count_and_place(tmp_path, stored, save_png, entries):
     mask = save_png(tmp_path / "m.png", LABELS)
     with pytest.raises(
-        ValueError, match=r"0 background, 1 one; got 2 in 15 pixels of .*m.png, 2 first in frame 0, row 7, column 11"
+        ValueError, match=r"0 background, 1 one, got 2 in 15 pixels of .*m.png, 2 first in frame 0, row 7, column 11"
     ):
         stored(mask, task(*entries))
 
@@ -117,7 +117,7 @@ def test_polygons_of_imagescope(tmp_path, stored):
     known = Task("t", classes=("epithelial",), modality="pathology", layout=Layout("own", values=(("Odd", "ignore"),)))
     assert np.array_equal(stored(polygons(tmp_path / "m.xml"), known), LABELS == 1)
     assert np.array_equal(stored(polygons(tmp_path / "m.xml", "odd"), known), np.where(LABELS == 1, 255, 0))
-    with pytest.raises(ValueError, match="expected polygons of epithelial; got 'Fat'"):
+    with pytest.raises(ValueError, match="expected polygons of epithelial, got 'Fat'"):
         stored(polygons(tmp_path / "m.xml", "Fat"), known)
 
 

@@ -77,7 +77,7 @@ def test_tiny_huge_and_oblong_images():
 def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"truth: expected a mask \[40, 60\]"):
         overlay.overlay(GREY, mask(), CLASSES, truth=np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match="prediction: expected values of 0 to 2, or 255; got 3"):
+    with pytest.raises(ValueError, match="prediction: expected values of 0 to 2, or 255, got 3"):
         overlay.overlay(GREY, mask((3, 0, 0, 5, 5)), CLASSES)
 
 

@@ -274,7 +274,7 @@ def test_a_series_is_chosen_by_number_or_uid(of_ct, export, tmp_path):
         ids, summary = go(of_ct, [export], Options(tmp_path / f"out{number}"), wanted)
         assert summary.done == len(ids) == 1
         assert nibabel.load(tmp_path / f"out{number}" / f"{ids[0]}.nii.gz").shape == (10, 12, 5)
-    with pytest.raises(ValueError, match="series: expected the Series Number or .* of a file; got 9"):
+    with pytest.raises(ValueError, match="series: expected the Series Number or .* of a file, got 9"):
         go(of_ct, [export], Options(tmp_path / "none"), ["9"])
     assert not (tmp_path / "none").exists()
     files = [export, tmp_path / "s2"]  # s2 was saved without a number

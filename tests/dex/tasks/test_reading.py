@@ -83,7 +83,7 @@ def test_no_memory(cases, monkeypatch):
 
     monkeypatch.setattr(reading, "read", greedy)
     job = workers.Task(reading._Job(0, cases[0]), None, {})
-    assert "MB of memory; got" in reading._work(TASK, readers.Limits(), job, Report()).reason
+    assert "MB of memory, got" in reading._work(TASK, readers.Limits(), job, Report()).reason
     Report.begun = 2
     with pytest.raises(MemoryError):
         reading._work(TASK, readers.Limits(), job, Report())

@@ -27,7 +27,7 @@ def test_presets_are_sound(name):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ValueError, match="preset: expected one of paper, cpu; got 'gpu'"):
+    with pytest.raises(ValueError, match="preset: expected one of paper, cpu, got 'gpu'"):
         recipe.preset("gpu")
 
 
@@ -38,7 +38,7 @@ def test_an_unknown_preset_is_named():
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2.5}, "epochs"),
         ({"epochs": True}, "epochs"),
-        ({"epochs": 10}, "warmup_epochs: expected at least 0 and less than the 10 epochs; got 10.0"),
+        ({"epochs": 10}, "warmup_epochs: expected at least 0 and less than the 10 epochs, got 10.0"),
         ({"lr": 0.0}, "lr"),
         ({"lr": float("nan")}, "lr: expected a finite number"),
         ({"lr": "fast"}, "lr: expected a number"),

@@ -49,7 +49,7 @@ def test_unknown_segments_are_named(tmp_path, series, save_segmentation):
     heads, read = series
     seg = save_segmentation(tmp_path / "seg.dcm", LABELS, heads, NAMES)
     with pytest.raises(
-        ValueError, match=r"expected segments of liver; got 2 'tumour' \(1 of 2 segments\) in .*seg.dcm"
+        ValueError, match=r"expected segments of liver, got 2 'tumour' \(1 of 2 segments\) in .*seg.dcm"
     ):
         read(seg, task("liver"))
 
@@ -60,7 +60,7 @@ def test_other_objects_and_other_places_are_refused(tmp_path, series, save_segme
         read(tmp_path / "s" / "000.dcm", task(*NAMES))
     with pytest.raises(ValueError, match=r"lies on none of the 4"):
         read(save_segmentation(tmp_path / "far.dcm", LABELS, heads, NAMES, shift=1.0), task(*NAMES))
-    with pytest.raises(ValueError, match="expected the size of its image, 16 x 14; got 15 x 14"):
+    with pytest.raises(ValueError, match="expected the size of its image, 16 x 14, got 15 x 14"):
         read(save_segmentation(tmp_path / "small.dcm", LABELS[:, 1:], heads, NAMES), task(*NAMES))
 
 

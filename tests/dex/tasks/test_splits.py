@@ -75,7 +75,7 @@ def test_sides_that_cannot_be():
     with pytest.raises(ValueError, match="2 images of 1 patients; --patient"):
         sides_of([Sample("p", "", "", "1"), Sample("p", "", "", "2")], 0)
     lacking = [Sample(f"p{i}", "ab"[i == 0], "", f"f{i}") for i in range(20)]
-    with pytest.raises(ValueError, match=r"each class in val; got none of 'b' \(1 patients in all\)"):
+    with pytest.raises(ValueError, match=r"each class in val, got none of 'b' \(1 patients in all\)"):
         sides_of(lacking, 0)
 
 

@@ -131,14 +131,14 @@ def test_splits_need_something_to_learn(monkeypatch):
     whole, nothing = frames(masked(1)), frames(masked(0))
     only = np.zeros((1, 8, 8), np.uint8)
     only[0, 0] = 1
-    with pytest.raises(ValueError, match="expected training cases of s; got 0 train, 1 val, 0 test"):
+    with pytest.raises(ValueError, match="expected training cases of s, got 0 train, 1 val, 0 test"):
         splits_of(monkeypatch, [("val", whole)])
     with pytest.raises(ValueError, match="some mask of s that is not empty; all training masks are"):
         splits_of(monkeypatch, [("train", nothing), ("val", whole)])
     with pytest.raises(ValueError, match="every class of s in the training split; missing: b"):
         splits_of(monkeypatch, [("train", frames(only)), ("val", whole)])
     labelled = [Frames(np.zeros((1, 8, 8), np.uint8), None, label, None, None) for label in (0, 1)]
-    with pytest.raises(ValueError, match="at least two classes in the training split of c; got x only"):
+    with pytest.raises(ValueError, match="at least two classes in the training split of c, got x only"):
         splits_of(monkeypatch, [("train", labelled[0]), ("val", labelled[1])], CLASSIFICATION)
 
 

@@ -60,7 +60,7 @@ def test_a_run_keeps_evaluates_saves_and_exports_it(tiny, change, tmp_path, caps
     assert main(["export", str(out), "--format", "safetensors", "--out", str(tmp_path / "m"), "--ema"]) == 0
     exported = dex.load(tmp_path / "m").model
     assert all(map(torch.equal, averaged.parameters(), exported.parameters()))
-    with pytest.raises(ValueError, match="ema: expected a run or a checkpoint; got the exported model"):
+    with pytest.raises(ValueError, match="ema: expected a run or a checkpoint, got the exported model"):
         dex.load(tmp_path / "m", ema=True)
 
 

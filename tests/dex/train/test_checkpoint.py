@@ -285,11 +285,11 @@ def test_loading_never_unpickles(tmp_path):
         (lambda t: t.update(other=torch.zeros(1)), "other is not expected"),
         (
             lambda t: t.update({"model.weight": torch.zeros(3, 2)}),
-            r"model.weight: expected torch.float32 \[2, 3\]; got .*\[3, 2\]",
+            r"model.weight: expected torch.float32 \[2, 3\], got .*\[3, 2\]",
         ),
         (
             lambda t: t.update({"model.weight": torch.zeros(2, 3).half()}),
-            "weight: expected torch.float32 .*; got torch.float16",
+            "weight: expected torch.float32 .*, got torch.float16",
         ),
         (lambda t: t.pop("exp_avg.bias"), "exp_avg.bias is missing"),
         (lambda t: t.update({"step.x": torch.zeros(())}), "step.x is not expected"),
@@ -326,5 +326,5 @@ def test_state_of_another_step_is_refused(tmp_path):
     (folder / "state.json").write_text(json.dumps({"step": 2}))
     files = {n: checkpoint._digest(folder / n) for n in (SHARD, "state.json")}
     (folder / "MANIFEST.json").write_text(checkpoint._manifest_text(1, files))
-    with pytest.raises(CheckpointError, match="expected step 1; got 2"):
+    with pytest.raises(CheckpointError, match="expected step 1, got 2"):
         checkpoint.load(folder)

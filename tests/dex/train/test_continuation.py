@@ -68,7 +68,7 @@ def test_what_is_overridden_goes_on_and_nothing_else(tiny, change):
     [
         (Override(("optim.eps",), "why"), None, "override: expected a resumed run"),
         (Override(("optim.eps",), " "), "auto", "reason: expected why --override changes the run"),
-        (Override(("optim.lr",), "why"), "auto", "override: expected fields of the configuration.*; got 'optim.lr'"),
+        (Override(("optim.lr",), "why"), "auto", "override: expected fields of the configuration.*, got 'optim.lr'"),
         (Override(("data.batch_size",), "why"), "auto", "override: data.batch_size counts the images"),
     ],
 )

@@ -17,8 +17,8 @@ def any_backend_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "ranks", "backend", "experts", "want"),
     [
-        (CPU, 1, "triton", True, "expected a CUDA device; got cpu"),
-        (GPU, 2, "triton", True, "expected one rank, since communication between ranks is not captured; got 2"),
+        (CPU, 1, "triton", True, "expected a CUDA device, got cpu"),
+        (GPU, 2, "triton", True, "expected one rank, since communication between ranks is not captured, got 2"),
         (GPU, 1, "reference", True, "expected experts that never wait for the host"),
         (GPU, 1, None, True, "expected experts that never wait for the host"),  # no results of this GPU
         (GPU, 1, "triton", True, None),

@@ -103,8 +103,8 @@ def test_three_colours_become_one_channel_that_sees_the_same(tmp_path):
 @pytest.mark.parametrize(
     "size, message",
     [
-        ((30, 64), r"model.img_size: expected a multiple of model.patch_size = 16; got \(30, 64\)"),
-        ((0, 64), r"model.img_size: expected at least 1; got \(0, 64\)"),
+        ((30, 64), r"model.img_size: expected a multiple of model.patch_size = 16, got \(30, 64\)"),
+        ((0, 64), r"model.img_size: expected at least 1, got \(0, 64\)"),
     ],
 )
 def test_a_size_that_cannot_be_is_named(size, message, wide, change):

@@ -77,8 +77,8 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(frugal, change, val_
 
 def test_what_cannot_be_kept_is_named(frugal, change, tmp_path):
     with pytest.raises(
-        ValueError, match="run.keep_best: expected false unless run.evaluate_every is above 0; got True"
+        ValueError, match="run.keep_best: expected false unless run.evaluate_every is above 0, got True"
     ):
         pretrain(change(frugal, run__keep_best=True), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"run.milestones: expected at most the run's 12 steps; got \(3, 13\)"):
+    with pytest.raises(ValueError, match=r"run.milestones: expected at most the run's 12 steps, got \(3, 13\)"):
         pretrain(change(frugal, run__milestones=(3, 13)), tmp_path / "out")

@@ -65,7 +65,7 @@ def test_too_small_a_data_set_is_refused(tiny, images, change):
 
 def test_cuda_is_refused_by_name_where_there_is_none(tiny, change, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="run.device: expected an available device; got 'cuda'"):
+    with pytest.raises(ValueError, match="run.device: expected an available device, got 'cuda'"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
 
@@ -81,9 +81,9 @@ def test_auto_precision_is_what_the_processor_computes_in(in_hardware, tiny, cha
 @pytest.mark.parametrize(
     "device, ranks, fields, words",
     [
-        ("cpu", 1, {}, "expected a CUDA device; got cpu"),
-        ("cuda", 2, {"model__backend": "triton"}, "expected one rank, .*; got 2"),
-        ("cuda", 1, {}, r"expected experts .* \(model.backend triton\); got plain torch experts"),
+        ("cpu", 1, {}, "expected a CUDA device, got cpu"),
+        ("cuda", 2, {"model__backend": "triton"}, "expected one rank, .*, got 2"),
+        ("cuda", 1, {}, r"expected experts .* \(model.backend triton\), got plain torch experts"),
         ("cuda", 1, {"model__backend": "reference"}, ".*got plain torch experts"),
         ("cuda", 1, {"model__backend": "triton"}, None),
         ("cuda", 1, {"model__num_experts": 0, "model__backend": "reference"}, None),
@@ -101,7 +101,7 @@ def test_a_graph_is_refused_by_name_where_a_step_cannot_be_captured(
 
 
 def test_a_graph_on_a_cpu_is_refused(tiny, change, images):
-    with pytest.raises(ValueError, match="parallel.cuda_graph: expected a CUDA device; got cpu"):
+    with pytest.raises(ValueError, match="parallel.cuda_graph: expected a CUDA device, got cpu"):
         resolve(change(tiny, parallel__cuda_graph=True), open_dataset(images))
 
 
@@ -191,7 +191,7 @@ def test_a_refused_start_changes_nothing(earlier, tiny, change, tmp_path):
     for c, options, message in (
         (tiny, {}, "holds a run: --resume auto continues it, --overwrite replaces it"),
         (change(tiny, run__seed=7), {"resume": "auto"}, "belongs to another run: run.seed: expected 0, got 7"),
-        (tiny, {"resume": "auto", "overwrite": True}, "overwrite: expected a new run, without resume; got both"),
+        (tiny, {"resume": "auto", "overwrite": True}, "overwrite: expected a new run, without resume, got both"),
         (absent, {"overwrite": True}, "data.path: expected a folder of images or shards"),
         (change(tiny, model__backend="x"), {"overwrite": True}, "backend: expected one of"),
     ):

@@ -203,7 +203,7 @@ def test_without_locks_a_run_that_is_set_aside_is_left_alone(no_locks, earlier_r
     new = RunLog(earlier_run)
     new.open(config.Config(), {"step": 0, "new": True}, overwrite=True)
     late = RunLog(earlier_run)
-    with pytest.raises(ValueError, match="out: expected no run set aside by --overwrite; got one in .*/.replaced-run"):
+    with pytest.raises(ValueError, match="out: expected no run set aside by --overwrite, got one in .*/.replaced-run"):
         late.hold()
     late.discard()
     assert new.last_start() == {"step": 0, "new": True}
@@ -366,6 +366,6 @@ def test_a_run_goes_on_without_whoever_reads_its_lines(number, tmp_path, monkeyp
 def test_starts_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "run.json").write_text("")
     with pytest.raises(
-        ValueError, match=r"out: expected the starts of a run in .*run\.json; got JSONDecodeError.*Move the file away"
+        ValueError, match=r"out: expected the starts of a run in .*run\.json, got JSONDecodeError.*Move the file away"
     ):
         RunLog(tmp_path).last_start()

@@ -116,14 +116,14 @@ def _pairs(
         sides.append(by_seed)
     if sides[0].keys() != sides[1].keys():
         listed = [", ".join(map(str, sorted(side, key=str))) for side in sides]
-        raise ValueError(f"second: expected the seeds of first, {listed[0]}; got {listed[1]}")
+        raise ValueError(f"second: expected the seeds of first, {listed[0]}, got {listed[1]}")
     return [(sides[0][seed], sides[1][seed]) for seed in sorted(sides[0], key=lambda seed: (seed is None, seed))]
 
 
 def _check_alike(a: Evaluation, b: Evaluation) -> None:
     for name in ("task", "kind", "classes", "tolerance"):
         if getattr(a, name) != getattr(b, name):
-            raise ValueError(f"second: expected the {name} of first, {getattr(a, name)}; got {getattr(b, name)}")
+            raise ValueError(f"second: expected the {name} of first, {getattr(a, name)}, got {getattr(b, name)}")
     ids = [{case.id: case for case in side.cases} for side in (a, b)]
     unmatched = sorted(ids[0].keys() ^ ids[1].keys())
     if unmatched:

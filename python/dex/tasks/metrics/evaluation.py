@@ -223,7 +223,7 @@ def checked(evaluation: Evaluation) -> Evaluation:
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
         more = f" and {len(repeated) - 3} others" if len(repeated) > 3 else ""
-        raise ValueError(f"cases: expected each id once; got {', '.join(repeated[:3])}{more} several times")
+        raise ValueError(f"cases: expected each id once, got {', '.join(repeated[:3])}{more} several times")
     if len(set(evaluation.classes)) < len(evaluation.classes):
         raise ValueError(f"classes: expected each name once, got {', '.join(evaluation.classes)}")
     evaluation._check(evaluation.metric, None)

@@ -139,7 +139,7 @@ def _check_values(name: str, mask: np.ndarray, classes: int) -> None:
     if len(wrong):
         ignore = "" if name == "predicted" else f", or {IGNORE} to ignore a pixel"
         listed = ", ".join(map(str, wrong[:5].tolist())) + (" and others" if len(wrong) > 5 else "")
-        raise ValueError(f"{name}: expected 0 for background to {classes} for the last class{ignore}; got {listed}")
+        raise ValueError(f"{name}: expected 0 for background to {classes} for the last class{ignore}, got {listed}")
 
 
 def _spacing(spacing_mm: tuple[float, float, float] | None) -> tuple[float, ...]:

@@ -99,14 +99,14 @@ def test_sides_that_are_not_of_the_same_cases_are_refused(classified, segmented)
     a = classified()
     for b, message in (
         (classified(n=46), "second: expected the cases of first; 2 cases on one side only, such as case-046"),
-        (a._replace(task="other"), "second: expected the task of first, octdl; got other"),
+        (a._replace(task="other"), "second: expected the task of first, octdl, got other"),
         (segmented(), "second: expected the task"),
         (a._replace(cases=(a.cases[0]._replace(label=(a.cases[0].label + 1) % 3), *a.cases[1:])), "truths of first"),
         (a._replace(cases=(a.cases[0]._replace(patient="another"), *a.cases[1:])), "patients and truths"),
     ):
         with pytest.raises(ValueError, match=message):
             paired_difference(a, b, "accuracy")
-    with pytest.raises(ValueError, match="second: expected the seeds of first, 0, 1; got 0, 2"):
+    with pytest.raises(ValueError, match="second: expected the seeds of first, 0, 1, got 0, 2"):
         paired_difference([classified(0), classified(1)], [classified(0), classified(2)], "auc")
     with pytest.raises(ValueError, match="first: expected evaluations of different seeds, got 1, 1"):
         paired_difference([classified(1), classified(1)], [classified(1), classified(2)], "auc")

@@ -114,7 +114,7 @@ def test_what_no_evaluation_is_is_named(classified, segmented):
     p, labels = np.full((2, 2), 0.5), np.array([0, 1])
     pair = [("a", "p"), ("b", "p")]
     for arguments, message in (
-        ((pair[:1] * 2, p, labels), "cases: expected each id once; got a several times"),
+        ((pair[:1] * 2, p, labels), "cases: expected each id once, got a several times"),
         ((pair[:1], p, labels), "cases: expected 2, one per label, got 1"),
         ((pair, np.full((2, 3), 1 / 3), labels), "probabilities: expected 2 columns"),
     ):
