@@ -314,7 +314,7 @@ def _classification(
         image = dataset[places[entry["id"]]].image.permute(1, 2, 0).numpy()
         place = folder / sides[entry["id"]] / labels[entry["id"]]
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{entry['group']}~{number:04d}.png")
+        Image.fromarray(image).save(place / f"{entry['origin']}~{number:04d}.png")
     values = {"kind": "classification", "metric": "balanced_accuracy", "classes": sorted(set(labels.values()))}
     values |= {"title": name, "note": note, "public": True, "modality": modality, "licence": "see the data card"}
     rule = {"image": "{split}/{class}/{origin}~{number}.png", "label": "{class}"}

@@ -3,8 +3,11 @@
 import copy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pytest
+import real_tasks_data
 import real_tasks_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +83,20 @@ def test_enough_patients_give_one():
 def test_without_results_there_is_the_plan_alone():
     page = real_tasks_page.text(None)
     assert "**Not measured yet.**" in page and "## Results" not in page and "results.json" not in page
+
+
+@pytest.mark.slow
+def test_tasks_of_the_embedded_images_share_no_origin_between_training_and_test(tmp_path):
+    """Both kinds, from the shipped set itself; every image becomes a file whose name gives its origin."""
+    folds = [*real_tasks_data._modality(tmp_path), *real_tasks_data._planes(tmp_path)]
+    assert [fold.name for fold in folds] == ["modality", "plane-aorta", "plane-abdomen"]
+    for fold in folds:
+        files = [path.relative_to(tmp_path / fold.name) for path in (tmp_path / fold.name).rglob("*.png")]
+        sides = {side: {path.name.partition("~")[0] for path in files if path.parts[0] == side} for side in SIDES}
+        assert all(sides.values()) and not sides["test"] & (sides["train"] | sides["val"])
+        classes = {side: Counter(path.parts[1] for path in files if path.parts[0] == side) for side in SIDES}
+        assert classes["test"].keys() <= classes["train"].keys() and len(classes["train"]) >= 3
+        assert sum(classes["train"].values()) == fold.images
+
+
+SIDES = ("train", "val", "test")
