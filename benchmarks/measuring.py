@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dexkernels.testing import relative_error
+from dexkernels.verification.cases import bound_of, errors_of
 
 from . import record
 from .samples import Samples
@@ -15,9 +15,6 @@ from .timing import Timer
 
 IN_CACHE = 100e6
 """Bytes below which rotated inputs may fit into the cache, so that the copy bandwidth is no limit."""
-
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Error that is always allowed, even if plain torch's is smaller."""
 
 Candidate = Callable[[int], list[Tensor]]
 """``f(i)`` returns tensors; i selects its inputs."""
@@ -118,20 +115,18 @@ class Measure:
     def _check(
         self, case: Case, candidates: dict[str, Candidate], check: dict[str, Candidate], exact: list[Tensor]
     ) -> Checked:
-        plain = errors_of(check["reference"], exact)
+        plain = errors_of(check["reference"](0), exact)
         checked = Checked({}, {}, {})
         for backend, f in candidates.items():
             try:
-                errors = errors_of(check[backend], exact)
+                errors = errors_of(check[backend](0), exact)
             except Exception as error:  # A kernel that does not compile or launch must not affect other rows.
                 checked.red[backend] = f"{type(error).__name__}: {error}"[:300]
                 continue
             checked.errors[backend] = max(errors)
-            bound = record.BOUND[case.precision]
-            if not all(e <= 2 * p + FLOOR[case.dtype] for e, p in zip(errors, plain, strict=True)):
-                checked.red[backend] = f"errors {errors}, plain torch {plain}"
-            elif max(errors) > bound:
-                checked.red[backend] = f"error {max(errors)} is above {bound}"
+            bounds = [bound_of(t, case.dtype, error) for t, error in zip(exact, plain, strict=True)]
+            if not all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
+                checked.red[backend] = f"errors {errors}, expected at most {bounds}"
             else:
                 checked.right[backend] = f
         return checked
@@ -144,7 +139,7 @@ class Measure:
         for peer, make in theirs.items():
             try:
                 f = make()
-                errors = errors_of(f, exact)
+                errors = errors_of(f(0), exact)
             except Exception as error:
                 notes.append(f"{case}: {peer} did not run: {type(error).__name__}: {error}"[:300])
                 continue
@@ -173,7 +168,3 @@ class Measure:
                     "gbps": case.num_bytes / ms[backend] / 1e6 if case.num_bytes else None,
                     "share_of_limit": None if limit is None else limit / ms[backend],
                 }
-
-
-def errors_of(f: Candidate, exact: list[Tensor]) -> list[float]:
-    return [relative_error(result, expected) for result, expected in zip(f(0), exact, strict=True)]

@@ -9,7 +9,9 @@ from torch import Tensor
 from dexkernels import Routing
 from dexkernels.ops import backends
 from dexkernels.records import MLPWeights
-from dexkernels.routing import sort_slots
+from dexkernels.verification import inputs
+from dexkernels.verification.inputs import Draw
+from dexkernels.verification.record import Sizes
 
 VIT_B, VIT_L, VIT_H = {"D": 768, "H": 3072}, {"D": 1024, "H": 4096}, {"D": 1280, "H": 5120}
 
@@ -50,40 +52,35 @@ def tiny_of(name: str) -> dict:
     return shape | ({"N": 3, "E": 7, "D": 24} if shape["K"] > 2 or name == "ViT-B, E 64" else {})
 
 
-def draw(timer, *sizes: int, scale: float = 1.0, dtype=torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator(timer.device).manual_seed(seed)
-    return (scale * torch.randn(sizes, generator=generator, device=timer.device)).to(dtype)
+def sizes_of(shape: dict) -> Sizes:
+    return Sizes(*(shape[letter] for letter in "BNDHEK"))
+
+
+def generator(timer, seed: int, dtype: torch.dtype = torch.float32) -> Draw:
+    """Generates on the device itself, since the tensors are large."""
+    return Draw(timer.device, seed, dtype=dtype, generated_on=timer.device)
+
+
+def draw(timer, *sizes: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return generator(timer, seed, dtype)(*sizes, scale=scale)
+
+
+def always(shape: dict) -> int | None:
+    """Expert 0 if it takes one of the K places of every image."""
+    return 0 if shape.get("routing") else None
 
 
 def cls_rows(timer, shape: dict, router: Tensor, seed: int) -> Tensor:
-    """``[B, D]`` whose logits are permutations of evenly spaced values, so no decision is near a tie."""
-    B, E = shape["B"], shape["E"]
-    order = draw(timer, B, E, seed=seed).argsort(1).double()
-    if shape.get("routing"):
-        # Expert 0 takes one of the K places of every image.
-        order[:, 0] = E
-    logits = order * (4.0 / E)
-    return (logits @ torch.linalg.pinv(router.double()).T).float()
+    """``[B, D]`` float32."""
+    return inputs.cls_rows(generator(timer, seed), sizes_of(shape), router, always(shape)).float()
 
 
 def routing_of(timer, shape: dict, seed: int) -> Routing:
-    E, K = shape["E"], shape["K"]
-    scores = draw(timer, shape["B"], E, seed=seed)
-    if shape.get("routing"):
-        scores[:, 0] = 10
-    gates = draw(timer, shape["B"], K, seed=seed + 1).softmax(1)
-    indices = scores.topk(K).indices.int()
-    return Routing(gates, indices, gates.sum(), gates.sum(0), *sort_slots(indices, E))
+    return inputs.routing_of(generator(timer, seed), sizes_of(shape), always=always(shape))
 
 
 def weights_of(timer, shape: dict, dtype: torch.dtype) -> MLPWeights:
-    E, D, H = shape["E"], shape["D"], shape["H"]
-    return MLPWeights(
-        draw(timer, E, H, D, scale=D**-0.5, dtype=dtype, seed=1),
-        draw(timer, E, H, scale=0.1, dtype=dtype, seed=2),
-        draw(timer, E, D, H, scale=H**-0.5, dtype=dtype, seed=3),
-        draw(timer, E, D, scale=0.1, dtype=dtype, seed=4),
-    )
+    return inputs.weights_of(generator(timer, 1, dtype), sizes_of(shape))
 
 
 def able(op: str, timer, dtype: torch.dtype = torch.float32) -> list[str]:

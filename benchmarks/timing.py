@@ -1,7 +1,6 @@
 """Times, memory and limits of the benchmarks."""
 
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +16,6 @@ class Timer(Stopwatch):
         rounds, warmup = (2, 1) if tiny else (30, 5)
         super().__init__(device, rounds, warmup, 0 if tiny else FLUSH_BYTES)
         self.tiny = tiny
-
-    def measure(self, candidates: dict[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
-        """The medians of `take`: ``{name: f}`` -> ``{name: ms}``."""
-        return {name: statistics.median(times) for name, times in self.take(candidates, flush).items()}
 
     def peak_mb(self, candidate: Callable[[int], object]) -> float:
         """Memory that one call needs beyond the current allocation, in units of 1e6 bytes; 0 on a CPU."""
@@ -40,7 +35,7 @@ class Timer(Stopwatch):
         source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         a, b = (torch.randn(n, n, device=self.device).to(torch.bfloat16) for _ in range(2))
-        ms = self.measure({"copy": lambda i: target.copy_(source), "product": lambda i: a @ b})
+        ms = self.medians({"copy": lambda i: target.copy_(source), "product": lambda i: a @ b})
         return {"copy_gbps": 2 * num_bytes / ms["copy"] / 1e6, "bf16_tflops": 2 * n**3 / ms["product"] / 1e9}
 
 

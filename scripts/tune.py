@@ -246,7 +246,7 @@ class Bench:
         return near and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def times(self, runs: list[tuple[dict[Key, Tile], str]]) -> list[float]:
-        ms = self.timer.measure(
+        ms = self.timer.medians(
             {str(n): lambda i, tiles=tiles, path=path: self.run(tiles, path, i) for n, (tiles, path) in enumerate(runs)}
         )
         return list(ms.values())

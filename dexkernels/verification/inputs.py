@@ -1,4 +1,4 @@
-"""Inputs of the operators: the same numbers on every device.
+"""Inputs of the operators, for verification and benchmarks.
 
 Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
@@ -10,42 +10,62 @@ from ..records import MLPWeights
 from ..routing import Routing, sort_slots
 from .record import Sizes
 
+CPU = torch.device("cpu")
+
 
 class Draw:
-    """``draw(2, 3)``: standard normal float64 on ``device``, drawn on the host, each call the next ones of a seed."""
+    """``draw(2, 3)`` returns a standard normal tensor ``[2, 3]``; each call continues the random sequence of ``seed``.
 
-    def __init__(self, device: torch.device, seed: int = 0):
-        self.device = device
-        self._generator = torch.Generator().manual_seed(seed)
+    device, dtype: of the tensors. generated_on: the device of the random generator. The CPU gives the same numbers for
+    every ``device``; a GPU is faster for large tensors.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype = torch.float64,
+        generated_on: torch.device = CPU,
+    ):
+        self.device: torch.device = device
+        self._dtype = dtype
+        self._generator = torch.Generator(generated_on).manual_seed(seed)
 
     def __call__(self, *sizes: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(sizes, generator=self._generator, dtype=torch.float32, device="cpu")
-        return scale * drawn.to(self.device).double()
+        numbers = torch.randn(sizes, generator=self._generator, dtype=torch.float32, device=self._generator.device)
+        return (scale * numbers.to(self.device, torch.promote_types(self._dtype, torch.float32))).to(self._dtype)
 
 
-def cls_rows(draw: Draw, sizes: Sizes, router: Tensor) -> Tensor:
-    """``[B, D]`` whose logits are permutations of evenly spaced ones, so that no decision is near a tie.
+def cls_rows(draw: Draw, sizes: Sizes, router: Tensor, always: int | None = None) -> Tensor:
+    """``[B, D]`` float64, the CLS tokens of images whose logits are permutations of evenly spaced values.
 
-    With more experts than D they are only near that.
+    So no decision is near a tie. With more experts than D the logits are only approximately evenly spaced.
+
+    router: ``[E, D]``. always: an expert that is chosen for every image.
     """
     order = draw(sizes.images, sizes.num_experts).argsort(1).double()
+    if always is not None:
+        order[:, always] = sizes.num_experts
     logits = order * (4.0 / sizes.num_experts)
-    return logits @ torch.linalg.pinv(router.cpu()).to(router.device).T
+    return logits @ torch.linalg.pinv(router.double().cpu()).to(router.device).T
 
 
-def routing_of(draw: Draw, sizes: Sizes) -> Routing:
-    """Random gates and experts; with more than two experts the last one is never chosen."""
-    B, E, K = sizes.images, sizes.num_experts, sizes.top_k
-    scores = draw(B, E)
-    if E > max(K, 2):
-        scores[:, -1] = -torch.inf
-    gates = draw(B, K).softmax(1)
+def routing_of(draw: Draw, sizes: Sizes, *, always: int | None = None, never: int | None = None) -> Routing:
+    """Random gates and experts. always, never: an expert that is chosen for every image, or for none."""
+    E, K = sizes.num_experts, sizes.top_k
+    scores = draw(sizes.images, E)
+    if always is not None:
+        scores[:, always] = torch.inf
+    if never is not None:
+        scores[:, never] = -torch.inf
+    gates = draw(sizes.images, K).softmax(1)
     indices = scores.topk(K).indices.int()
     return Routing(gates, indices, gates.sum(), gates.sum(0), *sort_slots(indices, E))
 
 
 def weights_of(draw: Draw, sizes: Sizes) -> MLPWeights:
-    """Of E stacked experts, at the scale of a trained layer."""
+    """The weights of E stacked experts, at the scale of a trained layer."""
     E, D, H = sizes.num_experts, sizes.dim, sizes.hidden_dim
     return MLPWeights(
         draw(E, H, D, scale=D**-0.5), draw(E, H, scale=0.1), draw(E, D, H, scale=H**-0.5), draw(E, D, scale=0.1)

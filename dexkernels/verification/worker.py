@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import queue
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from ..ops import backends
-from .cases import BOUND, FLOOR, bytes_needed, cases, compare, errors_of
+from .cases import bound_of, bytes_needed, cases, compare, errors_of
 from .record import Sizes
 from .timing import Stopwatch
 
@@ -164,10 +163,7 @@ def timed(
     plain, wrong, right = errors_of(case.run("reference"), exact), {}, ["reference"]
     for backend in candidates:
         errors = errors_of(case.run(backend), exact)
-        bounds = [
-            min(2 * p + FLOOR[real], BOUND[real]) if t.is_floating_point() else 0.0
-            for p, t in zip(plain, exact, strict=True)
-        ]
+        bounds = [bound_of(t, real, error) for t, error in zip(exact, plain, strict=True)]
         if all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
             right.append(backend)
         else:
@@ -175,7 +171,7 @@ def timed(
     del exact
     watch = Stopwatch(device, rounds=rounds, warmup=max(rounds // 5, 1), flush_bytes=0)
     calls: dict[str, Callable[[int], object]] = {b: lambda i, b=b: case.timed(b) for b in right}
-    ms = {n: statistics.median(t) for n, t in watch.take(calls | {"limit": lambda i: case.limit()}).items()}
+    ms = watch.medians(calls | {"limit": lambda i: case.limit()})
     limit = ms.pop("limit")
     return {"ms": ms, "limit_ms": limit, "limit": case.limit_name, "wrong": wrong, "images": sizes.images}
 

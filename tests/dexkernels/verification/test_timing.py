@@ -15,5 +15,7 @@ def test_candidates_take_turns_after_the_warm_up():
 
 
 def test_milliseconds_by_the_clock_of_a_cpu():
-    taken = Stopwatch(torch.device("cpu"), rounds=3, warmup=1).take({"sleep": lambda i: time.sleep(0.01)})
+    watch = Stopwatch(torch.device("cpu"), rounds=3, warmup=1)
+    taken = watch.take({"sleep": lambda i: time.sleep(0.01)})
     assert len(taken["sleep"]) == 3 and all(9 < ms < 1000 for ms in taken["sleep"])
+    assert 9 < watch.medians({"sleep": lambda i: time.sleep(0.1 if i == 2 else 0.01)})["sleep"] < 90
