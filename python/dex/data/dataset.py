@@ -5,6 +5,7 @@ Shape letters: S side of a stored image in pixels.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import logging
@@ -25,6 +26,10 @@ DIM = 2**14
 """16-bit images whose maximum is below this use at most a quarter of their range."""
 
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a process or machine that has run out of resources; they say nothing about the file being read."""
+
+
 class SampleError(ValueError):
     """The sample ``sample_id`` cannot be used because of ``reason``; ``Loader`` replaces it by another."""
 
@@ -35,6 +40,12 @@ class SampleError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.sample_id, self.reason)
+
+
+def raise_if_exhausted(error: Exception) -> None:
+    """Raise ``error`` again, without the path in it, if no other file could be read either (``EXHAUSTED``)."""
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        raise OSError(error.errno, error.strerror) from error
 
 
 class Sample(NamedTuple):

@@ -22,7 +22,7 @@ import numpy as np
 from dex.common import formats
 
 from . import images
-from .dataset import IMAGE_SIZE, Dataset, SampleError
+from .dataset import IMAGE_SIZE, Dataset, SampleError, raise_if_exhausted
 
 logger: logging.Logger = logging.getLogger("dex.data")
 
@@ -225,6 +225,7 @@ class FolderDataset(Dataset):
         try:
             image, maximum = images.decode_with_maximum(self._bytes(path), kind_of(path), images.PICTURES)
         except (ValueError, OSError) as error:
+            raise_if_exhausted(error)
             # Without the text of an OSError, which contains the full path
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleError(_printable(path), reason) from error

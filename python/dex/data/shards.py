@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import images
-from .dataset import SPLITS, Dataset, SampleError, Withdrawal
+from .dataset import SPLITS, Dataset, SampleError, Withdrawal, raise_if_exhausted
 from .shard_format import KINDS, MANIFEST, check_file_size, read_bytes, read_index, read_manifest, reason_of
 
 _ROW = np.dtype(
@@ -110,6 +110,7 @@ class ShardDataset(Dataset):
         try:
             data = read_bytes(self.root, entry["file"], int(row["offset"]), int(row["size"]))
         except (OSError, ValueError) as error:
+            raise_if_exhausted(error)
             raise SampleError(self.sample_id(index), f"{entry['file']}: {reason_of(error)}") from error
         if hashlib.sha256(data).digest() != row["sha256"].tobytes():
             raise SampleError(self.sample_id(index), f"{entry['file']}: sha256 of its bytes differs from the index")

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 import tracemalloc
@@ -203,6 +204,20 @@ def test_links_and_devices_are_not_followed(tmp_path):
     (root / "m" / "in.png").symlink_to(outside / "secret.png")
     with pytest.raises(SampleError):
         dataset[0]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_an_exhausted_process_is_not_taken_for_a_damaged_image(number, tmp_path, monkeypatch):
+    """Replacing the image would go on to replace every image, and blame the files for it."""
+    dataset = open_dataset(put(tmp_path / "root", m__in_dot_png=png(GREY)))
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "/private/path")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        dataset[0]
+    assert not isinstance(caught.value, SampleError) and "private" not in str(caught.value)
 
 
 def test_scans_are_answered_with_the_command_to_give(tmp_path):

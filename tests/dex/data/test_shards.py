@@ -1,5 +1,6 @@
 """Shard sets are read by the index alone; damage costs the samples that it touches."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -47,6 +48,18 @@ def test_truncated_shard(root, keep):
     assert any("shard-00001.tar" in problem for problem in verify(root))
     with pytest.raises(ValueError, match="shard-00001.tar: expected a regular file of"):
         open_dataset(root)
+
+
+def test_an_exhausted_process_is_not_taken_for_damage(root, monkeypatch):
+    dataset = open_dataset(root)
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/private/path")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        dataset[0]
+    assert not isinstance(caught.value, SampleError) and "private" not in str(caught.value)
 
 
 def test_damage_after_opening_costs_one_sample(root):
