@@ -15,7 +15,7 @@ import numpy as np
 from dex.data import images
 
 from . import page, thumbnails
-from .filters import DROPPED, WITHDRAWN
+from .filters import DROPPED, MEANING, WITHDRAWN
 from .label_maps import LABEL_MAP, PROBABILITY_MAP
 from .page import count as _count
 from .page import number as _n
@@ -321,9 +321,7 @@ _MEANING = {reason: meaning(reason) for reason in REASONS} | {
     "crash": "its reader crashed on it, twice",
 }
 _DROPPED = {
-    "foreground": "less foreground than the rule requires",
-    "blank": "nearly one level everywhere",
-    "too small": "fewer than 32 pixels along a side",
+    **MEANING,
     "exact duplicate": "the same pixels as a kept image",
     "near duplicate": "nearly the same pixels as a kept image",
     WITHDRAWN: "removed after the set was written, or left out since",

@@ -225,6 +225,7 @@ class UnitWork:
         self._modality = ""  # Of the current stack
         self._first = ""  # Of the first stack
         self._refused: list[_Part] = []
+        self._emptied = trace.Emptied()
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -302,6 +303,9 @@ class UnitWork:
                 self._counts.part(part.modality).refused[part.refusal.reason] += 1
         for part in self._refused:
             self._files.note(trace.refusal(*part.refusal, self._unit.key, part.files))
+        for reason, files in self._emptied.by_reason().items():
+            unit = self._names.unit(self._unit.key)
+            self._files.note(trace.refusal(unit, reason, filters.MEANING[reason], self._unit.key, files))
         return self._counts
 
     def _is_assumed(self) -> bool:
@@ -344,13 +348,16 @@ class UnitWork:
         if self._source.routed:
             common["modality"] = source.modality
         origins = trace.Origins(stack, self._unit.key, number, self._volume(order))
+        outcomes: list[tuple[int | None, str | None]] = []  # Only count if no slice refuses the stack
         for cut in slices(stack, source, settings.size, settings.bits):
             self._counts.seen += 1
             self._report.beat(self._counts.seen - self._before)
             dropped = filters.verdict(cut.image, cut.share, cut.small, source)
             label = f"s{number:02d}-{cut.label}" if number else cut.label
             sample = self._names.sample(self._unit.key, label)
-            if group in self._job.withdrawn or sample in self._job.withdrawn:
+            withdrawn = group in self._job.withdrawn or sample in self._job.withdrawn
+            outcomes.append((cut.number, None if withdrawn else dropped))
+            if withdrawn:
                 dropped = dropped or filters.WITHDRAWN
             elif dropped is not None:
                 self._show(cut, dropped, label, common)
@@ -363,6 +370,8 @@ class UnitWork:
                 self._files.note(row)
             self._counts.kept += 1
             self._counts.text += line["text"]
+        for frame, dropped in outcomes:
+            self._emptied.add(stack, frame, dropped)
         self._counts.masked += stack.masked
 
     def _show(self, dropped_slice: Slice, reason: str, label: str, common: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 WITHDRAWN = "withdrawn"
 DROPPED = ("foreground", "blank", "too small", "exact duplicate", "near duplicate", WITHDRAWN)
+MEANING = {
+    "foreground": "less foreground than the rule requires",
+    "blank": "nearly one level everywhere",
+    "too small": "fewer than 32 pixels along a side",
+}
+"""The verdicts in words."""
 
 _BLOCK = 16  # Side in pixels of the blocks whose means decide on "blank": averaging removes noise
 _WINDOW, _STRIDE = 24, 8  # Windows for the search for text: width and step, in columns

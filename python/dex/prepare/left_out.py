@@ -143,7 +143,7 @@ def _rows(private: Path) -> Iterator[_Row]:
         with open(path, encoding="ascii") as lines:
             for text in lines:
                 row: dict[str, Any] = json.loads(text)
-                if "refused" not in row:
+                if "refused" not in row or row["refused"] in filters.DROPPED:  # Their slices are counted already
                     continue
                 for file in row.get("files") or [row.get("file", "")]:
                     source = int(path.stem.split("-")[0])
@@ -176,11 +176,13 @@ def _page(left: LeftOut) -> str:
         html = f"<p>{amount}.</p>{thumbnails.figures(shown.get(reason, ()))}"
         sections.append(page.Section(f"reason-{number}", escape(reason), html))
     slices = sum(count for reason, count in left.counts.items() if reason in filters.DROPPED)
+    refused = left.counts.total() - slices
     header = (
         '<header><p class="kicker">Private</p><h1>Left out</h1><p class="notice">This page names files, and its '
         "pictures may show names. It is only for the person who prepared the set; do not share it.</p>"
-        f"<p>{_files(left.counts.total() - slices)} gave no image; <code>dex data refused</code> lists them all. "
-        f"{page.count(slices, 'slice')} of the others {'was' if slices == 1 else 'were'} dropped. At most "
+        f"<p>{_files(refused)} {'was' if refused == 1 else 'were'} refused, and "
+        f"{page.count(slices, 'slice')} of other files {'was' if slices == 1 else 'were'} dropped. "
+        "<code>dex data refused</code> lists all files that gave no image. At most "
         f"{thumbnails.SHOWN} per reason are shown, drawn at random.</p></header>"
     )
     return page.document("Left out", header, sections)

@@ -6,6 +6,7 @@ Each row is a JSON object on its own line. ``path`` is the unit's key, below the
     {"path": key, "stack": n, "files": [name, ...]}
     {"id": unit, "path": key, "refused": reason, "detail": text, "file": name or "files": [name, ...]}
 
+A file whose images were all dropped is listed as refused, with the reason of the first; not if one is withdrawn.
 A kept image has ``file`` if its unit has several files; ``frame``, the number of the stored frame in the file (from 0),
 if it shows one; ``volume`` if more than the first volume was requested; and ``stack`` if it is cut across the frames of
 several files, which an earlier row lists once. Older sets have only ``id``, ``path`` and ``label``.
@@ -62,6 +63,35 @@ class Origins:
         if self._volume is not None:
             row["volume"] = self._volume
         yield row
+
+
+class Emptied:
+    """The files of one unit whose images were all dropped."""
+
+    def __init__(self) -> None:
+        self._kept: set[str] = set()
+        self._dropped: dict[str, str] = {}  # File -> reason of its first dropped image
+
+    def add(self, stack: readers.Stack, number: int | None, dropped: str | None) -> None:
+        """Add an image. number: of the stored frame, None if it is cut across several. dropped: why; None if it is kept
+        or withdrawn."""
+        if number is not None and stack.origins:
+            names: tuple[str, ...] = (stack.origins[number][0],)
+        else:
+            names = files_of(stack) or ("",)
+        if dropped is None:
+            self._kept.update(names)
+        else:
+            for name in names:
+                self._dropped.setdefault(name, dropped)
+
+    def by_reason(self) -> dict[str, tuple[str, ...]]:
+        """The reasons and their files: the names below the unit, () if the unit has only one file."""
+        files: dict[str, list[str]] = {}
+        for name, reason in self._dropped.items():
+            if name not in self._kept:
+                files.setdefault(reason, []).append(name)
+        return {reason: tuple(sorted(filter(None, names))) for reason, names in files.items()}
 
 
 def files_of(stack: readers.Stack) -> tuple[str, ...]:

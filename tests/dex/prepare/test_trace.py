@@ -1,14 +1,17 @@
 """The private table: which file and frame each image and each refusal is of."""
 
 import json
+import shutil
 from collections import Counter
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 from small_runs import picture, save, save_dicom, save_series, save_volume, source, start
 
 from dex.data import ShardDataset
-from dex.prepare import trace
+from dex.prepare import trace, withdraw
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -96,6 +99,47 @@ def test_refusals_name_their_files_reasons_and_details(here, tmp_path):
         "p2/broken.png",
     }
     assert all(row["detail"] for row in refused)
+
+
+def test_files_whose_images_are_all_dropped_are_named(here, tmp_path):
+    root = tmp_path / "root"
+    save(root, "p1/small.png", picture(1, 20))
+    save(root, "p1/good.png", picture(2))
+    save_series(root / "ct", 3, 4, iter(f"{k}.dcm" for k in range(4)), SOPClassUID=CT)
+    air = pydicom.dcmread(root / "ct" / "0.dcm")
+    air.PixelData = np.full((64, 64), -1000, np.int16).tobytes()
+    air.save_as(root / "ct" / "0.dcm")
+    facts, _ = start([source(root, modality="CT")], tmp_path / "out")
+    assert facts["sources"][0]["dropped"] == {"blank": 1, "too small": 1} and not facts["sources"][0]["refused"]
+    named = {
+        (row["path"], row.get("file"), row["refused"]) for row in rows(tmp_path / "out.private") if "refused" in row
+    }
+    assert named == {("p1/small.png", None, "too small"), ("ct", "0.dcm", "blank")}
+    left = json.loads((tmp_path / "out.private" / "left_out.json").read_text())
+    assert left["counts"] == {"blank": 1, "too small": 1}  # Each once
+
+
+def test_a_file_with_some_kept_images_is_not_named(here, tmp_path):
+    values = np.stack([picture(k, 40).astype(np.int16) * 2 - 200 for k in range(3)], axis=2)
+    values[..., 0] = -1000
+    (tmp_path / "root").mkdir()
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "root" / "a.nii.gz")
+    facts, _ = start([source(tmp_path / "root", modality="CT")], tmp_path / "out")
+    assert facts["sources"][0]["dropped"] == {"blank": 1}
+    assert not [row for row in rows(tmp_path / "out.private") if "refused" in row]
+
+
+def test_a_file_of_a_withdrawn_patient_is_not_named(here, tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    for patient in ("gone", "stays"):
+        save(root, f"{patient}/small.png", picture(1, 20))
+        save(root, f"{patient}/good.png", picture(len(patient)))
+    start([source(root, patient="^(.*?)/")], out)
+    withdraw.withdraw(out, tmp_path / "out.private", ["gone"])
+    shutil.rmtree(out)
+    facts, _ = start([source(root, patient="^(.*?)/")], out)
+    assert facts["sources"][0]["dropped"] == {"too small": 2, "withdrawn": 1}
+    assert [row["path"] for row in rows(tmp_path / "out.private") if "refused" in row] == ["stays/small.png"]
 
 
 def test_a_table_without_some_images(tmp_path):
