@@ -18,7 +18,7 @@ _PRECISE = Context(prec=50)
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """int64 ``[count]``: a permutation for epoch ``epoch``."""
     keys = mix(np.arange(count, dtype=np.uint64) + _stream(seed, epoch))
-    return np.argsort(keys, kind="stable")
+    return np.argsort(keys)  # All keys differ, since `mix` is a bijection: any sort gives the same order
 
 
 def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float) -> np.ndarray:
@@ -45,7 +45,7 @@ def epoch_order(seed: int, epoch: int, modality: np.ndarray, temperature: float)
             first, skipped = divmod(epoch * share, len(samples))
             passes = np.arange(first, -((epoch + 1) * share // -len(samples)), dtype=np.uint64)
             keys = mix(samples.astype(np.uint64) + _stream(seed, passes)[:, None])
-            drawn = samples[np.argsort(keys, axis=1, kind="stable")].ravel()
+            drawn = samples[np.argsort(keys, axis=1)].ravel()
             order[place_modality == number] = drawn[skipped : skipped + share]
     return order
 

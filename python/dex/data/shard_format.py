@@ -16,6 +16,7 @@ This module has the names, limits and checks shared by reading (``shards``), wri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -65,7 +66,7 @@ _SHARD_FIELDS = {
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
     """The manifest and its bytes. ValueError: it is not exactly as written, or names files outside the folder."""
-    try:
+    with _naming(MANIFEST):
         raw = read_bytes(root, MANIFEST, 0, None)
         manifest = json.loads(raw)
         body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -76,8 +77,6 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], bytes]:
         if manifest_bytes(body) != raw:
             raise ValueError("its sha256 does not match: it was edited or damaged")
         check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise ValueError(f"{MANIFEST}: {reason_of(error)}") from error
     return manifest, raw
 
 
@@ -110,14 +109,25 @@ def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     ValueError, also during the iteration, names the file and the fault. Needs memory for the file and one line.
     """
-    try:
+    yield from parse_lines(read_table(root, entry), entry)
+
+
+def read_table(root: Path, entry: dict[str, Any]) -> bytes:
+    """The bytes of a shard's index. ValueError: size, hash or number of lines differ from the manifest."""
+    with _naming(entry["index"]):
         raw = read_bytes(root, entry["index"], 0, None)
         if len(raw) != entry["index_bytes"] or hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
             raise ValueError("size or sha256 differs from the manifest")
         count = raw.count(b"\n") + (raw[-1:] not in (b"", b"\n"))
         if count != entry["samples"]:
             raise ValueError(f"expected {entry['samples']} lines, got {count}")
-        for text in io.BytesIO(raw):
+        return raw
+
+
+def parse_lines(table: bytes, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Iterate over the lines of ``table``, the index of shard ``entry``; errors as in ``read_index``."""
+    with _naming(entry["index"]):
+        for text in io.BytesIO(table):
             if len(text) > MAX_LINE_BYTES:
                 raise ValueError(f"expected lines of at most {MAX_LINE_BYTES} bytes, got {len(text)}")
             line = json.loads(text)
@@ -137,8 +147,15 @@ def read_index(root: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     f"{entry['bytes']} bytes of {entry['file']}"
                 )
             yield line
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors about the contents of ``file`` become a ValueError that names it."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise ValueError(f"{entry['index']}: {reason_of(error)}") from error
+        raise ValueError(f"{file}: {reason_of(error)}") from error
 
 
 def _check_fields(record: dict, types: dict[str, type]) -> None:

@@ -15,28 +15,16 @@ import numpy as np
 
 from . import images
 from .dataset import SPLITS, Dataset, SampleError, Withdrawal, raise_if_exhausted
-from .shard_format import KINDS, MANIFEST, check_file_size, read_bytes, read_index, read_manifest, reason_of
-
-_ROW = np.dtype(
-    [
-        ("sha256", "V32"),
-        ("offset", np.int64),
-        ("id_end", np.int64),
-        ("shard", np.int32),
-        ("size", np.int32),
-        ("modality", np.int32),
-        ("kind", np.int8),
-        ("val", np.bool_),
-    ]
-)
+from .shard_format import KINDS, MANIFEST, check_file_size, read_bytes, read_manifest, reason_of
+from .shard_index import read_rows
 
 
 class ShardDataset(Dataset):
     """A shard set, opened for reading; see ``open_dataset``.
 
     ValueError names the file and the fault if manifest, indices and shards do not match each other.
-    Memory per sample: 62 bytes and its id, in two buffers that the workers of a loader share. Indices are parsed line
-    by line, so opening needs little more.
+    Memory per sample: 62 bytes and its id, in two buffers that the workers of a loader share. Indices are read one
+    after the other; opening needs twice that memory for a moment.
     """
 
     def __init__(self, root: str | Path):
@@ -58,24 +46,11 @@ class ShardDataset(Dataset):
         ids = bytearray()
         for shard_number, entry in enumerate(manifest["shards"]):
             check_file_size(self.root, entry["file"], entry["bytes"])
-            part = []
-            for line in read_index(self.root, entry):
-                if line["modality"] not in number:
-                    raise ValueError(f"{entry['index']}: modality {line['modality']!r} is not in the manifest")
-                ids += line["id"].encode()
-                part.append(
-                    (
-                        bytes.fromhex(line["sha256"]),
-                        line["offset"],
-                        len(ids),
-                        shard_number,
-                        line["size"],
-                        number[line["modality"]],
-                        KINDS.index(line["kind"]),
-                        line["split"] == "val",
-                    )
-                )
-            parts.append(np.array(part, _ROW))
+            part, part_ids = read_rows(self.root, entry, number)
+            part["shard"] = shard_number
+            part["id_end"] += len(ids)
+            parts.append(part)
+            ids += part_ids
         self._rows = np.concatenate(parts)
         parts.clear()
         self._ids = bytes(ids)
