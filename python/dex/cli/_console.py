@@ -1,7 +1,6 @@
 """Option parsing, checks of folders and one-line error messages for all commands."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,15 +34,6 @@ def folder_argument(name: str, text: str) -> Path:
     if not text.strip():
         raise ValueError(f"{name}: expected a folder, got {text!r}")
     return Path(text).expanduser()
-
-
-def check_folder(folder: Path, name: str = "out") -> None:
-    """ValueError, naming option ``name``: ``folder`` is a file or is not writable. Checked before hours of work."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{name}: expected a folder, got the file {existing}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: expected a writable folder, got {existing}")
 
 
 def require_one_process(command: str) -> None:

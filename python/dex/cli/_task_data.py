@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dex.cli import _features
-from dex.cli._console import check_folder, folder_argument
+from dex.cli._console import folder_argument
+from dex.common.folders import check_file
 
 if TYPE_CHECKING:
     from dex.tasks.evaluate import Options
@@ -114,7 +115,7 @@ def sheet_argument(text: str | None) -> Path | None:
 
     sheet = folder_argument("sheet", text)
     Sheet(sheet).rows()
-    check_folder(sheet.absolute().parent, "sheet")
+    check_file(sheet, "sheet")
     return sheet
 
 
@@ -180,4 +181,7 @@ def words(evaluation: "Evaluation") -> str:
         texts.append(
             f"{name} {value}" + (f" ({low:.4f} to {high:.4f})" if low is not None and high is not None else "")
         )
+    baseline = evaluation.baseline()
+    if baseline.value is not None:
+        texts.append(f"reference {baseline.value:.4f} ({baseline.name})")
     return f"{len(evaluation.cases):,} cases of {len(evaluation.patients):,} patients: {', '.join(texts)}"

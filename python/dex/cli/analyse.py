@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dex.cli import _features, _progress
-from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
+from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
+from dex.common.folders import check_folder
 
 HELP = "measure whether the experts of a run specialised, as a page"
 POSITION = 41
@@ -18,6 +19,8 @@ _FOLDER = "analysis"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = None if options.out is None else folder_argument("out", options.out)
+    if out is not None:
+        check_folder(out)
 
     from dex.inference import analyse_job as job
     from dex.train.plan import resolve_device
@@ -37,7 +40,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
         if not job.is_run(Path(options.run)):
             raise ValueError(f"out: expected --out DIR, since {options.run} is not a run folder, got none")
         out = Path(options.run) / _FOLDER
-    if out is not None:
         check_folder(out)
     device = resolve_device(options.device)
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
+from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
+from dex.common.folders import check_folder
 
 if TYPE_CHECKING:
     from dex.tasks.compare import Compared, Prepared, Side

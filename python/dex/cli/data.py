@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dex.cli import prepare
 from dex.cli._console import Parser, failed, folder_argument, print_line
 from dex.common import exits
+from dex.common.folders import check_file
 
 if TYPE_CHECKING:
     from dex.prepare.lookup import Found, Image, Place
@@ -338,6 +339,8 @@ def _leak(a: str, b: str, out: str | None) -> Callable[[], int]:
     path = None if out is None else Path(out)
     if path is not None and (path.suffix.lower() not in (".csv", ".json") or not path.parent.is_dir()):
         raise ValueError(f"out: expected NAME.csv or NAME.json in an existing folder, got {out}")
+    if path is not None:
+        check_file(path)
 
     def carry_out() -> int:
         from dex.prepare.leak import leak

@@ -7,6 +7,7 @@ from pathlib import Path
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
+from dex.common.folders import check_file, check_folder
 
 HELP = "compute features of images, scans or a shard set, as Parquet or NPZ"
 POSITION = 42
@@ -19,6 +20,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     single = out.suffix == ".npz"
     if not single:
         import pyarrow  # noqa: F401  Fails before anything is computed
+    (check_file if single else check_folder)(out)
 
     from dex.common.ranks import announced
     from dex.inference import embed_job
@@ -27,6 +29,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.prepare.workers import WorkerFault
     from dex.train.plan import resolve_device
 
+    check_folder(embed_job.private_folder(out))
     ranks = announced()
     loaded = load(options.run, img_size=options.img_size, path=options.path, ema=options.ema)
     device = resolve_device(options.device, ranks)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dex.cli import _progress, _task_data
-from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
+from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
+from dex.common.folders import check_folder
 
 HELP = "evaluate fine-tuned models on a split, with intervals over patients and a report"
 POSITION = 47
@@ -20,6 +21,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
         raise ValueError(
             f"out: expected none with {len(options.folder)} folders, since each gets its own report, got {options.out}"
         )
+    out = None if options.out is None else folder_argument("out", options.out)
+    if out is not None:
+        check_folder(out)
 
     from dex.cli._features import workers
     from dex.tasks import evaluate as job
@@ -35,21 +39,21 @@ def run(arguments: list[str]) -> Callable[[], int]:
         loaded = load_task_model(folder, options.checkpoint)
         data = _task_data.open_data(options.task or loaded.task, options, loaded.data)
         job.check(loaded, data, settings)
-        out = Path(folder) if options.out is None else folder_argument("out", options.out)
-        check_folder(out)
-        jobs.append((loaded, data, out, resolve_device(options.device)))
+        if out is None:
+            check_folder(Path(folder))
+        jobs.append((loaded, data, out or Path(folder), resolve_device(options.device)))
 
     def carry_out() -> int:
         try:
-            for loaded, data, out, device in jobs:
+            for loaded, data, place, device in jobs:
                 loaded.model.to(device)
                 with exits.stopping(exits.STOP_SIGNALS), _progress.shown("dex evaluate") as say:
                     leak = _task_data.leak_sentence(data, options.run, settings.split, say)
-                    where = _task_data.Where(out, sheet)
+                    where = _task_data.Where(place, sheet)
                     evaluation = _task_data.write_evaluation(loaded, data, settings, where, leak, say)
                 loaded.model.to("cpu")
-                print(f"{out}: {_task_data.words(evaluation)}")
-                print(out / _task_data.REPORT)
+                print(f"{place}: {_task_data.words(evaluation)}")
+                print(place / _task_data.REPORT)
         except exits.Stopped:
             print("dex evaluate: stopped; finished reports stay, and the same command starts over", file=sys.stderr)
             return exits.PREEMPTED

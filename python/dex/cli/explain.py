@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dex.cli import _features, _progress
-from dex.cli._console import Parser, check_folder, failed, require_one_process
+from dex.cli._console import Parser, failed, require_one_process
 from dex.common import exits
+from dex.common.folders import check_file
 
 HELP = "show why a trained model chooses these experts for one scan, and what others would cost"
 POSITION = 41
@@ -20,8 +21,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if options.out is not None and not options.out.strip():
         raise ValueError(f"out: expected a file, got {options.out!r}")
     out = Path(_PAGE if options.out is None else options.out).expanduser()
-    if out.is_dir():
-        raise ValueError(f"out: expected a file, got the folder {out}")
+    check_file(out)
 
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device
@@ -31,7 +31,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
     prepared = job.prepare(
         options.run, options.file, settings, modality=options.modality, planes=options.planes, data=options.data
     )
-    check_folder(out.absolute().parent)
     device = resolve_device(options.device)
 
     def carry_out() -> int:

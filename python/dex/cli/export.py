@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
+from dex.common.folders import check_folder
 from dex.common.units import format_bytes
 
 HELP = "write a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
@@ -17,6 +18,7 @@ _FORMATS = ("safetensors", "hf", "timm", "onnx", "torch-export")
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
+    check_folder(out)
     if options.format == "onnx":
         import onnx  # noqa: F401  Fails before anything is computed
         import onnxscript  # noqa: F401

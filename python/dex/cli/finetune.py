@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dex.cli import _features, _progress, _task_data
-from dex.cli._console import Parser, check_folder, failed, folder_argument
+from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
+from dex.common.folders import check_folder
 
 if TYPE_CHECKING:
     from dex.tasks.recipe import Settings

@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable
 
 from dex.cli import _progress, _task_data
-from dex.cli._console import Parser, check_folder, failed, folder_argument, require_one_process
+from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
+from dex.common.folders import check_folder
 
 HELP = "predict masks or classes of new files with a fine-tuned model"
 POSITION = 48
@@ -24,6 +25,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.tasks.load import load_task_model
     from dex.train.plan import resolve_device
 
+    check_folder(predict.private_folder(out))
     job = predict.Options(
         out,
         options.probabilities,

@@ -12,6 +12,7 @@ from typing import Any
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import atomic, exits
+from dex.common.folders import check_folder
 
 HELP = "turn raw scans, pictures and videos into shards with a data card"
 POSITION = 10
@@ -85,7 +86,9 @@ def dry_run(command: str, arguments: list[str], options: argparse.Namespace, pag
     from dex.prepare import run as prepare
 
     job, sources = _reading_options(options), _sources(options)
-    if page is None and options.out is not None:
+    if page is not None:
+        check_folder(page)
+    elif options.out is not None:
         prepare.check(sources, dataclasses.replace(job, out=folder_argument("out", options.out)))
     prepare.check_settings(sources, job)
     try:
@@ -327,7 +330,10 @@ def _commands(command: list[str], arguments: list[str], options: argparse.Namesp
         ]
     if error.unnamed:
         names = ", ".join(error.unnamed)
-        lines.append(f"no pattern separates those with {names} from files whose folders are named after a modality")
+        lines += [
+            f"a suffix and a depth do not separate those with {names} from files whose folders are named after a modality,",
+            f"so name their folder, for each: --pattern 'MODALITY=FOLDER/*{error.unnamed[0]}'",
+        ]
     remedy = "move each into a folder named after its modality, and run the same command"
     if options.modality == FROM_FOLDERS:
         return [*lines, f"or {remedy}" if lines else remedy]

@@ -8,6 +8,7 @@ from pathlib import Path
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
+from dex.common.folders import check_folder
 
 HELP = "run linear, kNN and few-shot probes on labelled images, with intervals over patients"
 POSITION = 43
@@ -17,6 +18,7 @@ NEEDS = "train,data"
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
+    check_folder(out)
 
     from dex.inference import probe_job
     from dex.inference.collection import collection
@@ -31,8 +33,6 @@ def run(arguments: list[str]) -> Callable[[], int]:
     probe_job.check(settings)
     require_one_process("dex probe")
     labels = probe_job.read_labels(Path(options.labels) if options.labels else None, options.patient)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
     if (out / probe_job.SHEET).exists():
         raise ValueError(
             f"out: expected a folder without results; {out / probe_job.SHEET} exists. Choose another --out"

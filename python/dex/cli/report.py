@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dex.cli._console import Parser
 from dex.common import exits
+from dex.common.folders import check_file
 from dex.common.units import format_bytes
 
 HELP = "write one HTML page about a run, or one that compares several"
@@ -27,6 +28,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         raise ValueError("runs, --out: expected paths, got an empty one")
     runs = [Path(run) for run in options.runs]
     out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    check_file(out)
     from dex.report.page import report
 
     written = report(runs, out)  # Here, not in carry_out: any error is an error in the input

@@ -8,9 +8,7 @@ video or DICOM series. Parts, the unit of writing and resuming, consist of items
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -26,7 +24,7 @@ from dex.inference import preprocess
 from dex.inference.preprocess import StackImages, Unit
 from dex.prepare import chunks, discover, readers, scan, sources
 from dex.prepare.discover import Listing, parted
-from dex.prepare.ids import Names, read_salt
+from dex.prepare.ids import Names, shared_salt
 from dex.prepare.modalities import AUTO
 
 SAMPLES = 16
@@ -212,7 +210,7 @@ def _of_files(root: Path, source: sources.Source, private: Path, as_it_is: bool,
         )
         listing = parted(listing, series)
     groups = _grouped(listing, source.modality == AUTO, as_it_is)
-    names = Names(source, _salt(private), listing.common, listing.level.number)
+    names = Names(source, shared_salt(private), listing.common, listing.level.number)
     sizes = [sum(listing.sizes[number] for number in group) for group in groups]
     return Collection(
         listing.digest,
@@ -294,17 +292,6 @@ def _within(unit: discover.Unit, name: str) -> str:
     if not readers.reader_of(unit.format).whole_folders:
         return ""
     return next((file.path for file in unit.files if file.path.rpartition("/")[2] == name), unit.files[0].path)
-
-
-def _salt(private: Path) -> bytes:
-    """The salt in the folder; the first of several processes creates it."""
-    private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return read_salt(private)
-    finally:
-        os.close(descriptor)
 
 
 def cut(sizes: Iterable[int], items: int, total: int) -> list[range]:

@@ -25,6 +25,8 @@ from dex.train import checkpoint
 from dex.train.runlog import CONFIG, STARTS
 
 PATHS = ("experts", "director")
+FINE_TUNED = "finetune.yaml"
+"""The file that marks a folder of ``dex finetune``, whose models ``dex.tasks.load`` loads."""
 _EXPECTED = "run: expected a run folder, one of its checkpoint folders, or a folder or .safetensors file of dex export"
 
 
@@ -174,9 +176,15 @@ def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
         return _of_file(place)
     if model_file.is_model_folder(place):
         return _of_model(place, *model_file.read_folder(place))
+    inside = checkpoint.is_checkpoint(place)
+    top = place.resolve().parent.parent if inside else place
+    if (top / FINE_TUNED).is_file():
+        raise ValueError(
+            f"{_EXPECTED}, got {place}, a model fine-tuned by dex finetune: dex evaluate and dex predict take it"
+        )
     try:
-        if checkpoint.is_checkpoint(place):
-            return _of_checkpoint(checkpoint.load(place), place.resolve().parent.parent, ema)
+        if inside:
+            return _of_checkpoint(checkpoint.load(place), top, ema)
         if not (place / CONFIG).is_file():
             raise ValueError(f"{_EXPECTED}; {place} holds neither {CONFIG} nor {model_file.WEIGHTS}")
         saved, passed_over = checkpoint.newest_good(place / "checkpoints")

@@ -6,6 +6,7 @@ does not reveal whether a given patient or file is in the set.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
@@ -34,6 +35,27 @@ def read_salt(folder: Path) -> bytes:
     if len(salt) != SALT_BYTES:
         raise ValueError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}; without it the ids are lost: start over")
     return salt
+
+
+def shared_salt(folder: Path) -> bytes:
+    """``read_salt`` under a lock: the first of several processes creates the salt, and the private folder for it.
+
+    ValueError if the folder cannot be written.
+    """
+    path = folder
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            path = folder / SALT
+            return read_salt(folder)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ValueError(
+            f"private: expected a writable folder for the salt of ids, got {path}: {error.strerror}"
+        ) from error
 
 
 class Group(NamedTuple):

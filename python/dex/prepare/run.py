@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from dex.common import atomic, exits
+from dex.common.folders import check_folder
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
 
@@ -119,13 +120,10 @@ def check(sources: Sequence[Source], options: Options) -> None:
     """Raise ValueError for wrong options that show before any file is read."""
     check_settings(sources, options)
     out, private = options.out, private_folder(options.out)
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"out: expected a folder; {out} is something else")
+    for path in (out, private):
+        check_folder(path)
     if out.is_dir() and any(out.iterdir()) and not ((out / MANIFEST).exists() and (private / PLAN).exists()):
         raise ValueError(f"out: expected a new or empty folder, or a set that this command wrote; {out} holds files")
-    for path in (out.parent, private):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out: expected a folder; {path} is something else")
 
 
 def check_settings(sources: Sequence[Source], options: Options) -> None:

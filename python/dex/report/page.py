@@ -25,7 +25,7 @@ def report(runs: Sequence[Path], out: Path) -> Path:
         raise ValueError("runs: expected at least one run folder, got none")
     out = Path(out)
     if out.is_dir():
-        raise ValueError(f"out: expected a file to write, got the folder {out}")
+        raise ValueError(f"out: expected a file, got the folder {out}")
     folders = [Path(run) for run in runs]
     records = [read_run(folder, name) for folder, name in zip(folders, labels(folders), strict=True)]
     document.write(_page(records), out)

@@ -18,15 +18,16 @@ import torch
 import yaml
 
 from dex.config import Config, from_dict
-from dex.inference.load import resize_
+from dex.inference.load import FINE_TUNED, resize_
 from dex.model.build import build_model
 from dex.tasks import recipe, task
 from dex.tasks.model import TaskModel
 from dex.tasks.recipe import Settings
 from dex.tasks.task import Task
 from dex.train import checkpoint
+from dex.train.runlog import CONFIG as PRETRAINED
 
-CONFIG, CASES = "finetune.yaml", "cases.csv"
+CONFIG, CASES = FINE_TUNED, "cases.csv"
 Which = Literal["best", "last"]
 _EXPECTED = "folder: expected a folder that dex finetune wrote"
 
@@ -117,6 +118,8 @@ def read_description(folder: Path) -> Description:
     """Read ``finetune.yaml``. ValueError naming what is wrong with it."""
     path = folder / CONFIG
     if not path.is_file():
+        if (folder / PRETRAINED).is_file():
+            raise ValueError(f"{_EXPECTED}, got the pretrained run {folder}: dex finetune {folder} TASK fine-tunes it")
         raise ValueError(f"{_EXPECTED}; {folder} holds no {CONFIG}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -33,13 +33,12 @@ from dex.inference import embed_job, preprocess, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.inference.embed_job import Stopped, private_folder
 from dex.prepare import chunks, readers
-from dex.prepare.ids import Names
+from dex.prepare.ids import Names, shared_salt
 from dex.prepare.sources import Source
 from dex.tasks import geometry, overlay
 from dex.tasks.frames import Frames, read
 from dex.tasks.load import LoadedTask
 from dex.tasks.probabilities import check_window, of_frames
-from dex.tasks.salt import salt_of
 from dex.tasks.task import Case, Task
 from dex.tasks.task_dataset import Say
 
@@ -162,13 +161,14 @@ def begin(loaded: LoadedTask, items: Sequence[Item], options: Options) -> list[s
         raise ValueError(f"out: expected a folder apart from the files; {in_out} is in {options.out}")
     embed_job.begin_folder(_plan(loaded, options), options.out, PLAN)
     names = _ids(items, options)
-    (private_folder(options.out) / DONE).mkdir(mode=0o700, exist_ok=True)
+    private = private_folder(options.out)
+    private.mkdir(mode=0o700, exist_ok=True)
+    (private / DONE).mkdir(mode=0o700, exist_ok=True)
     return names
 
 
 def _ids(items: Sequence[Item], options: Options) -> list[str]:
-    salt = b"" if options.public else salt_of(options.out, private_folder(options.out))
-    private_folder(options.out).mkdir(mode=0o700, parents=True, exist_ok=True)
+    salt = b"" if options.public else shared_salt(private_folder(options.out))
     names = Names(Source("predict", "CT", "ct", public=options.public), salt)
     if not options.public:
         keys = ("\0".join((os.fspath(item.path), *((item.series,) if item.series else ()))) for item in items)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
-from dex.prepare.ids import SALT, read_salt
+from dex.prepare.ids import shared_salt
 
 
 def private_of(root: Path) -> Path:
@@ -16,26 +14,10 @@ def private_of(root: Path) -> Path:
 
 
 def salt_of(root: Path, private: Path | None) -> bytes:
-    """The salt in ``private``, or beside the data; the first of several processes creates it.
-
-    ValueError naming --private if the folder cannot be written.
-    """
-    folder = private_of(root) if private is None else private
+    """The salt in ``private``, or beside the data. ValueError naming --private if the folder cannot be written."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return read_salt(folder)
-    except PermissionError as error:
-        raise _not_writable(folder / SALT, error) from None
-    finally:
-        os.close(descriptor)
-
-
-def _not_writable(path: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"private: expected a writable folder for the salt of ids; {path}: {error.strerror}; --private DIR sets another"
-    )
+        return shared_salt(private_of(root) if private is None else private)
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(f"{error}; --private DIR sets another") from error

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dex.common.folders import check_folder
 from dex.common.ranks import ALONE, Ranks, decided, default_workers, from_first, gather, ranks_here
 from dex.common.shapes import height_width
 from dex.common.units import duration, format_bytes
@@ -290,7 +291,7 @@ def inspect_folder(log: RunLog, resume: str | Path | None, overwrite: bool, *, h
     out = log.folder
     if resume is not None and overwrite:
         raise ValueError("overwrite: expected a new run, without resume, got both")
-    _check_folder(out)
+    check_folder(out)
     if hold:
         log.hold(wait=resume is not None)
     if resume is None or (resume == "auto" and not log.holds_run()):
@@ -317,22 +318,6 @@ def inspect_folder(log: RunLog, resume: str | Path | None, overwrite: bool, *, h
         state["data_fingerprint"] = start["data"]["fingerprint"]
         state |= {name: start[name] for name in ("steps", "precision")}
     return FolderState(run=str(out), state=state, notes=notes)
-
-
-def _check_folder(out: Path) -> None:
-    """ValueError unless ``out`` is a writable folder or can become one."""
-    try:
-        os.lstat(out)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # A name that is too long or contains forbidden characters
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"out: expected the path of a folder, got {str(out)!r}: {reason}") from error
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"out: expected a folder; {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"out: expected a writable folder, got {existing}")
 
 
 def open_data(config: Config, out: Path | None = None) -> Dataset:

@@ -32,6 +32,9 @@ def test_what_was_remembered_counts_where_nothing_is_said(options, discs):
     assert sides(_task_data.open_data(str(discs), options("--split-seed", "0"), kept)) != sides(drawn)
 
 
+BLIND = ", reference 0.0000 (background only)"
+
+
 def test_words_have_intervals_only_where_there_are_any():
     import numpy as np
 
@@ -39,7 +42,7 @@ def test_words_have_intervals_only_where_there_are_any():
     truth[0, 1:3, 1:3] = 1
     scores = segmentation_scores(truth, truth, ("a",), None)
     one = of_segmentation("t", ("a",), [("1", "p", scores)])
-    assert _task_data.words(one) == "1 cases of 1 patients: dice 1.0000, hd95 0.0000, nsd 1.0000"
+    assert _task_data.words(one) == "1 cases of 1 patients: dice 1.0000, hd95 0.0000, nsd 1.0000" + BLIND
     worse = segmentation_scores(np.roll(truth, 1), truth, ("a",), None)
     many = of_segmentation("t", ("a",), [(f"{i}", f"p{i}", worse if i % 3 else scores) for i in range(12)])
     assert " to " in _task_data.words(many)

@@ -1,5 +1,6 @@
 """What all commands have in common: `dex.cli` itself."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -181,3 +182,29 @@ def test_a_closed_input_or_output_goes_to_no_other_file(closed, tmp_path):
     )
     command = f"exec {sys.executable} -c {shlex.quote(said)} {closed}"
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=False).returncode == 0
+
+
+WRITERS = [
+    ("pretrain", "--preset", "demo", "--out", "OUT"),
+    ("prepare", ".", "--modality", "CT", "--out", "OUT"),
+    ("data", "inventory", ".", "--modality", "CT", "--out", "OUT"),
+    ("report", "nowhere", "--out", "OUT/page.html"),
+    ("explain", "nowhere", "scan.png", "--out", "OUT/page.html"),
+    ("analyse", "nowhere", "--out", "OUT"),
+    ("probe", "nowhere", "images", "--out", "OUT"),
+    ("embed", "nowhere", "images", "--out", "OUT/features.npz"),
+    ("export", "nowhere", "--format", "hf", "--out", "OUT"),
+    ("finetune", "nowhere", "fives", "--out", "OUT"),
+    ("evaluate", "nowhere", "--out", "OUT"),
+    ("predict", "nowhere", "scan.png", "--out", "OUT"),
+    ("compare", "nowhere", "nowhere", "--tasks", "fives", "--out", "OUT"),
+]
+
+
+@pytest.mark.parametrize("command", WRITERS, ids=lambda command: command[0])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(command, run):
+    """Root may write to /proc by its permissions, and fails when it does."""
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("no /proc here")
+    code, _, err = run(*(text.replace("OUT", "/proc/x") for text in command))
+    assert code == 2 and "out: expected a writable folder, got /proc: " in err and err.count("\n") == 1

@@ -134,7 +134,7 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "EchoNet-Dynamic", "--out", "o"], "--root FOLDER --files 'PATTERN'"),
         (["prepare", "scans", "--modality", "CT", "--out", ""], "out: expected a folder, got ''"),
         (["prepare", "scans", "--modality", "CT", "--out", "full"], "out: expected a new or empty folder"),
-        (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder; file is something else"),
+        (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder, got the file file"),
         (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that match its patterns"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "7"], "size: expected 32 to 4096"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "big"], "argument --size: invalid int value"),

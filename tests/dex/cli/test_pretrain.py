@@ -177,7 +177,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         ),
         (["pretrain", "--preset", "demo", "--data", ""], "data.path: expected a folder, got ''"),
         (["doctor", "--data", ""], "data: expected a folder, got ''"),
-        (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder; "),
+        (["pretrain", "--preset", "demo", "--out", "file/run"], "out: expected a folder, got the file "),
         (["pretrain", "--preset", "demo", "--out", "full", "--resume", "auto"], "full holds other files"),
         (["pretrain", "--preset", "demo", "--data.batch-size", "6000"], "data.batch_size: expected at most the 529"),
         (

@@ -55,7 +55,7 @@ def test_several_ranks_are_refused(images, run, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("probe", MODEL, images, "--out", "x")
-    assert (code, err) == (2, "dex probe: WORLD_SIZE: expected 1, since dex probe runs in one process; got 2\n")
+    assert (code, err) == (2, "dex probe: WORLD_SIZE: expected 1, since dex probe runs in one process, got 2\n")
 
 
 def test_results_are_not_overwritten(images, run, tmp_path):
@@ -78,10 +78,10 @@ def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
     [
         (("--labels", "empty.csv"), "labels: expected a CSV file with columns path"),
         (("--labels", "other.csv"), "labels: expected some of the 120 files or images to have one"),
-        (("--labels", "one.csv"), "labels: expected at least 2 classes; got 'a' only"),
+        (("--labels", "one.csv"), "labels: expected at least 2 classes, got 'a' only"),
         (("--slope", "2"), "modality: expected one, since files of the formats picture do not state"),
         (("--modality", "XRY"), "modality: expected one of"),
-        (("--folds", "1"), "folds: expected at least 2; got 1"),
+        (("--folds", "1"), "folds: expected at least 2, got 1"),
         (("--labels", "absent.csv"), "labels: expected a CSV file; nothing at absent.csv"),
         (("--patient", "("), "patient: expected a regular expression"),
         (("--path", "both"), "argument --path: invalid choice"),

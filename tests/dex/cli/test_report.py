@@ -34,7 +34,7 @@ def test_several_runs_have_theirs_here_or_where_asked(run, runs, tmp_path):
         ([""], "runs, --out: expected paths, got an empty one"),
         (["a", "--out", " "], "runs, --out: expected paths, got an empty one"),
         (["nowhere"], "run nowhere: expected a run folder; no such folder"),
-        (["a", "--out", "b"], "out: expected a file to write, got the folder b"),
+        (["a", "--out", "b"], "out: expected a file, got the folder b"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(arguments, message, run, runs, tmp_path):

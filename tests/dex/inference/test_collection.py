@@ -77,11 +77,6 @@ def test_folders_may_name_the_modalities(images, tmp_path, private):
     assert not item.rows and item.notes[0].refused == "unknown modality: nothing states its modality"
 
 
-def test_one_salt_serves_all_processes(private):
-    assert collections._salt(private) == collections._salt(private)
-    assert (private / "salt").read_bytes() == collections._salt(private)
-
-
 def test_a_file_with_odd_letters_is_itself(images, tmp_path, private):
     for name in ("a[1].png", "a1.png", "a*.png"):
         shutil.copy(images / "ct" / "000.png", tmp_path / name)

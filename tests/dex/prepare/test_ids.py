@@ -1,11 +1,12 @@
 """Names of samples and patients: salted where private, safe where public."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from small_runs import SALT, described
 
-from dex.prepare.ids import Names, place_of, read_salt
+from dex.prepare.ids import Names, place_of, read_salt, shared_salt
 
 
 def test_private_names_are_salted_and_hold_nothing():
@@ -75,3 +76,15 @@ def test_salt_is_made_once_for_the_owner_alone(tmp_path):
     (tmp_path / "salt").unlink()
     (tmp_path / "salt.partial").write_bytes(b"cut short")
     assert len(read_salt(tmp_path)) == 32
+
+
+def test_one_salt_serves_all_processes(tmp_path):
+    private = tmp_path / "set.private"
+    with ThreadPoolExecutor(8) as pool:
+        salts = set(pool.map(lambda _: shared_salt(private), range(8)))
+    assert salts == {(private / "salt").read_bytes()} and private.stat().st_mode & 0o777 == 0o700
+    (private / "salt").write_bytes(b"short")
+    with pytest.raises(ValueError, match="salt: expected 32 bytes, got 5"):
+        shared_salt(private)
+    with pytest.raises(ValueError, match="private: expected a writable folder for the salt of ids, got .*/salt"):
+        shared_salt(private / "salt")

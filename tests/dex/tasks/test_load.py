@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from dex.inference.load import load
 from dex.tasks.load import load_task_model, read_description
 from dex.train import checkpoint
 
@@ -48,6 +49,12 @@ def test_a_damaged_best_checkpoint_is_passed_over_with_a_warning(finetuned, tmp_
     assert any("passed over" in str(w.message) for w in said)
 
 
+def test_it_is_no_pretrained_run_and_its_commands_are_named(finetuned):
+    for folder in (finetuned, *(finetuned / "checkpoints").glob("step-*")):
+        with pytest.raises(ValueError, match="^run: .*fine-tuned by dex finetune: dex evaluate and dex predict take"):
+            load(folder)
+
+
 @pytest.mark.parametrize("which", ["newest", None])
 def test_another_word_is_refused(finetuned, which):
     with pytest.raises(ValueError, match="checkpoint: expected best or last"):
@@ -55,8 +62,10 @@ def test_another_word_is_refused(finetuned, which):
 
 
 def test_other_folders_are_refused(pretrained, tmp_path):
-    with pytest.raises(ValueError, match="folder that dex finetune wrote; .* holds no finetune.yaml"):
+    with pytest.raises(ValueError, match="got the pretrained run .*: dex finetune .* TASK fine-tunes it"):
         load_task_model(pretrained)
+    with pytest.raises(ValueError, match="folder that dex finetune wrote; .* holds no finetune.yaml"):
+        load_task_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load_task_model(tmp_path / "none")
     with pytest.raises(ValueError, match="got the file .*file"):
