@@ -136,7 +136,7 @@ choose._dynamo_marked_constant = True
 def report() -> list[BackendStatus]:
     """Every operator and backend: whether it can run on this machine, whether it is the default, and why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = choice.found(device) if device.type == "cuda" else None
+    record = choice.record_of(device) if device.type == "cuda" else None
     rows = []
     for op in TABLES:
         default = choose(op, None, device, dtype=training_dtype(op))

@@ -1,6 +1,6 @@
-"""`dexkernels.verify`: proof, on the user's own GPU, that the kernels are right, and which backend is fastest there.
+"""``dexkernels.verify`` proves that the kernels are correct on the user's GPU and measures which backend is fastest.
 
-`run.verify` asks a process of its own (`worker`) for one step after the other: `cases` compares an operator with
-float64, `timing` times it. What it learns is a `record.Record`, kept by the `identity` of GPU and software; from it
-`choice` tells `dexkernels.ops.backends` what to use when no backend is asked for.
+``run.verify`` sends one step after another to a separate process, ``worker``: ``cases`` compares an operator with
+float64, ``timing`` times it. The result is a ``record.Record`` in a file for this ``identity`` of GPU and software.
+``choice`` reads it to tell ``dexkernels.ops.backends`` the default backends.
 """

@@ -1,6 +1,6 @@
-"""What is compared with float64 and timed: each operator, forward and backward, through its public function.
+"""The cases that are compared with float64 and timed: each operator, forward and backward, by its public function.
 
-Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen. 2 operations are one multiply-add.
+Letters: B images, N tokens (CLS first), D width, H hidden, E experts, K chosen.
 """
 
 import functools
@@ -25,10 +25,10 @@ from .record import Sizes
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Relative error that is granted whatever plain torch's is."""
+"""Relative error that is always allowed, even if plain torch's is smaller."""
 
 BOUND = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""The largest error of any right result, plain torch's too. 2e-5 catches tf32, which is near 3e-4."""
+"""Largest relative error of a correct result, also of plain torch. 2e-5 catches tf32, whose error is near 3e-4."""
 
 DTYPES = {
     "route": (torch.bfloat16, torch.float32, torch.float16),
@@ -37,10 +37,10 @@ DTYPES = {
     "group_ema_": (torch.float32,),
     "adamw_ema_": (torch.float32,),
 }
-"""Operator -> the dtypes that its kernels take."""
+"""Operator -> dtypes that its kernels accept."""
 
 SMALL = (Sizes(4, 65, 64, 128, 4, 2), Sizes(3, 5, 37, 71, 5, 3), Sizes(33, 1, 48, 96, 3, 1))
-"""Whole and cut-off tiles, sizes that are odd, an expert without images, tokens that are routed one by one."""
+"""Whole and partial tiles, odd sizes, an expert without images, tokens that are routed individually."""
 
 Run = Callable[[str], list[Tensor]]
 """``run(backend) -> results``"""
@@ -50,20 +50,20 @@ class Case(NamedTuple):
     """One operator on one set of inputs."""
 
     exact: Callable[[], list[Tensor]]
-    """The results in float64; whole numbers must be met exactly."""
+    """The results in float64; integer results must be equal."""
     run: Run
-    """Results of a backend: outputs, then gradients."""
+    """The results of a backend: outputs, then gradients."""
     timed: Callable[[str], object]
-    """What is timed of a backend; ``run``, where that does nothing beside it."""
+    """The timed call: ``run``, unless that does more than the operator."""
     limit: Callable[[], object]
-    """Takes the least time that this device could need."""
+    """A computation that takes the least time possible on this device."""
     limit_name: str
     feature: str | None = None
-    """What it needs that a backend may lack, see `dexkernels.ops.backends.LIMITS`."""
+    """The feature that a backend needs for it, see ``dexkernels.ops.backends.LIMITS``."""
 
 
 def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """Those of ``op``; the first is the one that is timed."""
+    """The cases of ``op``; the first one is timed."""
     return list(_MAKERS[op](sizes, dtype, Draw(device)))
 
 
@@ -88,7 +88,7 @@ def _copy_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
 def _route(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
     B, N, D, _, E, K = sizes
     w = draw(E, D, scale=D**-0.5)
-    x = draw(B, min(N, 2), D)  # only CLS tokens are read
+    x = draw(B, min(N, 2), D)  # Only CLS tokens are read
     x[:, 0] = cls_rows(draw, sizes, w)
     x, w, grad = x.to(dtype), w.to(dtype), draw(B, K)
 
@@ -117,12 +117,13 @@ def _grouped_mlp(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]
 
         def compute(function: Callable, real: torch.dtype, activation: str = activation) -> list[Tensor]:
             leaves = _leaves(real, x, *weights)
-            its_gates = gates.to(real if real == torch.float64 else acc).detach().requires_grad_()
-            out = function(leaves[0], routing._replace(gates=its_gates), *leaves[1:], activation=activation)
-            return [out.detach(), *torch.autograd.grad(out, [its_gates, *leaves], grad.to(real))]
+            leaf_gates = gates.to(real if real == torch.float64 else acc).detach().requires_grad_()
+            out = function(leaves[0], routing._replace(gates=leaf_gates), *leaves[1:], activation=activation)
+            return [out.detach(), *torch.autograd.grad(out, [leaf_gates, *leaves], grad.to(real))]
 
         run = _by(compute, grouped_mlp, dtype)
-        # The specification runs every expert on every token: at sizes of training plain torch in float64 must do.
+        # The specification runs every expert on every token, too much at training sizes: there plain torch in float64
+        # replaces it.
         spec = functools.partial(grouped_mlp, backend="reference") if large else reference.grouped_mlp
         need = need_of(N, B * N * (K + 1), weights[0], dtype, activation)
         yield Case(_exactly(compute, spec), run, run, _dense(sizes, dtype, draw), "dense products", need)
@@ -131,7 +132,7 @@ def _grouped_mlp(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]
 
 
 def _dense(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
-    """The six bare products of as many rows, of one expert."""
+    """The six bare products of one expert on the same number of rows."""
     B, N, D, H, _, K = sizes
     (rows, hidden), (w1, w2) = (
         (torch.ones(shape, dtype=dtype, device=draw.device) for shape in shapes)
@@ -146,7 +147,7 @@ def _dense(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Callable[[], object]
 
 
 def _layer(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Case:
-    """A whole layer with float32 masters under autocast: the director is one more expert of the same launches."""
+    """A whole layer with float32 weights under autocast, where the director is one more expert of the same launches."""
     B, N, D, H, E, K = sizes
     layer = randomize_(DEXLayer(D, H, E, K)).to(draw.device)
     x, grad = draw(B, N, D), draw(B, N, D).float()
@@ -159,18 +160,18 @@ def _layer(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Case:
 
     def run(backend: str) -> list[Tensor]:
         layer.backend = backend
-        (its_x,) = _leaves(torch.float32, x)
+        (leaf_x,) = _leaves(torch.float32, x)
         with torch.autocast(draw.device.type, dtype):
-            y, aux = layer(its_x, return_aux=True)
-        leaves = [its_x, layer.router_weight, *layer.experts.weights]
+            y, aux = layer(leaf_x, return_aux=True)
+        leaves = [leaf_x, layer.router_weight, *layer.experts.weights]
         return losses(y, aux.align_loss, aux.balance_loss, leaves, torch.float32)
 
     def exact() -> list[Tensor]:
         leaves = _leaves(torch.float64, x, layer.router_weight, *layer.experts.weights)
-        its_x, router, *weights = leaves
-        routing = reference.route(its_x, router, K, temperature=layer.temperature)
-        y = reference.grouped_mlp(its_x, routing, *weights)
-        director = reference.mlp(its_x, *(w.double() for w in layer.director.weights))
+        leaf_x, router, *weights = leaves
+        routing = reference.route(leaf_x, router, K, temperature=layer.temperature)
+        y = reference.grouped_mlp(leaf_x, routing, *weights)
+        director = reference.mlp(leaf_x, *(w.double() for w in layer.director.weights))
         return losses(y, reference.align_loss(y, director), routing.balance_loss, leaves, torch.float64)
 
     need = need_of(N, B * N * (K + 1), layer.experts.fc1_weight, dtype, "gelu")
@@ -193,7 +194,7 @@ def _align_loss(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
 
 
 def _tensors(sizes: Sizes, draw: Draw) -> list[tuple[Tensor, Tensor]]:
-    """``(director, experts)`` of the four tensors of a layer."""
+    """``(director, experts)`` for each of the four tensors of a layer."""
     return [(draw(*w.shape[1:]).float(), w.float()) for w in weights_of(draw, sizes)]
 
 
@@ -215,7 +216,7 @@ def _group_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
         return results
 
     def timed(backend: str) -> None:
-        # Not 1, with which a kernel need not read the experts.
+        # With momentum 1 a kernel would not need to read the experts.
         group_ema_(directors, experts, [weights] * len(directors), 0.999, backend=backend)
 
     num_bytes = 4 * sum(2 * d.numel() + e.numel() for d, e in pairs)
@@ -226,25 +227,26 @@ def _group_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
 def _adamw_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
     pairs, E = _tensors(sizes, draw), sizes.num_experts
     weights = draw(E).softmax(0).float()
-    plain = [(None, draw(sizes.dim).float()), *pairs]  # a parameter that no director follows, and a layer's
-    grads = [draw(*p.shape).float() for _, p in plain]
-    moments = [(draw(*p.shape, scale=0.1).float(), draw(*p.shape).square().float()) for _, p in plain]
+    parameters = [(None, draw(sizes.dim).float()), *pairs]  # A parameter without a director, then a layer's
+    grads = [draw(*p.shape).float() for _, p in parameters]
+    moments = [(draw(*p.shape, scale=0.1).float(), draw(*p.shape).square().float()) for _, p in parameters]
     rule, momentum, clip = Rule(lr=1e-2, weight_decay=0.1), 0.9, 0.5
 
-    def updates(moved: bool = True, copies: bool = True) -> list[Update]:
-        """Of copies of everything, or, to be timed, of the tensors themselves."""
+    def updates(timing: bool = False) -> list[Update]:
+        """Updates of copies of the tensors or, for timing, of the tensors themselves."""
         made = []
-        for (director, p), grad, (first, second) in zip(plain, grads, moments, strict=True):
-            its = [t.clone() if moved and t is not None else t for t in (p, first, second, director)]
-            copy = None if director is None or not copies else p.new_zeros((E + 1, *p.shape[1:]), dtype=torch.bfloat16)
+        for (director, p), grad, (first, second) in zip(parameters, grads, moments, strict=True):
+            without_copy = timing or director is None
+            copy = None if without_copy else p.new_zeros((E + 1, *p.shape[1:]), dtype=torch.bfloat16)
+            p, first, second, director = (t if timing or t is None else t.clone() for t in (p, first, second, director))
             made.append(
                 Update(
-                    parameter=its[0],
+                    parameter=p,
                     gradient=grad,
-                    exp_avg=its[1],
-                    exp_avg_sq=its[2],
+                    exp_avg=first,
+                    exp_avg_sq=second,
                     step=torch.full((), 3.0, device=draw.device),
-                    director=its[3],
+                    director=director,
                     group_weights=None if director is None else weights,
                     copy=copy,
                 )
@@ -254,10 +256,10 @@ def _adamw_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
     def run(backend: str) -> list[Tensor]:
         made = updates()
         adamw_ema_(made, rule, momentum=momentum, clip_scale=clip, backend=backend)
-        still = updates()
+        skipped = updates()
         skip = torch.ones((), dtype=torch.bool, device=draw.device)
-        adamw_ema_(still, rule, momentum=momentum, clip_scale=clip, skip=skip, backend=backend)
-        kept = [t for u in still for t in (u.parameter, u.director) if t is not None]
+        adamw_ema_(skipped, rule, momentum=momentum, clip_scale=clip, skip=skip, backend=backend)
+        kept = [t for u in skipped for t in (u.parameter, u.director) if t is not None]
         moved = [t for u in made for t in (u.parameter, u.exp_avg, u.exp_avg_sq, u.director) if t is not None]
         followed = [u for u in made if u.director is not None]
         rounded = [torch.cat((u.parameter, u.director[None])).to(torch.bfloat16) for u in followed]
@@ -265,24 +267,24 @@ def _adamw_ema(sizes: Sizes, dtype: torch.dtype, draw: Draw) -> Iterator[Case]:
         return [*moved, *kept, *wrong]
 
     def exact() -> list[Tensor]:
-        of_rule = {"lr": rule.lr, "beta1": rule.betas[0], "beta2": rule.betas[1]}
-        of_rule |= {"eps": rule.eps, "weight_decay": rule.weight_decay}
+        settings = {"lr": rule.lr, "beta1": rule.betas[0], "beta2": rule.betas[1]}
+        settings |= {"eps": rule.eps, "weight_decay": rule.weight_decay}
         results, kept = [], []
-        for (director, p), grad, (first, second) in zip(plain, grads, moments, strict=True):
+        for (director, p), grad, (first, second) in zip(parameters, grads, moments, strict=True):
             state = {"exp_avg": first.double(), "exp_avg_sq": second.double(), "step": torch.tensor(3.0)}
-            its, followed = p.double(), None if director is None else director.double()
+            parameter, follower = p.double(), None if director is None else director.double()
             shares = None if director is None else weights.double()
-            reference.adamw_ema_(its, grad.double(), state, of_rule, followed, shares, momentum, clip)
-            results += [t for t in (its, state["exp_avg"], state["exp_avg_sq"], followed) if t is not None]
+            reference.adamw_ema_(parameter, grad.double(), state, settings, follower, shares, momentum, clip)
+            results += [t for t in (parameter, state["exp_avg"], state["exp_avg_sq"], follower) if t is not None]
             kept += [t.double() for t in (p, director) if t is not None]
         return results + kept + [torch.zeros((), dtype=torch.int64, device=draw.device)] * len(pairs)
 
-    still, frozen = updates(moved=False, copies=False), Rule(lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
+    still, frozen = updates(timing=True), Rule(lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
 
     def timed(backend: str) -> None:
         adamw_ema_(still, frozen, momentum=0.999, backend=backend)
 
-    num_bytes = 4 * sum(7 * p.numel() + (0 if d is None else 2 * d.numel()) for d, p in plain)
+    num_bytes = 4 * sum(7 * p.numel() + (0 if d is None else 2 * d.numel()) for d, p in parameters)
     yield Case(exact, run, timed, _copy_of(num_bytes, draw.device), "copy")
 
 
@@ -296,7 +298,7 @@ _MAKERS: dict[str, Callable[[Sizes, torch.dtype, Draw], Iterator[Case]]] = {
 
 
 class Finding(NamedTuple):
-    """What a comparison says; ``problem`` is empty when the results are right."""
+    """The outcome of a comparison; ``problem`` is empty if the results are correct."""
 
     error: float | None
     plain_error: float | None
@@ -304,26 +306,26 @@ class Finding(NamedTuple):
 
 
 def compare(case: Case, backend: str, dtype: torch.dtype) -> Finding:
-    """Results of ``backend`` against float64: at most twice plain torch's error, and the same bits when repeated."""
+    """Compare a backend with float64: expect errors within ``bound_of``, and the same bits when repeated."""
     exact = case.exact()
     plain = errors_of(case.run("reference"), exact)
     got = case.run(backend)
     errors = errors_of(got, exact)
     worst = max(range(len(errors)), key=lambda i: errors[i])
     finding = Finding(*(e if e < float("inf") else None for e in (errors[worst], plain[worst])), "")
-    for i, (error, granted) in enumerate(zip(errors, plain, strict=True)):
-        bound = bound_of(exact[i], dtype, math.inf if backend == "reference" else granted)
+    for i, (error, plain_error) in enumerate(zip(errors, plain, strict=True)):
+        bound = bound_of(exact[i], dtype, math.inf if backend == "reference" else plain_error)
         if not error <= bound:
             return Finding(
                 error if error < float("inf") else None,
-                granted if granted < float("inf") else None,
+                plain_error if plain_error < float("inf") else None,
                 f"result {i} {list(exact[i].shape)}: error {error:.2g}, expected at most {bound:.2g}",
             )
     if backend != "reference":
         again = case.run(backend)
         for i, (a, b) in enumerate(zip(got, again, strict=True)):
             if not torch.equal(a, b):
-                return finding._replace(problem=f"result {i} {list(a.shape)}: other bits when repeated")
+                return finding._replace(problem=f"result {i} {list(a.shape)}: different bits when repeated")
     return finding
 
 
@@ -337,13 +339,13 @@ def errors_of(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def bytes_needed(sizes: Sizes) -> int:
-    """A bound of what the case that is timed takes on the device, float64 included."""
+    """An upper bound of the device memory that the timed case takes, with its float64 results."""
     B, N, D, H, E, K = sizes
     return 8 * (8 * B * N * D + 6 * B * K * N * H + 12 * (E + 1) * 2 * D * H)
 
 
 def sizes_checked(values: dict[str, Any]) -> Sizes:
-    """`Sizes` of what a user gave. ValueError names the field."""
+    """``Sizes`` from a user's values. ValueError names the field."""
     for name, value in values.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -1,4 +1,4 @@
-"""Which backend this process uses on a GPU when none is asked for: what the record of that GPU proves."""
+"""The default backends of this process on a GPU, from the record of that GPU."""
 
 import warnings
 
@@ -8,14 +8,14 @@ from .identity import identity
 from .record import Choices, Record, load
 
 _tables: dict[int, Choices] = {}
-"""Index of a GPU -> its choices, once asked for or set by `use`."""
+"""Index of a GPU -> its choices, after the first call of ``default`` or ``use``."""
 _warned = False
 
 
 def default(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
-    """The backend of ``op`` for tensors of ``dtype`` on ``device``; plain torch on a CPU, and where nothing is proven.
+    """The backend of ``op`` for ``dtype`` on ``device``: plain torch on a CPU and wherever no kernel is proven.
 
-    The first call on a GPU reads its record. Where there is none, one warning in the life of the process says so.
+    The first call on a GPU reads its record. Without a record there is one warning per process.
     """
     if device.type != "cuda" or dtype is None or not torch.cuda.is_available():
         return "reference"
@@ -30,39 +30,39 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def use(choices: Choices, device: torch.device) -> None:
-    """From now on ``choices`` decide on ``device`` in this process."""
+    """Use ``choices`` on ``device`` from now on, in this process."""
     _tables[torch.cuda.current_device() if device.index is None else device.index] = choices
 
 
 def forget() -> None:
-    """Read records anew, and warn anew."""
+    """Read records again, and allow another warning."""
     global _warned
     _tables.clear()
     _warned = False
 
 
-def found(device: torch.device) -> Record | None:
-    """The record of ``device``, if there is one that can be used."""
+def record_of(device: torch.device) -> Record | None:
+    """The record of ``device``, or None if there is none that can be used."""
     return load(identity(device))[0]
 
 
 def _recorded(device: torch.device) -> Choices:
     global _warned
-    who = identity(device)
-    record, reason = load(who)
+    machine = identity(device)
+    record, reason = load(machine)
     if record is not None:
         return record.choices()
     if not _warned:
         _warned = True
         warnings.warn(
-            f"plain torch computes, since the kernels of dexkernels were not verified on this {who}"
-            f"{f': {reason}' if reason else ''}. Run `dex verify`, or dexkernels.verify(), once, for at most three "
-            "minutes. backend='reference' asks for plain torch without this warning",
+            f"plain torch is used, since the kernels of dexkernels were not verified on this {machine}"
+            f"{f': {reason}' if reason else ''}. Run `dex verify` or dexkernels.verify() once; it takes at most three "
+            "minutes. backend='reference' selects plain torch without this warning",
             stacklevel=4,
         )
     return {}
 
 
 def in_use(device: torch.device) -> Choices:
-    """What `default` gives on ``device``, without asking for its record: empty before the first question."""
+    """The choices on ``device`` if they were already read or set, else none."""
     return _tables.get(torch.cuda.current_device() if device.index is None else device.index, {})

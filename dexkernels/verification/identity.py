@@ -1,4 +1,4 @@
-"""What a record holds for: GPU, driver, torch, CUDA, Triton and the sources of the kernels."""
+"""What a record is valid for: GPU, driver, torch, CUDA, Triton and the sources of the kernels."""
 
 import ctypes
 import functools
@@ -14,11 +14,11 @@ from .._version import __version__
 
 PACKAGE = Path(__file__).resolve().parents[1]
 INTERPRETER = "Triton's interpreter"
-"""In the place of a GPU's name, in tests."""
+"""Replaces the name of a GPU in tests."""
 
 
 class Identity(NamedTuple):
-    """Two machines with the same identity run the same kernels in the same way."""
+    """Machines with the same identity run the same kernels in the same way."""
 
     gpu: str
     architecture: str
@@ -40,7 +40,7 @@ class Identity(NamedTuple):
 
 
 def identity(device: torch.device) -> Identity:
-    """Of ``device``, a CUDA device or, for Triton's interpreter, the CPU."""
+    """The identity of ``device``: a CUDA device or, for Triton's interpreter, the CPU."""
     name, architecture, driver = INTERPRETER, device.type, "none"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -59,7 +59,7 @@ def identity(device: torch.device) -> Identity:
 
 @functools.cache
 def sources(package: Path = PACKAGE) -> str:
-    """Of everything that decides what a kernel computes: operators, tables of tiles, the native library."""
+    """Hash of everything that determines what a kernel computes: operators, tile tables, the native library."""
     digest = hashlib.sha256()
     for file in sorted([*(package / "ops").rglob("*.py"), *package.glob("_C.*")]):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
@@ -67,7 +67,7 @@ def sources(package: Path = PACKAGE) -> str:
 
 
 def _triton() -> str:
-    """Without importing it, which takes a second."""
+    """Triton's version, without importing it, which takes a second."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
         try:
             return importlib.metadata.version(name)
@@ -78,7 +78,7 @@ def _triton() -> str:
 
 @functools.cache
 def _driver() -> str:
-    """The driver's version by NVML, which comes with it; what CUDA says of it where there is none."""
+    """The driver's version from NVML, which comes with it; without NVML the driver's CUDA version."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         text = ctypes.create_string_buffer(96)

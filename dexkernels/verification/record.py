@@ -1,4 +1,4 @@
-"""What a verification found, as a file: one JSON per `Identity` in a folder of the user's cache."""
+"""The result of a verification, and its file: one JSON per ``Identity`` in the user's cache folder."""
 
 import contextlib
 import json
@@ -20,16 +20,16 @@ except ImportError:  # Windows
 FORMAT = "dexkernels verification"
 VERSION = 1
 FOLDER = "DEXKERNELS_CACHE"
-"""Environment variable: the folder of the records."""
+"""Environment variable with the folder of the records."""
 
 FASTER = 1.02
-"""How many times as fast as plain torch a backend must be: what lies below is the clock's."""
+"""A backend must be this many times as fast as plain torch; smaller differences are noise of the clock."""
 
 KEPT_SHAPES = 8
-"""Shapes whose times a record keeps, the newest ones."""
+"""Number of shapes whose times a record keeps, the newest ones."""
 
 State = Literal["right", "wrong", "failed", "absent", "no time"]
-"""``failed``: it raised, or took its process with it. ``absent``: it cannot run here. ``no time``: it was not tried."""
+"""``failed``: it raised, or its process ended. ``absent``: it cannot run here. ``no time``: it was not tried."""
 
 
 class Sizes(NamedTuple):
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
     images: int = 224
     """B"""
     tokens: int = 65
-    """N, with the CLS token; 1 where tokens are routed one by one, which are then the images."""
+    """N, with the CLS token; 1 if tokens are routed individually, each as an image."""
     dim: int = 768
     """D"""
     hidden_dim: int = 3072
@@ -53,22 +53,22 @@ class Sizes(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Whether a backend computes an operator, forward and backward, as float64 does."""
+    """Whether a backend's results of an operator, forward and backward, agree with float64."""
 
     op: str
     backend: str
     dtype: str
     state: State
     error: float | None
-    """The largest of all results, relative to float64; None where one was not finite, or there was none."""
+    """The largest relative error of all results; None if one was not finite, or there was none."""
     plain_error: float | None
-    """Plain torch's, in the same dtype, of the same result."""
+    """Plain torch's error of the same result in the same dtype."""
     detail: str
-    """What was wrong, or why it was not tried."""
+    """What was wrong, or why it was not tried; else empty."""
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one operator, forward and backward; medians of candidates that took turns."""
+    """Milliseconds of an operator, forward and backward: medians of candidates that took turns."""
 
     op: str
     backend: str
@@ -78,7 +78,7 @@ class Timing(NamedTuple):
     plain_ms: float
     limit_ms: float
     limit: str
-    """What the limit is: the bare matrix products, or a copy of as many bytes."""
+    """What the limit is: the bare matrix products, or a copy of the same number of bytes."""
 
     @property
     def ratio(self) -> float:
@@ -87,7 +87,7 @@ class Timing(NamedTuple):
 
 
 Choices = dict[tuple[str, str], str]
-"""(operator, dtype) -> backend; what is not in it takes plain torch."""
+"""(operator, dtype) -> backend; plain torch computes everything else."""
 
 
 class Record(NamedTuple):
@@ -95,13 +95,16 @@ class Record(NamedTuple):
     date: str
     seconds: float
     sizes: tuple[Sizes, ...]
-    """What was timed, the newest last."""
+    """The timed sizes, the newest last."""
     checks: tuple[Check, ...]
     times: tuple[Timing, ...]
 
     def choices(self, sizes: Sizes | None = None) -> Choices:
-        """Of every operator and dtype the fastest backend that is proven: right in every check, with the same bits when
-        repeated, and at least `FASTER` times as fast as plain torch at ``sizes`` (None: the newest)."""
+        """For every operator and dtype the fastest proven backend.
+
+        It was right in every check and is at least ``FASTER`` times as fast as plain torch at ``sizes`` (None: the
+        newest).
+        """
         sizes = sizes or self.sizes[-1]
         states: dict[tuple[str, str, str], set[State]] = {}
         for check in self.checks:
@@ -126,11 +129,11 @@ class Record(NamedTuple):
         return "; ".join(texts)
 
     def wrong(self) -> list[Check]:
-        """What must not be: results that are wrong, and kernels that fail although they can run here."""
+        """Faults: wrong results, and kernels that fail although they can run here."""
         return [check for check in self.checks if check.state in ("wrong", "failed")]
 
     def with_times_of(self, earlier: "Record | None") -> "Record":
-        """This record with the times of other sizes of an earlier one of the same identity."""
+        """This record, with the times that an earlier record of the same identity has of other sizes."""
         if earlier is None or earlier.identity != self.identity:
             return self
         kept = [sizes for sizes in earlier.sizes if sizes not in self.sizes][1 - KEPT_SHAPES :]
@@ -139,7 +142,7 @@ class Record(NamedTuple):
 
 
 def common(tables: Iterable[Choices]) -> Choices:
-    """What all agree on: ranks on different GPUs must compute with the same kernels, or their directors part."""
+    """The choices that all tables share. With different kernels, the directors of different ranks would diverge."""
     first, *others = tables
     return {key: backend for key, backend in first.items() if all(t.get(key) == backend for t in others)}
 
@@ -161,14 +164,14 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(value: Any) -> Record:
-    """Raises ValueError where ``value`` is no record of this version."""
+    """Raises ValueError if ``value`` is not a record of this version."""
     value = _fields("record", value, ("format", "version", "identity", "date", "seconds", "sizes", "checks", "times"))
     if (value["format"], value["version"]) != (FORMAT, VERSION):
-        given = f"{value['format']!r}, version {value['version']!r}"
-        raise ValueError(f"format: expected {FORMAT!r}, version {VERSION}, got {given:.80}")
+        got = f"{value['format']!r}, version {value['version']!r}"
+        raise ValueError(f"format: expected {FORMAT!r}, version {VERSION}, got {got:.80}")
     identity = Identity(**_typed("identity", value["identity"], Identity))
     if not all(isinstance(value[name], list) for name in ("sizes", "checks", "times")) or not value["sizes"]:
-        raise ValueError("sizes, checks, times: expected lists, and some sizes")
+        raise ValueError("sizes, checks, times: expected lists, with at least one size")
     shapes = [Sizes(**_typed(f"sizes[{i}]", sizes, Sizes)) for i, sizes in enumerate(value["sizes"])]
     checks = [Check(**_typed(f"checks[{i}]", check, Check)) for i, check in enumerate(value["checks"])]
     times = []
@@ -184,8 +187,8 @@ def from_json(value: Any) -> Record:
 def _fields(name: str, value: Any, fields: Iterable[str]) -> dict[str, Any]:
     fields = tuple(fields)
     if not isinstance(value, dict) or set(value) != set(fields):
-        given = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{name}: expected {', '.join(fields)}, got {given:.200}")
+        got = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{name}: expected {', '.join(fields)}, got {got:.200}")
     return value
 
 
@@ -213,17 +216,17 @@ def _check(name: str, value: Any, annotation: Any) -> None:
 
 
 def shared(record: Record) -> dict[str, Any]:
-    """The record without what could hold a path or a name: of an error its kind alone."""
+    """The record without anything that could contain a path or a name; of an error only its kind is kept."""
     kind = re.compile(r"[A-Za-z_]\w*(?=:|$)")
     checks = [
-        c if c.state == "right" else c._replace(detail=found[0] if (found := kind.match(c.detail)) else "")
+        c if c.state == "right" else c._replace(detail=match[0] if (match := kind.match(c.detail)) else "")
         for c in record.checks
     ]
     return to_json(record._replace(checks=tuple(checks)))
 
 
 def share(record: Record, path: Path) -> None:
-    """Write what is `shared` to ``path``."""
+    """Write the ``shared`` part of a record to ``path``."""
     write_json(path, shared(record))
 
 
@@ -232,15 +235,15 @@ def share(record: Record, path: Path) -> None:
 
 def folder() -> Path:
     """``$DEXKERNELS_CACHE``, else ``$XDG_CACHE_HOME/dexkernels``, else ``~/.cache/dexkernels``."""
-    if given := os.environ.get(FOLDER):
-        return Path(given).expanduser()
+    if path := os.environ.get(FOLDER):
+        return Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / "dexkernels"
     try:
         return Path.home() / ".cache/dexkernels"
     except RuntimeError as error:
-        raise OSError(f"{FOLDER}: expected a folder, since there is no home: {error}") from error
+        raise OSError(f"{FOLDER}: expected a folder, since there is no home folder: {error}") from error
 
 
 def path_of(identity: Identity) -> Path:
@@ -249,7 +252,7 @@ def path_of(identity: Identity) -> Path:
 
 
 def read(path: Path) -> Record:
-    """The record at ``path``. Raises FileNotFoundError where there is none, ValueError where it is no record."""
+    """The record at ``path``. Raises FileNotFoundError, or ValueError if the file is not a record."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, RecursionError) as error:
@@ -259,7 +262,7 @@ def read(path: Path) -> Record:
 
 
 def load(identity: Identity) -> tuple[Record | None, str]:
-    """The record of ``identity``, or None and why there is none. One of another machine counts as none."""
+    """The record of ``identity``, or None and the reason. A record of another machine does not count."""
     try:
         path = path_of(identity)
         record = read(path)
@@ -273,7 +276,7 @@ def load(identity: Identity) -> tuple[Record | None, str]:
 
 
 def write(record: Record) -> Path:
-    """Keep ``record`` as a whole file, whatever stops the process. Raises OSError where the folder can't be written."""
+    """Write ``record`` to its file, atomically. Raises OSError if the folder cannot be written."""
     path = path_of(record.identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(record))
@@ -295,8 +298,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone(identity: Identity) -> Iterator[None]:
-    """Wait until no other process verifies the same: both would time a GPU that is busy. Where no lock can be had (a
-    folder that is read-only, some network file systems) nobody waits."""
+    """Wait until no other process verifies the same identity, since both would time a busy GPU.
+
+    Without a lock (a read-only folder, some network file systems) there is no wait.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path = path_of(identity).with_suffix(".lock")

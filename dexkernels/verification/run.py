@@ -1,4 +1,4 @@
-"""`verify`: proves the kernels on this GPU, times them, and keeps what it learns."""
+"""``verify`` proves the kernels on this GPU, times them and writes a record."""
 
 import contextlib
 import datetime
@@ -22,19 +22,19 @@ from .record import Check, Record, Sizes, Timing
 from .worker import Died, Worker
 
 SECONDS = 165.0
-"""A verification's time, after which what is left counts as not tried; with its start it stays under three minutes."""
+"""Time limit of a verification: under three minutes with its start. Later checks count as not tried."""
 
 STEP_SECONDS = 75.0
-"""Of one step, compiling included: a kernel that hangs must leave the others theirs."""
+"""Time limit of one step, with compiling, so that a kernel that hangs leaves time for the others."""
 
 CHECKING = 0.7
-"""Share of the time that checks may take: what is right must also be timed, or it is not used."""
+"""Share of the time for checks. The rest is for timing, since a backend without a time is not used."""
 
 ROUNDS = 20
-"""How often each candidate is timed."""
+"""Number of times each candidate is timed."""
 
 JOBS = max(1, min(6, (os.cpu_count() or 2) // 2))
-"""Processes that check at a time."""
+"""Number of processes that check at the same time."""
 
 Say = Callable[[str], object]
 
@@ -48,48 +48,53 @@ def verify(
     keep: bool = True,
     stop: threading.Event | None = None,
 ) -> Record:
-    """Compare every kernel with float64 on this GPU, time it, and from then on use the fastest that is right.
+    """Compare every kernel with float64 on this GPU, time it, and use the fastest correct one from then on.
 
-    Every operator, forward and backward, in each dtype, on small and odd shapes: at most twice plain torch's error, and
-    the same bits when repeated. Then at ``sizes``, against plain torch and a limit (the bare matrix products, or a copy
-    of as many bytes). Kernels run in a process of their own. The record holds for this GPU, driver, torch, Triton and
-    kernel sources; every later process takes its backends from it, `Record.choices`.
+    Every operator is checked forward and backward in each dtype on small and odd shapes: its error may be at most twice
+    plain torch's, and a second run must give the same bits. Then it is timed at ``sizes``, against plain torch and a
+    limit (the bare matrix products, or a copy of the same number of bytes). Kernels run in separate processes. The
+    record is valid for this GPU, driver, torch, Triton and kernel sources; later processes take their backends from it
+    (``Record.choices``).
 
     Args:
-        sizes: of the layer that is timed; None: ViT-B with 224 images of 65 tokens, 8 experts of which 2 are chosen.
-        device: a CUDA device, the current one when None. The CPU with TRITON_INTERPRET=1, to try this without a GPU.
-        seconds: after which what is left is not tried.
+        sizes: sizes of the timed layer; None: ViT-B, 224 images of 65 tokens, 8 experts of which 2 are chosen.
+        device: a CUDA device; None: the current one. With TRITON_INTERPRET=1 it can be the CPU, to try this without a
+            GPU.
+        seconds: time limit; the remaining checks and timings are not tried.
         say: called with a line of text for each step.
-        keep: whether to write the record into the cache; this process uses it in any case.
-        stop: once it is set, what is left is not tried, and nothing is kept.
+        keep: write the record into the cache; this process uses it in either case.
+        stop: an event that ends the verification early; nothing is written then.
 
-    Returns: the record; `Record.wrong` has what must not be. Raises: ValueError naming the argument.
+    Returns:
+        The record; ``Record.wrong`` lists faults.
+
+    Raises:
+        ValueError: names the argument.
     """
     sizes = sizes_checked((sizes or Sizes())._asdict())
     where = check_device(device)
     if not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds!r}")
-    who = identity(where)
-    with record.alone(who) if keep else contextlib.nullcontext():
+    machine = identity(where)
+    with record.alone(machine) if keep else contextlib.nullcontext():
         bounds = _Bounds(where, time.monotonic() + seconds, seconds, stop or threading.Event())
-        found = _found(who, sizes, bounds, say)
-        earlier, _ = record.load(who)
-        found = found.with_times_of(earlier)
+        earlier = record.load(machine)[0]
+        result = _verified(machine, sizes, bounds, say).with_times_of(earlier)
         if keep and not bounds.stop.is_set():
             try:
-                say(f"record: {record.write(found)}")
+                say(f"record: {record.write(result)}")
             except OSError as error:
                 say(
-                    f"the record was not kept, so it holds for this process alone: {error}. Set {record.FOLDER} to a "
-                    "folder that can be written"
+                    f"the record was not kept; only this process uses it: {error}. Set {record.FOLDER} to a writable "
+                    "folder"
                 )
     if where.type == "cuda":
-        choice.use(found.choices(sizes), where)
-    return found
+        choice.use(result.choices(sizes), where)
+    return result
 
 
 def check_device(device: torch.device | str | None) -> torch.device:
-    """Raises ValueError where nothing can be verified."""
+    """The device to verify. Raises ValueError if it is not a CUDA device here."""
     try:
         where = torch.device("cuda" if device is None else device)
     except (RuntimeError, TypeError) as error:
@@ -97,11 +102,9 @@ def check_device(device: torch.device | str | None) -> torch.device:
     if where.type == "cpu" and backends.why_not("route", "triton") is None and not torch.cuda.is_available():
         return where
     if where.type != "cuda":
-        raise ValueError(f"device: expected a CUDA device, got {where}: on a CPU plain torch always computes")
+        raise ValueError(f"device: expected a CUDA device, got {where}; a CPU always uses plain torch")
     if not torch.cuda.is_available():
-        raise ValueError(
-            "device: expected a CUDA device; torch finds none. A CPU needs no record: plain torch computes"
-        )
+        raise ValueError("device: expected a CUDA device, got none (torch finds no GPU); a CPU always uses plain torch")
     if where.index is not None and where.index >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of the {torch.cuda.device_count()} CUDA devices here, got {where}")
     return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
@@ -125,17 +128,17 @@ class _Bounds(NamedTuple):
             return {"failed": str(error), "late": self.stop.is_set() or time.monotonic() >= self.deadline}
 
 
-def _found(who: Identity, sizes: Sizes, bounds: _Bounds, say: Say) -> Record:
+def _verified(machine: Identity, sizes: Sizes, bounds: _Bounds, say: Say) -> Record:
     began = time.monotonic()
-    say(f"verifying the kernels on {who}; at most {bounds.seconds:.0f} s")
+    say(f"verifying the kernels on {machine}; at most {bounds.seconds:.0f} s")
     checks = _checks(bounds._replace(deadline=began + CHECKING * bounds.seconds), say)
     times, wrong = _times(checks, sizes, bounds, say)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Record(who, today, round(time.monotonic() - began, 1), (sizes,), (*checks, *wrong), times)
+    return Record(machine, today, round(time.monotonic() - began, 1), (sizes,), (*checks, *wrong), times)
 
 
 class _Part(NamedTuple):
-    """What one step checks: a backend of an operator in one dtype, on some of the shapes."""
+    """One step of checking: a backend of an operator in one dtype, on some of the shapes."""
 
     op: str
     backend: str
@@ -144,7 +147,7 @@ class _Part(NamedTuple):
 
 
 def _parts() -> tuple[list[Check], list[_Part]]:
-    """What cannot run here, and what is to be checked: first what training computes in, and what compiles longest."""
+    """The backends that cannot run here, and the parts to check: training's dtype and long compilations first."""
     absent, parts = [], []
     for op, backend, dtype in itertools.product(sorted(DTYPES, key=_longest), backends.BACKENDS, _ORDER):
         if backend not in backends.TABLES[op] or dtype not in DTYPES[op]:
@@ -152,7 +155,7 @@ def _parts() -> tuple[list[Check], list[_Part]]:
         if reason := backends.why_not(op, backend):
             absent.append(Check(op, backend, name_of(dtype), "absent", None, None, reason))
             continue
-        # Of Triton most of the time goes into compiling, by shapes: each compiles in a process of its own.
+        # Triton mostly compiles, for each shape anew, so the shapes are separate parts that can run in parallel.
         groups = [(shape,) for shape in SMALL] if backend == "triton" else [SMALL]
         parts += [_Part(op, backend, name_of(dtype), shapes) for shapes in groups]
     return absent, sorted(parts, key=lambda part: _ORDER.index(getattr(torch, part.dtype)))
@@ -166,24 +169,24 @@ def _longest(op: str) -> int:
 
 
 def _checks(bounds: _Bounds, say: Say) -> list[Check]:
-    """Of all operators, backends and dtypes; several processes at a time, since most of the time is compiling."""
+    """Check all operators, backends and dtypes in several processes, since most of the time is compiling."""
     checks, parts = _parts()
-    of_key: dict[tuple[str, ...], list[Check]] = {}
-    wanted = Counter(part[:3] for part in parts)
-    left, lock = deque(parts), threading.Lock()
+    checks_of: dict[tuple[str, ...], list[Check]] = {}
+    number_of_parts = Counter(part[:3] for part in parts)
+    remaining, lock = deque(parts), threading.Lock()
 
     def work() -> None:
         with Worker(bounds.stop) as worker:
             while True:
                 with lock:
-                    if not left:
+                    if not remaining:
                         return
-                    part = left.popleft()
-                found = _checked(worker, part, bounds)
+                    part = remaining.popleft()
+                check = _checked(worker, part, bounds)
                 with lock:
-                    done = of_key.setdefault(part[:3], [])
-                    done.append(found)
-                    if len(done) == wanted[part[:3]]:
+                    done = checks_of.setdefault(part[:3], [])
+                    done.append(check)
+                    if len(done) == number_of_parts[part[:3]]:
                         say(_line(_merged(done)))
 
     for check in checks:
@@ -191,7 +194,7 @@ def _checks(bounds: _Bounds, say: Say) -> list[Check]:
     with ThreadPoolExecutor(min(JOBS, len(parts))) as pool:
         for future in [pool.submit(work) for _ in range(min(JOBS, len(parts)))]:
             future.result()
-    return checks + [_merged(done) for done in of_key.values()]
+    return checks + [_merged(done) for done in checks_of.values()]
 
 
 def _checked(worker: Worker, part: _Part, bounds: _Bounds) -> Check:
@@ -203,12 +206,12 @@ def _checked(worker: Worker, part: _Part, bounds: _Bounds) -> Check:
 
 
 def _merged(checks: list[Check]) -> Check:
-    """The one that is not right, if there is any; else the one of the largest error."""
+    """The check of a fault if there is any, else one that is not right, else the one with the largest error."""
     return max(checks, key=lambda c: (c.state in ("wrong", "failed"), c.state != "right", c.error or 0.0))
 
 
 def _times(checks: list[Check], sizes: Sizes, bounds: _Bounds, say: Say) -> tuple[tuple[Timing, ...], list[Check]]:
-    """Of everything that is right, one at a time; and what is wrong at these sizes after all."""
+    """Time everything that is right, one at a time. Also returns the checks that fail at these sizes."""
     times, wrong = [], []
     with Worker(bounds.stop) as worker:
         for dtype, op in itertools.product(map(name_of, _ORDER), sorted(DTYPES, key=_longest)):
@@ -228,7 +231,7 @@ def _times(checks: list[Check], sizes: Sizes, bounds: _Bounds, say: Say) -> tupl
                 wrong.append(Check(op, backend, dtype, "wrong", None, None, problem))
                 say(_line(wrong[-1]))
             if result["images"] < sizes.images:
-                say(f"  {op} {dtype}: timed with {result['images']} images, for the memory")
+                say(f"  {op} {dtype}: timed with {result['images']} images, since memory is limited")
             plain = result["ms"].pop("reference")
             for backend, ms in result["ms"].items():
                 times.append(Timing(op, backend, dtype, sizes, ms, plain, result["limit_ms"], result["limit"]))
@@ -249,16 +252,16 @@ def _time_line(timing: Timing) -> str:
     )
 
 
-def summary(found: Record, sizes: Sizes | None = None) -> Iterator[str]:
-    """What follows from a record, and what to do where a result is wrong."""
-    choices = found.choices(sizes)
+def summary(record: Record, sizes: Sizes | None = None) -> Iterator[str]:
+    """Lines about a record: the choices, and what to do if a result is wrong."""
+    choices = record.choices(sizes)
     for (op, dtype), backend in sorted(choices.items()):
         yield f"{op} in {dtype}: {backend}"
     yield "everything else: plain torch" if choices else "plain torch everywhere: no kernel was right and faster"
-    if wrong := found.wrong():
+    if wrong := record.wrong():
         names = ", ".join(dict.fromkeys(f"{c.op} {c.backend} {c.dtype}" for c in wrong))
         yield (
-            f"WRONG OR FAILED: {names}. Plain torch computes these instead. Please report it: run `dex verify --share "
-            "FILE` and open an issue with FILE, which holds no paths and no names, the text above, and the output of "
-            "`dex doctor`"
+            f"WRONG OR FAILED: {names}. Plain torch is used instead. Please report it: run `dex verify --share FILE` "
+            "and open an issue with FILE (it contains no paths or names), the text above, and the output of `dex "
+            "doctor`"
         )

@@ -1,4 +1,4 @@
-"""Times of candidates that take turns: of a GPU by its events, of a CPU by the clock (only to execute the code)."""
+"""Times of candidates that take turns: on a GPU from its events, on a CPU from the clock (only to run the code)."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ FLUSH_BYTES = 256 * 2**20
 """Bytes written before a call whose inputs must not come from the L2 cache; several times the largest L2."""
 
 HEAD_START = 2_000_000
-"""Clock cycles that the GPU idles before a call, about 1 ms, so that launch overhead is hidden."""
+"""Clock cycles that the GPU waits before a call, about 1 ms, which hide the launch overhead."""
 
 Candidate = TypeVar("Candidate")
 Result = TypeVar("Result")
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 def in_turns(
     candidates: Mapping[str, Candidate], rounds: int, warmup: int, once: Callable[[Candidate, int], Result]
 ) -> dict[str, list[Result]]:
-    """Candidate's name -> results of ``once(candidate, turn)`` in every turn after the warm-up."""
+    """Name of a candidate -> results of ``once(candidate, turn)`` in every turn after the warm-up."""
     results: dict[str, list[Result]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, candidate in candidates.items():
@@ -39,7 +39,7 @@ def seconds_of(candidate: Callable[[], object]) -> float:
 class Stopwatch:
     """Milliseconds of candidates that take turns within one run.
 
-    It times the device's work, so a candidate whose host waits for the device in between is slower.
+    The time of the device counts, including idle time if the host waits for the device within a candidate.
     """
 
     def __init__(self, device: torch.device, rounds: int = 30, warmup: int = 5, flush_bytes: int = FLUSH_BYTES):
@@ -50,7 +50,7 @@ class Stopwatch:
         self.flushed: torch.Tensor = torch.empty(flush_bytes if self.on_gpu else 0, dtype=torch.int8, device=device)
 
     def take(self, candidates: Mapping[str, Callable[[int], object]], flush: bool = False) -> dict[str, list[float]]:
-        """``{name: f}`` -> milliseconds of every round; ``f(i)`` is called with rising i, which selects its inputs."""
+        """``{name: f}`` -> milliseconds of every round. ``f(i)`` gets an increasing i, which selects its inputs."""
         times = in_turns(candidates, self.rounds, self.warmup, lambda candidate, i: self._once(candidate, i, flush))
         if self.on_gpu:
             torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""The process that runs kernels for `run.verify`: a fault or a hang there costs one step, not the user's process.
+"""The process that runs kernels for ``run.verify``: a crash or a hang costs one step, not the user's process.
 
-It reads a line of JSON for each step and answers with one. ``python -m dexkernels.verification.worker`` starts it.
+It reads a line of JSON for each step and answers with another. ``python -m dexkernels.verification.worker`` starts it.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from .timing import Stopwatch
 
 COMMAND = (sys.executable, "-P", "-m", "dexkernels.verification.worker")
 TAIL = 300
-"""Characters of what a process that died wrote last."""
+"""Number of characters kept of an error, or of the last line of a process that ended."""
 
 
 class Died(RuntimeError):
-    """The process ended, or was ended since its time was over; it is started again for the next step."""
+    """The process ended, or was killed at its time limit; the next step starts it again."""
 
 
 class Worker:
-    """``ask(step, seconds)`` gives the answer to a step. Use as a context.
+    """``ask(step, seconds)`` returns the answer to a step. Use it as a context manager.
 
-    stop: once it is set, the process is ended within half a second.
+    stop: an event that kills the process within half a second.
     """
 
     def __init__(self, stop: threading.Event | None = None, command: tuple[str, ...] = COMMAND):
@@ -52,7 +52,7 @@ class Worker:
         self.end()
 
     def ask(self, step: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises `Died` when there is no answer within ``seconds``, or the process ends."""
+        """Raises ``Died`` if there is no answer within ``seconds``, or the process ends."""
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
@@ -101,7 +101,7 @@ class Worker:
             stderr=self._errors,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # an interrupt is this process's affair
+            start_new_session=True,  # This process handles Ctrl-C
         )
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(self._process.stdout, self._lines), daemon=True).start()
@@ -114,7 +114,7 @@ class Worker:
 
 
 def _pass_on(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
-    with contextlib.suppress(ValueError, OSError):  # closed while it is read
+    with contextlib.suppress(ValueError, OSError):  # Closed while being read
         for line in stream:
             lines.put(line)
     lines.put(None)
@@ -124,9 +124,9 @@ def _pass_on(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
 
 
 def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.device) -> dict[str, Any]:
-    """All cases of these shapes that the backend can compute; the first that is wrong ends it.
+    """Check all cases of these shapes that the backend can compute, up to the first wrong one.
 
-    What is not written stays NaN, and is seen. A backend that can compute none of them is absent.
+    Memory that a kernel does not write holds NaN. A backend that can compute none of the cases counts as absent.
     """
     real, error, plain, lacking = getattr(torch, dtype), None, None, ""
     lacks = backends.LIMITS[op].get(backend, {})
@@ -137,12 +137,12 @@ def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.
                 if case.feature in lacks:
                     lacking = f"no {case.feature}: {lacks[case.feature]}"
                     continue
-                found = compare(case, backend, real)
-                if found.problem:
-                    problem = f"{sizes}: {found.problem}"
-                    return {"state": "wrong", "error": found.error, "plain_error": found.plain_error, "detail": problem}
-                if error is None or found.error > error:
-                    error, plain = found.error, found.plain_error
+                result = compare(case, backend, real)
+                if result.problem:
+                    errors = {"error": result.error, "plain_error": result.plain_error}
+                    return {"state": "wrong", **errors, "detail": f"{sizes}: {result.problem}"}
+                if error is None or result.error > error:
+                    error, plain = result.error, result.plain_error
     finally:
         torch.use_deterministic_algorithms(False)
     if error is None and lacking:
@@ -153,8 +153,10 @@ def check(op: str, backend: str, dtype: str, shapes: list[Sizes], device: torch.
 def timed(
     op: str, candidates: list[str], dtype: str, sizes: Sizes, device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """``{"ms": {backend: ...}, "limit_ms": ..., "limit": ..., "wrong": {backend: ...}, "images": ...}`` of the backends
-    that are right at these sizes too; with fewer images where the memory holds no more."""
+    """Time the backends that are also right at these sizes, with fewer images if memory is limited.
+
+    Returns ``{"ms": {backend: ...}, "limit_ms": ..., "limit": ..., "wrong": {backend: ...}, "images": ...}``.
+    """
     real = getattr(torch, dtype)
     if device.type == "cuda":
         sizes = fitting(sizes, torch.cuda.mem_get_info(device)[0])
@@ -177,7 +179,7 @@ def timed(
 
 
 def fitting(sizes: Sizes, num_bytes: int) -> Sizes:
-    """``sizes`` with as many images as fit beside their float64 results, at least one."""
+    """``sizes`` with as many images as fit into memory with their float64 results, at least one."""
     while sizes.images > 1 and bytes_needed(sizes) > 0.9 * num_bytes:
         sizes = sizes._replace(images=sizes.images // 2)
     return sizes
@@ -200,7 +202,7 @@ def answer(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until the input ends. What libraries print goes to stderr."""
+    """Answer until the input ends. Output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
@@ -208,7 +210,7 @@ def main() -> None:
         began = time.monotonic()
         result = answer(json.loads(line))
         print(json.dumps(result | {"seconds": round(time.monotonic() - began, 2)}), file=answers, flush=True)
-        if result.get("fatal"):  # this process can use its GPU no more
+        if result.get("fatal"):  # This process can no longer use its GPU
             os._exit(1)
 
 

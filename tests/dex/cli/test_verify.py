@@ -100,7 +100,7 @@ def test_wrong_usage(run, asked, arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(run):
     code, _, err = run("verify")
-    assert code == 2 and "device: expected a CUDA device; torch finds none" in err
+    assert code == 2 and "device: expected a CUDA device, got none" in err
 
 
 def test_more_processes_than_one_are_refused(run, monkeypatch):

@@ -21,7 +21,7 @@ def h100(monkeypatch, request):
         pytest.skip("--backend replaces the choice")
     proven = {("route", "bfloat16"): "triton", ("group_ema_", "float32"): "cuda"}
     monkeypatch.setattr(choice, "_tables", {0: proven})
-    monkeypatch.setattr(choice, "found", lambda device: None)
+    monkeypatch.setattr(choice, "record_of", lambda device: None)
     monkeypatch.setattr(
         backends, "MEASURED", {("sm_90", "route", "triton"): "fast", ("sm_80", "align_loss", "triton"): "so"}
     )

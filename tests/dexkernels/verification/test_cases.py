@@ -93,7 +93,7 @@ def test_other_bits_in_a_second_run_are_wrong():
             results[1] *= 1 + 1e-7 * len(calls)
         return results
 
-    assert "other bits when repeated" in compare(case._replace(run=run), "restless", torch.float32).problem
+    assert "different bits when repeated" in compare(case._replace(run=run), "restless", torch.float32).problem
 
 
 def test_timing_leaves_the_tensors_it_needs():

@@ -69,6 +69,6 @@ def test_what_is_set_for_a_process_overrules_the_file(right, h200):
 
 
 def test_found(right, h200):
-    assert choice.found(h200) is None
+    assert choice.record_of(h200) is None
     write(right)
-    assert choice.found(h200) == right
+    assert choice.record_of(h200) == right

@@ -132,7 +132,7 @@ def test_a_file_that_is_cut_anywhere_is_no_record(right, somewhere):
         (lambda v: v["times"][1]["sizes"].update(dim=0), r"times\[1\].sizes.dim: unexpected 0"),
         (lambda v: v["times"][1]["sizes"].update(dim=True), r"times\[1\].sizes.dim: unexpected True"),
         (lambda v: v.update(times=7), "sizes, checks, times: expected lists"),
-        (lambda v: v.update(sizes=[]), "sizes, checks, times: expected lists, and some sizes"),
+        (lambda v: v.update(sizes=[]), "sizes, checks, times: expected lists, with at least one size"),
         (lambda v: v["sizes"][0].update(top_k="2"), r"sizes\[0\].top_k: unexpected '2'"),
         (lambda v: v.update(date=None), "date: unexpected None"),
     ],
