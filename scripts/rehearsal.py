@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,13 +29,10 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "python")]
 import rehearsal_page  # noqa: E402
 import rehearsal_set  # noqa: E402
 from generated import atomic, settle  # noqa: E402
-from rehearsal_run import predicted, training  # noqa: E402
+from rehearsal_run import EPOCHS, PRESETS, RANKS, predicted, training  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks/results/rehearsal/cpu.json", ROOT / "docs/rehearsal.md"
 SEED = 0
-PRESETS = ("published-code", "paper")
-EPOCHS = 200
-RANKS = (2, 8, 64)
 WORKERS = (0, 2, 8)
 RANDOM_STEPS = 8
 """Steps of each preset's run, besides its first and last and an epoch's last, at which the data are resumed."""
@@ -274,11 +272,18 @@ def loading(root: Path) -> dict:
     return {"batch": batch // 8, "rows": rows, "image": read, "besides": besides}
 
 
-PARTS = {"opening": opening, "ordering": ordering, "resuming": resuming, "loading": loading, "training": training}
+PARTS = {
+    "predicted": predicted,
+    "opening": opening,
+    "ordering": ordering,
+    "loading": loading,
+    "resuming": resuming,
+    "training": training,
+}
 
 
-def measure(folder: Path, share: float = 1.0) -> dict:
-    """All results, part by part; those that an earlier start has finished are kept in ``folder``."""
+def measure(folder: Path, share: float = 1.0) -> Iterator[dict]:
+    """The results, after each part. Parts that an earlier start has finished are kept in ``folder``."""
     import torch
 
     from dex.train.runlog import describe_machine
@@ -296,7 +301,6 @@ def measure(folder: Path, share: float = 1.0) -> dict:
             "loads": [],
             "set": rehearsal_set.write(root, rehearsal_set.corpus(), share) | watch.read(),
         }
-        atomic.write(parts, json.dumps(results))
     for name, part in PARTS.items():
         if name not in results:
             watch = time.perf_counter()
@@ -304,7 +308,7 @@ def measure(folder: Path, share: float = 1.0) -> dict:
             results["loads"].append(round(os.getloadavg()[0], 1))
             print(f"{name}: {time.perf_counter() - watch:.0f} s", file=sys.stderr, flush=True)
             atomic.write(parts, json.dumps(results))
-    return results | {"predicted": predicted(PRESETS, results["set"]["train"], EPOCHS, RANKS)}
+        yield results
 
 
 def in_own_process(part, root: Path) -> dict:
@@ -322,9 +326,9 @@ def main() -> int:
     if options.page == (options.folder is not None) or (options.check and not options.page):
         parser.error("expected either FOLDER, or --page with or without --check")
     if options.folder is not None:
-        results = measure(options.folder.absolute())
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(RESULTS, json.dumps(results, indent=1) + "\n")
+        for results in measure(options.folder.absolute()):
+            atomic.write(RESULTS, json.dumps(results, indent=1) + "\n")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     command = "scripts/rehearsal.py --page"
     return settle(PAGE, rehearsal_page.page(results), check=options.check, source=RESULTS.name, command=command)

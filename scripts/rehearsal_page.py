@@ -23,25 +23,40 @@ the real set would be {corpus}.
 
 ## Opening, order, reading
 
-| | |
-| --- | --- |
 {figures}
-
-Reading processes are forked and share the index. Each keeps the order of its epoch. A rank is one of 8, with
-{batch} images of the published code's 896. "Only its own" is memory that the process shares with no other.
-
-| reading processes | first batch | memory of the rank: all, only its own | of a reading process: all, only its own |
-| --- | --- | --- | --- |
-{loading}
 
 ## Order and resume
 
 {order}
 
-{resume}
-
 ## The start of a run
 
+{runs}
+
+## One day
+
+**Not measured on a GPU.** {gpu} with the unit costs that [How a step scales](scaling.md) assumes, ViT-B, {strategy}:
+
+{days}
+
+{checkpoints}
+"""
+
+NOT_YET = "Not measured yet: `make rehearsal` does."
+
+FIGURES = """\
+| | |
+| --- | --- |
+{figures}
+
+Reading processes are forked and share the index. Each keeps the order of its epoch. A rank is one of 8, with
+{batch} images of the published code's 896. "Its own" is memory that the process shares with no other.
+
+| reading processes | first batch | memory of the rank: all, its own | of a reading process: all, its own |
+| --- | --- | --- | --- |
+{loading}"""
+
+RUNS = """\
 `dex pretrain` with each preset's data, batch, schedules and length, and a tiny network ({network}) in place of ViT-B:
 one run to step {last}, and another that stops at step {first} and resumes.
 
@@ -49,21 +64,7 @@ one run to step {last}, and another that stops at step {first} and resumes.
 | --- | --- | --- | --- | --- | --- |
 {runs}
 
-"equal": all tensors of the two last checkpoints - weights and moments - have the same bits. The first step is that of
-its row of metrics. {sizes}
-
-## One day
-
-**Not measured on a GPU.** {gpu} with the unit costs that [How a step scales](scaling.md) assumes, ViT-B, {strategy}:
-
-| preset | GPUs | step | GB a GPU | epochs a day | days for 200 epochs | images/s | cores to read, a GPU |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-{days}
-
-"Cores to read" divides the images that a GPU needs in a second by the {rate:.0f} that one core here reads. {reading}
-
-{checkpoints}
-"""
+"equal": all tensors of the two last checkpoints - weights and moments - have the same bits. {sizes}"""
 
 LOAD = 1.5
 """A higher load than this means that other programs ran at the same time."""
@@ -72,9 +73,8 @@ WORKERS = 8
 
 
 def page(results: dict) -> str:
-    set_, loading, predicted = results["set"], results["loading"], results["predicted"]
-    rate = 1 / loading["image"]
-    first, last = STOPS
+    """The page; parts that were not measured yet are named so."""
+    set_, predicted = results["set"], results["predicted"]
     return TEXT.format(
         machine=_machine(results),
         sources=set_["sources"],
@@ -85,22 +85,12 @@ def page(results: dict) -> str:
         jpegs=set_["jpegs"],
         borrowed=_listed(set_["borrowed"]),
         corpus=_size(set_["train"] * set_["jpeg_bytes"]),
-        figures=_table(_figures(results)),
-        batch=loading["batch"],
-        loading=_table(_loading(loading["rows"])),
-        order=_order(results),
-        resume=_resume(results["resuming"]),
-        network=f"{SMALL['--model.embed-dim']} wide, {SMALL['--model.depth']} layers of 8 experts, crops of "
-        f"{SMALL['--model.img-size']} pixels",
-        first=first,
-        last=last,
-        runs=_table(_runs(results["training"])),
-        sizes=_sizes(results["training"]),
+        figures=_figures(results) if {"opening", "ordering", "loading"} <= results.keys() else NOT_YET,
+        order=f"{_order(results)}\n\n{_resume(results['resuming'])}" if "resuming" in results else NOT_YET,
+        runs=_runs(results["training"]) if "training" in results else NOT_YET,
         gpu=predicted["gpu"],
         strategy=predicted["strategy"],
-        days=_table(_days(predicted["rows"], rate)),
-        rate=rate,
-        reading=_reading(predicted["rows"], rate),
+        days=_days(results),
         checkpoints=_checkpoints(predicted),
     )
 
@@ -120,11 +110,11 @@ def _machine(results: dict) -> str:
     )
 
 
-def _figures(results: dict) -> list[list[str]]:
+def _figures(results: dict) -> str:
     opening, ordering, loading = results["opening"], results["ordering"], results["loading"]
     before, after = opening["before"]["resident"], opening["after"]["resident"]
     index = after - before
-    return [
+    rows = [
         ["write the set", _times(results["set"])],
         ["open it: check and read every index", _times(opening)],
         ["memory of the index, for good", f"{_size(index)}, {index / opening['images']:.0f} bytes an image"],
@@ -135,7 +125,8 @@ def _figures(results: dict) -> list[list[str]]:
         ["memory of an order: for good, while it is computed", f"{_size(ordering['kept'])}, {_size(ordering['peak'])}"],
         ["read, hash and decode an image", f"{loading['image'] * 1e3:.2f} CPU ms"],
         ["the loader's own work on an image", f"{loading['besides'] * 1e6:.1f} CPU us"],
-    ]  # fmt: skip
+    ]
+    return FIGURES.format(figures=_table(rows), batch=loading["batch"], loading=_table(_loading(loading["rows"])))
 
 
 def _orders(rows: list[dict], temperature: float) -> str:
@@ -197,8 +188,8 @@ def _resume(resuming: dict) -> str:
     )
 
 
-def _runs(training: dict) -> list[list[str]]:
-    return [
+def _runs(training: dict) -> str:
+    rows = [
         [
             name,
             f"{row['steps']:,}",
@@ -209,6 +200,12 @@ def _runs(training: dict) -> list[list[str]]:
         ]
         for name, row in training.items()
     ]
+    network = (
+        f"{SMALL['--model.embed-dim']} wide, {SMALL['--model.depth']} layers of 8 experts, crops of "
+        f"{SMALL['--model.img-size']} pixels"
+    )
+    first, last = STOPS
+    return RUNS.format(network=network, first=first, last=last, runs=_table(rows), sizes=_sizes(training))
 
 
 def _sizes(training: dict) -> str:
@@ -221,30 +218,31 @@ def _sizes(training: dict) -> str:
     )
 
 
-def _days(rows: list[dict], rate: float) -> list[list[str]]:
-    return [
-        [
-            row["preset"],
-            str(row["gpus"]),
-            f"{row['step'] * 1e3:.0f} ms",
-            f"{row['memory'] / 1e9:.0f}",
-            f"{row['epochs_a_day']:,.0f}",
-            f"{row['days']:.2g}",
-            f"{row['images_a_second']:,.0f}",
-            f"{row['images_a_second'] / row['gpus'] / rate:.1f}",
-        ]
-        for row in rows
-    ]
-
-
-def _reading(rows: list[dict], rate: float) -> str:
-    most = max(row["images_a_second"] / row["gpus"] / rate for row in rows)
-    if most <= WORKERS:
-        return f"The {WORKERS} reading processes that a rank starts at most by default are enough."
-    return (
-        f"By default a rank starts at most {WORKERS} reading processes (`data.num_workers`). Where more cores stand in "
-        f"the table, **reading, not the GPU, sets the pace**."
+def _days(results: dict) -> str:
+    """The table, with the cores that reading takes if that was measured."""
+    rate = 1 / results["loading"]["image"] if "loading" in results else None
+    head = ["preset", "GPUs", "step", "GB a GPU", "epochs a day", "days for 200 epochs", "images/s"]
+    rows = [head, ["---"] * len(head)]
+    most = 0.0
+    for row in results["predicted"]["rows"]:
+        cells = [row["preset"], str(row["gpus"]), f"{row['step'] * 1e3:.0f} ms", f"{row['memory'] / 1e9:.0f}"]
+        cells += [f"{row['epochs_a_day']:,.1f}", f"{row['days']:.2g}", f"{row['images_a_second']:,.0f}"]
+        rows.append(cells)
+        if rate is not None:
+            cores = row["images_a_second"] / row["gpus"] / rate
+            most = max(most, cores)
+            cells.append(f"{cores:.1f}")
+    if rate is None:
+        return _table(rows)
+    rows[0], rows[1] = [*head, "cores to read, a GPU"], [*rows[1], "---"]
+    text = (
+        f'{_table(rows)}\n\n"Cores to read" divides the images that a GPU needs in a second by the {rate:.0f} that one '
+        f"core here reads, in CPU time.\nBy default a rank starts at most {WORKERS} reading processes "
+        "(`data.num_workers`)"
     )
+    if most <= WORKERS:
+        return f"{text}, which are enough."
+    return f"{text}. Where more cores stand in the table, **reading, not the GPU, sets the pace**."
 
 
 def _checkpoints(predicted: dict) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "python")]
 
+PRESETS = ("published-code", "paper")
+EPOCHS = 200
+RANKS = (2, 8, 64)
 SMALL = {
     "--model.img-size": "64",
     "--model.embed-dim": "64",
@@ -35,7 +38,7 @@ MICRO_BATCH = 112
 def training(root: Path) -> dict:
     """Runs of both presets' data and schedules: one to the second stop, another that stops in between and resumes."""
     rows = {}
-    for name in ("published-code", "paper"):
+    for name in PRESETS:
         folders = {kind: root.parent / f"{name}-{kind}" for kind in ("whole", "resumed")}
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -104,7 +107,7 @@ def weights(run: Path, step: int) -> dict[str, str]:
     from dex.train import checkpoint
 
     folder = checkpoint.newest_good(run / "checkpoints")[0].folder
-    if not folder.name.endswith(str(step)):
+    if folder.name != f"step-{step:08d}":
         raise RuntimeError(f"{run.name}: expected a checkpoint of step {step}, got {folder.name}")
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -126,16 +129,18 @@ def checkpoint_sizes(run: Path) -> dict[str, int]:
     }
 
 
-def predicted(presets: tuple[str, ...], images: int, epochs: int, gpus: tuple[int, ...]) -> dict:
+def predicted(root: Path) -> dict:
     """What one day of each preset does on GPUs, with the unit costs that docs/scaling.md assumes."""
     from scaling import GPU, MODALITIES, gpu_costs
 
     from dex.config import preset
+    from dex.data.shard_format import read_manifest
     from dex.sizing.scaling import memory, split, step, workload
 
     costs, sources = gpu_costs(GPU)
+    images = sum(row["train"] for row in read_manifest(root)[0]["modalities"])
     rows, checkpoints = [], {}
-    for name in presets:
+    for name in PRESETS:
         counted = workload(preset(name), MODALITIES)
         batch, every = counted.config.data.batch_size, counted.config.run.checkpoint_every
         checkpoints[name] = {
@@ -143,7 +148,7 @@ def predicted(presets: tuple[str, ...], images: int, epochs: int, gpus: tuple[in
             "every": every,
             "kept": counted.config.run.keep_checkpoints,
         }
-        for count in gpus:
+        for count in RANKS:
             work = counted._replace(config=split(counted.config, count, MICRO_BATCH))
             seconds = step(work, count, "ddp", costs).total
             steps = 86400 / seconds
@@ -155,7 +160,7 @@ def predicted(presets: tuple[str, ...], images: int, epochs: int, gpus: tuple[in
                     "memory": sum(memory(work, count, "ddp").values()),
                     "steps_a_day": steps,
                     "epochs_a_day": steps / (images // batch),
-                    "days": epochs * (images // batch) / steps,
+                    "days": EPOCHS * (images // batch) / steps,
                     "images_a_second": batch / seconds,
                     "checkpoints_a_day": steps / every,
                 }
