@@ -1,12 +1,12 @@
 """``dex verify``: prove the kernels on this machine's GPU, time them, and use the fastest from then on."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dex.cli._console import Parser, failed, require_one_process
 from dex.common import exits
+from dex.common.folders import check_file
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -78,11 +78,9 @@ def _file(text: str) -> Path:
     if not text.strip():
         raise ValueError(f"share: expected a file, got {text!r}")
     path = Path(text).expanduser()
-    if path.is_dir():
-        raise ValueError(f"share: expected a file; {path} is a folder")
-    folder = path.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"share: expected a file in a folder that exists and can be written, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"share: expected a file in a folder that exists, got {path}")
+    check_file(path, "share")
     return path
 
 

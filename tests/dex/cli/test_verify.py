@@ -84,7 +84,7 @@ def test_a_record_that_was_not_kept_fails(run, asked):
         (["--top-k", "9"], "top_k: expected at most num_experts = 8, got 9"),
         (["--minutes", "0"], "minutes: expected a number above 0, got 0"),
         (["--share", " "], "share: expected a file"),
-        (["--share", "."], "share: expected a file; . is a folder"),
+        (["--share", "."], "share: expected a file, got the folder ."),
         (["--share", "nowhere/x.json"], "share: expected a file in a folder that exists"),
         (["--config", "absent.yaml"], "config: expected a YAML file"),
         (["--preset", "demo-monolithic"], "config: expected a model with experts"),
