@@ -57,9 +57,9 @@ class Stopwatch:
             times = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in times.items()}
         return times
 
-    def medians(self, candidates: Mapping[str, Callable[[int], object]], flush: bool = False) -> dict[str, float]:
+    def medians(self, candidates: Mapping[str, Callable[[int], object]]) -> dict[str, float]:
         """The medians of ``take``: ``{name: f}`` -> ``{name: ms}``."""
-        return {name: statistics.median(times) for name, times in self.take(candidates, flush).items()}
+        return {name: statistics.median(times) for name, times in self.take(candidates).items()}
 
     def _once(self, candidate: Callable[[int], object], i: int, flush: bool) -> Any:
         if not self.on_gpu:

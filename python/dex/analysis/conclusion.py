@@ -66,9 +66,9 @@ def conclude(
     return Conclusion("specialised", f"The experts are specialised by modality: {cost}; {beyond}.")
 
 
-def format_interval(interval: Interval, *, signed: bool = False, digits: int = 3) -> str:
+def format_interval(interval: Interval, *, signed: bool = False) -> str:
     """``0.436 [0.402, 0.471]``, with more digits for an interval near 0."""
-    size = max(map(abs, interval))
+    size, digits = max(map(abs, interval)), 3
     while digits < 6 and 0 < size < 5 * 10.0**-digits:
         digits += 1
     value = f"{interval.value:{'+' if signed else ''}.{digits}f}"

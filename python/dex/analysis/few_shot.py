@@ -86,9 +86,9 @@ def linear(data: Labelled, folds: int = 5, seed: int = 0) -> Interval:
     return interval(predicted, data)
 
 
-def knn(data: Labelled, k: int = 20, folds: int = 5, seed: int = 0) -> Interval:
+def knn(data: Labelled, k: int = 20, folds: int = 5) -> Interval:
     """As ``linear``, for ``dex.analysis.probe.knn_vote``."""
-    predicted, fold = torch.empty_like(data.labels), folds_of(data, folds, seed)
+    predicted, fold = torch.empty_like(data.labels), folds_of(data, folds, 0)
     for number in fold.unique().tolist():
         test = fold == number
         known = data.take(~test)

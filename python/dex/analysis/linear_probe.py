@@ -3,7 +3,6 @@
 Shape letters: n images, D width, C classes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,14 +79,12 @@ def fit(
     return LinearProbe(mean, std, weight.detach(), bias.detach())
 
 
-def choose_penalty(
-    features: Tensor, labels: Tensor, folds: Tensor, classes: int, penalties: Sequence[float] = PENALTIES
-) -> float:
-    """The penalty with the best cross-validated mean accuracy over classes; the largest of equally good ones.
+def choose_penalty(features: Tensor, labels: Tensor, folds: Tensor, classes: int) -> float:
+    """The value of ``PENALTIES`` with the best cross-validated accuracy (mean over classes); the largest of equal ones.
 
     folds: int64 ``[n]``: fold of each image; all images of a patient must be in one fold.
     """
-    candidates = sorted(penalties, reverse=True)
+    candidates = sorted(PENALTIES, reverse=True)
     hits = torch.zeros(len(candidates), classes, dtype=torch.float64)
     for fold in folds.unique().tolist():
         test = folds == fold

@@ -29,11 +29,11 @@ def cka(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def expert_similarity(model: MaskedAutoencoder, images: Tensor, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
+def expert_similarity(model: MaskedAutoencoder, images: Tensor, *, batch_size: int = 64) -> list[Tensor]:
     """CKA of a layer's experts and director, float ``[E_l + 1, E_l + 1]`` per layer; the director comes last.
 
-    All get the same tokens: at most ``ROWS`` of the layer's inputs for whole ``images [B, C, S, S]``, drawn with
-    ``seed``. Experts that started as copies have 1 everywhere.
+    All get the same tokens: at most ``ROWS`` of the layer's inputs for whole ``images [B, C, S, S]``, drawn
+    with a fixed seed. Experts that started as copies have 1 everywhere.
     """
     layers = model.encoder.dex_layers
     inputs: list[list[Tensor]] = [[] for _ in layers]
@@ -51,7 +51,7 @@ def expert_similarity(model: MaskedAutoencoder, images: Tensor, *, batch_size: i
     matrices = []
     for layer, parts in zip(layers, inputs, strict=True):
         tokens = torch.cat(parts)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         tokens = tokens[torch.randperm(len(tokens), generator=generator)[:ROWS].to(tokens.device)]
         weights = [tuple(w[e] for w in layer.experts.weights) for e in range(layer.num_experts)]
         outputs = [_kernel(mlp(tokens, *w)) for w in (*weights, tuple(layer.director.weights))]

@@ -11,21 +11,15 @@ from torch import Tensor
 from dex.analysis.intervals import Interval, balanced_accuracy, bca
 from dex.analysis.linear_probe import STEPS, fit
 
-FOLDS, PENALTY = 5, 0.1
+FOLDS = 5
+"""The sources of each class are spread over the folds in random order."""
+PENALTY = 0.1
+"""Of ``dex.analysis.linear_probe.fit``; the same for all probes, so that they can be compared."""
 PIXELS = 16
 """Side of the reference pictures in pixels."""
 
 
-def leave_sources_out(
-    features: Tensor,
-    labels: Tensor,
-    sources: Tensor,
-    *,
-    folds: int = FOLDS,
-    penalty: float = PENALTY,
-    steps: int = STEPS,
-    seed: int = 0,
-) -> Interval | None:
+def leave_sources_out(features: Tensor, labels: Tensor, sources: Tensor, *, steps: int = STEPS) -> Interval | None:
     """Balanced accuracy of a standardised linear probe, cross-validated by source, with its interval over sources
     (``dex.analysis.intervals.bca``).
 
@@ -34,8 +28,6 @@ def leave_sources_out(
 
     Args:
         features: ``[n, D]``. labels, sources: int64 ``[n]``.
-        folds: the sources of each class are spread over them in an order drawn with ``seed``.
-        penalty: of ``dex.analysis.linear_probe.fit``; must be the same for probes that are compared.
         steps: largest number of optimizer steps.
     """
     labels, sources = labels.cpu(), sources.cpu()
@@ -46,19 +38,19 @@ def leave_sources_out(
     keep = (labels[:, None] == torch.tensor(used)).any(1)
     x, sources = features.cpu()[keep].double(), sources[keep]
     classes = torch.searchsorted(torch.tensor(used), labels[keep])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     fold_of: dict[int, int] = {}
     for c in used:
         shuffled = by_class[c][torch.randperm(len(by_class[c]), generator=generator)]
         for number, source in enumerate(shuffled.tolist()):
-            fold_of.setdefault(source, number % folds)
+            fold_of.setdefault(source, number % FOLDS)
     fold = torch.tensor([fold_of[source] for source in sources.tolist()])
     right = torch.zeros(len(x), dtype=torch.bool)
     for number in fold.unique().tolist():
         test = fold == number
-        probe = fit(x[~test], classes[~test], len(used), penalty, steps=steps)
+        probe = fit(x[~test], classes[~test], len(used), PENALTY, steps=steps)
         right[test] = probe.predict(x[test]) == classes[test]
-    return bca(*balanced_accuracy(right, classes, sources), seed=seed)
+    return bca(*balanced_accuracy(right, classes, sources))
 
 
 def pixels(images: Tensor) -> Tensor:

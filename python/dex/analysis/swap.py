@@ -94,7 +94,7 @@ def swapped(
     return Swap(own.loss.float().cpu(), given, modality)
 
 
-def gaps(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> list[Gap]:
+def gaps(swap: Swap, groups: Tensor) -> list[Gap]:
     """A gap for each kind and layer, and for all layers at once, with its BCa interval over groups.
 
     groups: int64 ``[B]``: patients or sources, within which images are not independent. A kind for which no image has a
@@ -105,12 +105,12 @@ def gaps(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> l
     for k, kind in enumerate(KINDS):
         for place in range(layers + 1):
             layer = None if place == layers else place
-            if gap := _gap(kind, layer, swap.given[k, place] - swap.own, swap, groups, level, seed):
+            if gap := _gap(kind, layer, swap.given[k, place] - swap.own, swap, groups):
                 result.append(gap)
     return result
 
 
-def modality_gap(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> Gap | None:
+def modality_gap(swap: Swap, groups: Tensor) -> Gap | None:
     """The cost of another modality beyond that of another image: ``mean_b(other[b] - same[b])`` in all layers at once,
     over the images that have both partners, with its interval over ``groups [B]``; kind ``"other less same modality"``.
 
@@ -118,17 +118,15 @@ def modality_gap(swap: Swap, groups: Tensor, *, level: float = 0.95, seed: int =
     intervals of the two gaps of ``gaps`` overlap. None if no image has both partners.
     """
     same, other = swap.given[0, -1], swap.given[1, -1]
-    return _gap("other less same modality", None, other - same, swap, groups, level, seed)
+    return _gap("other less same modality", None, other - same, swap, groups)
 
 
-def _gap(
-    kind: str, layer: int | None, difference: Tensor, swap: Swap, groups: Tensor, level: float, seed: int
-) -> Gap | None:
+def _gap(kind: str, layer: int | None, difference: Tensor, swap: Swap, groups: Tensor) -> Gap | None:
     """The gap of the images whose ``difference [B]`` is finite; None if there are none."""
     finite = difference.isfinite()
     if not finite.any():
         return None
-    interval = mean_over_groups(difference[finite], groups[finite], level=level, seed=seed)
+    interval = mean_over_groups(difference[finite], groups[finite])
     return Gap(kind, layer, interval, float(swap.own[finite].double().mean()))
 
 

@@ -300,11 +300,6 @@ def step(work: Workload, ranks: int, strategy: Strategy, costs: Costs) -> Step:
     )
 
 
-def checkpoint_seconds(work: Workload, costs: Costs) -> float:
-    """Seconds until a checkpoint is on disk, while training continues."""
-    return work.estimate.checkpoint / costs.store
-
-
 def days(work: Workload, step_seconds: float, images: float) -> float:
     """Days of a run over ``images`` images in total, with one batch every ``step_seconds``."""
     return images / work.config.data.batch_size * step_seconds / 86400

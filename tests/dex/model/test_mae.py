@@ -17,15 +17,6 @@ from dexkernels import align_loss
 RECORDED = Path(__file__).parents[2] / "recorded" / "mae_tiny_8_steps.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(**options):
     """A tiny model in float64 whose experts, directors, biases and norms all differ; seeded."""
     seed = options.pop("seed", 0)

@@ -15,15 +15,6 @@ from dex.model.weights import load_pretrained, read_state_dict, resize_patch_emb
 D, DEPTH, HEADS = 16, 2, 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(seed=0, **options):
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": D, "depth": DEPTH, "num_heads": HEADS, "num_experts": 4}
     sizes |= {"top_k": 2, "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}

@@ -157,7 +157,7 @@ def test_more_experts_cost_memory_and_traffic_but_no_operations():
             lambda w, s=strategy: sum(scaling.moved(w, 2, s).values()),
             lambda w, s=strategy: sum(e.payload for e in scaling.exchanges(w, 2, s).values()),
             lambda w, s=strategy: scaling.step(w, 2, s, COSTS).total,
-            lambda w: scaling.checkpoint_seconds(w, COSTS),
+            lambda w: w.estimate.checkpoint,
         ):
             assert count(works[0]) < count(works[1]) < count(works[2])
 
