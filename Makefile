@@ -11,7 +11,7 @@ TRITON := $(VENV)/triton-3.6.0
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
-.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run study study-search scaling tasks clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run study study-search scaling rehearsal tasks clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -103,6 +103,9 @@ scaling: $(INSTALLED)  ## unit costs and steps on 1, 2 and 4 ranks measured (20 
 	mkdir -p benchmarks/results/scaling
 	$(VENV)/bin/python scripts/scaling.py --measure
 	$(VENV)/bin/python scripts/scaling_page.py
+
+rehearsal: $(INSTALLED)  ## the published corpus as an index of 4.97 million images: opening, order, resume and start of a run (10 minutes of one core, 1.5 GB in runs/rehearsal), and the page about it; goes on where it stopped
+	$(VENV)/bin/python scripts/rehearsal.py runs/rehearsal
 
 tasks: $(INSTALLED)  ## real labelled images of packages: DEX, a monolithic control and a random start on six tasks, and the page about them (sized for 45 minutes on two cores); goes on where it stopped
 	$(VENV)/bin/python scripts/real_tasks.py runs/real-tasks

@@ -39,6 +39,8 @@ the real set would be {corpus}.
 
 {days}
 
+{more}
+
 {checkpoints}
 """
 
@@ -91,6 +93,7 @@ def page(results: dict) -> str:
         gpu=predicted["gpu"],
         strategy=predicted["strategy"],
         days=_days(results),
+        more=_more_gpus(predicted["rows"]),
         checkpoints=_checkpoints(predicted),
     )
 
@@ -99,8 +102,8 @@ def _machine(results: dict) -> str:
     machine, loads = results["machine"], results["loads"]
     return (
         f"Measured on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, one thread a process, Python "
-        f"{machine['python']}, torch {machine['torch']}, numpy {machine['numpy']}, {commit_of(machine)}. Load of the "
-        f"machine: {min(loads)} to {max(loads)}"
+        f"{machine['python']}, torch {machine['torch']}, numpy {machine['numpy']}, {commit_of(machine)}.\n"
+        f"Load of the machine: {_range(loads)}"
         + (
             ".\n**Other programs ran at the same time, so times by the clock are far too long**; CPU seconds, of this "
             "process alone, are\nless affected."
@@ -245,6 +248,20 @@ def _days(results: dict) -> str:
     return f"{text}. Where more cores stand in the table, **reading, not the GPU, sets the pace**."
 
 
+def _more_gpus(rows: list[dict]) -> str:
+    """How much faster the most GPUs are than the second most."""
+    parts = []
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        fewer, most = [row for row in rows if row["preset"] == name][-2:]
+        images = most["images_a_second"] * most["step"] / most["gpus"]
+        ratio = fewer["days"] / most["days"]
+        parts.append(f"{ratio:.2f} times as fast with {name} ({images:.0f} images a GPU and step)")
+    return (
+        f"The batch is the preset's. Compared with {fewer['gpus']} GPUs, {most['gpus']} are only {_listed(parts)}:\n"
+        "communication and fixed costs remain."
+    )
+
+
 def _checkpoints(predicted: dict) -> str:
     name, size = next(iter(predicted["checkpoints"].items()))
     rows = [row for row in predicted["rows"] if row["preset"] == name]
@@ -252,7 +269,7 @@ def _checkpoints(predicted: dict) -> str:
     written = _size(rows[-1]["checkpoints_a_day"] * size["bytes"])
     return (
         f"A checkpoint has {_size(size['bytes'])} (estimated), one is written every {size['every']:,} steps, and the "
-        f"newest {size['kept']} stay. With {name}, that is {a_day} a day on "
+        f"newest {size['kept']} stay.\nWith {name}, that is {a_day} a day on "
         f"{_listed([str(row['gpus']) for row in rows])} GPUs, on the last {written} a day: a larger "
         "`run.checkpoint_every` suits it better."
     )
@@ -267,6 +284,10 @@ def _size(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}" if num_bytes < 10 * unit else f"{num_bytes / unit:.0f} {name}"
     return f"{num_bytes / 1e3:.0f} kB"
+
+
+def _range(loads: list[float]) -> str:
+    return str(loads[0]) if min(loads) == max(loads) else f"{min(loads)} to {max(loads)}"
 
 
 def _listed(words: list[str]) -> str:
