@@ -59,17 +59,8 @@ One slice in {every} of each training volume is used for validation."""
 BY_HAND = """
 ## One task by hand
 
-From the checkpoint of `make pretrain` to masks of a DICOM series that it was not fine-tuned on:
-
-```bash
-python scripts/real_tasks.py runs/real-tasks --data            # fetches the packages and cuts the labelled images
-CT=runs/real-tasks/data/ct-organs-dicom
-dex finetune RUN $CT.yaml --data $CT --preset cpu --img-size 96 --lr 1e-3 --epochs 18 --warmup-epochs 1 --out runs/ct
-dex predict runs/ct $CT/test/images/dicom~0 --out predictions --overlays
-```
-
-`runs/ct/report.html` has the scores on the test series, `predictions` the mask as NIfTI in the series' space. `make
-pretrain` has seen images of these series, without labels, as `dex tasks $CT.yaml --data $CT --run RUN` reports.
+[From `make pretrain` to masks of a CT series](tasks.md#from-make-pretrain-to-masks-of-a-ct-series) has the commands for
+one of these tasks, with what they write.
 """
 SCORES = """
 ## Results

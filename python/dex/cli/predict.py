@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     )
     loaded = load_task_model(options.folder, options.checkpoint)
     device = resolve_device(options.device)
-    files = predict.inputs(options.file)
+    files = predict.inputs(options.file, out)
     items = predict.parted(files, loaded.task, options.series or ())
     ids = predict.begin(loaded, items, job)
     loaded.model.to(device)
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
             table = predict.private_folder(out) / predict.FILES
             print(f"refused: {sum(summary.refused.values()):,} files ({reasons}); {table} lists them")
         if not summary.done:
-            return failed("dex predict", "file: expected at least one readable file, got none")
+            return failed("dex predict", f"file: expected at least one readable file, got none; {summary.example}")
         print(f"{out}: {summary.done:,} of {len(items):,} files, {out / predict.TABLE}")
         return exits.DONE
 

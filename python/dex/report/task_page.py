@@ -83,7 +83,7 @@ def write(
     if other is not None:
         sections.append(compared(name, list(seeds) or [evaluation], other))
     sections.append(Section("basis", "Basis of the numbers", _basis(evaluation, settings, leak, notes)))
-    notices = [*([_PRIVATE] if pictures else []), *notes]
+    notices = [*([_PRIVATE] if pictures else []), *(note[:1].upper() + note[1:] for note in notes)]
     page = document.document("Evaluation of a task", evaluation.task, _headline(evaluation, name), notices, sections)
     document.write(page, out, MODE if pictures else 0o666)
 
@@ -105,6 +105,9 @@ def _headline(evaluation: Evaluation, name: str) -> str:
         verdict = f"{title} {first.value:.3f} over {basis}, without an interval: {first.why}."
     else:
         verdict = f"{title} {first.value:.3f}, 95 % interval {first.low:.3f} to {first.high:.3f}, over {basis}."
+    baseline = evaluation.baseline()
+    if baseline.value is not None:
+        verdict += f" Reference: {baseline.name} scores {baseline.value:.3f}."
     facts = [name, *(f"{k} {evaluation.about[k]}" for k in ("mode", "path", "split", "seed") if k in evaluation.about)]
     if "step" in evaluation.about:
         facts.insert(1, f"step {evaluation.about['step']}")

@@ -372,13 +372,18 @@ def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> di
         numbers = range(len(task.classes))
         by_class = tuple(pixels[n] for n in numbers) if task.kind == "segmentation" else ()
         counts[side] = Count(len(cases), frames or len(cases), by_class, tuple(present[n] for n in numbers))
-        lacking = [task.classes[n] for n in numbers if not present[n]]
-        if lacking:
-            raise ValueError(
-                f"masks: expected each class in {side}; none of its {len(cases):,} cases contains "
-                f"{', '.join(lacking)}; leave these classes out of --classes, or draw the split with another seed"
-            )
+        require_classes(task, side, len(cases), [present[n] for n in numbers])
     return counts
+
+
+def require_classes(task: Task, side: str, cases: int, present: Sequence[int]) -> None:
+    """ValueError naming the classes that none of a split's cases contains. present: by class, 0 if it is missing."""
+    lacking = [name for name, count in zip(task.classes, present, strict=True) if not count]
+    if lacking:
+        raise ValueError(
+            f"masks: expected each class in {side}; none of its {cases:,} cases contains {', '.join(lacking)}; leave "
+            "these classes out of --classes, or draw the split with another seed"
+        )
 
 
 __all__ = [
@@ -394,4 +399,5 @@ __all__ = [
     "check_targets",
     "open_task",
     "read",
+    "require_classes",
 ]

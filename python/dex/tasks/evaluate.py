@@ -27,7 +27,7 @@ from dex.tasks.reading import frames_of
 from dex.tasks.recipe import Settings
 from dex.tasks.sheet import Key
 from dex.tasks.task import SPLITS
-from dex.tasks.task_dataset import Say, checked
+from dex.tasks.task_dataset import Say, check_distances, checked
 
 FILE = "evaluation.json"
 
@@ -96,6 +96,7 @@ def evaluate(
     contents = frames_of(cases, task, options.workers)
     for done, (case, frames) in enumerate(zip(cases, contents, strict=True)):
         say(done, len(cases), "evaluating")
+        check_distances(case, frames)
         predicted = _predicted(loaded, case, checked(case, frames, task), options)
         fingerprint.update(_content(predicted))
         if predicted.masks is not None:

@@ -29,11 +29,9 @@ _SIDES = tuple(
 _MASK_FOLDERS = ("masks", "labels", "segmentations")
 _MASK_ENDINGS = ("_mask", "_seg", "_label", "_labels", "_gt", "_segmentation")
 FORMS = (
-    "expected one of\n"
-    "  --labels labels.csv with columns file and label (or mask), optionally patient and split\n"
-    "  [train|val|test/]CLASS/FILE, a folder for each class\n"
-    "  [train|val|test/]images/NAME.* with masks/NAME.*, or NAME.* with NAME_mask.* beside it\n"
-    "  nnU-Net's imagesTr, labelsTr and dataset.json"
+    "expected --labels labels.csv with columns file and label (or mask), optionally patient and split; or a folder for "
+    "each class, [train|val|test/]CLASS/FILE; or [train|val|test/]images/NAME.* with masks/NAME.*; or NAME.* with "
+    "NAME_mask.* beside it; or nnU-Net's imagesTr, labelsTr and dataset.json"
 )
 
 
@@ -166,7 +164,7 @@ def of_folder(files: Files, task: Task) -> Own:
         own = form(files, task)
         if own is not None:
             return own
-    raise ValueError(f"data: {FORMS}\ngot {files.root} with {_described(files)}")
+    raise ValueError(f"data: {FORMS}, got {files.root} with {_described(files)}")
 
 
 def _described(files: Files) -> str:

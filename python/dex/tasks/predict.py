@@ -75,13 +75,17 @@ class Summary(NamedTuple):
     done: int
     refused: dict[str, int]
     """Numbers of refused files by reason."""
+    example: str = ""
+    """The first refused file and its reason in whole; for the user's own terminal."""
 
 
-def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files and DICOM folders in the arguments, in order and without duplicates; a folder stands for its contents.
+def inputs(arguments: Sequence[str | os.PathLike[str]], out: Path | None = None) -> list[Path]:
+    """The files and DICOM folders in the arguments, in order and without duplicates; a folder stands for its contents,
+    but not for earlier predictions in ``out``.
 
     Links below a folder are not followed. Raises: FileNotFoundError, ValueError.
     """
+    own = [] if out is None else [Path(os.path.abspath(folder)) for folder in (out, private_folder(out))]
     expected = "file: expected files, DICOM folders, or folders of them"
     paths: dict[Path, None] = {}
     if not arguments:
@@ -92,17 +96,17 @@ def inputs(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
         path = Path(os.path.abspath(Path(argument).expanduser()))
         if not path.exists():
             raise FileNotFoundError(f"{expected}; nothing at {argument}")
-        files = list(_below(path)) if path.is_dir() else [path]
+        files = list(_below(path, own)) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"{expected}; {argument} holds no file of the formats {', '.join(readers.formats())}")
         paths.update(dict.fromkeys(files))
     return list(paths)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files of a known format, and folders with DICOM files directly in them."""
+def _below(folder: Path, without: Sequence[Path]) -> Iterator[Path]:
+    """Files of a known format, and folders with DICOM files directly in them, except in the folders ``without``."""
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) not in without)
         has_series = False
         for name in sorted(names):
             path = Path(place) / name
@@ -378,7 +382,8 @@ def _finish(
     _write_table(private, ["id", "file", "series", REFUSED], list(known.values()), 0o600)
     for partial in options.out.glob(f"*{atomic.PARTIAL}*"):  # Left by killed processes
         partial.unlink(missing_ok=True)
-    return Summary(sum(id in done for id in ids), embed_job.reasons(refused.values()))
+    example = next((f"{item.path}: {refused[id]}" for id, item in zip(ids, items, strict=True) if id in refused), "")
+    return Summary(sum(id in done for id in ids), embed_job.reasons(refused.values()), example)
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], mode: int) -> None:

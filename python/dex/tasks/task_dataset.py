@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dex.data.order import permutation
-from dex.tasks.cases import Case, Frames, TaskData
+from dex.tasks.cases import SPLITS, Case, Frames, TaskData, require_classes
 from dex.tasks.geometry import Placement, placement
 from dex.tasks.model import outputs_of
 from dex.tasks.reading import frames_of
@@ -188,23 +188,32 @@ class Splits(NamedTuple):
 
 
 def read_splits(data: TaskData, size: int, settings: Settings, say: Say = lambda done, total, text: None) -> Splits:
-    """Read and check the training and validation cases. ValueError naming what training cannot use.
+    """Read and check every case; those of training, and the validation cases of an epoch, are kept.
 
-    Without validation cases, a note says that no best checkpoint can be chosen.
+    Without validation cases, a note says that no best checkpoint can be chosen. ValueError naming what training or the
+    evaluation after it cannot use.
     """
     task = data.task
-    sides = {side: [case for case in data.cases if case.split == side] for side in ("train", "val", "test")}
+    sides = {side: [case for case in data.cases if case.split == side] for side in SPLITS}
     if not sides["train"]:
         raise ValueError(f"data: expected training cases of {task.name}, got {_counted(sides)}")
     val_cases = spread_cases(sides["val"], settings.evaluate_cases)
     train, val = TaskDataset(task, size), TaskDataset(task, size)
-    total = len(sides["train"]) + len(val_cases)
-    cases = [*((train, case) for case in sides["train"]), *((val, case) for case in val_cases)]
-    contents = frames_of([case for _, case in cases], task, settings.processes)
-    for done, ((dataset, case), frames) in enumerate(zip(cases, contents, strict=True)):
-        say(done, total, "reading cases")
-        dataset.add(case, checked(case, frames, task))
+    kept = {case: dataset for dataset, cases in ((train, sides["train"]), (val, val_cases)) for case in cases}
+    cases = [*kept, *(case for side in ("val", "test") for case in sides[side] if case not in kept)]
+    present = {side: np.zeros(len(task.classes), np.int64) for side in SPLITS}
+    contents = frames_of(cases, task, settings.processes)
+    for done, (case, frames) in enumerate(zip(cases, contents, strict=True)):
+        say(done, len(cases), "reading cases")
+        present[case.split] += _contained(checked(case, frames, task), task)
+        if case.split == "test":
+            check_distances(case, frames)
+        if case in kept:
+            kept[case].add(case, frames)
     notes = list(_check_classes(train, val, task))
+    for side in ("val", "test"):
+        if sides[side]:
+            require_classes(task, side, len(sides[side]), present[side].tolist())
     if not val_cases:
         notes.append("no validation cases: the last checkpoint counts as the best, and the run does not end early")
     elif len(val_cases) < len(sides["val"]):
@@ -236,6 +245,22 @@ def checked(case: Case, frames: Frames, task: Task) -> Frames:
     return frames
 
 
+def check_distances(case: Case, frames: Frames) -> None:
+    """ValueError for a mask of unevenly spaced slices: HD95 and NSD in mm need a single spacing."""
+    if frames.masks is not None and frames.grid is not None and not frames.grid.even:
+        raise ValueError(
+            f"file: expected evenly spaced slices, which distances in mm need, got others in {case.image}; add the "
+            "missing slices, or leave out those with another spacing"
+        )
+
+
+def _contained(frames: Frames, task: Task) -> np.ndarray:
+    """Bool ``[C]``: the classes that the target contains."""
+    if frames.masks is None:
+        return np.arange(len(task.classes)) == frames.label
+    return np.bincount(frames.masks.ravel(), minlength=256)[1 : len(task.classes) + 1] > 0
+
+
 def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator[str]:
     """Notes on missing classes. ValueError if there is nothing to learn."""
     first = int(task.kind == "segmentation")
@@ -254,7 +279,7 @@ def _check_classes(train: TaskDataset, val: TaskDataset, task: Task) -> Iterator
     if len(val):
         absent = [name for name, n in zip(task.classes, val.counts[first:].tolist(), strict=True) if n == 0]
         if absent:
-            yield f"no validation case contains {', '.join(absent)}: the validation metric ignores them"
+            yield f"the validation cases of an epoch do not contain {', '.join(absent)}: the metric ignores them"
 
 
 def _counted(sides: dict[str, list[Case]]) -> str:

@@ -1,5 +1,6 @@
 """`dex predict` from the command line, on a tiny model that was fine-tuned for it."""
 
+import shutil
 import signal
 
 import numpy as np
@@ -52,7 +53,16 @@ def test_masks_of_a_folder(run, finetuned):
 def test_nothing_that_can_be_used_is_a_failure(run, finetuned, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     code, _, err = run("predict", finetuned / "tuned", "a.png", "--out", "out", "--workers", "0")
-    assert code == 1 and "expected at least one readable file" in err
+    said = "file: expected at least one readable file, got none; "
+    assert code == 1 and f"{said}{tmp_path / 'a.png'}: unreadable" in err and err.count("\n") == 1
+
+
+def test_a_second_start_with_the_output_among_the_files(run, finetuned, tmp_path):
+    shutil.copytree(finetuned / "data/images", tmp_path / "scans")
+    words = ("predict", finetuned / "tuned", "scans", "--out", "scans/masks ü", "--workers", "0")
+    for _ in range(2):
+        code, out, _ = run(*words)
+        assert code == 0 and "8 of 8 files" in out
 
 
 def test_a_signal_leaves_what_is_written(run, finetuned, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_segmentation_in_whole(tmp_path):
         settings=Settings(epochs=7),
         pictures=pictures(evaluation),
         leak="no case is a copy of a pretraining image",
-        notes=["Labels by a model", *ABOUT["notes"]],
+        notes=["labels by a model", *ABOUT["notes"]],
         other=Other("control", [segmented(0, 0.6)]),
     )
     source, text = out.read_text(encoding="utf-8"), text_of(out)
@@ -43,6 +43,7 @@ def test_a_segmentation_in_whole(tmp_path):
     assert anchors == ["classes", "cases", "pictures", "confusion", "comparison", "basis"]
     dice = evaluation.estimate("dice")
     assert f"Dice {dice.value:.3f}, 95 % interval {dice.low:.3f} to {dice.high:.3f}, over 6 patients, 12" in text
+    assert "Reference: background only scores 0.000." in text
     assert source.count("data:image/png;base64") == 3 and stat.S_IMODE(out.stat().st_mode) == 0o600
     for words in (
         "fives-full is better than control",
@@ -71,6 +72,8 @@ def test_a_classification_in_whole(tmp_path):
     write(tmp_path / "r.html", evaluation)
     source, text = (tmp_path / "r.html").read_text(), text_of(tmp_path / "r.html")
     assert re.findall(r'<section id="(\w+)"', source) == ["classes", "cases", "confusion", "reliability", "basis"]
+    name, value = evaluation.baseline()
+    assert f"Reference: {name} scores {value:.3f}." in text
     reliability = evaluation.reliability()
     assert f"ECE {reliability.ece:.3f}; perfectly" in text and f"give {reliability.by_chance:.3f} on average" in text
     assert "pretraining set: 12 copies" in text and "Without an interval: ECE: chance" in text

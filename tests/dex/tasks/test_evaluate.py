@@ -10,6 +10,7 @@ from dex.tasks import evaluate as job
 from dex.tasks.cases import open_task, read
 from dex.tasks.evaluate import Options, evaluate
 from dex.tasks.finetune import finetune
+from dex.tasks.frames import Grid
 from dex.tasks.load import load_task_model
 
 
@@ -37,6 +38,14 @@ def test_scores_are_of_the_images_own_size(loaded, data, monkeypatch):
     evaluation = evaluate(loaded, data, Options())
     assert len(evaluation.cases) == len(data.of("test")) and evaluation.estimate("dice").value == 1.0
     assert sum(map(sum, evaluation.confusion)) == 40 * 56 * len(evaluation.cases)
+
+
+def test_distances_need_evenly_spaced_slices(loaded, data, monkeypatch):
+    grid = Grid(np.eye(4), (56, 40, 1), "axial", (0, 1, 2), (1, 1, 1), (), even=False)
+    contents = [read(case, data.task)._replace(grid=grid) for case in data.of("test")]
+    monkeypatch.setattr(job, "frames_of", lambda cases, task, processes: iter(contents))
+    with pytest.raises(ValueError, match="file: expected evenly spaced slices, which distances in mm need"):
+        evaluate(loaded, data, Options())
 
 
 def test_it_says_what_it_is_about_without_a_path(loaded, data):

@@ -167,6 +167,10 @@ def test_which_files_arguments_name(discs, tmp_path, save_series):
     (folder / "link.png").symlink_to(folder / "deep/a.png")
     found = predict.inputs([folder, folder / "deep/a.png", str(folder)])
     assert found == [folder / "deep/a.png"]
+    for name in ("out", "out.private", "outlook"):  # Earlier predictions are no input, other folders are
+        (folder / name).mkdir()
+        (folder / name / "b.png").write_bytes((folder / "deep/a.png").read_bytes())
+    assert predict.inputs([folder], folder / "out") == [folder / "deep/a.png", folder / "outlook/b.png"]
     with pytest.raises(FileNotFoundError, match="nothing at .*absent"):
         predict.inputs([tmp_path / "absent"])
     (tmp_path / "nothing").mkdir()
@@ -279,7 +283,8 @@ def test_a_series_is_chosen_by_number_or_uid(of_ct, export, tmp_path):
     assert not (tmp_path / "none").exists()
     files = [export, tmp_path / "s2"]  # s2 was saved without a number
     ids, summary = go(of_ct, files, Options(tmp_path / "some"), ["4"])
-    assert summary == predict.Summary(1, {"inconsistent": 1})
+    assert (summary.done, summary.refused) == (1, {"inconsistent": 1})
+    assert "0 of them match" in summary.example
     rows = table(predict.private_folder(tmp_path / "some") / predict.FILES)
     (reason,) = [row["refused"] for row in rows if row["refused"]]
     assert "it holds 1 series or volumes, by Series Number ? (3 images)" in reason and "0 of them match" in reason

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dex.tasks import task_dataset
-from dex.tasks.cases import Case, Frames, TaskData
+from dex.tasks.cases import Case, Frames, Grid, TaskData
 from dex.tasks.recipe import Settings
 from dex.tasks.task import IGNORED, Task
 from dex.tasks.task_dataset import TaskDataset, checked, read_splits, spread_cases, square
@@ -148,9 +148,39 @@ def test_notes_say_what_an_epoch_is_judged_by(monkeypatch):
     many = splits_of(monkeypatch, [("train", whole), *[("val", whole)] * 5])
     assert many.notes == ("epochs are evaluated on 2 of 5 validation cases (evaluate_cases)",)
     assert [c.image for c in many.val.cases] == ["1", "3"]
-    absent = splits_of(monkeypatch, [("train", whole), ("val", frames(masked(0)))])
-    assert absent.notes == ("no validation case contains a, b: the validation metric ignores them",)
+    nothing = frames(masked(0))
+    absent = splits_of(monkeypatch, [("train", whole), *[("val", each) for each in (nothing, whole, nothing, whole)]])
+    assert absent.notes[0] == "the validation cases of an epoch do not contain a, b: the metric ignores them"
     assert absent.fingerprint != many.fingerprint
+
+
+@pytest.mark.parametrize("side", ["val", "test"])
+def test_a_class_missing_from_another_split_is_refused(monkeypatch, side):
+    only = np.zeros((1, 8, 8), np.uint8)
+    only[0, 0] = 1
+    for contents, lacking in ((masked(0), "a, b"), (only, "b")):
+        message = f"masks: expected each class in {side}; none of its 2 cases contains {lacking}; leave these"
+        with pytest.raises(ValueError, match=message):
+            splits_of(monkeypatch, [("train", frames(masked(1))), *[(side, frames(contents))] * 2])
+
+
+@pytest.mark.parametrize("side", ["val", "test"])
+def test_every_case_is_read_before_training_and_only_those_needed_are_kept(monkeypatch, side):
+    whole = frames(masked(1))
+    kept = splits_of(monkeypatch, [("train", whole), *[(side, whole)] * 4])
+    assert (len(kept.train), len(kept.val)) == (1, 2 if side == "val" else 0)
+    unknown = frames(masked(1))
+    unknown.masks[0, 0, 0] = 9
+    with pytest.raises(ValueError, match="data: expected values 0 to 2 of s, or 255 for ignored pixels; the mask of 2"):
+        splits_of(monkeypatch, [("train", whole), (side, whole), (side, unknown), (side, whole)])
+
+
+def test_distances_need_evenly_spaced_slices(monkeypatch):
+    grid = Grid(np.eye(4), (8, 8, 1), "axial", (0, 1, 2), (1, 1, 1), (), even=False)
+    whole, uneven = frames(masked(1)), frames(masked(1))._replace(grid=grid)
+    assert len(splits_of(monkeypatch, [("train", uneven), ("val", uneven), ("test", whole)]).train) == 1
+    with pytest.raises(ValueError, match="file: expected evenly spaced slices, .* got others in 1; add the missing"):
+        splits_of(monkeypatch, [("train", whole), ("test", uneven)])
 
 
 def test_cases_are_spread_over_the_list():

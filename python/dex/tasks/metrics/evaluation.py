@@ -59,6 +59,14 @@ class ClassifiedCase(NamedTuple):
     probabilities: tuple[float, ...]
 
 
+class Baseline(NamedTuple):
+    """What a model without any knowledge of the images would score."""
+
+    name: str
+    value: float | None
+    """The primary metric; None if it has no value for such a model."""
+
+
 class Evaluation(NamedTuple):
     """Created and checked by ``of_segmentation``, ``of_classification`` or ``evaluation_file.read``."""
 
@@ -111,6 +119,18 @@ class Evaluation(NamedTuple):
         """Every metric of this kind of task, the primary one first."""
         names = [name for name, metric in METRICS.items() if metric.kind == self.kind]
         return {name: self.estimate(name) for name in sorted(names, key=lambda name: name != self.metric)}
+
+    def baseline(self) -> Baseline:
+        """Background only, or always the most frequent class of these cases."""
+        if self.kind == "segmentation":
+            missed = any(c.state in ("scored", "missed") for case in self.cases for c in case.classes)
+            return Baseline("background only", 0.0 if self.metric == "dice" and missed else None)
+        counts = [sum(case.label == of for case in self.cases) for of in range(len(self.classes))]
+        most = counts.index(max(counts))
+        always = tuple(float(of == most) for of in range(len(self.classes)))
+        constant = self._replace(cases=tuple(case._replace(probabilities=always) for case in self.cases))
+        value = float(constant.measure(self.metric).statistic(torch.ones(1, len(self.patients), dtype=torch.float64)))
+        return Baseline(f"always {self.classes[most]}", None if math.isnan(value) else value)
 
     def by_class(self, metric: str) -> tuple[Estimate, ...]:
         """A metric of each class."""

@@ -38,6 +38,17 @@ def test_a_classification_in_numbers(classified):
     assert got.reliability().ece == summary["ece"].value
 
 
+def test_the_baseline_is_what_a_blind_model_scores(classified, segmented):
+    assert segmented().baseline() == ("background only", 0.0)
+    assert segmented()._replace(metric="hd95").baseline().value is None  # HD95 of an empty mask
+    names = ("x", "y", "z")
+    labels, cases = np.array([1, 1, 1, 0, 0, 2]), [(f"{i}", f"p{i}") for i in range(6)]
+    got = of_classification("t", names, cases, np.full((6, 3), 1 / 3), labels)
+    for metric, value in (("accuracy", 1 / 2), ("balanced_accuracy", 1 / 3), ("auc", 1 / 2), ("f1", 2 / 9)):
+        name, baseline = got._replace(metric=metric).baseline()
+        assert name == "always y" and baseline == pytest.approx(value)
+
+
 def test_intervals_are_over_patients_not_images(classified):
     """Every case six times, as six images of its patient: the value stays, and so does its interval; as patients of
     their own they would narrow it."""
