@@ -331,8 +331,9 @@ def _commands(command: list[str], arguments: list[str], options: argparse.Namesp
     if error.unnamed:
         names = ", ".join(error.unnamed)
         lines += [
-            f"a suffix and a depth do not separate those with {names} from files whose folders are named after a modality,",
-            f"so name their folder, for each: --pattern 'MODALITY=FOLDER/*{error.unnamed[0]}'",
+            f"a suffix and a depth do not separate those with {names} from files whose folders are named after a "
+            "modality,",
+            "so name the folder of each: --pattern 'MODALITY=FOLDER/*'",
         ]
     remedy = "move each into a folder named after its modality, and run the same command"
     if options.modality == FROM_FOLDERS:

@@ -248,7 +248,7 @@ class UnitWork:
                 raise Changed
             self._report.beat()
         if (modality := self._contradicted()) is not None:
-            detail = f"its folder says {modality}, not {self._source.modality}; --trust takes it"
+            detail = f"its path says {modality}, not {self._source.modality}; --trust takes it"
             return self.refuse("another modality", detail)
         paths = [self._job.root / file.path for file in self._unit.files]
         stacks = self._reading.stacks(

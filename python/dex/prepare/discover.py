@@ -38,6 +38,7 @@ LARGE = 2000
 """A folder with more files than this that are read together is divided into its series before it is cut into chunks."""
 UNKNOWN = "of no known format"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_NO_SUFFIX = "without suffix"
 _SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|[A-Z][A-Z0-9]{0,3})")
 """A suffix that may be shown; others may be parts of names."""
 
@@ -99,8 +100,8 @@ class Listing(NamedTuple):
 
 class Undetermined(ValueError):
     """Files whose modality neither a header nor the description names. suffixes: theirs; by_folders: whether their
-    folders are named after their modalities; patterns: match these files and no other file without a header; unnamed:
-    suffixes for which there are no such patterns."""
+    folders are named after their modalities; patterns: by suffix and depth, match these files and none whose modality a
+    folder names; unnamed: suffixes for which there are no such patterns."""
 
     def __init__(
         self,
@@ -201,17 +202,18 @@ def check_modalities(source: Source, listing: Listing) -> None:
     maps may have none: their values decide later."""
     if not source.routed:
         return
-    units = [
-        unit
-        for unit in map(listing.unit, range(len(listing.lines)))
-        if not readers.reader_of(unit.format).decides and not suspicious(unit.key)
-    ]
+    by_folders, by_routes = (dataclasses.replace(source, modality=name) for name in (FROM_FOLDERS, AUTO))
     unknown, others = [], []
-    for unit in units:
-        (unknown if modality_of(source, unit) is None else others).append(unit.files[0].path)
+    for unit in map(listing.unit, range(len(listing.lines))):
+        path = unit.files[0].path
+        if readers.reader_of(unit.format).decides:
+            continue
+        if modality_of(source, unit) is None:
+            unknown += [] if suspicious(unit.key) else [path]
+        elif not unit.stated.modality and by_routes.modality_of(path) is None:
+            others.append(path)
     if unknown:
-        by_folders = dataclasses.replace(source, modality=FROM_FOLDERS)
-        patterns, unnamed = _patterns(unknown, others if source.modality == FROM_FOLDERS else ())
+        patterns, unnamed = _patterns(unknown, others)
         raise Undetermined(
             source.name,
             Counter(map(_suffix, unknown)),
@@ -223,11 +225,13 @@ def check_modalities(source: Source, listing: Listing) -> None:
 
 def _patterns(unknown: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
     """Patterns that match ``unknown`` by suffix, or by suffix and depth, and none of ``others``; and the suffixes
-    without such a pattern. A pattern overrides a folder's name, so one that is too wide would change modalities."""
+    without such a pattern. A pattern overrides a folder's name, so one that is too wide would change modalities; a
+    folder's name is in none, as it may be a patient's."""
     patterns, unnamed = [], []
-    for suffix in sorted(set(map(_suffix, unknown))):
+    for suffix in sorted(set(map(_suffix, unknown))):  # "." is before "w": the widest pattern comes last
+        end = "" if suffix == _NO_SUFFIX else suffix
         depths = sorted({path.count("/") for path in unknown if _suffix(path) == suffix})
-        for tried in ([f"**/*{suffix}"], [f"{'*/' * depth}*{suffix}" for depth in depths]):
+        for tried in ([f"**/*{end}"], [f"{'*/' * depth}*{end}" for depth in depths]):
             matcher = compile_globs(tried)
             if not any(matcher.match(path) for path in others):
                 patterns += tried
@@ -375,7 +379,7 @@ def _is_large(unit: Unit) -> bool:
 def _suffix(path: str) -> str:
     """The suffix that identifies the format; the rest of a file's name is private."""
     suffixes = readers.reader_of(readers.format_of(path)).suffixes if readers.format_of(path) else ()
-    return max((suffix for suffix in suffixes if path.lower().endswith(suffix)), key=len, default="without suffix")
+    return max((suffix for suffix in suffixes if path.lower().endswith(suffix)), key=len, default=_NO_SUFFIX)
 
 
 def _path(file: File) -> bytes:

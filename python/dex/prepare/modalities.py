@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 NORMALISATIONS = ("ct", "mr", "pet", "suv", "display")
@@ -99,8 +100,9 @@ matter, operation, options, patient, prescription, smoker, angiography by CT or 
 with these names have no modality."""
 _VAGUE = {
     *("photo", "photos", "photograph", "photographs", "photography", "clinicalphoto", "clinicalphotos", "microscopy"),
-    *("angiography", "fluoroscopy", "echo", "opt", "cfp", "octa", "dms", "usg", "laparoscopy"),
+    *("angiography", "fluoroscopy", "echo", "octa", "laparoscopy"),
 }
+_CODES = {"us", "usg", "xr", "cr", "mg", "xa", "cfp"}
 _RESERVED = {key(word) for word in (AUTO, FROM_FOLDERS)}
 
 
@@ -147,10 +149,20 @@ def of_folder(name: str) -> str | None:
     return None if modality is None else modality.name
 
 
-def surely_of_folder(name: str) -> str | None:
-    """``of_folder`` without ambiguous names: two letters, ``photos``, ``angiography`` (also of CT), ..."""
-    word = key(name)
-    return None if word in _VAGUE or (len(word) == 2 and word not in ("ct", "mr")) else of_folder(name)
+def surely_of_folders(folders: Sequence[str]) -> set[str]:
+    """The catalogue's names of the modalities that the folders above a file, from the root on, clearly name.
+
+    Vague words name none. A code (``US``, ``XR``, ...) does if it is in capitals or if its folder holds the file
+    itself: ``us`` above other folders may be a country. ``PT`` does if both hold, since it often is a patient.
+    """
+    names = set()
+    for place, folder in enumerate(folders, start=1):
+        word, capitals, holds = key(folder), folder.isupper(), place == len(folders)
+        if word == "pt" and capitals and holds:
+            names.add(_BY_KEY[word].name)
+        elif word not in _VAGUE and (word not in _CODES or capitals or holds):
+            names.add(of_folder(folder))
+    return names - {None}
 
 
 def _one_off(first: str, second: str) -> bool:

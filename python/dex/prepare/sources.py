@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from . import modalities, readers, yaml_records
-from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder, surely_of_folder
+from .modalities import AUTO, FROM_FOLDERS, MIN_FOREGROUND, Modality, of_folder, surely_of_folders
 from .packages import Package, compile_globs
 from .readers import PLANES, VOLUMES
 from .remote import is_url, place_of
@@ -254,11 +254,12 @@ class Source:
         return self.modality not in {of_folder(part) for part in path.split("/")[:-1]}
 
     def contradicted(self, path: str) -> str | None:
-        """The modality that the folders above a file clearly name, if it differs from the one of the description."""
+        """The modalities that the folders above a file clearly name, if the one of the description is not among
+        them."""
         if self.routed or self.trusted or self.package is not None or self.modality not in modalities.NAMES:
             return None
-        names = {surely_of_folder(part) for part in path.split("/")[:-1]} - {None}
-        return names.pop() if len(names) == 1 and self.modality not in names else None
+        names = surely_of_folders(path.split("/")[:-1])
+        return " and ".join(sorted(names)) if names and self.modality not in names else None
 
     def for_modality(self, modality: str, normalisation: str, planes: tuple[str, ...] = (AUTO,)) -> Source:
         """The source for files of one modality. planes: replace "auto"."""

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 class Leaf(NamedTuple):
     """Images of the same kind, plane and size. plane: one of ``readers.PLANES``, "" for pictures; height, width: in
-    pixels."""
+    pixels, of the picture in its file, even if its images show it smaller or in pieces."""
 
     kind: Kind
     plane: str
@@ -235,7 +235,7 @@ class _Look(UnitWork):
                 alike.spacing = (min(planned.spacing), max(planned.spacing))
             if stack.geometry is not None and stack.volume:
                 alike.apart = (stack.geometry.spacing[2],) * 2
-            leaf = Leaf(kind, "" if stack.geometry is None else planned.plane, height, width)
+            leaf = Leaf(kind, "" if stack.geometry is None else planned.plane, *(stack.sides or planned.shape))
             self._survey.leaves.setdefault(leaf, Alike()).add(alike)
             counted = True
         if stack.length is None:

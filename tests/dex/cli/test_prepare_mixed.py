@@ -322,9 +322,11 @@ def test_a_command_that_is_suggested_changes_no_modality_that_a_folder_says(run,
     assert (code, err) == (0, "") and ShardDataset(tmp_path / "set").modality_counts() == {"X-ray": 2, "fundus": 3}
     pictures(tmp_path / "scans" / "other", 2, first=20)
     code, _, err = run(*asked, "b")
-    assert (
-        code == 2 and "MODALITY=" not in err and "no pattern separates those with .png from files whose folders" in err
-    )
+    assert code == 2 and "a suffix and a depth do not separate those with .png from files whose folders" in err
+    assert "the folder of each: --pattern 'MODALITY=FOLDER/*'" in err and err.count("MODALITY=") == 1
+    ways = ("--pattern", "X-ray=*/*.png", "--pattern", "X-ray=other/*/*.png")
+    code, _, err = run(*asked, "b", *ways)
+    assert (code, err) == (0, "") and ShardDataset(tmp_path / "b").modality_counts() == {"X-ray": 4, "fundus": 3}
 
 
 def test_a_modality_of_ones_own_and_one_that_is_trusted(mixed, run, tmp_path):

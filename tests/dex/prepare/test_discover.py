@@ -193,6 +193,7 @@ def test_folders_that_name_no_modality_do_not_say_it(tmp_path):
     with pytest.raises(discover.Undetermined, match="3 .png, 1 without suffix") as caught:
         discover.check_modalities(bare, discover.discover(bare, tmp_path))
     assert "Jane" not in str(caught.value)
+    assert caught.value.patterns == ["**/*.png", "**/*"]
 
 
 def test_the_patterns_to_give_name_no_file_whose_folder_says_its_modality(tmp_path):
@@ -206,6 +207,36 @@ def test_the_patterns_to_give_name_no_file_whose_folder_says_its_modality(tmp_pa
     with pytest.raises(discover.Undetermined, match="got 2 .jpg, 1 .nii, 2 .png of none") as caught:
         discover.check_modalities(source, discover.discover(source, tmp_path))
     assert caught.value.patterns == ["**/*.jpg", "**/*.nii", "**/*.png"] and not caught.value.unnamed
+
+
+def by_folders(**fields):
+    return described(modality="from-folders", normalisation="auto", **fields)
+
+
+def check(source, root):
+    discover.check_modalities(source, discover.discover(source, root))
+
+
+def test_a_pattern_is_suggested_if_only_patterns_or_a_table_name_the_others(tmp_path):
+    """An earlier pattern and a table take precedence over the suggested one."""
+    root = tmp_path / "root"
+    write(root, "a/1.png", "b/2.png")
+    with pytest.raises(discover.Undetermined, match="got 1 .png of none") as caught:
+        check(by_folders(routes=(Route("fundus", ("a/*",)),)), root)
+    assert caught.value.patterns == ["**/*.png"] and not caught.value.unnamed
+    (root / "t.csv").write_text("path,modality\na/1.png,fundus\nb/2.png,\n")
+    (source,) = resolve(root / "t.csv", modality="from-folders")
+    with pytest.raises(discover.Undetermined, match="got 1 .png of none") as caught:
+        check(source, root)
+    assert caught.value.patterns == ["**/*.png"] and not caught.value.unnamed
+
+
+def test_no_pattern_is_suggested_that_takes_an_image_named_like_a_mask_from_its_folder(tmp_path):
+    root = tmp_path / "root"
+    write(root, "fundus/a_mask.png", "other/b.png")
+    with pytest.raises(discover.Undetermined, match="got 1 .png of none") as caught:
+        check(by_folders(), root)
+    assert not caught.value.patterns and caught.value.unnamed == [".png"]
 
 
 def test_files_of_no_known_format_by_a_suffix_that_is_no_part_of_a_name(tmp_path):

@@ -4,7 +4,16 @@ from hypothesis import strategies as st
 
 from dex.prepare import modalities
 from dex.prepare.folders import names_nobody
-from dex.prepare.modalities import CATALOGUE, NAMES, NORMALISATIONS, known, of_dicom, of_folder, resolve
+from dex.prepare.modalities import (
+    CATALOGUE,
+    NAMES,
+    NORMALISATIONS,
+    known,
+    of_dicom,
+    of_folder,
+    resolve,
+    surely_of_folders,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,24 @@ def test_names_are_known_in_any_case_and_by_alias(text, name):
 def test_a_folder_may_be_called_so_for_another_reason(word):
     """A class, a tissue, a phase of the heart: the user may mean the modality, a folder's name is no proof of it."""
     assert known(word) is not None and of_folder(word) is None and names_nobody(word)
+
+
+@pytest.mark.parametrize(
+    "path, names",
+    [
+        *(("US", "ultrasound"), ("US/p1", "ultrasound"), ("p1/us", "ultrasound"), ("p1/Us", "ultrasound")),
+        *(("XR", "X-ray"), ("XA/p1", "X-ray"), ("p1/cr", "X-ray"), ("MG/p1", "X-ray")),
+        *(("PT", "PET"), ("p1/PT", "PET"), ("ct/p1", "CT"), ("Mr/p1", "MR"), ("oct/p1", "OCT"), ("OCT", "OCT")),
+        *(("USG/p1", "ultrasound"), ("usg", "ultrasound"), ("cfp", "fundus"), ("mammography/p1/a", "X-ray")),
+        *(("PET/CT", "CT PET"), ("US/p1/MR", "MR ultrasound")),
+        *(("us/hospital", ""), ("us/hospital/p1", ""), ("usa/p1", ""), ("cr/p1", ""), ("mg/p1", "")),
+        *(("PT/p1", ""), ("pt", ""), ("p1/pt", ""), ("DR", ""), ("GM", ""), ("OP", ""), ("ES", ""), ("DX", "")),
+        *(("photos", ""), ("echo", ""), ("angiography", ""), ("", "")),
+    ],
+)
+def test_what_folders_surely_say(path, names):
+    """A word that means something else is no contradiction: a country, a patient, a class."""
+    assert surely_of_folders(path.split("/")) == set(names.split())
 
 
 def test_every_name_is_its_own_and_no_alias_means_two():

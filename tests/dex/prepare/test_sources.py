@@ -396,6 +396,18 @@ def test_folders_and_patterns_give_modalities(tmp_path):
     assert read_source(write(tmp_path, to_yaml(dataclasses.replace(source, root=None)))).routes == source.routes
 
 
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        *(("US/a.png", "ultrasound"), ("PT/a.nii", "PET"), ("XR/p1/a.png", "X-ray"), ("CT/OCT/a.png", "CT and OCT")),
+        *(("us/hospital/a.png", None), ("US/MR/a.png", None), ("MR/a.png", None), ("us.png", None)),
+    ],
+)
+def test_folders_that_contradict_the_modality_given(path, says, tmp_path):
+    (source,) = resolve(tmp_path, modality="MR")
+    assert source.contradicted(path) == says
+
+
 def test_frames_of_a_folder_are_counted_by_format(tmp_path):
     (source,) = resolve(tmp_path, modality="ultrasound")
     assert [source.for_format(f).frame_stride for f in ("video", "dicom", "picture")] == [30, 1, 1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dex.prepare import inventory, survey
+from dex.prepare import inventory, inventory_page, survey
 from dex.prepare.chunks import Settings
 from dex.prepare.discover import Unit
 from dex.prepare.readers import Limits
@@ -60,6 +60,23 @@ def test_slices_are_those_of_a_run(planes, volumes, stride, inline_workers, tmp_
     assert taken.estimate.slices == source["seen"] > 100
     assert {reason: n for (_, reason, _), n in taken.survey.refused.items()} == source["refused"]
     assert taken.estimate.small == source["dropped"].get("too small", 0)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "turned.jpg"])
+@pytest.mark.parametrize("modality", ["endoscopy", "pathology"])
+def test_the_size_of_a_large_picture_is_its_files(name, modality, inline_workers, tmp_path):
+    """Also if it is decoded at a part of its sides, shrunk, or cut into pieces."""
+    (tmp_path / "scans").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6 if name == "turned.jpg" else 1
+    pixels = RNG.integers(0, 256, (211, 333, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "scans" / name, exif=turned)
+    sources = resolve(tmp_path / "scans", modality=modality)
+    (taken,) = inventory.take(sources, SETTINGS, processes=1, limits=Limits(pixels=20_000))
+    ((leaf, alike),) = taken.survey.leaves.items()
+    assert (leaf.height, leaf.width) == ((333, 211) if name == "turned.jpg" else (211, 333))
+    assert alike.slices == (3 * 5 if modality == "pathology" else 1)
+    assert f" {leaf.height} x {leaf.width} pixels" in inventory_page.to_text([taken])
 
 
 def test_no_pixel_is_read(inline_workers, tmp_path):

@@ -102,6 +102,7 @@ def stack(path: Path, picture: Picture, limits: Limits, beat: Beat, side: int | 
         fields = _shrunk(path, picture, limits, beat, (height, width), by)
     tall, wide = fields["shape"]
     return Stack(
+        sides=(width, height) if picture.orientation >= 5 else (height, width),
         dtype=picture.dtype,
         channels=picture.channels,
         holds=lambda stored: limits.holds(stored, tall, wide, 4),

@@ -95,9 +95,9 @@ def read(
                         image.draft(None, (width // by, height // by))
                     yield number, _pixels(image, orientation, channels, dtype)
 
-    shape, extent = (-(-height // by), -(-width // by)), (height / by, width / by)
+    shape, extent, sides = (-(-height // by), -(-width // by)), (height / by, width / by), (height, width)
     if orientation >= 5:
-        shape, extent = shape[::-1], extent[::-1]
+        shape, extent, sides = shape[::-1], extent[::-1], sides[::-1]
     yield Stack(
         length=len(pages),
         shape=shape,
@@ -107,6 +107,7 @@ def read(
         channels=channels,
         origins=tuple(("", page) for page in pages),
         extent=extent if by > 1 else None,
+        sides=sides if by > 1 else None,
         refused=refused,
         **fields,
     )

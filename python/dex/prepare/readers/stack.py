@@ -164,6 +164,7 @@ class Stack:
     described: the file does not say what its values are, so the source's description does.
     extent: rows and columns of a frame that the image fills, if a file was read at a smaller size: the last row and
         column may be filled in part. None: all.
+    sides: rows and columns of the upright picture in the file, if its frames are smaller. None: shape.
     windowed: "display8" of a picture or video for viewing: any window of its modality has been applied.
     parts: for each frame, the number of its image, if independent images were read together; the values of one say
         nothing about another's. () if all frames belong together.
@@ -202,6 +203,7 @@ class Stack:
     described: bool = False
     windowed: bool = False
     extent: tuple[float, float] | None = None
+    sides: tuple[int, int] | None = None
     burned_in: bool = False
     note: str = ""
     decision: Decision | None = None
