@@ -11,8 +11,8 @@ confirmation. --page: only the page, from the rows; --check: change nothing, exi
 """
 
 import argparse
+import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import study_arms  # noqa: E402
-from generated import atomic  # noqa: E402
 from study_arms import Spec  # noqa: E402
+
+from dex.common import atomic, locks  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/study/runs.jsonl"
 DATA = ROOT / "data/study"
@@ -84,11 +85,10 @@ class Results:
         """
         self.path, self.origin = path, origin
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (path.parent / f".{path.name}.lock").open("w")
+        self._lock = contextlib.ExitStack()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+            self._lock.enter_context(locks.exclusive(path.with_name(f".{path.name}.lock"), wait=0))
+        except (BlockingIOError, locks.NoLocks):
             raise ValueError(f"results: expected no other process to use {path}; another study is running") from None
         self.rows = read(path)
 

@@ -10,13 +10,12 @@ They appear only when complete; the second comes last and marks the chunk as don
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
-from dex.common import atomic
+from dex.common import atomic, locks
 
 from .trace import json_line
 from .unfinished import Unfinished
@@ -63,7 +62,7 @@ class ChunkFiles:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 self._files.append(os.fdopen(descriptor, "r+b"))
                 if len(self._files) == 1:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locks.acquire(descriptor, wait=0)
         except BlockingIOError:
             self._close()
             raise Busy from None

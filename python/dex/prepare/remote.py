@@ -14,7 +14,6 @@ import calendar
 import concurrent.futures
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dex.common import atomic
+from dex.common import atomic, locks
 from dex.common.units import format_bytes
 
 from . import readers
@@ -83,17 +82,14 @@ def fetch(url: str, wanted: Callable[[str], bool], cache: Path, say: Callable[[s
 @contextlib.contextmanager
 def _alone(root: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make other runs that copy into the same folder wait."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # The file system has no locks: go on without one
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(locks.NoLocks):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locks.exclusive(root, wait=0))
             except BlockingIOError:
                 say("waiting for another run that is copying files from the same place")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                stack.enter_context(locks.exclusive(root))
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _open(url: str) -> tuple[Any, str]:

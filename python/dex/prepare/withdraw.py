@@ -12,10 +12,8 @@ anywhere, the next one completes it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dex.common import locks
 from dex.data import shard_rewrite
 from dex.data.dataset import SPLITS
 from dex.data.shard_format import read_bytes, read_manifest
@@ -314,14 +313,10 @@ def _examples(root: Path, manifest: dict, facts: dict, shown: Sequence[dict], go
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(locks.NoLocks):
+                stack.enter_context(locks.exclusive(root, wait=0))
         except BlockingIOError:
             raise BlockingIOError(f"DIR: another process is withdrawing from {root}") from None
-        except OSError:  # The file system has no locks: go on without one
-            pass
         yield
-    finally:
-        os.close(descriptor)

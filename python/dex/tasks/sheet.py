@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
-import fcntl
 import io
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dex.common import atomic
+from dex.common import atomic, locks
 from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
 _WAIT = 60.0
-_POLL = 0.02
 """Seconds to wait for a lock at most, and between two attempts."""
 
 
@@ -113,12 +109,8 @@ class Sheet:
             if any(_row(old, line, self.path).key == row.key for line, old in existing):
                 return False
             mode = self.path.stat().st_mode & 0o777 if existing else 0o666
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows([old[name] for name in COLUMNS] for _, old in existing)
-            writer.writerow([cells[name] for name in COLUMNS])
-            data = text.getvalue().encode("utf-8", "surrogateescape")
+            rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in (*(old for _, old in existing), cells))]
+            data = "".join(map(_line, rows)).encode("utf-8", "surrogateescape")
             atomic.write(self.path, data, sync=True, mode=mode, locked=True)
         return True
 
@@ -163,27 +155,19 @@ class Sheet:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Exclusive access, also within this process; the system releases the lock whenever the process ends."""
-        lock, end = self.path.with_name(f".{self.path.name}.lock"), time.monotonic() + self._wait
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise ValueError(
-                            f"sheet: expected a file system with locks, got {self.path} on one without "
-                            f"({os.strerror(error.errno)}); keep it on a local disk"
-                        ) from None
-                if time.monotonic() > end:
-                    raise ValueError(
-                        f"sheet: expected {self.path} to become free; another process is still writing to it"
-                    )
-                time.sleep(_POLL)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locks.exclusive(self.path.with_name(f".{self.path.name}.lock"), wait=self._wait))
+            except BlockingIOError:
+                raise ValueError(
+                    f"sheet: expected {self.path} to become free; another process is still writing to it"
+                ) from None
+            except locks.NoLocks as error:
+                raise ValueError(
+                    f"sheet: expected a file system with locks, got {self.path} on one without ({error.strerror}); "
+                    "keep it on a local disk"
+                ) from None
             yield
-        finally:
-            os.close(descriptor)
 
 
 def row_of(
@@ -205,6 +189,13 @@ def row_of(
     scores = {name: Score(e.value, e.low, e.high, e.patients) for name, e in evaluation.summary().items()}
     run, finetuned = (str(about.get(name) or "") for name in ("run", "checkpoint"))
     return Row(key, run, finetuned, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of CSV. The writer ends it with a carriage return too, and so also quotes a cell that contains one."""
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _written(row: Row) -> dict[str, str]:

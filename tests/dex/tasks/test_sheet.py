@@ -1,4 +1,6 @@
 import csv
+import errno
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -7,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from killing import killed_at
 
@@ -53,6 +55,8 @@ def test_a_row_that_is_there_stays(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
+@example("a\rb", 0, 0.0)
+@example("a\r\nb\n", 0, 0.0)
 @given(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
     st.integers(),
@@ -115,9 +119,9 @@ def test_a_sheet_that_stays_locked_is_named(tmp_path):
 
 def test_without_locks_nothing_is_written(tmp_path, monkeypatch):
     def without(*arguments):
-        raise OSError(module.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "flock", without)
+    monkeypatch.setattr(fcntl, "flock", without)
     with pytest.raises(ValueError, match="sheet: expected a file system with locks"):
         Sheet(tmp_path / "s.csv").add(ROW)
     assert not (tmp_path / "s.csv").exists()
