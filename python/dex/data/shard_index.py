@@ -17,7 +17,7 @@ from . import images
 from .dataset import SPLITS
 from .shard_format import KINDS, parse_lines, read_table
 
-ROW = np.dtype(
+ROW: np.dtype[np.void] = np.dtype(
     [
         ("sha256", "V32"),
         ("offset", np.int64),
