@@ -6,7 +6,6 @@ does not reveal whether a given patient or file is in the set.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
-from dex.common import atomic
+from dex.common import atomic, locks
 
 from .folders import names_nobody
 from .sources import BY_FOLDER, Source
@@ -45,13 +44,9 @@ def shared_salt(folder: Path) -> bytes:
     path = folder
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locks.exclusive(folder):
             path = folder / SALT
             return read_salt(folder)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise ValueError(
             f"private: expected a writable folder for the salt of ids, got {path}: {error.strerror}"

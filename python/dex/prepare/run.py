@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import importlib.metadata
 import json
@@ -36,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dex.common import atomic, exits
+from dex.common import atomic, exits, locks
 from dex.common.folders import check_folder
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
@@ -193,7 +192,7 @@ def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], No
         for folder in (private, private / "units", private / "chunks", private / "ids"):
             folder.mkdir(mode=0o700, parents=folder == private, exist_ok=True)
         private.chmod(0o700)
-        with _lock(private / "plan.lock", wait=True):
+        with locks.exclusive(private / "plan.lock", mode=0o600):
             if (private / PLAN).exists():
                 old = _read_json(private / PLAN)
                 _compare(old, plan)
@@ -235,7 +234,8 @@ class Run:
         part, parts = options.shard
         self._lock = contextlib.ExitStack()
         try:
-            self._lock.enter_context(_lock(self._private / f"part-{part}-of-{parts}.lock"))
+            file = self._private / f"part-{part}-of-{parts}.lock"
+            self._lock.enter_context(locks.exclusive(file, wait=0, mode=0o600))
         except BlockingIOError:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, f"part {part}/{parts} of {options.out} is being prepared by another process"
@@ -316,7 +316,7 @@ class Run:
             self._say(f"this part is done; {len(left):,} of {len(self._pieces):,} chunks are left to other parts")
             return None
         try:
-            with _lock(self._private / "join.lock"):
+            with locks.exclusive(self._private / "join.lock", wait=0, mode=0o600):
                 if (self._options.out / MANIFEST).exists():  # Another part was faster
                     return self._facts()
                 return self._join()
@@ -530,17 +530,6 @@ def _compare(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _start_over(private: Path) -> str:
     return f"prepare into another --out, or remove {private} and start over"
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Raise BlockingIOError if another process holds the lock. The system releases it when the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
