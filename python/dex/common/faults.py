@@ -5,6 +5,7 @@ The library's message is never shown, since it may contain private values of a h
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from typing import NamedTuple
@@ -40,6 +41,11 @@ _FAULTS = (
     _Fault(("ArithmeticError",), f"its header has an impossible number; {AGAIN}"),
 )
 _OTHERWISE = f"it is damaged, cut off or of another format; {AGAIN}"
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether this process or the machine has no file descriptors left, which says nothing about the file."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def sentence(error: BaseException) -> str:

@@ -5,7 +5,6 @@ Shape letters: S side of a stored image in pixels.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import logging
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dex.common import faults
+
 logger: logging.Logger = logging.getLogger("dex.data")
 
 SPLITS = ("train", "val")
@@ -24,10 +25,6 @@ EMBEDDED = Path(__file__).parent / "embedded"
 """The small set of real images in the package."""
 DIM = 2**14
 """16-bit images whose maximum is below this use at most a quarter of their range."""
-
-
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors of a process or machine that has run out of resources; they say nothing about the file being read."""
 
 
 class SampleError(ValueError):
@@ -43,8 +40,8 @@ class SampleError(ValueError):
 
 
 def raise_if_exhausted(error: Exception) -> None:
-    """Raise ``error`` again, without the path in it, if no other file could be read either (``EXHAUSTED``)."""
-    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+    """Raise ``error`` again, without the path in it, if no other file could be read either."""
+    if isinstance(error, OSError) and faults.is_exhausted(error):
         raise OSError(error.errno, error.strerror) from error
 
 

@@ -323,6 +323,8 @@ class UnitWork:
     def _refuse_for(self, error: Exception, stack: readers.Stack | None = None) -> None:
         """stack: the refused stack, if the unit may have others."""
         files = trace.files_of(stack) if stack is not None else ()
+        if faults.is_exhausted(error):
+            raise error
         if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
             if self._report.begun > 1:
                 raise MemoryError  # Leftovers of other units may be to blame: try once more in a fresh process

@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -223,6 +224,31 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(number, tmp_path, dex_pr
         said, complaint = process.communicate(timeout=120)
         assert (process.returncode, complaint) == (0, "") and "next:" in said
         assert len(ShardDataset(out)) == 130
+
+
+@pytest.mark.slow
+def test_workers_without_descriptors_end_the_run_and_blame_no_file(tmp_path, dex_process, pictures):
+    """Nor are images lost: the same command goes on, and ends in the same bytes."""
+    pictures(tmp_path / "scans", 640, side=256)
+
+    def begin(out):
+        return dex_process("prepare", tmp_path / "scans", "--modality", "X-ray", "--out", out, "--workers", 2)
+
+    whole = begin(with_salt(tmp_path / "whole"))
+    assert whole.communicate(timeout=120)[1] == "" and whole.returncode == 0
+    out = with_salt(tmp_path / "out")
+    private = tmp_path / "out.private"
+    process, deadline = begin(out), time.monotonic() + 120
+    while not list((private / "chunks").glob("*.bin")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    for pid in _workers(process):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "Too many open files" in said and not out.exists()
+    process = begin(out)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert digest(out) == digest(tmp_path / "whole") and "refused" not in (private / "log.jsonl").read_text()
 
 
 @pytest.mark.slow

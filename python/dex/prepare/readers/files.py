@@ -209,7 +209,7 @@ def native(array: np.ndarray) -> np.ndarray:
 @contextmanager
 def quiet(subject: str) -> Iterator[None]:
     """Let no text of a library out: no warning, no log, and any exception but Refused becomes Refused("unreadable") in
-    our own words. A MemoryError becomes Refused("too large"). Interrupts pass."""
+    our own words. A MemoryError becomes Refused("too large"). Interrupts pass, and so do errors without descriptors."""
     disabled = logging.root.manager.disable
     if disabled < logging.CRITICAL:  # Each change empties the caches of all loggers
         logging.disable(logging.CRITICAL)
@@ -222,6 +222,8 @@ def quiet(subject: str) -> Iterator[None]:
     except MemoryError:
         raise Refused("too large", f"{subject}: not enough memory") from None
     except BaseException as error:  # A panic of a decoder written in Rust is not an Exception
+        if faults.is_exhausted(error):
+            raise
         raise Refused("unreadable", f"{subject}: {faults.described(error)}") from None
     finally:
         if disabled < logging.CRITICAL:

@@ -1,5 +1,6 @@
 """Opening, unpacking and silence: what every reader relies on."""
 
+import errno
 import gzip
 import logging
 import os
@@ -87,6 +88,14 @@ def test_no_text_of_an_exception_leaves():
         raise panic
     with pytest.raises(Refused, match="constant"), quiet("thing"):
         raise Refused("constant")
+
+
+def test_a_process_without_descriptors_blames_no_file():
+    for number in (errno.EMFILE, errno.ENFILE):
+        with pytest.raises(OSError, match=os.strerror(number)), quiet("thing"):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(Refused, match="the system cannot read it: Input/output error"), quiet("thing"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_no_log_of_a_library_leaves(caplog):
