@@ -53,7 +53,7 @@ def test_truncated_shard(root, keep):
 def test_an_exhausted_process_is_not_taken_for_damage(root, monkeypatch):
     dataset = open_dataset(root)
 
-    def fail(*_, **__):
+    def fail(*_, **options):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/private/path")
 
     monkeypatch.setattr(os, "open", fail)
