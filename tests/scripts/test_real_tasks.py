@@ -65,10 +65,23 @@ def test_small_samples_give_no_verdict():
     assert "No task has more than 2 test patients or origins. So no verdict about DEX and its control is drawn" in page
     assert "The DEX's mean is above the control's on 1 of 1 tasks; all seeds agree in sign on 1." in page
     assert "against its own random start on 0 of 1 tasks" in page
-    assert "| ct-organs | Dice | 2 | 0.500 (0.500, 0.250, 0.750) |" in page and "| +0.020 |" in page
+    assert "| ct-organs | Dice | 0.000 | 2 | 0.500 (0.500, 0.250, 0.750) |" in page and "| +0.020 |" in page
     assert "| liver | – | – | – |" in page
     assert "Leak check: none found in 20 images against pretraining." in page
     assert "18 fine-tunings took 21 minutes of processor time" in page and "Not measured yet" not in page
+
+
+def test_scores_near_their_reference_are_called_so():
+    assert "above the reference" not in real_tasks_page.text(RESULTS)
+    results = copy.deepcopy(RESULTS)
+    for arm in RESULTS["arms"]:
+        results["tasks"][0]["values"][arm]["by_seed"] = [0.02, 0.04, 0.2]
+    assert "No arm is 0.1 above the reference, chance or an empty mask, on ct-organs: " in real_tasks_page.text(results)
+    results["tasks"][0] |= {"kind": "classification", "classes": ["axial", "coronal"], "metric": "balanced_accuracy"}
+    for arm in RESULTS["arms"]:
+        results["tasks"][0]["values"][arm]["by_seed"] = [0.55, 0.65, 0.59]
+    page = real_tasks_page.text(results)
+    assert "| balanced accuracy | 0.500 |" in page and "above the reference" in page
 
 
 def test_enough_patients_give_one():
