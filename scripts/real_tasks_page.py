@@ -56,7 +56,8 @@ FOLDS = """\
 - `plane`: slices of CT and MR volumes, axial, coronal or sagittal. Each body CT is the test set after training on the
   other volumes.
 - `modality`: CT, MR, X-ray or ultrasound, from images of the embedded set. Tested on origins that are not trained
-  on: the held-out images of that set, which is why the leak check finds them there. Pretraining does not train on these.
+  on: the held-out images of that set, which is why the leak check finds them there. Pretraining does not train on
+  these.
 
 One slice in {every} of each training volume is used for validation."""
 BY_HAND = """
