@@ -372,6 +372,8 @@ class UnitWork:
                 self._files.note(row)
             self._counts.kept += 1
             self._counts.text += line["text"]
+        if not outcomes and not stack.refused:
+            raise Refused("inconsistent", "it has no image: none of the description's tiles fits into it")
         for frame, dropped in outcomes:
             self._emptied.add(stack, frame, dropped)
         self._counts.masked += stack.masked

@@ -19,7 +19,20 @@ from small_runs import SETTINGS, lines, picture, save, save_dicom, save_series, 
 from dex.data import ShardDataset, verify
 from dex.prepare import chunks, filters, readers, workers
 from dex.prepare.chunks import Counts
+from dex.prepare.sources import Tile
 from dex.prepare.summary import notes, table
+
+
+def test_a_file_that_no_tile_fits_into_is_refused(tmp_path):
+    """With `whole: false` it would otherwise give no image and no reason."""
+    root = tmp_path / "root"
+    save(root, "large.png", picture(0, 96))
+    save(root, "small.png", picture(1, 48))
+    facts, _ = start([source(root, whole=False, tiles=(Tile(64, 32),))], tmp_path / "out")
+    (one,) = facts["sources"]
+    assert one["refused"] == {"inconsistent": 1} and one["kept"] == 4 and not one["dropped"]
+    (row,) = (row for row in map(json.loads, open(tmp_path / "out.private" / "log.jsonl")) if row["event"] == "refused")
+    assert "none of the description's tiles fits into it" in row["detail"]
 
 
 def test_every_slice_and_file_is_accounted_for(here, tmp_path):
