@@ -68,11 +68,11 @@ def run(arguments: list[str]) -> Callable[[], int]:
             print(*summary.counts(facts), "", sep="\n")
             for note in summary.notes(facts):
                 print(f"note: {note}")
-            if any(source["refused"] for source in facts["sources"]):
-                print(f"refused: `dex data refused {shlex.quote(str(job.out))}` lists the files with reasons")
+            if any(source["refused"] or source["dropped"] for source in facts["sources"]):
+                print(f"unused: `dex data refused {shlex.quote(str(job.out))}` lists the files without images, and why")
                 page = prepare.private_folder(job.out) / left_out.PAGE
                 if page.exists():  # A withdrawal removes it
-                    print(f"         {shlex.quote(str(page))} shows some of them")
+                    print(f"        {shlex.quote(str(page))} shows some of them")
             out = shlex.quote(str(job.out))
             print(f"shards: {out}\ncard:   {out}/card.html\nnext:   dex pretrain --preset demo --data {out}")
         return exits.DONE
