@@ -127,7 +127,7 @@ def test_killed_again_and_again(here, two, tmp_path):
     """Each start gets a little further; none loses what was done before."""
     start(two, tmp_path / "whole")
     out, done, starts = tmp_path / "out", 0, 0
-    while killed_after(45, two, out):
+    while killed_after(52, two, out):
         starts += 1
         now = len(list((tmp_path / "out.private" / "chunks").glob("*.jsonl")))
         assert (now >= done or out.exists()) and starts < 40  # with the set there they are cleared away
