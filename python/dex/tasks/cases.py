@@ -380,8 +380,9 @@ def require_classes(task: Task, side: str, cases: int, present: Sequence[int]) -
     """ValueError naming the classes that none of a split's cases contains. present: by class, 0 if it is missing."""
     lacking = [name for name, count in zip(task.classes, present, strict=True) if not count]
     if lacking:
+        given = "masks" if task.kind == "segmentation" else "labels"
         raise ValueError(
-            f"masks: expected each class in {side}; none of its {cases:,} cases contains {', '.join(lacking)}; leave "
+            f"{given}: expected each class in {side}; none of its {cases:,} cases contains {', '.join(lacking)}; leave "
             "these classes out of --classes, or draw the split with another seed"
         )
 
