@@ -245,6 +245,8 @@ def loading(root: Path) -> dict:
     from dex.data import open_dataset
     from dex.data.loader import Loader
 
+    # As in `dex pretrain` on Linux; this process itself was spawned, and would spawn others without this line
+    multiprocessing.set_start_method("fork", force=True)
     train, rows = open_dataset(root).split("train"), []
     part = {"seed": SEED, "world_size": 8}
     batch = PUBLISHED_BATCH
