@@ -68,8 +68,8 @@ one run to step {last}, and another that stops at step {first} and resumes.
 
 "equal": all tensors of the two last checkpoints - weights and moments - have the same bits. {sizes}"""
 
-LOAD = 1.5
-"""A higher load than this means that other programs ran at the same time."""
+SHARED = 1.3
+"""Seconds by the clock for one of the processor, above which other programs ran at the same time."""
 WORKERS = 8
 """Reading processes of a rank at most, see `dex.common.ranks.default_workers`."""
 
@@ -107,10 +107,16 @@ def _machine(results: dict) -> str:
         + (
             ".\n**Other programs ran at the same time, so times by the clock are far too long**; CPU seconds, of this "
             "process alone, are\nless affected."
-            if max(loads) > LOAD
-            else "."
+            if _shared(results)
+            else ", its own processes included."
         )
     )
+
+
+def _shared(results: dict) -> bool:
+    """Whether the processor was shared: a part that only computes took much longer than its processor time."""
+    times = [results["set"], *([results["opening"]] if "opening" in results else [])]
+    return any(time["seconds"] > SHARED * time["cpu_seconds"] for time in times)
 
 
 def _figures(results: dict) -> str:

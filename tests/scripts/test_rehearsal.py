@@ -106,6 +106,14 @@ def test_the_page_is_that_of_the_results():
     assert results["set"]["train"] == 4_973_080
 
 
+def test_a_shared_processor_is_named():
+    results = json.loads(rehearsal.RESULTS.read_text(encoding="utf-8"))
+    results["opening"] |= {"seconds": 10.0, "cpu_seconds": 9.0}
+    assert "Other programs" not in rehearsal_page.page(results)
+    results["opening"]["seconds"] = 20.0
+    assert "**Other programs ran at the same time" in rehearsal_page.page(results)
+
+
 def test_what_was_not_measured_is_named():
     results = json.loads(rehearsal.RESULTS.read_text(encoding="utf-8"))
     first = {name: results[name] for name in ("date", "machine", "loads", "set", "predicted")}

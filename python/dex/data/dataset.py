@@ -42,7 +42,7 @@ class SampleError(ValueError):
 def raise_if_exhausted(error: Exception) -> None:
     """Raise ``error`` again, without the path in it, if no other file could be read either."""
     if isinstance(error, OSError) and faults.is_exhausted(error):
-        raise OSError(error.errno, error.strerror) from error
+        raise OSError(error.errno, error.strerror) from None  # The cause would show the path in a traceback
 
 
 class Sample(NamedTuple):
