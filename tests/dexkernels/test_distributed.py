@@ -4,6 +4,7 @@ weights that FSDP2 gathers anew have no stale shadows.
 Run as a program, this file is one rank: ``test_distributed.py RANK STORE OUT``.
 """
 
+import os
 import subprocess
 import sys
 
@@ -116,6 +117,7 @@ def main(rank, store, out):
     torch.save({"train": train(rank), "reduce": reduce(rank), "shard": shard(rank)}, out)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that takes Python down
 
 
 @pytest.fixture(scope="module")

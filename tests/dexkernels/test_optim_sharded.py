@@ -3,6 +3,7 @@
 Run as a program, this file is one rank: ``test_optim_sharded.py RANK STORE OUT``.
 """
 
+import os
 import subprocess
 import sys
 
@@ -98,6 +99,7 @@ def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD)
     torch.save({(way, fused): train(int(rank), way, fused) for way in WAYS for fused in (False, True)}, out)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that takes Python down
 
 
 if __name__ == "__main__":

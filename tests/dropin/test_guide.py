@@ -80,6 +80,7 @@ def run_on_two_ranks(code, result, folder):
     script.write_text(
         f"{code}torch.save({result}, {str(folder)!r} + f'/{{dist.get_rank()}}.pt')\n"
         "dist.barrier()\ndist.destroy_process_group()\n"
+        "__import__('os')._exit(0)  # gloo's threads may abort a process that takes Python down\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)

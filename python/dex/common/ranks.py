@@ -7,8 +7,10 @@ import contextlib
 import datetime
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -125,6 +127,32 @@ def stop(ranks: Ranks) -> None:
     """Destroy the process group, if there is one."""
     if ranks.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_threads()
+
+
+def _wait_for_threads(limit: float = 5.0) -> None:
+    """Wait up to ``limit`` seconds until gloo's threads sleep.
+
+    A group lives on in what still refers to it, such as DDP. A thread that releases the tensors of the last exchange
+    while Python ends aborts the process, so that a complete run would end with SIGABRT (pytorch/pytorch#179291).
+    """
+    ends = time.monotonic() + limit
+    asleep = 0
+    while asleep < 2 and time.monotonic() < ends:
+        time.sleep(0.01)  # Without the GIL, which the threads need
+        asleep = asleep + 1 if all(state == "S" for state in _states_of("gloo")) else 0
+
+
+def _states_of(name: str) -> list[str]:
+    """The states (proc(5)) of this process's threads with ``name`` in their names; none where there is no /proc."""
+    states = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # The thread has ended.
+            _, rest = path.read_text().split("(", 1)
+            thread, state = rest.rsplit(")", 1)
+            if name in thread:
+                states.append(state.split()[0])
+    return states
 
 
 def gather(ranks: Ranks, value: Any, group: Any = None) -> list[Any]:

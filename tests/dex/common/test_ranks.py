@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def main(rank):
     ranks.gather(joined, None)  # Neither stops while the other still waits for it
     ranks.stop(joined)
     print(json.dumps(seen))
+
+
+def stops_early(rank):
+    """Stop while a thread of gloo may still release tensors, of a group that something else, as DDP would, holds."""
+    joined = ranks.start(ranks.announced(), torch.device("cpu"), 60)
+    group = dist.group.WORLD
+    first, second, third = ([torch.ones(1) for _ in range(30_000)] for _ in range(3))
+    alive = weakref.WeakSet(third)
+    work = group.allgather_coalesced([first, second], third)
+    work.wait()
+    del work, first, second, third
+    ranks.stop(joined)
+    print(len(alive))
 
 
 @pytest.fixture(scope="module")
@@ -166,5 +180,12 @@ def test_what_cannot_be_cut_evenly_is_refused():
         ranks.check_cut("experts.fc1", (4, 12, 8), 5)
 
 
+def test_a_rank_stops_after_gloo_has_released_its_tensors(on_two_ranks):
+    assert on_two_ranks(__file__, "early") == [0, 0]
+
+
 if __name__ == "__main__":
-    starts() if sys.argv[1] == "starts" else main(int(sys.argv[1]))
+    if sys.argv[1] == "starts":
+        starts()
+    else:
+        (stops_early if sys.argv[2:] else main)(int(sys.argv[1]))
