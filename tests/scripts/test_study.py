@@ -136,6 +136,7 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
     assert "| align 0 (not finite) | 400 | 0 |" in text
     assert text.count("| 60 |") == len(rows)
     assert "Chosen by the rule: **mean token**" in text and "it is better than both." in text
+    assert "the chosen one (mean token) has a lower loss than the published recipe" in text
     worse = {key: row for key, row in rows.items() if "mean token, 1100" not in key}
     assert "it is not shown to be better." in study_page.page(worse)
     study_page.figure(rows, tmp_path / "a folder" / "study.png")
