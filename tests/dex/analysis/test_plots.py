@@ -14,7 +14,7 @@ def text_boxes(figure):
     for axis in figure.findobj(Axes):
         if axis.get_legend():
             texts += axis.get_legend().get_texts()
-        texts.append(axis.title)
+        texts += [axis.title, *axis.texts]
         for side, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
             if axis.axison:
                 texts.append(side.label)
@@ -42,7 +42,7 @@ def test_reconstructions_show_every_image_and_no_label_collides(rows):
     pictures = np.random.default_rng(0).random((rows, 32, 32, 3))
     labels = [f"modality {i % 3}" for i in range(rows)]
     figure = plots.reconstructions(pictures, pictures * 0.5, pictures, labels, "step 10: held-out masked loss 0.1234")
-    shown = [axis.images[0].get_array() for sub in figure.subfigs for axis in sub.axes if axis.images]
+    shown = [image.get_array() for image in figure.axes[0].images]
     assert len(shown) == 3 * rows
     assert sum(np.array_equal(s, pictures[0]) for s in shown) == 2  # original and reconstruction
     assert_inside_and_apart(figure)
