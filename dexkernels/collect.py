@@ -14,8 +14,6 @@ from .layer import Aux, DEXLayer, Recording, update_directors
 def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollector":
     """Record the `Aux` of every DEX layer of ``model`` in the forwards of a ``with`` block.
 
-    ::
-
         with dexkernels.collect_aux(model, noise_std=0.1) as aux:
             y = model(x)
         loss = task(y) + aux.losses(align=0.01, balance=0.01)

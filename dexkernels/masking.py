@@ -14,8 +14,6 @@ from .layer import DEXLayer
 def mask_tokens(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
     """In the ``with`` block every DEX layer of ``model`` uses ``token_mask``, see `DEXLayer.forward`.
 
-    ::
-
         with dexkernels.mask_tokens(model, mask), dexkernels.collect_aux(model) as aux:
             y = model(x)
 

@@ -28,8 +28,6 @@ class _Pair(NamedTuple):
 class DEXAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` whose step also moves the directors of DEX layers and writes copies of the experts.
 
-    ::
-
         optimizer = dexkernels.optim.DEXAdamW(model, lr=1e-4)
         ...
         loss.backward()

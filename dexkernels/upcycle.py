@@ -124,8 +124,6 @@ def upcycle_(
 ) -> dict[str, DEXLayer]:
     """Turn the MLPs of ``model`` into DEX layers, in place; director and experts start as copies of the MLP.
 
-    ::
-
         layers = dexkernels.upcycle_(vit, num_experts=8, top_k=2)
         list(layers)[:2]  # ['blocks.0.mlp', 'blocks.1.mlp']: the modules whose MLP became a layer
         layers["blocks.0.mlp"].align  # 'kd'

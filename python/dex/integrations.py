@@ -14,8 +14,6 @@ from dexkernels import AuxCollector, collect_aux
 class DEXCallback(TrainerCallback):
     """Trains the DEX layers of a model under ``transformers.Trainer``: noise, auxiliary losses, directors.
 
-    ::
-
         dexkernels.upcycle_(model, num_experts=8, top_k=2)
         Trainer(model, args, train_dataset=data, callbacks=[DEXCallback()]).train()
 

@@ -14,7 +14,7 @@ KINDS = ("specialised", "routing matters", "interchangeable", "undecided", "wors
 
 
 class Conclusion(NamedTuple):
-    """A conclusion."""
+    """What a comparison of swapped experts shows, in words."""
 
     kind: str
     """One of ``KINDS``."""

@@ -6,7 +6,9 @@ Size = int | tuple[int, int]
 """Pixels: the side of a square, or (height, width)."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Means of the three colours of ImageNet, for values within [0, 1]; they normalise every input."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviations of the three colours of ImageNet, for values within [0, 1]; they normalise every input."""
 GREY_MEAN, GREY_STD = 0.449, 0.226
 """Means of the three values, for images of one channel."""
 CHANNELS = (1, 3)

@@ -15,7 +15,8 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     """Open a data set for reading.
 
     ``None`` is the small set of real images in the package; a folder with ``manifest.json`` is a shard set
-    (``dex.data.shards``); any other folder is a plain one of PNG, JPEG and NPY (``dex.data.folder``).
+    (``ShardDataset``); any other folder is a plain one of pictures and NPY files (``FolderDataset``).
+
     FileNotFoundError: nothing is at ``path``. ValueError: ``path`` is empty or not a folder, contains no image, or its
     manifest does not match its files.
     """

@@ -46,6 +46,8 @@ class Description(NamedTuple):
 
 
 class LoadedTask(NamedTuple):
+    """A fine-tuned model and facts about its training."""
+
     model: TaskModel
     """In evaluation mode, on the host, in float32; LoRA is merged."""
     task: Task

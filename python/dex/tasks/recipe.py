@@ -139,6 +139,7 @@ def describe(field: "dataclasses.Field[Any]") -> str:
 
 
 def preset(name: str) -> Settings:
+    """The settings of a preset, a name in ``PRESETS``. ValueError for another name."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -25,7 +25,9 @@ MAX_YAML_BYTES = 2**20
 Kind = Literal["segmentation", "classification"]
 State = Literal["verified", "loader", "unknown", "own"]
 Split = Literal["train", "val", "test"]
-SPLITS = get_args(Split)
+"""Names of the splits of a task."""
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""The values of ``Split``, in this order."""
 BACKGROUND, IGNORE, NONZERO = "background", "ignore", "nonzero"
 """``background`` and ``ignore``: meanings that mask values may have besides the classes. ``nonzero``: every value but
 0, for masks of one class and of numbered instances."""

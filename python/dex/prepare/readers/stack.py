@@ -30,7 +30,9 @@ REASONS = (
     LABEL_MAP,
     PROBABILITY_MAP,
 )
+"""Why a file or a stack gives no image."""
 PLANES = ("axial", "coronal", "sagittal", "stored", "auto")
+"""Directions in which slices are cut; see ``Stack.frames``."""
 QUANTITIES = ("HU", "SUV", "raw", "display8")
 
 _NORMAL = {"sagittal": 0, "coronal": 1, "axial": 2}  # Patient axis along each plane's normal
