@@ -1,6 +1,5 @@
 """``dex data``: inspect data sets, and withdraw patients from them."""
 
-import csv
 import errno
 import os
 import shlex
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from dex.cli import prepare
 from dex.cli._console import Parser, failed, folder_argument, print_line
 from dex.common import exits
+from dex.common.csv_lines import csv_lines
 from dex.common.folders import check_file
 
 if TYPE_CHECKING:
@@ -240,12 +240,9 @@ def _refused(folder: Path, reason: str | None, as_csv: bool) -> Callable[[], int
                 file=sys.stderr,
             )
         if as_csv:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(["source", "path", "reason", "detail"])
-            for place in rows:
-                for file in place.files or (place.file,):
-                    path = _printable(os.path.join(place.root, file))
-                    writer.writerow([place.source, path, place.refused, place.detail])
+            files = ((place, file) for place in rows for file in place.files or (place.file,))
+            table = ((p.source, _printable(os.path.join(p.root, file)), p.refused, p.detail) for p, file in files)
+            print(csv_lines([("source", "path", "reason", "detail"), *table]), end="")
             return exits.DONE
         for place in rows:
             detail = f"  ({place.detail})" if place.detail else ""

@@ -22,6 +22,7 @@ import torch
 from dex.analysis.few_shot import Labelled, Point, few_shot, folds_of, knn, linear
 from dex.analysis.intervals import Interval
 from dex.common import atomic
+from dex.common.csv_lines import csv_lines
 from dex.inference.collection import Collection, Note, Row
 from dex.inference.embed import joined
 from dex.inference.embed_job import Options, embedded, private_folder, reasons
@@ -194,17 +195,13 @@ def check(settings: Settings) -> None:
 def write(result: Result, out: Path) -> None:
     """Write the sheet and, if there are any, the curve and the refused files."""
     out.mkdir(parents=True, exist_ok=True)
-    stream = io.StringIO()
-    sheet = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    sheet.writeheader()
     common = {"images": len(result.data.labels), "classes": len(result.names)}
     common |= {"patients": int(result.data.patients.max()) + 1, "features": result.settings.features}
+    rows = []
     for name, accuracy in (("linear", result.linear), ("knn", result.knn)):
-        ends = {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
-        sheet.writerow({**common, "probe": name, **ends})
-    for point in result.curve:
-        sheet.writerow({**common, "probe": "few-shot linear", **point._asdict()})
-    atomic.write(out / SHEET, stream.getvalue())
+        rows.append({**common, "probe": name, "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high})
+    rows += [{**common, "probe": "few-shot linear", **point._asdict()} for point in result.curve]
+    atomic.write(out / SHEET, csv_lines([COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)]))
     if result.refused:
         private = private_folder(out)
         private.mkdir(mode=0o700, exist_ok=True)

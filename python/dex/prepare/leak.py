@@ -12,9 +12,7 @@ PNG and JPEG, 8 and 16 bits can be compared. An image of b is
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import multiprocessing
@@ -31,6 +29,7 @@ import torch
 from PIL import Image
 
 from dex.common import atomic
+from dex.common.csv_lines import csv_lines
 from dex.data import Dataset, SampleError, open_dataset
 
 from . import alignment, duplicates
@@ -118,11 +117,7 @@ class Leak:
         """Write all pairs as a table if the name ends in .csv, else the whole report as JSON."""
         if path.suffix.lower() != ".csv":
             return atomic.write(path, json.dumps(self.to_json(), indent=1) + "\n")
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(Pair._fields)
-        rows.writerows(self.pairs)
-        return atomic.write(path, table.getvalue())
+        return atomic.write(path, csv_lines([Pair._fields, *self.pairs]))
 
     def to_text(self) -> str:
         lines = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ from dex.analysis.conclusion import format_interval
 from dex.analysis.examine import Findings
 from dex.analysis.intervals import Interval
 from dex.analysis.swap import Gap
+from dex.common.csv_lines import csv_lines
 from dex.inference.analyse_job import Analysis
 from dex.report.charts import esc
 from dex.report.parts import table
@@ -66,15 +65,6 @@ def bar(interval: Interval | None) -> Bar | None:
     return None if interval is None else Bar(*interval)
 
 
-def sheet(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """A CSV file with numbers in full; None is an empty cell."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue().encode()
-
-
 def block(
     anchor: str,
     title: str,
@@ -88,7 +78,8 @@ def block(
 
     read: plain text on how to read the section and when it misleads. drawn: HTML. columns: figures per row of the SVG.
     """
-    files = {f"{anchor}.csv": sheet(*data)}
+    header, rows = data
+    files = {f"{anchor}.csv": csv_lines([header, *rows]).encode()}
     if picture := svg_file(figures, columns):
         files[f"{anchor}.svg"] = picture
     return Block(anchor, title, f"{reading(read)}{drawn}{_beside(files)}", files)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import signal
@@ -17,6 +15,7 @@ import torch
 import yaml
 
 from dex.common import atomic, exits
+from dex.common.csv_lines import csv_lines
 from dex.common.random import step_seed
 from dex.common.ranks import announced, decided, everywhere, from_first, start, stop
 from dex.config import to_dict as config_dict
@@ -281,11 +280,7 @@ def _open(planned: TaskPlan, model: TaskModel, log: TaskLog, record: _Record, wa
 
 
 def _cases_text(data: TaskData) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("id", "patient", "split"))
-    writer.writerows((case.id, case.patient, case.split) for case in data.cases)
-    return stream.getvalue()
+    return csv_lines([("id", "patient", "split"), *((case.id, case.patient, case.split) for case in data.cases)])
 
 
 def _description(planned: TaskPlan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from dex.common import atomic, exits, formats
+from dex.common.csv_lines import csv_lines
 from dex.inference import embed_job, preprocess, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.inference.embed_job import Stopped, private_folder
@@ -387,11 +388,8 @@ def _finish(
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], mode: int) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic.write(path, text.getvalue().encode("utf-8", "surrogateescape"), sync=True, mode=mode)
+    text = csv_lines([columns, *([row.get(name) for name in columns] for row in rows)])
+    atomic.write(path, text.encode("utf-8", "surrogateescape"), sync=True, mode=mode)
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

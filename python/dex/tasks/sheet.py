@@ -12,11 +12,12 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dex.common import atomic, locks
+from dex.common.csv_lines import csv_lines
 from dex.tasks.metrics.evaluation import METRICS, Evaluation
 
 _WAIT = 60.0
@@ -110,7 +111,7 @@ class Sheet:
                 return False
             mode = self.path.stat().st_mode & 0o777 if existing else 0o666
             rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in (*(old for _, old in existing), cells))]
-            data = "".join(map(_line, rows)).encode("utf-8", "surrogateescape")
+            data = csv_lines(rows).encode("utf-8", "surrogateescape")
             atomic.write(self.path, data, sync=True, mode=mode, locked=True)
         return True
 
@@ -189,13 +190,6 @@ def row_of(
     scores = {name: Score(e.value, e.low, e.high, e.patients) for name, e in evaluation.summary().items()}
     run, finetuned = (str(about.get(name) or "") for name in ("run", "checkpoint"))
     return Row(key, run, finetuned, evaluation.metric, len(evaluation.cases), leak, seconds, versions, scores)
-
-
-def _line(cells: Sequence[str]) -> str:
-    """A line of CSV. The writer ends it with a carriage return too, and so also quotes a cell that contains one."""
-    text = io.StringIO()
-    csv.writer(text).writerow(cells)
-    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _written(row: Row) -> dict[str, str]:

@@ -92,7 +92,7 @@ def test_a_volume_gets_its_mask_in_its_space(loaded, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_cannot_be_used_is_refused_by_name_and_the_others_go_on(loaded, pictures, tmp_path, workers):
-    bad = {"cut.png": pictures[0].read_bytes()[:60], "empty.png": b"", "text.png": b"no picture", "n.npy": b"x"}
+    bad = {"cut.png": pictures[0].read_bytes()[:60], "empty.png": b"", "text.png": b"no picture", "n\r.npy": b"x"}
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
     files = [*(tmp_path / name for name in bad), pictures[0]]
@@ -101,7 +101,9 @@ def test_what_cannot_be_used_is_refused_by_name_and_the_others_go_on(loaded, pic
     assert summary.done == 1 and sum(summary.refused.values()) == len(bad)
     rows = {row["id"]: row for row in table(out / predict.TABLE)}
     assert all(rows[id]["outcome"].startswith("refused: ") for id in ids[:-1]) and rows[ids[-1]]["outcome"] == "done"
-    reasons = {row["id"]: row["refused"] for row in table(predict.private_folder(out) / predict.FILES)}
+    private = table(predict.private_folder(out) / predict.FILES)
+    assert [row["file"] for row in private] == list(map(str, files))  # Also the name with a carriage return
+    reasons = {row["id"]: row["refused"] for row in private}
     assert "empty" in reasons[ids[1]] and all(len(reasons[id]) > 10 for id in ids[:-1]) and reasons[ids[-1]] == ""
     assert len(list(out.iterdir())) == 3  # the mask, the table, the plan
     (tmp_path / "cut.png").write_bytes(pictures[0].read_bytes())  # mended: the next start takes it
