@@ -15,10 +15,12 @@ RULE = (0.9, 0.99, 1e-6)
 class Captured:
     """``run`` replays the launch. updates: records of `adamw_ema_`; clip: None, or a float32 tensor.
 
-    hidden: bytes at the end of every parameter that do not exist.
+    hidden: bytes at the end of every parameter that do not exist. rule: beta1, beta2, eps.
     """
 
-    def __init__(self, ptx, updates, rates, momentum, *, clip=None, skip=None, capacity=SMALL, blocks=3, hidden=0):
+    def __init__(
+        self, ptx, updates, rates, momentum, *, clip=None, skip=None, capacity=SMALL, blocks=3, hidden=0, rule=RULE
+    ):
         self.memory, rows, tiles = GlobalMemory(), [], 0
         for i, u in enumerate(updates):
             tensors = (*u[:4], u.director, u.copy, u.group_weights, rates[i])
@@ -34,7 +36,7 @@ class Captured:
         for name, t in (("momentum", momentum), ("clip", clip), ("skip", skip)):
             if t is not None:
                 self._reach(t, name)
-        first, second, eps = RULE
+        first, second, eps = rule
         at = (0 if t is None else t.data_ptr() for t in (momentum, clip, skip))
         scalars = struct.pack("<3q5f4x", *at, first, 1 - first, second, 1 - second, eps)
         self.arguments = [struct.pack("<2q", tiles, len(rows)) + b"".join(rows), scalars]

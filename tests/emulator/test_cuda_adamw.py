@@ -1,11 +1,15 @@
 """csrc/adamw_ema, as nvcc compiles it for sm_80 and sm_90a, on the emulator: the bits that it promises."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cuda_adamw import LARGE, Captured, promised
 from cuda_library import TARGETS, compiled, nvcc
 from ptx_emulator.ptx import PTXError
 
+from dexkernels.ops import backends
 from dexkernels.ops.adamw_ema.records import Rule, Update, rates
 
 RULE = Rule(1e-2, (0.9, 0.99), 1e-6, 0.1)
@@ -85,3 +89,40 @@ def test_an_entry_that_says_more_than_there_is(ptx):
     momentum = torch.tensor(0.9, dtype=torch.float64)
     with pytest.raises(PTXError, match="outside of every allocation: .* past the end of parameter 0"):
         Captured(ptx, updates, rates(updates, RULE), momentum, hidden=4).run()
+
+
+class OnTheEmulator:
+    """In the place of dexkernels/ops/adamw_ema/cuda.py, without skip."""
+
+    def __init__(self, ptx):
+        self.ptx, self.launches = ptx, 0
+
+    def why_not(self, update):
+        return None
+
+    def adamw_ema_(self, updates, rule, scalars):
+        torch._foreach_add_([u.step for u in updates], 1)
+        updates = [u if u.director is None else u._replace(group_weights=u.group_weights.float()) for u in updates]
+        Captured(
+            self.ptx,
+            updates,
+            rates(updates, rule),
+            scalars.momentum.double(),
+            clip=scalars.clip_scale.float(),
+            capacity=LARGE,
+            blocks=32,
+            rule=(*rule.betas, rule.eps),
+        ).run()
+        self.launches += 1
+
+
+@pytest.mark.slow
+def test_the_recorded_steps_are_met(ptx, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recorded"))
+    import trajectory
+
+    emulated = OnTheEmulator(ptx)
+    monkeypatch.setattr(backends, "choose", lambda op, *_, **__: "cuda" if op == "adamw_ema_" else "reference")
+    monkeypatch.setitem(sys.modules, backends.TABLES["adamw_ema_"]["cuda"], emulated)
+    replayed = trajectory.replay(*trajectory.fused(), torch.float32)
+    assert emulated.launches == 8 and replayed.worst() <= 1

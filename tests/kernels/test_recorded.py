@@ -1,4 +1,4 @@
-"""Recorded layer cases of the published system through the Triton kernels, in the interpreter, by its own process."""
+"""Recorded cases of the published system through the Triton kernels, in the interpreter, by its own process."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 RECORDED = Path(__file__).parents[1] / "recorded"
-# The training steps take minutes in the interpreter.
+# The training steps would take minutes in the interpreter: of these only the optimizer is run there.
 CASES = ["layer_basic", "layer_noisy_router", "layer_odd_shapes", "layer_token_routing", "layer_unused_experts"]
 ALIGNED_CASES = ["layer_tokens_130", "layer_tokens_65"]
 
@@ -58,3 +58,24 @@ def test_recorded_cases_on_the_aligned_path(tmp_path):
     """Images of one block and of two, each with remainder rows."""
     said = replay(tmp_path, ALIGNED_CASES, "-c", ALIGNED)
     assert said.endswith("blocks of an image on the aligned path: [2, 1]\n")
+
+
+TRAJECTORY = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import trajectory
+print(trajectory.replay(*trajectory.fused(backend="triton"), torch.float32).worst())
+"""
+
+
+@pytest.mark.slow
+def test_recorded_steps_of_the_optimizer():
+    done = subprocess.run(
+        [sys.executable, "-c", TRAJECTORY, RECORDED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1
