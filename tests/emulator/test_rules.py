@@ -244,6 +244,60 @@ def test_product(run_ptx, seed):
     assert (out == want).all()
 
 
+COPY_OF_THE_RIGHT = next(line for line in PRODUCT.split("\n") if "[%r3], [%d3" in line)
+
+
+def right_in_rows(target: str) -> str:
+    """PRODUCT, whose right operand comes in eight boxes of a row; target: of row {i} in shared memory."""
+    copies = []
+    for i in range(8):
+        copy = COPY_OF_THE_RIGHT.replace("{%r5, %r5}", "{%r5, %r41}").replace("[%r3]", f"[{target.format(at=128 * i)}]")
+        copies.append(f"  mov.u32 %r41, {i};\n{copy}")
+    return changed(PRODUCT, COPY_OF_THE_RIGHT, "\n".join(copies))
+
+
+def rows_of_the_right():
+    left, right, out = product_arguments().values
+    rows = right._replace(box=(1, 64))
+    rows.owner = right.owner
+    return left, rows, out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_boxes_that_begin_within_the_swizzle(run_ptx, seed):
+    """The permutation of 16-byte chunks follows bits 7 to 9 of the address, wherever a box begins."""
+    values, want = rows_of_the_right(), product_arguments().want
+    run_ptx(right_in_rows("%r3+{at}"), *values, threads=128, shared=16392, seed=seed)
+    assert (values[-1] == want).all()
+    shifted = right_in_rows("%r3+{at}").replace("[%r3+896]", "[%r3+768]")
+    breaks(lambda: run_ptx(shifted, *values, threads=128, shared=16392, seed=seed), "in flight: writes")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_record_of_numbers_and_tensor_maps(run_ptx, seed):
+    """Maps within one parameter, addressed from its beginning."""
+    left, right, out = product_arguments().values
+    text = changed(
+        PRODUCT, ".param .align 64 .b8 left[128], .param .align 64 .b8 right[128]", ".param .align 64 .b8 maps[320]"
+    )
+    text = changed(text, "mov.b64 %d2, left;", "mov.b64 %d2, maps;\n  add.s64 %d2, %d2, 64;")
+    text = changed(text, "mov.b64 %d3, right;", "mov.b64 %d3, maps;\n  add.s64 %d3, %d3, 192;")
+    from ptx_emulator.launch import GlobalMemory, Launch, Program
+
+    memory = GlobalMemory()
+    memory.add(out.ctypes.data, out.nbytes, out.itemsize, "out")
+    for one in (left, right):
+        memory.add(one.address, one.owner.nbytes, one.itemsize, "tensor")
+
+    def run(*record):
+        Launch(Program(text, None, 16392), memory, (1,), 128, [record, out.ctypes.data], seed).run()
+
+    run(bytes(64), left, right)
+    assert (out == product_arguments().want).all()
+    with pytest.raises(ValueError, match="a tensor map: expected a multiple of 64, got byte 32"):
+        run(bytes(32), left, right)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "before, after, message",
@@ -261,7 +315,8 @@ def test_product(run_ptx, seed):
         ("wgmma.commit", "mov.f32 %f3, %f4;\n  wgmma.commit", "uninit|too early"),
         ("wgmma.wait", "st.shared.b32 [%r2], %r5;\n  wgmma.wait", "still reads|race on shared"),
         ("  wgmma.fence.sync.aligned;", "  wgmma.fence.sync.aligned;\n  add.f32 %f2, %f2, %f2;", "missing wgmma.fence"),
-        ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 8704;", "misaligned: a tensor copy"),
+        ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 8256;", "misaligned: a tensor copy"),
+        ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 8704;", "misaligned: a wgmma operand at 0x2200, within the 128"),
         ("add.s32 %r3, %r2, 8192;", "add.s32 %r3, %r2, 7168;", "in flight: writes"),
         ("mov.b64 %d3, right;", "mov.b64 %d3, out;", "through something that is no tensor map"),
         ("bar.sync 0; // before the end\n", "", "race: mbarrier 0x4000 is invalidated while warp [123] may use it"),

@@ -160,6 +160,12 @@ class TensorMap(NamedTuple):
                 raise PTXError(f"tensor map: expected that {rule}, got {self}")
 
 
+TensorMap.SIZE, TensorMap.ALIGNMENT = 128, 64
+"""Of a CUtensorMap, in bytes."""
+
+TARGET_ALIGNMENT = 128
+"""Of a tensor copy in shared memory, with any swizzle."""
+
 SWIZZLE_BITS = {0: 0, 32: 1, 64: 3, 128: 7}
 
 
@@ -249,9 +255,9 @@ def _issue(g, lane, tensor, coordinates, to, signal):
     if len(coordinates) != len(tensor.box):
         raise PTXError(f"a tensor map of {len(tensor.box)} dimensions, {len(coordinates)} coordinates")
     size = int(np.prod(tensor.box)) * tensor.itemsize
-    pattern = max(tensor.swizzle * 8, 128)
-    if to % pattern:
-        raise PTXError(f"misaligned: a tensor copy to {to:#x}, which must be a multiple of {pattern}")
+    # The permutation follows the address, not the box: a box may begin within the pattern.
+    if to % TARGET_ALIGNMENT:
+        raise PTXError(f"misaligned: a tensor copy to {to:#x}, which must be a multiple of {TARGET_ALIGNMENT}")
     who = g.everyone.pick(np.array([lane]))
     offset = np.array([to])
     shared.check_bounds(offset, size, 16)

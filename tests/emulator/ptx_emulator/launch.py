@@ -24,7 +24,7 @@ class Launch:
 
     blocks: the numbers of those to run, by default all; x varies fastest.
     Arguments are numbers (int: a pointer or an integer, float), bytes, or `TensorMap`s, in the order of the kernel's
-    parameters.
+    parameters. A tuple of bytes and `TensorMap`s is a record in which they follow one another.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Launch:
         self.tensor_maps = {}
         for parameter, argument in zip(parameters, arguments, strict=True):
             if isinstance(argument, TensorMap):
-                argument.check()
-                self.tensor_maps[parameter.offset] = argument
-                continue
+                argument = (argument,)
+            if isinstance(argument, tuple):
+                argument = self._record(parameter.offset, argument)
             if isinstance(argument, float):
                 argument = (np.float32 if parameter.size == 4 else np.float64)(argument).tobytes()
             elif isinstance(argument, int):
@@ -60,6 +60,19 @@ class Launch:
             if len(argument) > parameter.size:
                 raise ValueError(f"{parameter.name}: expected {parameter.size} bytes, got {len(argument)}")
             self.parameters[parameter.offset : parameter.offset + len(argument)] = np.frombuffer(argument, np.uint8)
+
+    def _record(self, offset: int, parts) -> bytes:
+        """Keeps the tensor maps of a record that begins at ``offset`` and returns its bytes, zeros in their place."""
+        packed = b""
+        for part in parts:
+            if isinstance(part, TensorMap):
+                part.check()
+                if (offset + len(packed)) % TensorMap.ALIGNMENT:
+                    raise ValueError(f"a tensor map: expected a multiple of 64, got byte {offset + len(packed)}")
+                self.tensor_maps[offset + len(packed)] = part
+                part = bytes(TensorMap.SIZE)
+            packed += part
+        return packed
 
     def run(self) -> Counters:
         shared = max(self.program.shared_size, 1)

@@ -5,7 +5,7 @@ Checked against CuTe's layouts in tests/emulator/test_layouts.py.
 
 import numpy as np
 
-from .copies import swizzle
+from .copies import SWIZZLE_BITS, swizzle
 from .ptx import PTXError
 
 # A warp's fragments of mma.m16n8k16: lane = 4 * group + t holds pairs of neighbours. Registers come first, then warps
@@ -51,7 +51,10 @@ def decode(descriptor: int) -> tuple[int, int, int, int]:
     if descriptor >> 49 & 7:
         raise PTXError("a wgmma descriptor with a base offset is not known")
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    return start, leading, stride, PATTERN[descriptor >> 62 & 3]
+    width = PATTERN[descriptor >> 62 & 3]
+    if start >> 7 & SWIZZLE_BITS[width]:
+        raise PTXError(f"misaligned: a wgmma operand at {start:#x}, within the {width}-byte pattern")
+    return start, leading, stride, width
 
 
 def operand_offsets(descriptor: int, rows: np.ndarray, depth: int, transposed: bool) -> np.ndarray:
