@@ -97,13 +97,13 @@ def _without(begin: int, patients: int) -> Tensor:
     return weights
 
 
-def mean_over_groups(values: Tensor, groups: Tensor, *, level: float = 0.95, seed: int = 0) -> Interval:
+def mean_over_groups(values: Tensor, groups: Tensor) -> Interval:
     """Mean of ``values [n]`` with its BCa interval over ``groups``, int64 ``[n]``, any numbers."""
     numbers = groups.unique(return_inverse=True)[1]
     count = int(numbers.max()) + 1
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, values.double())
     images = torch.bincount(numbers, minlength=count).double()
-    return bca(lambda weights: (weights @ total) / (weights @ images), count, level=level, seed=seed)
+    return bca(lambda weights: (weights @ total) / (weights @ images), count)
 
 
 def balanced_accuracy(right: Tensor, labels: Tensor, patients: Tensor) -> tuple[Statistic, int]:

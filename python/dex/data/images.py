@@ -165,24 +165,18 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 """By format version; 3.0 differs only in field names, which images do not have."""
 
 
-def npy_to_uint8(data: bytes) -> np.ndarray:
+def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     """uint8 ``[H, W]`` or ``[H, W, 3]`` from the bytes of a .npy file; the header is checked before any allocation.
 
     uint8 is unchanged; uint16 is divided by 65535; floats must be finite and within [0, 1]. Other dtypes and objects
     (which need pickle) are refused. Shapes: [H, W], [H, W, 1], [H, W, 3].
     """
-    return _npy(data)[0]
-
-
-def _npy(data: bytes) -> tuple[np.ndarray, int | None]:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
         read_header = _NPY_HEADERS.get(version)
         header = None if read_header is None else read_header(stream)
-    except (
-        Exception
-    ) as error:  # The header is parsed as a literal, which may raise SyntaxError, RecursionError and others
+    except Exception as error:  # A header is a literal: SyntaxError, RecursionError and others
         reason = "the file is empty" if not data else faults.sentence(error)
         raise ValueError(f"not a readable npy: {reason}") from error
     if header is None:

@@ -6,7 +6,6 @@ It only reads. The references are the model that the run started from, the pixel
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from dex.inference.load import Loaded, load
 from dex.model import MaskedAutoencoder
 from dex.train import checkpoint
 from dex.train.initial import first_model, load_initial
-from dex.train.runlog import CONFIG, STARTS
+from dex.train.runlog import CONFIG, data_of
 
 HELD_OUT, PROBED = 256, 512
 OVER_STEPS = ("routing", "swap", "features")
@@ -265,7 +264,7 @@ def _data_notes(loaded: Loaded, dataset: Dataset, data: str | Path | None) -> li
     if not loaded.modalities:
         notes.append("The modalities that the model was trained on are unknown; those of the data set are used")
     doubt = "the run may have trained on images that are held out here"
-    trained_on = _fingerprint(loaded.folder.parent.parent)
+    trained_on = data_of(loaded.folder.parent.parent).get("fingerprint")
     if isinstance(dataset, ShardDataset) and trained_on is not None:
         if dataset.fingerprint != trained_on and not dataset.withdrawn_since(trained_on):
             notes.append(
@@ -274,14 +273,6 @@ def _data_notes(loaded: Loaded, dataset: Dataset, data: str | Path | None) -> li
     elif data is not None:
         notes.append(f"The data set {dataset.name} was given by --data: {doubt}")
     return notes
-
-
-def _fingerprint(run: Path) -> str | None:
-    """The fingerprint of the data that the run was last trained on; None if unknown."""
-    try:
-        return json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def _start(loaded: Loaded, notes: list[str]) -> Subject | None:

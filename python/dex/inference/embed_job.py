@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dex.common import atomic, exits
+from dex.common.exits import Stopped
 from dex.common.shapes import height_width
 from dex.common.units import duration
 from dex.config import to_dict
@@ -37,6 +38,7 @@ from dex.inference import reading, tables
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.inference.embed import Embedding, check_layers, features, joined
 from dex.inference.load import Loaded
+from dex.prepare.ids import private_folder
 
 PLAN, SUMMARY, NOTES = "_embedding.json", "_summary.json", "notes"
 FORMAT, VERSION = "dex-embedding", 1
@@ -61,10 +63,6 @@ class Options(NamedTuple):
         return self.out.suffix == ".npz"
 
 
-class Stopped(BaseException):
-    """A signal stopped the job; finished parts are kept."""
-
-
 class Summary(NamedTuple):
     images: int
     refused: dict[str, int]
@@ -80,10 +78,6 @@ class Part(NamedTuple):
     rows: list[Row]
     notes: list[Note]
     embedding: Embedding
-
-
-def private_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.private")
 
 
 def begin(loaded: Loaded, collection: Collection, options: Options) -> None:

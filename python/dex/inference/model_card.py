@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dex.common.shapes import height_width
 from dex.inference.load import Loaded
-from dex.train.runlog import METRICS, STARTS, read_rows
+from dex.train.runlog import METRICS, data_of, read_rows
 
 _CARD = """---
 library_name: dexkernels
@@ -96,7 +95,7 @@ def model_card(loaded: Loaded) -> str:
     run = loaded.folder.parent.parent
     training = {"steps": f"{loaded.step:,}", "images per step": f"{loaded.config.data.batch_size:,}"}
     training |= {"modalities": ", ".join(loaded.modalities) or "not recorded"}
-    embedded = _start(run).get("name") == "embedded" and loaded.config.data.path is None
+    embedded = data_of(run).get("name") == "embedded" and loaded.config.data.path is None
     return _CARD.format(
         title=f"DEX ViT {m.embed_dim}/{m.depth}/{m.num_heads}",
         model=_rows(model),
@@ -131,21 +130,12 @@ def _measured(title: str, last: dict[str, Any], first: dict[str, Any], name: str
 
 
 def _data(run: Path) -> str:
-    start = _start(run)
+    start = data_of(run)
     try:
         rows = "\n".join(f"| {name} | {count:,} |" for name, count in start["images"].items())
         return f"\n| modality | images |\n| --- | --- |\n{rows}\n\nFingerprint of the data: `{start['fingerprint']}`.\n"
     except (LookupError, TypeError, AttributeError, ValueError):
         return ""
-
-
-def _start(run: Path) -> dict[str, Any]:
-    """What the run's last start recorded about its data; empty if nothing."""
-    try:
-        data = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _rows(values: dict[str, str]) -> str:

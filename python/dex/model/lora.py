@@ -61,27 +61,6 @@ def merge_lora_(encoder: VisionTransformer) -> None:
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
-def lora_state_dict(encoder: VisionTransformer) -> dict[str, Tensor]:
-    """``down`` and ``up`` of every adapted weight, by their names in the encoder's state dict; not copied."""
-    lora = {id(m) for m in encoder.modules() if isinstance(m, LowRank)}
-    owners = {name: module for name, module in encoder.named_modules() if id(module) in lora}
-    return {f"{owner}.{name}": p.detach() for owner, module in owners.items() for name, p in module.named_parameters()}
-
-
-def load_lora_(encoder: VisionTransformer, tensors: dict[str, Tensor]) -> None:
-    """Copy the result of ``lora_state_dict`` into an encoder with LoRA. ValueError names what does not fit."""
-    targets = lora_state_dict(encoder)
-    if different := targets.keys() ^ tensors.keys():
-        raise ValueError(
-            f"tensors: expected the {len(targets)} LoRA tensors of this encoder; {min(different)} is missing or unknown"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != targets[name].shape:
-            raise ValueError(f"{name}: expected {list(targets[name].shape)}, got {list(tensor.shape)}")
-    for name, tensor in tensors.items():
-        targets[name].copy_(tensor)
-
-
 def _adapted(encoder: VisionTransformer) -> Iterator[tuple[nn.Module, str]]:
     """The module and the name of each weight that LoRA adapts."""
     for block in encoder.blocks:

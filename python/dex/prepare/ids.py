@@ -36,6 +36,11 @@ def read_salt(folder: Path) -> bytes:
     return salt
 
 
+def private_folder(out: Path) -> Path:
+    """The folder beside ``out`` with the salt and whatever else must not be shared with it."""
+    return out.with_name(f"{out.name}.private")
+
+
 def shared_salt(folder: Path) -> bytes:
     """``read_salt`` under a lock: the first of several processes creates the salt, and the private folder for it.
 

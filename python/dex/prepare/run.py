@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from dex.common import atomic, exits, locks
+from dex.common.exits import Stopped
 from dex.common.folders import check_folder
 from dex.common.units import format_bytes
 from dex.data.shard_format import MANIFEST
@@ -44,7 +45,7 @@ from . import chunk_files, chunks, join, left_out, licences, packages, readers, 
 from .chunks import Counts, Job, Settings
 from .discover import UNKNOWN, Chunk, Listing, check_modalities, discover, parted, passed_over_counts
 from .folders import Level
-from .ids import SALT, Names, read_salt
+from .ids import SALT, Names, private_folder, read_salt
 from .page import count as _count
 from .remote import is_url
 from .slices import PIXELS
@@ -64,10 +65,6 @@ LISTED = 10
 
 class Failed(RuntimeError):
     """The run cannot continue. The message says why and what to do; it names no file of a private source."""
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +147,6 @@ def check_settings(sources: Sequence[Source], options: Options) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"SOURCE: expected sources of different names, got {name!r} {names.count(name)} times")
-
-
-def private_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.private")
 
 
 def prepare(sources: Sequence[Source], options: Options, say: Callable[[str], None] = print) -> Run:

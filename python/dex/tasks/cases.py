@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -345,8 +345,8 @@ def _overlap(task: Task) -> list[str]:
     return [f"overlap with the pretraining corpus: {task.overlap}"] if task.overlap else []
 
 
-def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> dict[Split, Count]:
-    """Read every target once. beat: called for each case.
+def check_targets(data: TaskData) -> dict[Split, Count]:
+    """Read every target once.
 
     Raises: ValueError naming the file if a mask differs in size from its image or has values without a meaning, or
     naming the classes that no mask of a split contains.
@@ -359,7 +359,6 @@ def check_targets(data: TaskData, beat: Callable[[], None] = lambda: None) -> di
             continue
         pixels, present, frames = Counter[int](), Counter[int](), 0
         for case in cases:
-            beat()
             if task.kind == "classification":
                 present[int(case.target)] += 1
                 continue

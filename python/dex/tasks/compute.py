@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from dex.config import per_layer
 from dex.inference.load import Loaded
 from dex.sizing.estimate import training_flops
-from dex.train.runlog import STARTS
+from dex.train.runlog import STARTS, data_of
 
 TOLERANCE = 0.05
 """Tolerated relative difference in active parameters and operations of runs of equal compute."""
@@ -61,12 +60,8 @@ def of_run(name: str, loaded: Loaded, random_start: bool = False) -> Compute:
 
 def _fingerprint(folder: Path) -> str:
     for place in (folder, *folder.parents[:2]):
-        path = place / STARTS
-        if path.is_file():
-            try:
-                return str(json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["data"]["fingerprint"])
-            except (OSError, ValueError, LookupError, TypeError):
-                return ""
+        if (place / STARTS).is_file():
+            return str(data_of(place).get("fingerprint", ""))
     return ""
 
 

@@ -77,9 +77,6 @@ def finetune(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    command: Sequence[str] = (),
-    split: Mapping[str, Any] | None = None,
-    say: Say = lambda done, total, text: None,
 ) -> int:
     """Fine-tune until the end or a signal; return the exit code of the process (``dex.common.exits``).
 
@@ -88,8 +85,7 @@ def finetune(
     Raises: ValueError or FileNotFoundError for invalid arguments, before anything is written or removed.
     """
     try:
-        options = {"resume": resume, "overwrite": overwrite, "command": command, "split": split, "say": say}
-        return prepare(run, data, settings, out, **options).run()
+        return prepare(run, data, settings, out, resume=resume, overwrite=overwrite).run()
     except exits.Stopped:
         return exits.PREEMPTED
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from dex.data.shard_format import MANIFEST
 from dex.inference.preprocess import preprocess
 from dex.prepare.leak import KINDS, leak
 from dex.tasks.task import SPLITS, Case, TaskData
-from dex.train.runlog import CONFIG, STARTS
+from dex.train.runlog import CONFIG, data_of
 
 
 class LeakCheck(NamedTuple):
@@ -99,10 +99,8 @@ def of_run(data: TaskData, run: Path, **options: Any) -> LeakCheck:
     """``check`` against the pretraining set of the run in folder ``run``, if it is available and unchanged."""
     try:
         config = read_yaml(run / CONFIG, Config())
-        starts = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"]
-        trained_on = starts[-1]["data"]
-        name, fingerprint, counts = trained_on["name"], trained_on["fingerprint"], trained_on["images"]
-    except (OSError, ValueError, LookupError, TypeError):
+        name, fingerprint, counts = itemgetter("name", "fingerprint", "images")(data_of(run))
+    except (OSError, ValueError, LookupError):
         return not_checked("the run's folder does not state its pretraining set")
     path = None if config.data.path is None else Path(config.data.path).expanduser()
     try:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dex.prepare.ids import shared_salt
-
-
-def private_of(root: Path) -> Path:
-    """The private folder beside the data."""
-    root = root.resolve()
-    return root.with_name(f"{root.name}.private")
+from dex.prepare.ids import private_folder, shared_salt
 
 
 def salt_of(root: Path, private: Path | None) -> bytes:
     """The salt in ``private``, or beside the data. ValueError naming --private if the folder cannot be written."""
     try:
-        return shared_salt(private_of(root) if private is None else private)
+        return shared_salt(private_folder(root.resolve()) if private is None else private)
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise

@@ -63,6 +63,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def data_of(run: Path) -> dict[str, Any]:
+    """What the newest start of the run in a folder recorded about its data; empty without a readable record."""
+    try:
+        data = json.loads((run / STARTS).read_text(encoding="utf-8"))["starts"][-1]["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 class ReplacedRun:
     """A run that is being replaced. It stays in the run folder until the new run has taken its first step.
 

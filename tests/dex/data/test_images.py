@@ -14,7 +14,7 @@ from picture_files import COLOUR, GREY, WIDE, jpeg, npy, only, png, put, smooth
 from PIL import Image
 
 from dex.data import Loader, SampleError, open_dataset
-from dex.data.images import decode, npy_to_uint8, square
+from dex.data.images import decode, square
 
 ALPHA = np.where(np.arange(256) < 128, 255, 0).astype(np.uint8)[None].repeat(256, 0)
 
@@ -210,7 +210,7 @@ def test_no_pickle_is_executed(tmp_path):
     with Loader(dataset, 2, seed=0) as loader:
         assert {sample for _ in range(4) for sample in next(loader).ids} == {"m/ok.png"}
     with pytest.raises(ValueError, match="dtype: expected"):
-        npy_to_uint8(_object_npy(canary))
+        decode(_object_npy(canary), "npy")
     assert not os.path.exists(canary)
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dex.tasks.salt import private_of, salt_of
+from dex.tasks.salt import salt_of
 
 
 def test_one_salt_beside_the_data_or_where_the_user_says(tmp_path):
     data = tmp_path / "my data"
     data.mkdir()
-    assert private_of(data) == tmp_path / "my data.private"
     salt = salt_of(data, None)
     assert len(salt) == 32 and salt_of(data, None) == salt
     assert (tmp_path / "my data.private/salt").stat().st_mode & 0o777 == 0o600

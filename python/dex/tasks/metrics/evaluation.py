@@ -104,10 +104,9 @@ class Evaluation(NamedTuple):
         if self.kind == "segmentation":
             return _segmentation_measure(self, metric, of)
         data = _classified(self)
-        if metric == "balanced_accuracy":
-            return classification.sensitivity(data, of)
-        if metric in ("auc", "f1"):
-            return getattr(classification, metric)(data, of)
+        by_class = {"balanced_accuracy": classification.sensitivity, "auc": classification.auc, "f1": classification.f1}
+        if metric in by_class:
+            return by_class[metric](data, of)
         overall = {"accuracy": classification.accuracy, "brier": classification.brier, "ece": calibration.ece}
         return overall[metric](data)
 
