@@ -39,7 +39,7 @@ from .ops.route import Noise
 from .ops.routed_mlp import Settings, routed_mlp
 from .published import PublishedNames
 from .records import MLPWeights
-from .shadows import Shadows
+from .shadows import Shadows, written_in_graph
 
 
 class Aux(NamedTuple):
@@ -513,6 +513,7 @@ def update_directors(
             directors.append(director), experts.append(stacked), weights.append(a)
     backend = backends.covering("group_ema_", layers[0].backend)
     group_ema_(directors, experts, weights, momentum, skip=followed.still, backend=backend)
+    written_in_graph(director for layer in layers for director in layer.director.weights)
     move_usage(layers, followed)
 
 

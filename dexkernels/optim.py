@@ -1,5 +1,6 @@
 """`DEXAdamW`: AdamW that reads the experts once for the step, the directors' update and low-precision copies."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from . import checks
 from .layer import DEXLayer, agree, local_pair, move_usage
 from .ops import backends
-from .ops.adamw_ema import COPIES, adamw_ema_
+from .ops.adamw_ema import COPIES, checked
 from .ops.adamw_ema.records import Rule, Update
 from .ops.group_ema import group_ema_
 from .records import MLPWeights
@@ -77,6 +78,7 @@ class DEXAdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay)
         self._model, self._copies, self._backend = model, copies, backend
 
+    @torch._disable_dynamo  # It looks at memory and versions, which torch.compile does not see.
     @torch.no_grad()
     def step(
         self,
@@ -113,24 +115,25 @@ class DEXAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"]:
                 raise ValueError("amsgrad, maximize: expected False, got True: torch.optim.AdamW has them")
-        followed, pairs = None, {}
+        followed, pairs, alone = None, {}, []
         if gate_mass is not None:
             checks.check_momentum(momentum)
             followed = agree(layers, gate_mass, skip, process_group)
         if followed is not None:
             skip = followed.still
-            pairs = self._pairs(layers, followed.group_weights, momentum, skip)
+            pairs, alone = self._pairs(layers, followed.group_weights)
         kept = self._kept(layers, pairs)
         copies = {
             id(p): copy for layer, written in kept for p, copy in zip(layer.experts.weights, written, strict=True)
         }
+        parts = []
         for group in self.param_groups:
             rule = Rule(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"])
             updates = [
                 self._update(p, pairs.get(id(p)), copies.get(id(p))) for p in group["params"] if p.grad is not None
             ]
-            for device in dict.fromkeys(u.parameter.device for u in updates):
-                adamw_ema_(
+            parts += [
+                checked(
                     [u for u in updates if u.parameter.device == device],
                     rule,
                     momentum=1.0 if momentum is None else momentum,
@@ -138,30 +141,35 @@ class DEXAdamW(torch.optim.AdamW):
                     skip=skip,
                     backend=self._backend,
                 )
+                for device in dict.fromkeys(u.parameter.device for u in updates)
+            ]
+        if alone:
+            directors, experts, weights = map(list, zip(*alone, strict=True))
+            group_ema_(directors, experts, weights, momentum, skip=skip, backend=self._backend)
+        for part in parts:
+            part.run()
         for layer, written in kept:
             layer.shadows.keep(layer.experts.weights, layer.director.weights, written)
         if followed is not None:
             move_usage(layers, followed)
         return loss
 
-    def _pairs(
-        self, layers: list[DEXLayer], group_weights: list[Tensor], momentum: float | Tensor, skip: Tensor
-    ) -> dict[int, _Pair]:
-        """Id of the experts' parameter -> the director that its update moves. Moves the other directors here."""
+    def _pairs(self, layers: list[DEXLayer], group_weights: list[Tensor]) -> tuple[dict[int, _Pair], list[_Pair]]:
+        """Id of the experts' parameter -> the director that its update moves; and the directors that none moves: those
+        of frozen or differently cut experts, and of tensors that several layers share."""
         trained = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        users = Counter(id(t) for layer in layers for pair in layer.director_pairs() for t in pair)
         alone, pairs = [], {}
         for layer, a in zip(layers, group_weights, strict=True):
             for director, stacked in layer.director_pairs():
                 pair = _Pair(*local_pair(director, stacked), a)
                 memory = (t.untyped_storage()._cdata for t in (pair.experts, _local(stacked)))
-                if len(set(memory)) == 1 and id(stacked) in trained:
+                only = users[id(director)] == users[id(stacked)] == 1
+                if len(set(memory)) == 1 and id(stacked) in trained and only:
                     pairs[id(stacked)] = pair
                 else:
                     alone.append(pair)
-        if alone:
-            directors, experts, weights = map(list, zip(*alone, strict=True))
-            group_ema_(directors, experts, weights, momentum, skip=skip, backend=self._backend)
-        return pairs
+        return pairs, alone
 
     def _kept(self, layers: list[DEXLayer], pairs: dict[int, _Pair]) -> list[tuple[DEXLayer, MLPWeights]]:
         """The layers whose copies this step writes, and the copies; drops the copies of all other layers."""
@@ -177,8 +185,12 @@ class DEXAdamW(torch.optim.AdamW):
         return kept
 
     def _update(self, p: Tensor, pair: _Pair | None, copy: Tensor | None) -> Update:
-        if p.grad.is_sparse:
-            raise ValueError("gradient: expected a dense one, got a sparse one")
+        for name, t in (("parameter", p), ("gradient", p.grad)):
+            if t.dtype not in (torch.float32, torch.float64):
+                remedy = "keep weights in float32, and compute under autocast"
+                raise ValueError(f"{self._name(p)}: expected a float32 or float64 {name}, got {t.dtype}; {remedy}")
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"{self._name(p)}: expected a dense gradient, got {p.grad.layout}")
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -190,6 +202,9 @@ class DEXAdamW(torch.optim.AdamW):
         if pair is None:
             return Update(*tensors, state["step"])
         return Update(*tensors, state["step"], pair.director, pair.group_weights, copy)
+
+    def _name(self, parameter: Tensor) -> str:
+        return next((name for name, p in self._model.named_parameters() if p is parameter), "a parameter")
 
 
 def _local(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Shadows: low-precision copies of a layer's float32 weights (the masters), used under autocast."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +135,8 @@ class Watched(nn.Parameter):
 
     touched: bool
     """Whether ``data``, or an optimizer without version counts, was used since the last `watch`."""
+    in_graph: bool = False
+    """Whether a CUDA graph writes it, whose replays change no version."""
 
     @property
     def data(self) -> Tensor:
@@ -162,11 +164,20 @@ def watch(t: Tensor) -> None:
     t.touched = False
 
 
+def written_in_graph(tensors: Iterable[Tensor]) -> None:
+    """Mark ``tensors`` if they are written in a CUDA graph that is being captured: no copies of them are kept then."""
+    for t in tensors:
+        if torch.compiler.is_compiling() or not capturing(t.device):
+            return
+        t.in_graph = True
+
+
 def _after_an_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     """Mark the parameters of an optimizer step, since torch's fused optimizers bump no version.
 
-    An optimizer with ``keeps_copies`` accounts for its own writes.
+    An optimizer with ``keeps_copies`` accounts for its own writes, except those of a CUDA graph.
     """
+    written_in_graph(p for group in optimizer.param_groups for p in group["params"])
     if getattr(optimizer, "keeps_copies", False):
         return
     for group in optimizer.param_groups:
@@ -189,7 +200,7 @@ def _references(t: Tensor) -> int:
 def _is_current(held: Held, tensors: Sequence[Tensor]) -> bool:
     """Whether nothing can have written to the tensors since: by a versioned write, ``.data``, or a tensor that shares
     their memory. ``tensors`` may be the masters alone, without the director."""
-    if not all(type(t) is Watched and not t.touched for t in tensors):
+    if not all(type(t) is Watched and not (t.touched or t.in_graph) for t in tensors):
         return False
     if any(_references(t) for t in tensors):
         return False

@@ -116,7 +116,7 @@ SABOTAGES = {
     "another eps": (cpu, '"eps": rule.eps', '"eps": 10 * rule.eps'),
     "a bad step is taken": (cpu, "and bool(scalars.skip)", "and False"),
     "the moments of a bad step": (cpu, "        return\n    m, clip", "        updates = updates[:1]\n    m, clip"),
-    "directors stay": (optim, "            pairs = self._pairs(", "            self._pairs("),
+    "directors stay": (optim, "            pairs, alone = self._pairs(", "            self._pairs("),
     "matrices stay": (optim, "if p.grad is not None\n            ]", "if p.dim() != 2\n            ]"),
     "usage stays": (optim, "            move_usage(layers, followed)", "            pass"),
     "a gate mass of NaN alone is no bad step": (optim, "            skip = followed.still\n", ""),

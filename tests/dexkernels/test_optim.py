@@ -9,7 +9,7 @@ import torch
 from layer_cases import layer_of
 from torch import nn
 
-from dexkernels import DEXLayer, hold_weights
+from dexkernels import DEXLayer, hold_weights, optim, shadows
 from dexkernels.layer import update_directors
 from dexkernels.optim import DEXAdamW
 from dexkernels.testing import randomize_, relative_error
@@ -292,6 +292,60 @@ def test_another_stream_or_dtype_makes_its_own(stepped, monkeypatch):
     assert taken(net) == [False, False]
 
 
+def torchs_step(net, optimizer):
+    other_optimizer(net, fused=True)
+
+
+def fused_step(net, optimizer):
+    optimizer.step(gate_mass=backward(net, 3, autocast=True), momentum=0.5)
+
+
+CAPTURED = {
+    "DEXAdamW": fused_step,
+    "torch's fused AdamW": torchs_step,
+    "update_directors": lambda net, optimizer: update_directors(net.layers, [torch.ones(E)] * 2, 0.1),
+}
+
+
+def replay(net):
+    """Writes to an expert and a director as the replay of a CUDA graph does: nothing reports it."""
+    for t in (net.layers[0].experts.fc1_weight, net.layers[0].director.fc1.weight):
+        torch._C.TensorBase.data.__get__(t).mul_(2)
+
+
+@pytest.mark.parametrize("what", CAPTURED)
+@pytest.mark.parametrize("kept_before", [True, False], ids=["copies before", "no copies before"])
+def test_copies_are_not_kept_of_weights_that_a_cuda_graph_writes(stepped, what, kept_before):
+    """Not even those of a later step outside of the graph, because its replays report nothing."""
+    net, optimizer = stepped
+    if not kept_before:
+        net = fresh(net)
+        optimizer = DEXAdamW(net, **OPTIONS, copies=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (shadows, optim):
+            patch.setattr(module, "capturing", lambda device: True)
+        CAPTURED[what](net, optimizer)
+    fused_step(net, optimizer)
+    replay(net)
+    assert torch.equal(output(net), output(fresh(net)))
+
+
+def test_copies_are_not_kept_of_tensors_that_layers_share():
+    """Written twice in a step, the last time after their copy."""
+    for tie in ("director", "experts"):
+        net = Net()
+        setattr(net.layers[1], tie, getattr(net.layers[0], tie))
+        twin = copy.deepcopy(net)
+        optimizer = DEXAdamW(net, **OPTIONS, copies=torch.bfloat16)
+        torchs = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], **OPTIONS)
+        for i in range(2):
+            plain_step(twin, torchs, i, clip=1.0)
+            optimizer.step(gate_mass=backward(net, i), momentum=0.9)
+        assert_near(of(net), of(twin))
+        other = copy.deepcopy(net)
+        assert torch.equal(output(net), output(other)), tie
+
+
 def test_copies_of_a_net_that_is_copied_pickled_or_compiled(stepped, tmp_path):
     net, _ = stepped
     twin = copy.deepcopy(net)
@@ -335,10 +389,49 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.step(**options)
+    assert all(torch.equal(t, before[n]) for n, t in of(net).items())
     optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ValueError, match="amsgrad, maximize: expected False"):
         optimizer.step()
     assert all(torch.equal(t, before[n]) for n, t in of(net).items())
+
+
+def sparse(net, group):
+    net.rows = nn.Embedding(9, 3, sparse=True)
+    net.rows(torch.tensor([1, 2])).sum().backward()
+    group["params"] = [net.rows.weight]
+
+
+def half(net, group):
+    net.narrow = nn.Linear(3, 3, bias=False).bfloat16()
+    net.narrow(torch.ones(3).bfloat16()).sum().backward()
+    group["params"] = [net.narrow.weight]
+
+
+BAD_GROUPS = {
+    "rows.weight: expected a dense gradient, got torch.sparse_coo": sparse,
+    "narrow.weight: expected a float32 or float64 parameter, got torch.bfloat16; keep weights in float32": half,
+    "rule.lr: expected a number >= 0": lambda net, group: group.update(lr=-1.0),
+    r"rule.betas\[0\]: expected a number": lambda net, group: group.update(betas=(2.0, 0.9)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_GROUPS)
+def test_a_step_that_the_last_group_cannot_take_changes_nothing_of_the_others(message):
+    net = Net()
+    net.layers[1].experts.requires_grad_(False)  # a director that moves apart from its experts
+    *some, last = [p for p in net.parameters() if p.requires_grad]
+    masses = backward(net)
+    optimizer = DEXAdamW(net, [{"params": some}, {"params": [last]}], **OPTIONS, copies=torch.bfloat16)
+    optimizer.step(gate_mass=masses, momentum=0.5)
+    group = optimizer.param_groups[1]
+    BAD_GROUPS[message](net, group)
+    before, steps = of(net), [s["step"].clone() for s in optimizer.state.values()]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(gate_mass=masses, momentum=0.5)
+    assert all(torch.equal(t, before[n]) for n, t in of(net).items())
+    assert [s["step"] for s in optimizer.state.values()][: len(steps)] == steps
+    assert torch.equal(output(net), output(copy.deepcopy(net)))
 
 
 def test_one_layer_alone():

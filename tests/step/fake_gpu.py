@@ -195,7 +195,7 @@ def steps(name: str, launched: list[list[str]]) -> None:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda: True),
             (shadows, "stream_of", lambda device: 0),
-            (optim, "adamw_ema_", in_plain_torch(optim.adamw_ema_)),
+            (optim, "checked", in_plain_torch(optim.checked)),
             (optim, "group_ema_", in_plain_torch(optim.group_ema_)),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (Trainer, "_next_batch", next_batch),

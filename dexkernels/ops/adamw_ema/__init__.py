@@ -1,5 +1,7 @@
 """`adamw_ema_`: GEMA with the current experts, AdamW, and low-precision copies of both, in one pass over memory."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,45 @@ def adamw_ema_(
 
     Raises: ValueError naming the argument, before anything is changed.
     """
+    checked(updates, rule, momentum=momentum, clip_scale=clip_scale, skip=skip, backend=backend).run()
+
+
+class Checked(NamedTuple):
+    """A call of `adamw_ema_` whose arguments are checked."""
+
+    updates: list[Update]
+    rule: Rule
+    scalars: Scalars
+    chosen: str
+    """The backend."""
+    requested: bool
+    """Whether it was requested by name."""
+    parts: dict[str, list[Update]] | None
+    """The updates of each backend; None under torch.compile, which does not see what a backend can take."""
+
+    def run(self) -> None:
+        """Compute the updates."""
+        if self.parts is None:
+            arguments = _flat(self.updates, self.rule, self.scalars)
+            torch.ops.dexkernels.adamw_ema_(*arguments, self.chosen, self.requested)
+            return
+        # There is no gradient to record; the dispatcher would only add overhead to each step.
+        with torch.no_grad():
+            _run(self.parts, self.rule, self.scalars)
+        # Kernels, even torch's fused one, bump no version: do it here, so that a backward that needs old values raises.
+        torch.autograd.graph.increment_version([t for u in self.updates for t in u.moved])
+
+
+def checked(
+    updates: list[Update],
+    rule: Rule,
+    *,
+    momentum: float | Tensor = 1.0,
+    clip_scale: float | Tensor | None = None,
+    skip: Tensor | None = None,
+    backend: str | None = None,
+) -> Checked:
+    """Check the arguments of `adamw_ema_`, so that several calls run only if each can."""
     if not isinstance(updates, (list, tuple)) or not all(isinstance(u, Update) for u in updates):
         raise ValueError(f"updates: expected a list of Update, got {describe(updates)}")
     check_momentum(momentum)
@@ -54,25 +95,31 @@ def adamw_ema_(
     _check_rule(rule)
     for i, update in enumerate(updates):
         _check(f"updates[{i}]", update, updates[0].parameter.device)
-    if not updates:
-        return
-    device = updates[0].parameter.device
+    device = updates[0].parameter.device if updates else torch.device("cpu")
     scalars = Scalars(_on(device, momentum), None if clip_scale is None else _on(device, clip_scale), skip)
     if skip is not None and skip.device != device:
         scalars = scalars._replace(skip=skip.to(device))
     chosen = backends.choose("adamw_ema_", backend, device, dtype=torch.float32)
-    parts: dict[str, list[Update]] = {chosen: [], "reference": []}
+    requested = backend is not None
+    parts = None if torch.compiler.is_compiling() else _parts(updates, chosen, requested)
+    return Checked(updates, rule, scalars, chosen, requested, parts)
+
+
+def _parts(updates: list[Update], chosen: str, requested: bool) -> dict[str, list[Update]]:
+    """The updates of the chosen backend, and those that it leaves to plain torch. ValueError if it was requested."""
+    why_not = backends.load("adamw_ema_", chosen).why_not
+    parts: dict[str, list[Update]] = {}
     for i, update in enumerate(updates):
-        reason = backends.load("adamw_ema_", chosen).why_not(update)
-        if reason and backend is not None:
+        reason = why_not(update)
+        if reason and requested:
             raise ValueError(f"updates[{i}].{reason}")
-        parts["reference" if reason else chosen].append(update)
-    with torch.no_grad():
-        for name, part in parts.items():
-            if part:
-                backends.load("adamw_ema_", name).adamw_ema_(part, rule, scalars)
-    # Kernels, even torch's fused one, bump no version: do it here, so that a backward that needs old values raises.
-    torch.autograd.graph.increment_version([t for u in updates for t in u.moved])
+        parts.setdefault("reference" if reason else chosen, []).append(update)
+    return parts
+
+
+def _run(parts: dict[str, list[Update]], rule: Rule, scalars: Scalars) -> None:
+    for backend, updates in parts.items():
+        backends.load("adamw_ema_", backend).adamw_ema_(updates, rule, scalars)
 
 
 def _on(device: torch.device, value: float | Tensor) -> Tensor:
@@ -116,3 +163,58 @@ def _check(name: str, u: Update, device: torch.device) -> None:
         check_tensor(f"{name}.copy", u.copy, (p.shape[0] + 1, *p.shape[1:]), like=p, same_dtype=False)
         if u.copy.dtype not in COPIES or not u.copy.is_contiguous():
             raise ValueError(f"{name}.copy: expected contiguous bfloat16 or float16, got {describe(u.copy)}")
+
+
+def _flat(updates: list[Update], rule: Rule, scalars: Scalars) -> tuple[Any, ...]:
+    """The arguments of the operator before the backend."""
+    followed = [i for i, u in enumerate(updates) if u.director is not None]
+    copied = [i for i, u in enumerate(updates) if u.copy is not None]
+    on_device = isinstance(rule.lr, Tensor)
+    return (
+        *([getattr(u, name) for u in updates] for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq", "step")),
+        *([getattr(updates[i], name) for i in followed] for name in ("director", "group_weights")),
+        [updates[i].copy for i in copied],
+        *(followed, copied, 0.0 if on_device else rule.lr, rule.lr if on_device else None),
+        *(list(rule.betas), rule.eps, rule.weight_decay, *scalars),
+    )
+
+
+@torch.library.custom_op(
+    "dexkernels::adamw_ema_", mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "steps", "directors", "copies")
+)
+def _adamw_ema_(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    directors: list[Tensor],
+    group_weights: list[Tensor],
+    copies: list[Tensor],
+    followed: list[int],
+    copied: list[int],
+    lr: float,
+    lr_on_device: Tensor | None,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    momentum: Tensor,
+    clip_scale: Tensor | None,
+    skip: Tensor | None,
+    backend: str,
+    requested: bool,
+) -> None:
+    """followed, copied: the updates that have a director, and those that have a copy."""
+    updates = [Update(*tensors) for tensors in zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps, strict=True)]
+    for i, director, weights in zip(followed, directors, group_weights, strict=True):
+        updates[i] = updates[i]._replace(director=director, group_weights=weights)
+    for i, copy in zip(copied, copies, strict=True):
+        updates[i] = updates[i]._replace(copy=copy)
+    first, second = betas
+    rule = Rule(lr if lr_on_device is None else lr_on_device, (first, second), eps, weight_decay)
+    _run(_parts(updates, backend, requested), rule, Scalars(momentum, clip_scale, skip))
+
+
+@_adamw_ema_.register_fake
+def _(*arguments) -> None:
+    return None
