@@ -75,7 +75,7 @@ def test_points(ranks: int) -> list[dict]:
         points += [
             {"strategy": strategy, "experts": 8, "batch": 32, **change}
             for strategy in ("ddp", "fsdp")
-            for change in ({"micro_batch": 4}, {"model": OTHER}, {"precision": "bf16"})
+            for change in ({"micro_batch": 4}, {"model": OTHER})
         ]
     return points
 
@@ -103,7 +103,8 @@ def measure(steps: int = 4, rounds: int = 6) -> dict:
         costs[str(count)] = summary(before + launch(count, job))
         print(f"{count} ranks: {time.monotonic() - began:.0f} s", file=sys.stderr)
         for i, point in enumerate(points):
-            tests.append({"ranks": count, **point, "measured": measured([of_rank[i] for of_rank in by_rank])})
+            seconds = spread([t for of_rank in by_rank for t in of_rank[i]])
+            tests.append({"ranks": count, **point, "measured": {"seconds": seconds}})
     return {
         "date": datetime.date.today().isoformat(),
         "seconds": round(time.monotonic() - began),
@@ -142,18 +143,6 @@ def summary(by_rank: list[dict]) -> dict:
     if "checkpoint" in by_rank[0]:
         pooled["checkpoint"] = spread([t for rank in by_rank for t in rank["checkpoint"]])
     return pooled
-
-
-def measured(by_rank: list[dict]) -> dict:
-    """One test point: seconds of a step over all ranks, and the largest byte counts of any rank."""
-    return {
-        "seconds": spread([t for rank in by_rank for t in rank["seconds"]]),
-        "wire": max(rank["wire"] for rank in by_rank),
-        "collectives": by_rank[0]["collectives"],
-        "held": by_rank[0]["held"],
-        "peak": max(rank["peak"] for rank in by_rank),
-        "peak_resident": max(rank["peak_resident"] for rank in by_rank),
-    }
 
 
 # Predictions, from unit costs alone.
@@ -209,27 +198,15 @@ def unit_costs(results: dict, ranks: int):
 def tested(results: dict) -> dict:
     """Unit costs, and the test points with their predictions."""
     from dex.data import open_dataset
-    from dex.sizing.scaling import exchanges, memory, sent, step, workload
+    from dex.sizing.scaling import step, workload
 
     modalities = len(open_dataset(None).modalities)
     costs = {n: unit_costs(results, n) for n in RANKS}
     tests = []
     for point in results["tests"]:
         n, strategy = point["ranks"], point["strategy"]
-        work = workload(configuration(point), modalities)
-        held = memory(work, n, strategy)
-        between = ["weights", "gradients", "moments"]
-        collectives = exchanges(work, n, strategy)
-        predicted = {
-            "wire": round(sum(sum(sent(e, n, n, costs[n].scatter)) for e in collectives.values())),
-            "held": {kind: held[kind] for kind in between},
-            "peak": sum(held.values()),
-        }
-        if "precision" not in point:  # The unit costs are for fp32.
-            parts = step(work, n, strategy, costs[n])
-            predicted["seconds"] = parts.total
-            predicted["parts"] = {k: float(f"{v:.4g}") for k, v in parts._asdict().items()}
-        tests.append(point | {"predicted": predicted})
+        seconds = step(workload(configuration(point), modalities), n, strategy, costs[n]).total
+        tests.append(point | {"predicted": {"seconds": seconds}})
     return {"unit_costs": {str(n): c._asdict() for n, c in costs.items()}, "tests": tests}
 
 

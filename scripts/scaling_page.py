@@ -84,15 +84,14 @@ another network (demo preset, E = {calibrated}) on as many processes; test point
 
 {groups}
 
-{bytes}
+Bytes held and sent are tested against three ranks by `tests/dex/sizing/test_scaling.py`.
 
 {why}"""
 
 UNTESTED = """\
 ## Tested here
 
-Not yet: `make scaling` measures unit costs and steps on 1, 2 and 4 gloo ranks. Bytes held and sent are tested against
-three ranks by `tests/dex/sizing/test_scaling.py`."""
+Not yet: `make scaling` measures unit costs and steps on 1, 2 and 4 gloo ranks."""
 
 
 def page(results: dict) -> str:
@@ -115,8 +114,7 @@ def page(results: dict) -> str:
 def tested(results: dict) -> str:
     """The section that compares predicted and measured steps."""
     machine, tests, calibration = results["machine"], results["tests"], results["calibration"]
-    timed = [t for t in tests if "seconds" in t["predicted"]]
-    ratios = [_ratio(t) for t in timed]
+    ratios = [_ratio(t) for t in tests]
     return TESTED.format(
         machine=f"Measured on {results['date']}: {machine['cpu']}, {machine['cpus']} CPUs, one thread a rank, Python "
         f"{machine['python']}, torch {machine['torch']}, gloo, {commit_of(machine)}; "
@@ -129,11 +127,10 @@ def tested(results: dict) -> str:
             else "."
         ),
         calibrated=calibration["experts"],
-        bytes=_bytes_text(tests),
         steps=f"{results['steps']} steps and all ranks",
         off=sum(not 0.8 <= r <= 1.25 for r in ratios),
         all=len(ratios),
-        groups=_groups(timed),
+        groups=_groups(tests),
         why=WHY.format(swing=_swing(results["costs"])),
     )
 
@@ -150,30 +147,6 @@ def _ratio(test: dict) -> float:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _bytes_text(tests: list[dict]) -> str:
-    wire = [t["measured"]["wire"] / t["predicted"]["wire"] for t in tests if t["ranks"] > 1]
-    kinds = ("weights", "gradients", "moments")
-    held = [t["measured"]["held"][k] == t["predicted"]["held"][k] for t in tests for k in kinds]
-    peaks = {}
-    for t in tests:
-        name = "1 rank" if t["ranks"] == 1 else t["strategy"]
-        peaks.setdefault(name, []).append(t["predicted"]["peak"] / _peak(t))
-    ranges = "; ".join(f"{name} {min(r):.2f} to {max(r):.2f}" for name, r in peaks.items())
-    return (
-        f"The bytes of weights, gradients and moments of a rank equal the prediction in {sum(held)} of {len(held)} "
-        f"cases.\nBytes written to sockets in a step are {min(wire):.4f} to {max(wire):.4f} times the prediction. "
-        f"Predicted memory over torch's\npeak allocation: {ranges}. Values below 1 are due to images, targets\nand "
-        "temporary tensors, which weigh more in a network this small."
-    )
-
-
-def _peak(test: dict) -> int:
-    """Peak bytes that torch held: those that stay between steps, and the peak within a step."""
-    held = test["measured"]["held"]
-    buckets = held["gradients"] if test["ranks"] > 1 and test["strategy"] == "ddp" else 0
-    return held["weights"] + held["moments"] + buckets + test["measured"]["peak"]
 
 
 def _groups(timed: list[dict]) -> str:
@@ -248,7 +221,7 @@ def picture(results: dict):
     figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2 if "tests" in results else 1, squeeze=False)[0]
     if "tests" in results:
-        _scatter(axes[0], [t for t in results["tests"] if "seconds" in t["predicted"]], ink, colours)
+        _scatter(axes[0], results["tests"], ink, colours)
     run = axes[-1]
     for experts, colour in zip(GPU_EXPERTS, colours, strict=False):
         rows = [r for r in results["gpu"]["rows"] if (r["network"], r["experts"]) == ("ViT-L", experts)]

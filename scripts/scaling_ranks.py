@@ -8,7 +8,6 @@ Functions import torch, since scripts/scaling_page.py works without it.
 import gc
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -40,9 +39,8 @@ def configuration(point: dict):
     )
 
 
-def rank(job_path: Path) -> None:
-    """Run one rank of a job: ``rounds`` and ``sizes`` of unit costs, or ``points`` and their ``steps``. The first rank
-    writes the measurements of all to ``out``."""
+def rank(job_path: Path, measure: Callable) -> None:
+    """Run one rank of a job: ``measure(ranks, job)``. The first rank writes the measurements of all to ``out``."""
     import torch
 
     from dex.common.ranks import announced, gather, start, stop
@@ -50,17 +48,20 @@ def rank(job_path: Path) -> None:
     torch.set_num_threads(1)
     job = json.loads(job_path.read_text())
     ranks = start(announced(), torch.device("cpu"), 120)
-    if "points" in job:
-        measured = [measure_point(ranks, point, job["steps"]) for point in job["points"]]
-    else:
-        measured = measure_costs(ranks, job["rounds"], job["sizes"])
-    by_rank = gather(ranks, measured)
+    by_rank = gather(ranks, measure(ranks, job))
     if ranks.first:
         Path(job["out"]).write_text(json.dumps(by_rank))
     stop(ranks)
 
 
-def _trainer(point: dict, ranks):
+def measured(ranks, job: dict) -> list | dict:
+    """Seconds of ``steps`` of each of the ``points``, or the unit costs, by ``rounds`` and ``sizes``."""
+    if "points" in job:
+        return [measure_steps(ranks, point, job["steps"]) for point in job["points"]]
+    return measure_costs(ranks, job["rounds"], job["sizes"])
+
+
+def make_trainer(point: dict, ranks):
     from dex.data import open_dataset
     from dex.train.plan import resolve
     from dex.train.trainer import Trainer
@@ -69,7 +70,7 @@ def _trainer(point: dict, ranks):
     return Trainer(resolve(config, open_dataset(config.data.path), ranks))
 
 
-def _step_seconds(trainer, meet: Meet) -> float:
+def step_seconds(trainer, meet: Meet) -> float:
     """Seconds of one step without the wait for the loader; all ranks begin together."""
     meet()
     trainer.data_wait = 0.0
@@ -79,7 +80,7 @@ def _step_seconds(trainer, meet: Meet) -> float:
     return time.perf_counter() - began - trainer.data_wait
 
 
-def _meet(ranks) -> Meet:
+def barrier(ranks) -> Meet:
     from torch import distributed
 
     return lambda: distributed.barrier(group=ranks.control) if ranks.world_size > 1 else None
@@ -89,15 +90,15 @@ def measure_costs(ranks, rounds: int, sizes: list[int]) -> dict:
     """Seconds of the parts of the unit costs, on this rank while the others do the same."""
     from dex.common.ranks import ALONE
 
-    meet = _meet(ranks)
+    meet = barrier(ranks)
     seconds = {"steps": {}}
     small, large = CALIBRATION["batches"]
     for batch in (small, large):
         # Each process trains alone; only the machine is shared.
-        trainer = _trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
+        trainer = make_trainer({"experts": CALIBRATION["experts"], "batch": batch}, ALONE)
         for _ in range(2):
             trainer.train_step()
-        seconds["steps"][batch] = [_step_seconds(trainer, meet) for _ in range(rounds)]
+        seconds["steps"][batch] = [step_seconds(trainer, meet) for _ in range(rounds)]
         if batch == large:
             seconds |= _update_seconds(trainer, meet, rounds)
             if ranks.world_size == 1:
@@ -165,91 +166,18 @@ def _collective_seconds(ranks: int, meet: Meet, rounds: int, sizes: list[int]) -
     return seconds
 
 
-def measure_point(ranks, point: dict, steps: int) -> dict:
-    """Seconds of steps of one configuration, and bytes held and sent, on this rank."""
-    gc.collect()
-    _reset_peak()
-    resident = _status("VmRSS")
-    trainer, meet = _trainer(point, ranks), _meet(ranks)
+def measure_steps(ranks, point: dict, steps: int) -> list[float]:
+    """Seconds of steps of one configuration on this rank."""
+    trainer, meet = make_trainer(point, ranks), barrier(ranks)
     for _ in range(2):
-        _step_seconds(trainer, meet)
-    seconds = [_step_seconds(trainer, meet) for _ in range(steps)]
-    peak_resident = _status("VmHWM") - resident
-    meet()
-    before = _written()
-    trainer.train_step()
-    wire = _written() - before  # Without those of the barrier.
-    held = _held(trainer)
-    peak, collectives = _profiled(trainer, meet)
+        step_seconds(trainer, meet)
+    seconds = [step_seconds(trainer, meet) for _ in range(steps)]
     trainer.close()
-    return {
-        "seconds": seconds,
-        "wire": wire,
-        "collectives": collectives,
-        "held": held,
-        "peak": peak,
-        "peak_resident": peak_resident,
-    }
+    return seconds
 
 
-def _held(trainer) -> dict[str, int]:
-    """Bytes of the tensors that this rank holds between two steps."""
-
-    def local(t) -> int:
-        t = t.to_local() if hasattr(t, "to_local") else t
-        return t.numel() * t.element_size()
-
-    model, optimizer = trainer.model, trainer.optimizer
-    return {
-        "weights": sum(map(local, [*model.parameters(), *model.buffers()])),
-        "gradients": sum(local(p.grad) for p in trainer.parameters),
-        "moments": sum(local(s[k]) for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
-    }
-
-
-def _profiled(trainer, meet: Meet) -> tuple[int, dict[str, list[int]]]:
-    """The peak allocation of a step beyond the bytes before it, and {collective: [calls, numbers]} of that step.
-
-    Both are from torch's profiler. Gradients of the previous step are freed first, unless they are views of buckets.
-    """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    trainer.optimizer.zero_grad(set_to_none=True)
-    meet()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as record:
-        trainer.train_step()
-    calls: dict[str, list[int]] = {}
-    for event in record.events():
-        if event.name.startswith("gloo:"):
-            entry = calls.setdefault(event.name.removeprefix("gloo:"), [0, 0])
-            entry[0] += 1
-            entry[1] += sum(torch.Size(shape).numel() for shape in event.input_shapes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    first = events[0]["args"]  # torch continues counting from the end of the previous record.
-    base = first["Total Allocated"] - first["Bytes"]
-    return max(e["args"]["Total Allocated"] for e in events) - base, calls
-
-
-def _status(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _written() -> int:
-    """Bytes that this process has written so far; gloo's messages are writes to sockets."""
-    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
-
-
-def launch(count: int, job: dict, timeout: float = 900) -> list:
-    """Run a job on ``count`` ranks and return each rank's measurements.
+def launch(count: int, job: dict, timeout: float = 900, program: str = __file__) -> list:
+    """Run a job on ``count`` ranks of a program, which calls `rank`, and return each rank's measurements.
 
     Raises:
         RuntimeError: a rank failed; the message has the end of its output.
@@ -270,7 +198,7 @@ def launch(count: int, job: dict, timeout: float = 900) -> list:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            command = [sys.executable, __file__, str(path)]
+            command = [sys.executable, program, str(path)]
             processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         try:
             outcomes = [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
@@ -285,4 +213,4 @@ def launch(count: int, job: dict, timeout: float = 900) -> list:
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[1]))
+    rank(Path(sys.argv[1]), measured)

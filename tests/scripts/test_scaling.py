@@ -24,13 +24,6 @@ def test_ranks_are_pooled():
     assert scaling.summary([alone])["checkpoint"].median == 6.0
 
 
-def test_a_test_point_has_the_bytes_of_the_rank_with_the_most():
-    rank = {"seconds": [1.0, 2.0], "wire": 5, "collectives": {}, "held": {}, "peak": 7, "peak_resident": 9}
-    other = rank | {"seconds": [3.0, 4.0], "wire": 6, "peak": 6}
-    found = scaling.measured([rank, other])
-    assert (found["seconds"].median, found["wire"], found["peak"], found["peak_resident"]) == (2.5, 6, 7, 9)
-
-
 def test_no_test_point_is_the_calibration():
     for ranks in scaling.RANKS:
         points = scaling.test_points(ranks)

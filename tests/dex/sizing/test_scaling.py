@@ -65,7 +65,8 @@ def test_three_ranks_hold_and_send_what_is_predicted():
         {"experts": experts, "batch": 6, "model": TINY, "strategy": strategy, "micro_batch": micro}
         for strategy, experts, micro in (("ddp", 5, 1), ("fsdp", 4, None), ("fsdp", 5, 1))
     ]
-    found = program.launch(3, {"points": points, "steps": 2}, timeout=300)
+    beside = Path(__file__).with_name("held_and_sent.py")
+    found = program.launch(3, {"points": points}, timeout=300, program=str(beside))
     for i, point in enumerate(points):
         work = scaling.workload(program.configuration(point), 7)
         talk = scaling.exchanges(work, 3, point["strategy"])
