@@ -5,13 +5,15 @@ PIP_ARGS ?=
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 INSTALLED := $(VENV)/installed
+# The generator of the documentation site lies beside the environment, as nothing else needs it.
+DOCS := $(VENV)/docs
 # Two Tritons lie beside the environment, which works without one: this one, with the headers of CuTe, for the emulator,
 TRITON := $(VENV)/triton-3.6.0
 # and the newest; the kernels are compiled with both.
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 EMULATOR := PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) tests/emulator
 
-.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check benchmarks pages packages-data embedded-data fuzz reliability long-run study study-search scaling rehearsal tasks clean
+.PHONY: pretrain test test-all test-slow test-triton test-kernels test-compiled test-emulator check docs benchmarks pages packages-data embedded-data fuzz reliability long-run study study-search scaling rehearsal tasks clean
 
 pretrain: $(INSTALLED)  ## environment, installation, and a small DEX pretrained on the embedded real images
 	$(VENV)/bin/dex pretrain --preset demo
@@ -48,6 +50,9 @@ check: $(INSTALLED)  ## static checks
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python scripts/public_types.py
 
+docs: $(DOCS)/installed  ## the documentation site, in site/; dead links and anchors fail
+	$(DOCS)/bin/python scripts/docs.py
+
 benchmarks: $(INSTALLED)  ## speed against plain torch, as ratios within one run
 	$(PYTEST) benchmarks
 
@@ -69,6 +74,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard 
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
+
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -c constraints.txt $(PIP_ARGS) $$($(DOCS)/bin/python scripts/docs.py --requirements)
+	touch $@
 
 $(TRITON): | $(INSTALLED)  # without what they depend on, which would bring CUDA
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) --no-deps --target $@ 'triton==3.6.0; sys_platform == "linux"' nvidia-cutlass
@@ -111,4 +121,4 @@ tasks: $(INSTALLED)  ## real labelled images of packages: DEX, a monolithic cont
 	$(VENV)/bin/python scripts/real_tasks.py runs/real-tasks
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info dexkernels/_C.* .pytest_cache .ruff_cache .hypothesis

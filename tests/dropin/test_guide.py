@@ -1,4 +1,7 @@
-"""Every Python block of docs/your-own-model.md runs, in order; what a block needs stands after its ```python."""
+"""The Python blocks of docs/your-own-model.md that need other packages or several ranks, each by itself.
+
+What a block needs stands after its ```python; tests/test_docs.py runs the others.
+"""
 
 import re
 import subprocess
@@ -16,16 +19,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "your-own-model.md"
 BLOCKS = re.findall(r"^```python ?([^\n]*)\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("kind", ["", "needs=transformers", "needs=accelerate", "needs=lightning", "needs=timm"])
-def test_blocks_run_in_order(kind, tmp_path):
-    blocks = [(info, code) for info, code in BLOCKS if (info.startswith(kind) if kind else not info)]
-    assert blocks
-    for info, _ in blocks:
-        for module in info.removeprefix("needs=").split(",") if info else ():
-            need(module)
-    names = {"OUTPUT_DIR": str(tmp_path)}
-    for i, (_, code) in enumerate(blocks):
-        exec(compile(code, f"{PAGE.name}, block {i + 1} {kind}", "exec"), names)
+@pytest.mark.parametrize("info, code", [block for block in BLOCKS if block[0].startswith("needs=")])
+def test_each_block_runs_by_itself(info, code, tmp_path, monkeypatch):
+    for module in info.removeprefix("needs=").split(","):
+        need(module)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"{PAGE.name}, {info}", "exec"), {"__name__": "__main__"})
 
 
 def test_every_block_belongs_to_a_test():
@@ -61,11 +60,12 @@ def plain_loop():
 
 
 @pytest.mark.parametrize("info", ["needs=accelerate", "needs=lightning"])
-def test_recipes_compute_what_a_plain_loop_does(info, tmp_path):
+def test_recipes_compute_what_a_plain_loop_does(info, tmp_path, monkeypatch):
     need(info.removeprefix("needs="))
     (code,) = (code for kind, code in BLOCKS if kind == info)
     assert code.count("noise_std=0.1") == 1
-    names = {"OUTPUT_DIR": str(tmp_path)}
+    monkeypatch.chdir(tmp_path)
+    names = {}
     exec(compile(code.replace("noise_std=0.1", "noise_std=0.0"), info, "exec"), names)
     got = {name.removeprefix("model."): t.cpu() for name, t in names["model"].state_dict().items()}
     want = plain_loop()

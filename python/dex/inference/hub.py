@@ -1,7 +1,5 @@
 """Models on the Hugging Face Hub. Needs huggingface_hub, of the extra ``adapt``.
 
-::
-
     from dex.inference.hub import DEXModel
 
     DEXModel(dex.load("runs/demo")).push_to_hub("name/model")
