@@ -27,10 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from generated import atomic  # noqa: E402
+from generated import ROOT, atomic
 
 RESULTS = ROOT / "benchmarks/results/tasks"
 CACHE = Path("~/.cache/dex").expanduser()

@@ -1,13 +1,8 @@
 """docs/real-tasks.md, from benchmarks/results/tasks/results.json alone."""
 
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from generated import commit_of, settle  # noqa: E402
+from generated import ROOT, commit_of, settle
 
 RESULTS = ROOT / "benchmarks/results/tasks/results.json"
 PAGE = ROOT / "docs/real-tasks.md"

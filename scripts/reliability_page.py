@@ -8,12 +8,8 @@ usage: python scripts/reliability_page.py [--check]
 import argparse
 import json
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from generated import commit_of, settle  # noqa: E402
+from generated import ROOT, commit_of, settle
 
 RESULTS, PAGE = ROOT / "benchmarks/results/reliability/two-ranks.json", ROOT / "docs/reliability.md"
 

@@ -9,13 +9,9 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from generated import commit_of, settle  # noqa: E402
-from scaling import (  # noqa: E402
+from generated import ROOT, commit_of, settle
+from scaling import (
     ASSUMED,
     GPU_EXPERTS,
     GPUS,
