@@ -122,7 +122,10 @@ def test_the_recorded_steps_are_met(ptx, monkeypatch):
     import trajectory
 
     emulated = OnTheEmulator(ptx)
-    monkeypatch.setattr(backends, "choose", lambda op, *_, **__: "cuda" if op == "adamw_ema_" else "reference")
+    choose = backends.choose
+    monkeypatch.setattr(
+        backends, "choose", lambda op, *a, **options: "cuda" if op == "adamw_ema_" else choose(op, *a, **options)
+    )
     monkeypatch.setitem(sys.modules, backends.TABLES["adamw_ema_"]["cuda"], emulated)
     replayed = trajectory.replay(*trajectory.fused(), torch.float32)
     assert emulated.launches == 8 and replayed.worst() <= 1

@@ -3,8 +3,12 @@ import torch
 
 from dex.data import open_dataset
 from dex.model.build import build_model
+from dex.train import checkpoint
+from dex.train.continuation import Override
 from dex.train.optimizer import adamw, depth_of, is_vector, parameter_groups, set_learning_rate
 from dex.train.plan import resolve
+from dex.train.run import pretrain
+from dex.train.runlog import read_rows
 from dex.train.trainer import Trainer
 
 
@@ -68,8 +72,6 @@ def test_a_step_is_as_long_as_its_group_says(tiny, change):
 
 
 def test_what_was_trained_so_goes_on_after_a_save(tiny, change, images, tmp_path):
-    from dex.train import checkpoint
-
     c = change(tiny, optim__layer_decay=0.7, optim__decay_exclude="vectors", optim__ema=0.9)
     whole, first, second = (Trainer(resolve(c, open_dataset(images))) for _ in range(3))
     for _ in range(2):
@@ -117,3 +119,105 @@ def test_fused_is_the_same_to_rounding(tiny, change, what):
     for name, t in ends[0].items():
         scale = max(float(t.abs().max()), 1e-6)
         assert float((t - ends[1][name]).abs().max()) <= bound * scale, name
+
+
+def trained(trainer, steps):
+    for _ in range(steps):
+        trainer.train_step()
+    trainer.flush()
+    return trainer
+
+
+def saved(trainer, folder):
+    saver = checkpoint.Saver(folder, 1)
+    saver.save(trainer.step, trainer.tensors(), trainer.state())
+    saver.wait()
+    return checkpoint.load(folder / f"step-{trainer.step:08d}")
+
+
+def unequal(a, b):
+    a, b = a.tensors(), b.tensors()
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def overflow(trainer):
+    """Let the next step overflow in float16."""
+    if trainer.loss_scale is not None:
+        trainer.loss_scale.value.fill_(2.0**24)
+
+
+RESUMED = {
+    "fp32": {},
+    "bf16": {"run__precision": "bf16"},
+    "fp16": {"run__precision": "fp16"},
+    "rates by depth, average": {"optim__layer_decay": 0.5, "optim__ema": 0.9},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", RESUMED)
+def test_a_resumed_fused_run_is_the_unbroken_one(tiny, change, images, tmp_path, what):
+    """Bit for bit, although the copies of the experts begin anew."""
+    c = change(tiny, optim__fused=True, optim__weight_decay=0.1, **RESUMED[what])
+    whole, first, second = (Trainer(resolve(c, open_dataset(images))) for _ in range(3))
+    overflow(whole), overflow(first)
+    trained(whole, 3), trained(first, 3)
+    second.restore(saved(first, tmp_path))
+    assert unequal(first, second) == []
+    overflow(whole), overflow(second)
+    trained(whole, 5), trained(second, 5)
+    assert unequal(whole, second) == [] and whole.state() == second.state()
+    skipped = whole.row()["skipped"]
+    assert 2 <= skipped < 8 if what == "fp16" else skipped == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("begins", [True, False], ids=["fused, then not", "not fused, then fused"])
+def test_a_run_goes_on_with_the_other_optimizer(tiny, change, images, tmp_path, begins, precision):
+    """Nothing is lost in between, and the end is that of a run that never changed, to rounding."""
+    c = change(tiny, optim__weight_decay=0.1, run__precision=precision)
+    first, second, whole = (
+        Trainer(resolve(change(c, optim__fused=fused), open_dataset(images))) for fused in (begins, not begins, begins)
+    )
+    assert type(first.optimizer) is not type(second.optimizer)
+    second.restore(saved(trained(first, 3), tmp_path))
+    assert unequal(first, second) == []
+    trained(second, 3), trained(whole, 6)
+    ours, unbroken = second.tensors(), whole.tensors()
+    assert ours.keys() == unbroken.keys()
+    for name, t in unbroken.items():
+        bound = (1e-4 if precision == "fp32" else 2e-2) * max(float(t.abs().max()), 1e-6)
+        assert float((ours[name] - t).abs().max()) <= bound, name
+    assert all(float(ours[name]) == float(t) for name, t in unbroken.items() if name.startswith("step."))
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_with_the_other_optimizer_by_an_override(tiny, change, tmp_path):
+    c = change(tiny, schedule__steps=4, run__log_every=1)
+    assert pretrain(change(c, run__stop_at=2), tmp_path / "run", resume=None) == 0
+    fused = change(c, optim__fused=True)
+    with pytest.raises(ValueError, match="optim.fused: expected False, got True.*--override FIELD"):
+        pretrain(fused, tmp_path / "run", resume="auto")
+    assert pretrain(fused, tmp_path / "run", resume="auto", override=Override(("optim.fused",), "faster")) == 0
+    (event,) = (e for e in read_rows(tmp_path / "run/events.jsonl") if e["event"] == "overridden")
+    assert (event["field"], event["was"], event["now"], event["reason"]) == ("optim.fused", False, True, "faster")
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_fused_step_that_overflows_in_float16_changes_nothing_but_the_scale(tiny, change, images):
+    t = Trainer(resolve(change(tiny, optim__fused=True, run__precision="fp16"), open_dataset(images)))
+    t.loss_scale.value.fill_(2.0**8)
+    trained(t, 2)
+    t.loss_scale.value.fill_(2.0**24)
+    before = {name: tensor.clone() for name, tensor in t.tensors().items()}
+    assert t.train_step() == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in t.tensors().items())
+    assert t.loss_scale.value == 2.0**23
+    while t.loss_scale.value > 2.0**8 and t.row()["skipped"]:
+        assert t.train_step() == []
+    assert not torch.equal(
+        t.tensors()["model.encoder.blocks.0.dex.director.fc1.weight"],
+        before["model.encoder.blocks.0.dex.director.fc1.weight"],
+    )
