@@ -1,9 +1,9 @@
 """Options that several commands share: the model, what it computes on, and how files are read."""
 
 import argparse
-import os
 from typing import Any
 
+from dex.common.cores import cores
 from dex.common.shapes import Size, plain_size
 
 _READING = ("modality", "planes", "normalisation", "volumes", "slope", "intercept", "frame_stride")
@@ -126,4 +126,4 @@ def workers(options: argparse.Namespace) -> int:
         return options.workers
     from dex.common.ranks import ranks_here
 
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
+    return max(1, min(8, cores() // ranks_here()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dex.cli import prepare
 from dex.cli._console import Parser, failed, folder_argument, print_line
 from dex.common import exits
+from dex.common.cores import cores
 from dex.common.csv_lines import csv_lines
 from dex.common.folders import check_file
 
@@ -343,7 +344,7 @@ def _leak(a: str, b: str, out: str | None) -> Callable[[], int]:
         from dex.prepare.leak import leak
 
         try:
-            overlap = leak(a, b, workers=len(os.sched_getaffinity(0)))
+            overlap = leak(a, b, workers=cores())
             if path is not None:
                 overlap.write(path)
         except (ValueError, OSError) as error:

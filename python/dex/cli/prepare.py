@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import atomic, exits
+from dex.common.cores import cores
 from dex.common.folders import check_folder
 
 HELP = "turn raw scans, pictures and videos into shards with a data card"
@@ -138,7 +138,7 @@ def _reading_options(options: argparse.Namespace) -> Any:
             encoding=options.encoding or ("jpg" if options.bits == 8 else "png"),
             allow_burned_in=options.allow_burned_in,
         ),
-        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
+        workers=options.workers if options.workers is not None else cores(),
         cache=folder_argument("cache", options.cache) if options.cache is not None else prepare.CACHE,
         limits=readers.Limits.within(options.memory),
     )

@@ -71,7 +71,7 @@ def ranks_here() -> int:
 def default_workers(device: str) -> int:
     """Number of reading processes for a model on ``device``: 0 on a CPU, where they would slow down the model, else
     half of the cores per rank on this machine, at most 8."""
-    return 0 if device == "cpu" else min(8, len(os.sched_getaffinity(0)) // (2 * ranks_here()))
+    return 0 if device == "cpu" else min(8, cores() // (2 * ranks_here()))
 
 
 def start(ranks: Ranks, device: torch.device, timeout: float) -> Ranks:

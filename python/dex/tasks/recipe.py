@@ -6,11 +6,11 @@ segmentation, cross-entropy for classification. Everything else is our choice, a
 
 import dataclasses
 import math
-import os
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dex.common.cores import cores
 from dex.common.fields import merge, words
 from dex.common.ranks import ranks_here
 from dex.config import MOST_WORKERS
@@ -93,7 +93,7 @@ class Settings:
         """Number of processes that read the cases."""
         if self.workers is not None:
             return self.workers
-        return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
+        return max(1, min(8, cores() // ranks_here()))
 
     @property
     def wants_aux(self) -> bool:

@@ -4,7 +4,6 @@ It also inspects the run folder: which run is in it, and whether that run may be
 """
 
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dex.common.cores import cores
 from dex.common.folders import check_folder
 from dex.common.ranks import ALONE, Ranks, decided, default_workers, from_first, gather, ranks_here
 from dex.common.shapes import height_width
@@ -249,10 +249,10 @@ def _with_data(placement: Placement, dataset: Dataset, fingerprint: str) -> Plan
             f"schedule.span: expected at most the run's {steps:,} steps, or null, got {config.schedule.span:,} (an "
             "extended run keeps its original span)"
         )
-    cores = len(os.sched_getaffinity(0))
+    available = cores()
     notes = ()
-    if placement.num_workers * ranks_here() > cores:
-        notes = (f"data.num_workers: {placement.num_workers} per rank, but there are only {cores} cores",)
+    if placement.num_workers * ranks_here() > available:
+        notes = (f"data.num_workers: {placement.num_workers} per rank, but there are only {available} cores",)
     return Plan(
         **placement._asdict(),
         dataset=dataset,
