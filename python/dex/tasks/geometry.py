@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dex.common import atomic, formats
-from dex.prepare.readers.files import Unpacked, opened
+from dex.prepare.readers import nifti
+from dex.prepare.readers.files import opened
 from dex.tasks.cases import Grid
 
 LEVELS = 255
 """Quantisation steps of a probability in a file."""
-_HEADER_BYTES = 540
 _GZIP_LEVEL = 4
 
 
@@ -136,22 +136,8 @@ def _header(source: Path) -> Any:
     format = formats.format_of(source)
     if source.is_dir() or format is None or format.name != "nifti":
         return None
-    import nibabel
-
     with opened(source) as raw:
-        start = raw.read(3)
-        raw.seek(0)
-        if start[:2] == b"\x1f\x8b":
-            data = Unpacked(raw).read(_HEADER_BYTES)
-        elif start == b"BZh":
-            import bz2
-
-            data = bz2.BZ2File(raw).read(_HEADER_BYTES)
-        else:
-            data = raw.read(_HEADER_BYTES)
-    is_nifti2 = data[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
-    header, size = (nibabel.Nifti2Header, 540) if is_nifti2 else (nibabel.Nifti1Header, 348)
-    return header(data[:size], check=False)
+        return nifti.header_of(raw).header
 
 
 def _write_nifti(path: Path, volume: np.ndarray, source: Any, grid: Grid, slope: float = 1.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import functools
 import io
 import logging
@@ -174,6 +175,28 @@ class Unpacked:
         self._raw.seek(self._start)
         self._inflate, self._input = zlib.decompressobj(_EITHER), b""
         self._place, self._members = 0, 1
+
+
+def packing(raw: BoundedFile) -> str:
+    """How a file is packed, by its first bytes: "gzip", "bzip2" or ""."""
+    start = raw.read(3)
+    raw.seek(0)
+    return "gzip" if start.startswith(_MEMBER) else "bzip2" if start == b"BZh" else ""
+
+
+def unpacked(raw: BoundedFile, packed: str, start: int = 0) -> BoundedFile | Unpacked | bz2.BZ2File:
+    """The data of a file that is packed from byte ``start`` on, or the file. packed: as from ``packing``."""
+    if packed == "bzip2":
+        raw.seek(start)
+        return bz2.BZ2File(raw)
+    return Unpacked(raw, start) if packed else raw
+
+
+@contextmanager
+def opened_unpacked(path: Path, packed: str, start: int = 0) -> Iterator[BoundedFile | Unpacked | bz2.BZ2File]:
+    """``unpacked`` for the file at ``path``."""
+    with opened(path) as raw:
+        yield unpacked(raw, packed, start)
 
 
 def check_scans(data: bytes) -> None:

@@ -7,19 +7,16 @@ here.
 
 from __future__ import annotations
 
-import bz2
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dex.common import formats
 
-from .files import BZIP2_BYTES, BoundedFile, Limits, Unpacked, opened, quiet, quietly
+from .files import BZIP2_BYTES, BoundedFile, Limits, opened, opened_unpacked, quiet, quietly
 from .layout import Layout, layout
 from .reader import Beat, Reader, chosen
 from .stack import Geometry, Refused, Stack
@@ -83,7 +80,7 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> Volumes:
         start = _start(raw.size, place, size * count, size * (chosen(volumes, count)[-1] + 1))
     spacing = reader.GetSpacing()
     return Volumes(
-        open=functools.partial(_opened, source, place),
+        open=functools.partial(opened_unpacked, source, place.packing, place.start or 0),
         start=start,
         frame=frame,
         frames=frames,
@@ -99,17 +96,6 @@ def _image(files: Sequence[Path], limits: Limits, volumes: str) -> Volumes:
             "geometry": _geometry(reader) if len(sizes) > 2 else None,
         },
     )
-
-
-@contextmanager
-def _opened(path: Path, place: Layout) -> Iterator[Any]:
-    """The unpacked data."""
-    with opened(path) as file:
-        if place.packing == "bzip2":
-            file.seek(place.start)
-            yield bz2.BZ2File(file)
-        else:
-            yield Unpacked(file, place.start) if place.packing else file
 
 
 def _start(file: int, place: Layout, declared: int, wanted: int) -> int:

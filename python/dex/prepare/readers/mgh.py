@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dex.common import formats
 
-from .files import OTHER, Limits, Unpacked, only, opened, quiet, quietly
+from .files import OTHER, Limits, only, opened, opened_unpacked, packing, quiet, quietly, unpacked
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
 from .volume import Volumes, is_kept
@@ -47,14 +46,12 @@ def read(
 ) -> Iterator[Stack]:
     path = only(files)
     with quiet("MGH"), opened(path) as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        header = _header((Unpacked(raw) if packed else raw).read(DATA_AT))
+        packed = "gzip" if packing(raw) == "gzip" else ""
+        header = _header(unpacked(raw, packed).read(DATA_AT))
         width, height, depth, count = header.sizes
-        packing = "gzip" if packed else ""
-        kept = is_kept(limits, (height, width), depth, header.dtype.itemsize, file=raw.size, packing=packing)
+        kept = is_kept(limits, (height, width), depth, header.dtype.itemsize, file=raw.size, packing=packed)
         image = Volumes(
-            open=functools.partial(_opened, path, packed),
+            open=functools.partial(opened_unpacked, path, packed),
             start=DATA_AT,
             frame=(height, width),
             frames=depth,
@@ -69,12 +66,6 @@ def read(
             declared = DATA_AT + image.size
             raise Refused("unreadable", f"{declared} bytes declared, the file has {raw.size}: truncated; copy it again")
     return quietly("MGH")(image.stacks)(volumes, beat, headers)
-
-
-@contextmanager
-def _opened(path: Path, packed: bool) -> Iterator[Any]:
-    with opened(path) as raw:
-        yield Unpacked(raw) if packed else raw
 
 
 def _header(data: bytes) -> _Header:

@@ -5,19 +5,17 @@ A volume that does not fit into memory is streamed along its slow axis, once per
 
 from __future__ import annotations
 
-import bz2
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dex.common import formats
 
 from ..label_maps import intent
-from .files import BZIP2_BYTES, OTHER, BoundedFile, Limits, Unpacked, opened, quiet, quietly
+from .files import BZIP2_BYTES, OTHER, BoundedFile, Limits, opened, opened_unpacked, packing, quiet, quietly, unpacked
 from .layout import images_of
 from .reader import Beat, Reader
 from .stack import Geometry, Refused, Stack
@@ -40,7 +38,7 @@ def read(
 
 def _image(files: Sequence[Path], limits: Limits) -> Volumes:
     with opened(files[0]) as raw:
-        header, code, two = _header(_unpacked(raw, _packing(raw)).read(HEADER_BYTES))
+        header, code, two = header_of(raw)
     path = files[0]
     if two:
         names = images_of(path.name)
@@ -56,7 +54,7 @@ def _image(files: Sequence[Path], limits: Limits) -> Volumes:
     frame = (height, width) if channels == 1 else (height, width, channels)
     size = width * height * frames * channels * stored.itemsize
     with opened(path) as raw:
-        packed = ("gzip" if path.name.lower().endswith(".gz") else "") if two else _packing(raw)
+        packed = ("gzip" if path.name.lower().endswith(".gz") else "") if two else packing(raw)
         kept = is_kept(
             limits, frame, frames, stored.itemsize, file=raw.size, packing=packed, copies=1 if planes == 1 else 2
         )
@@ -77,7 +75,7 @@ def _image(files: Sequence[Path], limits: Limits) -> Volumes:
         return stack[..., :3]
 
     return Volumes(
-        open=functools.partial(_opened, path, packed),
+        open=functools.partial(opened_unpacked, path, packed),
         start=offset,
         frame=frame if planes == 1 else (height, width),
         frames=frames * planes,
@@ -100,29 +98,20 @@ def _image(files: Sequence[Path], limits: Limits) -> Volumes:
     )
 
 
-@contextmanager
-def _opened(path: Path, packed: str) -> Iterator[Any]:
-    with opened(path) as raw:
-        yield _unpacked(raw, packed)
+class Header(NamedTuple):
+    header: Any
+    """nibabel's."""
+    code: int
+    """Of its data type."""
+    two: bool
+    """Whether the image is in a separate file."""
 
 
-def _packing(raw: BoundedFile) -> str:
-    """How a file is packed, by its first bytes: "gzip", "bzip2" or ""."""
-    start = raw.read(3)
-    raw.seek(0)
-    return "gzip" if start[:2] == b"\x1f\x8b" else "bzip2" if start == b"BZh" else ""
-
-
-def _unpacked(raw: BoundedFile, packed: str) -> BoundedFile | Unpacked | bz2.BZ2File:
-    if packed == "bzip2":
-        return bz2.BZ2File(raw)
-    return Unpacked(raw) if packed else raw
-
-
-def _header(data: bytes):
-    """The header, the code of its data type, and whether the image is in a separate file."""
+def header_of(raw: BoundedFile) -> Header:
+    """The header of a NIfTI file, which may be packed. Raises Refused."""
     import nibabel
 
+    data = unpacked(raw, packing(raw)).read(HEADER_BYTES)
     if len(data) < 348:
         raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     first = data[:4]
@@ -137,7 +126,7 @@ def _header(data: bytes):
     if magic[:3] not in (b"n+1", b"n+2", b"ni1", b"ni2"):
         raise Refused("unreadable", f"no NIfTI header: {OTHER}")
     header = kind(data[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
-    return header, int(header["datatype"]), magic[:2] == b"ni"
+    return Header(header, int(header["datatype"]), magic[:2] == b"ni")
 
 
 def _shape(header, code: int) -> tuple[tuple[int, ...], int, int, int]:
@@ -161,7 +150,7 @@ def beside(path: Path) -> list[str]:
 def recognises(file: BoundedFile) -> bool:
     """By the magic of header and image in one file, whatever its name: ``.img`` is common."""
     try:
-        data = _unpacked(file, _packing(file)).read(HEADER_BYTES)
+        data = unpacked(file, packing(file)).read(HEADER_BYTES)
     except Exception:  # Packed bytes of any kind
         return False
     first_version = data[:4] in _SIZES[348] and data[344:348] in (b"n+1\0", b"n+2\0")
