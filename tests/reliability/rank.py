@@ -338,7 +338,6 @@ def serve():
     import torch._dynamo  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
-    import tyro  # noqa: F401
 
     import dex.cli  # noqa: F401
     import dex.train.run  # noqa: F401

@@ -3,7 +3,7 @@
 A subcommand's module defines
 
 - ``HELP``: its line in ``dex --help``;
-- ``POSITION``: its sort key there; ties are sorted by name;
+- ``POSITION``: its sort key there, which also decides under which heading of ``_HEADINGS``; ties are sorted by name;
 - ``NEEDS``: the extra of the package that installs what it imports;
 - ``run(arguments) -> carry_out``: checks the arguments and all input, then returns the function that does the work and
   returns the exit code (``dex.common.exits``).
@@ -22,20 +22,30 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from dex.cli._console import failed, print_line
+from dex.cli._console import closest, failed, print_line
 from dex.common import exits
 
 _USAGE = """usage: dex COMMAND [options]
 
 Pretraining with Director-Experts networks.
 
-commands:
+start here:
+  dex doctor                                  what works on this machine
+  dex pretrain --preset demo --out runs/demo  a first run, on included images
+  dex report runs/demo                        what came of it, as a page
 {commands}
-
 options:
-  -h, --help   this help; `dex COMMAND --help` for a command's own
+  -h, --help   this help; `dex COMMAND --help` for that of a command
   --version    version of the installed package
 """
+_HEADINGS = (
+    (0, "data"),
+    (30, "pretraining"),
+    (42, "the trained model"),
+    (45, "downstream tasks"),
+    (50, "this machine"),
+)
+"""The first ``POSITION`` of each group of commands, and its heading."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exits.DONE
     name, *rest = arguments
     if name not in _names():
-        print_line("dex", f"command: expected one of {', '.join(commands())}, got {name!r}")
+        close = closest(name, commands())
+        hint = f"; did you mean dex {close}?" if close else ""
+        print_line("dex", f"command: expected one of {', '.join(commands())}, got {name!r}{hint}")
         return exits.USAGE
     try:
         code = _run(name, rest)
@@ -137,6 +149,15 @@ def _module(name: str) -> ModuleType:
 
 def _help() -> str:
     modules, errors = _imported()
-    lines = [f"  {name:<9}  {module.HELP}" for name, module in modules.items()]
-    lines += [f"  {name:<9}  cannot be imported: {' '.join(str(error).split())}" for name, error in errors.items()]
-    return _USAGE.format(commands="\n".join(lines))
+    lines = []
+    headings = dict(_HEADINGS)
+    for name, module in modules.items():
+        begun = [position for position in headings if position <= module.POSITION]
+        if begun:
+            lines += ["", f"{headings[max(begun)]}:"]
+            headings = {position: text for position, text in headings.items() if position not in begun}
+        lines.append(f"  {name:<9}  {module.HELP}")
+    if errors:
+        lines += ["", "cannot be imported:"]
+    lines += [f"  {name:<9}  {' '.join(str(error).split())}" for name, error in errors.items()]
+    return _USAGE.format(commands="\n".join([*lines, ""]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from dex.cli import _features, _progress
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import RUN, check_folder, require
 
 HELP = "measure whether the experts of a run specialised, as a page"
 POSITION = 41
@@ -21,6 +21,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     out = None if options.out is None else folder_argument("out", options.out)
     if out is not None:
         check_folder(out)
+    require(options.run, RUN)
 
     from dex.inference import analyse_job as job
     from dex.train.plan import resolve_device
@@ -108,7 +109,7 @@ def _parser() -> Parser:
     )
     _features.add_ema(parser)
     parser.add_argument(
-        "--compare", metavar="RUN2", help="second run to measure on the same images, such as the monolithic control"
+        "--compare", metavar="OTHER", help="second run to measure on the same images, such as the monolithic control"
     )
     _features.add_forward(parser, 64, "images")
     return parser

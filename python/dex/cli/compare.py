@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import RUN, check_folder, require
 
 if TYPE_CHECKING:
     from dex.tasks.compare import Compared, Prepared, Side
     from dex.tasks.recipe import Settings
 
-HELP = "fine-tune two pretrained runs on tasks and say which is better, paired by patient and seed"
+HELP = "fine-tune two runs on tasks and say which is better"
 POSITION = 49
 NEEDS = "train,data,adapt"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
-    require_one_process("dex compare")
     out = folder_argument("out", options.out)
     check_folder(out)
+    a, b = (require(folder_argument(name, run), RUN) for name, run in (("A", options.a), ("B", options.b)))
+    require_one_process("dex compare")
 
     from dex.report import task_verdict_page
     from dex.tasks import cases, compare, recipe
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     recipe.check(settings)
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"seeds: expected each once, got {' '.join(map(str, options.seeds))}")
-    a, b = compare.sides(folder_argument("A", options.a), folder_argument("B", options.b))
+    a, b = compare.sides(a, b)
     private = out.with_name(f"{out.name}.private")
     prepared = []
     for name in options.tasks:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dex.prepare.lookup import Found, Image, Place
     from dex.prepare.withdraw import Outcome
 
-HELP = "check a shard set, find the file behind an image, withdraw a patient, compare two sets"
+HELP = "check a shard set, find files behind images, withdraw a patient"
 POSITION = 20
 NEEDS = "data"
 
@@ -55,6 +55,7 @@ def _parser() -> Parser:
     check.add_argument("dir", metavar="DIR", help="folder of the shard set")
     inventory = commands.add_parser(
         "inventory",
+        essentials=("out", *prepare.ESSENTIALS),
         help="show what a folder of scans holds, and what `dex prepare` would make of it",
         description="Read headers and a few pixels. Print modalities, sizes, planes, spacing and patients, what would "
         "be left out and why, and how many images, how much time and how much space the set would take; also write "

@@ -1,27 +1,35 @@
 """``dex doctor``: what works on this machine, what does not, and why. Needs only torch and numpy; tries the rest."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import io
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dex.cli._console import Parser
+from dex.cli.pretrain import base_config
 from dex.common import exits
 from dex.common import formats as table
+
+if TYPE_CHECKING:
+    from dex.config import Config
+    from dex.train.plan import Plan
 
 HELP = "check what works on this machine, what does not, and why"
 POSITION = 50
 NEEDS = "train"
 
-_NEEDED = ("safetensors", "PyYAML", "tyro", "rich", "matplotlib", "tensorboard", "pillow")
+_NEEDED = ("safetensors", "PyYAML", "rich", "matplotlib", "tensorboard", "pillow")
 _OPTIONAL = ("triton", "nibabel", "pydicom", "pylibjpeg")
 _DISK_BYTES = 64 * 2**20
 _LOADER_BATCHES, _LOADER_BATCH = 4, 32
@@ -40,39 +48,106 @@ class Check(NamedTuple):
 def run(arguments: list[str]) -> Callable[[], int]:
     parser = Parser(
         prog="dex doctor",
-        description="Check versions, devices, kernel backends, codecs, file formats, disk and data. Exit code 1 if "
-        "pretraining cannot run.",
+        description="Say in a line what works here and what to do next, estimate how long a run would take, and check "
+        "versions, devices, kernel backends, codecs, file formats, disk and data. Exit code 1 if pretraining cannot "
+        "run.",
     )
     parser.add_argument("--data", metavar="DIR", help="data set to check and read (default: the one in the package)")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder for runs, whose disk is measured")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="preset of the run whose time is estimated (default: demo without --config)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the run whose time is estimated")
+    parser.add_argument("--all", action="store_true", help="also list every operator's backends and kernels")
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.strip():
         raise ValueError(f"data: expected a folder, got {options.data!r}")
-    return lambda: exits.FAILED if doctor(options.data, Path(options.out)) else exits.DONE
+    asked = _asked(options)
+    return lambda: exits.FAILED if doctor(options.data, Path(options.out), asked, options.all) else exits.DONE
 
 
-def doctor(data: str | None = None, out: Path = Path("runs")) -> int:
-    """Print every check and return the number of failed ones.
+def _asked(options: argparse.Namespace) -> "Asked":
+    """The run whose time is estimated. ValueError or FileNotFoundError: no such preset or file, or a wrong value."""
+    name = options.preset or (None if options.config else "demo")
+    words = [f"--preset {name}"] if name else []
+    words += [f"--config {shlex.quote(options.config)}"] if options.config else []
+    words += [f"--data {shlex.quote(options.data)}"] if options.data else []
+    try:
+        from dex.config import check
+    except ModuleNotFoundError as error:  # Reported like every other missing package, as a check
+        return Asked(None, " ".join(words), str(error))
+    config = base_config(name, options.config, None)
+    if options.data is not None:
+        config = replace(config, data=replace(config.data, path=options.data))
+    check(config)
+    return Asked(config, " ".join(words))
 
-    data: data set to check and read; None takes the one in the package. out: folder for runs.
+
+class Asked(NamedTuple):
+    """The run whose time is estimated."""
+
+    config: "Config | None"
+    words: str
+    """The options of ``dex pretrain`` that start it."""
+    missing: str = ""
+    """Why there is no configuration: the package that it needs is not installed."""
+
+
+def doctor(data: str | None, out: Path, asked: Asked, everything: bool = False) -> int:
+    """Print the verdict and every check, and return the number of failed ones.
+
+    data: data set to check and read; None takes the one in the package. out: folder for runs. everything: list each
+    operator's backends and kernels.
     """
     checks: list[Check] = []
-    for section in (
-        versions,
-        devices,
-        backends,
-        kernels,
-        codecs,
-        formats,
-        lambda: disk(out),
-        lambda: data_set(data),
-        command,
-    ):
+    sections = [versions, devices, *([operators, kernels] if everything else [backends]), codecs, formats]
+    for section in (*sections, lambda: disk(out), lambda: data_set(data), command):
         checks += section()
+    failed = [check for check in checks if check.status == "failed"]
+    if failed:
+        first = f"{failed[0].name}: {failed[0].detail}"
+        print(f"pretraining cannot run: {len(failed)} of {len(checks)} checks failed, first {first}")
+    else:
+        plan = _planned(asked)
+        if isinstance(plan, ValueError):
+            print(f"pretraining can run, but not dex pretrain {asked.words}: {' '.join(str(plan).split())}")
+        else:
+            print(f"pretraining can run, {_used(plan)}; next: dex pretrain {asked.words}")
+            print(f"time of dex pretrain {asked.words}: {_time(plan)}")
+    print()
     _show(checks)
-    failures = sum(check.status == "failed" for check in checks)
-    print(f"pretraining cannot run: {failures} of {len(checks)} checks failed" if failures else "pretraining can run")
-    return failures
+    return len(failed)
+
+
+def _planned(asked: Asked) -> "Plan | ValueError":
+    """The plan of the run, or why it cannot start."""
+    if asked.config is None:
+        return ValueError(asked.missing)
+    from dex.train.plan import plan
+
+    with tempfile.TemporaryDirectory(prefix="dex-doctor-") as folder:
+        try:
+            return plan(asked.config, Path(folder) / "run")
+        except (ValueError, FileNotFoundError) as error:
+            return ValueError(str(error))
+
+
+def _used(plan: "Plan") -> str:
+    """Device, precision and backends of the run, in words."""
+    from dexkernels.ops import backends as table
+
+    default = sorted({row.backend for row in table.report() if row.default})
+    names = ["plain torch" if name == "reference" else f"the {name} kernels" for name in default]
+    return f"on the {'GPU' if plan.device.type == 'cuda' else 'CPU'} in {plan.precision} with {' and '.join(names)}"
+
+
+def _time(plan: "Plan") -> str:
+    from dex.train.forecast import forecast
+
+    try:
+        return forecast(plan).sentence(plan.steps)
+    except Exception as error:  # As in ``_try``: a step that fails is a result
+        return f"not known: a step failed: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def versions() -> Iterator[Check]:
@@ -113,11 +188,35 @@ def devices() -> Iterator[Check]:
 
 
 def backends() -> Iterator[Check]:
+    """One line for each backend: the operators it runs, those it is the default of, and why it lacks the others."""
+    from dexkernels.ops import backends as table
+
+    rows = table.report()
+    for backend in table.BACKENDS:
+        its = [row for row in rows if row.backend == backend]
+        available = [row.op for row in its if row.available]
+        default = [row.op for row in its if row.default]
+        parts = [f"runs {_operators(available, its)}"] if available else []
+        parts += [f"default of {_operators(default, its)}"] if default else []
+        reasons: dict[str, list[str]] = {}
+        for row in its:
+            if not row.available:
+                reasons.setdefault(row.reason.replace(f" for {row.op}", ""), []).append(row.op)
+        parts += [f"{reason} ({_operators(ops, its)})" for reason, ops in reasons.items()]
+        yield Check("backends", backend, "ok" if available else "note", "; ".join(parts))
+
+
+def _operators(some: list[str], rows: list[Any]) -> str:
+    return f"all {len(rows)} operators" if len(some) == len(rows) else ", ".join(some)
+
+
+def operators() -> Iterator[Check]:
+    """Every operator and backend: whether it runs here, whether it is the default, its limits."""
     from dexkernels.ops import backends as table
 
     for row in table.report():
         text = ("default; " if row.default else "") + row.reason + (f"; {row.limits}" if row.limits else "")
-        yield Check("backends", f"{row.op} {row.backend}", "ok" if row.available else "note", text)
+        yield Check("operators", f"{row.op} {row.backend}", "ok" if row.available else "note", text)
 
 
 def kernels() -> Iterator[Check]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
-from dex.common.folders import check_file, check_folder
+from dex.common.folders import INPUT, RUN, check_file, check_folder, require
 
-HELP = "compute features of images, scans or a shard set, as Parquet or NPZ"
+HELP = "compute features of images or scans, as Parquet or NPZ"
 POSITION = 42
 NEEDS = "train,data,adapt"
 
@@ -21,6 +21,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if not single:
         import pyarrow  # noqa: F401  Fails before anything is computed
     (check_file if single else check_folder)(out)
+    require(options.run, RUN)
+    require(Path(options.input), INPUT)
 
     from dex.common.ranks import announced
     from dex.inference import embed_job
@@ -77,6 +79,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex embed",
+        essentials=("modality", "planes", "path", "img_size", "batch_size", "device", "workers", "layers"),
         description="Compute features of images with a trained model: CLS token, mean of patches, chosen layers, "
         "experts and gates. After a kill or a stop, the same command computes the missing parts. Several ranks "
         "(torchrun -m dex embed ...) share the parts.",

@@ -7,16 +7,15 @@ from pathlib import Path
 from dex.cli import _progress, _task_data
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import TUNED, check_folder, require
 
-HELP = "evaluate fine-tuned models on a split, with intervals over patients and a report"
+HELP = "evaluate fine-tuned models on a split, with a report"
 POSITION = 47
 NEEDS = "train,data,adapt"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
-    require_one_process("dex evaluate")
     if options.out is not None and len(options.folder) > 1:
         raise ValueError(
             f"out: expected none with {len(options.folder)} folders, since each gets its own report, got {options.out}"
@@ -24,6 +23,9 @@ def run(arguments: list[str]) -> Callable[[], int]:
     out = None if options.out is None else folder_argument("out", options.out)
     if out is not None:
         check_folder(out)
+    for folder in options.folder:
+        require(folder, TUNED)
+    require_one_process("dex evaluate")
 
     from dex.cli._features import workers
     from dex.tasks import evaluate as job

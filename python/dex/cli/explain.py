@@ -7,9 +7,9 @@ from pathlib import Path
 from dex.cli import _features, _progress
 from dex.cli._console import Parser, failed, require_one_process
 from dex.common import exits
-from dex.common.folders import check_file
+from dex.common.folders import RUN, check_file, require
 
-HELP = "show why a trained model chooses these experts for one scan, and what others would cost"
+HELP = "show why a model chooses its experts for one scan"
 POSITION = 41
 NEEDS = "train,data"
 
@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         raise ValueError(f"out: expected a file, got {options.out!r}")
     out = Path(_PAGE if options.out is None else options.out).expanduser()
     check_file(out)
+    require(options.run, RUN)
 
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device
@@ -69,7 +70,7 @@ def _parser() -> Parser:
         "--image", metavar="LABEL", help="image of a volume, such as axial-012 (default: one from the middle)"
     )
     parser.add_argument("--data", metavar="DIR", help="data set with the training images (default: that of the run)")
-    parser.add_argument("--out", metavar="FILE.html", help=f"page to write (default: {_PAGE})")
+    parser.add_argument("--out", metavar="FILE", help=f"page to write (default: {_PAGE})")
     parser.add_argument(
         "--masks", type=int, default=16, metavar="COUNT", help="random masks over which losses are averaged"
     )

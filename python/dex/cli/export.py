@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import RUN, check_folder, require
 from dex.common.units import format_bytes
 
-HELP = "write a trained model as safetensors, Hugging Face folder, timm, ONNX or torch.export"
+HELP = "write a model as safetensors, Hugging Face, timm or ONNX"
 POSITION = 44
 NEEDS = "train,data,export"
 
@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
     check_folder(out)
+    require(options.run, RUN)
     if options.format == "onnx":
         import onnx  # noqa: F401  Fails before anything is computed
         import onnxscript  # noqa: F401

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 from dex.cli import _features, _progress, _task_data
 from dex.cli._console import Parser, failed, folder_argument
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import RUN, check_folder, require
 
 if TYPE_CHECKING:
     from dex.tasks.recipe import Settings
     from dex.tasks.task import TaskData
 
-HELP = "fine-tune a pretrained model on a task, or on your own labelled images"
+HELP = "fine-tune a model on a task, or on your own labelled images"
 POSITION = 46
 NEEDS = "train,data,adapt"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
     from dex.tasks import recipe
+    from dex.tasks.task import find
 
     options = _parser().parse_args(arguments)
     settings = _settings(options)
@@ -30,11 +31,13 @@ def run(arguments: list[str]) -> Callable[[], int]:
     resume = _resume(options.resume)
     out = folder_argument("out", options.out)
     check_folder(out)
+    require(options.run, RUN)
+    task = find(options.task)
 
     from dex.common.ranks import announced
     from dex.tasks.finetune import prepare
 
-    data = _task_data.open_data(options.task, options)
+    data = _task_data.open_data(task, options)
     if options.dry_run:
         print(_described(options.run, data, settings))
         return lambda: exits.DONE
@@ -136,6 +139,10 @@ def _parser() -> Parser:
 
     parser = Parser(
         prog="dex finetune",
+        essentials=(
+            *("resume", "overwrite", "dry_run", "preset", "data", "labels", "classes", "modality", "split"),
+            *("mode", "epochs", "lr", "batch_size", "img_size", "seed", "device"),
+        ),
         description="Fine-tune a pretrained model on a task: segmentation with a UNETR decoder, classification with a "
         "head. At the end, the best checkpoint by the validation metric is evaluated on the test split. Several ranks "
         "(torchrun -m dex finetune ...) share every batch.",
@@ -145,7 +152,7 @@ def _parser() -> Parser:
     _features.add_run(parser)
     parser.add_argument("task", metavar="TASK", help="name from dex tasks, YAML file, or your own folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the fine-tuned model; new or empty")
-    parser.add_argument("--resume", metavar="auto", help="auto resumes from the newest good checkpoint in --out")
+    parser.add_argument("--resume", metavar="AUTO", help="auto resumes from the newest good checkpoint in --out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier training in --out after the first step"
     )

@@ -2,22 +2,26 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from dex.cli import _progress, _task_data
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import FILE, TUNED, check_folder, require
 
-HELP = "predict masks or classes of new files with a fine-tuned model"
+HELP = "predict masks or classes of files with a fine-tuned model"
 POSITION = 48
 NEEDS = "train,data,adapt"
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
-    require_one_process("dex predict")
     out = folder_argument("out", options.out)
     check_folder(out)
+    require(options.folder, TUNED)
+    for file in filter(None, options.file):
+        require(Path(file).expanduser(), FILE)
+    require_one_process("dex predict")
 
     from dex.cli._features import workers
     from dex.prepare.workers import WorkerFault

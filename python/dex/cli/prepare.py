@@ -14,7 +14,7 @@ from dex.common import atomic, exits
 from dex.common.cores import cores
 from dex.common.folders import check_folder
 
-HELP = "turn raw scans, pictures and videos into shards with a data card"
+HELP = "turn raw scans, pictures and videos into shards with a card"
 POSITION = 10
 NEEDS = "data"
 
@@ -22,6 +22,20 @@ _OF_FOLDERS = frozenset(
     ("modality", "normalisation", "routes", "trusted", "slope", "intercept", "val_share", "patient", "split_file")
 )
 """Options that apply to folders, but not to catalogue sources given beside them."""
+
+ESSENTIALS = (
+    "modality",
+    "pattern",
+    "normalisation",
+    "root",
+    "size",
+    "planes",
+    "val_share",
+    "patient",
+    "split",
+    "workers",
+)
+"""The options about the files that a short help shows."""
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
@@ -147,6 +161,7 @@ def _reading_options(options: argparse.Namespace) -> Any:
 def _parser(needs_out: bool) -> Parser:
     parser = Parser(
         prog="dex prepare",
+        essentials=("dry_run", *ESSENTIALS),
         description="Turn raw scans, pictures and videos into normalised images in shards, with a data card. After a "
         "kill or a stop, the same command resumes and produces the same bytes.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by SIGTERM or SIGINT and resumable.",

@@ -1,19 +1,21 @@
 """``dex pretrain``: build the configuration from preset, YAML file and command line, then run it."""
 
 import argparse
-import contextlib
+import dataclasses
 import datetime
 import errno
-import io
 import itertools
 import re
+import types
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dex.cli._console import Parser, failed, folder_argument
+from dex.cli._console import Parser, either, failed, folder_argument, names_all
 from dex.common import exits
+from dex.common.folders import INIT, check_folder, require
 
 if TYPE_CHECKING:
     from dex.config import Config
@@ -27,6 +29,16 @@ _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.E
 """Errors of disks and file servers: reported on one line, since a traceback adds nothing."""
 _SHORT = {"data": "data.path", "init": "model.init", "steps": "schedule.steps"}
 """Short options and the fields they set."""
+_SHOWN = "demo"
+"""The preset whose values the help shows if the command line names none."""
+_ESSENTIALS = (
+    *("preset", "config", "data", "out", "steps", "init", "resume", "overwrite", "dry_run"),
+    *("model.img_size", "model.embed_dim", "model.depth", "model.num_heads", "model.num_experts", "model.top_k"),
+    *("data.batch_size", "optim.base_lr"),
+    *("parallel.micro_batch", "run.seed", "run.device", "run.precision", "run.checkpoint_every"),
+)
+"""The options in the short help."""
+_METAVARS = {"data.path": "DIR", "model.init": "PATH"}
 
 
 class _Request(NamedTuple):
@@ -37,20 +49,21 @@ class _Request(NamedTuple):
 
 
 def run(arguments: list[str]) -> Callable[[], int]:
-    from dex.config import PRESETS, Config
+    from dex.config import PRESETS, preset
 
     first = _first_options(arguments)
     _check_contradictions(arguments)
     resume, out = _resume_target(first.resume, first.out)
-    base = _base_config(first.preset, first.config, out if resume else None)
-    if base is None and not {"-h", "--help"} & set(arguments):
+    base = base_config(first.preset, first.config, out if resume else None)
+    if base is None and not {"-h", "--help", "--help-all"} & set(arguments):
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or --config FILE, got neither")
-    request = _parse(arguments, base or Config())
-    if request is None:
-        return lambda: exits.DONE
+    whose = " and ".join(str(place) for place in (first.preset, first.config, first.resume) if place)
+    request = _parse(arguments, base or preset(_SHOWN), whose or f"--preset {_SHOWN}")
     if out is None:
         name = first.preset or (Path(first.config).stem if first.config else "pretrain")
         out = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+    _check_early(request.config, out)
 
     from dex.data import CorruptDataError
     from dex.train.plan import plan
@@ -81,63 +94,167 @@ def run(arguments: list[str]) -> Callable[[], int]:
     return carry_out
 
 
-def _parse(arguments: list[str], base: "Config") -> _Request | None:
-    """``base`` with the values of the command line; None after --help."""
-    import tyro
+def _check_early(config: "Config", out: Path) -> None:
+    """Errors of ``dex.train.plan.plan`` that need no torch, so that a wrong value or path is answered at once."""
+    from dex.config import check
+    from dex.data.opening import locate
 
-    from dex.config import Config
+    check(config)
+    check_folder(out)
+    locate(config.data.path, "data.path")
+    if config.model.init is not None:
+        require(Path(config.model.init).expanduser(), INIT)
 
-    def named(metavar: str) -> Any:
-        return tyro.conf.arg(metavar=metavar)
 
-    @dataclass(frozen=True)
-    class Pretrain:
-        """Pretrain a DEX vision transformer as a masked autoencoder.
+def _parse(arguments: list[str], base: "Config", whose: str) -> _Request:
+    """``base``, the values of ``whose``, with those of the command line. SystemExit after the help."""
+    from dex.common.fields import from_texts
+    from dex.config import Config, field_kind
 
-        The command line overrides the YAML file, which overrides the preset. Exit codes: 0 done, 1 failed, 2 wrong
-        usage or input, 3 stopped by three non-finite steps in a row, 75 stopped by a signal, saved and resumable, 130
-        interrupted at once.
-        """
+    hyphens = [_with_hyphens(word) for word in arguments]
+    options = vars(_parser(base, whose, "--help-all" not in arguments).parse_args(hyphens))
+    values: dict[str, dict[str, Any]] = {}
+    for name, given in options.items():
+        section, dot, last = _SHORT.get(name, name).partition(".")
+        if dot and given is not None:
+            kind = field_kind(Config, f"{section}.{last}")
+            value = given if kind is bool else from_texts(given if isinstance(given, list) else [given], kind, name)
+            values.setdefault(section, {})[last] = value
+    config = replace(base, **{name: replace(getattr(base, name), **changes) for name, changes in values.items()})
+    override = _override(tuple(options["override"]), options["reason"])
+    return _Request(config, options["overwrite"], options["dry_run"], override)
 
-        preset: Annotated[str | None, named("NAME")] = None
-        """Base configuration: demo, demo-monolithic, published-code or paper."""
-        config: Annotated[str | None, named("FILE")] = None
-        """YAML file with some or all of the fields below."""
-        data: Annotated[str | None, named("DIR")] = None
-        """Folder of images or shard set; by default the small set in the package. Same as --data.path."""
-        out: Annotated[str | None, named("DIR")] = None
-        """Run folder; by default runs/NAME-DATE."""
-        init: Annotated[str | None, named("PATH")] = None
-        """Weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run. Same as --model.init."""
-        steps: Annotated[int | None, named("NUMBER")] = None
-        """Length of the run in steps. Same as --schedule.steps."""
-        resume: Annotated[str | None, named("auto|DIR")] = None
-        """auto resumes from the newest good checkpoint in --out; or give a run folder or one of its checkpoints."""
-        overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Start over in a folder that has a run; the old files are removed after the first step of the new run."""
-        override: Annotated[tuple[str, ...], named("FIELD ...")] = ()
-        """Fields whose values may change when the run is resumed; needs --reason."""
-        reason: Annotated[str | None, named("TEXT")] = None
-        """Why the fields of --override change; stored with the run."""
-        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Check everything, print the configuration and what would run, and write nothing."""
-        fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: base)
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(Pretrain, prog="dex pretrain", args=arguments, default=Pretrain())
-    except SystemExit as error:
-        if not error.code:  # --help
-            return None
-        raise ValueError(_complaint(_one_line(complaint.getvalue()), arguments, Pretrain)) from None
-    config = parsed.fields
-    for short, full in _SHORT.items():
-        value = getattr(parsed, short)
-        if value is not None:
-            section, name = full.split(".")
-            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return _Request(config, parsed.overwrite, parsed.dry_run, _override(parsed.override, parsed.reason))
+def _with_hyphens(word: str) -> str:
+    """An option that is written with underscores, as in YAML, with hyphens."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _parser(base: "Config", whose: str, brief: bool) -> Parser:
+    length = "" if base.schedule.steps is None else f" (default: {base.schedule.steps})"
+    parser = Parser(
+        prog="dex pretrain",
+        essentials=(*_ESSENTIALS, *(() if length else ("schedule.epochs",))),
+        allow_abbrev=False,
+        description="Pretrain a DEX vision transformer as a masked autoencoder. The command line overrides the YAML "
+        f"file, which overrides the preset. The defaults shown are those of {whose}.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 stopped by three non-finite steps in a row, 75 "
+        "stopped by a signal, saved and resumable, 130 interrupted at once.",
+    )
+    _add_run_options(parser, length)
+    group = parser.add_argument_group("fields of the configuration")
+    for section in dataclasses.fields(base):
+        values = getattr(base, section.name)
+        if not brief:
+            group = parser.add_argument_group(section.name, " ".join((type(values).__doc__ or "").split()))
+        _add_section(group, section.name, values, brief)
+    return parser
+
+
+def _add_run_options(parser: Parser, length: str) -> None:
+    """The options that are no fields, and the short names of fields. length: the default of ``--steps``, in words."""
+    add = parser.add_argument
+    add(
+        "--preset",
+        metavar="NAME",
+        help="base configuration: demo (minutes on a CPU), demo-monolithic, published-code or paper",
+    )
+    add("--config", metavar="FILE", help="YAML file with some or all fields, as in the config.yaml of a run")
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder of images or shard set; by default the small set in the package",
+    )
+    add("--out", metavar="DIR", help="run folder; by default runs/NAME-DATE")
+    add("--steps", metavar="NUMBER", help=f"length of the run in steps{length}")
+    add(
+        "--init",
+        metavar="PATH",
+        help="weights to start from: a file of MAE, timm, Hugging Face or published DEX, or a run",
+    )
+    add(
+        "--resume",
+        metavar="PATH",
+        help="auto resumes from the newest good checkpoint in --out; or give a run folder or one of its checkpoints",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start over in a folder that has a run; the old files are removed after the first step of the new run",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the configuration, the memory and the time it would take, and write nothing",
+    )
+    add(
+        "--override",
+        nargs="*",
+        default=[],
+        metavar="FIELD",
+        help="fields whose values may change when the run is resumed; needs --reason",
+    )
+    add("--reason", metavar="TEXT", help="why the fields of --override change; stored with the run")
+
+
+def _add_section(group: argparse._ArgumentGroup, section: str, values: Any, brief: bool) -> None:
+    """The options of one section of the configuration. They keep the words of the command line; others are absent.
+
+    brief: the help of each is its first clause.
+    """
+    from dex.common.fields import docstrings
+    from dex.config import field_kind
+
+    for name, text in docstrings(type(values)).items():
+        kind, default, written = field_kind(type(values), name), getattr(values, name), name.replace("_", "-")
+        notes = [] if default is None else [f"default: {_shown(default)}"]
+        text = text.replace("``", "`").removesuffix(".").replace("%", "%%")
+        if brief:
+            text = re.split("[;:.] ", text)[0]
+        form: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS}
+        if kind is bool:
+            switches = (f"--{section}.{written}", f"--{section}.no-{written}")
+            group.add_argument(*switches, action=_Switch, nargs=0, help=f"{text} ({notes[0]})", **form)
+            continue
+        if typing.get_origin(kind) is typing.Literal:
+            form |= {
+                "choices": [str(choice) for choice in typing.get_args(kind)],
+                "metavar": name.split("_")[-1].upper(),
+            }
+            notes = notes if names_all(text, form["choices"]) else [either(form["choices"]), *notes]
+        else:
+            form |= _words(kind) | ({"metavar": _METAVARS[form["dest"]]} if form["dest"] in _METAVARS else {})
+        group.add_argument(f"--{section}.{written}", help=text + (f" ({'; '.join(notes)})" if notes else ""), **form)
+
+
+def _words(kind: Any) -> dict[str, Any]:
+    """How the values of a field with this annotation are written: ``metavar`` and, for several words, ``nargs``."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    lists = [k for k in kinds if typing.get_origin(k) is tuple]
+    if not lists:
+        return {"metavar": "NUMBER" if {int, float} & set(kinds) else "NAME"}
+    return {"metavar": "NUMBER NUMBER" if kind is lists[0] else "NUMBER", "nargs": "*"}
+
+
+class _Switch(argparse.Action):
+    """``--section.field`` is True, ``--section.no-field`` False."""
+
+    def __call__(self, parser: Any, options: Any, values: Any, option: str | None = None) -> None:
+        setattr(options, self.dest, not (option or "").partition(".")[2].startswith("no-"))
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return (
+        " ".join(map(_shown, value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _override(fields: tuple[str, ...], reason: str | None) -> "Override | None":
@@ -210,7 +327,7 @@ def _resume_target(resume: str | None, out: str | None) -> tuple[str | Path | No
     return ("auto" if is_run else path), run
 
 
-def _base_config(preset: str | None, file: str | None, resumed: Path | None) -> "Config | None":
+def base_config(preset: str | None, file: str | None, resumed: Path | None) -> "Config | None":
     from dex import config as configuration
 
     base = configuration.preset(preset) if preset is not None else None
@@ -254,42 +371,3 @@ def _describe(plan: "Plan") -> str:
     if plan.saved:
         lines.append(f"resumes from {plan.saved.folder.name} after {plan.saved.state['step']:,} steps")
     return to_yaml(config) + "\n".join(f"# {line}" for line in lines)
-
-
-def _complaint(text: str, arguments: list[str], kind: type) -> str:
-    """tyro's error ``text``, reworded like the errors of ``dex.config.check`` if it concerns a field of ``kind``."""
-    from dex.common.fields import words
-    from dex.config import field_kind
-
-    arguments = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    options = [word for word in arguments if word.startswith("--")]
-    if text.startswith("Unrecognized options:"):
-        for before, word in itertools.pairwise(arguments):
-            is_switch = before in options and field_kind(kind, before.strip("-")) is bool
-            if is_switch and word.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
-                return f"{before.strip('-').replace('-', '_')}: expected a switch without a value, got {word}"
-        return text
-    option = next((word for word in options if re.search(rf"{re.escape(word)}(?![\w.-])", text)), None)
-    expected = None if option is None else field_kind(kind, option.strip("-"))
-    if expected is None:
-        return text
-    values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[arguments.index(option) + 1 :])
-    return f"{option.strip('-').replace('-', '_')}: expected {words(expected)}, got {' '.join(values) or 'nothing'}"
-
-
-def _one_line(box: str) -> str:
-    """First paragraph of the error box that tyro prints, and the options it suggests."""
-
-    def is_rule(line: str) -> bool:
-        return set(line) <= set("\u2500\u2570\u256f-+")
-
-    lines = [line.strip("\u2502| ") for line in box.splitlines()]
-    # The title is in the upper edge of the box; without Unicode it is a line above a rule.
-    title = next((i for i, line in enumerate(lines) if line and not is_rule(line)), 0)
-    first = title + 1 if lines[title].startswith("\u256d") else title + 2
-    end = next((i for i, line in enumerate(lines) if i >= first and is_rule(line)), len(lines))
-    text = " ".join(lines[first:end])
-    if "Perhaps you meant" in box:
-        options = [line.split()[0].rstrip(",") for line in lines[end:] if line.startswith("--") and not is_rule(line)]
-        text += f"; did you mean {' or '.join(options)}?"
-    return text

@@ -8,9 +8,9 @@ from pathlib import Path
 from dex.cli import _features
 from dex.cli._console import Parser, failed, folder_argument, require_one_process
 from dex.common import exits
-from dex.common.folders import check_folder
+from dex.common.folders import INPUT, RUN, check_folder, require
 
-HELP = "run linear, kNN and few-shot probes on labelled images, with intervals over patients"
+HELP = "run linear, kNN and few-shot probes on labelled images"
 POSITION = 43
 NEEDS = "train,data"
 
@@ -19,6 +19,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
     out = folder_argument("out", options.out)
     check_folder(out)
+    require(options.run, RUN)
+    require(Path(options.input), INPUT)
 
     from dex.inference import probe_job
     from dex.inference.collection import collection
@@ -72,6 +74,19 @@ def run(arguments: list[str]) -> Callable[[], int]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dex probe",
+        essentials=(
+            "modality",
+            "planes",
+            "path",
+            "img_size",
+            "batch_size",
+            "device",
+            "workers",
+            "labels",
+            "patient",
+            "features",
+            "shots",
+        ),
         description="Evaluate frozen features with a linear probe and kNN, cross-validated by patient, with BCa "
         "intervals over patients, and with a few-shot curve. Accuracy is the mean over classes.",
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dex.cli._console import Parser
 from dex.common import exits
-from dex.common.folders import check_file
+from dex.common.folders import check_file, require
 from dex.common.units import format_bytes
 
 HELP = "write one HTML page about a run, or one that compares several"
@@ -29,6 +29,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
     runs = [Path(run) for run in options.runs]
     out = Path(options.out) if options.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
     check_file(out)
+    for run in runs:
+        require(run, f"run {run}: expected a run folder")
     from dex.report.page import report
 
     written = report(runs, out)  # Here, not in carry_out: any error is an error in the input

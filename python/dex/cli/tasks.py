@@ -15,7 +15,7 @@ from dex.common import exits
 if TYPE_CHECKING:
     from dex.tasks.task import Task, TaskData
 
-HELP = "list downstream tasks, describe one, or check its data before training"
+HELP = "list downstream tasks, describe one, or check its data"
 POSITION = 45
 NEEDS = "train,data"
 _STATES = {
@@ -29,18 +29,20 @@ _WIDTH = 100
 
 def run(arguments: list[str]) -> Callable[[], int]:
     options = _parser().parse_args(arguments)
-    from dex.tasks import cases
     from dex.tasks.task import find
 
+    task = None if options.task is None else find(options.task)
+
+    from dex.tasks import cases
+
     root = options.data or os.environ.get(cases.ROOT)
-    if options.task is None:
+    if task is None:
         _require_none(
             options, "labels", "classes", "patient", "split", "modality", "shots", "pretraining", "run", "private"
         )
         if options.data is not None and not Path(options.data).is_dir():
             raise NotADirectoryError(f"data: expected a folder with a folder for each task, got {options.data}")
         return lambda: _list(Path(root) if root else None, options.json)
-    task = find(options.task)
     if not task.root and options.data is None and options.labels is None and not _is_there(task, root):
         _require_none(options, "classes", "patient", "split", "modality", "shots", "pretraining", "run", "private")
         if options.check:

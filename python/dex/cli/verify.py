@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from dexkernels.verification.record import Sizes
 
-HELP = "prove the kernels on this GPU, time them, and use the fastest that are right"
-POSITION = 49
+HELP = "prove and time the kernels on this GPU; the fastest run then"
+POSITION = 51
 NEEDS = "train"
 
 _SIZES = {

@@ -1,9 +1,13 @@
 """Fill nested dataclasses from mappings such as YAML, with an error for every mistake."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -113,6 +117,55 @@ def _match(value: Any, kind: Any) -> Any:
                 return _NO_MATCH
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _NO_MATCH
     return value if type(value) is kind else _NO_MATCH
+
+
+def from_texts(texts: Sequence[str], kind: Any, name: str) -> Any:
+    """The value of field ``name`` with annotation ``kind`` from the words of a command line; none and null are None.
+
+    ValueError: ``kind`` allows no such value.
+    """
+    value = _read(texts, kind)
+    if value is _NO_MATCH:
+        got = repr(" ".join(texts)) if any(texts) else "nothing"
+        raise ValueError(f"{name}: expected {words(kind)}, got {got}")
+    return value
+
+
+def _read(texts: Sequence[str], kind: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):  # Any text is a str, so null first
+        ordered = sorted(arguments, key=lambda k: k is not types.NoneType)
+        return next((value for k in ordered if (value := _read(texts, k)) is not _NO_MATCH), _NO_MATCH)
+    if origin is tuple:
+        kinds = (arguments[0],) * len(texts) if arguments[-1] is Ellipsis else arguments
+        if not texts or len(kinds) != len(texts):
+            return _NO_MATCH
+        values = tuple(_read([text], k) for text, k in zip(texts, kinds, strict=True))
+        return _NO_MATCH if _NO_MATCH in values else values
+    if len(texts) != 1:
+        return _NO_MATCH
+    (text,) = texts
+    if origin is Literal:
+        return next((value for value in arguments if str(value) == text), _NO_MATCH)
+    if kind is types.NoneType:
+        return None if text.lower() in ("none", "null") else _NO_MATCH
+    try:
+        return kind(text) if kind in (int, float, str) else _NO_MATCH
+    except ValueError:
+        return _NO_MATCH
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """The docstring below each field of the dataclass ``kind``, on one line."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
 
 
 def words(kind: Any) -> str:

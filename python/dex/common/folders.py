@@ -1,10 +1,31 @@
-"""Checks of the places a command will write to, before hours of work."""
+"""Checks of the places that a command reads from and writes to, before hours of work and before slow imports.
+
+``RUN``, ``TUNED``, ``INIT``, ``INPUT`` and ``FILE`` begin the errors about paths of that kind.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+RUN = "run: expected a run folder, one of its checkpoint folders, or a folder or .safetensors file of dex export"
+TUNED = "folder: expected a folder that dex finetune wrote"
+INIT = "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
+FILE = "file: expected files, DICOM folders, or folders of them"
+INPUT = "input: expected a shard set, a folder or a file"
+
+
+def require(path: str | os.PathLike[str], expected: str) -> Path:
+    """``path`` as a Path. FileNotFoundError: nothing is there. ValueError: it is empty. Both errors begin with
+    ``expected``.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"{expected}, got {path!r}")
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"{expected}; nothing at {place}")
+    return place
 
 
 def check_folder(folder: Path, name: str = "out") -> None:

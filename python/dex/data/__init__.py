@@ -7,17 +7,21 @@ keys = sample_keys(0, batch.places.to(device))        # random numbers depend on
 images = augment(batch.images.to(device), 256, keys)  # float32, ImageNet-normalised
 """
 
-from dex.common.random import sample_keys
-from dex.common.shapes import IMAGENET_MEAN, IMAGENET_STD
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .augmentation import augment, center, denormalize
-from .dataset import Dataset, Sample, SampleError
-from .folder import FolderDataset
-from .loader import Batch, CorruptDataError, Loader
-from .opening import open_dataset
-from .shard_verify import verify
-from .shard_writer import ShardWriter
-from .shards import ShardDataset
+if TYPE_CHECKING:
+    from dex.common.random import sample_keys
+    from dex.common.shapes import IMAGENET_MEAN, IMAGENET_STD
+
+    from .augmentation import augment, center, denormalize
+    from .dataset import Dataset, Sample, SampleError
+    from .folder import FolderDataset
+    from .loader import Batch, CorruptDataError, Loader
+    from .opening import open_dataset
+    from .shard_verify import verify
+    from .shard_writer import ShardWriter
+    from .shards import ShardDataset
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -38,3 +42,24 @@ __all__ = [
     "sample_keys",
     "verify",
 ]
+
+# The command line reads the format of shards, and refuses wrong input, before it loads torch.
+_HOMES = {
+    "dex.common.random": ("sample_keys",),
+    "dex.common.shapes": ("IMAGENET_MEAN", "IMAGENET_STD"),
+    "dex.data.augmentation": ("augment", "center", "denormalize"),
+    "dex.data.dataset": ("Dataset", "Sample", "SampleError"),
+    "dex.data.folder": ("FolderDataset",),
+    "dex.data.loader": ("Batch", "CorruptDataError", "Loader"),
+    "dex.data.opening": ("open_dataset",),
+    "dex.data.shard_verify": ("verify",),
+    "dex.data.shard_writer": ("ShardWriter",),
+    "dex.data.shards": ("ShardDataset",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

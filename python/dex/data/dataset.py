@@ -10,12 +10,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dex.common import faults
+
+if TYPE_CHECKING:
+    import torch
 
 logger: logging.Logger = logging.getLogger("dex.data")
 
@@ -96,6 +98,8 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` with a new image; errors as in ``read``."""
+        import torch  # Not at the top: `dex prepare` and `dex data` read the format of shards without it
+
         image = np.empty((self.channels, self.image_size, self.image_size), np.uint8)
         modality, sample_id = self.read(index, image)
         return Sample(torch.from_numpy(image), modality, sample_id)
@@ -151,6 +155,8 @@ class Dataset:
         if maximum is None or not 0 < maximum < DIM or self.dim is not None:
             return
         self.dim = (sample_id, maximum)
+        import torch
+
         if torch.utils.data.get_worker_info() is None:
             logger.warning(
                 "%s: the 16-bit image %r has no value above %d, where 65535 is white: it becomes nearly black, and so "

@@ -20,8 +20,16 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     FileNotFoundError: nothing is at ``path``. ValueError: ``path`` is empty or not a folder, contains no image, or its
     manifest does not match its files.
     """
+    root = locate(path)
+    if (root / MANIFEST).exists() or path is None:
+        return ShardDataset(root)
+    return FolderDataset(root)
+
+
+def locate(path: str | Path | None, name: str = "path") -> Path:
+    """The folder of ``open_dataset(path)``. Errors as there if it is no folder; they name the argument ``name``."""
     if path is not None and not os.fspath(path):  # Path("") would be the current folder
-        raise ValueError(f"path: expected a folder of images or shards, or None for the embedded set, got {path!r}")
+        raise ValueError(f"{name}: expected a folder of images or shards, or None for the embedded set, got {path!r}")
     root = EMBEDDED if path is None else Path(path).expanduser()
     if not root.exists():
         if path is None:
@@ -29,9 +37,7 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
                 "the embedded data set is not in this installation; pass a folder, such as DIR after "
                 "`dex prepare embedded --out DIR`"
             )
-        raise FileNotFoundError(f"path: expected a folder of images or shards, found nothing at {str(root)!r}")
+        raise FileNotFoundError(f"{name}: expected a folder of images or shards, found nothing at {str(root)!r}")
     if not root.is_dir():
-        raise ValueError(f"path: expected a folder of images or shards, got the file {str(root)!r}")
-    if (root / MANIFEST).exists() or path is None:
-        return ShardDataset(root)
-    return FolderDataset(root)
+        raise ValueError(f"{name}: expected a folder of images or shards, got the file {str(root)!r}")
+    return root

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dex.common import faults
+from dex.common.folders import INPUT, require
 from dex.data import SampleError, ShardDataset
 from dex.data.folder import kind_of
 from dex.data.shard_format import MANIFEST, read_index
@@ -139,8 +140,7 @@ def collection(
     public: readable ids. processes: number that read the headers of very large DICOM folders.
     Raises: FileNotFoundError; ValueError naming the argument.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"input: expected a shard set, a folder or a file; nothing at {path}")
+    require(path, INPUT)
     if (path / MANIFEST).is_file():
         given = {"modality": modality} if modality is not None else overrides
         for name, value in given.items():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from dex.common.folders import RUN, require
 from dex.common.shapes import Size, check_size, height_width, plain_size
 from dex.config import Config, from_dict
 from dex.inference import embed, model_file
@@ -27,7 +28,6 @@ from dex.train.runlog import CONFIG, STARTS
 PATHS = ("experts", "director")
 FINE_TUNED = "finetune.yaml"
 """The file that marks a folder of ``dex finetune``, whose models ``dex.tasks.load`` loads."""
-_EXPECTED = "run: expected a run folder, one of its checkpoint folders, or a folder or .safetensors file of dex export"
 
 
 class Loaded(NamedTuple):
@@ -165,11 +165,7 @@ def resize_(model: MaskedAutoencoder, img_size: Size) -> None:
 
 def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
     """The source of the model that ``run`` names."""
-    if not isinstance(run, str | os.PathLike) or not os.fspath(run):
-        raise ValueError(f"{_EXPECTED}, got {run!r}")
-    place = Path(run)
-    if not place.exists():
-        raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    place = require(run, RUN)
     if ema and (not place.is_dir() or model_file.is_model_folder(place)):
         raise ValueError(f"ema: expected a run or a checkpoint, got the exported model {place}")
     if not place.is_dir():
@@ -180,13 +176,13 @@ def _find(run: str | os.PathLike[str], ema: bool) -> _Source:
     top = place.resolve().parent.parent if inside else place
     if (top / FINE_TUNED).is_file():
         raise ValueError(
-            f"{_EXPECTED}, got {place}, a model fine-tuned by dex finetune: dex evaluate and dex predict take it"
+            f"{RUN}, got {place}, a model fine-tuned by dex finetune: dex evaluate and dex predict take it"
         )
     try:
         if inside:
             return _of_checkpoint(checkpoint.load(place), top, ema)
         if not (place / CONFIG).is_file():
-            raise ValueError(f"{_EXPECTED}; {place} holds neither {CONFIG} nor {model_file.WEIGHTS}")
+            raise ValueError(f"{RUN}; {place} holds neither {CONFIG} nor {model_file.WEIGHTS}")
         saved, passed_over = checkpoint.newest_good(place / "checkpoints")
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(f"run: {str(error).removeprefix('resume: ')}") from error
@@ -212,10 +208,10 @@ def _of_checkpoint(saved: checkpoint.Checkpoint, run: Path, ema: bool) -> _Sourc
 
 def _of_file(file: Path) -> _Source:
     if file.suffix != ".safetensors":
-        raise ValueError(f"{_EXPECTED}, got the file {file}")
+        raise ValueError(f"{RUN}, got the file {file}")
     description = model_file.read_description(file)
     if description is None:
-        raise ValueError(f"{_EXPECTED}; {file} does not describe its model")
+        raise ValueError(f"{RUN}; {file} does not describe its model")
     return _of_model(file.parent, description, load_file(file))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
+from dex.common.folders import TUNED, require
 from dex.config import Config, from_dict
 from dex.inference.load import FINE_TUNED, resize_
 from dex.model.build import build_model
@@ -29,7 +30,6 @@ from dex.train.runlog import CONFIG as PRETRAINED
 
 CONFIG, CASES = FINE_TUNED, "cases.csv"
 Which = Literal["best", "last"]
-_EXPECTED = "folder: expected a folder that dex finetune wrote"
 
 
 class Description(NamedTuple):
@@ -77,13 +77,9 @@ def load_task_model(folder: str | os.PathLike[str], which: Which = "best") -> Lo
     """
     if which not in ("best", "last"):
         raise ValueError(f"checkpoint: expected best or last, got {which!r}")
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ValueError(f"{_EXPECTED}, got {folder!r}")
-    place = Path(folder)
-    if not place.exists():
-        raise FileNotFoundError(f"{_EXPECTED}; nothing at {place}")
+    place = require(folder, TUNED)
     if not place.is_dir():
-        raise ValueError(f"{_EXPECTED}, or one of its checkpoint folders, got the file {place}")
+        raise ValueError(f"{TUNED}, or one of its checkpoint folders, got the file {place}")
     if checkpoint.is_checkpoint(place):
         described = read_description(place.resolve().parent.parent)
         saved = checkpoint.load(place)
@@ -121,14 +117,14 @@ def read_description(folder: Path) -> Description:
     path = folder / CONFIG
     if not path.is_file():
         if (folder / PRETRAINED).is_file():
-            raise ValueError(f"{_EXPECTED}, got the pretrained run {folder}: dex finetune {folder} TASK fine-tunes it")
-        raise ValueError(f"{_EXPECTED}; {folder} holds no {CONFIG}")
+            raise ValueError(f"{TUNED}, got the pretrained run {folder}: dex finetune {folder} TASK fine-tunes it")
+        raise ValueError(f"{TUNED}; {folder} holds no {CONFIG}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = [values[name] for name in ("task", "settings", "pretrained")]
         config = dict(parts[2]).pop("config")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{_EXPECTED}; {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{TUNED}; {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     settings = recipe.from_dict(parts[1], Settings(), str(path))
     recipe.check(settings)
     pretrained = {name: value for name, value in parts[2].items() if name != "config"}
@@ -162,7 +158,7 @@ def _newest(root: Path, which: Which) -> checkpoint.Checkpoint:
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(f"folder: {str(error).removeprefix('resume: ')}") from error
     if saved is None:
-        raise ValueError(f"{_EXPECTED}, with a checkpoint; {root.parent} has none yet")
+        raise ValueError(f"{TUNED}, with a checkpoint; {root.parent} has none yet")
     best = saved.state.get("best")
     if which == "best" and best and best["step"] != saved.state["step"]:
         try:

@@ -30,6 +30,7 @@ import torch
 
 from dex.common import atomic, exits, formats
 from dex.common.csv_lines import csv_lines
+from dex.common.folders import FILE
 from dex.inference import embed_job, preprocess, reading
 from dex.inference.collection import Collection, Decoded, Note, Row
 from dex.inference.embed_job import Stopped, private_folder
@@ -87,19 +88,18 @@ def inputs(arguments: Sequence[str | os.PathLike[str]], out: Path | None = None)
     Links below a folder are not followed. Raises: FileNotFoundError, ValueError.
     """
     own = [] if out is None else [Path(os.path.abspath(folder)) for folder in (out, private_folder(out))]
-    expected = "file: expected files, DICOM folders, or folders of them"
     paths: dict[Path, None] = {}
     if not arguments:
-        raise ValueError(f"{expected}, got none")
+        raise ValueError(f"{FILE}, got none")
     for argument in arguments:
         if not os.fspath(argument):
-            raise ValueError(f"{expected}, got ''")
+            raise ValueError(f"{FILE}, got ''")
         path = Path(os.path.abspath(Path(argument).expanduser()))
         if not path.exists():
-            raise FileNotFoundError(f"{expected}; nothing at {argument}")
+            raise FileNotFoundError(f"{FILE}; nothing at {argument}")
         files = list(_below(path, own)) if path.is_dir() else [path]
         if not files:
-            raise ValueError(f"{expected}; {argument} holds no file of the formats {', '.join(readers.formats())}")
+            raise ValueError(f"{FILE}; {argument} holds no file of the formats {', '.join(readers.formats())}")
         paths.update(dict.fromkeys(files))
     return list(paths)
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from dex.common.cores import cores
 from dex.common.fields import merge, words
-from dex.common.ranks import ranks_here
 from dex.config import MOST_WORKERS
 
 STATED, OURS = "as the supplement states", "not stated by the paper"
@@ -93,6 +92,8 @@ class Settings:
         """Number of processes that read the cases."""
         if self.workers is not None:
             return self.workers
+        from dex.common.ranks import ranks_here  # Imports torch, so not at the top: `dex finetune --help` must be fast
+
         return max(1, min(8, cores() // ranks_here()))
 
     @property

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dex.common.folders import INIT, require
 from dex.common.random import step_seed
 from dex.config import Config, from_dict
 from dex.model import MaskedAutoencoder
@@ -15,9 +16,6 @@ from dex.train import checkpoint
 CHECKPOINTS = "checkpoints"
 _INIT = -1
 """Step number whose seed draws the initial weights."""
-_EXPECTED = (
-    "model.init: expected a file of weights (.safetensors, .pth, .bin, .onnx), a run folder or a checkpoint folder"
-)
 
 
 def first_model(config: Config) -> MaskedAutoencoder:
@@ -33,11 +31,9 @@ def check_initial(config: Config) -> None:
     """FileNotFoundError or ValueError if ``model.init`` is neither a file, a run folder nor a checkpoint folder."""
     if config.model.init is None:
         return
-    path = Path(config.model.init).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{_EXPECTED}; there is nothing at {path}")
+    path = require(Path(config.model.init).expanduser(), INIT)
     if path.is_dir() and not checkpoint.is_checkpoint(path) and not (path / CHECKPOINTS).is_dir():
-        raise ValueError(f"{_EXPECTED}, got the folder {path}, which is neither")
+        raise ValueError(f"{INIT}, got the folder {path}, which is neither")
 
 
 def load_initial(model: MaskedAutoencoder, config: Config) -> LoadReport:

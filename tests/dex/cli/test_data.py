@@ -46,11 +46,11 @@ def test_leak(run, tmp_path, pictures, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data"], "the following arguments are required: COMMAND"),
-        (["data", "purge"], "invalid choice: 'purge'"),
+        (["data"], "COMMAND: expected a value, got nothing"),
+        (["data", "purge"], "COMMAND: expected one of check, inventory, where, refused, withdraw, leak, got 'purge'"),
         (["data", "check", "scans"], "DIR: expected a shard set; scans has no manifest.json"),
         (["data", "where", "scans", "x"], "DIR: expected a shard set; scans has no manifest.json"),
-        (["data", "where", "scans"], "the following arguments are required: ID"),
+        (["data", "where", "scans"], "ID: expected a value, got nothing"),
         (["data", "refused", "nowhere"], "DIR: expected a shard set; nowhere has no manifest.json"),
         (["data", "withdraw", "scans", "x"], "DIR: expected a shard set; scans has no manifest.json"),
         (

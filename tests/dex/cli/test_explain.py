@@ -38,7 +38,7 @@ def test_a_dicom_file_says_its_modality_and_no_more(run, tmp_path):
         ((MODEL, "none.png", "--masks", "1"), "masks: expected at least 2, got 1"),
         ((MODEL, "none.png", "--out", " "), "out: expected a file, got ' '"),
         ((MODEL, "none.png", "--out", "."), "out: expected a file, got the folder ."),
-        ((MODEL,), "the following arguments are required: FILE"),
+        ((MODEL,), "FILE: expected a value, got nothing"),
     ],
 )
 def test_wrong_usage_is_one_line(run, tmp_path, arguments, message):

@@ -116,8 +116,8 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare"], "the following arguments are required: SOURCE, --out"),
-        (["prepare", "scans"], "the following arguments are required: --out"),
+        (["prepare"], "SOURCE, out: expected values, got nothing"),
+        (["prepare", "scans"], "out: expected a value, got nothing"),
         (["prepare", "scans", "--modality", "xrays-ct", "--out", "o"], "modality: expected one of CT, MR"),
         (["prepare", "scans", "--modality", "CTX", "--normalisation", "ct", "--out", "o"], "did you mean 'CT'?"),
         (["prepare", "scans", "--modality", "CT", "--normalisation", "hu", "--out", "o"], "normalisation: expected"),
@@ -138,8 +138,8 @@ def test_a_fault_while_headers_are_read_is_one_line(run, tmp_path, monkeypatch):
         (["prepare", "scans", "--modality", "CT", "--out", "file"], "out: expected a folder, got the file file"),
         (["prepare", "empty", "--modality", "CT", "--out", "o"], "folder: expected files that match its patterns"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "7"], "size: expected 32 to 4096"),
-        (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "big"], "argument --size: invalid int value"),
-        (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "12"], "argument --bits: invalid choice"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--size", "big"], "expected a whole number, got 'big'"),
+        (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "12"], "bits: expected one of 8, 16, got 12"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--bits", "16", "--encoding", "jpg"], "JPEG holds 8"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--shard", "3/3"], "shard: expected i/n with 0 <= i"),
         (["prepare", "scans", "--modality", "CT", "--out", "o", "--shard", "x"], "shard: expected I/N, such as 0/4"),

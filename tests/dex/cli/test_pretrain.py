@@ -97,13 +97,13 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
             ["pretrain", "--preset", "x"],
             "preset: expected one of published-code, paper, demo, demo-monolithic, got 'x'",
         ),
-        (["pretrain", "--preset"], "--preset: expected one argument"),
+        (["pretrain", "--preset"], "preset: expected a value, got nothing"),
         (["pretrain", "--config", "absent.yaml"], "config: expected a YAML file; found nothing at absent.yaml"),
         (
             ["pretrain", "--preset", "demo", "--optim.lr", "3"],
-            "Unrecognized options: --optim.lr, 3; did you mean --optim.base-lr?",
+            "option: expected an option of dex pretrain, got --optim.lr; did you mean --optim.base-lr?",
         ),
-        (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null, got many"),
+        (["pretrain", "--preset", "demo", "--steps", "many"], "steps: expected a whole number or null, got 'many'"),
         (
             ["pretrain", "--preset", "demo", "--steps", "4", "--schedule.steps=5"],
             "steps: expected one value for --steps and --schedule.steps, which are the same, got 4 and 5",
@@ -138,22 +138,22 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--run.milestones", "a"], "run.milestones: expected "),
         (
             ["pretrain", "--preset", "demo", "--model.norm-pix-loss", "maybe"],
-            "Unrecognized options: maybe",
+            "model.norm_pix_loss: expected a switch without a value, got 'maybe'",
         ),
         (["pretrain", "--preset", "demo", "--steps", "0"], "schedule.steps: expected at least 1, got 0"),
         (
             ["pretrain", "--preset", "demo", "--run.device", "tpu"],
-            "run.device: expected one of auto, cpu, cuda, got tpu",
+            "run.device: expected one of auto, cpu, cuda, got 'tpu'",
         ),
-        (["pretrain", "--preset", "demo", "--model.depth", "4.5"], "model.depth: expected a whole number, got 4.5"),
+        (["pretrain", "--preset", "demo", "--model.depth", "4.5"], "model.depth: expected a whole number, got '4.5'"),
         (
             ["pretrain", "--preset", "demo", "--schedule.momentum", "0.9"],
-            "schedule.momentum: expected 2 numbers, got 0.9",
+            "schedule.momentum: expected 2 numbers, got '0.9'",
         ),
         (["pretrain", "--preset", "demo", "--optim.betas"], "optim.betas: expected 2 numbers, got nothing"),
         (
             ["pretrain", "--preset", "demo", "--parallel.compile", "true"],
-            "parallel.compile: expected a switch without a value, got true",
+            "parallel.compile: expected a switch without a value, got 'true'",
         ),
         (
             ["pretrain", "--preset", "demo", "--run.stop-at", "1001"],
@@ -188,7 +188,7 @@ def test_printed_configuration_reloads_to_itself(run, images, tmp_path):
         (["pretrain", "--preset", "demo", "--resume", "auto"], "resume: expected the run folder as --out"),
         (["pretrain", "--preset", "demo", "--resume", "absent"], "resume: expected auto, a run folder or a checkpoint"),
         (["pretrain", "--preset", "demo", "--resume", "empty"], "resume: expected auto, a run folder or a checkpoint"),
-        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["doctor", "--nonsense"], "option: expected an option of dex doctor, got --nonsense; dex doctor --help lists"),
     ],
 )
 def test_wrong_usage_is_one_line_and_leaves_nothing(arguments, message, run, images, tmp_path):

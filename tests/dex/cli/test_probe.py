@@ -84,7 +84,7 @@ def test_labels_that_cannot_be_split_fail_on_one_line(images, run):
         (("--folds", "1"), "folds: expected at least 2, got 1"),
         (("--labels", "absent.csv"), "labels: expected a CSV file; nothing at absent.csv"),
         (("--patient", "("), "patient: expected a regular expression"),
-        (("--path", "both"), "argument --path: invalid choice"),
+        (("--path", "both"), "path: expected one of experts, director, got 'both'"),
     ],
 )
 def test_wrong_input_is_one_line(options, message, images, run, tmp_path):

@@ -30,10 +30,10 @@ def test_several_runs_have_theirs_here_or_where_asked(run, runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: RUN"),
+        ([], "RUN: expected a value, got nothing; usage: dex report RUN [RUN ...] [options]"),
         ([""], "runs, --out: expected paths, got an empty one"),
         (["a", "--out", " "], "runs, --out: expected paths, got an empty one"),
-        (["nowhere"], "run nowhere: expected a run folder; no such folder"),
+        (["nowhere"], "run nowhere: expected a run folder; nothing at nowhere"),
         (["a", "--out", "b"], "out: expected a file, got the folder b"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_description_of_ones_own(run, own, tmp_path):
         (("fives", "--check"), "data: expected the folder of the data for --check, got none"),
         (("fives", "--run", "x"), "run: expected a task and its data folder with it, got 'x' alone"),
         (("fives", "--data", "nowhere"), "data: expected a folder; nothing at nowhere"),
-        (("fives", "--split", "half"), "invalid choice: 'half'"),
+        (("fives", "--split", "half"), "split: expected one of draw, train, val, test, got 'half'"),
     ],
 )
 def test_wrong_usage(run, monkeypatch, arguments, message):

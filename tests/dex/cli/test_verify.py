@@ -89,7 +89,7 @@ def test_a_record_that_was_not_kept_fails(run, asked):
         (["--config", "absent.yaml"], "config: expected a YAML file"),
         (["--preset", "demo-monolithic"], "config: expected a model with experts"),
         (["--preset", "nonsense"], "preset: expected"),
-        (["--dim", "wide"], "argument --dim: invalid int value"),
+        (["--dim", "wide"], "dim: expected a whole number, got 'wide'"),
     ],
 )
 def test_wrong_usage(run, asked, arguments, message):

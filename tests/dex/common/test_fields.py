@@ -38,3 +38,61 @@ def test_a_mistake_is_named(values, message):
     with pytest.raises(ValueError) as error:
         fields.merge(Outer(), values, "a test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "value"),
+    [
+        (["3"], int, 3),
+        (["3"], float, 3.0),
+        (["1e-3"], float | None, 1e-3),
+        (["none"], float | None, None),
+        (["Null"], str | None, None),
+        (["3"], str | None, "3"),
+        (["3"], Literal[1, 3], 3),
+        (["b"], Literal["a", "b"], "b"),
+        (["7"], int | tuple[int, ...], 7),
+        (["7", "8"], int | tuple[int, ...], (7, 8)),
+        (["0.9", "1"], tuple[float, float], (0.9, 1.0)),
+        (["null"], tuple[int, ...] | None, None),
+    ],
+)
+def test_words_of_the_command_line_become_values(texts, kind, value):
+    read = fields.from_texts(texts, kind, "field")
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "message"),
+    [
+        (["4.5"], int, "field: expected a whole number, got '4.5'"),
+        (["2"], Literal[1, 3], "field: expected one of 1, 3, got '2'"),
+        (["1", "2", "3"], tuple[float, float], "field: expected 2 numbers, got '1 2 3'"),
+        (["1"], tuple[float, float], "field: expected 2 numbers, got '1'"),
+        (["1", "b"], int | tuple[int, ...], "field: expected a whole number or a list of a whole number, got '1 b'"),
+        ([], int | tuple[int, ...], "field: expected a whole number or a list of a whole number, got nothing"),
+        ([""], int | None, "field: expected a whole number or null, got nothing"),
+        (["a", "b"], str, "field: expected text, got 'a b'"),
+        (["true"], bool, "field: expected true or false, got 'true'"),
+    ],
+)
+def test_wrong_words_are_named(texts, kind, message):
+    with pytest.raises(ValueError) as error:
+        fields.from_texts(texts, kind, "field")
+    assert str(error.value) == message
+
+
+@dataclass
+class Described:
+    """A record."""
+
+    first: int = 1
+    """Of two
+    lines."""
+    second: int = 2
+    third: int = 3
+    """The last."""
+
+
+def test_docstrings_of_fields():
+    assert fields.docstrings(Described) == {"first": "Of two lines.", "third": "The last."}

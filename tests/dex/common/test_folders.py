@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dex.common import folders
-from dex.common.folders import check_file, check_folder
+from dex.common.folders import check_file, check_folder, require
 
 
 def test_new_and_existing_folders_pass_and_nothing_is_left(tmp_path):
@@ -65,3 +65,12 @@ def test_a_read_only_disk_is_named_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(folders.tempfile, "TemporaryFile", refuse)
     with pytest.raises(ValueError, match="sheet: expected a writable folder, got .*: Read-only file system"):
         check_folder(tmp_path / "new", "sheet")
+
+
+def test_what_is_read_must_be_there(tmp_path):
+    assert require(tmp_path, "run: expected a run") == tmp_path == require(str(tmp_path), "run: expected a run")
+    with pytest.raises(FileNotFoundError, match="^run: expected a run; nothing at .*/absent$"):
+        require(tmp_path / "absent", "run: expected a run")
+    for nothing in ("", None, 3):
+        with pytest.raises(ValueError, match="^run: expected a run, got "):
+            require(nothing, "run: expected a run")

@@ -25,7 +25,6 @@ import matplotlib.pyplot  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
-import tyro  # noqa: F401
 
 import dex.cli
 import dex.train.run  # noqa: F401
