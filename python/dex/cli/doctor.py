@@ -188,7 +188,7 @@ def devices() -> Iterator[Check]:
 
 
 def backends() -> Iterator[Check]:
-    """One line for each backend: the operators it runs, those it is the default of, and why it lacks the others."""
+    """One line for each backend: the operators it runs and is the default of, what is proven, and what it lacks."""
     from dexkernels.ops import backends as table
 
     rows = table.report()
@@ -200,7 +200,7 @@ def backends() -> Iterator[Check]:
         parts += [f"default of {_operators(default, its)}"] if default else []
         reasons: dict[str, list[str]] = {}
         for row in its:
-            if not row.available:
+            if not row.available or backend != "reference":  # Kernels also say whether they are proven here
                 reasons.setdefault(row.reason.replace(f" for {row.op}", ""), []).append(row.op)
         parts += [f"{reason} ({_operators(ops, its)})" for reason, ops in reasons.items()]
         yield Check("backends", backend, "ok" if available else "note", "; ".join(parts))

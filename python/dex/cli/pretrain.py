@@ -186,7 +186,7 @@ def _add_run_options(parser: Parser, length: str) -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="check everything, print the configuration, the memory and the time it would take, and write nothing",
+        help="check everything, print the configuration, its memory and its estimated time on GPUs, and write nothing",
     )
     add(
         "--override",

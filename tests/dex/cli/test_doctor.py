@@ -127,7 +127,12 @@ def test_one_line_a_backend(monkeypatch):
     assert [(c.name, c.status, c.detail) for c in doctor.backends()] == [
         ("reference", "ok", "runs all 2 operators; default of route"),
         ("triton", "note", "triton is not installed (all 2 operators)"),
-        ("cuda", "ok", "runs group_ema_; default of group_ema_; this version ships no CUDA C++ kernel (route)"),
+        (
+            "cuda",
+            "ok",
+            "runs group_ema_; default of group_ema_; this version ships no CUDA C++ kernel (route); verified on this GPU "
+            "(group_ema_)",
+        ),
     ]
 
 
