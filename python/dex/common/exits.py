@@ -20,9 +20,10 @@ PREEMPTED = 75
 INTERRUPTED = 130
 """Interrupted at once by a second SIGINT."""
 
-SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_USER_SIGNALS = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has none
+SCHEDULER_SIGNALS = (signal.SIGTERM, *_USER_SIGNALS)
 """Signals with which schedulers stop a run."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *_USER_SIGNALS)
 """Signals with which schedulers and users stop a run."""
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dex.common.cores import cores
 from dexkernels import shard
 
 Strategy = Literal["ddp", "fsdp"]
