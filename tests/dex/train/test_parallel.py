@@ -113,6 +113,42 @@ def test_any_cut_of_a_batch_is_the_same_run(tiny, change, steps):
 
 
 @pytest.mark.slow
+def test_the_fused_optimizer_is_the_same_run_however_the_batch_is_cut(tiny, change, steps):
+    """Directors are updated with their experts on every rank, also where these are cut by fsdp."""
+    base = change(tiny, **RUN)
+    (plain,) = steps(base, 1, 6)
+    fused = change(base, optim__fused=True)
+    cuts = {
+        "one rank": steps(fused, 1, 6),
+        "ddp": steps(fused, 2, 6),
+        "fsdp micro": steps(change(fused, parallel__strategy="fsdp", parallel__micro_batch=2), 2, 6),
+    }
+    for name, seen in cuts.items():
+        assert len({rank["directors"] for rank in seen}) == 1, f"{name}: directors differ between ranks"
+        for rank in seen:
+            assert rank["losses"] == pytest.approx(plain["losses"], rel=2e-5), name
+            assert rank["moved"] == pytest.approx(plain["moved"], rel=1e-3), name
+            assert rank["mass"] == pytest.approx(plain["mass"], rel=1e-5), name
+            assert rank["alone"] == 0, f"{name}: directors are updated apart from their experts"
+    assert plain["alone"] == 6 and plain["moved"] > 1e-3
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_fused_optimizer_is_cut_anew_for_other_ranks(tiny, change, ranks, tmp_path):
+    """2 ranks FSDP2 -> 1 rank -> 2 ranks DDP is the run of one rank, to rounding."""
+    base = change(tiny, **RUN, optim__fused=True, run__log_every=2)
+    for out, stops in (("out", ((2, 2, "fsdp"), (4, 1, "ddp"), (6, 2, "ddp"))), ("whole", ((6, 1, "ddp"),))):
+        for stop, count, strategy in stops:
+            c = change(base, run__stop_at=stop, parallel__strategy=strategy)
+            (tmp_path / "c.yaml").write_text(config.to_yaml(c))
+            command = ("-m", "dex", "pretrain", "--config", tmp_path / "c.yaml", "--resume", "auto")
+            ended = finish(ranks(count, *command, "--out", tmp_path / out))
+            assert [code for code, *_ in ended] == [0] * count, ended
+    rows = [[r["loss"] for r in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("out", "whole")]
+    assert len(rows[1]) == 3 and rows[0] == pytest.approx(rows[1], rel=5e-5)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_cut_anew_for_other_ranks(tiny, change, ranks, tmp_path):
     """2 ranks DDP -> 1 rank -> 2 ranks FSDP2 -> 1 rank: one run, and what is loaded is what was saved, bit for bit."""
     base = change(tiny, **RUN | {"schedule__steps": 8, "optim__ema": 0.5, "optim__layer_decay": 0.8})
@@ -210,8 +246,10 @@ def test_a_stopped_rank_is_named_within_its_time(ranks, tiny, change, tmp_path):
 def main(path: Path, out: Path, what: str) -> None:
     from dex.common.ranks import announced, full, gather, start, stop
     from dex.data import open_dataset
+    from dex.train import trainer as engine
     from dex.train.plan import resolve, resolve_device
     from dex.train.trainer import Trainer
+    from dexkernels.ops import backends
 
     torch.set_num_threads(1)
     configuration = config.read_yaml(path, config.Config())
@@ -228,14 +266,18 @@ def main(path: Path, out: Path, what: str) -> None:
     parameters = dict(trainer.model.named_parameters())
     names = sorted(n for n in parameters if ".director." in n)
     before = torch.cat([full(parameters[n]).detach().flatten().clone() for n in names])
-    seen = {"ids": [], "losses": [], "mass": None}
-    real = trainer.model.update_directors
+    seen = {"ids": [], "losses": [], "mass": None, "alone": 0}
+    move, load = engine.move, backends.load
 
-    def watched(gate_mass, *arguments, **options):
+    def watched(optimizer, model, gate_mass, *arguments):
         seen["mass"] = torch.cat(gate_mass).tolist()
-        real(gate_mass, *arguments, **options)
+        move(optimizer, model, gate_mass, *arguments)
 
-    trainer.model.update_directors = watched
+    def loaded(op, backend):
+        seen["alone"] += op == "group_ema_"
+        return load(op, backend)
+
+    engine.move, backends.load = watched, loaded
     batch = trainer._next_batch
 
     def noted():
