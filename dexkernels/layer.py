@@ -119,7 +119,7 @@ class MLP(nn.Module):
         self.fc2: nn.Linear = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+        if all(getattr(type(fc), "forward", None) is nn.Linear.forward for fc in (self.fc1, self.fc2)):
             return mlp(x, *self.weights, self.activation)
         # Quantised maps and adapters have their own forward.
         return self.fc2(F.gelu(self.fc1(x), approximate=ACTIVATIONS[self.activation]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...records import MLPWeights
 from ..common import accumulation_dtype
-from ..dense import ACTIVATIONS, linear, mlp
+from ..dense import ACTIVATIONS, linear, linear_into, mlp
 from .records import Gradients, Needs, Result, Saved, Slots, has_director
 
 
@@ -65,7 +65,7 @@ def backward(
             dslot[start:stop] = (through_a + through_bias).to(slots.gates.dtype)
         if needs.weights:
             dy = (dy.to(acc) * g).to(x.dtype).view(n * N, D)
-            dweights.fc2_weight[e] = linear(dy.t(), a.t())
+            linear_into(dweights.fc2_weight[e], dy.t(), a.t())
             torch.sum(dy, 0, dtype=grad_dtype, out=dweights.fc2_bias[e])
         dz = (
             torch.ops.aten.gelu_backward(da, z, approximate=approximate)
@@ -74,7 +74,7 @@ def backward(
             .view(n * N, H)
         )
         if needs.weights:
-            dweights.fc1_weight[e] = linear(dz.t(), x.index_select(0, images[start:stop]).view(n * N, D).t())
+            linear_into(dweights.fc1_weight[e], dz.t(), x.index_select(0, images[start:stop]).view(n * N, D).t())
             torch.sum(dz, 0, dtype=grad_dtype, out=dweights.fc1_bias[e])
         if needs.x:
             dx.index_add_(0, images[start:stop], linear(dz, saved.fc1_weight[e].t()).view(n, N, D).to(acc))

@@ -20,6 +20,7 @@ from dexkernels import Aux, DEXLayer
 from dexkernels.checks import check_number
 from dexkernels.layer import MLP, update_directors
 from dexkernels.ops.common import accumulation_dtype
+from dexkernels.ops.dense import Linear
 from dexkernels.published import PublishedNames
 
 LAYER_NORM_EPS = 1e-6
@@ -85,8 +86,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv: nn.Linear = nn.Linear(dim, 3 * dim)
-        self.proj: nn.Linear = nn.Linear(dim, dim)
+        self.qkv: nn.Linear = Linear(dim, 3 * dim)
+        self.proj: nn.Linear = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
@@ -177,7 +178,7 @@ class VisionTransformer(nn.Module):
         self.patch_size: int = patch_size
         self.in_chans: int = in_chans
         # A linear map of flattened patches instead of a convolution, so that removed patches are never embedded.
-        self.patch_embed: nn.Linear = nn.Linear(in_chans * patch_size**2, embed_dim)
+        self.patch_embed: nn.Linear = Linear(in_chans * patch_size**2, embed_dim)
         self.cls_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
         self.blocks: nn.ModuleList = nn.ModuleList(
@@ -318,7 +319,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
         if norm_pix_loss and patch_size**2 * in_chans < 2:
             raise ValueError("norm_pix_loss: expected False for patches of a single value, which have no variance")
         self.norm_pix_loss = norm_pix_loss
-        self.decoder_embed: nn.Linear = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed: nn.Linear = Linear(embed_dim, decoder_embed_dim)
         self.mask_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.encoder.grid_size))
         self.decoder_blocks: nn.ModuleList = nn.ModuleList(
@@ -326,7 +327,7 @@ class MaskedAutoencoder(PublishedNames, nn.Module):
             for _ in range(decoder_depth)
         )
         self.decoder_norm: nn.LayerNorm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred: nn.Linear = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_pred: nn.Linear = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.reset_parameters()
 
     @torch.no_grad()
