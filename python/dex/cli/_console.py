@@ -84,8 +84,7 @@ class Parser(argparse.ArgumentParser):
             return
         help_text = "show the options that most people need" if essentials else "show this help"
         self._help_option("-h", "--help", const=not essentials, help=help_text)
-        if essentials:
-            self._help_option("--help-all", const=True, help="show all options")
+        self._help_option("--help-all", const=True, help="show all options" if essentials else argparse.SUPPRESS)
 
     def _help_option(self, *names: str, **options: Any) -> None:
         self.add_argument(*names, action=_ShowHelp, nargs=0, dest="help", default=argparse.SUPPRESS, **options)
@@ -123,6 +122,8 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"arguments: expected no more, got {' '.join(rest)!r}; {self._where()}")
 
     def _check_known(self, arguments: list[str]) -> None:
+        if {"-h", "--help", "--help-all"} & set(arguments):
+            return
         known = self._options()
         for word in itertools.takewhile("--".__ne__, arguments):
             name = word.partition("=")[0]
@@ -188,11 +189,10 @@ def names_all(text: str, words: Iterable[Any]) -> bool:
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """What was probably meant by ``word``: the known name that ends in it, or that differs by few letters."""
-    names = list(known)
-    ends = [
-        name for name in names if name.rpartition(".")[2] == word.lstrip("-") or name.endswith(f"-{word.lstrip('-')}")
-    ]
-    return next(iter([*ends, *difflib.get_close_matches(word, names, 1)]), None)
+    word, names = word.lstrip("-"), {name.lstrip("-"): name for name in known}
+    ends = [name for name in names if name.endswith((f".{word}", f"-{word}"))]
+    close = [*ends, *difflib.get_close_matches(word, names, 1)]
+    return names[close[0]] if close else None
 
 
 def _name(action: argparse.Action) -> str:

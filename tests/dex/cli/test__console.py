@@ -68,7 +68,7 @@ def test_the_short_help_has_the_essentials_and_says_how_many_it_leaves_out(parse
     assert short.startswith("usage: dex x NAME [options]\n") and "--size PIXELS" in short and "--share" not in short
     assert "5 more options: dex x --help-all" in short
     with pytest.raises(SystemExit):
-        parser.parse_args(["--help-all", "--fast"])
+        parser.parse_args(["--help-all", "--unknown"])
     whole = capsys.readouterr().out
     assert all(
         option in whole for option in ("--size PIXELS", "--share SHARE", "--kind KIND", "--parts PART ...", "--fast")
@@ -80,7 +80,7 @@ def test_words():
     assert either(["a"]) == "a" and either((1, 3)) == "1 or 3" and either("abc") == "a, b or c"
     assert names_all("ct, else mr", ["ct", "mr"]) and not names_all("direct", ["ct"])
     assert closest("--lr", ["--optim.base-lr", "--model.depth"]) == "--optim.base-lr"
-    assert closest("trian", ["pretrain", "report"]) == "pretrain" and closest("zzz", ["pretrain"]) is None
+    assert closest("trian", ["pretrain", "report"]) == "pretrain" and closest("--nonsense", ["--run.seed"]) is None
 
 
 def test_help_shows_the_default_unless_the_text_does():

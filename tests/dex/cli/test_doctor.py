@@ -130,8 +130,8 @@ def test_one_line_a_backend(monkeypatch):
         (
             "cuda",
             "ok",
-            "runs group_ema_; default of group_ema_; this version ships no CUDA C++ kernel (route); verified on this GPU "
-            "(group_ema_)",
+            "runs group_ema_; default of group_ema_; this version ships no CUDA C++ kernel (route); "
+            "verified on this GPU (group_ema_)",
         ),
     ]
 
