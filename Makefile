@@ -73,7 +73,7 @@ embedded-data: $(INSTALLED)  ## rebuild the embedded images from their packages 
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev]'
+	$(VENV)/bin/pip install -c constraints.txt $(PIP_ARGS) -e '.[train,data,dev,notebook]'
 	touch $(INSTALLED)
 
 $(DOCS)/installed: pyproject.toml constraints.txt
