@@ -9,14 +9,16 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from dexkernels.ops import products
 from dexkernels.verification.timing import in_turns, seconds_of
 
-from . import peers, record
+from . import cpu_record, peers, record
 from .measuring import Measure
 from .samples import Samples
 from .shapes import SHAPES, tiny_of
@@ -44,6 +46,12 @@ def pytest_addoption(parser):
         "--tiny", action="store_true", help="smallest sizes: execute every benchmark without asserting speed"
     )
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
+    parser.addoption(
+        "--processor-time",
+        action="store_true",
+        help="on a CPU: one thread, and its processor time instead of the clock, for a machine that others use",
+    )
+    parser.addoption("--cpu-results", type=Path, metavar="FILE", help="write the ratios on a CPU to this JSON file")
     parser.addoption("--results", type=Path, help="folder to write <gpu>-<date>.json into; needs --device cuda")
     parser.addoption(
         "--baseline", action="append", metavar="NAME", help="measure only against these peers (default: all present)"
@@ -69,7 +77,9 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--baseline: expected some of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
     if unknown := set(config.getoption("--shape") or ()) - set(SHAPES):
         raise pytest.UsageError(f"--shape: expected some of {', '.join(SHAPES)}, got {', '.join(unknown)}")
-    torch.set_num_threads(config.getoption("--threads"))
+    torch.set_num_threads(1 if config.getoption("--processor-time") else config.getoption("--threads"))
+    if config.getoption("--cpu-results") and (config.getoption("--tiny") or config.getoption("--device") == "cuda"):
+        raise pytest.UsageError("--cpu-results: expected on a CPU and without --tiny")
     if config.getoption("--results") and (
         config.getoption("--tiny") or config.getoption("--once") or config.getoption("--device") != "cuda"
     ):
@@ -159,14 +169,21 @@ def measure(request, timer, ceilings, measured, samples) -> Measure:
     return Measure(timer, ceilings, measured, samples, config.getoption("--backend"), config.stash[NOTES])
 
 
+@pytest.fixture(scope="session")
+def own_library() -> bool:
+    """Whether float32 products use another library than torch's own."""
+    return products.uses_onednn()
+
+
 @pytest.fixture
-def compare(tiny, samples):
+def compare(request, tiny, samples):
     """``compare({name: callable}, ...) -> {name: median seconds}``; candidates run in turns after a warm-up."""
+    clock = time.process_time if request.config.getoption("--processor-time") else time.perf_counter
 
     def run(candidates: dict, rounds: int = 15, warmup: int = 3, case: str = "") -> dict:
         if tiny:
             rounds, warmup = 2, 1
-        seconds = in_turns(candidates, rounds, warmup, lambda candidate, turn: seconds_of(candidate))
+        seconds = in_turns(candidates, rounds, warmup, lambda candidate, turn: seconds_of(candidate, clock))
         samples.add(seconds, case)
         return {name: statistics.median(s) for name, s in seconds.items()}
 
@@ -175,10 +192,11 @@ def compare(tiny, samples):
 
 @pytest.fixture
 def report(request, tiny, samples):
-    """``report(case, baseline, ratio, at_least, detail)`` adds a row to the summary; unless tiny, asserts the ratio."""
+    """``report(case, baseline, ratio, at_least, detail, goal)`` adds a row to the summary; unless tiny, asserts the
+    ratio. goal: the ratio to aim at, if this processor may not reach it; by default at_least."""
 
-    def add(case: str, baseline: str, ratio: float, at_least: float, detail: str) -> None:
-        request.config.stash[ROWS].append((case, baseline, f"{ratio:.2f}", f"{at_least:.2f}", detail))
+    def add(case: str, baseline: str, ratio: float, at_least: float, detail: str, goal: float | None = None) -> None:
+        request.config.stash[ROWS].append(cpu_record.Row(case, baseline, ratio, at_least, goal or at_least, detail))
         samples.say(**{f"ratio to {baseline}": ratio, f"least ratio to {baseline}": at_least})
         if not tiny:
             assert ratio >= at_least, f"{case}: {ratio:.2f} of {baseline}, expected at least {at_least:.2f} ({detail})"
@@ -234,7 +252,10 @@ def pytest_terminal_summary(terminalreporter, config):
     size = "tiny sizes: not a measure of speed" if config.getoption("--tiny") else "medians of one run"
     if rows:
         terminalreporter.section(f"speed relative to the baseline ({size})")
-        _table(terminalreporter, ("case", "baseline", "ratio", "at least", "figures"), rows)
+        header = ("case", "baseline", "ratio", "at least", "goal", "figures")
+        _table(terminalreporter, header, [[_cell(value) for value in row] for row in rows])
+        if config.getoption("--cpu-results"):
+            cpu_record.write(config.getoption("--cpu-results"), rows, config.stash[COMMIT], config.option)
         terminalreporter.write_line(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, CPU")
     if measured:
         terminalreporter.section(f"operators and layer on {config.getoption('--device')} ({size})")

@@ -1,6 +1,8 @@
 """The CPU backend's layer step against the loop over experts and against dense MLPs of equal work.
 
-For B 8, N 65, D 768, H 3072, K 2: 9.8 GFLOP forward and 19.6 backward in the experts, 4.9 in the director.
+For B 8, N 65, D 768, H 3072, K 2: 9.8 GFLOP forward and 19.6 backward in the experts, 4.9 in the director. The layer
+of the demo, B 16, D 192, H 768, takes an eighth of that. Where torch multiplies the layer's matrices too, only what
+lies between the products can be saved: at D 768 the loop's GEMA, and at D 192 hardly anything.
 """
 
 import pytest
@@ -11,12 +13,17 @@ from dexkernels import DEXLayer
 from dexkernels.layer import MLP
 from dexkernels.testing import ExpertLoop, randomize_
 
-SIZES = {"ViT-B": (8, 65, 768, 3072, 8, 2), "tiny": (4, 5, 16, 32, 4, 2)}
+SIZES = {"ViT-B": (8, 65, 768, 3072, 8, 2), "demo": (16, 65, 192, 768, 8, 2), "tiny": (4, 5, 16, 32, 4, 2)}
+
+
+@pytest.fixture(params=["ViT-B", "demo"])
+def size(request):
+    return request.param
 
 
 @pytest.fixture
-def sizes(tiny):
-    return SIZES["tiny" if tiny else "ViT-B"]
+def sizes(tiny, size):
+    return SIZES["tiny" if tiny else size]
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def layer_step(layer, x, grad_out):
     layer.update_director(aux.gate_mass, 0.99)
 
 
-def test_step_against_expert_loop(sizes, inputs, layer, compare, report):
+def test_step_against_expert_loop(size, sizes, inputs, layer, compare, report, own_library):
     """Forward, backward and GEMA."""
     _, _, D, H, E, K = sizes
     loop = ExpertLoop(D, H, E, K)
@@ -63,7 +70,8 @@ def test_step_against_expert_loop(sizes, inputs, layer, compare, report):
         torch.testing.assert_close(layer(inputs[0]), loop(inputs[0])[0], rtol=1e-3, atol=1e-4)
     t = compare({"layer": lambda: layer_step(layer, *inputs), "loop": loop_step})
     detail = f"{t['layer'] * 1e3:.1f} ms ({gflops(sizes) / t['layer']:.0f} GFLOP/s), loop {t['loop'] * 1e3:.1f} ms"
-    report("DEXLayer forward + backward + GEMA", "loop over nn.Linear experts", t["loop"] / t["layer"], 1.3, detail)
+    least = 1.3 if own_library else {"ViT-B": 1.1, "demo": 0.9}[size]
+    report(f"layer step, D {D}", "loop over nn.Linear experts", t["loop"] / t["layer"], least, detail, 1.3)
 
 
 def test_step_against_dense(sizes, inputs, layer, compare, report):
@@ -81,4 +89,4 @@ def test_step_against_dense(sizes, inputs, layer, compare, report):
 
     t = compare({"layer": lambda: layer_step(layer, *inputs), "dense": dense_step})
     detail = f"{t['layer'] * 1e3:.1f} ms, dense {t['dense'] * 1e3:.1f} ms"
-    report("DEXLayer forward + backward + GEMA", "dense MLPs of equal rows", t["dense"] / t["layer"], 0.65, detail)
+    report(f"layer step, D {D}", "dense MLPs of equal rows", t["dense"] / t["layer"], 0.65, detail)
