@@ -2,7 +2,10 @@
 the code."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,6 +38,16 @@ BLOCKS = [
 def test_each_python_block_runs_by_itself(block, where, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, where, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block, where", BLOCKS)
+def test_each_python_block_runs_in_a_fresh_interpreter(block, where, tmp_path):
+    """Nothing that another block has compiled, cached or registered helps it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{where}\n{done.stderr}"
 
 
 def test_the_pages_with_code_are_found():

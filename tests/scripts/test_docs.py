@@ -116,7 +116,9 @@ addEventListener('load', () => {
       const box = e.getBoundingClientRect();
       return box.width && !e.closest('table') && (box.right > wide + 1 || box.left < -1);
     }).map(e => e.textContent.slice(0, 60));
-    found.push({page: frame.title, wide, overflow, undecoded, cut, height: article.height});
+    const loaded = frame.contentWindow.performance.getEntriesByType('resource').map(entry => entry.name);
+    const abroad = loaded.filter(name => !name.startsWith(location.origin + '/'));
+    found.push({page: frame.title, wide, overflow, undecoded, cut, abroad, loaded, height: article.height});
   }
   document.body.dataset.found = JSON.stringify(found);
 });
@@ -125,7 +127,7 @@ addEventListener('load', () => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_pages_fit_a_desktop_and_a_telephone(site, tmp_path):
+def test_pages_fit_a_desktop_and_a_telephone_and_load_nothing_from_elsewhere(site, tmp_path):
     frames = "".join(
         f'<iframe src="{page}.html" title="{page}" style="width:{width}px;height:900px"></iframe>'
         for page in SEEN
@@ -146,5 +148,6 @@ def test_pages_fit_a_desktop_and_a_telephone(site, tmp_path):
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
     assert [frame["page"] for frame in found] == [page for page in SEEN for _ in (1280, 400)]
     assert {round(frame["wide"], -2) for frame in found} == {1300, 400}
-    bad = [f for f in found if f["overflow"] > 0 or f["undecoded"] or f["cut"] or f["height"] < 500]
+    assert all(len(frame["loaded"]) >= 4 for frame in found)  # Three style sheets and the script
+    bad = [f for f in found if f["overflow"] > 0 or f["undecoded"] or f["cut"] or f["abroad"] or f["height"] < 500]
     assert not bad
