@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dex.cli import _features
 from dex.cli._console import folder_argument
-from dex.common.folders import check_file
+from dex.common.folders import check_file, require
 
 if TYPE_CHECKING:
     from dex.tasks.evaluate import Options
@@ -76,6 +76,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--shots", type=int, metavar="IMAGES", help="training images used per class (default: all)")
     group.add_argument("--private", metavar="DIR", help="folder that keeps the salt of the ids (default: DATA.private)")
+
+
+def check_data(options: argparse.Namespace) -> None:
+    """FileNotFoundError or ValueError if ``--data`` is given and nothing is there, before torch is loaded."""
+    if options.data is not None:
+        require(folder_argument("data", options.data), "data: expected a folder")
 
 
 def open_data(

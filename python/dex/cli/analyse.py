@@ -22,6 +22,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
     if out is not None:
         check_folder(out)
     require(options.run, RUN)
+    if options.data is not None:
+        from dex.data.opening import locate
+
+        locate(options.data, "data")
 
     from dex.inference import analyse_job as job
     from dex.train.plan import resolve_device

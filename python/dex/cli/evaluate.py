@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
         check_folder(out)
     for folder in options.folder:
         require(folder, TUNED)
+    _task_data.check_data(options)
     require_one_process("dex evaluate")
 
     from dex.cli._features import workers

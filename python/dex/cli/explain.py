@@ -23,6 +23,10 @@ def run(arguments: list[str]) -> Callable[[], int]:
     out = Path(_PAGE if options.out is None else options.out).expanduser()
     check_file(out)
     require(options.run, RUN)
+    if options.data is not None:
+        from dex.data.opening import locate
+
+        locate(options.data, "data")
 
     from dex.inference import explain_job as job
     from dex.train.plan import resolve_device

@@ -33,6 +33,7 @@ def run(arguments: list[str]) -> Callable[[], int]:
     check_folder(out)
     require(options.run, RUN)
     task = find(options.task)
+    _task_data.check_data(options)
 
     from dex.common.ranks import announced
     from dex.tasks.finetune import prepare

@@ -32,6 +32,8 @@ def run(arguments: list[str]) -> Callable[[], int]:
     from dex.tasks.task import find
 
     task = None if options.task is None else find(options.task)
+    if task is not None:
+        _task_data.check_data(options)
 
     from dex.tasks import cases
 

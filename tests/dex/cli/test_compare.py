@@ -61,7 +61,7 @@ def test_a_comparison_and_its_second_start(run, made, tmp_path):
         (("A", "B", "--tasks", "T", "--out", "o", "--preset", "x"), "preset: expected one of"),
         (("A", "B", "--tasks", "T", "--out", "o", "--settings", "absent.yaml"), "settings: expected a YAML file"),
         (("A", "B", "--tasks", "T", "--out", ""), "out: expected a folder"),
-        (("A", "B", "--out", "o"), "required: --tasks"),
+        (("A", "B", "--out", "o"), "tasks: expected a value, got nothing"),
     ],
 )
 def test_wrong_usage_trains_nothing(run, made, tmp_path, words, says):

@@ -23,7 +23,7 @@ def command(pretrained, discs, tmp_path):
 
 
 def test_help_names_every_setting_and_whose_default_it_is(capsys):
-    assert main(["finetune", "--help"]) == 0
+    assert main(["finetune", "--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in recipe.fields():
         assert f"--{field.name.replace('_', '-')}" in text

@@ -89,13 +89,13 @@ def test_a_signal_leaves_what_is_written(run, finetuned, monkeypatch):
     ("words", "says"),
     [
         (("nowhere", "a.png", "--out", "o"), "folder: expected a folder that dex finetune wrote; nothing at nowhere"),
-        ((".", "a.png", "--out", "o"), "folder: expected a folder that dex finetune wrote"),
+        ((".", "IMAGES", "--out", "o"), "folder: expected a folder that dex finetune wrote"),
         (("TUNED", "absent.png", "--out", "o"), "nothing at absent.png"),
         (("TUNED", "IMAGES", "--out", ""), "out: expected a folder, got ''"),
         (("TUNED", "IMAGES", "--out", "o", "--batch-size", "0"), "batch-size: expected at least 1"),
         (("TUNED", "IMAGES", "--out", "o", "--window", "0.5"), "window: expected a factor above 1"),
-        (("TUNED", "IMAGES"), "required: --out"),
-        (("TUNED", "--out", "o"), "required: FILE"),
+        (("TUNED", "IMAGES"), "out: expected a value, got nothing"),
+        (("TUNED", "--out", "o"), "FILE: expected a value, got nothing"),
     ],
 )
 def test_wrong_usage_writes_nothing(run, finetuned, tmp_path, words, says):
