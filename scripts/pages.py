@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "scripts", "python")]
 
 import charts  # noqa: E402
+import cpu_record  # noqa: E402
 import kernel_page  # noqa: E402
 import record  # noqa: E402
 import verified_page  # noqa: E402
@@ -52,6 +53,8 @@ def region(name: str, results: list[dict]) -> str:
         return kernel_page.REGIONS[name](kernel_page.load(), results)
     if name == "verified":
         return verified_page.table(verified_page.load())
+    if name == "cpu":
+        return cpu_record.tables(cpu_record.load())
     if name == "charts":
         return pictures_of(results, "../docs/images")
     if not results:

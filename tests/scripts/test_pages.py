@@ -5,9 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree
 from pathlib import Path
 
+import cpu_record
 import pages
 import pytest
 import record
@@ -257,6 +259,26 @@ def test_only_marked_regions_change():
             pages.fill(broken, [], "page")
 
 
+def test_ratios_on_a_cpu_come_back_and_say_where_and_how(tmp_path, monkeypatch):
+    for name in cpu_record.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    rows = [
+        cpu_record.Row("step", "loop", 1.25, 1.0, 1.2, "4 ms, loop 5 ms"),
+        cpu_record.Row("step", "dense", 0.6, 0.5, 0.65, "5 ms, dense 3 ms"),
+    ]
+    options = types.SimpleNamespace(processor_time=True)
+    cpu_record.write(tmp_path / "folder" / "a.json", rows, "0123456789abcdef", options)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    cpu_record.write(tmp_path / "folder" / "b.json", rows[:1], "0123456789abcdef", options)
+    results = cpu_record.load(tmp_path / "folder")
+    text = cpu_record.tables(results)
+    assert "| step | loop | 1.25 | 1.20 | yes | 4 ms, loop 5 ms |" in text
+    assert "| step | dense | 0.60 | 0.65 | no | 5 ms, dense 3 ms |" in text
+    assert text.count("by processor time") == 2 and text.count("commit 0123456789ab,") == 2
+    assert text.count("imitated on a larger processor by `ATEN_CPU_CAPABILITY=avx2`") == 1
+    assert cpu_record.tables([]) == cpu_record.NOTHING
+
+
 # --- the pictures
 
 
@@ -333,7 +355,13 @@ def test_what_was_not_measured_is_not_drawn():
 
 def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     """In a copy of the tree with a results file: what is made, then nothing to do, then what is left without it."""
-    code = ("benchmarks/record.py", "scripts/pages.py", "scripts/charts.py", "scripts/generated.py")
+    code = (
+        "benchmarks/record.py",
+        "benchmarks/cpu_record.py",
+        "scripts/pages.py",
+        "scripts/charts.py",
+        "scripts/generated.py",
+    )
     code += ("scripts/kernel_page.py", "scripts/verified_page.py", "tests/emulator/results.json")
     generated = ("dexkernels/_measured.py", "dexkernels/_executed.py")
     for name in (*pages.PAGES, *generated, *code):
