@@ -7,7 +7,6 @@ usage: torchrun ... scripts/multi_gpu_ranks.py exchange    sums over ranks, and 
 Exit status 1, with one line, when something is not as it must be.
 """
 
-import json
 import math
 import os
 import sys
@@ -18,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+from dex.train.runlog import METRICS, read_rows  # noqa: E402
 
 STEPS, MEGABYTES = 5, 64
 
@@ -79,7 +80,7 @@ def compare(first: str, second: str, tolerance: str = "0") -> str:
 
 
 def healthy(run: str, steps: str) -> str:
-    found, agree = losses(run), [row["ranks_agree"] for row in rows(run, "metrics.jsonl") if "ranks_agree" in row]
+    found, agree = losses(run), [row["ranks_agree"] for row in read_rows(Path(run) / METRICS) if "ranks_agree" in row]
     if not found or max(found) != int(steps):
         raise ValueError(f"{run}: expected {steps} steps, got {max(found, default=0)}")
     if not all(map(math.isfinite, found.values())):
@@ -91,12 +92,7 @@ def healthy(run: str, steps: str) -> str:
 
 def losses(run: str) -> dict[int, float]:
     """By step."""
-    return {row["step"]: row["loss"] for row in rows(run, "metrics.jsonl") if "loss" in row}
-
-
-def rows(run: str, name: str) -> list[dict]:
-    path = Path(run) / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["step"]: row["loss"] for row in read_rows(Path(run) / METRICS) if "loss" in row}
 
 
 def main() -> int:

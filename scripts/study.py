@@ -60,15 +60,9 @@ def fingerprint(data: str) -> str:
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The rows by key; of equal keys the last row. A last line cut short by a kill is ignored."""
-    rows: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            rows[row["key"]] = row
-    return rows
+    from dex.train.runlog import read_rows
+
+    return {row["key"]: row for row in read_rows(path)}
 
 
 class Results:
