@@ -1,12 +1,14 @@
 """How long a run would take on this machine, before it starts."""
 
+import math
 import statistics
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dex.common.units import duration
+from dex.common.units import duration, format_bytes
 from dex.sizing.estimate import ASSUMED_MFU, PEAKS, estimate
 from dex.train.plan import Plan
 from dex.train.trainer import Trainer
@@ -39,7 +41,8 @@ def forecast(plan: Plan) -> Forecast:
 
     On a GPU it follows from the manufacturer's figure and an assumed share of it. Reseeds torch's global generator.
     """
-    work = estimate(plan.config, plan.steps).flops_per_image * plan.config.data.batch_size
+    estimated = estimate(plan.config, plan.steps)
+    work = estimated.flops_per_image * plan.config.data.batch_size
     if plan.device.type == "cuda":
         return _by_figures(plan, work, torch.cuda.get_device_name(plan.device))
     if work > MOST_OPERATIONS:
@@ -47,6 +50,13 @@ def forecast(plan: Plan) -> Forecast:
             None,
             f"a step has {work / 1e9:,.0f} GFLOP, too many to try here; {MOST_OPERATIONS / 1e9:,.0f} GFLOP would be "
             "tried. There are no figures for CPUs",
+        )
+    memory, available = sum(estimated.memory.values()) + estimated.activations * plan.micro_batch, _available()
+    if memory > available / 2:
+        return Forecast(
+            None,
+            f"a step needs about {format_bytes(memory)}, and is tried only with twice that; "
+            f"{format_bytes(available)} are available. There are no figures for CPUs",
         )
     trainer = Trainer(plan)
     try:
@@ -69,6 +79,15 @@ def _by_figures(plan: Plan, work: float, name: str) -> Forecast:
         return Forecast(None, f"the figures for {name} are for bf16, and the run computes in fp32")
     basis = f"{ASSUMED_MFU:.0%} of the peak of {name}, assumed, not measured"
     return Forecast(plan.steps * work / (peak * ASSUMED_MFU), basis)
+
+
+def _available() -> float:
+    """Bytes of memory that programs may still take; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 class _Step(NamedTuple):

@@ -64,6 +64,13 @@ def test_a_large_step_is_not_tried_on_a_cpu(plan, monkeypatch, timed):
     assert result.sentence(plan.steps).startswith("not known: a step has ") and "no figures for CPUs" in result.basis
 
 
+def test_a_model_that_would_fill_the_memory_is_not_tried(plan, monkeypatch, timed):
+    assert module._available() > 1e6
+    monkeypatch.setattr(module, "_available", lambda: 1e6)
+    steps = timed([], [])
+    assert "is tried only with twice that; 1 MB are available" in forecast(plan).basis and steps == []
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "part"),
     [
