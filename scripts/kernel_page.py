@@ -60,8 +60,13 @@ def kernels(root: Path = ROOT) -> list[Kernel]:
         entries |= {Kernel(folder.name, "triton", name) for name in functions.keys() - called}
     for file in (root / "csrc").glob("*/*.cu"):
         for name in re.findall(r"__global__[^;{]*?(\w+)\s*\((?!\()[^;{]*\{", re.sub(BOUNDS, "", file.read_text())):
-            entries.add(Kernel(file.parent.name, "cuda", name))
+            entries.add(Kernel(_operator(file.parent.name), "cuda", name))
     return sorted(entries)
+
+
+def _operator(folder: str) -> str:
+    """The operator of a folder of csrc/: kernels for one architecture may have a folder of their own."""
+    return re.sub(r"_sm\d+$", "", folder)
 
 
 BOUNDS = r"__launch_bounds__\([^()]*\)"
@@ -97,7 +102,7 @@ def _cases(results: Results) -> Iterable[tuple[str, str, str, str, str, dict]]:
         backend = "cuda" if compiler.startswith("nvcc") else "triton"
         for name, case in kept["cases"].items():
             target, dtype, operator, *_ = name.replace(",", "").split()
-            yield compiler, target, dtype, operator, backend, case
+            yield compiler, target, dtype, _operator(operator), backend, case
 
 
 def executed(emulated: Results, measured: list[dict]) -> dict[Kernel, Executed]:

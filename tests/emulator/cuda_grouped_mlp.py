@@ -177,16 +177,20 @@ class Library:
 
 @contextlib.contextmanager
 def emulated(
-    kernels: Kernels, seed: int | None = None, count: bool = False, compile_only: bool = False
+    kernels: Kernels,
+    seed: int | None = None,
+    count: bool = False,
+    compile_only: bool = False,
+    kind: type[Library] = Library,
 ) -> Iterator[Library]:
     """Within it, `dexkernels.ops.grouped_mlp.cuda` runs on CPU tensors; new tensors hold poison.
 
-    compile_only: nothing is run, and what launches would write stays as it was.
+    compile_only: nothing is run, and what launches would write stays as it was. kind: of the library.
     """
     from dexkernels import native
 
     tensors: dict[int, torch.Tensor] = {}
-    library = Library(kernels, tensors, seed, count, compile_only)
+    library = kind(kernels, tensors, seed, count, compile_only)
     address_of = torch.Tensor.data_ptr
 
     def data_ptr(t):

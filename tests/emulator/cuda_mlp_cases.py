@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import cuda_grouped_mlp
 import torch
-from shipped_cases import NAMES, Case, Results, _slots, _want_mlp, mlp_inputs
+from shipped_cases import NAMES, Case, MLPInputs, Results, _slots, _want_mlp, mlp_inputs
 
 from dexkernels import reference
 from dexkernels.ops.grouped_mlp import cuda, records
@@ -51,10 +51,8 @@ FORMS = {
 
 def case(form: Form, dtype: torch.dtype) -> Case:
     """Its ``compute`` runs under `cuda_grouped_mlp.emulated`; see `shipped_cases.Case`."""
-    inputs = mlp_inputs(*form.sizes, dtype, skewed=form.skewed)
-    if form.one_expert:
-        inputs = inputs._replace(indices=torch.full_like(inputs.indices, 3))
-    director = [w[0] for w in mlp_inputs(*form.sizes, dtype, seed=1).weights] if form.director else None
+    inputs = inputs_of(form, dtype)
+    director = director_of(form, dtype) if form.director else None
 
     def compute(library: cuda_grouped_mlp.Library) -> Results:
         given = _strided(inputs) if form.strided else inputs
@@ -63,12 +61,26 @@ def case(form: Form, dtype: torch.dtype) -> Case:
     return Case(dtype, compute, lambda precision: _want_mlp(SPECIFICATION, inputs, precision, director))
 
 
+def inputs_of(form: Form, dtype: torch.dtype) -> MLPInputs:
+    inputs = mlp_inputs(*form.sizes, dtype, skewed=form.skewed)
+    return inputs._replace(indices=torch.full_like(inputs.indices, 3)) if form.one_expert else inputs
+
+
+def director_of(form: Form, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [w[0] for w in mlp_inputs(*form.sizes, dtype, seed=1).weights]
+
+
+def with_director(weights: list[torch.Tensor], director: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The stacks with the director behind the experts."""
+    return [torch.cat((w, d[None])) for w, d in zip(weights, director, strict=True)]
+
+
 def _run(inputs, director) -> Results:
     """With a director float32 gradients of the weights, as under autocast."""
     slots, stacked = _slots(SPECIFICATION, inputs), inputs.weights
     E = slots.num_experts
     if director is not None:
-        stacked = [torch.cat((w, d[None])) for w, d in zip(inputs.weights, director, strict=True)]
+        stacked = with_director(inputs.weights, director)
     out, z, director_out = cuda.forward(inputs.x, slots, MLPWeights(*stacked), True)
     saved = records.Saved(inputs.x, *slots, *(stacked[i][:E] for i in (0, 2, 3)), z)
     grad_dtype = inputs.x.dtype if director is None else torch.float32

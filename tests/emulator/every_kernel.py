@@ -29,6 +29,7 @@ import cuda_adamw  # noqa: E402
 import cuda_grouped_mlp  # noqa: E402
 import cuda_library  # noqa: E402
 import cuda_mlp_cases  # noqa: E402
+import cuda_sm90  # noqa: E402
 import torch  # noqa: E402
 from ptx_emulator.counters import Counters, parts  # noqa: E402
 from ptx_emulator.program import Program  # noqa: E402
@@ -220,6 +221,12 @@ def cuda_cases() -> dict[str, Native]:
                 what = f"grouped_mlp, {name}" if name else "grouped_mlp"
                 options = {"form": form, "dtype": DTYPES[dtype], "orders": orders}
                 cases[f"sm_{arch} {dtype} {what}"] = Native(arch, "grouped_mlp", options, orders)
+    for dtype in ("bf16", "fp16"):
+        for name, form in cuda_sm90.FORMS.items():
+            orders = MANY_ORDERS if form.many_orders else ORDERS
+            what = f"grouped_mlp_sm90, {name}" if name else "grouped_mlp_sm90"
+            options = {"form": form, "dtype": DTYPES[dtype], "orders": orders}
+            cases[f"sm_90 {dtype} {what}"] = Native(90, "grouped_mlp_sm90", options, orders)
     return cases
 
 
@@ -356,6 +363,28 @@ def compiled_cuda_mlp(kernels: cuda_grouped_mlp.Kernels, form: cuda_mlp_cases.Fo
     return launches_of(Launched(*ran) for ran in library.ran)
 
 
+def run_cuda_sm90(kernels: cuda_sm90.Sm90Kernels, form: cuda_mlp_cases.Form, dtype: torch.dtype, orders: int) -> dict:
+    """Forward 1 and dgrad 2 for sm_90a; the kernels around them have cases of their own."""
+    case = cuda_sm90.case(form, dtype)
+
+    def compute(seed, count):
+        with cuda_grouped_mlp.emulated(kernels, seed, count, kind=cuda_sm90.Sm90Library) as library:
+            return case.compute(library), _of_sm90(library)
+
+    return run(compute, case, orders)
+
+
+def compiled_cuda_sm90(kernels: cuda_sm90.Sm90Kernels, form: cuda_mlp_cases.Form, dtype: torch.dtype) -> str:
+    """`launches_of` a case that is not run."""
+    with cuda_grouped_mlp.emulated(kernels, compile_only=True, kind=cuda_sm90.Sm90Library) as library:
+        cuda_sm90.case(form, dtype).compute(library)
+        return launches_of(_of_sm90(library))
+
+
+def _of_sm90(library: cuda_sm90.Sm90Library) -> list[Launched]:
+    return [Launched(*ran) for ran in library.ran if ran.kernel in cuda_sm90.KERNELS]
+
+
 def _named(tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"director {i}": t for i, t in enumerate(tensors)}
 
@@ -394,6 +423,8 @@ def sources(compiler: str, name: str) -> str:
     files = {ops / "triton_common.py", *ops.glob(f"{operator}/triton.py"), *ops.glob(f"{operator}/triton/*.py")}
     if compiler.startswith("nvcc"):
         files = {file for part in ("common", operator) for file in (csrc / part).iterdir() if file.suffix != ".cpp"}
+        if operator == "grouped_mlp_sm90":
+            files |= set((csrc / "grouped_mlp").glob("*.h"))
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
@@ -460,7 +491,15 @@ def _text(results: dict) -> str:
     return "{\n" + ",\n".join(compilers) + "\n}\n"
 
 
-CUDA = {"group_ema": run_cuda, "adamw_ema": run_cuda_adamw, "grouped_mlp": run_cuda_mlp}
+COMPILED = {"grouped_mlp": compiled_cuda_mlp, "grouped_mlp_sm90": compiled_cuda_sm90}
+"""Operator -> the hash of a case that is only compiled; the others take seconds to run."""
+
+CUDA = {
+    "group_ema": run_cuda,
+    "adamw_ema": run_cuda_adamw,
+    "grouped_mlp": run_cuda_mlp,
+    "grouped_mlp_sm90": run_cuda_sm90,
+}
 """Operator of the CUDA library -> what runs a case of it, given what `compile_cuda` made."""
 
 
@@ -469,6 +508,8 @@ def compile_cuda(compiler: str, operator: str, arch: int, folder: Path) -> str |
     target = cuda_library.TARGETS[arch]
     if operator == "grouped_mlp":
         return cuda_grouped_mlp.Kernels(compiler, target, folder)
+    if operator == "grouped_mlp_sm90":
+        return cuda_sm90.Sm90Kernels(compiler, folder)
     return cuda_library.compiled(compiler, target, folder, operator=operator)
 
 
@@ -499,10 +540,10 @@ def main() -> int:
 
             def compile_case(name):
                 case = forms[name]
-                if case.operator != "grouped_mlp":
-                    return ""  # they take seconds
+                if case.operator not in COMPILED:
+                    return ""
                 compiled = compile_cuda(compiler, case.operator, case.arch, Path(folder))
-                return compiled_cuda_mlp(compiled, case.options["form"], case.options["dtype"])
+                return COMPILED[case.operator](compiled, case.options["form"], case.options["dtype"])
 
             keeper.run(only, run_case, compile_case)
         failed += keeper.failed

@@ -47,6 +47,15 @@ def test_kernels_are_found_in_the_sources(tree):
     assert kernel_page.operators(tree) == {"adding": "adding_"}
 
 
+def test_kernels_for_one_architecture_are_those_of_their_operator(tree):
+    folder = tree / "csrc/adding_sm90"
+    folder.mkdir()
+    (folder / "fast.cu").write_text("__global__ void fast_add_kernel(const int n) {\n}\n")
+    assert kernel_page.kernels(tree)[:2] == [("adding", "cuda", "add_kernel"), ("adding", "cuda", "fast_add_kernel")]
+    results = {"nvcc 13.0": {"cases": {"sm_90 bf16 adding_sm90, N 5": {"kernels": {}}}}}
+    assert [case[3] for case in kernel_page._cases(results)] == ["adding"]
+
+
 @pytest.fixture
 def told(tree, monkeypatch):
     """The three texts, of results of that tree."""
