@@ -23,6 +23,8 @@ MIN_NVCC = (12, 1)
 
 def find_nvcc() -> tuple[str | None, str]:
     """``(path, version)``, or ``(None, why there is none)``."""
+    if sys.platform != "linux":
+        return None, f"it is for Linux, and this is {sys.platform}"
     named = os.environ.get("CUDACXX")
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(named) if named else home and shutil.which("nvcc", path=os.path.join(home, "bin"))

@@ -263,6 +263,17 @@ def test_dex_cuda_0_never_builds(decide):
     assert decided["TOLD"] == "dexkernels: the native library is not built (DEX_CUDA=0)"
 
 
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_another_system_builds_nothing_though_it_has_an_nvcc(decide, monkeypatch, tmp_path, system):
+    monkeypatch.setattr(sys, "platform", system)
+    decided = decide(None, "release 13.0, V13.0.88")
+    assert decided["NVCC"] is None
+    assert f"it is for Linux, and this is {system}; everything else works" in decided["TOLD"]
+    shutil.rmtree(tmp_path / "bin")
+    with pytest.raises(SystemExit, match="cannot be built: it is for Linux"):
+        decide("1", "release 13.0, V13.0.88")
+
+
 @pytest.mark.parametrize(
     "release, why",
     [
