@@ -40,11 +40,11 @@ def collect_aux(model: nn.Module, noise_std: float | Tensor = 0.0) -> "AuxCollec
 class AuxCollector:
     """The result of `collect_aux`: a context manager that may be entered again, once for every micro-batch.
 
-    Losses are those of the latest block. Gate masses add up over blocks until `update_directors` uses them, as
-    gradient accumulation needs. A layer that runs several times in one block (it is shared, or the model is called
-    several times) has the mean of its losses and the sum of its masses; one that does not run has losses and mass 0.
-    Recomputation under activation checkpointing is not counted. With recomputation, a training forward between a
-    block and its `update_directors` is refused in backward, since it is unknown which forward is recomputed.
+    Losses are those of the latest block. Gate masses add up over blocks until `update_directors` or `take_gate_mass`
+    uses them, as gradient accumulation needs. A layer that runs several times in one block (it is shared, or the model
+    is called several times) has the mean of its losses and the sum of its masses; one that does not run has losses and
+    mass 0. Recomputation under activation checkpointing is not counted. With recomputation, a training forward between
+    a block and its `update_directors` is refused in backward, since it is unknown which forward is recomputed.
     """
 
     layers: dict[str, DEXLayer]
@@ -93,7 +93,7 @@ class AuxCollector:
 
     @property
     def gate_mass(self) -> list[Tensor]:
-        """Per layer ``[E_l]``, detached: summed over all runs since the last `update_directors`."""
+        """Per layer ``[E_l]``, detached: summed over all runs since the last `update_directors` or `take_gate_mass`."""
         return self._masses()
 
     def losses(self, align: float | Tensor = 0.01, balance: float | Tensor = 0.01) -> Tensor:
@@ -117,11 +117,31 @@ class AuxCollector:
 
         Raises: ValueError if nothing was collected since the last call, or inside the block.
         """
+        update_directors(
+            self.layers.values(), self._complete("update_directors"), momentum, skip=skip, process_group=process_group
+        )
+        self._reset()
+
+    def take_gate_mass(self) -> list[Tensor]:
+        """`gate_mass` for a step of `DEXAdamW`, which updates the directors; after backward. Resets the masses.
+
+            optimizer.step(gate_mass=aux.take_gate_mass(), momentum=0.99)  # instead of update_directors and a step
+
+        Raises: ValueError if nothing was collected since the last call, or inside the block.
+        """
+        masses = self._complete("take_gate_mass")
+        self._reset()
+        return masses
+
+    def _complete(self, caller: str) -> list[Tensor]:
+        """The masses of complete blocks. ValueError if there are none."""
         if self._open:
-            raise ValueError("update_directors: expected a call after collect_aux's block and backward, got one inside")
+            raise ValueError(f"{caller}: expected a call after collect_aux's block and backward, got one inside")
         if self._mass is None:
-            raise ValueError("update_directors: expected a forward inside collect_aux since the last update, got none")
-        update_directors(self.layers.values(), self._mass, momentum, skip=skip, process_group=process_group)
+            raise ValueError(f"{caller}: expected a forward inside collect_aux since the last update, got none")
+        return self._mass
+
+    def _reset(self) -> None:
         self._mass = None
         for layer, recording in zip(self.layers.values(), self._recordings, strict=True):
             if layer.recording is recording:

@@ -149,6 +149,30 @@ def test_a_director_that_is_fine_tuned_and_experts_that_are_frozen():
     assert not any(".experts." in n for n in moved)
 
 
+def test_a_gradient_scaler_skips_the_whole_step_and_none_else():
+    """`torch.amp.GradScaler` calls no step whose gradients overflow."""
+    nets = [Net(), Net()]
+    optimizers = [DEXAdamW(net, **OPTIONS, copies=torch.float16) for net in nets]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for i in range(4):
+        masses = [backward(net, i) for net in nets]
+        scaler.scale(torch.zeros(()))  # makes the scale
+        overflows = i == 2
+        for p in nets[0].parameters():
+            if p.grad is not None:
+                p.grad.mul_(float("inf") if overflows else scaler.get_scale())
+        before = of(nets[0])
+        scaler.step(optimizers[0], gate_mass=masses[0], momentum=0.9)
+        scaler.update()
+        if overflows:
+            assert all(torch.equal(t, before[name]) for name, t in of(nets[0]).items())
+        else:
+            optimizers[1].step(gate_mass=masses[1], momentum=0.9)
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(t, of(nets[1])[name]) for name, t in of(nets[0]).items())
+    assert {float(s["step"]) for s in optimizers[0].state.values()} == {3.0}
+
+
 def test_a_closure_and_a_schedule():
     net = Net()
     optimizer = DEXAdamW(net, **OPTIONS)
@@ -267,6 +291,41 @@ def test_a_stale_copy_is_never_read(stepped, change):
     after = output(net)
     assert not torch.equal(after, before)
     assert torch.equal(after, output(fresh(net)))
+
+
+def no_marks(patch):
+    patch.setattr(shadows.Watched, "touched", property(lambda t: False, lambda t, value: None), raising=False)
+
+
+def no_versions(patch):
+    same = shadows._is_same
+
+    def same_but_for_versions(states, tensors):
+        return same([(*state[:2], t._version) for state, t in zip(states, tensors, strict=True)], tensors)
+
+    patch.setattr(shadows, "_is_same", same_but_for_versions)
+
+
+GUARDS = {
+    "accesses to data": (no_marks, ("data of experts", "data of a director", "data, in another thread")),
+    "optimizers that bump no version": (no_marks, ("torch's fused AdamW",)),
+    "versions": (no_versions, ("a state dict", "a write in place", "update_directors", "the way back to the director")),
+}
+"""What a forward looks at before it takes copies, how that is left out, and the changes that only it reports."""
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_without_a_guard_stale_copies_are_read(stepped, guard):
+    """So `test_a_stale_copy_is_never_read` would see it missing."""
+    net, optimizer = stepped
+    leave_out, changes = GUARDS[guard]
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch)
+        for change in changes:
+            optimizer.step(gate_mass=backward(net, 5, autocast=True), momentum=0.5)
+            net.zero_grad(set_to_none=True)
+            CHANGES[change](net)
+            assert not torch.equal(output(net), output(fresh(net))), change
 
 
 def test_memory_that_another_tensor_shares_is_not_trusted(stepped):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dexkernels
 from dexkernels import DEXLayer
+from dexkernels.optim import DEXAdamW
 from dexkernels.testing import randomize_, relative_error
 
 from .hosts import D, H, tokens
@@ -170,6 +171,33 @@ def test_gradient_accumulation_adds_masses_and_keeps_the_losses_of_the_latest_bl
     assert all(m.count_nonzero() == 0 for m in aux.gate_mass)
     with pytest.raises(ValueError, match="expected a forward inside collect_aux since the last update"):
         aux.update_directors(0.9)
+
+
+def test_an_optimizer_that_updates_the_directors_takes_the_masses():
+    """Over micro-batches and steps, as `update_directors` and torch's AdamW."""
+    model, twin = Stack(), Stack()
+    rule = {"lr": 1e-2, "eps": 1e-6}
+    fused = DEXAdamW(model, **rule)
+    apart = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], **rule)
+    collectors = [dexkernels.collect_aux(m) for m in (model, twin)]
+    for step in range(2):
+        for m, aux in zip((model, twin), collectors, strict=True):
+            m.zero_grad()
+            for seed in (2 * step, 2 * step + 1):
+                with aux:
+                    y = m(tokens(seed))
+                (y.square().mean() + aux.losses()).backward()
+        fused.step(gate_mass=collectors[0].take_gate_mass(), momentum=0.5)
+        collectors[1].update_directors(0.5)
+        apart.step()
+    assert_same(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-5)
+    assert all(m.count_nonzero() == 0 for m in collectors[0].gate_mass)
+    assert all(block.mlp.recording is None for block in model.blocks)
+    with pytest.raises(ValueError, match="take_gate_mass: expected a forward inside collect_aux since the last"):
+        collectors[0].take_gate_mass()
+    with collectors[0], pytest.raises(ValueError, match="take_gate_mass: expected a call after collect_aux's block"):
+        model(tokens(1))
+        collectors[0].take_gate_mass()
 
 
 def test_several_forwards_in_a_block_mean_losses_and_add_masses():

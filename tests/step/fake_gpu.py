@@ -225,7 +225,11 @@ LAYERS = {
 
 def layers(name: str, launched: list[list[str]]) -> None:
     """Steps of a layer alone, or of one whose host sees only its output; schedules are tensors, as a host's must be."""
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        instead(torch.cuda, "is_bf16_supported", lambda: True),
+        instead(torch.cuda, "is_current_stream_capturing", lambda: False),
+    ):
         with DEVICE:
             host = torch.nn.Sequential(torch.nn.Linear(16, 16), layer.DEXLayer(16, 32, 4, 2, **LAYERS[name]))
             for dex in host.children():

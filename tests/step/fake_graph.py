@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dex.train import cuda_graph, engine
 from dex.train.trainer import Trainer
 from dexkernels import shadows
+from dexkernels.ops.adamw_ema import cpu as adamw_ema
 from dexkernels.ops.group_ema import cpu
 
 
@@ -156,7 +157,9 @@ def graphs_on_the_cpu():
 
     def init(self, *arguments, **options):
         real_init(self, *arguments, **options)
-        self.optimizer.param_groups[0]["lr"] = self._schedule.lr
+        lr = self._schedule.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr if group["lr_scale"] == 1.0 else torch.zeros_like(lr)
 
     def group_ema_(directors, experts, group_weights, momentum, skip=None):
         for director, stacked, weights in zip(directors, experts, group_weights, strict=True):
@@ -176,4 +179,5 @@ def graphs_on_the_cpu():
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.object(cpu, "group_ema_", group_ema_))
+        stack.enter_context(mock.patch.object(adamw_ema, "adamw_ema_", adamw_ema._on_device_))
         yield made

@@ -36,6 +36,9 @@ def graphs():
     torch.set_num_threads(threads)
 
 
+FUSED = {"optim": {"fused": True}}
+
+
 def trainer(graph: bool, **options) -> Trainer:
     return small.trainer("cpu", "reference", cuda_graph=graph, **options)
 
@@ -68,6 +71,8 @@ def differ(a: Trainer, b: Trainer) -> list[str]:
         {"micro_batch": 4, "precision": "bf16"},
         {"checkpointing": True},
         {"num_experts": 0, "checkpointing": True},
+        {"optim": {"fused": True}},
+        {"optim": {"fused": True, "layer_decay": 0.5}, "precision": "bf16"},
     ],
     ids=str,
 )
@@ -94,8 +99,9 @@ def test_a_replayed_run_is_the_eager_one(graphs, options):
         assert len(given.unique(dim=0)) == len(given), "the steps were to route differently"
 
 
-def test_a_replayed_step_without_a_finite_loss_changes_nothing(monkeypatch):
-    eager, replayed = trainer(False), trainer(True)
+@pytest.mark.parametrize("options", [{}, FUSED], ids=["plain", "fused"])
+def test_a_replayed_step_without_a_finite_loss_changes_nothing(monkeypatch, options):
+    eager, replayed = trainer(False, **options), trainer(True, **options)
     real = engine.augment
 
     def poisoned(images, size, keys):
@@ -120,9 +126,9 @@ def test_a_replayed_step_without_a_finite_loss_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["replayed again", "eager from then on"])
-@pytest.mark.parametrize("at", [2, WARM + 2])
-def test_a_resumed_run_is_the_unbroken_one(graphs, tmp_path, at, graph):
-    unbroken, first = trainer(True), trainer(True)
+@pytest.mark.parametrize("at, options", [(2, {}), (WARM + 2, {}), (WARM + 2, FUSED)], ids=str)
+def test_a_resumed_run_is_the_unbroken_one(graphs, tmp_path, at, options, graph):
+    unbroken, first = trainer(True, **options), trainer(True, **options)
     steps(unbroken, STEPS)
     steps(first, at)
     first.flush()
@@ -130,7 +136,7 @@ def test_a_resumed_run_is_the_unbroken_one(graphs, tmp_path, at, graph):
     saver.save(at, first.tensors(), first.state())
     saver.wait()
     saved = checkpoint.load(tmp_path / f"step-{at:08d}")
-    second = trainer(graph)
+    second = trainer(graph, **options)
     second.restore(saved)
     steps(second, STEPS - at)
     assert differ(unbroken, second) == []
@@ -238,9 +244,9 @@ SABOTAGE = {
 }
 
 
-@pytest.mark.parametrize("case", SABOTAGE)
-def test_what_a_graph_would_freeze_is_found(case):
-    eager, replayed = trainer(False), trainer(True)
+@pytest.mark.parametrize("case, options", [*((case, {}) for case in SABOTAGE), ("lr", FUSED), ("momentum", FUSED)])
+def test_what_a_graph_would_freeze_is_found(case, options):
+    eager, replayed = trainer(False, **options), trainer(True, **options)
     for t, change in ((eager, contextlib.nullcontext), (replayed, SABOTAGE[case])):
         with change():
             steps(t, WARM + 1)
