@@ -147,15 +147,15 @@ def main_results(rows: Rows) -> str:
         chosen = choose(rows, combine(rows, 400), 400)
         verdict = "has a lower loss than" if is_better(rows, chosen) else "is not shown to have a lower loss than"
         parts.append(
-            f"Of the {len({row['arm'] for row in rows.values() if row['half'] == 0}) - 1} changes to the published recipe "
-            f"that were searched, the chosen one ({chosen.name}) {verdict} the published recipe and the monolithic "
-            "control on sources and seeds that the search did not use."
+            f"Of the {len({row['arm'] for row in rows.values() if row['half'] == 0}) - 1} changes to the published "
+            f"recipe that were searched, the chosen one ({chosen.name}) {verdict} the published recipe and the "
+            "monolithic control on sources and seeds that the search did not use."
         )
     return " ".join(parts) or "The main comparisons have no runs yet."
 
 
 def is_better(rows: Rows, chosen: Arm) -> bool:
-    """Whether the confirmation is complete, and its losses lie below both references at both lengths by the intervals."""
+    """Whether the confirmation is complete, with losses below both references at both lengths by the intervals."""
     effects = [
         effect(rows_of(rows, chosen.name, steps, 1), "loss", rows_of(rows, other.name, steps, 1))
         for steps in (400, 1100)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dex import config
-from dex.train.runlog import FOLDERS, Progress, ReplacedRun, RunLog, read_rows
+from dex.train.runlog import FOLDERS, Progress, ReplacedRun, RunLog, data_of, read_rows
 
 ROW = {
     "step": 4,
@@ -369,3 +369,20 @@ def test_starts_that_cannot_be_read_are_named(tmp_path):
         ValueError, match=r"out: expected the starts of a run in .*run\.json, got JSONDecodeError.*Move the file away"
     ):
         RunLog(tmp_path).last_start()
+
+
+@pytest.mark.parametrize(
+    "text, data",
+    [
+        ('{"starts": [{"data": {"name": "a"}}, {"data": {"name": "b"}}]}', {"name": "b"}),
+        ('{"starts": [{"data": ["b"]}]}', {}),
+        ('{"starts": []}', {}),
+        ("[]", {}),
+        ('{"starts": [{"da', {}),
+        (None, {}),
+    ],
+)
+def test_the_data_of_the_newest_start_or_nothing(tmp_path, text, data):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    assert data_of(tmp_path) == data
