@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Builds sdist, wheels and an editable install for every combination of DEX_CUDA and nvcc, and checks the contents.
 # usage: scripts/check_build.sh [PYTHON]   PYTHON: has torch and numpy (default .venv/bin/python)
-# Works in a temporary copy: neither the tree nor PYTHON's environment is changed. About two minutes on two cores.
+# Works in a temporary copy with spaces in its path: neither the tree nor PYTHON's environment is changed. About two
+# minutes on two cores.
 # Without nvcc, the parts that need it are skipped with a note.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-.venv/bin/python}")
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work="$(mktemp -d)/a path with spaces"
+mkdir "$work"
+trap 'rm -rf "${work%/*}"' EXIT
 began=$SECONDS
 
 say() { printf '%4d s  %s\n' $((SECONDS - began)) "$*"; }
@@ -25,13 +27,16 @@ PY
 has() { names "$1" | grep -E "$2" >/dev/null || fail "$(basename "$1") lacks $2"; }
 lacks() { ! names "$1" | grep -E "$2" || fail "$(basename "$1") holds $2"; }
 build() { "$work/env/bin/python" -m build "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "build $* failed"; }; }
-# A PATH without nvcc: links to everything else.
-hide_nvcc() {
+# A PATH without compilers, their tools and git: links to everything else.
+hide_tools() {
     mkdir -p "$work/bin"
     local IFS=: folder tool
     for folder in $PATH; do
         for tool in "$folder"/*; do
-            [[ -x $tool && ${tool##*/} != nvcc && ! -e $work/bin/${tool##*/} ]] && ln -s "$tool" "$work/bin/"
+            case ${tool##*/} in
+                nvcc | git | make | cmake | ninja | cc | c++ | gcc* | g++* | c89* | c99* | clang* | *-linux-gnu-g[c+]*) continue ;;
+            esac
+            [[ -x $tool && ! -e $work/bin/${tool##*/} ]] && ln -s "$tool" "$work/bin/"
         done
     done
     return 0
@@ -42,8 +47,8 @@ tar --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./build --excl
     --exclude='_C.*' --exclude=__pycache__ -cf - . | tar -C "$work/tree" -xf -
 cd "$work/tree"
 "$python" -m venv "$work/env"
-"$work/env/bin/pip" install -q build
-hide_nvcc
+"$work/env/bin/pip" install -q build 'setuptools>=77'
+hide_tools
 nvcc=no
 if command -v nvcc >/dev/null; then nvcc=yes; fi
 unset DEX_CUDA CUDACXX CUDA_HOME
@@ -69,7 +74,30 @@ lacks "$work"/none/*.whl '\.so$'
 ! PATH=$work/bin DEX_CUDA=1 "$work/env/bin/python" -m build --wheel --outdir "$work/no" >"$work/log" 2>&1 ||
     fail "DEX_CUDA=1 without nvcc: expected a failure"
 grep -q 'DEX_CUDA=1, but the native library cannot be built: no nvcc' "$work/log" || fail "no reason: $(cat "$work/log")"
-say "without nvcc: a pure wheel and one line; DEX_CUDA=1 fails with the reason"
+say "without compilers, nvcc and git: a pure wheel and one line; DEX_CUDA=1 fails with the reason"
+
+# A user without rights, offline, whose home cannot be written: build without isolation, install, pretrain two steps.
+user=()
+if [[ $(id -u) == 0 ]]; then  # May read what root may, such as PYTHON, but write nothing of root's
+    user=(setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps +dac_read_search --ambient-caps +dac_read_search)
+fi
+mkdir "$work/home" "$work/user"
+cp -r "$work/from-sdist" "$work/user/source"
+[[ $(id -u) != 0 ]] || chown -R 65534:65534 "$work/user"
+chmod 555 "$work/home"
+chmod 755 "${work%/*}"
+as_user() {
+    "${user[@]}" env -i PATH="$work/bin" HOME="$work/home" TMPDIR="$work/user" OMP_NUM_THREADS=1 "$@" >"$work/log" 2>&1 ||
+        { cat "$work/log" >&2; fail "as a user: $* failed"; }
+}
+cd "$work/user"
+as_user "$work/env/bin/python" -m pip install --no-index --no-build-isolation --no-deps --no-cache-dir --target site ./source
+as_user PYTHONPATH="$work/user/site" "$python" -c 'import dex, sys; sys.exit(not dex.__file__.startswith(sys.argv[1]))' "$work/user/site"
+as_user PYTHONPATH="$work/user/site" "$python" -m dex pretrain --preset demo --steps 2 --model.img-size 32 \
+    --run.evaluate-images 2 --out "a run"
+[[ -e $work/user/a\ run/config.yaml && -z $(ls -A "$work/home") ]] || fail "no run, or something in a home that is read-only"
+cd "$work/from-sdist"
+say "as a user without rights, offline, with a read-only home: built, installed and pretrained"
 
 if [[ $nvcc == yes ]]; then
     DEX_CUDA=0 build --wheel --outdir "$work/zero"
@@ -87,6 +115,12 @@ if [[ $nvcc == yes ]]; then
         has "$wheel" "^$name\$"
     done
     lacks "$wheel" '^(csrc|tests|CMakeLists)'
+    tag=$("$work/env/bin/python" -c 'import sys, sysconfig as s; v = "cp%d%d" % sys.version_info[:2]
+print(v, v, s.get_platform().replace("-", "_"), sep="-")')
+    [[ $wheel == *-$tag.whl ]] || fail "a wheel with _C: expected the tag $tag, got $(basename "$wheel")"
+    description=$("$python" -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1])
+print(*(z.read(n).decode() for n in z.namelist() if n.endswith(".dist-info/WHEEL")))' "$wheel")
+    grep -qx 'Root-Is-Purelib: false' <<<"$description" || fail "a wheel with _C is called pure: $description"
     say "DEX_CUDA=1: wheel from the sdist with _C and both packages, in $took s"
 
     # This environment has no torch: the module must load without it.
