@@ -37,7 +37,10 @@ def test_timm_is_the_director_by_itself(model, run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "pt", "--out", "x"), "expected one of safetensors, hf, timm, onnx, torch-export, got 'pt'"),
+        (
+            ("--format", "pt", "--out", "x"),
+            "format: expected one of safetensors, hf, timm, onnx, torch-export, got 'pt'",
+        ),
         (("--format", "hf", "--out", " "), "out: expected a folder, got ' '"),
         (("--format", "hf", "--out", "x", "--img-size", "33"), "img_size: expected a multiple of the patch size, 8"),
     ],
