@@ -63,6 +63,33 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(f"{_heading(result)}\n\n{_table(result['rows'])}" for result in results) or NOTHING
 
 
+HEADLINES = {
+    ("layer step, D 768", "loop over nn.Linear experts"): "**The layer's training step against a loop over experts**",
+    ("group_ema_", "stack, multiply, sum"): "**The fused group EMA against stack, multiply, sum**",
+}
+"""(case, baseline) -> what the README calls it."""
+
+
+def headlines(results: Sequence[dict[str, Any]]) -> str:
+    """Items of a list: the comparisons of `HEADLINES` on each processor that did not imitate another one."""
+    lines = []
+    for key, name in HEADLINES.items():
+        measured = [
+            f"{row['ratio']:.1f} times as fast ({result['processor']}, {result['capability']})"
+            for result in results
+            if not result["limited"]
+            for row in result["rows"]
+            if (row["case"], row["baseline"]) == key
+        ]
+        text = (
+            f"{', '.join(measured)}, one layer of ViT-B ([benchmarks](benchmarks/README.md))"
+            if measured
+            else "not measured"
+        )
+        lines.append(f"- {name}: {text}.")
+    return "\n".join(lines)
+
+
 def _heading(result: dict[str, Any]) -> str:
     limited = " and ".join(f"`{name}={value}`" for name, value in result["limited"].items())
     imitated = f", imitated on a larger processor by {limited}" if limited else ""

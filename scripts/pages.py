@@ -55,6 +55,8 @@ def region(name: str, results: list[dict]) -> str:
         return verified_page.table(verified_page.load())
     if name == "cpu":
         return cpu_record.tables(cpu_record.load())
+    if name == "headlines":
+        return cpu_record.headlines(cpu_record.load())
     if name == "charts":
         return pictures_of(results, "../docs/images")
     if not results:

@@ -59,19 +59,34 @@ def write(rows: Rows, check: bool) -> int:
         figure(rows, PICTURES / "study.png")
     statuses = [
         settle(path, text, check=check, source=SOURCE, command=COMMAND)
-        for path, text in ((PAGE, page(rows)), (README, with_main_results(README.read_text(encoding="utf-8"), rows)))
+        for path, text in ((PAGE, page(rows)), (README, with_headline(README.read_text(encoding="utf-8"), rows)))
     ]
     return max(statuses)
 
 
-def with_main_results(text: str, rows: Rows) -> str:
+def with_headline(text: str, rows: Rows) -> str:
     """The README with what the study says in its place."""
     begin, end = "<!-- study -->\n", "<!-- end of study -->"
     before, _, rest = text.partition(begin)
     if not rest:
         raise ValueError(f"README: expected the line {begin.strip()}, got none")
-    words = textwrap.fill(main_results(rows), 120, break_long_words=False, break_on_hyphens=False)
+    words = textwrap.fill(headline(rows), 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return before + begin + words + "\n" + end + rest.partition(end)[2]
+
+
+def headline(rows: Rows) -> str:
+    """The first main comparison, as an item of a list."""
+    difference = effect(rows_of(rows, "cls", 400), "loss", rows_of(rows, MONO.name, 400))
+    if difference is None:
+        return "- **DEX against a monolithic network of equal computation**: not measured."
+    verdict = "no difference is shown"
+    if difference.shown:
+        verdict = "DEX is better" if difference.value < 0 else "DEX is worse"
+    return (
+        "- **DEX against a monolithic network of equal computation**: held-out loss "
+        f"{difference.value:+.3f} [{difference.low:.3f}, {difference.high:.3f}] in small runs of {difference.seeds} "
+        f"seeds: {verdict} ([study](docs/study.md))."
+    )
 
 
 def arms_of(rows: Rows) -> list[tuple[Arm, int, Arm]]:

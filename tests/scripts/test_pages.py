@@ -279,6 +279,15 @@ def test_ratios_on_a_cpu_come_back_and_say_where_and_how(tmp_path, monkeypatch):
     assert cpu_record.tables([]) == cpu_record.NOTHING
 
 
+def test_the_readme_says_what_a_cpu_measured_and_no_imitated_one():
+    rows = [{"case": case, "baseline": baseline, "ratio": 1.96} for case, baseline in cpu_record.HEADLINES]
+    ours = {"processor": "A", "capability": "AVX2", "limited": {}, "rows": rows[:1]}
+    imitated = ours | {"processor": "B", "limited": {"ATEN_CPU_CAPABILITY": "avx2"}, "rows": rows}
+    first, second = cpu_record.headlines([ours, imitated]).splitlines()
+    assert "2.0 times as fast (A, AVX2)" in first and "(B" not in first
+    assert second.endswith(": not measured.")
+
+
 # --- the pictures
 
 
@@ -367,11 +376,10 @@ def test_pages_are_written_checked_and_cleared(tmp_path, monkeypatch):
     for name in (*pages.PAGES, *generated, *code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("dexkernels/ops", "csrc"):
+    for name in ("dexkernels/ops", "csrc", "benchmarks/results/cpu"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docs/images").mkdir(parents=True)
     path = tmp_path / "benchmarks/results" / record.name_of(example())
-    path.parent.mkdir()
     record.write(example(), path)
 
     def run(*arguments):

@@ -160,13 +160,18 @@ def quick(monkeypatch):
     return started
 
 
-def test_the_readme_takes_the_main_results(tmp_path):
+def test_the_readme_takes_the_first_main_comparison():
     text = "before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n"
-    filled = study_page.with_main_results(text, {})
-    assert filled == text.replace("old", "The main comparisons have no runs yet.")
-    assert study_page.with_main_results(filled, {}) == filled
+    filled = study_page.with_headline(text, {})
+    name = "- **DEX against a monolithic network of equal computation**"
+    assert filled == text.replace("old", f"{name}: not measured.")
+    assert study_page.with_headline(filled, {}) == filled
     with pytest.raises(ValueError, match="README: expected the line <!-- study -->"):
-        study_page.with_main_results("before", {})
+        study_page.with_headline("before", {})
+    rows = keyed(*(made(arm, s, loss, 0.1) for arm, loss in (("monolithic", 0.5), ("cls", 0.45)) for s in range(5)))
+    assert study_page.headline(rows).startswith(
+        f"{name}: held-out loss -0.050 [-0.050, -0.050] in small runs of 5 seeds: DEX is better"
+    )
 
 
 def test_the_pages_are_what_the_rows_say():
