@@ -1,9 +1,9 @@
 """Models on the Hugging Face Hub. Needs huggingface_hub, of the extra ``adapt``.
 
-    from dex.inference.hub import DEXModel
+from dex.inference.hub import DEXModel
 
-    DEXModel(dex.load("runs/demo")).push_to_hub("name/model")
-    loaded = DEXModel.from_pretrained("name/model").loaded  # what dex.load gives
+DEXModel(dex.load("runs/demo")).push_to_hub("name/model")
+loaded = DEXModel.from_pretrained("name/model").loaded  # what dex.load gives
 """
 
 import shutil
