@@ -11,6 +11,8 @@ from study_choice import Effect, Rows, choose, combine, effect, gained_informati
 
 PAGE = ROOT / "docs/study.md"
 README = ROOT / "README.md"
+IN_README = ("cls", "mean", "random experts")
+"""The arms in the README's figure: the two main comparisons and the null."""
 PICTURES = ROOT / "docs/images"
 SOURCE = "benchmarks/results/study/runs.jsonl"
 COMMAND = "scripts/study.py --page"
@@ -57,6 +59,7 @@ def write(rows: Rows, check: bool) -> int:
         return 1
     if not check:
         figure(rows, PICTURES / "study.png")
+        figure(rows, PICTURES / "study-main.png", IN_README)
     statuses = [
         settle(path, text, check=check, source=SOURCE, command=COMMAND)
         for path, text in ((PAGE, page(rows)), (README, with_headline(README.read_text(encoding="utf-8"), rows)))
@@ -261,14 +264,19 @@ def cell(measured: Effect | None, digits: int) -> str:
     return f"{measured.value:+.{digits}f} {f'**{interval}**' if measured.shown else interval}"
 
 
-def figure(rows: Rows, path: Path) -> None:
-    """Draw two panels with a line per arm: loss minus the control's, and the swap gap, with their intervals."""
+def figure(rows: Rows, path: Path, only: Sequence[str] | None = None) -> None:
+    """Draw two panels with a line per arm: loss minus the control's, and the swap gap, with their intervals.
+
+    only: names of the arms to draw, at 400 steps; None draws all.
+    """
     from matplotlib.figure import Figure
 
     from dex.analysis import plots
 
     arms = arms_of(rows)
-    canvas = Figure(figsize=(10, 1.4 + 0.27 * max(len(arms), 1)), dpi=120, layout="constrained")
+    if only is not None:
+        arms = [(arm, steps, control) for arm, steps, control in arms if arm.name in only and steps == 400]
+    canvas = Figure(figsize=(10, 1.1 + 0.27 * max(len(arms), 1)), dpi=120, layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
     for place, (arm, steps, control) in enumerate(arms):
         own = rows_of(rows, arm.name, steps)
@@ -278,7 +286,7 @@ def figure(rows: Rows, path: Path) -> None:
                 axis.plot([measured.low, measured.high], [place, place], color="#107c7c", linewidth=1.6)
                 axis.plot([measured.value], [place], "o", color="#107c7c", markersize=4)
     left.set_yticks(range(len(arms)), [f"{arm.name}, {steps:,}" for arm, steps, _ in arms], fontsize=8)
-    left.invert_yaxis()
+    left.set_ylim(max(len(arms), 1) - 0.5, -0.5)
     for axis, title in ((left, "loss minus the monolithic control's"), (right, "swap gap, another modality's experts")):
         axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set_title(title, fontsize=9)

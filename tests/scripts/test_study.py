@@ -16,6 +16,7 @@ import study_arms
 import study_choice
 import study_page
 import study_run
+from PIL import Image
 from study_arms import MONO, Spec
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,9 @@ def test_the_page_is_made_of_the_rows_alone_and_names_all_of_them(tmp_path):
     assert "it is not shown to be better." in study_page.page(worse)
     study_page.figure(rows, tmp_path / "a folder" / "study.png")
     assert (tmp_path / "a folder" / "study.png").stat().st_size > 10_000
+    study_page.figure(rows, tmp_path / "main.png", ("cls",))
+    whole, main = (Image.open(tmp_path / name).size for name in ("a folder/study.png", "main.png"))
+    assert whole[0] == main[0] and whole[1] > main[1]
     wrong = rows | keyed(*(made("random experts", s, 0.6, 0.3) for s in range(3)))
     assert "does not contain 0: the instrument is wrong" in study_page.page(wrong)
 
