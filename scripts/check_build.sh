@@ -12,6 +12,11 @@ mkdir "$work"
 trap 'rm -rf "${work%/*}"' EXIT
 began=$SECONDS
 
+# $cpu: seconds of processor time of this script's children until now; on a shared machine the clock says nothing.
+measure_cpu() {
+    times > "$work/times"
+    cpu=$(awk 'NR == 2 { split($1, u, "[ms]"); split($2, s, "[ms]"); print int(60 * (u[1] + s[1]) + u[2] + s[2]) }' "$work/times")
+}
 say() { printf '%4d s  %s\n' $((SECONDS - began)) "$*"; }
 fail() { echo "check_build: $*" >&2; exit 1; }
 # The names in an archive, one per line; those of an sdist without their leading folder.
@@ -105,10 +110,12 @@ if [[ $nvcc == yes ]]; then
     has "$work"/zero/*-py3-none-any.whl '^dexkernels/'
     say "DEX_CUDA=0: a pure wheel"
 
-    start=$SECONDS
+    measure_cpu
+    start=$cpu
     DEX_CUDA=1 build --wheel --outdir "$work/one"
-    took=$((SECONDS - start))
-    ((took < 120)) || fail "the wheel took $took s, expected less than 120"
+    measure_cpu
+    took=$((cpu - start))
+    ((took < 240)) || fail "the wheel took $took s of processor time, expected less than 240, two minutes of two cores"
     wheel=$(echo "$work"/one/*.whl)
     for name in 'dexkernels/_C\.[^/]*\.so' dexkernels/native.py dexkernels/ops/route/triton.py dexkernels/py.typed dex/cli/__init__.py \
         dex/data/__init__.py dex/data/embedded/shard-00000.tar; do
