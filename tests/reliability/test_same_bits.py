@@ -10,6 +10,7 @@ import torch
 from dex.train import checkpoint
 from dex.train.initial import first_model
 from dex.train.runlog import read_rows
+from dexkernels.ops import products
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 CLOSE = 1e-5
@@ -68,6 +69,7 @@ def curve_config(tiny, change):
 def conditions() -> dict:
     """What a last bit depends on."""
     versions = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    versions["products"] = "oneDNN" if products.uses_onednn() else "torch's own"
     return versions | {"flags": {k: v for k, v in sorted(torch.cpu.get_capabilities().items())}}
 
 

@@ -5,9 +5,9 @@ from dex.analysis.intervals import Interval
 from dex.report import analysis_parts as parts
 
 
-def test_a_sheet_holds_numbers_in_full():
-    data = parts.sheet(("a", "b, c"), [(1 / 3, None), ("x,y", 2)])
-    rows = list(csv.reader(io.StringIO(data.decode())))
+def test_a_file_of_a_block_holds_numbers_in_full():
+    block = parts.block("swap", "Title", "", "", [], (("a", "b, c"), [(1 / 3, None), ("x,y", 2)]))
+    rows = list(csv.reader(io.StringIO(block.files["swap.csv"].decode(), newline="")))
     assert rows == [["a", "b, c"], [repr(1 / 3), ""], ["x,y", "2"]]
 
 

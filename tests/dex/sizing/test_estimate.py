@@ -28,8 +28,9 @@ def config(batch: int = 4, precision: str = "fp32", **model) -> Config:
 
 
 def counted(step) -> int:
-    """Operations of the matrix products of ``step()``, by torch's own counter."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """Operations of the matrix products of ``step()``, by torch's own counter, which does not know those of oneDNN."""
+    torchs_own = torch.backends.mkldnn.flags(enabled=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torchs_own:
         step()
     return counter.get_total_flops()
 
