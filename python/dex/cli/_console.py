@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from dex.common import exits
 
-_KINDS = {int: "a whole number", float: "a number"}
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class _Help(argparse.HelpFormatter):
@@ -63,7 +63,10 @@ class _ShowHelp(argparse.Action):
     """Print the short help, or with ``const`` True the whole one, and end."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        sys.stdout.write(parser.format_help() if self.const else parser.format_short_help())  # type: ignore[attr-defined]
+        if isinstance(parser, Parser) and not self.const:
+            sys.stdout.write(parser.format_short_help())
+        else:
+            sys.stdout.write(parser.format_help())
         parser.exit()
 
 
@@ -148,9 +151,9 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
+            return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
-            kind = _KINDS.get(action.type)  # type: ignore[arg-type]
+            kind = _KINDS.get(action.type)
             problem = error.message if kind is None else f"expected {kind}, got {arg_string!r}"
             raise ValueError(f"{_name(action)}: {problem}") from None
 
